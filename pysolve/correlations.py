@@ -1,0 +1,189 @@
+"""What one layer reads and writes, as sums over samples: all that the solvers need to know of the data."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+from functools import reduce
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from pysolve.errors import DataError
+
+Array = npt.NDArray[np.float64]
+
+
+def group_columns(keep: npt.ArrayLike, group_size: int) -> npt.NDArray[np.intp]:
+    """Column indices of the groups in ``keep``: group g owns columns g·group_size … (g+1)·group_size − 1."""
+    groups = np.asarray(keep, dtype=np.intp)
+    return np.asarray((groups[:, None] * group_size + np.arange(group_size)).ravel())
+
+
+@dataclass(frozen=True, eq=False)
+class Correlations:
+    """Sums over ``count`` samples of a layer's inputs x (d values) and wanted outputs y (h values).
+
+    Sums, not means, so that two passes over different data merge with ``+``. The solvers work on the
+    means ``r_xx``, ``r_yx``, ``r_yy``.
+
+    Parameters
+    ----------
+    xx : (d, d) array
+        Σ x xᵀ.
+    yx : (h, d) array
+        Σ y xᵀ.
+    yy : (h, h) array
+        Σ y yᵀ.
+    count : int
+        Number of samples.
+    x_sum, y_sum : (d,) and (h,) arrays
+        Σ x and Σ y: what centring, and hence an unpenalised bias, needs.
+    group_size : int
+        Consecutive inputs that belong to one channel: 1 for a Linear after a Linear, taps for a
+        convolution, height × width for a Linear after a flatten.
+    """
+
+    xx: Array
+    yx: Array
+    yy: Array
+    count: int
+    x_sum: Array
+    y_sum: Array
+    group_size: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("xx", "yx", "yy", "x_sum", "y_sum"):
+            object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=np.float64))
+        if self.yx.ndim != 2:
+            raise ValueError(f"yx must be a matrix (outputs x inputs), got shape {self.yx.shape}.")
+        h, d = self.yx.shape
+        wanted = {"xx": (d, d), "yy": (h, h), "x_sum": (d,), "y_sum": (h,)}
+        for name, shape in wanted.items():
+            got = getattr(self, name).shape
+            if got != shape:
+                raise ValueError(
+                    f"{name} has shape {got}, but yx is {h} x {d}, so {name} must be {shape}. "
+                    "Were they gathered from the same layer?"
+                )
+        if self.count < 1:
+            raise ValueError(f"count must be at least 1 sample, got {self.count}.")
+        if self.group_size < 1 or d % self.group_size:
+            raise ValueError(f"group_size must divide the {d} inputs, got {self.group_size}.")
+
+    @classmethod
+    def from_samples(cls, x: npt.ArrayLike, y: npt.ArrayLike, *, group_size: int = 1) -> Correlations:
+        """Correlations of samples in rows: ``x`` (n, d) and ``y`` (n, h)."""
+        x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+        if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
+            raise ValueError(f"x and y must be matrices with one row a sample, got {x.shape} and {y.shape}.")
+        return cls(x.T @ x, y.T @ x, y.T @ y, len(x), x.sum(0), y.sum(0), group_size)
+
+    @property
+    def r_xx(self) -> Array:
+        """E[x xᵀ], (d, d)."""
+        return self.xx / self.count
+
+    @property
+    def r_yx(self) -> Array:
+        """E[y xᵀ], (h, d)."""
+        return self.yx / self.count
+
+    @property
+    def r_yy(self) -> Array:
+        """E[y yᵀ], (h, h)."""
+        return self.yy / self.count
+
+    @property
+    def groups(self) -> int:
+        """Number of input channels."""
+        return len(self.xx) // self.group_size
+
+    def __add__(self, other: Correlations) -> Correlations:
+        if not isinstance(other, Correlations):
+            return NotImplemented
+        if self.yx.shape != other.yx.shape or self.group_size != other.group_size:
+            raise ValueError(
+                f"cannot add correlations of {self.yx.shape} with groups of {self.group_size} to "
+                f"{other.yx.shape} with groups of {other.group_size}: they describe different layers."
+            )
+        sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        return Correlations(**{**sums, "group_size": self.group_size})
+
+    @staticmethod
+    def merge(parts: Iterable[Correlations]) -> Correlations:
+        """Sum of several correlations of one layer, for example from several machines."""
+        parts = list(parts)
+        if not parts:
+            raise ValueError("merge needs at least one Correlations, got none.")
+        return reduce(Correlations.__add__, parts)
+
+    def centered(self) -> Correlations:
+        """Correlations of x − E[x] and y − E[y].
+
+        Solving on these gives the M of a layer whose bias is free and unpenalised; ``bias(M)`` of the
+        uncentred correlations is that bias.
+        """
+        x_mean, y_mean = self.x_sum / self.count, self.y_sum / self.count
+        return replace(
+            self,
+            xx=self.xx - np.outer(self.x_sum, x_mean),
+            yx=self.yx - np.outer(self.y_sum, x_mean),
+            yy=self.yy - np.outer(self.y_sum, y_mean),
+            x_sum=np.zeros_like(self.x_sum),
+            y_sum=np.zeros_like(self.y_sum),
+        )
+
+    def bias(self, M: npt.ArrayLike) -> Array:
+        """The bias that minimises E‖y − M x − b‖² for a given (h, d) ``M``: b = E[y] − M E[x]."""
+        return np.asarray(self.y_sum - np.asarray(M) @ self.x_sum) / self.count
+
+    def restrict(self, keep: npt.ArrayLike) -> Correlations:
+        """Correlations of the input groups in ``keep`` only, in that order."""
+        columns = group_columns(keep, self.group_size)
+        return replace(
+            self, xx=self.xx[np.ix_(columns, columns)], yx=self.yx[:, columns], x_sum=self.x_sum[columns]
+        )
+
+    def error(self, M: npt.ArrayLike, bias: npt.ArrayLike | None = None) -> float:
+        """½ E‖y − M x − b‖² for an (h, d) ``M`` and an (h,) ``bias`` (zero when not given)."""
+        M = np.asarray(M, dtype=np.float64)
+        b = np.zeros(len(self.yx)) if bias is None else np.asarray(bias, dtype=np.float64)
+        total = np.trace(self.yy) + np.vdot(M @ self.xx - 2 * self.yx, M)
+        total += self.count * (b @ b) + 2 * b @ (M @ self.x_sum - self.y_sum)
+        return float(0.5 * total / self.count)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one ``.npz`` file; an existing file is replaced only once the new one is complete."""
+        path = Path(path)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                np.savez(file, **{f.name: getattr(self, f.name) for f in fields(self)})
+            os.replace(name, path)
+        except BaseException:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            raise
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Correlations:
+        """Read a file that ``save`` wrote. Raises DataError when it is not one."""
+        names = [f.name for f in fields(cls)]
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                values = {name: file[name] for name in names}
+            return cls(**{**values, "count": int(values["count"]), "group_size": int(values["group_size"])})
+        except FileNotFoundError:
+            raise
+        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise DataError(f"{os.fspath(path)} is not a file written by Correlations.save: {error}") from error
+
+    def __repr__(self) -> str:
+        h, d = self.yx.shape
+        return f"Correlations({d} inputs in groups of {self.group_size}, {h} outputs, {self.count} samples)"
