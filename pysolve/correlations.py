@@ -182,7 +182,9 @@ class Correlations:
         except FileNotFoundError:
             raise
         except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
-            raise DataError(f"{os.fspath(path)} is not a file written by Correlations.save: {error}") from error
+            raise DataError(
+                f"{os.fspath(path)} is not a file written by Correlations.save: {error}"
+            ) from error
 
     def __repr__(self) -> str:
         h, d = self.yx.shape

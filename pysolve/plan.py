@@ -54,7 +54,9 @@ class Collapse:
         if keep.ndim != 1 or np.any(np.diff(keep) <= 0):
             raise ValueError("keep must list channel indices in ascending order, each once.")
         if keep.size and not 0 <= keep[0] <= keep[-1] < self.site.channels:
-            raise ValueError(f"keep must lie within 0 … {self.site.channels - 1}, got {keep[0]} … {keep[-1]}.")
+            raise ValueError(
+                f"keep must lie within 0 … {self.site.channels - 1}, got {keep[0]} … {keep[-1]}."
+            )
         strangers = (set(self.weights) | set(self.biases)) - set(self.site.readers)
         if strangers:
             raise ValueError(f"{sorted(strangers)} do not read these channels; readers: {self.site.readers}.")

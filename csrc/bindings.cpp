@@ -1,0 +1,201 @@
+// The only file that knows Python: shapes, dtypes, the lock, signals.
+#include <pybind11/functional.h>
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <string>
+
+#include "pysolve/alternate.hpp"
+#include "pysolve/fista.hpp"
+#include "pysolve/problem.hpp"
+#include "pysolve/prox.hpp"
+
+namespace py = pybind11;
+using namespace pysolve;
+
+namespace {
+
+using Array = py::array_t<double, py::array::c_style>;
+
+std::string shape_of(const Array& array) {
+    std::string text;
+    for (py::ssize_t i = 0; i < array.ndim(); ++i) text += (i ? " x " : "") + std::to_string(array.shape(i));
+    return text;
+}
+
+void expect_shape(const char* name, const Array& array, std::initializer_list<Index> shape) {
+    std::string wanted;
+    for (Index n : shape) wanted += (wanted.empty() ? "" : " x ") + std::to_string(n);
+    if (shape_of(array) != wanted)
+        throw py::value_error(std::string(name) + " must be " + wanted + ", got " + shape_of(array));
+}
+
+// The routine behind a capsule of SciPy's Cython interface. Its name is its C signature: refuse any other kind.
+template <class Function>
+void load(Function*& routine, const py::dict& capsules, const char* name, const std::string& arguments) {
+    const auto capsule = py::reinterpret_borrow<py::capsule>(capsules[name]);
+    std::string letters;
+    const std::string signature = capsule.name() ? capsule.name() : "";
+    for (std::size_t i = signature.find('('); i != std::string::npos && i < signature.find(')');) {
+        const std::size_t next = std::min(signature.find(',', i + 1), signature.find(')', i + 1));
+        const std::string argument = signature.substr(i + 1, next - i - 1);
+        if (argument.find("char *") != std::string::npos) letters += 'c';
+        else if (argument.find("int *") != std::string::npos) letters += 'i';
+        else if (argument.find("_d *") != std::string::npos || argument.find("double *") != std::string::npos)
+            letters += 'd';
+        else letters += '?';
+        i = next;
+    }
+    if (letters != arguments)
+        throw py::import_error(std::string("SciPy's ") + name + " has the signature " + signature +
+                               ", which pysolve does not know; install a SciPy with 32-bit BLAS integers");
+    routine = reinterpret_cast<Function*>(capsule.get_pointer<void>());
+}
+
+void load_blas() {
+    const py::dict blas = py::module_::import("scipy.linalg.cython_blas").attr("__pyx_capi__");
+    const py::dict lapack = py::module_::import("scipy.linalg.cython_lapack").attr("__pyx_capi__");
+    Blas routines{};
+    load(routines.dgemm, blas, "dgemm", "cciiiddididdi");
+    load(routines.dtrsm, blas, "dtrsm", "cccciiddidi");
+    load(routines.dsymv, blas, "dsymv", "ciddididdi");
+    load(routines.dpotrf, lapack, "dpotrf", "cidii");
+    load(routines.dsterf, lapack, "dsterf", "iddi");
+    set_blas(routines);
+}
+
+// Owns references to the arrays that a core Problem points into.
+struct BoundProblem {
+    std::vector<Array> xx;
+    Array yx, weights;
+    Problem problem;
+
+    BoundProblem(std::vector<Array> xx_, const std::vector<Index>& outputs, Array yx_, Index group_size,
+                 Array weights_)
+        : xx(std::move(xx_)), yx(std::move(yx_)), weights(std::move(weights_)) {
+        if (yx.ndim() != 2) throw py::value_error("yx must be a matrix (inputs x outputs)");
+        const Index inputs = yx.shape(0);
+        if (group_size < 1 || inputs % group_size)
+            throw py::value_error("group_size " + std::to_string(group_size) + " does not divide " +
+                                  std::to_string(inputs) + " inputs");
+        if (outputs.size() != xx.size()) throw py::value_error("one number of outputs a reader is needed");
+        expect_shape("weights", weights, {inputs / group_size});
+        problem = {inputs, group_size, yx.shape(1), {}, yx.data(), weights.data()};
+        Index total = 0;
+        for (std::size_t r = 0; r < xx.size(); ++r) {
+            expect_shape("xx", xx[r], {inputs, inputs});
+            if (outputs[r] < 0) throw py::value_error("outputs must not be negative");
+            problem.readers.push_back({xx[r].data(), outputs[r]});
+            total += outputs[r];
+        }
+        if (total != problem.outputs)
+            throw py::value_error("readers have " + std::to_string(total) + " outputs but yx has " +
+                                  std::to_string(problem.outputs));
+    }
+};
+
+Vector to_vector(const BoundProblem& bound, const Array& M) {
+    expect_shape("M", M, {bound.problem.inputs, bound.problem.outputs});
+    return Vector(M.data(), M.data() + M.size());
+}
+
+template <class... Shape>
+Array to_array(const Vector& values, Shape... shape) {
+    return Array({static_cast<py::ssize_t>(shape)...}, values.data());
+}
+
+// Runs `solve` without the lock; polls for Ctrl-C at most every 20 ms, so that the lock is rarely asked for.
+template <class Solve>
+Result run(const py::object& callback, const Solve& solve) {
+    using Clock = std::chrono::steady_clock;
+    auto last = Clock::now();
+    const bool listening = !callback.is_none();
+    const Monitor monitor = [&](const Progress& progress) {
+        const auto now = Clock::now();
+        if (!listening && now - last < std::chrono::milliseconds(20)) return;
+        last = now;
+        const py::gil_scoped_acquire lock;
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+        if (listening) callback(progress.iteration, progress.objective, progress.gap);
+    };
+    const py::gil_scoped_release unlock;
+    return solve(monitor);
+}
+
+void register_problem(py::module_& m) {
+    py::class_<BoundProblem>(m, "Problem")
+        .def(py::init<std::vector<Array>, std::vector<Index>, Array, Index, Array>(), py::kw_only(),
+             py::arg("xx").noconvert(), py::arg("outputs"), py::arg("yx").noconvert(), py::arg("group_size"),
+             py::arg("weights").noconvert());
+
+    py::class_<Result>(m, "Result")
+        .def_property_readonly("kkt", [](const Result& r) { return to_array(r.kkt, r.kkt.size()); })
+        .def_property_readonly("M", [](const Result& r) { return to_array(r.M, r.M.size()); })
+        .def_property_readonly("objective", [](const Result& r) { return r.certificate.objective; })
+        .def_property_readonly("gap", [](const Result& r) { return r.certificate.gap; })
+        .def_property_readonly("floor", [](const Result& r) { return r.certificate.floor; })
+        .def_readonly("iterations", &Result::iterations)
+        .def_property_readonly("history", [](const Result& r) {
+            Array rows({static_cast<py::ssize_t>(r.history.size()), py::ssize_t{3}});
+            double* row = rows.mutable_data();
+            for (const Progress& p : r.history) {
+                *row++ = p.seconds;
+                *row++ = p.objective;
+                *row++ = p.gap;
+            }
+            return rows;
+        });
+}
+
+void register_prox(py::module_& m) {
+    m.def(
+        "prox_group_lasso",
+        [](const Array& V, Index group_size, const Array& thresholds) {
+            if (V.ndim() != 2) throw py::value_error("V must be a matrix (inputs x outputs)");
+            expect_shape("thresholds", thresholds, {V.shape(0) / std::max<Index>(group_size, 1)});
+            Array out({V.shape(0), V.shape(1)}, V.data());
+            const Index block = group_size * V.shape(1);
+            for (Index g = 0; g < thresholds.size(); ++g)
+                shrink_group({out.mutable_data() + g * block, static_cast<std::size_t>(block)}, thresholds.at(g));
+            return out;
+        },
+        py::arg("V").noconvert(), py::arg("group_size"), py::arg("thresholds").noconvert());
+}
+
+void register_solvers(py::module_& m) {
+    m.def(
+        "fista",
+        [](const BoundProblem& bound, double lam, const Array& M0, double tol, Index max_iter, bool momentum,
+           bool restart, double q, const py::object& callback) {
+            Vector start = to_vector(bound, M0);
+            return run(callback, [&](const Monitor& monitor) {
+                return fista(bound.problem, lam, std::move(start), {momentum, restart, q}, {tol, max_iter}, monitor);
+            });
+        },
+        py::arg("problem"), py::arg("lam"), py::arg("M0").noconvert(), py::kw_only(), py::arg("tol"),
+        py::arg("max_iter"), py::arg("momentum"), py::arg("restart"), py::arg("q"), py::arg("callback"));
+    m.def(
+        "alternate_minimization",
+        [](const BoundProblem& bound, double lam, const Array& M0, double tol, Index max_iter, Index rounds,
+           double epsilon, const py::object& callback) {
+            Vector start = to_vector(bound, M0);
+            return run(callback, [&](const Monitor& monitor) {
+                return alternate_minimization(bound.problem, lam, std::move(start), {rounds, epsilon},
+                                              {tol, max_iter}, monitor);
+            });
+        },
+        py::arg("problem"), py::arg("lam"), py::arg("M0").noconvert(), py::kw_only(), py::arg("tol"),
+        py::arg("max_iter"), py::arg("rounds"), py::arg("epsilon"), py::arg("callback"));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+    m.doc() = "The compiled core of pysolve: see csrc/include/pysolve for what each routine solves.";
+    load_blas();
+    register_problem(m);
+    register_prox(m);
+    register_solvers(m);
+}

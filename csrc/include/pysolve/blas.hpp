@@ -1,0 +1,51 @@
+// BLAS and LAPACK routines as function pointers, set once from outside (SciPy's own, in the Python package),
+// and the few row-major operations that the solvers are written in.
+#pragma once
+
+#include <cstddef>
+#include <span>
+#include <vector>
+
+namespace pysolve {
+
+using Index = std::ptrdiff_t;
+using Vector = std::vector<double>;
+
+// Fortran interfaces, 32-bit integers, column-major.
+struct Blas {
+    void (*dgemm)(char*, char*, int*, int*, int*, double*, double*, int*, double*, int*, double*, double*, int*);
+    void (*dtrsm)(char*, char*, char*, char*, int*, int*, double*, double*, int*, double*, int*);
+    void (*dsymv)(char*, int*, double*, double*, int*, double*, int*, double*, double*, int*);
+    void (*dpotrf)(char*, int*, double*, int*, int*);
+    void (*dsterf)(int*, double*, double*, int*);
+};
+
+// The routines in use. Calling anything below before `set_blas` is undefined.
+void set_blas(const Blas& routines);
+
+// A view of a row-major matrix whose rows lie `stride` numbers apart.
+template <class T>
+struct MatrixView {
+    T* data;
+    Index rows, cols, stride;
+};
+
+// out = alpha · Aᵀ B + beta · out
+void multiply_transposed(MatrixView<const double> A, MatrixView<const double> B, double alpha, double beta,
+                         MatrixView<double> out);
+
+// y = A x for a symmetric A.
+void multiply_symmetric(MatrixView<const double> A, const double* x, double* y);
+
+// Factor the symmetric A in place; false where A is not positive definite (A is then spoilt).
+[[nodiscard]] bool cholesky(MatrixView<double> A);
+
+// X ← A⁻¹ X with the factor that `cholesky` left.
+void cholesky_solve(MatrixView<const double> factor, MatrixView<double> X);
+
+// Largest eigenvalue of the symmetric tridiagonal matrix with this diagonal and off-diagonal.
+[[nodiscard]] double largest_tridiagonal_eigenvalue(Vector diagonal, Vector off_diagonal);
+
+[[nodiscard]] double dot(std::span<const double> a, std::span<const double> b);
+
+}  // namespace pysolve

@@ -1,0 +1,126 @@
+// The problem that every convex solver of the core solves, and how close an M is to its solution.
+//
+//     P(M) = Σ_r ( ½⟨R_r M_r, M_r⟩ − ⟨C_r, M_r⟩ ) + lam Σ_g w_g ‖M_g‖
+//
+// M has one row per input and one column per output, so that a group (consecutive inputs) is one contiguous
+// block of numbers. Several readers stand side by side in its columns: reader r owns the columns of M_r and has
+// its own R_r (inputs × inputs); the norm of a group runs over all of them.
+#pragma once
+
+#include <chrono>
+#include <functional>
+#include <limits>
+#include <span>
+#include <vector>
+
+#include "pysolve/blas.hpp"
+
+namespace pysolve {
+
+struct Reader {
+    const double* xx;  // R_r, inputs × inputs, symmetric positive semi-definite
+    Index outputs;     // columns of M that belong to it
+};
+
+struct Problem {
+    Index inputs, group_size, outputs;  // outputs: of all readers together
+    std::vector<Reader> readers;
+    const double* yx;       // C, inputs × outputs
+    const double* weights;  // w_g > 0, one per group
+
+    Index groups() const { return inputs / group_size; }
+    Index block() const { return group_size * outputs; }  // numbers in one group
+    Index size() const { return inputs * outputs; }
+    std::span<const double> group(const double* matrix, Index g) const {
+        return {matrix + g * block(), static_cast<std::size_t>(block())};
+    }
+    std::span<double> group(double* matrix, Index g) const {
+        return {matrix + g * block(), static_cast<std::size_t>(block())};
+    }
+};
+
+// T = R M, exploiting that M is zero outside some groups. Keeps the rows of R that it needs packed between
+// calls, since the set of groups changes rarely.
+class Product {
+  public:
+    explicit Product(const Problem& problem) : problem_(problem) {}
+    void operator()(const Vector& M, Vector& T);
+
+  private:
+    void pack();
+
+    const Problem& problem_;
+    std::vector<Index> active_, packed_;
+    bool dense_ = false;
+    std::vector<Vector> rows_;  // per reader: rows of R of the packed groups
+    Vector compact_;            // the packed rows of M
+};
+
+struct Certificate {
+    double objective = 0.0;
+    double gap = std::numeric_limits<double>::infinity();
+    double floor = 0.0;  // what rounding alone can leave of the gap
+
+    bool within(double tol) const;
+};
+
+// Bounds P(M) − min P from above by a feasible point of the dual.
+//
+// For N with ‖(R N − C)_g‖ ≤ lam w_g, −½⟨R N, N⟩ ≤ min P. N = s M + (1 − s) B with R B = C + E, where B solves
+// least squares up to a measured E, and the largest s that the triangle inequality shows to be feasible.
+class DualBound {
+  public:
+    explicit DualBound(const Problem& problem);
+    Certificate operator()(double lam, const Vector& M, const Vector& T) const;  // T = R M
+
+  private:
+    const Problem& problem_;
+    Vector target_;              // R B
+    Vector residual_, c_norms_;  // ‖E_g‖, ‖C_g‖
+    double energy_ = 0.0;        // ⟨R B, B⟩
+};
+
+// Per group: ‖G_g + lam w_g M_g/‖M_g‖‖ where M_g ≠ 0, otherwise (‖G_g‖ − lam w_g)₊, with G = T − C.
+Vector kkt_residuals(const Problem& problem, double lam, const Vector& M, const Vector& T);
+
+// A bound L ≥ λ_max(R_r) of every reader, at most a few per cent too large; proven by a Cholesky factorisation.
+double lipschitz_bound(const Problem& problem);
+
+struct Progress {
+    Index iteration;
+    double seconds, objective, gap;
+};
+
+// Called once an iteration. It may throw to abandon the solve.
+using Monitor = std::function<void(const Progress&)>;
+
+struct Stopping {
+    double tol;
+    Index max_iter;
+};
+
+struct Result {
+    Vector M;
+    Certificate certificate;
+    Vector kkt;
+    Index iterations = 0;
+    std::vector<Progress> history;
+};
+
+// Keeps the history of a solve and says when to stop.
+class Recorder {
+  public:
+    Recorder(const Stopping& stopping, const Monitor& monitor) : stopping_(stopping), monitor_(monitor) {}
+    // True when the precision asked for is reached or the iterations are spent.
+    bool operator()(const Certificate& certificate);
+    Index iterations() const { return std::ssize(history_) - 1; }
+    Result result(const Problem& problem, double lam, Vector M, const Vector& T, const Certificate& certificate);
+
+  private:
+    Stopping stopping_;
+    const Monitor& monitor_;
+    std::chrono::steady_clock::time_point start_ = std::chrono::steady_clock::now();
+    std::vector<Progress> history_;
+};
+
+}  // namespace pysolve

@@ -1,0 +1,66 @@
+"""Make trained neural networks smaller without retraining them.
+
+Solvers on correlation matrices need NumPy alone; the names that work on networks import torch on first use.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pysolve.certificate import Certificate, certify, lam_max
+from pysolve.correlations import Correlations
+from pysolve.debias import debias
+from pysolve.errors import CollapseError, DataError, LayerNotFoundError, PysolveError
+from pysolve.plan import Collapse, Plan, Site
+from pysolve.solvers import (
+    History,
+    Solution,
+    alternate_minimization,
+    fista,
+    prox_group_lasso,
+    proximal_gradient,
+    solve_linear_reconstruction,
+)
+
+if TYPE_CHECKING:
+    from pysolve.nn.gather import gather
+    from pysolve.nn.surgery import apply
+
+__version__ = "0.1.0"
+
+_NEEDS_TORCH = {"gather": "pysolve.nn.gather", "apply": "pysolve.nn.surgery"}
+
+__all__ = [
+    "Certificate",
+    "Collapse",
+    "CollapseError",
+    "Correlations",
+    "DataError",
+    "History",
+    "LayerNotFoundError",
+    "Plan",
+    "PysolveError",
+    "Site",
+    "Solution",
+    "alternate_minimization",
+    "apply",
+    "certify",
+    "debias",
+    "fista",
+    "gather",
+    "lam_max",
+    "prox_group_lasso",
+    "proximal_gradient",
+    "solve_linear_reconstruction",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEEDS_TORCH:
+        return getattr(import_module(_NEEDS_TORCH[name]), name)
+    raise AttributeError(f"module 'pysolve' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,59 @@
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Array = npt.NDArray[np.float64]
+Report = Callable[[int, float, float], None]
+
+class Problem:
+    def __init__(
+        self,
+        *,
+        xx: Sequence[Array],
+        outputs: Sequence[int],
+        yx: Array,
+        group_size: int,
+        weights: Array,
+    ) -> None: ...
+
+class Result:
+    @property
+    def M(self) -> Array: ...
+    @property
+    def kkt(self) -> Array: ...
+    @property
+    def objective(self) -> float: ...
+    @property
+    def gap(self) -> float: ...
+    @property
+    def floor(self) -> float: ...
+    @property
+    def iterations(self) -> int: ...
+    @property
+    def history(self) -> Array: ...
+
+def prox_group_lasso(V: Array, group_size: int, thresholds: Array) -> Array: ...
+def fista(
+    problem: Problem,
+    lam: float,
+    M0: Array,
+    *,
+    tol: float,
+    max_iter: int,
+    momentum: bool,
+    restart: bool,
+    q: float,
+    callback: Report | None,
+) -> Result: ...
+def alternate_minimization(
+    problem: Problem,
+    lam: float,
+    M0: Array,
+    *,
+    tol: float,
+    max_iter: int,
+    rounds: int,
+    epsilon: float,
+    callback: Report | None,
+) -> Result: ...

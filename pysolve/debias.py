@@ -1,0 +1,84 @@
+"""Least squares on the groups that were kept: what the penalty shrank is given back."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+
+from pysolve.correlations import Array, Correlations, group_columns
+from pysolve.problem import as_problem
+
+# The ladder of ridges that "auto" tries, relative to the mean diagonal of r_xx on the kept inputs.
+AUTO_RIDGES = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
+
+
+def debias(
+    r_xx: Any,
+    r_yx: Any = None,
+    keep: npt.ArrayLike = (),
+    *,
+    group_size: int | None = None,
+    ridge: float | Literal["auto"] = "auto",
+) -> Array:
+    """Refit on the kept groups alone, without penalty.
+
+    Solves  min_M  ½⟨M R, M⟩ − ⟨C, M⟩ + ½ ε Σ_i R_ii ‖M_i‖²   over M that is zero outside ``keep``.
+
+    Parameters
+    ----------
+    r_xx : (d, d) array, CPU tensor or Correlations
+        E[x xᵀ]; with a Correlations, ``r_yx`` is left out: ``debias(correlations, keep=keep)``.
+    r_yx : (h, d) array or CPU tensor
+        E[y xᵀ].
+    keep : (k,) int array
+        Indices of the groups that stay.
+    group_size : int
+    ridge : float or "auto"
+        ε, relative to each input's own variance. "auto" takes the smallest of 1e-10 … 1e-2 that leaves a
+        factorisation, so that repeated or dead inputs are no error.
+
+    Returns
+    -------
+    (h, d) array
+        Zero on the columns of dropped groups.
+    """
+    problem = as_problem(r_xx if isinstance(r_xx, Correlations) else (r_xx, r_yx), group_size)
+    (R,), (C,) = problem.xx, problem.yx
+    groups = _checked_keep(keep, problem.groups)
+    columns = group_columns(groups, problem.group_size)
+    M = np.zeros_like(C)
+    # An input without variance has no use, and its row of R nothing to factor.
+    columns = columns[np.diag(R)[columns] > 0]
+    if len(columns):
+        M[:, columns] = _ridge_solve(R[np.ix_(columns, columns)], C[:, columns], ridge)
+    return M
+
+
+def _ridge_solve(R: Array, C: Array, ridge: float | Literal["auto"]) -> Array:
+    if ridge != "auto" and not (np.isfinite(ridge) and ridge >= 0):
+        raise ValueError(f'ridge must be "auto" or a number of at least 0, got {ridge!r}.')
+    unit = np.sqrt(np.diag(R))
+    R, C = R / unit / unit[:, None], C / unit
+    for epsilon in AUTO_RIDGES if ridge == "auto" else (ridge,):
+        try:
+            factor = scipy.linalg.cho_factor(R + epsilon * np.eye(len(R)), lower=True, check_finite=False)
+        except scipy.linalg.LinAlgError:
+            continue
+        return np.asarray(scipy.linalg.cho_solve(factor, C.T, check_finite=False).T / unit)
+    raise ValueError(f'r_xx on the kept inputs is singular at ridge={ridge}; use a larger one or "auto".')
+
+
+def _checked_keep(keep: npt.ArrayLike, groups: int) -> npt.NDArray[np.intp]:
+    indices = np.asarray(keep)
+    if indices.dtype == np.bool_:
+        raise TypeError("keep must list indices, got a mask; use np.flatnonzero(mask).")
+    if indices.size and indices.dtype.kind not in "iu":
+        raise TypeError(f"keep must hold integers, got dtype {indices.dtype}.")
+    if indices.ndim != 1 or len(np.unique(indices)) != len(indices):
+        raise ValueError("keep must be a list of group indices, each once.")
+    if indices.size and not 0 <= indices.min() <= indices.max() < groups:
+        raise ValueError(f"keep must lie within 0 … {groups - 1}, got {indices.min()} … {indices.max()}.")
+    return indices.astype(np.intp)
