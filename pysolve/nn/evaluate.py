@@ -1,0 +1,125 @@
+"""What a network is worth and what it costs: accuracy, parameters, bytes, MACs, latency."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pysolve.errors import DataError
+from pysolve.nn.network import Values, as_input, device_of, evaluating, forward, labelled
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Seconds that one call takes: the median of repeated calls, and their quartiles ``low`` and ``high``."""
+
+    median: float
+    low: float
+    high: float
+    batch_size: int
+    threads: int
+
+    def __str__(self) -> str:
+        return f"{1e3 * self.median:.2f} ms ({1e3 * self.low:.2f} … {1e3 * self.high:.2f})"
+
+
+def accuracy(model: nn.Module, x: Values, y: Values, *, batch_size: int = 1000) -> float:
+    """Share of inputs whose largest output is at their label, in per cent.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Returns (n, classes) scores; its mode is kept.
+    x : (n, …) array or tensor
+    y : (n,) integer array or tensor
+    batch_size : int
+    """
+    inputs, labels = labelled(model, x, y)
+    if labels.ndim != 1:
+        raise DataError(f"expected one class number for each input, got labels of {tuple(labels.shape)}.")
+    device, right = device_of(model), 0
+    with evaluating(model):
+        for start in range(0, len(inputs), batch_size):
+            scores = forward(model, inputs[start : start + batch_size], device)
+            right += int((scores.argmax(1).cpu() == labels[start : start + batch_size].cpu()).sum())
+    return 100.0 * right / len(labels)
+
+
+def parameters(model: nn.Module) -> int:
+    """Number of parameters, shared ones once."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def nbytes(model: nn.Module) -> int:
+    """Bytes of the state dict's tensors, shared ones once."""
+    tensors = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
+    return sum({(t.data_ptr(), t.shape): t.nbytes for t in tensors}.values())
+
+
+def macs(model: nn.Module, example: Any) -> int:
+    """Multiply-accumulates of all Linear and convolution calls on one batch.
+
+    Parameters
+    ----------
+    model : nn.Module
+    example : one batch
+        In the forms that ``gather`` takes; with one sample in it, the result is per sample.
+    """
+    calls: list[int] = []
+
+    def count(module: nn.Module, args: Any, output: Tensor) -> None:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        # Every output, or input of a transposed convolution, meets one slice of the weight.
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        calls.append((args[0] if transposed else output).numel() * weight[0].numel())
+
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+                stack.callback(module.register_forward_hook(count).remove)
+        forward(model, example, device_of(model))
+    return sum(calls)
+
+
+def latency(model: nn.Module, x: Values, *, repeats: int = 50) -> Latency:
+    """How long the network takes for one batch, after a warm-up of a fifth as many calls.
+
+    Parameters
+    ----------
+    model : nn.Module
+    x : (n, …) array or tensor
+        The batch, moved to the network's device beforehand.
+    repeats : int
+    """
+    if repeats < 1:
+        raise ValueError(f"repeats must be at least 1, got {repeats}.")
+    batch = as_input(model, x).to(device_of(model))
+    with evaluating(model):
+        for _ in range(1 + repeats // 5):
+            model(batch)
+        times = [_seconds(lambda: model(batch), batch.device) for _ in range(repeats)]
+    low, median, high = np.quantile(times, (0.25, 0.5, 0.75)).tolist()
+    return Latency(median, low, high, len(batch), torch.get_num_threads())
+
+
+def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+    """Time of one call, with the accelerator's queue empty before and after."""
+    _wait(device)
+    start = time.perf_counter()
+    call()
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
