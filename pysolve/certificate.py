@@ -70,8 +70,7 @@ def certify(
     """
     problem = _problem(r_xx, r_yx, group_size, weights)
     lam = check_lam(lam)
-    several = isinstance(r_xx, list | tuple)
-    answers = [checked_matrix("M", m) for m in (M if several else [M])]
+    answers = [checked_matrix("M", m) for m in (M if _is_several(r_xx) else [M])]
     for m, c in zip(answers, problem.yx, strict=True):
         if m.shape != c.shape:
             raise ValueError(f"M is {m.shape} but r_yx is {c.shape}; they must have the same shape.")
@@ -82,8 +81,12 @@ def certify(
 
 
 def _problem(r_xx: Any, r_yx: Any, group_size: int | None, weights: npt.ArrayLike | None) -> Problem:
-    several = isinstance(r_xx, list | tuple)
+    several = _is_several(r_xx)
     return as_problem(list(zip(r_xx, r_yx, strict=True)) if several else (r_xx, r_yx), group_size, weights)
+
+
+def _is_several(r_xx: Any) -> bool:
+    return isinstance(r_xx, list | tuple) and len(r_xx) > 0 and np.ndim(r_xx[0]) == 2
 
 
 def _objective(problem: Problem, M: Sequence[Array], lam: float) -> float:

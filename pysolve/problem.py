@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from pysolve.correlations import Array, Correlations, group_columns
+from pysolve.correlations import Array, Correlations
 
 # Negative eigenvalues up to this share of the trace (of R at unit diagonal) pass as rounding in float32.
 NEGATIVE_SHARE = 1e-7

@@ -254,9 +254,9 @@ def _solve(
         callback(iteration, objective * energy + constant, gap * energy)
 
     start, scaled_lam = _start(scaled, M0), lam / scaled.unit
-    if lam >= scaled.lam_max:
+    if lam >= scaled.lam_max * (1 - 1e-13):
         # Zero is the solution; rounding in the scaled C must not make the core doubt it.
-        start, scaled_lam = np.zeros_like(start), scaled_lam * (1 + 1e-12)
+        start, scaled_lam = np.zeros_like(start), max(scaled_lam, 1.0) * (1 + 1e-12)
     result = core(
         scaled.core, scaled_lam, start, tol=float(tol), max_iter=MAX_ITER if max_iter is None else int(max_iter),
         callback=None if callback is None else report,

@@ -37,20 +37,22 @@ double step(const Problem& problem, double lam, double L, double u, const Iterat
 
 Result run_fista(const Problem& problem, double lam, Vector M, const FistaOptions& options,
                  const DualBound& bound, Recorder& recorder) {
-    const double L = lipschitz_bound(problem);
     Product product(problem);
     Iterate now{std::move(M), {}};
     product(now.M, now.T);
     Iterate before = now;
     Vector V(static_cast<std::size_t>(problem.block()));
     Certificate certificate = bound(lam, now.M, now.T);
+    bool done = recorder(certificate);
+    const double L = done ? 0.0 : lipschitz_bound(problem);
     double k = 1.0;
-    while (!recorder(certificate) && L > 0.0) {
+    while (!done && L > 0.0) {
         const double u = options.momentum ? (k - 1.0) / (k + options.q + 2.0) : 0.0;
         const double uphill = step(problem, lam, L, u, now, before, V);
         std::swap(now, before);
         product(now.M, now.T);
         certificate = bound(lam, now.M, now.T);
+        done = recorder(certificate);
         k = options.restart && uphill > 0.0 ? 1.0 : k + 1.0;
     }
     return recorder.result(problem, lam, std::move(now.M), now.T, certificate);

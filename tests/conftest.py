@@ -1,0 +1,24 @@
+import os
+from pathlib import Path
+
+# Thousands of tiny products: BLAS threads only wait for each other, badly so on a busy machine.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("default", deadline=None, max_examples=40, print_blob=True)
+settings.register_profile("thorough", deadline=None, max_examples=2000, print_blob=True)
+settings.load_profile(os.environ.get("PYSOLVE_HYPOTHESIS", "default"))
+
+
+@pytest.fixture(scope="session")
+def mnist_folder() -> Path:
+    """Folder of the four MNIST files, or a skip that says how to get them."""
+    root = os.environ.get("PYSOLVE_DATA")
+    folder = Path(root) / "mnist" if root else None
+    if folder is None or not folder.is_dir():
+        pytest.skip(
+            "needs MNIST: put train/t10k-images/labels-idx?-ubyte.gz into DIR/mnist and set PYSOLVE_DATA=DIR"
+        )
+    return folder

@@ -1,0 +1,67 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from strategies import instances
+
+import pysolve as ps
+
+
+@given(instances(), st.data())
+def test_no_other_matrix_on_the_kept_groups_does_better(case, data):
+    keep = data.draw(st.lists(st.integers(0, case.groups - 1), unique=True).map(sorted))
+    M = ps.debias(case.r_xx, case.r_yx, keep, group_size=case.group_size)
+    columns = [g * case.group_size + i for g in keep for i in range(case.group_size)]
+    others = np.setdiff1d(np.arange(len(case.r_xx)), columns)
+    assert not M[:, others].any()
+    scale = np.sqrt(np.diag(case.r_xx)[columns])
+    gradient = (M @ case.r_xx - case.r_yx)[:, columns]
+    # The ridge leaves a gradient of ε R_ii M_i; correlations with y bound everything by Cauchy–Schwarz.
+    size = np.sqrt(np.diag(case.r_yy))[:, None] * scale
+    assert np.all(np.abs(gradient) <= 1e-5 * size)
+
+
+@given(instances(spread=0.5))
+def test_debiasing_never_raises_the_error_of_a_solution(case):
+    solution = ps.solve_linear_reconstruction(
+        case.r_xx, case.r_yx, case.lam, group_size=case.group_size, tol=1e-6
+    )
+    refit = ps.debias(case.r_xx, case.r_yx, solution.keep, group_size=case.group_size)
+
+    def error(M):
+        return 0.5 * np.vdot(M @ case.r_xx, M) - np.vdot(case.r_yx, M)
+
+    assert error(refit) <= error(solution.M) + 1e-7 * np.trace(case.r_yy)
+
+
+def test_takes_correlations():
+    x = np.random.default_rng(0).standard_normal((50, 6))
+    correlations = ps.Correlations.from_samples(x, x[:, :2], group_size=2)
+    M = ps.debias(correlations, keep=[0])
+    np.testing.assert_allclose(M, np.eye(2, 6), atol=1e-8)
+    np.testing.assert_array_equal(M, ps.debias(correlations.r_xx, correlations.r_yx, [0], group_size=2))
+
+
+def test_keeping_nothing_gives_zero():
+    assert not ps.debias(np.eye(3), np.ones((2, 3)), []).any()
+
+
+@pytest.mark.parametrize(
+    ("keep", "options", "message"),
+    [
+        ([0, 3], {}, "keep must lie within 0 … 2, got 0 … 3"),
+        ([1, 1], {}, "each once"),
+        ([[0]], {}, "a list of group indices"),
+        ([0], {"ridge": -1.0}, "ridge must be"),
+        ([0, 1], {"ridge": 0.0}, "singular at ridge=0"),
+    ],
+)
+def test_bad_values_are_refused(keep, options, message):
+    with pytest.raises(ValueError, match=message):
+        ps.debias(np.array([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]]), np.ones((1, 3)), keep, **options)
+
+
+@pytest.mark.parametrize(("keep", "message"), [([True, False, True], "got a mask"), ([0.5], "integers")])
+def test_bad_types_are_refused(keep, message):
+    with pytest.raises(TypeError, match=message):
+        ps.debias(np.eye(3), np.ones((1, 3)), keep)

@@ -1,0 +1,117 @@
+import numpy as np
+import pytest
+import torch
+
+import pysolve as ps
+
+EYE, ROW = np.eye(4), np.ones((2, 4))
+
+
+def with_entry(matrix, value):
+    matrix = matrix.copy()
+    matrix.flat[1] = value
+    return matrix
+
+
+@pytest.mark.parametrize(
+    ("r_xx", "r_yx", "options", "message"),
+    [
+        (np.eye(3), ROW, {}, "r_yx has 4 columns but r_xx is 3 x 3"),
+        (np.ones((3, 4)), ROW, {}, "r_xx must be square and not empty, got 3 x 4"),
+        (np.eye(0), np.ones((2, 0)), {}, "not empty"),
+        (EYE, np.ones((0, 4)), {}, "r_yx has no rows"),
+        (np.ones(4), ROW, {}, "r_xx must be a matrix, got an array of shape"),
+        (with_entry(EYE, np.nan), ROW, {}, "r_xx has 1 entries that are not finite"),
+        (EYE, with_entry(ROW, np.inf), {}, "r_yx has 1 entries that are not finite"),
+        (with_entry(EYE, 0.5), ROW, {}, "r_xx is not symmetric: .* up to 0.5"),
+        (-EYE, ROW, {}, "negative diagonal entry, -1"),
+        (EYE - 0.5, ROW, {}, "not positive semi-definite"),
+        (np.diag([1.0, 1, 1, 0]), ROW, {}, "r_yx is not zero for 1 inputs whose r_xx is zero"),
+        (EYE, ROW, {"lam": 0.0}, "lam must be positive and finite, got 0"),
+        (EYE, ROW, {"lam": -1.0}, "lam must be positive"),
+        (EYE, ROW, {"lam": np.nan}, "lam must be positive and finite, got nan"),
+        (EYE, ROW, {"lam": np.inf}, "lam must be positive"),
+        (EYE, ROW, {"group_size": 3}, "group_size must divide the 4 inputs, got 3"),
+        (EYE, ROW, {"group_size": 0}, "group_size must divide"),
+        (EYE, ROW, {"weights": [1, 1, 1, -1]}, "weights must be finite and at least 0"),
+        (EYE, ROW, {"weights": [1, 1]}, "one number for each of the 4 groups"),
+        (EYE, ROW, {"M0": np.ones((2, 3))}, r"M0 has shape .*\(2, 3\).* needs .*\(2, 4\)"),
+        (EYE, ROW, {"M0": with_entry(ROW, np.nan)}, "M0 has 1 entries"),
+        (EYE, ROW, {"tol": -1e-8}, "tol must be at least 0"),
+        (EYE, ROW, {"tol": np.nan}, "tol must be at least 0"),
+        (EYE, ROW, {"max_iter": -1}, "max_iter must be at least 0"),
+        (EYE, ROW, {"r_yy": -1.0}, "r_yy must have a finite trace"),
+        (EYE, ROW, {"method": "adam"}, "unknown method 'adam'; choose one of alternate_minimization, fista"),
+    ],
+)
+def test_bad_values_are_refused(r_xx, r_yx, options, message):
+    with pytest.raises(ValueError, match=message):
+        ps.solve_linear_reconstruction(r_xx, r_yx, **{"lam": 1.0, **options})
+
+
+@pytest.mark.parametrize(
+    ("r_xx", "r_yx", "options", "message"),
+    [
+        (EYE.astype(complex), ROW, {}, "r_xx must hold real numbers, got dtype complex128"),
+        (EYE, ROW.astype(object), {}, "r_yx must hold real numbers"),
+        (EYE, ROW, {"lam": "large"}, "lam must be a number, got 'large'"),
+        (EYE, ROW, {"group_size": 2.0}, "group_size must be an integer, got float"),
+        (torch.eye(4, device="meta"), ROW, {}, "r_xx is on meta"),
+    ],
+)
+def test_bad_types_are_refused(r_xx, r_yx, options, message):
+    with pytest.raises(TypeError, match=message):
+        ps.solve_linear_reconstruction(r_xx, r_yx, **{"lam": 1.0, **options})
+
+
+@pytest.mark.parametrize("problems", [EYE, [EYE, ROW], "text", [(EYE, ROW, 1)]])
+def test_what_is_no_problem_is_refused(problems):
+    with pytest.raises(TypeError, match="a problem is a Correlations or a tuple"):
+        ps.fista(problems, 1.0)
+
+
+def test_readers_must_share_their_inputs():
+    with pytest.raises(ValueError, match="readers must share their inputs, got 4 and 3"):
+        ps.fista([(EYE, ROW), (np.eye(3), np.ones((1, 3)))], 1.0)
+    with pytest.raises(ValueError, match="empty list"):
+        ps.fista([], 1.0)
+
+
+def test_readers_must_share_their_groups():
+    x = np.random.default_rng(0).standard_normal((9, 4))
+    with pytest.raises(ValueError, match=r"share their groups, got group sizes \[1, 2\]"):
+        ps.fista([ps.Correlations.from_samples(x, x, group_size=g) for g in (1, 2)], 1.0)
+
+
+def test_tensors_lists_and_smaller_floats_are_accepted():
+    wanted = ps.solve_linear_reconstruction(EYE, ROW, 0.5).M
+    for r_xx, r_yx in [
+        (torch.eye(4), torch.ones(2, 4, requires_grad=True)),
+        (EYE.tolist(), ROW.tolist()),
+        (EYE.astype(np.float32), np.asfortranarray(ROW)),
+        (np.eye(8)[::2, ::2], np.ones((2, 4), int)),
+    ]:
+        np.testing.assert_allclose(ps.solve_linear_reconstruction(r_xx, r_yx, 0.5).M, wanted, rtol=1e-12)
+
+
+def test_rounding_of_float32_correlations_is_no_error():
+    """Sums in float32 leave a singular matrix with slightly negative eigenvalues and asymmetry."""
+    x = np.random.default_rng(0).standard_normal((20, 60)).astype(np.float32)
+    R = x.T @ x / np.float32(20)
+    R[0, 1] *= 1 + 1e-7
+    solution = ps.solve_linear_reconstruction(R, R[:5], 0.1, tol=1e-6)
+    assert solution.converged
+
+
+def test_inputs_are_never_written_to():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((30, 6))
+    R, C = x.T @ x, x[:, :8].T @ x
+    M0, weights = np.ones_like(C), np.array([0.0, 1, 1, 1, 1, 1])
+    kept = [a.copy() for a in (R, C, M0, weights)]
+    for array in (R, C, M0, weights):
+        array.flags.writeable = False
+    for method in ("proximal_gradient", "fista", "alternate_minimization"):
+        ps.solve_linear_reconstruction(R, C, 1.0, method, M0=M0, weights=weights)
+    for before, after in zip(kept, (R, C, M0, weights), strict=True):
+        np.testing.assert_array_equal(before, after)
