@@ -110,10 +110,11 @@ def _idx_folder(folder: Path) -> Path:
     for place in places:
         if any(_idx_names(place, part, kind) for part in ("train", "t10k") for kind in ("images", "labels")):
             return place.resolve()
-    looked = ", ".join(map(str, places))
+    if not folder.is_dir():
+        raise DataError(f"{folder} is not a folder; expected one with the four MNIST files.")
     raise DataError(
-        f"no train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte and "
-        f"t10k-labels-idx1-ubyte (plain or .gz) in {looked}: put the four MNIST files into one of them."
+        f"{folder} holds none of train-images-idx3-ubyte, train-labels-idx1-ubyte, t10k-images-idx3-ubyte, "
+        f"t10k-labels-idx1-ubyte, plain or .gz; also looked in {places[1]} and {places[2]}."
     )
 
 

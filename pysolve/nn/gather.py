@@ -97,17 +97,19 @@ def gather(
     """
     _check_arguments(batches, positions)
     names = _layer_names(model, sites, layers)
+    own = {name: _linear(model, name) for name in names}
+    targets = {} if target_model is None else {name: _linear(target_model, name) for name in names}
+    wanted: dict[str, deque[Tensor]] = {name: deque() for name in targets}
     sums: dict[str, _Sums] = {}
     record = _summing(sums, positions)
-    wanted: dict[str, deque[Tensor]] = {name: deque() for name in names}
     seen, bar = 0, tqdm(batches, "gather", unit="batch", disable=None if progress else True)
-    with evaluating(model, target_model or model):
+    with evaluating(model, *([] if target_model is None else [target_model])):
         for seen, batch in enumerate(bar, start=1):  # noqa: B007
             if target_model is None:
-                _run(model, names, batch, device, record)
+                _run(model, own, batch, device, record)
             else:
-                _run(target_model, names, batch, device, _keeping(wanted))
-                _run(model, names, batch, device, _with_targets(record, wanted))
+                _run(target_model, targets, batch, device, _keeping(wanted))
+                _run(model, own, batch, device, _with_targets(record, wanted))
                 _check_paired(wanted)
     return _finished(names, sums, seen)
 
@@ -147,8 +149,10 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def _run(model: nn.Module, names: Iterable[str], batch: Any, device: Device, record: Record) -> None:
-    """Run one batch; every call of a named layer passes its input and output to ``record``."""
+def _run(
+    model: nn.Module, layers: Mapping[str, nn.Linear], batch: Any, device: Device, record: Record
+) -> None:
+    """Run one batch; every call of one of the layers passes its input and output to ``record``."""
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> None:
@@ -157,7 +161,7 @@ def _run(model: nn.Module, names: Iterable[str], batch: Any, device: Device, rec
         return hook
 
     with ExitStack() as stack:
-        for module, name in [(_linear(model, name), name) for name in names]:
+        for name, module in layers.items():
             stack.callback(module.register_forward_hook(hook_for(name), with_kwargs=True).remove)
         forward(model, batch, device)
 

@@ -97,7 +97,7 @@ def _set(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
     if bias is not None:
         old = layer.weight if layer.bias is None else layer.bias
         layer.bias = nn.Parameter(bias, requires_grad=old.requires_grad)
-    layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=layer.weight.requires_grad)
 
 
 def _like(values: npt.ArrayLike, parameter: Tensor) -> Tensor:

@@ -41,8 +41,8 @@ class DigitsNet(nn.Module):
         self.fc2 = nn.Linear(256, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = relu(self.conv1(x))
-        x = relu(max_pool2d(self.conv2(x), 2))
+        x = relu(max_pool2d(self.conv1(x), 2))
+        x = relu(self.conv2(x))
         x = relu(self.fc1(x.flatten(1)))
         return self.fc2(x)  # type: ignore[no-any-return]
 

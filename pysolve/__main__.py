@@ -1,0 +1,5 @@
+"""``python -m pysolve``."""
+
+from pysolve.cli import main
+
+main()

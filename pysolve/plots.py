@@ -1,0 +1,112 @@
+"""Pictures of compressed networks, drawn with matplotlib's object interface: no display is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+try:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+except ImportError as error:
+    raise ImportError(
+        "pictures need matplotlib, which is not installed: pip install 'pysolve[demo]'."
+    ) from error
+
+COLORS = ("#0b6e99", "#e0902f", "#9a9a9a")
+_DENSE, _SMALL = "#c9d3d9", COLORS[0]
+
+
+def new_axes(width: float = 6.0, height: float = 4.0) -> Axes:
+    """Axes in a figure of their own."""
+    return Figure(figsize=(width, height), layout="constrained").add_subplot()
+
+
+def accuracy_curves(
+    kept: Sequence[int],
+    curves: Mapping[str, Sequence[float]],
+    *,
+    dense: float,
+    chosen: int | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Accuracy against the number of neurons that stay, best curve first.
+
+    Parameters
+    ----------
+    kept : (n,) ints
+    curves : {label: (n,) floats}
+        Accuracy in per cent at each number of neurons.
+    dense : float
+        The original's accuracy, drawn as a dashed line.
+    chosen : int, optional
+        A number of neurons to mark on the first curve.
+    ax : Axes, optional
+        Where to draw; by default in a new figure.
+    """
+    ax = ax or new_axes()
+    ax.axhline(dense, color="0.35", linewidth=1, linestyle=(0, (4, 3)), label="original network")
+    for (label, values), color in zip(curves.items(), COLORS, strict=False):
+        ax.plot(kept, values, color=color, marker="o", markersize=4, linewidth=1.8, label=label)
+    if chosen is not None:
+        first = next(iter(curves.values()))
+        height = first[list(kept).index(chosen)]
+        ax.plot(chosen, height, "o", markersize=11, markeredgewidth=1.8, color=COLORS[0], fillstyle="none")
+    ax.set_xscale("log")
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:.0f}"))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+    ax.set(xlabel="neurons kept", ylabel="test accuracy (%)", ylim=(0, 104))
+    ax.legend(loc="lower right", frameon=False)
+    return _plain(ax, grid="y")
+
+
+def cost_bars(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    texts: Mapping[str, str] | None = None,
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    """One bar a cost: how much of the original's is left.
+
+    Parameters
+    ----------
+    before, after : {cost: value}
+        Values above zero, with the same keys.
+    texts : {cost: str}, optional
+        What to write next to the bar, by default the share in per cent.
+    ax : Axes, optional
+        Where to draw; by default in a new figure.
+    """
+    ax = ax or new_axes()
+    names = list(before)
+    shares = [100 * after[name] / before[name] for name in names]
+    rows = range(len(names))
+    ax.barh(rows, [100] * len(names), color=_DENSE, height=0.62, label="original")
+    ax.barh(rows, shares, color=_SMALL, height=0.62, label="compressed")
+    for row, name, share in zip(rows, names, shares, strict=True):
+        text = (texts or {}).get(name, f"{share:.0f} %")
+        # Inside the bar when it is long enough to hold the text.
+        inside = share > 60
+        ax.text(
+            share - 2 if inside else share + 2,
+            row,
+            text,
+            va="center",
+            ha="right" if inside else "left",
+            color="white" if inside else "black",
+        )
+    ax.set_yticks(list(rows), names)
+    ax.invert_yaxis()
+    ax.set(xlabel="left of the original (%)", xlim=(0, max(102.0, *shares)))
+    return _plain(ax, grid=None)
+
+
+def _plain(ax: Axes, grid: str | None) -> Axes:
+    """No box around the picture; light grid lines behind it."""
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.set_axisbelow(True)
+    if grid is not None:
+        ax.grid(axis=grid, color="0.9")  # type: ignore[arg-type]
+    return ax
