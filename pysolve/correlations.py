@@ -6,6 +6,7 @@ import contextlib
 import os
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from functools import reduce
@@ -17,6 +18,9 @@ import numpy.typing as npt
 from pysolve.errors import DataError
 
 Array = npt.NDArray[np.float64]
+
+# What reading a damaged or foreign .npz file can end in.
+_DAMAGED = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def group_columns(keep: npt.ArrayLike, group_size: int) -> npt.NDArray[np.intp]:
@@ -176,12 +180,13 @@ class Correlations:
         """Read a file that ``save`` wrote. Raises DataError when it is not one."""
         names = [f.name for f in fields(cls)]
         try:
-            with np.load(path, allow_pickle=False) as file:
+            # Given a path, np.load leaves a damaged file open.
+            with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
                 values = {name: file[name] for name in names}
             return cls(**{**values, "count": int(values["count"]), "group_size": int(values["group_size"])})
         except FileNotFoundError:
             raise
-        except (OSError, ValueError, TypeError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except _DAMAGED as error:
             raise DataError(
                 f"{os.fspath(path)} is not a file written by Correlations.save: {error}"
             ) from error
