@@ -156,14 +156,15 @@ def _check_step(model: nn.Module, step: Collapse) -> None:
     h, k = reader.out_features, len(step.keep)
     for what, values, shape in (("weights", step.weights, (h, k)), ("biases", step.biases, (h,))):
         for name, value in values.items():
-            _check_values(f"new {what} of {name}", _like(value, reader.weight), shape)
+            _check_values(f"new {what} of {name}", value, shape, reader.weight.dtype)
 
 
-def _check_values(what: str, values: Tensor, shape: tuple[int, ...]) -> None:
-    if values.shape != shape:
-        raise CollapseError(f"the {what} must have shape {shape}, got {tuple(values.shape)}.")
-    if not bool(values.isfinite().all()):
-        raise CollapseError(f"the {what} are not finite in {values.dtype}.")
+def _check_values(what: str, values: npt.ArrayLike, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    rounded = torch.tensor(np.asarray(values), dtype=dtype)
+    if rounded.shape != shape:
+        raise CollapseError(f"the {what} must have shape {shape}, got {tuple(rounded.shape)}.")
+    if not bool(rounded.isfinite().all()):
+        raise CollapseError(f"the {what} are not finite in {dtype}.")
 
 
 def _check_unshared(model: nn.Module, name: str) -> None:
