@@ -1,0 +1,90 @@
+"""Layers are found by name, batches are taken in every form, and modes come back."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from pysolve.errors import DataError, LayerNotFoundError
+from pysolve.nn.network import as_input, as_tensor, evaluating, find_layer, forward, labelled
+
+
+def network():
+    return nn.Sequential(nn.Linear(4, 3), nn.Dropout(), nn.Linear(3, 2))
+
+
+def test_a_shared_layer_answers_to_each_of_its_names():
+    model = network()
+    model.add_module("again", model[0])
+    assert find_layer(model, "again") is find_layer(model, "0")
+
+
+def test_an_unknown_name_brings_up_the_close_ones():
+    model = nn.ModuleDict({"encoder": nn.ModuleDict({"layer1": nn.ReLU(), "layer2": nn.ReLU()})})
+    with pytest.raises(LayerNotFoundError, match=r"'encoder\.layer"):
+        find_layer(model, "encoder.layer3")
+
+
+def test_evaluating_restores_every_mode_and_turns_gradients_off():
+    model = network().train()
+    model[1].eval()
+
+    def modes():
+        return [module.training for module in model.modules()]
+
+    def broken():
+        with evaluating(model):
+            assert not any(modes())
+            assert not torch.is_grad_enabled()
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        broken()
+    assert modes() == [True, True, False, True]
+    assert torch.is_grad_enabled()
+
+
+def test_a_module_that_overrides_its_mode_gets_it_back():
+    class Frozen(nn.Linear):
+        def train(self, mode=True):
+            return super().train(False)
+
+    model = nn.Sequential(Frozen(2, 2))
+    model[0].training = True
+    with evaluating(model):
+        pass
+    assert model[0].training
+
+
+def test_in_place_layers_do_not_reach_the_callers_batch():
+    x = -torch.ones(3, 4)
+    forward(nn.ReLU(inplace=True), x)
+    forward(nn.ReLU(inplace=True), {"input": x})
+    assert (x == -1).all()
+
+
+def test_a_network_without_parameters_takes_a_batch_from_anywhere():
+    assert forward(nn.ReLU(), torch.ones(2, device="meta")).device.type == "meta"
+
+
+def test_arrays_become_tensors_whatever_their_memory():
+    array = np.arange(6.0).reshape(2, 3)
+    frozen = array.copy()
+    frozen.flags.writeable = False
+    for values in (array, array[:, ::-1], array.T, frozen):
+        assert as_tensor(values).tolist() == values.tolist()
+    assert as_tensor(array).data_ptr() == array.ctypes.data
+
+
+def test_floating_inputs_take_the_networks_type_and_others_stay():
+    assert as_input(network(), np.ones((2, 4))).dtype == torch.float32
+    assert as_input(network().double(), torch.ones(2, 4)).dtype == torch.float64
+    assert as_input(network(), np.ones((2, 4), np.int64)).dtype == torch.int64
+    assert as_input(nn.ReLU(), np.ones((2, 4))).dtype == torch.float64
+
+
+def test_inputs_and_labels_must_be_equally_many_and_not_none():
+    with pytest.raises(DataError, match="got 3 for 2 inputs"):
+        labelled(network(), np.ones((2, 4)), np.ones(3))
+    with pytest.raises(DataError, match="got 0 for 0 inputs"):
+        labelled(network(), np.ones((0, 4)), np.ones(0))
