@@ -24,6 +24,7 @@ from pysolve.certificate import lam_max
 from pysolve.correlations import Array, Correlations
 from pysolve.datasets import Dataset, Images, digits, mnist
 from pysolve.debias import debias
+from pysolve.errors import PysolveError
 from pysolve.nn.evaluate import Latency, accuracy, latency, macs, parameters
 from pysolve.nn.gather import gather
 from pysolve.nn.network import evaluating, forward
@@ -120,6 +121,10 @@ def select(correlations: Correlations, wanted: int, console: Console) -> Solutio
     """Step 2: the lam whose solution keeps about ``wanted`` neurons, by bisection."""
     problem = correlations.centered()
     high = lam_max(problem.r_xx, problem.r_yx)
+    if not high:
+        raise PysolveError(
+            "no neuron of fc1 has any effect on fc2, so there is nothing to choose: train again."
+        )
     low, best = 1e-4 * high, None
     for _ in range(20):
         lam = math.sqrt(low * high)

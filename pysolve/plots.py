@@ -46,8 +46,8 @@ def accuracy_curves(
     """
     ax = ax or new_axes()
     ax.axhline(dense, color="0.35", linewidth=1, linestyle=(0, (4, 3)), label="original network")
-    for (label, values), color in zip(curves.items(), COLORS, strict=False):
-        ax.plot(kept, values, color=color, marker="o", markersize=4, linewidth=1.8, label=label)
+    for above, (label, values), color in zip((5, 4, 3), curves.items(), COLORS, strict=False):
+        ax.plot(kept, values, color=color, marker="o", markersize=4, linewidth=1.8, label=label, zorder=above)
     if chosen is not None:
         first = next(iter(curves.values()))
         height = first[list(kept).index(chosen)]
