@@ -41,7 +41,9 @@ void load(Function*& routine, const py::dict& capsules, const char* name, const 
     for (std::size_t i = signature.find('('); i != std::string::npos && i < signature.find(')');) {
         const std::size_t next = std::min(signature.find(',', i + 1), signature.find(')', i + 1));
         const std::string argument = signature.substr(i + 1, next - i - 1);
-        if (argument.find("char *") != std::string::npos) letters += 'c';
+        const bool single = argument.find("_s *") != std::string::npos || argument.find("float *") != std::string::npos;
+        if (single) letters += 's';
+        else if (argument.find("char *") != std::string::npos) letters += 'c';
         else if (argument.find("int *") != std::string::npos) letters += 'i';
         else if (argument.find("_d *") != std::string::npos || argument.find("double *") != std::string::npos)
             letters += 'd';
@@ -59,6 +61,7 @@ void load_blas() {
     const py::dict lapack = py::module_::import("scipy.linalg.cython_lapack").attr("__pyx_capi__");
     Blas routines{};
     load(routines.dgemm, blas, "dgemm", "cciiiddididdi");
+    load(routines.sgemm, blas, "sgemm", "cciiissisissi");
     load(routines.dtrsm, blas, "dtrsm", "cccciiddidi");
     load(routines.dsymv, blas, "dsymv", "ciddididdi");
     load(routines.dpotrf, lapack, "dpotrf", "cidii");

@@ -13,12 +13,11 @@ from pysolve.correlations import Correlations
 from pysolve.debias import debias
 from pysolve.errors import CollapseError, DataError, LayerNotFoundError, PysolveError
 from pysolve.plan import Collapse, Plan, Site
+from pysolve.prox import prox_group_lasso
+from pysolve.solution import History, Solution
 from pysolve.solvers import (
-    History,
-    Solution,
     alternate_minimization,
     fista,
-    prox_group_lasso,
     proximal_gradient,
     solve_linear_reconstruction,
 )

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import scipy.linalg
+import scipy.linalg.lapack
 
 from pysolve.correlations import Array, Correlations
 
-# Negative eigenvalues up to this share of the trace (of R at unit diagonal) pass as rounding in float32.
-NEGATIVE_SHARE = 1e-7
+# Negative eigenvalues up to these shares of the trace (of R at unit diagonal) pass as rounding: in float64,
+# and in sums gathered in float32.
+ROUNDING_SHARES = (1e-14, 1e-12, 1e-10, 1e-8, 1e-7)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +135,17 @@ def checked_weights(weights: npt.ArrayLike | None, groups: int) -> Array:
     return array
 
 
+def half_trace(r_yy: Any) -> float:
+    """½ E‖y‖² from E[y yᵀ], its diagonal, its trace, or nothing (0)."""
+    if r_yy is None:
+        return 0.0
+    value = np.asarray(r_yy.detach() if hasattr(r_yy, "detach") else r_yy, dtype=np.float64)
+    energy = float(np.trace(value) if value.ndim == 2 else value.sum())
+    if not (np.isfinite(energy) and energy >= 0):
+        raise ValueError(f"r_yy must have a finite trace of at least 0, got {energy}.")
+    return 0.5 * energy
+
+
 def group_norms(M: Sequence[Array], group_size: int) -> Array:
     """‖M_g‖_F of every group over all readers' (h_r, d) matrices; no overflow or underflow of the squares."""
     peak = max((float(np.abs(m).max()) for m in M if m.size), default=0.0)
@@ -170,13 +182,16 @@ def _checked_reader(r_xx: Any, r_yx: Any) -> tuple[Array, Array]:
             f"r_yx has {yx.shape[1]} columns but r_xx is {d} x {d}; both must describe the same inputs. "
             "Were they gathered from the same layer?"
         )
-    peak = np.abs(xx).max()
-    asymmetry = np.abs(xx - xx.T).max()
-    if asymmetry > 1e-6 * peak:
-        raise ValueError(f"r_xx is not symmetric: entries differ from their mirror by up to {asymmetry:.3g}.")
-    if asymmetry > 0:
-        xx = (xx + xx.T) / 2
-    _refuse_indefinite(xx)
+    if not np.array_equal(xx, xx.T):
+        difference = xx - xx.T
+        asymmetry = max(difference.max(), -difference.min())
+        if asymmetry > 1e-6 * np.abs(xx).max():
+            raise ValueError(
+                f"r_xx is not symmetric: entries differ from their mirror by up to {asymmetry:.3g}."
+            )
+        xx = xx + xx.T
+        xx *= 0.5
+    xx = _semidefinite(xx)
     impossible = np.count_nonzero((np.diag(xx) == 0) & np.any(yx != 0, axis=0))
     if impossible:
         raise ValueError(
@@ -186,17 +201,27 @@ def _checked_reader(r_xx: Any, r_yx: Any) -> tuple[Array, Array]:
     return xx, yx
 
 
-def _refuse_indefinite(xx: Array) -> None:
-    diagonal = np.diag(xx)
+def _semidefinite(xx: Array) -> Array:
+    """xx, its diagonal raised by a share as small as what rounding in float32 takes; ValueError beyond."""
+    diagonal, d = np.diag(xx), len(xx)
     if diagonal.min() < -1e-9 * diagonal.max():
         raise ValueError(f"r_xx has a negative diagonal entry, {diagonal.min():.3g}; E[x xᵀ] cannot.")
     unit = np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
-    shifted = xx / unit / unit[:, None]
-    shifted[np.diag_indices_from(shifted)] += NEGATIVE_SHARE * len(xx)
-    try:
-        scipy.linalg.cholesky(shifted, lower=True, overwrite_a=True, check_finite=False)
-    except scipy.linalg.LinAlgError:
-        raise ValueError(
-            "r_xx is not positive semi-definite, so it is no correlation matrix E[x xᵀ]. "
-            "Was a centred or approximate matrix computed with too few digits?"
-        ) from None
+    for share in ROUNDING_SHARES:
+        scaled = xx / unit[:, None]
+        scaled /= unit
+        if _factors(scaled, share * d):
+            # At the first, smallest share the factorisation may only have met its own rounding.
+            return xx if share == ROUNDING_SHARES[0] else xx + np.diag(share * d * diagonal)
+    raise ValueError(
+        "r_xx is not positive semi-definite, so it is no correlation matrix E[x xᵀ]. "
+        "Was a centred or approximate matrix computed with too few digits?"
+    )
+
+
+def _factors(matrix: Array, shift: float) -> bool:
+    """Whether matrix + shift is positive definite; overwrites the matrix."""
+    matrix.ravel()[:: len(matrix) + 1] += shift
+    # LAPACK wants columns contiguous: the transpose of a symmetric matrix is itself, and no copy.
+    _, info = scipy.linalg.lapack.dpotrf(matrix.T, lower=True, clean=False, overwrite_a=True)
+    return bool(info == 0)

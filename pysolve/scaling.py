@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-import scipy.linalg
 
 from pysolve import _core
 from pysolve.correlations import Array, group_columns
@@ -121,10 +120,12 @@ def _reader(R: Array, C: Array, p: Indices, u: Indices) -> Reader:
 def _schur(R: Array, C: Array, p: Indices, u: Indices) -> tuple[Array, Array, Array, Array]:
     """R and C on the columns p with the columns u minimised out, then back and base of the Reader."""
     unit = np.sqrt(np.where(np.diag(R)[u] > 0, np.diag(R)[u], 1.0))
-    inverse = scipy.linalg.pinvh(R[np.ix_(u, u)] / unit / unit[:, None], rtol=1e-11) / unit / unit[:, None]
-    back, base = R[np.ix_(p, u)] @ inverse, C[:, u] @ inverse
-    reduced, left = R[np.ix_(p, p)] - back @ R[np.ix_(u, p)], C[:, p] - base @ R[np.ix_(u, p)]
+    values, vectors = np.linalg.eigh(R[np.ix_(u, u)] / unit / unit[:, None])
+    sound = values > 1e-11 * values[-1]
+    root = vectors[:, sound] / np.sqrt(values[sound]) / unit[:, None]  # root @ rootᵀ = R_uu⁺
+    half, half_yx = R[np.ix_(p, u)] @ root, C[:, u] @ root
+    reduced, left = R[np.ix_(p, p)] - half @ half.T, C[:, p] - half_yx @ half.T
     # An input that is a combination of unpenalised ones leaves rounding alone, of either sign.
-    negligible = np.diag(reduced) <= 1e-13 * np.diag(R)[p]
+    negligible = np.diag(reduced) <= 1e-10 * np.diag(R)[p]
     reduced[negligible, :] = reduced[:, negligible] = left[:, negligible] = 0.0
-    return (reduced + reduced.T) / 2, left, back, base
+    return reduced, left, half @ root.T, half_yx @ root.T

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -12,75 +11,14 @@ import numpy.typing as npt
 
 from pysolve import _core
 from pysolve.correlations import Array
-from pysolve.problem import as_problem, check_lam, checked_matrix, checked_weights, group_norms
+from pysolve.problem import as_problem, check_lam, checked_matrix, group_norms, half_trace
 from pysolve.scaling import Scaled, reduce, restore, scale
+from pysolve.solution import History, Solution
 
 Callback = Callable[[int, float, float], None]
 Core = Callable[..., _core.Result]
 
 MAX_ITER = 50_000
-
-
-@dataclass(frozen=True, eq=False)
-class History:
-    """One entry an iteration: seconds since the start, objective, duality gap."""
-
-    seconds: Array
-    objective: Array
-    gap: Array
-
-
-@dataclass(frozen=True, eq=False)
-class Solution:
-    """A reconstruction and how good it provably is.
-
-    Parameters
-    ----------
-    M : (h, d) array
-        The solution; a tuple of one matrix a reader when several problems were solved together.
-    keep : (k,) int array
-        Groups that are not zero, ascending.
-    lam : float
-    objective : float
-        P(M), plus ½ E‖y‖² when ``r_yy`` was given.
-    gap, relative_gap : float
-        Proven bound on P(M) − min P, and the same divided by |P(M)|.
-    kkt : float
-        Largest violation of the optimality conditions over the groups.
-    iterations : int
-    method : str
-    seconds : float
-        Wall time, preparation included.
-    status : str
-        "converged" (relative gap ≤ tol), "precision" (the gap is at what float64 can certify, above tol) or
-        "max_iter".
-    history : History
-    """
-
-    M: Any
-    keep: npt.NDArray[np.intp]
-    lam: float
-    objective: float
-    gap: float
-    relative_gap: float
-    kkt: float
-    iterations: int
-    method: str
-    seconds: float
-    status: str
-    history: History = field(repr=False)
-
-    @property
-    def converged(self) -> bool:
-        """Whether the precision asked for is certified."""
-        return self.status == "converged"
-
-    def __repr__(self) -> str:
-        return (
-            f"Solution({self.method}: {len(self.keep)} groups kept at lam={self.lam:.4g}, "
-            f"objective={self.objective:.6g}, relative_gap={self.relative_gap:.1e}, {self.status} "
-            f"after {self.iterations} iterations in {self.seconds:.3g} s)"
-        )
 
 
 def solve_linear_reconstruction(
@@ -154,7 +92,7 @@ def proximal_gradient(problems: Any, lam: float, **options: Any) -> Solution:
     return _solve("proximal_gradient", _fista_core(momentum=False), problems, lam, **options)
 
 
-def fista(problems: Any, lam: float, *, q: float = 10.0, restart: bool = True, **options: Any) -> Solution:
+def fista(problems: Any, lam: float, *, q: float = 0.0, restart: bool = True, **options: Any) -> Solution:
     """Accelerated proximal gradient: look-ahead M + (k − 1)/(k + q + 2) (M − M_previous) before each step.
 
     ``restart`` forgets the momentum whenever it points uphill, which makes the convergence linear on
@@ -191,32 +129,6 @@ _SOLVERS: dict[str, Callable[..., Solution]] = {
     "fista": fista,
     "alternate_minimization": alternate_minimization,
 }
-
-
-def prox_group_lasso(V: Any, t: float, *, group_size: int = 1, weights: npt.ArrayLike | None = None) -> Array:
-    """Group soft-thresholding of the columns of V.
-
-    Solves  min_M  ½‖M − V‖_F² + t Σ_g w_g ‖M_g‖_F :  M_g = (1 − t w_g/‖V_g‖)₊ V_g.
-
-    Parameters
-    ----------
-    V : (h, d) array or CPU tensor
-    t : float
-        ≥ 0.
-    group_size, weights
-        As in ``solve_linear_reconstruction``.
-
-    Returns
-    -------
-    (h, d) array
-    """
-    V = checked_matrix("V", V)
-    if not (np.isfinite(t) and t >= 0):
-        raise ValueError(f"t must be finite and at least 0, got {t}.")
-    if group_size < 1 or V.shape[1] % group_size:
-        raise ValueError(f"group_size must divide the {V.shape[1]} columns of V, got {group_size}.")
-    thresholds = float(t) * checked_weights(weights, V.shape[1] // group_size)
-    return np.ascontiguousarray(_core.prox_group_lasso(np.ascontiguousarray(V.T), group_size, thresholds).T)
 
 
 def _fista_core(*, momentum: bool, restart: bool = False, q: float = 0.0) -> Core:
@@ -258,9 +170,13 @@ def _solve(
         # Zero is the solution; rounding in the scaled C must not make the core doubt it.
         start, scaled_lam = np.zeros_like(start), max(scaled_lam, 1.0) * (1 + 1e-12)
     result = core(
-        scaled.core, scaled_lam, start, tol=float(tol), max_iter=MAX_ITER if max_iter is None else int(max_iter),
+        scaled.core,
+        scaled_lam,
+        start,
+        tol=float(tol),
+        max_iter=MAX_ITER if max_iter is None else int(max_iter),
         callback=None if callback is None else report,
-    )  # fmt: skip
+    )
     return _solution(scaled, result, method=method, lam=lam, tol=tol, constant=constant, began=began)
 
 
@@ -308,14 +224,3 @@ def _start(scaled: Scaled, M0: Any) -> Array:
     if shapes != wanted:
         raise ValueError(f"M0 has shape {shapes}, but the problem needs {wanted}.")
     return reduce(scaled, start)
-
-
-def half_trace(r_yy: Any) -> float:
-    """½ E‖y‖² from E[y yᵀ], its diagonal, its trace, or nothing (0)."""
-    if r_yy is None:
-        return 0.0
-    value = np.asarray(r_yy.detach() if hasattr(r_yy, "detach") else r_yy, dtype=np.float64)
-    energy = float(np.trace(value) if value.ndim == 2 else value.sum())
-    if not (np.isfinite(energy) and energy >= 0):
-        raise ValueError(f"r_yy must have a finite trace of at least 0, got {energy}.")
-    return 0.5 * energy

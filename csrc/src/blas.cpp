@@ -1,7 +1,8 @@
 #include "pysolve/blas.hpp"
 
-#include <algorithm>
 #include <stdexcept>
+
+#include "pysolve/lanes.hpp"
 
 namespace pysolve {
 namespace {
@@ -15,13 +16,22 @@ int to_int(Index n) { return static_cast<int>(n); }
 void set_blas(const Blas& routines) { blas = routines; }
 
 // Row-major matrices are the column-major transposes of themselves: outᵀ = Bᵀ A.
-void multiply_transposed(MatrixView<const double> A, MatrixView<const double> B, double alpha, double beta,
-                         MatrixView<double> out) {
+void multiply_transposed(MatrixView<const double> A, MatrixView<const double> B, MatrixView<double> out) {
+    char no = 'N', yes = 'T';
+    double one = 1.0, zero = 0.0;
+    int m = to_int(B.cols), n = to_int(A.cols), k = to_int(A.rows);
+    int lda = to_int(A.stride), ldb = to_int(B.stride), ldo = to_int(out.stride);
+    blas.dgemm(&no, &yes, &m, &n, &k, &one, const_cast<double*>(B.data), &ldb, const_cast<double*>(A.data), &lda,
+               &zero, out.data, &ldo);
+}
+
+void multiply_transposed(MatrixView<const float> A, MatrixView<const float> B, MatrixView<float> out) {
     char no = 'N', yes = 'T';
     int m = to_int(B.cols), n = to_int(A.cols), k = to_int(A.rows);
     int lda = to_int(A.stride), ldb = to_int(B.stride), ldo = to_int(out.stride);
-    blas.dgemm(&no, &yes, &m, &n, &k, &alpha, const_cast<double*>(B.data), &ldb, const_cast<double*>(A.data),
-               &lda, &beta, out.data, &ldo);
+    float one = 1.0F, zero = 0.0F;
+    blas.sgemm(&no, &yes, &m, &n, &k, &one, const_cast<float*>(B.data), &ldb, const_cast<float*>(A.data), &lda, &zero,
+               out.data, &ldo);
 }
 
 void multiply_symmetric(MatrixView<const double> A, const double* x, double* y) {
@@ -55,15 +65,9 @@ double largest_tridiagonal_eigenvalue(Vector diagonal, Vector off_diagonal) {
     return diagonal.back();
 }
 
-double dot(std::span<const double> a, std::span<const double> b) {
-    // Four running sums: the compiler may not reorder one, and a single chain of additions is latency-bound.
-    double sum[4] = {0.0, 0.0, 0.0, 0.0};
-    const std::size_t n = a.size(), blocks = n - n % 4;
-    for (std::size_t i = 0; i < blocks; i += 4)
-        for (std::size_t j = 0; j < 4; ++j) sum[j] += a[i + j] * b[i + j];
-    double total = (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    for (std::size_t i = blocks; i < n; ++i) total += a[i] * b[i];
-    return total;
+PYSOLVE_CLONES double dot(std::span<const double> a, std::span<const double> b) {
+    const double *x = a.data(), *y = b.data();
+    return sum(a.size(), [=](std::size_t i) { return x[i] * y[i]; });
 }
 
 }  // namespace pysolve

@@ -1,7 +1,9 @@
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
+#include <utility>
 
+#include "pysolve/lanes.hpp"
 #include "pysolve/problem.hpp"
 #include "pysolve/prox.hpp"
 
@@ -11,60 +13,65 @@ namespace {
 constexpr double eps = std::numeric_limits<double>::epsilon();
 
 // Factor R + ridge I with the smallest ridge of a geometric ladder that rounding allows.
-void factor_with_ridge(const double* R, Index n, Vector& factor) {
+Vector factor_with_ridge(const double* R, Index n) {
+    Vector factor;
     double mean = 0.0;
     for (Index i = 0; i < n; ++i) mean += R[i * (n + 1)] / static_cast<double>(n);
     if (mean <= 0.0) mean = 1.0;
     for (double ridge = 1e-11 * mean; ridge <= mean; ridge *= 100.0) {
         factor.assign(R, R + n * n);
         for (Index i = 0; i < n; ++i) factor[static_cast<std::size_t>(i * (n + 1))] += ridge;
-        if (cholesky({factor.data(), n, n, n})) return;
+        if (cholesky({factor.data(), n, n, n})) return factor;
     }
-    throw std::invalid_argument("an input correlation matrix is not positive semi-definite");
+    throw std::invalid_argument("r_xx is not positive semi-definite.");
+}
+
+PYSOLVE_CLONES void subtract(std::span<const double> a, std::span<const double> b, std::span<double> out) {
+    for (std::size_t i = 0; i < a.size(); ++i) out[i] = a[i] - b[i];
 }
 
 }  // namespace
 
-DualBound::DualBound(const Problem& problem) : problem_(problem) {
+DualBound::DualBound(const Problem& problem, double lam)
+    : problem_(problem),
+      target_(static_cast<std::size_t>(problem.size()), 0.0),
+      residual_(static_cast<std::size_t>(problem.groups())),
+      scales_(residual_.size()) {
     const Index n = problem.inputs;
     if (n == 0) return;
-    const std::size_t size = static_cast<std::size_t>(problem.size());
-    Vector B(size, 0.0), step(size), factor;
-    target_.assign(size, 0.0);
-    Index offset = 0;
-    for (const Reader& reader : problem.readers) {
-        factor_with_ridge(reader.xx, n, factor);
-        const auto part = [&](Vector& matrix) {
-            return MatrixView<double>{matrix.data() + offset, n, reader.outputs, problem.outputs};
-        };
-        // B ← B + (R + ridge)⁻¹ (C − R B): two rounds remove what the ridge and rounding left.
-        for (int round = 0; round < 2; ++round) {
-            for (Index i = 0; i < n; ++i)
-                for (Index j = offset; j < offset + reader.outputs; ++j) {
-                    const std::size_t k = static_cast<std::size_t>(i * problem.outputs + j);
-                    step[k] = problem.yx[k] - target_[k];
-                }
-            cholesky_solve({factor.data(), n, n, n}, part(step));
-            for (Index i = 0; i < n; ++i)
-                for (Index j = offset; j < offset + reader.outputs; ++j) {
-                    const std::size_t k = static_cast<std::size_t>(i * problem.outputs + j);
-                    B[k] += step[k];
-                }
-            const auto view = part(B);
-            multiply_transposed({reader.xx, n, n, n}, {view.data, view.rows, view.cols, view.stride}, 1.0, 0.0,
-                                part(target_));
+    const auto part = [&](Vector& matrix, const Reader& reader, Index offset) {
+        return MatrixView<double>{matrix.data() + offset, n, reader.outputs, problem.outputs};
+    };
+    for (Index g = 0; g < problem.groups(); ++g) c_norms_.push_back(norm(problem.group(problem.yx, g)));
+    std::vector<Vector> factors;
+    for (const Reader& reader : problem.readers) factors.push_back(factor_with_ridge(reader.xx, n));
+
+    // B ← B + (R + ridge)⁻¹ (C − R B): the first round leaves what the ridge and rounding do.
+    Vector B(target_.size(), 0.0), step(problem.yx, problem.yx + problem.size());
+    for (int round = 0; round < 3; ++round) {
+        Index offset = 0;
+        for (std::size_t r = 0; r < factors.size(); ++r) {
+            const Reader& reader = problem.readers[r];
+            cholesky_solve({factors[r].data(), n, n, n}, part(step, reader, offset));
+            offset += reader.outputs;
         }
-        offset += reader.outputs;
+        for (std::size_t i = 0; i < B.size(); ++i) B[i] += step[i];
+        offset = 0;
+        for (const Reader& reader : problem.readers) {
+            multiply_transposed({reader.xx, n, n, n}, part(B, reader, offset), part(target_, reader, offset));
+            offset += reader.outputs;
+        }
+        for (std::size_t i = 0; i < step.size(); ++i) step[i] = problem.yx[i] - target_[i];
+        bool small = true;
+        for (Index g = 0; g < problem.groups(); ++g) {
+            residual_[static_cast<std::size_t>(g)] = norm(problem.group(std::as_const(step).data(), g));
+            small = small && residual_[static_cast<std::size_t>(g)] <= 1e-3 * lam * problem.weights[g];
+        }
+        if (small) break;
     }
     energy_ = dot(target_, B);
-    Vector error(static_cast<std::size_t>(problem.block()));
-    for (Index g = 0; g < problem.groups(); ++g) {
-        const auto rb = problem.group(target_.data(), g);
-        const auto c = problem.group(problem.yx, g);
-        for (std::size_t i = 0; i < error.size(); ++i) error[i] = rb[i] - c[i];
-        residual_.push_back(norm(error));
-        c_norms_.push_back(norm(c));
-    }
+    for (Index g = 0; g < problem.groups(); ++g)
+        scales_[static_cast<std::size_t>(g)] = norm(problem.group(std::as_const(B).data(), g));
 }
 
 Certificate DualBound::operator()(double lam, const Vector& M, const Vector& T) const {
@@ -75,7 +82,7 @@ Certificate DualBound::operator()(double lam, const Vector& M, const Vector& T) 
     Vector G(static_cast<std::size_t>(p.block()));
     for (Index g = 0; g < p.groups(); ++g) {
         const auto m = p.group(M.data(), g), t = p.group(T.data(), g), c = p.group(p.yx, g);
-        for (std::size_t i = 0; i < G.size(); ++i) G[i] = t[i] - c[i];
+        subtract(t, c, G);
         const double threshold = lam * p.weights[g], length = norm(G);
         const double error = residual_[static_cast<std::size_t>(g)];
         if (error > threshold) s = -std::numeric_limits<double>::infinity();

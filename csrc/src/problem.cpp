@@ -9,12 +9,6 @@
 namespace pysolve {
 namespace {
 
-constexpr double eps = std::numeric_limits<double>::epsilon();
-
-bool is_zero(std::span<const double> block) {
-    return std::ranges::all_of(block, [](double value) { return value == 0.0; });
-}
-
 MatrixView<const double> correlations(const Problem& problem, const Reader& reader) {
     return {reader.xx, problem.inputs, problem.inputs, problem.inputs};
 }
@@ -57,56 +51,6 @@ bool bounds_spectrum(MatrixView<const double> R, double bound, Vector& work) {
 }
 
 }  // namespace
-
-void Product::operator()(const Vector& M, Vector& T) {
-    const Problem& p = problem_;
-    active_.clear();
-    for (Index g = 0; g < p.groups(); ++g)
-        if (!is_zero(p.group(M.data(), g))) active_.push_back(g);
-    const bool covered = dense_ || std::ranges::includes(packed_, active_);
-    const Index used = dense_ ? p.groups() : std::ssize(packed_);
-    if (!covered || 5 * std::ssize(active_) < 4 * used) pack();
-
-    T.resize(static_cast<std::size_t>(p.size()));
-    if (!dense_ && packed_.empty()) {
-        std::ranges::fill(T, 0.0);
-        return;
-    }
-    const double* source = M.data();
-    Index rows = p.inputs;
-    if (!dense_) {
-        rows = std::ssize(packed_) * p.group_size;
-        compact_.resize(static_cast<std::size_t>(rows * p.outputs));
-        for (std::size_t k = 0; k < packed_.size(); ++k)
-            std::ranges::copy(p.group(M.data(), packed_[k]),
-                              compact_.begin() + static_cast<Index>(k) * p.block());
-        source = compact_.data();
-    }
-    Index offset = 0;
-    for (std::size_t r = 0; r < p.readers.size(); ++r) {
-        const Reader& reader = p.readers[r];
-        const double* R = dense_ ? reader.xx : rows_[r].data();
-        multiply_transposed({R, rows, p.inputs, p.inputs}, {source + offset, rows, reader.outputs, p.outputs}, 1.0,
-                            0.0, {T.data() + offset, p.inputs, reader.outputs, p.outputs});
-        offset += reader.outputs;
-    }
-}
-
-void Product::pack() {
-    const Problem& p = problem_;
-    dense_ = 10 * std::ssize(active_) > 9 * p.groups();
-    packed_ = active_;
-    rows_.assign(p.readers.size(), {});
-    if (dense_) return;
-    const Index stride = p.group_size * p.inputs;
-    for (std::size_t r = 0; r < p.readers.size(); ++r) {
-        rows_[r].reserve(packed_.size() * static_cast<std::size_t>(stride));
-        for (Index g : packed_) {
-            const double* first = p.readers[r].xx + g * stride;
-            rows_[r].insert(rows_[r].end(), first, first + stride);
-        }
-    }
-}
 
 bool Certificate::within(double tol) const { return gap <= std::max(tol * std::abs(objective), floor); }
 

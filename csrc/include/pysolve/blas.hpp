@@ -14,6 +14,7 @@ using Vector = std::vector<double>;
 // Fortran interfaces, 32-bit integers, column-major.
 struct Blas {
     void (*dgemm)(char*, char*, int*, int*, int*, double*, double*, int*, double*, int*, double*, double*, int*);
+    void (*sgemm)(char*, char*, int*, int*, int*, float*, float*, int*, float*, int*, float*, float*, int*);
     void (*dtrsm)(char*, char*, char*, char*, int*, int*, double*, double*, int*, double*, int*);
     void (*dsymv)(char*, int*, double*, double*, int*, double*, int*, double*, double*, int*);
     void (*dpotrf)(char*, int*, double*, int*, int*);
@@ -28,11 +29,13 @@ template <class T>
 struct MatrixView {
     T* data;
     Index rows, cols, stride;
+
+    operator MatrixView<const T>() const { return {data, rows, cols, stride}; }
 };
 
-// out = alpha · Aᵀ B + beta · out
-void multiply_transposed(MatrixView<const double> A, MatrixView<const double> B, double alpha, double beta,
-                         MatrixView<double> out);
+// out = Aᵀ B
+void multiply_transposed(MatrixView<const double> A, MatrixView<const double> B, MatrixView<double> out);
+void multiply_transposed(MatrixView<const float> A, MatrixView<const float> B, MatrixView<float> out);
 
 // y = A x for a symmetric A.
 void multiply_symmetric(MatrixView<const double> A, const double* x, double* y);

@@ -39,23 +39,6 @@ struct Problem {
     }
 };
 
-// T = R M, exploiting that M is zero outside some groups. Keeps the rows of R that it needs packed between
-// calls, since the set of groups changes rarely.
-class Product {
-  public:
-    explicit Product(const Problem& problem) : problem_(problem) {}
-    void operator()(const Vector& M, Vector& T);
-
-  private:
-    void pack();
-
-    const Problem& problem_;
-    std::vector<Index> active_, packed_;
-    bool dense_ = false;
-    std::vector<Vector> rows_;  // per reader: rows of R of the packed groups
-    Vector compact_;            // the packed rows of M
-};
-
 struct Certificate {
     double objective = 0.0;
     double gap = std::numeric_limits<double>::infinity();
@@ -68,15 +51,18 @@ struct Certificate {
 //
 // For N with ‖(R N − C)_g‖ ≤ lam w_g, −½⟨R N, N⟩ ≤ min P. N = s M + (1 − s) B with R B = C + E, where B solves
 // least squares up to a measured E, and the largest s that the triangle inequality shows to be feasible.
+// B is refined until ‖E_g‖ is small against the given lam.
 class DualBound {
   public:
-    explicit DualBound(const Problem& problem);
+    DualBound(const Problem& problem, double lam);
+    const Vector& scales() const { return scales_; }  // ‖B_g‖: where solvers without a start begin
     Certificate operator()(double lam, const Vector& M, const Vector& T) const;  // T = R M
 
   private:
     const Problem& problem_;
     Vector target_;              // R B
     Vector residual_, c_norms_;  // ‖E_g‖, ‖C_g‖
+    Vector scales_;
     double energy_ = 0.0;        // ⟨R B, B⟩
 };
 
@@ -113,6 +99,10 @@ class Recorder {
     Recorder(const Stopping& stopping, const Monitor& monitor) : stopping_(stopping), monitor_(monitor) {}
     // True when the precision asked for is reached or the iterations are spent.
     bool operator()(const Certificate& certificate);
+    // Whether recording this next would return true.
+    bool would_stop(const Certificate& certificate) const {
+        return certificate.within(stopping_.tol) || std::ssize(history_) >= stopping_.max_iter;
+    }
     Index iterations() const { return std::ssize(history_) - 1; }
     Result result(const Problem& problem, double lam, Vector M, const Vector& T, const Certificate& certificate);
 

@@ -1,0 +1,34 @@
+"""The reconstruction problems that the solvers are timed on."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class ReconstructionProblem:
+    """min_M ½⟨M R, M⟩ − ⟨C, M⟩ + lam Σ_g ‖M_g‖."""
+
+    name: str
+    r_xx: np.ndarray
+    r_yx: np.ndarray
+    lam: float
+    group_size: int = 1
+
+
+def published(
+    d: int, h: int, r: int, n: int, lam: float, *, name: str, seed: int = 0
+) -> ReconstructionProblem:
+    """The published random problem: x of rank r, y linear in x, correlations divided by d as published."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((d, r)) @ rng.standard_normal((r, n))
+    y = rng.standard_normal((h, d)) @ x
+    return ReconstructionProblem(name, (x / d) @ (x.T / n), (y / d) @ (x.T / n), lam)
+
+
+def toy() -> ReconstructionProblem:
+    return published(100, 200, 80, 10_000, 0.1, name="toy, d=100 h=200")
+
+
+def benchmark() -> ReconstructionProblem:
+    return published(500, 200, 450, 60_000, 0.1, name="benchmark, d=500 h=200")

@@ -1,0 +1,109 @@
+"""Time our solvers against the published algorithms at equal certified precision.
+
+python bench/solvers.py [--threads 1] [--repeats 5] [--tol 1e-8]
+
+Every answer is judged by pysolve.certificate. A transcription is stopped at the first iterate whose certified
+relative gap is at most tol; that iterate is found in an untimed run, so that it pays for no stopping test.
+Runs alternate between the contenders; the table gives medians.
+"""
+
+import argparse
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import contenders
+import numpy as np
+import problems
+from threadpoolctl import threadpool_limits
+
+import pysolve as ps
+
+
+def quick_gap(problem: problems.ReconstructionProblem) -> Callable[[np.ndarray], float]:
+    """The certificate's relative gap with its eigendecomposition done once."""
+    values, vectors = np.linalg.eigh(problem.r_xx)
+    sound = values > 1e-13 * len(values) * values[-1]
+    B = (problem.r_yx @ vectors[:, sound] / values[sound]) @ vectors[:, sound].T
+    target, lam = B @ problem.r_xx, problem.lam
+
+    def gap(M: np.ndarray) -> float:
+        product = M @ problem.r_xx
+        G, norms = product - problem.r_yx, np.linalg.norm(M, axis=0)
+        s = min(1.0, lam / np.linalg.norm(G, axis=0).max())
+        young, slope = np.vdot(G, M) + lam * norms.sum(), np.vdot(target - product, M)
+        bend = np.vdot(target - product, B - M)
+        objective = 0.5 * np.vdot(product, M) - np.vdot(problem.r_yx, M) + lam * norms.sum()
+        return (young + (1 - s) * slope + 0.5 * (1 - s) ** 2 * bend) / abs(objective)
+
+    return gap
+
+
+def iterations_to(iterates: Iterator[np.ndarray], gap: Callable[[np.ndarray], float], tol: float) -> int:
+    return next(k for k, M in enumerate(iterates, start=1) if gap(M) <= tol)
+
+
+def take(iterates: Callable[[], Iterator[np.ndarray]], k: int) -> np.ndarray:
+    return next(itertools.islice(iterates(), k - 1, None))
+
+
+def runners(problem: problems.ReconstructionProblem, tol: float) -> dict[str, Callable[[], np.ndarray]]:
+    """Every contender as a function that returns its answer."""
+    data = (problem.r_xx, problem.r_yx, problem.lam)
+    gap = quick_gap(problem)
+    runs: dict[str, Callable[[], np.ndarray]] = {}
+    for method in ("fista", "alternate_minimization"):
+        iterates = partial(getattr(contenders, method), *data)
+        runs[f"published {method}, its own stop"] = lambda iterates=iterates: contenders.published_stop(
+            iterates()
+        )[0]
+        runs[f"published {method}, stopped at tol"] = partial(
+            take, iterates, iterations_to(iterates(), gap, tol)
+        )
+        runs[f"pysolve {method}"] = lambda method=method: (
+            ps.solve_linear_reconstruction(*data, method, group_size=problem.group_size, tol=tol).M
+        )
+    return runs
+
+
+def timed(run: Callable[[], np.ndarray]) -> tuple[float, float]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    run()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def compare(problem: problems.ReconstructionProblem, tol: float, repeats: int) -> None:
+    runs = runners(problem, tol)
+    answers = {name: run() for name, run in runs.items()}
+    times = {name: [] for name in runs}
+    for _ in range(repeats):
+        for name, run in runs.items():
+            times[name].append(timed(run))
+    walls = {name: statistics.median(wall for wall, _ in rows) for name, rows in times.items()}
+    print(f"\n{problem.name}, lam={problem.lam}, relative gap {tol:g}")
+    print(f"{'':48}{'seconds':>9}{'cpu s':>9}{'x':>7}{'gap':>10}")
+    for name in runs:
+        cpu = statistics.median(cpu for _, cpu in times[name])
+        gap = ps.certify(problem.r_xx, problem.r_yx, answers[name], problem.lam).relative_gap
+        ours = f"pysolve {name.split()[1].rstrip(',')}"
+        print(f"{name:48}{walls[name]:9.4f}{cpu:9.4f}{walls[name] / walls[ours]:7.1f}{gap:10.1e}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tol", type=float, default=1e-8)
+    options = parser.parse_args()
+    with threadpool_limits(options.threads):
+        print(f"{options.threads} BLAS thread(s), median of {options.repeats} alternating runs")
+        for problem in (problems.toy(), problems.benchmark()):
+            compare(problem, options.tol, options.repeats)
+
+
+if __name__ == "__main__":
+    main()
