@@ -1,0 +1,33 @@
+# `make demo` and `make test` do everything on a fresh machine with Python 3.11 or newer and a C++ compiler.
+# Without make, the plain commands behind them:
+#
+#     python3 -m venv .venv
+#     .venv/bin/pip install -c constraints.txt '.[demo,test]'
+#     .venv/bin/pysolve demo              (make demo)
+#     .venv/bin/python -m pytest          (make test)
+
+PYTHON ?= python3
+VENV ?= .venv
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc pysolve -name '*.[chp]*' -not -name '*.pyc')
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/.installed
+	$(VENV)/bin/pysolve demo
+
+test: $(VENV)/.installed
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/.installed
+	$(VENV)/bin/pip install -q -c constraints.txt '.[dev]'
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+$(VENV)/.installed: $(SOURCES)
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -c constraints.txt '.[demo,test]'
+	touch $@
+
+clean:
+	rm -rf build $(VENV) pysolve/_core*.so

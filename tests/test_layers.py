@@ -1,0 +1,63 @@
+"""Imports point one way: a module imports only from rows below its own."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "pysolve"
+ROWS = [
+    {"cli"},
+    {"demo"},
+    {"plots", "nn.gather", "nn.surgery", "nn.evaluate"},
+    {"nn.train", "nn.verify"},
+    {"nn.network", "nn.zoo"},
+    # torch begins above this line
+    {"solvers", "elimination"},
+    {"scaling", "solution", "prox", "debias", "certificate"},
+    {"problem"},
+    {"correlations", "plan", "datasets"},
+    {"errors", "_core"},
+]
+TORCH_FREE = set().union(*ROWS[5:])
+EXEMPT = {"__init__", "__main__", "nn.__init__"}
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield ".".join(path.relative_to(PACKAGE).with_suffix("").parts), ast.parse(path.read_text())
+
+
+def imports(tree):
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module in ("pysolve", "pysolve.nn"):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            yield node.module
+
+
+def row_of(name):
+    return next((i for i, row in enumerate(ROWS) if name in row), None)
+
+
+@pytest.mark.parametrize(("name", "tree"), [m for m in modules() if m[0] not in EXEMPT])
+def test_a_module_imports_only_from_rows_below(name, tree):
+    own = row_of(name)
+    assert own is not None, f"{name} has no row yet"
+    for imported in imports(tree):
+        if imported.startswith("pysolve.") and imported != "pysolve.__version__":
+            other = row_of(imported.removeprefix("pysolve."))
+            assert other is not None, f"{name} imports {imported}, which has no row"
+            assert other > own, f"{name} imports {imported}"
+        if imported.split(".")[0] == "torch":
+            assert name not in TORCH_FREE, f"{name} imports torch"
+
+
+def test_importing_the_package_imports_no_torch():
+    code = "import sys, pysolve; assert 'torch' not in sys.modules, 'torch was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True)
