@@ -32,7 +32,8 @@ void expect_shape(const char* name, const Array& array, std::initializer_list<In
         throw py::value_error(std::string(name) + " must be " + wanted + ", got " + shape_of(array));
 }
 
-// The routine behind a capsule of SciPy's Cython interface. Its name is its C signature: refuse any other kind.
+// The routine behind a capsule of SciPy's Cython interface. Its name is its C signature: refuse any other
+// kind.
 template <class Function>
 void load(Function*& routine, const py::dict& capsules, const char* name, const std::string& arguments) {
     const auto capsule = py::reinterpret_borrow<py::capsule>(capsules[name]);
@@ -41,13 +42,18 @@ void load(Function*& routine, const py::dict& capsules, const char* name, const 
     for (std::size_t i = signature.find('('); i != std::string::npos && i < signature.find(')');) {
         const std::size_t next = std::min(signature.find(',', i + 1), signature.find(')', i + 1));
         const std::string argument = signature.substr(i + 1, next - i - 1);
-        const bool single = argument.find("_s *") != std::string::npos || argument.find("float *") != std::string::npos;
-        if (single) letters += 's';
-        else if (argument.find("char *") != std::string::npos) letters += 'c';
-        else if (argument.find("int *") != std::string::npos) letters += 'i';
+        const bool single =
+            argument.find("_s *") != std::string::npos || argument.find("float *") != std::string::npos;
+        if (single)
+            letters += 's';
+        else if (argument.find("char *") != std::string::npos)
+            letters += 'c';
+        else if (argument.find("int *") != std::string::npos)
+            letters += 'i';
         else if (argument.find("_d *") != std::string::npos || argument.find("double *") != std::string::npos)
             letters += 'd';
-        else letters += '?';
+        else
+            letters += '?';
         i = next;
     }
     if (letters != arguments)
@@ -161,7 +167,8 @@ void register_prox(py::module_& m) {
             Array out({V.shape(0), V.shape(1)}, V.data());
             const Index block = group_size * V.shape(1);
             for (Index g = 0; g < thresholds.size(); ++g)
-                shrink_group({out.mutable_data() + g * block, static_cast<std::size_t>(block)}, thresholds.at(g));
+                shrink_group({out.mutable_data() + g * block, static_cast<std::size_t>(block)},
+                             thresholds.at(g));
             return out;
         },
         py::arg("V").noconvert(), py::arg("group_size"), py::arg("thresholds").noconvert());
@@ -174,7 +181,8 @@ void register_solvers(py::module_& m) {
            bool restart, double q, const py::object& callback) {
             Vector start = to_vector(bound, M0);
             return run(callback, [&](const Monitor& monitor) {
-                return fista(bound.problem, lam, std::move(start), {momentum, restart, q}, {tol, max_iter}, monitor);
+                return fista(bound.problem, lam, std::move(start), {momentum, restart, q}, {tol, max_iter},
+                             monitor);
             });
         },
         py::arg("problem"), py::arg("lam"), py::arg("M0").noconvert(), py::kw_only(), py::arg("tol"),

@@ -51,7 +51,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder to write the weights and the picture to.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Of the split, the initial weights and the shuffling.")] = 0,
     epochs: Annotated[
-        int | None, typer.Option(min=1, help="How long to train.", show_default="15 for digits, 8 for MNIST")
+        int | None, typer.Option(min=1, help="How long to train.", show_default="20 for digits, 8 for MNIST")
     ] = None,
 ) -> None:
     """Train a small network, compress it, and show what that costs and saves."""

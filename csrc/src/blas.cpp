@@ -9,11 +9,15 @@ namespace {
 
 Blas blas{};
 
-int to_int(Index n) { return static_cast<int>(n); }
+int to_int(Index n) {
+    return static_cast<int>(n);
+}
 
 }  // namespace
 
-void set_blas(const Blas& routines) { blas = routines; }
+void set_blas(const Blas& routines) {
+    blas = routines;
+}
 
 // Row-major matrices are the column-major transposes of themselves: outᵀ = Bᵀ A.
 void multiply_transposed(MatrixView<const double> A, MatrixView<const double> B, MatrixView<double> out) {
@@ -21,8 +25,8 @@ void multiply_transposed(MatrixView<const double> A, MatrixView<const double> B,
     double one = 1.0, zero = 0.0;
     int m = to_int(B.cols), n = to_int(A.cols), k = to_int(A.rows);
     int lda = to_int(A.stride), ldb = to_int(B.stride), ldo = to_int(out.stride);
-    blas.dgemm(&no, &yes, &m, &n, &k, &one, const_cast<double*>(B.data), &ldb, const_cast<double*>(A.data), &lda,
-               &zero, out.data, &ldo);
+    blas.dgemm(&no, &yes, &m, &n, &k, &one, const_cast<double*>(B.data), &ldb, const_cast<double*>(A.data),
+               &lda, &zero, out.data, &ldo);
 }
 
 void multiply_transposed(MatrixView<const float> A, MatrixView<const float> B, MatrixView<float> out) {
@@ -30,16 +34,16 @@ void multiply_transposed(MatrixView<const float> A, MatrixView<const float> B, M
     int m = to_int(B.cols), n = to_int(A.cols), k = to_int(A.rows);
     int lda = to_int(A.stride), ldb = to_int(B.stride), ldo = to_int(out.stride);
     float one = 1.0F, zero = 0.0F;
-    blas.sgemm(&no, &yes, &m, &n, &k, &one, const_cast<float*>(B.data), &ldb, const_cast<float*>(A.data), &lda, &zero,
-               out.data, &ldo);
+    blas.sgemm(&no, &yes, &m, &n, &k, &one, const_cast<float*>(B.data), &ldb, const_cast<float*>(A.data),
+               &lda, &zero, out.data, &ldo);
 }
 
 void multiply_symmetric(MatrixView<const double> A, const double* x, double* y) {
     char lower = 'L';
     int n = to_int(A.rows), lda = to_int(A.stride), one_step = 1;
     double one = 1.0, zero = 0.0;
-    blas.dsymv(&lower, &n, &one, const_cast<double*>(A.data), &lda, const_cast<double*>(x), &one_step, &zero, y,
-               &one_step);
+    blas.dsymv(&lower, &n, &one, const_cast<double*>(A.data), &lda, const_cast<double*>(x), &one_step, &zero,
+               y, &one_step);
 }
 
 bool cholesky(MatrixView<double> A) {

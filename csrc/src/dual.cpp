@@ -77,7 +77,7 @@ DualBound::DualBound(const Problem& problem, double lam)
 Certificate DualBound::operator()(double lam, const Vector& M, const Vector& T) const {
     const Problem& p = problem_;
     double s = 1.0, noise = 0.0;
-    double young = 0.0;                        // Σ_g ⟨G_g, M_g⟩ + lam w_g ‖M_g‖
+    double young = 0.0;  // Σ_g ⟨G_g, M_g⟩ + lam w_g ‖M_g‖
     double quadratic = 0.0, linear = 0.0, penalty = 0.0, target_M = 0.0;
     Vector G(static_cast<std::size_t>(p.block()));
     for (Index g = 0; g < p.groups(); ++g) {
@@ -99,7 +99,7 @@ Certificate DualBound::operator()(double lam, const Vector& M, const Vector& T) 
     Certificate certificate;
     certificate.objective = 0.5 * quadratic - linear + penalty;
     const double scale = 0.5 * quadratic + std::abs(linear) + penalty;
-    const double slope = target_M - quadratic;                       // ⟨R(B − M), M⟩
+    const double slope = target_M - quadratic;                                // ⟨R(B − M), M⟩
     const double bend = std::max(energy_ - 2.0 * target_M + quadratic, 0.0);  // ⟨R(B − M), B − M⟩
     certificate.floor = 4.0 * eps * scale + 2.0 * noise * std::abs(slope);
     if (s >= 0.0) {

@@ -33,9 +33,8 @@ PYSOLVE_CLONES Step step(const Problem& problem, double lam, double L, double u,
         double *m_old = &before.M[start], *s_old = &before.S[start];
         const double* t_old = &before.T[start];
         total.move += sum(n, [=](std::size_t i) { return (m[i] - m_old[i]) * (m[i] - m_old[i]); });
-        total.turn += sum(n, [=](std::size_t i) {
-            return (t[i] - t_old[i] + s[i] - s_old[i]) * (m[i] - m_old[i]);
-        });
+        total.turn +=
+            sum(n, [=](std::size_t i) { return (t[i] - t_old[i] + s[i] - s_old[i]) * (m[i] - m_old[i]); });
         for (std::size_t i = 0; i < n; ++i) {
             V[i] = m[i] + u * (m[i] - m_old[i]);
             s_old[i] = V[i] - (t[i] + u * (t[i] - t_old[i]) - c[i]) / L;
@@ -99,8 +98,8 @@ Result run_fista(const Problem& problem, double lam, Vector M, const FistaOption
     return recorder.result(problem, lam, std::move(now.M), now.T, certificate);
 }
 
-Result fista(const Problem& problem, double lam, Vector M, const FistaOptions& options, const Stopping& stopping,
-             const Monitor& monitor) {
+Result fista(const Problem& problem, double lam, Vector M, const FistaOptions& options,
+             const Stopping& stopping, const Monitor& monitor) {
     Recorder recorder(stopping, monitor);
     return run_fista(problem, lam, std::move(M), options, DualBound(problem, lam), recorder);
 }

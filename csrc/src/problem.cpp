@@ -52,18 +52,22 @@ bool bounds_spectrum(MatrixView<const double> R, double bound, Vector& work) {
 
 }  // namespace
 
-bool Certificate::within(double tol) const { return gap <= std::max(tol * std::abs(objective), floor); }
+bool Certificate::within(double tol) const {
+    return gap <= std::max(tol * std::abs(objective), floor);
+}
 
 Vector kkt_residuals(const Problem& problem, double lam, const Vector& M, const Vector& T) {
     Vector residuals(static_cast<std::size_t>(problem.groups()));
     Vector G(static_cast<std::size_t>(problem.block()));
     for (Index g = 0; g < problem.groups(); ++g) {
-        const auto m = problem.group(M.data(), g), t = problem.group(T.data(), g), c = problem.group(problem.yx, g);
+        const auto m = problem.group(M.data(), g), t = problem.group(T.data(), g),
+                   c = problem.group(problem.yx, g);
         const double threshold = lam * problem.weights[g], length = norm(m);
         const double pull = length > 0.0 ? threshold / length : 0.0;
         for (std::size_t i = 0; i < m.size(); ++i) G[i] = t[i] - c[i] + pull * m[i];
         const double residual = norm(G);
-        residuals[static_cast<std::size_t>(g)] = length > 0.0 ? residual : std::max(residual - threshold, 0.0);
+        residuals[static_cast<std::size_t>(g)] =
+            length > 0.0 ? residual : std::max(residual - threshold, 0.0);
     }
     return residuals;
 }

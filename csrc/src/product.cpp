@@ -89,7 +89,9 @@ void Product::find_active(const Vector& M) {
         if (!is_zero(problem_.group(M.data(), g))) active_.push_back(g);
 }
 
-bool Product::covered() const { return dense_ || std::ranges::includes(packed_, active_); }
+bool Product::covered() const {
+    return dense_ || std::ranges::includes(packed_, active_);
+}
 
 Index Product::packed_inputs() const {
     return dense_ ? problem_.inputs : std::ssize(packed_) * problem_.group_size;

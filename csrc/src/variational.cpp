@@ -9,7 +9,8 @@ namespace pysolve {
 namespace {
 
 // out_i = factor · in_i · roots_i
-PYSOLVE_CLONES void scale_row(double factor, const double* in, const double* roots, double* out, std::size_t n) {
+PYSOLVE_CLONES void scale_row(double factor, const double* in, const double* roots, double* out,
+                              std::size_t n) {
     for (std::size_t i = 0; i < n; ++i) out[i] = factor * in[i] * roots[i];
 }
 

@@ -13,7 +13,8 @@ using Vector = std::vector<double>;
 
 // Fortran interfaces, 32-bit integers, column-major.
 struct Blas {
-    void (*dgemm)(char*, char*, int*, int*, int*, double*, double*, int*, double*, int*, double*, double*, int*);
+    void (*dgemm)(char*, char*, int*, int*, int*, double*, double*, int*, double*, int*, double*, double*,
+                  int*);
     void (*sgemm)(char*, char*, int*, int*, int*, float*, float*, int*, float*, int*, float*, float*, int*);
     void (*dtrsm)(char*, char*, char*, char*, int*, int*, double*, double*, int*, double*, int*);
     void (*dsymv)(char*, int*, double*, double*, int*, double*, int*, double*, double*, int*);

@@ -13,8 +13,8 @@ struct FistaOptions {
 
 // V = M + u_k (M − M_previous);  M ← prox(V − (R V − C)/L).  One product with R an iteration: R V is the same
 // combination of the products at M, so the gap of every M costs no further one.
-Result fista(const Problem& problem, double lam, Vector M, const FistaOptions& options, const Stopping& stopping,
-             const Monitor& monitor);
+Result fista(const Problem& problem, double lam, Vector M, const FistaOptions& options,
+             const Stopping& stopping, const Monitor& monitor);
 
 // The loop itself, for solvers that polish with it: continues the recorder's history.
 Result run_fista(const Problem& problem, double lam, Vector M, const FistaOptions& options,

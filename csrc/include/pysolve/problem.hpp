@@ -3,8 +3,8 @@
 //     P(M) = Σ_r ( ½⟨R_r M_r, M_r⟩ − ⟨C_r, M_r⟩ ) + lam Σ_g w_g ‖M_g‖
 //
 // M has one row per input and one column per output, so that a group (consecutive inputs) is one contiguous
-// block of numbers. Several readers stand side by side in its columns: reader r owns the columns of M_r and has
-// its own R_r (inputs × inputs); the norm of a group runs over all of them.
+// block of numbers. Several readers stand side by side in its columns: reader r owns the columns of M_r and
+// has its own R_r (inputs × inputs); the norm of a group runs over all of them.
 #pragma once
 
 #include <chrono>
@@ -49,9 +49,9 @@ struct Certificate {
 
 // Bounds P(M) − min P from above by a feasible point of the dual.
 //
-// For N with ‖(R N − C)_g‖ ≤ lam w_g, −½⟨R N, N⟩ ≤ min P. N = s M + (1 − s) B with R B = C + E, where B solves
-// least squares up to a measured E, and the largest s that the triangle inequality shows to be feasible.
-// B is refined until ‖E_g‖ is small against the given lam.
+// For N with ‖(R N − C)_g‖ ≤ lam w_g, −½⟨R N, N⟩ ≤ min P. N = s M + (1 − s) B with R B = C + E, where B
+// solves least squares up to a measured E, and the largest s that the triangle inequality shows to be
+// feasible. B is refined until ‖E_g‖ is small against the given lam.
 class DualBound {
   public:
     DualBound(const Problem& problem, double lam);
@@ -63,13 +63,14 @@ class DualBound {
     Vector target_;              // R B
     Vector residual_, c_norms_;  // ‖E_g‖, ‖C_g‖
     Vector scales_;
-    double energy_ = 0.0;        // ⟨R B, B⟩
+    double energy_ = 0.0;  // ⟨R B, B⟩
 };
 
 // Per group: ‖G_g + lam w_g M_g/‖M_g‖‖ where M_g ≠ 0, otherwise (‖G_g‖ − lam w_g)₊, with G = T − C.
 Vector kkt_residuals(const Problem& problem, double lam, const Vector& M, const Vector& T);
 
-// A bound L ≥ λ_max(R_r) of every reader, at most a few per cent too large; proven by a Cholesky factorisation.
+// A bound L ≥ λ_max(R_r) of every reader, at most a few per cent too large; proven by a Cholesky
+// factorisation.
 double lipschitz_bound(const Problem& problem);
 
 struct Progress {
@@ -104,7 +105,8 @@ class Recorder {
         return certificate.within(stopping_.tol) || std::ssize(history_) >= stopping_.max_iter;
     }
     Index iterations() const { return std::ssize(history_) - 1; }
-    Result result(const Problem& problem, double lam, Vector M, const Vector& T, const Certificate& certificate);
+    Result result(const Problem& problem, double lam, Vector M, const Vector& T,
+                  const Certificate& certificate);
 
   private:
     Stopping stopping_;
