@@ -1,48 +1,96 @@
 #include "pysolve/variational.hpp"
 
+#include <algorithm>
 #include <cmath>
-#include <stdexcept>
 
 #include "pysolve/lanes.hpp"
+#include "pysolve/prox.hpp"
 
 namespace pysolve {
 namespace {
 
-// out_i = factor · in_i · roots_i
-PYSOLVE_CLONES void scale_row(double factor, const double* in, const double* roots, double* out,
-                              std::size_t n) {
-    for (std::size_t i = 0; i < n; ++i) out[i] = factor * in[i] * roots[i];
-}
-
+// out_i = factor · in_i
 PYSOLVE_CLONES void scale_row(double factor, const double* in, double* out, std::size_t n) {
     for (std::size_t i = 0; i < n; ++i) out[i] = factor * in[i];
 }
 
+// out_i = factor · in_i · roots_i
+PYSOLVE_CLONES void scale_row(double factor, const double* in, const double* roots, double* out, std::size_t n) {
+    for (std::size_t i = 0; i < n; ++i) out[i] = factor * in[i] * roots[i];
+}
+
 }  // namespace
 
-void VariationalSolve::operator()(double lam, const Vector& scales, Vector& M) {
+bool Variational::evaluate(const std::vector<Index>& groups, const Vector& scales) {
     const Problem& p = problem_;
-    const auto n = static_cast<std::size_t>(p.inputs), columns = static_cast<std::size_t>(p.outputs);
+    groups_ = groups;
+    const auto k = static_cast<std::size_t>(p.group_size), h = static_cast<std::size_t>(p.outputs);
+    const auto n = static_cast<std::size_t>(inputs()), d = static_cast<std::size_t>(p.inputs);
     root_.resize(n);
-    for (std::size_t i = 0; i < n; ++i) {
-        const auto g = i / static_cast<std::size_t>(p.group_size);
-        root_[i] = std::sqrt(scales[g] / (lam * p.weights[g]));
-        scale_row(root_[i], p.yx + i * columns, &M[i * columns], columns);
+    Y_.resize(n * h);
+    for (std::size_t a = 0; a < groups.size(); ++a) {
+        const auto first = static_cast<std::size_t>(groups[a]) * k;
+        const double root = std::sqrt(scales[a] / (lam_ * p.weights[groups[a]]));
+        std::fill_n(root_.begin() + static_cast<Index>(a * k), k, root);
+        scale_row(root, p.yx + first * h, &Y_[a * k * h], k * h);
     }
-    S_.resize(n * n);
-    const MatrixView<double> S{S_.data(), p.inputs, p.inputs, p.inputs};
+    // LAPACK's lower triangle is the upper one of a row-major matrix.
+    S_.resize(p.readers.size());
     Index offset = 0;
-    for (const Reader& reader : p.readers) {
-        // LAPACK's lower triangle is the upper one of a row-major matrix.
+    const MatrixView<double> Y{Y_.data(), inputs(), p.outputs, p.outputs};
+    for (std::size_t r = 0; r < p.readers.size(); ++r) {
+        S_[r].resize(n * n);
         for (std::size_t i = 0; i < n; ++i) {
-            scale_row(root_[i], reader.xx + i * n + i, &root_[i], &S_[i * n + i], n - i);
-            S_[i * n + i] += 1.0;
+            const double* row = p.readers[r].xx + (static_cast<std::size_t>(groups[i / k]) * k + i % k) * d;
+            for (std::size_t b = i / k; b < groups.size(); ++b)
+                scale_row(root_[i], row + static_cast<std::size_t>(groups[b]) * k, &root_[b * k],
+                          &S_[r][i * n + b * k], k);
+            S_[r][i * (n + 1)] += 1.0;
         }
-        if (!cholesky(S)) throw std::invalid_argument("r_xx is not positive semi-definite.");
-        cholesky_solve(S, {M.data() + offset, p.inputs, reader.outputs, p.outputs});
-        offset += reader.outputs;
+        const MatrixView<double> S{S_[r].data(), inputs(), inputs(), inputs()};
+        if (!cholesky(S)) return false;
+        cholesky_solve(S, {Y.data + offset, inputs(), p.readers[r].outputs, p.outputs});
+        offset += p.readers[r].outputs;
     }
-    for (std::size_t i = 0; i < n; ++i) scale_row(root_[i], &M[i * columns], &M[i * columns], columns);
+    phi_ = 0.0;
+    ratios_.resize(groups.size());
+    for (std::size_t a = 0; a < groups.size(); ++a) {
+        const std::span<const double> y{&Y_[a * k * h], k * h};
+        const double threshold = lam_ * p.weights[groups[a]], root = root_[a * k];
+        phi_ += 0.5 * (threshold * scales[a] - root * dot(p.group(p.yx, groups[a]), y));
+        ratios_[a] = norm(y) / root / threshold;
+    }
+    return true;
+}
+
+void Variational::hessian(Vector& out) {
+    const auto count = groups_.size(), k = static_cast<std::size_t>(problem_.group_size);
+    const auto n = static_cast<std::size_t>(inputs());
+    out.assign(count * count, 0.0);
+    Vector gram(n * n);
+    Index offset = 0;
+    for (std::size_t r = 0; r < S_.size(); ++r) {
+        const Index outputs = problem_.readers[r].outputs;
+        const MatrixView<double> S{S_[r].data(), inputs(), inputs(), inputs()};
+        invert_from_cholesky(S);
+        multiply_self({Y_.data() + offset, inputs(), outputs, problem_.outputs}, {gram.data(), S.rows, S.cols, S.stride});
+        for (std::size_t i = 0; i < n; ++i)
+            for (std::size_t j = i; j < n; ++j) {
+                const double entry = ((i == j ? 1.0 : 0.0) - S_[r][i * n + j]) * gram[i * n + j];
+                out[i / k * count + j / k] += i / k == j / k && i != j ? 2.0 * entry : entry;
+            }
+        offset += outputs;
+    }
+    for (std::size_t a = 0; a < count; ++a)
+        for (std::size_t b = 0; b < a; ++b) out[a * count + b] = out[b * count + a];
+}
+
+void Variational::scatter(Vector& M) const {
+    const auto block = static_cast<std::size_t>(problem_.block());
+    std::ranges::fill(M, 0.0);
+    for (std::size_t a = 0; a < groups_.size(); ++a)
+        scale_row(root_[a * static_cast<std::size_t>(problem_.group_size)], &Y_[a * block],
+                  problem_.group(M.data(), groups_[a]).data(), block);
 }
 
 }  // namespace pysolve
