@@ -9,6 +9,7 @@
 
 #include "pysolve/alternate.hpp"
 #include "pysolve/fista.hpp"
+#include "pysolve/newton.hpp"
 #include "pysolve/problem.hpp"
 #include "pysolve/prox.hpp"
 
@@ -69,8 +70,10 @@ void load_blas() {
     load(routines.dgemm, blas, "dgemm", "cciiiddididdi");
     load(routines.sgemm, blas, "sgemm", "cciiissisissi");
     load(routines.dtrsm, blas, "dtrsm", "cccciiddidi");
+    load(routines.dsyrk, blas, "dsyrk", "cciiddiddi");
     load(routines.dsymv, blas, "dsymv", "ciddididdi");
     load(routines.dpotrf, lapack, "dpotrf", "cidii");
+    load(routines.dpotri, lapack, "dpotri", "cidii");
     load(routines.dsterf, lapack, "dsterf", "iddi");
     set_blas(routines);
 }
@@ -120,14 +123,16 @@ template <class Solve>
 Result run(const py::object& callback, const Solve& solve) {
     using Clock = std::chrono::steady_clock;
     auto last = Clock::now();
-    const bool listening = !callback.is_none();
+    Index reported = -1;
     const Monitor monitor = [&](const Progress& progress) {
         const auto now = Clock::now();
-        if (!listening && now - last < std::chrono::milliseconds(20)) return;
+        const bool news = !callback.is_none() && progress.iteration > reported;
+        if (!news && now - last < std::chrono::milliseconds(20)) return;
         last = now;
         const py::gil_scoped_acquire lock;
         if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-        if (listening) callback(progress.iteration, progress.objective, progress.gap);
+        if (news) callback(progress.iteration, progress.objective, progress.gap);
+        reported = progress.iteration;
     };
     const py::gil_scoped_release unlock;
     return solve(monitor);
@@ -199,6 +204,17 @@ void register_solvers(py::module_& m) {
         },
         py::arg("problem"), py::arg("lam"), py::arg("M0").noconvert(), py::kw_only(), py::arg("tol"),
         py::arg("max_iter"), py::arg("rounds"), py::arg("epsilon"), py::arg("callback"));
+    m.def(
+        "newton",
+        [](const BoundProblem& bound, double lam, const Array& M0, double tol, Index max_iter,
+           const py::object& callback) {
+            Vector start = to_vector(bound, M0);
+            return run(callback, [&](const Monitor& monitor) {
+                return newton(bound.problem, lam, std::move(start), {tol, max_iter}, monitor);
+            });
+        },
+        py::arg("problem"), py::arg("lam"), py::arg("M0").noconvert(), py::kw_only(), py::arg("tol"),
+        py::arg("max_iter"), py::arg("callback"));
 }
 
 }  // namespace

@@ -18,6 +18,7 @@ from pysolve.solution import History, Solution
 from pysolve.solvers import (
     alternate_minimization,
     fista,
+    newton,
     proximal_gradient,
     solve_linear_reconstruction,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "fista",
     "gather",
     "lam_max",
+    "newton",
     "prox_group_lasso",
     "proximal_gradient",
     "solve_linear_reconstruction",

@@ -57,3 +57,12 @@ def alternate_minimization(
     epsilon: float,
     callback: Report | None,
 ) -> Result: ...
+def newton(
+    problem: Problem,
+    lam: float,
+    M0: Array,
+    *,
+    tol: float,
+    max_iter: int,
+    callback: Report | None,
+) -> Result: ...

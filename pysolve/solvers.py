@@ -18,14 +18,19 @@ from pysolve.solution import History, Solution
 Callback = Callable[[int, float, float], None]
 Core = Callable[..., _core.Result]
 
-MAX_ITER = 50_000
+MAX_ITER = {
+    "newton": 1_000,
+    "alternate_minimization": 50_000,
+    "fista": 50_000,
+    "proximal_gradient": 50_000,
+}
 
 
 def solve_linear_reconstruction(
     r_xx: Any,
     r_yx: Any,
     lam: float,
-    method: str = "alternate_minimization",
+    method: str = "newton",
     *,
     group_size: int = 1,
     weights: npt.ArrayLike | None = None,
@@ -47,7 +52,7 @@ def solve_linear_reconstruction(
         E[y xᵀ].
     lam : float
         > 0. From ``lam_max(r_xx, r_yx)`` on, every penalised group is zero.
-    method : {"alternate_minimization", "fista", "proximal_gradient"}
+    method : {"newton", "alternate_minimization", "fista", "proximal_gradient"}
     group_size : int
         Consecutive inputs that form one group; divides d.
     weights : (groups,) array, optional
@@ -57,7 +62,7 @@ def solve_linear_reconstruction(
     tol : float
         Stop when the certified relative gap is at most this.
     max_iter : int, optional
-        Default 50,000.
+        Default 1,000 for newton, otherwise 50,000.
     M0 : (h, d) array, optional
         Warm start.
     callback : callable(iteration, objective, gap), optional
@@ -124,10 +129,22 @@ def alternate_minimization(
     return _solve("alternate_minimization", core, problems, lam, **options)
 
 
+def newton(problems: Any, lam: float, **options: Any) -> Solution:
+    """Newton's method on the variational form: one positive scale for each active group, whatever h is.
+
+    Minimises  φ(η) = min_M ½⟨M R, M⟩ − ⟨C, M⟩ + ½ lam Σ_g w_g (‖M_g‖²/η_g + η_g)  over η ≥ 0, with the exact
+    Hessian, on a working set of groups. Quadratic convergence, exact zeros; a step costs about 4/3 a³ + 3 h a²
+    for a active columns. Problems as in ``proximal_gradient``, options as in ``solve_linear_reconstruction``;
+    an iteration is one round over all groups, of which few are needed.
+    """
+    return _solve("newton", _core.newton, problems, lam, **options)
+
+
 _SOLVERS: dict[str, Callable[..., Solution]] = {
     "proximal_gradient": proximal_gradient,
     "fista": fista,
     "alternate_minimization": alternate_minimization,
+    "newton": newton,
 }
 
 
@@ -174,7 +191,7 @@ def _solve(
         scaled_lam,
         start,
         tol=float(tol),
-        max_iter=MAX_ITER if max_iter is None else int(max_iter),
+        max_iter=MAX_ITER[method] if max_iter is None else int(max_iter),
         callback=None if callback is None else report,
     )
     return _solution(scaled, result, method=method, lam=lam, tol=tol, constant=constant, began=began)

@@ -38,6 +38,13 @@ void multiply_transposed(MatrixView<const float> A, MatrixView<const float> B, M
                &lda, &zero, out.data, &ldo);
 }
 
+void multiply_self(MatrixView<const double> A, MatrixView<double> out) {
+    char lower = 'L', yes = 'T';
+    int n = to_int(A.rows), k = to_int(A.cols), lda = to_int(A.stride), ldo = to_int(out.stride);
+    double one = 1.0, zero = 0.0;
+    blas.dsyrk(&lower, &yes, &n, &k, &one, const_cast<double*>(A.data), &lda, &zero, out.data, &ldo);
+}
+
 void multiply_symmetric(MatrixView<const double> A, const double* x, double* y) {
     char lower = 'L';
     int n = to_int(A.rows), lda = to_int(A.stride), one_step = 1;
@@ -60,6 +67,12 @@ void cholesky_solve(MatrixView<const double> factor, MatrixView<double> X) {
     double* L = const_cast<double*>(factor.data);
     blas.dtrsm(&right, &lower, &yes, &no, &m, &n, &one, L, &lda, X.data, &ldx);
     blas.dtrsm(&right, &lower, &no, &no, &m, &n, &one, L, &lda, X.data, &ldx);
+}
+
+void invert_from_cholesky(MatrixView<double> factor) {
+    char lower = 'L';
+    int n = to_int(factor.rows), ld = to_int(factor.stride), info = 0;
+    blas.dpotri(&lower, &n, factor.data, &ld, &info);
 }
 
 double largest_tridiagonal_eigenvalue(Vector diagonal, Vector off_diagonal) {

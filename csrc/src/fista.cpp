@@ -58,6 +58,18 @@ double steady_momentum(const Step& last, double L) {
     return (1.0 - root) / (1.0 + root);
 }
 
+bool is_zero(const Vector& M) {
+    return std::ranges::all_of(M, [](double value) { return value == 0.0; });
+}
+
+// Where there is no start: the solution for the scales of the least squares fit.
+bool ridge_start(const Problem& problem, double lam, const Vector& scales, Vector& M) {
+    Variational model(problem, lam);
+    if (!model.evaluate_all(scales)) return false;
+    model.scatter(M);
+    return true;
+}
+
 }  // namespace
 
 Result run_fista(const Problem& problem, double lam, Vector M, const FistaOptions& options,
@@ -68,8 +80,7 @@ Result run_fista(const Problem& problem, double lam, Vector M, const FistaOption
     now.S.assign(now.M.size(), 0.0);
     Certificate certificate = bound(lam, now.M, now.T);
     bool done = recorder(certificate);
-    if (!done && std::ranges::all_of(now.M, [](double value) { return value == 0.0; })) {
-        VariationalSolve{problem}(lam, bound.scales(), now.M);
+    if (!done && is_zero(now.M) && ridge_start(problem, lam, bound.scales(), now.M)) {
         product.exact(now.M, now.T);
         certificate = bound(lam, now.M, now.T);
         done = recorder(certificate);

@@ -19,11 +19,23 @@ PYSOLVE_CLONES void scale_row(double factor, const double* in, const double* roo
     for (std::size_t i = 0; i < n; ++i) out[i] = factor * in[i] * roots[i];
 }
 
+// out_i ← −in_i · out_i: the entries of (I − S⁻¹) ∘ Y Yᵀ off the diagonal
+PYSOLVE_CLONES void negate_products(const double* in, double* out, std::size_t n) {
+    for (std::size_t i = 0; i < n; ++i) out[i] *= -in[i];
+}
+
+PYSOLVE_CLONES void add(const double* in, double* out, std::size_t n) {
+    for (std::size_t i = 0; i < n; ++i) out[i] += in[i];
+}
+
 }  // namespace
 
 bool Variational::evaluate(const std::vector<Index>& groups, const Vector& scales) {
     const Problem& p = problem_;
     groups_ = groups;
+    phi_ = 0.0;
+    ratios_.resize(groups.size());
+    if (groups.empty()) return true;
     const auto k = static_cast<std::size_t>(p.group_size), h = static_cast<std::size_t>(p.outputs);
     const auto n = static_cast<std::size_t>(inputs()), d = static_cast<std::size_t>(p.inputs);
     root_.resize(n);
@@ -52,8 +64,6 @@ bool Variational::evaluate(const std::vector<Index>& groups, const Vector& scale
         cholesky_solve(S, {Y.data + offset, inputs(), p.readers[r].outputs, p.outputs});
         offset += p.readers[r].outputs;
     }
-    phi_ = 0.0;
-    ratios_.resize(groups.size());
     for (std::size_t a = 0; a < groups.size(); ++a) {
         const std::span<const double> y{&Y_[a * k * h], k * h};
         const double threshold = lam_ * p.weights[groups[a]], root = root_[a * k];
@@ -61,6 +71,17 @@ bool Variational::evaluate(const std::vector<Index>& groups, const Vector& scale
         ratios_[a] = norm(y) / root / threshold;
     }
     return true;
+}
+
+bool Variational::evaluate_all(const Vector& scales) {
+    std::vector<Index> groups;
+    Vector positive;
+    for (std::size_t g = 0; g < scales.size(); ++g)
+        if (scales[g] > 0.0) {
+            groups.push_back(static_cast<Index>(g));
+            positive.push_back(scales[g]);
+        }
+    return evaluate(groups, positive);
 }
 
 void Variational::hessian(Vector& out) {
@@ -74,15 +95,22 @@ void Variational::hessian(Vector& out) {
         const MatrixView<double> S{S_[r].data(), inputs(), inputs(), inputs()};
         invert_from_cholesky(S);
         multiply_self({Y_.data() + offset, inputs(), outputs, problem_.outputs}, {gram.data(), S.rows, S.cols, S.stride});
-        for (std::size_t i = 0; i < n; ++i)
-            for (std::size_t j = i; j < n; ++j) {
-                const double entry = ((i == j ? 1.0 : 0.0) - S_[r][i * n + j]) * gram[i * n + j];
-                out[i / k * count + j / k] += i / k == j / k && i != j ? 2.0 * entry : entry;
+        for (std::size_t i = 0; i < n; ++i) {
+            const double diagonal = (1.0 - S_[r][i * (n + 1)]) * gram[i * (n + 1)];
+            negate_products(&S_[r][i * n + i + 1], &gram[i * n + i + 1], n - i - 1);
+            double* row = &out[i / k * count];
+            row[i / k] += diagonal;
+            const std::size_t own_end = (i / k + 1) * k;
+            for (std::size_t j = i + 1; j < own_end; ++j) row[i / k] += 2.0 * gram[i * n + j];
+            if (k == 1) {
+                add(&gram[i * n + own_end], row + own_end, n - own_end);
+            } else {
+                for (std::size_t b = i / k + 1; b < count; ++b)
+                    for (std::size_t j = b * k; j < (b + 1) * k; ++j) row[b] += gram[i * n + j];
             }
+        }
         offset += outputs;
     }
-    for (std::size_t a = 0; a < count; ++a)
-        for (std::size_t b = 0; b < a; ++b) out[a * count + b] = out[b * count + a];
 }
 
 void Variational::scatter(Vector& M) const {

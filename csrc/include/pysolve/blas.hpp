@@ -17,8 +17,10 @@ struct Blas {
                   int*);
     void (*sgemm)(char*, char*, int*, int*, int*, float*, float*, int*, float*, int*, float*, float*, int*);
     void (*dtrsm)(char*, char*, char*, char*, int*, int*, double*, double*, int*, double*, int*);
+    void (*dsyrk)(char*, char*, int*, int*, double*, double*, int*, double*, double*, int*);
     void (*dsymv)(char*, int*, double*, double*, int*, double*, int*, double*, double*, int*);
     void (*dpotrf)(char*, int*, double*, int*, int*);
+    void (*dpotri)(char*, int*, double*, int*, int*);
     void (*dsterf)(int*, double*, double*, int*);
 };
 
@@ -38,6 +40,9 @@ struct MatrixView {
 void multiply_transposed(MatrixView<const double> A, MatrixView<const double> B, MatrixView<double> out);
 void multiply_transposed(MatrixView<const float> A, MatrixView<const float> B, MatrixView<float> out);
 
+// Upper triangle of out = A Aᵀ
+void multiply_self(MatrixView<const double> A, MatrixView<double> out);
+
 // y = A x for a symmetric A.
 void multiply_symmetric(MatrixView<const double> A, const double* x, double* y);
 
@@ -49,6 +54,9 @@ void cholesky_solve(MatrixView<const double> factor, MatrixView<double> X);
 
 // Largest eigenvalue of the symmetric tridiagonal matrix with this diagonal and off-diagonal.
 [[nodiscard]] double largest_tridiagonal_eigenvalue(Vector diagonal, Vector off_diagonal);
+
+// Replaces the factor that `cholesky` left by the upper triangle of the inverse.
+void invert_from_cholesky(MatrixView<double> factor);
 
 [[nodiscard]] double dot(std::span<const double> a, std::span<const double> b);
 

@@ -78,7 +78,7 @@ struct Progress {
     double seconds, objective, gap;
 };
 
-// Called once an iteration. It may throw to abandon the solve.
+// Called once an iteration, and again with the same progress during long ones. It may throw to abandon the solve.
 using Monitor = std::function<void(const Progress&)>;
 
 struct Stopping {
@@ -103,6 +103,9 @@ class Recorder {
     // Whether recording this next would return true.
     bool would_stop(const Certificate& certificate) const {
         return certificate.within(stopping_.tol) || std::ssize(history_) >= stopping_.max_iter;
+    }
+    void poll() const {
+        if (monitor_ && !history_.empty()) monitor_(history_.back());
     }
     Index iterations() const { return std::ssize(history_) - 1; }
     Result result(const Problem& problem, double lam, Vector M, const Vector& T,

@@ -23,10 +23,13 @@ class Variational {
     // positive definite to working precision, which leaves the state unusable.
     [[nodiscard]] bool evaluate(const std::vector<Index>& groups, const Vector& scales);
 
+    // The same for all groups that have a positive scale, given one scale for every group of the problem.
+    [[nodiscard]] bool evaluate_all(const Vector& scales);
+
     double phi() const { return phi_; }
     const Vector& ratios() const { return ratios_; }  // p_g, in the order of the groups
 
-    // The scaled Hessian above, groups × groups, of the last point evaluated; at most once a point.
+    // The scaled Hessian above of the last point evaluated, groups × groups, upper triangle; once a point.
     void hessian(Vector& out);
 
     // Write M: zero outside the groups.

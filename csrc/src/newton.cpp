@@ -1,0 +1,215 @@
+#include "pysolve/newton.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "pysolve/fista.hpp"
+#include "pysolve/product.hpp"
+#include "pysolve/prox.hpp"
+#include "pysolve/variational.hpp"
+
+namespace pysolve {
+namespace {
+
+constexpr double finest = 1e-15;  // no |p_g − 1| below this means anything
+
+// Scales of the active groups; every other group is zero.
+struct Scales {
+    std::vector<Index> groups;  // ascending
+    Vector values;              // η_g > 0
+};
+
+double worst(const Vector& ratios) {
+    double error = 0.0;
+    for (double p : ratios) error = std::max(error, std::abs(p - 1.0));
+    return error;
+}
+
+// η_g ← η_g p_g = ‖M_g‖: never increases φ.
+Scales fixed_point(Scales at, const Vector& ratios) {
+    for (std::size_t a = 0; a < ratios.size(); ++a) at.values[a] *= ratios[a];
+    return at;
+}
+
+class Direction {
+  public:
+    Direction(const Problem& problem, double lam, const Scales& at, Variational& model)
+        : problem_(problem), lam_(lam), at_(at), ratios_(model.ratios()) {
+        model.hessian(hessian_);
+    }
+
+    // The point a share `t` of the way along the projected Newton direction. The plain right-hand side is the
+    // gradient of φ; the secular one is Newton on 1/p_g − 1 instead, exact for uncorrelated groups and better
+    // from afar. A group leaves only where its own gradient agrees; others are shrunk.
+    Scales step(bool secular, double t) {
+        const Vector relative = solve(secular);
+        Scales next;
+        for (std::size_t a = 0; a < ratios_.size(); ++a) {
+            const double moved = 1.0 + t * relative[a];
+            if (moved <= 0.0 && ratios_[a] < 1.0) continue;
+            next.groups.push_back(at_.groups[a]);
+            next.values.push_back(at_.values[a] * std::clamp(moved, 0.1, 1e3));
+        }
+        return next;
+    }
+
+    bool sound() const { return sound_; }
+
+  private:
+    // Relative changes Δη_g/η_g; those that would fall below −1 are held there while the rest is solved again.
+    Vector solve(bool secular) {
+        const std::size_t n = ratios_.size();
+        Vector change(n, 0.0), gradient(n);
+        for (std::size_t a = 0; a < n; ++a) {
+            const double p = ratios_[a], size = lam_ * problem_.weights[at_.groups[a]] * at_.values[a];
+            gradient[a] = size * (secular ? p * p * (1.0 - p) : 0.5 * (1.0 - p * p));
+        }
+        std::vector<std::size_t> free(n);
+        for (std::size_t a = 0; a < n; ++a) free[a] = a;
+        for (int round = 0; round < 4 && !free.empty(); ++round) {
+            Vector right(free.size());
+            for (std::size_t i = 0; i < free.size(); ++i) {
+                right[i] = -gradient[free[i]];
+                for (std::size_t b = 0; b < n; ++b)
+                    if (change[b] == -1.0) right[i] -= entry(free[i], b) * change[b];
+            }
+            if (!solve_free(free, right)) {
+                sound_ = false;
+                return change;
+            }
+            for (std::size_t i = 0; i < free.size(); ++i) change[free[i]] = right[i];
+            const std::size_t before = free.size();
+            std::erase_if(free, [&](std::size_t a) { return change[a] <= -1.0; });
+            for (double& value : change) value = std::max(value, -1.0);
+            if (free.size() == before) break;
+        }
+        return change;
+    }
+
+    bool solve_free(const std::vector<std::size_t>& free, Vector& right) const {
+        const std::size_t n = free.size();
+        Vector matrix(n * n);
+        for (std::size_t i = 0; i < n; ++i) {
+            for (std::size_t j = i; j < n; ++j) matrix[i * n + j] = entry(free[i], free[j]);
+            // Repeated channels leave the Hessian singular: which of them carries the weight is free.
+            matrix[i * (n + 1)] *= 1.0 + 1e-12;
+        }
+        const MatrixView<double> view{matrix.data(), std::ssize(free), std::ssize(free), std::ssize(free)};
+        if (!cholesky(view)) return false;
+        cholesky_solve(view, {right.data(), std::ssize(free), 1, 1});
+        return std::ranges::all_of(right, [](double value) { return std::isfinite(value); });
+    }
+
+    double entry(std::size_t a, std::size_t b) const {
+        return hessian_[std::min(a, b) * ratios_.size() + std::max(a, b)];
+    }
+
+    const Problem& problem_;
+    double lam_;
+    const Scales& at_;
+    Vector ratios_, hessian_;
+    bool sound_ = true;
+};
+
+// Minimise φ over the active groups until every |p_g − 1| ≤ tol, or until rounding stops it.
+bool minimise(const Problem& problem, double lam, Scales& at, double tol, int fixed_points, Variational& model,
+              const Recorder& recorder) {
+    if (!model.evaluate(at.groups, at.values)) return false;
+    for (int step = 0; step < 50 && worst(model.ratios()) > tol; ++step) {
+        recorder.poll();
+        const double phi = model.phi(), error = worst(model.ratios()), slack = 1e-14 * std::abs(phi);
+        const Vector ratios = model.ratios();
+        const auto better = [&](const Scales& next) {
+            if (!model.evaluate(next.groups, next.values)) return false;
+            const bool rounding = std::abs(model.phi() - phi) <= slack;
+            return rounding ? worst(model.ratios()) < error : model.phi() < phi;
+        };
+        Scales next = fixed_point(at, ratios);
+        const bool far = step < fixed_points || std::ranges::max(ratios) > 4.0;
+        bool moved = far && better(next);
+        if (!far) {
+            Direction direction(problem, lam, at, model);
+            for (const auto& [secular, t] : {std::pair{true, 1.0}, {false, 1.0}, {false, 0.3}, {false, 0.1}}) {
+                if (moved || (secular && error < 1e-3)) continue;
+                next = direction.step(secular, t);
+                moved = direction.sound() && better(next);
+            }
+            if (!moved) {
+                next = fixed_point(at, ratios);
+                moved = better(next);
+            }
+        }
+        if (!moved) return model.evaluate(at.groups, at.values);
+        at = std::move(next);
+    }
+    return true;
+}
+
+// Let the worst of the zero groups in, as many as keep the working set in proportion.
+void enter(const std::vector<std::pair<double, Index>>& found, Scales& at) {
+    const std::size_t room = std::max<std::size_t>(64, 2 * at.groups.size());
+    const std::size_t count = found.size() <= room + room / 2 ? found.size() : room;
+    std::vector<std::pair<Index, double>> all;
+    for (std::size_t a = 0; a < at.groups.size(); ++a) all.emplace_back(at.groups[a], at.values[a]);
+    // Alone, a group of unit variance would end at its excess; the more come together, the more they share.
+    const double share = 1.0 / std::max(1.0, 0.05 * static_cast<double>(count));
+    for (std::size_t i = 0; i < count; ++i) all.emplace_back(found[i].second, share * found[i].first);
+    std::ranges::sort(all);
+    at = {};
+    for (const auto& [group, value] : all) {
+        at.groups.push_back(group);
+        at.values.push_back(value);
+    }
+}
+
+// Zero groups that violate their optimality condition, worst first; the value is the start for their scale.
+std::vector<std::pair<double, Index>> violations(const Problem& problem, double lam, const Vector& M,
+                                                 const Vector& T, double tol) {
+    std::vector<std::pair<double, Index>> found;
+    Vector G(static_cast<std::size_t>(problem.block()));
+    for (Index g = 0; g < problem.groups(); ++g) {
+        const auto m = problem.group(M.data(), g), t = problem.group(T.data(), g), c = problem.group(problem.yx, g);
+        if (norm(m) > 0.0) continue;
+        for (std::size_t i = 0; i < G.size(); ++i) G[i] = t[i] - c[i];
+        const double threshold = lam * problem.weights[g], excess = norm(G) - threshold;
+        if (excess > tol * threshold) found.emplace_back(excess, g);
+    }
+    std::ranges::sort(found, std::greater{});
+    return found;
+}
+
+}  // namespace
+
+Result newton(const Problem& problem, double lam, Vector M, const Stopping& stopping, const Monitor& monitor) {
+    Recorder recorder(stopping, monitor);
+    const DualBound bound(problem, lam);
+    Product product(problem);
+    Variational model(problem, lam);
+    Vector T;
+    product.exact(M, T);
+    Certificate certificate = bound(lam, M, T);
+    Scales at;
+    for (Index g = 0; g < problem.groups(); ++g) {
+        const double length = norm(problem.group(std::as_const(M).data(), g));
+        if (length == 0.0) continue;
+        at.groups.push_back(g);
+        at.values.push_back(length);
+    }
+    bool sound = true;
+    double tol = 0.1;
+    for (int fixed_points = at.groups.empty() ? 2 : 0; !recorder(certificate); fixed_points = 0) {
+        const auto found = violations(problem, lam, M, T, 0.5 * stopping.tol);
+        if (!sound || (found.empty() && tol <= finest)) return run_fista(problem, lam, std::move(M), {}, bound, recorder);
+        const double outside = found.empty() ? 0.0 : found.front().first / lam / problem.weights[found.front().second];
+        tol = std::clamp(found.empty() ? 0.01 * tol : 0.1 * outside, finest, found.empty() ? stopping.tol : 1e-2);
+        enter(found, at);
+        sound = minimise(problem, lam, at, tol, fixed_points, model, recorder);
+        model.scatter(M);
+        product.exact(M, T);
+        certificate = bound(lam, M, T);
+    }
+    return recorder.result(problem, lam, std::move(M), T, certificate);
+}
+
+}  // namespace pysolve
