@@ -45,12 +45,15 @@ def alternate_minimization(
     yield from fista(R, C, lam, M)
 
 
-def published_stop(iterates: Iterator[np.ndarray], limit: int = 100_000) -> tuple[np.ndarray, int]:
-    """Run until the smoothed relative change, δ ← ½ δ + ‖ΔM‖/‖M‖, is at most 1e-8: the published rule."""
+def published_stop(
+    iterates: Iterator[np.ndarray], *, unconditional: int = 0, limit: int = 100_000
+) -> np.ndarray:
+    """Run ``unconditional`` iterations, then until δ ← ½ δ + ‖ΔM‖/‖M‖ is at most 1e-8: the published rule."""
     before, delta = next(iterates), 1.0
     for k, M in enumerate(iterates, start=2):
-        delta = 0.5 * delta + np.linalg.norm(M - before) / np.linalg.norm(M)
+        if k > unconditional:
+            delta = 0.5 * delta + np.linalg.norm(M - before) / np.linalg.norm(M)
         if delta <= 1e-8 or k >= limit:
-            return M, k
+            return M
         before = M
     raise AssertionError("the iterates of a contender do not end")

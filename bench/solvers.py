@@ -54,14 +54,15 @@ def runners(problem: problems.ReconstructionProblem, tol: float) -> dict[str, Ca
     data = (problem.r_xx, problem.r_yx, problem.lam)
     gap = quick_gap(problem)
     runs: dict[str, Callable[[], np.ndarray]] = {}
-    for method in ("fista", "alternate_minimization"):
+    for method, unconditional in (("fista", 0), ("alternate_minimization", 50)):
         iterates = partial(getattr(contenders, method), *data)
-        runs[f"published {method}, its own stop"] = lambda iterates=iterates: contenders.published_stop(
-            iterates()
-        )[0]
+        runs[f"published {method}, its own stop"] = lambda iterates=iterates, unconditional=unconditional: (
+            contenders.published_stop(iterates(), unconditional=unconditional)
+        )
         runs[f"published {method}, stopped at tol"] = partial(
             take, iterates, iterations_to(iterates(), gap, tol)
         )
+    for method in ("fista", "alternate_minimization", "newton"):
         runs[f"pysolve {method}"] = lambda method=method: (
             ps.solve_linear_reconstruction(*data, method, group_size=problem.group_size, tol=tol).M
         )
@@ -83,12 +84,16 @@ def compare(problem: problems.ReconstructionProblem, tol: float, repeats: int) -
             times[name].append(timed(run))
     walls = {name: statistics.median(wall for wall, _ in rows) for name, rows in times.items()}
     print(f"\n{problem.name}, lam={problem.lam}, relative gap {tol:g}")
-    print(f"{'':48}{'seconds':>9}{'cpu s':>9}{'x':>7}{'gap':>10}")
+    ours = [name for name in runs if name.startswith("pysolve")]
+    print(
+        f"{'':48}{'seconds':>9}{'cpu s':>9}{'gap':>10}"
+        + "".join(f"{name.split()[1][:9]:>11}" for name in ours)
+    )
     for name in runs:
         cpu = statistics.median(cpu for _, cpu in times[name])
         gap = ps.certify(problem.r_xx, problem.r_yx, answers[name], problem.lam).relative_gap
-        ours = f"pysolve {name.split()[1].rstrip(',')}"
-        print(f"{name:48}{walls[name]:9.4f}{cpu:9.4f}{walls[name] / walls[ours]:7.1f}{gap:10.1e}")
+        ratios = "".join(f"{walls[name] / walls[other]:10.1f}x" for other in ours)
+        print(f"{name:48}{walls[name]:9.4f}{cpu:9.4f}{gap:10.1e}{ratios}")
 
 
 def main() -> None:

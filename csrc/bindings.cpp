@@ -12,6 +12,7 @@
 #include "pysolve/newton.hpp"
 #include "pysolve/problem.hpp"
 #include "pysolve/prox.hpp"
+#include "pysolve/variational.hpp"
 
 namespace py = pybind11;
 using namespace pysolve;
@@ -204,6 +205,20 @@ void register_solvers(py::module_& m) {
         },
         py::arg("problem"), py::arg("lam"), py::arg("M0").noconvert(), py::kw_only(), py::arg("tol"),
         py::arg("max_iter"), py::arg("rounds"), py::arg("epsilon"), py::arg("callback"));
+    m.def(
+        "variational",
+        [](const BoundProblem& bound, double lam, const Array& scales) {
+            expect_shape("scales", scales, {bound.problem.groups()});
+            Variational model(bound.problem, lam);
+            if (!model.evaluate_all(Vector(scales.data(), scales.data() + scales.size())))
+                throw py::value_error("S is not positive definite at these scales");
+            const Vector ratios = model.ratios();
+            Vector hessian;
+            model.hessian(hessian);
+            return py::make_tuple(model.phi(), to_array(ratios, ratios.size()),
+                                  to_array(hessian, ratios.size(), ratios.size()));
+        },
+        py::arg("problem"), py::arg("lam"), py::arg("scales").noconvert());
     m.def(
         "newton",
         [](const BoundProblem& bound, double lam, const Array& M0, double tol, Index max_iter,

@@ -67,3 +67,21 @@ def instances(draw, max_groups=6, max_group_size=9, spread=3.0, shares=SHARES):
     y = x @ rng.standard_normal((d, h)) + draw(st.sampled_from([0.0, 0.3])) * rng.standard_normal((n, h))
     y *= 10.0 ** draw(st.sampled_from([-4, 0, 4]))
     return Instance(x.T @ x / n, y.T @ x / n, y.T @ y / n, group_size, draw(shares))
+
+
+@st.composite
+def hostile_instances(draw):
+    """Scales from 1e-12 to 1e12, repeated and nearly dependent columns, lam from 1e-8 λ_max up."""
+    rng = np.random.default_rng(draw(seeds))
+    group_size = draw(st.integers(1, 4))
+    d = group_size * draw(st.integers(1, 8))
+    n, h = draw(st.integers(1, 3 * d)), draw(st.sampled_from([1, 3, d + 2]))
+    x = rng.standard_normal((n, d))
+    for _ in range(draw(st.integers(0, d))):
+        i, j = rng.integers(d, size=2)
+        x[:, i] = x[:, j] + draw(st.sampled_from([0.0, 1e-12, 1e-7, 1e-3])) * rng.standard_normal(n)
+    y = x @ rng.standard_normal((d, h)) + draw(st.sampled_from([0.0, 1.0])) * rng.standard_normal((n, h))
+    x *= 10.0 ** rng.uniform(-12, 12, d)
+    y *= 10.0 ** draw(st.integers(-12, 12))
+    share = 10.0 ** draw(st.floats(-8, 0))
+    return Instance(x.T @ x / n, y.T @ x / n, y.T @ y / n, group_size, share)

@@ -111,7 +111,7 @@ def test_inputs_are_never_written_to():
     kept = [a.copy() for a in (R, C, M0, weights)]
     for array in (R, C, M0, weights):
         array.flags.writeable = False
-    for method in ("proximal_gradient", "fista", "alternate_minimization"):
+    for method in ("proximal_gradient", "fista", "alternate_minimization", "newton"):
         ps.solve_linear_reconstruction(R, C, 1.0, method, M0=M0, weights=weights)
     for before, after in zip(kept, (R, C, M0, weights), strict=True):
         np.testing.assert_array_equal(before, after)

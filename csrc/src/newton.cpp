@@ -57,7 +57,8 @@ class Direction {
     bool sound() const { return sound_; }
 
   private:
-    // Relative changes Δη_g/η_g; those that would fall below −1 are held there while the rest is solved again.
+    // Relative changes Δη_g/η_g; those that would fall below −1 are held there while the rest is solved
+    // again.
     Vector solve(bool secular) {
         const std::size_t n = ratios_.size();
         Vector change(n, 0.0), gradient(n);
@@ -113,8 +114,8 @@ class Direction {
 };
 
 // Minimise φ over the active groups until every |p_g − 1| ≤ tol, or until rounding stops it.
-bool minimise(const Problem& problem, double lam, Scales& at, double tol, int fixed_points, Variational& model,
-              const Recorder& recorder) {
+bool minimise(const Problem& problem, double lam, Scales& at, double tol, int fixed_points,
+              Variational& model, const Recorder& recorder) {
     if (!model.evaluate(at.groups, at.values)) return false;
     for (int step = 0; step < 50 && worst(model.ratios()) > tol; ++step) {
         recorder.poll();
@@ -130,7 +131,8 @@ bool minimise(const Problem& problem, double lam, Scales& at, double tol, int fi
         bool moved = far && better(next);
         if (!far) {
             Direction direction(problem, lam, at, model);
-            for (const auto& [secular, t] : {std::pair{true, 1.0}, {false, 1.0}, {false, 0.3}, {false, 0.1}}) {
+            for (const auto& [secular, t] :
+                 {std::pair{true, 1.0}, {false, 1.0}, {false, 0.3}, {false, 0.1}}) {
                 if (moved || (secular && error < 1e-3)) continue;
                 next = direction.step(secular, t);
                 moved = direction.sound() && better(next);
@@ -169,7 +171,8 @@ std::vector<std::pair<double, Index>> violations(const Problem& problem, double 
     std::vector<std::pair<double, Index>> found;
     Vector G(static_cast<std::size_t>(problem.block()));
     for (Index g = 0; g < problem.groups(); ++g) {
-        const auto m = problem.group(M.data(), g), t = problem.group(T.data(), g), c = problem.group(problem.yx, g);
+        const auto m = problem.group(M.data(), g), t = problem.group(T.data(), g),
+                   c = problem.group(problem.yx, g);
         if (norm(m) > 0.0) continue;
         for (std::size_t i = 0; i < G.size(); ++i) G[i] = t[i] - c[i];
         const double threshold = lam * problem.weights[g], excess = norm(G) - threshold;
@@ -179,9 +182,24 @@ std::vector<std::pair<double, Index>> violations(const Problem& problem, double 
     return found;
 }
 
+// All groups that one fixed point from the scales of the least squares fit does not shrink away.
+bool ridge_start(const Vector& least_squares, Variational& model, Scales& at) {
+    if (!model.evaluate_all(least_squares)) return false;
+    Scales next;
+    for (std::size_t a = 0; a < model.groups().size(); ++a) {
+        const double p = model.ratios()[a];
+        if (p < 0.1) continue;
+        next.groups.push_back(model.groups()[a]);
+        next.values.push_back(p * least_squares[static_cast<std::size_t>(model.groups()[a])]);
+    }
+    at = std::move(next);
+    return true;
+}
+
 }  // namespace
 
-Result newton(const Problem& problem, double lam, Vector M, const Stopping& stopping, const Monitor& monitor) {
+Result newton(const Problem& problem, double lam, Vector M, const Stopping& stopping,
+              const Monitor& monitor) {
     Recorder recorder(stopping, monitor);
     const DualBound bound(problem, lam);
     Product product(problem);
@@ -196,14 +214,19 @@ Result newton(const Problem& problem, double lam, Vector M, const Stopping& stop
         at.groups.push_back(g);
         at.values.push_back(length);
     }
-    bool sound = true;
+    bool sound = true, cold = at.groups.empty();
     double tol = 0.1;
-    for (int fixed_points = at.groups.empty() ? 2 : 0; !recorder(certificate); fixed_points = 0) {
+    for (int fixed_points = cold ? 2 : 0; !recorder(certificate); fixed_points = 0) {
         const auto found = violations(problem, lam, M, T, 0.5 * stopping.tol);
-        if (!sound || (found.empty() && tol <= finest)) return run_fista(problem, lam, std::move(M), {}, bound, recorder);
-        const double outside = found.empty() ? 0.0 : found.front().first / lam / problem.weights[found.front().second];
-        tol = std::clamp(found.empty() ? 0.01 * tol : 0.1 * outside, finest, found.empty() ? stopping.tol : 1e-2);
-        enter(found, at);
+        if (!sound || (found.empty() && tol <= finest))
+            return run_fista(problem, lam, std::move(M), {}, bound, recorder);
+        const double outside =
+            found.empty() ? 0.0 : found.front().first / lam / problem.weights[found.front().second];
+        tol = std::clamp(found.empty() ? 0.01 * tol : 0.1 * outside, finest,
+                         found.empty() ? stopping.tol : 1e-2);
+        // Most groups still want in after the first round: the solution is dense, and close to a ridge fit.
+        const bool dense = cold && recorder.iterations() == 1 && 2 * std::ssize(found) > problem.groups();
+        if (!dense || !ridge_start(bound.scales(), model, at)) enter(found, at);
         sound = minimise(problem, lam, at, tol, fixed_points, model, recorder);
         model.scatter(M);
         product.exact(M, T);

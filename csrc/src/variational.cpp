@@ -15,7 +15,8 @@ PYSOLVE_CLONES void scale_row(double factor, const double* in, double* out, std:
 }
 
 // out_i = factor · in_i · roots_i
-PYSOLVE_CLONES void scale_row(double factor, const double* in, const double* roots, double* out, std::size_t n) {
+PYSOLVE_CLONES void scale_row(double factor, const double* in, const double* roots, double* out,
+                              std::size_t n) {
     for (std::size_t i = 0; i < n; ++i) out[i] = factor * in[i] * roots[i];
 }
 
@@ -94,7 +95,8 @@ void Variational::hessian(Vector& out) {
         const Index outputs = problem_.readers[r].outputs;
         const MatrixView<double> S{S_[r].data(), inputs(), inputs(), inputs()};
         invert_from_cholesky(S);
-        multiply_self({Y_.data() + offset, inputs(), outputs, problem_.outputs}, {gram.data(), S.rows, S.cols, S.stride});
+        multiply_self({Y_.data() + offset, inputs(), outputs, problem_.outputs},
+                      {gram.data(), S.rows, S.cols, S.stride});
         for (std::size_t i = 0; i < n; ++i) {
             const double diagonal = (1.0 - S_[r][i * (n + 1)]) * gram[i * (n + 1)];
             negate_products(&S_[r][i * n + i + 1], &gram[i * n + i + 1], n - i - 1);

@@ -78,7 +78,8 @@ struct Progress {
     double seconds, objective, gap;
 };
 
-// Called once an iteration, and again with the same progress during long ones. It may throw to abandon the solve.
+// Called once an iteration, and again with the same progress during long ones. It may throw to abandon the
+// solve.
 using Monitor = std::function<void(const Progress&)>;
 
 struct Stopping {

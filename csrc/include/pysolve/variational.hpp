@@ -7,8 +7,8 @@
 //     p_g = ‖(R M − C)_g‖/(lam w_g)                     ∂φ/∂η_g = ½ lam w_g (1 − p_g²)
 //     η_g η_g' ∂²φ/∂η_g∂η_g' = Σ_{i∈g, j∈g'} (I − S⁻¹)_ij (Y Yᵀ)_ij
 //
-// which is φ, its gradient and its Hessian summed over the readers. S stays well conditioned as scales go to 0
-// and where R is singular: it is factored, never R.
+// which is φ, its gradient and its Hessian summed over the readers. S stays well conditioned as scales go to
+// 0 and where R is singular: it is factored, never R.
 #pragma once
 
 #include "pysolve/problem.hpp"
@@ -27,6 +27,7 @@ class Variational {
     [[nodiscard]] bool evaluate_all(const Vector& scales);
 
     double phi() const { return phi_; }
+    const std::vector<Index>& groups() const { return groups_; }
     const Vector& ratios() const { return ratios_; }  // p_g, in the order of the groups
 
     // The scaled Hessian above of the last point evaluated, groups × groups, upper triangle; once a point.
@@ -42,9 +43,9 @@ class Variational {
     double lam_, phi_ = 0.0;
     std::vector<Index> groups_;
     Vector ratios_;
-    Vector root_;              // D^½, one per input of the groups
-    std::vector<Vector> S_;    // per reader: the factor of S
-    Vector Y_;                 // inputs of the groups × outputs
+    Vector root_;            // D^½, one per input of the groups
+    std::vector<Vector> S_;  // per reader: the factor of S
+    Vector Y_;               // inputs of the groups × outputs
 };
 
 }  // namespace pysolve
