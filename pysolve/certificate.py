@@ -99,22 +99,24 @@ def _objective(problem: Problem, M: Sequence[Array], lam: float) -> float:
 def _gap(problem: Problem, M: Sequence[Array], lam: float) -> float:
     # The dual asks (N R − C)_u = 0 of an unpenalised group: refit those first, and charge what that gains.
     M, G, gained = _fit_unpenalised(problem, M)
-    thresholds, penalised = lam * problem.weights, problem.penalised
-    products = [m @ r for m, r in zip(M, problem.xx, strict=True)]
-    fits = [_least_squares(r, c) for r, c in zip(problem.xx, problem.yx, strict=True)]
-    targets = [b @ r for b, r in zip(fits, problem.xx, strict=True)]
-    E = [t - c for t, c in zip(targets, problem.yx, strict=True)]
+    fits = zip(*map(_least_squares, problem.xx, problem.yx), strict=True)
+    return max(min(_bound(problem, M, G, B, lam) for B in fits), 0.0) + gained
 
-    gg, ge, ee = _inner(G, G, problem), _inner(G, E, problem), _inner(E, E, problem)
-    rows = np.stack([gg, ge, ee, thresholds], axis=1)[penalised]
-    s = min((_largest_step(*row) for row in rows), default=1.0)
+
+def _bound(problem: Problem, M: Sequence[Array], G: Sequence[Array], B: Sequence[Array], lam: float) -> float:
+    """The gap formula for one choice of B."""
+    penalised, thresholds = problem.penalised, lam * problem.weights
+    targets = [b @ r for b, r in zip(B, problem.xx, strict=True)]
+    E = [t - c for t, c in zip(targets, problem.yx, strict=True)]
+    squares = [_inner(G, G, problem), _inner(G, E, problem), _inner(E, E, problem), thresholds]
+    s = min((_largest_step(*row) for row in np.stack(squares, axis=1)[penalised]), default=1.0)
     if s < 0:
         return float("inf")
     young = _inner(G, M, problem) + thresholds * group_norms(M, problem.group_size)
-    slope = sum(np.vdot(t - p, m) for t, p, m in zip(targets, products, M, strict=True))
-    bend = sum(np.vdot(t - p, b - m) for t, p, b, m in zip(targets, products, fits, M, strict=True))
-    total = young[penalised].sum() + (1 - s) * slope + 0.5 * (1 - s) ** 2 * max(bend, 0.0)
-    return float(max(total, 0.0) + gained)
+    away = [t - m @ r for t, m, r in zip(targets, M, problem.xx, strict=True)]  # (B − M) R
+    slope = sum(np.vdot(a, m) for a, m in zip(away, M, strict=True))
+    bend = sum(np.vdot(a, b - m) for a, b, m in zip(away, B, M, strict=True))
+    return float(young[penalised].sum() + (1 - s) * slope + 0.5 * (1 - s) ** 2 * max(bend, 0.0))
 
 
 def _largest_step(gg: float, ge: float, ee: float, threshold: float) -> float:
@@ -144,7 +146,7 @@ def _fit_unpenalised(problem: Problem, M: Sequence[Array]) -> tuple[list[Array],
     for m, r, c in zip(M, problem.xx, problem.yx, strict=True):
         g = m @ r - c
         if len(u):
-            step = _least_squares(r[np.ix_(u, u)], g[:, u])
+            step = _least_squares(r[np.ix_(u, u)], g[:, u])[1]
             gained += 0.5 * float(np.vdot(step, g[:, u]))
             m, g = m.copy(), g - step @ r[u]
             m[:, u] -= step
@@ -153,13 +155,19 @@ def _fit_unpenalised(problem: Problem, M: Sequence[Array]) -> tuple[list[Array],
     return refitted, gradients, gained
 
 
-def _least_squares(R: Array, C: Array) -> Array:
-    """B with B R ≈ C, from the eigenvectors of R (at unit diagonal) that rounding leaves meaningful."""
+def _least_squares(R: Array, C: Array) -> list[Array]:
+    """Several B with B R ≈ C, by how many eigenvectors of R (at unit diagonal) are taken for rounding.
+
+    Which of them is best depends on how C was rounded; every one of them gives a valid bound.
+    """
     unit = np.sqrt(np.where(np.diag(R) > 0, np.diag(R), 1.0))
     values, vectors = np.linalg.eigh(R / unit / unit[:, None])
-    sound = values > 1e-13 * len(R) * max(values[-1], 0.0)
-    vectors = vectors[:, sound]
-    return np.asarray(((C / unit) @ vectors / values[sound]) @ vectors.T / unit)
+    fits = []
+    for cutoff in (1e-15, 1e-13, 1e-10):
+        sound = values > cutoff * len(R) * max(values[-1], 0.0)
+        kept = vectors[:, sound]
+        fits.append(np.asarray(((C / unit) @ kept / values[sound]) @ kept.T / unit))
+    return fits
 
 
 def _inner(A: Sequence[Array], B: Sequence[Array], problem: Problem) -> Array:

@@ -133,9 +133,9 @@ def newton(problems: Any, lam: float, **options: Any) -> Solution:
     """Newton's method on the variational form: one positive scale for each active group, whatever h is.
 
     Minimises  φ(η) = min_M ½⟨M R, M⟩ − ⟨C, M⟩ + ½ lam Σ_g w_g (‖M_g‖²/η_g + η_g)  over η ≥ 0, with the exact
-    Hessian, on a working set of groups. Quadratic convergence, exact zeros; a step costs about 4/3 a³ + 3 h a²
-    for a active columns. Problems as in ``proximal_gradient``, options as in ``solve_linear_reconstruction``;
-    an iteration is one round over all groups, of which few are needed.
+    Hessian, on a working set of groups. Quadratic convergence, exact zeros; a step costs about
+    4/3 a³ + 3 h a² for a active columns. Problems as in ``proximal_gradient``, options as in
+    ``solve_linear_reconstruction``; an iteration is one round over all groups, of which few are needed.
     """
     return _solve("newton", _core.newton, problems, lam, **options)
 

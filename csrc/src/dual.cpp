@@ -18,7 +18,7 @@ Vector factor_with_ridge(const double* R, Index n) {
     double mean = 0.0;
     for (Index i = 0; i < n; ++i) mean += R[i * (n + 1)] / static_cast<double>(n);
     if (mean <= 0.0) mean = 1.0;
-    for (double ridge = 1e-11 * mean; ridge <= mean; ridge *= 100.0) {
+    for (double ridge = 1e-15 * static_cast<double>(n) * mean; ridge <= mean; ridge *= 100.0) {
         factor.assign(R, R + n * n);
         for (Index i = 0; i < n; ++i) factor[static_cast<std::size_t>(i * (n + 1))] += ridge;
         if (cholesky({factor.data(), n, n, n})) return factor;
@@ -34,51 +34,46 @@ PYSOLVE_CLONES void subtract(std::span<const double> a, std::span<const double> 
 
 DualBound::DualBound(const Problem& problem, double lam)
     : problem_(problem),
-      target_(static_cast<std::size_t>(problem.size()), 0.0),
       residual_(static_cast<std::size_t>(problem.groups())),
+      c_norms_(residual_.size()),
       scales_(residual_.size()) {
     const Index n = problem.inputs;
     if (n == 0) return;
-    const auto part = [&](Vector& matrix, const Reader& reader, Index offset) {
-        return MatrixView<double>{matrix.data() + offset, n, reader.outputs, problem.outputs};
-    };
-    for (Index g = 0; g < problem.groups(); ++g) c_norms_.push_back(norm(problem.group(problem.yx, g)));
     std::vector<Vector> factors;
     for (const Reader& reader : problem.readers) factors.push_back(factor_with_ridge(reader.xx, n));
 
     // B ← B + (R + ridge)⁻¹ (C − R B): the first round leaves what the ridge and rounding do.
-    Vector B(target_.size(), 0.0), step(problem.yx, problem.yx + problem.size());
-    for (int round = 0; round < 3; ++round) {
-        Index offset = 0;
-        for (std::size_t r = 0; r < factors.size(); ++r) {
-            const Reader& reader = problem.readers[r];
-            cholesky_solve({factors[r].data(), n, n, n}, part(step, reader, offset));
-            offset += reader.outputs;
-        }
+    Vector B(static_cast<std::size_t>(problem.size()), 0.0), RB(B.size());
+    Vector step(problem.yx, problem.yx + problem.size());
+    bool accurate = false;
+    for (int round = 0; round < 3 && !accurate; ++round) {
+        for (std::size_t r = 0; r < factors.size(); ++r)
+            cholesky_solve({factors[r].data(), n, n, n}, problem.part(step.data(), n, r));
         for (std::size_t i = 0; i < B.size(); ++i) B[i] += step[i];
-        offset = 0;
-        for (const Reader& reader : problem.readers) {
-            multiply_transposed({reader.xx, n, n, n}, part(B, reader, offset), part(target_, reader, offset));
-            offset += reader.outputs;
-        }
-        for (std::size_t i = 0; i < step.size(); ++i) step[i] = problem.yx[i] - target_[i];
-        bool small = true;
+        for (std::size_t r = 0; r < factors.size(); ++r)
+            multiply_transposed({problem.readers[r].xx, n, n, n}, problem.part(std::as_const(B).data(), n, r),
+                                problem.part(RB.data(), n, r));
+        subtract({problem.yx, RB.size()}, RB, step);
+        accurate = true;
         for (Index g = 0; g < problem.groups(); ++g) {
-            residual_[static_cast<std::size_t>(g)] = norm(problem.group(std::as_const(step).data(), g));
-            small = small && residual_[static_cast<std::size_t>(g)] <= 1e-3 * lam * problem.weights[g];
+            double& residual = residual_[static_cast<std::size_t>(g)];
+            residual = norm(problem.group(std::as_const(step).data(), g));
+            accurate = accurate && residual <= 1e-3 * lam * problem.weights[g];
         }
-        if (small) break;
     }
-    energy_ = dot(target_, B);
-    for (Index g = 0; g < problem.groups(); ++g)
+    energy_ = dot(RB, B);
+    for (Index g = 0; g < problem.groups(); ++g) {
+        c_norms_[static_cast<std::size_t>(g)] = norm(problem.group(problem.yx, g));
         scales_[static_cast<std::size_t>(g)] = norm(problem.group(std::as_const(B).data(), g));
+    }
 }
 
 Certificate DualBound::operator()(double lam, const Vector& M, const Vector& T) const {
     const Problem& p = problem_;
     double s = 1.0, noise = 0.0;
     double young = 0.0;  // Σ_g ⟨G_g, M_g⟩ + lam w_g ‖M_g‖
-    double quadratic = 0.0, linear = 0.0, penalty = 0.0, target_M = 0.0;
+    double quadratic = 0.0, linear = 0.0, penalty = 0.0;
+    double inexact = 0.0;  // ≥ |⟨E, M⟩|
     Vector G(static_cast<std::size_t>(p.block()));
     for (Index g = 0; g < p.groups(); ++g) {
         const auto m = p.group(M.data(), g), t = p.group(T.data(), g), c = p.group(p.yx, g);
@@ -94,13 +89,14 @@ Certificate DualBound::operator()(double lam, const Vector& M, const Vector& T) 
         penalty += threshold * m_norm;
         quadratic += dot(t, m);
         linear += dot(c, m);
-        target_M += dot(p.group(target_.data(), g), m);
+        inexact += error * m_norm;
     }
     Certificate certificate;
     certificate.objective = 0.5 * quadratic - linear + penalty;
     const double scale = 0.5 * quadratic + std::abs(linear) + penalty;
-    const double slope = target_M - quadratic;                                // ⟨R(B − M), M⟩
-    const double bend = std::max(energy_ - 2.0 * target_M + quadratic, 0.0);  // ⟨R(B − M), B − M⟩
+    // ⟨R(B − M), M⟩ and ⟨R(B − M), B − M⟩, with ⟨R B, M⟩ = ⟨C, M⟩ + ⟨E, M⟩.
+    const double slope = linear + inexact - quadratic;
+    const double bend = std::max(energy_ - 2.0 * (linear - inexact) + quadratic, 0.0);
     certificate.floor = 4.0 * eps * scale + 2.0 * noise * std::abs(slope);
     if (s >= 0.0) {
         const double rest = 1.0 - s;

@@ -1,6 +1,7 @@
 #include "pysolve/product.hpp"
 
 #include <algorithm>
+#include <utility>
 
 #include "pysolve/lanes.hpp"
 
@@ -42,13 +43,10 @@ void Product::exact(const Vector& M, Vector& T) {
         for (Index g : packed_) destination = std::ranges::copy(p.group(M.data(), g), destination).out;
         source = compact_.data();
     }
-    Index offset = 0;
     for (std::size_t r = 0; r < p.readers.size() && rows > 0; ++r) {
-        const Reader& reader = p.readers[r];
-        const double* R = dense_ ? reader.xx : rows_[r].data();
-        multiply_transposed({R, rows, p.inputs, p.inputs}, {source + offset, rows, reader.outputs, p.outputs},
-                            {T.data() + offset, p.inputs, reader.outputs, p.outputs});
-        offset += reader.outputs;
+        const double* R = dense_ ? p.readers[r].xx : rows_[r].data();
+        multiply_transposed({R, rows, p.inputs, p.inputs}, p.part(source, rows, r),
+                            p.part(T.data(), p.inputs, r));
     }
     anchor_M_ = M;
     anchor_T_ = T;
@@ -72,14 +70,10 @@ void Product::update(const Vector& M, Vector& T) {
         const Index from = packed_[k] * p.block(), to = static_cast<Index>(k) * p.block();
         narrow_difference(M.data() + from, anchor_M_.data() + from, single_change_.data() + to, p.block());
     }
-    Index offset = 0;
-    for (std::size_t r = 0; r < p.readers.size(); ++r) {
-        const Index outputs = p.readers[r].outputs;
+    for (std::size_t r = 0; r < p.readers.size(); ++r)
         multiply_transposed({single_rows_[r].data(), rows, p.inputs, p.inputs},
-                            {single_change_.data() + offset, rows, outputs, p.outputs},
-                            {single_T_.data() + offset, p.inputs, outputs, p.outputs});
-        offset += outputs;
-    }
+                            p.part(std::as_const(single_change_).data(), rows, r),
+                            p.part(single_T_.data(), p.inputs, r));
     widen_sum(anchor_T_.data(), single_T_.data(), T.data(), p.size());
 }
 

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <utility>
 
 #include "pysolve/lanes.hpp"
 #include "pysolve/prox.hpp"
@@ -49,8 +50,6 @@ bool Variational::evaluate(const std::vector<Index>& groups, const Vector& scale
     }
     // LAPACK's lower triangle is the upper one of a row-major matrix.
     S_.resize(p.readers.size());
-    Index offset = 0;
-    const MatrixView<double> Y{Y_.data(), inputs(), p.outputs, p.outputs};
     for (std::size_t r = 0; r < p.readers.size(); ++r) {
         S_[r].resize(n * n);
         for (std::size_t i = 0; i < n; ++i) {
@@ -62,8 +61,7 @@ bool Variational::evaluate(const std::vector<Index>& groups, const Vector& scale
         }
         const MatrixView<double> S{S_[r].data(), inputs(), inputs(), inputs()};
         if (!cholesky(S)) return false;
-        cholesky_solve(S, {Y.data + offset, inputs(), p.readers[r].outputs, p.outputs});
-        offset += p.readers[r].outputs;
+        cholesky_solve(S, p.part(Y_.data(), inputs(), r));
     }
     for (std::size_t a = 0; a < groups.size(); ++a) {
         const std::span<const double> y{&Y_[a * k * h], k * h};
@@ -90,12 +88,10 @@ void Variational::hessian(Vector& out) {
     const auto n = static_cast<std::size_t>(inputs());
     out.assign(count * count, 0.0);
     Vector gram(n * n);
-    Index offset = 0;
     for (std::size_t r = 0; r < S_.size(); ++r) {
-        const Index outputs = problem_.readers[r].outputs;
         const MatrixView<double> S{S_[r].data(), inputs(), inputs(), inputs()};
         invert_from_cholesky(S);
-        multiply_self({Y_.data() + offset, inputs(), outputs, problem_.outputs},
+        multiply_self(problem_.part(std::as_const(Y_).data(), inputs(), r),
                       {gram.data(), S.rows, S.cols, S.stride});
         for (std::size_t i = 0; i < n; ++i) {
             const double diagonal = (1.0 - S_[r][i * (n + 1)]) * gram[i * (n + 1)];
@@ -111,7 +107,6 @@ void Variational::hessian(Vector& out) {
                     for (std::size_t j = b * k; j < (b + 1) * k; ++j) row[b] += gram[i * n + j];
             }
         }
-        offset += outputs;
     }
 }
 

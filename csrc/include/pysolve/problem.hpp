@@ -31,6 +31,13 @@ struct Problem {
     Index groups() const { return inputs / group_size; }
     Index block() const { return group_size * outputs; }  // numbers in one group
     Index size() const { return inputs * outputs; }
+    // The columns of reader r in a matrix of `rows` rows with all outputs side by side.
+    template <class T>
+    MatrixView<T> part(T* matrix, Index rows, std::size_t r) const {
+        Index before = 0;
+        for (std::size_t i = 0; i < r; ++i) before += readers[i].outputs;
+        return {matrix + before, rows, readers[r].outputs, outputs};
+    }
     std::span<const double> group(const double* matrix, Index g) const {
         return {matrix + g * block(), static_cast<std::size_t>(block())};
     }
@@ -60,7 +67,6 @@ class DualBound {
 
   private:
     const Problem& problem_;
-    Vector target_;              // R B
     Vector residual_, c_norms_;  // ‖E_g‖, ‖C_g‖
     Vector scales_;
     double energy_ = 0.0;  // ⟨R B, B⟩
