@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,8 +30,10 @@ from pysolve.nn.network import evaluating, forward
 from pysolve.nn.surgery import apply
 from pysolve.nn.train import fit
 from pysolve.nn.zoo import DigitsNet, LeNet5
+from pysolve.path import solve_for_groups
 from pysolve.plan import Collapse, Plan, Site
-from pysolve.solvers import Solution, solve_linear_reconstruction
+from pysolve.solution import Solution
+from pysolve.solvers import solve_linear_reconstruction
 
 Network = DigitsNet | LeNet5
 
@@ -120,22 +121,11 @@ def train(setting: Setting, dataset: Dataset, seed: int, epochs: int, console: C
 def select(correlations: Correlations, wanted: int, console: Console) -> Solution:
     """Step 2: the lam whose solution keeps about ``wanted`` neurons, by bisection."""
     problem = correlations.centered()
-    high = lam_max(problem.r_xx, problem.r_yx)
-    if not high:
+    if not lam_max(problem.r_xx, problem.r_yx):
         raise PysolveError(
             "no neuron of fc1 has any effect on fc2, so there is nothing to choose: train again."
         )
-    low, best = 1e-4 * high, None
-    for _ in range(20):
-        lam = math.sqrt(low * high)
-        solution = solve_linear_reconstruction(problem.r_xx, problem.r_yx, lam)
-        kept = len(solution.keep)
-        if best is None or abs(kept - wanted) < abs(len(best.keep) - wanted):
-            best = solution
-        if kept == wanted:
-            break
-        low, high = (lam, high) if kept > wanted else (low, lam)
-    assert best is not None
+    best = solve_for_groups(problem.r_xx, problem.r_yx, wanted)
     console.out(
         f"Kept {len(best.keep)} of {problem.groups} neurons of fc1: a solve of {best.seconds:.2f} s at "
         f"lam = {best.lam:.3g}, certified to be within {best.relative_gap:.1e} of the optimum."
