@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Literal
+
+import numpy as np
 
 try:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, StrMethodFormatter
 except ImportError as error:
     raise ImportError(
         "pictures need matplotlib, which is not installed: pip install 'pysolve[demo]'."
     ) from error
 
-COLORS = ("#0b6e99", "#e0902f", "#9a9a9a")
+from pysolve.solution import History
+
+COLORS = ("#0b6e99", "#e0902f", "#9a9a9a", "#a63a50")
+SHADES = ("#b7d3de", "#7fb0c4", "#4387a1", "#064a63")
 _DENSE, _SMALL = "#c9d3d9", COLORS[0]
 
 
@@ -101,6 +108,40 @@ def cost_bars(
     ax.invert_yaxis()
     ax.set(xlabel="left of the original (%)", xlim=(0, max(102.0, *shares)))
     return _plain(ax, grid=None)
+
+
+def convergence_curves(
+    histories: Mapping[str, History],
+    *,
+    against: Literal["iteration", "seconds"] = "iteration",
+    colors: Sequence[str] = COLORS,
+    lowest: float = 1e-9,
+    ax: Axes | None = None,
+) -> Axes:
+    """How the certified gap of several solves falls, relative to where each objective ended; both axes log.
+
+    Parameters
+    ----------
+    histories : {label: History}
+        Of a Solution. The start (iteration 0) has no place on a logarithmic axis and is left out.
+    against : {"iteration", "seconds"}
+    colors : sequence of str
+        One a history, in order; ``SHADES`` suits the values of one parameter.
+    lowest : float
+        Where the picture ends; Newton's gaps fall far below what the other methods are asked for.
+    ax : Axes, optional
+        Where to draw; by default in a new figure.
+    """
+    ax = ax or new_axes()
+    for (label, history), color in zip(histories.items(), cycle(colors), strict=False):
+        x = history.seconds if against == "seconds" else np.arange(len(history.gap))
+        gaps = history.gap[1:] / abs(history.objective[-1])
+        ax.plot(x[1:], gaps, color=color, linewidth=1.8, label=label)
+    # Every curve falls from 1 or below: the upper right corner is free for the legend.
+    ax.set(xscale="log", yscale="log", xlabel=against, ylabel="relative gap", ylim=(lowest, 1))
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.legend(loc="upper right", facecolor="white", edgecolor="none", framealpha=1)
+    return _plain(ax, grid="y")
 
 
 def _plain(ax: Axes, grid: str | None) -> Axes:
