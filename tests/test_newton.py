@@ -91,3 +91,11 @@ def test_few_rounds_reach_the_limit_of_float64():
     solution = ps.newton(correlations, lam, tol=1e-13)
     assert solution.converged
     assert solution.iterations <= 10
+
+
+@given(instances())
+def test_rounds_do_not_cycle(case):
+    """Each round lowers φ: groups that enter and leave again would repeat until max_iter."""
+    solution = ps.newton((case.r_xx, case.r_yx), case.lam, group_size=case.group_size, tol=1e-8)
+    assert solution.status in ("converged", "precision")
+    assert solution.iterations <= 30

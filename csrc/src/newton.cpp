@@ -113,10 +113,10 @@ class Direction {
     bool sound_ = true;
 };
 
-// Minimise φ over the active groups until every |p_g − 1| ≤ tol, or until rounding stops it.
+// Minimise φ over the active groups, from where the model stands, until every |p_g − 1| ≤ tol, or until
+// rounding stops it.
 bool minimise(const Problem& problem, double lam, Scales& at, double tol, int fixed_points,
               Variational& model, const Recorder& recorder) {
-    if (!model.evaluate(at.groups, at.values)) return false;
     for (int step = 0; step < 50 && worst(model.ratios()) > tol; ++step) {
         recorder.poll();
         const double phi = model.phi(), error = worst(model.ratios()), slack = 1e-14 * std::abs(phi);
@@ -148,21 +148,35 @@ bool minimise(const Problem& problem, double lam, Scales& at, double tol, int fi
     return true;
 }
 
-// Let the worst of the zero groups in, as many as keep the working set in proportion.
-void enter(const std::vector<std::pair<double, Index>>& found, Scales& at) {
+// The worst of the zero groups join, as many as keep the working set in proportion. Alone, a group of unit
+// variance would end at its excess; the more come together, the more they share.
+Scales join(const std::vector<std::pair<double, Index>>& found, const Scales& at, double share) {
     const std::size_t room = std::max<std::size_t>(64, 2 * at.groups.size());
     const std::size_t count = found.size() <= room + room / 2 ? found.size() : room;
     std::vector<std::pair<Index, double>> all;
     for (std::size_t a = 0; a < at.groups.size(); ++a) all.emplace_back(at.groups[a], at.values[a]);
-    // Alone, a group of unit variance would end at its excess; the more come together, the more they share.
-    const double share = 1.0 / std::max(1.0, 0.05 * static_cast<double>(count));
+    share /= std::max(1.0, 0.05 * static_cast<double>(count));
     for (std::size_t i = 0; i < count; ++i) all.emplace_back(found[i].second, share * found[i].first);
     std::ranges::sort(all);
-    at = {};
+    Scales next;
     for (const auto& [group, value] : all) {
-        at.groups.push_back(group);
-        at.values.push_back(value);
+        next.groups.push_back(group);
+        next.values.push_back(value);
     }
+    return next;
+}
+
+// Join without raising φ, which starting small enough never does: rounds that each lower φ cannot cycle.
+bool enter(const std::vector<std::pair<double, Index>>& found, Scales& at, Variational& model) {
+    const double phi = at.groups.empty() ? std::numeric_limits<double>::infinity() : model.phi();
+    Scales next;
+    for (double share = 1.0; share > 1e-9; share *= 0.1) {
+        next = join(found, at, share);
+        if (!model.evaluate(next.groups, next.values)) return false;
+        if (model.phi() <= phi) break;
+    }
+    at = std::move(next);
+    return true;
 }
 
 // Zero groups that violate their optimality condition, worst first; the value is the start for their scale.
@@ -183,17 +197,16 @@ std::vector<std::pair<double, Index>> violations(const Problem& problem, double 
 }
 
 // All groups that one fixed point from the scales of the least squares fit does not shrink away.
-bool ridge_start(const Vector& least_squares, Variational& model, Scales& at) {
+bool ridge_start(const Vector& least_squares, Scales& at, Variational& model) {
     if (!model.evaluate_all(least_squares)) return false;
-    Scales next;
+    at = {};
     for (std::size_t a = 0; a < model.groups().size(); ++a) {
         const double p = model.ratios()[a];
         if (p < 0.1) continue;
-        next.groups.push_back(model.groups()[a]);
-        next.values.push_back(p * least_squares[static_cast<std::size_t>(model.groups()[a])]);
+        at.groups.push_back(model.groups()[a]);
+        at.values.push_back(p * least_squares[static_cast<std::size_t>(model.groups()[a])]);
     }
-    at = std::move(next);
-    return true;
+    return model.evaluate(at.groups, at.values);
 }
 
 }  // namespace
@@ -214,20 +227,25 @@ Result newton(const Problem& problem, double lam, Vector M, const Stopping& stop
         at.groups.push_back(g);
         at.values.push_back(length);
     }
-    bool sound = true, cold = at.groups.empty();
+    const bool cold = at.groups.empty();
+    bool sound = model.evaluate(at.groups, at.values);
     double tol = 0.1;
-    for (int fixed_points = cold ? 2 : 0; !recorder(certificate); fixed_points = 0) {
+    while (!recorder(certificate)) {
         const auto found = violations(problem, lam, M, T, 0.5 * stopping.tol);
-        if (!sound || (found.empty() && tol <= finest))
-            return run_fista(problem, lam, std::move(M), {}, bound, recorder);
-        const double outside =
-            found.empty() ? 0.0 : found.front().first / lam / problem.weights[found.front().second];
-        tol = std::clamp(found.empty() ? 0.01 * tol : 0.1 * outside, finest,
-                         found.empty() ? stopping.tol : 1e-2);
-        // Most groups still want in after the first round: the solution is dense, and close to a ridge fit.
-        const bool dense = cold && recorder.iterations() == 1 && 2 * std::ssize(found) > problem.groups();
-        if (!dense || !ridge_start(bound.scales(), model, at)) enter(found, at);
-        sound = minimise(problem, lam, at, tol, fixed_points, model, recorder);
+        const Index round = recorder.iterations();
+        if (found.empty()) {
+            sound = sound && tol > finest;
+            tol = std::clamp(0.01 * tol, finest, std::max(finest, stopping.tol));
+        } else {
+            const auto& [excess, group] = found.front();
+            tol = std::clamp(0.1 * excess / lam / problem.weights[group], finest, 1e-2);
+            // Most groups still want in after the first round: the solution is dense, and close to a ridge
+            // fit.
+            const bool dense = cold && round == 1 && 2 * std::ssize(found) > problem.groups();
+            sound = sound && (dense ? ridge_start(bound.scales(), at, model) : enter(found, at, model));
+        }
+        sound = sound && minimise(problem, lam, at, tol, cold && round == 0 ? 2 : 0, model, recorder);
+        if (!sound) return run_fista(problem, lam, std::move(M), {}, bound, recorder);
         model.scatter(M);
         product.exact(M, T);
         certificate = bound(lam, M, T);
