@@ -140,7 +140,9 @@ def convergence_curves(
     # Every curve falls from 1 or below: the upper right corner is free for the legend.
     ax.set(xscale="log", yscale="log", xlabel=against, ylabel="relative gap", ylim=(lowest, 1))
     ax.yaxis.set_minor_locator(NullLocator())
-    ax.legend(loc="upper right", facecolor="white", edgecolor="none", framealpha=1)
+    legend = ax.legend(loc="upper right", edgecolor="none", framealpha=1, labelspacing=0.3, borderaxespad=0.1)
+    # Over the grid, under the curves.
+    legend.set_zorder(1)
     return _plain(ax, grid="y")
 
 
