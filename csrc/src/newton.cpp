@@ -63,8 +63,8 @@ class Direction {
         const std::size_t n = ratios_.size();
         Vector change(n, 0.0), gradient(n);
         for (std::size_t a = 0; a < n; ++a) {
-            const double p = ratios_[a], size = lam_ * problem_.weights[at_.groups[a]] * at_.values[a];
-            gradient[a] = size * (secular ? p * p * (1.0 - p) : 0.5 * (1.0 - p * p));
+            const double p = ratios_[a];
+            gradient[a] = size(a) * (secular ? p * p * (1.0 - p) : 0.5 * (1.0 - p * p));
         }
         std::vector<std::size_t> free(n);
         for (std::size_t a = 0; a < n; ++a) free[a] = a;
@@ -93,14 +93,18 @@ class Direction {
         Vector matrix(n * n);
         for (std::size_t i = 0; i < n; ++i) {
             for (std::size_t j = i; j < n; ++j) matrix[i * n + j] = entry(free[i], free[j]);
-            // Repeated channels leave the Hessian singular: which of them carries the weight is free.
-            matrix[i * (n + 1)] *= 1.0 + 1e-12;
+            // Repeated channels leave the Hessian singular: which of them carries the weight is free. And I −
+            // S⁻¹ is known to a few ulp of 1 only, which is all of it where a scale is about to vanish.
+            matrix[i * (n + 1)] = matrix[i * (n + 1)] * (1.0 + 1e-12) +
+                                  1e-13 * size(free[i]) * ratios_[free[i]] * ratios_[free[i]];
         }
         const MatrixView<double> view{matrix.data(), std::ssize(free), std::ssize(free), std::ssize(free)};
         if (!cholesky(view)) return false;
         cholesky_solve(view, {right.data(), std::ssize(free), 1, 1});
         return std::ranges::all_of(right, [](double value) { return std::isfinite(value); });
     }
+
+    double size(std::size_t a) const { return lam_ * problem_.weights[at_.groups[a]] * at_.values[a]; }
 
     double entry(std::size_t a, std::size_t b) const {
         return hessian_[std::min(a, b) * ratios_.size() + std::max(a, b)];
