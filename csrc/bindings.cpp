@@ -8,6 +8,7 @@
 #include <string>
 
 #include "pysolve/alternate.hpp"
+#include "pysolve/elimination.hpp"
 #include "pysolve/fista.hpp"
 #include "pysolve/newton.hpp"
 #include "pysolve/problem.hpp"
@@ -72,6 +73,8 @@ void load_blas() {
     load(routines.sgemm, blas, "sgemm", "cciiissisissi");
     load(routines.dtrsm, blas, "dtrsm", "cccciiddidi");
     load(routines.dsyrk, blas, "dsyrk", "cciiddiddi");
+    load(routines.dsymm, blas, "dsymm", "cciiddididdi");
+    load(routines.dsyr2k, blas, "dsyr2k", "cciiddididdi");
     load(routines.dsymv, blas, "dsymv", "ciddididdi");
     load(routines.dpotrf, lapack, "dpotrf", "cidii");
     load(routines.dpotri, lapack, "dpotri", "cidii");
@@ -121,7 +124,7 @@ Array to_array(const Vector& values, Shape... shape) {
 
 // Runs `solve` without the lock; polls for Ctrl-C at most every 20 ms, so that the lock is rarely asked for.
 template <class Solve>
-Result run(const py::object& callback, const Solve& solve) {
+auto run(const py::object& callback, const Solve& solve) {
     using Clock = std::chrono::steady_clock;
     auto last = Clock::now();
     Index reported = -1;
@@ -232,6 +235,58 @@ void register_solvers(py::module_& m) {
         py::arg("max_iter"), py::arg("callback"));
 }
 
+std::vector<Index> checked_groups(const BoundProblem& bound, std::vector<Index> groups) {
+    std::vector<bool> seen(static_cast<std::size_t>(bound.problem.groups()));
+    for (Index g : groups) {
+        if (g < 0 || g >= bound.problem.groups() || seen[static_cast<std::size_t>(g)])
+            throw py::value_error("groups must lie within the problem, each once");
+        seen[static_cast<std::size_t>(g)] = true;
+    }
+    return groups;
+}
+
+void expect_count(const BoundProblem& bound, Index count) {
+    if (count < 0 || count > bound.problem.groups())
+        throw py::value_error("a number of groups must lie within 0 and " +
+                              std::to_string(bound.problem.groups()));
+}
+
+void register_selection(py::module_& m) {
+    py::class_<Selection>(m, "Selection")
+        .def_readonly("order", &Selection::order)
+        .def_property_readonly("change",
+                               [](const Selection& s) { return to_array(s.change, s.change.size()); })
+        .def_readonly("ridge", &Selection::ridge)
+        .def_readonly("explained", &Selection::explained);
+    m.def(
+        "eliminate",
+        [](const BoundProblem& bound, const std::vector<double>& ridges, Index smallest) {
+            expect_count(bound, smallest);
+            return run(py::none(), [&](const Monitor& monitor) {
+                return eliminate(bound.problem, ridges, smallest, monitor);
+            });
+        },
+        py::arg("problem"), py::kw_only(), py::arg("ridges"), py::arg("smallest"));
+    m.def(
+        "forward",
+        [](const BoundProblem& bound, double ridge, Index count) {
+            expect_count(bound, count);
+            return run(py::none(),
+                       [&](const Monitor& monitor) { return forward(bound.problem, ridge, count, monitor); });
+        },
+        py::arg("problem"), py::kw_only(), py::arg("ridge"), py::arg("count"));
+    m.def(
+        "swap_groups",
+        [](const BoundProblem& bound, std::vector<Index> keep, double ridge, Index max_swaps, Index depth) {
+            keep = checked_groups(bound, std::move(keep));
+            return run(py::none(), [&](const Monitor& monitor) {
+                return swap_groups(bound.problem, ridge, std::move(keep), {max_swaps, depth}, monitor);
+            });
+        },
+        py::arg("problem"), py::arg("keep"), py::kw_only(), py::arg("ridge"), py::arg("max_swaps"),
+        py::arg("depth"));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -240,4 +295,5 @@ PYBIND11_MODULE(_core, m) {
     register_problem(m);
     register_prox(m);
     register_solvers(m);
+    register_selection(m);
 }

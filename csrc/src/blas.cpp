@@ -1,5 +1,6 @@
 #include "pysolve/blas.hpp"
 
+#include <algorithm>
 #include <stdexcept>
 
 #include "pysolve/lanes.hpp"
@@ -45,6 +46,48 @@ void multiply_self(MatrixView<const double> A, MatrixView<double> out) {
     blas.dsyrk(&lower, &yes, &n, &k, &one, const_cast<double*>(A.data), &lda, &zero, out.data, &ldo);
 }
 
+void add_product(double factor, MatrixView<const double> A, MatrixView<const double> B,
+                 MatrixView<double> out) {
+    char no = 'N', yes = 'T';
+    int m = to_int(B.rows), k = to_int(A.cols);
+    int lda = to_int(A.stride), ldb = to_int(B.stride), ldo = to_int(out.stride);
+    double one = 1.0;
+    constexpr Index one_thread = 250'000, least = 64;  // multiplications; rows below which pieces cost speed
+    Index piece = one_thread / std::max(B.rows * A.cols, Index{1});
+    if (piece < least) piece = A.rows;
+    for (Index i = 0; i < A.rows; i += piece) {
+        int n = to_int(std::min(piece, A.rows - i));
+        blas.dgemm(&yes, &no, &m, &n, &k, &factor, const_cast<double*>(B.data), &ldb,
+                   const_cast<double*>(A.data + i * A.stride), &lda, &one, out.data + i * out.stride, &ldo);
+    }
+}
+
+void add_self(double factor, MatrixView<const double> A, MatrixView<double> out) {
+    char lower = 'L', yes = 'T';
+    int n = to_int(A.rows), k = to_int(A.cols), lda = to_int(A.stride), ldo = to_int(out.stride);
+    double one = 1.0;
+    blas.dsyrk(&lower, &yes, &n, &k, &factor, const_cast<double*>(A.data), &lda, &one, out.data, &ldo);
+}
+
+void add_cross(double factor, MatrixView<const double> A, MatrixView<const double> B,
+               MatrixView<double> out) {
+    char lower = 'L', yes = 'T';
+    int n = to_int(A.rows), k = to_int(A.cols);
+    int lda = to_int(A.stride), ldb = to_int(B.stride), ldo = to_int(out.stride);
+    double one = 1.0;
+    blas.dsyr2k(&lower, &yes, &n, &k, &factor, const_cast<double*>(A.data), &lda, const_cast<double*>(B.data),
+                &ldb, &one, out.data, &ldo);
+}
+
+void multiply_symmetric(MatrixView<const double> A, MatrixView<const double> B, MatrixView<double> out) {
+    char right = 'R', lower = 'L';
+    int m = to_int(B.cols), n = to_int(A.rows);
+    int lda = to_int(A.stride), ldb = to_int(B.stride), ldo = to_int(out.stride);
+    double one = 1.0, zero = 0.0;
+    blas.dsymm(&right, &lower, &m, &n, &one, const_cast<double*>(A.data), &lda, const_cast<double*>(B.data),
+               &ldb, &zero, out.data, &ldo);
+}
+
 void multiply_symmetric(MatrixView<const double> A, const double* x, double* y) {
     char lower = 'L';
     int n = to_int(A.rows), lda = to_int(A.stride), one_step = 1;
@@ -67,6 +110,16 @@ void cholesky_solve(MatrixView<const double> factor, MatrixView<double> X) {
     double* L = const_cast<double*>(factor.data);
     blas.dtrsm(&right, &lower, &yes, &no, &m, &n, &one, L, &lda, X.data, &ldx);
     blas.dtrsm(&right, &lower, &no, &no, &m, &n, &one, L, &lda, X.data, &ldx);
+}
+
+void invert_factor(MatrixView<const double> factor, MatrixView<double> out) {
+    for (Index i = 0; i < out.rows; ++i)
+        for (Index j = 0; j < out.cols; ++j) out.data[i * out.stride + j] = i == j ? 1.0 : 0.0;
+    char left = 'L', lower = 'L', no = 'N', yes = 'T';
+    int n = to_int(out.rows), lda = to_int(factor.stride), ldo = to_int(out.stride);
+    double one = 1.0;
+    blas.dtrsm(&left, &lower, &yes, &no, &n, &n, &one, const_cast<double*>(factor.data), &lda, out.data,
+               &ldo);
 }
 
 void invert_from_cholesky(MatrixView<double> factor) {

@@ -18,6 +18,8 @@ struct Blas {
     void (*sgemm)(char*, char*, int*, int*, int*, float*, float*, int*, float*, int*, float*, float*, int*);
     void (*dtrsm)(char*, char*, char*, char*, int*, int*, double*, double*, int*, double*, int*);
     void (*dsyrk)(char*, char*, int*, int*, double*, double*, int*, double*, double*, int*);
+    void (*dsymm)(char*, char*, int*, int*, double*, double*, int*, double*, int*, double*, double*, int*);
+    void (*dsyr2k)(char*, char*, int*, int*, double*, double*, int*, double*, int*, double*, double*, int*);
     void (*dsymv)(char*, int*, double*, double*, int*, double*, int*, double*, double*, int*);
     void (*dpotrf)(char*, int*, double*, int*, int*);
     void (*dpotri)(char*, int*, double*, int*, int*);
@@ -43,6 +45,19 @@ void multiply_transposed(MatrixView<const float> A, MatrixView<const float> B, M
 // Upper triangle of out = A Aᵀ
 void multiply_self(MatrixView<const double> A, MatrixView<double> out);
 
+// out += factor · A Bᵀ. A few columns at a time go in pieces too short for BLAS to wake its threads: where
+// hundreds of small products follow each other, waiting for a thread on a busy machine costs far more than it
+// helps.
+void add_product(double factor, MatrixView<const double> A, MatrixView<const double> B,
+                 MatrixView<double> out);
+
+// Upper triangle of out += factor · A Aᵀ, and of out += factor · (A Bᵀ + B Aᵀ)
+void add_self(double factor, MatrixView<const double> A, MatrixView<double> out);
+void add_cross(double factor, MatrixView<const double> A, MatrixView<const double> B, MatrixView<double> out);
+
+// out = A B for a symmetric A given by its upper triangle.
+void multiply_symmetric(MatrixView<const double> A, MatrixView<const double> B, MatrixView<double> out);
+
 // y = A x for a symmetric A.
 void multiply_symmetric(MatrixView<const double> A, const double* x, double* y);
 
@@ -51,6 +66,9 @@ void multiply_symmetric(MatrixView<const double> A, const double* x, double* y);
 
 // X ← A⁻¹ X with the factor that `cholesky` left.
 void cholesky_solve(MatrixView<const double> factor, MatrixView<double> X);
+
+// out = L⁻¹ for A = L Lᵀ as `cholesky` left it; both triangles of out are written.
+void invert_factor(MatrixView<const double> factor, MatrixView<double> out);
 
 // Largest eigenvalue of the symmetric tridiagonal matrix with this diagonal and off-diagonal.
 [[nodiscard]] double largest_tridiagonal_eigenvalue(Vector diagonal, Vector off_diagonal);
