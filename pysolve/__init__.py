@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 from pysolve.certificate import Certificate, certify, lam_max
 from pysolve.correlations import Correlations
 from pysolve.debias import debias
+from pysolve.elimination import EliminationPath, elimination_path
 from pysolve.errors import CollapseError, DataError, LayerNotFoundError, PysolveError
 from pysolve.plan import Collapse, Plan, Site
 from pysolve.prox import prox_group_lasso
+from pysolve.selection import select_channels
 from pysolve.solution import History, Solution
 from pysolve.solvers import (
     alternate_minimization,
@@ -37,6 +39,7 @@ __all__ = [
     "CollapseError",
     "Correlations",
     "DataError",
+    "EliminationPath",
     "History",
     "LayerNotFoundError",
     "Plan",
@@ -47,12 +50,14 @@ __all__ = [
     "apply",
     "certify",
     "debias",
+    "elimination_path",
     "fista",
     "gather",
     "lam_max",
     "newton",
     "prox_group_lasso",
     "proximal_gradient",
+    "select_channels",
     "solve_linear_reconstruction",
 ]
 

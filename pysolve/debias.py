@@ -47,8 +47,14 @@ def debias(
     """
     problem = as_problem(r_xx if isinstance(r_xx, Correlations) else (r_xx, r_yx), group_size)
     (R,), (C,) = problem.xx, problem.yx
-    groups = _checked_keep(keep, problem.groups)
-    columns = group_columns(groups, problem.group_size)
+    return least_squares(R, C, group_columns(_checked_keep(keep, problem.groups), problem.group_size), ridge)
+
+
+def least_squares(
+    R: Array, C: Array, columns: npt.NDArray[np.intp], ridge: float | Literal["auto"] = "auto"
+) -> Array:
+    """``debias`` on checked matrices; (h, d), zero outside ``columns``."""
+    check_ridge(ridge)
     M = np.zeros_like(C)
     # An input without variance has no use, and its row of R nothing to factor.
     columns = columns[np.diag(R)[columns] > 0]
@@ -57,9 +63,13 @@ def debias(
     return M
 
 
-def _ridge_solve(R: Array, C: Array, ridge: float | Literal["auto"]) -> Array:
+def check_ridge(ridge: float | Literal["auto"]) -> None:
+    """ValueError unless ``ridge`` is "auto" or finite and at least 0."""
     if ridge != "auto" and not (np.isfinite(ridge) and ridge >= 0):
         raise ValueError(f'ridge must be "auto" or a number of at least 0, got {ridge!r}.')
+
+
+def _ridge_solve(R: Array, C: Array, ridge: float | Literal["auto"]) -> Array:
     unit = np.sqrt(np.diag(R))
     R, C = R / unit / unit[:, None], C / unit
     for epsilon in AUTO_RIDGES if ridge == "auto" else (ridge,):

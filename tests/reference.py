@@ -37,3 +37,29 @@ def published_problem(d, h, r, n, seed=0):
     x = rng.standard_normal((d, r)) @ rng.standard_normal((r, n))
     y = rng.standard_normal((h, d)) @ x
     return (x / d) @ (x.T / n), (y / d) @ (x.T / n)
+
+
+def columns_of(groups, group_size):
+    return (np.asarray(groups, dtype=int)[:, None] * group_size + np.arange(group_size)).ravel()
+
+
+def support_error(R, C, keep, group_size=1, ridge=0.0):
+    """min_M ½⟨M R, M⟩ − ⟨C, M⟩ over M on the groups ``keep``, the diagonal of R raised by the share ridge."""
+    columns = columns_of(keep, group_size)
+    columns = columns[np.diag(R)[columns] > 0]
+    unit = np.sqrt(np.diag(R)[columns])
+    A = R[np.ix_(columns, columns)] / unit / unit[:, None] + ridge * np.eye(len(columns))
+    values, vectors = np.linalg.eigh(A) if len(columns) else (np.zeros(0), np.zeros((0, 0)))
+    sound = values > 1e-13 * len(A) * values.max(initial=0.0)
+    return -0.5 * np.sum(np.square((C[:, columns] / unit) @ vectors[:, sound]) / values[sound])
+
+
+def eliminate(R, C, group_size=1, ridge=0.0):
+    """Group OBS by recomputing everything: order of removal and the error with 0, 1, … groups kept."""
+    left = list(range(len(R) // group_size))
+    order, error = [], [support_error(R, C, left, group_size, ridge)]
+    while left:
+        errors = [support_error(R, C, [g for g in left if g != p], group_size, ridge) for p in left]
+        order.append(left.pop(int(np.argmin(errors))))
+        error.append(min(errors))
+    return order, error[::-1]

@@ -15,7 +15,7 @@ ROWS = [
     {"nn.train", "nn.verify"},
     {"nn.network", "nn.zoo"},
     # torch begins above this line
-    {"path"},
+    {"path", "selection"},
     {"solvers", "elimination"},
     {"scaling", "solution", "prox", "debias", "certificate"},
     {"problem"},
