@@ -38,7 +38,7 @@ from pysolve.nn.network import evaluating, forward
 from pysolve.nn.surgery import masked
 from pysolve.nn.train import fit
 from pysolve.nn.zoo import LeNet5
-from pysolve.path import solve_for_groups
+from pysolve.path import lam_for_groups
 
 LAM = 0.01
 FC2 = ps.Site(500, writers=("fc1",), readers=("fc2",))
@@ -248,7 +248,7 @@ def at_published(
     # Published: R = x/d @ xᵀ/n = E[x xᵀ]/d, and C alike. ½⟨M R, M⟩ − ⟨C, M⟩ + λ‖M‖ is then 1/d times our
     # objective at λ_ours = λ d, so both have the same minimiser.
     at_lam = ps.solve_linear_reconstruction(*problem, LAM * len(problem[0]))
-    at_size = solve_for_groups(*problem, kept)
+    at_size = lam_for_groups(*problem, kept)[0]
     first, second = (compress(model, dataset, FC2, problem, one, bias) for one in (at_lam, at_size))
     return first, second
 

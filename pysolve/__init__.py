@@ -13,6 +13,7 @@ from pysolve.correlations import Correlations
 from pysolve.debias import debias
 from pysolve.elimination import EliminationPath, elimination_path
 from pysolve.errors import CollapseError, DataError, LayerNotFoundError, PysolveError
+from pysolve.path import lam_for_groups, regularization_path
 from pysolve.plan import Collapse, Plan, Site
 from pysolve.prox import prox_group_lasso
 from pysolve.selection import select_channels
@@ -53,10 +54,12 @@ __all__ = [
     "elimination_path",
     "fista",
     "gather",
+    "lam_for_groups",
     "lam_max",
     "newton",
     "prox_group_lasso",
     "proximal_gradient",
+    "regularization_path",
     "select_channels",
     "solve_linear_reconstruction",
 ]

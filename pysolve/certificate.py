@@ -21,7 +21,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pysolve.correlations import Array, group_columns
-from pysolve.problem import Problem, as_problem, check_lam, checked_matrix, group_norms
+from pysolve.problem import (
+    Problem,
+    check_lam,
+    checked_matrix,
+    group_norms,
+    is_list_of_matrices,
+    problem_of,
+)
 
 
 @dataclass(frozen=True)
@@ -38,14 +45,14 @@ class Certificate:
 
 
 def lam_max(
-    r_xx: Any, r_yx: Any, *, group_size: int | None = None, weights: npt.ArrayLike | None = None
+    r_xx: Any, r_yx: Any = None, *, group_size: int | None = None, weights: npt.ArrayLike | None = None
 ) -> float:
     """The smallest lam whose solution is zero on every penalised group: max_g ‖C_g‖/w_g.
 
     C is taken after the unpenalised groups have been fitted. Shapes as in ``solve_linear_reconstruction``;
-    lists of matrices describe several readers that share their groups.
+    lists of matrices describe several readers that share their groups, and a Correlations comes alone.
     """
-    problem = _problem(r_xx, r_yx, group_size, weights)
+    problem = problem_of(r_xx, r_yx, group_size, weights)
     penalised = problem.penalised
     if not penalised.any():
         return 0.0
@@ -68,9 +75,9 @@ def certify(
     Shapes as in ``solve_linear_reconstruction``; lists of matrices describe several readers that share
     their groups. Cost: one eigendecomposition of each r_xx.
     """
-    problem = _problem(r_xx, r_yx, group_size, weights)
+    problem = problem_of(r_xx, r_yx, group_size, weights)
     lam = check_lam(lam)
-    answers = [checked_matrix("M", m) for m in (M if _is_several(r_xx) else [M])]
+    answers = [checked_matrix("M", m) for m in (M if is_list_of_matrices(M) else [M])]
     for m, c in zip(answers, problem.yx, strict=True):
         if m.shape != c.shape:
             raise ValueError(f"M is {m.shape} but r_yx is {c.shape}; they must have the same shape.")
@@ -78,15 +85,6 @@ def certify(
     gap = _gap(problem, answers, lam)
     relative = 0.0 if gap == 0.0 else gap / abs(objective) if objective else float("inf")
     return Certificate(objective, gap, relative, _kkt(problem, answers, lam))
-
-
-def _problem(r_xx: Any, r_yx: Any, group_size: int | None, weights: npt.ArrayLike | None) -> Problem:
-    several = _is_several(r_xx)
-    return as_problem(list(zip(r_xx, r_yx, strict=True)) if several else (r_xx, r_yx), group_size, weights)
-
-
-def _is_several(r_xx: Any) -> bool:
-    return isinstance(r_xx, list | tuple) and len(r_xx) > 0 and np.ndim(r_xx[0]) == 2
 
 
 def _objective(problem: Problem, M: Sequence[Array], lam: float) -> float:

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from pysolve.correlations import Array, Correlations, group_columns
-from pysolve.problem import as_problem
+from pysolve.correlations import Array, group_columns
+from pysolve.problem import problem_of
 
 # The ladder of ridges that "auto" tries, relative to the mean diagonal of r_xx on the kept inputs.
 AUTO_RIDGES = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
@@ -22,7 +22,7 @@ def debias(
     *,
     group_size: int | None = None,
     ridge: float | Literal["auto"] = "auto",
-) -> Array:
+) -> Any:
     """Refit on the kept groups alone, without penalty.
 
     Solves  min_M  ½⟨M R, M⟩ − ⟨C, M⟩ + ½ ε Σ_i R_ii ‖M_i‖²   over M that is zero outside ``keep``.
@@ -30,7 +30,7 @@ def debias(
     Parameters
     ----------
     r_xx : (d, d) array, CPU tensor or Correlations
-        E[x xᵀ]; with a Correlations, ``r_yx`` is left out: ``debias(correlations, keep=keep)``.
+        E[x xᵀ]; a Correlations or a list of problems comes alone: ``debias(correlations, keep=keep)``.
     r_yx : (h, d) array or CPU tensor
         E[y xᵀ].
     keep : (k,) int array
@@ -43,9 +43,9 @@ def debias(
     Returns
     -------
     (h, d) array
-        Zero on the columns of dropped groups.
+        Zero on the columns of dropped groups. A tuple of one a reader for a list of problems.
     """
-    problem = as_problem(r_xx if isinstance(r_xx, Correlations) else (r_xx, r_yx), group_size)
+    problem = problem_of(r_xx, r_yx, group_size)
     (R,), (C,) = problem.xx, problem.yx
     return least_squares(R, C, group_columns(_checked_keep(keep, problem.groups), problem.group_size), ridge)
 

@@ -30,7 +30,7 @@ from pysolve.nn.network import evaluating, forward
 from pysolve.nn.surgery import apply
 from pysolve.nn.train import fit
 from pysolve.nn.zoo import DigitsNet, LeNet5
-from pysolve.path import solve_for_groups
+from pysolve.path import lam_for_groups
 from pysolve.plan import Collapse, Plan, Site
 from pysolve.solution import Solution
 from pysolve.solvers import solve_linear_reconstruction
@@ -125,7 +125,7 @@ def select(correlations: Correlations, wanted: int, console: Console) -> Solutio
         raise PysolveError(
             "no neuron of fc1 has any effect on fc2, so there is nothing to choose: train again."
         )
-    best = solve_for_groups(problem.r_xx, problem.r_yx, wanted)
+    best = lam_for_groups(problem, k=wanted)[0]
     console.out(
         f"Kept {len(best.keep)} of {problem.groups} neurons of fc1: a solve of {best.seconds:.2f} s at "
         f"lam = {best.lam:.3g}, certified to be within {best.relative_gap:.1e} of the optimum."

@@ -90,6 +90,26 @@ def as_problem(problems: Any, group_size: int | None = None, weights: npt.ArrayL
     return Problem(xx, yx, int(group_size), checked_weights(weights, d // int(group_size)))
 
 
+def problem_of(
+    r_xx: Any, r_yx: Any, group_size: int | None = None, weights: npt.ArrayLike | None = None
+) -> Problem:
+    """A checked Problem from the arguments (r_xx, r_yx) of public functions.
+
+    Two matrices; or two lists of them, one of each a reader; or in ``r_xx`` alone whatever ``as_problem``
+    takes.
+    """
+    if r_yx is None:
+        return as_problem(r_xx, group_size, weights)
+    if is_list_of_matrices(r_xx):
+        return as_problem(list(zip(r_xx, r_yx, strict=True)), group_size, weights)
+    return as_problem((r_xx, r_yx), group_size, weights)
+
+
+def is_list_of_matrices(value: Any) -> bool:
+    """Whether it is one matrix a reader, not one matrix."""
+    return isinstance(value, list | tuple) and len(value) > 0 and np.ndim(value[0]) == 2
+
+
 def check_lam(lam: float) -> float:
     """``lam`` as a float; ValueError unless it is positive and finite."""
     try:

@@ -124,12 +124,12 @@ def _lasso(problem: Problem, k: int, ridge: Ridge) -> Indices:
     """Halve lam from λ_max on until k groups are kept or more, then bisect log lam."""
     larger = group_norms(problem.yx, problem.group_size) / problem.weights
     high = float(larger.max())
-    low, least = 0.0, LASSO_RATIO * high
+    low, least, M = 0.0, LASSO_RATIO * high, None
     for _ in range(LASSO_SOLVES):
         lam = float(np.sqrt(low * high)) if low else high / 2
         if lam <= least:
             break
-        M = newton(problem, lam, tol=1e-6).M
+        M = newton(problem, lam, tol=1e-6, M0=M).M
         norms = group_norms(M if isinstance(M, tuple) else [M], problem.group_size)
         kept = np.count_nonzero(norms)
         if kept < k:

@@ -78,11 +78,7 @@ def solve_linear_reconstruction(
     ValueError, TypeError
         For input that is no such problem.
     """
-    try:
-        solver = _SOLVERS[method]
-    except (KeyError, TypeError):
-        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(sorted(_SOLVERS))}.") from None
-    return solver(
+    return solver_named(method)(
         (r_xx, r_yx), lam, group_size=group_size, weights=weights, r_yy=r_yy, tol=tol, max_iter=max_iter,
         M0=M0, callback=callback,
     )  # fmt: skip
@@ -146,6 +142,14 @@ _SOLVERS: dict[str, Callable[..., Solution]] = {
     "alternate_minimization": alternate_minimization,
     "newton": newton,
 }
+
+
+def solver_named(method: str) -> Callable[..., Solution]:
+    """The solver function of that name; ValueError naming the choices."""
+    try:
+        return _SOLVERS[method]
+    except (KeyError, TypeError):
+        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(sorted(_SOLVERS))}.") from None
 
 
 def _fista_core(*, momentum: bool, restart: bool = False, q: float = 0.0) -> Core:

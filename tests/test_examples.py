@@ -18,7 +18,7 @@ from pysolve.datasets import Dataset, mnist
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.train import fit
 from pysolve.nn.zoo import LeNet5
-from pysolve.path import solve_for_groups
+from pysolve.path import lam_for_groups
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -122,7 +122,7 @@ def test_the_table_of_fc2_has_both_variants(e1, small, tmp_path, printed, monkey
     model = e1.trained(small, tmp_path / "lenet5.safetensors")
     _, *problems = fc2(model, small)
     monkeypatch.setattr(e1, "LAM", 0.1 * min(ps.lam_max(*problem) for problem in problems) / 500)
-    monkeypatch.setattr(e1, "solve_for_groups", partial(solve_for_groups, max_solves=2))
+    monkeypatch.setattr(e1, "lam_for_groups", partial(lam_for_groups, max_solves=2))
     e1.compress_fc2(model, small)
     text = printed.export_text()
     for wanted in ("97.21", "98.81", "98.75", "70,996 (16.47 %)", "unpenalised bias", "the same inputs kept"):
@@ -151,7 +151,7 @@ def test_fc2_on_a_ninth_of_its_inputs(e1, mnist_folder):
         correlations, plain, centred = fc2(model, data)
         dense = accuracy(model, data.x_test, data.y_test)
         for problem, bias in ((plain, None), (centred, correlations.bias)):
-            solution = solve_for_groups(*problem, 56)
+            solution = lam_for_groups(*problem, 56)[0]
             one = e1.compress(model, data, e1.FC2, problem, solution, bias)
             assert one.collapsed == one.solved
             assert one.change < 1e-5
