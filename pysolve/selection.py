@@ -26,8 +26,8 @@ from pysolve.solvers import newton
 
 # Exchanges, and how many of the cheapest groups to take out are tried before giving up on one more.
 MAX_SWAPS, SWAP_DEPTH = 1000, 10
-# Solves on the way to k groups, and the least lam relative to λ_max.
-LASSO_SOLVES, LASSO_RATIO = 40, 1e-8
+# The least lam relative to λ_max, and how close together two lams end the search for one between them.
+LASSO_RATIO, LASSO_STEP = 1e-8, 1.001
 
 
 def select_channels(
@@ -125,10 +125,8 @@ def _lasso(problem: Problem, k: int, ridge: Ridge) -> Indices:
     larger = group_norms(problem.yx, problem.group_size) / problem.weights
     high = float(larger.max())
     low, least, M = 0.0, LASSO_RATIO * high, None
-    for _ in range(LASSO_SOLVES):
+    while high > (LASSO_STEP * low or least):
         lam = float(np.sqrt(low * high)) if low else high / 2
-        if lam <= least:
-            break
         M = newton(problem, lam, tol=1e-6, M0=M).M
         norms = group_norms(M if isinstance(M, tuple) else [M], problem.group_size)
         kept = np.count_nonzero(norms)

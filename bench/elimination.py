@@ -1,0 +1,150 @@
+"""Time the elimination path, and compare what the selectors leave at equal size.
+
+python bench/elimination.py [--threads 1 2] [--repeats 5] [--small]
+
+LeNet's fc1 comes from real activations when PYSOLVE_DATA names a folder that holds mnist/ (the network is
+trained for an epoch first), otherwise from random ones. A transcription of the textbook algorithm into NumPy
+(invert once, then one Schur complement a removal) stands beside. Every path's errors are checked by refits.
+"""
+
+import argparse
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from problems import ReconstructionProblem
+from threadpoolctl import threadpool_limits
+
+import pysolve as ps
+
+METHODS = ("swap", "elimination", "forward", "lasso", "weighted_lasso", "magnitude", "activation")
+
+
+def relu_layer(
+    d: int, h: int, group_size: int, samples: int, *, name: str, seed: int = 0
+) -> ReconstructionProblem:
+    """Channels that share half as many causes, rectified, of unequal strength; a random layer reads them."""
+    rng = np.random.default_rng(seed)
+    channels = d // group_size
+    causes = rng.standard_normal((samples, channels // 2))
+    shared = causes @ rng.standard_normal((channels // 2, channels)) / np.sqrt(channels / 2)
+    x = np.repeat(shared, group_size, axis=1) + 0.7 * rng.standard_normal((samples, d))
+    x = np.maximum(x, 0) * 10 ** np.repeat(rng.uniform(-0.5, 0.5, channels), group_size)
+    r_xx = x.T @ x / samples
+    weight = rng.standard_normal((h, d)) / np.sqrt(d * np.diag(r_xx))
+    return ReconstructionProblem(name, r_xx, weight @ r_xx, 0.0, group_size)
+
+
+def lenet_fc1(folder: Path) -> ReconstructionProblem:
+    """What fc1 of LeNet-5 reads and writes on 10,000 training images, after one epoch."""
+    import torch
+
+    from pysolve.datasets import mnist
+    from pysolve.nn.train import fit
+    from pysolve.nn.zoo import LeNet5
+
+    data = mnist(folder)
+    torch.manual_seed(0)
+    model = LeNet5()
+    fit(model, data.x_train, data.y_train, epochs=1)
+    images = torch.from_numpy(data.x_train[:10_000]).split(500)
+    layer = ps.gather(model, images, layers=["fc1"])["fc1"].centered()
+    return ReconstructionProblem("LeNet-5 fc1 on MNIST", layer.r_xx, layer.r_yx, 0.0, 16)
+
+
+def transcription(problem: ReconstructionProblem, ridge: float = 1e-8) -> list[int]:
+    """Group OBS as in the textbook, one Schur complement of H and W a removal."""
+    g, R, C = problem.group_size, problem.r_xx, problem.r_yx
+    unit = np.sqrt(np.where(np.diag(R) > 0, np.diag(R), 1.0))
+    H = np.linalg.inv(R / unit / unit[:, None] + ridge * np.eye(len(R)))
+    W = C / unit @ H
+    alive, order = list(range(len(R) // g)), []
+    while alive:
+        n = len(alive)
+        blocks = H.reshape(n, g, n, g)[np.arange(n), :, np.arange(n), :]
+        columns = W.reshape(len(W), n, g).transpose(1, 2, 0)
+        costs = np.trace(np.linalg.solve(blocks, columns @ columns.transpose(0, 2, 1)), axis1=1, axis2=2)
+        p = int(np.argmin(costs))
+        out = slice(p * g, (p + 1) * g)
+        step = np.linalg.solve(H[out, out], H[out])
+        rest = np.delete(np.arange(n * g), np.arange(p * g, (p + 1) * g))
+        W = (W - W[:, out] @ step)[:, rest]
+        H = (H - H[:, out] @ step)[np.ix_(rest, rest)]
+        order.append(alive.pop(p))
+    return order
+
+
+def timed(run: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Least wall and CPU seconds."""
+    walls, cpus = [], []
+    for _ in range(repeats):
+        wall, cpu = time.perf_counter(), time.process_time()
+        run()
+        walls.append(time.perf_counter() - wall)
+        cpus.append(time.process_time() - cpu)
+    return min(walls), min(cpus)
+
+
+def explained(problem: ReconstructionProblem, keep: np.ndarray) -> float:
+    M = ps.debias(problem.r_xx, problem.r_yx, keep, group_size=problem.group_size)
+    return float(np.vdot(problem.r_yx, M) - 0.5 * np.vdot(M @ problem.r_xx, M))
+
+
+def check(problem: ReconstructionProblem, path: ps.EliminationPath) -> float:
+    """Largest relative difference between the path's errors and those of refits."""
+    sizes = range(0, len(path.order) + 1, max(len(path.order) // 4, 1))
+    return max(abs(path.error[k] + explained(problem, path.keep(k))) for k in sizes) / -path.error[-1]
+
+
+def compare(
+    problem: ReconstructionProblem, threads: list[int], repeats: int, with_transcription: bool
+) -> None:
+    data, size = (problem.r_xx, problem.r_yx), problem.group_size
+    print(f"\n{problem.name}: d={len(data[0])}, groups of {size}, h={len(data[1])}")
+    for count in threads:
+        with threadpool_limits(count):
+            wall, cpu = timed(lambda: ps.elimination_path(*data, group_size=size), repeats)
+            print(f"  pysolve, {count} thread(s){'':13}{1e3 * wall:9.1f} ms {1e3 * cpu:9.1f} ms cpu")
+            if with_transcription:
+                wall, cpu = timed(lambda: transcription(problem), min(repeats, 3))
+                print(f"  transcription, {count} thread(s){'':7}{1e3 * wall:9.1f} ms {1e3 * cpu:9.1f} ms cpu")
+    path = ps.elimination_path(*data, group_size=size)
+    print(f"  errors differ from refits by {check(problem, path):.1e} of what all groups explain")
+
+
+def compare_selectors(problem: ReconstructionProblem, share: float) -> None:
+    groups = len(problem.r_xx) // problem.group_size
+    k, total = max(int(share * groups), 1), explained(problem, np.arange(groups))
+    print(f"  {k} of {groups} groups kept: error beyond that of all groups, in % of what they explain")
+    for method in METHODS:
+        start = time.perf_counter()
+        keep = ps.select_channels(problem.r_xx, problem.r_yx, k, method=method, group_size=problem.group_size)
+        seconds = time.perf_counter() - start
+        print(f"    {method:16}{100 * (1 - explained(problem, keep) / total):8.2f} %{seconds:9.3f} s")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--small", action="store_true", help="leave out the convolution with d = 4608")
+    options = parser.parse_args()
+    folder = os.environ.get("PYSOLVE_DATA")
+    if folder:
+        layer = lenet_fc1(Path(folder) / "mnist")
+    else:
+        layer = relu_layer(800, 500, 16, 2400, name="random stand-in for LeNet-5 fc1")
+    compare(layer, options.threads, options.repeats, True)
+    for share in (0.1, 0.2, 0.5):
+        compare_selectors(layer, share)
+    if not options.small:
+        convolution = relu_layer(4608, 512, 9, 6000, name="convolution, 512 channels, 3x3")
+        compare(convolution, options.threads, min(options.repeats, 2), False)
+
+
+if __name__ == "__main__":
+    main()
