@@ -32,3 +32,17 @@ def toy() -> ReconstructionProblem:
 
 def benchmark() -> ReconstructionProblem:
     return published(500, 200, 450, 60_000, 0.1, name="benchmark, d=500 h=200")
+
+
+def relu_layer(d: int, h: int, share: float, *, group_size: int = 1, seed: int = 0) -> ReconstructionProblem:
+    """A layer after a ReLU, uncentred: correlated inputs whose spectrum decays, and random outgoing weights."""
+    rng = np.random.default_rng(seed)
+    n, latent = 4 * d, d // 16
+    factors = rng.standard_normal((n, latent)) / np.arange(1, latent + 1)
+    x = factors @ rng.standard_normal((latent, d)) / np.sqrt(latent) + 0.03 * rng.standard_normal((n, d))
+    x = np.maximum(x + 0.5, 0)
+    r_xx = x.T @ x / n
+    r_yx = rng.standard_normal((h, d)) / np.sqrt(d) @ r_xx
+    lam_max = np.sqrt(np.square(r_yx).sum(0).reshape(-1, group_size).sum(1)).max()
+    name = f"ReLU layer, d={d} h={h}" + (f" groups of {group_size}" if group_size > 1 else "")
+    return ReconstructionProblem(f"{name}, {share} lam_max", r_xx, r_yx, share * lam_max, group_size)

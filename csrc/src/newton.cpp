@@ -234,6 +234,7 @@ Result newton(const Problem& problem, double lam, Vector M, const Stopping& stop
     const bool cold = at.groups.empty();
     bool sound = model.evaluate(at.groups, at.values);
     double tol = 0.1;
+    Index entered = 0;
     while (!recorder(certificate)) {
         const auto found = violations(problem, lam, M, T, 0.5 * stopping.tol);
         const Index round = recorder.iterations();
@@ -243,11 +244,13 @@ Result newton(const Problem& problem, double lam, Vector M, const Stopping& stop
         } else {
             const auto& [excess, group] = found.front();
             tol = std::clamp(0.1 * excess / lam / problem.weights[group], finest, 1e-2);
-            // Most groups still want in after the first round: the solution is dense, and close to a ridge
+            // All that came in stayed, and most others still want in: the solution is dense, close to a ridge
             // fit.
-            const bool dense = cold && round == 1 && 2 * std::ssize(found) > problem.groups();
+            const bool stayed = round == 1 && 10 * std::ssize(at.groups) >= 9 * entered;
+            const bool dense = cold && stayed && 2 * std::ssize(found) > problem.groups();
             sound = sound && (dense ? ridge_start(bound.scales(), at, model) : enter(found, at, model));
         }
+        entered = std::ssize(at.groups);
         sound = sound && minimise(problem, lam, at, tol, cold && round == 0 ? 2 : 0, model, recorder);
         if (!sound) return run_fista(problem, lam, std::move(M), {}, bound, recorder);
         model.scatter(M);
