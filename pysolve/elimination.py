@@ -21,7 +21,7 @@ import scipy.linalg
 from pysolve import _core
 from pysolve.correlations import Array, group_columns
 from pysolve.debias import check_ridge, least_squares
-from pysolve.problem import Problem, as_problem, half_trace
+from pysolve.problem import Problem, half_trace, problem_of
 
 Indices = npt.NDArray[np.intp]
 Ridge = float | Literal["auto"]
@@ -76,7 +76,7 @@ def elimination_path(
         E[x xᵀ]; singular is fine. With a Correlations, or a list of Correlations or pairs (r_xx, r_yx) that
         share their groups (several readers), ``r_yx`` is left out.
     r_yx : (h, d) array or CPU tensor
-        E[y xᵀ].
+        E[y xᵀ]; or lists of matrices in both.
     group_size : int
         Consecutive inputs that form one group; default that of the Correlations, otherwise 1.
     r_yy : (h, h) array, (h,) diagonal or float trace, optional
@@ -89,7 +89,7 @@ def elimination_path(
     -------
     EliminationPath
     """
-    problem = as_problem(r_xx if r_yx is None else (r_xx, r_yx), group_size)
+    problem = problem_of(r_xx, r_yx, group_size)
     several = len(problem.xx) > 1 and isinstance(r_yy, list | tuple)
     constant = sum(half_trace(part) for part in r_yy) if several else half_trace(r_yy)
     scaled = scale_to_unit_variance(problem)

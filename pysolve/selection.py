@@ -21,13 +21,14 @@ from pysolve.elimination import (
     nested_errors,
     scale_to_unit_variance,
 )
-from pysolve.problem import Problem, as_problem, group_norms
-from pysolve.solvers import newton
+from pysolve.errors import PysolveError
+from pysolve.path import lam_for_groups
+from pysolve.problem import Problem, group_norms, problem_of
 
 # Exchanges, and how many of the cheapest groups to take out are tried before giving up on one more.
 MAX_SWAPS, SWAP_DEPTH = 1000, 10
-# The least lam relative to λ_max, and how close together two lams end the search for one between them.
-LASSO_RATIO, LASSO_STEP = 1e-8, 1.001
+# Of the lasso, before a jump over k is taken for one.
+LASSO_SOLVES = 25
 
 
 def select_channels(
@@ -72,7 +73,7 @@ def select_channels(
     except (KeyError, TypeError):
         names = ", ".join(sorted(_SELECTORS))
         raise ValueError(f"unknown method {method!r}; choose one of {names}.") from None
-    problem = as_problem(r_xx if r_yx is None else (r_xx, r_yx), group_size)
+    problem = problem_of(r_xx, r_yx, group_size)
     problem = replace(problem, weights=np.ones(problem.groups))
     return np.sort(selector(problem, check_size(k, problem.groups), ridge))
 
@@ -121,22 +122,11 @@ def _filled(problem: Problem, keep: Indices, k: int) -> Indices:
 
 
 def _lasso(problem: Problem, k: int, ridge: Ridge) -> Indices:
-    """Halve lam from λ_max on until k groups are kept or more, then bisect log lam."""
-    larger = group_norms(problem.yx, problem.group_size) / problem.weights
-    high = float(larger.max())
-    low, least, M = 0.0, LASSO_RATIO * high, None
-    while high > (LASSO_STEP * low or least):
-        lam = float(np.sqrt(low * high)) if low else high / 2
-        M = newton(problem, lam, tol=1e-6, M0=M).M
-        norms = group_norms(M if isinstance(M, tuple) else [M], problem.group_size)
-        kept = np.count_nonzero(norms)
-        if kept < k:
-            high = lam
-            continue
-        low, larger = lam, norms
-        if kept == k:
-            break
-    return _largest(larger, k)
+    try:
+        M = lam_for_groups(problem, k=k, max_solves=LASSO_SOLVES, tol=1e-6)[0].M
+    except PysolveError:  # nothing matters to the outputs
+        return np.arange(k)
+    return _largest(group_norms(M if isinstance(M, tuple) else [M], problem.group_size), k)
 
 
 def _weighted_lasso(problem: Problem, k: int, ridge: Ridge) -> Indices:

@@ -139,6 +139,8 @@ def test_readers_that_share_a_layers_outputs_choose_as_that_layer():
     joint = ps.elimination_path([(R, C[:4]), (R, C[4:])], group_size=3, r_yy=[energy / 4, 0.75 * energy])
     np.testing.assert_array_equal(joint.order, single.order)
     np.testing.assert_allclose(joint.error, single.error, rtol=1e-9)
+    listed = ps.elimination_path([R, R], [C[:4], C[4:]], group_size=3)
+    np.testing.assert_array_equal(listed.order, single.order)
     np.testing.assert_allclose(np.vstack(joint.refit(7)), single.refit(7), rtol=1e-9)
     for method in ("forward", "swap", "magnitude", "activation"):
         np.testing.assert_array_equal(

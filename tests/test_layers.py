@@ -15,7 +15,8 @@ ROWS = [
     {"nn.train", "nn.verify"},
     {"nn.network", "nn.zoo"},
     # torch begins above this line
-    {"path", "selection"},
+    {"selection"},
+    {"path"},
     {"solvers", "elimination"},
     {"scaling", "solution", "prox", "debias", "certificate"},
     {"problem"},
