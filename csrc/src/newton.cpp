@@ -90,9 +90,10 @@ class Direction {
 
     bool solve_free(const std::vector<std::size_t>& free, Vector& right) const {
         const std::size_t n = free.size();
-        Vector matrix(n * n);
+        const bool all = n == ratios_.size();
+        Vector matrix = all ? hessian_ : Vector(n * n);
         for (std::size_t i = 0; i < n; ++i) {
-            for (std::size_t j = i; j < n; ++j) matrix[i * n + j] = entry(free[i], free[j]);
+            for (std::size_t j = i; j < n && !all; ++j) matrix[i * n + j] = entry(free[i], free[j]);
             // Repeated channels leave the Hessian singular: which of them carries the weight is free. And I −
             // S⁻¹ is known to a few ulp of 1 only, which is all of it where a scale is about to vanish.
             matrix[i * (n + 1)] = matrix[i * (n + 1)] * (1.0 + 1e-12) +
@@ -240,7 +241,9 @@ Result newton(const Problem& problem, double lam, Vector M, const Stopping& stop
         const Index round = recorder.iterations();
         if (found.empty()) {
             sound = sound && tol > finest;
-            tol = std::clamp(0.01 * tol, finest, std::max(finest, stopping.tol));
+            // The gap falls with the square of the errors p_g − 1: ask for what the precision wanted takes.
+            const double wanted = 0.1 * stopping.tol * std::abs(certificate.objective) / certificate.gap;
+            tol = std::clamp(std::min(0.5, std::sqrt(wanted)) * worst(model.ratios()), finest, 1e-2);
         } else {
             const auto& [excess, group] = found.front();
             tol = std::clamp(0.1 * excess / lam / problem.weights[group], finest, 1e-2);
