@@ -257,7 +257,7 @@ void register_selection(py::module_& m) {
         .def_property_readonly("change",
                                [](const Selection& s) { return to_array(s.change, s.change.size()); })
         .def_readonly("ridge", &Selection::ridge)
-        .def_readonly("explained", &Selection::explained);
+        .def_readonly("largest_inverse", &Selection::largest_inverse);
     m.def(
         "eliminate",
         [](const BoundProblem& bound, const std::vector<double>& ridges, Index smallest) {

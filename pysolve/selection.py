@@ -80,7 +80,7 @@ def select_channels(
 
 def _elimination(problem: Problem, k: int, ridge: Ridge) -> Indices:
     scaled = scale_to_unit_variance(problem)
-    gone, *_ = eliminate(scaled, ridge, k)
+    gone, _ = eliminate(scaled, ridge, k)
     return _filled(problem, np.delete(scaled.live, gone), k)
 
 
@@ -91,12 +91,12 @@ def _forward(problem: Problem, k: int, ridge: Ridge) -> Indices:
 
 def _swap(problem: Problem, k: int, ridge: Ridge) -> Indices:
     scaled = scale_to_unit_variance(problem)
-    gone, epsilon, *_ = eliminate(scaled, ridge, k)
+    gone, path = eliminate(scaled, ridge, k)
     starts = [np.delete(np.arange(len(scaled.live)), gone)]
     if 4 * k <= len(scaled.live):
-        starts.append(_put_in(scaled, k, epsilon))
-    kept = [polish(scaled, start, epsilon) for start in starts]
-    best = min(kept, key=lambda keep: nested_errors(scaled, keep, epsilon)[-1])
+        starts.append(_put_in(scaled, k, path.ridge))
+    kept = [polish(scaled, start, path.ridge) for start in starts]
+    best = min(kept, key=lambda keep: nested_errors(scaled, keep, path.ridge)[-1])
     return _filled(problem, scaled.live[best], k)
 
 

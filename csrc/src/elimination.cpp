@@ -111,13 +111,6 @@ Vector gram(MatrixView<const double> T) {
     return P;
 }
 
-double inner(MatrixView<const double> A, MatrixView<const double> B) {
-    double total = 0.0;
-    for (Index i = 0; i < A.rows; ++i)
-        total += dot({A.data + i * A.stride, size(A.cols)}, {B.data + i * B.stride, size(B.cols)});
-    return total;
-}
-
 }  // namespace
 
 Selection eliminate(const Problem& problem, std::span<const double> ridges, Index smallest,
@@ -125,7 +118,7 @@ Selection eliminate(const Problem& problem, std::span<const double> ridges, Inde
     const Index n = problem.inputs;
     auto [ridge, factors] = factor_all(problem, ridges);
     std::vector<Schur> readers;
-    double explained = 0.0;
+    double largest_inverse = 0.0;
     const double* yx = problem.yx;
     for (std::size_t r = 0; r < factors.size(); ++r) {
         const Index outputs = problem.readers[r].outputs;
@@ -134,14 +127,14 @@ Selection eliminate(const Problem& problem, std::span<const double> ridges, Inde
         const MatrixView<double> S{factors[r].data(), n, n, n}, T{weights.data(), n, outputs, outputs};
         invert_from_cholesky(S);
         multiply_symmetric(S, C, T);
-        explained += 0.5 * inner(C, T);
+        for (Index i = 0; i < n; ++i) largest_inverse = std::max(largest_inverse, S.data[i * (n + 1)]);
         readers.emplace_back(std::move(factors[r]), gram(T), n, problem.group_size);
         yx += outputs;
     }
     Greedy greedy(std::move(readers), problem.groups(), true);
     Selection selection = greedy.run(problem.groups() - smallest, monitor);
     selection.ridge = ridge;
-    selection.explained = explained;
+    selection.largest_inverse = largest_inverse;
     return selection;
 }
 

@@ -18,8 +18,8 @@ struct Selection {
     std::vector<Index> order;  // groups in the order of their choice
     Vector change;             // of the error, at each choice, at least 0
     double ridge = 0.0;
-    double explained =
-        0.0;  // −error of all groups together, where `eliminate` knows it: what the changes sum to
+    double largest_inverse =
+        0.0;  // diagonal entry of S in `eliminate`: rounding in the changes grows with it
 };
 
 // Take out the group whose loss costs least until `smallest` groups are left: S = (R + ridge I)⁻¹, T = S C.
