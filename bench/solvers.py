@@ -1,6 +1,6 @@
-"""Time our solvers against the published algorithms at equal certified precision.
+"""Time our solvers against the published algorithms and general packages, at equal certified precision.
 
-python bench/solvers.py [--threads 1] [--repeats 5] [--tol 1e-8]
+python bench/solvers.py [--threads 1] [--repeats 5] [--tol 1e-8] [--only published,packages,large,scaling]
 
 Every answer is judged by pysolve.certificate. A transcription is stopped at the first iterate whose certified
 relative gap is at most tol; that iterate is found in an untimed run, so that it pays for no stopping test.
@@ -13,10 +13,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
 import contenders
 import numpy as np
+import packages
 import problems
+from matplotlib.figure import Figure
 from threadpoolctl import threadpool_limits
 
 import pysolve as ps
@@ -96,6 +99,69 @@ def compare(problem: problems.ReconstructionProblem, tol: float, repeats: int) -
         print(f"{name:48}{walls[name]:9.4f}{cpu:9.4f}{gap:10.1e}{ratios}")
 
 
+def against_packages(tol: float, patience: float = 30.0) -> None:
+    print(f"\nnewton against general packages, relative gap {tol:g}, CPU seconds")
+    for problem in (problems.relu_layer(512, 256, 0.1), problems.relu_layer(512, 256, 0.01)):
+        gap = quick_gap(problem)
+        runs = [timed_solution(problem, tol) for _ in range(5)]
+        ours = statistics.median(cpu for _, cpu, _ in runs)
+        print(
+            f"{problem.name}: newton {ours:.4f} s, {len(runs[0][2].keep)} groups, gap {gap(runs[0][2].M):.1e}"
+        )
+        for name, solve in packages.contenders(problem.r_xx, problem.r_yx, problem.lam).items():
+            seconds, reached = packages.race(solve, gap, tol, patience)
+            print(f"    {name:14} {seconds:9.2f} s, gap {reached:.1e}: {seconds / ours:.0f} times newton's")
+
+
+def timed_solution(problem: problems.ReconstructionProblem, tol: float) -> tuple[float, float, ps.Solution]:
+    wall, cpu = time.perf_counter(), time.process_time()
+    solution = ps.newton((problem.r_xx, problem.r_yx), problem.lam, group_size=problem.group_size, tol=tol)
+    return time.perf_counter() - wall, time.process_time() - cpu, solution
+
+
+def large(tol: float) -> None:
+    print(f"\nnewton on larger problems, relative gap {tol:g}; one product: M R with a dense (h, d) matrix M")
+    for problem in filter(
+        None, (problems.relu_layer(2048, 512, 0.01), problems.lenet_fc1(0.01), problems.convolution())
+    ):
+        walls = [timed(lambda problem=problem: problem.r_yx @ problem.r_xx)[0] for _ in range(5)]
+        wall, _, solution = min((timed_solution(problem, tol) for _ in range(3)), key=lambda run: run[0])
+        products = wall / statistics.median(walls)
+        print(
+            f"{problem.name:60} {wall:8.3f} s = {products:5.1f} products, {len(solution.keep)} groups, "
+            f"gap {solution.relative_gap:.1e}"
+        )
+
+
+def scaling(path: Path) -> None:
+    """Newton's rounds cost what the active groups cost; preparation and certificate grow with d."""
+    sizes, rounds, whole, kept = (256, 512, 1024, 2048, 4096), [], [], []
+    for d in sizes:
+        problem = problems.few_active(d, 256, active=64)
+        wall, _, solution = min((timed_solution(problem, 1e-8) for _ in range(3)), key=lambda run: run[0])
+        whole.append(wall)
+        rounds.append(solution.history.seconds[-1] - solution.history.seconds[0])
+        kept.append(len(solution.keep))
+        print(f"d={d:5}: {kept[-1]} groups active, rounds {rounds[-1]:.4f} s, whole call {wall:.4f} s")
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    ax = figure.subplots()
+    ax.loglog(sizes, whole, "o-", color="#9a9a9a", label="whole call: checks, certificate, rounds")
+    ax.loglog(sizes, rounds, "o-", color="#0a6e9c", label="Newton's rounds")
+    ax.set(
+        xlabel="inputs d",
+        ylabel="seconds",
+        title=f"Newton at {min(kept)} to {max(kept)} active groups, h = 256",
+    )
+    ax.set_xticks(sizes, [str(d) for d in sizes])
+    ax.minorticks_off()
+    ax.grid(axis="y", color="#e5e5e5")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)
+    print(f"wrote {path}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -103,11 +169,20 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tol", type=float, default=1e-8)
+    parser.add_argument("--only", default="published,packages,large,scaling")
     options = parser.parse_args()
+    chosen = options.only.split(",")
     with threadpool_limits(options.threads):
         print(f"{options.threads} BLAS thread(s), median of {options.repeats} alternating runs")
-        for problem in (problems.toy(), problems.benchmark()):
-            compare(problem, options.tol, options.repeats)
+        if "published" in chosen:
+            for problem in (problems.toy(), problems.benchmark()):
+                compare(problem, options.tol, options.repeats)
+        if "packages" in chosen:
+            against_packages(tol=1e-6)
+        if "large" in chosen:
+            large(tol=1e-8)
+        if "scaling" in chosen:
+            scaling(Path("results/newton_scaling.png"))
 
 
 if __name__ == "__main__":

@@ -90,9 +90,6 @@ def main(
         raise typer.Exit(2) from error
 
 
-# --- 1. Solvers ---------------------------------------------------------------------------------------------
-
-
 def compare_solvers(path: Path) -> None:
     """Times on both published problems, and a picture of how the gap falls."""
     problems = {
@@ -154,9 +151,6 @@ def draw(
         ax.set(title=text, ylabel="relative gap" if ax is axes[0] else "")
 
 
-# --- 2. Network ---------------------------------------------------------------------------------------------
-
-
 def trained(dataset: Dataset, path: Path, *, seed: int = 0, retrain: bool = False) -> LeNet5:
     """LeNet-5 from ``path`` if this recipe made it from these data, else trained and written there."""
     recipe = json.dumps({"data": dataset.name, "images": len(dataset.x_train), "seed": seed, **RECIPE})
@@ -182,9 +176,6 @@ def recipe_of(path: Path) -> str | None:
             return (file.metadata() or {}).get("recipe")
     except (OSError, SafetensorError):
         return None
-
-
-# --- 3. One layer -------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
