@@ -29,8 +29,8 @@ Ridge = float | Literal["auto"]
 # What "auto" tries. A smaller first one would cost the inverse more digits than the costs can spare.
 RIDGES = (1e-8, 1e-6, 1e-4, 1e-2)
 
-# Costs of removal come out to about 1e-15 times the largest entry of the inverse: 1e2 in LeNet's fc1, 1e8 with
-# repeated inputs. Beyond this, errors are computed afresh.
+# Costs of removal come out to about 1e-15 times the largest entry of the inverse: 1e2 in LeNet's fc1, 1e8
+# with repeated inputs. Beyond this, errors are computed afresh.
 TRUSTED_INVERSE = 1e4
 
 
