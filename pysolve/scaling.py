@@ -74,7 +74,7 @@ def scale(problem: Problem) -> Scaled:
     yx = np.concatenate([reader.yx for reader in readers]) / spread
     lam_max = float((group_norms([yx], size) / weights).max(initial=0.0))
     core = _core.Problem(
-        xx=[np.ascontiguousarray(reader.xx / spread / spread[:, None]) for reader in readers],
+        xx=[_divided(reader.xx, spread) for reader in readers],
         outputs=[len(reader.yx) for reader in readers],
         yx=np.ascontiguousarray(yx.T / (lam_max or 1.0)),
         group_size=size,
@@ -105,6 +105,12 @@ def reduce(scaled: Scaled, M: Sequence[Array]) -> Array:
         for reader, m in zip(scaled.readers, M, strict=True)
     ]
     return np.ascontiguousarray(np.concatenate(blocks).T * (scaled.spread / scaled.unit)[:, None])
+
+
+def _divided(R: Array, spread: Array) -> Array:
+    scaled = R / spread[:, None]
+    scaled /= spread
+    return np.ascontiguousarray(scaled)
 
 
 def _reader(R: Array, C: Array, p: Indices, u: Indices) -> Reader:

@@ -23,7 +23,7 @@ def with_entry(matrix, value):
         (np.ones(4), ROW, {}, "r_xx must be a matrix, got an array of shape"),
         (with_entry(EYE, np.nan), ROW, {}, "r_xx has 1 entries that are not finite"),
         (EYE, with_entry(ROW, np.inf), {}, "r_yx has 1 entries that are not finite"),
-        (with_entry(EYE, 0.5), ROW, {}, "r_xx is not symmetric: .* up to 0.5"),
+        (with_entry(EYE, 0.5), ROW, {}, "r_xx is not symmetric: .* up to 0.5 of the largest"),
         (-EYE, ROW, {}, "negative diagonal entry, -1"),
         (EYE - 0.5, ROW, {}, "not positive semi-definite"),
         (np.diag([1.0, 1, 1, 0]), ROW, {}, "r_yx is not zero for 1 inputs whose r_xx is zero"),

@@ -58,7 +58,7 @@ DualBound::DualBound(const Problem& problem, double lam)
         for (Index g = 0; g < problem.groups(); ++g) {
             double& residual = residual_[static_cast<std::size_t>(g)];
             residual = norm(problem.group(std::as_const(step).data(), g));
-            accurate = accurate && residual <= 1e-3 * lam * problem.weights[g];
+            accurate = accurate && residual <= 0.1 * lam * problem.weights[g];
         }
     }
     energy_ = dot(RB, B);

@@ -32,6 +32,29 @@ Scales fixed_point(Scales at, const Vector& ratios) {
     return at;
 }
 
+// A factored Hessian of an earlier point, and the largest |p_g − 1| there: near that point each step with it
+// shrinks the error by about as much, for a third of the work of a new one.
+struct Chord {
+    std::vector<Index> groups;
+    Vector factor;
+    double error = 1.0;
+
+    bool suffices(const Scales& at, double now, double tol) const {
+        return !factor.empty() && groups == at.groups && now * error * error <= tol;
+    }
+
+    Scales step(const Problem& problem, double lam, Scales at, const Vector& ratios) const {
+        Vector change(ratios.size());
+        for (std::size_t a = 0; a < ratios.size(); ++a)
+            change[a] =
+                -0.5 * lam * problem.weights[at.groups[a]] * at.values[a] * (1.0 - ratios[a] * ratios[a]);
+        const Index n = std::ssize(change);
+        cholesky_solve({factor.data(), n, n, n}, {change.data(), n, 1, 1});
+        for (std::size_t a = 0; a < change.size(); ++a) at.values[a] *= std::max(1.0 + change[a], 0.1);
+        return at;
+    }
+};
+
 class Direction {
   public:
     Direction(const Problem& problem, double lam, const Scales& at, Variational& model)
@@ -55,6 +78,9 @@ class Direction {
     }
 
     bool sound() const { return sound_; }
+
+    // The factored Hessian of all groups, where none of them was held.
+    Chord chord(double error) && { return {at_.groups, std::move(factor_), error}; }
 
   private:
     // Relative changes Δη_g/η_g; those that would fall below −1 are held there while the rest is solved
@@ -88,7 +114,7 @@ class Direction {
         return change;
     }
 
-    bool solve_free(const std::vector<std::size_t>& free, Vector& right) const {
+    bool solve_free(const std::vector<std::size_t>& free, Vector& right) {
         const std::size_t n = free.size();
         const bool all = n == ratios_.size();
         Vector matrix = all ? hessian_ : Vector(n * n);
@@ -102,6 +128,7 @@ class Direction {
         const MatrixView<double> view{matrix.data(), std::ssize(free), std::ssize(free), std::ssize(free)};
         if (!cholesky(view)) return false;
         cholesky_solve(view, {right.data(), std::ssize(free), 1, 1});
+        factor_ = all ? std::move(matrix) : Vector{};
         return std::ranges::all_of(right, [](double value) { return std::isfinite(value); });
     }
 
@@ -114,14 +141,14 @@ class Direction {
     const Problem& problem_;
     double lam_;
     const Scales& at_;
-    Vector ratios_, hessian_;
+    Vector ratios_, hessian_, factor_;
     bool sound_ = true;
 };
 
 // Minimise φ over the active groups, from where the model stands, until every |p_g − 1| ≤ tol, or until
 // rounding stops it.
 bool minimise(const Problem& problem, double lam, Scales& at, double tol, int fixed_points,
-              Variational& model, const Recorder& recorder) {
+              Variational& model, Chord& chord, const Recorder& recorder) {
     for (int step = 0; step < 50 && worst(model.ratios()) > tol; ++step) {
         recorder.poll();
         const double phi = model.phi(), error = worst(model.ratios()), slack = 1e-14 * std::abs(phi);
@@ -131,6 +158,15 @@ bool minimise(const Problem& problem, double lam, Scales& at, double tol, int fi
             const bool rounding = std::abs(model.phi() - phi) <= slack;
             return rounding ? worst(model.ratios()) < error : model.phi() < phi;
         };
+        if (chord.suffices(at, error, tol)) {
+            Scales next = chord.step(problem, lam, at, ratios);
+            if (better(next)) {
+                at = std::move(next);
+                continue;
+            }
+            chord = {};
+            if (!model.evaluate(at.groups, at.values)) return false;
+        }
         Scales next = fixed_point(at, ratios);
         const bool far = step < fixed_points || std::ranges::max(ratios) > 4.0;
         bool moved = far && better(next);
@@ -142,6 +178,7 @@ bool minimise(const Problem& problem, double lam, Scales& at, double tol, int fi
                 next = direction.step(secular, t);
                 moved = direction.sound() && better(next);
             }
+            if (moved) chord = std::move(direction).chord(error);
             if (!moved) {
                 next = fixed_point(at, ratios);
                 moved = better(next);
@@ -236,6 +273,7 @@ Result newton(const Problem& problem, double lam, Vector M, const Stopping& stop
     bool sound = model.evaluate(at.groups, at.values);
     double tol = 0.1;
     Index entered = 0;
+    Chord chord;
     while (!recorder(certificate)) {
         const auto found = violations(problem, lam, M, T, 0.5 * stopping.tol);
         const Index round = recorder.iterations();
@@ -254,9 +292,14 @@ Result newton(const Problem& problem, double lam, Vector M, const Stopping& stop
             sound = sound && (dense ? ridge_start(bound.scales(), at, model) : enter(found, at, model));
         }
         entered = std::ssize(at.groups);
-        sound = sound && minimise(problem, lam, at, tol, cold && round == 0 ? 2 : 0, model, recorder);
+        sound = sound && minimise(problem, lam, at, tol, cold && round == 0 ? 2 : 0, model, chord, recorder);
         if (!sound) return run_fista(problem, lam, std::move(M), {}, bound, recorder);
         model.scatter(M);
+        if (std::ssize(at.groups) == problem.groups()) {
+            model.scatter_product(T);
+            certificate = bound(lam, M, T);
+            if (!recorder.would_stop(certificate)) continue;
+        }
         product.exact(M, T);
         certificate = bound(lam, M, T);
     }

@@ -21,6 +21,12 @@ PYSOLVE_CLONES void scale_row(double factor, const double* in, const double* roo
     for (std::size_t i = 0; i < n; ++i) out[i] = factor * in[i] * roots[i];
 }
 
+// out_i = a_i + factor · b_i
+PYSOLVE_CLONES void add_multiple(const double* a, double factor, const double* b, double* out,
+                                 std::size_t n) {
+    for (std::size_t i = 0; i < n; ++i) out[i] = a[i] + factor * b[i];
+}
+
 // out_i ← −in_i · out_i: the entries of (I − S⁻¹) ∘ Y Yᵀ off the diagonal
 PYSOLVE_CLONES void negate_products(const double* in, double* out, std::size_t n) {
     for (std::size_t i = 0; i < n; ++i) out[i] *= -in[i];
@@ -87,24 +93,24 @@ void Variational::hessian(Vector& out) {
     const auto count = groups_.size(), k = static_cast<std::size_t>(problem_.group_size);
     const auto n = static_cast<std::size_t>(inputs());
     out.assign(count * count, 0.0);
-    Vector gram(n * n);
+    gram_.resize(n * n);
     for (std::size_t r = 0; r < S_.size(); ++r) {
         const MatrixView<double> S{S_[r].data(), inputs(), inputs(), inputs()};
         invert_from_cholesky(S);
         multiply_self(problem_.part(std::as_const(Y_).data(), inputs(), r),
-                      {gram.data(), S.rows, S.cols, S.stride});
+                      {gram_.data(), S.rows, S.cols, S.stride});
         for (std::size_t i = 0; i < n; ++i) {
-            const double diagonal = (1.0 - S_[r][i * (n + 1)]) * gram[i * (n + 1)];
-            negate_products(&S_[r][i * n + i + 1], &gram[i * n + i + 1], n - i - 1);
+            const double diagonal = (1.0 - S_[r][i * (n + 1)]) * gram_[i * (n + 1)];
+            negate_products(&S_[r][i * n + i + 1], &gram_[i * n + i + 1], n - i - 1);
             double* row = &out[i / k * count];
             row[i / k] += diagonal;
             const std::size_t own_end = (i / k + 1) * k;
-            for (std::size_t j = i + 1; j < own_end; ++j) row[i / k] += 2.0 * gram[i * n + j];
+            for (std::size_t j = i + 1; j < own_end; ++j) row[i / k] += 2.0 * gram_[i * n + j];
             if (k == 1) {
-                add(&gram[i * n + own_end], row + own_end, n - own_end);
+                add(&gram_[i * n + own_end], row + own_end, n - own_end);
             } else {
                 for (std::size_t b = i / k + 1; b < count; ++b)
-                    for (std::size_t j = b * k; j < (b + 1) * k; ++j) row[b] += gram[i * n + j];
+                    for (std::size_t j = b * k; j < (b + 1) * k; ++j) row[b] += gram_[i * n + j];
             }
         }
     }
@@ -116,6 +122,15 @@ void Variational::scatter(Vector& M) const {
     for (std::size_t a = 0; a < groups_.size(); ++a)
         scale_row(root_[a * static_cast<std::size_t>(problem_.group_size)], &Y_[a * block],
                   problem_.group(M.data(), groups_[a]).data(), block);
+}
+
+void Variational::scatter_product(Vector& T) const {
+    const auto block = static_cast<std::size_t>(problem_.block());
+    for (std::size_t a = 0; a < groups_.size(); ++a) {
+        const double root = root_[a * static_cast<std::size_t>(problem_.group_size)];
+        add_multiple(problem_.yx + groups_[a] * problem_.block(), -1.0 / root, &Y_[a * block],
+                     problem_.group(T.data(), groups_[a]).data(), block);
+    }
 }
 
 }  // namespace pysolve

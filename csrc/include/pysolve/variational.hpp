@@ -35,6 +35,8 @@ class Variational {
 
     // Write M: zero outside the groups.
     void scatter(Vector& M) const;
+    // Write the groups' rows of R M = C − D^-½ Y, which holds as exactly as Y solves its system.
+    void scatter_product(Vector& T) const;
 
   private:
     Index inputs() const { return std::ssize(groups_) * problem_.group_size; }
@@ -45,6 +47,7 @@ class Variational {
     Vector ratios_;
     Vector root_;            // D^½, one per input of the groups
     std::vector<Vector> S_;  // per reader: the factor of S
+    Vector gram_;            // Y Yᵀ
     Vector Y_;               // inputs of the groups × outputs
 };
 
