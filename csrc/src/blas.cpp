@@ -14,29 +14,31 @@ int to_int(Index n) {
     return static_cast<int>(n);
 }
 
+// Row-major matrices are the column-major transposes of themselves: outᵀ = Bᵀ A.
+template <class T, class Routine>
+void gemm(Routine* routine, MatrixView<const T> A, MatrixView<const T> B, MatrixView<T> out, bool symmetric) {
+    char no = 'N', yes = 'T';
+    T one = 1, zero = 0;
+    int m = to_int(B.cols), n = to_int(A.cols), k = to_int(A.rows);
+    int lda = to_int(A.stride), ldb = to_int(B.stride), ldo = to_int(out.stride);
+    routine(&no, symmetric ? &no : &yes, &m, &n, &k, &one, const_cast<T*>(B.data), &ldb,
+            const_cast<T*>(A.data), &lda, &zero, out.data, &ldo);
+}
+
 }  // namespace
 
 void set_blas(const Blas& routines) {
     blas = routines;
 }
 
-// Row-major matrices are the column-major transposes of themselves: outᵀ = Bᵀ A.
-void multiply_transposed(MatrixView<const double> A, MatrixView<const double> B, MatrixView<double> out) {
-    char no = 'N', yes = 'T';
-    double one = 1.0, zero = 0.0;
-    int m = to_int(B.cols), n = to_int(A.cols), k = to_int(A.rows);
-    int lda = to_int(A.stride), ldb = to_int(B.stride), ldo = to_int(out.stride);
-    blas.dgemm(&no, &yes, &m, &n, &k, &one, const_cast<double*>(B.data), &ldb, const_cast<double*>(A.data),
-               &lda, &zero, out.data, &ldo);
+void multiply_transposed(MatrixView<const double> A, MatrixView<const double> B, MatrixView<double> out,
+                         bool symmetric) {
+    gemm(blas.dgemm, A, B, out, symmetric);
 }
 
-void multiply_transposed(MatrixView<const float> A, MatrixView<const float> B, MatrixView<float> out) {
-    char no = 'N', yes = 'T';
-    int m = to_int(B.cols), n = to_int(A.cols), k = to_int(A.rows);
-    int lda = to_int(A.stride), ldb = to_int(B.stride), ldo = to_int(out.stride);
-    float one = 1.0F, zero = 0.0F;
-    blas.sgemm(&no, &yes, &m, &n, &k, &one, const_cast<float*>(B.data), &ldb, const_cast<float*>(A.data),
-               &lda, &zero, out.data, &ldo);
+void multiply_transposed(MatrixView<const float> A, MatrixView<const float> B, MatrixView<float> out,
+                         bool symmetric) {
+    gemm(blas.sgemm, A, B, out, symmetric);
 }
 
 void multiply_self(MatrixView<const double> A, MatrixView<double> out) {

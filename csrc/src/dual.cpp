@@ -52,7 +52,7 @@ DualBound::DualBound(const Problem& problem, double lam)
         for (std::size_t i = 0; i < B.size(); ++i) B[i] += step[i];
         for (std::size_t r = 0; r < factors.size(); ++r)
             multiply_transposed({problem.readers[r].xx, n, n, n}, problem.part(std::as_const(B).data(), n, r),
-                                problem.part(RB.data(), n, r));
+                                problem.part(RB.data(), n, r), true);
         subtract({problem.yx, RB.size()}, RB, step);
         accurate = true;
         for (Index g = 0; g < problem.groups(); ++g) {

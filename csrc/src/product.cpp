@@ -11,7 +11,7 @@ namespace {
 // Below this many multiplications a product is too short for the conversions to pay.
 constexpr Index worth_single = Index{1} << 21;
 // The error of an update is a share of what changed since the last exact product: do not let that grow.
-constexpr int max_updates = 25;
+constexpr int max_updates = 50;
 
 bool is_zero(std::span<const double> block) {
     return std::ranges::all_of(block, [](double value) { return value == 0.0; });
@@ -46,7 +46,7 @@ void Product::exact(const Vector& M, Vector& T) {
     for (std::size_t r = 0; r < p.readers.size() && rows > 0; ++r) {
         const double* R = dense_ ? p.readers[r].xx : rows_[r].data();
         multiply_transposed({R, rows, p.inputs, p.inputs}, p.part(source, rows, r),
-                            p.part(T.data(), p.inputs, r));
+                            p.part(T.data(), p.inputs, r), dense_);
     }
     anchor_M_ = M;
     anchor_T_ = T;
@@ -73,7 +73,7 @@ void Product::update(const Vector& M, Vector& T) {
     for (std::size_t r = 0; r < p.readers.size(); ++r)
         multiply_transposed({single_rows_[r].data(), rows, p.inputs, p.inputs},
                             p.part(std::as_const(single_change_).data(), rows, r),
-                            p.part(single_T_.data(), p.inputs, r));
+                            p.part(single_T_.data(), p.inputs, r), dense_);
     widen_sum(anchor_T_.data(), single_T_.data(), T.data(), p.size());
 }
 
