@@ -8,50 +8,16 @@ trained for an epoch first), otherwise from random ones. A transcription of the 
 """
 
 import argparse
-import os
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
-from problems import ReconstructionProblem
+from problems import ReconstructionProblem, lenet_fc1, unequal_channels
 from threadpoolctl import threadpool_limits
 
 import pysolve as ps
 
 METHODS = ("swap", "elimination", "forward", "lasso", "weighted_lasso", "magnitude", "activation")
-
-
-def relu_layer(
-    d: int, h: int, group_size: int, samples: int, *, name: str, seed: int = 0
-) -> ReconstructionProblem:
-    """Channels that share half as many causes, rectified, of unequal strength; a random layer reads them."""
-    rng = np.random.default_rng(seed)
-    channels = d // group_size
-    causes = rng.standard_normal((samples, channels // 2))
-    shared = causes @ rng.standard_normal((channels // 2, channels)) / np.sqrt(channels / 2)
-    x = np.repeat(shared, group_size, axis=1) + 0.7 * rng.standard_normal((samples, d))
-    x = np.maximum(x, 0) * 10 ** np.repeat(rng.uniform(-0.5, 0.5, channels), group_size)
-    r_xx = x.T @ x / samples
-    weight = rng.standard_normal((h, d)) / np.sqrt(d * np.diag(r_xx))
-    return ReconstructionProblem(name, r_xx, weight @ r_xx, 0.0, group_size)
-
-
-def lenet_fc1(folder: Path) -> ReconstructionProblem:
-    """What fc1 of LeNet-5 reads and writes on 10,000 training images, after one epoch."""
-    import torch
-
-    from pysolve.datasets import mnist
-    from pysolve.nn.train import fit
-    from pysolve.nn.zoo import LeNet5
-
-    data = mnist(folder)
-    torch.manual_seed(0)
-    model = LeNet5()
-    fit(model, data.x_train, data.y_train, epochs=1)
-    images = torch.from_numpy(data.x_train[:10_000]).split(500)
-    layer = ps.gather(model, images, layers=["fc1"])["fc1"].centered()
-    return ReconstructionProblem("LeNet-5 fc1 on MNIST", layer.r_xx, layer.r_yx, 0.0, 16)
 
 
 def transcription(problem: ReconstructionProblem, ridge: float = 1e-8) -> list[int]:
@@ -133,16 +99,12 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--small", action="store_true", help="leave out the convolution with d = 4608")
     options = parser.parse_args()
-    folder = os.environ.get("PYSOLVE_DATA")
-    if folder:
-        layer = lenet_fc1(Path(folder) / "mnist")
-    else:
-        layer = relu_layer(800, 500, 16, 2400, name="random stand-in for LeNet-5 fc1")
+    layer = lenet_fc1(0.01) or unequal_channels(800, 500, 16, 2400, name="random stand-in for LeNet-5 fc1")
     compare(layer, options.threads, options.repeats, True)
     for share in (0.1, 0.2, 0.5):
         compare_selectors(layer, share)
     if not options.small:
-        convolution = relu_layer(4608, 512, 9, 6000, name="convolution, 512 channels, 3x3")
+        convolution = unequal_channels(4608, 512, 9, 6000, name="convolution, 512 channels, 3x3")
         compare(convolution, options.threads, min(options.repeats, 2), False)
 
 

@@ -55,6 +55,19 @@ def convolution() -> ReconstructionProblem:
     return relu_layer(4608, 512, 0.01, group_size=9)
 
 
+def unequal_channels(d: int, h: int, group_size: int, samples: int, *, name: str) -> ReconstructionProblem:
+    """Channels that share half as many causes, rectified, of unequal strength; a random layer reads them."""
+    rng = np.random.default_rng(0)
+    channels = d // group_size
+    causes = rng.standard_normal((samples, channels // 2))
+    shared = causes @ rng.standard_normal((channels // 2, channels)) / np.sqrt(channels / 2)
+    x = np.repeat(shared, group_size, axis=1) + 0.7 * rng.standard_normal((samples, d))
+    x = np.maximum(x, 0) * 10 ** np.repeat(rng.uniform(-0.5, 0.5, channels), group_size)
+    r_xx = x.T @ x / samples
+    weight = rng.standard_normal((h, d)) / np.sqrt(d * np.diag(r_xx))
+    return ReconstructionProblem(name, r_xx, weight @ r_xx, 0.0, group_size)
+
+
 def few_active(d: int, h: int, active: int) -> ReconstructionProblem:
     """``active`` strong inputs make the outputs, the rest is noise: the active set does not grow with d."""
     rng = np.random.default_rng(0)

@@ -150,7 +150,7 @@ def scaling(path: Path) -> None:
     ax.set(
         xlabel="inputs d",
         ylabel="seconds",
-        title=f"Newton at {min(kept)} to {max(kept)} active groups, h = 256",
+        title=f"Newton with {max(kept)} groups active, h = 256",
     )
     ax.set_xticks(sizes, [str(d) for d in sizes])
     ax.minorticks_off()
