@@ -205,7 +205,7 @@ def _checked_reader(r_xx: Any, r_yx: Any) -> tuple[Array, Array]:
     asymmetry = _asymmetry(xx)
     if asymmetry > 1e-6:
         raise ValueError(
-            f"r_xx is not symmetric: entries and their mirrors differ by up to {asymmetry:.3g} of the largest."
+            f"r_xx is not symmetric: mirrored entries differ by up to {asymmetry:.3g} of the largest."
         )
     if asymmetry > 1e-13:
         xx = (xx + xx.T) / 2
