@@ -20,12 +20,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pysolve.correlations import Array, group_columns
+from pysolve.correlations import Array, group_columns, group_norms
 from pysolve.problem import (
     Problem,
     check_lam,
     checked_matrix,
-    group_norms,
     is_list_of_matrices,
     problem_of,
 )

@@ -7,7 +7,7 @@ import os
 import tempfile
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from pathlib import Path
@@ -27,6 +27,15 @@ def group_columns(keep: npt.ArrayLike, group_size: int) -> npt.NDArray[np.intp]:
     """Column indices of the groups in ``keep``: group g owns columns g·group_size … (g+1)·group_size − 1."""
     groups = np.asarray(keep, dtype=np.intp)
     return np.asarray((groups[:, None] * group_size + np.arange(group_size)).ravel())
+
+
+def group_norms(M: Sequence[Array], group_size: int) -> Array:
+    """‖M_g‖_F of every group over all readers' (h_r, d) matrices; no overflow or underflow of the squares."""
+    peak = max((float(np.abs(m).max()) for m in M if m.size), default=0.0)
+    if peak == 0.0:
+        return np.zeros(M[0].shape[1] // group_size)
+    squares = sum(np.square(m / peak).sum(0) for m in M)
+    return np.asarray(peak * np.sqrt(np.reshape(squares, (-1, group_size)).sum(1)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -164,15 +163,6 @@ def half_trace(r_yy: Any) -> float:
     if not (np.isfinite(energy) and energy >= 0):
         raise ValueError(f"r_yy must have a finite trace of at least 0, got {energy}.")
     return 0.5 * energy
-
-
-def group_norms(M: Sequence[Array], group_size: int) -> Array:
-    """‖M_g‖_F of every group over all readers' (h_r, d) matrices; no overflow or underflow of the squares."""
-    peak = max((float(np.abs(m).max()) for m in M if m.size), default=0.0)
-    if peak == 0.0:
-        return np.zeros(M[0].shape[1] // group_size)
-    squares = sum(np.square(m / peak).sum(0) for m in M)
-    return np.asarray(peak * np.sqrt(np.reshape(squares, (-1, group_size)).sum(1)))
 
 
 def _is_several(problems: Any) -> bool:

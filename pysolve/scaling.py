@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pysolve import _core
-from pysolve.correlations import Array, group_columns
-from pysolve.problem import Problem, group_norms
+from pysolve.correlations import Array, group_columns, group_norms
+from pysolve.problem import Problem
 
 Indices = npt.NDArray[np.intp]
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pysolve import _core
-from pysolve.correlations import Array
+from pysolve.correlations import Array, group_norms
 from pysolve.debias import least_squares
 from pysolve.elimination import (
     RIDGES,
@@ -23,7 +23,7 @@ from pysolve.elimination import (
 )
 from pysolve.errors import PysolveError
 from pysolve.path import lam_for_groups
-from pysolve.problem import Problem, group_norms, problem_of
+from pysolve.problem import Problem, problem_of
 
 # Exchanges, and how many of the cheapest groups to take out are tried before giving up on one more.
 MAX_SWAPS, SWAP_DEPTH = 1000, 10

@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pysolve import _core
-from pysolve.correlations import Array
-from pysolve.problem import as_problem, check_lam, checked_matrix, group_norms, half_trace
+from pysolve.correlations import Array, group_norms
+from pysolve.problem import as_problem, check_lam, checked_matrix, half_trace
 from pysolve.scaling import Scaled, reduce, restore, scale
 from pysolve.solution import History, Solution
 
