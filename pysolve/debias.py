@@ -18,7 +18,7 @@ AUTO_RIDGES = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 def debias(
     r_xx: Any,
     r_yx: Any = None,
-    keep: npt.ArrayLike = (),
+    keep: npt.ArrayLike | None = None,
     *,
     group_size: int | None = None,
     ridge: float | Literal["auto"] = "auto",
@@ -45,6 +45,8 @@ def debias(
     (h, d) array
         Zero on the columns of dropped groups. A tuple of one a reader for a list of problems.
     """
+    if keep is None:
+        raise TypeError("debias needs keep, the indices of the groups that stay.")
     problem = problem_of(r_xx, r_yx, group_size)
     (R,), (C,) = problem.xx, problem.yx
     return least_squares(R, C, group_columns(_checked_keep(keep, problem.groups), problem.group_size), ridge)

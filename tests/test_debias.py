@@ -61,6 +61,11 @@ def test_bad_values_are_refused(keep, options, message):
         ps.debias(np.array([[1.0, 1, 0], [1, 1, 0], [0, 0, 1]]), np.ones((1, 3)), keep, **options)
 
 
+def test_keep_cannot_be_forgotten():
+    with pytest.raises(TypeError, match="debias needs keep"):
+        ps.debias(np.eye(3), np.ones((1, 3)))
+
+
 @pytest.mark.parametrize(("keep", "message"), [([True, False, True], "got a mask"), ([0.5], "integers")])
 def test_bad_types_are_refused(keep, message):
     with pytest.raises(TypeError, match=message):
