@@ -2,15 +2,22 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <utility>
 
 namespace pysolve {
 namespace {
 
-// η_g ← η_g p_g = ‖M_g‖: never increases φ.
-Scales fixed_point(Scales at, const Vector& ratios) {
-    for (std::size_t a = 0; a < ratios.size(); ++a) at.values[a] *= ratios[a];
-    return at;
+// η_g ← η_g p_g = ‖M_g‖: never increases φ. Scales that are vanishing leave.
+Scales fixed_point(const Scales& at, const Vector& ratios) {
+    const double smallest = 1e-14 * *std::ranges::max_element(at.values);
+    Scales next;
+    for (std::size_t a = 0; a < ratios.size(); ++a) {
+        if (ratios[a] < 1.0 && at.values[a] < smallest) continue;
+        next.groups.push_back(at.groups[a]);
+        next.values.push_back(at.values[a] * ratios[a]);
+    }
+    return next;
 }
 
 class Direction {
@@ -20,14 +27,17 @@ class Direction {
         model.hessian(hessian_);
     }
 
-    // The point a share `t` of the way along the projected Newton direction. The plain right-hand side is the
-    // gradient of φ; the secular one is Newton on 1/p_g − 1 instead, exact for uncorrelated groups and better
-    // from afar. A group leaves only where its own gradient agrees; others are shrunk.
-    Scales step(bool secular, double t) {
-        const Vector relative = solve(secular);
+    // The point one projected Newton step away, nothing where the Hessian is not positive definite. The plain
+    // right-hand side is the gradient of φ; the secular one is Newton on 1/p_g − 1 instead, exact for
+    // uncorrelated groups and better from afar. Damping adds that much of a bound on the Hessian's diagonal.
+    // A group leaves only where its own gradient agrees; others are shrunk.
+    std::optional<Scales> step(bool secular, double damping) {
+        damping_ = damping;
+        const auto relative = solve(secular);
+        if (!relative) return std::nullopt;
         Scales next;
         for (std::size_t a = 0; a < ratios_.size(); ++a) {
-            const double moved = 1.0 + t * relative[a];
+            const double moved = 1.0 + (*relative)[a];
             if (moved <= 0.0 && ratios_[a] < 1.0) continue;
             next.groups.push_back(at_.groups[a]);
             next.values.push_back(at_.values[a] * std::clamp(moved, 0.1, 1e3));
@@ -35,15 +45,13 @@ class Direction {
         return next;
     }
 
-    bool sound() const { return sound_; }
-
     // The factored Hessian of all groups, where none of them was held.
     Chord chord(double error) && { return {at_.groups, std::move(factor_), error}; }
 
   private:
     // Relative changes Δη_g/η_g; those that would fall below −1 are held there while the rest is solved
     // again.
-    Vector solve(bool secular) {
+    std::optional<Vector> solve(bool secular) {
         const std::size_t n = ratios_.size();
         Vector change(n, 0.0), gradient(n);
         for (std::size_t a = 0; a < n; ++a) {
@@ -59,10 +67,7 @@ class Direction {
                 for (std::size_t b = 0; b < n; ++b)
                     if (change[b] == -1.0) right[i] -= entry(free[i], b) * change[b];
             }
-            if (!solve_free(free, right)) {
-                sound_ = false;
-                return change;
-            }
+            if (!solve_free(free, right)) return std::nullopt;
             for (std::size_t i = 0; i < free.size(); ++i) change[free[i]] = right[i];
             const std::size_t before = free.size();
             std::erase_if(free, [&](std::size_t a) { return change[a] <= -1.0; });
@@ -80,13 +85,13 @@ class Direction {
             for (std::size_t j = i; j < n && !all; ++j) matrix[i * n + j] = entry(free[i], free[j]);
             // Repeated channels leave the Hessian singular: which of them carries the weight is free. And I −
             // S⁻¹ is known to a few ulp of 1 only, which is all of it where a scale is about to vanish.
-            matrix[i * (n + 1)] = matrix[i * (n + 1)] * (1.0 + 1e-12) +
-                                  1e-13 * size(free[i]) * ratios_[free[i]] * ratios_[free[i]];
+            const double bound = size(free[i]) * ratios_[free[i]] * ratios_[free[i]];
+            matrix[i * (n + 1)] = matrix[i * (n + 1)] * (1.0 + 1e-12) + (1e-13 + damping_) * bound;
         }
         const MatrixView<double> view{matrix.data(), std::ssize(free), std::ssize(free), std::ssize(free)};
         if (!cholesky(view)) return false;
         cholesky_solve(view, {right.data(), std::ssize(free), 1, 1});
-        factor_ = all ? std::move(matrix) : Vector{};
+        factor_ = all && damping_ == 0.0 ? std::move(matrix) : Vector{};
         return std::ranges::all_of(right, [](double value) { return std::isfinite(value); });
     }
 
@@ -100,7 +105,7 @@ class Direction {
     double lam_;
     const Scales& at_;
     Vector ratios_, hessian_, factor_;
-    bool sound_ = true;
+    double damping_ = 0.0;
 };
 
 }  // namespace
@@ -146,11 +151,17 @@ bool minimise(const Problem& problem, double lam, Scales& at, double tol, int fi
         bool moved = far && better(next);
         if (!far) {
             Direction direction(problem, lam, at, model);
-            for (const auto& [secular, t] :
-                 {std::pair{true, 1.0}, {false, 1.0}, {false, 0.3}, {false, 0.1}}) {
+            using Attempt = std::pair<bool, double>;  // secular, damping
+            for (const auto& [secular, damping] : {Attempt{true, 0.0},
+                                                   {false, 0.0},
+                                                   {false, 1e-4},
+                                                   {false, 1e-2},
+                                                   {false, 1.0},
+                                                   {false, 100.0}}) {
                 if (moved || (secular && error < 1e-3)) continue;
-                next = direction.step(secular, t);
-                moved = direction.sound() && better(next);
+                const auto found = direction.step(secular, damping);
+                moved = found && better(*found);
+                if (moved) next = *found;
             }
             if (moved) chord = std::move(direction).chord(error);
             if (!moved) {

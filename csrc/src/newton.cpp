@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <utility>
 
 #include "pysolve/descent.hpp"
@@ -13,6 +14,7 @@ namespace pysolve {
 namespace {
 
 constexpr double finest = 1e-15;  // no |p_g − 1| below this means anything
+constexpr int patience = 8;       // rounds without a smaller gap before FISTA takes over
 
 // The worst of the zero groups join, as many as keep the working set in proportion. Alone, a group of unit
 // variance would end at its excess; the more come together, the more they share.
@@ -98,7 +100,10 @@ Result newton(const Problem& problem, double lam, Vector M, const Stopping& stop
     double tol = 0.1;
     Index entered = 0;
     Chord chord;
-    while (!recorder(certificate)) {
+    double best = std::numeric_limits<double>::infinity();
+    for (int idle = 0; !recorder(certificate); ++idle) {
+        if (certificate.gap < 0.9 * best) idle = 0;
+        best = std::min(best, certificate.gap);
         const auto found = violations(problem, lam, M, T, 0.5 * stopping.tol);
         const Index round = recorder.iterations();
         if (found.empty()) {
@@ -117,7 +122,7 @@ Result newton(const Problem& problem, double lam, Vector M, const Stopping& stop
         }
         entered = std::ssize(at.groups);
         sound = sound && minimise(problem, lam, at, tol, cold && round == 0 ? 2 : 0, model, chord, recorder);
-        if (!sound) return run_fista(problem, lam, std::move(M), {}, bound, recorder);
+        if (!sound || idle > patience) return run_fista(problem, lam, std::move(M), {}, bound, recorder);
         model.scatter(M);
         if (std::ssize(at.groups) == problem.groups()) {
             model.scatter_product(T);
