@@ -36,7 +36,7 @@ Scales join(const std::vector<std::pair<double, Index>>& found, const Scales& at
 
 // Join without raising φ, which starting small enough never does: rounds that each lower φ cannot cycle.
 bool enter(const std::vector<std::pair<double, Index>>& found, Scales& at, Variational& model) {
-    const double phi = at.groups.empty() ? std::numeric_limits<double>::infinity() : model.phi();
+    const double phi = model.phi();
     Scales next;
     for (double share = 1.0; share > 1e-9; share *= 0.1) {
         next = join(found, at, share);
