@@ -103,7 +103,7 @@ def test_rounds_do_not_cycle(case):
 
 @given(instances(max_groups=50, max_group_size=3, shares=st.floats(1e-4, 0.9)))
 def test_many_groups_with_few_samples_converge(case):
-    """Rank deficient with tens of groups: Hessians near singular, scales that vanish, groups that all leave."""
+    """Tens of groups, rank deficient: near singular Hessians, scales that vanish, groups that all leave."""
     solution = ps.newton((case.r_xx, case.r_yx), case.lam, group_size=case.group_size, tol=1e-7)
     assert solution.status in ("converged", "precision")
     certificate = ps.certify(case.r_xx, case.r_yx, solution.M, case.lam, group_size=case.group_size)
