@@ -48,8 +48,10 @@ void Product::exact(const Vector& M, Vector& T) {
         multiply_transposed({R, rows, p.inputs, p.inputs}, p.part(source, rows, r),
                             p.part(T.data(), p.inputs, r), dense_);
     }
-    anchor_M_ = M;
-    anchor_T_ = T;
+    if (anchored_) {
+        anchor_M_ = M;
+        anchor_T_ = T;
+    }
     updates_ = 0;
 }
 
@@ -57,7 +59,9 @@ void Product::update(const Vector& M, Vector& T) {
     const Problem& p = problem_;
     find_active(M);
     const Index rows = packed_inputs();
-    if (updates_ >= max_updates || !covered() || rows * p.size() < worth_single) {
+    const bool first = !anchored_;
+    anchored_ = rows * p.size() >= worth_single;
+    if (first || !anchored_ || updates_ >= max_updates || !covered()) {
         exact(M, T);
         return;
     }

@@ -33,6 +33,7 @@ class Product {
     std::vector<Vector> rows_;            // per reader: rows of R of the packed groups
     Vector compact_;                      // the packed rows of M
 
+    bool anchored_ = false;       // updates are wanted, so exact products are remembered
     Vector anchor_M_, anchor_T_;  // the last exact product
     int updates_ = 0;             // since then
     std::vector<std::vector<float>> single_rows_;
