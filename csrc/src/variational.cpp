@@ -36,6 +36,19 @@ PYSOLVE_CLONES void add(const double* in, double* out, std::size_t n) {
     for (std::size_t i = 0; i < n; ++i) out[i] += in[i];
 }
 
+// Stretches [first, last) of positions whose groups follow one another: their inputs are contiguous.
+std::vector<std::pair<std::size_t, std::size_t>> consecutive(const std::vector<Index>& groups) {
+    std::vector<std::pair<std::size_t, std::size_t>> runs;
+    for (std::size_t a = 0; a < groups.size(); ++a) {
+        if (a > 0 && groups[a] == groups[a - 1] + 1) {
+            runs.back().second = a + 1;
+        } else {
+            runs.emplace_back(a, a + 1);
+        }
+    }
+    return runs;
+}
+
 }  // namespace
 
 bool Variational::evaluate(const std::vector<Index>& groups, const Vector& scales) {
@@ -54,15 +67,19 @@ bool Variational::evaluate(const std::vector<Index>& groups, const Vector& scale
         std::fill_n(root_.begin() + static_cast<Index>(a * k), k, root);
         scale_row(root, p.yx + first * h, &Y_[a * k * h], k * h);
     }
+    const auto runs = consecutive(groups);
     // LAPACK's lower triangle is the upper one of a row-major matrix.
     S_.resize(p.readers.size());
     for (std::size_t r = 0; r < p.readers.size(); ++r) {
         S_[r].resize(n * n);
         for (std::size_t i = 0; i < n; ++i) {
             const double* row = p.readers[r].xx + (static_cast<std::size_t>(groups[i / k]) * k + i % k) * d;
-            for (std::size_t b = i / k; b < groups.size(); ++b)
-                scale_row(root_[i], row + static_cast<std::size_t>(groups[b]) * k, &root_[b * k],
-                          &S_[r][i * n + b * k], k);
+            for (const auto& [first, last] : runs) {
+                const std::size_t from = std::max(first, i / k);
+                if (from < last)
+                    scale_row(root_[i], row + static_cast<std::size_t>(groups[from]) * k, &root_[from * k],
+                              &S_[r][i * n + from * k], (last - from) * k);
+            }
             S_[r][i * (n + 1)] += 1.0;
         }
         const MatrixView<double> S{S_[r].data(), inputs(), inputs(), inputs()};
