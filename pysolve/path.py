@@ -77,7 +77,8 @@ def lam_for_groups(
     Returns
     -------
     tuple of Solution
-        One that keeps exactly k groups, or two: the nearest found with more and with fewer.
+        One that keeps exactly k groups, or two: the nearest found with more and with fewer. One with fewer
+        where no lam down to 1e-12 lam_max keeps as many, as with dead inputs.
 
     Raises
     ------

@@ -96,10 +96,11 @@ def proximal_gradient(problems: Any, lam: float, **options: Any) -> Solution:
 def fista(problems: Any, lam: float, *, q: float = 0.0, restart: bool = True, **options: Any) -> Solution:
     """Accelerated proximal gradient: look-ahead M + (k − 1)/(k + q + 2) (M − M_previous) before each step.
 
-    ``restart`` forgets the momentum whenever it points uphill, which makes the convergence linear on
-    most problems; without it, this is the published iteration. Problems as in ``proximal_gradient``, other
-    options as in ``solve_linear_reconstruction``. Source: Beck & Teboulle 2009; restart: O'Donoghue & Candès
-    2015.
+    ``restart`` forgets the momentum whenever it points uphill, and holds it below what the curvature measured
+    along the last step allows, which makes the convergence linear on most problems; without it, this is the
+    published look-ahead. Without an ``M0``, the start is one ridge solve. Problems as in
+    ``proximal_gradient``, other options as in ``solve_linear_reconstruction``. Source: Beck & Teboulle 2009;
+    restart: O'Donoghue & Candès 2015.
     """
     if not q > -2:
         raise ValueError(f"q must be greater than -2, got {q}.")
