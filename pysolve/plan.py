@@ -4,16 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float64]
+Indices = npt.NDArray[np.intp]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Site:
-    """A set of channels that can shrink: which layers make them, which layers read them.
+    """A set of channels that can shrink: which layers make them, pass them on and read them.
+
+    A channel here is whatever must go together: one feature map, one neuron, one attention head, one group
+    of a grouped convolution. ``rows`` and ``columns`` say what it is in each layer; a layer that they do not
+    name has its channels in order, in equal consecutive blocks.
 
     Parameters
     ----------
@@ -21,11 +27,59 @@ class Site:
         How many there are now.
     writers, readers : tuple of str
         Names of the layers whose output channels these are, and of the layers that read them.
+    passed : tuple of str
+        Layers in between that lose the same channels: batch norms, depthwise convolutions, zero padding.
+    rows : {writer or passed layer: (channels, r) int array}
+        Output channels of that layer that belong to each channel of the site.
+    columns : {reader: (channels, c) int array}
+        Input channels of that layer that belong to each channel of the site: one for a convolution, height ×
+        width of them for a Linear after a flatten.
+    pinned : str, optional
+        Why these channels cannot be removed; None when they can.
     """
 
     channels: int
     writers: tuple[str, ...]
     readers: tuple[str, ...]
+    passed: tuple[str, ...] = ()
+    rows: Mapping[str, Indices] = field(default_factory=dict, repr=False)
+    columns: Mapping[str, Indices] = field(default_factory=dict, repr=False)
+    pinned: str | None = None
+
+    def __post_init__(self) -> None:
+        for what, members in (("rows", (*self.writers, *self.passed)), ("columns", self.readers)):
+            given = {name: np.asarray(table, dtype=np.intp) for name, table in getattr(self, what).items()}
+            object.__setattr__(self, what, given)
+            for name, table in given.items():
+                if name not in members:
+                    raise ValueError(f"{what} names {name!r}, which is none of {members}.")
+                if table.ndim != 2 or len(table) != self.channels or len(np.unique(table)) != table.size:
+                    raise ValueError(
+                        f"{what} of {name} must give each of the {self.channels} channels equally many "
+                        f"indices of its own, got an array of shape {table.shape}."
+                    )
+
+    @property
+    def name(self) -> str:
+        """What to call it in tables and errors: its writers → its readers, only the first of many."""
+        return f"{_first(self.writers)} → {_first(self.readers)}"
+
+    def rows_of(self, layer: str, width: int) -> Indices:
+        """(channels, r) output channels of a writer, or of a layer passed, that is ``width`` channels wide."""
+        return self._table(self.rows, layer, width)
+
+    def columns_of(self, layer: str, width: int) -> Indices:
+        """(channels, c) input channels of a reader that is ``width`` channels wide."""
+        return self._table(self.columns, layer, width)
+
+    def _table(self, tables: Mapping[str, Indices], layer: str, width: int) -> Indices:
+        if layer in tables:
+            return tables[layer]
+        if not self.channels or width % self.channels:
+            raise ValueError(
+                f"{layer} has {width} channels, which are no multiple of the site's {self.channels}."
+            )
+        return np.arange(width).reshape(self.channels, -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,13 +92,15 @@ class Collapse:
     keep : (k,) int array
         Channels that stay, ascending.
     weights : {reader: (h, k) array}
-        New weights of a reader on the kept channels; a reader not named keeps its old columns.
+        New weights of a reader on the kept channels, as a matrix of one row an output; a reader not named
+        keeps its old columns. For readers all of whose inputs belong to the site; a channel of c inputs, or
+        of taps, has as many columns in a row.
     biases : {reader: (h,) array}
         New biases; a reader not named keeps its old one, or none.
     """
 
     site: Site
-    keep: npt.NDArray[np.intp]
+    keep: Indices
     weights: Mapping[str, Array] = field(default_factory=dict)
     biases: Mapping[str, Array] = field(default_factory=dict)
 
@@ -61,9 +117,28 @@ class Collapse:
         if strangers:
             raise ValueError(f"{sorted(strangers)} do not read these channels; readers: {self.site.readers}.")
 
+    @property
+    def removed(self) -> Indices:
+        """Channels that go, ascending."""
+        return np.setdiff1d(np.arange(self.site.channels), self.keep)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """The steps that turn a network into its smaller version, in order."""
+    """What turns a network into its smaller version.
+
+    Parameters
+    ----------
+    steps : tuple of Collapse
+        All speak of the original network, so a layer may read one site and write another.
+    values : {state-dict name: array}
+        New parameters and buffers in the shapes that they have in the original network; what belongs to
+        channels that go is dropped with them. A bias may be given to a layer that has none.
+    """
 
     steps: tuple[Collapse, ...] = ()
+    values: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+
+
+def _first(names: tuple[str, ...]) -> str:
+    return names[0] + f" (+{len(names) - 1})" * (len(names) > 1) if names else "nothing"

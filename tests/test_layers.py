@@ -11,19 +11,22 @@ PACKAGE = Path(__file__).parent.parent / "pysolve"
 ROWS = [
     {"cli"},
     {"demo"},
-    {"plots", "nn.gather", "nn.surgery", "nn.evaluate"},
-    {"nn.train", "nn.verify"},
+    {"compress"},
+    {"nn.sites", "report"},
+    {"plots", "nn.gather", "nn.surgery", "nn.evaluate", "nn.lockstep", "nn.costs"},
+    {"nn.train", "nn.verify", "nn.labels", "nn.rows", "nn.slicing"},
+    {"nn.export"},
     {"nn.network", "nn.zoo"},
     # torch begins above this line
     {"selection"},
-    {"path"},
+    {"path", "budget"},
     {"solvers", "elimination"},
     {"scaling", "solution", "prox", "debias", "certificate"},
     {"problem"},
     {"correlations", "plan", "datasets"},
     {"errors", "_core"},
 ]
-TORCH_FREE = set().union(*ROWS[5:])
+TORCH_FREE = set().union(*ROWS[8:])
 EXEMPT = {"__init__", "__main__", "nn.__init__"}
 
 

@@ -67,14 +67,14 @@ def forward(model: nn.Module, batch: Any, device: Device = None) -> Any:
     device : torch.device, optional
         Where to move the batch; by default it must be on one of the network's devices already.
     """
-    args, kwargs = _arguments(batch)
+    args, kwargs = arguments(batch)
     args = tuple(_fresh(value, device) for value in args)
     kwargs = {name: _fresh(value, device) for name, value in kwargs.items()}
     _check_devices(model, [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)], device)
     return model(*args, **kwargs)
 
 
-def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments that one batch stands for."""
     if isinstance(batch, tuple | list) and batch:
         batch = batch[0]
