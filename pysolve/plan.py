@@ -65,7 +65,7 @@ class Site:
         return f"{_first(self.writers)} → {_first(self.readers)}"
 
     def rows_of(self, layer: str, width: int) -> Indices:
-        """(channels, r) output channels of a writer, or of a layer passed, that is ``width`` channels wide."""
+        """(channels, r) output channels of a writer or a passed layer that is ``width`` channels wide."""
         return self._table(self.rows, layer, width)
 
     def columns_of(self, layer: str, width: int) -> Indices:

@@ -127,7 +127,7 @@ def _at_least_two(batch: Any) -> Any:
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """Hugging Face decoders return a cache object, which torch.export cannot; they run without it here."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     before = getattr(config, "use_cache", None)
     if before:
         config.use_cache = False
