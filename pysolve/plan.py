@@ -30,7 +30,8 @@ class Site:
     passed : tuple of str
         Layers in between that lose the same channels: batch norms, depthwise convolutions, zero padding.
     rows : {writer or passed layer: (channels, r) int array}
-        Output channels of that layer that belong to each channel of the site.
+        Output channels of that layer that belong to each channel of the site. A padding layer counts only
+        the channels that it adds, those in front first; the ones inside pass without it.
     columns : {reader: (channels, c) int array}
         Input channels of that layer that belong to each channel of the site: one for a convolution, height ×
         width of them for a Linear after a flatten.

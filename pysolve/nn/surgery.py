@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import copy
+import difflib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -12,16 +16,31 @@ from torch import Tensor, nn
 
 from pysolve.errors import CollapseError
 from pysolve.nn.network import find_layer
+from pysolve.nn.slicing import (
+    TRANSPOSED,
+    WEIGHTED,
+    Cut,
+    check_cut,
+    check_kind,
+    inputs,
+    narrow,
+    outputs,
+    silence,
+)
 from pysolve.nn.verify import mismatch
-from pysolve.plan import Collapse, Plan
+from pysolve.plan import Collapse, Indices, Plan
+
+_ROLES = ("writers", "passed", "readers")
+# Guilty steps that an error names at most; finding each takes about 2 log2(steps) runs of the network.
+_NAMED = 5
 
 
 def apply(model: nn.Module, plan: Plan, *, probe: Any = None) -> nn.Module:
     """Make the smaller network that a plan describes; the original is never changed.
 
-    Writers lose the rows of the channels that go, readers the columns; a reader with new weights or biases
-    in the plan takes those. A step handles one Linear writer and one Linear reader with only elementwise
-    layers between. All steps speak of the original network, so a layer may read one site and write another.
+    Takes over the plan's new values; then readers lose the columns of the channels that go, writers and
+    passed layers the rows. All steps speak of the original network: a layer may read and write several
+    sites, or one site both ways.
 
     Parameters
     ----------
@@ -36,16 +55,16 @@ def apply(model: nn.Module, plan: Plan, *, probe: Any = None) -> nn.Module:
     -------
     nn.Module
         A copy with narrower layers: data types, devices, modes and ``requires_grad`` as they were.
+
+    Raises
+    ------
+    CollapseError
+        When the plan does not fit the network, or the probe tells the two networks apart.
     """
-    _check_plan(model, plan)
-    smaller = copy.deepcopy(model)
-    # Readers first: their new weights have all the rows that they may then lose as writers.
-    for step in plan.steps:
-        for name in step.site.readers:
-            _keep_inputs(_linear(smaller, name), step, name)
-    for step in plan.steps:
-        for name in step.site.writers:
-            _keep_outputs(_linear(smaller, name), step)
+    cuts, values = _checked(model, plan)
+    smaller = _loaded(model, values)
+    for name, cut in cuts.items():
+        narrow(find_layer(smaller, name), cut)
     if probe is not None:
         _verify(model, smaller, plan, probe)
     return smaller
@@ -54,147 +73,212 @@ def apply(model: nn.Module, plan: Plan, *, probe: Any = None) -> nn.Module:
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy as wide as the original that ignores the channels a plan removes: what ``apply`` must equal.
 
-    Readers get their new weights and biases, with zeros in the columns of the channels that go; writers
-    stay as they are.
+    The plan's new values are in place, and the weights of all readers are zero for the channels that go;
+    writers and passed layers stay as they are.
     """
-    _check_plan(model, plan)
-    wide = copy.deepcopy(model)
-    for step in plan.steps:
-        for name in step.site.readers:
-            layer = _linear(wide, name)
-            kept, bias = _new_values(layer, step, name)
-            weight = torch.zeros_like(layer.weight, requires_grad=False)
-            weight[:, _index(layer, step)] = kept
-            _set(layer, weight, bias)
+    cuts, values = _checked(model, plan)
+    wide = _loaded(model, values)
+    for name, cut in cuts.items():
+        if not cut.columns.all():
+            silence(find_layer(wide, name), cut.columns)
     return wide
 
 
-def _keep_inputs(layer: nn.Linear, step: Collapse, name: str) -> None:
-    """Narrow a reader to the kept channels."""
-    _set(layer, *_new_values(layer, step, name))
-    layer.in_features = len(step.keep)
+def _loaded(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of the network with new values, in their original shapes."""
+    loaded = copy.deepcopy(model)
+    state = loaded.state_dict(keep_vars=True)
+    for name, value in values.items():
+        if name in state:
+            state[name].data.copy_(value)
+        else:
+            layer: Any = find_layer(loaded, name.rpartition(".")[0])
+            bias = value.to(device=layer.weight.device, copy=True)
+            layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
+    return loaded
 
 
-def _keep_outputs(layer: nn.Linear, step: Collapse) -> None:
-    """Narrow a writer to the kept channels."""
-    keep = _index(layer, step)
-    _set(layer, layer.weight.detach()[keep], None if layer.bias is None else layer.bias.detach()[keep])
-    layer.out_features = len(step.keep)
-
-
-def _new_values(layer: nn.Linear, step: Collapse, name: str) -> tuple[Tensor, Tensor | None]:
-    """A reader's weight on the kept channels and its bias: the plan's where it has them."""
-    weight = _like(step.weights[name], layer.weight) if name in step.weights else None
-    if weight is None:
-        weight = layer.weight.detach()[:, _index(layer, step)]
-    if name in step.biases:
-        return weight, _like(step.biases[name], layer.weight)
-    return weight, None if layer.bias is None else layer.bias.detach()
-
-
-def _set(layer: nn.Linear, weight: Tensor, bias: Tensor | None) -> None:
-    """Give a layer new parameters, trainable as the old ones were."""
-    if bias is not None:
-        old = layer.weight if layer.bias is None else layer.bias
-        layer.bias = nn.Parameter(bias, requires_grad=old.requires_grad)
-    layer.weight = nn.Parameter(weight.contiguous(), requires_grad=layer.weight.requires_grad)
-
-
-def _like(values: npt.ArrayLike, parameter: Tensor) -> Tensor:
-    return torch.tensor(np.asarray(values), dtype=parameter.dtype, device=parameter.device)
-
-
-def _index(layer: nn.Linear, step: Collapse) -> Tensor:
-    return torch.tensor(step.keep, device=layer.weight.device)
-
-
-def _linear(model: nn.Module, name: str) -> nn.Linear:
-    """A layer that can be narrowed: an ordinary Linear whose parameters are its own."""
-    layer = find_layer(model, name)
-    if type(layer) is not nn.Linear:
-        raise CollapseError(
-            f"{name} is a {type(layer).__name__}; only a plain nn.Linear can be narrowed. "
-            "Remove parametrisations and wrappers first."
-        )
-    if not {"weight"} <= {own for own, _ in layer.named_parameters(recurse=False)} <= {"weight", "bias"}:
-        raise CollapseError(
-            f"the weight of {name} is computed from other parameters (weight norm or a pruning mask): "
-            "make it permanent first."
-        )
-    return layer
-
-
-def _check_plan(model: nn.Module, plan: Plan) -> None:
-    """Everything that can be told without running the network."""
-    for role in ("writers", "readers"):
-        names = [name for step in plan.steps for name in getattr(step.site, role)]
-        twice = {name for name in names if names.count(name) > 1}
-        if twice:
-            raise CollapseError(
-                f"{sorted(twice)} appear in several steps as {role}: apply one plan after the other."
-            )
+def _checked(model: nn.Module, plan: Plan) -> tuple[dict[str, Cut], dict[str, Tensor]]:
+    """Everything that can be told without running the network: the cuts of all layers, the new values."""
+    uses: dict[str, list[tuple[str, Collapse]]] = {}
     for step in plan.steps:
-        _check_step(model, step)
+        _check_step(step)
+        for role in _ROLES:
+            for name in dict.fromkeys(getattr(step.site, role)):
+                uses.setdefault(name, []).append((role, step))
+    cuts: dict[str, Cut] = {}
+    names: dict[nn.Module, str] = {}
+    for name, steps in uses.items():
+        layer = find_layer(model, name)
+        cut = _cut(name, layer, steps)
+        first = names.setdefault(layer, name)
+        if cuts.setdefault(first, cut) != cut:
+            raise CollapseError(
+                f"{first} and {name} are one layer under two names, which would lose different channels: "
+                "remove the same channels under both."
+            )
+        check_cut(name, layer, cut)
+    values = _values(model, plan)
+    _check_untied(model, {*names, *(find_layer(model, name.rpartition(".")[0]) for name in values)})
+    return cuts, values
 
 
-def _check_step(model: nn.Module, step: Collapse) -> None:
-    site = step.site
-    if len(site.writers) != 1 or len(site.readers) != 1 or site.writers == site.readers:
-        raise CollapseError(f"expected one writer and another layer as its one reader, got {site}.")
+def _check_step(step: Collapse) -> None:
+    if step.site.pinned is not None:
+        raise CollapseError(f"the channels of {step.site.name} cannot be removed: {step.site.pinned}.")
     if not len(step.keep):
         raise CollapseError(
-            f"no channel of {_title(step)} would be left: solve with lam below lam_max(r_xx, r_yx) instead."
+            f"no channel of {step.site.name} would be left: solve with lam below lam_max(r_xx, r_yx) instead."
         )
-    writer, reader = _linear(model, site.writers[0]), _linear(model, site.readers[0])
-    if not writer.out_features == reader.in_features == site.channels:
+
+
+def _cut(name: str, layer: nn.Module, uses: list[tuple[str, Collapse]]) -> Cut:
+    """What all steps together leave of one layer."""
+    for role, _ in uses:
+        check_kind(name, layer, role)
+    kept = {role: np.ones(inputs(layer) if role == "readers" else outputs(layer), bool) for role in _ROLES}
+    named: dict[bool, list[Indices]] = {True: [], False: []}
+    for role, step in uses:
+        table = _table(step, role, name, len(kept[role]))
+        named[role == "readers"].append(table.ravel())
+        kept[role][table[step.removed]] = False
+    for reads, tables in named.items():
+        rows = np.concatenate(tables) if tables else np.zeros(0)
+        if len(np.unique(rows)) < len(rows):
+            raise CollapseError(
+                f"several steps speak of the same {'inputs' if reads else 'outputs'} of {name}: say in the "
+                f"sites' {'columns' if reads else 'rows'} which are whose, or apply one plan after the other."
+            )
+    return Cut(kept["writers"], kept["passed"], kept["readers"])
+
+
+def _table(step: Collapse, role: str, name: str, width: int) -> Indices:
+    """(channels, r) rows or columns of one layer."""
+    site = step.site
+    try:
+        table = site.columns_of(name, width) if role == "readers" else site.rows_of(name, width)
+    except ValueError:
+        does = {
+            "writers": "the writer makes",
+            "readers": "the reader reads",
+            "passed": "what lies between has",
+        }
         raise CollapseError(
-            f"{_title(step)}: the site has {site.channels} channels, but the writer makes "
-            f"{writer.out_features} and the reader reads {reader.in_features}."
+            f"{site.name}: the site has {site.channels} channels, but {does[role]} {width} ({name}), "
+            f"no multiple: say in the site's {'columns' if role == 'readers' else 'rows'} which are its own."
+        ) from None
+    if table.size and not 0 <= table.min() <= table.max() < width:
+        raise CollapseError(
+            f"{site.name}: the site names channels {table.min()} … {table.max()} of {name}, "
+            f"which has {width}."
         )
-    for name in (*site.writers, *site.readers):
-        _check_unshared(model, name)
-    h, k = reader.out_features, len(step.keep)
-    for what, values, shape in (("weights", step.weights, (h, k)), ("biases", step.biases, (h,))):
-        for name, value in values.items():
-            _check_values(f"new {what} of {name}", value, shape, reader.weight.dtype)
+    return table
 
 
-def _check_values(what: str, values: npt.ArrayLike, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    rounded = torch.tensor(np.asarray(values), dtype=dtype)
-    if rounded.shape != shape:
-        raise CollapseError(f"the {what} must have shape {shape}, got {tuple(rounded.shape)}.")
-    if not bool(rounded.isfinite().all()):
+def _values(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """All new values of a plan, in the shapes and data types that they have in the network."""
+    state = model.state_dict(keep_vars=True)
+    values: dict[str, Tensor] = {}
+    for name, value in _named_values(model, plan):
+        if name in values:
+            raise CollapseError(f"the plan gives {name} twice, in a step and in its values: give it once.")
+        values[name] = _as(f"new value of {name}", value, *_expected(model, state, name))
+    return values
+
+
+def _named_values(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Any]]:
+    yield from plan.values.items()
+    for step in plan.steps:
+        for name, matrix in step.weights.items():
+            yield f"{name}.weight", _full_weight(name, find_layer(model, name), step, matrix)
+        for name, bias in step.biases.items():
+            layer: Any = find_layer(model, name)
+            yield f"{name}.bias", _as(f"new biases of {name}", bias, (outputs(layer),), layer.weight.dtype)
+
+
+def _full_weight(name: str, layer: Any, step: Collapse, matrix: npt.ArrayLike) -> Tensor:
+    """A step's new weight of a reader in its original shape, with zeros for the channels that go."""
+    columns = _table(step, "readers", name, inputs(layer))
+    if columns.size < inputs(layer) or type(layer) in TRANSPOSED or getattr(layer, "groups", 1) > 1:
+        raise CollapseError(
+            f"new weights of {name} cannot be given in a step, as it has groups, is transposed or reads "
+            f"others too: give them as {name}.weight in the plan's values."
+        )
+    kept, old = columns[step.keep].ravel(), layer.weight.detach()
+    given = _as(f"new weights of {name}", matrix, (len(old), len(kept) * old[0, 0].numel()), old.dtype)
+    full = torch.zeros(old.shape, dtype=old.dtype)
+    full[:, torch.from_numpy(kept)] = given.reshape(len(old), len(kept), *old.shape[2:])
+    return full
+
+
+def _expected(model: nn.Module, state: Mapping[str, Any], name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and data type that a new value must have."""
+    if isinstance(state.get(name), Tensor):
+        return tuple(state[name].shape), state[name].dtype
+    layer: Any = dict(model.named_modules(remove_duplicate=False)).get(name.rpartition(".")[0])
+    if name.endswith("bias") and type(layer) in WEIGHTED and layer.bias is None:
+        return (outputs(layer),), layer.weight.dtype
+    close = difflib.get_close_matches(name, state, n=3)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see model.state_dict()."
+    raise CollapseError(f"the plan has a new value of {name!r}, which {type(model).__name__} has not: {hint}")
+
+
+def _as(what: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A new value as a tensor, checked."""
+    given = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    if given.shape != shape:
+        raise CollapseError(f"the {what} must have shape {shape}, got {tuple(given.shape)}.")
+    rounded = given.to(dtype)
+    if not bool((rounded if dtype.is_floating_point else given).isfinite().all()):
         raise CollapseError(f"the {what} are not finite in {dtype}.")
+    return rounded
 
 
-def _check_unshared(model: nn.Module, name: str) -> None:
-    """Refuse a layer that is called by another name too, or whose parameters another layer uses."""
-    layer = find_layer(model, name)
-    names = [other for other, module in model.named_modules(remove_duplicate=False) if module is layer]
-    if len(names) > 1:
-        raise CollapseError(
-            f"{' and '.join(names)} are one layer under several names: it cannot be narrowed."
-        )
-    # Pointer 0: nothing is stored, on the meta device for example.
-    own = {p.data_ptr() for p in layer.parameters()} - {0}
-    for other, parameter in model.named_parameters(remove_duplicate=False):
-        if other.rpartition(".")[0] != name and parameter.data_ptr() in own:
-            raise CollapseError(f"{name} shares its values with {other}: untie them before narrowing it.")
+def _check_untied(model: nn.Module, touched: set[nn.Module]) -> None:
+    """Refuse to change parameters that another layer uses too."""
+    owners: dict[int, tuple[nn.Module, str]] = {}
+    for prefix, layer in model.named_modules():
+        tensors = chain(layer.named_parameters(recurse=False), layer.named_buffers(recurse=False))
+        for name, tensor in tensors:
+            both = (
+                owners.setdefault(tensor.data_ptr(), (layer, f"{prefix}.{name}")),
+                (layer, f"{prefix}.{name}"),
+            )
+            # Pointer 0: nothing is stored, on the meta device for example.
+            if tensor.data_ptr() and both[0][0] is not layer and not touched.isdisjoint({both[0][0], layer}):
+                (_, other), (_, own) = sorted(both, key=lambda owner: owner[0] in touched)
+                raise CollapseError(
+                    f"{own.rpartition('.')[0]} shares its values with {other}: untie them before changing it."
+                )
 
 
 def _verify(model: nn.Module, smaller: nn.Module, plan: Plan, probe: Any) -> None:
-    """Refuse a result that differs from the masked network, naming the steps that differ on their own."""
+    """Refuse a result that differs from the masked network, naming the steps that make the difference."""
     problem = mismatch(masked(model, plan), smaller, probe)
     if problem is None:
         return
-    alone = [Plan((step,)) for step in plan.steps]
-    guilty = [one.steps[0] for one in alone if mismatch(masked(model, one), apply(model, one), probe)]
+    guilty = [step.site.name for step in islice(_guilty(model, plan, probe), _NAMED + 1)]
     raise CollapseError(
-        f"removing channels of {', '.join(map(_title, guilty or plan.steps))} changes more than it should: "
-        f"{problem}. Does something between the two layers mix channels (a norm, a softmax), or does another "
-        "layer read them?"
+        f"removing channels of {', '.join(guilty[:_NAMED])}{' and others' * (len(guilty) > _NAMED)} changes "
+        f"more than it should: {problem}. Does something between the two layers mix channels (a norm, a "
+        "softmax), or does another layer read them?"
     )
 
 
-def _title(step: Collapse) -> str:
-    return f"{'+'.join(step.site.writers)} → {'+'.join(step.site.readers)}"
+def _guilty(model: nn.Module, plan: Plan, probe: Any) -> Iterator[Collapse]:
+    """The steps of a failing plan that fail without the others, by bisection; all, when only together."""
+    middle = len(plan.steps) // 2
+    halves = [replace(plan, steps=steps) for steps in (plan.steps[:middle], plan.steps[middle:]) if steps]
+    failing = [half for half in halves if len(halves) > 1 and _fails(model, half, probe)]
+    if not failing:
+        yield from plan.steps
+    for half in failing:
+        yield from _guilty(model, half, probe)
+
+
+def _fails(model: nn.Module, plan: Plan, probe: Any) -> bool:
+    try:
+        return mismatch(masked(model, plan), apply(model, plan), probe) is not None
+    except CollapseError:
+        # Groups may lose equally many channels only in the whole plan.
+        return False

@@ -1,0 +1,218 @@
+"""Layers that lose channels: which kinds can, how wide they are, and the cut itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from pysolve.errors import CollapseError
+
+Mask = npt.NDArray[np.bool_]
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+WEIGHTED = (nn.Linear, *CONVOLUTIONS)
+PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
+_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+_WIDTHS: dict[type[nn.Module], str] = {
+    nn.Linear: "out_features",
+    **dict.fromkeys(CONVOLUTIONS, "out_channels"),
+    **dict.fromkeys(_NORMS, "num_features"),
+    nn.GroupNorm: "num_channels",
+    nn.Embedding: "embedding_dim",
+    nn.PReLU: "num_parameters",
+}
+_KINDS: dict[str, tuple[type[nn.Module], ...]] = {
+    "writers": (*WEIGHTED, nn.Embedding),
+    "readers": WEIGHTED,
+    "passed": (*CONVOLUTIONS, *_NORMS, nn.GroupNorm, nn.PReLU, *PADS),
+}
+# The parameters and buffers that have one entry a channel, and those that a layer may own besides.
+_VECTORS = ("weight", "bias", "running_mean", "running_var")
+_OWN = {*_VECTORS, "num_batches_tracked"}
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Which channels of one layer stay.
+
+    Parameters
+    ----------
+    rows : (outputs,) bool array
+        Output channels that stay of those that the layer writes.
+    passed : (outputs,) bool array
+        Output channels that stay of those that the layer passes on; their inputs go with the others.
+    columns : (inputs,) bool array
+        Input channels that stay.
+    """
+
+    rows: Mask
+    passed: Mask
+    columns: Mask
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Cut) and all(
+            np.array_equal(getattr(self, part), getattr(other, part))
+            for part in ("rows", "passed", "columns")
+        )
+
+
+def outputs(layer: nn.Module) -> int:
+    """Output channels of a layer that can be narrowed; of a padding layer, the channels that it adds."""
+    if type(layer) in PADS:
+        return sum(layer.padding[_channel_pair(layer)])  # type: ignore[index]
+    return int(getattr(layer, _WIDTHS[type(layer)]))
+
+
+def inputs(layer: nn.Module) -> int:
+    """Input channels of a Linear or a convolution; of other layers 0, none that could be cut on their own."""
+    name = "in_features" if type(layer) is nn.Linear else "in_channels"
+    return int(getattr(layer, name)) if type(layer) in WEIGHTED else 0
+
+
+def check_kind(name: str, layer: nn.Module, role: str) -> None:
+    """Refuse a layer that cannot be narrowed in a role: ``"writers"``, ``"readers"`` or ``"passed"``."""
+    if type(layer) not in _KINDS[role]:
+        raise CollapseError(f"{name} is a {type(layer).__name__}{_remedy(layer, role)}")
+    own = {key for key, _ in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))}
+    if not own <= _OWN or (type(layer) in WEIGHTED and "weight" not in own):
+        raise CollapseError(
+            f"the weight of {name} is computed from other parameters (weight norm or a pruning mask): "
+            "make it permanent first."
+        )
+    if isinstance(layer, nn.Embedding) and layer.max_norm is not None:
+        raise CollapseError(
+            f"{name} rescales its rows to max_norm={layer.max_norm}, which mixes channels: renormalise its "
+            "weight once and set max_norm to None first."
+        )
+    if type(layer) in PADS and min(layer.padding[_channel_pair(layer)]) < 0:  # type: ignore[index]
+        raise CollapseError(f"{name} crops channels with padding {layer.padding}: use slicing instead.")
+
+
+def check_cut(name: str, layer: nn.Module, cut: Cut) -> None:
+    """Refuse a cut that would leave groups of different sizes, or pieces of them."""
+    groups = _groups(layer)
+    if groups is None:
+        return
+    passed = cut.passed.reshape(groups, -1)
+    whole = passed.all(1)
+    if not np.array_equal(whole, passed.any(1)):
+        raise CollapseError(
+            f"{name} has {groups} groups of {passed.shape[1]} output channels, and only whole groups can go: "
+            "remove all channels of a group together, or none."
+        )
+    for what, kept in (("output", cut.rows), ("input", cut.columns)):
+        left = kept.reshape(groups, -1)[whole].sum(1)
+        if kept.size and not 0 < left.min() == left.max():
+            raise CollapseError(
+                f"{name} has {groups} groups, which must all keep equally many {what} channels, got "
+                f"{left.min()} to {left.max()}: remove as many from each."
+            )
+
+
+def narrow(layer: nn.Module, cut: Cut) -> None:
+    """Cut a layer in place; parameters stay parameters and buffers buffers."""
+    if type(layer) in PADS:
+        _narrow_padding(layer, cut.passed)
+    elif type(layer) in WEIGHTED:
+        _narrow_weighted(layer, cut)
+    else:
+        kept: Mask = cut.rows & cut.passed
+        for name in _VECTORS:
+            _replace(layer, name, lambda values: values.index_select(-1, _index(kept, values)))
+        if isinstance(layer, nn.GroupNorm):
+            layer.num_groups = int(cut.passed.reshape(layer.num_groups, -1).all(1).sum())
+        setattr(layer, _WIDTHS[type(layer)], int(kept.sum()))
+
+
+def silence(layer: nn.Module, columns: Mask) -> None:
+    """Set to zero, in place, what a Linear or a convolution makes of the input channels that go."""
+    weight: Any = layer.weight
+    groups = getattr(layer, "groups", 1)
+    first = weight.detach() if type(layer) in TRANSPOSED else _swapped(weight.detach(), groups)
+    first = first.index_fill(0, _index(~columns, weight), 0)
+    weight.data.copy_(first if type(layer) in TRANSPOSED else _swapped(first, groups))
+
+
+def _narrow_weighted(layer: Any, cut: Cut) -> None:
+    groups = getattr(layer, "groups", 1)
+    whole = np.asarray(cut.passed.reshape(groups, -1).all(1))
+    rows, columns = (
+        np.where(whole[:, None], kept.reshape(groups, -1), False) for kept in (cut.rows, cut.columns)
+    )
+    first, second = (columns, rows) if type(layer) in TRANSPOSED else (rows, columns)
+
+    def cut_weight(weight: Tensor) -> Tensor:
+        weight = weight.index_select(0, _index(first, weight))
+        if second[whole].all():
+            return weight
+        left = int(whole.sum())
+        weight = _swapped(weight, left)
+        return _swapped(weight.index_select(0, _index(second[whole], weight)), left)
+
+    _replace(layer, "weight", cut_weight)
+    _replace(layer, "bias", lambda bias: bias.index_select(0, _index(rows, bias)))
+    names = ("out_features", "in_features") if type(layer) is nn.Linear else ("out_channels", "in_channels")
+    for name, kept in zip(names, (rows, columns), strict=True):
+        setattr(layer, name, int(kept.sum()))
+    if type(layer) in CONVOLUTIONS:
+        layer.groups = int(whole.sum())
+
+
+def _swapped(weight: Tensor, groups: int) -> Tensor:
+    """(groups · a, b, …) to (groups · b, a, …): input channels first instead of output channels, or back."""
+    return weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+
+
+def _narrow_padding(layer: Any, kept: Mask) -> None:
+    pair, padding = _channel_pair(layer), list(layer.padding)
+    front = padding[pair][0]
+    padding[pair] = [int(kept[:front].sum()), int(kept[front:].sum())]
+    layer.padding = tuple(padding)
+
+
+def _channel_pair(layer: Any) -> slice:
+    """Where a padding layer says how many channels it adds: its only sizes that are not zero, or its last."""
+    pairs = [slice(i, i + 2) for i in range(0, len(layer.padding), 2)]
+    used = [pair for pair in pairs if any(layer.padding[pair])]
+    return used[-1] if used else pairs[-1]
+
+
+def _groups(layer: nn.Module) -> int | None:
+    if type(layer) in CONVOLUTIONS:
+        return int(layer.groups)  # type: ignore[arg-type]
+    return layer.num_groups if isinstance(layer, nn.GroupNorm) else None
+
+
+def _replace(layer: nn.Module, name: str, change: Any) -> None:
+    """Put a changed parameter or buffer in place of the old one, if there is one."""
+    old = getattr(layer, name, None)
+    if old is None:
+        return
+    new = change(old.detach()).contiguous()
+    setattr(layer, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+
+
+def _index(kept: Mask, values: Tensor) -> Tensor:
+    return torch.tensor(np.flatnonzero(kept), device=values.device)
+
+
+def _remedy(layer: nn.Module, role: str) -> str:
+    if isinstance(layer, NonDynamicallyQuantizableLinear):
+        return ", part of nn.MultiheadAttention, which must stay as wide as it is: leave its channels alone."
+    if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+        return ", which mixes channels: the ones that it normalises cannot be removed."
+    kinds = ", ".join(kind.__name__ for kind in _KINDS[role])
+    return (
+        f"; {role} that can be narrowed are exactly {kinds}. Remove parametrisations and wrappers first, and "
+        "leave out layers that hold nothing for each channel."
+    )
