@@ -14,8 +14,8 @@ ROWS = [
     {"compress"},
     {"nn.sites", "report"},
     {"plots", "nn.gather", "nn.surgery", "nn.evaluate", "nn.lockstep", "nn.costs"},
-    {"nn.train", "nn.verify", "nn.labels", "nn.rows", "nn.slicing"},
-    {"nn.export"},
+    {"nn.train", "nn.verify", "nn.labels", "nn.rows", "nn.values"},
+    {"nn.export", "nn.slicing"},
     {"nn.network", "nn.zoo"},
     # torch begins above this line
     {"selection"},
@@ -24,6 +24,7 @@ ROWS = [
     {"scaling", "solution", "prox", "debias", "certificate"},
     {"problem"},
     {"correlations", "plan", "datasets"},
+    {"image_files"},
     {"errors", "_core"},
 ]
 TORCH_FREE = set().union(*ROWS[8:])

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pysolve.errors import CollapseError
+from pysolve.plan import Indices, Site
 
 Mask = npt.NDArray[np.bool_]
 
@@ -36,6 +37,8 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "readers": WEIGHTED,
     "passed": (*CONVOLUTIONS, *_NORMS, nn.GroupNorm, nn.PReLU, *PADS),
 }
+ROLES = tuple(_KINDS)
+_DOES = {"writers": "the writer makes", "readers": "the reader reads", "passed": "what lies between has"}
 # The parameters and buffers that have one entry a channel, and those that a layer may own besides.
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 _OWN = {*_VECTORS, "num_batches_tracked"}
@@ -77,6 +80,24 @@ def inputs(layer: nn.Module) -> int:
     """Input channels of a Linear or a convolution; of other layers 0, none that could be cut on their own."""
     name = "in_features" if type(layer) is nn.Linear else "in_channels"
     return int(getattr(layer, name)) if type(layer) in WEIGHTED else 0
+
+
+def channels_of(site: Site, role: str, name: str, layer: nn.Module) -> Indices:
+    """(channels, r) output channels of a layer that belong to a site; for a reader its input channels."""
+    what, width = ("columns", inputs(layer)) if role == "readers" else ("rows", outputs(layer))
+    try:
+        table = (site.columns_of if role == "readers" else site.rows_of)(name, width)
+    except ValueError:
+        raise CollapseError(
+            f"{site.name}: the site has {site.channels} channels, but {_DOES[role]} {width} ({name}), which "
+            f"cannot be shared out evenly: say in the site's {what} which of them belong to it."
+        ) from None
+    if table.size and not 0 <= table.min() <= table.max() < width:
+        raise CollapseError(
+            f"{site.name}: {what} must lie within 0 … {width - 1} for {name}, got "
+            f"{table.min()} … {table.max()}."
+        )
+    return table
 
 
 def check_kind(name: str, layer: nn.Module, role: str) -> None:

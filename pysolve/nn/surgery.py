@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, islice
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
 from pysolve.errors import CollapseError
 from pysolve.nn.network import find_layer
 from pysolve.nn.slicing import (
-    TRANSPOSED,
-    WEIGHTED,
+    ROLES,
     Cut,
+    channels_of,
     check_cut,
     check_kind,
     inputs,
@@ -27,10 +24,10 @@ from pysolve.nn.slicing import (
     outputs,
     silence,
 )
+from pysolve.nn.values import load, new_values
 from pysolve.nn.verify import mismatch
 from pysolve.plan import Collapse, Indices, Plan
 
-_ROLES = ("writers", "passed", "readers")
 # Guilty steps that an error names at most; finding each takes about 2 log2(steps) runs of the network.
 _NAMED = 5
 
@@ -62,9 +59,9 @@ def apply(model: nn.Module, plan: Plan, *, probe: Any = None) -> nn.Module:
         When the plan does not fit the network, or the probe tells the two networks apart.
     """
     cuts, values = _checked(model, plan)
-    smaller = _loaded(model, values)
+    smaller, layers = _copy(model, values)
     for name, cut in cuts.items():
-        narrow(find_layer(smaller, name), cut)
+        narrow(layers[name], cut)
     if probe is not None:
         _verify(model, smaller, plan, probe)
     return smaller
@@ -77,33 +74,36 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     writers and passed layers stay as they are.
     """
     cuts, values = _checked(model, plan)
-    wide = _loaded(model, values)
+    wide, layers = _copy(model, values)
     for name, cut in cuts.items():
         if not cut.columns.all():
-            silence(find_layer(wide, name), cut.columns)
+            silence(layers[name], cut.columns)
     return wide
 
 
-def _loaded(model: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
-    """A copy of the network with new values, in their original shapes."""
-    loaded = copy.deepcopy(model)
-    state = loaded.state_dict(keep_vars=True)
-    for name, value in values.items():
-        if name in state:
-            state[name].data.copy_(value)
-        else:
-            layer: Any = find_layer(loaded, name.rpartition(".")[0])
-            bias = value.to(device=layer.weight.device, copy=True)
-            layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
-    return loaded
+def _copy(model: nn.Module, values: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """A copy of the network with new values in their original shapes, and its layers by name."""
+    copied = copy.deepcopy(model)
+    load(copied, values)
+    return copied, dict(copied.named_modules(remove_duplicate=False))
 
 
 def _checked(model: nn.Module, plan: Plan) -> tuple[dict[str, Cut], dict[str, Tensor]]:
     """Everything that can be told without running the network: the cuts of all layers, the new values."""
-    uses: dict[str, list[tuple[str, Collapse]]] = {}
     for step in plan.steps:
         _check_step(step)
-        for role in _ROLES:
+    cuts = _cuts(model, plan)
+    values = new_values(model, plan)
+    names = {*cuts, *(name.rpartition(".")[0] for name in values)}
+    _check_untied(model, {find_layer(model, name) for name in names})
+    return cuts, values
+
+
+def _cuts(model: nn.Module, plan: Plan) -> dict[str, Cut]:
+    """What all steps together leave of each layer, under the first name of a layer that has several."""
+    uses: dict[str, list[tuple[str, Collapse]]] = {}
+    for step in plan.steps:
+        for role in ROLES:
             for name in dict.fromkeys(getattr(step.site, role)):
                 uses.setdefault(name, []).append((role, step))
     cuts: dict[str, Cut] = {}
@@ -111,16 +111,14 @@ def _checked(model: nn.Module, plan: Plan) -> tuple[dict[str, Cut], dict[str, Te
     for name, steps in uses.items():
         layer = find_layer(model, name)
         cut = _cut(name, layer, steps)
+        check_cut(name, layer, cut)
         first = names.setdefault(layer, name)
         if cuts.setdefault(first, cut) != cut:
             raise CollapseError(
                 f"{first} and {name} are one layer under two names, which would lose different channels: "
                 "remove the same channels under both."
             )
-        check_cut(name, layer, cut)
-    values = _values(model, plan)
-    _check_untied(model, {*names, *(find_layer(model, name.rpartition(".")[0]) for name in values)})
-    return cuts, values
+    return cuts
 
 
 def _check_step(step: Collapse) -> None:
@@ -133,105 +131,22 @@ def _check_step(step: Collapse) -> None:
 
 
 def _cut(name: str, layer: nn.Module, uses: list[tuple[str, Collapse]]) -> Cut:
-    """What all steps together leave of one layer."""
+    """What the steps leave of one layer."""
     for role, _ in uses:
         check_kind(name, layer, role)
-    kept = {role: np.ones(inputs(layer) if role == "readers" else outputs(layer), bool) for role in _ROLES}
-    named: dict[bool, list[Indices]] = {True: [], False: []}
+    kept = {role: np.ones(inputs(layer) if role == "readers" else outputs(layer), bool) for role in ROLES}
+    tables: dict[str, list[Indices]] = {"rows": [], "columns": []}
     for role, step in uses:
-        table = _table(step, role, name, len(kept[role]))
-        named[role == "readers"].append(table.ravel())
+        table = channels_of(step.site, role, name, layer)
+        tables["columns" if role == "readers" else "rows"].append(table.ravel())
         kept[role][table[step.removed]] = False
-    for reads, tables in named.items():
-        rows = np.concatenate(tables) if tables else np.zeros(0)
-        if len(np.unique(rows)) < len(rows):
+    for what, parts in tables.items():
+        if parts and len(np.unique(np.concatenate(parts))) < sum(map(len, parts)):
             raise CollapseError(
-                f"several steps speak of the same {'inputs' if reads else 'outputs'} of {name}: say in the "
-                f"sites' {'columns' if reads else 'rows'} which are whose, or apply one plan after the other."
+                f"several steps speak of the same channels of {name}: say in the sites' {what} which are "
+                "whose, or apply one plan after the other."
             )
     return Cut(kept["writers"], kept["passed"], kept["readers"])
-
-
-def _table(step: Collapse, role: str, name: str, width: int) -> Indices:
-    """(channels, r) rows or columns of one layer."""
-    site = step.site
-    try:
-        table = site.columns_of(name, width) if role == "readers" else site.rows_of(name, width)
-    except ValueError:
-        does = {
-            "writers": "the writer makes",
-            "readers": "the reader reads",
-            "passed": "what lies between has",
-        }
-        raise CollapseError(
-            f"{site.name}: the site has {site.channels} channels, but {does[role]} {width} ({name}), "
-            f"no multiple: say in the site's {'columns' if role == 'readers' else 'rows'} which are its own."
-        ) from None
-    if table.size and not 0 <= table.min() <= table.max() < width:
-        raise CollapseError(
-            f"{site.name}: the site names channels {table.min()} … {table.max()} of {name}, "
-            f"which has {width}."
-        )
-    return table
-
-
-def _values(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """All new values of a plan, in the shapes and data types that they have in the network."""
-    state = model.state_dict(keep_vars=True)
-    values: dict[str, Tensor] = {}
-    for name, value in _named_values(model, plan):
-        if name in values:
-            raise CollapseError(f"the plan gives {name} twice, in a step and in its values: give it once.")
-        values[name] = _as(f"new value of {name}", value, *_expected(model, state, name))
-    return values
-
-
-def _named_values(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Any]]:
-    yield from plan.values.items()
-    for step in plan.steps:
-        for name, matrix in step.weights.items():
-            yield f"{name}.weight", _full_weight(name, find_layer(model, name), step, matrix)
-        for name, bias in step.biases.items():
-            layer: Any = find_layer(model, name)
-            yield f"{name}.bias", _as(f"new biases of {name}", bias, (outputs(layer),), layer.weight.dtype)
-
-
-def _full_weight(name: str, layer: Any, step: Collapse, matrix: npt.ArrayLike) -> Tensor:
-    """A step's new weight of a reader in its original shape, with zeros for the channels that go."""
-    columns = _table(step, "readers", name, inputs(layer))
-    if columns.size < inputs(layer) or type(layer) in TRANSPOSED or getattr(layer, "groups", 1) > 1:
-        raise CollapseError(
-            f"new weights of {name} cannot be given in a step, as it has groups, is transposed or reads "
-            f"others too: give them as {name}.weight in the plan's values."
-        )
-    kept, old = columns[step.keep].ravel(), layer.weight.detach()
-    given = _as(f"new weights of {name}", matrix, (len(old), len(kept) * old[0, 0].numel()), old.dtype)
-    full = torch.zeros(old.shape, dtype=old.dtype)
-    full[:, torch.from_numpy(kept)] = given.reshape(len(old), len(kept), *old.shape[2:])
-    return full
-
-
-def _expected(model: nn.Module, state: Mapping[str, Any], name: str) -> tuple[tuple[int, ...], torch.dtype]:
-    """Shape and data type that a new value must have."""
-    if isinstance(state.get(name), Tensor):
-        return tuple(state[name].shape), state[name].dtype
-    layer: Any = dict(model.named_modules(remove_duplicate=False)).get(name.rpartition(".")[0])
-    if name.endswith("bias") and type(layer) in WEIGHTED and layer.bias is None:
-        return (outputs(layer),), layer.weight.dtype
-    close = difflib.get_close_matches(name, state, n=3)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see model.state_dict()."
-    raise CollapseError(f"the plan has a new value of {name!r}, which {type(model).__name__} has not: {hint}")
-
-
-def _as(what: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A new value as a tensor, checked."""
-    given = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-    if given.shape != shape:
-        raise CollapseError(f"the {what} must have shape {shape}, got {tuple(given.shape)}.")
-    rounded = given.to(dtype)
-    if not bool((rounded if dtype.is_floating_point else given).isfinite().all()):
-        raise CollapseError(f"the {what} are not finite in {dtype}.")
-    return rounded
 
 
 def _check_untied(model: nn.Module, touched: set[nn.Module]) -> None:

@@ -1,0 +1,118 @@
+"""New parameters and buffers that a plan brings: checked against a network, and put into a copy of it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pysolve.errors import CollapseError
+from pysolve.nn.network import find_layer
+from pysolve.nn.slicing import TRANSPOSED, WEIGHTED, channels_of, inputs, outputs
+from pysolve.plan import Collapse, Plan
+
+
+def new_values(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
+    """All new values of a plan, those of its steps included, as the network would hold them.
+
+    Parameters
+    ----------
+    model : nn.Module
+    plan : Plan
+
+    Returns
+    -------
+    {state-dict name: tensor}
+        In the shapes and data types of the network's own; a new weight from a step has zeros for the
+        channels that go.
+
+    Raises
+    ------
+    CollapseError
+        When the network has no such value, or one of another shape; when a value is not finite in its data
+        type; when two values are given for one parameter.
+    """
+    state = model.state_dict(keep_vars=True)
+    values: dict[str, Tensor] = {}
+    places: dict[tuple[nn.Module, str], str] = {}
+    for name, value in _given(model, plan):
+        shape, dtype = _expected(model, state, name)
+        owner, _, leaf = name.rpartition(".")
+        tensor = _checked(f"new value of {name}", value, shape, dtype)
+        first = places.setdefault((find_layer(model, owner), leaf), name)
+        if not torch.equal(values.get(first, tensor), tensor):
+            both = name if first == name else f"{first} and {name}, which are one tensor"
+            raise CollapseError(f"the plan gives two different values for {both}: give one.")
+        values[name] = tensor
+    return values
+
+
+def load(model: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put new values in place; a bias that a layer does not have yet trains as its weight does."""
+    state = model.state_dict(keep_vars=True)
+    for name, value in values.items():
+        if name in state:
+            state[name].data.copy_(value)
+        else:
+            layer: Any = find_layer(model, name.rpartition(".")[0])
+            bias = value.to(device=layer.weight.device, copy=True)
+            layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
+
+
+def _given(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Any]]:
+    """Names and new values, those of the steps in the shapes of the original network."""
+    yield from plan.values.items()
+    for step in plan.steps:
+        for name, matrix in step.weights.items():
+            yield f"{name}.weight", _full_weight(name, find_layer(model, name), step, matrix)
+        for name, bias in step.biases.items():
+            layer: Any = find_layer(model, name)
+            yield (
+                f"{name}.bias",
+                _checked(f"new biases of {name}", bias, (outputs(layer),), layer.weight.dtype),
+            )
+
+
+def _full_weight(name: str, layer: Any, step: Collapse, matrix: npt.ArrayLike) -> Tensor:
+    """A step's new weight of a reader in its original shape, with zeros for the channels that go."""
+    columns = channels_of(step.site, "readers", name, layer)
+    if columns.size < inputs(layer) or type(layer) in TRANSPOSED or getattr(layer, "groups", 1) > 1:
+        raise CollapseError(
+            f"new weights of {name} cannot be given in a step, as it has groups, is transposed or reads "
+            f"other channels too: give {name}.weight in the plan's values."
+        )
+    kept, old = columns[step.keep].ravel(), layer.weight.detach()
+    shape = (len(old), len(kept) * old[0, 0].numel())
+    given = _checked(f"new weights of {name}", matrix, shape, old.dtype)
+    full = torch.zeros(old.shape, dtype=old.dtype)
+    full[:, torch.from_numpy(kept)] = given.reshape(len(old), len(kept), *old.shape[2:])
+    return full
+
+
+def _expected(model: nn.Module, state: Mapping[str, Any], name: str) -> tuple[tuple[int, ...], torch.dtype]:
+    """Shape and data type that a new value must have."""
+    if isinstance(state.get(name), Tensor):
+        return tuple(state[name].shape), state[name].dtype
+    owner, _, leaf = name.rpartition(".")
+    layer: Any = dict(model.named_modules(remove_duplicate=False)).get(owner)
+    if leaf == "bias" and type(layer) in WEIGHTED and layer.bias is None:
+        return (outputs(layer),), layer.weight.dtype
+    close = difflib.get_close_matches(name, state, n=3)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see model.state_dict()."
+    raise CollapseError(f"{type(model).__name__} has no {name!r} that could get new values: {hint}")
+
+
+def _checked(what: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A new value in the wanted data type."""
+    given = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    if given.shape != shape:
+        raise CollapseError(f"the {what} must have shape {shape}, got {tuple(given.shape)}.")
+    rounded = given.to(dtype)
+    if not bool((rounded if dtype.is_floating_point else given).isfinite().all()):
+        raise CollapseError(f"the {what} are not finite in {dtype}.")
+    return rounded
