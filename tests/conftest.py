@@ -22,3 +22,12 @@ def mnist_folder() -> Path:
             "needs MNIST: put train/t10k-images/labels-idx?-ubyte.gz into DIR/mnist and set PYSOLVE_DATA=DIR"
         )
     return folder
+
+
+@pytest.fixture(scope="session")
+def data_folder() -> Path:
+    """Folder of real data and weights, or a skip."""
+    root = os.environ.get("PYSOLVE_DATA")
+    if root is None or not Path(root, "cifar10_jpeg").is_dir():
+        pytest.skip("needs real data and weights: set PYSOLVE_DATA to a folder that holds cifar10_jpeg/")
+    return Path(root)

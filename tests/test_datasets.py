@@ -1,111 +1,16 @@
-"""Datasets come in the shape the networks expect, and damaged files are told from good ones."""
+"""Datasets come in the shape the networks expect, and missing files are named."""
 
-import contextlib
-import gzip
-import struct
+import io
 import sys
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
+from files import idx, jpegs, write_jpegs, write_mnist
+from PIL import Image
 
-from pysolve.datasets import Dataset, digits, mnist, read_idx
+from pysolve.datasets import Dataset, cifar, digits, mnist
 from pysolve.errors import DataError
-
-CODES = {"u1": 0x08, "i1": 0x09, "i2": 0x0B, "i4": 0x0C, "f4": 0x0D, "f8": 0x0E}
-
-
-def idx(array):
-    """The bytes of an IDX file."""
-    array = np.asarray(array)
-    head = bytes([0, 0, CODES[array.dtype.str[1:]], array.ndim]) + struct.pack(
-        f">{array.ndim}I", *array.shape
-    )
-    return head + array.astype(array.dtype.newbyteorder(">")).tobytes()
-
-
-def write_mnist(folder, *, dot="-", packed=True, images=6):
-    folder.mkdir(parents=True, exist_ok=True)
-    rng = np.random.default_rng(0)
-    for part in ("train", "t10k"):
-        for kind, values in (
-            ("images", rng.integers(0, 256, (images, 4, 3), dtype=np.uint8)),
-            ("labels", rng.integers(0, 10, images, dtype=np.uint8)),
-        ):
-            name = f"{part}-{kind}{dot}idx{values.ndim}-ubyte"
-            path, content = folder / (name + ".gz" * packed), idx(values)
-            path.write_bytes(gzip.compress(content) if packed else content)
-
-
-@given(
-    st.sampled_from(list(CODES)).flatmap(
-        lambda code: arrays.arrays(np.dtype(code), arrays.array_shapes(max_dims=4, max_side=5))
-    ),
-    st.booleans(),
-)
-def test_reading_gives_back_what_was_written(tmp_path_factory, array, packed):
-    path = tmp_path_factory.mktemp("idx") / "file"
-    path.write_bytes(gzip.compress(idx(array)) if packed else idx(array))
-    read = read_idx(path)
-    assert read.dtype == array.dtype
-    assert read.dtype.isnative
-    np.testing.assert_array_equal(read, array)
-
-
-@given(st.binary(max_size=40))
-def test_arbitrary_bytes_are_read_or_refused_but_never_crash(tmp_path_factory, content):
-    path = tmp_path_factory.mktemp("idx") / "file"
-    path.write_bytes(content)
-    with contextlib.suppress(DataError):
-        read_idx(path)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("left", [0, 3, 6, 15, 27, 39])
-def test_a_truncated_file_is_a_data_error(tmp_path, left, packed):
-    content = idx(np.ones((2, 3, 4), np.uint8))
-    path = tmp_path / "file"
-    path.write_bytes(gzip.compress(content[:left]) if packed else content[:left])
-    with pytest.raises(DataError, match="file"):
-        read_idx(path)
-
-
-def test_a_truncated_or_damaged_gzip_file_is_a_data_error(tmp_path):
-    content = gzip.compress(idx(np.arange(200, dtype=np.uint8)))
-    flipped = bytearray(content)
-    flipped[-6] ^= 0xFF
-    for bad in (content[:-12], content[:15], bytes(flipped)):
-        (tmp_path / "file.gz").write_bytes(bad)
-        with pytest.raises(DataError, match="gzip"):
-            read_idx(tmp_path / "file.gz")
-
-
-def test_bytes_after_the_data_are_a_data_error(tmp_path):
-    (tmp_path / "file").write_bytes(idx(np.ones(5, np.uint8)) + b"x")
-    with pytest.raises(DataError, match="holds more"):
-        read_idx(tmp_path / "file")
-
-
-def test_a_header_that_lies_about_the_size_costs_no_memory(tmp_path):
-    head = bytes([0, 0, 8, 3]) + struct.pack(">3I", 2**32 - 1, 2**32 - 1, 2**32 - 1)
-    for content in (head + b"12345", gzip.compress(head + b"12345")):
-        (tmp_path / "file").write_bytes(content)
-        with pytest.raises(DataError, match="only 5"):
-            read_idx(tmp_path / "file")
-
-
-@pytest.mark.parametrize("magic", [b"\0\0\x07\1", b"\1\0\x08\1", b"\0\0\x08\0", b"PNG!", b""])
-def test_a_wrong_magic_number_is_a_data_error(tmp_path, magic):
-    (tmp_path / "file").write_bytes(magic + b"\0\0\0\1x" * bool(magic))
-    with pytest.raises(DataError, match="not an IDX file"):
-        read_idx(tmp_path / "file")
-
-
-def test_a_missing_file_stays_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        read_idx(tmp_path / "file")
+from pysolve.image_files import read_idx
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -153,6 +58,51 @@ def test_images_and_labels_must_belong_together(tmp_path):
     images.write_bytes(idx(np.ones((6, 12), np.uint8)))
     with pytest.raises(DataError, match="8-bit grey images"):
         mnist(tmp_path)
+
+
+def write_cifar(folder, files=None):
+    folder.mkdir(parents=True, exist_ok=True)
+    write_jpegs(folder / "train_5.npz", files)
+    write_jpegs(folder / "test_3.npz", jpegs(3))
+    return folder
+
+
+def test_colour_images_come_colours_first_with_labels(tmp_path):
+    data = cifar(write_cifar(tmp_path / "colours"))
+    assert data.name == "colours"
+    assert data.x_train.shape == (5, 3, 6, 8)
+    assert data.x_test.shape == (3, 3, 6, 8)
+    assert data.x_train.dtype == np.float32
+    assert data.x_train.flags.c_contiguous
+    assert data.y_train.dtype == np.int64
+    np.testing.assert_array_equal(data.y_test, [0, 1, 2])
+
+
+def test_colours_are_normalised_by_the_mean_and_deviation_of_imagenet(tmp_path):
+    files = jpegs()
+    x = cifar(write_cifar(tmp_path, files)).x_train
+    pixels = np.asarray(Image.open(io.BytesIO(files[4])))
+    for c, (mean, std) in enumerate([(0.485, 0.229), (0.456, 0.224), (0.406, 0.225)]):
+        np.testing.assert_allclose(x[4, c], (pixels[..., c] / 255 - mean) / std, atol=1e-5)
+
+
+def test_only_some_training_images_are_read_on_demand(tmp_path):
+    everything, some = cifar(write_cifar(tmp_path)), cifar(tmp_path, train=2)
+    np.testing.assert_array_equal(some.x_train, everything.x_train[:2])
+    np.testing.assert_array_equal(some.x_test, everything.x_test)
+
+
+def test_a_cifar_folder_holds_one_file_of_each_part(tmp_path):
+    with pytest.raises(DataError, match="not a folder"):
+        cifar(tmp_path / "nothing")
+    write_cifar(tmp_path)
+    write_jpegs(tmp_path / "train_more.npz")
+    with pytest.raises(DataError, match=r"one train\*.npz file, found train_5.npz, train_more.npz"):
+        cifar(tmp_path)
+    (tmp_path / "train_more.npz").unlink()
+    (tmp_path / "test_3.npz").unlink()
+    with pytest.raises(DataError, match=r"one test\*.npz file, found none"):
+        cifar(tmp_path)
 
 
 def test_digits_are_split_by_class_and_normalised():
@@ -206,3 +156,12 @@ def test_real_mnist_has_its_known_size_and_mean(mnist_folder):
     assert data.x_train.mean() == pytest.approx(0, abs=1e-3)
     assert data.x_train.std() == pytest.approx(1, abs=1e-3)
     assert list(data.y_test[:5]) == [7, 2, 1, 0, 4]
+
+
+@pytest.mark.data
+def test_real_recompressed_cifar_has_its_known_size_and_classes(data_folder):
+    data = cifar(data_folder / "cifar10_jpeg", train=1000)
+    assert data.x_train.shape == (1000, 3, 32, 32)
+    assert data.x_test.shape == (5000, 3, 32, 32)
+    np.testing.assert_array_equal(np.bincount(data.y_test), [500] * 10)
+    assert data.x_test.mean((0, 2, 3)) == pytest.approx([0.055, 0.145, 0.213], abs=2e-3)
