@@ -1,11 +1,13 @@
 """The smaller network equals the masked one, or the plan is refused and the original is untouched."""
 
 import copy
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -14,6 +16,14 @@ from pysolve.nn.evaluate import parameters
 from pysolve.nn.surgery import apply, masked
 from pysolve.nn.zoo import LeNet5, Mlp
 from pysolve.plan import Collapse, Plan, Site
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def mlp(sizes=(5, 7, 3), seed=0):
@@ -390,3 +400,381 @@ def test_the_same_channels_may_be_in_one_step_only():
     step = collapse([0, 1]).steps[0]
     with pytest.raises(CollapseError, match="one plan after the other"):
         apply(mlp(), Plan((step, step)))
+
+
+class Net(nn.Module):
+    """Named layers and a function that runs them."""
+
+    def __init__(self, run, **layers):
+        super().__init__()
+        self.run = run
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, x):
+        return self.run(self, x)
+
+
+def interleaved(channels, blocks):
+    """Tables of channels that a layer has in several equal blocks."""
+    return np.arange(channels * blocks).reshape(blocks, channels).T
+
+
+def at(*indices):
+    """A table of one index a channel."""
+    return np.array(indices)[:, None]
+
+
+IMAGES, SEQUENCES, FEATURES = (2, 2, 5, 5), (2, 2, 6), (3, 5)
+
+
+def plain(a):
+    return nn.Sequential(nn.Conv2d(2, a, 3), nn.BatchNorm2d(a), nn.ReLU(), nn.Conv2d(a, 3, 3))
+
+
+def flattened(a):
+    return nn.Sequential(nn.Conv2d(2, a, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(a, 4))
+
+
+def flattened_maps(a):
+    return nn.Sequential(nn.Conv2d(2, a, 3), nn.Tanh(), nn.Flatten(), nn.Linear(9 * a, 4))
+
+
+def depthwise(a):
+    middle = nn.Conv2d(a, 2 * a, 3, padding=1, groups=a)
+    return nn.Sequential(nn.Conv2d(2, a, 1), middle, nn.PReLU(2 * a), nn.Conv2d(2 * a, 3, 1))
+
+
+def grouped(a):
+    middle = nn.Conv1d(3 * a, 2 * a, 3, groups=a)
+    return nn.Sequential(nn.Conv1d(2, 3 * a, 1), nn.GroupNorm(a, 3 * a), middle, nn.Conv1d(2 * a, 3, 1))
+
+
+def grouped_reader(a):
+    """Both grouped convolutions keep their two groups and lose channels in each."""
+    first, second = nn.Conv1d(2, 2 * a, 1, groups=2), nn.ConvTranspose1d(2 * a, 4, 3, groups=2)
+    return nn.Sequential(first, nn.SiLU(), second)
+
+
+def transposed(a, b):
+    first, second = nn.ConvTranspose2d(2, a, 2), nn.ConvTranspose2d(a, b, 3, stride=2)
+    norms = nn.InstanceNorm2d(a, affine=True), nn.InstanceNorm2d(b, track_running_stats=True)
+    return nn.Sequential(first, norms[0], nn.ReLU(), second, norms[1], nn.Conv2d(b, 3, 1))
+
+
+def concatenated(a, b):
+    layers = {"a": nn.Conv2d(2, a, 3), "b": nn.Conv2d(2, b, 3), "bn": nn.BatchNorm2d(a + b)}
+    return Net(
+        lambda m, x: m.head(m.bn(torch.cat([m.a(x), m.b(x)], 1)).relu()),
+        **layers,
+        head=nn.Conv2d(a + b, 3, 2),
+    )
+
+
+def residual(a, b):
+    layers = {"stem": nn.Linear(5, a), "up": nn.Linear(a, b), "down": nn.Linear(b, a)}
+
+    def run(m, x):
+        x = m.stem(x)
+        return m.head(x + m.down(m.up(x).relu()))
+
+    return Net(run, **layers, head=nn.Linear(a, 3))
+
+
+def padded(a, b, added):
+    """An option-A shortcut: the stream of a channels gets channels of zeros on both sides."""
+    front, back = added
+    layers = {"stem": nn.Conv2d(2, a, 1), "up": nn.Conv2d(a, b, 3), "down": nn.Conv2d(b, a + front + back, 1)}
+
+    def run(m, x):
+        x = m.stem(x).relu()
+        return m.head(m.down(m.up(x).relu()) + m.pad(x)[..., 1:-1, 1:-1])
+
+    pad = nn.ZeroPad3d((0, 0, 0, 0, front, back))
+    return Net(run, **layers, pad=pad, head=nn.Conv2d(a + front + back, 3, 1))
+
+
+def gated(a):
+    def run(m, x):
+        value, gate = m.both(x).chunk(2, -1)
+        return m.down(value * gate.sigmoid())
+
+    return Net(run, both=nn.Linear(5, 2 * a), down=nn.Linear(a, 3))
+
+
+def split(a, b):
+    """One layer writes two sites, which two layers read."""
+
+    def run(m, x):
+        both = m.both(x)
+        # The widths are the readers', so that they follow the cut.
+        left, right = both.split([m.left.in_features, m.right.in_features], -1)
+        return m.left(left.relu()) + m.right(right.tanh())
+
+    return Net(run, both=nn.Linear(5, a + b), left=nn.Linear(a, 3), right=nn.Linear(b, 3))
+
+
+def recurrent(a):
+    def run(m, x):
+        hidden = m.into(x)
+        for _ in range(3):
+            hidden = torch.tanh(m.into(x) + m.loop(hidden))
+        return m.head(hidden)
+
+    return Net(run, into=nn.Linear(5, a), loop=nn.Linear(a, a, bias=False), head=nn.Linear(a, 3))
+
+
+def attention(heads):
+    """Two numbers a head; all of a head's queries, keys and values go together."""
+
+    def run(m, x):
+        q, k, v = (layer(x).unflatten(-1, (-1, 2)).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        return m.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    three = {name: nn.Linear(6, 2 * heads) for name in "qkv"}
+    return Net(run, **three, out=nn.Linear(2 * heads, 6))
+
+
+def embedded(a, b):
+    return nn.Sequential(nn.Embedding(9, a, padding_idx=1), nn.Linear(a, b), nn.GELU(), nn.Linear(b, 3))
+
+
+def s(channels, writers, readers, passed="", **tables):
+    return Site(channels, tuple(writers.split()), tuple(readers.split()), tuple(passed.split()), **tables)
+
+
+# Builders by channels, the sites with all their channels, and the shape of the input.
+CASES = {
+    "plain": (plain, [s(6, "0", "3", "1")], IMAGES),
+    "flattened": (flattened, [s(6, "0", "4")], IMAGES),
+    "flattened_maps": (flattened_maps, [s(6, "0", "3")], IMAGES),
+    "depthwise": (depthwise, [s(6, "0", "3", "1 2")], IMAGES),
+    "grouped": (grouped, [s(4, "0", "3", "1 2")], SEQUENCES),
+    "grouped_reader": (
+        grouped_reader,
+        [s(5, "0", "2", rows={"0": interleaved(5, 2)}, columns={"2": interleaved(5, 2)})],
+        SEQUENCES,
+    ),
+    "transposed": (transposed, [s(5, "0", "3", "1"), s(4, "3", "5", "4")], IMAGES),
+    "concatenated": (
+        concatenated,
+        [
+            s(4, "a", "head", "bn", rows={"bn": at(*range(4))}, columns={"head": at(*range(4))}),
+            s(5, "b", "head", "bn", rows={"bn": at(*range(4, 9))}, columns={"head": at(*range(4, 9))}),
+        ],
+        IMAGES,
+    ),
+    "residual": (residual, [s(6, "stem down", "up head"), s(4, "up", "down")], FEATURES),
+    "padded": (
+        padded,
+        [
+            s(4, "stem down", "up head", rows={"down": at(*range(2, 6))}, columns={"head": at(*range(2, 6))}),
+            s(5, "up", "down"),
+            s(
+                *(5, "down", "head", "pad"),
+                rows={"down": at(0, 1, 6, 7, 8)},
+                columns={"head": at(0, 1, 6, 7, 8)},
+            ),
+        ],
+        IMAGES,
+    ),
+    "gated": (gated, [s(6, "both", "down", rows={"both": interleaved(6, 2)})], FEATURES),
+    "split": (
+        split,
+        [
+            s(4, "both", "left", rows={"both": at(*range(4))}),
+            s(3, "both", "right", rows={"both": at(4, 5, 6)}),
+        ],
+        FEATURES,
+    ),
+    "recurrent": (recurrent, [s(6, "into loop", "loop head")], FEATURES),
+    "attention": (attention, [s(4, "q k v", "out")], (2, 3, 6)),
+    "embedded": (embedded, [s(6, "0", "1"), s(5, "1", "3")], "words"),
+}
+
+
+def built(case, keeps, seed=0):
+    """The network of a case with these channels, no value at its initial one, and its sites and input."""
+    build, sites, shape = CASES[case]
+    torch.manual_seed(seed)
+    # The padded shortcut asks how many channels are added in front and at the back.
+    widths = [len(keep) for keep in keeps]
+    if case == "padded":
+        widths[2] = (sum(i < 2 for i in keeps[2]), sum(i >= 2 for i in keeps[2]))
+    model = build(*widths).double().eval()
+    for value in (*model.parameters(), *(b for b in model.buffers() if b.ndim)):
+        value.data = torch.rand_like(value) + 0.2
+    x = torch.randint(9, (3, 4)) if shape == "words" else torch.randn(shape, dtype=torch.float64)
+    return model, sites, x
+
+
+def whole(case):
+    return [range(site.channels) for site in CASES[case][1]]
+
+
+@st.composite
+def whole_plans(draw, case):
+    """Some channels of some sites of a case, with new values for some parameters and buffers."""
+    seed = draw(st.integers(0, 2**32 - 1))
+    model, sites, x = built(case, whole(case), seed)
+    rng = np.random.default_rng(seed)
+    keeps = [sorted(draw(st.sets(st.integers(0, site.channels - 1), min_size=1))) for site in sites]
+    order = draw(st.permutations(range(len(sites))))
+    steps = tuple(Collapse(sites[i], keeps[i]) for i in order)
+    state = {name: value for name, value in model.state_dict().items() if draw(st.booleans())}
+    values = {name: np.asarray(rng.uniform(0.1, 1, value.shape)) for name, value in state.items()}
+    return model, x, keeps, Plan(steps, values)
+
+
+@pytest.mark.parametrize("case", CASES)
+@settings(max_examples=settings.default.max_examples // 5)
+@given(data=st.data())
+def test_every_network_applied_equals_masked_and_the_same_network_built_narrower(case, data):
+    model, x, keeps, plan = data.draw(whole_plans(case))
+    before, seen = copy.deepcopy(model.state_dict()), outputs(model, x)
+    smaller, wide = apply(model, plan), masked(model, plan)
+    torch.testing.assert_close(outputs(smaller, x), outputs(wide, x), atol=1e-10, rtol=1e-10)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert torch.equal(outputs(model, x), seen)
+
+    narrower, _, _ = built(case, keeps)
+    narrower.load_state_dict(smaller.state_dict())
+    assert str(narrower) == str(smaller)
+    assert parameters(narrower) == parameters(smaller)
+    torch.testing.assert_close(outputs(narrower, x), outputs(smaller, x), atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_empty_plan_gives_an_equal_copy(case):
+    model, _, x = built(case, whole(case))
+    for plan in (Plan(), Plan(tuple(Collapse(site, range(site.channels)) for site in CASES[case][1]))):
+        for copied in (apply(model, plan, probe=x), masked(model, plan)):
+            assert same_state(copied, model)
+            assert torch.equal(outputs(copied, x), outputs(model, x))
+            assert not {id(p) for p in copied.parameters()} & {id(p) for p in model.parameters()}
+
+
+def many(depth, bad=(), width=6):
+    """A deep network of narrow layers with a softmax after some of them, and a step for every layer."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(5, width), *(nn.Linear(width, width) for _ in range(depth))]
+    mixes = [nn.Softmax(-1) if i in bad else nn.Tanh() for i in range(depth)]
+    model = nn.Sequential(*(m for pair in zip(layers, mixes, strict=False) for m in pair), layers[-1])
+    steps = (Collapse(Site(width, (f"{2 * i}",), (f"{2 * i + 2}",)), [0, 2, 5]) for i in range(depth))
+    return model.double(), Plan(tuple(steps))
+
+
+def test_one_bad_step_among_many_is_found_in_few_runs():
+    model, plan = many(32, bad=[21])
+    runs = []
+    model.register_forward_hook(lambda *_: runs.append(1))
+    with pytest.raises(CollapseError, match="channels of 42 → 44 changes"):
+        apply(model, plan, probe=inputs().double())
+    assert len(runs) <= 4 + 2 * 2 * np.log2(32)
+
+
+def test_a_few_of_many_bad_steps_are_named():
+    model, plan = many(8, bad=range(8))
+    with pytest.raises(CollapseError, match="of 0 → 2, 2 → 4, 4 → 6, 6 → 8, 8 → 10 and others change"):
+        apply(model, plan, probe=inputs().double())
+
+
+def test_steps_that_fail_only_together_are_all_named():
+    def run(m, x):
+        together = m.a.out_features < 7 and m.b.out_features < 7
+        return m.c(torch.relu(m.b(torch.relu(m.a(x))))) + together
+
+    model = Net(run, a=nn.Linear(5, 7), b=nn.Linear(7, 7), c=nn.Linear(7, 3))
+    plan = Plan((Collapse(s(7, "a", "b"), [0, 1]), Collapse(s(7, "b", "c"), [2])))
+    with pytest.raises(CollapseError, match="channels of a → b, b → c changes"):
+        apply(model, plan, probe=inputs())
+
+
+def test_steps_that_keep_groups_even_only_together_are_verified_together():
+    def run(m, x):
+        return m.c(torch.cat([m.a(x), m.b(x)], 1)).softmax(1)
+
+    build = partial(Net, run, a=nn.Conv1d(2, 3, 1), b=nn.Conv1d(2, 3, 1), c=nn.Conv1d(6, 4, 1, groups=2))
+    first = s(3, "a", "c", columns={"c": at(0, 1, 2)})
+    second = s(3, "b", "c", columns={"c": at(3, 4, 5)})
+    plan = Plan((Collapse(first, [0, 1]), Collapse(second, [1, 2])))
+    assert apply(build(), plan, probe=torch.randn(SEQUENCES)).c.in_channels == 4
+    model = Net(lambda m, x: run(m, x) + m.a.out_channels, **dict(build().named_children()))
+    with pytest.raises(CollapseError, match="channels of a → c, b → c changes"):
+        apply(model, plan, probe=torch.randn(SEQUENCES))
+    with pytest.raises(
+        CollapseError, match="c has 2 groups, which must all keep equally many input channels"
+    ):
+        apply(build(), replace(plan, steps=plan.steps[:1]))
+
+
+def test_a_network_that_is_random_in_evaluation_cannot_be_verified():
+    model = Net(lambda m, x: m.fc2(nn.functional.dropout(m.fc1(x))), fc1=nn.Linear(5, 7), fc2=nn.Linear(7, 3))
+    with pytest.raises(CollapseError, match=r"another output each time .* give no probe"):
+        apply(model, collapse([0]), probe=inputs())
+
+
+def test_pinned_sites_are_refused_with_their_reason():
+    site = Site(7, ("fc1",), ("fc2",), pinned="the network returns them")
+    for cut in (apply, masked):
+        with pytest.raises(CollapseError, match="fc1 → fc2 cannot be removed: the network returns them"):
+            cut(mlp(), Plan((Collapse(site, [0]),)))
+
+
+def test_hooks_and_buffers_stay():
+    model, x = built("plain", whole("plain"))[::2]
+    calls = []
+    model[1].register_forward_hook(lambda *_: calls.append(1))
+    model[1].register_buffer("extra", torch.ones(2), persistent=False)
+    smaller = apply(model, Plan((Collapse(CASES["plain"][1][0], [0, 3]),)))
+    smaller(x)
+    assert calls == [1]
+    assert [name for name, _ in smaller.named_buffers()] == [name for name, _ in model.named_buffers()]
+    assert smaller[1].running_mean.tolist() == model[1].running_mean[[0, 3]].tolist()
+
+
+def test_names_of_one_layer_must_lose_the_same_channels():
+    layer = nn.Linear(6, 6)
+    model = Net(
+        lambda m, x: m.head(m.b(m.a(m.stem(x)))), stem=nn.Linear(5, 6), a=layer, b=layer, head=nn.Linear(6, 3)
+    )
+    site = s(6, "stem a b", "a b head")
+    smaller = apply(model, Plan((Collapse(site, [0, 2, 5]),)), probe=inputs())
+    assert smaller.a is smaller.b
+    assert parameters(smaller) == 3 * 6 + 3 * 4 + 3 * 4
+    with pytest.raises(CollapseError, match="a and b are one layer under two names, which would lose diff"):
+        apply(model, Plan((Collapse(s(6, "a", "b"), [0, 2]),)))
+
+
+def test_values_of_tied_weights_are_refused_but_tied_weights_elsewhere_are_fine():
+    model = Net(
+        lambda m, x: m.head(m.fc2(m.fc1(m.words(x)).relu())),
+        **{
+            "words": nn.Embedding(9, 5),
+            "fc1": nn.Linear(5, 7),
+            "fc2": nn.Linear(7, 5),
+            "head": nn.Linear(5, 9),
+        },
+    )
+    model.head.weight = model.words.weight
+    smaller = apply(model, collapse([0, 3]), probe=torch.arange(9))
+    assert smaller.head.weight is smaller.words.weight
+    with pytest.raises(
+        CollapseError, match=r"(words|head) shares its values with (words|head)\.weight: untie"
+    ):
+        apply(model, Plan(values={"head.weight": np.ones((9, 5))}))
+
+
+def test_batch_norms_that_share_a_statistic_are_refused():
+    model, _, _ = built("transposed", whole("transposed"))
+    model[1] = nn.BatchNorm2d(5)
+    model.append(nn.BatchNorm2d(5))
+    model[6].running_mean = model[1].running_mean
+    with pytest.raises(CollapseError, match=r"1 shares its values with 6\.running_mean"):
+        apply(model, Plan((Collapse(CASES["transposed"][1][0], [0]),)))
+
+
+def test_an_attention_projection_stays_as_it_is():
+    model = Net(lambda m, x: m.fc(m.mha(x, x, x)[0]), mha=nn.MultiheadAttention(4, 2), fc=nn.Linear(4, 3))
+    with pytest.raises(CollapseError, match=r"mha\.out_proj is a Non.*part of nn\.MultiheadAttention"):
+        apply(model, Plan((Collapse(s(4, "mha.out_proj", "fc"), [0]),)))

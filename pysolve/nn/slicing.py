@@ -39,9 +39,8 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
 }
 ROLES = tuple(_KINDS)
 _DOES = {"writers": "the writer makes", "readers": "the reader reads", "passed": "what lies between has"}
-# The parameters and buffers that have one entry a channel, and those that a layer may own besides.
+# What holds one number a channel in all other layers.
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
-_OWN = {*_VECTORS, "num_batches_tracked"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,8 +103,8 @@ def check_kind(name: str, layer: nn.Module, role: str) -> None:
     """Refuse a layer that cannot be narrowed in a role: ``"writers"``, ``"readers"`` or ``"passed"``."""
     if type(layer) not in _KINDS[role]:
         raise CollapseError(f"{name} is a {type(layer).__name__}{_remedy(layer, role)}")
-    own = {key for key, _ in (*layer.named_parameters(recurse=False), *layer.named_buffers(recurse=False))}
-    if not own <= _OWN or (type(layer) in WEIGHTED and "weight" not in own):
+    own = {key for key, _ in layer.named_parameters(recurse=False)}
+    if not own <= {"weight", "bias"} or (type(layer) in WEIGHTED and "weight" not in own):
         raise CollapseError(
             f"the weight of {name} is computed from other parameters (weight norm or a pruning mask): "
             "make it permanent first."
@@ -128,8 +127,8 @@ def check_cut(name: str, layer: nn.Module, cut: Cut) -> None:
     whole = passed.all(1)
     if not np.array_equal(whole, passed.any(1)):
         raise CollapseError(
-            f"{name} has {groups} groups of {passed.shape[1]} output channels, and only whole groups can go: "
-            "remove all channels of a group together, or none."
+            f"{name} normalises or mixes {passed.shape[1]} output channels at a time, and only whole "
+            "groups of them can go: remove all channels of a group together, or none."
         )
     for what, kept in (("output", cut.rows), ("input", cut.columns)):
         left = kept.reshape(groups, -1)[whole].sum(1)
@@ -233,7 +232,8 @@ def _remedy(layer: nn.Module, role: str) -> str:
     if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
         return ", which mixes channels: the ones that it normalises cannot be removed."
     kinds = ", ".join(kind.__name__ for kind in _KINDS[role])
+    layers = "passed layers" if role == "passed" else role
     return (
-        f"; {role} that can be narrowed are exactly {kinds}. Remove parametrisations and wrappers first, and "
-        "leave out layers that hold nothing for each channel."
+        f"; {layers} that can be narrowed are exactly {kinds}. Remove parametrisations and wrappers first, "
+        "and leave out layers that hold nothing for each channel."
     )

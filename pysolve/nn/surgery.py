@@ -151,27 +151,32 @@ def _cut(name: str, layer: nn.Module, uses: list[tuple[str, Collapse]]) -> Cut:
 
 def _check_untied(model: nn.Module, touched: set[nn.Module]) -> None:
     """Refuse to change parameters that another layer uses too."""
-    owners: dict[int, tuple[nn.Module, str]] = {}
+    owners: dict[int, dict[nn.Module, str]] = {}
     for prefix, layer in model.named_modules():
-        tensors = chain(layer.named_parameters(recurse=False), layer.named_buffers(recurse=False))
-        for name, tensor in tensors:
-            both = (
-                owners.setdefault(tensor.data_ptr(), (layer, f"{prefix}.{name}")),
-                (layer, f"{prefix}.{name}"),
-            )
+        for name, tensor in chain(layer.named_parameters(recurse=False), layer.named_buffers(recurse=False)):
             # Pointer 0: nothing is stored, on the meta device for example.
-            if tensor.data_ptr() and both[0][0] is not layer and not touched.isdisjoint({both[0][0], layer}):
-                (_, other), (_, own) = sorted(both, key=lambda owner: owner[0] in touched)
-                raise CollapseError(
-                    f"{own.rpartition('.')[0]} shares its values with {other}: untie them before changing it."
-                )
+            if tensor.data_ptr():
+                owners.setdefault(tensor.data_ptr(), {}).setdefault(layer, f"{prefix}.{name}".strip("."))
+    for users in owners.values():
+        if len(users) > 1 and not touched.isdisjoint(users):
+            own, other = sorted(users, key=lambda layer: layer not in touched)[:2]
+            raise CollapseError(
+                f"{users[own].rpartition('.')[0]} shares its values with {users[other]}: untie them before "
+                "changing one."
+            )
 
 
 def _verify(model: nn.Module, smaller: nn.Module, plan: Plan, probe: Any) -> None:
     """Refuse a result that differs from the masked network, naming the steps that make the difference."""
-    problem = mismatch(masked(model, plan), smaller, probe)
+    wide = masked(model, plan)
+    problem = mismatch(wide, smaller, probe)
     if problem is None:
         return
+    if mismatch(wide, wide, probe) is not None:
+        raise CollapseError(
+            "the network gives another output each time it runs on the probe, so nothing can be verified: "
+            "take the randomness out of its evaluation mode, or give no probe."
+        )
     guilty = [step.site.name for step in islice(_guilty(model, plan, probe), _NAMED + 1)]
     raise CollapseError(
         f"removing channels of {', '.join(guilty[:_NAMED])}{' and others' * (len(guilty) > _NAMED)} changes "
@@ -183,8 +188,8 @@ def _verify(model: nn.Module, smaller: nn.Module, plan: Plan, probe: Any) -> Non
 def _guilty(model: nn.Module, plan: Plan, probe: Any) -> Iterator[Collapse]:
     """The steps of a failing plan that fail without the others, by bisection; all, when only together."""
     middle = len(plan.steps) // 2
-    halves = [replace(plan, steps=steps) for steps in (plan.steps[:middle], plan.steps[middle:]) if steps]
-    failing = [half for half in halves if len(halves) > 1 and _fails(model, half, probe)]
+    halves = [replace(plan, steps=plan.steps[:middle]), replace(plan, steps=plan.steps[middle:])]
+    failing = [half for half in halves if middle and _fails(model, half, probe)]
     if not failing:
         yield from plan.steps
     for half in failing:
