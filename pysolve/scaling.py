@@ -116,14 +116,14 @@ def _divided(R: Array, spread: Array) -> Array:
 def _reader(R: Array, C: Array, p: Indices, u: Indices) -> Reader:
     back, base = np.zeros((len(p), 0)), np.zeros((len(C), 0))
     if len(u):
-        R, C, back, base = _schur(R, C, p, u)
+        R, C, back, base = schur(R, C, p, u)
     if len(C) <= len(p):
         return Reader(R, C, back, base, None)
     rotation, C = np.linalg.qr(C)
     return Reader(R, C, back, base, rotation)
 
 
-def _schur(R: Array, C: Array, p: Indices, u: Indices) -> tuple[Array, Array, Array, Array]:
+def schur(R: Array, C: Array, p: Indices, u: Indices) -> tuple[Array, Array, Array, Array]:
     """R and C on the columns p with the columns u minimised out, then back and base of the Reader."""
     unit = np.sqrt(np.where(np.diag(R)[u] > 0, np.diag(R)[u], 1.0))
     values, vectors = np.linalg.eigh(R[np.ix_(u, u)] / unit / unit[:, None])

@@ -1,0 +1,185 @@
+"""Which channels of one site to keep: its readers' correlations as one selection problem."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import scipy.linalg
+
+from pysolve.correlations import Array, Correlations, group_columns
+from pysolve.debias import least_squares
+from pysolve.elimination import elimination_path
+from pysolve.plan import Indices, Site
+from pysolve.problem import Problem
+from pysolve.scaling import schur
+from pysolve.selection import select_channels
+
+# Share of the harmless error that a curve starts from; below, float32 forward passes measure noise.
+FLOOR = 1e-9
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What to keep of a site at every size.
+
+    Parameters
+    ----------
+    site : Site
+    keep : callable
+        From k to the (k,) channels that stay, ascending.
+    error : (channels + 1,) array
+        Error of the refitted readers with k channels, as a share of their outputs' energy: the mean over
+        readers of E‖y − M x‖² / E‖y‖².
+    """
+
+    site: Site
+    keep: Callable[[int], Indices]
+    error: Array
+
+
+def site_problem(site: Site, correlations: Mapping[str, Correlations], widths: Mapping[str, int]) -> Problem:
+    """The joint problem of a site's readers, each centred, with outputs of unit energy.
+
+    Inputs of a reader that are not the site's stay free to take over: they are minimised out. A reader whose
+    channels have fewer inputs than another's is filled up with inputs that are always zero.
+
+    Parameters
+    ----------
+    site : Site
+    correlations : {reader: Correlations}
+    widths : {reader: int}
+        Input channels of each reader.
+    """
+    readers = [_reader(site, correlations[name], name, widths[name]) for name in site.readers]
+    size = max(R.shape[0] for R, _ in readers) // site.channels
+    filled = [_filled(R, C, site.channels, size) for R, C in readers]
+    xx, yx = zip(*filled, strict=True)
+    return Problem(xx, yx, size, np.ones(site.channels))
+
+
+def reader_columns(site: Site, correlations: Correlations, reader: str, width: int) -> Indices:
+    """(channels, c·taps) columns of a reader's correlations that belong to each channel of a site."""
+    taps = len(correlations.xx) // width
+    table = site.columns_of(reader, width)
+    return (table[:, :, None] * taps + np.arange(taps)).reshape(site.channels, -1)
+
+
+def choose(site: Site, problem: Problem, method: str = "elimination") -> Choice:
+    """Selection at every size, by elimination or any other method of ``select_channels``.
+
+    Only elimination knows a path; the error of other methods is taken at a few sizes and interpolated.
+    """
+    readers, K = len(problem.xx), site.channels
+    if method == "elimination":
+        path = elimination_path(problem, r_yy=[1.0] * readers if readers > 1 else 1.0)
+        return Choice(site, path.keep, np.maximum(2 * path.error / readers, FLOOR))
+    keep = cache(lambda k: select_channels(problem, k=k, method=method) if k else np.arange(0))
+    sizes = np.unique([0, *np.geomspace(1, K, 9).round().astype(int)])
+    error = [max(_error(problem, keep(int(k))), FLOOR) for k in sizes]
+    return Choice(site, keep, np.exp(np.interp(np.arange(K + 1), sizes, np.log(error))))
+
+
+def harm_curve(choice: Choice, sizes: Sequence[int], harms: Sequence[float]) -> Array:
+    """What keeping k channels does to the network, for every k, from measurements at a few sizes.
+
+    Harm is taken for a power of the error between neighbouring measurements, log-linear, and for the same
+    power beyond the outer ones; nothing is lost with all channels, and none may be left.
+
+    Returns
+    -------
+    (channels + 1,) array
+        Never rises with k.
+    """
+    at, error = np.asarray(sizes), np.log(choice.error)
+    order = np.argsort(error[at], kind="stable")
+    x, y = error[at][order], np.maximum.accumulate(np.log(np.maximum(harms, FLOOR))[order])
+    curve = np.interp(error, x, y)
+    curve = np.where(error < x[0], y[0] + _power(x[:2], y[:2]) * (error - x[0]), curve)
+    curve = np.where(error > x[-1], y[-1] + _power(x[-2:], y[-2:]) * (error - x[-1]), curve)
+    harm = np.maximum.accumulate(np.exp(curve)[::-1])[::-1]
+    harm[0], harm[-1] = np.inf, 0.0
+    return np.asarray(harm)
+
+
+def _power(x: Array, y: Array) -> float:
+    """Slope between two points of a log-log curve, held to what makes sense; 1 when there is but one."""
+    return float(np.clip((y[-1] - y[0]) / (x[-1] - x[0]), 0.5, 3.0)) if x[-1] > x[0] else 1.0
+
+
+def refit(
+    correlations: Correlations, columns: Indices, prior: Array, *, ridge: float = 1e-4, intercept: bool = True
+) -> tuple[Array, Array | None]:
+    """Least squares on some inputs, held a little to weights that are known to be good.
+
+    Solves  min_{M, b}  ½ E‖y − M x − b‖² + ½ ε Σ_i R_ii ‖M_i − prior_i‖²   with x the inputs in ``columns``.
+
+    Parameters
+    ----------
+    correlations : Correlations
+        Of all d inputs.
+    columns : (k,) int array
+        The inputs to use.
+    prior : (h, k) array
+    ridge : float
+        ε, relative to each input's own variance; raised tenfold until the matrix can be factored.
+    intercept : bool
+        Whether b is free; otherwise it is 0, and None is returned for it.
+
+    Returns
+    -------
+    (h, k) array, (h,) array or None
+    """
+    used = correlations.centered() if intercept else correlations
+    R, C = used.r_xx[np.ix_(columns, columns)], used.r_yx[:, columns]
+    variance = np.diag(R)
+    unit = np.sqrt(np.where(variance > 0, variance, 1.0))
+    R, change = R / unit / unit[:, None], (C - prior @ R) / unit
+    while True:
+        try:
+            factor = scipy.linalg.cho_factor(R + ridge * np.eye(len(R)), lower=True, check_finite=False)
+            break
+        except scipy.linalg.LinAlgError:
+            ridge *= 10
+    # An input that never varies keeps its weight.
+    change = np.where(
+        variance > 0, scipy.linalg.cho_solve(factor, change.T, check_finite=False).T / unit, 0.0
+    )
+    M = prior + change
+    if not intercept:
+        return M, None
+    return M, (correlations.y_sum - M @ correlations.x_sum[columns]) / correlations.count
+
+
+def _reader(site: Site, correlations: Correlations, name: str, width: int) -> tuple[Array, Array]:
+    """R and C of one reader on the site's columns, channel after channel."""
+    own = correlations.centered()
+    p = reader_columns(site, correlations, name, width).ravel()
+    u = np.setdiff1d(np.arange(len(own.xx)), p)
+    R, C = own.r_xx, own.r_yx
+    energy = float(np.trace(own.r_yy)) or 1.0
+    if len(u):
+        R, C, _, _ = schur(R, C, p, u)
+    else:
+        R, C = R[np.ix_(p, p)], C[:, p]
+    return R, C / np.sqrt(energy)
+
+
+def _filled(R: Array, C: Array, channels: int, size: int) -> tuple[Array, Array]:
+    own = len(R) // channels
+    if own == size:
+        return R, C
+    place = (np.arange(channels)[:, None] * size + np.arange(own)).ravel()
+    wide_R, wide_C = np.zeros((channels * size,) * 2), np.zeros((len(C), channels * size))
+    wide_R[np.ix_(place, place)] = R
+    wide_C[:, place] = C
+    return wide_R, wide_C
+
+
+def _error(problem: Problem, keep: Indices) -> float:
+    """Mean over readers of E‖y − M x‖² / E‖y‖², refitted on the groups kept."""
+    columns = group_columns(keep, problem.group_size)
+    gains = [np.vdot(least_squares(R, C, columns), C) for R, C in zip(problem.xx, problem.yx, strict=True)]
+    return float(np.mean([1.0 - gain for gain in gains]))
