@@ -1,20 +1,23 @@
-"""One plain training loop."""
+"""One plain training loop, for labels and for another network's outputs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
-from torch.optim import Adam
-from torch.optim.lr_scheduler import OneCycleLR
-from tqdm.auto import tqdm
+from torch.nn.functional import cross_entropy, mse_loss
 
-from pysolve.errors import PysolveError
-from pysolve.nn.network import Values, device_of, keeping_modes, labelled
+from pysolve.errors import DataError, PysolveError
+from pysolve.nn.loop import Run, optimise
+from pysolve.nn.network import Values, arguments, device_of, evaluating, forward, keeping_modes, labelled
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+# Bytes of a teacher's outputs that are kept; it is run again for the others.
+_ROOM = 1 << 30
 
 
 def fit(
@@ -27,7 +30,7 @@ def fit(
     lr: float = 1e-3,
     weight_decay: float = 0.0,
     seed: int = 0,
-    loss: Callable[[Tensor, Tensor], Tensor] = cross_entropy,
+    loss: Loss = cross_entropy,
     progress: bool = True,
 ) -> list[float]:
     """Train in place with Adam on a one-cycle schedule.
@@ -64,37 +67,160 @@ def fit(
         raise ValueError(f"epochs and batch_size must be at least 1, got {epochs} and {batch_size}.")
     inputs, labels = labelled(model, x, y)
     device, steps = device_of(model), math.ceil(len(inputs) / batch_size)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = Adam(trained, lr=lr, weight_decay=weight_decay)
-    schedule = OneCycleLR(optimizer, lr, total_steps=epochs * steps)
-    shuffle = torch.Generator().manual_seed(seed)
 
-    def step(rows: Tensor) -> float:
-        optimizer.zero_grad()
-        value = loss(model(inputs[rows].to(device)), labels[rows].to(device))
-        value.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-        schedule.step()
-        bar.update()
-        return value.item() * len(rows)
+    def loss_of(rows: Tensor) -> Tensor:
+        return loss(model(inputs[rows].to(device)), labels[rows].to(device))
 
-    history: list[float] = []
-    bar = tqdm(total=epochs * steps, desc="train", unit="batch", disable=None if progress else True)
-    with bar, _training(model, seed, device):
-        while len(history) < epochs:
-            # Parts of nearly equal size: batch norm cannot train on a last batch of one sample.
-            parts = torch.randperm(len(inputs), generator=shuffle).tensor_split(steps)
-            history.append(sum(map(step, parts)) / len(inputs))
-            bar.set_postfix(epoch=len(history), loss=f"{history[-1]:.4f}")
-            if not math.isfinite(history[-1]):
-                raise PysolveError(f"the loss became {history[-1]} in epoch {len(history)}: lower lr ({lr}).")
-    return history
+    run = Run(len(inputs), steps, epochs, lr=lr, weight_decay=weight_decay, seed=seed)
+    with keeping_modes(model):
+        return optimise(model.train(), loss_of, run, progress=progress)
 
 
-@contextmanager
-def _training(model: nn.Module, seed: int, device: torch.device) -> Iterator[None]:
-    """Training mode and a random state of its own (for dropout); both are put back afterwards."""
-    with keeping_modes(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        model.train()
-        yield
+def match(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Any],
+    *,
+    epochs: int | None = None,
+    seconds: float | None = None,
+    batch_size: int = 64,
+    lr: float = 3e-3,
+    seed: int = 0,
+    loss: Loss = mse_loss,
+    progress: bool = True,
+) -> list[float]:
+    """Train a network in place to give another one's outputs; no labels are needed.
+
+    Adam on a one-cycle schedule, as ``fit``. With ``epochs`` the same seed gives the same network; torch's
+    global random state is left alone.
+
+    Parameters
+    ----------
+    student, teacher : nn.Module
+        Both run in evaluation mode, so without dropout and with the running statistics of batch norms: over
+        short runs that ended closer to the teacher than statistics of small batches. The student's
+        parameters that require a gradient are trained.
+    batches : iterable of tensors, of tuples or lists, or of mappings
+        A tuple's or list's first item is the input (labels are ignored); a mapping holds keyword arguments.
+    epochs : int, optional
+        Passes over the batches.
+    seconds : float, optional
+        Instead of epochs: how long to train. The schedule follows the clock and ends with it, however fast
+        the machine is; one step is taken at least.
+    batch_size : int
+        When all inputs are tensors of one sample shape, their samples are shuffled into batches of this
+        size; otherwise the batches stay as they are and only their order is shuffled.
+    lr : float
+        The highest learning rate of the cycle.
+    seed : int
+        Of the shuffling.
+    loss : callable
+        Of two tensors, the student's and the teacher's, averaged; summed over the outputs. Compared are the
+        ``logits`` of an output that has them, and otherwise all its floating-point tensors.
+    progress : bool
+        Show a progress bar when on a terminal.
+
+    Returns
+    -------
+    list of float
+        Mean loss of each epoch, the last of which may be incomplete with ``seconds``.
+
+    Raises
+    ------
+    PysolveError
+        When the outputs of the two cannot be compared, or the loss is not finite.
+    """
+    if (epochs is None) == (seconds is None):
+        raise ValueError(f"expected either epochs or seconds, got epochs={epochs} and seconds={seconds}.")
+    if min(batch_size, 1 if epochs is None else epochs) < 1 or (seconds is not None and seconds <= 0):
+        raise ValueError(f"{epochs=}, {seconds=} and {batch_size=} must be positive.")
+    items = _listed(batches)
+    samples = _joined(items)
+    n = len(items) if samples is None else len(samples)
+    steps = n if samples is None else math.ceil(n / batch_size)
+
+    def answers(model: nn.Module, rows: Tensor) -> list[Tensor]:
+        batch = items[int(rows)] if samples is None else samples[rows]
+        return _floating(forward(model, batch, device_of(model)))
+
+    def taught(rows: Tensor) -> list[Tensor]:
+        with evaluating(teacher):
+            return _finite([target.to(device_of(student)) for target in answers(teacher, rows)])
+
+    wanted = _remembering(taught, n)
+
+    def loss_of(rows: Tensor) -> Tensor:
+        return _compared(loss, answers(student, rows), wanted(rows))
+
+    run = Run(n, steps, epochs, seconds, lr=lr, seed=seed)
+    with keeping_modes(student):
+        return optimise(student.eval(), loss_of, run, progress=progress)
+
+
+def _listed(batches: Iterable[Any]) -> list[Any]:
+    """The batches, checked to be some."""
+    if isinstance(batches, Tensor | Mapping):
+        kind = type(batches).__name__
+        raise TypeError(f"batches must be an iterable of batches, got one {kind}: wrap it in a list.")
+    items = list(batches)
+    if not items:
+        raise DataError("there are no batches: expected at least one. Was a generator used up before?")
+    return items
+
+
+def _joined(batches: list[Any]) -> Tensor | None:
+    """All samples in one tensor if each batch is one tensor, of one sample shape, type and device."""
+    given = [arguments(batch) for batch in batches]
+    inputs = [args[0] for args, kwargs in given if not kwargs]
+    kinds = {(x.shape[1:], x.dtype, x.device) for x in inputs if x.ndim}
+    if len(inputs) < len(batches) or len(kinds) != 1 or not all(x.ndim for x in inputs):
+        return None
+    return torch.cat(inputs)
+
+
+def _remembering(compute: Callable[[Tensor], list[Tensor]], n: int) -> Callable[[Tensor], list[Tensor]]:
+    """The same function of some of n rows, which keeps what it computed if there is room for all rows."""
+    kept: dict[int, tuple[Tensor, ...]] = {}
+
+    def outputs(rows: Tensor) -> list[Tensor]:
+        keys = rows.tolist()
+        if all(key in kept for key in keys):
+            return [torch.cat(parts) for parts in zip(*(kept[key] for key in keys), strict=True)]
+        values = compute(rows)
+        fits = 0 < sum(value.nbytes for value in values) * n <= _ROOM * len(keys)
+        # A whole batch is one row, and its outputs may have any length.
+        if fits and (len(keys) == 1 or {len(value) for value in values} == {len(keys)}):
+            pieces = (value.tensor_split(len(keys)) for value in values)
+            kept.update(zip(keys, zip(*pieces, strict=True), strict=True))
+        return values
+
+    return outputs
+
+
+def _floating(output: Any) -> list[Tensor]:
+    """The tensors in a network's output to compare: its logits, or all that are floating-point."""
+    if isinstance(output, Mapping):
+        return _floating(output["logits"] if "logits" in output else [*output.values()])
+    if isinstance(output, tuple | list):
+        return [tensor for item in output for tensor in _floating(item)]
+    # Single numbers are losses and counts.
+    return [output] if isinstance(output, Tensor) and output.is_floating_point() and output.ndim else []
+
+
+def _finite(targets: list[Tensor]) -> list[Tensor]:
+    """The teacher's outputs, checked to be numbers."""
+    if not all(bool(target.isfinite().all()) for target in targets):
+        raise DataError("the teacher's outputs hold NaN or infinity: check the batches and its weights.")
+    return targets
+
+
+def _compared(loss: Loss, outputs: list[Tensor], targets: list[Tensor]) -> Tensor:
+    """The loss summed over the outputs, which must be alike."""
+    shapes, wanted = ([list(tensor.shape) for tensor in tensors] for tensors in (outputs, targets))
+    if shapes != wanted or not shapes:
+        raise PysolveError(
+            "the student must answer with floating-point tensors of the same shapes as the teacher: got "
+            f"{shapes}, expected {wanted}."
+        )
+    losses = [loss(output, target.to(output.dtype)) for output, target in zip(outputs, targets, strict=True)]
+    return torch.stack(losses).sum()
