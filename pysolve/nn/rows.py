@@ -70,7 +70,7 @@ def weight_like(layer: Layer, M: Tensor) -> Tensor:
 
 def positions(layer: Layer, y: Tensor) -> int:
     """How many rows ``samples`` and ``outputs`` have for an output ``y``: samples × output positions."""
-    return y.numel() // channels(layer)[1]
+    return y.numel() // max(1, y.shape[1 - layer.weight.ndim])
 
 
 def samples(layer: Layer, x: Tensor, chosen: Tensor | None = None) -> Tensor:
@@ -100,7 +100,7 @@ def outputs(layer: Layer, y: Tensor, chosen: Tensor | None = None) -> Tensor:
 def blocks(
     layer: Layer, x: Tensor, y: Tensor, chosen: Tensor | None = None, *, limit: int = _ROOM
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rows of ``samples`` and ``outputs`` in pieces, in order.
+    """The rows of ``samples`` and ``outputs`` in pieces, in order; of no rows there is one empty piece.
 
     Parameters
     ----------
@@ -231,7 +231,7 @@ def _aligned(layer: Layer, rows: Tensor) -> Tensor:
     if not isinstance(layer, TRANSPOSED):
         return rows
     d, m = rows.T.shape
-    return rows.T.reshape(-1, taps(layer), m).flip(1).reshape(d, m).T
+    return rows.T.reshape(d // taps(layer), taps(layer), m).flip(1).reshape(d, m).T
 
 
 def _cut(read: Tensor, written: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -241,6 +241,6 @@ def _cut(read: Tensor, written: Tensor, limit: int) -> Iterator[tuple[Tensor, Te
         for one_read, one_written in zip(read, written, strict=True):
             yield from _cut(one_read, one_written, limit)
         return
-    for start in range(0, len(read), max(1, step)):
+    for start in range(0, max(1, len(read)), max(1, step)):
         some = slice(start, start + max(1, step))
         yield read[some], written[some]
