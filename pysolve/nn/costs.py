@@ -1,0 +1,180 @@
+"""Networks to cost models: parameters, MACs and bytes at any width of their sites."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from pysolve.budget import Costs
+from pysolve.correlations import Array
+from pysolve.errors import DataError, PysolveError
+from pysolve.nn.evaluate import macs, nbytes, parameters
+from pysolve.nn.network import arguments, device_of, evaluating, find_layer, forward
+from pysolve.nn.slicing import (
+    CONVOLUTIONS,
+    ROLES,
+    TRANSPOSED,
+    WEIGHTED,
+    channels_of,
+    check_kind,
+    inputs,
+    outputs,
+)
+from pysolve.plan import Site
+
+
+def cost_model(
+    model: nn.Module, sites: Sequence[Site], example: Any, *, extra_biases: Collection[str] = ()
+) -> Costs:
+    """Count what the network costs, as a function of how many channels each site keeps.
+
+    Exactly the ``parameters``, ``macs`` (of one sample) and ``nbytes`` of the network that ``apply`` makes,
+    as long as no layer runs over the channels of a site as over positions.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Runs in evaluation mode, on the example.
+    sites : sequence of Site
+        One that is pinned costs the same whatever it keeps.
+    example : one batch
+        In the forms that ``gather`` takes; samples lie along the first dimension of its first tensor.
+    extra_biases : collection of str
+        Linear layers and convolutions that will be given a bias if they have none: counted with their rows,
+        but not in what shares refer to.
+
+    Returns
+    -------
+    Costs
+
+    Raises
+    ------
+    CollapseError
+        When a site names a layer that cannot be narrowed.
+    """
+    uses = list(_uses(model, sites))
+    extra = [find_layer(model, name) for name in extra_biases]
+    for name, layer in zip(extra_biases, extra, strict=True):
+        check_kind(name, layer, "readers")
+    layers = list(dict.fromkeys([*(layer for *_, layer in uses), *extra]))
+    whole = {layer for _, role, _, layer in uses if role == "passed"}
+    rows, columns = _tables(sites, uses, layers)
+    out, into = (np.array([*map(width, layers)], dtype=float) for width in (outputs, _inputs))
+    product, per_output = _coefficients(layers, whole, _macs(model, layers, example))
+    biases = np.array([_new_bias(layer) if layer in extra else np.zeros(3) for layer in layers])
+    biases = biases.reshape(-1, 3).T
+    totals = np.array([parameters(model), macs(model, example) / _samples(example), nbytes(model)])
+    return Costs(
+        channels=np.array([site.channels for site in sites], dtype=np.intp),
+        outputs=out,
+        inputs=into,
+        rows=rows,
+        columns=columns,
+        product=product,
+        per_output=per_output + biases,
+        per_input=np.zeros_like(product),
+        constant=totals - product @ (out * into) - per_output @ out,
+        added=biases @ out,
+    )
+
+
+def _uses(model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[int, str, str, nn.Module]]:
+    """Site, role, name and layer, for every layer that loses channels with a site."""
+    roles: dict[nn.Module, set[bool]] = {}
+    for s, site in enumerate(sites):
+        for role in ROLES if site.pinned is None else ():
+            for name in getattr(site, role):
+                layer = find_layer(model, name)
+                check_kind(name, layer, role)
+                roles.setdefault(layer, set()).add(role == "passed")
+                if type(layer) in WEIGHTED and len(roles[layer]) > 1:
+                    raise PysolveError(
+                        f"{name} passes on the channels of one site and writes or reads those of another, "
+                        "which the cost model does not cover: leave out one of the two sites."
+                    )
+                yield s, role, name, layer
+
+
+def _tables(
+    sites: Sequence[Site], uses: Sequence[tuple[int, str, str, nn.Module]], layers: Sequence[nn.Module]
+) -> tuple[Array, Array]:
+    """(L, S) outputs, and inputs of each group, that belong to one channel of a site."""
+    rows, columns = np.zeros((2, len(layers), len(sites)))
+    for s, role, name, layer in uses:
+        each = channels_of(sites[s], role, name, layer).shape[1]
+        if role == "readers":
+            columns[layers.index(layer), s] = each / _groups(layer)
+        else:
+            rows[layers.index(layer), s] = each
+    return rows, columns
+
+
+def _coefficients(
+    layers: Sequence[nn.Module], whole: Collection[nn.Module], counts: Mapping[nn.Module, float]
+) -> tuple[Array, Array]:
+    """(3, L) costs for each pair of an output and an input of its group, and for each output alone."""
+    product, per_output = np.zeros((2, len(layers), 3))
+    seen: set[int] = set()
+    for layer, pair, single in zip(layers, product, per_output, strict=True):
+        out, into = outputs(layer), _inputs(layer)
+        for name, tensor in layer.state_dict(keep_vars=True).items():
+            # What several layers share counts for the first of them.
+            entries = 0 if id(tensor) in seen else tensor.numel()
+            seen.add(id(tensor))
+            size = entries * np.array([isinstance(tensor, nn.Parameter), 0.0, tensor.itemsize])
+            if name == "weight" and into:
+                size[1] = counts[layer]
+                pair += size / (out * into)
+            elif tensor.ndim and tensor.shape[-1] == out:
+                single += size / out
+        if layer in whole:
+            # Its groups go with their inputs, of which the groups that stay keep all.
+            single += pair * into
+            pair[:] = 0.0
+    return product.T, per_output.T
+
+
+def _new_bias(layer: nn.Module) -> Array:
+    """(3,) costs for each output of the bias that a layer does not have."""
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    return np.array([1.0, 0.0, weight.itemsize]) * (bias is None)
+
+
+def _inputs(layer: nn.Module) -> int:
+    """Inputs of one group of a Linear or a convolution; 0 of other layers."""
+    return inputs(layer) // _groups(layer)
+
+
+def _groups(layer: Any) -> int:
+    return layer.groups if type(layer) in CONVOLUTIONS else 1
+
+
+def _macs(model: nn.Module, layers: Sequence[nn.Module], example: Any) -> dict[nn.Module, float]:
+    """Multiply-accumulates of each Linear and convolution, over all its calls, for one sample."""
+    counts = dict.fromkeys(layers, 0.0)
+    samples = _samples(example)
+
+    def count(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        positions = (args[0] if args else kwargs["input"]) if type(layer) in TRANSPOSED else output
+        counts[layer] += positions.numel() * layer.weight[0].numel() / samples
+
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for layer in layers:
+            if type(layer) in WEIGHTED:
+                stack.callback(layer.register_forward_hook(count, with_kwargs=True).remove)
+        forward(model, example, device_of(model))
+    return counts
+
+
+def _samples(example: Any) -> int:
+    args, kwargs = arguments(example)
+    sizes = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
+    if not sizes or not sizes[0]:
+        raise DataError("the example must begin with a tensor of at least one sample.")
+    return sizes[0]
