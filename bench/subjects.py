@@ -1,0 +1,149 @@
+"""The trained networks and real images that whole-network compression is measured on."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from pysolve.datasets import Dataset, cifar, mnist
+from pysolve.nn.evaluate import macs, parameters
+from pysolve.nn.network import keeping_modes
+from pysolve.nn.train import fit
+from pysolve.nn.zoo import LeNet5, MnistCnn, ResNet
+
+# Share of the network's parameters or multiply-accumulates that may stay.
+Target = dict[str, float]
+
+# The recipe of examples/e1_linear_reconstruction.py, whose weights file is used when it is there.
+LENET_RECIPE = {"epochs": 8, "batch_size": 256, "lr": 3e-3}
+CALIBRATION = 2000
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A trained network, unlabelled images to compress it with, and labelled ones to judge it by.
+
+    Parameters
+    ----------
+    title : str
+    model : nn.Module
+    calibration : list of (n, …) tensors
+        Images of the training split.
+    x_test, y_test : arrays
+    targets : tuple of {"params" | "macs": float}
+    fixed : tuple of str
+        Layers whose outputs must keep their number when a tool cannot tell by itself.
+    """
+
+    title: str
+    model: nn.Module
+    calibration: list[Tensor]
+    x_test: np.ndarray
+    y_test: np.ndarray
+    targets: tuple[Target, ...]
+    fixed: tuple[str, ...]
+
+    @property
+    def example(self) -> Tensor:
+        return self.calibration[0][:1]
+
+    def cost(self, what: str, model: nn.Module | None = None) -> int:
+        """Parameters, or multiply-accumulates of one image, of the network or of a smaller one."""
+        model = self.model if model is None else model
+        return {"params": parameters, "macs": lambda model: macs(model, self.example)}[what](model)
+
+
+def lenet(data: Path, out: Path) -> Subject:
+    """LeNet-5 on MNIST."""
+    images = mnist(data / "mnist")
+    targets = ({"params": 0.093}, {"params": 0.042}, {"params": 0.025})
+    model = trained_lenet(images, out / "e1" / "lenet5.safetensors")
+    return _subject("LeNet-5 on MNIST", model, images, targets, ("fc2",))
+
+
+def resnet20(data: Path, out: Path) -> Subject:
+    """ResNet-20 on JPEG-recompressed CIFAR-10."""
+    model = ResNet(20)
+    model.load_state_dict(load_file(data / "resnet20_cifar10_jpeg.safetensors"))
+    title = "ResNet-20 on JPEG-recompressed CIFAR-10, 5000 images"
+    images = cifar(data / "cifar10_jpeg", train=CALIBRATION)
+    return _subject(title, model, images, ({"macs": 0.75}, {"macs": 0.5}), residual_stream(model))
+
+
+def mnist_cnn(data: Path, out: Path) -> Subject:
+    """A convolutional network on MNIST."""
+    model = MnistCnn()
+    model.load_state_dict(load_file(data / "mnist_cnn.safetensors"))
+    images = mnist(data / "mnist")
+    return _subject("MnistCnn on MNIST", model, images, ({"params": 0.25},), ("fc_layers.2",))
+
+
+SUBJECTS: dict[str, Callable[[Path, Path], Subject]] = {
+    "lenet": lenet,
+    "resnet20": resnet20,
+    "mnist-cnn": mnist_cnn,
+}
+
+
+def _subject(
+    title: str, model: nn.Module, images: Dataset, targets: tuple[Target, ...], fixed: tuple[str, ...]
+) -> Subject:
+    # A copy: the rest of the training images can go.
+    calibration = torch.from_numpy(images.x_train[:CALIBRATION].copy()).split(250)
+    return Subject(title, model.eval(), list(calibration), images.x_test, images.y_test, targets, fixed)
+
+
+def residual_stream(model: ResNet) -> tuple[str, ...]:
+    """The layers that write the residual stream, and the last one."""
+    inner = [name for name, _ in model.named_modules() if name.startswith("layer") and name.endswith("conv2")]
+    return ("conv1", *inner, "linear")
+
+
+def trained_lenet(images: Dataset, path: Path, seed: int = 0) -> LeNet5:
+    """LeNet-5 from ``path`` if this recipe made it from these images, else trained and written there."""
+    recipe = {"data": images.name, "images": len(images.x_train), "seed": seed, **LENET_RECIPE}
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LeNet5()
+    if recipe_of(path) == json.dumps(recipe):
+        model.load_state_dict(load_file(path))
+        return model
+    fit(model, images.x_train, images.y_train, seed=seed, **LENET_RECIPE)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    save_file(model.state_dict(), part, metadata={"recipe": json.dumps(recipe)})
+    os.replace(part, path)
+    return model
+
+
+def recipe_of(path: Path) -> str | None:
+    """How the weights in a file were made; None when it is absent or damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            return (file.metadata() or {}).get("recipe")
+    except (OSError, SafetensorError):
+        return None
+
+
+def with_norms(model: nn.Module, batches: list[Tensor]) -> nn.Module:
+    """The network with its batch norms' statistics measured anew, in place."""
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        # The plain mean over all batches.
+        norm.momentum = None
+    with keeping_modes(model), torch.no_grad():
+        model.train()
+        for batch in batches:
+            model(batch)
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    return model
