@@ -40,7 +40,13 @@ class Choice:
     error: Array
 
 
-def site_problem(site: Site, correlations: Mapping[str, Correlations], widths: Mapping[str, int]) -> Problem:
+def site_problem(
+    site: Site,
+    correlations: Mapping[str, Correlations],
+    widths: Mapping[str, int],
+    *,
+    normalised: bool = True,
+) -> Problem:
     """The joint problem of a site's readers, each centred, with outputs of unit energy.
 
     Inputs of a reader that are not the site's stay free to take over: they are minimised out. A reader whose
@@ -52,8 +58,10 @@ def site_problem(site: Site, correlations: Mapping[str, Correlations], widths: M
     correlations : {reader: Correlations}
     widths : {reader: int}
         Input channels of each reader.
+    normalised : bool
+        Outputs of unit energy, so that every reader counts alike; otherwise as they are.
     """
-    readers = [_reader(site, correlations[name], name, widths[name]) for name in site.readers]
+    readers = [_reader(site, correlations[name], name, widths[name], normalised) for name in site.readers]
     size = max(R.shape[0] for R, _ in readers) // site.channels
     filled = [_filled(R, C, site.channels, size) for R, C in readers]
     xx, yx = zip(*filled, strict=True)
@@ -153,13 +161,15 @@ def refit(
     return M, (correlations.y_sum - M @ correlations.x_sum[columns]) / correlations.count
 
 
-def _reader(site: Site, correlations: Correlations, name: str, width: int) -> tuple[Array, Array]:
+def _reader(
+    site: Site, correlations: Correlations, name: str, width: int, normalised: bool
+) -> tuple[Array, Array]:
     """R and C of one reader on the site's columns, channel after channel."""
     own = correlations.centered()
     p = reader_columns(site, correlations, name, width).ravel()
     u = np.setdiff1d(np.arange(len(own.xx)), p)
     R, C = own.r_xx, own.r_yx
-    energy = float(np.trace(own.r_yy)) or 1.0
+    energy = (float(np.trace(own.r_yy)) if normalised else 0.0) or 1.0
     if len(u):
         R, C, _, _ = schur(R, C, p, u)
     else:

@@ -33,7 +33,7 @@ def gather(
     target_model: nn.Module | None = None,
     device: Device = None,
     progress: bool = True,
-    positions: float = 1.0,
+    positions: float | Mapping[str, float] = 1.0,
 ) -> dict[str, Correlations]:
     """Run the network over the batches and sum up what its Linear layers and convolutions read and write.
 
@@ -60,9 +60,10 @@ def gather(
         Where to move the batches; by default they must be on the network's device.
     progress : bool
         Show a progress bar when on a terminal.
-    positions : float
+    positions : float or {layer: float}
         Share, in (0, 1], of the output positions to keep in each call of a convolution, or of a Linear whose
-        input has more than 2 dimensions. The choice is random but the same in every run.
+        input has more than 2 dimensions; all, for a layer without an entry. The choice is random but the
+        same in every run.
 
     Returns
     -------
@@ -77,7 +78,7 @@ def gather(
     targets = {} if target_model is None else {name: _layer(target_model, name) for name in names}
     wanted: dict[str, deque[Tensor]] = {name: deque() for name in targets}
     sums: dict[str, Sums] = {}
-    record = _summing(sums, positions)
+    record = _summing(sums, positions if isinstance(positions, Mapping) else dict.fromkeys(names, positions))
     seen, bar = 0, tqdm(batches, "gather", unit="batch", disable=None if progress else True)
     with evaluating(model, *([] if target_model is None else [target_model])):
         for seen, batch in enumerate(bar, start=1):  # noqa: B007
@@ -91,12 +92,13 @@ def gather(
     return {name: sums[name].correlations(sizes[name]) for name in names}
 
 
-def _check_arguments(batches: Any, positions: float) -> None:
+def _check_arguments(batches: Any, positions: float | Mapping[str, float]) -> None:
     if isinstance(batches, Tensor | Mapping):
         kind = type(batches).__name__
         raise TypeError(f"batches must be an iterable of batches, got one {kind}: wrap it in a list.")
-    if not 0 < positions <= 1:
-        raise ValueError(f"positions must be a share in (0, 1], got {positions}.")
+    for share in positions.values() if isinstance(positions, Mapping) else (positions,):
+        if not 0 < share <= 1:
+            raise ValueError(f"positions must be a share in (0, 1], got {share}.")
 
 
 def _layer_names(
@@ -162,12 +164,12 @@ def _run(model: nn.Module, layers: Mapping[str, Layer], batch: Any, device: Devi
         forward(model, batch, device)
 
 
-def _summing(sums: dict[str, Sums], share: float) -> Record:
+def _summing(sums: dict[str, Sums], shares: Mapping[str, float]) -> Record:
     """A record that adds the samples of one call to the sums of its layer."""
     choices: dict[str, torch.Generator] = {}
 
     def record(name: str, layer: Layer, x: Tensor, y: Tensor) -> None:
-        chosen = None
+        chosen, share = None, shares.get(name, 1.0)
         if share < 1 and (x.ndim > 2 or not isinstance(layer, nn.Linear)):
             generator = choices.setdefault(name, torch.Generator().manual_seed(0))
             count = rows.positions(layer, y)

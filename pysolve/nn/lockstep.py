@@ -62,10 +62,12 @@ class Layer:
     """
 
     name: str
-    module: nn.Module
+    module: rows.Layer
     norm: Node | None
     mean: str | None
     shortcut: Node | None
+    rectified: bool
+    calls: int = 1
 
     @property
     def takes_bias(self) -> bool:
@@ -83,6 +85,8 @@ def refit(
     values: Mapping[str, Tensor],
     new_biases: Collection[str] = (),
     rows_per_input: int = 60,
+    passes: int = 2,
+    seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """New parameters of every layer that lost inputs or whose inputs changed, front to back.
@@ -124,11 +128,21 @@ def refit(
                 break
             if node.op != "placeholder":
                 walk.run_original(node)
-                if node in layers:
+                if node in layers and layers[node].calls == 1:
                     layer = layers[node]
-                    correlations = _correlate(walk, node, layer, cuts.get(layer.name), rows_per_input)
-                    if correlations is not None:
-                        M, bias = fit(layer.name, correlations, layer.takes_bias or layer.name in new_biases)
+                    new = _refit_layer(
+                        walk,
+                        node,
+                        layer,
+                        cuts.get(layer.name),
+                        fit,
+                        layer.takes_bias or layer.name in new_biases,
+                        rows_per_input,
+                        passes,
+                        seed,
+                    )
+                    if new is not None:
+                        M, bias = new
                         walk.values |= layer_values(state, layer, cuts.get(layer.name), M, bias)
                         _give_bias(walk, node, layer)
                 walk.run_compressed(node)
@@ -142,15 +156,17 @@ def find_layers(graph: Graph, model: nn.Module) -> dict[Node, Layer]:
     layers: dict[Node, Layer] = {}
     for weight, parameter in graph.parameters.items():
         name, module = modules.get(parameter, ("", None))
-        if module is not None and len(weight.users) == 1 and getattr(module, "groups", 1) == 1:
-            (node,) = weight.users
-            if node.args[1] is weight and isinstance(node.args[0], Node):
-                layers[node] = _layer(graph, node, name, module)
+        if module is None or getattr(module, "groups", 1) > 1:
+            continue
+        for node in weight.users:
+            if len(node.args) > 1 and node.args[1] is weight and isinstance(node.args[0], Node):
+                layers[node] = _layer(graph, node, name, module, len(weight.users))
     return layers
 
 
-def _layer(graph: Graph, node: Node, name: str, module: nn.Module) -> Layer:
-    norm = _only_user(node)
+def _layer(graph: Graph, node: Node, name: str, module: nn.Module, calls: int) -> Layer:
+    # The norms of a layer that is called several times may differ.
+    norm = _only_user(node) if calls == 1 else None
     if norm is None or _operator(norm) != "batch_norm" or norm.args[3] is None:
         norm = None
     mean = norm.args[3] if norm else None
@@ -161,7 +177,19 @@ def _layer(graph: Graph, node: Node, name: str, module: nn.Module) -> Layer:
     if reader is not None and _operator(reader) in _SUMS and not reader.kwargs:
         others = [operand for operand in reader.args if isinstance(operand, Node) and operand is not last]
         shortcut = others[0] if len(others) == 1 else None
-    return Layer(name, module, norm, graph.parameters[mean] if isinstance(mean, Node) else None, shortcut)
+        reader = _only_user(reader)
+    while reader is not None and _operator(reader).startswith("max_pool"):
+        reader = _only_user(reader)
+    rectified = reader is not None and _operator(reader) in {"relu", "relu_"}
+    return Layer(
+        name,
+        module,
+        norm,
+        graph.parameters[mean] if isinstance(mean, Node) else None,
+        shortcut,
+        rectified,
+        calls,
+    )
 
 
 def layer_values(
@@ -197,42 +225,91 @@ def layer_values(
     return {**values, own: old.index_copy(0, kept, change)}
 
 
-def _correlate(
-    walk: Walk, node: Node, layer: Layer, cut: Cut | None, rows_per_input: int
-) -> Correlations | None:
-    """Correlations of a layer over all batches; None for a layer that neither lost nor reads anything new."""
+def _refit_layer(walk, node, layer, cut, fit, intercept, rows_per_input, passes, seed):
     read = node.args[0]
     assert isinstance(read, Node)
-    repaired = layer.shortcut is not None and layer.shortcut in walk.wide and walk.differs(layer.shortcut)
+    present = layer.shortcut is not None and layer.shortcut in walk.wide
+    repaired = present and walk.differs(layer.shortcut)
     inputs, kept = _kept(layer.module, cut)
     if not repaired and not walk.differs(read) and len(inputs) == _kept(layer.module, None)[0].numel():
         return None
-    total = sum(positions(layer.module, y) for y in walk.wide[node])
-    share = rows_per_input * len(inputs) * taps(layer.module) / total
-    random = torch.Generator().manual_seed(0)
     sums = None
-    for b in walk.batches:
-        y = walk.wide[node][b]
-        target = y + _lost(walk, layer, b) if repaired else y
-        chosen = _choice(positions(layer.module, y), share, random)
-        x = walk.slim[read][b].index_select(-1 if isinstance(layer.module, nn.Linear) else 1, inputs)
-        for read_rows, wanted in blocks(layer.module, x, target, chosen):
-            sums = sums or Sums.zeros(read_rows.shape[1], len(kept), x.device)
-            sums.add(read_rows, wanted[:, kept])
-    return sums.correlations() if sums else None
+
+    def rows():
+        total = sum(positions(layer.module, y) for y in walk.wide[node])
+        share = rows_per_input * len(inputs) * taps(layer.module) / total
+        random = torch.Generator().manual_seed(seed)
+        dim = -1 if isinstance(layer.module, nn.Linear) else 1
+        for b in walk.batches:
+            y = walk.wide[node][b]
+            target = y + _lost(walk, layer, b) if repaired else y
+            if present:
+                target = torch.cat([target, walk.slim[layer.shortcut][b]], dim)
+            chosen = _choice(positions(layer.module, y), share, random)
+            x = walk.slim[read][b].index_select(dim, inputs)
+            for read_rows, wanted in blocks(layer.module, x, target, chosen):
+                h = y.shape[dim]
+                yield read_rows, wanted[:, :h][:, kept], wanted[:, h:][:, kept] if present else None
+
+    for x, y, _ in rows():
+        sums = sums or Sums.zeros(x.shape[1], len(kept), x.device)
+        sums.add(x, y)
+    corr = sums.correlations()
+    M, bias = fit(layer.name, corr, intercept)
+    if not layer.rectified or (layer.shortcut is not None and not present):
+        return M, bias
+    gain, shift = _affine(walk, layer)
+    from dataclasses import replace
+
+    for _ in range(passes):
+        yx = torch.zeros(*M.shape, dtype=torch.float64)
+        ys = torch.zeros(len(M), dtype=torch.float64)
+        Mt = torch.as_tensor(M)
+        bt = torch.as_tensor(bias) if bias is not None else 0.0
+        for x, y, s in rows():
+            x = x.double()
+            y = y.double()
+            fitted = x @ Mt.T + bt
+            if gain is not None:
+                g, c = gain[kept].double(), shift[kept].double()
+                usable = g.abs() > 1e-3 * g.abs().max()
+                g = torch.where(usable, g, 1.0)
+            else:
+                g, c, usable = (
+                    torch.ones(len(kept)).double(),
+                    torch.zeros(len(kept)).double(),
+                    torch.ones(len(kept)).bool(),
+                )
+            tau = -(c + (0 if s is None else s.double())) / g
+            off = (y - tau) * g <= 0
+            clamped = torch.where(
+                g > 0,
+                torch.minimum(fitted, tau.expand_as(fitted)),
+                torch.maximum(fitted, tau.expand_as(fitted)),
+            )
+            t = torch.where(off & usable, clamped, y)
+            yx.addmm_(t.T, x)
+            ys += t.sum(0)
+        M, bias = fit(layer.name, replace(corr, yx=yx.numpy(), y_sum=ys.numpy()), intercept)
+    return M, bias
+
+
+def _affine(walk, layer):
+    if layer.norm is None:
+        return None, None
+    _, weight, bias, mean, variance, _, _, eps, *_ = layer.norm.args
+    gain = torch.rsqrt(walk.fixed[variance] + eps)
+    gain = gain if weight is None else gain * walk.fixed[weight]
+    return gain, (0 if bias is None else walk.fixed[bias]) - walk.fixed[mean] * gain
 
 
 def _lost(walk: Walk, layer: Layer, b: int) -> Tensor:
     """What to add to a layer's output, so that its branch makes up for what the shortcut has lost."""
     assert layer.shortcut is not None
     lost: Tensor = walk.wide[layer.shortcut][b] - walk.slim[layer.shortcut][b]
-    if layer.norm is None:
+    gain, _ = _affine(walk, layer)
+    if gain is None:
         return lost
-    weight, variance = (
-        walk.fixed[node] if isinstance(node, Node) else None for node in layer.norm.args[1:5:3]
-    )
-    assert variance is not None
-    gain = torch.rsqrt(variance + layer.norm.args[7]) * (1.0 if weight is None else weight)
     # A channel that the norm all but silences cannot be corrected through it.
     usable = gain.abs() > 1e-3 * gain.abs().max()
     return lost * _along_channels(torch.where(usable, 1 / torch.where(usable, gain, 1.0), 0.0), lost)

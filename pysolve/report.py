@@ -1,0 +1,121 @@
+"""What a compression did, in numbers that print and that go into files."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+MEASURES = ("params", "macs", "bytes")
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """What happened to one site.
+
+    Parameters
+    ----------
+    name : str
+    channels, kept : int
+    error : float
+        E‖y − M x‖² / E‖y‖² of its readers, refitted on the original's inputs, mean over readers.
+    predicted, measured : float
+        Divergence of the network's outputs with this site alone compressed: from the curve that the budget
+        used, and measured at the size it chose.
+    seconds : float
+        Spent on choosing its channels and measuring its curve.
+    pinned : str, optional
+        Why it could not shrink.
+    """
+
+    name: str
+    channels: int
+    kept: int
+    error: float = 0.0
+    predicted: float = 0.0
+    measured: float = 0.0
+    seconds: float = 0.0
+    pinned: str | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compression did.
+
+    Parameters
+    ----------
+    before, after : {"params", "macs", "bytes": int}
+        Costs of the two networks; MACs for one sample.
+    sites : tuple of SiteReport
+    divergence : float
+        Of the compressed network's outputs from the original's, on samples held back.
+    samples, held : int
+        Samples that the refit used and that the divergence was measured on.
+    score_before, score_after : float, optional
+        What ``evaluate`` gave for the two networks.
+    retrained : float, optional
+        What it gave after retraining.
+    seconds : {stage: float}
+    notes : tuple of str
+        What else the user should know.
+    """
+
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+    sites: tuple[SiteReport, ...]
+    divergence: float
+    samples: int
+    held: int
+    score_before: float | None = None
+    score_after: float | None = None
+    retrained: float | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def share(self, measure: str) -> float:
+        """What is left of a measure, as a share of the original's."""
+        return self.after[measure] / self.before[measure] if self.before[measure] else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, strings, lists and dictionaries."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        lines = [_costs(self), *_scores(self), "", *_site_lines(self.sites)]
+        lines += [f"Note: {note}" for note in self.notes]
+        total = sum(self.seconds.values())
+        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
+        return "\n".join([*lines, f"{total:.1f} s: {stages}"])
+
+
+def _costs(report: Report) -> str:
+    labels = {"params": "parameters", "macs": "MACs", "bytes": "bytes"}
+    return "\n".join(
+        f"{labels[measure]:<11}{report.before[measure]:>15,} → {report.after[measure]:>13,}"
+        f"{100 * report.share(measure):>8.1f} %"
+        for measure in MEASURES
+    )
+
+
+def _scores(report: Report) -> list[str]:
+    lines = [f"divergence {report.divergence:.4g} on {report.held} samples held back of {report.samples}"]
+    if report.score_before is not None and report.score_after is not None:
+        retrained = "" if report.retrained is None else f", retrained {report.retrained:.2f}"
+        lines.append(f"score      {report.score_before:.2f} → {report.score_after:.2f}{retrained}")
+    return lines
+
+
+def _site_lines(sites: tuple[SiteReport, ...]) -> list[str]:
+    width = min(60, max((len(site.name) for site in sites), default=4))
+    lines = [f"{'site':<{width}}  {'kept':>11}  {'error':>8}  {'predicted':>9}  {'measured':>8}  {'s':>5}"]
+    for site in sites:
+        name = site.name if len(site.name) <= width else site.name[: width - 1] + "…"
+        kept = f"{site.kept}/{site.channels}"
+        if site.pinned is not None:
+            lines.append(f"{name:<{width}}  {kept:>11}  {site.pinned}")
+            continue
+        lines.append(
+            f"{name:<{width}}  {kept:>11}  {site.error:>8.2%}  {site.predicted:>9.2g}  {site.measured:>8.2g}"
+            f"  {site.seconds:>5.2f}"
+        )
+    return lines

@@ -1,0 +1,196 @@
+"""One pass over the data, and all that it tells: what could shrink, by which channels, and at what harm."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping, Sequence, Sized
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.fx import Node
+from tqdm.auto import tqdm
+
+from pysolve.choice import Choice, choose, harm_curve, site_problem
+from pysolve.correlations import Array, Correlations
+from pysolve.errors import DataError, PysolveError
+from pysolve.nn.calibration import Calibration, free_memory, hint, room_for, samples_in
+from pysolve.nn.divergence import Divergence, mean_divergence, run
+from pysolve.nn.export import Graph, trace
+from pysolve.nn.gather import gather
+from pysolve.nn.lockstep import Layer, find_layers
+from pysolve.nn.rows import channels, taps
+from pysolve.nn.sites import find_sites
+from pysolve.offline import cuts_of, reader_values, refit_readers
+from pysolve.plan import Indices, Site
+
+# Rows (samples × positions) to gather for a layer, as a multiple of its inputs.
+ROWS_PER_INPUT = 60
+# Errors, as shares of the outputs' energy, at which the harm of shrinking a site is measured.
+PROBED_ERRORS = (0.003, 0.02, 0.1, 0.3)
+
+
+@dataclass(frozen=True, eq=False)
+class Study:
+    """What one pass over the data tells of a network.
+
+    Parameters
+    ----------
+    model : nn.Module
+        The original.
+    graph : Graph
+    layers : {name: Layer}
+    sites, free : list of Site
+        All sites, and those of them that can shrink.
+    correlations : {reader: Correlations}
+        Of the free sites' readers.
+    choices, curves, spent : lists
+        Of each free site: what to keep, the divergence to expect at every size, and seconds spent.
+    calibration : Calibration
+    originals : list
+        The original's outputs on the samples held back.
+    divergence : callable
+    seconds : {stage: float}
+    """
+
+    model: nn.Module
+    graph: Graph | None
+    layers: Mapping[str, Layer]
+    sites: Sequence[Site]
+    free: Sequence[Site]
+    correlations: Mapping[str, Correlations]
+    choices: list[Choice]
+    curves: list[Array]
+    spent: list[float]
+    calibration: Calibration
+    originals: Sequence[Any]
+    divergence: Divergence
+    seconds: Mapping[str, float]
+
+
+def study(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    select: str,
+    ignore: Sequence[str],
+    sites: Sequence[Site] | None,
+    divergence: Divergence,
+    memory: int | None,
+    progress: bool,
+) -> Study:
+    """Trace the network, find its sites, gather their readers' correlations, and measure what shrinking does.
+
+    Parameters
+    ----------
+    As ``pysolve.compress`` has them.
+    """
+    clock = Clock()
+    first, batches = _peek(batches)
+    graph, nodes, sites = _traced(model, first, sites, ignore)
+    layers = {layer.name: layer for layer in nodes.values()}
+    free = [site for site in sites if site.pinned is None]
+    clock.stage("find")
+    readers = list(dict.fromkeys(reader for site in free for reader in site.readers))
+    limit = (
+        room_for(graph, first, free_memory() if memory is None else memory) if graph else samples_in(first)
+    )
+    calibration = Calibration(limit)
+    correlations: dict[str, Correlations] = {}
+    if readers:
+        shares = _shares(nodes, readers, samples_in(first), batches)
+        stream = calibration.stream(batches)
+        correlations = gather(model, stream, layers=readers, positions=shares, progress=progress)
+    clock.stage("gather")
+    originals = list(run(model, calibration.held))
+    found = Study(
+        model, graph, layers, sites, free, correlations, [], [], [], calibration, originals, divergence, {}
+    )
+    for s in tqdm(range(len(free)), "measure", unit="site", disable=None if progress else True):
+        start = time.perf_counter()
+        found.choices.append(_choose(found, s, select))
+        found.curves.append(_measured_curve(found, s))
+        found.spent.append(time.perf_counter() - start)
+    clock.stage("measure")
+    return replace(found, seconds=clock.seconds)
+
+
+def harm(found: Study, s: int, kept: Indices) -> float:
+    """Divergence with free site s alone reduced to the kept channels, its readers refitted."""
+    site, keep = [found.free[s]], [kept]
+    fits = refit_readers(site, keep, found.layers, found.correlations)
+    cuts = cuts_of(site, keep, found.layers)
+    values = reader_values(found.model.state_dict(), cuts, found.layers, fits)
+    held = found.calibration.held
+    outputs = run(found.model, held, values)
+    return mean_divergence(found.originals, outputs, [*map(samples_in, held)], found.divergence)
+
+
+def _choose(found: Study, s: int, select: str) -> Choice:
+    site = found.free[s]
+    widths = {name: channels(found.layers[name].module)[0] for name in site.readers}
+    return choose(site, site_problem(site, found.correlations, widths), select)
+
+
+def _measured_curve(found: Study, s: int) -> Array:
+    choice = found.choices[s]
+    K = choice.site.channels
+    sizes = {int(np.clip(np.searchsorted(-choice.error, -share), 1, K - 1)) for share in PROBED_ERRORS}
+    return harm_curve(choice, sorted(sizes), [harm(found, s, choice.keep(k)) for k in sorted(sizes)])
+
+
+def _peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
+    """The first batch, and all of them."""
+    if isinstance(batches, Tensor | Mapping):
+        kind = type(batches).__name__
+        raise TypeError(f"batches must be an iterable of batches, got one {kind}: wrap it in a list.")
+    if isinstance(batches, Sequence):
+        if not batches:
+            raise DataError("there are no batches: expected at least one.")
+        return batches[0], batches
+    iterator = iter(batches)
+    for first in iterator:
+        # An iterator is used up by looking at it; a loader begins again.
+        return first, chain([first], iterator) if iterator is batches else batches
+    raise DataError("there are no batches: expected at least one. Was a generator used up before?")
+
+
+def _traced(
+    model: nn.Module, first: Any, sites: Sequence[Site] | None, ignore: Sequence[str]
+) -> tuple[Graph | None, dict[Node, Layer], Sequence[Site]]:
+    if sites is None:
+        graph = trace(model, first)
+        return graph, find_layers(graph, model), find_sites(model, first, ignore=ignore)
+    try:
+        graph = trace(model, first)
+    except PysolveError:
+        return None, {}, list(sites)
+    return graph, find_layers(graph, model), list(sites)
+
+
+def _shares(
+    nodes: Mapping[Node, Layer], readers: Sequence[str], n: int, batches: Iterable[Any]
+) -> dict[str, float]:
+    """Which part of its positions each layer is to be gathered over."""
+    total = n * (len(batches) if isinstance(batches, Sized) else 10)
+    shares = dict.fromkeys(readers, 1.0)
+    for node, layer in nodes.items():
+        if layer.name in shares:
+            inputs, outputs = channels(layer.module)
+            rows = hint(node.meta["val"].numel()) // outputs / n * total
+            shares[layer.name] = min(1.0, ROWS_PER_INPUT * inputs * taps(layer.module) / rows)
+    return shares
+
+
+class Clock:
+    """Seconds that stages took, one after the other."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def stage(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name], self.last = now - self.last, now
