@@ -28,11 +28,12 @@ from pysolve.solvers import (
 
 if TYPE_CHECKING:
     from pysolve.nn.gather import gather
+    from pysolve.nn.inspect import inspect
     from pysolve.nn.surgery import apply
 
 __version__ = "0.1.0"
 
-_NEEDS_TORCH = {"gather": "pysolve.nn.gather", "apply": "pysolve.nn.surgery"}
+_NEEDS_TORCH = {"gather": "pysolve.nn.gather", "inspect": "pysolve.nn.inspect", "apply": "pysolve.nn.surgery"}
 
 __all__ = [
     "Certificate",
@@ -54,6 +55,7 @@ __all__ = [
     "elimination_path",
     "fista",
     "gather",
+    "inspect",
     "lam_for_groups",
     "lam_max",
     "newton",

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "pysolve"
 ROWS = [
     {"cli"},
     {"demo"},
-    {"compress"},
+    {"compress", "nn.inspect"},
     {"nn.sites", "nn.costs", "report"},
     {"plots", "nn.gather", "nn.surgery", "nn.evaluate", "nn.lockstep"},
     {"nn.train", "nn.verify", "nn.labels", "nn.rows", "nn.values"},

@@ -1,0 +1,152 @@
+"""What of a network can shrink and what that could save, before any work starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import takewhile
+from operator import eq
+from textwrap import wrap
+from typing import Any
+
+from torch import nn
+
+from pysolve.budget import Costs
+from pysolve.nn.costs import cost_model
+from pysolve.nn.sites import find_sites
+from pysolve.plan import Site
+
+# Characters of a line of the table, and of a site's name in it.
+_LINE, _NAME = 110, 52
+
+
+@dataclass(frozen=True)
+class SiteRow:
+    """One site of a network.
+
+    Parameters
+    ----------
+    name : str
+    channels : int
+    writers, readers : tuple of str
+        Names of the layers.
+    params, macs : float, optional
+        Share of the network's that would be saved if all channels of the site went; None when pinned.
+    pinned : str, optional
+        Why its channels cannot be removed.
+    """
+
+    name: str
+    channels: int
+    writers: tuple[str, ...]
+    readers: tuple[str, ...]
+    params: float | None
+    macs: float | None
+    pinned: str | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What of a network can shrink; as text, a table.
+
+    Parameters
+    ----------
+    rows : tuple of SiteRow
+    params, macs, bytes : int
+        Of the network, MACs for one sample.
+    """
+
+    rows: tuple[SiteRow, ...]
+    params: int
+    macs: int
+    bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, strings, sequences and dictionaries, for JSON."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        width = min(_NAME, max((len(row.name) for row in self.rows), default=0))
+        width = max(width, len("cannot shrink"))
+        lines = [f"{self.params:,} parameters, {self.macs:,} MACs a sample, {self.bytes:,} bytes"]
+        lines += _free_lines([row for row in self.rows if row.pinned is None], width)
+        lines += _pinned_lines([row for row in self.rows if row.pinned is not None], width)
+        return "\n".join(lines)
+
+
+def inspect(
+    model: nn.Module, example_inputs: Any, *, sites: Sequence[Site] | None = None, ignore: Iterable[str] = ()
+) -> Inspection:
+    """Tell which channels of a network could be removed, what that could save, and why others must stay.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Is not changed.
+    example_inputs : one batch
+        A tensor, a tuple or list whose first item is the input, or a mapping of keyword arguments.
+    sites : sequence of Site, optional
+        By default all that ``find_sites`` finds.
+    ignore : iterable of str
+        Layers whose channels must stay, for ``find_sites``.
+
+    Returns
+    -------
+    Inspection
+        Prints as a table.
+    """
+    found = list(find_sites(model, example_inputs, ignore=ignore) if sites is None else sites)
+    costs = cost_model(model, found, example_inputs)
+    rows = tuple(_row(site, costs, s) for s, site in enumerate(found))
+    return Inspection(rows, *(round(costs.original[measure]) for measure in ("params", "macs", "bytes")))
+
+
+def _row(site: Site, costs: Costs, s: int) -> SiteRow:
+    kept, total = costs.channels.copy(), costs.original
+    kept[s] = 0
+    left = costs.cost(kept)
+
+    def saved(measure: str) -> float | None:
+        if site.pinned is not None:
+            return None
+        return 1.0 - left[measure] / total[measure] if total[measure] else 0.0
+
+    return SiteRow(
+        site.name, site.channels, site.writers, site.readers, saved("params"), saved("macs"), site.pinned
+    )
+
+
+def _free_lines(rows: Sequence[SiteRow], width: int) -> list[str]:
+    """Sites that can shrink, with their shares."""
+    if not rows:
+        return ["", "no channels can be removed"]
+    lines = [f"{'can shrink':<{width}}  channels    params      MACs"]
+    for row in rows:
+        shares = "".join(f"{100 * (share or 0.0):>8.1f} %" for share in (row.params, row.macs))
+        lines.append(f"{_short(row.name, width):<{width}}  {row.channels:>8,}{shares}")
+    return ["", *lines, "params, MACs: the share that would go with all channels of the site"]
+
+
+def _pinned_lines(rows: Sequence[SiteRow], width: int) -> list[str]:
+    """Sites that cannot shrink, with their reasons wrapped beside them."""
+    lines = ["", f"{'cannot shrink':<{width}}  channels  because"] if rows else []
+    for row in rows:
+        lead = f"{_short(row.name, width):<{width}}  {row.channels:>8,}  "
+        first, *rest = wrap(row.pinned or "", _LINE - len(lead)) or [""]
+        lines += [lead + first, *(" " * len(lead) + line for line in rest)]
+    return lines
+
+
+def _short(name: str, width: int) -> str:
+    """A name in at most ``width`` characters: without the blocks that both layers lie in, or only ends."""
+    if len(name) <= width:
+        return name
+    writer, _, reader = name.partition(" → ")
+    shared = sum(takewhile(bool, map(eq, writer.split("."), reader.split("."))))
+    if shared:
+        reader = ".".join(["…", *reader.split(".")[shared:]])
+    half = (width - 3) // 2
+    # A side that is short leaves its room to the other.
+    room = max(half, width - 3 - len(reader)), max(half, width - 3 - len(writer))
+    sides = zip((writer, reader), room, strict=True)
+    return " → ".join(side if len(side) <= most else "…" + side[1 - most :] for side, most in sides)
