@@ -35,9 +35,13 @@ _NAMED = 5
 def apply(model: nn.Module, plan: Plan, *, probe: Any = None) -> nn.Module:
     """Make the smaller network that a plan describes; the original is never changed.
 
-    Takes over the plan's new values; then readers lose the columns of the channels that go, writers and
-    passed layers the rows. All steps speak of the original network: a layer may read and write several
-    sites, or one site both ways.
+    New values come first; then readers lose the columns of the channels that go, writers and passed layers
+    the rows. All steps speak of the original network: a layer may read and write several sites, or one site
+    both ways; a layer under several names is cut once.
+
+    Writers may be Linear, convolutions of any kind and Embedding; readers all of these but Embedding; passed
+    layers grouped and depthwise convolutions, batch, instance and group norms, PReLU, and constant padding
+    of the channel dimension. Of grouped layers whole groups go, or as many channels from each.
 
     Parameters
     ----------
@@ -56,7 +60,10 @@ def apply(model: nn.Module, plan: Plan, *, probe: Any = None) -> nn.Module:
     Raises
     ------
     CollapseError
-        When the plan does not fit the network, or the probe tells the two networks apart.
+        When the plan does not fit the network, by name and before anything is copied, or when the probe
+        tells the two networks apart: names the steps that make the difference.
+    LayerNotFoundError
+        When the network has no layer of a name in the plan.
     """
     cuts, values = _checked(model, plan)
     smaller, layers = _copy(model, values)
@@ -71,7 +78,7 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy as wide as the original that ignores the channels a plan removes: what ``apply`` must equal.
 
     The plan's new values are in place, and the weights of all readers are zero for the channels that go;
-    writers and passed layers stay as they are.
+    writers and passed layers stay as they are. Raises what ``apply`` does, but runs nothing.
     """
     cuts, values = _checked(model, plan)
     wide, layers = _copy(model, values)

@@ -45,7 +45,7 @@ def new_values(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
         owner, _, leaf = name.rpartition(".")
         tensor = _checked(f"new value of {name}", value, shape, dtype)
         first = places.setdefault((find_layer(model, owner), leaf), name)
-        if not torch.equal(values.get(first, tensor), tensor):
+        if first in values and not torch.equal(values[first], tensor):
             both = name if first == name else f"{first} and {name}, which are one tensor"
             raise CollapseError(f"the plan gives two different values for {both}: give one.")
         values[name] = tensor
@@ -113,6 +113,10 @@ def _checked(what: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) 
     if given.shape != shape:
         raise CollapseError(f"the {what} must have shape {shape}, got {tuple(given.shape)}.")
     rounded = given.to(dtype)
-    if not bool((rounded if dtype.is_floating_point else given).isfinite().all()):
+    # The two extremes are NaN where any number is; they need no second array as large as the weight.
+    extremes = (
+        torch.stack((rounded if dtype.is_floating_point else given).aminmax()) if given.numel() else given
+    )
+    if not bool(extremes.isfinite().all()):
         raise CollapseError(f"the {what} are not finite in {dtype}.")
     return rounded
