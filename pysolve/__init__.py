@@ -29,11 +29,17 @@ from pysolve.solvers import (
 if TYPE_CHECKING:
     from pysolve.nn.gather import gather
     from pysolve.nn.inspect import inspect
+    from pysolve.nn.sites import find_sites
     from pysolve.nn.surgery import apply
 
 __version__ = "0.1.0"
 
-_NEEDS_TORCH = {"gather": "pysolve.nn.gather", "inspect": "pysolve.nn.inspect", "apply": "pysolve.nn.surgery"}
+_NEEDS_TORCH = {
+    "gather": "pysolve.nn.gather",
+    "inspect": "pysolve.nn.inspect",
+    "apply": "pysolve.nn.surgery",
+    "find_sites": "pysolve.nn.sites",
+}
 
 __all__ = [
     "Certificate",
@@ -53,6 +59,7 @@ __all__ = [
     "certify",
     "debias",
     "elimination_path",
+    "find_sites",
     "fista",
     "gather",
     "inspect",

@@ -13,9 +13,13 @@ ROWS = [
     {"demo"},
     {"compress", "nn.inspect"},
     {"nn.sites", "nn.costs", "report"},
+    {"nn.trial"},
     {"plots", "nn.gather", "nn.surgery", "nn.evaluate", "nn.lockstep"},
     {"nn.train", "nn.verify", "nn.labels", "nn.rows", "nn.values"},
-    {"nn.export", "nn.loop", "nn.slicing", "nn.windows"},
+    {"nn.layer_rules"},
+    {"nn.operators"},
+    {"nn.calls"},
+    {"nn.export", "nn.classes", "nn.loop", "nn.slicing", "nn.windows"},
     {"nn.network", "nn.zoo"},
     # torch begins above this line
     {"selection"},
@@ -27,7 +31,7 @@ ROWS = [
     {"image_files"},
     {"errors", "_core"},
 ]
-TORCH_FREE = set().union(*ROWS[8:])
+TORCH_FREE = set().union(*ROWS[12:])
 EXEMPT = {"__init__", "__main__", "nn.__init__"}
 
 

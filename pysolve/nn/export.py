@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import logging
+import re
+import traceback
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +21,11 @@ from torch.utils import _pytree as pytree
 
 from pysolve.errors import PysolveError
 from pysolve.nn.network import arguments, evaluating
+
+_TORCH = Path(torch.__file__).parent
+_PACKAGE = Path(__file__).parent.parent
+# A frame of a stack trace: file, line, and its code where that is known.
+_FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*(?:\n(?!\s*File ")(.*))?')
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,13 +91,23 @@ def trace(model: nn.Module, batch: Any) -> Graph:
 
 def where(node: Node) -> str:
     """The line of the network's code that a node comes from: ``file:line: code``."""
-    lines = [line.strip() for line in (node.stack_trace or "").strip().splitlines()]
-    places = [i for i, line in enumerate(lines) if line.startswith("File ") and "/torch/nn/" not in line]
-    if not places:
-        return str(node.target)
-    file, line = lines[places[-1]].split('"')[1], lines[places[-1]].split("line ")[1].split(",")[0]
-    code = lines[places[-1] + 1] if places[-1] + 1 < len(lines) else ""
-    return f"{file.rpartition('/')[2]}:{line}: {code}".removesuffix(": ")
+    frames = _FRAME.findall(node.stack_trace or "")
+    for file, line, code in reversed(frames):
+        if not _of_torch(file):
+            return f"{Path(file).name}:{line}: {code.strip()}".removesuffix(": ")
+    stack = [*node.meta.get("nn_module_stack", {}).values()]
+    return f"layer {stack[-1][0]}" if stack and stack[-1][0] else str(node.target)
+
+
+def code_line(error: BaseException) -> str:
+    """The innermost line outside of torch that an error comes from, in brackets; nothing if there is none."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _of_torch(frame.filename)]
+    inner = [frame for frame in frames if not frame.filename.startswith((str(_PACKAGE), "<"))]
+    return f" ({Path(inner[-1].filename).name}:{inner[-1].lineno}: {inner[-1].line})" if inner else ""
+
+
+def _of_torch(file: str) -> bool:
+    return file.startswith(str(_TORCH))
 
 
 def _export(model: nn.Module, args: Any, kwargs: Any) -> ExportedProgram:
@@ -98,23 +119,30 @@ def _export(model: nn.Module, args: Any, kwargs: Any) -> ExportedProgram:
     problem: Exception | None = None
     for attempt in (dynamic, None):
         try:
-            return torch.export.export(model, args, kwargs, dynamic_shapes=attempt, strict=False)
+            with _quiet():
+                return torch.export.export(model, args, kwargs, dynamic_shapes=attempt, strict=False)
+        # torch.export lets through whatever the network's code raises.
         except Exception as error:
             problem = error
-    raise PysolveError(f"{type(model).__name__} cannot be traced: {_summary(problem)}") from problem
+    assert problem is not None
+    what = next(filter(None, map(str.strip, str(problem).splitlines())), repr(problem)).rstrip(".")
+    raise PysolveError(
+        f"{type(model).__name__} cannot be traced{code_line(problem)}: {what}. Take out what depends on values "
+        "or leaves torch, or give a list of Site, written by hand, instead."
+    ) from problem
 
 
-def _summary(problem: Exception | None) -> str:
-    """What went wrong in one line, and in which line of the network's code."""
-    lines = [line.strip() for line in str(problem).splitlines() if line.strip()]
-    trail = problem.__traceback__ if problem else None
-    place = ""
-    while trail:
-        file = trail.tb_frame.f_code.co_filename
-        if "/torch/" not in file and not file.startswith("<") and not __file__.endswith(file):
-            place = f" ({file.rpartition('/')[2]}:{trail.tb_lineno})"
-        trail = trail.tb_next
-    return (lines[0] if lines else repr(problem)) + place
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No prints, warnings and log messages from tracing: what goes wrong is in the error."""
+    level = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(level)
 
 
 def _at_least_two(batch: Any) -> Any:

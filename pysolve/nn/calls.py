@@ -1,0 +1,162 @@
+"""One operator call of a network, with labels in the place of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Node
+
+from pysolve.nn.classes import Ledger, complete, labelled, squashed
+from pysolve.nn.export import where
+
+
+@dataclass(frozen=True, eq=False)
+class Network:
+    """What rules need to know about the network, and what they find out.
+
+    Parameters
+    ----------
+    modules : {str: Module}
+        Under all their names.
+    names : {Module: str}
+        The first name of each.
+    state : {str: Tensor}
+        Parameters and buffers.
+    ties : {Module: str}
+        For a module that shares values with another one, their name there.
+    parameters : {Node: str}
+        State-dict names of the nodes that stand for parameters and buffers; grows with inner graphs.
+    opaque : {Node: str}
+        Operators that have no rule, and their names.
+    elsewhere : {layer: str}
+        Layers whose parameters are used outside of them, and where.
+    ledger : Ledger
+    """
+
+    modules: Mapping[str, nn.Module]
+    names: Mapping[nn.Module, str]
+    state: Mapping[str, Tensor]
+    ties: Mapping[nn.Module, str]
+    parameters: dict[Node, str]
+    opaque: dict[Node, str] = field(default_factory=dict)
+    elsewhere: dict[str, str] = field(default_factory=dict)
+    ledger: Ledger = field(default_factory=Ledger)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One operator call, with labels where the network has tensors and numbers where it has sizes.
+
+    Parameters
+    ----------
+    node : Node
+    args, sources : {name: value}
+        Arguments by the names of the operator's schema, defaults included, and the nodes or values that the
+        graph has in their places.
+    given : (tuple, dict)
+        Positional and keyword arguments as they were given.
+    result : Tensor or list of Tensor
+        Labels of no channel in the shape of the result.
+    network : Network
+    """
+
+    node: Node
+    args: Mapping[str, Any]
+    sources: Mapping[str, Any]
+    given: tuple[tuple[Any, ...], Mapping[str, Any]]
+    result: Any
+    network: Network
+
+    @property
+    def name(self) -> str:
+        """The operator's name; in-place ones have that of the others."""
+        return operator_name(self.node)
+
+    @property
+    def first(self) -> Tensor:
+        """Labels of the first argument."""
+        value: Tensor = next(iter(self.args.values()))
+        return value
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.network.ledger
+
+    @property
+    def tensors(self) -> list[tuple[Tensor, Node]]:
+        """Labels of all tensor arguments, and their nodes."""
+        found: list[tuple[Tensor, Node]] = []
+        for name, value in self.args.items():
+            source = self.sources[name]
+            pairs = zip(value, source, strict=True) if isinstance(value, list | tuple) else [(value, source)]
+            found += [(one, node) for one, node in pairs if isinstance(one, Tensor)]
+        return found
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The innermost module whose forward makes this call."""
+        stack = [*self.node.meta.get("nn_module_stack", {}).values()]
+        return self.network.modules.get(stack[-1][0].partition("@")[0]) if stack else None
+
+    def says(self, text: str) -> str:
+        """A reason: what the operator does, and the line of the network's code."""
+        return f"{self.name} {text} ({where(self.node)})"
+
+    def opaque(self, reason: str) -> Any:
+        """Pin whatever goes in; what comes out has no channels."""
+        self.network.opaque[self.node] = self.name
+        for value, _ in self.tensors:
+            self.ledger.pin(value, reason)
+        return self.result
+
+
+def operator_name(node: Node) -> str:
+    """Name of an operator without namespace, overload and the underscore of in-place ones."""
+    schema = getattr(node.target, "_schema", None)
+    name = str(schema.name if schema else getattr(node.target, "__name__", node.target)).split("::")[-1]
+    return name if name.endswith("__") else name.removesuffix("_")
+
+
+def pointwise(call: Call) -> Tensor:
+    """Labels of an elementwise function of all tensor arguments."""
+    return meet(call, call.tensors)
+
+
+def meet(call: Call, operands: list[tuple[Tensor, Node]]) -> Tensor:
+    """Labels that meet become one; channels that meet values of none are free where these are broadcast."""
+    ndim = max((value.ndim for value, _ in operands), default=0)
+    wide = [value[(None,) * (ndim - value.ndim)] for value, _ in operands]
+    for fixed, (_, node) in zip(wide, operands, strict=True):
+        if not complete(fixed):
+            for value in wide:
+                if value is not fixed and labelled(value):
+                    _pin_fixed(call, value, fixed, node)
+    return call.ledger.unite(*(value for value, _ in operands))
+
+
+def _pin_fixed(call: Call, value: Tensor, fixed: Tensor, node: Node) -> None:
+    core = squashed(value)
+    dims = [dim for dim, size in enumerate(fixed.shape) if size > 1 and core.shape[dim] > 1]
+    if dims:
+        reason = f"{origin(call, node)} meets these channels directly ({where(call.node)})"
+        call.ledger.pin_varying(core, dims, reason, among=squashed(fixed) < 0)
+    schema = call.node.target._schema  # type: ignore[union-attr]
+    if schema.is_mutable and node is call.tensors[0][1]:
+        call.ledger.pin(value, call.says("writes them over values that have no channels"))
+
+
+def origin(call: Call, node: Node) -> str:
+    """What a value of no channel is, in words: the nearest parameter or operator without a rule before it."""
+    queue, seen = [node], {node}
+    for one in queue:
+        if one in call.network.parameters:
+            return f"the parameter `{call.network.parameters[one]}`"
+        if one in call.network.opaque:
+            return f"the result of {call.network.opaque[one]}"
+        new = [before for before in one.all_input_nodes if before not in seen]
+        seen.update(new)
+        queue.extend(new)
+    return "an input or constant"

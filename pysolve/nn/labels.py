@@ -1,0 +1,184 @@
+"""Channel labels run through a network's graph: which channels belong together, and what pins them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+from pysolve.nn import layer_rules, operators
+from pysolve.nn.calls import Call, Network, operator_name, pointwise
+from pysolve.nn.classes import Classes, labelled, lean, none
+from pysolve.nn.export import Graph, where
+from pysolve.nn.operators import Rule
+
+_RULES: dict[str, Rule] = {**operators.RULES, **layer_rules.RULES}
+_OF_LAYERS = set(layer_rules.RULES.values())
+# Operators that run a graph of their own as it is.
+_WRAPPERS = {"wrap_with_autocast", "wrap_with_set_grad_enabled", "tag_activation_checkpoint"}
+
+
+def label_channels(model: nn.Module, graph: Graph) -> Classes:
+    """Give every channel that a layer makes a label, and run the graph's operators on the labels.
+
+    Operators that move values move labels; elementwise ones make labels that meet one; what sums over
+    channels, or normalises them, makes all of these one; and what has no rule here pins the channels that
+    it reads.
+
+    Parameters
+    ----------
+    model : nn.Module
+    graph : Graph
+        Of the model.
+    """
+    network = _network(model, graph)
+    output = _run(graph.module, {}, network)
+    for value in pytree.tree_leaves(output):
+        if isinstance(value, Tensor):
+            network.ledger.pin(value, "the network's output")
+    for member in network.ledger.members.values():
+        if member.layer in network.elsewhere:
+            network.ledger.pin(member.labels, network.elsewhere[member.layer])
+    return network.ledger.resolve()
+
+
+def _network(model: nn.Module, graph: Graph) -> Network:
+    """What rules need to know about the network."""
+    state = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    modules = dict(model.named_modules(remove_duplicate=False))
+    ties: dict[nn.Module, str] = {}
+    owners: dict[int, str] = {}
+    for name, tensor in state.items():
+        # Pointer 0: nothing is stored, on the meta device for example.
+        other = owners.setdefault(tensor.data_ptr(), name) if tensor.data_ptr() else name
+        own, layer = (modules[one.rpartition(".")[0]] for one in (name, other))
+        if own is not layer:
+            ties.setdefault(own, other)
+            ties.setdefault(layer, name)
+    names = {module: name for name, module in model.named_modules()}
+    return Network(modules, names, state, ties, dict(graph.parameters))
+
+
+def _run(module: GraphModule, env: dict[Node, Any], network: Network) -> Any:
+    """Labels of a graph's output, from those of the placeholders that are known."""
+    for node in module.graph.nodes:
+        if node.op == "output":
+            return map_arg(node.args[0], env.__getitem__)
+        if node.op == "get_attr":
+            env[node] = getattr(module, str(node.target), None)
+        elif node not in env:
+            env[node] = _evaluate(node, env, network)
+    return None
+
+
+def _evaluate(node: Node, env: Mapping[Node, Any], network: Network) -> Any:
+    """Labels of one operator's result; numbers and other things are themselves."""
+    result = pytree.tree_map(_unlabelled, node.meta.get("val"))
+    result = list(result) if isinstance(result, tuple) else result
+    args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
+    if node.op == "placeholder" or result is None:
+        return result
+    if operator_name(node) in _WRAPPERS:
+        return _inside(node, args, network)
+    if operator_name(node) == "getitem" and isinstance(args[0], list | tuple):
+        position: Any = args[1]
+        return args[0][position]
+    if isinstance(node.target, HigherOrderOperator):
+        for value in pytree.tree_leaves((args, kwargs)):
+            if isinstance(value, Tensor):
+                network.ledger.pin(value, f"{operator_name(node)} is not understood ({where(node)})")
+    if not isinstance(node.target, OpOverload):
+        return result
+    call = _call(node, args, kwargs, result, network)
+    _note_uses(call)
+    return _checked(call)
+
+
+def _checked(call: Call) -> Any:
+    """What the operator's rule says, if it says something of the right shape; pinned if not."""
+    rule = _rule(call)
+    if rule not in _OF_LAYERS and not any(labelled(value) for value, _ in call.tensors):
+        return call.result
+    moves = isinstance(call.result, Tensor | list)
+    if not moves and call.name.startswith("sym_"):
+        return call.result
+    reason = call.says("is not understood")
+    if rule is None or not moves:
+        return call.opaque(reason)
+    try:
+        value = rule(call)
+    # Rules run torch's own operators on labels, and these refuse what they do not expect in many ways.
+    except (RuntimeError, TypeError, ValueError, LookupError):
+        return call.opaque(reason)
+    if _shapes(value) != _shapes(call.result):
+        return call.opaque(reason)
+    return [lean(one) for one in value] if isinstance(value, list | tuple) else lean(value)
+
+
+def _rule(call: Call) -> Rule | None:
+    target: Any = call.node.target
+    functional = getattr(torch.ops.aten, call.name, None)
+    same: Any = getattr(functional, target._overloadname, target)
+    if torch.Tag.pointwise in {*target.tags, *same.tags}:
+        return pointwise
+    return _RULES.get(call.name)
+
+
+def _call(node: Node, args: Any, kwargs: Any, result: Any, network: Network) -> Call:
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+
+    def bound(given: Any, named: Any) -> dict[str, Any]:
+        rest = {a.name: named.get(a.name, a.default_value) for a in schema[len(given) :]}
+        return {**{a.name: value for a, value in zip(schema, given, strict=False)}, **rest}
+
+    return Call(node, bound(args, kwargs), bound(node.args, node.kwargs), (args, kwargs), result, network)
+
+
+def _inside(node: Node, args: tuple[Any, ...], network: Network) -> Any:
+    """Labels of what a block of code under autocast or without gradients returns."""
+    position = next(i for i, one in enumerate(args) if isinstance(one, GraphModule))
+    inner: GraphModule = args[position]
+    placeholders = [one for one in inner.graph.nodes if one.op == "placeholder"]
+    for placeholder, outer in zip(placeholders, node.args[position + 1 :], strict=True):
+        if outer in network.parameters:
+            network.parameters[placeholder] = network.parameters[outer]  # type: ignore[index]
+    return _run(inner, dict(zip(placeholders, args[position + 1 :], strict=True)), network)
+
+
+def _note_uses(call: Call) -> None:
+    """Remember layers whose parameters are used outside of them."""
+    for node in call.node.all_input_nodes:
+        name = call.network.parameters.get(node)
+        owner = call.network.modules[name.rpartition(".")[0]] if name else None
+        if owner is not None and owner is not call.module:
+            layer = call.network.names[owner]
+            call.network.elsewhere[layer] = f"`{name}` is used outside of its layer ({where(call.node)})"
+
+
+def _unlabelled(value: Any) -> Any:
+    """No labels, in the shape that a traced value has on the example."""
+    if isinstance(value, Tensor):
+        sizes = [_hint(size) for size in value.shape]
+        return None if None in sizes else none(sizes)
+    return _hint(value)
+
+
+def _hint(value: Any) -> Any:
+    """A traced number on the example, None where it depends on data."""
+    symbolic = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
+    return value.node.hint if symbolic else value
+
+
+def _shapes(value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_shapes(one) for one in value]
+    return tuple(value.shape) if isinstance(value, Tensor) else None

@@ -1,0 +1,165 @@
+"""What layers do to labels: Linear layers and convolutions read and write them, norms pass them on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pysolve.nn.calls import Call
+from pysolve.nn.classes import along, lean, others, spread, squashed
+from pysolve.nn.operators import Rule
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
+_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
+
+
+def linear(call: Call) -> Any:
+    """Reads the last dimension and writes it."""
+    return _weighted(call, -1, (nn.Linear,))
+
+
+def convolution(call: Call) -> Any:
+    """Reads and writes the channel dimension, or passes whole groups of it on."""
+    return _weighted(call, 1 - call.args["weight"].ndim, _CONVOLUTIONS)
+
+
+def _weighted(call: Call, dim: int, kinds: tuple[type[nn.Module], ...]) -> Any:
+    layer = call.module
+    if not isinstance(layer, kinds):
+        return call.opaque(_stranger(call, layer))
+    name, x = call.network.names[layer], call.args["input"]
+    read, groups = _read(call, x, dim), call.args.get("groups", 1)
+    if groups == 1:
+        own = call.ledger.member(name, "readers", len(read))
+        call.ledger.unite(own, read)
+        rows = call.ledger.member(name, "writers", call.result.shape[dim])
+        made = torch.cat([own, rows])
+    else:
+        made = rows = call.ledger.member(name, "passed", call.result.shape[dim])
+        inputs, outputs = read.reshape(groups, -1), rows.reshape(groups, -1)
+        call.ledger.pin(outputs[(inputs < 0).any(1)], call.says("reads channels that are fixed"))
+        call.ledger.unite(outputs, inputs[:, :1])
+        call.ledger.mix(inputs, (1,), call.says("mixes the channels of a group"))
+    _pin_problem(call, layer, kinds, made)
+    return spread(rows, dim, call.result.shape)
+
+
+def _read(call: Call, x: Tensor, dim: int) -> Tensor:
+    """(n,) labels along one dimension of a value in which they must not vary otherwise."""
+    reason = call.says("finds channel labels that differ across positions")
+    call.ledger.pin_varying(x, others(x, dim), reason, wildcard=True)
+    return along(x, dim)
+
+
+def _stranger(call: Call, layer: nn.Module | None) -> str:
+    if layer is None or layer is call.network.modules[""]:
+        return call.says("runs outside of a layer of its own")
+    return call.says(f"is part of `{call.network.names[layer]}`, a {type(layer).__name__} as a whole")
+
+
+def _pin_problem(call: Call, layer: nn.Module, kinds: tuple[type[nn.Module], ...], labels: Tensor) -> None:
+    """Pin a layer that cannot be narrowed, and whatever its weight is made of."""
+    name = call.network.names[layer]
+    for value, _ in call.tensors[1:]:
+        call.ledger.pin(value, call.says("takes them for weights or positions"))
+    for part in ("weight", "bias", "running_mean", "running_var"):
+        source = call.sources.get(part)
+        stored = call.network.state.get(call.network.parameters.get(source, "")) if source else None
+        if source is not None and (stored is None or stored is not getattr(layer, part)):
+            return call.ledger.pin(labels, f"the {part} of `{name}` is computed from other values")
+    if type(layer) not in kinds:
+        plain = next(kind.__name__ for kind in kinds if isinstance(layer, kind))
+        call.ledger.pin(labels, f"`{name}` is a {type(layer).__name__}, not a plain {plain}")
+    if layer in call.network.ties:
+        tied = call.network.ties[layer]
+        call.ledger.pin(labels, f"`{name}` shares its values with `{tied}`")
+
+
+def embedding(call: Call) -> Any:
+    """Writes the last dimension."""
+    layer = call.module
+    if not isinstance(layer, nn.Embedding):
+        return call.opaque(_stranger(call, layer))
+    rows = call.ledger.member(call.network.names[layer], "writers", call.result.shape[-1])
+    _pin_problem(call, layer, (nn.Embedding,), rows)
+    return spread(rows, -1, call.result.shape)
+
+
+def channel_norm(call: Call) -> Any:
+    """Batch and instance norms, and PReLU: channel by channel."""
+    kinds = {"batch_norm": _BATCH_NORMS, "instance_norm": _INSTANCE_NORMS, "prelu": (nn.PReLU,)}[call.name]
+    if call.name == "prelu" and call.args["weight"].numel() == 1:
+        return call.first
+    _passed(call, call.first, kinds)
+    return call.first
+
+
+def group_norm(call: Call) -> Any:
+    """Mixes the channels of each group."""
+    x = call.first
+    blocks = _read(call, x, 1).reshape(call.args["num_groups"], -1)
+    call.ledger.mix(blocks, (1,), call.says("mixes the channels of a group"))
+    _passed(call, x, (nn.GroupNorm,))
+    return x
+
+
+def _passed(call: Call, x: Tensor, kinds: tuple[type[nn.Module], ...]) -> None:
+    """Tie the rows of the layer to the channels that pass it."""
+    layer, read = call.module, _read(call, x, 1)
+    if isinstance(layer, kinds):
+        rows = call.ledger.member(call.network.names[layer], "passed", len(read))
+        call.ledger.unite(rows, read)
+        _pin_problem(call, layer, kinds, rows)
+    elif len(call.tensors) > 1:
+        call.ledger.pin(x, _stranger(call, layer))
+
+
+def pad(call: Call) -> Any:
+    """New positions belong to the channels beside them; new channels are channels of their own."""
+    labels, sizes = call.first, call.args["pad"]
+    plain = call.args.get("mode", "constant") == "constant"
+    for i, pair in enumerate(zip(sizes[::2], sizes[1::2], strict=True)):
+        dim = labels.ndim - 1 - i
+        if not plain:
+            call.ledger.pin_varying(labels, (dim,), call.says("repeats these channels"))
+        if any(pair):
+            added = plain and squashed(labels).shape[dim] > 1 and min(pair) >= 0
+            labels = _channels_added(call, labels, dim, pair) if added else _grown(labels, dim, pair)
+    return labels
+
+
+def _grown(labels: Tensor, dim: int, pair: tuple[int, int]) -> Tensor:
+    """New places along one dimension take their neighbours' labels; negative padding crops."""
+    places = torch.arange(-pair[0], labels.shape[dim] + pair[1])
+    return lean(labels.index_select(dim, places.clamp(0, labels.shape[dim] - 1)))
+
+
+def _channels_added(call: Call, labels: Tensor, dim: int, pair: tuple[int, int]) -> Tensor:
+    """New channels: of the padding layer, which can add fewer, or fixed where code adds them."""
+    (front, back), layer = pair, call.module
+    last = 2 * (labels.ndim - dim)
+    if isinstance(layer, _PADS) and type(layer) in _PADS and not any(call.args["pad"][last:]):
+        rows = call.ledger.member(call.network.names[layer], "passed", front + back)
+    else:
+        rows = call.ledger.fresh(front + back)
+        call.ledger.pin(rows, call.says("adds channels"))
+    shape = list(labels.shape)
+    shape[dim] = front
+    first = spread(rows[:front], dim, shape)
+    shape[dim] = back
+    return torch.cat([first, labels, spread(rows[front:], dim, shape)], dim)
+
+
+_NAMES: tuple[tuple[Rule, str], ...] = (
+    (linear, "linear"),
+    (convolution, "convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"),
+    (embedding, "embedding"),
+    (channel_norm, "batch_norm instance_norm prelu"),
+    (group_norm, "group_norm"),
+    (pad, "pad constant_pad_nd"),
+)
+RULES: dict[str, Rule] = {name: rule for rule, names in _NAMES for name in names.split()}

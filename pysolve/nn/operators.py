@@ -1,0 +1,247 @@
+"""What operators on tensors do to labels: keep them, move them, make them one, or pin them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Node
+
+from pysolve.nn.calls import Call, meet, pointwise
+from pysolve.nn.classes import labelled, lean, squashed
+
+Rule = Callable[[Call], Any]
+
+
+def shape(call: Call) -> Any:
+    """Labels move as the values do."""
+    args, kwargs = call.given
+    return getattr(torch.ops.aten, call.name)(*args, **kwargs)
+
+
+def view(call: Call) -> Tensor:
+    """Labels need not lie in memory as the values do."""
+    return call.first.reshape(call.args["size"])
+
+
+def keep(call: Call) -> Tensor:
+    """Nothing happens to the first argument's labels."""
+    return call.first
+
+
+def cat(call: Call) -> Tensor:
+    """Side by side; values that only vary across the seam must stay equally wide."""
+    tensors = [(value, node) for value, node in call.tensors if value.ndim > 1 or value.numel()]
+    values = [value for value, _ in tensors]
+    dim = call.args["dim"] % values[0].ndim
+    flat = [(value, node) for value, node in tensors if squashed(value).shape[dim] == 1]
+    varied = [(v, node) for v, node in flat if squashed(v).numel() > 1 or not labelled(v)]
+    if varied:
+        meet(call, [(value.narrow(dim, 0, 1), node) for value, node in varied])
+    return torch.cat(values, dim)
+
+
+def stack(call: Call) -> Tensor:
+    """Values that are stacked must stay equally wide."""
+    meet(call, call.tensors)
+    return torch.stack(call.args["tensors"], call.args["dim"])
+
+
+def split(call: Call) -> Any:
+    """Equal pieces must stay equal: the first channels of all become one, the second ones, and so on."""
+    pieces = list(shape(call))
+    varied = squashed(call.first).shape[call.args["dim"]] > 1
+    if varied and len({piece.shape for piece in pieces}) == 1:
+        call.ledger.mix(torch.stack(pieces), (0,), call.says("cuts them into equal pieces"))
+    return pieces
+
+
+def glu(call: Call) -> Tensor:
+    """One half times a function of the other."""
+    halves = call.first.chunk(2, call.args["dim"])
+    return meet(call, [(half, call.sources["self"]) for half in halves])
+
+
+def reduction(call: Call) -> Any:
+    """Channels that are summed up are one."""
+    dims = _dims(call)
+    top = call.ledger.mix(call.first, dims, call.says("mixes these channels"))
+    if dims and not call.args.get("keepdim", False):
+        top = top.squeeze(dims)
+    return [top] * len(call.result) if isinstance(call.result, list) else top
+
+
+def mixture(call: Call) -> Any:
+    """Channels that are normalised, summed or sorted along a dimension are one."""
+    call.ledger.mix(call.first, _dims(call), call.says("mixes these channels"))
+    return [call.first] * len(call.result) if isinstance(call.result, list) else call.first
+
+
+def topk(call: Call) -> list[Tensor]:
+    """Any of the channels may end up anywhere."""
+    top = call.ledger.mix(call.first, _dims(call), call.says("mixes these channels"))
+    return [top.expand(result.shape) for result in call.result]
+
+
+def _dims(call: Call) -> tuple[int, ...]:
+    """Dimensions that an operator works along: all, when it names none."""
+    dims = call.args.get("dim")
+    if dims is None or dims == []:
+        return tuple(range(call.first.ndim))
+    return tuple(dim % max(call.first.ndim, 1) for dim in (dims if isinstance(dims, list) else [dims]))
+
+
+def last_norm(call: Call) -> Tensor:
+    """Layer and RMS norms: the last dimensions are one."""
+    dims = range(-len(call.args["normalized_shape"]), 0)
+    call.ledger.mix(call.first, tuple(dims), call.says("mixes these channels"))
+    return call.first
+
+
+def index(call: Call) -> Any:
+    """Positions may be picked by number; channels would be picked by the numbers that they have now."""
+    indices = call.args["indices"]
+    masks = [source for source in call.sources["indices"] if _is_mask(source)]
+    if masks:
+        return call.opaque(call.says("picks by a mask"))
+    dims = [dim for dim, one in enumerate(indices) if one is not None]
+    call.ledger.pin_varying(call.first, dims, call.says("picks channels by number"))
+    _pin_others(call)
+    zeros = [None if one is None else torch.zeros_like(one) for one in indices]
+    return torch.ops.aten.index(call.first, zeros)
+
+
+def _pin_others(call: Call) -> None:
+    for value, _ in call.tensors[1:]:
+        call.ledger.pin(value, call.says("takes them for positions"))
+
+
+def _is_mask(source: Any) -> bool:
+    return isinstance(source, Node) and source.meta["val"].dtype in (torch.bool, torch.uint8)
+
+
+def gather(call: Call) -> Tensor:
+    """As ``index``, along one dimension."""
+    dim = call.args["dim"]
+    call.ledger.pin_varying(call.first, (dim,), call.says("picks channels by number"))
+    _pin_others(call)
+    numbers = torch.zeros_like(call.args["index"])
+    if call.name == "index_select":
+        return call.first.index_select(dim, numbers)
+    return call.first.gather(dim, numbers)
+
+
+def pool(call: Call) -> Any:
+    """Pooling and resampling work along the last dimensions, where labels do not vary."""
+    digit = re.search("[123](?=d)", call.name)
+    dims = tuple(range(-int(digit[0]) if digit else 2 - call.first.ndim, 0))
+    _pin_others(call)
+    call.ledger.pin_varying(call.first, dims, call.says("mixes these channels"), wildcard=True)
+    top = call.first.amax(dims, keepdim=True)
+    several = isinstance(call.result, list)
+    spread = [top.expand(result.shape) for result in (call.result if several else [call.result])]
+    return spread if several else spread[0]
+
+
+def matmul(call: Call) -> Tensor:
+    """Rows times columns; what is summed over becomes one, in each row and column."""
+    (a, first), (b, second) = call.tensors
+    left = a[None] if a.ndim == 1 else a
+    right = b[:, None] if b.ndim == 1 else b
+    product = _contract(call, (left, first), (right.mT, second))
+    product = product.squeeze(-1) if b.ndim == 1 else product
+    return product.squeeze(-1 if b.ndim == 1 else -2) if a.ndim == 1 else product
+
+
+def _contract(call: Call, left: tuple[Tensor, Node], right: tuple[Tensor, Node]) -> Tensor:
+    """(…, n, m) labels of Σ_k left[…, n, k] right[…, m, k]."""
+    pair = [(lean(left[0]).unsqueeze(-2), left[1]), (lean(right[0]).unsqueeze(-3), right[1])]
+    return call.ledger.mix(meet(call, pair), (-1,), call.says("mixes these channels")).squeeze(-1)
+
+
+def biased_matmul(call: Call) -> Tensor:
+    """A sum of a value and a matrix product."""
+    bias, left, right = call.tensors
+    product = _contract(call, left, (right[0].mT, right[1]))
+    return meet(call, [bias, (product, left[1])])
+
+
+def attention(call: Call) -> Tensor:
+    """softmax(queries · keys + mask) · values, the queries of a group sharing keys and values."""
+    query, key, value = (call.args[name] for name in ("query", "key", "value"))
+    if call.args.get("enable_gqa"):
+        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+    scores = _contract(call, (query, call.sources["query"]), (key, call.sources["key"]))
+    if isinstance(call.args["attn_mask"], Tensor):
+        mask = (call.args["attn_mask"], call.sources["attn_mask"])
+        scores = meet(call, [(scores, call.sources["query"]), mask])
+    call.ledger.mix(scores, (-1,), call.says("mixes these channels"))
+    return _contract(call, (scores, call.sources["query"]), (value.mT, call.sources["value"]))
+
+
+def einsum(call: Call) -> Any:
+    """As ``matmul``, for equations that name every dimension of every operand once."""
+    terms, arrow, output = call.args["equation"].replace(" ", "").partition("->")
+    inputs = terms.split(",")
+    if not arrow or "." in terms or any(len(set(term)) < len(term) for term in (*inputs, output)):
+        return call.opaque(call.says("is not understood in this form"))
+    letters = output + "".join(sorted(set(terms) - {",", *output}))
+    aligned = []
+    for term, (value, node) in zip(inputs, call.tensors, strict=True):
+        order = [letter for letter in letters if letter in term]
+        value = value.permute([term.index(letter) for letter in order])
+        aligned.append((value[tuple(slice(None) if x in term else None for x in letters)], node))
+    summed = tuple(range(len(output), len(letters)))
+    mixed = call.ledger.mix(meet(call, aligned), summed, call.says("mixes these channels"))
+    return mixed.squeeze(summed) if summed else mixed
+
+
+_NAMES: tuple[tuple[Rule, str], ...] = (
+    (
+        shape,
+        "permute transpose t numpy_T movedim moveaxis swapaxes swapdims flatten unflatten unsqueeze squeeze",
+    ),
+    (
+        shape,
+        "slice select narrow expand broadcast_to repeat repeat_interleave tile unbind diagonal flip roll",
+    ),
+    (shape, "unfold reshape reshape_as atleast_1d atleast_2d atleast_3d"),
+    (view, "view _unsafe_view"),
+    (
+        keep,
+        "dropout feature_dropout alpha_dropout feature_alpha_dropout contiguous clone to _to_copy type_as",
+    ),
+    (keep, "detach alias lift_fresh lift_fresh_copy positive requires_grad fill zero bernoulli tril triu"),
+    (keep, "zeros_like ones_like full_like rand_like randn_like empty_like"),
+    # Elementwise, though torch does not tag them so.
+    (pointwise, "hardswish log_sigmoid where masked_fill relu6 threshold mish copy expand_as rsub negative"),
+    (pointwise, "absolute multiply subtract divide true_divide floor_divide __and__ __or__ __xor__"),
+    (
+        reduction,
+        "mean sum nansum nanmean amax amin max min prod var std var_mean std_mean norm any all median",
+    ),
+    (reduction, "linalg_vector_norm logsumexp argmax argmin count_nonzero nanmedian mode"),
+    (
+        mixture,
+        "softmax _softmax log_softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort",
+    ),
+    (last_norm, "layer_norm rms_norm"),
+    (split, "chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split"),
+    *(
+        (pool, f"max_pool{n}d max_pool{n}d_with_indices avg_pool{n}d fractional_max_pool{n}d")
+        for n in (1, 2, 3)
+    ),
+    *((pool, f"adaptive_max_pool{n}d adaptive_avg_pool{n}d upsample_nearest{n}d") for n in (1, 2, 3)),
+    *((pool, f"_upsample_nearest_exact{n}d") for n in (1, 2, 3)),
+    (pool, "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d grid_sampler"),
+    (pool, "_upsample_bilinear2d_aa _upsample_bicubic2d_aa"),
+    (matmul, "matmul bmm mm mv dot"),
+    (biased_matmul, "addmm baddbmm"),
+    (gather, "gather index_select"),
+    *((cat, "cat"), (stack, "stack"), (glu, "glu"), (topk, "topk"), (index, "index"), (einsum, "einsum")),
+    (attention, "scaled_dot_product_attention"),
+)
+RULES: dict[str, Rule] = {name: rule for rule, names in _NAMES for name in names.split()}

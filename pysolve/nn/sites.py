@@ -1,0 +1,151 @@
+"""Every set of channels of a network that can shrink, and why the others cannot."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pysolve.errors import LayerNotFoundError, PysolveError
+from pysolve.nn.classes import ROLES, Classes, Member
+from pysolve.nn.export import Graph, trace
+from pysolve.nn.labels import label_channels
+from pysolve.nn.network import arguments, find_layer
+from pysolve.nn.trial import prove
+from pysolve.plan import Indices, Site
+
+# Samples of the example that are enough to see what the network does with channels.
+_SAMPLES = 2
+
+
+def find_sites(model: nn.Module, example_inputs: Any, *, ignore: Iterable[str] = ()) -> list[Site]:
+    """Find all sets of channels that can be removed together, and say of all others what keeps them.
+
+    The network is traced with torch.export, every channel that a layer makes gets a label, and the labels
+    run through the graph: channels whose labels meet belong together. What survives is tried out: random
+    halves of the channels of all sites are removed, and the smaller network must equal the masked one.
+    The network itself is not changed.
+
+    Parameters
+    ----------
+    model : nn.Module
+    example_inputs : one batch
+        A tensor, a tuple or list whose first item is the input, or a mapping of keyword arguments, on the
+        network's device.
+    ignore : iterable of str
+        Names of layers whose channels must stay, or patterns ``"re:…"`` that match whole names.
+
+    Returns
+    -------
+    list of Site
+        In the order in which the network first uses their writers. Sites that cannot shrink say why in
+        ``pinned``.
+
+    Raises
+    ------
+    PysolveError
+        When torch.export cannot follow the network: names the line.
+    LayerNotFoundError
+        When a name or pattern in ``ignore`` belongs to no layer.
+    """
+    ignored = _matching(model, ignore)
+    graph, batch = _traced(model, example_inputs)
+    sites = sites_of(label_channels(model, graph))
+    return prove(model, [_ignoring(site, ignored) for site in sites], batch)
+
+
+def sites_of(classes: Classes) -> list[Site]:
+    """Classes of labels with the same layers, and as many channels in each, as one site."""
+    # Writers first, so that the first entry of a class is a row of its first writer.
+    members = sorted(classes.members, key=lambda member: ROLES.index(member.role))
+    number, index, root = _entries(members, classes.roots)
+    starts = np.flatnonzero(np.diff(root, prepend=-1))
+    groups: dict[tuple[bytes, str | None], list[int]] = {}
+    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(root)], strict=True):
+        if members[number[start]].role == "writers":
+            key = (number[start:stop].tobytes(), classes.pinned.get(int(root[start])))
+            groups.setdefault(key, []).append(start)
+    found = []
+    for (signature, pinned), begins in groups.items():
+        layers = np.frombuffer(signature, dtype=np.intp)
+        table = index[np.array(begins)[:, None] + np.arange(len(layers))]
+        table = table[np.argsort(table[:, 0])]
+        if len(table) == 1:
+            pinned = classes.first.get(int(root[begins[0]]), "it is a single channel")
+        found.append((layers[0], table[0, 0], _site([members[i] for i in layers], table, pinned)))
+    return [site for _, _, site in sorted(found, key=lambda one: one[:2])]
+
+
+def _entries(members: Sequence[Member], roots: Indices) -> tuple[Indices, Indices, Indices]:
+    """Member, index in it and class of every channel of every layer, class by class, member by member."""
+    sizes = [len(member.labels) for member in members]
+    number = np.repeat(np.arange(len(members)), sizes)
+    index = np.concatenate([np.arange(size) for size in sizes] or [np.arange(0)])
+    labels = [member.labels.numpy() for member in members]
+    root = roots[np.concatenate(labels or [np.arange(0)])]
+    order = np.lexsort((index, number, root))
+    return number[order], index[order], root[order]
+
+
+def _site(layers: Sequence[Member], table: Indices, pinned: str | None) -> Site:
+    """A site from the members that the columns of a table of channels belong to."""
+    tables: dict[Member, list[int]] = {}
+    for column, member in enumerate(layers):
+        tables.setdefault(member, []).append(column)
+    names = {role: tuple(member.layer for member in tables if member.role == role) for role in ROLES}
+    if pinned is None and not names["readers"]:
+        pinned = "nothing reads these channels"
+    parts = [(member, np.ascontiguousarray(table[:, columns])) for member, columns in tables.items()]
+    return Site(
+        channels=len(table),
+        **names,
+        rows={member.layer: part for member, part in parts if member.role != "readers"},
+        columns={member.layer: part for member, part in parts if member.role == "readers"},
+        pinned=pinned,
+    )
+
+
+def _traced(model: nn.Module, batch: Any) -> tuple[Graph, Any]:
+    """The network's graph, and the batch that it was traced with: a few samples if they are enough."""
+    tensors = [leaf for leaf in pytree.tree_leaves(arguments(batch)) if isinstance(leaf, Tensor)]
+    lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
+    if len(lengths) == 1 and lengths.pop() > _SAMPLES:
+        args, kwargs = pytree.tree_map(
+            lambda leaf: leaf[:_SAMPLES] if isinstance(leaf, Tensor) else leaf, arguments(batch)
+        )
+        few = kwargs if kwargs else args
+        # A batch size may be written into the code.
+        with suppress(PysolveError):
+            return trace(model, few), few
+    return trace(model, batch), batch
+
+
+def _matching(model: nn.Module, ignore: Iterable[str]) -> set[str]:
+    """Names of the layers that names and patterns speak of."""
+    if isinstance(ignore, str):
+        raise TypeError(f"ignore must be a sequence of names, got the string {ignore!r}: pass [{ignore!r}].")
+    first = {module: name for name, module in model.named_modules()}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: set[str] = set()
+    for name in ignore:
+        if name.startswith("re:"):
+            matches = [first[modules[one]] for one in modules if re.fullmatch(name[3:], one)]
+            if not matches:
+                raise LayerNotFoundError(
+                    f"{type(model).__name__} has no layer whose name matches {name[3:]!r}."
+                )
+            found.update(matches)
+        else:
+            found.add(first[find_layer(model, name)])
+    return found
+
+
+def _ignoring(site: Site, ignored: set[str]) -> Site:
+    named = [name for name in (*site.writers, *site.passed, *site.readers) if name in ignored]
+    return replace(site, pinned=f"`{named[0]}` is to be ignored") if named else site
