@@ -126,6 +126,17 @@ def test_the_inner_channels_of_a_residual_network_cost_what_is_counted():
     assert cost_model(model, sites, images).cost(kept) == counted(narrowed(model, sites, kept), images)
 
 
+def test_groups_that_all_lose_as_many_channels_cost_what_is_counted():
+    layers = nn.Conv2d(2, 12, 1), nn.ReLU(), nn.Conv2d(12, 15, 3, groups=3), nn.ReLU(), nn.Conv2d(15, 4, 1)
+    model, images = nn.Sequential(*layers), torch.zeros(2, 2, 5, 5)
+    inner, outer = np.arange(12).reshape(3, 4).T, np.arange(15).reshape(3, 5).T
+    sites = [
+        Site(4, ("0",), ("2",), rows={"0": inner}, columns={"2": inner}),
+        Site(5, ("2",), ("4",), rows={"2": outer}, columns={"4": outer}),
+    ]
+    assert cost_model(model, sites, images).cost([3, 2]) == counted(narrowed(model, sites, [3, 2]), images)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_bytes_follow_the_type(dtype):
     model, images = Everything().to(dtype), IMAGES.to(dtype)

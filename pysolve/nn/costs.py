@@ -55,16 +55,17 @@ def cost_model(
     ------
     CollapseError
         When a site names a layer that cannot be narrowed.
+    PysolveError
+        When a grouped layer would lose whole groups for one site and parts of them for another.
     """
     uses = list(_uses(model, sites))
     extra = [find_layer(model, name) for name in extra_biases]
     for name, layer in zip(extra_biases, extra, strict=True):
         check_kind(name, layer, "readers")
     layers = list(dict.fromkeys([*(layer for *_, layer in uses), *extra]))
-    whole = {layer for _, role, _, layer in uses if role == "passed"}
     rows, columns = _tables(sites, uses, layers)
     out, into = (np.array([*map(width, layers)], dtype=float) for width in (outputs, _inputs))
-    product, per_output = _coefficients(layers, whole, _macs(model, layers, example))
+    product, per_output = _coefficients(layers, _macs(model, layers, example))
     biases = np.array([_new_bias(layer) if layer in extra else np.zeros(3) for layer in layers])
     biases = biases.reshape(-1, 3).T
     totals = np.array([parameters(model), macs(model, example) / _samples(example), nbytes(model)])
@@ -113,28 +114,17 @@ def _tables(
     return rows, columns
 
 
-def _coefficients(
-    layers: Sequence[nn.Module], whole: Collection[nn.Module], counts: Mapping[nn.Module, float]
-) -> tuple[Array, Array]:
+def _coefficients(layers: Sequence[nn.Module], counts: Mapping[nn.Module, float]) -> tuple[Array, Array]:
     """(3, L) costs for each pair of an output and an input of its group, and for each output alone."""
     product, per_output = np.zeros((2, len(layers), 3))
-    seen: set[int] = set()
     for layer, pair, single in zip(layers, product, per_output, strict=True):
         out, into = outputs(layer), _inputs(layer)
         for name, tensor in layer.state_dict(keep_vars=True).items():
-            # What several layers share counts for the first of them.
-            entries = 0 if id(tensor) in seen else tensor.numel()
-            seen.add(id(tensor))
-            size = entries * np.array([isinstance(tensor, nn.Parameter), 0.0, tensor.itemsize])
+            entries = tensor.numel() if isinstance(tensor, nn.Parameter) else 0
             if name == "weight" and into:
-                size[1] = counts[layer]
-                pair += size / (out * into)
+                pair += np.array([entries, counts[layer], tensor.nbytes]) / (out * into)
             elif tensor.ndim and tensor.shape[-1] == out:
-                single += size / out
-        if layer in whole:
-            # Its groups go with their inputs, of which the groups that stay keep all.
-            single += pair * into
-            pair[:] = 0.0
+                single += np.array([entries, 0.0, tensor.nbytes]) / out
     return product.T, per_output.T
 
 
