@@ -109,7 +109,7 @@ def _expected(model: nn.Module, state: Mapping[str, Any], name: str) -> tuple[tu
 
 def _checked(what: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A new value in the wanted data type."""
-    given = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
+    given = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
     if given.shape != shape:
         raise CollapseError(f"the {what} must have shape {shape}, got {tuple(given.shape)}.")
     rounded = given.to(dtype)
