@@ -27,10 +27,13 @@ from pysolve.solvers import (
 )
 
 if TYPE_CHECKING:
+    from pysolve.recipe import compress, sweep
     from pysolve.nn.gather import gather
     from pysolve.nn.inspect import inspect
     from pysolve.nn.sites import find_sites
     from pysolve.nn.surgery import apply
+    from pysolve.report import Report
+    from pysolve.shrink import Compressed
 
 __version__ = "0.1.0"
 
@@ -38,6 +41,10 @@ _NEEDS_TORCH = {
     "gather": "pysolve.nn.gather",
     "inspect": "pysolve.nn.inspect",
     "apply": "pysolve.nn.surgery",
+    "compress": "pysolve.recipe",
+    "sweep": "pysolve.recipe",
+    "Compressed": "pysolve.shrink",
+    "Report": "pysolve.report",
     "find_sites": "pysolve.nn.sites",
 }
 
@@ -45,6 +52,7 @@ __all__ = [
     "Certificate",
     "Collapse",
     "CollapseError",
+    "Compressed",
     "Correlations",
     "DataError",
     "EliminationPath",
@@ -52,11 +60,13 @@ __all__ = [
     "LayerNotFoundError",
     "Plan",
     "PysolveError",
+    "Report",
     "Site",
     "Solution",
     "alternate_minimization",
     "apply",
     "certify",
+    "compress",
     "debias",
     "elimination_path",
     "find_sites",
@@ -71,6 +81,7 @@ __all__ = [
     "regularization_path",
     "select_channels",
     "solve_linear_reconstruction",
+    "sweep",
 ]
 
 

@@ -16,11 +16,11 @@ from tqdm.auto import tqdm
 from pysolve.choice import Choice, choose, harm_curve, site_problem
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import DataError, PysolveError
+from pysolve.nn.branches import Layer, find_layers
 from pysolve.nn.calibration import Calibration, free_memory, hint, room_for, samples_in
-from pysolve.nn.divergence import Divergence, mean_divergence, run
+from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, run
 from pysolve.nn.export import Graph, trace
 from pysolve.nn.gather import gather
-from pysolve.nn.lockstep import Layer, find_layers
 from pysolve.nn.rows import channels, taps
 from pysolve.nn.sites import find_sites
 from pysolve.offline import cuts_of, reader_values, refit_readers
@@ -69,17 +69,27 @@ class Study:
     divergence: Divergence
     seconds: Mapping[str, float]
 
+    def widths(self, site: Site) -> dict[str, int]:
+        """Input channels of a site's readers."""
+        return {name: channels(self.layers[name].module)[0] for name in site.readers}
+
+    @property
+    def new_biases(self) -> frozenset[str]:
+        """Layers without a bias that may be given one: those that can lose inputs."""
+        readers = {name for site in self.free for name in site.readers}
+        return frozenset(name for name in readers if not self.layers[name].takes_bias)
+
 
 def study(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    select: str,
-    ignore: Sequence[str],
-    sites: Sequence[Site] | None,
-    divergence: Divergence,
-    memory: int | None,
-    progress: bool,
+    select: str = "elimination",
+    ignore: Sequence[str] = (),
+    sites: Sequence[Site] | None = None,
+    divergence: Divergence = kl_divergence,
+    memory: int | None = None,
+    progress: bool = True,
 ) -> Study:
     """Trace the network, find its sites, gather their readers' correlations, and measure what shrinking does.
 
@@ -130,8 +140,7 @@ def harm(found: Study, s: int, kept: Indices) -> float:
 
 def _choose(found: Study, s: int, select: str) -> Choice:
     site = found.free[s]
-    widths = {name: channels(found.layers[name].module)[0] for name in site.readers}
-    return choose(site, site_problem(site, found.correlations, widths), select)
+    return choose(site, site_problem(site, found.correlations, found.widths(site)), select)
 
 
 def _measured_curve(found: Study, s: int) -> Array:

@@ -11,17 +11,21 @@ PACKAGE = Path(__file__).parent.parent / "pysolve"
 ROWS = [
     {"cli"},
     {"demo"},
-    {"compress", "nn.inspect"},
+    {"recipe"},
+    {"shrink", "sizes"},
+    {"study"},
+    {"offline", "nn.inspect"},
     {"nn.sites", "nn.costs", "report"},
-    {"nn.trial"},
-    {"plots", "nn.gather", "nn.surgery", "nn.evaluate", "nn.lockstep"},
-    {"nn.train", "nn.verify", "nn.labels", "nn.rows", "nn.values"},
+    {"nn.trial", "nn.lockstep", "nn.calibration"},
+    {"plots", "nn.gather", "nn.surgery", "nn.evaluate", "nn.branches", "nn.walk"},
+    {"nn.train", "nn.verify", "nn.labels", "nn.rows", "nn.values", "nn.divergence"},
     {"nn.layer_rules"},
     {"nn.operators"},
     {"nn.calls"},
     {"nn.export", "nn.classes", "nn.loop", "nn.slicing", "nn.windows"},
     {"nn.network", "nn.zoo"},
     # torch begins above this line
+    {"choice"},
     {"selection"},
     {"path", "budget"},
     {"solvers", "elimination", "knapsack"},
@@ -31,7 +35,7 @@ ROWS = [
     {"image_files"},
     {"errors", "_core"},
 ]
-TORCH_FREE = set().union(*ROWS[12:])
+TORCH_FREE = set().union(*ROWS[15:])
 EXEMPT = {"__init__", "__main__", "nn.__init__"}
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.fx import Node
@@ -88,7 +88,7 @@ class Walk:
         args, kwargs = map_arg((node.args, node.kwargs), value)
         if _in_place(node):
             # The two networks may share the operand.
-            args = (args[0].clone(), *args[1:])
+            args = (cast(Tensor, args[0]).clone(), *args[1:])
         return node.target(*args, **kwargs)
 
 

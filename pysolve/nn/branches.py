@@ -1,0 +1,147 @@
+"""The layers of a network's graph: what follows each of them, and how new weights are given to them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from pysolve.correlations import Array, group_columns
+from pysolve.nn import rows
+from pysolve.nn.export import Graph
+from pysolve.plan import Indices
+
+# What a branch may pass on its way to a sum: it keeps its shape and does nothing in evaluation mode.
+_PLAIN = {"dropout", "dropout_", "contiguous", "clone", "alias", "detach"}
+_SUMS, _POOLS, _RELUS = {"add", "add_"}, {"max_pool1d", "max_pool2d", "max_pool3d"}, {"relu", "relu_"}
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """A Linear or an ungrouped convolution, and what its outputs meet.
+
+    Parameters
+    ----------
+    name : str
+    module : nn.Module
+    calls : int
+        Times that the graph uses its weight; what follows is for one call.
+    norm : Node, optional
+        The batch norm that alone reads it.
+    mean : str, optional
+        State-dict name of that norm's running mean, which can hold the layer's bias.
+    shortcut : Node, optional
+        What the layer's branch is added to.
+    rectified : bool
+        Whether only the positive part of the result is read: a ReLU follows, max-pooling may lie between.
+    """
+
+    name: str
+    module: rows.Layer
+    calls: int = 1
+    norm: Node | None = None
+    mean: str | None = None
+    shortcut: Node | None = None
+    rectified: bool = False
+
+    @property
+    def takes_bias(self) -> bool:
+        """Whether a bias costs no new parameter."""
+        return self.module.bias is not None or self.mean is not None
+
+
+@dataclass(frozen=True, eq=False)
+class Cut:
+    """Input and output channels of a layer that stay."""
+
+    inputs: Indices
+    outputs: Indices
+
+
+def find_layers(graph: Graph, model: nn.Module) -> dict[Node, Layer]:
+    """All Linear layers and ungrouped convolutions of a graph, by the nodes that call them."""
+    modules = {f"{name}.weight": (name, module) for name, module in model.named_modules()}
+    layers: dict[Node, Layer] = {}
+    for weight, parameter in graph.parameters.items():
+        name, module = modules.get(parameter, ("", None))
+        if isinstance(module, rows.LAYERS) and rows.groups(module) == 1:
+            for node in weight.users:
+                if len(node.args) > 1 and node.args[1] is weight and isinstance(node.args[0], Node):
+                    layers[node] = _layer(graph, node, name, module, len(weight.users))
+    return layers
+
+
+def _layer(graph: Graph, node: Node, name: str, module: rows.Layer, calls: int) -> Layer:
+    if calls > 1:
+        return Layer(name, module, calls)
+    norm = _only_user(node)
+    if norm is None or operator_of(norm) != "batch_norm" or not isinstance(norm.args[3], Node):
+        norm = None
+    mean = None if norm is None else graph.parameters.get(norm.args[3])  # type: ignore[arg-type]
+    last, user = node, _only_user(node)
+    while user is not None and (user is norm or operator_of(user) in _PLAIN):
+        last, user = user, _only_user(user)
+    shortcut = None
+    if user is not None and operator_of(user) in _SUMS and not user.kwargs:
+        others = [operand for operand in user.args if isinstance(operand, Node) and operand is not last]
+        shortcut = others[0] if len(others) == 1 else None
+        user = None if shortcut is None else _only_user(user)
+    while user is not None and operator_of(user) in _POOLS:
+        user = _only_user(user)
+    rectified = user is not None and operator_of(user) in _RELUS
+    return Layer(name, module, calls, norm, mean, shortcut, rectified)
+
+
+def kept_channels(layer: Layer, cut: Cut | None) -> tuple[Tensor, Tensor]:
+    """Input and output channels that stay, all without a cut, as tensors on the layer's device."""
+    inputs, outputs = map(range, rows.channels(layer.module))
+    device = layer.module.weight.device
+    return (
+        torch.as_tensor(inputs if cut is None else cut.inputs, device=device),
+        torch.as_tensor(outputs if cut is None else cut.outputs, device=device),
+    )
+
+
+def layer_values(
+    state: Mapping[str, Tensor], layer: Layer, cut: Cut | None, M: Array, bias: Array | None
+) -> dict[str, Tensor]:
+    """New parameters and buffers, by their state-dict names, that give a layer a weight and a bias.
+
+    Parameters
+    ----------
+    state : {state-dict name: tensor}
+        The original's.
+    layer : Layer
+    cut : Cut, optional
+        What stays of the layer; None: everything. Columns of inputs that go become zero.
+    M : (h, d) array
+        On the inputs and outputs that stay.
+    bias : (h,) array, optional
+        A layer without one leaves it to its batch norm, whose running mean falls by as much; without a batch
+        norm, the layer is given a new one.
+    """
+    weight = rows.matrix(layer.module)
+    inputs, outputs = kept_channels(layer, cut)
+    columns = torch.as_tensor(group_columns(inputs.cpu(), rows.taps(layer.module)), device=weight.device)
+    new = weight.index_fill(0, outputs, 0.0)
+    new[outputs[:, None], columns] = torch.as_tensor(M).to(weight)
+    values = {f"{layer.name}.weight": rows.weight_like(layer.module, new)}
+    if bias is None:
+        return values
+    own, change = f"{layer.name}.bias", torch.as_tensor(bias).to(weight)
+    if own not in state and layer.mean is not None:
+        return {**values, layer.mean: state[layer.mean].index_add(0, outputs, change, alpha=-1)}
+    old = state[own] if own in state else new.new_zeros(len(new))
+    return {**values, own: old.index_copy(0, outputs, change)}
+
+
+def operator_of(node: Node) -> str:
+    """An operator's name without namespace and overload: add, relu_, batch_norm."""
+    return str(node.target).removeprefix("aten.").partition(".")[0]
+
+
+def _only_user(node: Node) -> Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None

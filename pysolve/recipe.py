@@ -1,0 +1,168 @@
+"""The recipe: study a network, choose sizes, refit every layer, cut, and check."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.plan import Site
+from pysolve.report import Report
+from pysolve.shrink import Compressed, shrink
+from pysolve.sizes import channels_to_keep
+from pysolve.study import study
+
+Target = Mapping[str, float]
+# Arguments that concern the pass over the data.
+STUDIED = {"select", "ignore", "sites", "divergence", "memory", "progress"}
+REFITS = ("sequential", "independent")
+
+
+def compress(
+    model: nn.Module | Compressed,
+    batches: Iterable[Any],
+    *,
+    target: Target | None = None,
+    keep: float | Mapping[str, float] | None = None,
+    lam: float | Mapping[str, float] | None = None,
+    select: str = "elimination",
+    refit: str = "sequential",
+    distill: float | Mapping[str, float] = 0,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+    progress: bool = True,
+    sites: Sequence[Site] | None = None,
+    round_to: int = 1,
+    divergence: Divergence = kl_divergence,
+    memory: int | None = None,
+) -> Compressed:
+    """Make a network smaller, without labels and without training it again.
+
+    One pass over the data gathers the correlations of every layer that reads channels which can go. Each
+    site's channels are ordered by what the refitted readers miss least; the divergence of the network's
+    outputs, measured on samples held back, tells what shrinking each site does; sizes are chosen to do the
+    least harm within the target; then every layer is refitted front to back, on the compressed network's
+    inputs and the original's outputs.
+
+    Parameters
+    ----------
+    model : nn.Module or Compressed
+        Not changed.
+    batches : iterable of batches
+        What users have: tensors, tuples or lists whose first item is the input, or mappings of keyword
+        arguments; labels are ignored. Any amount of them.
+    target : {"params", "macs" or "bytes": number}
+        What the result may cost: a share of the original up to 1, or a whole number above. Default
+        {"params": 0.25}, unless ``keep`` or ``lam`` is given.
+    keep : float or {writer: number}
+        Instead of a target: the share (up to 1) or number of channels that each site keeps; sites without
+        an entry keep all.
+    lam : float or {writer: float}
+        Instead of a target: the penalty of the joint group lasso  Σ_r ½ E‖y_r − M_r x‖² + lam Σ_g ‖M_g‖_F
+        over each site's readers r, whose non-zero groups stay.
+    select : str
+        How channels are chosen: "elimination" or any method of ``select_channels``.
+    refit : "sequential" or "independent"
+        Every layer on the compressed network's own inputs, or the readers alone on the original's.
+    distill : number of seconds, or {"seconds" or "epochs": number}
+        Afterwards, train the result to give the original's outputs on the batches.
+    evaluate : callable, optional
+        From a network to a score, for the report.
+    ignore : sequence of str
+        Layers to leave alone: names, or patterns as ``re:…``.
+    seed : int
+        Of the choice of rows and of distillation. The same seed gives the same network.
+    progress : bool
+        Show progress bars, with the time left, when on a terminal.
+    sites : sequence of Site, optional
+        Instead of those that ``find_sites`` finds; needed for a network that cannot be exported, whose
+        readers are then refitted independently.
+    round_to : int
+        Sites keep multiples of this many channels, or all.
+    divergence : callable
+        From the original's and another output to how far they are apart, averaged over samples.
+    memory : int, optional
+        Bytes that the refit may hold in activations; by default half of what is free. Beyond, it uses fewer
+        samples, and the report says so.
+
+    Returns
+    -------
+    Compressed
+
+    Raises
+    ------
+    PysolveError
+        No channel can go; a target that cannot be reached (names the smallest that can); a network that
+        cannot be traced.
+    """
+    network = model.model if isinstance(model, Compressed) else model
+    _check(target, keep, lam, refit)
+    found = study(
+        network,
+        batches,
+        select=select,
+        ignore=ignore,
+        sites=sites,
+        divergence=divergence,
+        memory=memory,
+        progress=progress,
+    )
+    kept, notes = channels_to_keep(found, target, keep, lam, round_to)
+    return shrink(
+        found, kept, notes, refit=refit, distill=distill, evaluate=evaluate, seed=seed, progress=progress
+    )
+
+
+def sweep(
+    model: nn.Module | Compressed,
+    batches: Iterable[Any],
+    *,
+    targets: Iterable[Target],
+    evaluate: Callable[[nn.Module], float] | None = None,
+    retrain: Callable[[nn.Module], Any] | None = None,
+    **options: Any,
+) -> list[Report]:
+    """Compress to several targets after one pass over the data.
+
+    Parameters
+    ----------
+    model, batches, evaluate
+        As in ``compress``.
+    targets : iterable of targets
+    retrain : callable, optional
+        Trains a network in place; each result is evaluated once more after it.
+    options
+        Further arguments of ``compress``.
+
+    Returns
+    -------
+    list of Report
+        In the order of the targets.
+    """
+    network = model.model if isinstance(model, Compressed) else model
+    found = study(network, batches, **{name: options.pop(name) for name in STUDIED & set(options)})
+    round_to = options.pop("round_to", 1)
+    reports = []
+    for target in targets:
+        kept, notes = channels_to_keep(found, target, None, None, round_to)
+        result = shrink(found, kept, notes, evaluate=evaluate, **options)
+        report = result.report
+        if retrain is not None and evaluate is not None:
+            trained = copy.deepcopy(result.model)
+            retrain(trained)
+            report = replace(report, retrained=float(evaluate(trained)))
+        reports.append(report)
+    return reports
+
+
+def _check(target: Any, keep: Any, lam: Any, refit: str) -> None:
+    given = [n for n, v in (("target", target), ("keep", keep), ("lam", lam)) if v is not None]
+    if len(given) > 1:
+        raise ValueError(f"give one of target, keep and lam, got {' and '.join(given)}.")
+    if refit not in REFITS:
+        raise ValueError(f"unknown refit {refit!r}; choose one of {', '.join(REFITS)}.")

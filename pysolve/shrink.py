@@ -1,0 +1,187 @@
+"""A studied network, really made smaller: refit, cut, check, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from pysolve.choice import refit as least_squares_near
+from pysolve.correlations import Array, Correlations, group_columns
+from pysolve.nn.branches import Cut
+from pysolve.nn.calibration import samples_in, take
+from pysolve.nn.divergence import mean_divergence, run
+from pysolve.nn.evaluate import macs, nbytes, parameters
+from pysolve.nn.lockstep import Fit, Sampling
+from pysolve.nn.lockstep import refit as refit_in_lockstep
+from pysolve.nn.rows import matrix, taps
+from pysolve.nn.surgery import apply
+from pysolve.nn.train import match
+from pysolve.offline import cuts_of, reader_values, refit_readers
+from pysolve.plan import Collapse, Indices, Plan
+from pysolve.report import Report, SiteReport
+from pysolve.study import Clock, Study, harm
+
+# A bias that a layer did not have must lower its error by this share to earn its parameters.
+BIAS_GAIN = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class Compressed:
+    """A smaller network, what was done to get there, and what that cost.
+
+    Parameters
+    ----------
+    model : nn.Module
+    plan : Plan
+        Applied to the original it gives ``model``, but for what distillation changed.
+    report : Report
+    """
+
+    model: nn.Module
+    plan: Plan
+    report: Report
+
+
+def shrink(
+    found: Study,
+    kept: Sequence[Indices],
+    notes: Sequence[str] = (),
+    *,
+    refit: str = "sequential",
+    distill: float | Mapping[str, float] = 0,
+    evaluate: Callable[[nn.Module], float] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Compressed:
+    """Refit a studied network with only some channels kept, cut them, check, and report."""
+    clock = Clock()
+    values, more = _refitted(found, kept, refit, seed, progress)
+    clock.stage("refit")
+    steps = tuple(
+        Collapse(site, keep) for site, keep in zip(found.free, kept, strict=True) if len(keep) < site.channels
+    )
+    plan = Plan(steps, {name: value.cpu().numpy() for name, value in values.items()})
+    probe = take(found.calibration.held[0], 0, 16)
+    smaller = apply(found.model, plan, probe=probe)
+    clock.stage("apply")
+    if distill:
+        match(
+            smaller,
+            found.model,
+            [*found.calibration.kept, *found.calibration.held],
+            **_length(distill),
+            seed=seed,
+            progress=progress,
+        )
+        clock.stage("distill")
+    report = _report(found, kept, smaller, (*notes, *more), evaluate, {**found.seconds, **clock.seconds})
+    return Compressed(smaller, plan, report)
+
+
+def _length(distill: float | Mapping[str, float]) -> dict[str, Any]:
+    """How long to train: a plain number means seconds."""
+    if not isinstance(distill, Mapping):
+        return {"seconds": float(distill)}
+    if len(distill) != 1 or not set(distill) <= {"seconds", "epochs"}:
+        raise ValueError(f"distill must name seconds or epochs, one of them, got {dict(distill)}.")
+    return dict(distill)
+
+
+def _refitted(
+    found: Study, kept: Sequence[Indices], refit: str, seed: int, progress: bool
+) -> tuple[dict[str, Tensor], list[str]]:
+    """New values of every layer, and what to say about them."""
+    cuts = cuts_of(found.free, kept, found.layers)
+    fits = refit_readers(found.free, kept, found.layers, found.correlations)
+    state = found.model.state_dict()
+    if refit == "independent" or found.graph is None:
+        why = "the network cannot be exported, so its readers were refitted independently"
+        return reader_values(state, cuts, found.layers, fits), [why] * (refit == "sequential")
+    used, calibration = [*found.calibration.kept, *found.calibration.held], found.calibration
+    shared = {name: fit for name, fit in fits.items() if found.layers[name].calls > 1}
+    values = refit_in_lockstep(
+        found.graph,
+        found.model,
+        used,
+        cuts,
+        _fitting(found, cuts, fits),
+        values=reader_values(state, cuts, found.layers, shared),
+        new_biases=found.new_biases,
+        sampling=Sampling(seed=seed),
+        progress=progress,
+    )
+    note = f"the refit used {calibration.used} of {calibration.seen} samples: more would not fit in memory"
+    return values, [note] * (calibration.used < calibration.seen)
+
+
+def _fitting(found: Study, cuts: Mapping[str, Cut], fits: Mapping[str, tuple[Array, Array | None]]) -> Fit:
+    """How the lockstep refits a layer: least squares, held a little to what was known before."""
+
+    def fit(name: str, correlations: Correlations, intercept: bool) -> tuple[Array, Array | None]:
+        layer = found.layers[name]
+        prior = matrix(layer.module).double().cpu().numpy()
+        if name in cuts:
+            columns = group_columns(cuts[name].inputs, taps(layer.module))
+            prior = (fits[name][0] if name in fits else prior[:, columns])[cuts[name].outputs]
+        everything = np.arange(len(correlations.xx))
+        M, bias = least_squares_near(correlations, everything, prior, intercept=intercept)
+        if bias is None or layer.takes_bias:
+            return M, bias
+        plain, _ = least_squares_near(correlations, everything, prior, intercept=False)
+        gained = correlations.error(M, bias) < (1 - BIAS_GAIN) * correlations.error(plain)
+        return (M, bias) if gained else (plain, None)
+
+    return fit
+
+
+def _report(
+    found: Study,
+    kept: Sequence[Indices],
+    smaller: nn.Module,
+    notes: Sequence[str],
+    evaluate: Callable[[nn.Module], float] | None,
+    seconds: Mapping[str, float],
+) -> Report:
+    held = found.calibration.held
+    example = take(held[0], 0, 1)
+    numbers = iter(range(len(found.free)))
+    lines = []
+    for site in found.sites:
+        if site.pinned is not None:
+            lines.append(SiteReport(site.name, site.channels, site.channels, pinned=site.pinned))
+            continue
+        s = next(numbers)
+        k = len(kept[s])
+        changed = k < site.channels
+        lines.append(
+            SiteReport(
+                site.name,
+                site.channels,
+                k,
+                error=float(found.choices[s].error[k]) * changed,
+                predicted=float(found.curves[s][k]),
+                measured=harm(found, s, kept[s]) if changed else 0.0,
+                seconds=found.spent[s],
+            )
+        )
+    outputs = run(smaller, held)
+    return Report(
+        before=_costs(found.model, example),
+        after=_costs(smaller, example),
+        sites=tuple(lines),
+        divergence=mean_divergence(found.originals, outputs, [*map(samples_in, held)], found.divergence),
+        samples=found.calibration.used,
+        held=sum(map(samples_in, held)),
+        score_before=None if evaluate is None else float(evaluate(found.model)),
+        score_after=None if evaluate is None else float(evaluate(smaller)),
+        seconds=seconds,
+        notes=tuple(notes),
+    )
+
+
+def _costs(model: nn.Module, example: Any) -> dict[str, int]:
+    return {"params": parameters(model), "macs": macs(model, example), "bytes": nbytes(model)}

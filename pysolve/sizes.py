@@ -1,0 +1,74 @@
+"""Which channels every site keeps: under a budget, at given sizes, or by a penalty."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from pysolve.budget import allocate
+from pysolve.choice import site_problem
+from pysolve.errors import PysolveError
+from pysolve.nn.costs import cost_model
+from pysolve.plan import Indices, Site
+from pysolve.solvers import newton
+from pysolve.study import Study
+
+
+def channels_to_keep(
+    found: Study,
+    target: Mapping[str, float] | None,
+    keep: float | Mapping[str, float] | None,
+    lam: float | Mapping[str, float] | None,
+    round_to: int,
+) -> tuple[list[Indices], list[str]]:
+    """Channels that stay of every free site, by one of three ways to ask for them, and notes for the report.
+
+    Parameters
+    ----------
+    found : Study
+    target, keep, lam, round_to
+        As in ``pysolve.compress``.
+    """
+    if not found.free:
+        reasons = sorted({site.pinned for site in found.sites if site.pinned})
+        raise PysolveError(f"no channel of this network can go: {'; '.join(reasons) or 'it has no sites'}.")
+    if lam is not None:
+        return _kept_by_lasso(found, lam)
+    if keep is not None:
+        sizes = [_size(site, _entry(site, keep), round_to) for site in found.free]
+    else:
+        costs = cost_model(found.model, found.free, found.calibration.held[0], extra_biases=found.new_biases)
+        wanted = {"params": 0.25} if target is None else target
+        sizes = allocate(costs, found.curves, wanted, round_to=round_to).tolist()
+    return [choice.keep(k) for choice, k in zip(found.choices, sizes, strict=True)], []
+
+
+def _kept_by_lasso(found: Study, lam: float | Mapping[str, float]) -> tuple[list[Indices], list[str]]:
+    kept, notes = [], []
+    for site, choice in zip(found.free, found.choices, strict=True):
+        penalty = _entry(site, lam)
+        keep = np.arange(site.channels)
+        if penalty is not None:
+            keep = newton(
+                site_problem(site, found.correlations, found.widths(site), normalised=False), penalty
+            ).keep
+        if not len(keep):
+            notes.append(f"lam = {penalty:.3g} leaves no channel of {site.name}: the most useful one stays.")
+            keep = choice.keep(1)
+        kept.append(keep)
+    return kept, notes
+
+
+def _entry(site: Site, values: float | Mapping[str, float]) -> float | None:
+    """What a setting says for a site: by any of its writers' names, or the same for all."""
+    if not isinstance(values, Mapping):
+        return values
+    return next((values[name] for name in site.writers if name in values), None)
+
+
+def _size(site: Site, value: float | None, round_to: int) -> int:
+    if value is None:
+        return site.channels
+    wanted = value * site.channels if value <= 1 and not isinstance(value, int) else value
+    return min(site.channels, max(1, round(wanted / round_to)) * round_to)
