@@ -80,6 +80,15 @@ def test_arrays_of_any_layout_and_tensors_are_taken():
         assert loaded(network(), Plan(values={"4.weight": given_as}))[4].weight.tolist() == value.tolist()
 
 
+def test_what_the_plan_holds_is_copied():
+    given = {"0.bias": torch.ones(4), "3.bias": torch.ones(3)}
+    changed = loaded(network(), Plan(values=given))
+    with torch.no_grad():
+        for name in given:
+            changed.get_parameter(name).fill_(5)
+    assert all(bool((value == 1).all()) for value in given.values())
+
+
 def test_a_layer_under_two_names_may_get_its_values_under_both():
     layer = nn.Linear(3, 3)
     model, ones = nn.Sequential(layer, layer), np.ones(3)
