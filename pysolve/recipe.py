@@ -112,10 +112,8 @@ def compress(
         memory=memory,
         progress=progress,
     )
-    kept, notes = channels_to_keep(found, target, keep, lam, round_to)
-    return shrink(
-        found, kept, notes, refit=refit, distill=distill, evaluate=evaluate, seed=seed, progress=progress
-    )
+    sizes = channels_to_keep(found, target, keep, lam, round_to)
+    return shrink(found, sizes, refit=refit, distill=distill, evaluate=evaluate, seed=seed, progress=progress)
 
 
 def sweep(
@@ -149,8 +147,8 @@ def sweep(
     round_to = options.pop("round_to", 1)
     reports = []
     for target in targets:
-        kept, notes = channels_to_keep(found, target, None, None, round_to)
-        result = shrink(found, kept, notes, evaluate=evaluate, **options)
+        sizes = channels_to_keep(found, target, None, None, round_to)
+        result = shrink(found, sizes, evaluate=evaluate, **options)
         report = result.report
         if retrain is not None and evaluate is not None:
             trained = copy.deepcopy(result.model)

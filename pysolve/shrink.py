@@ -23,6 +23,7 @@ from pysolve.nn.train import match
 from pysolve.offline import cuts_of, reader_values, refit_readers
 from pysolve.plan import Collapse, Indices, Plan
 from pysolve.report import Report, SiteReport
+from pysolve.sizes import Sizes
 from pysolve.study import Clock, Study, harm
 
 # A bias that a layer did not have must lower its error by this share to earn its parameters.
@@ -48,8 +49,7 @@ class Compressed:
 
 def shrink(
     found: Study,
-    kept: Sequence[Indices],
-    notes: Sequence[str] = (),
+    sizes: Sizes,
     *,
     refit: str = "sequential",
     distill: float | Mapping[str, float] = 0,
@@ -59,10 +59,12 @@ def shrink(
 ) -> Compressed:
     """Refit a studied network with only some channels kept, cut them, check, and report."""
     clock = Clock()
-    values, more = _refitted(found, kept, refit, seed, progress)
+    values, notes = _refitted(found, sizes.kept, refit, seed, progress)
     clock.stage("refit")
     steps = tuple(
-        Collapse(site, keep) for site, keep in zip(found.free, kept, strict=True) if len(keep) < site.channels
+        Collapse(site, keep)
+        for site, keep in zip(found.free, sizes.kept, strict=True)
+        if len(keep) < site.channels
     )
     plan = Plan(steps, {name: value.cpu().numpy() for name, value in values.items()})
     probe = take(found.calibration.held[0], 0, 16)
@@ -78,7 +80,9 @@ def shrink(
             progress=progress,
         )
         clock.stage("distill")
-    report = _report(found, kept, smaller, (*notes, *more), evaluate, {**found.seconds, **clock.seconds})
+    report = _report(
+        found, sizes, smaller, (*sizes.notes, *notes), evaluate, {**found.seconds, **clock.seconds}
+    )
     return Compressed(smaller, plan, report)
 
 
@@ -140,7 +144,7 @@ def _fitting(found: Study, cuts: Mapping[str, Cut], fits: Mapping[str, tuple[Arr
 
 def _report(
     found: Study,
-    kept: Sequence[Indices],
+    sizes: Sizes,
     smaller: nn.Module,
     notes: Sequence[str],
     evaluate: Callable[[nn.Module], float] | None,
@@ -155,7 +159,7 @@ def _report(
             lines.append(SiteReport(site.name, site.channels, site.channels, pinned=site.pinned))
             continue
         s = next(numbers)
-        k = len(kept[s])
+        k = len(sizes.kept[s])
         changed = k < site.channels
         lines.append(
             SiteReport(
@@ -163,17 +167,17 @@ def _report(
                 site.channels,
                 k,
                 error=float(found.choices[s].error[k]) * changed,
-                predicted=float(found.curves[s][k]),
-                measured=harm(found, s, kept[s]) if changed else 0.0,
+                predicted=sizes.predicted[s],
+                measured=harm(found, s, sizes.kept[s]) if changed else 0.0,
                 seconds=found.spent[s],
             )
         )
-    outputs = run(smaller, held)
+    originals, outputs = list(run(found.model, held)), run(smaller, held)
     return Report(
         before=_costs(found.model, example),
         after=_costs(smaller, example),
         sites=tuple(lines),
-        divergence=mean_divergence(found.originals, outputs, [*map(samples_in, held)], found.divergence),
+        divergence=mean_divergence(originals, outputs, [*map(samples_in, held)], found.divergence),
         samples=found.calibration.used,
         held=sum(map(samples_in, held)),
         score_before=None if evaluate is None else float(evaluate(found.model)),

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 
-from pysolve.budget import allocate
+from pysolve.budget import Costs, allocate
 from pysolve.choice import site_problem
 from pysolve.errors import PysolveError
 from pysolve.nn.costs import cost_model
 from pysolve.plan import Indices, Site
 from pysolve.solvers import newton
-from pysolve.study import Study
+from pysolve.study import Study, measure
+
+# Measured harm may exceed the predicted one so many times; otherwise sizes are chosen anew, so often.
+TRUSTED_RATIO, MAX_ROUNDS = 1.1, 6
+
+
+@dataclass(frozen=True, eq=False)
+class Sizes:
+    """Channels that stay of every free site, the divergence to expect of each, and notes for the report."""
+
+    kept: list[Indices]
+    predicted: list[float]
+    notes: tuple[str, ...] = ()
 
 
 def channels_to_keep(
@@ -21,8 +34,8 @@ def channels_to_keep(
     keep: float | Mapping[str, float] | None,
     lam: float | Mapping[str, float] | None,
     round_to: int,
-) -> tuple[list[Indices], list[str]]:
-    """Channels that stay of every free site, by one of three ways to ask for them, and notes for the report.
+) -> Sizes:
+    """Channels that stay of every free site, by one of three ways to ask for them.
 
     Parameters
     ----------
@@ -37,14 +50,32 @@ def channels_to_keep(
         return _kept_by_lasso(found, lam)
     if keep is not None:
         sizes = [_size(site, _entry(site, keep), round_to) for site in found.free]
-    else:
-        costs = cost_model(found.model, found.free, found.calibration.held[0], extra_biases=found.new_biases)
-        wanted = {"params": 0.25} if target is None else target
-        sizes = allocate(costs, found.curves, wanted, round_to=round_to).tolist()
-    return [choice.keep(k) for choice, k in zip(found.choices, sizes, strict=True)], []
+        return _nested(found, sizes, [found.curve(s)[k] for s, k in enumerate(sizes)])
+    costs = cost_model(found.model, found.free, found.calibration.held[0], extra_biases=found.new_biases)
+    return _within(found, costs, {"params": 0.25} if target is None else target, round_to)
 
 
-def _kept_by_lasso(found: Study, lam: float | Mapping[str, float]) -> tuple[list[Indices], list[str]]:
+def _within(found: Study, costs: Costs, target: Mapping[str, float], round_to: int) -> Sizes:
+    """Sizes that do the least harm within the target.
+
+    Curves are interpolated: the sizes chosen are measured, and chosen anew, until no prediction is far off.
+    """
+    for _ in range(MAX_ROUNDS):
+        curves = [found.curve(s) for s in range(len(found.free))]
+        sizes: list[int] = allocate(costs, curves, target, round_to=round_to).tolist()
+        predicted = [float(curve[k]) for curve, k in zip(curves, sizes, strict=True)]
+        measured = sum(measure(found, s, k) for s, k in enumerate(sizes))
+        if measured <= TRUSTED_RATIO * sum(predicted):
+            break
+    return _nested(found, sizes, predicted)
+
+
+def _nested(found: Study, sizes: list[int], predicted: list[float]) -> Sizes:
+    kept = [choice.keep(k) for choice, k in zip(found.choices, sizes, strict=True)]
+    return Sizes(kept, [float(harm) for harm in predicted])
+
+
+def _kept_by_lasso(found: Study, lam: float | Mapping[str, float]) -> Sizes:
     kept, notes = [], []
     for site, choice in zip(found.free, found.choices, strict=True):
         penalty = _entry(site, lam)
@@ -57,7 +88,8 @@ def _kept_by_lasso(found: Study, lam: float | Mapping[str, float]) -> tuple[list
             notes.append(f"lam = {penalty:.3g} leaves no channel of {site.name}: the most useful one stays.")
             keep = choice.keep(1)
         kept.append(keep)
-    return kept, notes
+    predicted = [float(found.curve(s)[len(keep)]) for s, keep in enumerate(kept)]
+    return Sizes(kept, predicted, tuple(notes))
 
 
 def _entry(site: Site, values: float | Mapping[str, float]) -> float | None:

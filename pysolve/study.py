@@ -17,7 +17,7 @@ from pysolve.choice import Choice, choose, harm_curve, site_problem
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.branches import Layer, find_layers
-from pysolve.nn.calibration import Calibration, free_memory, hint, room_for, samples_in
+from pysolve.nn.calibration import Calibration, first_samples, free_memory, hint, room_for, samples_in
 from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, run
 from pysolve.nn.export import Graph, trace
 from pysolve.nn.gather import gather
@@ -30,6 +30,9 @@ from pysolve.plan import Indices, Site
 ROWS_PER_INPUT = 60
 # Errors, as shares of the outputs' energy, at which the harm of shrinking a site is measured.
 PROBED_ERRORS = (0.003, 0.02, 0.1, 0.3)
+# Work for measuring harm, in samples through the whole network; shared by all sites, so that it does not grow
+# with the square of the depth. Fewer samples than the least tell too little.
+PROBE_SAMPLES, LEAST_SAMPLES = 16384, 48
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,11 +49,11 @@ class Study:
         All sites, and those of them that can shrink.
     correlations : {reader: Correlations}
         Of the free sites' readers.
-    choices, curves, spent : lists
-        Of each free site: what to keep, the divergence to expect at every size, and seconds spent.
+    choices, harms, spent : lists
+        Of each free site: what to keep at every size, the divergence measured at some sizes, seconds spent.
     calibration : Calibration
-    originals : list
-        The original's outputs on the samples held back.
+    probes, originals : lists
+        Samples held back that harm is measured on, in batches, and the original's outputs.
     divergence : callable
     seconds : {stage: float}
     """
@@ -62,9 +65,10 @@ class Study:
     free: Sequence[Site]
     correlations: Mapping[str, Correlations]
     choices: list[Choice]
-    curves: list[Array]
+    harms: list[dict[int, float]]
     spent: list[float]
     calibration: Calibration
+    probes: Sequence[Any]
     originals: Sequence[Any]
     divergence: Divergence
     seconds: Mapping[str, float]
@@ -72,6 +76,11 @@ class Study:
     def widths(self, site: Site) -> dict[str, int]:
         """Input channels of a site's readers."""
         return {name: channels(self.layers[name].module)[0] for name in site.readers}
+
+    def curve(self, s: int) -> Array:
+        """Divergence to expect of free site s at every size, from what was measured so far."""
+        measured = sorted(self.harms[s].items())
+        return harm_curve(self.choices[s], [k for k, _ in measured], [harm for _, harm in measured])
 
     @property
     def new_biases(self) -> frozenset[str]:
@@ -114,17 +123,44 @@ def study(
         stream = calibration.stream(batches)
         correlations = gather(model, stream, layers=readers, positions=shares, progress=progress)
     clock.stage("gather")
-    originals = list(run(model, calibration.held))
+    count = max(LEAST_SAMPLES, PROBE_SAMPLES // max(1, len(free) * len(PROBED_ERRORS)))
+    probes = first_samples(calibration.held, count)
+    originals = list(run(model, probes))
     found = Study(
-        model, graph, layers, sites, free, correlations, [], [], [], calibration, originals, divergence, {}
+        model,
+        graph,
+        layers,
+        sites,
+        free,
+        correlations,
+        choices=[],
+        harms=[],
+        spent=[],
+        calibration=calibration,
+        probes=probes,
+        originals=originals,
+        divergence=divergence,
+        seconds={},
     )
     for s in tqdm(range(len(free)), "measure", unit="site", disable=None if progress else True):
         start = time.perf_counter()
-        found.choices.append(_choose(found, s, select))
-        found.curves.append(_measured_curve(found, s))
+        problem = site_problem(free[s], correlations, found.widths(free[s]))
+        found.choices.append(choose(free[s], problem, select))
+        found.harms.append({})
+        for share in PROBED_ERRORS:
+            fitting = int(np.searchsorted(-found.choices[s].error, -share))
+            measure(found, s, min(max(1, fitting), free[s].channels - 1))
         found.spent.append(time.perf_counter() - start)
     clock.stage("measure")
     return replace(found, seconds=clock.seconds)
+
+
+def measure(found: Study, s: int, k: int) -> float:
+    """Divergence with free site s alone reduced to k channels, its readers refitted; measured once."""
+    harms = found.harms[s]
+    if k not in harms:
+        harms[k] = 0.0 if k == found.free[s].channels else harm(found, s, found.choices[s].keep(k))
+    return harms[k]
 
 
 def harm(found: Study, s: int, kept: Indices) -> float:
@@ -133,21 +169,8 @@ def harm(found: Study, s: int, kept: Indices) -> float:
     fits = refit_readers(site, keep, found.layers, found.correlations)
     cuts = cuts_of(site, keep, found.layers)
     values = reader_values(found.model.state_dict(), cuts, found.layers, fits)
-    held = found.calibration.held
-    outputs = run(found.model, held, values)
-    return mean_divergence(found.originals, outputs, [*map(samples_in, held)], found.divergence)
-
-
-def _choose(found: Study, s: int, select: str) -> Choice:
-    site = found.free[s]
-    return choose(site, site_problem(site, found.correlations, found.widths(site)), select)
-
-
-def _measured_curve(found: Study, s: int) -> Array:
-    choice = found.choices[s]
-    K = choice.site.channels
-    sizes = {int(np.clip(np.searchsorted(-choice.error, -share), 1, K - 1)) for share in PROBED_ERRORS}
-    return harm_curve(choice, sorted(sizes), [harm(found, s, choice.keep(k)) for k in sorted(sizes)])
+    outputs = run(found.model, found.probes, values)
+    return mean_divergence(found.originals, outputs, [*map(samples_in, found.probes)], found.divergence)
 
 
 def _peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:

@@ -12,7 +12,8 @@ ROWS = [
     {"cli"},
     {"demo"},
     {"recipe"},
-    {"shrink", "sizes"},
+    {"shrink"},
+    {"sizes"},
     {"study"},
     {"offline", "nn.inspect"},
     {"nn.sites", "nn.costs", "report"},
@@ -35,7 +36,7 @@ ROWS = [
     {"image_files"},
     {"errors", "_core"},
 ]
-TORCH_FREE = set().union(*ROWS[15:])
+TORCH_FREE = set().union(*ROWS[16:])
 EXEMPT = {"__init__", "__main__", "nn.__init__"}
 
 

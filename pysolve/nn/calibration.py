@@ -56,6 +56,7 @@ class Calibration:
                 room -= n - back
             self.seen += n - back
             yield rest
+        self.held = joined(self.held)
         if not self.held:
             # Single samples cannot be shared out: the measurements then see what the fits saw.
             self.held = self.kept[:HELD_SAMPLES]
@@ -84,6 +85,25 @@ def take(batch: Any, start: int, stop: int) -> Any:
         return leaf[start:stop] if isinstance(leaf, Tensor) and leaf.ndim else leaf
 
     return {key: pytree.tree_map(cut, value) for key, value in kwargs.items()} if kwargs else cut(args[0])
+
+
+def first_samples(batches: list[Any], count: int) -> list[Any]:
+    """The first samples of several batches, still in batches."""
+    taken = []
+    for batch in batches:
+        if count > 0:
+            taken.append(take(batch, 0, count))
+            count -= samples_in(taken[-1])
+    return taken
+
+
+def joined(batches: list[Any]) -> list[Any]:
+    """One batch instead of several, if all are single tensors of one sample shape; otherwise as they are."""
+    tensors = [arguments(batch)[0] for batch in batches]
+    values = [args[0] for args in tensors if args]
+    if len(values) < len(batches) or len({(value.shape[1:], value.dtype) for value in values}) != 1:
+        return batches
+    return [torch.cat(values)]
 
 
 def room_for(graph: Graph, example: Any, memory: int) -> int:
