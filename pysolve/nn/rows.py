@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
-from scipy.linalg.blas import dsyrk
 from torch import Tensor
 from torch.nn import Linear
 
@@ -16,8 +15,10 @@ from pysolve.nn.windows import ORDINARY, TRANSPOSED, Convolution, batched, windo
 LAYERS = (Linear, *ORDINARY, *TRANSPOSED)
 Layer = Linear | Convolution
 
-# Numbers in one piece of the work: larger ones leave the cache, and the allocator returns them to the system.
-_ROOM = 2**21
+# Numbers in one piece of the work: the allocator returns larger ones to the system, and gets them zeroed.
+_ROOM = 2**20
+# Rows of a product made at once, of which only the columns up to the diagonal are wanted.
+_STRIP = 128
 
 
 def channels(layer: Layer) -> tuple[int, int]:
@@ -163,24 +164,22 @@ class Sums:
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add samples, ``x`` (n, d) and ``y`` (n, h), of any dtype and on any device."""
-        step = max(1, _ROOM // len(self.products))
+        step = max(1, 2 * _ROOM // len(self.products))
         for start in range(0, len(x), step):
             self._add(x[start : start + step], y[start : start + step])
 
     def _add(self, x: Tensor, y: Tensor) -> None:
-        # The joint matrix is laid out as x is: turning it costs several times as much as copying.
+        n, size, home = len(x), len(self.products), self.products.device
+        # z is laid out as x is: to turn it takes several times as long as to copy it.
         by_columns = x.stride(0) == 1
-        shape = (len(self.products), len(x))
-        home = self.products.device
-        store = torch.empty(shape if by_columns else shape[::-1], dtype=torch.float64, device=home)
-        rows = store.T if by_columns else store
-        rows[:, : self.d], rows[:, self.d : -1], rows[:, -1] = x.to(home), y.to(home), 1.0
-        if home.type == "cpu":
-            # BLAS's symmetric update does half the work of a product; .T is a matrix in BLAS's own order.
-            a, c = store.numpy().T, self.products.numpy().T
-            dsyrk(1.0, a, beta=1.0, c=c, trans=int(by_columns), overwrite_c=1)
-        else:
-            self.products.addmm_(rows.T, rows)
+        store = torch.empty((size, n) if by_columns else (n, size), dtype=torch.float64, device=home)
+        z = store.T if by_columns else store
+        z[:, : self.d], z[:, self.d : -1], z[:, -1] = x.to(home), y.to(home), 1.0
+        # SciPy's symmetric update saves as much, but its threads and torch's then wait for each other.
+        width = -(-size // -(-size // _STRIP))
+        for start in range(0, size, width):
+            strip, end = slice(start, start + width), start + width
+            self.products[strip, :end].addmm_(z[:, strip].T, z[:, :end])
 
     def correlations(self, group_size: int = 1) -> Correlations:
         """The sums as NumPy arrays."""
