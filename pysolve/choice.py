@@ -46,7 +46,7 @@ def site_problem(
     widths: Mapping[str, int],
     *,
     normalised: bool = True,
-) -> Problem:
+) -> tuple[Problem, list[float]]:
     """The joint problem of a site's readers, each centred, with outputs of unit energy.
 
     Inputs of a reader that are not the site's stay free to take over: they are minimised out. A reader whose
@@ -60,12 +60,16 @@ def site_problem(
         Input channels of each reader.
     normalised : bool
         Outputs of unit energy, so that every reader counts alike; otherwise as they are.
+
+    Returns
+    -------
+    Problem, list of float
+        And of each reader the energy that is left of its outputs without the site.
     """
     readers = [_reader(site, correlations[name], name, widths[name], normalised) for name in site.readers]
-    size = max(R.shape[0] for R, _ in readers) // site.channels
-    filled = [_filled(R, C, site.channels, size) for R, C in readers]
-    xx, yx = zip(*filled, strict=True)
-    return Problem(xx, yx, size, np.ones(site.channels))
+    size = max(len(R) for R, _, _ in readers) // site.channels
+    xx, yx = zip(*(_filled(R, C, site.channels, size) for R, C, _ in readers), strict=True)
+    return Problem(xx, yx, size, np.ones(site.channels)), [left for _, _, left in readers]
 
 
 def reader_columns(site: Site, correlations: Correlations, reader: str, width: int) -> Indices:
@@ -75,18 +79,25 @@ def reader_columns(site: Site, correlations: Correlations, reader: str, width: i
     return (table[:, :, None] * taps + np.arange(taps)).reshape(site.channels, -1)
 
 
-def choose(site: Site, problem: Problem, method: str = "elimination") -> Choice:
+def choose(site: Site, problem: Problem, left: Sequence[float], method: str = "elimination") -> Choice:
     """Selection at every size, by elimination or any other method of ``select_channels``.
 
     Only elimination knows a path; the error of other methods is taken at a few sizes and interpolated.
+
+    Parameters
+    ----------
+    site : Site
+    problem, left
+        Of ``site_problem``.
+    method : str
     """
     readers, K = len(problem.xx), site.channels
     if method == "elimination":
-        path = elimination_path(problem, r_yy=[1.0] * readers if readers > 1 else 1.0)
+        path = elimination_path(problem, r_yy=left if readers > 1 else left[0])
         return Choice(site, path.keep, np.maximum(2 * path.error / readers, FLOOR))
     keep = cache(lambda k: select_channels(problem, k=k, method=method) if k else np.arange(0))
     sizes = np.unique([0, *np.geomspace(1, K, 9).round().astype(int)])
-    error = [max(_error(problem, keep(int(k))), FLOOR) for k in sizes]
+    error = np.minimum.accumulate([max(_error(problem, left, keep(int(k))), FLOOR) for k in sizes])
     return Choice(site, keep, np.exp(np.interp(np.arange(K + 1), sizes, np.log(error))))
 
 
@@ -101,7 +112,9 @@ def harm_curve(choice: Choice, sizes: Sequence[int], harms: Sequence[float]) -> 
     (channels + 1,) array
         Never rises with k.
     """
-    at, error = np.asarray(sizes), np.log(choice.error)
+    at, error = np.asarray(sizes, dtype=np.intp), np.log(choice.error)
+    if not len(at):
+        return np.array([np.inf, *[0.0] * (len(error) - 1)])
     order = np.argsort(error[at], kind="stable")
     x, y = error[at][order], np.maximum.accumulate(np.log(np.maximum(harms, FLOOR))[order])
     curve = np.interp(error, x, y)
@@ -150,7 +163,7 @@ def refit(
             factor = scipy.linalg.cho_factor(R + ridge * np.eye(len(R)), lower=True, check_finite=False)
             break
         except scipy.linalg.LinAlgError:
-            ridge *= 10
+            ridge = max(10 * ridge, 1e-12)
     # An input that never varies keeps its weight.
     change = np.where(
         variance > 0, scipy.linalg.cho_solve(factor, change.T, check_finite=False).T / unit, 0.0
@@ -163,18 +176,20 @@ def refit(
 
 def _reader(
     site: Site, correlations: Correlations, name: str, width: int, normalised: bool
-) -> tuple[Array, Array]:
-    """R and C of one reader on the site's columns, channel after channel."""
+) -> tuple[Array, Array, float]:
+    """R and C of one reader on the site's columns, channel after channel, and the energy left without."""
     own = correlations.centered()
     p = reader_columns(site, correlations, name, width).ravel()
     u = np.setdiff1d(np.arange(len(own.xx)), p)
-    R, C = own.r_xx, own.r_yx
-    energy = (float(np.trace(own.r_yy)) if normalised else 0.0) or 1.0
+    R, C, left = own.r_xx, own.r_yx, float(np.trace(own.r_yy))
+    energy = (left if normalised else 0.0) or 1.0
     if len(u):
-        R, C, _, _ = schur(R, C, p, u)
+        explained = C[:, u]
+        R, C, _, base = schur(R, C, p, u)
+        left = max(0.0, left - float(np.vdot(base, explained)))
     else:
         R, C = R[np.ix_(p, p)], C[:, p]
-    return R, C / np.sqrt(energy)
+    return R, C / np.sqrt(energy), left / energy
 
 
 def _filled(R: Array, C: Array, channels: int, size: int) -> tuple[Array, Array]:
@@ -188,8 +203,8 @@ def _filled(R: Array, C: Array, channels: int, size: int) -> tuple[Array, Array]
     return wide_R, wide_C
 
 
-def _error(problem: Problem, keep: Indices) -> float:
+def _error(problem: Problem, left: Sequence[float], keep: Indices) -> float:
     """Mean over readers of E‖y − M x‖² / E‖y‖², refitted on the groups kept."""
     columns = group_columns(keep, problem.group_size)
     gains = [np.vdot(least_squares(R, C, columns), C) for R, C in zip(problem.xx, problem.yx, strict=True)]
-    return float(np.mean([1.0 - gain for gain in gains]))
+    return float(np.mean(np.subtract(left, gains)))

@@ -19,6 +19,9 @@ from pysolve.errors import DataError
 
 Array = npt.NDArray[np.float64]
 
+# A variance that is smaller than this share of the mean square is rounding; that of float32 is near 1e-15.
+_STILL = 1e-13
+
 # What reading a damaged or foreign .npz file can end in.
 _DAMAGED = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
@@ -143,14 +146,14 @@ class Correlations:
         uncentred correlations is that bias.
         """
         x_mean, y_mean = self.x_sum / self.count, self.y_sum / self.count
-        return replace(
-            self,
-            xx=self.xx - np.outer(self.x_sum, x_mean),
-            yx=self.yx - np.outer(self.y_sum, x_mean),
-            yy=self.yy - np.outer(self.y_sum, y_mean),
-            x_sum=np.zeros_like(self.x_sum),
-            y_sum=np.zeros_like(self.y_sum),
-        )
+        xx, yx = self.xx - np.outer(self.x_sum, x_mean), self.yx - np.outer(self.y_sum, x_mean)
+        yy = self.yy - np.outer(self.y_sum, y_mean)
+        # Of what never changes the difference leaves rounding alone, of either sign.
+        still_x = np.diag(xx) <= _STILL * np.diag(self.xx)
+        still_y = np.diag(yy) <= _STILL * np.diag(self.yy)
+        xx[still_x] = xx[:, still_x] = yx[:, still_x] = yx[still_y] = yy[still_y] = yy[:, still_y] = 0.0
+        x_sum, y_sum = np.zeros_like(self.x_sum), np.zeros_like(self.y_sum)
+        return replace(self, xx=xx, yx=yx, yy=yy, x_sum=x_sum, y_sum=y_sum)
 
     def bias(self, M: npt.ArrayLike) -> Array:
         """The bias that minimises E‖y − M x − b‖² for a given (h, d) ``M``: b = E[y] − M E[x]."""

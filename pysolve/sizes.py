@@ -81,9 +81,8 @@ def _kept_by_lasso(found: Study, lam: float | Mapping[str, float]) -> Sizes:
         penalty = _entry(site, lam)
         keep = np.arange(site.channels)
         if penalty is not None:
-            keep = newton(
-                site_problem(site, found.correlations, found.widths(site), normalised=False), penalty
-            ).keep
+            problem, _ = site_problem(site, found.correlations, found.widths(site), normalised=False)
+            keep = newton(problem, penalty).keep
         if not len(keep):
             notes.append(f"lam = {penalty:.3g} leaves no channel of {site.name}: the most useful one stays.")
             keep = choice.keep(1)

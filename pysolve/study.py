@@ -144,8 +144,8 @@ def study(
     )
     for s in tqdm(range(len(free)), "measure", unit="site", disable=None if progress else True):
         start = time.perf_counter()
-        problem = site_problem(free[s], correlations, found.widths(free[s]))
-        found.choices.append(choose(free[s], problem, select))
+        problem, left = site_problem(free[s], correlations, found.widths(free[s]))
+        found.choices.append(choose(free[s], problem, left, select))
         found.harms.append({})
         for share in PROBED_ERRORS:
             fitting = int(np.searchsorted(-found.choices[s].error, -share))
