@@ -134,7 +134,7 @@ def meet(call: Call, operands: list[tuple[Tensor, Node]]) -> Tensor:
             for value in wide:
                 if value is not fixed and labelled(value):
                     _pin_fixed(call, value, fixed, node)
-    return call.ledger.unite(*(value for value, _ in operands))
+    return call.ledger.unite(*(value for value, _ in operands), reason=call.says("mixes these channels"))
 
 
 def _pin_fixed(call: Call, value: Tensor, fixed: Tensor, node: Node) -> None:

@@ -22,15 +22,7 @@ ROLES = ("writers", "passed", "readers")
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """Output channels of a layer that writes or passes channels, or input channels of one that reads them.
-
-    Parameters
-    ----------
-    layer : str
-    role : {"writers", "passed", "readers"}
-    labels : (channels,) int64 tensor
-        Consecutive labels, the layer's own.
-    """
+    """Output channels of a layer that writes or passes channels, or input channels of one that reads them."""
 
     layer: str
     role: str
@@ -93,13 +85,19 @@ class Ledger:
             self.members[key] = Member(layer, role, self.fresh(n))
         return self.members[key].labels
 
-    def unite(self, *values: Tensor) -> Tensor:
-        """Broadcast label tensors against each other; labels that meet become one."""
+    def unite(self, *values: Tensor, reason: str = "") -> Tensor:
+        """Broadcast label tensors against each other; labels that meet become one.
+
+        ``reason`` is for channels of one value that all meet those of another.
+        """
         shape = torch.broadcast_shapes(*(v.shape for v in values))  # type: ignore[no-untyped-call]
         result, *others = map(squashed, values)
         for other in others:
+            largest = max(result.numel(), other.numel())
             result, other = _broadcast(result, other)
-            self._join(result, other, (result >= 0) & (other >= 0))
+            both = (result >= 0) & (other >= 0)
+            if self._join(result, other, both) and result.numel() > largest:
+                self._remarks.append(_Remark(result[both], reason, pins=False))
             result = torch.where(result >= 0, result, other)
         return result.expand(shape)
 

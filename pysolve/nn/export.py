@@ -23,7 +23,8 @@ from pysolve.errors import PysolveError
 from pysolve.nn.network import arguments, evaluating
 
 _TORCH = Path(torch.__file__).parent
-_PACKAGE = Path(__file__).parent.parent
+# Where networks are called from, which is not where their errors come from.
+_CALLERS = {str(Path(__file__).with_name(f"{name}.py")) for name in ("export", "network", "trial")}
 # A frame of a stack trace: file, line, and its code where that is known.
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*(?:\n(?!\s*File ")(.*))?')
 
@@ -59,14 +60,17 @@ class Graph:
         return dict(zip(self.inputs, leaves, strict=True))
 
 
-def trace(model: nn.Module, batch: Any) -> Graph:
-    """Export a network in evaluation mode, with sizes free to change wherever the code leaves them free.
+def trace(model: nn.Module, batch: Any, *, free_sizes: bool = True) -> Graph:
+    """Export a network in evaluation mode.
 
     Parameters
     ----------
     model : nn.Module
     batch : one batch
         In the forms that ``gather`` takes.
+    free_sizes : bool
+        Leave sizes free to change wherever the code does, so that other batches fit the graph; without, the
+        graph is for this batch alone and takes a fraction of the time.
 
     Raises
     ------
@@ -75,7 +79,7 @@ def trace(model: nn.Module, batch: Any) -> Graph:
     """
     args, kwargs = pytree.tree_map(_at_least_two(batch), arguments(batch))
     with evaluating(model), _without_cache(model):
-        program = _export(model, args, kwargs)
+        program = _export(model, args, kwargs, free_sizes)
     signature = program.graph_signature
     names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     constants = {**signature.inputs_to_lifted_tensor_constants, **signature.inputs_to_lifted_custom_objs}
@@ -101,23 +105,24 @@ def where(node: Node) -> str:
 
 def code_line(error: BaseException) -> str:
     """The innermost line outside of torch that an error comes from, in brackets; nothing if there is none."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _of_torch(frame.filename)]
-    inner = [frame for frame in frames if not frame.filename.startswith((str(_PACKAGE), "<"))]
-    return f" ({Path(inner[-1].filename).name}:{inner[-1].lineno}: {inner[-1].line})" if inner else ""
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if not _of_torch(frame.filename) and frame.filename not in _CALLERS:
+            return f" ({Path(frame.filename).name}:{frame.lineno}: {frame.line})"
+    return ""
 
 
 def _of_torch(file: str) -> bool:
     return file.startswith(str(_TORCH))
 
 
-def _export(model: nn.Module, args: Any, kwargs: Any) -> ExportedProgram:
+def _export(model: nn.Module, args: Any, kwargs: Any, free_sizes: bool) -> ExportedProgram:
     def free(value: Any) -> Any:
         return dict.fromkeys(range(value.ndim), Dim.AUTO) if isinstance(value, Tensor) else None
 
     shapes = pytree.tree_map(free, {**{f"*{i}": a for i, a in enumerate(args)}, **kwargs})
     dynamic = (*(shapes.pop(f"*{i}") for i in range(len(args))),) if args and not kwargs else shapes
     problem: Exception | None = None
-    for attempt in (dynamic, None):
+    for attempt in (dynamic, None) if free_sizes else (None,):
         try:
             with _quiet():
                 return torch.export.export(model, args, kwargs, dynamic_shapes=attempt, strict=False)
@@ -127,8 +132,8 @@ def _export(model: nn.Module, args: Any, kwargs: Any) -> ExportedProgram:
     assert problem is not None
     what = next(filter(None, map(str.strip, str(problem).splitlines())), repr(problem)).rstrip(".")
     raise PysolveError(
-        f"{type(model).__name__} cannot be traced{code_line(problem)}: {what}. Take out what depends on values "
-        "or leaves torch, or give a list of Site, written by hand, instead."
+        f"{type(model).__name__} cannot be traced{code_line(problem)}: {what}. Take out what depends on "
+        "values or leaves torch, or give a list of Site, written by hand, instead."
     ) from problem
 
 

@@ -166,16 +166,13 @@ def _note_uses(call: Call) -> None:
 
 def _unlabelled(value: Any) -> Any:
     """No labels, in the shape that a traced value has on the example."""
-    if isinstance(value, Tensor):
-        sizes = [_hint(size) for size in value.shape]
-        return None if None in sizes else none(sizes)
-    return _hint(value)
+    return none([_hint(size) for size in value.shape]) if isinstance(value, Tensor) else _hint(value)
 
 
 def _hint(value: Any) -> Any:
-    """A traced number on the example, None where it depends on data."""
+    """A traced number on the example; 0 where it depends on data, which no rule can follow."""
     symbolic = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
-    return value.node.hint if symbolic else value
+    return value.node.hint or 0 if symbolic else value
 
 
 def _shapes(value: Any) -> Any:

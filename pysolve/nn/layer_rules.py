@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pysolve.nn.calls import Call
 from pysolve.nn.classes import along, lean, others, spread, squashed
+from pysolve.nn.export import where
 from pysolve.nn.operators import Rule
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -50,15 +51,17 @@ def _weighted(call: Call, dim: int, kinds: tuple[type[nn.Module], ...]) -> Any:
 
 def _read(call: Call, x: Tensor, dim: int) -> Tensor:
     """(n,) labels along one dimension of a value in which they must not vary otherwise."""
-    reason = call.says("finds channel labels that differ across positions")
+    reason = f"channel labels differ across positions ({where(call.node)})"
     call.ledger.pin_varying(x, others(x, dim), reason, wildcard=True)
     return along(x, dim)
 
 
 def _stranger(call: Call, layer: nn.Module | None) -> str:
+    """Why nothing can be narrowed where a layer's operator runs in a module of another kind."""
     if layer is None or layer is call.network.modules[""]:
         return call.says("runs outside of a layer of its own")
-    return call.says(f"is part of `{call.network.names[layer]}`, a {type(layer).__name__} as a whole")
+    reader = f"`{call.network.names[layer]}`, a {type(layer).__name__},"
+    return f"{reader} works on them as a whole ({where(call.node)})"
 
 
 def _pin_problem(call: Call, layer: nn.Module, kinds: tuple[type[nn.Module], ...], labels: Tensor) -> None:
@@ -146,7 +149,8 @@ def _channels_added(call: Call, labels: Tensor, dim: int, pair: tuple[int, int])
         rows = call.ledger.member(call.network.names[layer], "passed", front + back)
     else:
         rows = call.ledger.fresh(front + back)
-        call.ledger.pin(rows, call.says("adds channels"))
+        kind = "constant" if call.args["value"] else "zero"
+        call.ledger.pin(rows, f"{kind} channels are padded in ({where(call.node)})")
     shape = list(labels.shape)
     shape[dim] = front
     first = spread(rows[:front], dim, shape)

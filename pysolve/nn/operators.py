@@ -24,12 +24,17 @@ def shape(call: Call) -> Any:
 
 def view(call: Call) -> Tensor:
     """Labels need not lie in memory as the values do."""
-    return call.first.reshape(call.args["size"])
+    return call.first.reshape(call.args["size"] if "size" in call.args else call.args["other"].shape)
 
 
 def keep(call: Call) -> Tensor:
     """Nothing happens to the first argument's labels."""
     return call.first
+
+
+def unlabelled(call: Call) -> Any:
+    """Only the type of the first argument matters."""
+    return call.result
 
 
 def cat(call: Call) -> Tensor:
@@ -104,8 +109,7 @@ def last_norm(call: Call) -> Tensor:
 def index(call: Call) -> Any:
     """Positions may be picked by number; channels would be picked by the numbers that they have now."""
     indices = call.args["indices"]
-    masks = [source for source in call.sources["indices"] if _is_mask(source)]
-    if masks:
+    if any(map(_is_mask, call.sources["indices"])):
         return call.opaque(call.says("picks by a mask"))
     dims = [dim for dim, one in enumerate(indices) if one is not None]
     call.ledger.pin_varying(call.first, dims, call.says("picks channels by number"))
@@ -141,9 +145,9 @@ def pool(call: Call) -> Any:
     _pin_others(call)
     call.ledger.pin_varying(call.first, dims, call.says("mixes these channels"), wildcard=True)
     top = call.first.amax(dims, keepdim=True)
-    several = isinstance(call.result, list)
-    spread = [top.expand(result.shape) for result in (call.result if several else [call.result])]
-    return spread if several else spread[0]
+    if isinstance(call.result, list):
+        return [top.expand(result.shape) for result in call.result]
+    return top.expand(call.result.shape)
 
 
 def matmul(call: Call) -> Tensor:
@@ -208,8 +212,9 @@ _NAMES: tuple[tuple[Rule, str], ...] = (
         shape,
         "slice select narrow expand broadcast_to repeat repeat_interleave tile unbind diagonal flip roll",
     ),
-    (shape, "unfold reshape reshape_as atleast_1d atleast_2d atleast_3d"),
-    (view, "view _unsafe_view"),
+    (shape, "unfold reshape atleast_1d atleast_2d atleast_3d"),
+    (view, "view _unsafe_view view_as reshape_as"),
+    (unlabelled, "new_ones new_zeros new_full new_empty"),
     (
         keep,
         "dropout feature_dropout alpha_dropout feature_alpha_dropout contiguous clone to _to_copy type_as",
@@ -235,12 +240,10 @@ _NAMES: tuple[tuple[Rule, str], ...] = (
         for n in (1, 2, 3)
     ),
     *((pool, f"adaptive_max_pool{n}d adaptive_avg_pool{n}d upsample_nearest{n}d") for n in (1, 2, 3)),
-    *((pool, f"_upsample_nearest_exact{n}d") for n in (1, 2, 3)),
+    (pool, "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d"),
     (pool, "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d grid_sampler"),
     (pool, "_upsample_bilinear2d_aa _upsample_bicubic2d_aa"),
-    (matmul, "matmul bmm mm mv dot"),
-    (biased_matmul, "addmm baddbmm"),
-    (gather, "gather index_select"),
+    *((matmul, "matmul bmm mm mv dot"), (biased_matmul, "addmm baddbmm"), (gather, "gather index_select")),
     *((cat, "cat"), (stack, "stack"), (glu, "glu"), (topk, "topk"), (index, "index"), (einsum, "einsum")),
     (attention, "scaled_dot_product_attention"),
 )

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ def sites_of(classes: Classes) -> list[Site]:
     number, index, root = _entries(members, classes.roots)
     starts = np.flatnonzero(np.diff(root, prepend=-1))
     groups: dict[tuple[bytes, str | None], list[int]] = {}
-    for start, stop in zip(starts.tolist(), [*starts[1:].tolist(), len(root)], strict=True):
+    for start, stop in pairwise([*starts.tolist(), len(root)]):
         if members[number[start]].role == "writers":
             key = (number[start:stop].tobytes(), classes.pinned.get(int(root[start])))
             groups.setdefault(key, []).append(start)
@@ -122,8 +123,8 @@ def _traced(model: nn.Module, batch: Any) -> tuple[Graph, Any]:
         few = kwargs if kwargs else args
         # A batch size may be written into the code.
         with suppress(PysolveError):
-            return trace(model, few), few
-    return trace(model, batch), batch
+            return trace(model, few, free_sizes=False), few
+    return trace(model, batch, free_sizes=False), batch
 
 
 def _matching(model: nn.Module, ignore: Iterable[str]) -> set[str]:
@@ -138,7 +139,7 @@ def _matching(model: nn.Module, ignore: Iterable[str]) -> set[str]:
             matches = [first[modules[one]] for one in modules if re.fullmatch(name[3:], one)]
             if not matches:
                 raise LayerNotFoundError(
-                    f"{type(model).__name__} has no layer whose name matches {name[3:]!r}."
+                    f"{type(model).__name__} has no layer that matches {name!r}: patterns match whole names."
                 )
             found.update(matches)
         else:

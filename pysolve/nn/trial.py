@@ -74,14 +74,17 @@ def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Any) -> str | N
         smaller = apply(model, plan)
     except CollapseError as error:
         return str(error)
+    difference = mismatch(masked(model, plan), smaller, batch)
+    if difference is None:
+        return None
     try:
         with evaluating(smaller):
             forward(smaller, batch)
     # Whatever the network's own code raises when its layers are narrower.
     except Exception as error:
-        return f"a width is written into the code{code_line(error)}: {str(error).splitlines()[0]}"
-    difference = mismatch(masked(model, plan), smaller, batch)
-    return difference and f"a width is written into the code: without some of the channels {difference}"
+        message = next(iter(str(error).splitlines()), repr(error))
+        return f"a width is written into the code{code_line(error)}: {message}"
+    return f"a width is written into the code: without some of these channels {difference}"
 
 
 def _randomized(model: nn.Module, batch: Any) -> nn.Module:

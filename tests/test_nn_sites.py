@@ -1,0 +1,422 @@
+"""Every site of a network is found, and nothing that is no site: by example, by poison and by cutting."""
+
+import copy
+import functools
+import logging
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import NETWORKS, Net, attention, chains, network, vectors
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import pysolve as ps
+from pysolve.errors import LayerNotFoundError, PysolveError
+from pysolve.nn.network import forward
+from pysolve.nn.sites import find_sites
+from pysolve.nn.surgery import apply, masked
+from pysolve.nn.zoo import Mlp
+from pysolve.plan import Collapse, Plan
+
+# Each site as "channels: writers → readers | passed ! words of the reason why it is pinned".
+SITES = {
+    "residual": ["6: stem conv2 → conv1 fc | bn", "5: conv1 → conv2", "4: fc → ! output"],
+    "two_residuals": ["6: stem b1 b2 → a1 a2 fc", "5: a1 → b1", "7: a2 → b2", "3: fc → ! output"],
+    "projection_shortcut": ["4: stem → conv shortcut", "6: conv shortcut → fc | bn", "3: fc → ! output"],
+    "padded_shortcut_in_code": [
+        "4: stem conv2 → conv1 fc",
+        "5: conv1 → conv2",
+        "4: conv2 → fc ! zero channels are padded in",
+        "3: fc → ! output",
+    ],
+    "padded_shortcut_by_a_layer": [
+        "4: stem conv2 → conv1 fc",
+        "5: conv1 → conv2",
+        "4: conv2 → fc | shortcut.pad",
+        "3: fc → ! output",
+    ],
+    "depthwise": ["6: 0 → 5 | 1 3 4", "4: 5 → ! output"],
+    "depth_multiplier": ["4: 0 → 2 | 1", "2: 2 → ! output"],
+    "grouped": ["4: 0 → 3 | 2", "2: 3 → ! output"],
+    "depthwise_on_the_input": ["5: 1 → 2", "2: 2 → ! output"],
+    "transposed": ["5: 0 → 2", "6: 2 → 4", "2: 4 → ! output"],
+    "dilated": ["5: 0 → 2", "2: 2 → ! output"],
+    "concat": ["4: a → c", "5: b → c", "2: c → ! output"],
+    "sliced": [
+        "3: a → b ! a width is written into the code",
+        "5: a → c ! a width is written into the code",
+        "2: b c → ! output",
+    ],
+    "chunked_swiglu": ["7: a → b", "4: b → ! output"],
+    "swiglu": ["7: gate up → down", "4: down → ! output"],
+    "flattened_by_view": ["5: conv → fc", "3: fc → ! output"],
+    "adaptive_pool": ["5: 0 → 4", "3: 4 → ! output"],
+    "upsampled": ["5: 0 → 2", "2: 2 → ! output"],
+    "shared_layer": ["6: stem twice → twice out", "2: out → ! output"],
+    "unused_layer": ["6: a → b", "2: b → ! output"],
+    "single_channel": ["1: 0 → 2 ! it is a single channel", "2: 2 → ! output"],
+    "norm_without_affine": ["5: 0 → 3 | 1", "2: 3 → ! output"],
+    "instance_norm": ["5: 0 → 3 | 1 2", "2: 3 → ! output"],
+    "group_norm": ["3: 0 → 3 | 1", "2: 3 → ! output"],
+    "one_group_norm": ["1: 0 → 2 | 1 ! group_norm mixes the channels of a group", "2: 2 → ! output"],
+    "squeeze_and_excite": ["8: conv up → down out", "4: down → up", "2: out → ! output"],
+    "attention": ["3: q k v → o", "4: o → ! output"],
+    "hard_coded_attention": ["3: q k v → o ! a width is written into the code", "4: o → ! output"],
+    "attention_by_products": ["3: q k v → o", "4: o → ! output"],
+    "grouped_queries": ["2: q k v → o", "4: o → ! output"],
+    "multihead_attention": [
+        "6: stem → ! `attention`, a MultiheadAttention, works on them as a whole",
+        "7: fc1 → fc2",
+        "3: fc2 → ! output",
+    ],
+    "transformer_layer": ["7: linear1 → linear2", "1: linear2 → ! layer_norm mixes these channels"],
+    "layer_norm_stream": [
+        "1: stem fc2 → fc1 out ! layer_norm mixes these channels",
+        "7: fc1 → fc2",
+        "3: out → ! output",
+    ],
+    "rms_norm_stream": [
+        "1: stem fc2 → fc1 out ! rms_norm mixes these channels",
+        "7: fc1 → fc2",
+        "3: out → ! output",
+    ],
+    "handmade_norm_stream": [
+        "1: stem fc2 → fc1 out ! mean mixes these channels",
+        "7: fc1 → fc2",
+        "3: out → ! output",
+    ],
+    "hard_coded_reshape": ["8: a → b ! a width is written into the code", "2: b → ! output"],
+    "conv1d": ["5: 0 → 3 | 1", "2: 3 → ! output"],
+    "conv3d": ["5: 0 → 4", "3: 4 → ! output"],
+    "embedding_stream": ["6: words places fc2 → fc1 out", "7: fc1 → fc2", "3: out → ! output"],
+    "keywords": ["6: words → fc1", "7: fc1 → fc2", "3: fc2 → ! output"],
+    "input_shortcut": [
+        "4: stem → fc ! an input or constant meets these channels directly",
+        "2: fc → ! output",
+    ],
+    "scaled_by_a_parameter": [
+        "6: stem → fc ! the parameter `scale` meets these channels directly",
+        "2: fc → ! output",
+    ],
+    "unknown_operator": ["8: 0 → ! pixel_shuffle is not understood", "5: 2 → 4", "2: 4 → ! output"],
+    "computed_weight": [
+        "6: a → b ! the weight of `a` is computed from other values",
+        "5: b → c",
+        "2: c → ! output",
+    ],
+    "tied_weights": [
+        "6: a → b ! `a` shares its values with `c.weight`",
+        "4: b → c ! `c` shares its values with `a.weight`",
+        "6: c → ! `c` shares its values with `a.weight`",
+    ],
+    "borrowed_weight": ["6: a → b ! `a.weight` is used outside of its layer", "2: b → ! output"],
+    "autocast": ["6: a → b", "2: b → ! output"],
+    "dead_end": ["5: unread → ! nothing reads these channels", "6: a → b", "2: b → ! output"],
+    "in_place": ["6: a b → b c", "2: c → ! output"],
+    "softmax_between": ["1: 0 → 2 ! softmax mixes these channels", "2: 2 → ! output"],
+}
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Threads of tiny products only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@functools.cache
+def found(name):
+    return tuple(find_sites(*network(name)))
+
+
+def shown(site):
+    passed = f" | {' '.join(site.passed)}" if site.passed else ""
+    return f"{site.channels}: {' '.join(site.writers)} → {' '.join(site.readers)}{passed}".strip()
+
+
+def outputs(model, batch):
+    with torch.no_grad():
+        return [leaf for leaf in pytree.tree_leaves(forward(model, batch)) if isinstance(leaf, torch.Tensor)]
+
+
+def assert_same(model, other, batch):
+    for a, b in zip(outputs(model, batch), outputs(other, batch), strict=True):
+        assert a.shape == b.shape
+        scale = a.abs().max().item() if a.is_floating_point() else 0
+        assert (a - b).abs().max().item() <= (2e-2 if a.dtype == torch.bfloat16 else 1e-5) * scale
+
+
+def free(sites):
+    return [site for site in sites if site.pinned is None]
+
+
+def random_plan(sites, seed):
+    rng = np.random.default_rng(seed)
+
+    def keep(site):
+        return np.sort(rng.choice(site.channels, rng.integers(1, site.channels), replace=False))
+
+    return Plan(tuple(Collapse(site, keep(site)) for site in free(sites)))
+
+
+def assert_cuts_cleanly(model, batch, sites, seed):
+    """The cut network equals the masked one, in which the channels that go are silent already."""
+    plan = random_plan(sites, seed)
+    silenced = masked(model, plan)
+    for smaller in (apply(model, plan), apply(silenced, plan)):
+        assert_same(silenced, smaller, batch)
+
+
+def poisoned_columns(model, batch, site, channel):
+    """Which input channels of which layers see that one channel of a site is not a number.
+
+    Layers that read channels pass no poison on; grouped convolutions read none.
+    """
+    model, seen = copy.deepcopy(model), {}
+    rows = {name: site.rows[name][channel] for name in site.writers}
+
+    def hook(name, layer):
+        def changed(_, args, y):
+            dim = 1 if isinstance(layer, nn.modules.conv._ConvNd) else -1
+            if isinstance(layer, LAYERS) and getattr(layer, "groups", 1) == 1:
+                bad = args[0].isnan().movedim(dim, 0).flatten(1).any(1).nonzero().flatten()
+                if len(bad):
+                    seen.setdefault(name, set()).update(bad.tolist())
+                y = torch.zeros_like(y)
+            return y.index_fill(dim, torch.tensor(rows[name]), torch.nan) if name in rows else y
+
+        return changed
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, (*LAYERS, nn.Embedding)):
+            layer.register_forward_hook(hook(name, layer))
+    assert not any(y.isnan().any() for y in outputs(model, batch))
+    return seen
+
+
+def assert_poison_stays_inside(model, batch, sites):
+    for site in free(sites):
+        for channel in range(site.channels):
+            expected = {name: set(site.columns[name][channel].tolist()) for name in site.readers}
+            assert poisoned_columns(model, batch, site, channel) == expected, shown(site)
+
+
+def test_every_network_is_listed():
+    assert SITES.keys() == NETWORKS.keys()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_sites_and_reasons_are_exactly_these(name):
+    sites, expected = found(name), SITES[name]
+    assert [shown(site) for site in sites] == [line.partition(" ! ")[0] for line in expected]
+    for site, line in zip(sites, expected, strict=True):
+        words = line.partition(" ! ")[2]
+        assert (site.pinned is None) == (not words), site.pinned
+        assert words in (site.pinned or "")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_poison_in_a_channel_reaches_exactly_its_columns(name):
+    assert_poison_stays_inside(*network(name), found(name))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_random_plans_cut_cleanly(name):
+    for seed in range(3):
+        assert_cuts_cleanly(*network(name), found(name), seed)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_empty_plans_and_plans_that_keep_all_change_nothing(name):
+    model, batch = network(name)
+    everything = Plan(tuple(Collapse(site, range(site.channels)) for site in free(found(name))))
+    for plan in (Plan(), everything):
+        for a, b in zip(outputs(model, batch), outputs(apply(model, plan), batch), strict=True):
+            assert torch.equal(a, b)
+
+
+@settings(max_examples=settings().max_examples // 4)
+@given(chains(), st.integers(0, 1000))
+def test_random_networks_are_understood(chain, seed):
+    model, batch = chain
+    sites = find_sites(model, batch)
+    assert free(sites)
+    assert all("not understood" not in (site.pinned or "") for site in sites)
+    assert_poison_stays_inside(model, batch, sites)
+    assert_cuts_cleanly(model, batch, sites, seed)
+
+
+def test_tables_say_which_rows_and_columns_a_channel_is():
+    (flat, _) = found("flattened_by_view")
+    assert flat.columns["fc"].tolist() == np.arange(80).reshape(5, 16).tolist()
+    heads, _ = found("grouped_queries")
+    assert heads.rows["q"].tolist() == [[*range(8)], [*range(8, 16)]]
+    assert heads.rows["k"].tolist() == heads.rows["v"].tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    assert heads.columns["o"].tolist() == [[*range(8)], [*range(8, 16)]]
+    halves, _ = found("chunked_swiglu")
+    assert halves.rows["a"].tolist() == [[i, 7 + i] for i in range(7)]
+    shifted, _, padded, _ = found("padded_shortcut_by_a_layer")
+    assert shifted.rows["conv2"].ravel().tolist() == shifted.columns["fc"].ravel().tolist() == [1, 2, 3, 4]
+    assert padded.rows["conv2"].ravel().tolist() == [0, 5, 6, 7]
+    assert padded.rows["shortcut.pad"].ravel().tolist() == [0, 1, 2, 3]
+    beside, after, _ = found("concat")
+    assert beside.columns["c"].ravel().tolist() == [0, 1, 2, 3]
+    assert after.columns["c"].ravel().tolist() == [7, 8, 9, 10, 11]
+
+
+class Written(nn.Module):
+    """Its reasons name these lines."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1, self.norm, self.fc2, self.fc3 = (
+            nn.Linear(4, 6),
+            nn.LayerNorm(6),
+            nn.Linear(6, 8),
+            nn.Linear(8, 2),
+        )
+
+    def forward(self, x):
+        x = self.norm(self.fc1(x))
+        x = self.fc2(x).unflatten(1, (2, 4)).flatten(1)
+        return self.fc3(x).cumsum(0)
+
+
+def test_reasons_name_the_line_of_code():
+    norm, view, _ = find_sites(Written(), vectors(4, 4))
+    assert norm.pinned.startswith("layer_norm mixes these channels (test_nn_sites.py:")
+    assert norm.pinned.endswith(": x = self.norm(self.fc1(x)))")
+    assert view.pinned.startswith("a width is written into the code (test_nn_sites.py:")
+    assert ": x = self.fc2(x).unflatten(1, (2, 4)).flatten(1))" in view.pinned
+
+
+def test_a_width_in_the_code_is_found_even_where_nothing_of_it_shows():
+    model, x = attention(width=16, heads=4, written=True)
+    assert "without some of these channels" in find_sites(model, x)[0].pinned
+    with torch.no_grad():
+        model.o.weight.zero_()
+    assert "without some of these channels" in find_sites(model, x)[0].pinned
+
+
+def test_among_many_sites_only_the_guilty_are_pinned():
+    def run(net, x):
+        for layer in net.layers:
+            x = x + layer(x)
+        return x
+
+    torch.manual_seed(0)
+    inner = [attention(written=i in (2, 7)) for i in range(9)]
+    layers = nn.ModuleList(nn.Sequential(nn.Linear(4, 5), one) for one, _ in inner)
+    sites = find_sites(Net(run, layers=layers), vectors(2, 6, 4))
+    written = [site.writers[0] for site in sites if "written into the code" in (site.pinned or "")]
+    assert written == ["layers.2.1.q", "layers.7.1.q"]
+    assert len(free(sites)) == 16
+
+
+def test_ignored_layers_keep_their_channels():
+    model, x = Mlp((4, 5, 6, 7, 3)), vectors(4, 4)
+    assert [site.pinned for site in find_sites(model, x, ignore=["fc2"])[:3]] == [
+        "`fc2` is to be ignored",
+        "`fc2` is to be ignored",
+        None,
+    ]
+    pinned = [site.pinned for site in find_sites(model, x, ignore=("re:fc[34]",))]
+    assert pinned[0] is None
+    assert pinned[1] == "`fc3` is to be ignored"
+    model, x = network("depthwise")
+    assert find_sites(model, x, ignore=["4"])[0].pinned == "`4` is to be ignored"
+
+
+def test_ignoring_what_is_not_there_is_an_error():
+    model, x = Mlp((4, 5, 3)), vectors(4, 4)
+    with pytest.raises(LayerNotFoundError, match="did you mean 'fc2'"):
+        find_sites(model, x, ignore=["fc-2"])
+    with pytest.raises(LayerNotFoundError, match="no layer that matches 're:fc'"):
+        find_sites(model, x, ignore=["re:fc"])
+    with pytest.raises(TypeError, match=r"pass \['fc1'\]"):
+        find_sites(model, x, ignore="fc1")
+
+
+class Counting(nn.Module):
+    """Changes a buffer whenever it runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Dropout(), nn.Linear(5, 3))
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls.add_(1)
+        return self.layers(x)
+
+
+def test_the_network_and_the_world_stay_as_they_are():
+    model, x = Counting().train(), vectors(4, 4)
+    model.layers[1].eval()
+    model.layers[0].weight.requires_grad_(False)
+    before, state = copy.deepcopy(model), torch.get_rng_state()
+    level, copied = logging.root.manager.disable, x.clone()
+    assert len(free(find_sites(model, x))) == 1
+    assert [m.training for m in model.modules()] == [m.training for m in before.modules()]
+    old = before.state_dict()
+    assert all(torch.equal(values, old[name]) for name, values in model.state_dict().items())
+    assert [p.requires_grad for p in model.parameters()] == [p.requires_grad for p in before.parameters()]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(x, copied)
+    assert logging.root.manager.disable == level
+    assert not any(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize("batch", [vectors(1, 4), vectors(3, 4), (vectors(3, 4), 1), {"x": vectors(3, 4)}])
+def test_examples_have_the_forms_that_gather_takes(batch):
+    assert [site.channels for site in free(find_sites(Mlp((4, 5, 3)), batch))] == [5]
+
+
+def test_a_batch_size_in_the_code_is_met():
+    model = Net(lambda net, x: net.b(net.a(x.view(6, 4))), a=nn.Linear(4, 5), b=nn.Linear(5, 2))
+    assert len(free(find_sites(model, vectors(6, 4)))) == 1
+
+
+def test_only_a_few_samples_of_a_large_example_are_run():
+    sizes = []
+    model = Mlp((4, 5, 3))
+    model.register_forward_pre_hook(lambda module, args: sizes.append(len(args[0])))
+    find_sites(model, vectors(500, 4))
+    assert max(sizes) <= 4
+
+
+def test_types_other_than_single_precision_work():
+    for dtype in (torch.float64, torch.bfloat16):
+        sites = find_sites(Mlp((4, 5, 3)).to(dtype), vectors(4, 4).to(dtype))
+        assert len(free(sites)) == 1
+
+
+class Branching(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+
+    def forward(self, x):
+        print("hello")
+        if x.sum() > 0:
+            x = -x
+        return self.fc(x)
+
+
+def test_what_cannot_be_traced_is_one_error_that_names_the_line(capfd):
+    with pytest.raises(
+        PysolveError, match=r"Branching cannot be traced \(test_nn_sites.py:\d+: if x.sum"
+    ) as error:
+        find_sites(Branching(), vectors(4, 4))
+    assert "a list of Site, written by hand" in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_it_is_a_public_name():
+    assert ps.find_sites is find_sites
