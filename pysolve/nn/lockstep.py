@@ -10,8 +10,9 @@ what the shortcut has lost, so that the error which a stream has gathered is rep
     y + (s − ŝ)     s: the original shortcut, ŝ: the compressed one.
 
 And where only the positive part of the result is read, any result below zero is as good as another: there
-the fitted value itself, cut off at zero, is the target of the next of a few passes. The error behind the ReLU
-falls with every pass (majorisation; the matrix of the least squares stays, only its right side changes).
+the fitted value itself, cut off at zero, is the target of the next of a few fits. From fit to fit the bound
+½ E[(z − ẑ)² where z > 0, max(ẑ, 0)² elsewhere] of the error behind the ReLU never rises (z: wanted at its
+input, ẑ: fitted); the matrix of the least squares stays, only its right side changes.
 """
 
 from __future__ import annotations
