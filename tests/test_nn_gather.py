@@ -6,12 +6,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
-from torch.nn.functional import relu
+from torch.nn.functional import relu, unfold
 
 from pysolve.correlations import Correlations
 from pysolve.errors import DataError, LayerNotFoundError, PysolveError
 from pysolve.nn.gather import gather
-from pysolve.nn.zoo import Mlp
+from pysolve.nn.zoo import LeNet5, Mlp
 from pysolve.plan import Site
 
 NAMES = ("xx", "yx", "yy", "x_sum", "y_sum")
@@ -297,12 +297,20 @@ def test_an_unknown_layer_brings_up_the_close_names():
         gather(mlp(), [inputs()], target_model=mlp((5, 3)))
 
 
-def test_a_layer_that_is_not_linear_is_named_with_its_type():
-    with pytest.raises(PysolveError, match="1 is a ReLU"):
+def test_a_layer_that_has_no_matrix_is_named_with_its_type():
+    with pytest.raises(PysolveError, match="1 is a ReLU; gather handles Linear layers and convolutions"):
         gather(nn.Sequential(nn.Linear(5, 5), nn.ReLU()), [inputs()], layers=["1"])
 
 
-def test_a_network_without_linear_layers_is_refused():
+def test_grouped_convolutions_are_left_out_unless_named_and_then_refused():
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 2, 1))
+    images = torch.zeros(2, 2, 8, 8)
+    assert list(gather(model, [images])) == ["0", "2"]
+    with pytest.raises(PysolveError, match=r"1 is a grouped Conv2d \(groups=4\)"):
+        gather(model, [images], layers=["1"])
+
+
+def test_a_network_without_layers_to_gather_for_is_refused():
     with pytest.raises(PysolveError, match="no layer to gather"):
         gather(nn.Sequential(nn.ReLU()), [inputs()])
     with pytest.raises(PysolveError, match="no layer to gather"):
@@ -370,3 +378,157 @@ def test_one_batch_in_place_of_batches_is_refused():
 def test_positions_must_be_a_share(positions):
     with pytest.raises(ValueError, match=r"\(0, 1\]"):
         gather(mlp(), [inputs()], positions=positions)
+
+
+def images(n=6, channels=2, size=7, seed=0):
+    return torch.randn(n, channels, size, size, generator=torch.Generator().manual_seed(seed))
+
+
+def patches_of(conv, x):
+    """Samples in rows of a zero-padded convolution, float64, by torch's unfold."""
+    columns = unfold(x, conv.kernel_size, conv.dilation, conv.padding, conv.stride)
+    return columns.transpose(1, 2).flatten(0, 1).double().numpy()
+
+
+def rows_of(y):
+    return y.detach().movedim(1, -1).flatten(0, -2).double().numpy()
+
+
+@given(st.integers(0, 1000), st.lists(st.integers(1, 5), max_size=3, unique=True))
+def test_a_convolution_reads_the_patches_of_its_padded_input(seed, cuts):
+    rng = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    kernel, stride, padding = rng.integers(1, 4), rng.integers(1, 3), rng.integers(0, 3)
+    conv = nn.Conv2d(2, 3, int(kernel), int(stride), int(padding), dilation=int(rng.integers(1, 3)))
+    x = images(seed=seed)
+    found = gather(nn.Sequential(conv), x.tensor_split(sorted(cuts)))["0"]
+    group_size = conv.kernel_size[0] * conv.kernel_size[1]
+    assert found.group_size == group_size
+    assert_same(
+        found, Correlations.from_samples(patches_of(conv, x), rows_of(conv(x)), group_size=group_size)
+    )
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv1d(2, 3, 3, padding=2, padding_mode="replicate"),
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.Conv2d(2, 3, 3, padding="same", dilation=2, padding_mode="reflect"),
+        nn.Conv3d(2, 3, (1, 2, 3), stride=2, padding=1),
+        nn.ConvTranspose1d(2, 3, 4, stride=2, padding=1),
+        nn.ConvTranspose2d(2, 3, 3, stride=2, padding=1, output_padding=1),
+    ],
+    ids=repr,
+)
+def test_least_squares_on_centred_correlations_gives_weight_and_bias_back(layer):
+    torch.manual_seed(0)
+    layer, shape = layer.double(), (40, 2, 9, 5, 5)[: layer.weight.ndim]
+    with torch.no_grad():
+        layer.bias.copy_(torch.tensor([5.0, -3.0, 1.0]))
+    x = 2.0 + torch.randn(shape, dtype=torch.float64)
+    found = gather(nn.Sequential(layer), x.split(16))["0"]
+    centred = found.centered()
+    M = np.linalg.lstsq(centred.xx, centred.yx.T)[0].T
+    weight = layer.weight.detach()
+    if isinstance(layer, nn.ConvTranspose1d | nn.ConvTranspose2d):
+        weight = weight.transpose(0, 1)
+    np.testing.assert_allclose(M, weight.flatten(1).numpy(), atol=1e-9)
+    np.testing.assert_allclose(found.bias(M), layer.bias.detach().numpy(), atol=1e-9)
+
+
+def test_one_image_without_a_batch_is_one_sample():
+    conv, x = nn.Conv2d(2, 3, 3), images(1)
+    assert_same(gather(nn.Sequential(conv), [x[0]])["0"], gather(nn.Sequential(conv), [x])["0"], rtol=0)
+
+
+def test_all_layers_of_lenet_are_gathered_with_their_groups():
+    torch.manual_seed(0)
+    model, x = LeNet5(), torch.randn(3, 1, 28, 28)
+    found = gather(model, [x])
+    assert {name: c.yx.shape for name, c in found.items()} == {
+        "conv1": (20, 25),
+        "conv2": (50, 500),
+        "fc1": (500, 800),
+        "fc2": (10, 500),
+    }
+    assert [c.group_size for c in found.values()] == [25, 25, 1, 1]
+    assert [c.count for c in found.values()] == [3 * 24 * 24, 3 * 8 * 8, 3, 3]
+    sites = [Site(50, ("conv2",), ("fc1",)), Site(20, ("conv1",), ("conv2",))]
+    assert {name: c.group_size for name, c in gather(model, [x], sites).items()} == {"fc1": 16, "conv2": 25}
+
+
+def test_group_size_is_that_of_the_site_only_where_its_channels_are_all_inputs_in_order():
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 2)), torch.zeros(4, 6)
+
+    def group_size(*sites):
+        return gather(model, [x], sites, ["0"])["1"].group_size
+
+    turned, part = np.arange(6).reshape(2, 3).T, np.arange(4).reshape(2, 2)
+    assert group_size(Site(2, ("0",), ("1",))) == 3
+    assert group_size(Site(2, ("0",), ("1",), columns={"1": turned.T})) == 3
+    assert group_size(Site(3, ("0",), ("1",), columns={"1": turned})) == 1
+    assert group_size(Site(2, ("0",), ("1",), columns={"1": part})) == 1
+    with pytest.raises(ValueError, match="1 has 6 channels, which are no multiple of the site's 4"):
+        group_size(Site(4, ("0",), ("1",)))
+
+
+def test_positions_keeps_a_share_of_the_patches_and_always_the_same():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 2, 3)), images(8, size=10)
+    first, again = (gather(model, x.split(4), positions=0.1) for _ in range(2))
+    assert [first["0"].count, first["1"].count] == [80, 2 * round(0.1 * 4 * 64)]
+    assert_same(first["0"], again["0"], rtol=0)
+    everything = gather(model, x.split(4))
+    assert not np.allclose(first["0"].r_xx, everything["0"].r_xx)
+    assert gather(model, [x[:1, :, :3, :3]], positions=0.01)["1"].count == 1
+
+
+def test_each_call_draws_its_own_positions():
+    conv, x = nn.Conv2d(1, 1, 1), torch.arange(100.0).reshape(1, 1, 10, 10)
+    once = gather(nn.Sequential(conv), [x], positions=0.1)["0"]
+    twice = gather(nn.Sequential(conv), [x, x], positions=0.1)["0"]
+    assert twice.count == 2 * once.count
+    assert twice.x_sum != 2 * once.x_sum
+
+
+@pytest.mark.parametrize("target", [None, nn.Conv2d(2, 3, 3, padding=1, bias=False)])
+def test_positions_pairs_patches_with_their_own_outputs(target):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, bias=False))
+    other = None if target is None else nn.Sequential(target)
+    found = gather(model, [images()], positions=0.2, target_model=other)["0"]
+    weight = (other or model)[0].weight.detach().flatten(1).double().numpy()
+    np.testing.assert_allclose(found.yx, weight @ found.xx, atol=1e-5 * np.abs(found.xx).max())
+
+
+def test_a_convolutions_targets_are_taken_before_a_layer_changes_them_in_place():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.Conv2d(3, 2, 1))
+    other = nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True), nn.Conv2d(3, 2, 1))
+    x = images()
+    wanted = rows_of(other[0](x))
+    found = gather(model, [x], layers=["0"], target_model=other)["0"]
+    assert_same(found, Correlations.from_samples(patches_of(model[0], x), wanted, group_size=9))
+
+
+def test_both_networks_must_write_equally_many_positions():
+    model, target = nn.Sequential(nn.Conv2d(2, 3, 3)), nn.Sequential(nn.Conv2d(2, 3, 3, padding=1))
+    with pytest.raises(PysolveError, match="the same samples"):
+        gather(model, [images()], target_model=target)
+
+
+def test_every_call_of_a_shared_convolution_counts():
+    conv, x = nn.Conv2d(2, 2, 3), images()
+    read = np.concatenate([patches_of(conv, x), patches_of(conv, conv(x).detach())])
+    written = np.concatenate([rows_of(conv(x)), rows_of(conv(conv(x)))])
+    found = gather(nn.Sequential(conv, conv), [x])["0"]
+    assert_same(found, Correlations.from_samples(read, written, group_size=9))
+
+
+def test_values_that_are_not_finite_in_an_image_are_data_errors():
+    x = images()
+    x[1, 0, 3, 3] = float("nan")
+    with pytest.raises(DataError, match="inputs of 0 hold NaN"):
+        gather(nn.Sequential(nn.Conv2d(2, 3, 3)), [x])
+    with pytest.raises(DataError, match="0 saw no samples"):
+        gather(nn.Sequential(nn.Conv2d(2, 3, 3)), [x[:0]])
