@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
+from operator import length_hint
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,15 @@ from pysolve.choice import Choice, choose, harm_curve, site_problem
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.branches import Layer, find_layers
-from pysolve.nn.calibration import Calibration, first_samples, free_memory, hint, room_for, samples_in
+from pysolve.nn.calibration import (
+    Calibration,
+    first_samples,
+    free_memory,
+    hint,
+    room_for,
+    samples_in,
+    traced_samples,
+)
 from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, run
 from pysolve.nn.export import Graph, trace
 from pysolve.nn.gather import gather
@@ -113,13 +122,13 @@ def study(
     free = [site for site in sites if site.pinned is None]
     clock.stage("find")
     readers = list(dict.fromkeys(reader for site in free for reader in site.readers))
-    limit = (
-        room_for(graph, first, free_memory() if memory is None else memory) if graph else samples_in(first)
-    )
+    limit = room_for(graph, free_memory() if memory is None else memory) if graph else samples_in(first)
     calibration = Calibration(limit)
     correlations: dict[str, Correlations] = {}
     if readers:
-        shares = _shares(nodes, readers, samples_in(first), batches)
+        # Of how many batches an iterator has, ten is as good a guess as any.
+        total = samples_in(first) * length_hint(batches, 10)
+        shares = _shares(graph, nodes, readers, total) if graph else dict.fromkeys(readers, 1.0)
         stream = calibration.stream(batches)
         correlations = gather(model, stream, layers=readers, positions=shares, progress=progress)
     clock.stage("gather")
@@ -203,15 +212,14 @@ def _traced(
 
 
 def _shares(
-    nodes: Mapping[Node, Layer], readers: Sequence[str], n: int, batches: Iterable[Any]
+    graph: Graph, nodes: Mapping[Node, Layer], readers: Sequence[str], samples: int
 ) -> dict[str, float]:
     """Which part of its positions each layer is to be gathered over."""
-    total = n * (len(batches) if isinstance(batches, Sized) else 10)
-    shares = dict.fromkeys(readers, 1.0)
+    shares, traced = dict.fromkeys(readers, 1.0), traced_samples(graph)
     for node, layer in nodes.items():
         if layer.name in shares:
             inputs, outputs = channels(layer.module)
-            rows = hint(node.meta["val"].numel()) // outputs / n * total
+            rows = hint(node.meta["val"].numel()) / outputs / traced * samples
             shares[layer.name] = min(1.0, ROWS_PER_INPUT * inputs * taps(layer.module) / rows)
     return shares
 

@@ -56,10 +56,8 @@ class Calibration:
                 room -= n - back
             self.seen += n - back
             yield rest
-        self.held = joined(self.held)
-        if not self.held:
-            # Single samples cannot be shared out: the measurements then see what the fits saw.
-            self.held = self.kept[:HELD_SAMPLES]
+        # Single samples cannot be shared out: the measurements then see what the fits saw.
+        self.held = joined(self.held or self.kept[:HELD_SAMPLES])
 
     @property
     def used(self) -> int:
@@ -106,9 +104,15 @@ def joined(batches: list[Any]) -> list[Any]:
     return [torch.cat(values)]
 
 
-def room_for(graph: Graph, example: Any, memory: int) -> int:
+def traced_samples(graph: Graph) -> int:
+    """How many samples the batch had that the graph was traced with."""
+    shapes = [node.meta["val"].shape for node in graph.inputs if isinstance(node.meta.get("val"), Tensor)]
+    return next((hint(shape[0]) for shape in shapes if len(shape)), 1)
+
+
+def room_for(graph: Graph, memory: int) -> int:
     """How many samples a walk through the graph in two networks can hold within ``memory`` bytes."""
-    return max(1, memory // max(1, 2 * _live_bytes(graph) // samples_in(example)))
+    return max(1, memory // max(1, 2 * _live_bytes(graph) // traced_samples(graph)))
 
 
 def free_memory(share: float = 0.5) -> int:

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils import _pytree as pytree
 
-from pysolve.nn.network import Device, arguments, evaluating, forward
+from pysolve.nn.network import arguments, evaluating, forward
 
 # Mean divergence per sample of outputs from the original's, both as the network returns them.
 Divergence = Callable[[Any, Any], Tensor]
@@ -20,16 +21,18 @@ def kl_divergence(original: Any, output: Any) -> Tensor:
 
     Classes lie along dimension 1 of outputs with 2 or 4 and more dimensions, along the last otherwise. Of a
     mapping with ``logits`` these are compared. An output without classes, a mapping without ``logits`` or a
-    single number a sample, is compared by  ½ E‖output − original‖² / E‖original − mean‖².
+    single number a sample, is compared by  ½ E‖output − original‖² / E‖original − mean‖², with the mean over
+    samples; of a single sample, or of equal ones, it is taken for 0.
     """
     classified = not isinstance(original, Mapping) or "logits" in original
     p, q = _main(original).double(), _main(output).double()
     dim = 1 if p.ndim == 2 or p.ndim >= 4 else -1
     if classified and p.ndim > 1 and p.shape[dim] > 1:
         log_p, log_q = p.log_softmax(dim), q.log_softmax(dim)
-        return (log_p.exp() * (log_p - log_q)).sum(dim).mean()
-    spread = (p - p.mean(0)).square().mean().clamp_min(torch.finfo(p.dtype).tiny)
-    return 0.5 * (q - p).square().mean() / spread
+        # A class of logit −∞ has no part in the sum, where 0 · (∞ − ∞) would be NaN.
+        parts = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
+        return parts.sum(dim).mean()
+    return 0.5 * (q - p).square().mean() / _spread(p)
 
 
 def run(
@@ -41,7 +44,8 @@ def run(
             if values is None:
                 yield forward(model, batch)
             else:
-                args, kwargs = arguments(batch)
+                # As in ``forward``, in-place layers cannot change the batch.
+                args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, arguments(batch))
                 yield functional_call(model, dict(values), args, kwargs)
 
 
@@ -53,11 +57,18 @@ def mean_divergence(
     return sum(parts) / sum(sizes)
 
 
+def _spread(p: Tensor) -> Tensor:
+    """E‖p − mean‖² over samples, or what stands in where that is 0."""
+    around = (p - p.mean(0)).square().mean() if p.ndim else torch.zeros_like(p)
+    whole = p.square().mean()
+    return torch.where(around > 0, around, torch.where(whole > 0, whole, 1.0))
+
+
 def _main(output: Any) -> Tensor:
     """The tensor that matters in a network's output: its logits, or the first one."""
     if isinstance(output, Tensor):
         return output
-    if isinstance(output, Mapping):
+    if isinstance(output, Mapping) and output:
         return _main(output["logits"] if "logits" in output else next(iter(output.values())))
     if isinstance(output, tuple | list) and output:
         return _main(output[0])

@@ -1,0 +1,156 @@
+"""Every sample is held back or given on, once and in order, whatever form the batches have."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import network
+from torch import nn
+
+from pysolve.errors import DataError
+from pysolve.nn.calibration import (
+    HELD_SAMPLES,
+    Calibration,
+    first_samples,
+    free_memory,
+    joined,
+    room_for,
+    samples_in,
+    take,
+)
+from pysolve.nn.export import trace
+
+FORMS = {
+    "tensor": lambda x: x,
+    "with labels": lambda x: (x, torch.zeros(len(x))),
+    "list": lambda x: [x, torch.zeros(len(x))],
+    "mapping": lambda x: {"ids": x, "mask": x[:, 0] > 0, "scale": 2.0, "nothing": None},
+    "mapping with labels": lambda x: ({"ids": x}, torch.zeros(len(x))),
+}
+
+
+def numbered(sizes, form="tensor"):
+    """Batches of the given sizes whose samples are numbered through."""
+    numbers = torch.arange(float(sum(sizes)))[:, None].expand(-1, 3)
+    return [FORMS[form](part) for part in numbers.split(list(sizes))]
+
+
+def numbers(batch):
+    """The numbers of a batch's samples."""
+    while not isinstance(batch, torch.Tensor):
+        batch = batch["ids"] if isinstance(batch, dict) else batch[0]
+    return [int(row[0]) for row in batch]
+
+
+def all_numbers(batches):
+    return [number for batch in batches for number in numbers(batch)]
+
+
+SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=8)
+
+
+@given(SIZES.filter(lambda sizes: max(sizes) > 1), st.sampled_from(sorted(FORMS)))
+def test_held_back_and_given_on_are_all_samples_once_and_in_order(sizes, form):
+    calibration = Calibration(limit=10**6)
+    given_on = all_numbers(calibration.stream(iter(numbered(sizes, form))))
+    held, kept = all_numbers(calibration.held), all_numbers(calibration.kept)
+    assert sorted(held + given_on) == list(range(sum(sizes)))
+    assert held == sorted(held)
+    assert kept == given_on == sorted(given_on)
+    assert calibration.seen == calibration.used == len(given_on)
+    assert held
+
+
+@given(SIZES, st.integers(1, 100))
+def test_no_more_is_kept_than_may_be(sizes, limit):
+    calibration = Calibration(limit)
+    given_on = all_numbers(calibration.stream(numbered(sizes)))
+    assert all_numbers(calibration.kept) == given_on[:limit]
+    assert calibration.used == min(limit, len(given_on))
+    assert calibration.seen == len(given_on)
+
+
+@given(st.lists(st.integers(2, 2000), min_size=1, max_size=6))
+def test_about_an_eighth_is_held_back_up_to_a_limit(sizes):
+    calibration = Calibration(limit=1)
+    for _ in calibration.stream(numbered(sizes)):
+        pass
+    held = len(all_numbers(calibration.held))
+    assert held <= HELD_SAMPLES
+    assert held == min(HELD_SAMPLES, sum(max(1, size // 8) for size in sizes))
+
+
+def test_single_samples_are_all_given_on_and_measured_with_as_well():
+    calibration = Calibration(limit=10**6)
+    given_on = all_numbers(calibration.stream(numbered([1] * 300)))
+    assert given_on == list(range(300))
+    # In one batch: statistics over its samples would be none over one.
+    assert [numbers(batch) for batch in calibration.held] == [given_on[:HELD_SAMPLES]]
+
+
+def test_a_batch_that_is_held_back_keeps_its_form():
+    calibration = Calibration(limit=10**6)
+    (batch,) = calibration.stream(numbered([16], "mapping"))
+    assert batch["scale"] == 2.0
+    assert batch["nothing"] is None
+    assert batch["mask"].shape == (14,)
+    assert calibration.held[0].keys() == batch.keys()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_take_gives_some_samples_in_the_same_form_and_never_labels(form):
+    (batch,) = numbered([10], form)
+    some = take(batch, 2, 5)
+    assert numbers(some) == [2, 3, 4]
+    assert samples_in(some) == 3
+    assert isinstance(some, dict if "mapping" in form else torch.Tensor)
+
+
+@given(SIZES, st.integers(1, 100), st.sampled_from(sorted(FORMS)))
+def test_first_samples_are_the_first_ones(sizes, count, form):
+    found = first_samples(numbered(sizes, form), count)
+    assert all_numbers(found) == list(range(min(count, sum(sizes))))
+
+
+def test_batches_of_like_tensors_become_one_and_others_stay():
+    assert [numbers(batch) for batch in joined(numbered([3, 2]))] == [[0, 1, 2, 3, 4]]
+    assert len(joined(numbered([3, 2], "mapping"))) == 2
+    assert len(joined([torch.zeros(2, 3), torch.zeros(2, 4)])) == 2
+    assert joined([]) == []
+
+
+@pytest.mark.parametrize(
+    "batch", [{"a": torch.zeros(3, 2), "b": torch.zeros(4)}, {"a": 1.0}, torch.tensor(1.0)]
+)
+def test_tensors_that_do_not_share_their_first_dimension_are_refused(batch):
+    with pytest.raises(DataError, match="must share their first dimension"):
+        samples_in(batch)
+    with pytest.raises(DataError, match="must share their first dimension"):
+        list(Calibration(1).stream([batch]))
+
+
+def test_samples_without_dimensions_are_shared_by_all():
+    batch = {"x": torch.zeros(6, 2), "temperature": torch.tensor(0.5)}
+    assert samples_in(batch) == 6
+    assert take(batch, 1, 3)["temperature"] == 0.5
+
+
+def test_room_grows_with_memory_and_holds_one_sample_at_least():
+    model, batch = network("residual")
+    graph = trace(model, batch, free_sizes=False)
+    rooms = [room_for(graph, memory) for memory in (0, 10**5, 10**6, 10**7)]
+    assert rooms[0] == 1
+    assert rooms == sorted(rooms)
+    assert rooms[3] == pytest.approx(10 * rooms[2], rel=0.1)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7])
+def test_room_is_that_of_the_largest_results_in_two_networks(n):
+    wide = nn.Sequential(nn.Linear(4, 100), nn.ReLU(), nn.Linear(100, 2))
+    graph = trace(wide, torch.zeros(n, 4))
+    # Two results of 100 numbers, 4 bytes each, and what lies before them, in both networks.
+    assert 10**6 / (2 * 4 * 210) <= room_for(graph, 10**6) <= 10**6 / (2 * 4 * 200)
+
+
+def test_free_memory_is_a_share_of_something():
+    assert 0 < free_memory(0.25) < free_memory(0.5)

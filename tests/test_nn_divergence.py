@@ -1,0 +1,123 @@
+"""Divergence is zero between equals, what its formula says otherwise, and independent of batches."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import Net, network, vectors
+from torch import nn
+from torch.nn.functional import kl_div
+
+from pysolve.nn.divergence import kl_divergence, mean_divergence, run
+
+# Shapes of outputs with classes, and the dimension that these lie along.
+CLASSES = {(5, 4): 1, (5, 7, 4): 2, (5, 4, 3, 3): 1, (5, 4, 2, 3, 3): 1}
+
+
+def draw(shape, seed, scale=1.0):
+    return scale * torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@given(st.sampled_from([*CLASSES, (5,), (5, 1), ()]), st.integers(0, 99), st.sampled_from([1e-3, 1.0, 30.0]))
+def test_divergence_is_zero_between_equals_and_never_negative(shape, seed, scale):
+    a, b = draw(shape, seed, scale), draw(shape, seed + 100, scale)
+    assert kl_divergence(a, a.clone()) == 0.0
+    assert kl_divergence(a, b) >= 0.0
+    assert math.isfinite(kl_divergence(a, b))
+
+
+@pytest.mark.parametrize(("shape", "dim"), CLASSES.items())
+def test_divergence_of_classes_is_that_of_torch_per_sample_and_position(shape, dim):
+    a, b = draw(shape, 0), draw(shape, 1)
+    total = kl_div(b.double().log_softmax(dim), a.double().log_softmax(dim), reduction="sum", log_target=True)
+    assert kl_divergence(a, b).item() == pytest.approx(total.item() / (a.numel() / shape[dim]))
+
+
+def test_divergence_is_not_changed_by_a_shift_of_all_logits():
+    a, b = draw((5, 4), 0), draw((5, 4), 1)
+    assert kl_divergence(a + 3, b - 7).item() == pytest.approx(kl_divergence(a, b).item(), rel=1e-5)
+
+
+@given(st.integers(0, 99))
+def test_numbers_are_compared_by_their_squared_error_per_variance(seed):
+    a, b = draw((20,), seed), draw((20,), seed + 100)
+    wanted = 0.5 * ((b - a) ** 2).mean() / a.var(correction=0)
+    assert kl_divergence(a, b).item() == pytest.approx(wanted.item(), rel=1e-4)
+    assert kl_divergence(a[:, None], b[:, None]).item() == pytest.approx(wanted.item(), rel=1e-4)
+
+
+def test_structures_are_compared_by_logits_or_by_what_comes_first():
+    a, b = draw((5, 4), 0), draw((5, 4), 1)
+    wanted = kl_divergence(a, b)
+    other = torch.zeros(5, 4)
+    assert kl_divergence({"hidden": other, "logits": a}, {"hidden": other, "logits": b}) == wanted
+    assert kl_divergence((a, other), (b, other)) == wanted
+    assert kl_divergence([[a], other], [[b], other]) == wanted
+
+
+def test_hidden_states_are_compared_by_squared_errors():
+    a, b = draw((5, 7, 4), 0), draw((5, 7, 4), 1)
+    spread = (a - a.mean(0)).square().mean()
+    found = kl_divergence({"last_hidden_state": a, "pooled": None}, {"last_hidden_state": b, "pooled": None})
+    assert found.item() == pytest.approx(0.5 * ((a - b) ** 2).mean().item() / spread.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.0])
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (5, 1)])
+def test_single_outputs_and_those_that_never_change_are_compared_by_their_size(shape, value):
+    a = torch.full(shape, value)
+    assert kl_divergence(a, a) == 0.0
+    assert kl_divergence(a, a + 1).item() == pytest.approx(0.5 / (value**2 or 1))
+
+
+def test_classes_that_are_switched_off_have_no_part():
+    a, b = draw((5, 4), 0), draw((5, 4), 1)
+    off = torch.full((5, 2), -torch.inf)
+    found = kl_divergence(torch.cat([a, off], 1), torch.cat([b, off], 1))
+    assert found.item() == pytest.approx(kl_divergence(a, b).item())
+
+
+@pytest.mark.parametrize("output", ["text", (), {}, None])
+def test_an_output_without_tensors_is_refused(output):
+    with pytest.raises(TypeError, match="expected a tensor in the network's output"):
+        kl_divergence(output, output)
+
+
+def test_half_precision_is_compared_in_double():
+    a, b = draw((5, 4), 0).bfloat16(), draw((5, 4), 1).bfloat16()
+    assert kl_divergence(a, b) == kl_divergence(a.double(), b.double())
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=5))
+def test_the_mean_over_batches_is_that_over_all_samples(sizes):
+    a, b = draw((sum(sizes), 4), 0), draw((sum(sizes), 4), 1)
+    found = mean_divergence(a.split(sizes), iter(b.split(sizes)), sizes, kl_divergence)
+    assert found == pytest.approx(kl_divergence(a, b).item())
+
+
+@pytest.mark.parametrize("name", ["residual", "keywords", "in_place", "norm_without_affine"])
+def test_running_with_other_values_is_running_a_network_that_has_them(name):
+    model, batch = network(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    values = {key: value + 0.1 for key, value in before.items() if value.is_floating_point()}
+    some = dict(list(values.items())[::2])
+    (found,) = run(model, [batch], some)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    (own,) = run(model, [batch])
+    model.load_state_dict({**before, **some})
+    (wanted,) = run(model, [batch])
+    assert kl_divergence(found, wanted).item() == pytest.approx(0, abs=1e-12)
+    assert kl_divergence(own, wanted) > 1e-9
+
+
+def test_running_leaves_modes_and_batches_alone():
+    model = Net(lambda net, x: net.fc(net.drop(x.mul_(2))), fc=nn.Linear(4, 3), drop=nn.Dropout()).train()
+    x = vectors(5, 4)
+    first = [list(run(model, [x], values)) for values in (None, {}, {"fc.bias": model.fc.bias})]
+    assert torch.equal(x, vectors(5, 4))
+    assert all(torch.equal(outputs[0], first[0][0]) for outputs in first)
+    assert model.training
+    assert model.drop.training
+    assert not first[0][0].requires_grad
