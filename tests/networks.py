@@ -19,6 +19,18 @@ class Net(nn.Module):
         return self.run(self, x)
 
 
+class Noisy(nn.Module):
+    """Random even in evaluation mode, as the decoder of a variational autoencoder is fed."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(3, 2)
+
+    def forward(self, x):
+        mean = self.b(F.relu(self.a(x)))
+        return self.c(mean + torch.randn_like(mean))
+
+
 class Keywords(nn.Module):
     """Called by keywords, returns a structure."""
 
@@ -341,6 +353,10 @@ def embedding_stream():
     ), ids
 
 
+def noisy():
+    return Noisy(), vectors(4, 4)
+
+
 def keywords():
     return Keywords(), {"ids": torch.arange(10).view(2, 5), "mask": torch.ones(2, 5)}
 
@@ -433,7 +449,7 @@ NETWORKS = {
         *(transformer_layer, layer_norm_stream, rms_norm_stream, handmade_norm_stream, hard_coded_reshape),
         *(conv1d, conv3d, embedding_stream, keywords, input_shortcut, scaled_by_a_parameter),
         *(unknown_operator, computed_weight, tied_weights, borrowed_weight, autocast, dead_end, in_place),
-        *(softmax_between,),
+        *(softmax_between, noisy),
     )
 }
 

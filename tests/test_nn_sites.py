@@ -116,6 +116,7 @@ SITES = {
     "autocast": ["6: a → b", "2: b → ! output"],
     "dead_end": ["5: unread → ! nothing reads these channels", "6: a → b", "2: b → ! output"],
     "in_place": ["6: a b → b c", "2: c → ! output"],
+    "noisy": ["6: a → b ! outputs are random", "3: b → c ! outputs are random", "2: c → ! output"],
     "softmax_between": ["1: 0 → 2 ! softmax mixes these channels", "2: 2 → ! output"],
 }
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
@@ -141,7 +142,9 @@ def shown(site):
 
 
 def outputs(model, batch):
-    with torch.no_grad():
+    """All tensors that a network returns, the same random numbers given."""
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
         return [leaf for leaf in pytree.tree_leaves(forward(model, batch)) if isinstance(leaf, torch.Tensor)]
 
 

@@ -41,7 +41,13 @@ def prove(model: nn.Module, sites: Sequence[Site], batch: Any) -> list[Site]:
     proven = list(sites)
     for network in (model, _randomized(model, batch)):
         steps = {i: _half(site, rng) for i, site in enumerate(proven) if site.pinned is None}
-        for i, problem in _faults(network, steps, {}, batch)[1].items():
+        if not steps or _problem(network, [*steps.values()], batch) is None:
+            continue
+        if mismatch(copy.deepcopy(model), copy.deepcopy(model), batch):
+            problems = dict.fromkeys(steps, "the network's outputs are random, so nothing can be tried out")
+        else:
+            problems = _faults(network, steps, {}, batch)[1]
+        for i, problem in problems.items():
             proven[i] = replace(proven[i], pinned=problem)
     return proven
 
