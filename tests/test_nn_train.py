@@ -203,7 +203,25 @@ def test_nothing_changes_but_what_the_student_may_train():
     changed = {
         name for name, value in student.state_dict().items() if not torch.equal(value, before[0][name])
     }
-    assert changed == {"0.bias", "2.weight", "2.bias", "3.weight", "3.bias"}
+    statistics = {"2.running_mean", "2.running_var", "2.num_batches_tracked"}
+    assert changed == {"0.bias", "2.weight", "2.bias", "3.weight", "3.bias"} | statistics
+
+
+def test_the_students_batch_norms_learn_the_statistics_of_the_samples():
+    torch.manual_seed(0)
+    student, teacher = (nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)) for _ in range(2))
+    x = 5 + 2 * torch.randn(256, 4)
+    match(student, teacher, [x], epochs=10, batch_size=32)
+    torch.testing.assert_close(student[0].running_mean, x.mean(0), atol=0.5, rtol=0)
+    torch.testing.assert_close(student[0].running_var, x.var(0), atol=1.0, rtol=0)
+    assert torch.equal(teacher[0].running_mean, torch.zeros(4))
+
+
+@pytest.mark.parametrize("shapes", [[(1, 4)], [(1, 4), (1, 4)], [(1, 4), (2, 4)], [(3, 4), (1, 5, 4)]])
+def test_batches_of_one_sample_do_not_stop_a_batch_norm(shapes):
+    student, teacher = (nn.Sequential(nn.Flatten(0, -2), nn.BatchNorm1d(4), nn.Linear(4, 3)) for _ in "ab")
+    batches = [torch.randn(shape) for shape in shapes]
+    assert len(match(student, teacher, batches, epochs=2, batch_size=1)) == 2
 
 
 def test_dropout_is_off_in_student_and_teacher():
