@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from typing import Any, cast
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor, UntypedStorage, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
 
 from pysolve.nn.export import Graph
 
@@ -54,15 +57,13 @@ class Walk:
         else:
             self.slim[node] = self.wide[node]
         if _in_place(node):
-            # Whoever reads the operand from here on sees what was done to it.
-            operand = node.all_input_nodes[0]
-            self.wide[operand], self.slim[operand] = self.wide[node], self.slim[node]
+            self._show_written(node)
 
     def differs(self, node: Node) -> bool:
         """Whether a value is not the same in the two networks."""
-        if node in self.fixed:
-            return self.graph.parameters.get(node) in self.values
-        return self.slim[node] is not self.wide[node]
+        if node in self.wide:
+            return self.slim[node] is not self.wide[node]
+        return self.graph.parameters.get(node) in self.values
 
     def forget(self, nodes: Sequence[Node]) -> None:
         """Free values that nothing needs any more."""
@@ -71,15 +72,30 @@ class Walk:
             self.slim.pop(node, None)
 
     def _of_original(self, b: int) -> Callable[[Node], Any]:
-        return lambda node: self.fixed[node] if node in self.fixed else self.wide[node][b]
+        return lambda node: self.wide[node][b] if node in self.wide else self.fixed[node]
 
     def _of_compressed(self, b: int) -> Callable[[Node], Any]:
         def value(node: Node) -> Any:
-            if node in self.fixed:
-                return self.values.get(self.graph.parameters.get(node, ""), self.fixed[node])
-            return self.slim[node][b]
+            if node in self.slim:
+                return self.slim[node][b]
+            return self.values.get(self.graph.parameters.get(node, ""), self.fixed[node])
 
         return value
+
+    def _show_written(self, node: Node) -> None:
+        """Let all who read the operand of an in-place operator, or another view of it, see what it wrote."""
+        operand = node.all_input_nodes[0]
+        before = [[of(b)(operand) for b in self.batches] for of in (self._of_original, self._of_compressed)]
+        seen: dict[tuple[int, int], list[Any]] = {}
+        for side, old in zip((self.wide, self.slim), before, strict=True):
+            new = side[node]
+            for other, values in list(side.items()):
+                # What the two networks shared stays shared if they wrote the same.
+                key = (id(values), id(new))
+                if other is not node and key not in seen:
+                    seen[key] = [*map(_rewritten, values, old, new)]
+                side[other] = seen.get(key, values)
+            side[operand] = new
 
     def _run(self, node: Node, value: Callable[[Node], Any]) -> Any:
         if node.op == "get_attr":
@@ -87,8 +103,9 @@ class Walk:
         assert callable(node.target)
         args, kwargs = map_arg((node.args, node.kwargs), value)
         if _in_place(node):
-            # The two networks may share the operand.
-            args = (cast(Tensor, args[0]).clone(), *args[1:])
+            # The two networks may share the operand, and other values may be views of it.
+            operand = cast(Tensor, args[0]).detach()
+            args = (_moved(operand, copy(operand.untyped_storage())), *args[1:])
         return node.target(*args, **kwargs)
 
 
@@ -102,6 +119,23 @@ def last_uses(nodes: Sequence[Node]) -> dict[Node, list[Node]]:
     for node, user in last.items():
         finished[user].append(node)
     return finished
+
+
+def _moved(value: Tensor, storage: UntypedStorage) -> Tensor:
+    """The same view of another storage."""
+    home = torch.empty(0, dtype=value.dtype, device=value.device)
+    return home.set_(storage, value.storage_offset(), value.shape, value.stride())
+
+
+def _rewritten(value: Any, old: Tensor, new: Tensor) -> Any:
+    """A value whose tensors that share the storage of ``old`` are views of that of ``new``."""
+    place = old.untyped_storage().data_ptr()
+
+    def moved(tensor: Tensor) -> Tensor:
+        shares = tensor.untyped_storage().data_ptr() == place
+        return _moved(tensor, new.untyped_storage()) if shares else tensor
+
+    return pytree.tree_map_only(Tensor, moved, value)
 
 
 def _in_place(node: Node) -> bool:
