@@ -1,10 +1,28 @@
 """The half of pysolve that needs torch: networks to correlations, plans to smaller networks.
 
-zoo        the reference networks of the demo, the examples and the tests
-network    finding a network's layers and running it without changing it
-train      one plain fit loop
-gather     network and batches to correlations
-verify     whether two networks compute the same
-surgery    network and plan to a smaller network
-evaluate   accuracy, parameters, bytes, MACs, latency
+zoo          the reference networks of the demo, the examples and the tests
+network      finding a network's layers and running it without changing it
+train, loop  fitting labels, or another network's outputs
+
+What a network is made of
+    export       the network as a graph of tensor operators
+    labels       channel labels run through that graph, by the rules in calls, operators and layer_rules
+    classes      labels that belong together
+    sites        classes to sites; trial proves them
+    branches     the layers of the graph and what follows them
+    costs        parameters, MACs and bytes at any width; inspect shows them
+
+What its layers do
+    rows         a layer as y = M x + b, samples in rows; windows cuts them out
+    gather       network and batches to correlations
+    calibration  samples kept at hand while the batches stream by
+    walk         the graph in two networks at once; lockstep refits on the way
+    divergence   how far outputs are from the original's
+
+Making it smaller
+    slicing      one layer made narrower
+    values       new parameters, checked
+    surgery      network and plan to a smaller network
+    verify       whether two networks compute the same
+    evaluate     accuracy, parameters, bytes, MACs, latency
 """
