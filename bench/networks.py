@@ -77,7 +77,7 @@ def compare(
     if unknown := set(names) - set(SUBJECTS):
         raise typer.BadParameter(f"{', '.join(unknown)}; there are {', '.join(SUBJECTS)}.")
     for name in names:
-        subject = SUBJECTS[name](data, out)
+        subject = found(name, data, out)
         path = out / "networks" / f"{name}.json"
         rows: list[Row] = []
         for row in measured(subject, tuple(methods.split(",")), match_seconds):
@@ -86,6 +86,14 @@ def compare(
             console.out(f"  {subject.title}: {row.method}, {row.accuracy:.2f} %, {row.seconds:.1f} s")
         console.print(comparison(subject, rows))
         console.out(f"Wrote {path}")
+
+
+def found(name: str, data: Path, out: Path) -> Subject:
+    try:
+        return SUBJECTS[name](data, out)
+    except (ps.PysolveError, OSError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        raise typer.Exit(2) from error
 
 
 def measured(subject: Subject, methods: tuple[str, ...], match_seconds: float) -> Iterator[Row]:
