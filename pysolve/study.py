@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from operator import length_hint
@@ -30,7 +30,8 @@ from pysolve.nn.calibration import (
 from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, run
 from pysolve.nn.export import Graph, trace
 from pysolve.nn.gather import gather
-from pysolve.nn.rows import channels, taps
+from pysolve.nn.network import find_layer
+from pysolve.nn.rows import LAYERS, channels, groups, taps
 from pysolve.nn.sites import find_sites
 from pysolve.offline import cuts_of, reader_values, refit_readers
 from pysolve.plan import Indices, Site
@@ -94,8 +95,8 @@ class Study:
     @property
     def new_biases(self) -> frozenset[str]:
         """Layers without a bias that may be given one: those that can lose inputs."""
-        readers = {name for site in self.free for name in site.readers}
-        return frozenset(name for name in readers if not self.layers[name].takes_bias)
+        readers = {self.layers[name] for site in self.free for name in site.readers}
+        return frozenset(layer.name for layer in readers if layer.calls == 1 and not layer.takes_bias)
 
 
 def study(
@@ -118,7 +119,7 @@ def study(
     clock = Clock()
     first, batches = _peek(batches)
     graph, nodes, sites = _traced(model, first, sites, ignore)
-    layers = {layer.name: layer for layer in nodes.values()}
+    layers = {layer.name: layer for layer in [*_unseen(model, sites), *nodes.values()]}
     free = [site for site in sites if site.pinned is None]
     clock.stage("find")
     readers = list(dict.fromkeys(reader for site in free for reader in site.readers))
@@ -209,6 +210,14 @@ def _traced(
     except PysolveError:
         return None, {}, list(sites)
     return graph, find_layers(graph, model), list(sites)
+
+
+def _unseen(model: nn.Module, sites: Sequence[Site]) -> Iterator[Layer]:
+    """The sites' layers as they are when no graph shows what follows them."""
+    for name in dict.fromkeys(name for site in sites for name in (*site.readers, *site.writers)):
+        module = find_layer(model, name)
+        if isinstance(module, LAYERS) and groups(module) == 1:
+            yield Layer(name, module, calls=0)
 
 
 def _shares(

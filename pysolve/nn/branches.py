@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,7 @@ from pysolve.plan import Indices
 
 # What a branch may pass on its way to a sum: it keeps its shape and does nothing in evaluation mode.
 _PLAIN = {"dropout", "dropout_", "contiguous", "clone", "alias", "detach"}
+_CALLS = {"linear", *(f"conv{turned}{n}d" for turned in ("", "_transpose") for n in (1, 2, 3))}
 _SUMS, _POOLS, _RELUS = {"add", "add_"}, {"max_pool1d", "max_pool2d", "max_pool3d"}, {"relu", "relu_"}
 
 
@@ -28,7 +30,7 @@ class Layer:
     name : str
     module : nn.Module
     calls : int
-        Times that the graph uses its weight; what follows is for one call.
+        Times that the graph uses its weight; what follows is for one call. 0: out of the graph's sight.
     norm : Node, optional
         The batch norm that alone reads it.
     mean : str, optional
@@ -69,18 +71,34 @@ def find_layers(graph: Graph, model: nn.Module) -> dict[Node, Layer]:
         name, module = modules.get(parameter, ("", None))
         if isinstance(module, rows.LAYERS) and rows.groups(module) == 1:
             for node in weight.users:
-                if len(node.args) > 1 and node.args[1] is weight and isinstance(node.args[0], Node):
-                    layers[node] = _layer(graph, node, name, module, len(weight.users))
+                if _is_call_of(graph, node, name, module, weight):
+                    layers[node] = _layer(graph, node, name, _as_called(module), len(weight.users))
     return layers
+
+
+def _is_call_of(graph: Graph, node: Node, name: str, module: rows.Layer, weight: Node) -> bool:
+    """Whether a node computes what a layer does, with its own weight and bias."""
+    if operator_of(node) not in _CALLS or node.args[1] is not weight:
+        return False
+    bias = node.args[2] if len(node.args) > 2 else None
+    own = None if module.bias is None else f"{name}.bias"
+    return (bias is None or bias in graph.parameters) and graph.parameters.get(bias) == own  # type: ignore
+
+
+def _as_called(module: rows.Layer) -> rows.Layer:
+    """The layer as its operator sees it: padding that is not of zeros comes before."""
+    if isinstance(module, nn.Linear) or module.padding_mode == "zeros":
+        return module
+    plain = copy(module)
+    plain.padding, plain.padding_mode = (0,) * len(module.kernel_size), "zeros"
+    return plain
 
 
 def _layer(graph: Graph, node: Node, name: str, module: rows.Layer, calls: int) -> Layer:
     if calls > 1:
         return Layer(name, module, calls)
     norm = _only_user(node)
-    if norm is None or operator_of(norm) != "batch_norm" or not isinstance(norm.args[3], Node):
-        norm = None
-    mean = None if norm is None else graph.parameters.get(norm.args[3])  # type: ignore[arg-type]
+    norm = norm if norm is not None and _is_norm_of(graph, norm, node, module) else None
     last, user = node, _only_user(node)
     while user is not None and (user is norm or operator_of(user) in _PLAIN):
         last, user = user, _only_user(user)
@@ -92,7 +110,22 @@ def _layer(graph: Graph, node: Node, name: str, module: rows.Layer, calls: int) 
     while user is not None and operator_of(user) in _POOLS:
         user = _only_user(user)
     rectified = user is not None and operator_of(user) in _RELUS
-    return Layer(name, module, calls, norm, mean, shortcut, rectified)
+    return Layer(name, module, calls, norm, _own_mean(graph, norm), shortcut, rectified)
+
+
+def _is_norm_of(graph: Graph, norm: Node, node: Node, module: rows.Layer) -> bool:
+    """Whether a node is a batch norm with fixed statistics over the channels that a layer makes."""
+    if operator_of(norm) != "batch_norm" or norm.args[0] is not node or not isinstance(norm.args[3], Node):
+        return False
+    fixed = all(part is None or part in graph.parameters for part in norm.args[1:5])
+    # Of a Linear that runs over positions these are not the batch norm's channels.
+    return fixed and (not isinstance(module, nn.Linear) or node.meta["val"].ndim == 2)
+
+
+def _own_mean(graph: Graph, norm: Node | None) -> str | None:
+    """Name of a batch norm's running mean if no other call reads it."""
+    mean = None if norm is None else norm.args[3]
+    return graph.parameters[mean] if isinstance(mean, Node) and len(mean.users) == 1 else None
 
 
 def kept_channels(layer: Layer, cut: Cut | None) -> tuple[Tensor, Tensor]:

@@ -110,6 +110,29 @@ def traced_samples(graph: Graph) -> int:
     return next((hint(shape[0]) for shape in shapes if len(shape)), 1)
 
 
+def fits(graph: Graph, batch: Any) -> bool:
+    """Whether a batch has the sizes that the network's code has fixed in its graph."""
+
+    def agree(size: Any, traced: Any) -> bool:
+        fixed = traced.node.maybe_as_int() if isinstance(traced, torch.SymInt) else traced
+        return fixed is None or size == fixed
+
+    return all(
+        value.ndim == len(node.meta["val"].shape) and all(map(agree, value.shape, node.meta["val"].shape))
+        for node, value in graph.bind(batch).items()
+        if isinstance(value, Tensor)
+    )
+
+
+def regrouped(batches: list[Any], size: int) -> list[Any]:
+    """The same samples in batches of one size, without what is left at the end."""
+    return [
+        take(batch, start, start + size)
+        for batch in joined(batches)
+        for start in range(0, samples_in(batch) - size + 1, size)
+    ]
+
+
 def room_for(graph: Graph, memory: int) -> int:
     """How many samples a walk through the graph in two networks can hold within ``memory`` bytes."""
     return max(1, memory // max(1, 2 * _live_bytes(graph) // traced_samples(graph)))

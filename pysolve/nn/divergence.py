@@ -31,7 +31,7 @@ def kl_divergence(original: Any, output: Any) -> Tensor:
         log_p, log_q = p.log_softmax(dim), q.log_softmax(dim)
         # A class of logit −∞ has no part in the sum, where 0 · (∞ − ∞) would be NaN.
         parts = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
-        return parts.sum(dim).mean()
+        return parts.sum(dim).mean().clamp_min(0.0)
     return 0.5 * (q - p).square().mean() / _spread(p)
 
 

@@ -38,7 +38,8 @@ class Graph:
     module : GraphModule
         ``module.graph.nodes`` are the operators; ``node.meta["val"]`` the example's (fake) result.
     parameters : {placeholder: str}
-        State-dict names of the placeholders that stand for parameters and buffers.
+        State-dict names of the placeholders that stand for parameters and buffers; of a layer that has
+        several names, by the first.
     constants : {placeholder: tensor}
         What the placeholders hold that are neither parameters nor inputs.
     inputs : tuple of Node
@@ -81,7 +82,8 @@ def trace(model: nn.Module, batch: Any, *, free_sizes: bool = True) -> Graph:
     with evaluating(model), _without_cache(model):
         program = _export(model, args, kwargs, free_sizes)
     signature = program.graph_signature
-    names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    given = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    names = {key: _first_name(model, name) for key, name in given.items()}
     constants = {**signature.inputs_to_lifted_tensor_constants, **signature.inputs_to_lifted_custom_objs}
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     return Graph(
@@ -109,6 +111,13 @@ def code_line(error: BaseException) -> str:
         if not _of_torch(frame.filename) and frame.filename not in _CALLERS:
             return f" ({Path(frame.filename).name}:{frame.lineno}: {frame.line})"
     return ""
+
+
+def _first_name(model: nn.Module, name: str) -> str:
+    """A parameter's name by the first name of its layer."""
+    owner, _, leaf = name.rpartition(".")
+    layer = model.get_submodule(owner)
+    return next(f"{first}.{leaf}" for first, one in model.named_modules() if one is layer).removeprefix(".")
 
 
 def _of_torch(file: str) -> bool:
