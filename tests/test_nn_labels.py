@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from pysolve.nn.classes import Ledger, along, lean, none, spread, squashed
 from pysolve.nn.export import trace
-from pysolve.nn.labels import label_channels
+from pysolve.nn.labels import _RULES, label_channels
 from pysolve.nn.sites import sites_of
 from pysolve.plan import Site
 
@@ -79,6 +79,7 @@ COLUMNS = {
     "chunk": (lambda x: torch.sub(*x.chunk(2, -1)), [[0], [1], [2]]),
     "split": (lambda x: sum(x.split(2, -1)), [[0], [1]]),
     "unequal pieces": (lambda x: x.split([5, 1], 1)[0], [[0], [1], [2], [3], [4]]),
+    "swapped halves": (lambda x: torch.cat(x.chunk(2, 1)[::-1], 1), [[0, 3], [1, 4], [2, 5]]),
     "glu": (F.glu, [[0], [1], [2]]),
     "unbind": (lambda x: sum(x.view(-1, 3, 2).unbind(-1)), [[0], [1], [2]]),
     "front padding": (lambda x: F.pad(x, (2, 0)), [[2], [3], [4], [5], [6], [7]]),
@@ -109,6 +110,13 @@ def test_channels_end_up_in_these_columns(name):
     assert site.columns["b"].tolist() == columns
 
 
+def by_heads(x):
+    heads, result = x.view(-1, 3, 2).softmax(-1), torch.zeros(2, 6)
+    for i, head in enumerate(heads.unbind(1)):
+        result[:, 2 * i : 2 * i + 2].add_(head)
+    return result
+
+
 PINNED = {
     "softmax": (lambda x: x.softmax(-1), "softmax mixes"),
     "log softmax": (lambda x: F.log_softmax(x, 1), "log_softmax mixes"),
@@ -136,6 +144,8 @@ PINNED = {
         "gather picks channels by number",
     ),
     "mask": (lambda x: x * (x[x > 0]).sum(), "index picks by a mask"),
+    "looked up": (lambda x: torch.arange(3.0)[(x > 0).long()], "index takes them for positions"),
+    "head by head": (by_heads, "writes them over values that have no channels"),
     "fft": (lambda x: torch.fft.rfft(x).real.repeat(1, 2)[:, :6], "is not understood"),
     "weights": (lambda x: F.linear(torch.ones(2, 2), x.t()), "linear runs outside of a layer of its own"),
     "transposed reader": (lambda x: x.t().repeat(1, 3)[:2], "channel labels differ across positions"),
@@ -212,6 +222,43 @@ def test_a_layer_that_only_looks_like_a_linear_is_pinned_by_name():
     model = nn.Sequential(nn.Linear(4, 6), Special(6, 5), nn.Linear(5, 2))
     before, after, _ = sites_of(classes_of(model, vectors(2, 4)))
     assert before.pinned == after.pinned == "`1` is a Special, not a plain Linear"
+
+
+def test_a_grouped_convolution_beside_its_input_is_as_fixed_as_that():
+    def run(net, x):
+        return net.c(net.a(x) + net.b(x))
+
+    model = Net(run, a=nn.Conv2d(3, 3, 1), b=nn.Conv2d(3, 3, 1, groups=3), c=nn.Conv2d(3, 2, 1))
+    site, _ = sites_of(classes_of(model, vectors(2, 3, 4, 4)))
+    assert "conv2d reads channels that are fixed" in site.pinned
+
+
+def test_embeddings_may_be_tied_or_take_channels_for_words():
+    model = Net(lambda net, ids: net.out(net.words(ids)), words=nn.Embedding(9, 6), out=nn.Linear(6, 9))
+    model.out.weight = model.words.weight
+    assert sites_of(classes_of(model, torch.arange(8).view(2, 4)))[0].pinned == (
+        "`words` shares its values with `out.weight`"
+    )
+    model = Net(lambda net, x: net.words((net.a(x) > 0).long()), a=nn.Linear(4, 6), words=nn.Embedding(2, 3))
+    site, _ = sites_of(classes_of(model, vectors(2, 4)))
+    assert "embedding takes them for weights or positions" in site.pinned
+
+
+def broken(call):
+    raise RuntimeError
+
+
+@pytest.mark.parametrize("rule", [broken, lambda call: call.first[:1], lambda call: None])
+def test_a_rule_that_fails_or_says_something_impossible_pins(monkeypatch, rule):
+    monkeypatch.setitem(_RULES, "softmax", rule)
+    assert "softmax is not understood" in sites_between(lambda x: x.softmax(0), 6)[0].pinned
+
+
+def test_branches_that_depend_on_values_are_not_understood():
+    def either(x):
+        return torch.cond(torch.rand(()) > 0, lambda y: y * 2, lambda y: -y, (x,))
+
+    assert "cond is not understood" in sites_between(either, 6)[0].pinned
 
 
 def test_one_layer_under_two_names_has_its_first():

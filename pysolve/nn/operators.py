@@ -182,7 +182,6 @@ def attention(call: Call) -> Tensor:
     if isinstance(call.args["attn_mask"], Tensor):
         mask = (call.args["attn_mask"], call.sources["attn_mask"])
         scores = meet(call, [(scores, call.sources["query"]), mask])
-    call.ledger.mix(scores, (-1,), call.says("mixes these channels"))
     return _contract(call, (scores, call.sources["query"]), (value.mT, call.sources["value"]))
 
 
