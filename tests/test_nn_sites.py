@@ -384,6 +384,8 @@ def test_examples_have_the_forms_that_gather_takes(batch):
 def test_a_batch_size_in_the_code_is_met():
     model = Net(lambda net, x: net.b(net.a(x.view(6, 4))), a=nn.Linear(4, 5), b=nn.Linear(5, 2))
     assert len(free(find_sites(model, vectors(6, 4)))) == 1
+    model = Net(lambda net, x: net.b(net.a(x.view(1, 2, 4))), a=nn.Linear(4, 5), b=nn.Linear(5, 2))
+    assert len(free(find_sites(model, vectors(1, 8)))) == 1
 
 
 def test_only_a_few_samples_of_a_large_example_are_run():

@@ -78,7 +78,9 @@ def trace(model: nn.Module, batch: Any, *, free_sizes: bool = True) -> Graph:
     PysolveError
         When torch.export cannot follow the network: names the line.
     """
-    args, kwargs = pytree.tree_map(_at_least_two(batch), arguments(batch))
+    args, kwargs = arguments(batch)
+    if free_sizes:
+        args, kwargs = pytree.tree_map(_at_least_two(batch), (args, kwargs))
     with evaluating(model), _without_cache(model):
         program = _export(model, args, kwargs, free_sizes)
     signature = program.graph_signature
