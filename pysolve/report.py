@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from textwrap import wrap
 from typing import Any
 
-MEASURES = ("params", "macs", "bytes")
+from pysolve.budget import MEASURES
+
+# Columns of what is printed.
+_WIDTH = 110
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class Report:
     seconds : {stage: float}
     notes : tuple of str
         What else the user should know.
+    target : {"params", "macs" or "bytes": number}, optional
+        What was asked for, in the words of ``compress``.
     """
 
     before: Mapping[str, int]
@@ -71,6 +77,7 @@ class Report:
     retrained: float | None = None
     seconds: Mapping[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    target: Mapping[str, float] | None = None
 
     def share(self, measure: str) -> float:
         """What is left of a measure, as a share of the original's."""
@@ -82,7 +89,8 @@ class Report:
 
     def __str__(self) -> str:
         lines = [_costs(self), *_scores(self), "", *_site_lines(self.sites)]
-        lines += [f"Note: {note}" for note in self.notes]
+        for note in self.notes:
+            lines += wrap(f"Note: {note}", _WIDTH, subsequent_indent="      ", break_on_hyphens=False)
         total = sum(self.seconds.values())
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
         return "\n".join([*lines, f"{total:.1f} s: {stages}"])
@@ -98,7 +106,12 @@ def _costs(report: Report) -> str:
 
 
 def _scores(report: Report) -> list[str]:
-    lines = [f"divergence {report.divergence:.4g} on {report.held} samples held back of {report.samples}"]
+    lines = []
+    if report.target is not None:
+        asked = [f"{m} {v:.4g}" if v <= 1 else f"{m} {v:,}" for m, v in report.target.items()]
+        lines.append(f"target     {', '.join(asked)}")
+    used = f"refitted on {report.samples}"
+    lines.append(f"divergence {report.divergence:.4g} on {report.held} samples held back, {used}")
     if report.score_before is not None and report.score_after is not None:
         retrained = "" if report.retrained is None else f", retrained {report.retrained:.2f}"
         lines.append(f"score      {report.score_before:.2f} → {report.score_after:.2f}{retrained}")
@@ -106,16 +119,20 @@ def _scores(report: Report) -> list[str]:
 
 
 def _site_lines(sites: tuple[SiteReport, ...]) -> list[str]:
-    width = min(60, max((len(site.name) for site in sites), default=4))
-    lines = [f"{'site':<{width}}  {'kept':>11}  {'error':>8}  {'predicted':>9}  {'measured':>8}  {'s':>5}"]
-    for site in sites:
+    counts = [f"{site.kept}/{site.channels}" for site in sites]
+    room = max(11, *map(len, counts)) if counts else 11
+    width = min(_WIDTH - room - 42, max((len(site.name) for site in sites), default=4))
+    lines = [
+        f"{'site':<{width}}  {'kept':>{room}}  {'error':>8}  {'predicted':>9}  {'measured':>8}  {'s':>7}"
+    ]
+    for site, count in zip(sites, counts, strict=True):
         name = site.name if len(site.name) <= width else site.name[: width - 1] + "…"
-        kept = f"{site.kept}/{site.channels}"
+        start = f"{name:<{width}}  {count:>{room}}  "
         if site.pinned is not None:
-            lines.append(f"{name:<{width}}  {kept:>11}  {site.pinned}")
+            first, *more = wrap(site.pinned, _WIDTH - len(start), break_on_hyphens=False) or [""]
+            lines += [start + first, *(" " * len(start) + line for line in more)]
             continue
         lines.append(
-            f"{name:<{width}}  {kept:>11}  {site.error:>8.2%}  {site.predicted:>9.2g}  {site.measured:>8.2g}"
-            f"  {site.seconds:>5.2f}"
+            f"{start}{site.error:>8.2%}  {site.predicted:>9.2g}  {site.measured:>8.2g}  {site.seconds:>7.2f}"
         )
     return lines

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+import torch
 from torch import Tensor, nn
 
 from pysolve.choice import refit as least_squares_near
 from pysolve.correlations import Array, Correlations, group_columns
 from pysolve.nn.branches import Cut
-from pysolve.nn.calibration import samples_in, take
+from pysolve.nn.calibration import fits as fits_graph
+from pysolve.nn.calibration import regrouped, samples_in, take, traced_samples
 from pysolve.nn.divergence import mean_divergence, run
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.lockstep import Fit, Sampling
@@ -51,6 +54,7 @@ def shrink(
     found: Study,
     sizes: Sizes,
     *,
+    target: Mapping[str, float] | None = None,
     refit: str = "sequential",
     distill: float | Mapping[str, float] = 0,
     evaluate: Callable[[nn.Module], float] | None = None,
@@ -59,14 +63,14 @@ def shrink(
 ) -> Compressed:
     """Refit a studied network with only some channels kept, cut them, check, and report."""
     clock = Clock()
-    values, notes = _refitted(found, sizes.kept, refit, seed, progress)
+    values, used, notes = _refitted(found, sizes.kept, refit, seed, progress)
     clock.stage("refit")
     steps = tuple(
         Collapse(site, keep)
         for site, keep in zip(found.free, sizes.kept, strict=True)
         if len(keep) < site.channels
     )
-    plan = Plan(steps, {name: value.cpu().numpy() for name, value in values.items()})
+    plan = Plan(steps, {name: _array(value) for name, value in values.items()})
     probe = take(found.calibration.held[0], 0, 16)
     smaller = apply(found.model, plan, probe=probe)
     clock.stage("apply")
@@ -74,16 +78,31 @@ def shrink(
         match(
             smaller,
             found.model,
-            [*found.calibration.kept, *found.calibration.held],
+            found.calibration.kept,
             **_length(distill),
             seed=seed,
             progress=progress,
         )
         clock.stage("distill")
-    report = _report(
-        found, sizes, smaller, (*sizes.notes, *notes), evaluate, {**found.seconds, **clock.seconds}
+    report = _report(found, sizes, smaller, evaluate)
+    report = replace(
+        report,
+        target=None if target is None else {measure: _number(value) for measure, value in target.items()},
+        samples=used,
+        notes=(*sizes.notes, *notes),
+        seconds={**found.seconds, **clock.seconds},
     )
     return Compressed(smaller, plan, report)
+
+
+def _array(value: Tensor) -> npt.NDArray[Any]:
+    """NumPy knows no bfloat16."""
+    return np.asarray((value.float() if value.dtype == torch.bfloat16 else value).cpu())
+
+
+def _number(value: float) -> float:
+    """NumPy's numbers as plain ones."""
+    return float(value) if value <= 1 else int(value)
 
 
 def _length(distill: float | Mapping[str, float]) -> dict[str, Any]:
@@ -97,16 +116,18 @@ def _length(distill: float | Mapping[str, float]) -> dict[str, Any]:
 
 def _refitted(
     found: Study, kept: Sequence[Indices], refit: str, seed: int, progress: bool
-) -> tuple[dict[str, Tensor], list[str]]:
-    """New values of every layer, and what to say about them."""
+) -> tuple[dict[str, Tensor], int, list[str]]:
+    """New values of every layer, how many samples they were fitted on, and what to say about them."""
     cuts = cuts_of(found.free, kept, found.layers)
     fits = refit_readers(found.free, kept, found.layers, found.correlations)
     state = found.model.state_dict()
-    if refit == "independent" or found.graph is None:
-        why = "the network cannot be exported, so its readers were refitted independently"
-        return reader_values(state, cuts, found.layers, fits), [why] * (refit == "sequential")
-    used, calibration = [*found.calibration.kept, *found.calibration.held], found.calibration
-    shared = {name: fit for name, fit in fits.items() if found.layers[name].calls > 1}
+    used, why = _usable(found)
+    if refit == "independent" or not used:
+        note = f"{why}, so its readers were refitted independently"
+        values = reader_values(state, cuts, found.layers, fits)
+        return values, found.calibration.seen, [note] * (refit == "sequential")
+    assert found.graph is not None
+    shared = {name: fit for name, fit in fits.items() if found.layers[name].calls != 1}
     values = refit_in_lockstep(
         found.graph,
         found.model,
@@ -118,8 +139,21 @@ def _refitted(
         sampling=Sampling(seed=seed),
         progress=progress,
     )
-    note = f"the refit used {calibration.used} of {calibration.seen} samples: more would not fit in memory"
-    return values, [note] * (calibration.used < calibration.seen)
+    count, seen = sum(map(samples_in, used)), found.calibration.seen
+    return values, count, [f"the refit used {count} of {seen} samples: {why}"] * (count < seen)
+
+
+def _usable(found: Study) -> tuple[list[Any], str]:
+    """Batches for the refit, and why they are not all that were seen."""
+    graph, kept = found.graph, found.calibration.kept
+    if graph is None:
+        return [], "the network cannot be exported"
+    if all(fits_graph(graph, batch) for batch in kept):
+        return kept, "more would not fit in memory"
+    # Only whole batches of the size that the code has fixed can walk through the graph.
+    batches = regrouped(kept, traced_samples(graph))
+    why = "the network's code takes batches of one size alone"
+    return [batch for batch in batches if fits_graph(graph, batch)], why
 
 
 def _fitting(found: Study, cuts: Mapping[str, Cut], fits: Mapping[str, tuple[Array, Array | None]]) -> Fit:
@@ -146,12 +180,9 @@ def _report(
     found: Study,
     sizes: Sizes,
     smaller: nn.Module,
-    notes: Sequence[str],
     evaluate: Callable[[nn.Module], float] | None,
-    seconds: Mapping[str, float],
 ) -> Report:
     held = found.calibration.held
-    example = take(held[0], 0, 1)
     numbers = iter(range(len(found.free)))
     lines = []
     for site in found.sites:
@@ -174,18 +205,22 @@ def _report(
         )
     originals, outputs = list(run(found.model, held)), run(smaller, held)
     return Report(
-        before=_costs(found.model, example),
-        after=_costs(smaller, example),
+        before=_costs(found.model, held[0]),
+        after=_costs(smaller, held[0]),
         sites=tuple(lines),
         divergence=mean_divergence(originals, outputs, [*map(samples_in, held)], found.divergence),
-        samples=found.calibration.used,
+        samples=found.calibration.seen,
         held=sum(map(samples_in, held)),
         score_before=None if evaluate is None else float(evaluate(found.model)),
         score_after=None if evaluate is None else float(evaluate(smaller)),
-        seconds=seconds,
-        notes=tuple(notes),
     )
 
 
-def _costs(model: nn.Module, example: Any) -> dict[str, int]:
-    return {"params": parameters(model), "macs": macs(model, example), "bytes": nbytes(model)}
+def _costs(model: nn.Module, batch: Any) -> dict[str, int]:
+    # Some networks take no single sample: batch norms without statistics of their own.
+    example = take(batch, 0, 2)
+    return {
+        "params": parameters(model),
+        "macs": macs(model, example) // samples_in(example),
+        "bytes": nbytes(model),
+    }

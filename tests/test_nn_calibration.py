@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import network
+from networks import Net, network
 from torch import nn
 
 from pysolve.errors import DataError
@@ -12,11 +12,14 @@ from pysolve.nn.calibration import (
     HELD_SAMPLES,
     Calibration,
     first_samples,
+    fits,
     free_memory,
     joined,
+    regrouped,
     room_for,
     samples_in,
     take,
+    traced_samples,
 )
 from pysolve.nn.export import trace
 
@@ -112,11 +115,46 @@ def test_first_samples_are_the_first_ones(sizes, count, form):
     assert all_numbers(found) == list(range(min(count, sum(sizes))))
 
 
-def test_batches_of_like_tensors_become_one_and_others_stay():
-    assert [numbers(batch) for batch in joined(numbered([3, 2]))] == [[0, 1, 2, 3, 4]]
-    assert len(joined(numbered([3, 2], "mapping"))) == 2
-    assert len(joined([torch.zeros(2, 3), torch.zeros(2, 4)])) == 2
-    assert joined([]) == []
+@given(SIZES, st.sampled_from(sorted(FORMS)))
+def test_batches_of_one_form_become_one(sizes, form):
+    (whole,) = joined(numbered(sizes, form))
+    assert numbers(whole) == list(range(sum(sizes)))
+    assert samples_in(whole) == sum(sizes)
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [
+        [],
+        [torch.zeros(2, 3), torch.zeros(2, 4)],
+        [torch.zeros(2, 3), torch.zeros(2, 3).double()],
+        [{"x": torch.zeros(2, 3)}, {"y": torch.zeros(2, 3)}],
+        [{"x": torch.zeros(2, 3), "scale": 1.0}, {"x": torch.zeros(2, 3), "scale": 2.0}],
+        [{"x": torch.zeros(2, 3), "mask": None}, {"x": torch.zeros(2, 3), "mask": torch.ones(2)}],
+        [torch.zeros(2, 3), {"x": torch.zeros(2, 3)}],
+    ],
+)
+def test_batches_that_differ_stay_as_they_are(batches):
+    assert joined(batches) is batches
+
+
+@given(SIZES, st.integers(1, 30), st.sampled_from(sorted(FORMS)))
+def test_regrouped_samples_are_the_same_in_whole_batches(sizes, size, form):
+    found = regrouped(numbered(sizes, form), size)
+    assert {samples_in(batch) for batch in found} <= {size}
+    assert all_numbers(found) == list(range(sum(sizes) // size * size))
+
+
+def test_a_graph_fits_batches_of_any_size_unless_the_code_has_fixed_one():
+    model = nn.Linear(4, 2)
+    free = trace(model, torch.zeros(5, 4))
+    fixed = trace(Net(lambda net, x: net.fc(torch.stack([*x])), fc=model), torch.zeros(5, 4))
+    assert traced_samples(free) == traced_samples(fixed) == 5
+    assert fits(free, torch.zeros(7, 4))
+    assert not fits(free, torch.zeros(7, 3))
+    assert not fits(free, torch.zeros(7, 2, 4))
+    assert fits(fixed, torch.zeros(5, 4))
+    assert not fits(fixed, torch.zeros(7, 4))
 
 
 @pytest.mark.parametrize(

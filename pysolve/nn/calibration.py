@@ -96,12 +96,29 @@ def first_samples(batches: list[Any], count: int) -> list[Any]:
 
 
 def joined(batches: list[Any]) -> list[Any]:
-    """One batch instead of several, if all are single tensors of one sample shape; otherwise as they are."""
-    tensors = [arguments(batch)[0] for batch in batches]
-    values = [args[0] for args in tensors if args]
-    if len(values) < len(batches) or len({(value.shape[1:], value.dtype) for value in values}) != 1:
+    """One batch instead of several, if all have the same form and sample shapes; otherwise as they are."""
+    flat = [pytree.tree_flatten(arguments(batch)) for batch in batches]
+    columns = [*zip(*(leaves for leaves, _ in flat), strict=False)]
+    if len({len(leaves) for leaves, _ in flat}) != 1 or not all(map(_alike, columns)):
         return batches
-    return [torch.cat(values)]
+    if any(structure != flat[0][1] for _, structure in flat):
+        return batches
+    leaves = [torch.cat(column) if _has_samples(column[0]) else column[0] for column in columns]
+    args, kwargs = pytree.tree_unflatten(leaves, flat[0][1])
+    return [kwargs if kwargs else args[0]]
+
+
+def _alike(values: tuple[Any, ...]) -> bool:
+    """Whether values of several batches can become one."""
+    first = values[0]
+    if not _has_samples(first):
+        return all(not _has_samples(value) and bool(value == first) for value in values)
+    kinds = {(v.shape[1:], v.dtype, v.device) if _has_samples(v) else None for v in values}
+    return len(kinds) == 1
+
+
+def _has_samples(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
 
 
 def traced_samples(graph: Graph) -> int:

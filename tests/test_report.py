@@ -1,0 +1,118 @@
+"""A report prints every site in a table that fits the terminal, and goes into a file as plain numbers."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pysolve import budget
+from pysolve.report import MEASURES, Report, SiteReport
+
+WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z", "M"]), min_size=1, max_size=30)
+REASONS = st.lists(WORDS, min_size=1, max_size=20).map(" ".join)
+
+
+@st.composite
+def site_reports(draw):
+    channels = draw(st.integers(1, 10**6))
+    name = f"{draw(WORDS)}.{draw(WORDS)}.{draw(WORDS)} → {draw(WORDS)}"
+    if draw(st.booleans()):
+        return SiteReport(name, channels, channels, pinned=draw(REASONS))
+    harm = st.floats(0, 1e6) | st.just(float("inf"))
+    return SiteReport(
+        name,
+        channels,
+        draw(st.integers(1, channels)),
+        error=draw(st.floats(0, 1)),
+        predicted=draw(harm),
+        measured=draw(harm),
+        seconds=draw(st.floats(0, 9999)),
+    )
+
+
+@st.composite
+def reports(draw):
+    costs = st.fixed_dictionaries({measure: st.integers(0, 10**12) for measure in MEASURES})
+    return Report(
+        before=draw(costs),
+        after=draw(costs),
+        sites=tuple(draw(st.lists(site_reports(), max_size=6))),
+        divergence=draw(st.floats(0, 100)),
+        samples=draw(st.integers(0, 10**9)),
+        held=draw(st.integers(1, 256)),
+        score_before=draw(st.none() | st.floats(0, 100)),
+        score_after=draw(st.none() | st.floats(0, 100)),
+        seconds={"find": 1.5, "gather": draw(st.floats(0, 10**5))},
+        notes=tuple(draw(st.lists(REASONS, max_size=2))),
+        target=draw(st.none() | st.just({"params": 0.25, "bytes": 1000})),
+    )
+
+
+@given(reports())
+def test_every_line_fits_and_every_site_and_note_is_there(report):
+    text = str(report)
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= 110
+    for site in report.sites:
+        assert any(
+            line.startswith(site.name[:40]) and f"{site.kept}/{site.channels}" in line for line in lines
+        )
+        for word in (site.pinned or "").split():
+            assert word in text
+    for note in report.notes:
+        assert all(word in text for word in note.split())
+
+
+@given(reports())
+def test_a_report_goes_through_json_and_back(report):
+    found = json.loads(json.dumps(report.as_dict()))
+    found["sites"] = tuple(SiteReport(**site) for site in found["sites"])
+    assert Report(**{**found, "notes": tuple(found["notes"])}) == report
+
+
+EXAMPLE = Report(
+    before={"params": 1000, "macs": 2000, "bytes": 0},
+    after={"params": 250, "macs": 1000, "bytes": 0},
+    sites=(
+        SiteReport("a → b", 8, 4, 0.125, 0.01, 0.02),
+        SiteReport("b → nothing", 3, 3, pinned="it is read"),
+    ),
+    divergence=0.25,
+    samples=900,
+    held=100,
+    seconds={"find": 1.0, "refit": 0.5},
+)
+
+
+def test_a_report_prints_costs_divergence_sites_and_seconds():
+    text = str(EXAMPLE)
+    for part in (
+        "1,000 →           250    25.0 %",
+        "divergence 0.25 on 100 samples held back, refitted on 900",
+        "4/8",
+        "12.50%",
+    ):
+        assert part in text
+    for part in ("it is read", "1.5 s: find 1.0, refit 0.5"):
+        assert part in text
+    assert "score" not in text
+    assert "target" not in text
+
+
+def test_scores_and_targets_are_printed_when_there_are_some():
+    scored = replace(EXAMPLE, score_before=90.0, score_after=85.5, target={"params": 0.25, "macs": 1000})
+    assert "score      90.00 → 85.50" in str(scored)
+    assert "target     params 0.25, macs 1,000" in str(scored)
+    assert "85.50, retrained 88.00" in str(replace(scored, retrained=88.0))
+
+
+@pytest.mark.parametrize(("measure", "share"), [("params", 0.25), ("macs", 0.5), ("bytes", 1.0)])
+def test_shares_are_of_the_original(measure, share):
+    assert EXAMPLE.share(measure) == share
+
+
+def test_the_measures_are_those_of_the_budget():
+    assert MEASURES is budget.MEASURES
+    assert all(measure in EXAMPLE.before for measure in MEASURES)
