@@ -1,8 +1,9 @@
 import os
 from pathlib import Path
 
-# Thousands of tiny products: BLAS threads only wait for each other, badly so on a busy machine.
+# Thousands of tiny products: threads only wait for each other, badly so on a busy machine.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
