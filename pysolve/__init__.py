@@ -27,11 +27,11 @@ from pysolve.solvers import (
 )
 
 if TYPE_CHECKING:
-    from pysolve.recipe import compress, sweep
     from pysolve.nn.gather import gather
     from pysolve.nn.inspect import inspect
     from pysolve.nn.sites import find_sites
     from pysolve.nn.surgery import apply
+    from pysolve.recipe import compress, sweep
     from pysolve.report import Report
     from pysolve.shrink import Compressed
 

@@ -133,12 +133,12 @@ def allocate(
     return solve(Knapsack(*pack(sizes, harms), limits, *parts)).astype(np.intp)
 
 
-def _limits(costs: Costs, targets: Mapping[str, Any]) -> tuple[list[str], Array]:
-    """The measures that targets name, and what they allow."""
+def check_targets(targets: Any) -> None:
+    """TypeError or ValueError unless targets name measures, and for each a share or a whole number."""
+    if not isinstance(targets, Mapping):
+        raise TypeError(f'targets are like {{"params": 0.5}}, got {type(targets).__name__}.')
     if not targets:
         raise ValueError(f"targets names no measure: expected one or more of {', '.join(MEASURES)}.")
-    original = costs.original
-    limits: list[float] = []
     for measure, value in targets.items():
         if measure not in MEASURES:
             raise ValueError(f"unknown measure {measure!r} in targets; choose from {', '.join(MEASURES)}.")
@@ -148,7 +148,13 @@ def _limits(costs: Costs, targets: Mapping[str, Any]) -> tuple[list[str], Array]
             raise ValueError(
                 f"the target for {measure} must be a share in (0, 1] or a whole number above 1, got {value}."
             )
-        limits.append(float(value) * original[measure] if value <= 1 else float(value))
+
+
+def _limits(costs: Costs, targets: Mapping[str, Any]) -> tuple[list[str], Array]:
+    """The measures that targets name, and what they allow."""
+    check_targets(targets)
+    original = costs.original
+    limits = [float(v) * original[m] if v <= 1 else float(v) for m, v in targets.items()]
     return list(targets), np.array(limits)
 
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from inspect import signature
 from typing import Any
 
 from torch import nn
 
+from pysolve.checks import check_goal, check_model, check_options
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.plan import Site
 from pysolve.report import Report
@@ -17,9 +19,9 @@ from pysolve.sizes import channels_to_keep
 from pysolve.study import study
 
 Target = Mapping[str, float]
-# Arguments that concern the pass over the data.
-STUDIED = {"select", "ignore", "sites", "divergence", "memory", "progress"}
-REFITS = ("sequential", "independent")
+# Arguments that concern the pass over the data, and those that concern what follows.
+STUDIED = ("select", "ignore", "sites", "divergence", "memory", "progress")
+SHRUNK = ("refit", "distill", "seed", "progress")
 
 
 def compress(
@@ -60,8 +62,8 @@ def compress(
         What the result may cost: a share of the original up to 1, or a whole number above. Default
         {"params": 0.25}, unless ``keep`` or ``lam`` is given.
     keep : float or {writer: number}
-        Instead of a target: the share (up to 1) or number of channels that each site keeps; sites without
-        an entry keep all.
+        Instead of a target: the share (a float up to 1) or number of channels that each site keeps; sites
+        without an entry keep all.
     lam : float or {writer: float}
         Instead of a target: the penalty of the joint group lasso  Σ_r ½ E‖y_r − M_r x‖² + lam Σ_g ‖M_g‖_F
         over each site's readers r, whose non-zero groups stay.
@@ -101,7 +103,10 @@ def compress(
         cannot be traced.
     """
     network = model.model if isinstance(model, Compressed) else model
-    _check(target, keep, lam, refit)
+    check_model(network)
+    check_goal(target, keep, lam)
+    check_options(network, select, refit, distill, ignore, sites, round_to, memory)
+    wanted = {"params": 0.25} if target is None and keep is None and lam is None else target
     found = study(
         network,
         batches,
@@ -112,8 +117,17 @@ def compress(
         memory=memory,
         progress=progress,
     )
-    sizes = channels_to_keep(found, target, keep, lam, round_to)
-    return shrink(found, sizes, refit=refit, distill=distill, evaluate=evaluate, seed=seed, progress=progress)
+    sizes = channels_to_keep(found, wanted, keep, lam, round_to)
+    return shrink(
+        found,
+        sizes,
+        target=wanted,
+        refit=refit,
+        distill=distill,
+        evaluate=evaluate,
+        seed=seed,
+        progress=progress,
+    )
 
 
 def sweep(
@@ -133,22 +147,25 @@ def sweep(
         As in ``compress``.
     targets : iterable of targets
     retrain : callable, optional
-        Trains a network in place; each result is evaluated once more after it.
+        Trains a network in place; each result is evaluated once more after it. Needs ``evaluate``.
     options
-        Further arguments of ``compress``.
+        Further arguments of ``compress``, but for ``keep`` and ``lam``.
 
     Returns
     -------
     list of Report
-        In the order of the targets.
+        In the order of the targets: what ``compress`` reports of each.
     """
     network = model.model if isinstance(model, Compressed) else model
-    found = study(network, batches, **{name: options.pop(name) for name in STUDIED & set(options)})
-    round_to = options.pop("round_to", 1)
+    wanted = _checked_sweep(network, targets, evaluate, retrain, options)
+    found = study(network, batches, **{name: options[name] for name in STUDIED if name in options})
     reports = []
-    for target in targets:
-        sizes = channels_to_keep(found, target, None, None, round_to)
-        result = shrink(found, sizes, evaluate=evaluate, **options)
+    for target in wanted:
+        # What is measured for one target does not steer the next.
+        fresh = replace(found, harms=[dict(known) for known in found.harms])
+        sizes = channels_to_keep(fresh, target, None, None, options.get("round_to", 1))
+        given = {name: options[name] for name in SHRUNK if name in options}
+        result = shrink(fresh, sizes, target=target, evaluate=evaluate, **given)
         report = result.report
         if retrain is not None and evaluate is not None:
             trained = copy.deepcopy(result.model)
@@ -158,9 +175,23 @@ def sweep(
     return reports
 
 
-def _check(target: Any, keep: Any, lam: Any, refit: str) -> None:
-    given = [n for n, v in (("target", target), ("keep", keep), ("lam", lam)) if v is not None]
-    if len(given) > 1:
-        raise ValueError(f"give one of target, keep and lam, got {' and '.join(given)}.")
-    if refit not in REFITS:
-        raise ValueError(f"unknown refit {refit!r}; choose one of {', '.join(REFITS)}.")
+def _checked_sweep(
+    network: nn.Module, targets: Any, evaluate: Any, retrain: Any, options: Mapping[str, Any]
+) -> list[Target]:
+    """The targets of a sweep, after its arguments."""
+    check_model(network)
+    known = {name: parameter.default for name, parameter in signature(compress).parameters.items()}
+    takes = sorted({*STUDIED, *SHRUNK, "round_to"})
+    for name in options:
+        if name not in takes:
+            raise TypeError(f"sweep has no argument {name!r}; beside its own it takes {', '.join(takes)}.")
+    names = ("select", "refit", "distill", "ignore", "sites", "round_to", "memory")
+    check_options(network, *({**known, **options}[name] for name in names))
+    if retrain is not None and evaluate is None:
+        raise ValueError("retrain needs evaluate, which says how good the network is afterwards.")
+    if isinstance(targets, Mapping):
+        raise TypeError(f"targets must be a list of targets, got one: pass [{dict(targets)}].")
+    wanted = list(targets)
+    for target in wanted:
+        check_goal(target, None, None)
+    return wanted

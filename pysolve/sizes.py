@@ -47,8 +47,10 @@ def channels_to_keep(
         reasons = sorted({site.pinned for site in found.sites if site.pinned})
         raise PysolveError(f"no channel of this network can go: {'; '.join(reasons) or 'it has no sites'}.")
     if lam is not None:
+        _check_names(found, "lam", lam)
         return _kept_by_lasso(found, lam)
     if keep is not None:
+        _check_names(found, "keep", keep)
         sizes = [_size(site, _entry(site, keep), round_to) for site in found.free]
         return _nested(found, sizes, [found.curve(s)[k] for s, k in enumerate(sizes)])
     costs = cost_model(found.model, found.free, found.calibration.held[0], extra_biases=found.new_biases)
@@ -91,15 +93,28 @@ def _kept_by_lasso(found: Study, lam: float | Mapping[str, float]) -> Sizes:
     return Sizes(kept, predicted, tuple(notes))
 
 
+def _check_names(found: Study, what: str, values: float | Mapping[str, float]) -> None:
+    """Refuse names that are no writers of sites that can shrink."""
+    writers = list(dict.fromkeys(name for site in found.free for name in site.writers))
+    pinned = {name: site.pinned for site in found.sites for name in site.writers if site.pinned}
+    for name in values if isinstance(values, Mapping) else ():
+        if name not in writers:
+            why = f"whose channels cannot go ({pinned[name]})" if name in pinned else "which writes no site"
+            raise ValueError(f"{what} names {name!r}, {why}; those that can shrink: {', '.join(writers)}.")
+
+
 def _entry(site: Site, values: float | Mapping[str, float]) -> float | None:
     """What a setting says for a site: by any of its writers' names, or the same for all."""
     if not isinstance(values, Mapping):
         return values
-    return next((values[name] for name in site.writers if name in values), None)
+    given = {name: values[name] for name in site.writers if name in values}
+    if len(set(given.values())) > 1:
+        raise ValueError(f"{', '.join(given)} write one site, which cannot have several values: {given}.")
+    return next(iter(given.values()), None)
 
 
 def _size(site: Site, value: float | None, round_to: int) -> int:
     if value is None:
         return site.channels
-    wanted = value * site.channels if value <= 1 and not isinstance(value, int) else value
+    wanted = value * site.channels if value <= 1 and not isinstance(value, int | np.integer) else value
     return min(site.channels, max(1, round(wanted / round_to)) * round_to)

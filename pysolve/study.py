@@ -159,7 +159,7 @@ def study(
         found.harms.append({})
         for share in PROBED_ERRORS:
             fitting = int(np.searchsorted(-found.choices[s].error, -share))
-            measure(found, s, min(max(1, fitting), free[s].channels - 1))
+            measure(found, s, max(1, min(fitting, free[s].channels - 1)))
         found.spent.append(time.perf_counter() - start)
     clock.stage("measure")
     return replace(found, seconds=clock.seconds)

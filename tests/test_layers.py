@@ -13,7 +13,7 @@ ROWS = [
     {"demo"},
     {"recipe"},
     {"shrink"},
-    {"sizes"},
+    {"sizes", "checks"},
     {"study"},
     {"offline", "nn.inspect"},
     {"nn.sites", "nn.costs", "report"},
