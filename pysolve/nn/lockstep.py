@@ -170,13 +170,13 @@ def _fitted(task: _Task, fit: Fit, intercept: bool) -> tuple[Array, Array | None
 def _freed(task: _Task, correlations: Correlations, M: Array, bias: Array | None) -> Correlations:
     """Correlations with targets moved to the fitted values wherever both lie below zero.
 
-    In the layer's own units zero is the threshold  −(shift + ŝ) / gain  of its norm and shortcut.
+    In the layer's own units zero is  −(shift + ŝ) / gain  of its norm and shortcut. Σ y yᵀ is diagonal.
     """
     gain, shift, audible = (part[task.outputs] for part in _norm(task))
     weight = torch.as_tensor(M).to(gain)
     offset = torch.as_tensor(0.0 if bias is None else bias).to(gain)
-    yx, y_sum = torch.zeros_like(weight, dtype=torch.float64), torch.zeros(len(M), dtype=torch.float64)
-    yx, y_sum = yx.to(gain.device), y_sum.to(gain.device)
+    yx = torch.zeros_like(weight, dtype=torch.float64)
+    y_sum, squares = yx.new_zeros(2, len(M))
     for x, y, s in _samples(task):
         zero = -(shift if s is None else shift + s) / gain
         fitted = torch.addmm(offset, x, weight.T) if offset.ndim else x @ weight.T
@@ -184,7 +184,9 @@ def _freed(task: _Task, correlations: Correlations, M: Array, bias: Array | None
         target = torch.where(audible & ((y - zero) * gain <= 0), below, y)
         yx += (target.T @ x).double()
         y_sum += target.sum(0, dtype=torch.float64)
-    return replace(correlations, yx=yx.cpu().numpy(), y_sum=y_sum.cpu().numpy())
+        squares += target.double().square().sum(0)
+    moved = {"yx": yx, "yy": squares.diag(), "y_sum": y_sum}
+    return replace(correlations, **{name: value.cpu().numpy() for name, value in moved.items()})
 
 
 def _samples(task: _Task) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
