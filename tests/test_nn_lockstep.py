@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from networks import Net, images, network, vectors
 from torch import nn
@@ -348,15 +348,33 @@ def test_repairing_a_stream_of_nonlinear_branches_pays(monkeypatch):
 
 
 @pytest.mark.parametrize("convolve", [False, True])
-def test_a_channel_that_its_norm_silences_breaks_nothing(convolve):
+def test_a_channel_that_its_norm_silences_breaks_nothing(convolve, monkeypatch):
     model, batch = residual_of_lines(convolve)
     model.n2.weight.data[2] = 0.0
     model.n2.weight.data[3] = 1e-30
-    model.n1.weight.data.zero_()
     sites = free_sites(model, batch)
     values, plan = refitted(model, [batch], sites, [np.arange(3) for _ in sites])
     assert all(value.isfinite().all() for value in values.values())
     assert output(apply(model, plan, probe=batch), batch).isfinite().all()
+    # Nothing that it does could make up for what the shortcut lost.
+    monkeypatch.setattr(lockstep._Task, "shortcut", None)
+    plain, _ = refitted(model, [batch], sites, [np.arange(3) for _ in sites])
+    torch.testing.assert_close(values["b2.weight"][2:4], plain["b2.weight"][2:4])
+    assert (values["b2.weight"][:2] - plain["b2.weight"][:2]).abs().max() > 1e-2
+
+
+def test_a_layer_that_reads_nothing_new_makes_up_for_its_shortcut_too():
+    torch.manual_seed(0)
+
+    def run(net, x):
+        lost = net.b(net.a(x))
+        return lost + net.side(x)
+
+    model = Net(run, a=nn.Linear(4, 6), b=nn.Linear(6, 3), side=nn.Linear(4, 3))
+    batch = vectors(30, 4)
+    (site,) = free_sites(model, batch)
+    _, plan = refitted(model, [batch], [site], [np.arange(2)])
+    torch.testing.assert_close(output(apply(model, plan), batch), output(model, batch))
 
 
 # --- targets that a ReLU leaves free
@@ -393,6 +411,7 @@ def before_relu(model, x, shortcut):
 
 
 @given(st.integers(0, 10**6), st.booleans(), st.booleans(), st.booleans())
+@example(0, False, True, False)
 @settings(max_examples=15)
 def test_a_pass_for_a_relu_lowers_the_bound_of_the_error_behind_it(seed, norm, shortcut, convolve):
     model, batch = rectified(seed, norm=norm, shortcut=shortcut, convolve=convolve)
@@ -408,6 +427,19 @@ def test_a_pass_for_a_relu_lowers_the_bound_of_the_error_behind_it(seed, norm, s
         errors.append((relu(got) - relu(wanted)).square().sum().item())
     assert all(late <= early * (1 + 1e-4) + 1e-8 for early, late in pairwise(bounds))
     assert all(error <= bound * (1 + 1e-9) for error, bound in zip(errors, bounds, strict=True))
+
+
+def test_what_a_relu_reads_beside_the_layer_must_be_known_to_free_its_targets():
+    model, batch = rectified(0, norm=False, shortcut=True, convolve=False)
+
+    def run(net, x):
+        return relu(net.b(torch.tanh(net.a(x))) + net.side(x))
+
+    model.run = run
+    site = next(site for site in free_sites(model, batch) if site.writers == ("a",))
+    plain, freed = (refitted(model, [batch], [site], [np.arange(4)], passes=passes)[0] for passes in (0, 3))
+    assert torch.equal(plain["b.weight"], freed["b.weight"])
+    assert not torch.equal(plain["side.weight"], freed["side.weight"])
 
 
 def test_without_inputs_that_went_a_relu_changes_nothing():
