@@ -112,6 +112,17 @@ def test_running_with_other_values_is_running_a_network_that_has_them(name):
     assert kl_divergence(own, wanted) > 1e-9
 
 
+def test_a_layer_of_two_names_has_its_own_values_back_afterwards():
+    layer = nn.Linear(4, 4)
+    model = Net(lambda net, x: net.second(net.first(x)), first=layer, second=layer)
+    weight, before = layer.weight, layer.weight.detach().clone()
+    (found,) = run(model, [vectors(3, 4)], {"first.weight": 2 * before})
+    assert model.first.weight is model.second.weight is weight
+    assert torch.equal(weight, before)
+    weight.data.mul_(2)
+    assert torch.equal(found, next(run(model, [vectors(3, 4)])))
+
+
 def test_running_leaves_modes_and_batches_alone():
     model = Net(lambda net, x: net.fc(net.drop(x.mul_(2))), fc=nn.Linear(4, 3), drop=nn.Dropout()).train()
     x = vectors(5, 4)

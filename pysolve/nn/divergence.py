@@ -46,7 +46,8 @@ def run(
             else:
                 # As in ``forward``, in-place layers cannot change the batch.
                 args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, arguments(batch))
-                yield functional_call(model, dict(values), args, kwargs)
+                # Ties would leave the values in a layer that has several names.
+                yield functional_call(model, dict(values), args, kwargs, tie_weights=False)
 
 
 def mean_divergence(
