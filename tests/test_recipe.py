@@ -1,0 +1,700 @@
+"""compress reaches its target, says what it did, and leaves the original alone; sweep does so for many."""
+
+import json
+from dataclasses import replace
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from networks import Net, images, network
+from torch import nn
+from torch.nn.functional import relu
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import pysolve as ps
+from pysolve.nn.divergence import kl_divergence, mean_divergence, run
+from pysolve.nn.evaluate import macs, nbytes, parameters
+from pysolve.nn.zoo import Mlp
+from pysolve.plan import Site
+from pysolve.shrink import shrink
+from pysolve.sizes import channels_to_keep
+from pysolve.study import study
+
+
+def samples(n=32, d=6, batches=4, seed=0):
+    return [*torch.randn(n * batches, d, generator=torch.Generator().manual_seed(seed)).split(n)]
+
+
+def mlp(sizes=(6, 12, 9, 4), seed=0, dtype=torch.float32):
+    torch.manual_seed(seed)
+    return Mlp(sizes).to(dtype)
+
+
+def compressed(model=None, batches=None, **options):
+    if not {"target", "keep", "lam"} & set(options):
+        options["target"] = {"params": 0.6}
+    options.setdefault("progress", False)
+    return ps.compress(
+        mlp() if model is None else model, samples() if batches is None else batches, **options
+    )
+
+
+@cache
+def default():
+    """What most tests look at; nothing of it is changed."""
+    return compressed()
+
+
+@cache
+def studied(seed=0):
+    return study(mlp(seed=seed), samples(), progress=False)
+
+
+def sizes(result=None, *, seed=0, target=None, keep=None, lam=None, round_to=1):
+    """Channels that stay, by writer."""
+    if result is not None:
+        sites = [site for site in result.report.sites if site.pinned is None]
+        return {site.name.split(" ")[0]: site.kept for site in sites}
+    found = studied(seed)
+    fresh = replace(found, harms=[dict(known) for known in found.harms])
+    chosen = channels_to_keep(fresh, target, keep, lam, round_to)
+    return {site.writers[0]: len(kept) for site, kept in zip(found.free, chosen.kept, strict=True)}
+
+
+def state(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_equal(a, b):
+    """The same parameters and buffers, to the bit."""
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
+
+
+def outputs(model, batch):
+    (output,) = run(model, [batch])
+    return output
+
+
+# --- targets
+
+
+@cache
+def swept():
+    """Reports of a network wide enough for steps of less than a per cent."""
+    targets = (
+        *({"params": share} for share in (0.1, 0.35, 0.9)),
+        {"macs": 0.5},
+        {"bytes": 5000},
+        {"params": 0.5, "macs": 0.4, "bytes": 0.45},
+    )
+    model = mlp((20, 120, 110, 5))
+    return targets, ps.sweep(model, samples(100, 20), targets=targets, progress=False)
+
+
+def test_targets_are_reached_within_a_per_cent_and_never_exceeded():
+    targets, reports = swept()
+    for target, report in zip(targets, reports, strict=True):
+        left = [share_of(report, m, v) - report.share(m) for m, v in target.items()]
+        assert 0 <= min(left) <= 0.01, (target, left)
+        assert report.target == target
+
+
+def share_of(report, measure, value):
+    return value if value <= 1 else value / report.before[measure]
+
+
+def test_a_smaller_target_does_more_harm():
+    _, reports = swept()
+    small, middle, large = reports[:3]
+    assert small.divergence > middle.divergence > large.divergence
+
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    [
+        ("residual", {"macs": 0.6}),
+        ("flattened_by_view", {"params": 0.7}),
+        ("swiglu", {"bytes": 0.7}),
+        ("depthwise", {"bytes": 0.8, "macs": 0.9}),
+    ],
+)
+def test_no_site_of_a_small_network_could_have_one_channel_more(name, target):
+    model, batch = network(name)
+    batches = [torch.randn(16, *batch.shape[1:], generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
+    result = compressed(model, batches, target=target)
+    costs = measured(result.model, batches[0])
+    assert {m: costs[m] for m in costs} == result.report.after
+    assert measured(model, batches[0]) == result.report.before
+    allowed = {m: share * result.report.before[m] for m, share in target.items()}
+    assert all(costs[m] <= allowed[m] for m in target)
+    for step in result.plan.steps:
+        more = np.sort(np.append(step.keep, step.removed[0]))
+        others = [other for other in result.plan.steps if other is not step]
+        wider = ps.apply(model, ps.Plan((*others, ps.Collapse(step.site, more)), biases(result.plan)))
+        costs = measured(wider, batches[0])
+        assert any(costs[m] > allowed[m] for m in target)
+
+
+def measured(model, batch):
+    return {"params": parameters(model), "macs": macs(model, batch[:1]), "bytes": nbytes(model)}
+
+
+def biases(plan):
+    return {name: value for name, value in plan.values.items() if name.endswith("bias")}
+
+
+def test_without_any_wish_a_quarter_of_the_parameters_is_left():
+    result = ps.compress(mlp((8, 60, 40, 4)), samples(d=8), progress=False)
+    assert 0.24 < result.report.share("params") <= 0.25
+    assert result.report.target == {"params": 0.25}
+
+
+def test_a_target_out_of_reach_names_the_smallest_one():
+    with pytest.raises(ps.PysolveError, match=r"params cannot go below 17 \(7.05 %\)"):
+        compressed(target={"params": 0.05})
+    assert compressed(target={"params": 17}).report.after["params"] == 17
+
+
+# --- what stays as it was
+
+
+@pytest.mark.parametrize("options", [{}, {"refit": "independent"}, {"distill": {"epochs": 1}}])
+def test_the_original_is_not_changed(options):
+    model, batch = network("residual")
+    model.train()
+    model.bn.eval()
+    before, gradients = state(model), [p.requires_grad for p in model.parameters()]
+    batches = [batch.repeat(4, 1, 1, 1) for _ in range(2)]
+    kept = [one.clone() for one in batches]
+    result = compressed(model, batches, **options)
+    assert_equal(state(model), before)
+    assert model.training
+    assert not model.bn.training
+    assert [p.requires_grad for p in model.parameters()] == gradients
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(a, b) for a, b in zip(batches, kept, strict=True))
+    assert result.model.training
+    assert not result.model.bn.training
+    assert not set(map(id, model.parameters())) & set(map(id, result.model.parameters()))
+
+
+def test_the_random_state_is_left_alone():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    ps.compress(Mlp((6, 12, 9, 4)), samples(), target={"params": 0.6}, distill={"epochs": 1}, progress=False)
+    torch.manual_seed(5)
+    Mlp((6, 12, 9, 4))
+    assert not torch.equal(torch.get_rng_state(), before)
+    after = torch.get_rng_state()
+    torch.manual_seed(5)
+    compressed(Mlp((6, 12, 9, 4)), distill={"epochs": 1})
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+@pytest.mark.parametrize("options", [{}, {"distill": {"epochs": 1}, "memory": 3000, "select": "swap"}])
+def test_the_same_seed_gives_the_same_network(options):
+    first, again = (compressed(seed=3, **options) for _ in range(2))
+    assert_equal(state(first.model), state(again.model))
+    assert first.report.divergence == again.report.divergence
+
+
+def test_the_plan_applied_to_the_original_is_the_result():
+    assert_equal(state(ps.apply(mlp(), default().plan)), state(default().model))
+    model, _ = network("residual")
+    for refit in ("sequential", "independent"):
+        result = compressed(model, [images(n=16)], refit=refit)
+        assert_equal(state(ps.apply(model, result.plan)), state(result.model))
+
+
+# --- what batches may be
+
+
+def test_labels_are_ignored_and_every_kind_of_iterable_is_taken():
+    batches = samples()
+    wanted = state(default().model)
+    dataset = TensorDataset(torch.cat(batches), torch.zeros(128, dtype=torch.long))
+    for others in (
+        tuple([x, torch.zeros(len(x)), "more"] for x in batches),
+        DataLoader(dataset, batch_size=32),
+        [{"x": x} for x in batches],
+    ):
+        assert_equal(state(compressed(batches=others).model), wanted)
+
+
+class Endless(IterableDataset):
+    """Samples of which nobody knows how many there are."""
+
+    def __iter__(self):
+        return iter(torch.cat(samples()))
+
+
+def test_iterators_without_a_length_are_taken_once():
+    wanted = state(default().model)
+    assert_equal(state(compressed(batches=(x for x in samples())).model), wanted)
+    assert_equal(state(compressed(batches=DataLoader(Endless(), batch_size=32)).model), wanted)
+
+
+def test_single_samples_and_batches_of_any_sizes_are_taken():
+    x = torch.cat(samples())
+    for sizes in ([1] * 40, [1, 30, 2, 7], [1]):
+        result = compressed(batches=[*x[: sum(sizes)].split(sizes)])
+        assert result.report.share("params") <= 0.6
+        assert np.isfinite(result.report.divergence)
+
+
+def test_networks_called_by_keywords_are_compressed():
+    model, batch = network("keywords")
+    generator = torch.Generator().manual_seed(0)
+    batches = [
+        {"ids": torch.randint(0, 11, (16, 5), generator=generator), "mask": torch.ones(16, 5)}
+        for _ in range(2)
+    ]
+    result = compressed(model, batches, target={"params": 0.8}, distill={"epochs": 1})
+    assert result.report.share("params") <= 0.8
+    assert outputs(result.model, batch)["scores"][0].shape == (2, 5, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_network_keeps_its_data_type(dtype):
+    batches = [x.to(dtype) for x in samples()]
+    result = compressed(mlp(dtype=dtype), batches)
+    assert {value.dtype for value in result.model.state_dict().values()} == {dtype}
+    assert result.report.divergence < 0.01
+
+
+def test_code_that_fixes_the_batch_size_uses_whole_batches():
+    model = Net(
+        lambda net, x: net.b(relu(torch.stack([net.a(row) for row in x]))),
+        a=nn.Linear(6, 12),
+        b=nn.Linear(12, 3),
+    )
+    report = compressed(model, samples(n=8)).report
+    assert report.notes == (
+        "the refit used 24 of 28 samples: the network's code takes batches of one size alone",
+    )
+    assert report.samples == 24
+    (note,) = compressed(model, samples(n=8, batches=1)).report.notes
+    assert note == (
+        "the network's code takes batches of one size alone, so its readers were refitted independently"
+    )
+
+
+def test_little_memory_means_fewer_samples_and_a_note():
+    report = compressed(memory=3000).report
+    assert report.samples < 112
+    assert report.notes == (f"the refit used {report.samples} of 112 samples: more would not fit in memory",)
+    assert default().report.notes == ()
+
+
+def test_batch_norms_that_need_several_samples_are_no_hindrance():
+    layers = (nn.Linear(6, 12), nn.BatchNorm1d(12, track_running_stats=False), nn.ReLU(), nn.Linear(12, 3))
+    result = compressed(nn.Sequential(*layers).eval())
+    assert result.report.share("params") <= 0.6
+
+
+# --- other ways to say how small
+
+
+@pytest.mark.parametrize(
+    ("keep", "wanted"),
+    [
+        (0.5, {"fc1": 6, "fc2": 4}),
+        (5, {"fc1": 5, "fc2": 5}),
+        (np.int64(1), {"fc1": 1, "fc2": 1}),
+        (1, {"fc1": 1, "fc2": 1}),
+        (1.0, {"fc1": 12, "fc2": 9}),
+        (100, {"fc1": 12, "fc2": 9}),
+        ({"fc1": 0.25}, {"fc1": 3, "fc2": 9}),
+        ({"fc1": 0.001, "fc2": 7}, {"fc1": 1, "fc2": 7}),
+    ],
+)
+def test_keep_says_how_many_channels_stay(keep, wanted):
+    assert sizes(keep=keep) == wanted
+
+
+def test_what_keep_says_is_what_the_network_has():
+    result = compressed(keep={"fc1": 0.25, "fc2": 7})
+    assert (result.model.fc1.out_features, result.model.fc2.out_features) == (3, 7)
+    assert sizes(result) == {"fc1": 3, "fc2": 7}
+    assert result.report.target is None
+
+
+def test_keeping_everything_changes_nothing():
+    result = compressed(keep=1.0)
+    assert_equal(state(result.model), state(mlp()))
+    assert result.plan.steps == ()
+    assert result.report.divergence == 0.0
+
+
+def test_sizes_are_multiples_of_round_to():
+    assert sizes(keep=0.5, round_to=4) == {"fc1": 8, "fc2": 4}
+    assert sizes(keep=0.5, round_to=100) == {"fc1": 12, "fc2": 9}
+    assert all(kept % 3 == 0 for kept in sizes(target={"params": 0.6}, round_to=3).values())
+
+
+def test_a_penalty_keeps_what_the_group_lasso_does():
+    model, batches = mlp(seed=2), samples()
+    result = compressed(model, batches, lam={"fc1": 0.02, "fc2": 0.001})
+    found = ps.gather(model, [x[4:] for x in batches], progress=False)
+    for step, (reader, lam) in zip(result.plan.steps, (("fc2", 0.02), ("fc3", 0.001)), strict=True):
+        keep = ps.newton(found[reader].centered(), lam=lam).keep
+        np.testing.assert_array_equal(step.keep, keep)
+        assert 1 < len(keep) < step.site.channels
+    assert result.report.notes == ()
+    assert result.report.target is None
+
+
+def test_a_penalty_so_small_keeps_all_and_one_so_large_the_most_useful_channel():
+    assert sizes(seed=2, lam=1e-9) == {"fc1": 12, "fc2": 9}
+    result = compressed(mlp(seed=2), lam={"fc2": 1e9})
+    assert sizes(result) == {"fc1": 12, "fc2": 1}
+    assert result.report.notes == ("lam = 1e+09 leaves no channel of fc2 → fc3: the most useful one stays.",)
+
+
+@pytest.mark.parametrize("option", ["keep", "lam"])
+def test_names_that_can_do_nothing_are_an_error_that_says_what_there_is(option):
+    with pytest.raises(
+        ValueError, match=f"{option} names 'fc9', which writes no site; those that .* fc1, fc2"
+    ):
+        sizes(**{option: {"fc9": 0.5}})
+    with pytest.raises(
+        ValueError, match=f"{option} names 'fc3', whose channels cannot go .the network's output"
+    ):
+        sizes(**{option: {"fc1": 0.5, "fc3": 0.5}})
+
+
+def test_writers_of_one_site_cannot_have_different_values():
+    model, batch = network("residual")
+    found = study(model, [batch.repeat(8, 1, 1, 1)], progress=False)
+    assert len(channels_to_keep(found, None, {"stem": 3, "conv2": 3}, None, 1).kept[0]) == 3
+    with pytest.raises(ValueError, match="stem, conv2 write one site"):
+        channels_to_keep(found, None, {"stem": 3, "conv2": 4}, None, 1)
+
+
+@pytest.mark.parametrize("select", ["swap", "lasso", "activation"])
+def test_every_way_to_select_channels_reaches_the_target(select):
+    assert compressed(select=select).report.share("params") <= 0.6
+
+
+# --- sites
+
+
+def test_layers_to_ignore_keep_their_channels():
+    result = compressed(keep=0.5, ignore=["re:fc1"])
+    assert (result.model.fc1.out_features, result.model.fc2.out_features) == (12, 4)
+    assert result.report.sites[0].pinned == "`fc1` is to be ignored"
+
+
+def branching():
+    """No graph can follow it: what it does depends on values."""
+
+    def run(net, x):
+        h = relu(net.a(x))
+        return net.b(h * 2 if h.sum() > 1e9 else h)
+
+    torch.manual_seed(0)
+    return Net(run, a=nn.Linear(6, 12), b=nn.Linear(12, 4))
+
+
+def test_a_network_that_cannot_be_exported_needs_sites_by_hand():
+    with pytest.raises(ps.PysolveError, match=r"cannot be traced.*list of Site, written by hand"):
+        compressed(branching())
+    result = compressed(branching(), sites=[Site(12, ("a",), ("b",))])
+    assert result.report.share("params") <= 0.6
+    assert result.report.notes == (
+        "the network cannot be exported, so its readers were refitted independently",
+    )
+    assert compressed(branching(), sites=[Site(12, ("a",), ("b",))], refit="independent").report.notes == ()
+
+
+def test_sites_by_hand_are_the_only_ones():
+    site = Site(9, ("fc2",), ("fc3",))
+    result = compressed(sites=[site, Site(1, ("fc1",), ("fc2",), pinned="not today")], target={"params": 0.9})
+    assert [step.site for step in result.plan.steps] == [site]
+    assert [line.pinned for line in result.report.sites] == [None, "not today"]
+
+
+def test_a_site_of_one_channel_stays():
+    model = mlp((6, 1, 9, 4))
+    result = compressed(model, sites=[Site(1, ("fc1",), ("fc2",)), Site(9, ("fc2",), ("fc3",))])
+    assert sizes(result)["fc1"] == 1
+
+
+def test_a_layer_of_two_names_is_refitted_once():
+    torch.manual_seed(0)
+    layer = nn.Linear(12, 12)
+    model = Net(
+        lambda net, x: net.c(relu(net.second(relu(net.a(x))))),
+        a=nn.Linear(6, 12),
+        first=layer,
+        second=layer,
+        c=nn.Linear(12, 3),
+    )
+    result = compressed(model)
+    assert result.model.first is result.model.second
+    assert result.report.divergence < 0.01
+
+
+def test_blocks_of_code_that_the_graph_hides_are_compressed_too():
+    def run(net, x):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            h = net.b(relu(net.a(x)))
+        return net.c(relu(h.float()))
+
+    torch.manual_seed(0)
+    model = Net(run, a=nn.Linear(6, 12), b=nn.Linear(12, 8), c=nn.Linear(8, 3))
+    assert compressed(model).report.divergence < 0.01
+
+
+@pytest.mark.parametrize("name", ["softmax_between", "single_channel", "tied_weights"])
+def test_without_anything_to_shrink_the_reasons_are_named(name):
+    model, batch = network(name)
+    with pytest.raises(ps.PysolveError, match=r"no channel of this network can go: .*(mixes|single|shares)"):
+        compressed(model, [batch])
+    with pytest.raises(ps.PysolveError, match="it has no sites"):
+        compressed(sites=[])
+
+
+# --- what the result is worth
+
+
+def test_the_divergence_reported_is_that_of_the_outputs_on_samples_that_no_fit_saw():
+    result = default()
+    held = [x[:4] for x in samples()]
+    pairs = [run(model, held) for model in (mlp(), result.model)]
+    wanted = mean_divergence(list(pairs[0]), pairs[1], [4] * 4, kl_divergence)
+    assert result.report.divergence == pytest.approx(wanted)
+    assert (result.report.held, result.report.samples) == (16, 112)
+
+
+def test_samples_held_back_have_no_part_in_the_result():
+    batches = samples()
+    others = [torch.cat([x[:4].flip(0), x[4:]]) for x in batches]
+    first, again = (compressed(batches=x, keep=0.5, distill={"epochs": 1}) for x in (batches, others))
+    assert_equal(state(first.model), state(again.model))
+
+
+def test_another_divergence_is_measured_with():
+    seen = []
+
+    def squares(original, output):
+        seen.append(1)
+        return (original - output).square().mean()
+
+    result = compressed(divergence=squares)
+    batches = [x[:4] for x in samples()]
+    pairs = zip(run(mlp(), batches), run(result.model, batches), strict=True)
+    assert result.report.divergence == pytest.approx(np.mean([squares(a, b).item() for a, b in pairs]))
+    assert len(seen) > 5
+
+
+def test_refitting_in_lockstep_is_better_than_reader_by_reader():
+    found = study(mlp((6, 40, 30, 20, 4)), samples(200), progress=False)
+    chosen = channels_to_keep(found, None, 0.3, None, 1)
+    lockstep, alone = (
+        shrink(found, chosen, refit=refit, progress=False) for refit in ("sequential", "independent")
+    )
+    assert lockstep.report.divergence < alone.report.divergence
+
+
+def test_distilling_brings_the_outputs_closer():
+    chosen = channels_to_keep(studied(), None, 0.4, None, 1)
+    plain, distilled = (
+        shrink(studied(), chosen, distill=distill, progress=False) for distill in (0, {"epochs": 2})
+    )
+    assert distilled.report.divergence < plain.report.divergence
+    assert "distill" in distilled.report.seconds
+    assert "distill" not in plain.report.seconds
+
+
+def test_scores_are_those_of_the_two_networks():
+    model, scored = mlp(), []
+
+    def evaluate(network):
+        scored.append(network)
+        return torch.tensor(float(parameters(network)))
+
+    result = compressed(model, evaluate=evaluate)
+    assert scored == [model, result.model]
+    assert (result.report.score_before, result.report.score_after) == (241.0, parameters(result.model))
+    assert result.report.retrained is None
+    assert default().report.score_after is None
+
+
+def test_a_result_can_be_compressed_further():
+    further = compressed(default(), target={"params": 0.7})
+    assert further.report.before == default().report.after
+    assert_equal(state(further.model), state(compressed(default().model, target={"params": 0.7}).model))
+
+
+def test_the_report_tells_of_every_site_and_goes_into_a_file():
+    report = compressed(
+        evaluate=lambda model: 1.0, target={"params": np.float64(0.5), "macs": np.int64(150)}
+    ).report
+    assert [site.name for site in report.sites] == ["fc1 → fc2", "fc2 → fc3", "fc3 → nothing"]
+    for site in report.sites[:2]:
+        assert 0 < site.error < 1
+        assert site.predicted > 0
+        assert site.measured > 0
+    assert report.sites[2].pinned == "the network's output"
+    assert json.loads(json.dumps(report.as_dict()))["target"] == {"params": 0.5, "macs": 150}
+    assert {"find", "gather", "measure", "refit", "apply"} <= set(report.seconds)
+    assert "fc1 → fc2" in str(report)
+
+
+def test_nothing_is_printed_and_no_bar_is_shown(capsys):
+    compressed(distill=0.01)
+    ps.sweep(mlp(), samples(), targets=[{"params": 0.5}], distill={"epochs": 1}, progress=False)
+    assert capsys.readouterr() == ("", "")
+
+
+# --- sweep
+
+
+def test_a_sweep_is_what_compress_does_at_each_target():
+    targets = [{"params": 0.7}, {"params": 0.3, "macs": 0.5}]
+    options = {"distill": {"epochs": 1}, "seed": 1, "round_to": 2, "select": "swap"}
+    reports = ps.sweep(mlp(), samples(), targets=iter(targets), progress=False, **options)
+    for target, report in zip(targets, reports, strict=True):
+        wanted = compressed(target=target, **options).report
+        for field in ("before", "after", "divergence", "samples", "held", "notes", "target"):
+            assert getattr(report, field) == getattr(wanted, field), field
+        assert [s.kept for s in report.sites] == [s.kept for s in wanted.sites]
+        assert [s.predicted for s in report.sites] == [s.predicted for s in wanted.sites]
+    assert ps.sweep(mlp(), samples(), targets=[], progress=False) == []
+
+
+def test_a_sweep_evaluates_and_retrains_copies():
+    retrained = []
+
+    def retrain(network):
+        retrained.append(network)
+        for parameter in network.parameters():
+            parameter.data.zero_()
+
+    def evaluate(network):
+        return sum(float(parameter.abs().sum()) for parameter in network.parameters())
+
+    model = mlp()
+    reports = ps.sweep(
+        model,
+        samples(),
+        targets=[{"params": 0.7}, {"params": 0.3}],
+        evaluate=evaluate,
+        retrain=retrain,
+        progress=False,
+    )
+    assert [report.retrained for report in reports] == [0.0, 0.0]
+    assert all(report.score_after > 0 for report in reports)
+    assert {report.score_before for report in reports} == {evaluate(model)}
+    assert len(retrained) == 2
+
+
+# --- arguments
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"target": {"params": 0.5}, "keep": 0.5},
+            ValueError,
+            "one of target, keep and lam, got target and keep",
+        ),
+        ({"keep": 0.5, "lam": 0.5}, ValueError, "got keep and lam"),
+        ({"target": 0.5}, TypeError, 'targets are like {"params": 0.5}, got float'),
+        ({"target": {}}, ValueError, "names no measure"),
+        ({"target": {"flops": 0.5}}, ValueError, "unknown measure 'flops'"),
+        ({"target": {"params": "half"}}, TypeError, "must be a number, got str"),
+        ({"target": {"params": 1.5}}, ValueError, "share in (0, 1] or a whole number"),
+        ({"keep": 0}, ValueError, "keep must be positive"),
+        ({"keep": True}, TypeError, "keep must be a number, got bool"),
+        ({"keep": 2.5}, ValueError, "keep must be a share in (0, 1] or a whole number, got 2.5"),
+        ({"keep": {"fc1": "all"}}, TypeError, "keep of fc1 must be a number"),
+        ({"lam": -1.0}, ValueError, "lam must be positive and finite, got -1.0"),
+        ({"lam": {"fc1": float("inf")}}, ValueError, "lam of fc1 must be positive"),
+        ({"refit": "fast"}, ValueError, "unknown refit 'fast'; choose one of sequential, independent"),
+        ({"select": "luck"}, ValueError, "unknown method 'luck'; choose one of activation"),
+        ({"distill": {"steps": 3}}, ValueError, "must name seconds or epochs, one of them, got {'steps': 3}"),
+        ({"distill": {"epochs": 1, "seconds": 1}}, ValueError, "one of them"),
+        ({"distill": {}}, ValueError, "one of them, got {}"),
+        ({"distill": {"epochs": 1.5}}, ValueError, "a whole number of epochs, got 1.5"),
+        ({"distill": -1}, ValueError, "distill in seconds must be positive"),
+        ({"distill": True}, TypeError, "must be a number, got bool"),
+        ({"round_to": 0}, ValueError, "round_to must be a whole number of at least 1, got 0"),
+        ({"round_to": 1.5}, ValueError, "round_to must be a whole number"),
+        ({"memory": 0}, ValueError, "memory must be positive"),
+        ({"sites": ["fc1"]}, TypeError, "sites must be a list of Site, got a str"),
+        (
+            {"sites": [Site(12, ("fc1",), ("fc2",))], "ignore": ["fc1"]},
+            ValueError,
+            "ignore is for sites that",
+        ),
+        ({"ignore": "fc1"}, TypeError, "ignore must be a sequence of names"),
+        ({"ignore": ["fc9"]}, ps.LayerNotFoundError, "no layer 'fc9'"),
+        ({"sites": [Site(12, ("fc1",), ("fc9",))]}, ps.LayerNotFoundError, "no layer 'fc9'"),
+    ],
+)
+def test_wrong_arguments_are_named_before_any_work(options, error, message):
+    batches = iter(samples())
+    with pytest.raises(error) as info:
+        ps.compress(mlp(), batches, progress=False, **options)
+    assert message in str(info.value)
+    if error in (TypeError, ValueError) and "ignore" not in options:
+        assert len(list(batches)) == 4
+
+
+@pytest.mark.parametrize(
+    ("batches", "error", "message"),
+    [
+        ([], ps.DataError, "there are no batches"),
+        (iter([]), ps.DataError, "Was a generator used up"),
+        (torch.zeros(4, 6), TypeError, "got one Tensor: wrap it in a list"),
+        ({"x": torch.zeros(4, 6)}, TypeError, "got one dict: wrap it in a list"),
+        (["text"], TypeError, "a batch must be a tensor"),
+        ([torch.full((8, 6), torch.nan)], ps.DataError, "hold NaN or infinity"),
+    ],
+)
+def test_wrong_batches_are_named(batches, error, message):
+    with pytest.raises(error, match=message):
+        compressed(batches=batches)
+
+
+def test_what_is_no_network_is_refused():
+    for call in (compressed, lambda model: ps.sweep(model, samples(), targets=[])):
+        with pytest.raises(
+            TypeError, match=r"model must be a torch\.nn\.Module, or what compress returned, got str"
+        ):
+            call("resnet")
+
+
+def test_distilling_needs_something_to_train():
+    with pytest.raises(ValueError, match="require a gradient, but none does"):
+        compressed(mlp().requires_grad_(False), distill={"epochs": 1})
+    result = compressed(mlp().requires_grad_(False))
+    assert not any(parameter.requires_grad for parameter in result.model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        (
+            {"targets": [{"params": 0.5}], "keep": 0.5},
+            TypeError,
+            "sweep has no argument 'keep'; .* it takes distill",
+        ),
+        ({"targets": [{"params": 0.5}], "nonsense": 1}, TypeError, "sweep has no argument 'nonsense'"),
+        ({"targets": {"params": 0.5}}, TypeError, "targets must be a list of targets, got one: pass "),
+        ({"targets": [{"params": 0.5}, {"flops": 1}]}, ValueError, "unknown measure 'flops'"),
+        ({"targets": [{"params": 0.5}], "refit": "fast"}, ValueError, "unknown refit 'fast'"),
+        ({"targets": [{"params": 0.5}], "retrain": print}, ValueError, "retrain needs evaluate"),
+    ],
+)
+def test_wrong_arguments_of_a_sweep_are_named_before_any_work(options, error, message):
+    batches = iter(samples())
+    with pytest.raises(error, match=message):
+        ps.sweep(mlp(), batches, progress=False, **options)
+    assert len(list(batches)) == 4
