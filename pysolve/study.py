@@ -42,7 +42,7 @@ ROWS_PER_INPUT = 60
 PROBED_ERRORS = (0.003, 0.02, 0.1, 0.3)
 # Work for measuring harm, in samples through the whole network; shared by all sites, so that it does not grow
 # with the square of the depth. Fewer samples than the least tell too little.
-PROBE_SAMPLES, LEAST_SAMPLES = 8192, 48
+PROBE_SAMPLES, LEAST_SAMPLES = 16384, 48
 
 
 @dataclass(frozen=True, eq=False)
