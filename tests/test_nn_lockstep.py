@@ -17,10 +17,11 @@ from pysolve.nn import lockstep
 from pysolve.nn.branches import Cut, Layer, find_layers, layer_values
 from pysolve.nn.export import trace
 from pysolve.nn.gather import gather
+from pysolve.nn.labels import label_channels
 from pysolve.nn.lockstep import Sampling
 from pysolve.nn.network import evaluating, forward
 from pysolve.nn.rows import channels, matrix, taps
-from pysolve.nn.sites import find_sites
+from pysolve.nn.sites import sites_of
 from pysolve.nn.surgery import apply, masked
 from pysolve.offline import cuts_of
 from pysolve.plan import Collapse, Plan
@@ -45,7 +46,7 @@ def nearly(model, cuts, ridge=1e-9):
 
 def refitted(model, batches, sites, kept, *, passes=1, rows=ALL_ROWS, seed=0, **options):
     """New values, and the plan that they belong to."""
-    graph = trace(model, batches[0], free_sizes=len(batches) > 1)
+    graph = graph_of(model, batches[0]) if len(batches) == 1 else trace(model, batches[0])
     layers = {layer.name: layer for layer in find_layers(graph, model).values()}
     cuts = cuts_of(sites, kept, layers)
     fit = options.pop("fit", nearly(model, cuts))
@@ -68,7 +69,14 @@ def error(a, b):
 
 
 def free_sites(model, batch):
-    return [site for site in find_sites(model, batch) if site.pinned is None]
+    return [site for site in sites_of(label_channels(model, graph_of(model, batch))) if site.pinned is None]
+
+
+def graph_of(model, batch, last=[]):  # noqa: B006
+    """The graph, which takes most of the time, of the last network is at hand."""
+    if not (last and last[0] is model and last[1] is batch):
+        last[:] = [model, batch, trace(model, batch, free_sizes=False)]
+    return last[2]
 
 
 def chain(dtype=torch.float32, bias=True):

@@ -1,5 +1,7 @@
 """Cuts say what stays of every layer, and readers refitted alone lose nothing that the kept inputs hold."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -20,6 +22,7 @@ from pysolve.offline import cuts_of, reader_values, refit_readers
 from pysolve.plan import Collapse, Plan, Site
 
 
+@cache
 def studied(name):
     """A network, a batch, its free sites and their layers."""
     model, batch = network(name)
