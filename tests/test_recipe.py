@@ -13,6 +13,7 @@ from torch.nn.functional import relu
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pysolve as ps
+from pysolve.choice import refit as refitted
 from pysolve.nn.divergence import kl_divergence, mean_divergence, run
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.zoo import Mlp
@@ -698,3 +699,53 @@ def test_wrong_arguments_of_a_sweep_are_named_before_any_work(options, error, me
     with pytest.raises(error, match=message):
         ps.sweep(mlp(), batches, progress=False, **options)
     assert len(list(batches)) == 4
+
+
+# --- the pass over the data
+
+
+@pytest.mark.parametrize("n", [1, 4])
+def test_a_layer_is_gathered_over_as_many_rows_as_its_inputs_need(n):
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 3))
+    found = study(nn.Sequential(*layers), images(size=20, n=16).split(n), progress=False)
+    rows = {name: correlations.count for name, correlations in found.correlations.items()}
+    positions = {"2": 18 * 18, "4": 16 * 16}
+    for name, inputs in (("2", 6), ("4", 4 * 9)):
+        assert rows[name] == pytest.approx(min(60 * inputs, 16 * positions[name]), rel=0.3)
+
+
+def test_harm_is_what_the_outputs_lose_when_one_site_shrinks_alone():
+    found, batches = studied(), [x[:4] for x in samples()]
+    assert found.harms[1].keys() <= set(range(1, 10))
+    for k, harm in found.harms[1].items():
+        if k < 9:
+            step = ps.Collapse(found.free[1], found.choices[1].keep(k))
+            readers = found.correlations["fc3"]
+            M, bias = refitted(readers, step.keep, mlp().fc3.weight.detach().double().numpy()[:, step.keep])
+            smaller = ps.apply(mlp(), ps.Plan((replace(step, weights={"fc3": M}, biases={"fc3": bias}),)))
+            wanted = mean_divergence([*run(mlp(), batches)], run(smaller, batches), [4] * 4, kl_divergence)
+            assert harm == pytest.approx(wanted, rel=1e-3)
+
+
+def test_sizes_are_chosen_until_what_they_do_is_what_was_expected():
+    sites = default().report.sites[:2]
+    assert sum(site.measured for site in sites) <= 1.1 * sum(site.predicted for site in sites)
+
+
+def test_a_bias_that_a_layer_did_not_have_must_be_worth_its_parameters():
+    torch.manual_seed(0)
+    layers = (
+        nn.Linear(6, 16),
+        nn.ReLU(),
+        nn.Linear(16, 12, bias=False),
+        nn.ReLU(),
+        nn.Linear(12, 3, bias=False),
+    )
+    model = nn.Sequential(*layers)
+    assert compressed(model, keep=0.5).model[2].bias is not None
+    assert compressed(model, target={"params": 0.5}).report.share("params") <= 0.5
+    # Inputs of mean zero, each with its opposite, leave a bias nothing to do.
+    odd = nn.Sequential(nn.Linear(6, 16, bias=False), nn.Linear(16, 3, bias=False))
+    pairs = [torch.stack([x, -x], 1).flatten(0, 1) for x in samples()]
+    assert compressed(odd, pairs, keep=0.3).model[1].bias is None
