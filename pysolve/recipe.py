@@ -72,7 +72,8 @@ def compress(
     refit : "sequential" or "independent"
         Every layer on the compressed network's own inputs, or the readers alone on the original's.
     distill : number of seconds, or {"seconds" or "epochs": number}
-        Afterwards, train the result to give the original's outputs on the batches.
+        Afterwards, train the result to give the original's outputs on the batches; undone, with a note, where
+        that takes its outputs on the samples held back further from the original's.
     evaluate : callable, optional
         From a network to a score, for the report.
     ignore : sequence of str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -75,14 +76,8 @@ def shrink(
     smaller = apply(found.model, plan, probe=probe)
     clock.stage("apply")
     if distill:
-        match(
-            smaller,
-            found.model,
-            found.calibration.kept,
-            **_length(distill),
-            seed=seed,
-            progress=progress,
-        )
+        smaller, more = _distilled(found, smaller, distill, seed, progress)
+        notes += more
         clock.stage("distill")
     report = _report(found, sizes, smaller, evaluate)
     report = replace(
@@ -103,6 +98,26 @@ def _array(value: Tensor) -> npt.NDArray[Any]:
 def _number(value: float) -> float:
     """NumPy's numbers as plain ones."""
     return float(value) if value <= 1 else int(value)
+
+
+def _distilled(
+    found: Study, smaller: nn.Module, distill: float | Mapping[str, float], seed: int, progress: bool
+) -> tuple[nn.Module, list[str]]:
+    """Train the network to give the original's outputs; undone where samples held back say it harmed."""
+    student = copy.deepcopy(smaller)
+    match(student, found.model, found.calibration.kept, **_length(distill), seed=seed, progress=progress)
+    before, after = _divergence(found, smaller), _divergence(found, student)
+    if after < before:
+        return student, []
+    note = f"distillation was undone: on samples held back it raised the divergence to {after:.3g}"
+    return smaller, [note]
+
+
+def _divergence(found: Study, network: nn.Module) -> float:
+    """Of a network's outputs from the original's, on the samples held back."""
+    held = found.calibration.held
+    originals, outputs = list(run(found.model, held)), run(network, held)
+    return mean_divergence(originals, outputs, [*map(samples_in, held)], found.divergence)
 
 
 def _length(distill: float | Mapping[str, float]) -> dict[str, Any]:
@@ -203,12 +218,11 @@ def _report(
                 seconds=found.spent[s],
             )
         )
-    originals, outputs = list(run(found.model, held)), run(smaller, held)
     return Report(
         before=_costs(found.model, held[0]),
         after=_costs(smaller, held[0]),
         sites=tuple(lines),
-        divergence=mean_divergence(originals, outputs, [*map(samples_in, held)], found.divergence),
+        divergence=_divergence(found, smaller),
         samples=found.calibration.seen,
         held=sum(map(samples_in, held)),
         score_before=None if evaluate is None else float(evaluate(found.model)),
