@@ -1,8 +1,9 @@
 """The published experiments: their command lines, their steps on a stand-in, and their claims in small."""
 
-import importlib.util
+import importlib
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -24,15 +25,34 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
 @pytest.fixture(scope="module")
-def e1():
-    name = "e1_linear_reconstruction"
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    # Dataclasses look their module up.
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[name]
+def modules():
+    """The example's script and the modules beside it, by the ends of their names."""
+    names = ("linear_reconstruction", "solvers", "layers", "network")
+    sys.path.insert(0, str(EXAMPLES))
+    yield {name: importlib.import_module(f"e1_{name}") for name in names}
+    sys.path.remove(str(EXAMPLES))
+    for name in names:
+        del sys.modules[f"e1_{name}"]
+
+
+@pytest.fixture(scope="module")
+def e1(modules):
+    return modules["linear_reconstruction"]
+
+
+@pytest.fixture(scope="module")
+def solvers(modules):
+    return modules["solvers"]
+
+
+@pytest.fixture(scope="module")
+def layers(modules):
+    return modules["layers"]
+
+
+@pytest.fixture(scope="module")
+def network(modules):
+    return modules["network"]
 
 
 @pytest.fixture
@@ -62,18 +82,38 @@ def small(e1, monkeypatch):
         yield stand_in()
 
 
-def fc2(model, dataset):
-    """Correlations of fc2, and its problem without and with a bias."""
-    correlations = ps.gather(model, demo.batches(dataset.x_train), layers=["fc2"])["fc2"]
+@pytest.fixture(scope="module")
+def trained():
+    """A LeNet-5 that has seen the stand-in."""
+    with demo.threads(1), torch.random.fork_rng():
+        torch.manual_seed(0)
+        model, dataset = LeNet5(), stand_in()
+        fit(model, dataset.x_train, dataset.y_train, epochs=5, batch_size=20, lr=2e-3, progress=False)
+        return model
+
+
+def fc2_problems(model, correlations):
+    """The problem of fc2 without and with a bias."""
     plain = (correlations.r_xx, model.fc2.weight.detach().double().numpy() @ correlations.r_xx)
-    centred = (correlations.centered().r_xx, correlations.centered().r_yx)
-    return correlations, plain, centred
+    return plain, (correlations.centered().r_xx, correlations.centered().r_yx)
+
+
+def text_of(*parts):
+    console = Console(record=True, file=open(os.devnull, "w"), width=80)  # noqa: SIM115
+    for part in parts:
+        console.print(part)
+    console.file.close()
+    return console.export_text()
+
+
+def column(table, header):
+    return next(list(one.cells) for one in table.columns if one.header == header)
 
 
 def test_help_names_the_options(e1):
     result = CliRunner().invoke(e1.app, ["--help"], env={"COLUMNS": "100", "NO_COLOR": "1"})
     assert result.exit_code == 0
-    for option in ("--data", "--out", "--seed", "--retrain"):
+    for option in ("--data", "--out", "--seed", "--retrain", "--quick"):
         assert option in result.output
 
 
@@ -118,47 +158,133 @@ def test_the_published_scaling_has_the_same_minimiser(e1):
     np.testing.assert_allclose(theirs.M, same.M, atol=1e-6)
 
 
-def test_the_table_of_fc2_has_both_variants(e1, small, tmp_path, printed, monkeypatch):
-    model = e1.trained(small, tmp_path / "lenet5.safetensors")
-    _, *problems = fc2(model, small)
-    monkeypatch.setattr(e1, "LAM", 0.1 * min(ps.lam_max(*problem) for problem in problems) / 500)
-    monkeypatch.setattr(e1, "lam_for_groups", partial(lam_for_groups, max_solves=2))
-    e1.compress_fc2(model, small)
-    text = printed.export_text()
+def test_the_table_of_fc2_has_both_variants(layers, small, trained, monkeypatch):
+    correlations = layers.gather_readers(trained, small)["fc2"]
+    largest = min(ps.lam_max(*problem) for problem in fc2_problems(trained, correlations))
+    monkeypatch.setattr(layers, "LAM", 0.1 * largest / 500)
+    monkeypatch.setattr(layers, "lam_for_groups", partial(lam_for_groups, max_solves=2))
+    text = text_of(*layers.compress_fc2(trained, small, correlations))
     for wanted in ("97.21", "98.81", "98.75", "70,996 (16.47 %)", "unpenalised bias", "the same inputs kept"):
         assert wanted in text
 
 
-def test_solvers_are_timed_and_drawn(e1, tmp_path, printed, monkeypatch):
+def test_channels_are_groups_of_taps_and_of_pixels(layers, small, trained):
+    correlations = layers.gather_readers(trained, small)
+    sizes = {name: (one.groups, one.group_size) for name, one in correlations.items()}
+    assert sizes == {"conv2": (20, 25), "fc1": (50, 16), "fc2": (500, 1)}
+
+
+@pytest.mark.parametrize("site", ["CONV2", "FC1", "FC2"])
+def test_all_channels_with_their_own_weights_change_nothing(layers, small, trained, site):
+    site = getattr(layers, site)
+    layer = trained.get_submodule(site.readers[0])
+    M, bias = (value.detach().double().numpy() for value in (layer.weight.flatten(1), layer.bias))
+    plan = layers.plan_of(trained, site, np.arange(site.channels), M, lambda _: bias)
+    again = ps.apply(trained, plan)
+    assert layers.largest_change(trained, again, torch.from_numpy(small.x_test)) == 0
+
+
+@pytest.mark.parametrize("site", ["CONV2", "FC1", "FC2"])
+def test_a_row_for_every_lam_counts_what_is_left(layers, small, trained, site):
+    site = getattr(layers, site)
+    correlations = layers.gather_readers(trained, small)[site.readers[0]]
+    table = layers.compare_selectors(trained, small, site, correlations, shares=(1.0, 0.3, 1e-3))
+    kept = [int(k) for k in column(table, "kept")]
+    left = [int(count.replace(",", "")) for count in column(table, "parameters left")]
+    assert kept[0] == 0 < kept[1] < kept[2]
+    assert left[0] == {"conv2": 405_560, "fc1": 5_510, "fc2": 10}[site.readers[0]]
+    # Of every channel: what its writer needs for it and what its reader does.
+    written, read = {"conv2": (26, 50 * 25), "fc1": (501, 16 * 500), "fc2": (801, 10)}[site.readers[0]]
+    assert [431_080 - count for count in left[1:]] == [
+        (site.channels - k) * (written + read) for k in kept[1:]
+    ]
+
+
+def test_nothing_left_is_the_networks_answer_to_a_bias(layers, small, trained):
+    correlations = layers.gather_readers(trained, small)["fc2"]
+    for problem, bias in zip(fc2_problems(trained, correlations), (None, correlations.bias), strict=True):
+        zero = ps.solve_linear_reconstruction(*problem, 1.01 * ps.lam_max(*problem))
+        one = layers.compress(trained, small, layers.FC2, problem, zero, bias)
+        given = trained.fc2.bias.detach().numpy() if bias is None else bias(zero.M)
+        right = 100 * np.mean(small.y_test == given.argmax())
+        assert (one.kept, one.parameters) == (0, 10)
+        assert one.solved == one.collapsed == one.debiased == pytest.approx(right)
+        assert layers.cells(one, 431_080)["inputs kept"] == "0 (0.0 %)"
+
+
+@pytest.fixture(scope="module")
+def pairs(network, trained):
+    with demo.threads(1):
+        return network.compare_sizes(trained, stand_in(), shares=(1.1, 0.2))
+
+
+def test_both_methods_meet_at_every_size(pairs):
+    assert [pair.share for pair in pairs] == [1.1, 0.2, None]
+    for pair in pairs[:2]:
+        assert pair.elimination.after["params"] <= pair.lasso.after["params"]
+    assert pairs[2].elimination.share("params") <= 0.1647
+    for report in (*(pair.elimination for pair in pairs), *(pair.lasso for pair in pairs[:2])):
+        assert 0 <= report.score_after <= 100
+        assert 0 <= report.retrained <= 100
+
+
+def test_where_the_lasso_leaves_nothing_one_channel_stays_and_the_table_says_so(network, pairs):
+    zero = pairs[0].lasso
+    assert [site.kept for site in zero.sites if site.pinned is None] == [1, 1, 1]
+    assert zero.after["params"] == 89
+    text = " ".join(text_of(network.sizes_table(pairs)).split())
+    for wanted in ("lam = ", "leaves no channel of conv1 → conv2", "98.81 % at 16.47 %", "1 1 1"):
+        assert wanted in text
+
+
+def test_the_picture_is_drawn_even_without_errors(network, pairs, tmp_path):
+    perfect = [replace(pair, elimination=replace(pair.elimination, score_after=100.0)) for pair in pairs]
+    network.draw_sizes(perfect, tmp_path / "accuracy.png")
+    assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_solvers_are_timed_and_drawn(solvers, tmp_path, monkeypatch):
     sizes = iter([(20, 10, 12, 200), (30, 10, 20, 300)])
-    original = e1.random_problem
-    monkeypatch.setattr(e1, "random_problem", lambda *published: original(*next(sizes)))
-    e1.compare_solvers(tmp_path / "convergence.png")
+    original = solvers.random_problem
+    monkeypatch.setattr(solvers, "random_problem", lambda *published: original(*next(sizes)))
+    text = text_of(*solvers.compare_solvers(tmp_path / "convergence.png"))
     assert (tmp_path / "convergence.png").read_bytes().startswith(b"\x89PNG")
-    text = printed.export_text()
     for method in ("newton", "alternate_minimization", "fista", "proximal_gradient", "q = 250", "4.39 s"):
         assert method in text
 
 
+def test_the_whole_script_prints_every_part_and_writes_its_files(e1, layers, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(e1, "mnist", lambda folder: small)
+    monkeypatch.setattr(e1, "compare_solvers", lambda path: iter(["solvers"]))
+    monkeypatch.setattr(e1, "FEW_SHARES", ((1.0,), (1.1,)))
+    monkeypatch.setattr(layers, "lam_for_groups", partial(lam_for_groups, max_solves=2))
+    result = CliRunner().invoke(e1.app, ["--out", str(tmp_path), "--quick"])
+    assert result.exit_code == 0, result.output
+    for part in ("solvers", "fc2 of LeNet-5 on MNIST", "conv2 of", "fc1 of", "accuracy against size"):
+        assert part in result.output
+    assert {file.name for file in tmp_path.iterdir()} == {"lenet5.safetensors", "accuracy.png"}
+
+
 @pytest.mark.mnist
-def test_fc2_on_a_ninth_of_its_inputs(e1, mnist_folder):
+def test_fc2_on_a_ninth_of_its_inputs(layers, mnist_folder):
     full = mnist(mnist_folder)
     data = Dataset("part", full.x_train[:5000], full.y_train[:5000], full.x_test[:2000], full.y_test[:2000])
     with demo.threads(1), torch.random.fork_rng():
         torch.manual_seed(0)
         model = LeNet5()
         fit(model, data.x_train, data.y_train, epochs=1, batch_size=64, lr=3e-3, progress=False)
-        correlations, plain, centred = fc2(model, data)
+        correlations = ps.gather(model, demo.batches(data.x_train), layers=["fc2"])["fc2"]
         dense = accuracy(model, data.x_test, data.y_test)
-        for problem, bias in ((plain, None), (centred, correlations.bias)):
+        problems = fc2_problems(model, correlations)
+        for problem, bias in zip(problems, (None, correlations.bias), strict=True):
             solution = lam_for_groups(*problem, 56)[0]
-            one = e1.compress(model, data, e1.FC2, problem, solution, bias)
+            one = layers.compress(model, data, layers.FC2, problem, solution, bias)
             assert one.collapsed == one.solved
             assert one.change < 1e-5
             # Noise: 0.3 % of 2,000 images are 6.
             assert one.debiased >= one.solved - 0.3
             assert one.debiased > dense - 1
             assert one.parameters == 25_580 + 811 * one.kept
-        same, difference = e1.constant_input(correlations, solution.lam)
+        same, difference = layers.constant_input(correlations, solution.lam)
     assert same
     assert difference < 1e-8

@@ -1,0 +1,158 @@
+"""The whole LeNet-5: accuracy against size by the lasso and by elimination, also retrained."""
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from e1_layers import CONV2, FC1, FC2
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator, StrMethodFormatter
+from rich.table import Table
+from torch import nn
+
+import pysolve as ps
+from pysolve import plots
+from pysolve.datasets import Dataset
+from pysolve.nn.evaluate import accuracy
+from pysolve.nn.train import fit
+from pysolve.nn.zoo import LeNet5
+
+IMAGES, BATCH = 2000, 250
+RETRAINING = {"epochs": 1, "batch_size": 256, "lr": 1e-3}
+# Of each site's lam_max; above 1 nothing of a layer is left.
+SHARES = (1.1, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003)
+# Share of the parameters and accuracy, in per cent: fc2's inputs selected, weights debiased.
+PUBLISHED = (16.47, 98.81)
+
+Evaluate = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Both methods at one size: what one share of every site's lam_max leaves, or the published size."""
+
+    share: float | None
+    lasso: ps.Report | None
+    elimination: ps.Report
+
+
+def compare_sizes(model: LeNet5, dataset: Dataset, shares: Sequence[float] = SHARES) -> list[Pair]:
+    """Compress on unlabelled images by the lasso, and by elimination to as many parameters; retrain both."""
+    images = torch.from_numpy(dataset.x_train[:IMAGES]).split(BATCH)
+    dense = accuracy(model, dataset.x_test, dataset.y_test)
+
+    def evaluate(network: nn.Module) -> float:
+        return dense if network is model else accuracy(network, dataset.x_test, dataset.y_test)
+
+    def retrain(network: nn.Module) -> None:
+        fit(network, dataset.x_train, dataset.y_train, **RETRAINING, progress=False)
+
+    highest = largest_penalties(model, images)
+    lasso: list[ps.Report] = []
+    for share in shares:
+        lam = {writer: share * most for writer, most in highest.items()}
+        found = ps.compress(model, images, lam=lam, evaluate=evaluate, progress=False)
+        trained = copy.deepcopy(found.model)
+        retrain(trained)
+        lasso.append(replace(found.report, retrained=evaluate(trained)))
+    targets = [{"params": one.after["params"]} for one in lasso] + [{"params": PUBLISHED[0] / 100}]
+    elimination = ps.sweep(model, images, targets=targets, evaluate=evaluate, retrain=retrain, progress=False)
+    pairs = [Pair(*both) for both in zip([*shares, None], [*lasso, None], elimination, strict=True)]
+    return sorted(pairs, key=lambda pair: pair.elimination.after["params"])
+
+
+def largest_penalties(model: LeNet5, images: Sequence[torch.Tensor]) -> dict[str, float]:
+    """lam_max of each site, by its writer."""
+    sites = (CONV2, FC1, FC2)
+    found = ps.gather(model, images, sites=sites, progress=False)
+    return {site.writers[0]: ps.lam_max(found[site.readers[0]].centered()) for site in sites}
+
+
+def sizes_table(pairs: Sequence[Pair]) -> Table:
+    """Both methods at every size; below, what the lasso says where it leaves nothing of a layer."""
+    notes = [f"λ/λ_max = {one.share:g}: {note}" for one in pairs if one.lasso for note in one.lasso.notes]
+    share, published = PUBLISHED
+    caption = (
+        f"Compressed on {IMAGES:,} unlabelled images. Kept: channels of conv1, conv2 and fc1, of 20, 50 and "
+        f"500. Dense network: {pairs[0].elimination.score_before:.2f} %. "
+        f"Published: {published} % at {share} %."
+    )
+    table = Table(
+        title="LeNet-5 on MNIST: accuracy against size",
+        caption="\n".join([caption, *notes]),
+        show_edge=False,
+        pad_edge=False,
+    )
+    for column in ("λ/λ_max", "method", "parameters", "share", "kept", "accuracy", "+1 epoch"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for pair in pairs:
+        if pair.lasso is not None:
+            table.add_row(f"{pair.share:g}", "lasso", *figures(pair.lasso))
+        table.add_row("", "elimination", *figures(pair.elimination), end_section=True)
+    return table
+
+
+def figures(one: ps.Report) -> tuple[str, ...]:
+    """Parameters and their share, channels kept, accuracy, and accuracy after retraining."""
+    size, share = f"{one.after['params']:,}", f"{100 * one.share('params'):.2f} %"
+    kept = " ".join(str(site.kept) for site in one.sites if site.pinned is None)
+    return size, share, kept, f"{one.score_after:.2f}", f"{one.retrained:.2f}"
+
+
+def draw_sizes(pairs: Sequence[Pair], path: Path) -> None:
+    """Accuracy against the share of parameters left; the axis is logarithmic in what is misclassified."""
+    blue, orange, _, red = plots.COLORS
+    figure = Figure(figsize=(8.5, 5.2), layout="constrained")
+    ax = figure.add_subplot()
+    dense = pairs[0].elimination.score_before
+    ax.axhline(
+        errors(dense),
+        color="0.35",
+        linewidth=1,
+        linestyle=(0, (4, 3)),
+        label=f"original network, {dense:.2f} %",
+    )
+    draw_method(ax, "elimination", blue, [pair.elimination for pair in pairs])
+    draw_method(ax, "group lasso", orange, [pair.lasso for pair in pairs if pair.lasso])
+    share, published = PUBLISHED
+    label = f"published, {published} % with {share} % left"
+    ax.plot(share, errors(published), "*", color=red, markersize=15, linestyle="none", label=label)
+    finish(ax)
+    figure.savefig(path, dpi=130)
+
+
+def draw_method(ax: Axes, label: str, color: str, reports: Sequence[ps.Report]) -> None:
+    """Two curves: as compressed, and retrained."""
+    shares = [100 * one.share("params") for one in reports]
+    before, after = (
+        [errors(score) for score in scores]
+        for scores in zip(*((r.score_after, r.retrained) for r in reports), strict=True)
+    )
+    style = {"color": color, "marker": "o", "markersize": 5, "linewidth": 1.8}
+    ax.plot(shares, before, label=label, **style)
+    ax.plot(
+        shares, after, label=f"{label}, retrained for one epoch", linestyle="--", fillstyle="none", **style
+    )
+
+
+def finish(ax: Axes) -> None:
+    """Axes labelled in plain per cent."""
+    ticks = (90, 50, 20, 10, 5, 2, 1, 0.5)
+    ax.set(xscale="log", yscale="log", ylim=(95, 0.42))
+    ax.set(xlabel="parameters left (%)", ylabel="test accuracy (%)")
+    ax.set_title(f"LeNet-5 on MNIST, all layers compressed on {IMAGES:,} unlabelled images")
+    ax.set_yticks(ticks, [f"{100 - tick:g}" for tick in ticks])
+    ax.yaxis.set_minor_locator(NullLocator())
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.grid(color="0.9")
+    ax.set_axisbelow(True)
+    ax.legend(loc="lower right", edgecolor="none", framealpha=1)
+
+
+def errors(score: float) -> float:
+    """Per cent misclassified; 0 has no place on a logarithmic axis."""
+    return max(100 - score, 0.01)
