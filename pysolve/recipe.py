@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from inspect import signature
@@ -169,9 +168,8 @@ def sweep(
         result = shrink(fresh, sizes, target=target, evaluate=evaluate, **given)
         report = result.report
         if retrain is not None and evaluate is not None:
-            trained = copy.deepcopy(result.model)
-            retrain(trained)
-            report = replace(report, retrained=float(evaluate(trained)))
+            retrain(result.model)
+            report = replace(report, retrained=float(evaluate(result.model)))
         reports.append(report)
     return reports
 
