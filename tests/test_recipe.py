@@ -36,9 +36,17 @@ def compressed(model=None, batches=None, **options):
     if not {"target", "keep", "lam"} & set(options):
         options["target"] = {"params": 0.6}
     options.setdefault("progress", False)
+    if model is None and "ignore" not in options:
+        options.setdefault("sites", known_sites())
     return ps.compress(
         mlp() if model is None else model, samples() if batches is None else batches, **options
     )
+
+
+@cache
+def known_sites():
+    """Of the usual network; to find them takes longer than all the rest."""
+    return ps.find_sites(mlp(), samples()[0])
 
 
 @cache
@@ -49,7 +57,7 @@ def default():
 
 @cache
 def studied(seed=0):
-    return study(mlp(seed=seed), samples(), progress=False)
+    return study(mlp(seed=seed), samples(), sites=known_sites(), progress=False)
 
 
 def sizes(result=None, *, seed=0, target=None, keep=None, lam=None, round_to=1):
