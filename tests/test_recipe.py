@@ -16,11 +16,33 @@ import pysolve as ps
 from pysolve.choice import refit as refitted
 from pysolve.nn.divergence import kl_divergence, mean_divergence, run
 from pysolve.nn.evaluate import macs, nbytes, parameters
+from pysolve.nn.export import trace
+from pysolve.nn.network import arguments
 from pysolve.nn.zoo import Mlp
 from pysolve.plan import Site
 from pysolve.shrink import shrink
 from pysolve.sizes import channels_to_keep
 from pysolve.study import study
+
+
+@pytest.fixture(autouse=True)
+def _shared_graphs(monkeypatch):
+    """Tracing takes most of the time, and networks of one structure have one graph."""
+
+    def traced(model, batch):
+        args, kwargs = arguments(batch)
+        if not isinstance(model, Mlp):
+            return trace(model, batch)
+        (x,) = (*args, *kwargs.values())
+        key = (*(p.shape for p in model.parameters()), x.dtype, x.shape, *kwargs)
+        if key not in GRAPHS:
+            GRAPHS[key] = trace(model, batch)
+        return GRAPHS[key]
+
+    monkeypatch.setattr("pysolve.study.trace", traced)
+
+
+GRAPHS = {}
 
 
 def samples(n=32, d=6, batches=4, seed=0):
