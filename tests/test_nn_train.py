@@ -11,7 +11,6 @@ from torch import nn
 from torch.nn.functional import l1_loss, mse_loss
 
 from pysolve.errors import DataError, PysolveError
-from pysolve.nn import train
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.train import fit, match
 from pysolve.nn.zoo import Mlp
@@ -145,7 +144,7 @@ def test_a_student_learns_the_teachers_answers_without_labels():
     history = match(student, teacher, [x], epochs=20, batch_size=16, lr=0.02)
     assert len(history) == 20
     assert distance(student, teacher, x) < 0.1 * before
-    assert history[-1] == pytest.approx(distance(student, teacher, x), rel=0.2)
+    assert history[-1] < 0.1 * history[0]
 
 
 def test_a_linear_student_becomes_its_linear_teacher():
@@ -203,18 +202,7 @@ def test_nothing_changes_but_what_the_student_may_train():
     changed = {
         name for name, value in student.state_dict().items() if not torch.equal(value, before[0][name])
     }
-    statistics = {"2.running_mean", "2.running_var", "2.num_batches_tracked"}
-    assert changed == {"0.bias", "2.weight", "2.bias", "3.weight", "3.bias"} | statistics
-
-
-def test_the_students_batch_norms_learn_the_statistics_of_the_samples():
-    torch.manual_seed(0)
-    student, teacher = (nn.Sequential(nn.BatchNorm1d(4), nn.Linear(4, 3)) for _ in range(2))
-    x = 5 + 2 * torch.randn(256, 4)
-    match(student, teacher, [x], epochs=10, batch_size=32)
-    torch.testing.assert_close(student[0].running_mean, x.mean(0), atol=0.5, rtol=0)
-    torch.testing.assert_close(student[0].running_var, x.var(0), atol=1.0, rtol=0)
-    assert torch.equal(teacher[0].running_mean, torch.zeros(4))
+    assert changed == {"0.bias", "2.weight", "2.bias", "3.weight", "3.bias"}
 
 
 @pytest.mark.parametrize("shapes", [[(1, 4)], [(1, 4), (1, 4)], [(1, 4), (2, 4)], [(3, 4), (1, 5, 4)]])
@@ -231,18 +219,35 @@ def test_dropout_is_off_in_student_and_teacher():
     assert match(student, teacher, [torch.randn(20, 4)], epochs=1) == [0.0]
 
 
-def test_the_teacher_answers_once_for_each_sample_if_there_is_room(monkeypatch):
-    results = {}
-    # Three float32 numbers for each of 120 samples.
-    for room in (1 << 30, 1440, 1439):
-        monkeypatch.setattr(train, "_ROOM", room)
-        student, teacher, x = pair()
-        seen = []
-        teacher.register_forward_pre_hook(lambda module, args, seen=seen: seen.append(len(args[0])))
-        history = match(student, teacher, [x], epochs=3, batch_size=16)
-        results[room] = sum(seen), history
-    assert [passes / len(x) for passes, _ in results.values()] == [1, 1, 3]
-    assert results[1440][1] == pytest.approx(results[1439][1], rel=1e-5)
+def inputs_seen(batches, **options):
+    """What student and teacher are asked about in one epoch of three batches."""
+    seen = [], []
+    networks = [nn.Embedding(9, 3) if batches[0].dtype == torch.long else nn.Linear(4, 3) for _ in seen]
+    for network, inputs in zip(networks, seen, strict=True):
+        network.register_forward_pre_hook(lambda module, args, to=inputs: to.append(args[0]))
+    match(*networks, batches, epochs=1, batch_size=16, progress=False, **options)
+    return seen
+
+
+@settings(max_examples=10)
+@given(st.floats(0.1, 1.0), st.integers(0, 5))
+def test_samples_are_mixed_two_by_two_up_to_the_share(mix, seed):
+    # Of unit vectors, any mixture of two shows its shares.
+    x = torch.eye(4)[torch.arange(48) % 4]
+    for batch, same in zip(*inputs_seen([x], mix=mix, seed=seed), strict=True):
+        assert torch.equal(batch, same)
+        torch.testing.assert_close(batch.sum(1), torch.ones(16))
+        assert ((batch > 0).sum(1) <= 2).all()
+        assert batch.amin() >= 0
+        assert batch.amax(1).min() >= min(1 - mix, 0.5) - 1e-6
+        assert (batch.amax(1) < 1).any()
+
+
+@pytest.mark.parametrize("x", [torch.arange(48) % 9, torch.eye(4)[torch.arange(48) % 4]], ids=["words", "0"])
+def test_words_are_never_mixed_and_without_mixing_samples_stay_as_they_are(x):
+    options = {} if x.dtype == torch.long else {"mix": 0.0}
+    seen = torch.cat(inputs_seen([x], **options)[0])
+    assert torch.equal(seen.sort(0).values, x.sort(0).values)
 
 
 def test_batches_of_different_shapes_stay_as_they_are():
@@ -311,6 +316,13 @@ def test_what_measures_a_matching_must_be_positive(given):
     student, teacher, x = pair()
     with pytest.raises(ValueError, match="must be positive"):
         match(student, teacher, [x], **given)
+
+
+@pytest.mark.parametrize("mix", [-0.1, 1.1, np.nan])
+def test_samples_cannot_be_mixed_by_more_than_the_whole(mix):
+    student, teacher, x = pair()
+    with pytest.raises(ValueError, match="mix must be within 0 and 1"):
+        match(student, teacher, [x], epochs=1, mix=mix)
 
 
 def test_batches_must_be_a_list_of_some():
