@@ -1,4 +1,4 @@
-// The only file that knows Python: shapes, dtypes, the lock, signals.
+// With sparse_bindings.cpp the only file that knows Python: shapes, dtypes, the lock, signals.
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -17,6 +17,8 @@
 
 namespace py = pybind11;
 using namespace pysolve;
+
+void register_sparse(py::module_& m);
 
 namespace {
 
@@ -296,4 +298,5 @@ PYBIND11_MODULE(_core, m) {
     register_prox(m);
     register_solvers(m);
     register_selection(m);
+    register_sparse(m);
 }

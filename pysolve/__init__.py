@@ -25,6 +25,7 @@ from pysolve.solvers import (
     proximal_gradient,
     solve_linear_reconstruction,
 )
+from pysolve.sparse import SparseMatrix, csr_matmul, get_num_threads, set_num_threads
 
 if TYPE_CHECKING:
     from pysolve.nn.gather import gather
@@ -63,15 +64,18 @@ __all__ = [
     "Report",
     "Site",
     "Solution",
+    "SparseMatrix",
     "alternate_minimization",
     "apply",
     "certify",
     "compress",
+    "csr_matmul",
     "debias",
     "elimination_path",
     "find_sites",
     "fista",
     "gather",
+    "get_num_threads",
     "inspect",
     "lam_for_groups",
     "lam_max",
@@ -80,6 +84,7 @@ __all__ = [
     "proximal_gradient",
     "regularization_path",
     "select_channels",
+    "set_num_threads",
     "solve_linear_reconstruction",
     "sweep",
 ]

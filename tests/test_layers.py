@@ -32,7 +32,7 @@ ROWS = [
     {"solvers", "elimination", "knapsack"},
     {"scaling", "solution", "prox", "debias", "certificate"},
     {"problem"},
-    {"correlations", "plan", "datasets"},
+    {"correlations", "plan", "datasets", "sparse"},
     {"image_files"},
     {"errors", "_core"},
 ]

@@ -1,0 +1,338 @@
+// Tiles of the dense matrix, rows of the sparse one, and who does what of them.
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <new>
+#include <type_traits>
+
+#include "csr_kernels.hpp"
+#include "pysolve/csr.hpp"
+#include "pysolve/threads.hpp"
+
+namespace pysolve {
+
+namespace {
+
+// Bytes of a packed tile that stay in the nearest cache.
+constexpr Index nearest_cache = 32768;
+// Rows whose sums are kept at hand while all blocks pass by.
+constexpr Index rows_at_once = 256;
+// Features that are packed at once.
+constexpr Index packed_at_once = 128;
+// Multiplications below which a thread is not worth waking.
+constexpr double work_per_thread = 1 << 19;
+// Most bytes of one feature in a tile.
+constexpr Index widest_tile = 256;
+
+Level best_level() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+        __builtin_cpu_supports("popcnt"))
+        return Level::avx512;
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Level::avx2;
+#endif
+    return Level::plain;
+}
+
+std::atomic<Level> current{best_level()};
+
+template <class T>
+const Kernels<T>& kernels() {
+    constexpr bool single = std::is_same_v<T, float>;
+#if defined(__x86_64__)
+    switch (current) {
+        case Level::avx512:
+            if constexpr (single)
+                return avx512_float;
+            else
+                return avx512_double;
+        case Level::avx2:
+            if constexpr (single)
+                return avx2_float;
+            else
+                return avx2_double;
+        default:
+            break;
+    }
+#endif
+    if constexpr (single)
+        return plain_float;
+    else
+        return plain_double;
+}
+
+// Memory of a thread, aligned to cache lines, that is kept from call to call.
+template <class T>
+class Scratch {
+  public:
+    T* get(Index size) {
+        if (size > size_) {
+            memory_.reset();
+            size_ = 0;
+            memory_.reset(
+                static_cast<T*>(::operator new(static_cast<std::size_t>(size) * sizeof(T), alignment)));
+            size_ = size;
+        }
+        return memory_.get();
+    }
+
+  private:
+    static constexpr std::align_val_t alignment{64};
+    struct Free {
+        void operator()(T* p) const { ::operator delete(p, alignment); }
+    };
+    std::unique_ptr<T, Free> memory_;
+    Index size_ = 0;
+};
+
+// Samples first … first + count − 1, in a tile of `width`.
+struct Tile {
+    Index first, count, width;
+};
+
+template <class T>
+std::vector<Tile> tiles_of(Index batch) {
+    const Kernels<T>& kernel = kernels<T>();
+    const Index least = kernel.narrowest / Index{sizeof(T)};
+    const Index most = std::min(kernel.widest, widest_tile) / Index{sizeof(T)};
+    std::vector<Tile> tiles;
+    for (Index first = 0; first < batch;) {
+        Index width = least;
+        while (width < most && width < batch - first) width *= 2;
+        tiles.push_back({first, std::min(width, batch - first), width});
+        first += width;
+    }
+    return tiles;
+}
+
+// Features first … last − 1 of a tile, packed.
+template <class T>
+void pack(Dense<const T> X, const Tile& tile, Index first, Index last, T* packed) {
+    for (Index i = first; i < last; ++i)
+        std::fill(packed + i * tile.width + tile.count, packed + (i + 1) * tile.width, T(0));
+    if (X.layout == Layout::batch) {
+        for (Index i = first; i < last; i += packed_at_once)
+            kernels<T>().transpose(X.data + tile.first * X.stride + i, X.stride, packed + i * tile.width,
+                                   tile.width, tile.count, std::min(packed_at_once, last - i));
+    } else {
+        for (Index i = first; i < last; ++i)
+            std::copy_n(X.data + i * X.stride + tile.first, tile.count, packed + i * tile.width);
+    }
+}
+
+template <class T>
+void pack_all(int threads, Dense<const T> X, const Tile& tile, Index features, T* packed) {
+    const Index pieces = (features + packed_at_once - 1) / packed_at_once;
+    parallel(threads, pieces, [&](Index piece) {
+        pack(X, tile, piece * packed_at_once, std::min(features, (piece + 1) * packed_at_once), packed);
+    });
+}
+
+// The tile as it lies, if it lies as packed; or null.
+template <class T>
+const T* in_place(Dense<const T> X, const Tile& tile) {
+    const T* start = X.data + tile.first;
+    const bool packed = X.layout == Layout::feature && X.stride == tile.width && tile.count == tile.width;
+    return packed && reinterpret_cast<std::uintptr_t>(start) % 64 == 0 ? start : nullptr;
+}
+
+// Blocks first … last − 1, which lie in one span.
+template <class T>
+Part<T> part(const Sparse<T>& A, Index first, Index last) {
+    return {A.values.data(), A.indices.data(), A.bound(first), A.bound(last)};
+}
+
+// Where the blocks from b on end that fit the cache together, and lie in one span.
+template <class T>
+Index reach(const Sparse<T>& A, Index b, Index feature_bytes) {
+    const Index fitting = std::max(A.block, nearest_cache / feature_bytes);
+    const Index span_end = A.origin(b) + column_span;
+    const Index column = std::min(b * A.block + fitting, span_end);
+    return std::clamp(column / A.block, b + 1, A.blocks());
+}
+
+template <class T>
+struct Epilogue {
+    const T* bias;
+    bool relu;
+};
+
+// All blocks of some rows for one tile.
+template <class T>
+void multiply_rows(const Sparse<T>& A, const T* packed, Index width, Index first, Index last, T* out,
+                   Index stride, Epilogue<T> end) {
+    for (Index b = 0, next; b < A.blocks(); b = next) {
+        next = reach(A, b, width * Index{sizeof(T)});
+        kernels<T>().rows(part(A, b, next), first, last, width, packed + A.origin(b) * width, out, stride,
+                          end.bias, b > 0, end.relu && next == A.blocks());
+    }
+}
+
+template <class T>
+void multiply_tile(const Sparse<T>& A, const T* packed, const Tile& tile, Index first, Index last, Dense<T> Y,
+                   Epilogue<T> end) {
+    static thread_local Scratch<T> scratch;
+    const bool direct = Y.layout == Layout::feature && tile.count == tile.width;
+    T* sums = direct ? nullptr : scratch.get(rows_at_once * tile.width);
+    for (Index r = first; r < last; r += rows_at_once) {
+        const Index stop = std::min(last, r + rows_at_once);
+        T* to = Y.layout == Layout::feature ? Y.data + r * Y.stride + tile.first
+                                            : Y.data + tile.first * Y.stride + r;
+        if (direct) {
+            multiply_rows(A, packed, tile.width, r, stop, to, Y.stride, end);
+            continue;
+        }
+        multiply_rows(A, packed, tile.width, r, stop, sums, tile.width, end);
+        if (Y.layout == Layout::batch)
+            kernels<T>().transpose(sums, tile.width, to, Y.stride, stop - r, tile.count);
+        else
+            for (Index i = r; i < stop; ++i)
+                std::copy_n(sums + (i - r) * tile.width, tile.count, to + (i - r) * Y.stride);
+    }
+}
+
+// Where to cut the rows so that all pieces have as many entries; at multiples of 16 rows, a cache line of
+// results.
+template <class T>
+std::vector<Index> cuts_of(const Sparse<T>& A, Index pieces) {
+    std::vector<Index> cuts{0};
+    const Index* starts = A.bound(0);
+    for (Index i = 1; i < pieces; ++i) {
+        const Index entry = A.entries * i / pieces;
+        const Index row = std::lower_bound(starts, starts + A.rows, entry) - starts;
+        cuts.push_back(std::max(cuts.back(), row / 16 * 16));
+    }
+    cuts.push_back(A.rows);
+    return cuts;
+}
+
+// One sample's features side by side, and zeros up to a whole word of a mask.
+template <class T>
+const T* gathered(const Sparse<T>& A, Dense<const T> X, T* copy) {
+    const Index step = X.layout == Layout::feature ? X.stride : 1;
+    for (Index i = 0; i < A.columns; ++i) copy[i] = X.data[i * step];
+    std::fill(copy + A.columns, copy + 64 * A.words(), T(0));
+    return copy;
+}
+
+template <class T>
+void dots(const Sparse<T>& A, const T* x, Index first, Index last, T* out, Epilogue<T> end) {
+    for (Index b = 0, next; b < A.blocks(); b = next) {
+        next = reach(A, b, sizeof(T));
+        kernels<T>().dots(part(A, b, next), first, last, x + A.origin(b), out, end.bias, b > 0,
+                          end.relu && next == A.blocks());
+    }
+}
+
+template <class T>
+void multiply_one(const Sparse<T>& A, Dense<const T> X, Dense<T> Y, Epilogue<T> end, int threads) {
+    static thread_local Scratch<T> inputs, outputs;
+    const bool masked = kernels<T>().masked_dots && !A.masks.empty();
+    const bool as_it_lies = !masked && (X.layout == Layout::batch || X.stride == 1);
+    const T* x = as_it_lies ? X.data : gathered(A, X, inputs.get(64 * A.words()));
+    const bool apart = Y.layout == Layout::feature && Y.stride != 1;
+    T* y = apart ? outputs.get(A.rows) : Y.data;
+    const auto cuts = cuts_of(A, threads);
+    parallel(threads, threads, [&](Index piece) {
+        const Index first = cuts[static_cast<std::size_t>(piece)],
+                    last = cuts[static_cast<std::size_t>(piece) + 1];
+        if (masked)
+            kernels<T>().masked_dots(A.values.data(), A.bound(0), A.masks.data(), A.words(), first, last, x,
+                                     y, end.bias, end.relu);
+        else
+            dots(A, x, first, last, y, end);
+    });
+    if (apart)
+        for (Index r = 0; r < A.rows; ++r) Y.data[r * Y.stride] = y[r];
+}
+
+int useful_threads(double work, int threads) {
+    return static_cast<int>(
+        std::clamp(work / work_per_thread, 1.0, static_cast<double>(std::max(threads, 1))));
+}
+
+}  // namespace
+
+Level level() {
+    return current;
+}
+
+bool supported(Level level) {
+    return level <= best_level();
+}
+
+void set_level(Level level) {
+    current = level;
+}
+
+template <class T>
+void multiply(const Sparse<T>& A, Dense<const T> X, Index batch, Dense<T> Y, const T* bias, bool relu,
+              int threads) {
+    if (A.rows == 0 || batch == 0) return;
+    const Epilogue<T> end{bias, relu};
+    threads = useful_threads(static_cast<double>(A.entries) * static_cast<double>(batch), threads);
+    if (batch == 1) return multiply_one(A, X, Y, end, threads);
+    const std::vector<Tile> tiles = tiles_of<T>(batch);
+    const Index count = static_cast<Index>(tiles.size()), whole = count / threads * threads;
+    static thread_local Scratch<T> scratch;
+    // Whole tiles as long as there is one for each thread, then the rows of what is left.
+    parallel(threads, whole, [&](Index t) {
+        static thread_local Scratch<T> own;
+        const Tile& tile = tiles[static_cast<std::size_t>(t)];
+        const T* x = in_place(X, tile);
+        if (!x) {
+            T* packed = own.get(A.columns * tile.width);
+            pack(X, tile, 0, A.columns, packed);
+            x = packed;
+        }
+        multiply_tile(A, x, tile, 0, A.rows, Y, end);
+    });
+    const auto cuts = cuts_of(A, threads);
+    for (Index t = whole; t < count; ++t) {
+        const Tile& tile = tiles[static_cast<std::size_t>(t)];
+        const T* x = in_place(X, tile);
+        if (!x) {
+            T* packed = scratch.get(A.columns * tile.width);
+            pack_all(threads, X, tile, A.columns, packed);
+            x = packed;
+        }
+        parallel(threads, threads, [&](Index piece) {
+            const auto p = static_cast<std::size_t>(piece);
+            multiply_tile(A, x, tile, cuts[p], cuts[p + 1], Y, end);
+        });
+    }
+}
+
+template <class T>
+void value_gradient(const Sparse<T>& A, Dense<const T> G, Dense<const T> X, Index batch, T* gradient,
+                    int threads) {
+    std::fill_n(gradient, A.entries, T(0));
+    threads = useful_threads(static_cast<double>(A.entries) * static_cast<double>(batch), threads);
+    static thread_local Scratch<T> above, below;
+    const auto cuts = cuts_of(A, threads);
+    for (const Tile& tile : tiles_of<T>(batch)) {
+        T* g = above.get(A.rows * tile.width);
+        T* x = below.get(A.columns * tile.width);
+        pack_all(threads, G, tile, A.rows, g);
+        pack_all(threads, X, tile, A.columns, x);
+        parallel(threads, threads, [&](Index piece) {
+            const auto p = static_cast<std::size_t>(piece);
+            for (Index b = 0; b < A.blocks(); ++b)
+                kernels<T>().products(part(A, b, b + 1), cuts[p], cuts[p + 1], tile.width, g,
+                                      x + A.origin(b) * tile.width, gradient);
+        });
+    }
+}
+
+template void multiply(const Sparse<float>&, Dense<const float>, Index, Dense<float>, const float*, bool,
+                       int);
+template void multiply(const Sparse<double>&, Dense<const double>, Index, Dense<double>, const double*, bool,
+                       int);
+template void value_gradient(const Sparse<float>&, Dense<const float>, Dense<const float>, Index, float*,
+                             int);
+template void value_gradient(const Sparse<double>&, Dense<const double>, Dense<const double>, Index, double*,
+                             int);
+
+}  // namespace pysolve
