@@ -94,11 +94,12 @@ void multiply_into(const Sparse<T>& A, const Matrix<T>& x, bool batch_major, Mat
 }
 
 template <class T>
-py::array_t<T> gradient_by_values(const Sparse<T>& A, const Matrix<T>& g, const Matrix<T>& x, int threads) {
+py::array_t<T> gradient_by_values(const Sparse<T>& A, const Matrix<T>& g, const Matrix<T>& x, bool batch_major,
+                                  int threads) {
     if (x.ndim() != 2) throw py::value_error("the inputs must have two dimensions, got " + shape_of(x));
-    const Index batch = x.shape(0);
-    const Dense<const T> X = input("the inputs", x, true, A.columns, batch);
-    const Dense<const T> G = input("the gradient", g, true, A.rows, batch);
+    const Index batch = x.shape(batch_major ? 0 : 1);
+    const Dense<const T> X = input("the inputs", x, batch_major, A.columns, batch);
+    const Dense<const T> G = input("the gradient", g, batch_major, A.rows, batch);
     py::array_t<T> out(A.entries);
     T* target = out.mutable_data();
     {
@@ -151,7 +152,7 @@ void register_for(py::module_& m, const char* name) {
         .def("multiply", &multiply_into<T>, py::arg("x").noconvert(), py::arg("batch_major"),
              py::arg("out").noconvert(), py::arg("bias").noconvert(), py::arg("relu"), py::arg("threads"))
         .def("value_gradient", &gradient_by_values<T>, py::arg("g").noconvert(), py::arg("x").noconvert(),
-             py::arg("threads"));
+             py::arg("batch_major"), py::arg("threads"));
 }
 
 }  // namespace

@@ -13,7 +13,11 @@ from pysolve import _core
 Dense = npt.NDArray[Any]
 Layout = Literal["feature", "batch"]
 
-_CORES = {np.dtype(np.float32): _core.SparseFloat32, np.dtype(np.float64): _core.SparseFloat64}
+_Core = _core.SparseFloat32 | _core.SparseFloat64
+_CORES: dict[np.dtype[Any], Any] = {
+    np.dtype(np.float32): _core.SparseFloat32,
+    np.dtype(np.float64): _core.SparseFloat64,
+}
 
 
 class SparseMatrix:
@@ -34,8 +38,8 @@ class SparseMatrix:
         The entries row by row, in each row by columns. What is written there counts.
     """
 
-    def __init__(self, core: Any) -> None:
-        self._core = core
+    def __init__(self, core: _Core) -> None:
+        self._core: Any = core
         self.shape: tuple[int, int] = (core.rows, core.columns)
         self.values: Dense = core.values
 
@@ -105,17 +109,16 @@ class SparseMatrix:
         -------
         (b, h) or (h, b) array, or (h,) array
         """
-        if layout not in ("feature", "batch"):
-            raise ValueError(f"layout must be 'feature' or 'batch', got {layout!r}.")
+        batch_major = _is_batch(layout)
         x = self._checked("the dense matrix", x)
         if x.ndim == 1:
             rows = None if out is None else out[None]
-            return self.matmul(x[None], bias=bias, relu=relu, out=rows)[0]
+            vector: Dense = self.matmul(x[None], bias=bias, relu=relu, out=rows)[0]
+            return vector
         if x.ndim != 2:
             raise ValueError(f"expected a vector or a matrix, got {x.ndim} dimensions.")
         if x.strides[1] != x.itemsize or x.strides[0] < 0:
             x = np.ascontiguousarray(x)
-        batch_major = layout == "batch"
         if out is None:
             b = x.shape[0 if batch_major else 1]
             out = np.empty((b, self.shape[0]) if batch_major else (self.shape[0], b), self.dtype)
@@ -134,21 +137,31 @@ class SparseMatrix:
         """A X for a d × b matrix X, or A x for a vector of d entries."""
         return self.matmul(dense, layout="feature")
 
-    def value_gradient(self, gradient: Any, x: Any) -> Dense:
-        """Σ_samples gradient[:, r] · x[:, c] for each entry (r, c): of a loss by ``values``.
+    def value_gradient(self, gradient: Any, x: Any, layout: Layout = "batch") -> Dense:
+        """Σ_samples gradient_r x_c for each entry (r, c): gradient of a loss by ``values``.
 
         Parameters
         ----------
-        gradient : (b, h) array
-            Of the loss by the product with ``layout="batch"``.
-        x : (b, d) array
+        gradient : (b, h) or (h, b) array
+            Of the loss by the product that ``matmul(x, layout)`` gives.
+        x : (b, d) or (d, b) array
+        layout : "batch" or "feature"
 
         Returns
         -------
         (nnz,) array
         """
         g, x = (np.ascontiguousarray(self._checked("the array", array)) for array in (gradient, x))
-        return np.asarray(self._core.value_gradient(g, x, _core.num_threads()))
+        result: Dense = self._core.value_gradient(g, x, _is_batch(layout), _core.num_threads())
+        return result
+
+    def transposed(self) -> tuple[SparseMatrix, npt.NDArray[np.int64]]:
+        """The transposed matrix, and at which of this one's entries each of its own stands."""
+        order = csr_array((np.arange(self.nnz), self._core.indices(), self._core.indptr()), shape=self.shape)
+        flipped = order.T.tocsr()
+        core = _CORES[self.dtype](*flipped.shape, flipped.indptr, flipped.indices, self.values[flipped.data])
+        order_of_entries: npt.NDArray[np.int64] = flipped.data
+        return SparseMatrix(core), order_of_entries
 
     def _checked(self, name: str, array: Any) -> Dense:
         array = np.asarray(array)
@@ -159,6 +172,12 @@ class SparseMatrix:
     def __repr__(self) -> str:
         density = self.nnz / max(1, self.shape[0] * self.shape[1])
         return f"SparseMatrix({self.shape[0]} x {self.shape[1]}, {self.dtype}, density {density:.3g})"
+
+
+def _is_batch(layout: str) -> bool:
+    if layout not in ("feature", "batch"):
+        raise ValueError(f"layout must be 'feature' or 'batch', got {layout!r}.")
+    return layout == "batch"
 
 
 def csr_matmul(csr: csr_array | csr_matrix, dense: Any, out: Dense | None = None) -> Dense:

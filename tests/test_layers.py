@@ -19,7 +19,7 @@ ROWS = [
     {"nn.sites", "nn.costs", "report"},
     {"nn.trial", "nn.lockstep", "nn.calibration"},
     {"plots", "nn.gather", "nn.surgery", "nn.evaluate", "nn.branches", "nn.walk"},
-    {"nn.train", "nn.verify", "nn.labels", "nn.rows", "nn.values", "nn.divergence"},
+    {"nn.layers", "nn.train", "nn.verify", "nn.labels", "nn.rows", "nn.values", "nn.divergence"},
     {"nn.layer_rules"},
     {"nn.operators"},
     {"nn.calls"},

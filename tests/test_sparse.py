@@ -267,13 +267,22 @@ def test_dense_matrices_that_do_not_fit_are_refused(dense, kind, message):
 @given(products(), st.sampled_from(LEVELS), st.integers(1, 3))
 def test_the_gradient_by_the_values_is_that_of_the_product(product, level, threads):
     csr, x = product
-    g = random_dense(x.shape[1], csr.shape[0], dtype=csr.dtype, seed=5)
+    g = random_dense(csr.shape[0], x.shape[1], dtype=csr.dtype, seed=5)
     matrix = ps.SparseMatrix.from_csr(csr)
-    with running(level, threads):
-        gradient = matrix.value_gradient(g, np.ascontiguousarray(x.T))
     rows, columns = matrix.to_csr().nonzero() if csr.nnz else (np.zeros(0, int), np.zeros(0, int))
-    expected = np.sum(g.T[rows].astype(float) * x[columns], axis=1)
-    np.testing.assert_allclose(gradient, expected, atol=1e-3)
+    expected = np.sum(g[rows].astype(float) * x[columns], axis=1)
+    with running(level, threads):
+        np.testing.assert_allclose(matrix.value_gradient(g, x, "feature"), expected, atol=1e-3)
+        np.testing.assert_allclose(matrix.value_gradient(g.T, x.T), expected, atol=1e-3)
+
+
+@given(products())
+def test_the_transposed_matrix_knows_where_its_entries_come_from(product):
+    csr, _ = product
+    matrix = ps.SparseMatrix.from_csr(csr)
+    flipped, order = matrix.transposed()
+    assert np.array_equal(flipped.to_csr().toarray(), csr.toarray().T)
+    assert np.array_equal(flipped.values, matrix.values[order])
 
 
 def test_values_can_be_changed_in_place():

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.errors import DataError
+from pysolve.nn.layers import SparseConv2d, SparseLinear
 from pysolve.nn.network import Values, as_input, device_of, evaluating, forward, labelled
 
 
@@ -64,7 +65,7 @@ def nbytes(model: nn.Module) -> int:
 
 
 def macs(model: nn.Module, example: Any) -> int:
-    """Multiply-accumulates of all Linear and convolution calls on one batch.
+    """Multiply-accumulates of all Linear and convolution calls on one batch; of sparse ones by their entries.
 
     Parameters
     ----------
@@ -75,6 +76,9 @@ def macs(model: nn.Module, example: Any) -> int:
     calls: list[int] = []
 
     def count(module: nn.Module, args: Any, output: Tensor) -> None:
+        if isinstance(module, SparseLinear | SparseConv2d):
+            calls.append(output.numel() // module.shape[0] * module.values.numel())
+            return
         weight = module.weight
         assert isinstance(weight, Tensor)
         # Every output, or input of a transposed convolution, meets one slice of the weight.
@@ -84,7 +88,7 @@ def macs(model: nn.Module, example: Any) -> int:
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         for module in model.modules():
-            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd | SparseLinear | SparseConv2d):
                 stack.callback(module.register_forward_hook(count).remove)
         forward(model, example, device_of(model))
     return sum(calls)
