@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pysolve.recipe import compress, sweep
     from pysolve.report import Report
     from pysolve.shrink import Compressed
+    from pysolve.unstructured import prune
 
 __version__ = "0.1.0"
 
@@ -43,6 +44,7 @@ _NEEDS_TORCH = {
     "inspect": "pysolve.nn.inspect",
     "apply": "pysolve.nn.surgery",
     "compress": "pysolve.recipe",
+    "prune": "pysolve.unstructured",
     "sweep": "pysolve.recipe",
     "Compressed": "pysolve.shrink",
     "Report": "pysolve.report",
@@ -82,6 +84,7 @@ __all__ = [
     "newton",
     "prox_group_lasso",
     "proximal_gradient",
+    "prune",
     "regularization_path",
     "select_channels",
     "set_num_threads",

@@ -163,8 +163,8 @@ class SparseMatrix:
         order_of_entries: npt.NDArray[np.int64] = flipped.data
         return SparseMatrix(core), order_of_entries
 
-    def _checked(self, name: str, array: Any) -> Dense:
-        array = np.asarray(array)
+    def _checked(self, name: str, values: Any) -> Dense:
+        array: Dense = np.asarray(values)
         if array.dtype != self.dtype:
             raise TypeError(f"{name} must be {self.dtype} as the sparse matrix is, got {array.dtype}.")
         return array

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "pysolve"
 ROWS = [
     {"cli"},
     {"demo"},
-    {"recipe"},
+    {"recipe", "unstructured"},
     {"shrink"},
     {"sizes", "checks"},
     {"study"},
@@ -26,14 +26,14 @@ ROWS = [
     {"nn.export", "nn.classes", "nn.loop", "nn.slicing", "nn.windows"},
     {"nn.network", "nn.zoo"},
     # torch begins above this line
-    {"choice"},
+    {"choice", "masks"},
     {"selection"},
     {"path", "budget"},
     {"solvers", "elimination", "knapsack"},
     {"scaling", "solution", "prox", "debias", "certificate"},
     {"problem"},
     {"correlations", "plan", "datasets", "sparse"},
-    {"image_files"},
+    {"image_files", "forms"},
     {"errors", "_core"},
 ]
 TORCH_FREE = set().union(*ROWS[16:])

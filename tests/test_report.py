@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pysolve import budget
-from pysolve.report import MEASURES, Report, SiteReport
+from pysolve.budget import MEASURES
+from pysolve.report import LayerReport, Report, SiteReport
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z", "M"]), min_size=1, max_size=30)
 REASONS = st.lists(WORDS, min_size=1, max_size=20).map(" ".join)
@@ -113,6 +113,16 @@ def test_shares_are_of_the_original(measure, share):
     assert EXAMPLE.share(measure) == share
 
 
-def test_the_measures_are_those_of_the_budget():
-    assert MEASURES is budget.MEASURES
-    assert all(measure in EXAMPLE.before for measure in MEASURES)
+def test_pruned_layers_are_listed_with_what_they_run_as():
+    layers = (
+        LayerReport("fc1", 0.1, "sparse", "3.0 times as fast on 64 samples", 3e-3, 1e-3),
+        LayerReport("fc2", 1.0, "dense", "nothing was pruned"),
+    )
+    lines = str(replace(EXAMPLE, sites=(), layers=layers)).splitlines()
+    start = lines.index(next(line for line in lines if line.startswith("layer")))
+    assert lines[start + 1].split()[:5] == ["fc1", "10.0%", "sparse", "3.000", "1.000"]
+    assert lines[start + 2].split(maxsplit=3) == ["fc2", "100.0%", "dense", "nothing was pruned"]
+
+
+def test_without_samples_held_back_no_divergence_is_claimed():
+    assert "divergence" not in str(replace(EXAMPLE, held=0, divergence=float("nan")))

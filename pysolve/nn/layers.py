@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.functional import pad, unfold
 
 from pysolve.errors import PysolveError
+from pysolve.forms import Sparse
 from pysolve.sparse import Layout, SparseMatrix
 
 
@@ -165,7 +167,7 @@ class SparseLinear(_Sparse):
 class SparseConv2d(_Sparse):
     """A 2-d convolution with a sparse weight: takes the place of an ``nn.Conv2d``.
 
-    Of any stride, padding, dilation and groups; its matrix is the unfolded weight, out × (in · height · width).
+    Of any stride, padding, dilation and groups; its matrix is the unfolded weight, one row an output channel.
     Make one with ``from_dense``. As ``SparseLinear`` otherwise.
     """
 
@@ -219,6 +221,25 @@ class SparseConv2d(_Sparse):
         ]
         together = columns.transpose(0, 1).reshape(self.shape[1], -1)
         return self.multiplied(together, "feature").reshape(self.shape[0], len(x), *size).transpose(0, 1)
+
+
+def in_form(layer: nn.Module, form: Sparse) -> SparseLinear | SparseConv2d:
+    """The sparse layer that takes the place of a dense one, with a weight of the same shape.
+
+    Raises
+    ------
+    PysolveError
+        When the layer is no Linear or Conv2d, or its weight has another shape.
+    """
+    if type(layer) not in (nn.Linear, nn.Conv2d):
+        raise PysolveError(f"only Linear and Conv2d have a sparse form, got {type(layer).__name__}.")
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    if form.shape != tuple(layer.weight.shape):
+        raise PysolveError(f"expected a form of shape {tuple(layer.weight.shape)}, got {form.shape}.")
+    dense = copy.deepcopy(layer)
+    with torch.no_grad():
+        dense.weight.copy_(torch.from_numpy(form.dense()))
+    return SparseLinear.from_dense(dense) if isinstance(dense, nn.Linear) else SparseConv2d.from_dense(dense)
 
 
 def _fill(dense: nn.Linear | nn.Conv2d, sparse: _Sparse) -> None:

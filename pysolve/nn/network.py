@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -28,6 +29,26 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
     close = difflib.get_close_matches(name, layers, n=3, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see model.named_modules()."
     raise LayerNotFoundError(f"{type(model).__name__} has no layer {name!r}: {hint}")
+
+
+def find_matching(model: nn.Module, ignore: Iterable[str]) -> set[str]:
+    """Names of the layers that names and patterns, ``re:…``, speak of."""
+    if isinstance(ignore, str):
+        raise TypeError(f"ignore must be a sequence of names, got the string {ignore!r}: pass [{ignore!r}].")
+    first = {module: name for name, module in model.named_modules()}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found: set[str] = set()
+    for name in ignore:
+        if name.startswith("re:"):
+            matches = [first[modules[one]] for one in modules if re.fullmatch(name[3:], one)]
+            if not matches:
+                raise LayerNotFoundError(
+                    f"{type(model).__name__} has no layer that matches {name!r}: patterns match whole names."
+                )
+            found.update(matches)
+        else:
+            found.add(first[find_layer(model, name)])
+    return found
 
 
 def devices(model: nn.Module) -> set[torch.device]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -13,11 +12,11 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pysolve.errors import LayerNotFoundError, PysolveError
+from pysolve.errors import PysolveError
 from pysolve.nn.classes import ROLES, Classes, Member
 from pysolve.nn.export import Graph, trace
 from pysolve.nn.labels import label_channels
-from pysolve.nn.network import arguments, find_layer
+from pysolve.nn.network import arguments, find_matching
 from pysolve.nn.trial import prove
 from pysolve.plan import Indices, Site
 
@@ -55,7 +54,7 @@ def find_sites(model: nn.Module, example_inputs: Any, *, ignore: Iterable[str] =
     LayerNotFoundError
         When a name or pattern in ``ignore`` belongs to no layer.
     """
-    ignored = _matching(model, ignore)
+    ignored = find_matching(model, ignore)
     graph, batch = _traced(model, example_inputs)
     sites = sites_of(label_channels(model, graph))
     return prove(model, [_ignoring(site, ignored) for site in sites], batch)
@@ -125,26 +124,6 @@ def _traced(model: nn.Module, batch: Any) -> tuple[Graph, Any]:
         with suppress(PysolveError):
             return trace(model, few, free_sizes=False), few
     return trace(model, batch, free_sizes=False), batch
-
-
-def _matching(model: nn.Module, ignore: Iterable[str]) -> set[str]:
-    """Names of the layers that names and patterns speak of."""
-    if isinstance(ignore, str):
-        raise TypeError(f"ignore must be a sequence of names, got the string {ignore!r}: pass [{ignore!r}].")
-    first = {module: name for name, module in model.named_modules()}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found: set[str] = set()
-    for name in ignore:
-        if name.startswith("re:"):
-            matches = [first[modules[one]] for one in modules if re.fullmatch(name[3:], one)]
-            if not matches:
-                raise LayerNotFoundError(
-                    f"{type(model).__name__} has no layer that matches {name!r}: patterns match whole names."
-                )
-            found.update(matches)
-        else:
-            found.add(first[find_layer(model, name)])
-    return found
 
 
 def _ignoring(site: Site, ignored: set[str]) -> Site:

@@ -9,9 +9,12 @@ from itertools import chain, islice
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from pysolve.errors import CollapseError
+from pysolve.errors import CollapseError, PysolveError
+from pysolve.forms import Sparse
+from pysolve.nn.layers import in_form
 from pysolve.nn.network import find_layer
 from pysolve.nn.slicing import (
     ROLES,
@@ -69,6 +72,8 @@ def apply(model: nn.Module, plan: Plan, *, probe: Any = None) -> nn.Module:
     smaller, layers = _copy(model, values)
     for name, cut in cuts.items():
         narrow(layers[name], cut)
+    for name, form in plan.forms.items():
+        _substitute(smaller, layers[name], in_form(layers[name], form))
     if probe is not None:
         _verify(model, smaller, plan, probe)
     return smaller
@@ -85,6 +90,8 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     for name, cut in cuts.items():
         if not cut.columns.all():
             silence(layers[name], cut.columns)
+    for name, form in plan.forms.items():
+        load(wide, {f"{name}.weight": torch.from_numpy(form.dense())})
     return wide
 
 
@@ -101,7 +108,9 @@ def _checked(model: nn.Module, plan: Plan) -> tuple[dict[str, Cut], dict[str, Te
         _check_step(step)
     cuts = _cuts(model, plan)
     values = new_values(model, plan)
-    names = {*cuts, *(name.rpartition(".")[0] for name in values)}
+    for name, form in plan.forms.items():
+        _check_form(name, find_layer(model, name), form, cuts)
+    names = {*cuts, *plan.forms, *(name.rpartition(".")[0] for name in values)}
     _check_untied(model, {find_layer(model, name) for name in names})
     return cuts, values
 
@@ -135,6 +144,23 @@ def _check_step(step: Collapse) -> None:
         raise CollapseError(
             f"no channel of {step.site.name} would be left: solve with lam below lam_max(r_xx, r_yx) instead."
         )
+
+
+def _check_form(name: str, layer: nn.Module, form: Sparse, cuts: Mapping[str, Cut]) -> None:
+    if name in cuts:
+        raise CollapseError(f"{name} loses channels and gets another form: apply one plan after the other.")
+    try:
+        in_form(layer, form)
+    except PysolveError as error:
+        raise CollapseError(f"{name} cannot take this form: {error}") from error
+
+
+def _substitute(model: nn.Module, layer: nn.Module, other: nn.Module) -> None:
+    """Put one layer in another's place, under all its names."""
+    for owner in list(model.modules()):
+        for name, child in list(owner._modules.items()):
+            if child is layer:
+                setattr(owner, name, other)
 
 
 def _cut(name: str, layer: nn.Module, uses: list[tuple[str, Collapse]]) -> Cut:

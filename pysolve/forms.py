@@ -1,0 +1,93 @@
+"""Other ways to store one weight, and what they cost in bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csr_array
+
+from pysolve.errors import DataError
+
+Gaps = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
+
+
+@dataclass(frozen=True, eq=False)
+class Sparse:
+    """A weight as its non-zero entries and the gaps between them.
+
+    Entries are counted along the rows of the weight as a matrix, one row an output. A gap is the number of
+    zeros before an entry; one that is too large for its data type begins with the type's largest number, once
+    for each time that fits, without an entry. No row pointers are needed.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        Of the weight.
+    values : (nnz,) array
+    gaps : (≥ nnz,) uint8 or uint16 array
+        The last one belongs to the last entry.
+    """
+
+    shape: tuple[int, ...]
+    values: npt.NDArray[Any]
+    gaps: Gaps
+
+    def __post_init__(self) -> None:
+        if self.gaps.dtype not in (np.uint8, np.uint16) or self.gaps.ndim != 1 or self.values.ndim != 1:
+            raise DataError("a sparse form needs a row of values and a row of uint8 or uint16 gaps.")
+        ends = self.gaps < _top(self.gaps.dtype)
+        if int(ends.sum()) != len(self.values) or (len(ends) and not ends[-1]):
+            raise DataError(f"expected a gap for each of {len(self.values)} values, got {int(ends.sum())}.")
+        places = int(np.prod(self.shape, dtype=np.int64))
+        if len(self.values) and self._places()[-1] >= places:
+            raise DataError(f"the gaps reach beyond the {places} places of a weight of shape {self.shape}.")
+
+    @classmethod
+    def from_dense(cls, weight: npt.NDArray[Any]) -> Sparse:
+        """The non-zero entries of a weight, with the gaps in whichever type needs fewer bytes."""
+        flat = weight.ravel()
+        places = np.flatnonzero(flat)
+        forms = [_gaps(places, np.dtype(kind)) for kind in (np.uint8, np.uint16)]
+        return cls(weight.shape, flat[places], min(forms, key=lambda gaps: gaps.nbytes))
+
+    def dense(self) -> npt.NDArray[Any]:
+        """The weight again, exactly."""
+        flat = np.zeros(int(np.prod(self.shape, dtype=np.int64)), self.values.dtype)
+        flat[self._places()] = self.values
+        return flat.reshape(self.shape)
+
+    def csr(self) -> csr_array:
+        """The weight as a matrix, one row an output, for ``SparseMatrix.from_csr``."""
+        return csr_array(self.dense().reshape(self.shape[0], -1))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of values and gaps."""
+        return self.values.nbytes + self.gaps.nbytes
+
+    @property
+    def density(self) -> float:
+        """Share of the places that have an entry."""
+        return len(self.values) / max(1, int(np.prod(self.shape, dtype=np.int64)))
+
+    def _places(self) -> npt.NDArray[np.int64]:
+        """Where the entries stand, counted along the rows."""
+        reached = np.cumsum(self.gaps, dtype=np.int64)[self.gaps < _top(self.gaps.dtype)]
+        return reached + np.arange(len(reached))
+
+
+def _top(kind: np.dtype[Any]) -> int:
+    """The number that means: so many zeros, and no entry yet."""
+    return int(np.iinfo(kind).max)
+
+
+def _gaps(places: npt.NDArray[np.int64], kind: np.dtype[Any]) -> Gaps:
+    gaps, top = np.diff(places, prepend=-1) - 1, _top(kind)
+    whole = gaps // top
+    ends = np.cumsum(whole + 1) - 1
+    coded = np.full(int(ends[-1]) + 1 if len(ends) else 0, top, kind)
+    coded[ends] = gaps % top
+    return coded

@@ -1,0 +1,182 @@
+"""Pruning single weights: which stay, and whether a layer runs faster for it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from pysolve.checks import check_model
+from pysolve.forms import Sparse
+from pysolve.masks import masks
+from pysolve.nn.calibration import samples_in, take
+from pysolve.nn.divergence import kl_divergence, mean_divergence, run
+from pysolve.nn.evaluate import latency, macs, nbytes, parameters
+from pysolve.nn.layers import in_form
+from pysolve.nn.network import evaluating, find_matching, forward
+from pysolve.nn.slicing import WEIGHTED
+from pysolve.nn.surgery import apply
+from pysolve.plan import Plan
+from pysolve.report import LayerReport, Report
+from pysolve.shrink import Compressed
+
+LAYOUTS = ("auto", "dense", "sparse")
+# Calls that a layer is timed over, in each layout.
+_REPEATS = 15
+
+
+def prune(
+    model: nn.Module | Compressed,
+    batches: Iterable[Any] | None = None,
+    *,
+    method: str = "magnitude",
+    amount: float | Mapping[str, float],
+    scope: str = "local",
+    layout: str = "auto",
+    ignore: Sequence[str] = (),
+    evaluate: Callable[[nn.Module], float] | None = None,
+    seed: int = 0,
+) -> Compressed:
+    """Set single weights to zero, and run a layer as a sparse one where that is faster and smaller.
+
+    Parameters
+    ----------
+    model : nn.Module or Compressed
+        Not changed. Weights of its Linear layers and convolutions are pruned; biases are not.
+    batches : iterable of batches, optional
+        As ``compress`` takes them; layers are timed on the first one, and the report's divergence is on it.
+    method : "magnitude" or "random"
+        What a weight is judged by.
+    amount : float or {layer: float}
+        Share of the weights that goes; with a mapping, layers without an entry keep all.
+    scope : "local" or "global"
+        The share of each layer, or of all together.
+    layout : "auto", "dense" or "sparse"
+        "dense": zeros are stored and multiplied. "sparse": each Linear and Conv2d becomes a ``SparseLinear``
+        or ``SparseConv2d``. "auto": only where that takes fewer bytes and, on the first batch, less time than
+        the dense layer; without batches none does.
+    ignore : sequence of str
+        Layers to leave alone: names, or patterns as ``re:…``.
+    evaluate : callable, optional
+        From a network to a score, for the report.
+    seed : int
+        Of random scores.
+
+    Returns
+    -------
+    Compressed
+        Its report says for each layer how it runs, and why.
+    """
+    original = model.model if isinstance(model, Compressed) else model
+    check_model(original)
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}.")
+    layers = dict(_layers(original, ignore))
+    weights = {name: layer.weight.detach().cpu().numpy() for name, layer in layers.items()}
+    kept = masks(weights, amount, method=method, scope=scope, seed=seed)
+    pruned = {name: np.where(kept[name], weight, 0).astype(weight.dtype) for name, weight in weights.items()}
+    first = next(iter(batches), None) if batches is not None else None
+    inputs = {} if first is None else _inputs(original, layers, first)
+    lines = tuple(
+        _laid_out(name, layer, pruned[name], layout, inputs.get(name)) for name, layer in layers.items()
+    )
+    sparse = {line.name for line in lines if line.layout == "sparse"}
+    plan = Plan(
+        values={f"{name}.weight": weight for name, weight in pruned.items() if name not in sparse},
+        forms={name: Sparse.from_dense(weight) for name, weight in pruned.items() if name in sparse},
+    )
+    smaller = apply(original, plan, probe=None if first is None else take(first, 0, 16))
+    return Compressed(smaller, plan, replace(_report(original, smaller, first, evaluate), layers=lines))
+
+
+def _layers(model: nn.Module, ignore: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Layers whose weights can be pruned, by name."""
+    ignored = find_matching(model, ignore)
+    for name, module in model.named_modules():
+        if isinstance(module, WEIGHTED) and name not in ignored:
+            yield name, module
+
+
+def _inputs(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:
+    """What each layer reads first when the network runs on a batch."""
+    seen: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(partial(_remember, seen, name)).remove)
+        forward(model, batch)
+    return seen
+
+
+def _remember(seen: dict[str, Tensor], name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    seen.setdefault(name, args[0].clone())
+
+
+def _laid_out(name: str, layer: Any, weight: Any, layout: str, x: Tensor | None) -> LayerReport:
+    """How a pruned layer is to run, and why."""
+    line = LayerReport(name, np.count_nonzero(weight) / max(1, weight.size), "dense", "as asked")
+    if layout == "dense":
+        return line
+    if type(layer) not in (nn.Linear, nn.Conv2d):
+        return replace(line, why=f"a {type(layer).__name__} has no sparse form")
+    form = Sparse.from_dense(weight)
+    if layout == "sparse":
+        return replace(line, layout="sparse")
+    if form.density == 1:
+        return replace(line, why="nothing was pruned")
+    if x is None:
+        return replace(line, why="not timed: no batch reached it")
+    dense = copy.deepcopy(layer)
+    sparse = in_form(layer, form)
+    larger = nbytes(sparse) / nbytes(dense)
+    if larger >= 1:
+        return replace(line, why=f"sparse would take {larger:.2f} times the bytes")
+    return _timed(line, dense, sparse, x)
+
+
+def _timed(line: LayerReport, dense: nn.Module, sparse: nn.Module, x: Tensor) -> LayerReport:
+    slow, fast = (latency(one, x, repeats=_REPEATS).median for one in (dense, sparse))
+    line = replace(line, dense_seconds=slow, sparse_seconds=fast)
+    if fast < slow:
+        return replace(
+            line, layout="sparse", why=f"{slow / fast:.1f} times as fast on {samples_in(x)} samples"
+        )
+    return replace(line, why=f"sparse would take {fast / slow:.1f} times as long")
+
+
+def _report(
+    original: nn.Module, smaller: nn.Module, batch: Any, evaluate: Callable[[nn.Module], float] | None
+) -> Report:
+    divergence, held = float("nan"), 0
+    if batch is not None:
+        held = samples_in(batch)
+        outputs = [list(run(network, [batch])) for network in (original, smaller)]
+        divergence = mean_divergence(outputs[0], iter(outputs[1]), [held], kl_divergence)
+    return Report(
+        before=_costs(original, batch),
+        after=_costs(smaller, batch),
+        sites=(),
+        divergence=divergence,
+        samples=0,
+        held=held,
+        score_before=None if evaluate is None else float(evaluate(original)),
+        score_after=None if evaluate is None else float(evaluate(smaller)),
+    )
+
+
+def _costs(model: nn.Module, batch: Any) -> dict[str, int]:
+    costs = {
+        "params": parameters(model),
+        "nonzeros": sum(int(p.count_nonzero()) for p in model.parameters()),
+        "bytes": nbytes(model),
+    }
+    if batch is not None:
+        example = take(batch, 0, 2)
+        costs["macs"] = macs(model, example) // samples_in(example)
+    return costs

@@ -1,0 +1,169 @@
+"""Single weights pruned: what stays, how layers run, what the report says."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import pysolve as ps
+from pysolve import unstructured
+from pysolve.nn.evaluate import Latency
+from pysolve.nn.layers import SparseConv2d, SparseLinear
+
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 40), nn.ReLU(), nn.Linear(40, 5)
+    ).eval()
+
+
+def batches():
+    return [torch.randn(20, 3, 8, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+
+
+def kinds(model):
+    return [type(model[i]).__name__ for i in (0, 3, 5)]
+
+
+def timing(monkeypatch, dense, sparse):
+    """Every layer takes as long as we say."""
+
+    def latency(model, x, repeats):
+        seconds = sparse if isinstance(model, SparseLinear | SparseConv2d) else dense
+        return Latency(seconds, seconds, seconds, len(x), 1)
+
+    monkeypatch.setattr(unstructured, "latency", latency)
+
+
+@pytest.mark.parametrize("layout", ["dense", "sparse"])
+@pytest.mark.parametrize("scope", ["local", "global"])
+def test_the_smallest_weights_are_zero_however_the_layers_run(layout, scope):
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    result = ps.prune(model, batches(), amount=0.8, scope=scope, layout=layout)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    weights = [
+        (getattr(result.model[i], "to_dense", lambda i=i: result.model[i])().weight, model[i].weight)
+        for i in (0, 3, 5)
+    ]
+    for group in [weights] if scope == "global" else [[pair] for pair in weights]:
+        new, old = (torch.cat([w.flatten() for w in side]) for side in zip(*group, strict=True))
+        gone = new == 0
+        assert int(gone.sum()) == int(0.8 * len(new) + 1e-9)
+        assert torch.equal(new[~gone], old[~gone])
+        assert old[gone].abs().max() <= old[~gone].abs().min()
+    sparse = ["SparseConv2d", "SparseLinear", "SparseLinear"]
+    assert kinds(result.model) == (sparse if layout == "sparse" else ["Conv2d", "Linear", "Linear"])
+
+
+def test_sparse_and_dense_layouts_compute_the_same():
+    x = batches()[0]
+    dense, sparse = (ps.prune(network(), amount=0.7, layout=layout).model for layout in ("dense", "sparse"))
+    with torch.no_grad():
+        torch.testing.assert_close(sparse(x), dense(x))
+
+
+def test_layers_run_sparse_where_that_is_faster(monkeypatch):
+    timing(monkeypatch, dense=3e-3, sparse=1e-3)
+    result = ps.prune(network(), batches(), amount={"3": 0.9, "5": 0.9})
+    assert kinds(result.model) == ["Conv2d", "SparseLinear", "SparseLinear"]
+    assert [line.layout for line in result.report.layers] == ["dense", "sparse", "sparse"]
+    assert [line.why for line in result.report.layers] == [
+        "nothing was pruned",
+        "3.0 times as fast on 20 samples",
+        "3.0 times as fast on 20 samples",
+    ]
+    assert result.report.layers[1].dense_seconds == 3e-3
+
+
+def test_layers_stay_dense_where_sparse_is_slower_or_larger(monkeypatch):
+    timing(monkeypatch, dense=1e-3, sparse=1.5e-3)
+    result = ps.prune(network(), batches(), amount={"3": 0.9, "5": 0.3})
+    assert kinds(result.model) == ["Conv2d", "Linear", "Linear"]
+    slower, larger = result.report.layers[1:]
+    assert slower.why == "sparse would take 1.5 times as long"
+    assert "times the bytes" in larger.why
+    assert "sparse would take 1.5 times as long" in str(result.report)
+
+
+def test_without_batches_nothing_is_timed_and_that_is_said():
+    result = ps.prune(network(), amount=0.9)
+    assert kinds(result.model) == ["Conv2d", "Linear", "Linear"]
+    assert {line.why for line in result.report.layers} == {"not timed: no batch reached it"}
+    assert result.report.held == 0
+    assert "macs" not in result.report.before
+    assert "divergence" not in str(result.report)
+
+
+def test_layers_without_a_sparse_form_are_pruned_dense():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ConvTranspose1d(4, 3, 2))
+    result = ps.prune(model, amount=0.5, layout="sparse")
+    assert [line.why for line in result.report.layers] == [
+        "a Conv1d has no sparse form",
+        "a ConvTranspose1d has no sparse form",
+    ]
+    assert int((result.model[0].weight == 0).sum()) == 12
+
+
+def test_the_report_counts_what_is_left():
+    model = network()
+    result = ps.prune(model, batches(), amount=0.75, layout="sparse", evaluate=lambda m: float(len(list(m))))
+    entries = sum(w.numel() - int(0.75 * w.numel()) for w in (model[i].weight for i in (0, 3, 5)))
+    report = result.report
+    assert report.after["nonzeros"] == report.after["params"] == entries + 8 + 40 + 5
+    rows = [w.flatten(1) for w in (model[i].weight for i in (0, 3, 5))]
+    kept = [int((result.model[i].values).numel()) for i in (0, 3, 5)]
+    assert report.after["macs"] == 36 * kept[0] + kept[1] + kept[2]
+    assert report.after["bytes"] == 8 * entries + 8 * sum(len(w) + 1 for w in rows) + 4 * (8 + 40 + 5)
+    assert report.score_before == report.score_after == 6.0
+    assert report.divergence > 0
+
+
+def test_layers_can_be_left_alone_and_stages_chain(monkeypatch):
+    timing(monkeypatch, dense=1.0, sparse=2.0)
+    first = ps.compress(network(), batches(), target={"params": 0.5}, progress=False)
+    result = ps.prune(first, batches(), amount=0.5, ignore=["0", "re:5"])
+    assert [line.name for line in result.report.layers] == ["3"]
+    assert torch.equal(result.model[0].weight, first.model[0].weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"layout": "csr"}, ValueError, "unknown layout 'csr'; choose one of auto, dense, sparse"),
+        ({"method": "norm"}, ValueError, "unknown method"),
+        ({"ignore": ["6"]}, ps.LayerNotFoundError, "no layer '6'"),
+        ({"ignore": ["re:fc"]}, ps.LayerNotFoundError, "matches 're:fc'"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(options, kind, message):
+    with pytest.raises(kind, match=message):
+        ps.prune(network(), **{"amount": 0.5} | options)
+    with pytest.raises(TypeError, match=r"must be a torch\.nn\.Module"):
+        ps.prune(np.eye(3), amount=0.5)
+
+
+def test_forms_in_a_plan_must_fit_the_network():
+    form = ps.prune(network(), amount=0.5, layout="sparse").plan.forms["3"]
+    with pytest.raises(ps.CollapseError, match=r"5 cannot take this form: .* shape \(5, 40\)"):
+        ps.apply(network(), ps.Plan(forms={"5": form}))
+    with pytest.raises(ps.CollapseError, match="1 cannot take this form: only Linear and Conv2d"):
+        ps.apply(network(), ps.Plan(forms={"1": form}))
+    site = ps.Site(40, ("3",), ("5",))
+    with pytest.raises(ps.CollapseError, match="loses channels and gets another form"):
+        ps.apply(network(), ps.Plan((ps.Collapse(site, np.arange(10)),), forms={"3": form}))
+
+
+def test_a_shared_layer_is_replaced_under_all_its_names():
+    torch.manual_seed(0)
+    shared = nn.Linear(6, 6)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    result = ps.prune(model, amount=0.5, layout="sparse").model
+    assert result[0] is result[2]
+    x = torch.randn(3, 6)
+    expected = ps.prune(model, amount=0.5, layout="dense").model(x)
+    torch.testing.assert_close(result(x), expected)
