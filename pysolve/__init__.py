@@ -29,8 +29,8 @@ from pysolve.sparse import SparseMatrix, csr_matmul, get_num_threads, set_num_th
 
 if TYPE_CHECKING:
     from pysolve.nn.gather import gather
+    from pysolve.nn.graph.sites import find_sites
     from pysolve.nn.inspect import inspect
-    from pysolve.nn.sites import find_sites
     from pysolve.nn.surgery import apply
     from pysolve.recipe import compress, sweep
     from pysolve.report import Report
@@ -48,7 +48,7 @@ _NEEDS_TORCH = {
     "sweep": "pysolve.recipe",
     "Compressed": "pysolve.shrink",
     "Report": "pysolve.report",
-    "find_sites": "pysolve.nn.sites",
+    "find_sites": "pysolve.nn.graph.sites",
 }
 
 __all__ = [

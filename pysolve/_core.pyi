@@ -1,7 +1,10 @@
 from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+
+T = TypeVar("T", np.float32, np.float64)
 
 Array = npt.NDArray[np.float64]
 Report = Callable[[int, float, float], None]
@@ -84,14 +87,14 @@ def swap_groups(
     problem: Problem, keep: Sequence[int], *, ridge: float, max_swaps: int, depth: int
 ) -> list[int]: ...
 
-class SparseFloat32:
+class _Sparse(Generic[T]):
     def __init__(
         self,
         rows: int,
         columns: int,
         indptr: npt.NDArray[np.integer],
         indices: npt.NDArray[np.integer],
-        values: npt.NDArray[np.float32],
+        values: npt.NDArray[T],
         *,
         block: int = 0,
     ) -> None: ...
@@ -104,49 +107,24 @@ class SparseFloat32:
     @property
     def nbytes(self) -> int: ...
     @property
-    def values(self) -> npt.NDArray[np.float32]: ...
+    def values(self) -> npt.NDArray[T]: ...
     def indptr(self) -> npt.NDArray[np.int64]: ...
     def indices(self) -> npt.NDArray[np.int32]: ...
     def multiply(
         self,
-        x: npt.NDArray[np.float32],
+        x: npt.NDArray[T],
         batch_major: bool,
-        out: npt.NDArray[np.float32],
-        bias: npt.NDArray[np.float32] | None,
+        out: npt.NDArray[T],
+        bias: npt.NDArray[T] | None,
         relu: bool,
         threads: int,
     ) -> None: ...
     def value_gradient(
-        self, g: npt.NDArray[np.float32], x: npt.NDArray[np.float32], batch_major: bool, threads: int
-    ) -> npt.NDArray[np.float32]: ...
+        self, g: npt.NDArray[T], x: npt.NDArray[T], batch_major: bool, threads: int
+    ) -> npt.NDArray[T]: ...
 
-class SparseFloat64:
-    def __init__(
-        self,
-        rows: int,
-        columns: int,
-        indptr: npt.NDArray[np.integer],
-        indices: npt.NDArray[np.integer],
-        values: Array,
-        *,
-        block: int = 0,
-    ) -> None: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def columns(self) -> int: ...
-    @property
-    def block(self) -> int: ...
-    @property
-    def nbytes(self) -> int: ...
-    @property
-    def values(self) -> Array: ...
-    def indptr(self) -> npt.NDArray[np.int64]: ...
-    def indices(self) -> npt.NDArray[np.int32]: ...
-    def multiply(
-        self, x: Array, batch_major: bool, out: Array, bias: Array | None, relu: bool, threads: int
-    ) -> None: ...
-    def value_gradient(self, g: Array, x: Array, batch_major: bool, threads: int) -> Array: ...
+class SparseFloat32(_Sparse[np.float32]): ...
+class SparseFloat64(_Sparse[np.float64]): ...
 
 def num_threads() -> int: ...
 def set_num_threads(threads: int) -> None: ...

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pysolve.choice import refit
 from pysolve.correlations import Array, Correlations, group_columns
-from pysolve.nn.branches import Cut, Layer, layer_values
+from pysolve.nn.graph.branches import Cut, Layer, layer_values
 from pysolve.nn.rows import channels, matrix, taps
 from pysolve.plan import Indices, Site
 

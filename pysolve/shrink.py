@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from pysolve.choice import refit as least_squares_near
 from pysolve.correlations import Array, Correlations, group_columns
-from pysolve.nn.branches import Cut
 from pysolve.nn.calibration import fits as fits_graph
 from pysolve.nn.calibration import regrouped, samples_in, take, traced_samples
 from pysolve.nn.divergence import mean_divergence, run
 from pysolve.nn.evaluate import macs, nbytes, parameters
+from pysolve.nn.graph.branches import Cut
 from pysolve.nn.lockstep import Fit, Sampling
 from pysolve.nn.lockstep import refit as refit_in_lockstep
 from pysolve.nn.rows import matrix, taps

@@ -17,7 +17,6 @@ from tqdm.auto import tqdm
 from pysolve.choice import Choice, choose, harm_curve, site_problem
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import DataError, PysolveError
-from pysolve.nn.branches import Layer, find_layers
 from pysolve.nn.calibration import (
     Calibration,
     first_samples,
@@ -28,11 +27,12 @@ from pysolve.nn.calibration import (
     traced_samples,
 )
 from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, run
-from pysolve.nn.export import Graph, trace
 from pysolve.nn.gather import gather
+from pysolve.nn.graph.branches import Layer, find_layers
+from pysolve.nn.graph.export import Graph, trace
+from pysolve.nn.graph.sites import find_sites
 from pysolve.nn.network import find_layer
 from pysolve.nn.rows import LAYERS, channels, groups, taps
-from pysolve.nn.sites import find_sites
 from pysolve.offline import cuts_of, reader_values, refit_readers
 from pysolve.plan import Indices, Site
 

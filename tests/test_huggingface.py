@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_nn_sites import assert_cuts_cleanly, assert_poison_stays_inside, free
 
-from pysolve.nn.sites import find_sites
+from pysolve.nn.graph.sites import find_sites
 
 transformers = pytest.importorskip("transformers")
 

@@ -16,14 +16,14 @@ ROWS = [
     {"sizes", "checks"},
     {"study"},
     {"offline", "nn.inspect"},
-    {"nn.sites", "nn.costs", "report"},
-    {"nn.trial", "nn.lockstep", "nn.calibration"},
-    {"plots", "nn.gather", "nn.surgery", "nn.evaluate", "nn.branches", "nn.walk"},
-    {"nn.layers", "nn.train", "nn.verify", "nn.labels", "nn.rows", "nn.values", "nn.divergence"},
-    {"nn.layer_rules"},
-    {"nn.operators"},
-    {"nn.calls"},
-    {"nn.export", "nn.classes", "nn.loop", "nn.slicing", "nn.windows"},
+    {"nn.graph.sites", "nn.costs", "report"},
+    {"nn.graph.trial", "nn.lockstep", "nn.calibration"},
+    {"plots", "nn.gather", "nn.surgery", "nn.evaluate", "nn.graph.branches", "nn.walk"},
+    {"nn.layers", "nn.train", "nn.verify", "nn.graph.labels", "nn.rows", "nn.values", "nn.divergence"},
+    {"nn.graph.layer_rules"},
+    {"nn.graph.operators"},
+    {"nn.graph.calls"},
+    {"nn.graph.export", "nn.graph.classes", "nn.loop", "nn.slicing", "nn.windows"},
     {"nn.network", "nn.zoo"},
     # torch begins above this line
     {"choice", "masks"},
@@ -37,7 +37,8 @@ ROWS = [
     {"errors", "_core"},
 ]
 TORCH_FREE = set().union(*ROWS[16:])
-EXEMPT = {"__init__", "__main__", "nn.__init__"}
+PACKAGES = {"pysolve", "pysolve.nn", "pysolve.nn.graph"}
+EXEMPT = {"__init__", "__main__", "nn.__init__", "nn.graph.__init__"}
 
 
 def modules():
@@ -49,7 +50,11 @@ def imports(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module in ("pysolve", "pysolve.nn"):
+        elif isinstance(node, ast.ImportFrom) and node.module in (
+            "pysolve",
+            "pysolve.nn",
+            "pysolve.nn.graph",
+        ):
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"

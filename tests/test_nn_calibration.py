@@ -21,7 +21,7 @@ from pysolve.nn.calibration import (
     take,
     traced_samples,
 )
-from pysolve.nn.export import trace
+from pysolve.nn.graph.export import trace
 
 FORMS = {
     "tensor": lambda x: x,

@@ -9,10 +9,10 @@ from networks import Net, vectors
 from torch import nn
 from torch.nn import functional as F
 
-from pysolve.nn.classes import Ledger, along, lean, none, spread, squashed
-from pysolve.nn.export import trace
-from pysolve.nn.labels import _RULES, label_channels
-from pysolve.nn.sites import sites_of
+from pysolve.nn.graph.classes import Ledger, along, lean, none, spread, squashed
+from pysolve.nn.graph.export import trace
+from pysolve.nn.graph.labels import _RULES, label_channels
+from pysolve.nn.graph.sites import sites_of
 from pysolve.plan import Site
 
 INDEX = torch.tensor([1, 0])

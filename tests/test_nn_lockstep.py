@@ -14,14 +14,14 @@ from torch.nn.functional import max_pool2d, relu
 from pysolve.choice import refit as least_squares
 from pysolve.correlations import group_columns
 from pysolve.nn import lockstep
-from pysolve.nn.branches import Cut, Layer, find_layers, layer_values
-from pysolve.nn.export import trace
 from pysolve.nn.gather import gather
-from pysolve.nn.labels import label_channels
+from pysolve.nn.graph.branches import Cut, Layer, find_layers, layer_values
+from pysolve.nn.graph.export import trace
+from pysolve.nn.graph.labels import label_channels
+from pysolve.nn.graph.sites import sites_of
 from pysolve.nn.lockstep import Sampling
 from pysolve.nn.network import evaluating, forward
 from pysolve.nn.rows import channels, matrix, taps
-from pysolve.nn.sites import sites_of
 from pysolve.nn.surgery import apply, masked
 from pysolve.offline import cuts_of
 from pysolve.plan import Collapse, Plan

@@ -6,7 +6,7 @@ from networks import NETWORKS, Net, network, vectors
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from pysolve.nn.export import trace
+from pysolve.nn.graph.export import trace
 from pysolve.nn.network import evaluating, forward
 from pysolve.nn.walk import Walk, last_uses
 

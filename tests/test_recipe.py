@@ -16,7 +16,7 @@ import pysolve as ps
 from pysolve.choice import refit as refitted
 from pysolve.nn.divergence import kl_divergence, mean_divergence, run
 from pysolve.nn.evaluate import macs, nbytes, parameters
-from pysolve.nn.export import trace
+from pysolve.nn.graph.export import trace
 from pysolve.nn.network import arguments
 from pysolve.nn.zoo import Mlp
 from pysolve.plan import Site

@@ -69,6 +69,7 @@ def test_every_line_fits_and_every_site_and_note_is_there(report):
 def test_a_report_goes_through_json_and_back(report):
     found = json.loads(json.dumps(report.as_dict()))
     found["sites"] = tuple(SiteReport(**site) for site in found["sites"])
+    found["layers"] = tuple(LayerReport(**layer) for layer in found["layers"])
     assert Report(**{**found, "notes": tuple(found["notes"])}) == report
 
 

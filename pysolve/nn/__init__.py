@@ -5,11 +5,7 @@ network      finding a network's layers and running it without changing it
 train, loop  fitting labels, or another network's outputs
 
 What a network is made of
-    export       the network as a graph of tensor operators
-    labels       channel labels run through that graph, by the rules in calls, operators and layer_rules
-    classes      labels that belong together
-    sites        classes to sites; trial proves them
-    branches     the layers of the graph and what follows them
+    graph        what can shrink: the network as a graph, channel labels, sites
     costs        parameters, MACs and bytes at any width; inspect shows them
 
 What its layers do
@@ -21,6 +17,7 @@ What its layers do
 
 Making it smaller
     slicing      one layer made narrower
+    layers       layers that run in another form
     values       new parameters, checked
     surgery      network and plan to a smaller network
     verify       whether two networks compute the same

@@ -12,7 +12,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import DataError
-from pysolve.nn.export import Graph
+from pysolve.nn.graph.export import Graph
 from pysolve.nn.network import arguments
 from pysolve.nn.walk import last_uses
 

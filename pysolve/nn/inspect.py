@@ -13,7 +13,7 @@ from torch import nn
 
 from pysolve.budget import Costs
 from pysolve.nn.costs import cost_model
-from pysolve.nn.sites import find_sites
+from pysolve.nn.graph.sites import find_sites
 from pysolve.plan import Site
 
 # Characters of a line of the table, and of a site's name in it.

@@ -28,8 +28,8 @@ from tqdm.auto import tqdm
 
 from pysolve.correlations import Array, Correlations
 from pysolve.nn import rows
-from pysolve.nn.branches import Cut, Layer, find_layers, kept_channels, layer_values
-from pysolve.nn.export import Graph
+from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, layer_values
+from pysolve.nn.graph.export import Graph
 from pysolve.nn.network import evaluating
 from pysolve.nn.walk import Walk, last_uses
 

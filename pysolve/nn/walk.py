@@ -12,7 +12,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from pysolve.nn.export import Graph
+from pysolve.nn.graph.export import Graph
 
 
 class Walk:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from pysolve.nn.calls import Call, meet, pointwise
-from pysolve.nn.classes import labelled, lean, squashed
+from pysolve.nn.graph.calls import Call, meet, pointwise
+from pysolve.nn.graph.classes import labelled, lean, squashed
 
 Rule = Callable[[Call], Any]
 

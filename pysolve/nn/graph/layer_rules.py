@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pysolve.nn.calls import Call
-from pysolve.nn.classes import along, lean, others, spread, squashed
-from pysolve.nn.export import where
-from pysolve.nn.operators import Rule
+from pysolve.nn.graph.calls import Call
+from pysolve.nn.graph.classes import along, lean, others, spread, squashed
+from pysolve.nn.graph.export import where
+from pysolve.nn.graph.operators import Rule
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import PysolveError
-from pysolve.nn.classes import ROLES, Classes, Member
-from pysolve.nn.export import Graph, trace
-from pysolve.nn.labels import label_channels
+from pysolve.nn.graph.classes import ROLES, Classes, Member
+from pysolve.nn.graph.export import Graph, trace
+from pysolve.nn.graph.labels import label_channels
+from pysolve.nn.graph.trial import prove
 from pysolve.nn.network import arguments, find_matching
-from pysolve.nn.trial import prove
 from pysolve.plan import Indices, Site
 
 # Samples of the example that are enough to see what the network does with channels.

@@ -12,11 +12,11 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from pysolve.nn import layer_rules, operators
-from pysolve.nn.calls import Call, Network, operator_name, pointwise
-from pysolve.nn.classes import Classes, labelled, lean, none
-from pysolve.nn.export import Graph, where
-from pysolve.nn.operators import Rule
+from pysolve.nn.graph import layer_rules, operators
+from pysolve.nn.graph.calls import Call, Network, operator_name, pointwise
+from pysolve.nn.graph.classes import Classes, labelled, lean, none
+from pysolve.nn.graph.export import Graph, where
+from pysolve.nn.graph.operators import Rule
 
 _RULES: dict[str, Rule] = {**operators.RULES, **layer_rules.RULES}
 _OF_LAYERS = set(layer_rules.RULES.values())

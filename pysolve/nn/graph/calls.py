@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.fx import Node
 
-from pysolve.nn.classes import Ledger, complete, labelled, squashed
-from pysolve.nn.export import where
+from pysolve.nn.graph.classes import Ledger, complete, labelled, squashed
+from pysolve.nn.graph.export import where
 
 
 @dataclass(frozen=True, eq=False)

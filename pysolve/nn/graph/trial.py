@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import CollapseError
-from pysolve.nn.export import code_line
+from pysolve.nn.graph.export import code_line
 from pysolve.nn.network import evaluating, forward
 from pysolve.nn.surgery import apply, masked
 from pysolve.nn.verify import mismatch

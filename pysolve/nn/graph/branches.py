@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from pysolve.correlations import Array, group_columns
 from pysolve.nn import rows
-from pysolve.nn.export import Graph
+from pysolve.nn.graph.export import Graph
 from pysolve.plan import Indices
 
 # What a branch may pass on its way to a sum: it keeps its shape and does nothing in evaluation mode.

@@ -1,0 +1,8 @@
+"""What can shrink in a network, and how that is known.
+
+export       the network as a graph of tensor operators
+labels       channel labels run through that graph, by the rules in calls, operators and layer_rules
+classes      labels that belong together
+sites        classes to sites; trial proves them by really cutting
+branches     the layers of the graph and what follows them
+"""
