@@ -2,7 +2,7 @@
 
 python bench/csr.py [--shapes 1024x1024,…] [--batches 1,8,…] [--densities 0.5,0.1,…] [--threads 1,2]
 
-One process; all contenders take turns in every round, and each one's median round counts. pysolve runs in
+One process; all contenders take turns in every round, and each one's best round counts. pysolve runs in
 both layouts; the sparse peers multiply feature-major matrices, as they do best, and the dense layers
 batch-major ones. 512x784 is a really pruned first layer of a perceptron for MNIST if --data DIR has the
 images; the others are random.
@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Annotated
 
 os.environ.setdefault("MKL_RT", next(map(str, Path(sys.prefix, "lib").glob("libmkl_rt.so*")), ""))
+
+os.environ.setdefault("KMP_BLOCKTIME", "1")
 
 import numpy as np
 import scipy.sparse as sp
@@ -35,9 +37,11 @@ Contender = Callable[[], object]
 
 SPARSE_PEERS, DENSE_PEERS = ("scipy", "torch CSR", "MKL"), ("F.linear", "oneDNN prepacked")
 BATCH_MAJOR = ("pysolve, batch", *DENSE_PEERS)
-# A round of one contender lasts about so long, and no contender gets more than the most in all.
+# A turn is warmed up and lasts about so long, and no contender gets more than the most in all.
 DATA = Path(os.environ.get("PYSOLVE_DATA", "data"))
-ROUND_SECONDS, MOST_SECONDS, ROUNDS = 0.004, 1.0, 9
+WARM_SECONDS, ROUND_SECONDS, MOST_SECONDS, ROUNDS = 0.003, 0.003, 1.0, 9
+# OpenMP's threads spin on after a product: nobody starts before they sleep.
+PAUSE = 0.005
 
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -106,23 +110,28 @@ def contenders(csr: sp.csr_array, batch: int) -> dict[str, Contender]:
     return found
 
 
-def median_seconds(runs: dict[str, Contender]) -> dict[str, float]:
-    """Median over rounds in which all take turns."""
-    repeats, times = {}, {name: [] for name in runs}
-    for name, run in runs.items():
-        start = time.perf_counter()
-        run()
-        once = time.perf_counter() - start
-        repeats[name] = max(1, int(ROUND_SECONDS / max(once, 1e-7)))
+def best_seconds(runs: dict[str, Contender], threads: int) -> dict[str, float]:
+    """Shortest of the rounds in which all take turns."""
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    spent = dict.fromkeys(runs, 0.0)
     for _ in range(ROUNDS):
         for name, run in runs.items():
-            if sum(times[name]) * repeats[name] > MOST_SECONDS:
-                continue
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                run()
-            times[name].append((time.perf_counter() - start) / repeats[name])
-    return {name: float(np.median(seconds)) for name, seconds in times.items()}
+            if spent[name] < MOST_SECONDS:
+                start = time.perf_counter()
+                time.sleep(PAUSE * (threads > 1))
+                repeated(run, WARM_SECONDS)
+                times[name].append(repeated(run, ROUND_SECONDS))
+                spent[name] += time.perf_counter() - start
+    return {name: min(seconds) for name, seconds in times.items()}
+
+
+def repeated(run: Contender, seconds: float) -> float:
+    """Mean time of calls, as many as begin within so many seconds."""
+    start, calls = time.perf_counter(), 0
+    while not calls or time.perf_counter() - start < seconds:
+        run()
+        calls += 1
+    return (time.perf_counter() - start) / calls
 
 
 def row(csr: sp.csr_array, batch: int, threads: int) -> dict[str, object]:
@@ -131,7 +140,7 @@ def row(csr: sp.csr_array, batch: int, threads: int) -> dict[str, object]:
     if mkl is not None:
         mkl.mkl_set_num_threads(threads)
     with threadpool_limits(threads, user_api="blas"), torch.no_grad():
-        seconds = median_seconds(contenders(csr, batch))
+        seconds = best_seconds(contenders(csr, batch), threads)
     density = csr.nnz / np.prod(csr.shape)
     return {
         "shape": csr.shape,

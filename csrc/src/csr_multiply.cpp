@@ -13,14 +13,15 @@ namespace pysolve {
 
 namespace {
 
-// Bytes of a packed tile that stay in the nearest cache.
-constexpr Index nearest_cache = 32768;
-// Rows whose sums are kept at hand while all blocks pass by.
-constexpr Index rows_at_once = 256;
+// Bytes of a packed tile that stay in the first and in the second cache.
+constexpr Index first_cache = 32768, second_cache = 524288;
+// Rows whose sums are kept at hand while all blocks pass by, and bytes of their entries, which pass the
+// second cache once for all blocks.
+constexpr Index most_rows = 256, fewest_rows = 8, entry_bytes = 262144;
 // Features that are packed at once.
 constexpr Index packed_at_once = 128;
 // Multiplications below which a thread is not worth waking.
-constexpr double work_per_thread = 1 << 19;
+constexpr double work_per_thread = 1 << 17;
 // Most bytes of one feature in a tile.
 constexpr Index widest_tile = 256;
 
@@ -147,7 +148,9 @@ Part<T> part(const Sparse<T>& A, Index first, Index last) {
 // Where the blocks from b on end that fit the cache together, and lie in one span.
 template <class T>
 Index reach(const Sparse<T>& A, Index b, Index feature_bytes) {
-    const Index fitting = std::max(A.block, nearest_cache / feature_bytes);
+    // A narrow tile loads less than the entries themselves do, which are quickest read as they lie.
+    const bool narrow = feature_bytes <= (A.masks.empty() ? 128 : 64);
+    const Index fitting = std::max(A.block, (narrow ? second_cache : first_cache) / feature_bytes);
     const Index span_end = A.origin(b) + column_span;
     const Index column = std::min(b * A.block + fitting, span_end);
     return std::clamp(column / A.block, b + 1, A.blocks());
@@ -171,13 +174,20 @@ void multiply_rows(const Sparse<T>& A, const T* packed, Index width, Index first
 }
 
 template <class T>
+Index rows_at_once(const Sparse<T>& A) {
+    const Index row_bytes = A.entries * Index{sizeof(T) + 2} / A.rows + 1;
+    return std::clamp(entry_bytes / row_bytes, fewest_rows, most_rows);
+}
+
+template <class T>
 void multiply_tile(const Sparse<T>& A, const T* packed, const Tile& tile, Index first, Index last, Dense<T> Y,
                    Epilogue<T> end) {
     static thread_local Scratch<T> scratch;
     const bool direct = Y.layout == Layout::feature && tile.count == tile.width;
-    T* sums = direct ? nullptr : scratch.get(rows_at_once * tile.width);
-    for (Index r = first; r < last; r += rows_at_once) {
-        const Index stop = std::min(last, r + rows_at_once);
+    const Index step = rows_at_once(A);
+    T* sums = direct ? nullptr : scratch.get(step * tile.width);
+    for (Index r = first; r < last; r += step) {
+        const Index stop = std::min(last, r + step);
         T* to = Y.layout == Layout::feature ? Y.data + r * Y.stride + tile.first
                                             : Y.data + tile.first * Y.stride + r;
         if (direct) {
