@@ -119,7 +119,8 @@ def best_seconds(runs: dict[str, Contender], threads: int) -> dict[str, float]:
             if spent[name] < MOST_SECONDS:
                 start = time.perf_counter()
                 time.sleep(PAUSE * (threads > 1))
-                repeated(run, WARM_SECONDS)
+                if not times[name] or times[name][-1] < WARM_SECONDS:
+                    repeated(run, WARM_SECONDS)
                 times[name].append(repeated(run, ROUND_SECONDS))
                 spent[name] += time.perf_counter() - start
     return {name: min(seconds) for name, seconds in times.items()}

@@ -22,7 +22,7 @@ def test_no_kernel_leaves_its_arrays(tmp_path):
     include = ["-I", str(ROOT / "csrc" / "include"), "-I", str(ROOT / "csrc" / "src")]
     x86 = platform.machine() in ("x86_64", "AMD64")
     sources = {
-        ROOT / "csrc" / "src" / f"{name}.cpp": [] for name in ("threads", "csr", "csr_multiply", "csr_plain")
+        ROOT / "csrc" / "src" / f"{name}.cpp": [] for name in ("threads", "csr", "csr_levels", "csr_multiply", "csr_plain")
     }
     sources |= {ROOT / "csrc" / "src" / f"{name}.cpp": own for name, own in LEVELS.items() if x86}
     sources[ROOT / "tests" / "csr_test.cpp"] = []

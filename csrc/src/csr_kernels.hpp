@@ -6,7 +6,8 @@
 
 namespace pysolve {
 
-// A part of a sparse matrix: entries starts[r] … stops[r] of each row, and what their indices count from.
+// A part of a sparse matrix: entries starts[r] … stops[r] of each row. One start more than there are rows can
+// be read.
 template <class T>
 struct Part {
     const T* values;
@@ -41,5 +42,13 @@ struct Kernels {
 
 extern const Kernels<float> plain_float, avx2_float, avx512_float;
 extern const Kernels<double> plain_double, avx2_double, avx512_double;
+
+// Those of the current level.
+template <class T>
+const Kernels<T>& kernels();
+template <>
+const Kernels<float>& kernels();
+template <>
+const Kernels<double>& kernels();
 
 }  // namespace pysolve

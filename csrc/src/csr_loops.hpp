@@ -59,6 +59,12 @@ void rows_of(const Part<T>& part, ptrdiff_t first, ptrdiff_t last, const T* x, T
             for (int k = 0; k < vectors; ++k) sums[c][k] = V{};
         ptrdiff_t i = part.starts[r];
         const ptrdiff_t stop = part.stops[r];
+        // The next row's entries: where a block ends the processor does not foresee them.
+        const ptrdiff_t next = part.starts[r + 1];
+#pragma GCC unroll 8
+        for (int line = 0; line < 8; ++line) __builtin_prefetch(part.values + next + line * 64 / sizeof(T));
+#pragma GCC unroll 4
+        for (int line = 0; line < 4; ++line) __builtin_prefetch(part.indices + next + line * 32);
         for (; i + chains <= stop; i += chains) {
 #pragma GCC unroll 8
             for (int c = 0; c < chains; ++c) {

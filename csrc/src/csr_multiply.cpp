@@ -1,13 +1,7 @@
-// Tiles of the dense matrix, rows of the sparse one, and who does what of them.
+// Rows of the sparse matrix, tiles of the dense one, and who does what of them.
 #include <algorithm>
-#include <atomic>
-#include <memory>
-#include <new>
-#include <type_traits>
 
-#include "csr_kernels.hpp"
-#include "pysolve/csr.hpp"
-#include "pysolve/threads.hpp"
+#include "csr_tiles.hpp"
 
 namespace pysolve {
 
@@ -18,126 +12,8 @@ constexpr Index first_cache = 32768, second_cache = 524288;
 // Rows whose sums are kept at hand while all blocks pass by, and bytes of their entries, which pass the
 // second cache once for all blocks.
 constexpr Index most_rows = 256, fewest_rows = 8, entry_bytes = 262144;
-// Features that are packed at once.
-constexpr Index packed_at_once = 128;
 // Multiplications below which a thread is not worth waking.
 constexpr double work_per_thread = 1 << 17;
-// Most bytes of one feature in a tile.
-constexpr Index widest_tile = 256;
-
-Level best_level() {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("popcnt"))
-        return Level::avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Level::avx2;
-#endif
-    return Level::plain;
-}
-
-std::atomic<Level> current{best_level()};
-
-template <class T>
-const Kernels<T>& kernels() {
-    constexpr bool single = std::is_same_v<T, float>;
-#if defined(__x86_64__)
-    switch (current) {
-        case Level::avx512:
-            if constexpr (single)
-                return avx512_float;
-            else
-                return avx512_double;
-        case Level::avx2:
-            if constexpr (single)
-                return avx2_float;
-            else
-                return avx2_double;
-        default:
-            break;
-    }
-#endif
-    if constexpr (single)
-        return plain_float;
-    else
-        return plain_double;
-}
-
-// Memory of a thread, aligned to cache lines, that is kept from call to call.
-template <class T>
-class Scratch {
-  public:
-    T* get(Index size) {
-        if (size > size_) {
-            memory_.reset();
-            size_ = 0;
-            memory_.reset(
-                static_cast<T*>(::operator new(static_cast<std::size_t>(size) * sizeof(T), alignment)));
-            size_ = size;
-        }
-        return memory_.get();
-    }
-
-  private:
-    static constexpr std::align_val_t alignment{64};
-    struct Free {
-        void operator()(T* p) const { ::operator delete(p, alignment); }
-    };
-    std::unique_ptr<T, Free> memory_;
-    Index size_ = 0;
-};
-
-// Samples first … first + count − 1, in a tile of `width`.
-struct Tile {
-    Index first, count, width;
-};
-
-template <class T>
-std::vector<Tile> tiles_of(Index batch) {
-    const Kernels<T>& kernel = kernels<T>();
-    const Index least = kernel.narrowest / Index{sizeof(T)};
-    const Index most = std::min(kernel.widest, widest_tile) / Index{sizeof(T)};
-    std::vector<Tile> tiles;
-    for (Index first = 0; first < batch;) {
-        Index width = least;
-        while (width < most && width < batch - first) width *= 2;
-        tiles.push_back({first, std::min(width, batch - first), width});
-        first += width;
-    }
-    return tiles;
-}
-
-// Features first … last − 1 of a tile, packed.
-template <class T>
-void pack(Dense<const T> X, const Tile& tile, Index first, Index last, T* packed) {
-    for (Index i = first; i < last; ++i)
-        std::fill(packed + i * tile.width + tile.count, packed + (i + 1) * tile.width, T(0));
-    if (X.layout == Layout::batch) {
-        for (Index i = first; i < last; i += packed_at_once)
-            kernels<T>().transpose(X.data + tile.first * X.stride + i, X.stride, packed + i * tile.width,
-                                   tile.width, tile.count, std::min(packed_at_once, last - i));
-    } else {
-        for (Index i = first; i < last; ++i)
-            std::copy_n(X.data + i * X.stride + tile.first, tile.count, packed + i * tile.width);
-    }
-}
-
-template <class T>
-void pack_all(int threads, Dense<const T> X, const Tile& tile, Index features, T* packed) {
-    const Index pieces = (features + packed_at_once - 1) / packed_at_once;
-    parallel(threads, pieces, [&](Index piece) {
-        pack(X, tile, piece * packed_at_once, std::min(features, (piece + 1) * packed_at_once), packed);
-    });
-}
-
-// The tile as it lies, if it lies as packed; or null.
-template <class T>
-const T* in_place(Dense<const T> X, const Tile& tile) {
-    const T* start = X.data + tile.first;
-    const bool packed = X.layout == Layout::feature && X.stride == tile.width && tile.count == tile.width;
-    return packed && reinterpret_cast<std::uintptr_t>(start) % 64 == 0 ? start : nullptr;
-}
 
 // Blocks first … last − 1, which lie in one span.
 template <class T>
@@ -265,18 +141,6 @@ int useful_threads(double work, int threads) {
 
 }  // namespace
 
-Level level() {
-    return current;
-}
-
-bool supported(Level level) {
-    return level <= best_level();
-}
-
-void set_level(Level level) {
-    current = level;
-}
-
 template <class T>
 void multiply(const Sparse<T>& A, Dense<const T> X, Index batch, Dense<T> Y, const T* bias, bool relu,
               int threads) {
@@ -284,7 +148,7 @@ void multiply(const Sparse<T>& A, Dense<const T> X, Index batch, Dense<T> Y, con
     const Epilogue<T> end{bias, relu};
     threads = useful_threads(static_cast<double>(A.entries) * static_cast<double>(batch), threads);
     if (batch == 1) return multiply_one(A, X, Y, end, threads);
-    const std::vector<Tile> tiles = tiles_of<T>(batch);
+    const std::vector<Tile> tiles = tiles_of<T>(A.columns, batch);
     const Index count = static_cast<Index>(tiles.size()), whole = count / threads * threads;
     static thread_local Scratch<T> scratch;
     // Whole tiles as long as there is one for each thread, then the rows of what is left.
@@ -322,7 +186,7 @@ void value_gradient(const Sparse<T>& A, Dense<const T> G, Dense<const T> X, Inde
     threads = useful_threads(static_cast<double>(A.entries) * static_cast<double>(batch), threads);
     static thread_local Scratch<T> above, below;
     const auto cuts = cuts_of(A, threads);
-    for (const Tile& tile : tiles_of<T>(batch)) {
+    for (const Tile& tile : tiles_of<T>(A.rows + A.columns, batch)) {
         T* g = above.get(A.rows * tile.width);
         T* x = below.get(A.columns * tile.width);
         pack_all(threads, G, tile, A.rows, g);

@@ -23,3 +23,7 @@ Making it smaller
     verify       whether two networks compute the same
     evaluate     accuracy, parameters, bytes, MACs, latency
 """
+
+from pysolve.nn.layers import SparseConv2d, SparseLinear
+
+__all__ = ["SparseConv2d", "SparseLinear"]
