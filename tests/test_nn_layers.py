@@ -189,6 +189,15 @@ def test_whatever_happens_to_the_values_the_product_follows(how):
     torch.testing.assert_close(inputs.grad, layer.to_dense().weight.sum(0).expand(3, 12))
 
 
+def test_values_that_change_before_the_backward_pass_are_an_error():
+    layer, x = sparse(pruned(nn.Linear(12, 5))), torch.randn(3, 12, requires_grad=True)
+    out = layer(x).sum()
+    with torch.no_grad():
+        layer.values.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward()
+
+
 def test_inputs_that_do_not_fit_are_refused():
     layer = sparse(pruned(nn.Linear(12, 5)))
     with pytest.raises(PysolveError, match=r"expected torch.float32 on cpu .* got torch.float64"):

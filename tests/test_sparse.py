@@ -98,6 +98,12 @@ def test_more_columns_than_16_bits_can_tell_apart(columns, density):
     assert (ps.SparseMatrix.from_csr(csr).to_csr() != csr).nnz == 0
 
 
+def test_a_matrix_of_more_columns_than_int32_counts_is_refused():
+    csr = sp.csr_array((1, 2**31), dtype=np.float32)
+    with pytest.raises(ValueError, match="more than 2147483647 columns"):
+        ps.SparseMatrix.from_csr(csr)
+
+
 @pytest.mark.parametrize("block", [1, 16, 128, 1024, 4096])
 @pytest.mark.parametrize("relu", [False, True])
 def test_the_width_of_blocks_changes_nothing_but_rounding(block, relu):

@@ -1,6 +1,7 @@
 #include "pysolve/csr.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -19,6 +20,8 @@ template <class T, class I>
 void check(const CsrView<T, I>& csr, Index entries) {
     const auto wrong = [](const std::string& what) { throw std::invalid_argument(what); };
     if (csr.rows < 0 || csr.columns < 0) wrong("a matrix cannot have a negative number of rows or columns");
+    if (csr.columns > std::numeric_limits<std::int32_t>::max())
+        wrong("a matrix cannot have more than 2147483647 columns, got " + std::to_string(csr.columns));
     if (csr.starts[0] < 0) wrong("indptr must begin at 0 or later, got " + std::to_string(csr.starts[0]));
     for (Index r = 0; r < csr.rows; ++r)
         if (csr.starts[r + 1] < csr.starts[r])

@@ -1,5 +1,6 @@
 // Rows of the sparse matrix, tiles of the dense one, and who does what of them.
 #include <algorithm>
+#include <iterator>
 
 #include "csr_tiles.hpp"
 
@@ -13,7 +14,7 @@ constexpr Index first_cache = 32768, second_cache = 524288;
 // second cache once for all blocks.
 constexpr Index most_rows = 256, fewest_rows = 8, entry_bytes = 262144;
 // Multiplications below which a thread is not worth waking.
-constexpr double work_per_thread = 1 << 17;
+constexpr double work_per_thread = 1 << 16;
 
 // Blocks first … last − 1, which lie in one span.
 template <class T>
@@ -79,10 +80,14 @@ void multiply_tile(const Sparse<T>& A, const T* packed, const Tile& tile, Index 
     }
 }
 
+// Pieces of the work for each thread: whoever comes late, or is slow, leaves some to the others.
+constexpr Index pieces_per_thread = 2;
+
 // Where to cut the rows so that all pieces have as many entries; at multiples of 16 rows, a cache line of
 // results.
 template <class T>
-std::vector<Index> cuts_of(const Sparse<T>& A, Index pieces) {
+std::vector<Index> cuts_of(const Sparse<T>& A, int threads) {
+    const Index pieces = threads == 1 ? 1 : pieces_per_thread * threads;
     std::vector<Index> cuts{0};
     const Index* starts = A.bound(0);
     for (Index i = 1; i < pieces; ++i) {
@@ -121,7 +126,7 @@ void multiply_one(const Sparse<T>& A, Dense<const T> X, Dense<T> Y, Epilogue<T> 
     const bool apart = Y.layout == Layout::feature && Y.stride != 1;
     T* y = apart ? outputs.get(A.rows) : Y.data;
     const auto cuts = cuts_of(A, threads);
-    parallel(threads, threads, [&](Index piece) {
+    parallel(threads, std::ssize(cuts) - 1, [&](Index piece) {
         const Index first = cuts[static_cast<std::size_t>(piece)],
                     last = cuts[static_cast<std::size_t>(piece) + 1];
         if (masked)
@@ -172,7 +177,7 @@ void multiply(const Sparse<T>& A, Dense<const T> X, Index batch, Dense<T> Y, con
             pack_all(threads, X, tile, A.columns, packed);
             x = packed;
         }
-        parallel(threads, threads, [&](Index piece) {
+        parallel(threads, std::ssize(cuts) - 1, [&](Index piece) {
             const auto p = static_cast<std::size_t>(piece);
             multiply_tile(A, x, tile, cuts[p], cuts[p + 1], Y, end);
         });
@@ -191,7 +196,7 @@ void value_gradient(const Sparse<T>& A, Dense<const T> G, Dense<const T> X, Inde
         T* x = below.get(A.columns * tile.width);
         pack_all(threads, G, tile, A.rows, g);
         pack_all(threads, X, tile, A.columns, x);
-        parallel(threads, threads, [&](Index piece) {
+        parallel(threads, std::ssize(cuts) - 1, [&](Index piece) {
             const auto p = static_cast<std::size_t>(piece);
             for (Index b = 0; b < A.blocks(); ++b)
                 kernels<T>().products(part(A, b, b + 1), cuts[p], cuts[p + 1], tile.width, g,

@@ -23,9 +23,10 @@ namespace pysolve {
 
 namespace {
 
-// Rounds of waiting before a thread goes to sleep, some 20 µs: longer than the pause between two products of
-// a network's layers is rare, and a thread that spins on takes a core from other pools.
-constexpr int spins = 1000;
+// Rounds of waiting before a thread goes to sleep, some 200 µs: waking one takes up to 100 on a virtual
+// machine, where an idle processor is given back to the host. A thread that spins on takes a core from other
+// pools.
+constexpr int spins = 8000;
 
 void pause() {
 #if defined(__x86_64__) || defined(_M_X64)
@@ -71,11 +72,15 @@ class Pool {
                                       generation_.load());
             loop_ = &loop;
             invited_ = threads - 1;
-            working_ = threads - 1;
             generation_.fetch_add(1, std::memory_order_release);
         }
         news_.notify_all();
         loop.work();
+        {
+            // Who has not come by now need not: a helper may be waiting for a busy processor.
+            const std::lock_guard guard(mutex_);
+            loop_ = nullptr;
+        }
         wait(done_, [&] { return working_.load(std::memory_order_acquire) == 0; });
         return true;
     }
@@ -96,10 +101,11 @@ class Pool {
             wait(news_, [&] { return generation_.load(std::memory_order_acquire) != seen; });
             Loop* loop = nullptr;
             {
-                // Together, or a late helper could serve one loop twice.
+                // Together, or a late helper could serve one loop twice, or one that is over.
                 const std::lock_guard guard(mutex_);
                 seen = generation_.load(std::memory_order_relaxed);
                 if (number < invited_) loop = loop_;
+                if (loop) working_.fetch_add(1, std::memory_order_relaxed);
             }
             if (!loop) continue;
             loop->work();

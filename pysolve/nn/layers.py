@@ -24,14 +24,15 @@ class _Product(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, values: Tensor, bias: Tensor | None, layer: _Sparse, layout: Layout
     ) -> Tensor:
-        ctx.save_for_backward(x)
+        # The values only so that changing them before the backward pass is an error, as elsewhere in torch.
+        ctx.save_for_backward(x, values)
         ctx.layer, ctx.layout = layer, layout
         return layer.product(x, layout)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (x,), layer, layout = ctx.saved_tensors, ctx.layer, ctx.layout
+        (x, _), layer, layout = ctx.saved_tensors, ctx.layer, ctx.layout
         matrix, g = layer.matrix(), gradient.numpy()
         by_x = by_values = by_bias = None
         if ctx.needs_input_grad[0]:

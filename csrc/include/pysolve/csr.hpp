@@ -15,8 +15,8 @@ Level level();
 bool supported(Level level);
 void set_level(Level level);
 
-// A matrix as others hand it over: row r has the values[i] at columns indices[i], starts[r] ≤ i < starts[r +
-// 1], in any order; values at one place add up.
+// A matrix as others hand it over: row r has the values[i] at columns indices[i], starts[r] ≤ i <
+// starts[r+1], in any order; values at one place add up.
 template <class T, class I>
 struct CsrView {
     Index rows, columns;
@@ -29,16 +29,17 @@ struct CsrView {
 constexpr Index column_span = 65536;
 
 // Entries row by row, in each by columns, every place once. Columns are cut into blocks, so that a block of a
-// packed tile of the dense matrix stays in a near cache: in block b, row r has the entries bounds[b * rows +
-// r] … bounds[(b + 1) * rows + r]. An index counts from the start of its span, which no block crosses.
+// packed tile of the dense matrix stays in a near cache: row r of block b has the entries from bound(b)[r] to
+// bound(b + 1)[r]. An index counts from the start of its span, which no block crosses.
 template <class T>
 struct Sparse {
     Index rows = 0, columns = 0, entries = 0, block = 1;
     std::vector<Index> bounds;
     std::vector<std::uint16_t> indices;
-    std::vector<T> values;  // and 64 bytes that may be read
-    std::vector<std::uint64_t>
-        masks;  // of matrices that are not very sparse: a bit for every place, rows of whole words
+    // And 64 bytes that may be read.
+    std::vector<T> values;
+    // Of a matrix that is not very sparse: a bit for every place, rows of whole words.
+    std::vector<std::uint64_t> masks;
 
     Index blocks() const { return std::max<Index>(1, (columns + block - 1) / block); }
     Index words() const { return (columns + 63) / 64; }
@@ -48,13 +49,13 @@ struct Sparse {
     Index origin(Index b) const { return b * block / column_span * column_span; }
 };
 
-// Throws std::invalid_argument, before anything is read through an index, unless 0 ≤ starts[0] ≤ starts[1] ≤
-// … ≤ entries and all indices lie within the columns. block: 0 for the width that suits the density.
+// Throws std::invalid_argument, before anything is read through an index, unless the starts ascend from 0 or
+// later to `entries` at most, all indices lie within the columns, and these are fewer than 2³¹.
+// block: 0 for the width that suits the density.
 template <class T, class I>
 Sparse<T> prepare(const CsrView<T, I>& csr, Index entries, Index block = 0);
 
-// How the numbers of a dense matrix lie: feature i of sample j is data[i * stride + j], or data[j * stride +
-// i].
+// How the numbers of a dense matrix lie: feature i of sample j is at i * stride + j, or at j * stride + i.
 enum class Layout { feature, batch };
 
 template <class T>
