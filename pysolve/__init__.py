@@ -28,13 +28,14 @@ from pysolve.solvers import (
 from pysolve.sparse import SparseMatrix, csr_matmul, get_num_threads, set_num_threads
 
 if TYPE_CHECKING:
+    from pysolve.compressed import Compressed
+    from pysolve.nn.checkpoint import load, save
     from pysolve.nn.gather import gather
     from pysolve.nn.graph.sites import find_sites
     from pysolve.nn.inspect import inspect
     from pysolve.nn.surgery import apply
     from pysolve.recipe import compress, sweep
     from pysolve.report import Report
-    from pysolve.shrink import Compressed
     from pysolve.unstructured import prune
 
 __version__ = "0.1.0"
@@ -46,7 +47,9 @@ _NEEDS_TORCH = {
     "compress": "pysolve.recipe",
     "prune": "pysolve.unstructured",
     "sweep": "pysolve.recipe",
-    "Compressed": "pysolve.shrink",
+    "load": "pysolve.nn.checkpoint",
+    "save": "pysolve.nn.checkpoint",
+    "Compressed": "pysolve.compressed",
     "Report": "pysolve.report",
     "find_sites": "pysolve.nn.graph.sites",
 }
@@ -81,11 +84,13 @@ __all__ = [
     "inspect",
     "lam_for_groups",
     "lam_max",
+    "load",
     "newton",
     "prox_group_lasso",
     "proximal_gradient",
     "prune",
     "regularization_path",
+    "save",
     "select_channels",
     "set_num_threads",
     "solve_linear_reconstruction",

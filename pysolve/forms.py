@@ -42,21 +42,26 @@ class Sparse:
         if int(ends.sum()) != len(self.values) or (len(ends) and not ends[-1]):
             raise DataError(f"expected a gap for each of {len(self.values)} values, got {int(ends.sum())}.")
         places = int(np.prod(self.shape, dtype=np.int64))
-        if len(self.values) and self._places()[-1] >= places:
+        if len(self.values) and self.places()[-1] >= places:
             raise DataError(f"the gaps reach beyond the {places} places of a weight of shape {self.shape}.")
 
     @classmethod
     def from_dense(cls, weight: npt.NDArray[Any]) -> Sparse:
-        """The non-zero entries of a weight, with the gaps in whichever type needs fewer bytes."""
+        """The non-zero entries of a weight."""
         flat = weight.ravel()
         places = np.flatnonzero(flat)
+        return cls.at(places, flat[places], weight.shape)
+
+    @classmethod
+    def at(cls, places: npt.NDArray[np.int64], values: npt.NDArray[Any], shape: tuple[int, ...]) -> Sparse:
+        """Entries at ascending places, counted along the rows; gaps in the type that needs fewer bytes."""
         forms = [_gaps(places, np.dtype(kind)) for kind in (np.uint8, np.uint16)]
-        return cls(weight.shape, flat[places], min(forms, key=lambda gaps: gaps.nbytes))
+        return cls(shape, values, min(forms, key=lambda gaps: gaps.nbytes))
 
     def dense(self) -> npt.NDArray[Any]:
         """The weight again, exactly."""
         flat = np.zeros(int(np.prod(self.shape, dtype=np.int64)), self.values.dtype)
-        flat[self._places()] = self.values
+        flat[self.places()] = self.values
         return flat.reshape(self.shape)
 
     def csr(self) -> csr_array:
@@ -73,7 +78,7 @@ class Sparse:
         """Share of the places that have an entry."""
         return len(self.values) / max(1, int(np.prod(self.shape, dtype=np.int64)))
 
-    def _places(self) -> npt.NDArray[np.int64]:
+    def places(self) -> npt.NDArray[np.int64]:
         """Where the entries stand, counted along the rows."""
         reached = np.cumsum(self.gaps, dtype=np.int64)[self.gaps < _top(self.gaps.dtype)]
         return reached + np.arange(len(reached))

@@ -10,10 +10,11 @@ from typing import Any
 from torch import nn
 
 from pysolve.checks import check_goal, check_model, check_options
+from pysolve.compressed import Compressed, after
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.plan import Site
 from pysolve.report import Report
-from pysolve.shrink import Compressed, shrink
+from pysolve.shrink import shrink
 from pysolve.sizes import channels_to_keep
 from pysolve.study import study
 
@@ -118,7 +119,7 @@ def compress(
         progress=progress,
     )
     sizes = channels_to_keep(found, wanted, keep, lam, round_to)
-    return shrink(
+    result = shrink(
         found,
         sizes,
         target=wanted,
@@ -128,6 +129,7 @@ def compress(
         seed=seed,
         progress=progress,
     )
+    return after(model, result)
 
 
 def sweep(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.choice import refit as least_squares_near
+from pysolve.compressed import Compressed, after
 from pysolve.correlations import Array, Correlations, group_columns
 from pysolve.nn.calibration import fits as fits_graph
 from pysolve.nn.calibration import regrouped, samples_in, take, traced_samples
@@ -32,23 +33,6 @@ from pysolve.study import Clock, Study, harm
 
 # A bias that a layer did not have must lower its error by this share to earn its parameters.
 BIAS_GAIN = 0.01
-
-
-@dataclass(frozen=True, eq=False)
-class Compressed:
-    """A smaller network, what was done to get there, and what that cost.
-
-    Parameters
-    ----------
-    model : nn.Module
-    plan : Plan
-        Applied to the original it gives ``model``, but for what distillation changed.
-    report : Report
-    """
-
-    model: nn.Module
-    plan: Plan
-    report: Report
 
 
 def shrink(
@@ -87,7 +71,7 @@ def shrink(
         notes=(*sizes.notes, *notes),
         seconds={**found.seconds, **clock.seconds},
     )
-    return Compressed(smaller, plan, report)
+    return after(found.model, Compressed(smaller, plan, report))
 
 
 def _array(value: Tensor) -> npt.NDArray[Any]:

@@ -13,6 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from pysolve.checks import check_model
+from pysolve.compressed import Compressed, after
 from pysolve.forms import Sparse
 from pysolve.masks import masks
 from pysolve.nn.calibration import samples_in, take
@@ -24,7 +25,6 @@ from pysolve.nn.slicing import WEIGHTED
 from pysolve.nn.surgery import apply
 from pysolve.plan import Plan
 from pysolve.report import LayerReport, Report
-from pysolve.shrink import Compressed
 
 LAYOUTS = ("auto", "dense", "sparse")
 # Calls that a layer is timed over, in each layout.
@@ -92,7 +92,8 @@ def prune(
         forms={name: Sparse.from_dense(weight) for name, weight in pruned.items() if name in sparse},
     )
     smaller = apply(original, plan, probe=None if first is None else take(first, 0, 16))
-    return Compressed(smaller, plan, replace(_report(original, smaller, first, evaluate), layers=lines))
+    report = replace(_report(original, smaller, first, evaluate), layers=lines)
+    return after(model, Compressed(smaller, plan, report))
 
 
 def _layers(model: nn.Module, ignore: Sequence[str]) -> Iterator[tuple[str, Any]]:

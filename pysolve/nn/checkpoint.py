@@ -1,0 +1,214 @@
+"""Compressed networks in files: a plan's shapes and the tensors, from which the original makes them again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pysolve import __version__
+from pysolve.compressed import Compressed, fingerprint
+from pysolve.errors import DataError, PysolveError
+from pysolve.forms import Sparse
+from pysolve.nn.network import find_layer
+from pysolve.nn.packing import Packed, bits, pack, sparse_layers, unpack
+from pysolve.nn.slicing import inputs, outputs
+from pysolve.nn.storage import read, write
+from pysolve.nn.surgery import apply
+from pysolve.plan import Plan
+from pysolve.records import Width, field, plain, step_record, steps_of, strings, typed
+
+VERSION = 1
+
+
+def save(compressed: Compressed, path: str | os.PathLike[str]) -> None:
+    """Write a compressed network to one ``.safetensors`` file, from which ``load`` makes it again.
+
+    The file holds the tensors of ``compressed.model.state_dict()``, as they are now: after fine-tuning, that
+    is what is saved. Tensors under several names are stored once. Of tensors that are mostly zeros, and of
+    sparse layers, only the entries are stored, as ``NAME``, with the numbers of zeros between them, as
+    ``NAME:gaps``. The metadata's entry ``pysolve`` is JSON of ``{"checksum": n, "record": record}``, whose
+    record has
+
+    - ``version`` of the format, and of ``pysolve``;
+    - ``original``: data types and shapes of the original's tensors, by name, or null;
+    - ``stages``: for each plan, the earliest first, its steps: which layers make, pass on and read the
+      channels of a site, and which of them stay, as "0-3 7";
+    - ``biases`` that the original does not have, and the layers that run ``sparse``;
+    - ``training``: whether all layers are in training mode, or the names of those that are;
+    - ``shapes`` of the tensors that are stored without their zeros, ``aliases`` from second names to the
+      first, and ``checksums``, CRC-32, of what is stored;
+    - ``report``: what ``compressed.report.as_dict()`` gives, with null for numbers that are not finite.
+
+    Parameters
+    ----------
+    compressed : Compressed
+        What ``compress`` or ``prune`` gave. Without a fingerprint, ``load`` can tell a wrong original only by
+        shapes that do not fit.
+    path : str or path
+        An existing file is replaced once the new one is complete.
+
+    Raises
+    ------
+    PysolveError
+        When the network holds what such files cannot, for example tensors without values.
+    """
+    _check_kind("compressed", compressed, Compressed, "what compress or prune returned")
+    model = compressed.model
+    packed = pack(model)
+    record = {
+        "version": VERSION,
+        "pysolve": __version__,
+        "original": compressed.fingerprint,
+        "stages": [
+            [step_record(step) for step in plan.steps] for plan in (*compressed.earlier, compressed.plan)
+        ],
+        "biases": _new_biases(compressed),
+        "sparse": [*sparse_layers(model, remove_duplicate=True)],
+        "training": _modes(model),
+        "shapes": packed.shapes,
+        "aliases": packed.aliases,
+        "report": plain(compressed.report.as_dict()),
+    }
+    write(Path(path), packed.tensors, record)
+
+
+def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """Read a compressed network from a file that ``save`` wrote.
+
+    Parameters
+    ----------
+    path : str or path
+    model : nn.Module
+        The original network, with any weights; not changed.
+
+    Returns
+    -------
+    nn.Module
+        A copy with the saved network's layers, values, data types and modes, on the devices of ``model``: it
+        computes what the saved one did, bit for bit. Buffers that no state dict holds are ``model``'s.
+
+    Raises
+    ------
+    DataError
+        When the file is damaged, of another version or no such file at all, or made from another network:
+        names the first difference. Files are safe to load whoever wrote them.
+    """
+    _check_kind("model", model, nn.Module, "the original network, a torch.nn.Module")
+    record, tensors = read(Path(path))
+    version = record.get("version")
+    if version != VERSION:
+        raise DataError(
+            f"{path} has format version {str(version)[:20]}, but this pysolve reads version {VERSION}: "
+            "update pysolve, or save the network anew."
+        )
+    try:
+        _check_original(record, model)
+        network = _rebuilt(record, model)
+        packed = Packed(tensors, field(record, "shapes"), field(record, "aliases"))
+        _fill(network, unpack(packed, network))
+        _set_modes(network, field(record, "training"))
+    except (PysolveError, ValueError, TypeError, RuntimeError) as error:
+        raise DataError(f"{path} does not fit this {type(model).__name__}: {error}") from error
+    return network
+
+
+def _check_kind(name: str, value: Any, kind: type, what: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {what}, got {type(value).__name__}.")
+
+
+def _new_biases(compressed: Compressed) -> list[str]:
+    """Biases that the original does not have or, where it is not known, that plans may have brought."""
+    state, original = compressed.model.state_dict(), compressed.fingerprint
+    if original is not None:
+        return [name for name in state if name not in original and name.rpartition(".")[2] == "bias"]
+    plans = (*compressed.earlier, compressed.plan)
+    given = {name for plan in plans for name in plan.values}
+    given |= {f"{name}.bias" for plan in plans for step in plan.steps for name in step.biases}
+    return [name for name in state if name in given and name.rpartition(".")[2] == "bias"]
+
+
+def _modes(model: nn.Module) -> bool | list[str]:
+    modes = {name: module.training for name, module in model.named_modules()}
+    return modes[""] if len({*modes.values()}) == 1 else [name for name in modes if modes[name]]
+
+
+def _set_modes(network: nn.Module, training: Any) -> None:
+    modules = dict(network.named_modules())
+    names = training if isinstance(training, bool) else {*strings(training, "training")}
+    if not isinstance(names, bool) and not names <= modules.keys():
+        raise DataError(f"it has no layer {min(names - modules.keys())!r}.")
+    for name, module in modules.items():
+        module.training = names if isinstance(names, bool) else name in names
+
+
+def _check_original(record: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse a network that is not the original, naming the first difference."""
+    if field(record, "original") is None:
+        return
+    original, own = typed(record["original"], dict, "original"), fingerprint(model)
+    for name in (*original, *own):
+        if original.get(name) != own.get(name):
+            raise DataError(
+                f"the original has {name} as {original.get(name, 'nothing')}, this one as "
+                f"{own.get(name, 'nothing')}. Give load the network that was compressed, as it was before."
+            )
+
+
+def _rebuilt(record: Mapping[str, Any], model: nn.Module) -> nn.Module:
+    """A copy of the original with the compressed network's layers, and any values."""
+    state, width = model.state_dict(), _widths(model)
+    biases = {*strings(field(record, "biases"), "biases")} - state.keys()
+    zeros = {name: np.zeros(width("rows", name.rpartition(".")[0])) for name in sorted(biases)}
+    network = apply(model, Plan(values=zeros))
+    for stage in typed(field(record, "stages"), list, "stages"):
+        steps = steps_of(stage, _widths(network))
+        network = apply(network, Plan(steps)) if steps else network
+    sparse = sorted({*strings(field(record, "sparse"), "sparse")})
+    return apply(network, Plan(forms={name: _empty(network, name) for name in sparse})) if sparse else network
+
+
+def _widths(network: nn.Module) -> Width:
+    layers = dict(network.named_modules(remove_duplicate=False))
+
+    def width(what: str, name: str) -> int:
+        if name not in layers:
+            raise DataError(f"it has no layer {name!r}.")
+        try:
+            return outputs(layers[name]) if what == "rows" else inputs(layers[name])
+        except KeyError:
+            kind = type(layers[name]).__name__
+            raise DataError(f"{name} is a {kind}, which has no channels that could go.") from None
+
+    return width
+
+
+def _empty(network: nn.Module, name: str) -> Sparse:
+    """A form without entries for a layer."""
+    layer = find_layer(network, name)
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        raise DataError(f"{name} is a {type(layer).__name__}, which has no sparse form.")
+    return Sparse(tuple(layer.weight.shape), np.zeros(0, np.float32), np.zeros(0, np.uint8))
+
+
+def _fill(network: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put the values in place; data types follow them."""
+    own = network.state_dict(keep_vars=True)
+    for name, tensor in values.items():
+        target = own[name]
+        if target.is_meta:
+            raise DataError(f"{name} is on the meta device. Make the original where it can hold values.")
+        if target.dtype != tensor.dtype:
+            if not (target.is_floating_point() and tensor.is_floating_point()):
+                raise DataError(f"expected {name} in {target.dtype}, got {tensor.dtype}.")
+            target.data = target.data.to(tensor.dtype)
+    network.load_state_dict(dict(values))
+    for name, tensor in network.state_dict().items():
+        if not torch.equal(bits(tensor), bits(values[name])):
+            raise DataError(f"{name} shares its memory with a tensor of other values in the file.")

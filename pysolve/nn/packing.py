@@ -1,0 +1,193 @@
+"""A network's state dict as tensors for a file: each once, and without zeros where that is smaller."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pysolve.errors import DataError, PysolveError
+from pysolve.forms import Sparse
+from pysolve.nn.layers import SparseConv2d, SparseLinear
+from pysolve.records import typed
+
+SparseLayer = SparseLinear | SparseConv2d
+_GAPS = ":gaps"
+# What of a sparse layer follows from where its entries are.
+_DERIVED = ("indices", "indptr")
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+# What a second tensor adds to the header of a file, in bytes.
+_ENTRY = 200
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """What a state dict can be made from again.
+
+    Parameters
+    ----------
+    tensors : {name: tensor}
+        Of a tensor that is stored without its zeros the entries, and as ``NAME:gaps`` the numbers of zeros
+        before them, as ``Sparse`` counts them.
+    shapes : {name: list of int}
+        Of the tensors that are stored so; of a sparse layer's values, the shape of its matrix.
+    aliases : {name: name}
+        From further names of a tensor to its first.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+
+def pack(model: nn.Module) -> Packed:
+    """A network's state dict in little space.
+
+    Raises
+    ------
+    PysolveError
+        When it holds something that is no tensor with values.
+    """
+    packed = Packed()
+    first: dict[Any, str] = {}
+    storages: set[int] = set()
+    sparse = sparse_layers(model)
+    for name, tensor in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        if owner in sparse and leaf in _DERIVED:
+            continue
+        _check_storable(name, tensor)
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        # Tensors without entries have no place of their own.
+        if tensor.numel() and first.setdefault(place, name) != name:
+            packed.aliases[name] = first[place]
+            continue
+        form = _entries(sparse[owner]) if owner in sparse and leaf == "values" else coded(tensor)
+        if form is None:
+            packed.tensors[name] = _own(tensor, storages)
+        else:
+            packed.tensors[name] = torch.from_numpy(form.values).view(tensor.dtype)
+            packed.tensors[name + _GAPS] = torch.from_numpy(form.gaps)
+            packed.shapes[name] = [*form.shape]
+    return packed
+
+
+def unpack(packed: Packed, network: nn.Module) -> dict[str, Tensor]:
+    """The state dict for a network of the layers that were packed.
+
+    Raises
+    ------
+    DataError
+        When what was packed is not such a network's; sizes are checked before they are used.
+    """
+    own, sparse = network.state_dict(), sparse_layers(network)
+    shapes, aliases = typed(packed.shapes, dict, "shapes"), typed(packed.aliases, dict, "aliases")
+    derived = {f"{name}.{leaf}" for name in sparse for leaf in _DERIVED}
+    stored = {name: typed(aliases.get(name, name), str, "aliases") for name in own if name not in derived}
+    strangers = {*stored.values(), *(name + _GAPS for name in shapes)} ^ packed.tensors.keys()
+    if strangers:
+        raise DataError(f"only one of them has {min(strangers)}.")
+    values: dict[str, Tensor] = {}
+    for name, key in stored.items():
+        owner, _, leaf = name.rpartition(".")
+        layer = sparse.get(owner) if leaf == "values" else None
+        shape = tuple(own[name].shape) if layer is None else layer.shape
+        tensor = packed.tensors[key]
+        _check_shape(name, shapes.get(key, [*tensor.shape]), shape)
+        if key in shapes:
+            form = decoded(tensor, packed.tensors[key + _GAPS], shape)
+            values |= _dense(name, form, tensor.dtype) if layer is None else _matrix(owner, form, tensor)
+        elif layer is None:
+            values[name] = tensor
+        else:
+            raise DataError(f"expected gaps between the entries of {name}, got none.")
+    return values
+
+
+def coded(tensor: Tensor) -> Sparse | None:
+    """A form of the tensor's bytes, as integers, that takes less space without zeros; None when none does.
+
+    Only what has no bit set is left out: −0.0 is an entry.
+    """
+    whole = bits(tensor).numpy()
+    if np.count_nonzero(whole) * (whole.itemsize + 1) + _ENTRY >= whole.nbytes:
+        return None
+    form = Sparse.from_dense(whole)
+    return form if form.nbytes + _ENTRY < whole.nbytes else None
+
+
+def decoded(values: Tensor, gaps: Tensor, shape: tuple[int, ...]) -> Sparse:
+    """The form whose values, as integers, and gaps a file holds; sizes are checked before they are used."""
+    places = math.prod(shape)
+    if gaps.dtype not in (torch.uint8, torch.uint16) or gaps.ndim != 1 or values.ndim != 1:
+        raise DataError("expected a row of values and a row of uint8 or uint16 gaps.")
+    # Full gaps hold zeros alone.
+    most = len(values) + places // torch.iinfo(gaps.dtype).max
+    if len(values) > places or len(gaps) > most:
+        raise DataError(f"expected at most {places} values with {most} gaps, got {len(values)}, {len(gaps)}.")
+    return Sparse(shape, bits(values).numpy(), gaps.numpy())
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor as integers of the same size."""
+    return tensor.detach().cpu().contiguous().view(_BITS[tensor.element_size()])
+
+
+def sparse_layers(model: nn.Module, *, remove_duplicate: bool = False) -> dict[str, SparseLayer]:
+    """Sparse layers by all their names, or by their first."""
+    layers = model.named_modules(remove_duplicate=remove_duplicate)
+    return {name: layer for name, layer in layers if isinstance(layer, SparseLayer)}
+
+
+def _check_storable(name: str, tensor: Any) -> None:
+    what = None
+    if not isinstance(tensor, Tensor):
+        what = "no tensor"
+    elif tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.itemsize > 8:
+        what = f"a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device}"
+    elif name.endswith(_GAPS):
+        what = f"named like the gaps of {name.removesuffix(_GAPS)}"
+    if what is not None:
+        raise PysolveError(f"{name} of the network's state dict is {what}, which cannot be saved.")
+
+
+def _own(tensor: Tensor, storages: set[int]) -> Tensor:
+    """The tensor where none of those before lies."""
+    tensor = tensor.detach().cpu().contiguous()
+    pointer = tensor.untyped_storage().data_ptr()
+    if pointer in storages:
+        return tensor.clone()
+    storages.add(pointer)
+    return tensor
+
+
+def _entries(layer: SparseLayer) -> Sparse:
+    """All entries of a sparse layer, also those that are zero."""
+    h, d = layer.shape
+    rows = np.repeat(np.arange(h), np.diff(layer.indptr.cpu().numpy()))
+    return Sparse.at(rows * d + layer.indices.cpu().numpy(), bits(layer.values).numpy(), (h, d))
+
+
+def _check_shape(name: str, given: Any, shape: tuple[int, ...]) -> None:
+    if given != [*shape]:
+        raise DataError(f"expected {name} of shape {[*shape]}, got {str(given)[:80]}.")
+
+
+def _dense(name: str, form: Sparse, dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: torch.from_numpy(form.dense()).view(dtype)}
+
+
+def _matrix(owner: str, form: Sparse, values: Tensor) -> dict[str, Tensor]:
+    """The state dict's part of a sparse layer's matrix."""
+    h, d = form.shape
+    rows, columns = np.divmod(form.places(), d)
+    ends = np.cumsum(np.bincount(rows, minlength=h))
+    return {
+        f"{owner}.values": values,
+        f"{owner}.indices": torch.from_numpy(columns.astype(np.int32)),
+        f"{owner}.indptr": torch.from_numpy(np.concatenate([[0], ends])),
+    }

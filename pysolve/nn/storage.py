@@ -1,0 +1,117 @@
+"""Tensors and a record of them in one file: written whole or not at all, and read with distrust."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pysolve.errors import DataError
+
+_KEY = "pysolve"
+_SEALED = re.compile(r'\{"checksum":(\d{1,10}),"record":(.*)\}', re.DOTALL)
+# Parsed JSON takes up to fifty times the memory of its text, in the worst case for each of these.
+_PARTS = 1_000_000
+_LONGEST_HEADER = 100_000_000
+_LACKING = (AttributeError, KeyError, TypeError)
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Write a ``.safetensors`` file with a record in its metadata.
+
+    The metadata has one entry, ``pysolve``: JSON of ``{"checksum": n, "record": {…}}`` with the CRC-32 of the
+    record's text. To the record belong the ``checksums`` of all tensors, which are added here.
+
+    An existing file is replaced only once the new one is complete and on the disk.
+    """
+    checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
+    text = json.dumps(
+        {**record, "checksums": checksums}, ensure_ascii=False, allow_nan=False, separators=(",", ":")
+    )
+    sealed = f'{{"checksum":{zlib.crc32(text.encode())},"record":{text}}}'
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        # The library makes files that their owner alone may read; ours are as open as any other.
+        with open(part, "xb") as empty:
+            mode = os.fstat(empty.fileno()).st_mode
+        save_file(dict(tensors), part, metadata={_KEY: sealed})
+        part.chmod(mode)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            part.unlink()
+        raise
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The record and the tensors, whose checksums are right, of a file that ``write`` wrote.
+
+    Raises
+    ------
+    DataError
+        When the file is another one, or damaged. Nothing larger than the file is allocated before.
+    """
+    try:
+        _check_header(path)
+        with safe_open(path, framework="pt") as file:
+            record = _opened((file.metadata() or {}).get(_KEY))
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        _check_sums(tensors, record.get("checksums"))
+    # RuntimeError: JSON nested too deeply. The last three: data types that torch lacks.
+    except (DataError, SafetensorError, ValueError, RuntimeError, *_LACKING) as error:
+        raise DataError(
+            f"{path} is no file written by pysolve.save, or it is damaged: {error} Save the network again, "
+            "or copy the file anew."
+        ) from error
+    return record, tensors
+
+
+def _check_header(path: Path) -> None:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+        raise DataError(f"its header should take {length} bytes, but the file has {size}.")
+
+
+def _opened(text: str | None) -> dict[str, Any]:
+    """The record, from the metadata."""
+    sealed = _SEALED.fullmatch(text or "")
+    if sealed is None:
+        raise DataError("it has no record of a compressed network.")
+    if zlib.crc32(sealed[2].encode()) != int(sealed[1]):
+        raise DataError("the checksum of its record is wrong.")
+    if sum(map(sealed[2].count, ",[{")) > _PARTS:
+        raise DataError(f"its record has more than {_PARTS} parts.")
+    record = json.loads(sealed[2])
+    if not isinstance(record, dict):
+        raise DataError("its record is no JSON object.")
+    return record
+
+
+def _check_sums(tensors: Mapping[str, Tensor], checksums: Any) -> None:
+    if not isinstance(checksums, dict) or set(checksums) != set(tensors):
+        raise DataError("its tensors are not those that its record names.")
+    for name, tensor in tensors.items():
+        if checksums[name] != _checksum(tensor):
+            raise DataError(f"the checksum of {name} is wrong.")
+
+
+def _checksum(tensor: Tensor) -> int:
+    """CRC-32 of data type, shape and bytes."""
+    start = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(content, start)

@@ -1,0 +1,625 @@
+"""Files give back the saved network to the bit, or one clear error."""
+
+import copy
+import json
+import os
+import resource
+import stat
+import struct
+import tracemalloc
+import zlib
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from networks import NETWORKS, network
+from safetensors import safe_open
+from safetensors.torch import save_file
+from test_nn_sites import SITES
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import pysolve as ps
+from pysolve.compressed import Compressed, fingerprint
+from pysolve.nn import storage
+from pysolve.nn.evaluate import parameters
+from pysolve.nn.network import forward
+from pysolve.nn.packing import Packed, bits, coded, decoded, pack, unpack
+from pysolve.nn.slicing import WEIGHTED, outputs
+from pysolve.nn.zoo import Mlp
+from pysolve.plan import Collapse, Plan, Site
+from pysolve.report import Report
+
+REPORT = Report({"params": 10}, {"params": 5}, (), float("nan"), np.int64(3), 4, notes=("a → b",))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def other_values(model, seed=1):
+    """The same architecture with values of its own, in training mode."""
+    fresh = copy.deepcopy(model).train()
+    generator = torch.Generator().manual_seed(seed)
+    for tensor in fresh.state_dict().values():
+        if tensor.is_floating_point():
+            tensor.copy_(torch.rand(tensor.shape, generator=generator))
+    return fresh
+
+
+def made(model, plan, **changes):
+    """What a compression of this model by this plan returns."""
+    return Compressed(ps.apply(model, plan), plan, REPORT, **{"fingerprint": fingerprint(model)} | changes)
+
+
+def results(model, batch):
+    """All tensors that a network returns, the same random numbers given."""
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [leaf for leaf in pytree.tree_leaves(forward(model, batch)) if isinstance(leaf, torch.Tensor)]
+
+
+def assert_same_state(a, b):
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for name in a:
+        assert a[name].dtype == b[name].dtype, name
+        assert torch.equal(bits(a[name]), bits(b[name])), name
+
+
+def assert_restored(result, model, path, batch):
+    """Saved and loaded, a network is what it was, and the original too."""
+    ps.save(result, path)
+    original = other_values(model)
+    before = copy.deepcopy(original)
+    loaded = ps.load(path, original)
+    assert_same_state(original, before)
+    assert all(module.training for module in original.modules())
+    assert_same_state(loaded, result.model)
+    assert [m.training for m in loaded.modules()] == [m.training for m in result.model.modules()]
+    assert [type(m) for m in loaded.modules()] == [type(m) for m in result.model.modules()]
+    for a, b in zip(results(loaded, batch), results(result.model, batch), strict=True):
+        assert torch.equal(bits(a), bits(b))
+    return loaded
+
+
+def mlp(sizes=(6, 12, 9, 4), seed=0):
+    torch.manual_seed(seed)
+    return Mlp(sizes).eval()
+
+
+def vectors(n=5, d=6):
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(0))
+
+
+def narrowed(layer, channels, keep):
+    return Collapse(Site(channels, (f"fc{layer}",), (f"fc{layer + 1}",)), keep)
+
+
+def small():
+    """A network without the channels of two sites, and its original."""
+    model = mlp()
+    return made(model, Plan((narrowed(1, 12, [0, 1, 2, 7]), narrowed(2, 9, [3, 8])))), model
+
+
+# --- round trips
+
+
+def column(*indices):
+    return np.array(indices)[:, None]
+
+
+# Of networks with several sites in a layer, and one with channels in two places.
+TABLES = {
+    "concat": [{"columns": {"c": column(0, 1, 2, 3)}}, {"columns": {"c": column(7, 8, 9, 10, 11)}}],
+    "padded_shortcut_in_code": [
+        {"rows": {"conv2": column(2, 3, 4, 5)}, "columns": {"fc": column(2, 3, 4, 5)}},
+        {},
+    ],
+    "padded_shortcut_by_a_layer": [
+        {"rows": {"conv2": column(1, 2, 3, 4)}, "columns": {"fc": column(1, 2, 3, 4)}},
+        {},
+        {"rows": {"conv2": column(0, 5, 6, 7)}, "columns": {"fc": column(0, 5, 6, 7)}},
+    ],
+    "chunked_swiglu": [{"rows": {"a": np.arange(14).reshape(2, 7).T}}],
+}
+
+
+def free_sites(name):
+    """Those of a network that can shrink, from their description."""
+    for i, line in enumerate(one for one in SITES[name] if "!" not in one):
+        channels, layers = line.split(": ")
+        makes, _, passed = layers.partition(" | ")
+        writers, readers = (tuple(names.split()) for names in makes.split(" → "))
+        tables = TABLES[name][i] if name in TABLES else {}
+        yield Site(int(channels), writers, readers, tuple(passed.split()), **tables)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_comes_back_to_the_bit(name, tmp_path):
+    model, batch = network(name)
+    rng = np.random.default_rng(len(name))
+    steps, biases = [], {}
+    for site in free_sites(name):
+        keep = np.sort(rng.choice(site.channels, rng.integers(1, site.channels), replace=False))
+        steps.append(Collapse(site, keep))
+        for reader in site.readers:
+            layer = model.get_submodule(reader)
+            if type(layer) in WEIGHTED and layer.bias is None:
+                biases[f"{reader}.bias"] = rng.standard_normal(outputs(layer))
+    result = made(model, Plan(tuple(steps), biases))
+    assert not steps or parameters(result.model) < parameters(model) + sum(map(len, biases.values()))
+    assert_restored(result, model, tmp_path / "a.safetensors", batch)
+
+
+def test_new_biases_come_back_also_where_the_original_is_not_known(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 5, bias=False), nn.ReLU(), nn.Linear(5, 3, bias=False))
+    step = Collapse(Site(5, ("0",), ("2",)), [1, 4], biases={"2": np.ones(3)})
+    result = made(model, Plan((step,), {"0.bias": np.arange(5.0)}))
+    for known in (result, replace(result, fingerprint=None)):
+        loaded = assert_restored(known, model, tmp_path / "a.safetensors", vectors(d=4))
+        assert loaded[0].bias.tolist() == [1, 4]
+        assert loaded[2].bias.tolist() == [1, 1, 1]
+
+
+def test_compressions_remember_what_a_file_needs(tmp_path, monkeypatch):
+    def untraced(model, batch):
+        raise ps.PysolveError("tracing takes longer than all the rest")
+
+    monkeypatch.setattr("pysolve.study.trace", untraced)
+    model, batches = mlp(), [vectors(40)]
+    first = ps.compress(model, batches, keep=0.6, progress=False, sites=[narrowed(1, 12, [0]).site])
+    second = ps.compress(first, batches, keep=0.7, progress=False, sites=[narrowed(2, 9, [0]).site])
+    third = ps.prune(second, amount=0.5, layout="sparse")
+    fourth = ps.prune(third, amount=0.2)
+    assert first.earlier == ()
+    assert fourth.earlier == (first.plan, second.plan, third.plan)
+    for result in (first, second, third, fourth):
+        assert result.fingerprint == fingerprint(model)
+        assert_restored(result, model, tmp_path / "a.safetensors", vectors())
+
+
+@pytest.mark.parametrize("layout", ["dense", "sparse"])
+def test_pruned_networks_come_back_small(layout, tmp_path):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(4, 6, 3, padding=1, groups=2)
+    model = nn.Sequential(conv, nn.ReLU(), nn.Flatten(), nn.Linear(96, 200), nn.ReLU(), nn.Linear(200, 50))
+    result = ps.prune(model, amount=0.95, layout=layout)
+    path = tmp_path / "a.safetensors"
+    assert_restored(result, model, path, torch.randn(3, 4, 4, 4))
+    dense = 4 * (96 * 200 + 200 * 50)
+    # Five bytes an entry, a few gaps without one, the biases and the header.
+    assert path.stat().st_size < 0.05 * dense * 5 / 4 * 1.1 + 4 * 256 + 5000
+
+
+def test_a_sparse_layer_under_two_names_comes_back_as_one(tmp_path):
+    torch.manual_seed(0)
+    shared = nn.Linear(6, 6)
+    model = nn.Sequential(shared, nn.ReLU(), shared)
+    for amount in (0.5, 0.99):
+        result = ps.prune(model, amount=amount, layout="sparse")
+        loaded = assert_restored(result, model, tmp_path / "a.safetensors", vectors())
+        assert loaded[0] is loaded[2]
+
+
+def test_fine_tuned_values_count_also_entries_that_became_zero(tmp_path):
+    model = mlp()
+    cut = made(model, Plan((narrowed(1, 12, [0, 5]),)))
+    sparse = ps.prune(model, amount=0.5, layout="sparse")
+    for result in (cut, sparse):
+        with torch.no_grad():
+            for i, parameter in enumerate(result.model.parameters()):
+                parameter.mul_(1.5).view(-1)[0] = (0.0, -0.0)[i % 2]
+        assert_restored(result, model, tmp_path / "a.safetensors", vectors())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_types_come_back_also_where_the_network_was_converted_afterwards(dtype, tmp_path):
+    model = mlp().to(dtype)
+    plan = Plan((narrowed(1, 12, [0, 5]),))
+    assert_restored(made(model, plan), model, tmp_path / "a.safetensors", vectors().to(dtype))
+    later = made(mlp(), plan)
+    later.model.to(dtype)
+    loaded = assert_restored(later, mlp(), tmp_path / "a.safetensors", vectors().to(dtype))
+    assert {parameter.dtype for parameter in loaded.parameters()} == {dtype}
+
+
+def test_modes_of_single_layers_come_back(tmp_path):
+    result, model = small()
+    result.model.fc2.train()
+    assert_restored(result, model, tmp_path / "a.safetensors", vectors())
+
+
+def test_shared_tensors_are_stored_once_and_must_be_shared_again(tmp_path):
+    model, batch = network("tied_weights")
+    path = tmp_path / "a.safetensors"
+    loaded = assert_restored(made(model, Plan()), model, path, batch)
+    assert loaded.c.weight is loaded.a.weight
+    with safe_open(path, "pt") as file:
+        assert "c.weight" not in file.keys()  # noqa: SIM118
+    untied = copy.deepcopy(model)
+    untied.c.weight = nn.Parameter(model.a.weight.detach() + 1)
+    assert_restored(made(untied, Plan()), untied, path, batch)
+    with pytest.raises(ps.DataError, match=r"[ac]\.weight shares its memory"):
+        ps.load(path, model)
+
+
+def test_tensors_that_overlap_in_memory_are_saved_apart(tmp_path):
+    model = nn.Linear(4, 4)
+    model.register_buffer("seen", model.weight.detach()[1:3])
+    model.register_buffer("turned", model.weight.detach().t())
+    fresh = nn.Linear(4, 4)
+    fresh.register_buffer("seen", torch.zeros(2, 4))
+    fresh.register_buffer("turned", torch.zeros(4, 4))
+    assert_restored(made(model, Plan()), fresh, tmp_path / "a.safetensors", vectors(d=4))
+
+
+def test_paths_may_be_strings_and_files_are_the_same_each_time(tmp_path):
+    result, model = small()
+    ps.save(result, str(tmp_path / "a.safetensors"))
+    ps.save(result, tmp_path / "b.safetensors")
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+    assert_same_state(ps.load(str(tmp_path / "b.safetensors"), model), result.model)
+
+
+def test_the_record_is_plain_json(tmp_path):
+    result, _ = small()
+    ps.save(result, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        record = json.loads(file.metadata()["pysolve"])["record"]
+    assert record["version"] == 1
+    assert record["pysolve"] == ps.__version__
+    assert record["original"]["fc1.weight"] == "float32 12x6"
+    assert [step["keep"] for step in record["stages"][0]] == ["0-2 7", "3 8"]
+    assert record["report"]["divergence"] is None
+    assert record["report"]["samples"] == 3
+    assert record["report"]["notes"] == ["a → b"]
+
+
+# --- tensors without their zeros
+
+
+KINDS = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool]
+KINDS += [torch.complex64]
+
+
+@given(st.sampled_from(KINDS), st.integers(0, 3000), st.floats(0, 0.3), st.integers(0, 2**32 - 1))
+def test_tensors_without_their_zeros_are_the_same_to_the_bit_and_smaller(dtype, size, density, seed):
+    rng = np.random.default_rng(seed)
+    values = rng.choice([1.0, -0.0, np.nan, np.inf, 3.0], size)
+    if not dtype.is_floating_point:
+        values = np.nan_to_num(values, nan=2.0, posinf=5.0)
+    tensor = torch.from_numpy(np.where(rng.random(size) < density, values, 0.0)).to(dtype).reshape(1, size)
+    form = coded(tensor)
+    if form is None:
+        assert 2 * (bits(tensor) != 0).sum() * tensor.itemsize + 400 + size >= tensor.nbytes
+        return
+    assert form.nbytes < tensor.nbytes
+    again = decoded(torch.from_numpy(form.values), torch.from_numpy(form.gaps), (1, size))
+    assert torch.equal(
+        torch.from_numpy(again.dense()).view(dtype).view(torch.uint8), tensor.view(torch.uint8)
+    )
+
+
+def test_what_has_no_values_cannot_be_saved(tmp_path):
+    model = mlp()
+    model.register_buffer("here", torch.zeros(3, device="meta"))
+    with pytest.raises(
+        ps.PysolveError, match=r"here .* is a tensor of torch.float32, .* on meta, which cannot"
+    ):
+        pack(model)
+    model.here = torch.zeros(3).to_sparse()
+    with pytest.raises(ps.PysolveError, match="sparse_coo"):
+        ps.save(Compressed(model, Plan(), REPORT), tmp_path / "a.safetensors")
+    del model.here
+    model.register_buffer("fc1:gaps", torch.zeros(3))
+    with pytest.raises(ps.PysolveError, match="named like the gaps of fc1"):
+        pack(model)
+    assert not [*tmp_path.iterdir()]
+
+
+# --- the wrong network, the wrong file
+
+
+def test_another_original_is_refused_and_the_first_difference_named(tmp_path):
+    result, model = small()
+    path = tmp_path / "a.safetensors"
+    ps.save(result, path)
+    for other, message in (
+        (mlp((6, 13, 9, 4)), "fc1.weight as float32 12x6, this one as float32 13x6"),
+        (mlp((6, 12, 9, 4, 2)), "fc4.weight as nothing, this one as float32 2x4"),
+        (mlp((6, 12, 9)), "fc3.weight as float32 4x9, this one as nothing"),
+        (mlp().double(), "fc1.weight as float32 12x6, this one as float64 12x6"),
+        (result.model, "fc1.weight as float32 12x6, this one as float32 4x6"),
+    ):
+        with pytest.raises(ps.DataError, match=f"does not fit this Mlp: the original has {message}. Give"):
+            ps.load(path, other)
+    with pytest.raises(ps.DataError, match="meta device"):
+        ps.load(path, mlp().to("meta"))
+    ps.save(replace(result, fingerprint=None), path)
+    with pytest.raises(ps.DataError, match="does not fit this Mlp"):
+        ps.load(path, mlp((6, 13, 9, 4)))
+    assert_same_state(ps.load(path, model), result.model)
+
+
+def test_wrong_arguments_are_named(tmp_path):
+    result, _ = small()
+    with pytest.raises(TypeError, match="compressed must be what compress or prune returned, got Mlp"):
+        ps.save(result.model, tmp_path / "a.safetensors")
+    ps.save(result, tmp_path / "a.safetensors")
+    with pytest.raises(TypeError, match=r"model must be the original network, .* got Compressed"):
+        ps.load(tmp_path / "a.safetensors", result)
+    with pytest.raises(FileNotFoundError):
+        ps.load(tmp_path / "b.safetensors", mlp())
+
+
+def damaged(whole, content):
+    whole.path.write_bytes(content)
+    with pytest.raises(ps.DataError, match=r"no file written by pysolve\.save, or it is damaged: .* Save"):
+        ps.load(whole.path, whole.model)
+
+
+@dataclass
+class Whole:
+    """A file with everything in it, what it was made of, and room for other files."""
+
+    data: bytes
+    model: nn.Module
+    result: Compressed
+    path: Path
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    model = mlp((6, 40, 30, 4))
+    result = ps.prune(made(model, Plan((narrowed(1, 40, np.arange(0, 40, 2)),))), amount={"fc2": 0.9})
+    result = ps.prune(result, amount={"fc1": 0.9}, layout="sparse")
+    path = tmp_path_factory.mktemp("whole") / "a.safetensors"
+    ps.save(result, path)
+    return Whole(path.read_bytes(), model, result, path)
+
+
+def test_truncated_files_are_refused(whole):
+    data = whole.data
+    header = 8 + int.from_bytes(data[:8], "little")
+    for length in (*range(0, header + 8, 7), *range(header, len(data), 256), len(data) - 1):
+        damaged(whole, data[:length])
+    damaged(whole, data + b"\0")
+
+
+def test_files_with_a_changed_byte_are_refused(whole):
+    data = whole.data
+    header = 8 + int.from_bytes(data[:8], "little")
+    for i in (*range(16), *range(16, header, 11), *range(header - 16, len(data), 5)):
+        changed = bytearray(data)
+        changed[i] ^= (0x01, 0x80, 0x20, 0xFF)[i % 4]
+        damaged(whole, changed)
+    whole.path.write_bytes(data)
+    assert_same_state(ps.load(whole.path, whole.model), whole.result.model)
+
+
+@given(data=st.data())
+def test_files_with_a_few_changed_bytes_are_refused_or_mean_the_same(whole, data):
+    changed = bytearray(whole.data)
+    for _ in range(data.draw(st.integers(1, 3))):
+        changed[data.draw(st.integers(0, len(changed) - 1))] = data.draw(st.integers(0, 255))
+    whole.path.write_bytes(changed)
+    with suppress(ps.DataError):
+        assert_same_state(ps.load(whole.path, whole.model), whole.result.model)
+
+
+def test_files_of_others_are_refused(whole):
+    save_file(whole.model.state_dict(), whole.path)
+    damaged(whole, whole.path.read_bytes())
+    for other in (b"", b"GGUF" * 100, b"\x80\x04K\x01." * 9, json.dumps({"a": 1}).encode()):
+        damaged(whole, other)
+
+
+# --- files that somebody made to do harm: their checksums are right
+
+
+def sealed(text, header=None):
+    """A file whose record is this text."""
+    record = f'{{"checksum":{zlib.crc32(text.encode())},"record":{text}}}'
+    head = json.dumps({"__metadata__": {"pysolve": record}, **(header or {})}).encode()
+    return struct.pack("<Q", len(head)) + head
+
+
+@contextmanager
+def little_memory(most):
+    """At most this many bytes more, from NumPy, Python or torch."""
+    pages = int(Path("/proc/self/statm").read_text().split()[0])
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + max(most, 64 << 20), hard))
+    tracemalloc.start()
+    try:
+        yield
+        assert tracemalloc.get_traced_memory()[1] < most
+    finally:
+        tracemalloc.stop()
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+
+
+HUGE = {"dtype": "F32", "shape": [2**25, 2**25], "data_offsets": [0, 0]}
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        struct.pack("<Q", 2**60) + b"{}",
+        struct.pack("<Q", 2**63 + 5) + b"{" * 1000,
+        struct.pack("<Q", 10**9) + b"{" * 1000,
+        sealed("{}", {"a": HUGE}),
+        sealed("{}", {"a": {**HUGE, "data_offsets": [0, 2**52]}}),
+        sealed("{}", {"a": {**HUGE, "shape": [2**40] * 4}}),
+        sealed("[" * 100_000 + "]" * 100_000),
+        sealed("[" + "[]," * 1_000_000 + "0]"),
+        sealed("9" * 5000),
+        sealed('{"version":1e999,"checksums":{}}'),
+        sealed('{"version":1}'),
+        sealed("[]"),
+    ],
+)
+def test_headers_that_claim_too_much_take_no_memory(data, tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(data)
+    model = mlp()
+    with little_memory(4 * len(data) + 200_000), pytest.raises(ps.DataError):
+        ps.load(path, model)
+
+
+def forged(whole, change):
+    """The usual file with a record and tensors changed, its checksums right."""
+    whole.path.write_bytes(whole.data)
+    record, tensors = storage.read(whole.path)
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    change(record, tensors)
+    storage.write(whole.path, tensors, record)
+
+
+VALUES = "fc1.values"
+GAPS = "fc1.values:gaps"
+
+
+def step(**changes):
+    """A change of the only step."""
+    return lambda record, _: record["stages"][0][0].update(changes)
+
+
+def tensor(name, value):
+    return lambda _, tensors: tensors.update({name: value})
+
+
+def field(**changes):
+    return lambda record, _: record.update(changes)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (field(version=2), "has format version 2, but this pysolve reads version 1: update"),
+        (field(version=None), "has format version None"),
+        (lambda record, _: record.pop("stages"), "expected a field 'stages'"),
+        (field(stages={}), "expected stages to be a list, got an object"),
+        (field(stages=[[3]]), "expected a step to be an object, got an integer"),
+        (field(original=[]), "expected original to be an object, got a list"),
+        (field(biases="fc1.bias"), "expected biases to be a list"),
+        (field(biases=["fc9.bias"]), "it has no layer 'fc9'"),
+        (field(biases=[".bias"]), " is a Mlp, which has no channels"),
+        (field(sparse=["fc1", 7]), "every part of sparse to be a string, got an integer"),
+        (field(sparse=[]), "only one of them has fc1.values"),
+        (field(sparse=["fc1", "fc2"]), "only one of them has"),
+        (field(sparse=[""]), "is a Mlp, which has no sparse form"),
+        (field(training=3), "expected training to be a list, got an integer"),
+        (field(training=["fc9"]), "it has no layer 'fc9'"),
+        (field(shapes=[]), "expected shapes to be an object"),
+        (field(aliases={"fc1.bias": 4}), "expected aliases to be a string"),
+        (field(aliases={"fc1.bias": "fc2.bias"}), "only one of them has fc1.bias"),
+        (step(keep=[1, 2]), "expected keep as indices"),
+        (step(keep="0-99999999999"), "expected keep as indices"),
+        (step(keep="0-9999999999"), "expected keep within 0 … 39"),
+        (step(keep="0-39 0-39"), "expected keep within 0 … 39, each once"),
+        (step(keep="3 2"), "keep must list channel indices in ascending order"),
+        (step(keep=""), "no channel of fc1 → fc2 would be left"),
+        (step(keep="0-18"), "expected fc1.values of shape .19, 6., got .20, 6."),
+        (step(channels=2**50), "expected a site of 1 … 40 channels"),
+        (step(channels=0), "expected a site of 1 … 40 channels"),
+        (step(channels=True), "expected channels to be an integer, got true or false"),
+        (step(writers=[]), "expected fc1.values of shape"),
+        (step(writers=[], readers=[]), "expected a site of 1 … 0 channels"),
+        (step(writers=["fc1", "fc1 "]), "it has no layer 'fc1 '"),
+        (step(readers=[""]), "expected a site|several steps speak|is a Mlp|exactly"),
+        (step(rows={"fc1": "0-9999999"}), "expected rows within 0 … 39"),
+        (step(rows={"fc1": "0-38"}), "as many indices for each of 40 channels"),
+        (step(rows={"fc3": "0-3"}), "as many indices|rows names 'fc3'"),
+        (lambda record, _: record["stages"].append(record["stages"][0]), "a site of 1 … 20 channels"),
+        (lambda record, _: record["stages"][0].append(record["stages"][0][0]), "same rows of fc1"),
+        (lambda record, _: record["shapes"].update({VALUES: [2**25, 2**25]}), "fc1.values of shape"),
+        (lambda record, _: record["shapes"].pop(VALUES), "only one of them has fc1.values:gaps"),
+        (tensor(GAPS, torch.full((10**5,), 255, dtype=torch.uint8)), "at most 120 values"),
+        (tensor(GAPS, torch.zeros(12)), "a row of uint8 or uint16 gaps"),
+        (tensor(GAPS, torch.full((12,), 254, dtype=torch.uint8)), "reach beyond the 120 places"),
+        (tensor(GAPS, torch.zeros(11, dtype=torch.uint8)), "a gap for each of 12 values"),
+        (tensor(VALUES, torch.zeros(10**5)), "expected at most 120 values"),
+        (tensor(VALUES, torch.zeros(3, 4)), "expected a row of values"),
+        (tensor(VALUES, torch.zeros(12, dtype=torch.int32)), "fc1.values in torch.float32, got"),
+        (tensor("fc2.bias", torch.zeros(31)), "expected fc2.bias of shape .30., got .31."),
+        (tensor("fc2.bias", torch.zeros(30).int()), "expected fc2.bias in torch.float32, got torch.int32"),
+        (tensor("fc9.bias", torch.zeros(31)), "only one of them has fc9.bias"),
+        (lambda _, tensors: tensors.pop("fc3.bias"), "only one of them has fc3.bias"),
+    ],
+)
+def test_records_that_do_not_hold_are_refused(change, message, whole):
+    forged(whole, change)
+    with pytest.raises(ps.DataError, match=message):
+        ps.load(whole.path, whole.model)
+
+
+LEAVES = st.none() | st.booleans() | st.integers(-1, 50) | st.floats(0, 1e300)
+JSON = st.recursive(
+    LEAVES | st.text("019- fc.", max_size=6),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("fc1"), inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@given(data=st.data())
+def test_any_value_anywhere_in_the_record_is_refused_or_does_no_harm(whole, data):
+    def change(record, _):
+        place, key = record, data.draw(st.sampled_from(sorted(record)))
+        while isinstance(place[key], dict | list) and place[key] and data.draw(st.booleans()):
+            place = place[key]
+            key = data.draw(st.sampled_from(range(len(place)) if isinstance(place, list) else sorted(place)))
+        place[key] = data.draw(JSON)
+
+    forged(whole, change)
+    with suppress(ps.DataError):
+        assert_same_state(ps.load(whole.path, whole.model), whole.result.model)
+
+
+# --- whole or not at all
+
+
+@pytest.mark.parametrize("failing", ["save_file", "fsync", "replace"])
+def test_a_save_that_fails_leaves_what_was_there(failing, tmp_path, monkeypatch):
+    result, model = small()
+    path = tmp_path / "a.safetensors"
+    ps.save(result, path)
+    before = path.read_bytes()
+
+    def fails(*args, **kwargs):
+        if failing == "save_file":
+            Path(args[1]).write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(storage if failing == "save_file" else os, failing, fails)
+    other = ps.prune(model, amount=0.5)
+    for target in (path, tmp_path / "new.safetensors"):
+        with pytest.raises(OSError, match="no space left"):
+            ps.save(other, target)
+    assert [file.name for file in tmp_path.iterdir()] == ["a.safetensors"]
+    assert path.read_bytes() == before
+
+
+def test_files_are_as_open_as_others(tmp_path):
+    result, _ = small()
+    ps.save(result, tmp_path / "a.safetensors")
+    (tmp_path / "b").touch()
+    modes = {stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_packed_tensors_are_unpacked_by_any_network_of_these_layers():
+    model = mlp()
+    packed = pack(model)
+    assert isinstance(packed, Packed)
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in unpack(packed, model).items())

@@ -1,0 +1,136 @@
+"""Plans survive as plain values, and plain values that are no plan are refused before they cost memory."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pysolve.errors import DataError
+from pysolve.plan import Collapse, Site
+from pysolve.records import indices_of, plain, ranges, step_record, steps_of, strings, typed
+
+
+@given(st.lists(st.integers(0, 40), unique=True))
+def test_indices_survive_in_any_order(indices):
+    text = ranges(indices)
+    assert indices_of(text, 41, "indices").tolist() == indices
+    parts = [part.split("-") for part in text.split()]
+    assert sum(int(part[-1]) - int(part[0]) + 1 for part in parts) == len(indices)
+
+
+def test_neighbours_are_written_together():
+    assert ranges([0, 1, 2, 7, 4, 5]) == "0-2 7 4-5"
+    assert ranges([3, 2, 1]) == "3 2 1"
+    assert ranges(np.arange(800).reshape(50, 16)) == "0-799"
+    assert ranges([]) == ""
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "-1",
+        "1-",
+        "1--2",
+        "3-2",
+        "1,2",
+        " 1",
+        "1 ",
+        "1  2",
+        "²",
+        "0x1",
+        "10",
+        "0-10",
+        "0-9 0",
+        "9" * 11,
+        3,
+        None,
+    ],
+)
+def test_what_is_no_list_of_indices_is_refused(text):
+    with pytest.raises(DataError, match="expected keep"):
+        indices_of(text, 10, "keep")
+
+
+def test_numbers_become_plain():
+    value = {"a": np.int64(3), 1: (np.float32(0.5), float("nan"), -np.inf), "b": [np.bool_(True), None, "x"]}
+    assert plain(value) == {"a": 3, "1": [0.5, None, None], "b": [True, None, "x"]}
+    json.dumps(plain(value), allow_nan=False)
+    with pytest.raises(TypeError, match="numbers and strings, got object"):
+        plain([object()])
+
+
+WIDTHS = {"a": 12, "b": 12, "norm": 12, "c": 24, "d": 6}
+
+
+def width(what, name):
+    if name not in WIDTHS:
+        raise DataError(f"it has no layer {name!r}.")
+    return WIDTHS[name]
+
+
+@st.composite
+def steps(draw):
+    """A site of six channels in blocks, or in a shuffled table, and some of its channels."""
+    order = np.array(draw(st.permutations(range(12)))).reshape(6, 2)
+    rows = {"a": order, "norm": order[:, ::-1]} if draw(st.booleans()) else {}
+    columns = {"d": order[:, :1] // 2} if draw(st.booleans()) and len({*order[:, 0] // 2}) == 6 else {}
+    keep = sorted(draw(st.sets(st.integers(0, 5))))
+    passed = ("norm",) if draw(st.booleans()) or rows else ()
+    return Collapse(Site(6, ("a", "b"), ("c", "d"), passed, rows, columns), keep)
+
+
+@given(steps())
+def test_steps_survive(step):
+    (again,) = steps_of(json.loads(json.dumps([step_record(step)])), width)
+    assert again.keep.tolist() == step.keep.tolist()
+    for part in ("channels", "writers", "readers", "passed", "pinned"):
+        assert getattr(again.site, part) == getattr(step.site, part)
+    for part in ("rows", "columns"):
+        tables, wanted = getattr(again.site, part), getattr(step.site, part)
+        assert {n: t.tolist() for n, t in tables.items()} == {n: t.tolist() for n, t in wanted.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"channels": 10**15}, "expected a site of 1 … 24 channels, got 1000000000000000"),
+        ({"channels": -1}, "expected a site of 1 … 24 channels"),
+        ({"channels": 6.0}, "expected channels to be an integer, got a number"),
+        ({"rows": {"a": "0-4"}}, "expected rows of as many indices for each of 6 channels"),
+        ({"rows": {"a": "0-12"}}, "expected rows within 0 … 11"),
+        ({"rows": {"z": "0-5"}}, "it has no layer 'z'"),
+        ({"rows": {"d": "0-5"}}, "rows names 'd', which is none of"),
+        ({"columns": {"c": "0-3 3-4"}}, "columns of as many|columns of c must give each"),
+        ({"columns": {"c": "0-4 4"}}, "columns of c must give each"),
+        ({"writers": "a"}, "expected writers to be a list, got a string"),
+        ({"keep": "5-6"}, "expected keep within 0 … 5"),
+        ({"keep": None}, "expected keep as indices"),
+    ],
+)
+def test_what_is_no_step_is_refused(changes, message):
+    record = step_record(Collapse(Site(6, ("a",), ("c", "d")), [0, 3]))
+    with pytest.raises(DataError, match=message):
+        steps_of([record | changes], width)
+
+
+def test_steps_may_share_a_layer_but_not_its_channels():
+    halves = [
+        Collapse(Site(6, ("a",), ("d",), (), {"a": np.arange(6)[:, None] + start}, {"d": table}), [1])
+        for start, table in ((0, np.arange(3).repeat(2)[:0].reshape(6, 0)), (6, np.arange(6)[:, None]))
+    ]
+    assert len(steps_of([*map(step_record, halves)], width)) == 2
+    with pytest.raises(DataError, match="several steps speak of the same rows of a"):
+        steps_of([*map(step_record, halves), step_record(halves[1])], width)
+
+
+def test_a_field_that_is_missing_or_of_another_type_is_named():
+    record = step_record(Collapse(Site(6, ("a",), ("c",)), [0]))
+    del record["keep"]
+    with pytest.raises(DataError, match="expected a field 'keep', got channels, writers"):
+        steps_of([record], width)
+    with pytest.raises(DataError, match="expected it to be true or false, got null"):
+        typed(None, bool, "it")
+    with pytest.raises(DataError, match="expected every part of it to be a string, got an integer"):
+        strings(["a", 3], "it")
