@@ -54,7 +54,8 @@ def indices_of(text: Any, limit: int, what: str) -> Indices:
     ------
     DataError
     """
-    if not isinstance(text, str) or (text and not _RANGES.fullmatch(text)):
+    # Matching takes memory for every part, so there may not be more than the indices that could be meant.
+    if not isinstance(text, str) or text.count(" ") > limit or (text and not _RANGES.fullmatch(text)):
         raise DataError(f'expected {what} as indices such as "0-2 7", got {str(text)[:40]!r}.')
     pairs = [tuple(map(int, part.split("-"))) for part in text.split()]
     parts = [(pair[0], pair[-1] + 1) for pair in pairs]

@@ -1,6 +1,7 @@
 """Plans survive as plain values, and plain values that are no plan are refused before they cost memory."""
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -51,6 +52,15 @@ def test_neighbours_are_written_together():
 def test_what_is_no_list_of_indices_is_refused(text):
     with pytest.raises(DataError, match="expected keep"):
         indices_of(text, 10, "keep")
+
+
+def test_long_lists_of_indices_are_not_even_read():
+    text = "0 " * 1_000_000 + "0"
+    tracemalloc.start()
+    with pytest.raises(DataError, match="expected keep as indices"):
+        indices_of(text, 10, "keep")
+    assert tracemalloc.get_traced_memory()[1] < 10_000
+    tracemalloc.stop()
 
 
 def test_numbers_become_plain():

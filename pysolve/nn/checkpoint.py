@@ -15,11 +15,12 @@ from pysolve import __version__
 from pysolve.compressed import Compressed, fingerprint
 from pysolve.errors import DataError, PysolveError
 from pysolve.forms import Sparse
+from pysolve.nn.layers import in_form
 from pysolve.nn.network import find_layer
 from pysolve.nn.packing import Packed, bits, pack, sparse_layers, unpack
 from pysolve.nn.slicing import inputs, outputs
 from pysolve.nn.storage import read, write
-from pysolve.nn.surgery import apply
+from pysolve.nn.surgery import apply, substitute
 from pysolve.plan import Plan
 from pysolve.records import Width, field, plain, step_record, steps_of, strings, typed
 
@@ -114,7 +115,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         _fill(network, unpack(packed, network))
         _set_modes(network, field(record, "training"))
     except (PysolveError, ValueError, TypeError, RuntimeError) as error:
-        raise DataError(f"{path} does not fit this {type(model).__name__}: {error}") from error
+        why = str(error).rstrip(".")
+        raise DataError(f"{path} does not fit this {type(model).__name__}: {why}.") from error
     return network
 
 
@@ -170,8 +172,10 @@ def _rebuilt(record: Mapping[str, Any], model: nn.Module) -> nn.Module:
     for stage in typed(field(record, "stages"), list, "stages"):
         steps = steps_of(stage, _widths(network))
         network = apply(network, Plan(steps)) if steps else network
-    sparse = sorted({*strings(field(record, "sparse"), "sparse")})
-    return apply(network, Plan(forms={name: _empty(network, name) for name in sparse})) if sparse else network
+    for name in strings(field(record, "sparse"), "sparse"):
+        layer = find_layer(network, name)
+        substitute(network, layer, in_form(layer, _empty(name, layer)))
+    return network
 
 
 def _widths(network: nn.Module) -> Width:
@@ -189,9 +193,8 @@ def _widths(network: nn.Module) -> Width:
     return width
 
 
-def _empty(network: nn.Module, name: str) -> Sparse:
+def _empty(name: str, layer: nn.Module) -> Sparse:
     """A form without entries for a layer."""
-    layer = find_layer(network, name)
     if not isinstance(layer, nn.Linear | nn.Conv2d):
         raise DataError(f"{name} is a {type(layer).__name__}, which has no sparse form.")
     return Sparse(tuple(layer.weight.shape), np.zeros(0, np.float32), np.zeros(0, np.uint8))

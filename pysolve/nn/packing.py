@@ -134,7 +134,7 @@ def decoded(values: Tensor, gaps: Tensor, shape: tuple[int, ...]) -> Sparse:
 
 def bits(tensor: Tensor) -> Tensor:
     """The bytes of a tensor as integers of the same size."""
-    return tensor.detach().cpu().contiguous().view(_BITS[tensor.element_size()])
+    return _plain(tensor).view(_BITS[tensor.itemsize])
 
 
 def sparse_layers(model: nn.Module, *, remove_duplicate: bool = False) -> dict[str, SparseLayer]:
@@ -157,12 +157,17 @@ def _check_storable(name: str, tensor: Any) -> None:
 
 def _own(tensor: Tensor, storages: set[int]) -> Tensor:
     """The tensor where none of those before lies."""
-    tensor = tensor.detach().cpu().contiguous()
+    tensor = _plain(tensor)
     pointer = tensor.untyped_storage().data_ptr()
     if pointer in storages:
         return tensor.clone()
     storages.add(pointer)
     return tensor
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    """On the CPU, in order; conjugates and negatives, which torch only marks as such, carried out."""
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
 def _entries(layer: SparseLayer) -> Sparse:

@@ -72,9 +72,10 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         _check_sums(tensors, record.get("checksums"))
     # RuntimeError: JSON nested too deeply. The last three: data types that torch lacks.
     except (DataError, SafetensorError, ValueError, RuntimeError, *_LACKING) as error:
+        why = str(error).rstrip(".")
         raise DataError(
-            f"{path} is no file written by pysolve.save, or it is damaged: {error} Save the network again, "
-            "or copy the file anew."
+            f"{path} is no file written by pysolve.save, or it is damaged: {why}. Save the network again, or "
+            "copy the file anew."
         ) from error
     return record, tensors
 

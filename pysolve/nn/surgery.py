@@ -73,7 +73,7 @@ def apply(model: nn.Module, plan: Plan, *, probe: Any = None) -> nn.Module:
     for name, cut in cuts.items():
         narrow(layers[name], cut)
     for name, form in plan.forms.items():
-        _substitute(smaller, layers[name], in_form(layers[name], form))
+        substitute(smaller, layers[name], in_form(layers[name], form))
     if probe is not None:
         _verify(model, smaller, plan, probe)
     return smaller
@@ -93,6 +93,14 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     for name, form in plan.forms.items():
         load(wide, {f"{name}.weight": torch.from_numpy(form.dense())})
     return wide
+
+
+def substitute(model: nn.Module, layer: nn.Module, other: nn.Module) -> None:
+    """Put a layer in another's place in a network, under all its names."""
+    for owner in list(model.modules()):
+        for name, child in list(owner._modules.items()):
+            if child is layer:
+                setattr(owner, name, other)
 
 
 def _copy(model: nn.Module, values: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, nn.Module]]:
@@ -153,14 +161,6 @@ def _check_form(name: str, layer: nn.Module, form: Sparse, cuts: Mapping[str, Cu
         in_form(layer, form)
     except PysolveError as error:
         raise CollapseError(f"{name} cannot take this form: {error}") from error
-
-
-def _substitute(model: nn.Module, layer: nn.Module, other: nn.Module) -> None:
-    """Put one layer in another's place, under all its names."""
-    for owner in list(model.modules()):
-        for name, child in list(owner._modules.items()):
-            if child is layer:
-                setattr(owner, name, other)
 
 
 def _cut(name: str, layer: nn.Module, uses: list[tuple[str, Collapse]]) -> Cut:
