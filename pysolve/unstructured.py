@@ -88,7 +88,9 @@ def prune(
     )
     sparse = {line.name for line in lines if line.layout == "sparse"}
     plan = Plan(
-        values={f"{name}.weight": weight for name, weight in pruned.items() if name not in sparse},
+        values={
+            f"{name}.weight".lstrip("."): weight for name, weight in pruned.items() if name not in sparse
+        },
         forms={name: Sparse.from_dense(weight) for name, weight in pruned.items() if name in sparse},
     )
     smaller = apply(original, plan, probe=None if first is None else take(first, 0, 16))
@@ -124,6 +126,8 @@ def _laid_out(name: str, layer: Any, weight: Any, layout: str, x: Tensor | None)
     line = LayerReport(name, np.count_nonzero(weight) / max(1, weight.size), "dense", "as asked")
     if layout == "dense":
         return line
+    if not name:
+        return replace(line, why="it is the whole network: put it into an nn.Sequential to run it sparse")
     if type(layer) not in (nn.Linear, nn.Conv2d):
         return replace(line, why=f"a {type(layer).__name__} has no sparse form")
     form = Sparse.from_dense(weight)

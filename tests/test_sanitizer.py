@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+PLAIN = ("threads", "csr", "csr_levels", "csr_multiply", "csr_plain")
 LEVELS = {
     "csr_avx2": ["-mavx2", "-mfma"],
     "csr_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mpopcnt"],
@@ -21,10 +22,9 @@ def test_no_kernel_leaves_its_arrays(tmp_path):
     flags = ["-std=c++20", "-O1", "-Wno-psabi", "-fsanitize=address,undefined", "-fno-sanitize-recover"]
     include = ["-I", str(ROOT / "csrc" / "include"), "-I", str(ROOT / "csrc" / "src")]
     x86 = platform.machine() in ("x86_64", "AMD64")
-    sources = {
-        ROOT / "csrc" / "src" / f"{name}.cpp": [] for name in ("threads", "csr", "csr_levels", "csr_multiply", "csr_plain")
-    }
-    sources |= {ROOT / "csrc" / "src" / f"{name}.cpp": own for name, own in LEVELS.items() if x86}
+    core = ROOT / "csrc" / "src"
+    sources = {core / f"{name}.cpp": [] for name in PLAIN}
+    sources |= {core / f"{name}.cpp": own for name, own in LEVELS.items() if x86}
     sources[ROOT / "tests" / "csr_test.cpp"] = []
     objects = []
     for source, own in sources.items():

@@ -109,6 +109,14 @@ def test_layers_without_a_sparse_form_are_pruned_dense():
     assert int((result.model[0].weight == 0).sum()) == 12
 
 
+def test_a_network_that_is_one_layer_is_pruned_dense():
+    model = nn.Linear(6, 4)
+    result = ps.prune(model, amount=0.5, layout="sparse")
+    assert type(result.model) is nn.Linear
+    assert int((result.model.weight == 0).sum()) == 12
+    assert "put it into an nn.Sequential" in result.report.layers[0].why
+
+
 def test_the_report_counts_what_is_left():
     model = network()
     result = ps.prune(model, batches(), amount=0.75, layout="sparse", evaluate=lambda m: float(len(list(m))))
