@@ -118,7 +118,7 @@ class Report:
             lines += wrap(f"Note: {note}", _WIDTH, subsequent_indent="      ", break_on_hyphens=False)
         total = sum(self.seconds.values())
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
-        return "\n".join([*lines, f"{total:.1f} s: {stages}"])
+        return "\n".join([*lines, f"{total:.1f} s: {stages}"] if self.seconds else lines)
 
 
 def _costs(report: Report) -> str:

@@ -84,9 +84,15 @@ def test_layers_stay_dense_where_sparse_is_slower_or_larger(monkeypatch):
     result = ps.prune(network(), batches(), amount={"3": 0.9, "5": 0.3})
     assert kinds(result.model) == ["Conv2d", "Linear", "Linear"]
     slower, larger = result.report.layers[1:]
-    assert slower.why == "sparse would take 1.5 times as long"
+    assert slower.why == "sparse would take 1.50 times as long"
     assert "times the bytes" in larger.why
-    assert "sparse would take 1.5 times as long" in str(result.report)
+    assert "sparse would take 1.50 times as long" in str(result.report)
+
+
+def test_a_layer_that_is_hardly_faster_stays_dense(monkeypatch):
+    timing(monkeypatch, dense=1e-3, sparse=0.95e-3)
+    result = ps.prune(network(), batches(), amount=0.9)
+    assert {line.why for line in result.report.layers} == {"sparse would take 0.95 times as long"}
 
 
 def test_without_batches_nothing_is_timed_and_that_is_said():
