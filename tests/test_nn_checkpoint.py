@@ -29,8 +29,9 @@ from pysolve.compressed import Compressed, after, fingerprint
 from pysolve.nn import storage
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.network import forward
-from pysolve.nn.packing import Packed, bits, coded, decoded, pack, unpack
+from pysolve.nn.packing import Packed, coded, decoded, pack, unpack
 from pysolve.nn.slicing import WEIGHTED, outputs
+from pysolve.nn.storage import bits
 from pysolve.nn.zoo import Mlp
 from pysolve.plan import Collapse, Plan, Site
 from pysolve.report import Report
@@ -269,6 +270,18 @@ def test_tensors_that_overlap_in_memory_are_saved_apart(tmp_path):
     fresh.register_buffer("seen", torch.zeros(2, 4))
     fresh.register_buffer("turned", torch.zeros(4, 4))
     assert_restored(Compressed(model, Plan(), REPORT), fresh, tmp_path / "a.safetensors", vectors(d=4))
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (0, 3), (1, 1), (100, 3), (3, 0, 2)])
+@pytest.mark.parametrize("fill", [0.0, -0.0, 1.0])
+def test_tensors_of_any_shape_come_back(shape, fill, tmp_path):
+    model = mlp()
+    model.register_buffer("extra", torch.full(shape, fill))
+    model.register_buffer("same", torch.full((), fill).expand(shape))
+    fresh = mlp()
+    fresh.register_buffer("extra", torch.rand(shape))
+    fresh.register_buffer("same", torch.rand(shape))
+    assert_restored(Compressed(model, Plan(), REPORT), fresh, tmp_path / "a.safetensors", vectors())
 
 
 def test_numbers_that_torch_only_marks_as_negative_are_saved_so(tmp_path):

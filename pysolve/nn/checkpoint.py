@@ -17,9 +17,9 @@ from pysolve.errors import DataError, PysolveError
 from pysolve.forms import Sparse
 from pysolve.nn.layers import in_form
 from pysolve.nn.network import find_layer
-from pysolve.nn.packing import Packed, bits, pack, sparse_layers, unpack
+from pysolve.nn.packing import Packed, pack, sparse_layers, unpack
 from pysolve.nn.slicing import inputs, outputs
-from pysolve.nn.storage import read, write
+from pysolve.nn.storage import bits, read, write
 from pysolve.nn.surgery import apply, substitute
 from pysolve.plan import Plan
 from pysolve.records import Width, field, plain, step_record, steps_of, strings, typed

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from pysolve.errors import DataError, PysolveError
 from pysolve.forms import Sparse
 from pysolve.nn.layers import SparseConv2d, SparseLinear
+from pysolve.nn.storage import bits, in_order
 from pysolve.records import typed
 
 SparseLayer = SparseLinear | SparseConv2d
 _GAPS = ":gaps"
 # What of a sparse layer follows from where its entries are.
 _DERIVED = ("indices", "indptr")
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 # What a second tensor adds to the header of a file, in bytes.
 _ENTRY = 200
 
@@ -132,11 +132,6 @@ def decoded(values: Tensor, gaps: Tensor, shape: tuple[int, ...]) -> Sparse:
     return Sparse(shape, bits(values).numpy(), gaps.numpy())
 
 
-def bits(tensor: Tensor) -> Tensor:
-    """The bytes of a tensor as integers of the same size."""
-    return _plain(tensor).view(_BITS[tensor.itemsize])
-
-
 def sparse_layers(model: nn.Module, *, remove_duplicate: bool = False) -> dict[str, SparseLayer]:
     """Sparse layers by all their names, or by their first."""
     layers = model.named_modules(remove_duplicate=remove_duplicate)
@@ -157,17 +152,12 @@ def _check_storable(name: str, tensor: Any) -> None:
 
 def _own(tensor: Tensor, storages: set[int]) -> Tensor:
     """The tensor where none of those before lies."""
-    tensor = _plain(tensor)
+    tensor = in_order(tensor)
     pointer = tensor.untyped_storage().data_ptr()
     if pointer in storages:
         return tensor.clone()
     storages.add(pointer)
     return tensor
-
-
-def _plain(tensor: Tensor) -> Tensor:
-    """On the CPU, in order; conjugates and negatives, which torch only marks as such, carried out."""
-    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
 
 
 def _entries(layer: SparseLayer) -> Sparse:

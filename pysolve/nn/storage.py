@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pysolve.errors import DataError
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _KEY = "pysolve"
 _SEALED = re.compile(r'\{"checksum":(\d{1,10}),"record":(.*)\}', re.DOTALL)
 # Parsed JSON takes up to fifty times the memory of its text, in the worst case for each of these.
@@ -80,6 +81,16 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return record, tensors
 
 
+def bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor as integers of the same size."""
+    return in_order(tensor).view(_BITS[tensor.itemsize])
+
+
+def in_order(tensor: Tensor) -> Tensor:
+    """On the CPU, as a file has it; conjugates and negatives, which torch only marks as such, carried out."""
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+
+
 def _check_header(path: Path) -> None:
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -114,5 +125,5 @@ def _check_sums(tensors: Mapping[str, Tensor], checksums: Any) -> None:
 def _checksum(tensor: Tensor) -> int:
     """CRC-32 of data type, shape and bytes."""
     start = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    content: Any = tensor.reshape(-1).view(torch.uint8).numpy()
+    content: Any = bits(tensor).numpy()
     return zlib.crc32(content, start)
