@@ -22,9 +22,10 @@ from pysolve.errors import DataError
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _KEY = "pysolve"
 _SEALED = re.compile(r'\{"checksum":(\d{1,10}),"record":(.*)\}', re.DOTALL)
-# Parsed JSON takes up to fifty times the memory of its text, in the worst case for each of these.
+# Lists and objects take up to fifty times the memory of their JSON, and no network needs so many.
 _PARTS = 1_000_000
 _LONGEST_HEADER = 100_000_000
+# What comes of data types that torch does not have.
 _LACKING = (AttributeError, KeyError, TypeError)
 
 
@@ -71,7 +72,7 @@ def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             record = _opened((file.metadata() or {}).get(_KEY))
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         _check_sums(tensors, record.get("checksums"))
-    # RuntimeError: JSON nested too deeply. The last three: data types that torch lacks.
+    # RuntimeError: JSON that is nested too deeply.
     except (DataError, SafetensorError, ValueError, RuntimeError, *_LACKING) as error:
         why = str(error).rstrip(".")
         raise DataError(
