@@ -32,14 +32,18 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
+_settings = {"debug": False}
+
+
 @app.callback()
 def _options(
+    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
     version: Annotated[
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    pass
+    _settings["debug"] = debug
 
 
 @app.command()
@@ -61,12 +65,165 @@ def demo(
         run(data, out, seed=seed, epochs=epochs)
 
 
+Network = Annotated[
+    str, typer.Argument(metavar="NETWORK", help="package.module:factory, a function that makes the network.")
+]
+Weights = Annotated[Path | None, typer.Option(help="Its state dict: .safetensors, or .pt read as tensors.")]
+Data = Annotated[
+    str,
+    typer.Option(help=".npy, .npz (x, y), a folder of IDX files, or package.module:function."),
+]
+Test = Annotated[str | None, typer.Option(help="Labelled data, as --data, to give the accuracy on.")]
+Out = Annotated[Path, typer.Option(help="Folder to write to.")]
+Ignore = Annotated[
+    list[str] | None, typer.Option(help="Layer to leave alone, or re:pattern; may be repeated.")
+]
+Select = Annotated[str, typer.Option(help="How channels are chosen.")]
+Limit = Annotated[int, typer.Option("--samples", min=1, help="Most inputs of an array to use.")]
+Rounded = Annotated[int, typer.Option(min=1, help="Widths in multiples of so many channels.")]
+Seed = Annotated[int, typer.Option(help="Of all random choices.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Quiet = Annotated[bool, typer.Option(help="Print nothing but errors.")]
+
+
+@app.command()
+def inspect(
+    network: Network, data: Data, weights: Weights = None, ignore: Ignore = None, json: Json = False
+) -> None:
+    """Show what of a network can shrink, and what cannot and why, before any work."""
+    with _failing_plainly():
+        from pysolve.commands import show_sites
+
+        show_sites(network, data, weights, ignore or (), json)
+
+
+@app.command()
+def compress(
+    network: Network,
+    data: Data,
+    weights: Weights = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="params, macs or bytes = share or number; repeatable.  [default: params=0.25]"),
+    ] = None,
+    test: Test = None,
+    out: Out = Path("compressed"),
+    select: Select = "elimination",
+    ignore: Ignore = None,
+    distill: Annotated[
+        str, typer.Option(help="Match the original's outputs afterwards: 60s, 2m, or 5e for epochs.")
+    ] = "0",
+    round_to: Rounded = 1,
+    samples: Limit = 2000,
+    seed: Seed = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Make a network smaller, without labels and without training; write it with a report."""
+    with _failing_plainly():
+        from pysolve.commands import compress_to, duration_of, targets_of
+
+        compress_to(
+            network,
+            data,
+            weights,
+            out,
+            limit=samples,
+            test=test,
+            as_json=json,
+            quiet=quiet or json,
+            target=targets_of(target or ["params=0.25"]),
+            select=select,
+            ignore=ignore or (),
+            distill=duration_of(distill),
+            round_to=round_to,
+            seed=seed,
+        )
+
+
+@app.command()
+def sweep(
+    network: Network,
+    data: Data,
+    test: Annotated[str, typer.Option(help="Labelled data, as --data, to give accuracies on.")],
+    weights: Weights = None,
+    target: Annotated[
+        list[str] | None,
+        typer.Option(help="As in compress, one result for each.  [default: params=0.5, 0.25 and 0.1]"),
+    ] = None,
+    out: Out = Path("compressed"),
+    select: Select = "elimination",
+    ignore: Ignore = None,
+    samples: Limit = 2000,
+    seed: Seed = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Try many sizes after one pass over the data, and show what each costs."""
+    with _failing_plainly():
+        from pysolve.commands import sweep_to, targets_of
+
+        sweep_to(
+            network,
+            data,
+            weights,
+            out,
+            targets=[targets_of([one]) for one in target or ("params=0.5", "params=0.25", "params=0.1")],
+            limit=samples,
+            test=test,
+            as_json=json,
+            quiet=quiet or json,
+            select=select,
+            ignore=ignore or (),
+            seed=seed,
+        )
+
+
+@app.command()
+def evaluate(
+    network: Network,
+    data: Data,
+    weights: Weights = None,
+    compressed: Annotated[
+        Path | None, typer.Option(help="What compress wrote: the network is made as small first.")
+    ] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Samples that are timed together.")] = 64,
+    json: Json = False,
+) -> None:
+    """Show a network's accuracy on labelled data, its size, and how long it takes."""
+    with _failing_plainly():
+        from pysolve.commands import evaluate_network
+
+        evaluate_network(network, data, weights, compressed, batch, json)
+
+
+@app.command()
+def solve(
+    file: Annotated[Path, typer.Argument(help="An .npz file with r_xx (d x d) and r_yx (h x d).")],
+    lam: Annotated[float, typer.Option(help="The penalty of the group lasso.")] = 0.1,
+    relative: Annotated[
+        bool, typer.Option("--relative/--absolute", help="lam as a share of the one that keeps nothing.")
+    ] = True,
+    method: Annotated[str, typer.Option(help="newton, alternate_minimization, fista or …")] = "newton",
+    group_size: Annotated[int, typer.Option(min=1, help="Columns that go together.")] = 1,
+    out: Annotated[Path | None, typer.Option(help=".npz file for M, keep and lam.")] = None,
+    json: Json = False,
+) -> None:
+    """Solve a reconstruction problem given by its correlation matrices, to a certified gap."""
+    with _failing_plainly():
+        from pysolve.commands import solve_file
+
+        solve_file(file, lam, relative, method, group_size, out, json)
+
+
 @contextmanager
 def _failing_plainly() -> Iterator[None]:
     """One red line and exit status 2 for what the user can mend, 130 for Ctrl-C; bugs keep their trace."""
     try:
         yield
-    except (PysolveError, ImportError, OSError) as error:
+    except (PysolveError, ImportError, OSError, ValueError, TypeError) as error:
+        if _settings["debug"]:
+            raise
         message = " ".join(str(error).split())
         Console(stderr=True, highlight=False).print(
             f"Error: {message}", style="red", markup=False, soft_wrap=True

@@ -10,7 +10,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "pysolve"
 ROWS = [
     {"cli"},
-    {"demo"},
+    {"demo", "commands"},
+    {"sources"},
     {"recipe", "unstructured"},
     {"shrink"},
     {"sizes", "checks"},
@@ -36,7 +37,7 @@ ROWS = [
     {"image_files", "forms"},
     {"errors", "_core"},
 ]
-TORCH_FREE = set().union(*ROWS[16:])
+TORCH_FREE = set().union(*ROWS[17:])
 PACKAGES = {"pysolve", "pysolve.nn", "pysolve.nn.graph"}
 EXEMPT = {"__init__", "__main__", "nn.__init__", "nn.graph.__init__"}
 

@@ -132,3 +132,11 @@ def test_running_leaves_modes_and_batches_alone():
     assert model.training
     assert model.drop.training
     assert not first[0][0].requires_grad
+
+
+def test_whoever_stops_listening_keeps_gradients_and_modes():
+    model = nn.Linear(2, 2).train()
+    outputs = run(model, [torch.ones(1, 2)] * 2)
+    next(outputs)
+    assert torch.is_grad_enabled()
+    assert model.training

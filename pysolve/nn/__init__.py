@@ -21,6 +21,7 @@ Making it smaller
     values       new parameters, checked
     surgery      network and plan to a smaller network
     verify       whether two networks compute the same
+    checkpoint   save and load: packing puts a state dict into little space, storage into a file
     evaluate     accuracy, parameters, bytes, MACs, latency
 """
 

@@ -39,15 +39,17 @@ def run(
     model: nn.Module, batches: Sequence[Any], values: Mapping[str, Tensor] | None = None
 ) -> Iterator[Any]:
     """Outputs batch by batch, with other parameters and buffers if ``values`` names some."""
-    with evaluating(model):
-        for batch in batches:
+    for batch in batches:
+        # Not around the whole loop: whoever stops listening would be left without gradients.
+        with evaluating(model):
             if values is None:
-                yield forward(model, batch)
+                output = forward(model, batch)
             else:
                 # As in ``forward``, in-place layers cannot change the batch.
                 args, kwargs = pytree.tree_map_only(Tensor, Tensor.clone, arguments(batch))
                 # Ties would leave the values in a layer that has several names.
-                yield functional_call(model, dict(values), args, kwargs, tie_weights=False)
+                output = functional_call(model, dict(values), args, kwargs, tie_weights=False)
+        yield output
 
 
 def mean_divergence(

@@ -1,0 +1,226 @@
+"""The command line compresses a user's own network, from files and functions of theirs."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+import pysolve as ps
+from pysolve.cli import app
+from pysolve.commands import duration_of, targets_of
+from pysolve.errors import PysolveError
+from pysolve.sources import network, samples
+
+MODULE = """
+    import torch
+    from torch import nn
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(12, 32), nn.ReLU(), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 3))
+
+    def batches():
+        torch.manual_seed(1)
+        return [torch.randn(50, 12) for _ in range(6)]
+
+    def labelled():
+        x = torch.cat(batches())
+        return x, make()(x).argmax(1)
+
+    def slow():
+        import time
+        def endless():
+            while True:
+                open("started", "w").close()
+                time.sleep(0.05)
+                yield torch.randn(50, 12)
+        return endless()
+
+    number = 3
+    """
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """A folder with a user's module, arrays and weights, which is the current one."""
+    (tmp_path / "mine.py").write_text(textwrap.dedent(MODULE))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    monkeypatch.delitem(sys.modules, "mine", raising=False)
+    x = np.random.default_rng(0).standard_normal((300, 12))
+    np.save("inputs.npy", x)
+    model = network("mine:make")
+    with torch.no_grad():
+        np.savez("labelled.npz", x=x, y=model(torch.from_numpy(x).float()).argmax(1).numpy())
+    save_file({name: 2 * value for name, value in model.state_dict().items()}, "doubled.safetensors")
+    torch.save({"state_dict": model.state_dict()}, "same.pt")
+    return tmp_path
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_inspect_shows_what_can_shrink(home):
+    result = run("inspect", "mine:make", "--data", "mine:batches")
+    assert result.exit_code == 0, result.output
+    assert "0 → 2" in result.stdout
+    found = json.loads(run("inspect", "mine:make", "--data", "inputs.npy", "--json").stdout)
+    assert [row["channels"] for row in found["rows"] if row["pinned"] is None] == [32, 16]
+
+
+@pytest.mark.parametrize("data", ["mine:batches", "inputs.npy", "labelled.npz"])
+def test_compress_writes_a_network_that_loads_and_its_report(home, data):
+    result = run("compress", "mine:make", "--data", data, "--target", "params=0.5", "--test", "labelled.npz")
+    assert result.exit_code == 0, result.output
+    assert "score      100.00 →" in result.stdout
+    assert sorted(path.name for path in (home / "compressed").iterdir()) == [
+        "network.safetensors",
+        "report.json",
+        "report.md",
+    ]
+    report = json.loads((home / "compressed/report.json").read_text())
+    assert report["after"]["params"] <= 0.5 * report["before"]["params"]
+    assert "# mine:make, compressed" in (home / "compressed/report.md").read_text()
+    smaller = ps.load("compressed/network.safetensors", network("mine:make"))
+    assert sum(p.numel() for p in smaller.parameters()) == report["after"]["params"]
+
+
+def test_the_compressed_file_is_evaluated_like_the_network_it_came_from(home):
+    run("compress", "mine:make", "--data", "mine:batches", "--target", "params=0.6", "--out", "small")
+    whole = json.loads(run("evaluate", "mine:make", "--data", "labelled.npz", "--json").stdout)
+    command = ("evaluate", "mine:make", "--data", "labelled.npz", "--compressed", "small/network.safetensors")
+    small = json.loads(run(*command, "--json").stdout)
+    assert whole["accuracy"] == 100.0
+    assert 60 < small["accuracy"] <= 100
+    assert small["params"] <= 0.6 * whole["params"]
+    assert small["latency_ms"] > 0
+    text = run(*command).stdout
+    assert f"parameters {small['params']:,}" in text
+
+
+@pytest.mark.parametrize("weights", ["doubled.safetensors", "same.pt"])
+def test_weights_come_from_files(home, weights):
+    factor = 2 if weights.startswith("doubled") else 1
+    model, plain = network("mine:make", home / weights), network("mine:make")
+    assert torch.equal(model[0].weight, factor * plain[0].weight)
+    assert run("evaluate", "mine:make", "--data", "labelled.npz", "--weights", weights).exit_code == 0
+
+
+def test_json_and_quiet_print_nothing_else(home):
+    command = ("compress", "mine:make", "--data", "mine:batches", "--target", "macs=0.5")
+    result = run(*command, "--json")
+    assert json.loads(result.stdout)["target"] == {"macs": 0.5}
+    assert result.stderr == ""
+    result = run(*command, "--quiet", "--distill", "1e", "--round-to", "4", "--ignore", "re:4")
+    assert (result.exit_code, result.output) == (0, "")
+    report = json.loads((home / "compressed/report.json").read_text())
+    assert all(site["kept"] % 4 == 0 for site in report["sites"] if site["pinned"] is None)
+
+
+def test_sweep_shows_every_size(home):
+    command = ("sweep", "mine:make", "--data", "mine:batches", "--test", "labelled.npz")
+    result = run(*command, "--target", "params=0.7", "--target", "macs=0.5")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("\n") == 4
+    rows = json.loads((home / "compressed/sweep.json").read_text())
+    assert [row["target"] for row in rows] == [{"params": 0.7}, {"macs": 0.5}]
+    assert json.loads(run(*command, "--json").stdout)[2]["target"] == {"params": 0.1}
+
+
+def test_solve_certifies_and_writes_the_solution(home):
+    x = np.random.default_rng(0).standard_normal((200, 10))
+    r_xx, r_yx = x.T @ x / 200, (x[:, :2] @ np.ones((2, 3))).T @ x / 200
+    np.savez("problem.npz", r_xx=r_xx, r_yx=r_yx)
+    result = run("solve", "problem.npz", "--lam", "0.3", "--out", "solution.npz", "--json")
+    found = json.loads(result.stdout)
+    assert found["relative_gap"] <= 1e-8
+    with np.load("solution.npz") as file:
+        written = dict(file)
+    assert len(written["keep"]) == found["kept"] < 10
+    certificate = ps.certify(r_xx, r_yx, written["M"], found["lam"])
+    assert certificate.relative_gap <= 1e-7
+    assert found["lam"] == pytest.approx(0.3 * ps.lam_max(r_xx, r_yx))
+    assert run("solve", "problem.npz", "--lam", "0.2", "--absolute").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("inspect", "mine", "--data", "inputs.npy"), "expected package.module:factory"),
+        (("inspect", "mine:nothing", "--data", "inputs.npy"), "mine has no 'nothing'"),
+        (("inspect", "mine:number", "--data", "inputs.npy"), "must be callable, got int"),
+        (("inspect", "mine:batches", "--data", "inputs.npy"), "must return a torch.nn.Module, got list"),
+        (("inspect", "not_there:make", "--data", "inputs.npy"), "No module named 'not_there'"),
+        (("inspect", "mine:make", "--data", "nothing.npy"), "no file nothing.npy"),
+        (("inspect", "mine:make", "--data", "nothing"), "no folder, no .npy or .npz file"),
+        (("inspect", "mine:make", "--data", "mine.npz"), "no file mine.npz"),
+        (("inspect", "mine:make", "--data", "broken.npz"), "cannot be read"),
+        (("inspect", "mine:make", "--data", "inputs.npy", "--weights", "no.pt"), "no file no.pt"),
+        (("inspect", "mine:make", "--data", "inputs.npy", "--weights", "mine.py"), "not a file of tensors"),
+        (("inspect", "mine:make", "--data", "inputs.npy", "--weights", "other.safetensors"), "does not fit"),
+        (("compress", "mine:make", "--data", "inputs.npy", "--target", "params"), "such as params=0.25"),
+        (("compress", "mine:make", "--data", "inputs.npy", "--target", "size=0.5"), "size"),
+        (("compress", "mine:make", "--data", "inputs.npy", "--distill", "long"), "such as 60s, 2m or 5e"),
+        (("compress", "mine:make", "--data", "inputs.npy", "--select", "best"), "best"),
+        (("compress", "mine:make", "--data", "inputs.npy", "--ignore", "7"), "no layer '7'"),
+        (("evaluate", "mine:make", "--data", "inputs.npy"), "labels are needed"),
+        (("solve", "inputs.npy"), "r_xx and r_yx"),
+    ],
+)
+def test_what_the_user_can_mend_is_one_line_and_status_2(home, arguments, message):
+    (home / "broken.npz").write_bytes(b"PK\x03\x04broken")
+    save_file({"0.weight": torch.zeros(3, 3)}, "other.safetensors")
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stderr.startswith("Error: ")
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+    assert result.stdout == ""
+    assert not (home / "compressed").exists()
+
+
+def test_debug_shows_where_an_error_came_from(home):
+    result = run("--debug", "inspect", "mine:nothing", "--data", "inputs.npy")
+    assert isinstance(result.exception, PysolveError)
+
+
+def test_an_interrupt_exits_with_130_and_leaves_nothing(home):
+    command = [sys.executable, "-m", "pysolve", "compress", "mine:make", "--data", "mine:slow", "--quiet"]
+    with subprocess.Popen(command, cwd=home, stderr=subprocess.PIPE, text=True) as child:
+        while not (home / "started").exists() and child.poll() is None:
+            time.sleep(0.05)
+        child.send_signal(signal.SIGINT)
+        _, errors = child.communicate(timeout=30)
+    assert (child.returncode, errors) == (130, "")
+    assert not os.path.exists(home / "compressed")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [(["params=0.25"], {"params": 0.25}), (["macs=0.5", "bytes=1e6"], {"macs": 0.5, "bytes": 1_000_000})],
+)
+def test_targets_are_shares_or_whole_numbers(given, expected):
+    assert targets_of(given) == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("60s", 60.0), ("2m", 120.0), ("45", 45.0), ("5e", {"epochs": 5}), ("0", 0.0)]
+)
+def test_times_are_seconds_minutes_or_epochs(given, expected):
+    assert duration_of(given) == expected
+
+
+def test_a_folder_has_a_part_to_learn_from_and_one_to_test_on(mnist_folder):
+    assert len(samples(str(mnist_folder)).labelled()[0]) == 60_000
+    assert len(samples(str(mnist_folder), train=False).labelled()[0]) == 10_000
+    assert [len(batch) for batch in samples(str(mnist_folder)).batches(600)] == [250, 250, 100]
