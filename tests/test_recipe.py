@@ -616,7 +616,7 @@ def test_a_sweep_evaluates_before_and_after_retraining():
             parameter.data.zero_()
 
     def evaluate(network):
-        return sum(float(parameter.abs().sum()) for parameter in network.parameters())
+        return sum(float(parameter.detach().abs().sum()) for parameter in network.parameters())
 
     model = mlp()
     reports = ps.sweep(
