@@ -195,17 +195,10 @@ class SparseConv2d(_Sparse):
     def to_dense(self) -> nn.Conv2d:
         """The same layer with a dense weight."""
         channels = self.shape[1] // (self.kernel_size[0] * self.kernel_size[1])
+        shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
+        bias = self.bias is not None
         layer = nn.Conv2d(
-            channels,
-            self.shape[0],
-            self.kernel_size,
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-            self.bias is not None,
-            self.padding_mode,
-            dtype=self.values.dtype,
+            channels, len(self.indptr) - 1, *shape, bias, self.padding_mode, dtype=self.values.dtype
         )
         _fill(layer, self)
         return layer
