@@ -325,6 +325,8 @@ def heavy_product():
         return float(np.abs(ps.SparseMatrix.from_csr(csr) @ dense - csr @ dense).max())
 
 
+# From Python 3.12 on; that it is safe here is what is tested.
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded")
 def test_threads_work_after_a_fork():
     assert heavy_product() < 1e-3
     context = multiprocessing.get_context("fork")
