@@ -221,7 +221,7 @@ def _failing_plainly() -> Iterator[None]:
     """One red line and exit status 2 for what the user can mend, 130 for Ctrl-C; bugs keep their trace."""
     try:
         yield
-    except (PysolveError, ImportError, OSError, ValueError, TypeError) as error:
+    except (PysolveError, ImportError, OSError, ValueError, TypeError, RuntimeError) as error:
         if _settings["debug"]:
             raise
         message = " ".join(str(error).split())

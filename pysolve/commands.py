@@ -18,6 +18,7 @@ from torch import nn
 import pysolve as ps
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.evaluate import accuracy, latency, macs, nbytes, parameters
+from pysolve.records import plain
 from pysolve.report import Report
 from pysolve.sources import Samples, network, samples
 
@@ -48,7 +49,7 @@ def compress_to(
     )
     out.mkdir(parents=True, exist_ok=True)
     ps.save(result, out / "network.safetensors")
-    _write(out / "report.json", json.dumps(result.report.as_dict(), indent=1))
+    _write(out / "report.json", json.dumps(plain(result.report.as_dict()), indent=1))
     _write(out / "report.md", _markdown(name, result.report))
     _print_report(result.report, as_json, quiet)
     if not (quiet or as_json):
@@ -80,7 +81,7 @@ def sweep_to(
         **options,
     )
     out.mkdir(parents=True, exist_ok=True)
-    rows = [report.as_dict() for report in reports]
+    rows = [plain(report.as_dict()) for report in reports]
     _write(out / "sweep.json", json.dumps(rows, indent=1))
     if as_json:
         _print(json.dumps(rows, indent=1))
@@ -167,7 +168,7 @@ def _markdown(name: str, report: Report) -> str:
 
 def _print_report(report: Report, as_json: bool, quiet: bool) -> None:
     if as_json:
-        _print(json.dumps(report.as_dict(), indent=1))
+        _print(json.dumps(plain(report.as_dict()), indent=1))
     elif not quiet:
         _print(str(report))
 

@@ -45,7 +45,7 @@ class Samples:
     def batches(self, limit: int) -> Iterable[Any]:
         """Batches of at most ``limit`` samples of an array; a function's as they are."""
         if self.x is None:
-            return self.made or []
+            return [] if self.made is None else self.made
         x = self.x[:limit]
         return [torch.from_numpy(x[i : i + _BATCH].copy()) for i in range(0, len(x), _BATCH)]
 
@@ -84,7 +84,7 @@ def samples(name: str, *, train: bool = True) -> Samples:
     ----------
     name : str
         A .npy file of inputs; an .npz file with x and perhaps y; a folder with MNIST-style IDX files; or
-        ``package.module:function``, which returns an iterable of batches, or arrays (x, y).
+        ``package.module:function``, which returns an iterable of batches, inputs x, or inputs and labels (x, y).
     train : bool
         Which part of a folder that has two.
     """
@@ -98,7 +98,9 @@ def samples(name: str, *, train: bool = True) -> Samples:
         raise DataError(f"{name} is no folder, no .npy or .npz file, and no package.module:function.")
     made = _called(name, "function")
     if isinstance(made, tuple) and len(made) == 2:
-        return Samples(np.asarray(made[0]), np.asarray(made[1]))
+        return Samples(_inputs(np.asarray(made[0])), np.asarray(made[1]))
+    if isinstance(made, torch.Tensor | np.ndarray):
+        return Samples(_inputs(np.asarray(made)))
     return Samples(made=made)
 
 

@@ -36,6 +36,9 @@ MODULE = """
         x = torch.cat(batches())
         return x, make()(x).argmax(1)
 
+    def one():
+        return torch.cat(batches())
+
     def slow():
         import time
         def endless():
@@ -78,7 +81,7 @@ def test_inspect_shows_what_can_shrink(home):
     assert [row["channels"] for row in found["rows"] if row["pinned"] is None] == [32, 16]
 
 
-@pytest.mark.parametrize("data", ["mine:batches", "inputs.npy", "labelled.npz"])
+@pytest.mark.parametrize("data", ["mine:batches", "mine:one", "inputs.npy", "labelled.npz"])
 def test_compress_writes_a_network_that_loads_and_its_report(home, data):
     result = run("compress", "mine:make", "--data", data, "--target", "params=0.5", "--test", "labelled.npz")
     assert result.exit_code == 0, result.output
@@ -106,6 +109,11 @@ def test_the_compressed_file_is_evaluated_like_the_network_it_came_from(home):
     assert small["latency_ms"] > 0
     text = run(*command).stdout
     assert f"parameters {small['params']:,}" in text
+
+
+def test_labels_may_come_from_a_function(home):
+    found = json.loads(run("evaluate", "mine:make", "--data", "mine:labelled", "--json").stdout)
+    assert found["accuracy"] == 100.0
 
 
 @pytest.mark.parametrize("weights", ["doubled.safetensors", "same.pt"])
@@ -174,12 +182,14 @@ def test_solve_certifies_and_writes_the_solution(home):
         (("compress", "mine:make", "--data", "inputs.npy", "--select", "best"), "best"),
         (("compress", "mine:make", "--data", "inputs.npy", "--ignore", "7"), "no layer '7'"),
         (("evaluate", "mine:make", "--data", "inputs.npy"), "labels are needed"),
+        (("evaluate", "mine:make", "--data", "wide.npz"), "cannot be multiplied"),
         (("solve", "inputs.npy"), "r_xx and r_yx"),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_status_2(home, arguments, message):
     (home / "broken.npz").write_bytes(b"PK\x03\x04broken")
     save_file({"0.weight": torch.zeros(3, 3)}, "other.safetensors")
+    np.savez("wide.npz", x=np.zeros((4, 13)), y=np.zeros(4, int))
     result = run(*arguments)
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: ")
