@@ -8,8 +8,6 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor, nn
 
 from pysolve.choice import refit as least_squares_near
@@ -22,6 +20,7 @@ from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.graph.branches import Cut
 from pysolve.nn.lockstep import Fit, Sampling
 from pysolve.nn.lockstep import refit as refit_in_lockstep
+from pysolve.nn.network import as_array
 from pysolve.nn.rows import matrix, taps
 from pysolve.nn.surgery import apply
 from pysolve.nn.train import match
@@ -55,7 +54,7 @@ def shrink(
         for site, keep in zip(found.free, sizes.kept, strict=True)
         if len(keep) < site.channels
     )
-    plan = Plan(steps, {name: _array(value) for name, value in values.items()})
+    plan = Plan(steps, {name: as_array(value) for name, value in values.items()})
     probe = take(found.calibration.held[0], 0, 16)
     smaller = apply(found.model, plan, probe=probe)
     clock.stage("apply")
@@ -72,11 +71,6 @@ def shrink(
         seconds={**found.seconds, **clock.seconds},
     )
     return after(found.model, Compressed(smaller, plan, report))
-
-
-def _array(value: Tensor) -> npt.NDArray[Any]:
-    """NumPy knows no bfloat16."""
-    return np.asarray((value.float() if value.dtype == torch.bfloat16 else value).cpu())
 
 
 def _number(value: float) -> float:

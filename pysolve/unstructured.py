@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from pysolve.checks import check_model
@@ -20,7 +21,7 @@ from pysolve.nn.calibration import samples_in, take
 from pysolve.nn.divergence import kl_divergence, mean_divergence, run
 from pysolve.nn.evaluate import latency, macs, nbytes, parameters
 from pysolve.nn.layers import in_form
-from pysolve.nn.network import evaluating, find_matching, forward
+from pysolve.nn.network import as_array, evaluating, find_matching, forward
 from pysolve.nn.slicing import WEIGHTED
 from pysolve.nn.surgery import apply
 from pysolve.plan import Plan
@@ -78,7 +79,7 @@ def prune(
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}.")
     layers = dict(_layers(original, ignore))
-    weights = {name: layer.weight.detach().cpu().numpy() for name, layer in layers.items()}
+    weights = {name: as_array(layer.weight) for name, layer in layers.items()}
     kept = masks(weights, amount, method=method, scope=scope, seed=seed)
     pruned = {name: np.where(kept[name], weight, 0).astype(weight.dtype) for name, weight in weights.items()}
     first = next(iter(batches), None) if batches is not None else None
@@ -118,7 +119,9 @@ def _inputs(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> di
 
 
 def _remember(seen: dict[str, Tensor], name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
-    seen.setdefault(name, args[0].clone())
+    # A layer that is called by keywords alone is not timed.
+    if args:
+        seen.setdefault(name, args[0].clone())
 
 
 def _laid_out(name: str, layer: Any, weight: Any, layout: str, x: Tensor | None) -> LayerReport:
@@ -130,6 +133,8 @@ def _laid_out(name: str, layer: Any, weight: Any, layout: str, x: Tensor | None)
         return replace(line, why="it is the whole network: put it into an nn.Sequential to run it sparse")
     if type(layer) not in (nn.Linear, nn.Conv2d):
         return replace(line, why=f"a {type(layer).__name__} has no sparse form")
+    if layer.weight.device.type != "cpu" or layer.weight.dtype not in (torch.float32, torch.float64):
+        return replace(line, why="sparse layers run on the CPU in float32 or float64")
     form = Sparse.from_dense(weight)
     if layout == "sparse":
         return replace(line, layout="sparse")

@@ -123,6 +123,31 @@ def test_a_network_that_is_one_layer_is_pruned_dense():
     assert "put it into an nn.Sequential" in result.report.layers[0].why
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("layout", ["auto", "sparse"])
+def test_half_precision_is_pruned_dense(dtype, layout):
+    model = nn.Sequential(nn.Linear(8, 4)).to(dtype)
+    result = ps.prune(model, [torch.randn(5, 8, dtype=dtype)], amount=0.5, layout=layout)
+    assert result.model[0].weight.dtype == dtype
+    kept = result.model[0].weight != 0
+    assert int(kept.sum()) == 16
+    assert torch.equal(result.model[0].weight[kept], model[0].weight[kept])
+    assert result.report.layers[0].why == "sparse layers run on the CPU in float32 or float64"
+
+
+def test_a_layer_called_by_keywords_is_pruned_but_not_timed():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 4)
+
+        def forward(self, x):
+            return self.layer(input=x)
+
+    result = ps.prune(Keywords(), [torch.randn(5, 8)], amount=0.9)
+    assert result.report.layers[0].why == "not timed: no batch reached it"
+
+
 def test_the_report_counts_what_is_left():
     model = network()
     result = ps.prune(model, batches(), amount=0.75, layout="sparse", evaluate=lambda m: float(len(list(m))))

@@ -133,6 +133,12 @@ def as_tensor(values: Values) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
+def as_array(tensor: Tensor) -> npt.NDArray[Any]:
+    """The tensor's values for NumPy, which knows no bfloat16: as float32 then."""
+    values = tensor.detach().cpu()
+    return np.asarray(values.float() if values.dtype == torch.bfloat16 else values)
+
+
 def as_input(model: nn.Module, x: Values) -> Tensor:
     """Floating-point inputs in the network's floating type; others as they are."""
     inputs = as_tensor(x)
