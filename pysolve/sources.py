@@ -84,7 +84,7 @@ def samples(name: str, *, train: bool = True) -> Samples:
     ----------
     name : str
         A .npy file of inputs; an .npz file with x and perhaps y; a folder with MNIST-style IDX files; or
-        ``package.module:function``, which returns an iterable of batches, inputs x, or inputs and labels (x, y).
+        ``package.module:function``, which returns an iterable of batches, inputs x, or a pair (x, y).
     train : bool
         Which part of a folder that has two.
     """
