@@ -10,7 +10,7 @@ import numpy as np
 import scipy.linalg
 
 from pysolve.correlations import Array, Correlations, group_columns
-from pysolve.debias import least_squares
+from pysolve.least_squares import least_squares
 from pysolve.elimination import elimination_path
 from pysolve.plan import Indices, Site
 from pysolve.problem import Problem

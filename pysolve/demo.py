@@ -22,7 +22,7 @@ from pysolve import plots
 from pysolve.certificate import lam_max
 from pysolve.correlations import Array, Correlations
 from pysolve.datasets import Dataset, Images, digits, mnist
-from pysolve.debias import debias
+from pysolve.least_squares import debias
 from pysolve.errors import PysolveError
 from pysolve.nn.evaluate import Latency, accuracy, latency, macs, parameters
 from pysolve.nn.gather import gather

@@ -20,7 +20,7 @@ import scipy.linalg
 
 from pysolve import _core
 from pysolve.correlations import Array, group_columns
-from pysolve.debias import check_ridge, least_squares
+from pysolve.least_squares import check_ridge, least_squares
 from pysolve.problem import Problem, half_trace, problem_of
 
 Indices = npt.NDArray[np.intp]

@@ -10,7 +10,7 @@ import numpy as np
 
 from pysolve import _core
 from pysolve.correlations import Array, group_norms
-from pysolve.debias import least_squares
+from pysolve.least_squares import least_squares
 from pysolve.elimination import (
     RIDGES,
     Indices,

@@ -10,7 +10,7 @@ from rich.console import Console
 from pysolve import demo
 from pysolve.correlations import Correlations
 from pysolve.datasets import Dataset, mnist
-from pysolve.debias import debias
+from pysolve.least_squares import debias
 from pysolve.errors import PysolveError
 from pysolve.nn.evaluate import accuracy, parameters
 from pysolve.nn.gather import gather
