@@ -25,6 +25,8 @@ from pysolve.nn.network import arguments, evaluating
 _TORCH = Path(torch.__file__).parent
 # Where networks are called from, which is not where their errors come from.
 _CALLERS = {str(Path(__file__).with_name(f"{name}.py")) for name in ("export", "network", "trial")}
+# Layers of this package that stand for torch's.
+_LAYERS = {str(Path(__file__).parents[1] / f"{name}.py") for name in ("layers", "products")}
 # A frame of a stack trace: file, line, and its code where that is known.
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*(?:\n(?!\s*File ")(.*))?')
 
@@ -123,7 +125,7 @@ def _first_name(model: nn.Module, name: str) -> str:
 
 
 def _of_torch(file: str) -> bool:
-    return file.startswith(str(_TORCH))
+    return file.startswith(str(_TORCH)) or file in _LAYERS
 
 
 def _export(model: nn.Module, args: Any, kwargs: Any, free_sizes: bool) -> ExportedProgram:
