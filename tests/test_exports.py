@@ -1,0 +1,285 @@
+"""Compressed and pruned networks are ordinary ones: copied, compiled, exported, and run by others."""
+
+import copy
+import functools
+import io
+import shutil
+
+import pytest
+import torch
+from networks import Net, network
+from torch import nn
+from torch.export import Dim
+
+import pysolve as ps
+from pysolve.errors import CollapseError, PysolveError
+from pysolve.nn.dense import to_dense
+from pysolve.nn.layers import SparseConv2d, SparseLinear
+from pysolve.nn.surgery import apply
+from pysolve.plan import Collapse, Plan, Site
+
+NAMES = ("residual", "grouped", "two_residuals", "transformer_layer")
+ALL = [("residual", "pruned"), *((name, kind) for name in NAMES for kind in ("compressed", "both"))]
+FREE_BATCH = ({0: Dim.DYNAMIC},)
+every_network = pytest.mark.parametrize(("name", "kind"), ALL)
+# What torch says of itself while torch.onnx copies an exported program.
+onnx_warnings = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated")
+
+
+def sparse_layers(model):
+    return [layer for layer in model.modules() if isinstance(layer, SparseLinear | SparseConv2d)]
+
+
+@functools.cache
+def _made(name, kind):
+    model, batch = network(name)
+    if kind != "pruned":
+        model = ps.compress(model, [samples(batch, 8, seed) for seed in range(3)], keep=0.5, progress=False)
+    if kind != "compressed":
+        model = ps.prune(model, amount=0.5, layout="sparse")
+    return model.model, batch
+
+
+def made(name, kind):
+    """A network compressed to about half, pruned to sparse layers, or one after the other; and a batch."""
+    return copy.deepcopy(_made(name, kind))
+
+
+def samples(batch, n, seed=0):
+    return torch.randn(n, *batch.shape[1:], generator=torch.Generator().manual_seed(seed))
+
+
+@every_network
+def test_a_copy_computes_the_same_and_shares_no_memory(name, kind):
+    model, batch = made(name, kind)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = model(batch)
+        assert torch.equal(other(batch), expected)
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+        assert torch.equal(other(batch), expected)
+
+
+@every_network
+def test_a_plain_state_dict_loads_into_a_copy(name, kind):
+    model, batch = made(name, kind)
+    expected = model(batch)
+    buffer = io.BytesIO()
+    torch.save(model.state_dict(), buffer)
+    buffer.seek(0)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.fill_(0.5)
+    assert not torch.allclose(other(batch), expected)
+    other.load_state_dict(torch.load(buffer, weights_only=True))
+    assert torch.equal(other(batch), expected)
+
+
+@every_network
+def test_an_exported_program_computes_the_same_for_any_batch_also_from_a_file(name, kind):
+    model, batch = made(name, kind)
+    program = torch.export.export(model, (batch,), dynamic_shapes=FREE_BATCH)
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    loaded = torch.export.load(buffer)
+    for n in (2, 5):
+        x = samples(batch, n)
+        torch.testing.assert_close(program.module()(x), model(x))
+        torch.testing.assert_close(loaded.module()(x), model(x))
+
+
+@every_network
+def test_an_exported_program_has_no_operators_but_torch_s(name, kind):
+    model, batch = made(name, kind)
+    program = torch.export.export(model, (batch,))
+    targets = [node.target for node in program.graph.nodes if node.op == "call_function"]
+    assert {target.namespace for target in targets if isinstance(target, torch._ops.OpOverload)} == {"aten"}
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_program_has_the_values_as_they_are_and_can_be_trained(strict):
+    model, batch = made("two_residuals", "both")
+    model(batch)
+    for layer in sparse_layers(model):
+        layer.values = nn.Parameter(layer.values.detach() * 2)
+    module = torch.export.export(copy.deepcopy(model), (batch,), strict=strict).module()
+    outputs = [net(batch) for net in (module, model)]
+    torch.testing.assert_close(*outputs)
+    for output in outputs:
+        output.square().sum().backward()
+    theirs = dict(module.named_parameters())
+    for name, own in model.named_parameters():
+        torch.testing.assert_close(theirs[name].grad, own.grad)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
+def test_a_jit_trace_follows_sparse_layers():
+    model, batch = made("residual", "pruned")
+    trace = torch.jit.trace(model, (batch,))
+    torch.testing.assert_close(trace(2 * batch), model(2 * batch))
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+# torch hides this one from users, but cannot where warnings are errors.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.parametrize("name", NAMES)
+def test_a_compiled_network_computes_the_same_and_has_the_same_gradients(name, monkeypatch):
+    model, batch = made(name, "both")
+    x, y = batch.clone().requires_grad_(), batch.clone().requires_grad_()
+    expected = model(x)
+    expected.square().sum().backward()
+    wanted = {name: parameter.grad for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    runs = counted(monkeypatch)
+    output = torch.compile(model, backend="eager")(y)
+    assert len(runs) == len(sparse_layers(model)) > 0
+    output.square().sum().backward()
+    torch.testing.assert_close(output, expected)
+    torch.testing.assert_close(y.grad, x.grad)
+    for parameter, own in model.named_parameters():
+        torch.testing.assert_close(own.grad, wanted[parameter])
+
+
+def counted(monkeypatch):
+    """A list that grows with every sparse product."""
+    runs = []
+    product = ps.SparseMatrix.matmul
+
+    def noted(matrix, *args, **kwargs):
+        runs.append(torch.compiler.is_compiling())
+        return product(matrix, *args, **kwargs)
+
+    monkeypatch.setattr(ps.SparseMatrix, "matmul", noted)
+    return runs
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_a_network_compiled_to_machine_code_computes_the_same():
+    model = Net(lambda net, x: nn.functional.gelu(net.a(x)) * x, a=nn.Linear(6, 6))
+    model, batch = ps.prune(model, amount=0.5, layout="sparse").model, torch.randn(3, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model)(batch), model(batch))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
+@onnx_warnings
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("residual", "both"),
+        ("transformer_layer", "both"),
+        ("grouped", "pruned"),
+        ("two_residuals", "compressed"),
+    ],
+)
+def test_an_onnx_model_computes_the_same_for_any_batch(name, kind):
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, batch = made(name, kind)
+    proto = exported(model, batch)
+    onnx.checker.check_model(proto, full_check=True)
+    session = runtime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for n in (2, 5):
+        x = samples(batch, n)
+        (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+        expected = model(x).detach()
+        scale = float(expected.abs().max())
+        torch.testing.assert_close(torch.from_numpy(y), expected, atol=1e-5 * scale, rtol=0)
+
+
+@onnx_warnings
+def test_an_onnx_model_holds_entries_alone_or_one_tensor_a_weight_once_the_network_is_dense():
+    pytest.importorskip("onnx")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(150, 150), nn.ReLU(), nn.Linear(150, 150)).eval()
+    model, batch = ps.prune(model, amount=0.95, layout="sparse").model, torch.randn(2, 150)
+    sparse, dense = exported(model, batch), exported(to_dense(model), batch)
+    assert [node.op_type for node in dense.graph.node] == ["Gemm", "Relu", "Gemm"]
+    state = to_dense(model).state_dict()
+    assert {x.name: [*x.dims] for x in dense.graph.initializer} == {k: [*v.shape] for k, v in state.items()}
+    assert len(sparse.SerializeToString()) < len(dense.SerializeToString()) / 2
+
+
+def exported(model, batch):
+    return torch.onnx.export(
+        model, (batch,), dynamo=True, dynamic_shapes=FREE_BATCH, verbose=False
+    ).model_proto
+
+
+@every_network
+def test_a_network_made_dense_computes_the_same(name, kind):
+    model, batch = made(name, kind)
+    dense = to_dense(model)
+    torch.testing.assert_close(dense(batch), model(batch))
+    assert not sparse_layers(dense)
+    assert bool(sparse_layers(model)) == (kind != "compressed")
+
+
+def test_a_layer_under_two_names_stays_one_when_made_dense():
+    layer = SparseLinear.from_dense(nn.Linear(6, 6))
+    dense = to_dense(nn.Sequential(layer, nn.ReLU(), layer))
+    assert type(dense[0]) is nn.Linear
+    assert dense[0] is dense[2]
+    assert type(to_dense(layer)) is nn.Linear
+
+
+PINNED = {
+    # Network, the layers that stay dense, and what is said of the first site of each.
+    ("two_residuals", ("stem", "fc")): {"stem": "`a1`, a SparseLinear, works on them as a whole"},
+    ("residual", ("conv1", "fc")): {"conv1": "`conv2`, a SparseConv2d, works on them as a whole"},
+    ("residual", ("conv2",)): {"conv2": "the result of conv2d meets these channels directly"},
+    ("transformer_layer", ("linear1",)): {"linear1": "`linear2`, a SparseLinear, works on them as a whole"},
+    ("grouped", ("0",)): {"0": "`2`, a SparseConv2d, works on them as a whole"},
+}
+
+
+@pytest.mark.parametrize(("name", "ignore"), PINNED)
+def test_channels_that_meet_a_sparse_layer_stay_and_the_reason_says_so(name, ignore):
+    model, batch = network(name)
+    pruned = ps.prune(model, amount=0.5, layout="sparse", ignore=ignore).model
+    reasons = {writer: site.pinned for site in ps.find_sites(pruned, batch) for writer in site.writers}
+    assert None not in reasons.values()
+    assert not any("layers.py" in reason or "products.py" in reason for reason in reasons.values())
+    for writer, reason in PINNED[name, ignore].items():
+        assert reasons[writer].startswith(reason)
+    with pytest.raises(PysolveError, match=r"no channel .* can go"):
+        ps.compress(pruned, [batch], progress=False)
+
+
+def test_layers_apart_from_sparse_ones_can_be_compressed():
+    torch.manual_seed(0)
+    layers = nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU()
+    model = nn.Sequential(*layers, nn.Linear(8, 3)).eval()
+    pruned = ps.prune(model, amount=0.3, layout="sparse", ignore=["0", "2"])
+    assert len(sparse_layers(pruned.model)) == 2
+    free = [site.name for site in ps.find_sites(pruned.model, torch.randn(2, 5)) if site.pinned is None]
+    assert free == ["0 → 2"]
+    batches = [torch.randn(64, 5) for _ in range(4)]
+    smaller = ps.compress(pruned, batches, keep=8, progress=False)
+    assert smaller.model[0].out_features == smaller.model[2].in_features == 8
+    before, after = (net.state_dict() for net in (pruned.model, smaller.model))
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith(("4.", "6.")))
+    error = nn.functional.mse_loss(smaller.model(batches[0]), pruned.model(batches[0]))
+    assert error < 0.1 * pruned.model(batches[0]).var()
+
+
+@pytest.mark.parametrize("role", ["writers", "readers"])
+def test_a_site_written_by_hand_cannot_cut_a_sparse_layer(role):
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    pruned = ps.prune(model, amount=0.5, layout="sparse", ignore=["0" if role == "readers" else "2"]).model
+    plan = Plan((Collapse(Site(6, ("0",), ("2",)), [0, 2]),))
+    with pytest.raises(CollapseError, match="SparseLinear"):
+        apply(pruned, plan)
