@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import nn
 
 import pysolve as ps
-from pysolve import plots
+from pysolve import drawing
 from pysolve.datasets import Dataset
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.train import fit
@@ -104,7 +104,7 @@ def figures(one: ps.Report) -> tuple[str, ...]:
 
 def draw_sizes(pairs: Sequence[Pair], path: Path) -> None:
     """Accuracy against the share of parameters left; the axis is logarithmic in what is misclassified."""
-    blue, orange, _, red = plots.COLORS
+    blue, orange, red, _ = drawing.COLORS
     figure = Figure(figsize=(8.5, 5.2), layout="constrained")
     ax = figure.add_subplot()
     dense = pairs[0].elimination.score_before

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import pysolve as ps
-from pysolve import plots
+from pysolve import drawing, plots
 
 # r_xx and r_yx.
 Problem = tuple[np.ndarray, np.ndarray]
@@ -64,13 +64,13 @@ def draw(
     title: str, solved: dict[str, ps.Solution], slowed: dict[str, ps.Solution], axes: Sequence[Axes]
 ) -> None:
     """One row of the picture."""
-    blue, orange, grey, red = plots.COLORS
+    blue, orange, red, grey = drawing.COLORS
     methods = {name.replace("_", " "): one.history for name, one in solved.items()}
     for ax, against in zip(axes, ("iteration", "seconds"), strict=False):
-        plots.convergence_curves(methods, against=against, colors=(blue, orange, red, grey), ax=ax)
+        plots.plot_convergence(methods, against=against, colors=(blue, orange, red, grey), ax=ax)
     fista = {f"no restart, {q}": one.history for q, one in slowed.items()}
     fista["restart (default)"] = solved["fista"].history
-    plots.convergence_curves(fista, colors=(*plots.SHADES, red), ax=axes[2])
+    plots.plot_convergence(fista, colors=(*drawing.SHADES, red), ax=axes[2])
     titles = (f"{title}: all methods", "all methods, in seconds", "FISTA: look-ahead (k − 1)/(k + q + 2)")
     for ax, text in zip(axes, titles, strict=True):
         ax.set(title=text, ylabel="relative gap" if ax is axes[0] else "")

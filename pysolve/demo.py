@@ -18,13 +18,14 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import nn
 
-from pysolve import plots
+from pysolve import figures
 from pysolve.certificate import lam_max
 from pysolve.correlations import Array, Correlations
 from pysolve.datasets import Dataset, Images, digits, mnist
-from pysolve.least_squares import debias
+from pysolve.entries import Latency
 from pysolve.errors import PysolveError
-from pysolve.nn.evaluate import Latency, accuracy, latency, macs, parameters
+from pysolve.least_squares import debias
+from pysolve.nn.evaluate import accuracy, latency, macs, parameters
 from pysolve.nn.gather import gather
 from pysolve.nn.network import evaluating, forward
 from pysolve.nn.surgery import apply
@@ -177,11 +178,11 @@ def picture(
     left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
     kept, curves = sweep(model, dataset, correlations, solution)
     before, after = costs
-    plots.accuracy_curves(kept, curves, dense=before.accuracy, chosen=len(solution.keep), ax=left)
+    figures.accuracy_curves(kept, curves, dense=before.accuracy, chosen=len(solution.keep), ax=left)
     left.set_title(f"{type(model).__name__} on {dataset.name}: removing neurons of fc1")
     names = {"parameters": "parameters", "bytes on disk": "disk", "MACs": "macs"}
     old, new = ({label: getattr(one, name) for label, name in names.items()} for one in costs)
-    plots.cost_bars(old, new, {label: f"{new[label]:,} of {old[label]:,}" for label in names}, ax=right)
+    figures.cost_bars(old, new, {label: f"{new[label]:,} of {old[label]:,}" for label in names}, ax=right)
     share = f"{len(solution.keep)} of {correlations.groups} neurons"
     right.set_title(f"{share}: {before.accuracy:.2f} → {after.accuracy:.2f} % accuracy")
     return figure

@@ -1,0 +1,91 @@
+"""What all pictures share: colours, axes, ticks that read well, and files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from itertools import cycle
+from typing import Any
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+Path = str | os.PathLike[str]
+
+# Of text, ticks, spines and, more or less transparent, of everything else that has no colour of its own: in
+# an SVG, replacing this one colour suits a picture to another background.
+INK = "#1f2a30"
+# Told apart with any kind of colour vision, on white and on black.
+COLORS = ("#0b6e99", "#e0902f", "#a63a50", "#9a9a9a")
+SHADES = ("#b7d3de", "#7fb0c4", "#4387a1", "#064a63")
+MARKERS = ("o", "s", "D", "^", "v")
+
+# More curves than this are coloured in order and are no longer named one by one.
+NAMED = 6
+# From one end of a logarithmic axis to the other: where 1, 2, 5, 10 leave room, and where 1, 10 do.
+_FINE, _COARSE = 2000, 1e6
+
+
+def new_axes(width: float = 7.0, height: float = 4.2) -> Axes:
+    """Axes in a figure of their own."""
+    return Figure(figsize=(width, height), layout="constrained").add_subplot()
+
+
+def styles() -> Iterator[tuple[str, str]]:
+    """Colour and marker of one curve after another; 20 differ."""
+    return zip(cycle(COLORS), cycle(MARKERS), strict=False)
+
+
+def sequence(names: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """Colour and label of each of several curves; of many, a sequential map and labels at its ends alone."""
+    # Labels that begin with _ would not be shown.
+    labels = [f" {name}" if name.startswith("_") else name for name in map(shortened, names)]
+    if len(names) <= NAMED:
+        return zip(cycle((*COLORS, SHADES[1], SHADES[3])), labels, strict=False)
+    ends = [f"first: {names[0]}", *[""] * (len(names) - 2), f"last: {names[-1]}"]
+    # The map's ends, too dark and too light to read, are left out.
+    shades = colormaps["plasma"](np.linspace(0.28, 0.85, len(names)))
+    return zip(map(to_hex, shades), map(shortened, ends), strict=True)
+
+
+def log_axis(axis: Axis) -> None:
+    """A logarithmic axis with plain numbers at 1, 2, 5, 10, … or, over many decades, powers of 10 alone."""
+    axis.axes.set(**{f"{axis.axis_name}scale": "log"})  # type: ignore[attr-defined]
+    low, high = axis.get_view_interval()
+    if high <= _FINE * low:
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    if high <= _COARSE * low:
+        axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        axis.set_minor_formatter(NullFormatter())
+    else:
+        axis.set_minor_locator(NullLocator())
+
+
+def shortened(name: str, width: int = 38) -> str:
+    """At most so many characters of a name, none of them a mark of mathematics."""
+    short = name if len(name) <= width else name[: width - 1] + "…"
+    return short.replace("$", r"\$")
+
+
+def finish(ax: Axes, path: Path | None = None, *, grid: str | None = "both", **legend: Any) -> Axes:
+    """A legend of what has a label, no boxes, light grid lines, all in one ink; written where asked."""
+    if ax.get_legend_handles_labels()[0]:
+        look = {"frameon": False, "labelcolor": INK, "labelspacing": 0.35, "handlelength": 2.4}
+        ax.legend(**{**look, **legend})
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[:].set_color(INK)
+    ax.tick_params(which="both", color=INK, labelcolor=INK)
+    for text in (ax.xaxis.label, ax.yaxis.label, ax.title):
+        text.set_color(INK)
+    ax.set_axisbelow(True)
+    if grid is not None:
+        ax.grid(axis=grid, color=INK, alpha=0.12)  # type: ignore[arg-type]
+    if path is not None:
+        # Axes may lie in a part of a figure, which cannot be saved alone.
+        ax.figure.figure.savefig(path, dpi=160)
+    return ax
