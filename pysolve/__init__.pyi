@@ -21,6 +21,11 @@ from .path import regularization_path as regularization_path
 from .plan import Collapse as Collapse
 from .plan import Plan as Plan
 from .plan import Site as Site
+from .plots import plot_channels as plot_channels
+from .plots import plot_convergence as plot_convergence
+from .plots import plot_elimination as plot_elimination
+from .plots import plot_pareto as plot_pareto
+from .plots import plot_weights as plot_weights
 from .prox import prox_group_lasso as prox_group_lasso
 from .recipe import compress as compress
 from .recipe import sweep as sweep

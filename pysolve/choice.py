@@ -10,8 +10,8 @@ import numpy as np
 import scipy.linalg
 
 from pysolve.correlations import Array, Correlations, group_columns
-from pysolve.least_squares import least_squares
 from pysolve.elimination import elimination_path
+from pysolve.least_squares import least_squares
 from pysolve.plan import Indices, Site
 from pysolve.problem import Problem
 from pysolve.scaling import schur
@@ -33,11 +33,14 @@ class Choice:
     error : (channels + 1,) array
         Error of the refitted readers with k channels, as a share of their outputs' energy: the mean over
         readers of E‖y − M x‖² / E‖y‖².
+    method : str
+        Of ``select_channels``.
     """
 
     site: Site
     keep: Callable[[int], Indices]
     error: Array
+    method: str = "elimination"
 
 
 def site_problem(
@@ -98,7 +101,7 @@ def choose(site: Site, problem: Problem, left: Sequence[float], method: str = "e
     keep = cache(lambda k: select_channels(problem, k=k, method=method) if k else np.arange(0))
     sizes = np.unique([0, *np.geomspace(1, K, 9).round().astype(int)])
     error = np.minimum.accumulate([max(_error(problem, left, keep(int(k))), FLOOR) for k in sizes])
-    return Choice(site, keep, np.exp(np.interp(np.arange(K + 1), sizes, np.log(error))))
+    return Choice(site, keep, np.exp(np.interp(np.arange(K + 1), sizes, np.log(error))), method)
 
 
 def harm_curve(choice: Choice, sizes: Sequence[int], harms: Sequence[float]) -> Array:

@@ -2,18 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperGroup
 
 from pysolve import __version__
 from pysolve.errors import PysolveError
 
+
+class _Plain(TyperGroup):
+    """One red line and exit status 2 for what the user can mend, 130 for Ctrl-C; bugs keep their trace."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (PysolveError, ImportError, OSError, ValueError, TypeError, RuntimeError) as error:
+            # Typer's own ways to end a command are RuntimeErrors.
+            if ctx.params["debug"] or isinstance(error, (typer.Exit, typer.Abort)):
+                raise
+            message = " ".join(str(error).split())
+            Console(stderr=True, highlight=False).print(
+                f"Error: {message}", style="red", markup=False, soft_wrap=True
+            )
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Plain,
     help="Make trained neural networks smaller without retraining them.",
     no_args_is_help=True,
     add_completion=False,
@@ -32,9 +52,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-_settings = {"debug": False}
-
-
 @app.callback()
 def _options(
     debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
@@ -43,7 +60,7 @@ def _options(
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
 ) -> None:
-    _settings["debug"] = debug
+    """What comes before a command."""
 
 
 @app.command()
@@ -59,10 +76,9 @@ def demo(
     ] = None,
 ) -> None:
     """Train a small network, compress it, and show what that costs and saves."""
-    with _failing_plainly():
-        from pysolve.demo import run
+    from pysolve.demo import run
 
-        run(data, out, seed=seed, epochs=epochs)
+    run(data, out, seed=seed, epochs=epochs)
 
 
 Network = Annotated[
@@ -81,6 +97,7 @@ Ignore = Annotated[
 Select = Annotated[str, typer.Option(help="How channels are chosen.")]
 Limit = Annotated[int, typer.Option("--samples", min=1, help="Most inputs of an array to use.")]
 Rounded = Annotated[int, typer.Option(min=1, help="Widths in multiples of so many channels.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 Seed = Annotated[int, typer.Option(help="Of all random choices.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Quiet = Annotated[bool, typer.Option(help="Print nothing but errors.")]
@@ -88,13 +105,17 @@ Quiet = Annotated[bool, typer.Option(help="Print nothing but errors.")]
 
 @app.command()
 def inspect(
-    network: Network, data: Data, weights: Weights = None, ignore: Ignore = None, json: Json = False
+    network: Network,
+    data: Data,
+    weights: Weights = None,
+    ignore: Ignore = None,
+    device: Device = "cpu",
+    json: Json = False,
 ) -> None:
     """Show what of a network can shrink, and what cannot and why, before any work."""
-    with _failing_plainly():
-        from pysolve.commands import show_sites
+    from pysolve.commands import show_sites
 
-        show_sites(network, data, weights, ignore or (), json)
+    show_sites(network, data, weights, ignore or (), device, json)
 
 
 @app.command()
@@ -114,31 +135,28 @@ def compress(
         str, typer.Option(help="Match the original's outputs afterwards: 60s, 2m, or 5e for epochs.")
     ] = "0",
     round_to: Rounded = 1,
+    state_dict: Annotated[
+        bool, typer.Option("--state-dict", help="Write the tensors alone, too, in their new shapes.")
+    ] = False,
     samples: Limit = 2000,
+    device: Device = "cpu",
     seed: Seed = 0,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Make a network smaller, without labels and without training; write it with a report."""
-    with _failing_plainly():
-        from pysolve.commands import compress_to, duration_of, targets_of
+    from pysolve.commands import Job, compress_to, duration_of, targets_of
 
-        compress_to(
-            network,
-            data,
-            weights,
-            out,
-            limit=samples,
-            test=test,
-            as_json=json,
-            quiet=quiet or json,
-            target=targets_of(target or ["params=0.25"]),
-            select=select,
-            ignore=ignore or (),
-            distill=duration_of(distill),
-            round_to=round_to,
-            seed=seed,
-        )
+    compress_to(
+        Job(network, data, weights, test, out, device, samples, json, quiet),
+        state_dict=state_dict,
+        target=targets_of(target or ["params=0.25"]),
+        select=select,
+        ignore=ignore or (),
+        distill=duration_of(distill),
+        round_to=round_to,
+        seed=seed,
+    )
 
 
 @app.command()
@@ -155,28 +173,21 @@ def sweep(
     select: Select = "elimination",
     ignore: Ignore = None,
     samples: Limit = 2000,
+    device: Device = "cpu",
     seed: Seed = 0,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Try many sizes after one pass over the data, and show what each costs."""
-    with _failing_plainly():
-        from pysolve.commands import sweep_to, targets_of
+    from pysolve.commands import Job, sweep_to, targets_of
 
-        sweep_to(
-            network,
-            data,
-            weights,
-            out,
-            targets=[targets_of([one]) for one in target or ("params=0.5", "params=0.25", "params=0.1")],
-            limit=samples,
-            test=test,
-            as_json=json,
-            quiet=quiet or json,
-            select=select,
-            ignore=ignore or (),
-            seed=seed,
-        )
+    sweep_to(
+        Job(network, data, weights, test, out, device, samples, json, quiet),
+        targets=[targets_of([one]) for one in target or ("params=0.5", "params=0.25", "params=0.1")],
+        select=select,
+        ignore=ignore or (),
+        seed=seed,
+    )
 
 
 @app.command()
@@ -188,13 +199,13 @@ def evaluate(
         Path | None, typer.Option(help="What compress wrote: the network is made as small first.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples that are timed together.")] = 64,
+    device: Device = "cpu",
     json: Json = False,
 ) -> None:
     """Show a network's accuracy on labelled data, its size, and how long it takes."""
-    with _failing_plainly():
-        from pysolve.commands import evaluate_network
+    from pysolve.commands import evaluate_network
 
-        evaluate_network(network, data, weights, compressed, batch, json)
+    evaluate_network(network, data, weights, compressed, batch, device, json)
 
 
 @app.command()
@@ -210,24 +221,6 @@ def solve(
     json: Json = False,
 ) -> None:
     """Solve a reconstruction problem given by its correlation matrices, to a certified gap."""
-    with _failing_plainly():
-        from pysolve.commands import solve_file
+    from pysolve.commands import solve_file
 
-        solve_file(file, lam, relative, method, group_size, out, json)
-
-
-@contextmanager
-def _failing_plainly() -> Iterator[None]:
-    """One red line and exit status 2 for what the user can mend, 130 for Ctrl-C; bugs keep their trace."""
-    try:
-        yield
-    except (PysolveError, ImportError, OSError, ValueError, TypeError, RuntimeError) as error:
-        if _settings["debug"]:
-            raise
-        message = " ".join(str(error).split())
-        Console(stderr=True, highlight=False).print(
-            f"Error: {message}", style="red", markup=False, soft_wrap=True
-        )
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt:
-        raise typer.Exit(130) from None
+    solve_file(file, lam, relative, method, group_size, out, json)

@@ -5,100 +5,132 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
 import torch
+from safetensors.torch import save as tensors
 from torch import nn
 
 import pysolve as ps
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.evaluate import accuracy, latency, macs, nbytes, parameters
+from pysolve.page import page
+from pysolve.plots import plot_pareto
 from pysolve.records import plain
-from pysolve.report import Report
+from pysolve.report import Report, comparison
 from pysolve.sources import Samples, network, samples
+from pysolve.tables import Table, as_text
 
 
-def show_sites(name: str, data: str, weights: Path | None, ignore: Sequence[str], as_json: bool) -> None:
+def show_sites(
+    name: str, data: str, weights: Path | None, ignore: Sequence[str], device: str, as_json: bool
+) -> None:
     """Print what of a network can shrink."""
-    found = ps.inspect(network(name, weights), _first_batch(samples(data)), ignore=ignore)
+    model = network(name, weights, device)
+    batch = next(iter(samples(data).batches(1, device)), None)
+    if batch is None:
+        raise DataError("the data hold no batch.")
+    found = ps.inspect(model, batch, ignore=ignore)
     _print(json.dumps(asdict(found), indent=1, default=str) if as_json else str(found))
 
 
-def compress_to(
-    name: str,
-    data: str,
-    weights: Path | None,
-    out: Path,
-    *,
-    limit: int,
-    test: str | None,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
+@dataclass(frozen=True)
+class Job:
+    """What to compress, on what, and where to write: the arguments that compress and sweep share.
+
+    Parameters
+    ----------
+    name, data : str
+        Network and calibration data, as the user names them.
+    weights : Path, optional
+    test : str, optional
+        Labelled data.
+    out : Path
+    device : str
+    limit : int
+        Most inputs of an array to use.
+    as_json, quiet : bool
+    """
+
+    name: str
+    data: str
+    weights: Path | None
+    test: str | None
+    out: Path
+    device: str
+    limit: int
+    as_json: bool
+    quiet: bool
+
+    def inputs(self) -> tuple[nn.Module, Iterable[Any], Callable[[nn.Module], float] | None]:
+        """The network, batches, and how good a network is."""
+        model = network(self.name, self.weights, self.device)
+        score = None if self.test is None else _scoring(samples(self.test, train=False))
+        return model, samples(self.data).batches(self.limit, self.device), score
+
+    def show(self, as_text: str, as_data: Any, written: Sequence[str]) -> None:
+        """Print the result, and what was written."""
+        if self.as_json:
+            _print(json.dumps(as_data, indent=1))
+        elif not self.quiet:
+            _print(f"{as_text}\nWrote {', '.join(written)} to {self.out}/")
+
+
+def compress_to(job: Job, *, state_dict: bool, **options: Any) -> None:
     """Compress a network, and write it with its report."""
-    model = network(name, weights)
-    evaluate = _scoring(samples(test, train=False)) if test is not None else None
-    result = ps.compress(
-        model, samples(data).batches(limit), evaluate=evaluate, progress=not quiet, **options
-    )
-    out.mkdir(parents=True, exist_ok=True)
-    ps.save(result, out / "network.safetensors")
-    _write(out / "report.json", json.dumps(plain(result.report.as_dict()), indent=1))
-    _write(out / "report.md", _markdown(name, result.report))
-    _print_report(result.report, as_json, quiet)
-    if not (quiet or as_json):
-        _print(f"Wrote {out / 'network.safetensors'}, report.json and report.md")
+    model, batches, score = job.inputs()
+    result = ps.compress(model, batches, evaluate=score, progress=not (job.quiet or job.as_json), **options)
+    job.out.mkdir(parents=True, exist_ok=True)
+    ps.save(result, job.out / "network.safetensors")
+    report = _with_files(result.report, model, job.out / "network.safetensors")
+    title = f"{job.name}, compressed"
+    written = ["network.safetensors", "report.json", "report.md", "report.html"]
+    if state_dict:
+        written.append("state_dict.safetensors")
+        _write(job.out / written[-1], tensors(result.model.state_dict()))
+    _write(job.out / "report.json", json.dumps(plain(report.as_dict()), indent=1))
+    _write(job.out / "report.md", f"# {title}\n\n{report.as_markdown()}")
+    _write(job.out / "report.html", page(report, title))
+    job.show(str(report), plain(report.as_dict()), written)
 
 
-def sweep_to(
-    name: str,
-    data: str,
-    weights: Path | None,
-    out: Path,
-    *,
-    targets: Sequence[Mapping[str, float]],
-    limit: int,
-    test: str,
-    as_json: bool,
-    quiet: bool,
-    **options: Any,
-) -> None:
+def sweep_to(job: Job, *, targets: Sequence[Mapping[str, float]], **options: Any) -> None:
     """Compress a network to many sizes after one pass over the data, and write what that cost."""
-    model = network(name, weights)
-    score = _scoring(samples(test, train=False))
+    model, batches, score = job.inputs()
     reports = ps.sweep(
         model,
-        samples(data).batches(limit),
+        batches,
         targets=targets,
         evaluate=score,
-        progress=not quiet,
+        progress=not (job.quiet or job.as_json),
         **options,
     )
-    out.mkdir(parents=True, exist_ok=True)
+    job.out.mkdir(parents=True, exist_ok=True)
     rows = [plain(report.as_dict()) for report in reports]
-    _write(out / "sweep.json", json.dumps(rows, indent=1))
-    if as_json:
-        _print(json.dumps(rows, indent=1))
-    elif not quiet:
-        _print(f"{'target':<20}{'parameters':>12}{'MACs':>8}{'divergence':>12}{'score':>8}")
-        for report in reports:
-            asked = ", ".join(f"{measure} {value:g}" for measure, value in (report.target or {}).items())
-            costs = f"{report.share('params'):>12.1%}{report.share('macs'):>8.1%}"
-            _print(f"{asked:<20}{costs}{report.divergence:>12.4g}{report.score_after:>8.2f}")
-        _print(f"Wrote {out / 'sweep.json'}")
+    _write(job.out / "sweep.json", json.dumps(rows, indent=1))
+    with BytesIO() as picture:
+        plot_pareto(reports).figure.figure.savefig(picture, dpi=160)
+        _write(job.out / "pareto.png", picture.getvalue())
+    job.show("\n".join(as_text(comparison(reports))), rows, ["sweep.json", "pareto.png"])
 
 
 def evaluate_network(
-    name: str, data: str, weights: Path | None, compressed: Path | None, batch: int, as_json: bool
+    name: str,
+    data: str,
+    weights: Path | None,
+    compressed: Path | None,
+    batch: int,
+    device: str,
+    as_json: bool,
 ) -> None:
     """Print a network's accuracy on labelled data, its costs, and how long a batch takes."""
-    model = network(name, weights)
+    model = network(name, weights, device)
     if compressed is not None:
         model = ps.load(compressed, model)
     x, y = samples(data, train=False).labelled()
@@ -115,9 +147,12 @@ def evaluate_network(
     if as_json:
         _print(json.dumps(found, indent=1))
         return
-    _print(f"accuracy   {found['accuracy']:.2f} % of {len(x)}")
-    _print(f"parameters {found['params']:,}\nMACs       {found['macs']:,}\nbytes      {found['bytes']:,}")
-    _print(f"latency    {time} for {time.batch_size} samples on {time.threads} threads")
+    rows = (
+        ("accuracy", f"{found['accuracy']:.2f} % of {len(x):,}"),
+        *((name, f"{found[name]:,}") for name in ("params", "macs", "bytes")),
+        ("latency", f"{time} for {time.batch_size} samples on {time.threads} threads"),
+    )
+    _print("\n".join(as_text(Table("", ("", ""), rows, words=(0, 1)))).strip("\n"))
 
 
 def solve_file(
@@ -150,37 +185,25 @@ def solve_file(
     _print(json.dumps(found, indent=1) if as_json else str(solution))
 
 
-def _first_batch(given: Samples) -> Any:
-    batch = next(iter(given.batches(1)), None)
-    if batch is None:
-        raise DataError("the data hold no batch.")
-    return batch
-
-
 def _scoring(test: Samples) -> Callable[[nn.Module], float]:
     x, y = test.labelled()
     return lambda model: accuracy(model, x, y)
 
 
-def _markdown(name: str, report: Report) -> str:
-    return f"# {name}, compressed\n\n```text\n{report}\n```\n"
-
-
-def _print_report(report: Report, as_json: bool, quiet: bool) -> None:
-    if as_json:
-        _print(json.dumps(plain(report.as_dict()), indent=1))
-    elif not quiet:
-        _print(str(report))
+def _with_files(report: Report, model: nn.Module, path: Path) -> Report:
+    """The report with the sizes of the network's file and of one for the original."""
+    before, after = len(tensors(model.state_dict())), path.stat().st_size
+    return replace(report, before={**report.before, "file": before}, after={**report.after, "file": after})
 
 
 def _print(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def _write(path: Path, text: str) -> None:
+def _write(path: Path, content: str | bytes) -> None:
     """Never half a file."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text + "\n", encoding="utf-8")
+    part.write_bytes(content if isinstance(content, bytes) else f"{content}\n".encode())
     os.replace(part, path)
 
 

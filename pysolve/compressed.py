@@ -33,6 +33,10 @@ class Compressed:
     earlier: tuple[Plan, ...] = ()
     fingerprint: Mapping[str, str] | None = None
 
+    def _repr_html_(self) -> str:
+        """Shown by notebooks."""
+        return self.report._repr_html_()
+
 
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """Data type and shape of every tensor in a network's state dict, by name: ``float32 20x1x5x5``."""

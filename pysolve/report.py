@@ -2,76 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from textwrap import wrap
 from typing import Any
 
-# Columns of what is printed.
-_WIDTH = 110
+from pysolve.entries import Latency, LayerMass, LayerReport, SiteReport, Solve
+from pysolve.tables import WIDTH, Table, as_html, as_markdown, as_text
 
-
-@dataclass(frozen=True)
-class SiteReport:
-    """What happened to one site.
-
-    Parameters
-    ----------
-    name : str
-    channels, kept : int
-    error : float
-        E‖y − M x‖² / E‖y‖² of its readers, refitted on the original's inputs, mean over readers.
-    predicted, measured : float
-        Divergence of the network's outputs with this site alone compressed: from the curve that the budget
-        used, and measured at the size it chose.
-    seconds : float
-        Spent on choosing its channels and measuring its curve.
-    pinned : str, optional
-        Why it could not shrink.
-    """
-
-    name: str
-    channels: int
-    kept: int
-    error: float = 0.0
-    predicted: float = 0.0
-    measured: float = 0.0
-    seconds: float = 0.0
-    pinned: str | None = None
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What happened to the weight of one layer.
-
-    Parameters
-    ----------
-    name : str
-    density : float
-        Share of the weights that are left.
-    layout : "dense" or "sparse"
-        How the layer runs now.
-    why : str
-    dense_seconds, sparse_seconds : float, optional
-        Median of its calls on a batch, where both were timed.
-    """
-
-    name: str
-    density: float
-    layout: str
-    why: str
-    dense_seconds: float | None = None
-    sparse_seconds: float | None = None
+# Measures in the order of the table, with their names.
+_COSTS = {
+    "params": "parameters",
+    "nonzeros": "non-zeros",
+    "macs": "MACs a sample",
+    "bytes": "bytes",
+    "file": "bytes on disk",
+}
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a compression did.
+    """What a compression did; as text, tables, and in a notebook too.
 
     Parameters
     ----------
-    before, after : {"params", "macs", "bytes" or "nonzeros": int}
-        Costs of the two networks; MACs for one sample.
+    before, after : {"params", "nonzeros", "macs", "bytes" or "file": int}
+        Costs of the two networks: parameters, those that are not zero, MACs for one sample, bytes of the
+        state dict, bytes on disk where files were written.
     sites : tuple of SiteReport
     divergence : float
         Of the compressed network's outputs from the original's, on samples held back.
@@ -88,6 +45,15 @@ class Report:
         What was asked for, in the words of ``compress``.
     layers : tuple of LayerReport
         Of weights that were pruned one by one.
+    mass : tuple of LayerMass
+    latencies : tuple of (Latency, Latency)
+        Of the original and the compressed network, taken by turns, for one or more batch sizes.
+    solves : tuple of Solve
+        Every convex solve whose solution chose channels.
+    warnings : tuple of str
+        What may be wrong with the result, and what to do about it.
+    made_with : {name: str}
+        Versions, the seed and the machine.
     """
 
     before: Mapping[str, int]
@@ -103,6 +69,11 @@ class Report:
     notes: tuple[str, ...] = ()
     target: Mapping[str, float] | None = None
     layers: tuple[LayerReport, ...] = ()
+    mass: tuple[LayerMass, ...] = ()
+    latencies: tuple[tuple[Latency, Latency], ...] = ()
+    solves: tuple[Solve, ...] = ()
+    warnings: tuple[str, ...] = ()
+    made_with: Mapping[str, str] = field(default_factory=dict)
 
     def share(self, measure: str) -> float:
         """What is left of a measure, as a share of the original's."""
@@ -112,73 +83,104 @@ class Report:
         """Everything as plain numbers, strings, lists and dictionaries."""
         return asdict(self)
 
+    def brief(self) -> Report:
+        """Without what fills files and can be measured again: curves, and the mass of layers."""
+        return replace(self, mass=(), sites=tuple(replace(site, curve=()) for site in self.sites))
+
+    def tables(self) -> list[Table]:
+        """Costs, sites, pruned layers, the mass of layers, and convex solves; those that have rows."""
+        kept = tuple(site.kept / max(1, site.channels) for site in self.sites)
+        total = sum(layer.left for layer in self.mass)
+        shares = tuple(layer.left / max(1, total) for layer in self.mass)
+        found = (
+            _costs(self),
+            Table("Sites", SiteReport.HEAD, _cells(self.sites), words=(0, 6), bars=((1, kept),)),
+            Table("Pruned layers", LayerReport.HEAD, _cells(self.layers), words=(0, 2, 5)),
+            Table("Layers", LayerMass.HEAD, _cells(self.mass, total), bars=((4, shares),)),
+            Table("Convex solves", Solve.HEAD, _cells(self.solves), words=(0, 1)),
+        )
+        return [table for table in found if table.rows]
+
+    def facts(self) -> dict[str, str]:
+        """What was asked for, how good the result is, and what it took, in words."""
+        return dict(_facts(self))
+
+    def as_markdown(self) -> str:
+        """The whole report as Markdown."""
+        lines = [f"- {name}: {text}" for name, text in self.facts().items()]
+        for kind, texts in (("Warning", self.warnings), ("Note", self.notes)):
+            lines += ["", *(f"> **{kind}**: {text}" for text in texts)] if texts else []
+        for table in self.tables():
+            lines += ["", f"## {table.title}", "", *as_markdown(table)]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Shown by notebooks."""
+        return "\n".join(map(as_html, self.tables()[:2]))
+
     def __str__(self) -> str:
-        lines = [_costs(self), *_scores(self), "", *_site_lines(self.sites), *_layer_lines(self.layers)]
-        for note in self.notes:
-            lines += wrap(f"Note: {note}", _WIDTH, subsequent_indent="      ", break_on_hyphens=False)
-        total = sum(self.seconds.values())
-        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
-        return "\n".join([*lines, f"{total:.1f} s: {stages}"] if self.seconds else lines)
+        costs, *others = self.tables()
+        lines = as_text(costs)
+        width = max((len(name) for name in self.facts()), default=0)
+        for name, text in self.facts().items():
+            lines += _wrapped(f"{name:<{width}}  ", text)
+        for table in others:
+            # Of the mass of each layer, files tell.
+            lines += ["", *as_text(table)] if table.title != "Layers" else []
+        for kind, texts in (("Warning", self.warnings), ("Note", self.notes)):
+            for text in texts:
+                lines += _wrapped(f"{kind}: ", text)
+        return "\n".join(lines)
 
 
-def _costs(report: Report) -> str:
-    labels = {"params": "parameters", "nonzeros": "non-zeros", "macs": "MACs", "bytes": "bytes"}
-    return "\n".join(
-        f"{label:<11}{report.before[measure]:>15,} → {report.after[measure]:>13,}"
-        f"{100 * report.share(measure):>8.1f} %"
-        for measure, label in labels.items()
-        if measure in report.before
-    )
+def comparison(reports: Iterable[Report]) -> Table:
+    """Several results of one network under each other, as ``sweep`` gives them."""
+    rows = []
+    for report in reports:
+        asked = ", ".join(f"{measure} {value:g}" for measure, value in (report.target or {}).items())
+        shares = [f"{report.share(measure):.1%}" for measure in ("params", "macs", "bytes")]
+        scores = ["" if score is None else f"{score:.2f}" for score in (report.score_after, report.retrained)]
+        rows.append((asked, *shares, f"{report.divergence:.4g}", *scores))
+    head = ("target", "parameters", "MACs", "bytes", "divergence", "score", "retrained")
+    return Table("Sizes", head, tuple(rows))
 
 
-def _scores(report: Report) -> list[str]:
-    lines = []
+def _cells(entries: Iterable[Any], *args: Any) -> tuple[tuple[str, ...], ...]:
+    return tuple(entry.cells(*args) for entry in entries)
+
+
+def _wrapped(start: str, text: str) -> list[str]:
+    return wrap(start + text, WIDTH, subsequent_indent=" " * len(start), break_on_hyphens=False)
+
+
+def _costs(report: Report) -> Table:
+    rows = []
+    for measure, label in _COSTS.items():
+        if measure not in report.before or measure not in report.after:
+            continue
+        old, new = report.before[measure], report.after[measure]
+        if measure == "nonzeros" and (old, new) == (report.before.get("params"), report.after.get("params")):
+            continue
+        rows.append((label, f"{old:,}", f"{new:,}", f"{report.share(measure):.1%}"))
+    if report.score_before is not None and report.score_after is not None:
+        rows.append(("score", f"{report.score_before:.2f}", f"{report.score_after:.2f}", ""))
+        if report.retrained is not None:
+            rows.append(("score, retrained", "", f"{report.retrained:.2f}", ""))
+    for slow, fast in report.latencies:
+        label = f"latency of {fast.batch_size} on {fast.threads} thread{'s' * (fast.threads > 1)}"
+        rows.append((label, str(slow), str(fast), f"{fast.median / slow.median:.1%}" if slow.median else ""))
+    return Table("Before and after", ("", "before", "after", "left"), tuple(rows))
+
+
+def _facts(report: Report) -> Iterator[tuple[str, str]]:
     if report.target is not None:
         asked = [f"{m} {v:.4g}" if v <= 1 else f"{m} {v:,}" for m, v in report.target.items()]
-        lines.append(f"target     {', '.join(asked)}")
-    used = f", refitted on {report.samples}" if report.samples else ""
+        yield "target", ", ".join(asked)
+    used = f", refitted on {report.samples:,}" if report.samples else ""
     if report.held:
-        lines.append(f"divergence {report.divergence:.4g} on {report.held} samples held back{used}")
-    if report.score_before is not None and report.score_after is not None:
-        retrained = "" if report.retrained is None else f", retrained {report.retrained:.2f}"
-        lines.append(f"score      {report.score_before:.2f} → {report.score_after:.2f}{retrained}")
-    return lines
-
-
-def _site_lines(sites: tuple[SiteReport, ...]) -> list[str]:
-    if not sites:
-        return []
-    counts = [f"{site.kept}/{site.channels}" for site in sites]
-    room = max(11, *map(len, counts))
-    width = min(_WIDTH - room - 42, max(len(site.name) for site in sites))
-    lines = [
-        f"{'site':<{width}}  {'kept':>{room}}  {'error':>8}  {'predicted':>9}  {'measured':>8}  {'s':>7}"
-    ]
-    for site, count in zip(sites, counts, strict=True):
-        name = site.name if len(site.name) <= width else site.name[: width - 1] + "…"
-        start = f"{name:<{width}}  {count:>{room}}  "
-        if site.pinned is not None:
-            first, *more = wrap(site.pinned, _WIDTH - len(start), break_on_hyphens=False) or [""]
-            lines += [start + first, *(" " * len(start) + line for line in more)]
-            continue
-        lines.append(
-            f"{start}{site.error:>8.2%}  {site.predicted:>9.2g}  {site.measured:>8.2g}  {site.seconds:>7.2f}"
-        )
-    return lines
-
-
-def _layer_lines(layers: tuple[LayerReport, ...]) -> list[str]:
-    if not layers:
-        return []
-    width = max(5, *(len(layer.name) for layer in layers))
-    lines = [f"{'layer':<{width}}  {'left':>7}  {'runs':<6}  {'dense ms':>9}  {'sparse ms':>9}  why"]
-    for layer in layers:
-        times = [
-            "" if seconds is None else f"{1e3 * seconds:.3f}"
-            for seconds in (layer.dense_seconds, layer.sparse_seconds)
-        ]
-        lines.append(
-            f"{layer.name:<{width}}  {layer.density:>7.1%}  {layer.layout:<6}  {times[0]:>9}  {times[1]:>9}  "
-            f"{layer.why}"
-        )
-    return lines
+        yield "divergence", f"{report.divergence:.4g} on {report.held:,} samples held back{used}"
+    if report.seconds:
+        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
+        yield "seconds", f"{sum(report.seconds.values()):.1f}: {stages}"
+    if report.made_with:
+        yield "made with", ", ".join(f"{name} {version}" for name, version in report.made_with.items())

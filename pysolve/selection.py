@@ -10,7 +10,6 @@ import numpy as np
 
 from pysolve import _core
 from pysolve.correlations import Array, group_norms
-from pysolve.least_squares import least_squares
 from pysolve.elimination import (
     RIDGES,
     Indices,
@@ -22,8 +21,10 @@ from pysolve.elimination import (
     scale_to_unit_variance,
 )
 from pysolve.errors import PysolveError
+from pysolve.least_squares import least_squares
 from pysolve.path import lam_for_groups
 from pysolve.problem import Problem, problem_of
+from pysolve.solution import Solution
 
 # Exchanges, and how many of the cheapest groups to take out are tried before giving up on one more.
 MAX_SWAPS, SWAP_DEPTH = 1000, 10
@@ -121,18 +122,31 @@ def _filled(problem: Problem, keep: Indices, k: int) -> Indices:
     return np.concatenate([keep, rest[: k - len(keep)]])
 
 
-def _lasso(problem: Problem, k: int, ridge: Ridge) -> Indices:
+def lasso_solution(problem: Problem, k: int, *, weighted: bool = False) -> tuple[Problem, Solution] | None:
+    """The problem and its solution that "lasso", or "weighted_lasso", takes k groups from.
+
+    None when no group has any effect on the outputs.
+    """
+    if weighted:
+        norms = _fit_norms(problem)
+        weights = 1.0 / np.maximum(norms, 1e-6 * norms.max() or 1.0)
+        problem = replace(problem, weights=weights * (norms.max() or 1.0))
     try:
-        M = lam_for_groups(problem, k=k, max_solves=LASSO_SOLVES, tol=1e-6)[0].M
-    except PysolveError:  # nothing matters to the outputs
+        return problem, lam_for_groups(problem, k=k, max_solves=LASSO_SOLVES, tol=1e-6)[0]
+    except PysolveError:
+        return None
+
+
+def _lasso(problem: Problem, k: int, ridge: Ridge, weighted: bool = False) -> Indices:
+    found = lasso_solution(problem, k, weighted=weighted)
+    if found is None:
         return np.arange(k)
+    M = found[1].M
     return _largest(group_norms(M if isinstance(M, tuple) else [M], problem.group_size), k)
 
 
 def _weighted_lasso(problem: Problem, k: int, ridge: Ridge) -> Indices:
-    norms = _fit_norms(problem)
-    weights = 1.0 / np.maximum(norms, 1e-6 * norms.max() or 1.0)
-    return _lasso(replace(problem, weights=weights * (norms.max() or 1.0)), k, ridge)
+    return _lasso(problem, k, ridge, weighted=True)
 
 
 def _magnitude(problem: Problem, k: int, ridge: Ridge) -> Indices:

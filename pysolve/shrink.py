@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
+from pysolve.account import account, distance, scored
+from pysolve.cautions import few_samples, pinned
 from pysolve.choice import refit as least_squares_near
 from pysolve.compressed import Compressed, after
 from pysolve.correlations import Array, Correlations, group_columns
+from pysolve.entries import SiteReport
 from pysolve.nn.calibration import fits as fits_graph
 from pysolve.nn.calibration import regrouped, samples_in, take, traced_samples
-from pysolve.nn.divergence import mean_divergence, run
-from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.graph.branches import Cut
 from pysolve.nn.lockstep import Fit, Sampling
 from pysolve.nn.lockstep import refit as refit_in_lockstep
@@ -26,12 +27,14 @@ from pysolve.nn.surgery import apply
 from pysolve.nn.train import match
 from pysolve.offline import cuts_of, reader_values, refit_readers
 from pysolve.plan import Collapse, Indices, Plan
-from pysolve.report import Report, SiteReport
+from pysolve.report import Report
 from pysolve.sizes import Sizes
 from pysolve.study import Clock, Study, harm
 
 # A bias that a layer did not have must lower its error by this share to earn its parameters.
 BIAS_GAIN = 0.01
+# Sizes at which the report tells a site's error.
+CURVE_POINTS = 33
 
 
 def shrink(
@@ -62,7 +65,11 @@ def shrink(
         smaller, more = _distilled(found, smaller, distill, seed, progress)
         notes += more
         clock.stage("distill")
-    report = _report(found, sizes, smaller, evaluate)
+    report = _report(found, sizes, smaller, seed)
+    clock.stage("report")
+    if evaluate is not None:
+        report = scored(report, found.model, smaller, evaluate)
+        clock.stage("evaluate")
     report = replace(
         report,
         target=None if target is None else {measure: _number(value) for measure, value in target.items()},
@@ -84,18 +91,12 @@ def _distilled(
     """Train the network to give the original's outputs; undone where samples held back say it harmed."""
     student = copy.deepcopy(smaller)
     match(student, found.model, found.calibration.kept, **_length(distill), seed=seed, progress=progress)
-    before, after = _divergence(found, smaller), _divergence(found, student)
+    held = found.calibration.held
+    before, after = (distance(found.model, one, held, found.divergence) for one in (smaller, student))
     if after < before:
         return student, []
     note = f"distillation was undone: on samples held back it raised the divergence to {after:.3g}"
     return smaller, [note]
-
-
-def _divergence(found: Study, network: nn.Module) -> float:
-    """Of a network's outputs from the original's, on the samples held back."""
-    held = found.calibration.held
-    originals, outputs = list(run(found.model, held)), run(network, held)
-    return mean_divergence(originals, outputs, [*map(samples_in, held)], found.divergence)
 
 
 def _length(distill: float | Mapping[str, float]) -> dict[str, Any]:
@@ -169,50 +170,31 @@ def _fitting(found: Study, cuts: Mapping[str, Cut], fits: Mapping[str, tuple[Arr
     return fit
 
 
-def _report(
-    found: Study,
-    sizes: Sizes,
-    smaller: nn.Module,
-    evaluate: Callable[[nn.Module], float] | None,
-) -> Report:
-    held = found.calibration.held
+def _report(found: Study, sizes: Sizes, smaller: nn.Module, seed: int) -> Report:
+    held, divergence = found.calibration.held, found.divergence
+    report = account(found.model, smaller, held, divergence=divergence, seed=seed)
+    cautions = (*few_samples(found.correlations), *pinned(report.mass, found.sites), *report.warnings)
+    sites = tuple(_site_reports(found, sizes))
+    return replace(report, sites=sites, solves=sizes.solves, warnings=cautions)
+
+
+def _site_reports(found: Study, sizes: Sizes) -> Iterator[SiteReport]:
     numbers = iter(range(len(found.free)))
-    lines = []
     for site in found.sites:
         if site.pinned is not None:
-            lines.append(SiteReport(site.name, site.channels, site.channels, pinned=site.pinned))
+            yield SiteReport(site.name, site.channels, site.channels, pinned=site.pinned)
             continue
         s = next(numbers)
-        k = len(sizes.kept[s])
+        k, error = len(sizes.kept[s]), found.choices[s].error
         changed = k < site.channels
-        lines.append(
-            SiteReport(
-                site.name,
-                site.channels,
-                k,
-                error=float(found.choices[s].error[k]) * changed,
-                predicted=sizes.predicted[s],
-                measured=harm(found, s, sizes.kept[s]) if changed else 0.0,
-                seconds=found.spent[s],
-            )
+        shown = np.unique(np.geomspace(1, site.channels, CURVE_POINTS).round().astype(int))
+        yield SiteReport(
+            site.name,
+            site.channels,
+            k,
+            error=float(error[k]) * changed,
+            predicted=sizes.predicted[s],
+            measured=harm(found, s, sizes.kept[s]) if changed else 0.0,
+            seconds=found.spent[s],
+            curve=tuple((int(n), float(f"{error[n]:.4g}")) for n in shown),
         )
-    return Report(
-        before=_costs(found.model, held[0]),
-        after=_costs(smaller, held[0]),
-        sites=tuple(lines),
-        divergence=_divergence(found, smaller),
-        samples=found.calibration.seen,
-        held=sum(map(samples_in, held)),
-        score_before=None if evaluate is None else float(evaluate(found.model)),
-        score_after=None if evaluate is None else float(evaluate(smaller)),
-    )
-
-
-def _costs(model: nn.Module, batch: Any) -> dict[str, int]:
-    # Some networks take no single sample: batch norms without statistics of their own.
-    example = take(batch, 0, 2)
-    return {
-        "params": parameters(model),
-        "macs": macs(model, example) // samples_in(example),
-        "bytes": nbytes(model),
-    }

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from pysolve.budget import Costs, allocate
+from pysolve.certificate import certify
 from pysolve.choice import site_problem
+from pysolve.entries import Solve
 from pysolve.errors import PysolveError
 from pysolve.nn.costs import cost_model
 from pysolve.plan import Indices, Site
+from pysolve.problem import Problem
+from pysolve.selection import lasso_solution
+from pysolve.solution import Solution
 from pysolve.solvers import newton
 from pysolve.study import Study, measure
 
@@ -21,11 +26,12 @@ TRUSTED_RATIO, MAX_ROUNDS = 1.1, 6
 
 @dataclass(frozen=True, eq=False)
 class Sizes:
-    """Channels that stay of every free site, the divergence to expect of each, and notes for the report."""
+    """Channels that stay of every free site, the divergence to expect of each, and what the report tells."""
 
     kept: list[Indices]
     predicted: list[float]
     notes: tuple[str, ...] = ()
+    solves: tuple[Solve, ...] = ()
 
 
 def channels_to_keep(
@@ -74,23 +80,59 @@ def _within(found: Study, costs: Costs, target: Mapping[str, float], round_to: i
 
 def _nested(found: Study, sizes: list[int], predicted: list[float]) -> Sizes:
     kept = [choice.keep(k) for choice, k in zip(found.choices, sizes, strict=True)]
-    return Sizes(kept, [float(harm) for harm in predicted])
+    return Sizes(kept, [float(harm) for harm in predicted], solves=tuple(_lasso_solves(found, sizes)))
+
+
+def _lasso_solves(found: Study, sizes: list[int]) -> Iterator[Solve]:
+    """The solves that the lasso took its channels from."""
+    for site, choice, k in zip(found.free, found.choices, sizes, strict=True):
+        if choice.method not in ("lasso", "weighted_lasso") or k == site.channels:
+            continue
+        problem, _ = site_problem(site, found.correlations, found.widths(site))
+        solved = lasso_solution(problem, k, weighted=choice.method == "weighted_lasso")
+        if solved is not None:
+            yield _certified(site, *solved)
+
+
+def _certified(site: Site, problem: Problem, solution: Solution) -> Solve:
+    """A solve with its certificate, by code that no solver shares."""
+    M = [*solution.M] if isinstance(solution.M, tuple) else [solution.M]
+    judged = certify(
+        [*problem.xx],
+        [*problem.yx],
+        M,
+        solution.lam,
+        group_size=problem.group_size,
+        weights=problem.weights,
+    )
+    return Solve(
+        site.name,
+        solution.method,
+        solution.lam,
+        len(solution.keep),
+        judged.relative_gap,
+        judged.kkt,
+        solution.iterations,
+        solution.seconds,
+    )
 
 
 def _kept_by_lasso(found: Study, lam: float | Mapping[str, float]) -> Sizes:
-    kept, notes = [], []
+    kept, notes, solves = [], [], []
     for site, choice in zip(found.free, found.choices, strict=True):
         penalty = _entry(site, lam)
         keep = np.arange(site.channels)
         if penalty is not None:
             problem, _ = site_problem(site, found.correlations, found.widths(site), normalised=False)
-            keep = newton(problem, penalty).keep
+            solution = newton(problem, penalty)
+            keep = solution.keep
+            solves.append(_certified(site, problem, solution))
         if not len(keep):
             notes.append(f"lam = {penalty:.3g} leaves no channel of {site.name}: the most useful one stays.")
             keep = choice.keep(1)
         kept.append(keep)
     predicted = [float(found.curve(s)[len(keep)]) for s, keep in enumerate(kept)]
-    return Sizes(kept, predicted, tuple(notes))
+    return Sizes(kept, predicted, tuple(notes), tuple(solves))
 
 
 def _check_names(found: Study, what: str, values: float | Mapping[str, float]) -> None:

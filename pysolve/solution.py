@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pysolve.correlations import Array
+from pysolve.tables import Table, as_html
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,3 +72,18 @@ class Solution:
             f"objective={self.objective:.6g}, relative_gap={self.relative_gap:.1e}, {self.status} "
             f"after {self.iterations} iterations in {self.seconds:.3g} s)"
         )
+
+    def _repr_html_(self) -> str:
+        """Shown by notebooks."""
+        cells = {
+            "method": self.method,
+            "groups kept": f"{len(self.keep):,}",
+            "lam": f"{self.lam:.4g}",
+            "objective": f"{self.objective:.6g}",
+            "relative gap": f"{self.relative_gap:.1e}",
+            "KKT": f"{self.kkt:.1e}",
+            "iterations": f"{self.iterations:,}",
+            "seconds": f"{self.seconds:.3g}",
+            "status": self.status,
+        }
+        return as_html(Table("Solution", tuple(cells), (tuple(cells.values()),), words=(0, 8)))

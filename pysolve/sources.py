@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from pysolve.datasets import mnist
 from pysolve.errors import DataError, PysolveError
@@ -42,12 +43,14 @@ class Samples:
     y: Values | None = None
     made: Iterable[Any] | None = None
 
-    def batches(self, limit: int) -> Iterable[Any]:
-        """Batches of at most ``limit`` samples of an array; a function's as they are."""
+    def batches(self, limit: int, device: str = "cpu") -> Iterable[Any]:
+        """Batches of at most ``limit`` samples of an array; all that a function made."""
         if self.x is None:
-            return [] if self.made is None else self.made
+            made = [] if self.made is None else self.made
+            return made if device == "cpu" else (_moved(batch, device) for batch in made)
         x = self.x[:limit]
-        return [torch.from_numpy(x[i : i + _BATCH].copy()) for i in range(0, len(x), _BATCH)]
+        parts = (torch.from_numpy(x[i : i + _BATCH].copy()) for i in range(0, len(x), _BATCH))
+        return [part.to(device) for part in parts]
 
     def labelled(self) -> tuple[Values, Values]:
         """Inputs and labels, or an error that says where they could come from."""
@@ -56,7 +59,7 @@ class Samples:
         return self.x, self.y
 
 
-def network(name: str, weights: Path | None = None) -> nn.Module:
+def network(name: str, weights: Path | None = None, device: str = "cpu") -> nn.Module:
     """The network that ``package.module:factory`` makes, in evaluation mode, with weights from a file.
 
     Parameters
@@ -65,6 +68,8 @@ def network(name: str, weights: Path | None = None) -> nn.Module:
         Looked for as Python does, and in the current folder.
     weights : Path, optional
         A state dict: .safetensors, or what ``torch.save`` wrote, of which only tensors are read.
+    device : str
+        Where to put it.
     """
     model = _called(name, "factory")
     if not isinstance(model, nn.Module):
@@ -74,7 +79,7 @@ def network(name: str, weights: Path | None = None) -> nn.Module:
             model.load_state_dict(_state(weights))
         except RuntimeError as error:
             raise PysolveError(f"{weights} does not fit {name}: {error}") from error
-    return model.eval()
+    return model.to(checked_device(device)).eval()
 
 
 def samples(name: str, *, train: bool = True) -> Samples:
@@ -102,6 +107,19 @@ def samples(name: str, *, train: bool = True) -> Samples:
     if isinstance(made, torch.Tensor | np.ndarray):
         return Samples(_inputs(np.asarray(made)))
     return Samples(made=made)
+
+
+def checked_device(name: str) -> str:
+    """The name of a device that can compute; else DataError."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise DataError(f"cannot compute on {name!r}: {str(error).splitlines()[0]}.") from error
+    return name
+
+
+def _moved(batch: Any, device: str) -> Any:
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), batch)
 
 
 def _called(name: str, what: str) -> Any:

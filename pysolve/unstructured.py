@@ -13,19 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pysolve.account import account, scored
 from pysolve.checks import check_model
 from pysolve.compressed import Compressed, after
+from pysolve.entries import LayerReport
 from pysolve.forms import Sparse
 from pysolve.masks import masks
 from pysolve.nn.calibration import samples_in, take
-from pysolve.nn.divergence import kl_divergence, mean_divergence, run
-from pysolve.nn.evaluate import latency, macs, nbytes, parameters
+from pysolve.nn.evaluate import latency, nbytes
 from pysolve.nn.layers import in_form
 from pysolve.nn.network import as_array, evaluating, find_matching, forward
 from pysolve.nn.slicing import WEIGHTED
 from pysolve.nn.surgery import apply
 from pysolve.plan import Plan
-from pysolve.report import LayerReport, Report
 
 LAYOUTS = ("auto", "dense", "sparse")
 # Calls that a layer is timed over, in each layout, and the share of the dense time that counts as faster.
@@ -95,8 +95,9 @@ def prune(
         forms={name: Sparse.from_dense(weight) for name, weight in pruned.items() if name in sparse},
     )
     smaller = apply(original, plan, probe=None if first is None else take(first, 0, 16))
-    report = replace(_report(original, smaller, first, evaluate), layers=lines)
-    return after(model, Compressed(smaller, plan, report))
+    held = [] if first is None else [first]
+    report = scored(account(original, smaller, held, seed=seed), original, smaller, evaluate)
+    return after(model, Compressed(smaller, plan, replace(report, layers=lines)))
 
 
 def _layers(model: nn.Module, ignore: Sequence[str]) -> Iterator[tuple[str, Any]]:
@@ -158,35 +159,3 @@ def _timed(line: LayerReport, dense: nn.Module, sparse: nn.Module, x: Tensor) ->
             line, layout="sparse", why=f"{slow / fast:.1f} times as fast on {samples_in(x)} samples"
         )
     return replace(line, why=f"sparse would take {fast / slow:.2f} times as long")
-
-
-def _report(
-    original: nn.Module, smaller: nn.Module, batch: Any, evaluate: Callable[[nn.Module], float] | None
-) -> Report:
-    divergence, held = float("nan"), 0
-    if batch is not None:
-        held = samples_in(batch)
-        outputs = [list(run(network, [batch])) for network in (original, smaller)]
-        divergence = mean_divergence(outputs[0], iter(outputs[1]), [held], kl_divergence)
-    return Report(
-        before=_costs(original, batch),
-        after=_costs(smaller, batch),
-        sites=(),
-        divergence=divergence,
-        samples=0,
-        held=held,
-        score_before=None if evaluate is None else float(evaluate(original)),
-        score_after=None if evaluate is None else float(evaluate(smaller)),
-    )
-
-
-def _costs(model: nn.Module, batch: Any) -> dict[str, int]:
-    costs = {
-        "params": parameters(model),
-        "nonzeros": sum(int(p.count_nonzero()) for p in model.parameters()),
-        "bytes": nbytes(model),
-    }
-    if batch is not None:
-        example = take(batch, 0, 2)
-        costs["macs"] = macs(model, example) // samples_in(example)
-    return costs

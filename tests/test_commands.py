@@ -2,22 +2,26 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import fields
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import pysolve as ps
 from pysolve.cli import app
 from pysolve.commands import duration_of, targets_of
+from pysolve.entries import Latency, LayerMass, SiteReport, Solve
 from pysolve.errors import PysolveError
+from pysolve.report import Report
 from pysolve.sources import network, samples
 
 MODULE = """
@@ -85,17 +89,42 @@ def test_inspect_shows_what_can_shrink(home):
 def test_compress_writes_a_network_that_loads_and_its_report(home, data):
     result = run("compress", "mine:make", "--data", data, "--target", "params=0.5", "--test", "labelled.npz")
     assert result.exit_code == 0, result.output
-    assert "score      100.00 →" in result.stdout
+    assert re.search(r"score +100\.00 ", result.stdout)
     assert sorted(path.name for path in (home / "compressed").iterdir()) == [
         "network.safetensors",
+        "report.html",
         "report.json",
         "report.md",
     ]
+    assert "<svg" in (home / "compressed/report.html").read_text()
     report = json.loads((home / "compressed/report.json").read_text())
     assert report["after"]["params"] <= 0.5 * report["before"]["params"]
+    assert report["after"]["file"] == os.path.getsize("compressed/network.safetensors")
     assert "# mine:make, compressed" in (home / "compressed/report.md").read_text()
     smaller = ps.load("compressed/network.safetensors", network("mine:make"))
     assert sum(p.numel() for p in smaller.parameters()) == report["after"]["params"]
+
+
+def test_the_json_report_has_the_fields_and_types_that_are_documented(home):
+    run("compress", "mine:make", "--data", "mine:batches", "--select", "lasso", "--quiet")
+    report = json.loads((home / "compressed/report.json").read_text())
+    assert {*report} == {field.name for field in fields(Report)}
+    for name, kind in (("sites", SiteReport), ("mass", LayerMass), ("solves", Solve)):
+        assert report[name]
+        assert all({*entry} == {field.name for field in fields(kind)} for entry in report[name])
+    assert all(isinstance(value, int) for value in (*report["before"].values(), *report["after"].values()))
+    assert all(solve["relative_gap"] <= 1e-5 for solve in report["solves"])
+    assert all({*one} == {*other} == {f.name for f in fields(Latency)} for one, other in report["latencies"])
+    assert [one["batch_size"] for one, _ in report["latencies"]] == [1, 36]
+    assert report["made_with"]["seed"] == "0"
+
+
+def test_the_plain_tensors_are_written_on_request(home):
+    run("compress", "mine:make", "--data", "mine:batches", "--state-dict", "--quiet")
+    smaller = ps.load("compressed/network.safetensors", network("mine:make"))
+    state = load_file("compressed/state_dict.safetensors")
+    assert {*state} == {*smaller.state_dict()}
+    assert all(torch.equal(state[name], value) for name, value in smaller.state_dict().items())
 
 
 def test_the_compressed_file_is_evaluated_like_the_network_it_came_from(home):
@@ -108,7 +137,7 @@ def test_the_compressed_file_is_evaluated_like_the_network_it_came_from(home):
     assert small["params"] <= 0.6 * whole["params"]
     assert small["latency_ms"] > 0
     text = run(*command).stdout
-    assert f"parameters {small['params']:,}" in text
+    assert re.search(rf"params +{small['params']:,}", text)
 
 
 def test_labels_may_come_from_a_function(home):
@@ -140,6 +169,7 @@ def test_sweep_shows_every_size(home):
     result = run(*command, "--target", "params=0.7", "--target", "macs=0.5")
     assert result.exit_code == 0, result.output
     assert result.stdout.count("\n") == 4
+    assert (home / "compressed/pareto.png").read_bytes().startswith(b"\x89PNG")
     rows = json.loads((home / "compressed/sweep.json").read_text())
     assert [row["target"] for row in rows] == [{"params": 0.7}, {"macs": 0.5}]
     assert json.loads(run(*command, "--json").stdout)[2]["target"] == {"params": 0.1}
@@ -182,6 +212,8 @@ def test_solve_certifies_and_writes_the_solution(home):
         (("compress", "mine:make", "--data", "inputs.npy", "--select", "best"), "best"),
         (("compress", "mine:make", "--data", "inputs.npy", "--ignore", "7"), "no layer '7'"),
         (("evaluate", "mine:make", "--data", "inputs.npy"), "labels are needed"),
+        (("compress", "mine:make", "--data", "inputs.npy", "--device", "cuda:99"), "compute on 'cuda:99'"),
+        (("evaluate", "mine:make", "--data", "labelled.npz", "--device", "toaster"), "compute on 'toaster'"),
         (("evaluate", "mine:make", "--data", "wide.npz"), "cannot be multiplied"),
         (("solve", "inputs.npy"), "r_xx and r_yx"),
     ],

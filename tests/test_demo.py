@@ -10,8 +10,8 @@ from rich.console import Console
 from pysolve import demo
 from pysolve.correlations import Correlations
 from pysolve.datasets import Dataset, mnist
-from pysolve.least_squares import debias
 from pysolve.errors import PysolveError
+from pysolve.least_squares import debias
 from pysolve.nn.evaluate import accuracy, parameters
 from pysolve.nn.gather import gather
 from pysolve.nn.surgery import apply

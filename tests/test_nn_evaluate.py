@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import nn
 
+from pysolve.entries import Latency
 from pysolve.errors import DataError
-from pysolve.nn.evaluate import Latency, accuracy, latency, macs, nbytes, parameters
+from pysolve.nn.evaluate import accuracy, latency, macs, nbytes, parameters
 from pysolve.nn.zoo import LeNet5, Mlp
 
 

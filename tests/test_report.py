@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pysolve.budget import MEASURES
-from pysolve.report import LayerReport, Report, SiteReport
+from pysolve.entries import Latency, LayerMass, LayerReport, SiteReport, Solve
+from pysolve.report import Report, comparison
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z", "M"]), min_size=1, max_size=30)
 REASONS = st.lists(WORDS, min_size=1, max_size=20).map(" ".join)
@@ -29,6 +30,7 @@ def site_reports(draw):
         predicted=draw(harm),
         measured=draw(harm),
         seconds=draw(st.floats(0, 9999)),
+        curve=tuple(draw(st.lists(st.tuples(st.integers(1, channels), st.floats(0, 1)), max_size=3))),
     )
 
 
@@ -46,6 +48,7 @@ def reports(draw):
         score_after=draw(st.none() | st.floats(0, 100)),
         seconds={"find": 1.5, "gather": draw(st.floats(0, 10**5))},
         notes=tuple(draw(st.lists(REASONS, max_size=2))),
+        warnings=tuple(draw(st.lists(REASONS, max_size=2))),
         target=draw(st.none() | st.just({"params": 0.25, "bytes": 1000})),
     )
 
@@ -68,9 +71,29 @@ def test_every_line_fits_and_every_site_and_note_is_there(report):
 @given(reports())
 def test_a_report_goes_through_json_and_back(report):
     found = json.loads(json.dumps(report.as_dict()))
-    found["sites"] = tuple(SiteReport(**site) for site in found["sites"])
-    found["layers"] = tuple(LayerReport(**layer) for layer in found["layers"])
-    assert Report(**{**found, "notes": tuple(found["notes"])}) == report
+    for name, kind in (
+        ("sites", SiteReport),
+        ("layers", LayerReport),
+        ("mass", LayerMass),
+        ("solves", Solve),
+    ):
+        found[name] = tuple(kind(**entry) for entry in found[name])
+    found["sites"] = tuple(
+        replace(site, curve=tuple((k, error) for k, error in site.curve)) for site in found["sites"]
+    )
+    found["latencies"] = tuple((Latency(**one), Latency(**other)) for one, other in found["latencies"])
+    for name in ("notes", "warnings"):
+        found[name] = tuple(found[name])
+    assert Report(**found) == report
+
+
+@given(reports())
+def test_markdown_tells_every_warning_and_every_row(report):
+    text = report.as_markdown()
+    assert all(part in text for part in (*report.notes, *report.warnings))
+    assert sum(line.startswith("| ") for line in text.splitlines()) == sum(
+        2 + len(table.rows) for table in report.tables()
+    )
 
 
 EXAMPLE = Report(
@@ -90,13 +113,13 @@ EXAMPLE = Report(
 def test_a_report_prints_costs_divergence_sites_and_seconds():
     text = str(EXAMPLE)
     for part in (
-        "1,000 →           250    25.0 %",
-        "divergence 0.25 on 100 samples held back, refitted on 900",
+        "parameters      1,000    250   25.0%",
+        "divergence  0.25 on 100 samples held back, refitted on 900",
         "4/8",
         "12.50%",
+        "it is read",
+        "seconds     1.5: find 1.0, refit 0.5",
     ):
-        assert part in text
-    for part in ("it is read", "1.5 s: find 1.0, refit 0.5"):
         assert part in text
     assert "score" not in text
     assert "target" not in text
@@ -104,9 +127,55 @@ def test_a_report_prints_costs_divergence_sites_and_seconds():
 
 def test_scores_and_targets_are_printed_when_there_are_some():
     scored = replace(EXAMPLE, score_before=90.0, score_after=85.5, target={"params": 0.25, "macs": 1000})
-    assert "score      90.00 → 85.50" in str(scored)
-    assert "target     params 0.25, macs 1,000" in str(scored)
-    assert "85.50, retrained 88.00" in str(replace(scored, retrained=88.0))
+    assert ["score", "90.00", "85.50"] in [line.split() for line in str(scored).splitlines()]
+    assert "target      params 0.25, macs 1,000" in str(scored)
+    retrained = str(replace(scored, retrained=88.0)).splitlines()
+    assert ["score,", "retrained", "88.00"] in [line.split() for line in retrained]
+
+
+def test_what_was_measured_of_layers_and_solves_is_told():
+    times = (Latency(4e-3, 3e-3, 5e-3, 64, 2), Latency(1e-3, 9e-4, 1.1e-3, 64, 2))
+    report = replace(
+        EXAMPLE,
+        latencies=(times,),
+        mass=(LayerMass("fc", 900, 200, 1500, 600, 2e-3, 1e-3), LayerMass("all others", 100, 50, 0, 0)),
+        solves=(Solve("a → b", "newton", 0.1, 4, 1e-9, 2e-9, 5, 0.01),),
+        warnings=("few samples",),
+        made_with={"pysolve": "1", "seed": "0"},
+    )
+    words = [line.split() for line in str(report).splitlines()]
+    assert [
+        "latency",
+        "of",
+        "64",
+        "on",
+        "2",
+        "threads",
+        "4.00",
+        "ms",
+        "(3.00",
+        "…",
+        "5.00)",
+        "1.00",
+        "ms",
+        "(0.90",
+        "…",
+        "1.10)",
+        "25.0%",
+    ] in words
+    assert ["a", "→", "b", "newton", "0.1", "4", "1.0e-09", "2.0e-09", "5", "0.010"] in words
+    assert ["Warning:", "few", "samples"] in words
+    assert ["made", "with", "pysolve", "1,", "seed", "0"] in words
+    mass = next(table for table in report.tables() if table.title == "Layers")
+    assert mass.rows[0][4] == "80.0%"
+    assert "<table>" in report._repr_html_()
+
+
+def test_several_reports_are_compared_in_one_table():
+    report = replace(EXAMPLE, target={"params": 0.25}, score_after=85.5)
+    table = comparison([report, replace(report, retrained=88.0)])
+    assert table.rows[0] == ("params 0.25", "25.0%", "50.0%", "100.0%", "0.25", "85.50", "")
+    assert table.rows[1][-1] == "88.00"
 
 
 @pytest.mark.parametrize(("measure", "share"), [("params", 0.25), ("macs", 0.5), ("bytes", 1.0)])
@@ -120,7 +189,7 @@ def test_pruned_layers_are_listed_with_what_they_run_as():
         LayerReport("fc2", 1.0, "dense", "nothing was pruned"),
     )
     lines = str(replace(EXAMPLE, sites=(), layers=layers)).splitlines()
-    start = lines.index(next(line for line in lines if line.startswith("layer")))
+    start = lines.index(next(line for line in lines if line.startswith("layer ")))
     assert lines[start + 1].split()[:5] == ["fc1", "10.0%", "sparse", "3.000", "1.000"]
     assert lines[start + 2].split(maxsplit=3) == ["fc2", "100.0%", "dense", "nothing was pruned"]
 

@@ -9,7 +9,7 @@ from torch import nn
 
 import pysolve as ps
 from pysolve import unstructured
-from pysolve.nn.evaluate import Latency
+from pysolve.entries import Latency
 from pysolve.nn.layers import SparseConv2d, SparseLinear
 
 

@@ -44,7 +44,8 @@ def save(compressed: Compressed, path: str | os.PathLike[str]) -> None:
     - ``training``: whether all layers are in training mode, or the names of those that are;
     - ``shapes`` of the tensors that are stored without their zeros, ``aliases`` from second names to the
       first, and ``checksums``, CRC-32, of what is stored;
-    - ``report``: what ``compressed.report.as_dict()`` gives, with null for numbers that are not finite.
+    - ``report``: what ``compressed.report.brief().as_dict()`` gives, with null for numbers that are not
+      finite.
 
     Parameters
     ----------
@@ -74,7 +75,7 @@ def save(compressed: Compressed, path: str | os.PathLike[str]) -> None:
         "training": _modes(model),
         "shapes": packed.shapes,
         "aliases": packed.aliases,
-        "report": plain(compressed.report.as_dict()),
+        "report": plain(compressed.report.brief().as_dict()),
     }
     write(Path(path), packed.tensors, record)
 

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pysolve.entries import Latency
 from pysolve.errors import DataError
 from pysolve.nn.layers import SparseConv2d, SparseLinear
 from pysolve.nn.network import Values, as_input, device_of, evaluating, forward, labelled
 
-
-@dataclass(frozen=True)
-class Latency:
-    """Seconds that one call takes: the median of repeated calls, and their quartiles ``low`` and ``high``."""
-
-    median: float
-    low: float
-    high: float
-    batch_size: int
-    threads: int
-
-    def __str__(self) -> str:
-        return f"{1e3 * self.median:.2f} ms ({1e3 * self.low:.2f} … {1e3 * self.high:.2f})"
+# Layers whose multiplications count.
+COUNTED = (nn.Linear, nn.modules.conv._ConvNd, SparseLinear, SparseConv2d)
 
 
 def accuracy(model: nn.Module, x: Values, y: Values, *, batch_size: int = 1000) -> float:
@@ -73,25 +63,31 @@ def macs(model: nn.Module, example: Any) -> int:
     example : one batch
         In the forms that ``gather`` takes; with one sample in it, the result is per sample.
     """
-    calls: list[int] = []
+    return sum(layer_macs(model, example).values())
 
-    def count(module: nn.Module, args: Any, output: Tensor) -> None:
+
+def layer_macs(model: nn.Module, example: Any) -> dict[str, int]:
+    """``macs`` of each layer that has weights, by the name that comes first."""
+    calls: dict[str, int] = {}
+
+    def count(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
         if isinstance(module, SparseLinear | SparseConv2d):
-            calls.append(output.numel() // module.shape[0] * module.values.numel())
+            calls[name] += output.numel() // module.shape[0] * module.values.numel()
             return
         weight = module.weight
         assert isinstance(weight, Tensor)
         # Every output, or input of a transposed convolution, meets one slice of the weight.
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-        calls.append((args[0] if transposed else output).numel() * weight[0].numel())
+        calls[name] += (args[0] if transposed else output).numel() * weight[0].numel()
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
-        for module in model.modules():
-            if isinstance(module, nn.Linear | nn.modules.conv._ConvNd | SparseLinear | SparseConv2d):
-                stack.callback(module.register_forward_hook(count).remove)
+        for name, module in model.named_modules():
+            if isinstance(module, COUNTED):
+                calls[name] = 0
+                stack.callback(module.register_forward_hook(partial(count, name)).remove)
         forward(model, example, device_of(model))
-    return sum(calls)
+    return calls
 
 
 def latency(model: nn.Module, x: Values, *, repeats: int = 50) -> Latency:
@@ -110,20 +106,26 @@ def latency(model: nn.Module, x: Values, *, repeats: int = 50) -> Latency:
     with evaluating(model):
         for _ in range(1 + repeats // 5):
             model(batch)
-        times = [_seconds(lambda: model(batch), batch.device) for _ in range(repeats)]
+        times = [seconds_of(lambda: model(batch), batch.device) for _ in range(repeats)]
+    return summary(times, len(batch))
+
+
+def summary(times: Sequence[float], batch_size: int) -> Latency:
+    """Median and quartiles of the times of several calls."""
     low, median, high = np.quantile(times, (0.25, 0.5, 0.75)).tolist()
-    return Latency(median, low, high, len(batch), torch.get_num_threads())
+    return Latency(median, low, high, batch_size, torch.get_num_threads())
 
 
-def _seconds(call: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
     """Time of one call, with the accelerator's queue empty before and after."""
-    _wait(device)
+    wait(device)
     start = time.perf_counter()
     call()
-    _wait(device)
+    wait(device)
     return time.perf_counter() - start
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until an accelerator has done what it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

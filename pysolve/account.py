@@ -1,0 +1,117 @@
+"""What became of a network: costs, times, divergence and scores of original and result, as a report."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import scipy
+import torch
+from torch import nn
+
+import pysolve
+from pysolve.cautions import slower
+from pysolve.entries import Latency
+from pysolve.nn.calibration import samples_in, take
+from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, run
+from pysolve.nn.evaluate import macs, nbytes, parameters
+from pysolve.nn.profile import latencies, masses
+from pysolve.report import Report
+
+Evaluate = Callable[[nn.Module], float]
+
+# Samples that are timed together.
+BATCHES = (1, 64)
+
+
+def account(
+    original: nn.Module,
+    smaller: nn.Module,
+    batches: Sequence[Any],
+    *,
+    divergence: Divergence = kl_divergence,
+    seed: int = 0,
+) -> Report:
+    """Compare a compressed network with its original; what was done to it is for the caller to add.
+
+    Parameters
+    ----------
+    original, smaller : nn.Module
+    batches : sequence of batches
+        That no fit has seen; without any, neither divergence nor MACs nor times are taken.
+    divergence, seed
+        As in ``pysolve.compress``.
+    """
+    first = batches[0] if batches else None
+    mass = () if first is None else masses(original, smaller, take(first, 0, BATCHES[-1]))
+    times = () if first is None else _latencies(original, smaller, first)
+    return Report(
+        before=costs(original, first),
+        after=costs(smaller, first),
+        sites=(),
+        divergence=distance(original, smaller, batches, divergence) if batches else float("nan"),
+        samples=0,
+        held=sum(map(samples_in, batches)),
+        mass=mass,
+        latencies=times,
+        warnings=tuple(slower(mass)),
+        made_with=made_with(seed),
+    )
+
+
+def scored(report: Report, original: nn.Module, smaller: nn.Module, evaluate: Evaluate | None) -> Report:
+    """The report with what the user's function says of both networks, if there is one."""
+    if evaluate is None:
+        return report
+    return replace(report, score_before=float(evaluate(original)), score_after=float(evaluate(smaller)))
+
+
+def costs(model: nn.Module, batch: Any = None) -> dict[str, int]:
+    """Parameters, those that are not zero, bytes, and with a batch MACs for one sample."""
+    found = {
+        "params": parameters(model),
+        "nonzeros": sum(int(parameter.count_nonzero()) for parameter in model.parameters()),
+        "bytes": nbytes(model),
+    }
+    if batch is not None:
+        # Some networks take no single sample: batch norms without statistics of their own.
+        example = take(batch, 0, 2)
+        found["macs"] = macs(model, example) // samples_in(example)
+    return found
+
+
+def distance(
+    original: nn.Module, other: nn.Module, batches: Sequence[Any], divergence: Divergence = kl_divergence
+) -> float:
+    """Mean divergence over samples of a network's outputs from the original's."""
+    outputs = list(run(original, batches))
+    return mean_divergence(outputs, run(other, batches), [*map(samples_in, batches)], divergence)
+
+
+def made_with(seed: int) -> dict[str, str]:
+    """Versions, the machine and the seed that made a result."""
+    return {
+        "pysolve": pysolve.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "seed": str(seed),
+    }
+
+
+def _latencies(original: nn.Module, smaller: nn.Module, batch: Any) -> tuple[tuple[Latency, Latency], ...]:
+    found: dict[int, tuple[Latency, Latency]] = {}
+    for size in BATCHES:
+        part = take(batch, 0, size)
+        try:
+            before, after = latencies((original, smaller), part)
+        except (RuntimeError, ValueError):
+            # The network's code takes batches of one size alone, or no single sample.
+            continue
+        found[before.batch_size] = (before, after)
+    return tuple(found.values())

@@ -1,0 +1,61 @@
+"""What may be wrong with a compressed network, and what to do about it, in one sentence each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from pysolve.correlations import Correlations
+from pysolve.entries import LayerMass
+from pysolve.plan import Site
+
+# A layer is called slower when it takes so many times as long, and so much of the network's time longer.
+SLOWER, MATTERS = 1.2, 0.03
+# Share of the parameters in layers that cannot shrink from which that is worth a warning.
+PINNED = 0.3
+# Rows (samples × positions) for each input of a layer, below which its fit follows the samples' noise.
+ROWS = 4
+
+
+def slower(mass: Sequence[LayerMass]) -> list[str]:
+    """Layers that take longer than before."""
+    total = sum(layer.seconds or 0.0 for layer in mass)
+    found = []
+    for layer in mass:
+        if layer.seconds is None or layer.seconds_left is None:
+            continue
+        if layer.seconds_left > max(SLOWER * layer.seconds, layer.seconds + MATTERS * total):
+            found.append(
+                f"{layer.name} takes {layer.seconds_left / layer.seconds:.1f} times as long as before: try "
+                "round_to=8 or 16, or leave it alone with ignore."
+            )
+    return found
+
+
+def pinned(mass: Sequence[LayerMass], sites: Sequence[Site]) -> list[str]:
+    """Whether much of the network is in layers that no site can make smaller."""
+    free = [site for site in sites if site.pinned is None]
+    shrinks = {name for site in free for name in (*site.writers, *site.readers, *site.passed)}
+    stuck = [layer for layer in mass if layer.name not in shrinks and layer.macs]
+    share = sum(layer.params for layer in stuck) / max(1, sum(layer.params for layer in mass))
+    if share < PINNED:
+        return []
+    largest = sorted(stuck, key=lambda layer: -layer.params)[:3]
+    names = ", ".join(layer.name for layer in largest) + ", …" * (len(stuck) > 3)
+    return [
+        f"{share:.0%} of the parameters are in layers that cannot shrink ({names}), so the others gave all "
+        "that was asked for; inspect says why."
+    ]
+
+
+def few_samples(correlations: Mapping[str, Correlations]) -> list[str]:
+    """Whether layers were fitted on few rows for their number of inputs."""
+    rows = {name: found.count / len(found.xx) for name, found in correlations.items()}
+    poor = {name: share for name, share in rows.items() if share < ROWS}
+    if not poor:
+        return []
+    worst = min(poor, key=poor.__getitem__)
+    count, inputs = correlations[worst].count, len(correlations[worst].xx)
+    return [
+        f"few samples: {len(poor)} of {len(rows)} layers were fitted on less than {ROWS} rows for each of "
+        f"their inputs, {worst} on {count:,.0f} for {inputs:,}. Give more batches."
+    ]

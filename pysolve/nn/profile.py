@@ -1,0 +1,138 @@
+"""Two networks side by side: how long they take by turns, and what each layer of them weighs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pysolve.entries import Latency, LayerMass
+from pysolve.nn.calibration import samples_in, take
+from pysolve.nn.evaluate import COUNTED, layer_macs, parameters, seconds_of, summary, wait
+from pysolve.nn.network import arguments, device_of, evaluating
+
+# Calls of each network: at least, at most, and as many as go into these seconds.
+FEWEST, MOST, SECONDS = 7, 100, 0.1
+# Share of all parameters that gives a row to a layer that does not multiply, such as an embedding.
+LARGE = 0.01
+
+
+def latencies(models: Sequence[nn.Module], batch: Any) -> tuple[Latency, ...]:
+    """How long each network takes for a batch, called by turns: what slows the machine slows all of them."""
+    with evaluating(*models):
+        calls = [_call(model, batch) for model in models]
+        times = _by_turns(calls, [device_of(model) for model in models])
+    return tuple(summary(one, samples_in(batch)) for one in times)
+
+
+def masses(before: nn.Module, after: nn.Module, batch: Any) -> tuple[LayerMass, ...]:
+    """Parameters, MACs and seconds of the layers with weights, in both networks.
+
+    Of layers that took another's place, names that begin with the other's count as its own.
+
+    Parameters
+    ----------
+    before, after : nn.Module
+    batch : one batch
+        Seconds are taken on it, MACs on its first samples.
+    """
+    seconds = _layer_seconds((before, after), batch)
+    example = take(batch, 0, 2)
+    n = samples_in(example)
+    old, new = (layer_macs(model, example) for model in (before, after))
+    sizes, left = _sizes(before, old), _nonzeros(after, new)
+    found = []
+    for name, size in sizes.items():
+        own = [one for one in new if one == name or one.startswith(f"{name}.")]
+        alive = sum(left.pop(one, 0) for one in {name, *own})
+        counts = (old.get(name, 0) // n, sum(new[one] for one in own) // n)
+        times = (_median(seconds[0], [name] if name in old else []), _median(seconds[1], own))
+        found.append(LayerMass(name, size, alive, *counts, *times))
+    others = LayerMass("all others", parameters(before) - sum(sizes.values()), sum(left.values()), 0, 0)
+    return (*found, others) if others.params or others.left else tuple(found)
+
+
+def _sizes(model: nn.Module, counted: Mapping[str, Any]) -> dict[str, int]:
+    """Parameters of the layers worth a row: those that multiply, and others that hold much."""
+    much = LARGE * parameters(model)
+    sizes = {}
+    for name, module in model.named_modules():
+        if name in counted:
+            sizes[name] = parameters(module)
+        elif not any(name.startswith(f"{one}.") for one in sizes):
+            direct = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+            if direct > much:
+                sizes[name] = direct
+    return sizes
+
+
+def _nonzeros(model: nn.Module, counted: Mapping[str, Any]) -> dict[str, int]:
+    """Parameters that are not zero, shared ones once, by the layer that holds them."""
+    found: dict[str, int] = {}
+    for name, parameter in model.named_parameters():
+        home = name.rpartition(".")[0]
+        owner = next((one for one in counted if home == one or home.startswith(f"{one}.")), home)
+        found[owner] = found.get(owner, 0) + int(parameter.count_nonzero())
+    return found
+
+
+def _call(model: nn.Module, batch: Any) -> Callable[[], Any]:
+    """The network's call on a batch that lies where it needs it, made once to warm up."""
+    device = device_of(model)
+    args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().to(device, copy=True), arguments(batch))
+    call = partial(model, *args, **kwargs)
+    call()
+    return call
+
+
+def _by_turns(calls: Sequence[Callable[[], Any]], devices: Sequence[Any]) -> list[list[float]]:
+    times: list[list[float]] = [[] for _ in calls]
+    while len(times[0]) < FEWEST or (len(times[0]) < MOST and min(map(sum, times)) < SECONDS):
+        for call, device, own in zip(calls, devices, times, strict=True):
+            own.append(seconds_of(call, device))
+    return times
+
+
+def _layer_seconds(models: Sequence[nn.Module], batch: Any) -> list[dict[str, list[float]]]:
+    """Of each network, the seconds that each of its layers took in each of several runs."""
+    seconds: list[dict[str, list[float]]] = [{} for _ in models]
+    with evaluating(*models):
+        calls = [_call(model, batch) for model in models]
+        for _ in range(FEWEST):
+            for model, call, own in zip(models, calls, seconds, strict=True):
+                # Anew for each run: the networks may share layers.
+                with ExitStack() as stack:
+                    for name, module in model.named_modules():
+                        if isinstance(module, COUNTED):
+                            watch = _Watch(own.setdefault(name, []), device_of(model))
+                            stack.callback(module.register_forward_pre_hook(watch.start).remove)
+                            stack.callback(module.register_forward_hook(watch.stop).remove)
+                    call()
+    return seconds
+
+
+class _Watch:
+    """Hooks that add the seconds of a layer's calls to the last of its times."""
+
+    def __init__(self, times: list[float], device: Any) -> None:
+        self.times, self.device, self.started = times, device, 0.0
+        times.append(0.0)
+
+    def start(self, *_: Any) -> None:
+        wait(self.device)
+        self.started = time.perf_counter()
+
+    def stop(self, *_: Any) -> None:
+        wait(self.device)
+        self.times[-1] += time.perf_counter() - self.started
+
+
+def _median(seconds: Mapping[str, list[float]], names: Sequence[str]) -> float | None:
+    """Median over runs of what several layers took together."""
+    return float(np.median(np.sum([seconds[name] for name in names], axis=0))) if names else None

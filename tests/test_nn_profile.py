@@ -1,0 +1,92 @@
+"""Two networks are timed by turns, and every parameter of theirs belongs to one row."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+import pysolve as ps
+from pysolve.nn.evaluate import macs, parameters
+from pysolve.nn.profile import FEWEST, latencies, masses
+from tests.networks import NETWORKS, network
+
+
+def mlp(widths):
+    torch.manual_seed(0)
+    return nn.Sequential(*[nn.Linear(a, b) for a, b in pairwise(widths)])
+
+
+@given(st.lists(st.integers(1, 6), min_size=2, max_size=5))
+def test_rows_add_up_to_the_network(widths):
+    model = mlp(widths)
+    x = torch.zeros(3, widths[0])
+    rows = masses(model, model, x)
+    assert [row.name for row in rows] == [name for name, _ in model.named_children()]
+    assert sum(row.params for row in rows) == parameters(model)
+    assert sum(row.macs for row in rows) == macs(model, x[:1])
+    assert all((row.params, row.macs) == (row.left, row.macs_left) for row in rows)
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_no_parameter_of_any_network_is_forgotten(name):
+    model, batch = network(name)
+    rows = masses(model, model, batch)
+    assert sum(row.params for row in rows) == parameters(model)
+    assert sum(row.left for row in rows) == sum(int(p.count_nonzero()) for p in model.parameters())
+
+
+def test_zeros_and_layers_that_took_anothers_place_count_as_its_own():
+    before = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 4))
+    after = nn.Sequential(nn.Sequential(nn.Linear(8, 2, bias=False), nn.Linear(2, 6)), nn.ReLU(), before[2])
+    with torch.no_grad():
+        after[2].weight[0] = 0
+    first, second = masses(before, after, torch.zeros(2, 8))
+    assert (first.name, first.params, first.left, first.macs, first.macs_left) == ("0", 54, 34, 48, 28)
+    assert (second.params, second.left, second.macs_left) == (28, 22, 24)
+    assert first.seconds > 0 < first.seconds_left
+
+
+def test_sparse_layers_count_their_entries():
+    model = mlp((40, 30, 5))
+    small = ps.prune(model, amount=0.9, layout="sparse").model
+    row = masses(model, small, torch.zeros(2, 40))[0]
+    assert (row.left, row.macs, row.macs_left) == (120 + 30, 1200, 120)
+
+
+def test_embeddings_have_rows_and_small_leftovers_share_one():
+    model = nn.Sequential(nn.Embedding(500, 8), nn.Linear(8, 300), nn.LayerNorm(300), nn.Linear(300, 300))
+    model.append(nn.LayerNorm(300))
+    rows = masses(model, model, torch.zeros(2, 3, dtype=torch.long))
+    assert [row.name for row in rows] == ["0", "1", "3", "all others"]
+    assert rows[-1].params == 1200
+    assert rows[0].seconds is None
+
+
+def test_hooks_and_modes_are_left_as_they_were():
+    model = mlp((4, 3, 2)).train()
+    masses(model, model, torch.zeros(2, 4))
+    assert model.training
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_latencies_are_taken_by_turns():
+    calls = []
+
+    class Named(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name = name
+
+        def forward(self, x):
+            calls.append(self.name)
+            return x
+
+    found = latencies((Named("a"), Named("b")), torch.zeros(5, 2))
+    assert [one.batch_size for one in found] == [5, 5]
+    assert all(0 < one.low <= one.median <= one.high for one in found)
+    # After one call each to warm up.
+    assert len(calls) >= 2 + 2 * FEWEST
+    assert calls[2:] == ["a", "b"] * (len(calls) // 2 - 1)
