@@ -68,6 +68,38 @@ def test_a_sparse_layer_computes_what_the_dense_one_does(dense, x):
     assert layer.values.numel() == int((dense.weight != 0).sum())
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
+@pytest.mark.parametrize(("dense", "x"), ALL)
+def test_a_trace_is_shown_what_the_layer_computes(dense, x):
+    layer = sparse(dense)
+    torch.testing.assert_close(layer.traced(x), layer.computed(x))
+    assert torch.equal(layer.scattered(), dense.weight)
+
+
+@settings(max_examples=20)
+@given(st.integers(1, 6), st.integers(1, 6), st.sampled_from([0.0, 0.3, 1.0]), st.integers(0, 99))
+def test_scattered_entries_are_the_dense_weight(h, d, density, seed):
+    torch.manual_seed(seed)
+    dense = pruned(nn.Linear(d, h), density, seed)
+    assert torch.equal(sparse(dense).scattered(), dense.weight)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_dense_layer_has_the_type_of_the_sparse_one(kind):
+    layer = sparse(pruned(nn.Conv2d(4, 6, 3, groups=2))).to(kind)
+    dense = layer.to_dense()
+    assert dense.weight.dtype == dense.bias.dtype == layer.weight.dtype == kind
+    assert dense.weight.shape == layer.weight.shape
+
+
+def test_the_weight_of_a_sparse_layer_has_no_values_to_mistake_for_its_own():
+    layer = sparse(pruned(nn.Linear(12, 5)))
+    assert layer.weight.is_meta
+    assert "weight" not in layer.state_dict()
+    with pytest.raises(RuntimeError, match="meta"):
+        layer.bias + layer.weight.sum(1)
+
+
 @pytest.mark.parametrize(("dense", "x"), ALL)
 def test_there_and_back_is_the_same_layer(dense, x):
     back = sparse(dense.eval()).to_dense()
@@ -157,6 +189,15 @@ def test_a_damaged_state_is_refused_and_changes_nothing(change, message):
     with pytest.raises((ValueError, RuntimeError), match=message):
         layer.load_state_dict(damaged)
     assert torch.equal(layer(x), expected)
+
+
+def test_a_state_of_a_convolution_in_other_groups_is_refused():
+    one, two, four = (sparse(nn.Conv2d(4, 8, 3, groups=groups)) for groups in (1, 2, 4))
+    for wrong, layer in ((one, two), (two, four)):
+        with pytest.raises(ValueError, match="within the groups"):
+            layer.load_state_dict(wrong.state_dict())
+    two.load_state_dict(four.state_dict())
+    torch.testing.assert_close(two.computed(torch.ones(1, 4, 5, 5)), four.computed(torch.ones(1, 4, 5, 5)))
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "save", "double", "in place", "data", "replaced"])

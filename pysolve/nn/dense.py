@@ -13,10 +13,10 @@ from pysolve.nn.surgery import substitute
 def to_dense(model: nn.Module) -> nn.Module:
     """A copy of a network with a Linear for each ``SparseLinear``, a Conv2d for each ``SparseConv2d``.
 
-    For what runs dense anyway: exported programs, other devices, half precision. A network with sparse
-    layers can be exported too; such a program holds their entries alone, so that at 90 % zeros it takes a
-    fifth of the space, but makes the dense weights anew in every call. ONNX Runtime does so once, when it
-    loads a model.
+    For other devices and half precision, and for exporting. A network with sparse layers can be exported,
+    too: at 90 % zeros such a program takes a fifth of a dense one's space, but makes the dense weights anew
+    in each call, for single samples several times as long as the products take. ONNX Runtime makes them
+    once, when it loads the model.
 
     Parameters
     ----------

@@ -21,6 +21,10 @@ class SparseLinear(SparseWeight):
     Runs on the CPU, in float32 or float64. Gradients go to the inputs, the entries and the bias, so that what
     is left of a pruned layer can be fine-tuned; places without an entry stay zero.
 
+    torch.compile runs it as it is, between two graphs, and so not with ``fullgraph=True``. A program of
+    torch.export or torch.onnx needs nothing of this package: it holds the entries, and makes the dense weight
+    of them in each call. ``pysolve.nn.dense.to_dense`` has it made once and for all.
+
     Parameters
     ----------
     matrix : (h, d) csr_array

@@ -126,8 +126,8 @@ class SparseWeight(nn.Module):
 
     def scattered(self) -> Tensor:
         """The dense weight; of a matrix of diagonal blocks, as a convolution in groups has, these alone."""
-        size, n = math.prod(self.dense_shape), self.values.numel()
-        width = size // max(1, self.shape[0])
+        size, width = math.prod(self.dense_shape), math.prod(self.dense_shape[1:])
+        n = self.values.numel()
         # Where the row of each entry begins, by operators whose sizes do not depend on numbers.
         ends = self.indptr[1:-1]
         begins = self.indptr.new_zeros(n + 1).index_add(0, ends, torch.full_like(ends, width)).cumsum(0)[:n]
@@ -160,11 +160,20 @@ class SparseWeight(nn.Module):
             prepared = SparseMatrix.from_csr(csr)
             if not np.array_equal(prepared.to_csr().indices, csr.indices):
                 raise ValueError(f"{prefix}indices must increase within each row.")
+            if not self._within_blocks(csr):
+                raise ValueError(f"{prefix}indices must stay within the groups of the convolution.")
             for name in ("values", "indices"):
                 own = getattr(self, name)
                 own.data = own.new_empty(given[name].shape)
             self._matrix = None
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _within_blocks(self, csr: csr_array) -> bool:
+        """Whether all entries are on the diagonal blocks that the dense weight consists of."""
+        h, width = self.shape[0], math.prod(self.dense_shape[1:])
+        groups = self.shape[1] // max(1, width)
+        block = np.repeat(np.arange(h), np.diff(csr.indptr)) * groups // max(1, h)
+        return bool(np.array_equal(block, csr.indices // max(1, width)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_matrix": None, "_flipped": None}
