@@ -11,6 +11,7 @@
 #include "pysolve/elimination.hpp"
 #include "pysolve/fista.hpp"
 #include "pysolve/newton.hpp"
+#include "pysolve/obs.hpp"
 #include "pysolve/problem.hpp"
 #include "pysolve/prox.hpp"
 #include "pysolve/variational.hpp"
@@ -243,6 +244,22 @@ void register_selection(py::module_& m) {
         py::arg("depth"));
 }
 
+void register_obs(py::module_& m) {
+    m.def(
+        "eliminate_rows",
+        [](const Array& inverse, const Array& W) {
+            if (W.ndim() != 2) throw py::value_error("W must be a matrix (rows x inputs)");
+            const Index h = W.shape(0), d = W.shape(1);
+            expect_shape("inverse", inverse, {d, d});
+            const RowPaths paths = run(py::none(), [&](const Monitor& monitor) {
+                return eliminate_rows({inverse.data(), d, d, d}, {W.data(), h, d, d}, monitor);
+            });
+            return py::make_tuple(py::array_t<std::int32_t>({h, d}, paths.order.data()),
+                                  to_array(paths.change, h, d));
+        },
+        py::arg("inverse").noconvert(), py::arg("W").noconvert());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_core, m) {
@@ -252,5 +269,6 @@ PYBIND11_MODULE(_core, m) {
     register_prox(m);
     register_solvers(m);
     register_selection(m);
+    register_obs(m);
     register_sparse(m);
 }

@@ -1,4 +1,4 @@
-"""Which weights of a network stay: unstructured pruning."""
+"""Which weights of a network stay: unstructured pruning by a score of every weight."""
 
 from __future__ import annotations
 
@@ -9,73 +9,221 @@ import numpy as np
 import numpy.typing as npt
 
 Mask = npt.NDArray[np.bool_]
+Scores = npt.NDArray[Any]
 Weights = Mapping[str, npt.NDArray[Any]]
+PerLayer = float | Mapping[str, float]
 
-METHODS = ("magnitude", "random")
+METHODS = ("magnitude", "random", "std", "wanda")
 SCOPES = ("local", "global")
 
 
 def masks(
     weights: Weights,
-    amount: float | Mapping[str, float],
+    amount: PerLayer | None = None,
     *,
     method: str = "magnitude",
+    threshold: PerLayer | None = None,
+    sensitivity: PerLayer | None = None,
+    pattern: str | None = None,
     scope: str = "local",
+    second_moments: Mapping[str, npt.ArrayLike] | None = None,
     seed: int = 0,
 ) -> dict[str, Mask]:
-    """Keep the weights with the largest scores: |w|, or a random number.
+    """Keep the weights with the largest scores, or those whose scores reach a threshold.
+
+    Exactly one of ``amount``, ``threshold``, ``sensitivity`` and ``pattern`` says how many.
 
     Parameters
     ----------
     weights : {layer: array}
+        The first axis is the output; the others together are the inputs, in the order of ``flatten(1)``.
     amount : float or {layer: float}
         Share of the weights that goes, in [0, 1); with a mapping, layers without an entry keep all.
-    method : "magnitude" or "random"
+    method : "magnitude", "random", "std" or "wanda"
+        The score: |w|, a random number, |w| / std(w of the layer), or |w_ij| sqrt(E[x_j²]).
+    threshold : float or {layer: float}
+        |w| below it goes; for "magnitude".
+    sensitivity : float or {layer: float}
+        |w| below this many standard deviations of the layer's weights goes; for "std".
+    pattern : str
+        As "2:4": of every 4 consecutive inputs of an output, 2 stay. Of an incomplete last group as many
+        stay, or all.
     scope : "local" or "global"
-        The share of each layer, or of all together.
+        The share of each layer (with "wanda", of each output), or of all together. Globally, "magnitude"
+        compares |w| as they are, "std" by each layer's deviation, "wanda" by the shares that they have of
+        their layer's Σ w_ij² E[x_j²].
+    second_moments : {layer: (inputs,) array}
+        E[x_j²], the diagonal of a layer's correlations; for "wanda".
     seed : int
         Of random scores.
 
     Returns
     -------
     {layer: bool array}
-        True for what stays. Exactly ⌊share · size⌋ weights go; zeros count as weights, and of equal ones the
-        first stay.
+        True for what stays. Of an amount exactly ⌊share · size⌋ weights go; zeros count as weights, and of
+        equal ones the first stay.
+
+    References
+    ----------
+    M. Sun et al., A simple and effective pruning approach for large language models, 2024 ("wanda").
     """
-    _check(weights, amount, method, scope)
+    _check(weights, method, scope, amount, threshold, sensitivity, pattern)
+    moments = _moments(weights, second_moments) if method == "wanda" else {}
     rng = np.random.default_rng(seed)
-    scores = {
-        name: np.abs(w) if method == "magnitude" else rng.random(w.shape) for name, w in weights.items()
-    }
-    if scope == "local":
-        shares = amount if isinstance(amount, Mapping) else dict.fromkeys(weights, amount)
-        return {name: _largest(score, shares.get(name, 0.0)) for name, score in scores.items()}
-    assert not isinstance(amount, Mapping)
-    together = np.concatenate([np.zeros(0), *(score.ravel() for score in scores.values())])
-    ends = np.cumsum([score.size for score in scores.values()])
-    parts = np.split(_largest(together, amount), ends[:-1])
-    return {name: part.reshape(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
+    scored = {name: _scores(w, method, moments.get(name), rng) for name, w in weights.items()}
+    if pattern is not None:
+        n, m = parse_pattern(pattern)
+        return {name: keep_pattern(score, n, m) for name, score in scored.items()}
+    limit = threshold if amount is None and threshold is not None else sensitivity
+    if limit is not None:
+        limits = limit if isinstance(limit, Mapping) else dict.fromkeys(weights, limit)
+        return {name: score >= limits.get(name, -np.inf) for name, score in scored.items()}
+    if scope == "global":
+        assert not isinstance(amount, Mapping)
+        return _together(scored, float(amount or 0), wanda=method == "wanda")
+    shares = amount if isinstance(amount, Mapping) else dict.fromkeys(weights, amount)
+    keep = _rows_left if method == "wanda" else _left
+    return {name: keep(score, float(shares.get(name) or 0)) for name, score in scored.items()}
 
 
-def _largest(scores: npt.NDArray[Any], share: float) -> Mask:
-    """All but the smallest ⌊share · size⌋."""
-    # A share such as 0.29 of 100 is 28.999… in binary.
-    gone = int(np.floor(share * scores.size + 1e-9))
-    keep = np.ones(scores.size, bool)
-    keep[np.argsort(-scores.ravel(), kind="stable")[scores.size - gone :]] = False
+def keep_largest(scores: Scores, count: int) -> Mask:
+    """The ``count`` largest; of equal ones the first."""
+    flat = scores.ravel()
+    keep = np.zeros(flat.size, bool)
+    if count >= flat.size:
+        keep[:] = True
+    elif count > 0:
+        least = np.partition(flat, flat.size - count)[flat.size - count]
+        np.greater(flat, least, out=keep)
+        keep[np.flatnonzero(flat == least)[: count - np.count_nonzero(keep)]] = True
     return keep.reshape(scores.shape)
 
 
-def _check(weights: Weights, amount: float | Mapping[str, float], method: str, scope: str) -> None:
-    for what, given, known in (("method", method, METHODS), ("scope", scope, SCOPES)):
-        if given not in known:
-            raise ValueError(f"unknown {what} {given!r}; choose one of {', '.join(known)}.")
-    each = amount if isinstance(amount, Mapping) else {"": amount}
-    for name, share in each.items():
-        if not isinstance(share, int | float) or not 0 <= share < 1:
-            raise ValueError(f"amount{' of ' * bool(name)}{name} must be in [0, 1), got {share}.")
-    if isinstance(amount, Mapping):
-        if scope == "global":
-            raise ValueError("scope='global' takes one amount for all layers together, got one for each.")
-        if unknown := set(amount) - set(weights):
-            raise ValueError(f"amount names {sorted(unknown)}; layers with weights: {', '.join(weights)}.")
+def keep_in_rows(scores: Scores, count: int) -> Mask:
+    """The ``count`` largest of every row of a matrix; of equal ones the first."""
+    h, d = scores.shape
+    if count <= 0 or count >= d:
+        return np.full((h, d), count > 0)
+    least = np.partition(scores, d - count, axis=1)[:, [d - count]]
+    keep, ties = scores > least, scores == least
+    missing = count - keep.sum(1, keepdims=True)
+    return np.asarray(keep | (ties & (np.cumsum(ties, axis=1) <= missing)))
+
+
+def keep_pattern(scores: Scores, n: int, m: int) -> Mask:
+    """The n largest of every m consecutive inputs of each output, and of what is left over at the end."""
+    if not scores.size:
+        return np.ones(scores.shape, bool)
+    rows = scores.reshape(len(scores), -1)
+    whole = rows.shape[1] // m * m
+    keep = np.ones(rows.shape, bool)
+    keep[:, :whole] = keep_in_rows(rows[:, :whole].reshape(-1, m), n).reshape(len(rows), whole)
+    keep[:, whole:] = keep_in_rows(rows[:, whole:], n)
+    return keep.reshape(scores.shape)
+
+
+def parse_pattern(pattern: str) -> tuple[int, int]:
+    """The two numbers of a pattern such as "2:4"."""
+    n, colon, m = pattern.partition(":") if isinstance(pattern, str) else ("", "", "")
+    if not (colon and n.isdecimal() and m.isdecimal() and 0 < int(n) < int(m)):
+        raise ValueError(f'pattern must be like "2:4", n of every m inputs with 0 < n < m, got {pattern!r}.')
+    return int(n), int(m)
+
+
+def count_left(share: float, size: int) -> int:
+    """How many of ``size`` stay when ⌊share · size⌋ go."""
+    # A share such as 0.29 of 100 is 28.999… in binary.
+    return size - int(np.floor(share * size + 1e-9))
+
+
+def _left(scores: Scores, share: float) -> Mask:
+    return keep_largest(scores, count_left(share, scores.size))
+
+
+def _rows_left(scores: Scores, share: float) -> Mask:
+    """The share of every row; what ⌊⌋ leaves over in the rows goes where scores are smallest."""
+    if not scores.size:
+        return np.ones(scores.shape, bool)
+    rows = scores.reshape(len(scores), -1)
+    count = count_left(share, rows.size)
+    each = count // len(rows)
+    keep = keep_in_rows(rows, each)
+    more = keep_in_rows(rows, each + 1) & ~keep
+    keep |= keep_largest(np.where(more, rows, -1.0), count - each * len(rows))
+    return keep.reshape(scores.shape)
+
+
+def _together(scored: Mapping[str, Scores], share: float, *, wanda: bool) -> dict[str, Mask]:
+    if wanda:
+        scored = {name: score / (np.linalg.norm(score) or 1.0) for name, score in scored.items()}
+    together = np.concatenate([np.zeros(0), *(score.ravel() for score in scored.values())])
+    ends = np.cumsum([score.size for score in scored.values()])
+    parts = np.split(_left(together, share), ends[:-1])
+    return {name: part.reshape(scored[name].shape) for name, part in zip(scored, parts, strict=True)}
+
+
+def _scores(w: Scores, method: str, moments: Scores | None, rng: np.random.Generator) -> Scores:
+    if method == "random":
+        return rng.random(w.shape)
+    size = np.abs(w)
+    if method == "std":
+        # Weights that are all alike have no deviation; each of them lies infinitely many away from 0.
+        deviation = float(np.std(w, dtype=np.float64)) if w.size else 1.0
+        return size / deviation if deviation > 0 else np.where(size > 0, np.inf, 0.0)
+    if moments is None:
+        return size
+    return np.asarray((size.reshape(len(w), -1) * np.sqrt(moments)).reshape(w.shape))
+
+
+def _moments(weights: Weights, given: Mapping[str, npt.ArrayLike] | None) -> dict[str, Scores]:
+    if given is None or (missing := set(weights) - set(given)):
+        which = "" if given is None else f"; {sorted(missing)} have none"
+        raise ValueError(f'method="wanda" needs second_moments, E[x²] of the inputs of every layer{which}.')
+    moments = {name: np.asarray(given[name], dtype=np.float64) for name in weights}
+    for name, w in weights.items():
+        inputs = int(np.prod(w.shape[1:]))
+        if moments[name].shape != (inputs,) or not (moments[name] >= 0).all():
+            raise ValueError(
+                f"second_moments of {name} must be {inputs} numbers of at least 0, one an input, got an "
+                f"array of shape {moments[name].shape}."
+            )
+    return moments
+
+
+def _check(
+    weights: Weights,
+    method: str,
+    scope: str,
+    amount: PerLayer | None,
+    threshold: PerLayer | None,
+    sensitivity: PerLayer | None,
+    pattern: str | None,
+) -> None:
+    for what, chosen, known in (("method", method, METHODS), ("scope", scope, SCOPES)):
+        if chosen not in known:
+            raise ValueError(f"unknown {what} {chosen!r}; choose one of {', '.join(known)}.")
+    given = {"amount": amount, "threshold": threshold, "sensitivity": sensitivity, "pattern": pattern}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        raise ValueError(f"give exactly one of {', '.join(given)}; got {' and '.join(names) or 'none'}.")
+    for name, wanted in (("threshold", "magnitude"), ("sensitivity", "std")):
+        if given[name] is not None and method != wanted:
+            raise ValueError(f"{name} goes with method={wanted!r}, got method={method!r}.")
+    if scope == "global" and (pattern is not None or isinstance(amount, Mapping)):
+        got = "a pattern" if pattern is not None else "one for each"
+        raise ValueError(f"scope='global' takes one amount for all layers together, got {got}.")
+    if pattern is not None:
+        parse_pattern(pattern)
+    _check_numbers(weights, names[0], given[names[0]])
+
+
+def _check_numbers(weights: Weights, what: str, value: Any) -> None:
+    if what == "pattern":
+        return
+    for name, number in (value if isinstance(value, Mapping) else {"": value}).items():
+        top, allowed = (1, "in [0, 1)") if what == "amount" else (np.inf, "a finite number of at least 0")
+        real = isinstance(number, int | float | np.number) and not isinstance(number, bool)
+        if not (real and 0 <= number < top):
+            raise ValueError(f"{what}{' of ' * bool(name)}{name} must be {allowed}, got {number}.")
+    if isinstance(value, Mapping) and (unknown := set(value) - set(weights)):
+        raise ValueError(f"{what} names {sorted(unknown)}; layers with weights: {', '.join(weights)}.")
