@@ -113,7 +113,7 @@ class LayerReport:
     name : str
     density : float
         Share of the weights that are left.
-    layout : "dense" or "sparse"
+    layout : "dense", "csr" or "mask"
         How the layer runs now.
     why : str
     dense_seconds, sparse_seconds : float, optional

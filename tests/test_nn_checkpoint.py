@@ -180,7 +180,7 @@ def test_compressions_remember_what_a_file_needs(tmp_path, monkeypatch):
     model, batches = mlp(), [vectors(40)]
     first = ps.compress(model, batches, keep=0.6, progress=False, sites=[narrowed(1, 12, [0]).site])
     second = ps.compress(first, batches, keep=0.7, progress=False, sites=[narrowed(2, 9, [0]).site])
-    third = ps.prune(second, amount=0.5, layout="sparse")
+    third = ps.prune(second, amount=0.5, layout="csr")
     fourth = ps.prune(third, amount=0.2)
     assert first.earlier == ()
     assert fourth.earlier == (first.plan, second.plan, third.plan)
@@ -191,13 +191,13 @@ def test_compressions_remember_what_a_file_needs(tmp_path, monkeypatch):
 
 def test_a_network_that_runs_sparse_may_lose_channels_elsewhere(tmp_path):
     model = mlp()
-    first = ps.prune(model, amount={"fc1": 0.5}, layout="sparse", ignore=["fc2", "fc3"])
+    first = ps.prune(model, amount={"fc1": 0.5}, layout="csr", ignore=["fc2", "fc3"])
     plan = Plan((narrowed(2, 9, [1, 5]),), {"fc3.bias": np.ones(4)})
     second = after(first, Compressed(ps.apply(first.model, plan), plan, REPORT))
     assert_restored(second, model, tmp_path / "a.safetensors", vectors())
 
 
-@pytest.mark.parametrize("layout", ["dense", "sparse"])
+@pytest.mark.parametrize("layout", ["dense", "csr"])
 def test_pruned_networks_come_back_small(layout, tmp_path):
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 6, 3, padding=1, groups=2)
@@ -215,7 +215,7 @@ def test_a_sparse_layer_under_two_names_comes_back_as_one(tmp_path):
     shared = nn.Linear(6, 6)
     model = nn.Sequential(shared, nn.ReLU(), shared)
     for amount in (0.5, 0.99):
-        result = ps.prune(model, amount=amount, layout="sparse")
+        result = ps.prune(model, amount=amount, layout="csr")
         loaded = assert_restored(result, model, tmp_path / "a.safetensors", vectors())
         assert loaded[0] is loaded[2]
 
@@ -223,7 +223,7 @@ def test_a_sparse_layer_under_two_names_comes_back_as_one(tmp_path):
 def test_fine_tuned_values_count_also_entries_that_became_zero(tmp_path):
     model = mlp()
     cut = made(model, Plan((narrowed(1, 12, [0, 5]),)))
-    sparse = ps.prune(model, amount=0.5, layout="sparse")
+    sparse = ps.prune(model, amount=0.5, layout="csr")
     for result in (cut, sparse):
         with torch.no_grad():
             for i, parameter in enumerate(result.model.parameters()):
@@ -412,7 +412,7 @@ class Whole:
 def whole(tmp_path_factory):
     model = mlp((6, 40, 30, 4))
     result = ps.prune(made(model, Plan((narrowed(1, 40, np.arange(0, 40, 2)),))), amount={"fc2": 0.9})
-    result = ps.prune(result, amount={"fc1": 0.9}, layout="sparse")
+    result = ps.prune(result, amount={"fc1": 0.9}, layout="csr")
     path = tmp_path_factory.mktemp("whole") / "a.safetensors"
     ps.save(result, path)
     return Whole(path.read_bytes(), model, result, path)

@@ -185,12 +185,12 @@ def test_shares_are_of_the_original(measure, share):
 
 def test_pruned_layers_are_listed_with_what_they_run_as():
     layers = (
-        LayerReport("fc1", 0.1, "sparse", "3.0 times as fast on 64 samples", 3e-3, 1e-3),
+        LayerReport("fc1", 0.1, "csr", "3.0 times as fast on 64 samples", 3e-3, 1e-3),
         LayerReport("fc2", 1.0, "dense", "nothing was pruned"),
     )
     lines = str(replace(EXAMPLE, sites=(), layers=layers)).splitlines()
     start = lines.index(next(line for line in lines if line.startswith("layer ")))
-    assert lines[start + 1].split()[:5] == ["fc1", "10.0%", "sparse", "3.000", "1.000"]
+    assert lines[start + 1].split()[:5] == ["fc1", "10.0%", "csr", "3.000", "1.000"]
     assert lines[start + 2].split(maxsplit=3) == ["fc2", "100.0%", "dense", "nothing was pruned"]
 
 

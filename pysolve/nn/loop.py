@@ -72,7 +72,12 @@ class Run:
 
 
 def optimise(
-    model: nn.Module, loss: Callable[[Tensor], Tensor], run: Run, *, progress: bool = True
+    model: nn.Module,
+    loss: Callable[[Tensor], Tensor],
+    run: Run,
+    *,
+    progress: bool = True,
+    after_step: Callable[[float], None] | None = None,
 ) -> list[float]:
     """Train the parameters that require a gradient, in place; the network's mode is the caller's affair.
 
@@ -84,6 +89,8 @@ def optimise(
     run : Run
     progress : bool
         Show a progress bar when on a terminal.
+    after_step : callable, optional
+        Called after each step with the share of the schedule that is done.
 
     Returns
     -------
@@ -105,6 +112,8 @@ def optimise(
             position = run.position(done, time.perf_counter() - start)
             bar.set_postfix(epoch=epoch + 1, loss=f"{sums[-1][0] / sums[-1][1]:.4f}", refresh=False)
             bar.update(position - bar.n)
+            if after_step is not None:
+                after_step(position / run.length)
             if position == run.length:
                 break
             while schedule.last_epoch < position:

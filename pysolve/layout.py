@@ -1,0 +1,125 @@
+"""How pruned layers run: dense or sparse, whichever is faster and smaller; and the network made so."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pysolve.account import Evaluate, account, scored
+from pysolve.compressed import Compressed
+from pysolve.entries import LayerReport
+from pysolve.forms import Sparse
+from pysolve.nn.calibration import samples_in, take
+from pysolve.nn.evaluate import latency, nbytes
+from pysolve.nn.layers import in_form
+from pysolve.nn.masking import mask_weights
+from pysolve.nn.network import evaluating, forward
+from pysolve.nn.surgery import apply
+from pysolve.plan import Plan
+
+LAYOUTS = ("auto", "dense", "csr", "mask")
+# Calls that a layer is timed over, in each layout, and the share of the dense time that counts as faster.
+_REPEATS, _FASTER = 15, 0.9
+
+
+def laid_out(
+    original: nn.Module,
+    weights: Mapping[str, npt.NDArray[Any]],
+    values: Mapping[str, npt.NDArray[Any]],
+    layout: str,
+    batch: Any = None,
+    *,
+    evaluate: Evaluate | None = None,
+    seed: int = 0,
+) -> Compressed:
+    """The network with pruned weights, each in the layout that suits it, and a report.
+
+    Parameters
+    ----------
+    original : nn.Module
+    weights : {layer: array}
+        With zeros.
+    values : {state-dict name: array}
+        What else changes.
+    layout : str
+        Of ``LAYOUTS``, as ``prune`` has it.
+    batch : one batch, optional
+        To time layers and take the divergence on.
+    evaluate : callable, optional
+    seed : int
+    """
+    layers = {name: original.get_submodule(name) for name in weights}
+    inputs = {} if batch is None else _inputs(original, layers, batch)
+    lines = tuple(
+        _laid_out(name, layers[name], weight, layout, inputs.get(name)) for name, weight in weights.items()
+    )
+    sparse = {line.name for line in lines if line.layout == "csr"}
+    dense = {f"{name}.weight".lstrip("."): weight for name, weight in weights.items() if name not in sparse}
+    forms = {name: Sparse.from_dense(weight) for name, weight in weights.items() if name in sparse}
+    plan = Plan(values={**values, **dense}, forms=forms)
+    smaller = apply(original, plan, probe=None if batch is None else take(batch, 0, 16))
+    if layout == "mask":
+        mask_weights(smaller, {name: weight != 0 for name, weight in weights.items()})
+    report = account(original, smaller, [] if batch is None else [batch], seed=seed)
+    report = scored(replace(report, layers=lines), original, smaller, evaluate)
+    return Compressed(smaller, plan, report)
+
+
+def _inputs(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:
+    """What each layer reads first when the network runs on a batch."""
+    seen: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(partial(_remember, seen, name)).remove)
+        forward(model, batch)
+    return seen
+
+
+def _remember(seen: dict[str, Tensor], name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    # A layer that is called by keywords alone is not timed.
+    if args:
+        seen.setdefault(name, args[0].clone())
+
+
+def _laid_out(name: str, layer: Any, weight: Any, layout: str, x: Tensor | None) -> LayerReport:
+    """How a pruned layer is to run, and why."""
+    line = LayerReport(name, np.count_nonzero(weight) / max(1, weight.size), "dense", "as asked")
+    if layout in ("dense", "mask"):
+        return replace(line, layout=layout)
+    if not name:
+        return replace(line, why="it is the whole network: put it into an nn.Sequential to run it sparse")
+    if type(layer) not in (nn.Linear, nn.Conv2d):
+        return replace(line, why=f"a {type(layer).__name__} has no sparse form")
+    if layer.weight.device.type != "cpu" or layer.weight.dtype not in (torch.float32, torch.float64):
+        return replace(line, why="sparse layers run on the CPU in float32 or float64")
+    form = Sparse.from_dense(weight)
+    if layout == "csr":
+        return replace(line, layout="csr")
+    if form.density == 1:
+        return replace(line, why="nothing was pruned")
+    if x is None:
+        return replace(line, why="not timed: no batch reached it")
+    dense = copy.deepcopy(layer)
+    sparse = in_form(layer, form)
+    larger = nbytes(sparse) / nbytes(dense)
+    if larger >= 1:
+        return replace(line, why=f"sparse would take {larger:.2f} times the bytes")
+    return _timed(line, dense, sparse, x)
+
+
+def _timed(line: LayerReport, dense: nn.Module, sparse: nn.Module, x: Tensor) -> LayerReport:
+    slow, fast = (latency(one, x, repeats=_REPEATS).median for one in (dense, sparse))
+    line = replace(line, dense_seconds=slow, sparse_seconds=fast)
+    if fast < _FASTER * slow:
+        return replace(line, layout="csr", why=f"{slow / fast:.1f} times as fast on {samples_in(x)} samples")
+    return replace(line, why=f"sparse would take {fast / slow:.2f} times as long")
