@@ -15,15 +15,15 @@ import numpy as np
 import numpy.typing as npt
 
 from pysolve.correlations import Array, Correlations
-from pysolve.masks import Mask, count_left, keep_in_rows, keep_largest, keep_pattern, parse_pattern
-from pysolve.searches import LARGEST, Project, admm, greedy, sweep
+from pysolve.masks import Mask, count_left, parse_pattern
+from pysolve.searches import LARGEST, Zeros, admm, greedy, sweep
 from pysolve.supports import ITERATIONS, LayerProblem, Ridge, layer_problem, refit_rows
 
 METHODS = ("auto", "admm", "greedy", "sweep")
 SCOPES = ("layer", "row")
 
 # Multiplications up to which "auto" tries elimination beside ADMM, and that the refit may take at the end.
-_GREEDY, _REFIT = 3e10, 1e12
+_GREEDY, _REFIT = 3e10, 3e11
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,11 +113,15 @@ def obs_prune(
         return _pruned(problem, statistics, "mask", np.asarray(mask), problem.W, ITERATIONS)
     h, d = problem.W.shape
     left = _checked_count(count, h * d) if count is not None else count_left(amount or 0.0, h * d)
-    project = _projection(left, h, pattern, scope)
+    zeros = Zeros(
+        left // max(h, 1) if scope == "row" else left,
+        scope == "row",
+        parse_pattern(pattern) if pattern is not None else None,
+    )
     effort = float(h) * d * d
     iterations = int(np.clip(_REFIT / effort, 5, ITERATIONS)) if effort else 1
     found = [
-        _pruned(problem, statistics, name, *_SEARCHES[name](problem, left, project, pattern), iterations)
+        _pruned(problem, statistics, name, *_SEARCHES[name](problem, zeros), iterations)
         for name in _methods(method, h, d, whole=pattern is None and scope == "layer")
     ]
     return min(found, key=lambda one: one.error)
@@ -141,16 +145,6 @@ def _methods(method: str, h: int, d: int, *, whole: bool) -> tuple[str, ...]:
     if 2.0 * h * d * d > LARGEST:
         return ("sweep",)
     return ("admm", "greedy") if whole and h * d**3 / 3 <= _GREEDY else ("admm",)
-
-
-def _projection(left: int, rows: int, pattern: str | None, scope: str) -> Project:
-    """From scores to the mask of the largest that are allowed."""
-    if pattern is not None:
-        n, m = parse_pattern(pattern)
-        return lambda scores: keep_pattern(scores, n, m)
-    if scope == "row":
-        return lambda scores: keep_in_rows(scores, left // max(rows, 1))
-    return lambda scores: keep_largest(scores, left)
 
 
 def _check(

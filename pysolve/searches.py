@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,11 +10,9 @@ import numpy.typing as npt
 import scipy.linalg
 
 from pysolve.correlations import Array
-from pysolve.masks import Mask, parse_pattern
+from pysolve.masks import Mask, keep_in_rows, keep_largest, keep_pattern
 from pysolve.row_paths import rows_left
 from pysolve.supports import LayerProblem, blocks
-
-Project = Callable[[npt.NDArray[Any]], Mask]
 
 # Penalties ρ of ADMM, in inputs of unit variance, and schedules (penalties, iterations at each) with the
 # multiplications of an iteration up to which each is taken: the longest that 10 to 60 s allow.
@@ -26,47 +24,64 @@ LARGEST = 4e11
 _BLOCKS = 32
 
 
-def admm(
-    problem: LayerProblem, left: int, project: Project, pattern: str | None = None
-) -> tuple[Mask, Array]:
+@dataclass(frozen=True)
+class Zeros:
+    """How many weights stay, and which of them compete.
+
+    Parameters
+    ----------
+    left : int
+        Weights that stay in the layer, or in every row.
+    by_row : bool
+    pattern : (int, int), optional
+        n of every m consecutive weights of a row stay, instead.
+    """
+
+    left: int
+    by_row: bool = False
+    pattern: tuple[int, int] | None = None
+
+    def project(self, scores: npt.NDArray[Any]) -> Mask:
+        """The mask of the largest that may stay."""
+        if self.pattern is not None:
+            return keep_pattern(scores, *self.pattern)
+        return (keep_in_rows if self.by_row else keep_largest)(scores, self.left)
+
+
+def admm(problem: LayerProblem, zeros: Zeros) -> tuple[Mask, Array]:
     """Alternating directions on M = Z, Z with its zeros; mask and Z.
 
     M ← (B + ρ (Z − U)) (A + ρ I)⁻¹,  Z ← the projection of M + U,  U ← U + M − Z, for rising ρ. In single
-    precision: only the mask needs to be right.
+    precision, since only the mask needs to be right; about three and a half matrices of float64.
     """
     h, d = problem.W.shape
     stages, each, _ = next(schedule for schedule in _SCHEDULES if 2.0 * h * d * d <= schedule[2])
-    A = problem.metric()
-    B = problem.target(A)
-    peak = float(np.abs(B).max(initial=0.0)) or 1.0
-    B = (B / peak).astype(np.float32)
+    peak = float(np.abs(problem.W * problem.unit).max(initial=0.0)) or 1.0
     Z = (problem.W * (problem.unit / peak)).astype(np.float32)
-    U, last = np.zeros_like(Z), _RHO[0]
+    B, U, last = _single_target(problem, peak), np.zeros_like(Z), _RHO[0]
+    mask = np.ones(Z.shape, bool)
     for rho in np.geomspace(*_RHO, stages):
-        inverse = _inverse(A, rho).astype(np.float32)
+        inverse = _shifted_inverse(problem, rho)
         U *= np.float32(last / rho)
         last = rho
         for _ in range(each):
             Z -= U
             Z *= np.float32(rho)
             Z += B
-            U += Z @ inverse
-            mask = project(np.abs(U))
-            Z = np.where(mask, U, np.float32(0))
+            for rows in blocks(h):
+                U[rows] += Z[rows] @ inverse
+            mask = zeros.project(np.abs(U))
+            np.multiply(U, mask, out=Z)
             U -= Z
     return mask, Z * (peak / problem.unit)
 
 
-def greedy(
-    problem: LayerProblem, left: int, project: Project | None = None, pattern: str | None = None
-) -> tuple[Mask, Array]:
+def greedy(problem: LayerProblem, zeros: Zeros) -> tuple[Mask, Array]:
     """Exact elimination in every row, and the sizes of the rows of least total error."""
-    return rows_left(problem, left), problem.W
+    return rows_left(problem, zeros.left), problem.W
 
 
-def sweep(
-    problem: LayerProblem, left: int, project: Project, pattern: str | None = None
-) -> tuple[Mask, Array]:
+def sweep(problem: LayerProblem, zeros: Zeros) -> tuple[Mask, Array]:
     """Columns one after the other: what goes from a column is made up for by all columns after it.
 
     With Uᵀ U = A⁻¹, U upper triangular, losing m_j costs ½ m_j² / U_jj² and changes the columns k > j by
@@ -74,28 +89,52 @@ def sweep(
     still to come. Columns of small ‖W_j‖² R_jj go first, for those that follow make up for them: half to two
     thirds of the error that the columns' own order leaves.
 
-    Holds two (h, d) and (d, d) matrices, three at times, and an eighth for the mask.
+    Takes h d² + 2/3 d³ multiplications, and at most three float64 matrices beside R and W, the result among
+    them.
     """
     d = problem.W.shape[1]
-    group = parse_pattern(pattern)[1] if pattern else 1
+    group = zeros.pattern[1] if zeros.pattern else 1
     M = problem.optimum()
-    order = _ascending(np.square(M).sum(0), group)
-    M, U = M[:, order], _factor_of_inverse(problem.metric(order=order[::-1]))
-    # A column's scores stay what they were when it was decided, out of reach of the others.
-    scores = np.empty(M.shape, np.float32)
-    peak = float(np.abs(M).max(initial=0.0)) or 1.0
-    width = max(1, -(-d // (_BLOCKS * group))) * group
-    mask = np.ones(M.shape, bool)
+    order = _ascending(np.einsum("ij,ij->j", M, M), group)
+    for rows in blocks(len(M)):
+        M[rows] = M[rows][:, order]
+    U = _factor_of_inverse(problem.metric(order[::-1]))
+    width, mask = max(1, -(-d // (_BLOCKS * group))) * group, np.ones(M.shape, bool)
     for a in range(0, d, width):
-        b = min(a + width, d)
-        scores[:, a:] = np.abs(M[:, a:]) / (np.diag(U)[a:] * peak)
-        mask[:, a:b] = project(scores)[:, a:b]
-        scores[:, a:b] = np.where(mask[:, a:b], np.inf, -1.0)
-        _clear(M, U, mask, slice(a, b))
+        block = slice(a, min(a + width, d))
+        _decide(M, np.diag(U), mask, block, zeros)
+        _clear(M, U, mask, block)
+    del U
     back = np.argsort(order)
-    M, mask = M[:, back], mask[:, back]
-    M /= problem.unit
+    for rows in blocks(len(M)):
+        M[rows], mask[rows] = M[rows][:, back] / problem.unit, mask[rows][:, back]
     return mask, M
+
+
+def _decide(M: Array, scale: Array, mask: Mask, block: slice, zeros: Zeros) -> None:
+    """What stays in a block of columns, when the columns before it are decided and those after it are not."""
+    if zeros.pattern or zeros.by_row:
+        for rows in blocks(len(M)):
+            scores = np.abs(M[rows, : block.stop if zeros.pattern else None])
+            scores /= scale[: scores.shape[1]]
+            scores[:, : block.start] = np.where(mask[rows, : block.start], np.inf, -1.0)
+            mask[rows, block] = zeros.project(scores)[:, block]
+        return
+    left = zeros.left - np.count_nonzero(mask[:, : block.start])
+    scores = np.empty((len(M), len(scale) - block.start), np.float32)
+    for rows in blocks(len(M)):
+        scores[rows] = np.abs(M[rows, block.start :]) / scale[block.start :]
+    own = scores[:, : block.stop - block.start].copy()
+    flat = scores.ravel()
+    first = flat.size - left
+    if left in (0, flat.size):
+        mask[:, block] = left > 0
+        return
+    flat.partition(first)
+    ties = left - np.count_nonzero(flat[first:] > flat[first])
+    stay = own > flat[first]
+    stay.ravel()[np.flatnonzero(own == flat[first])[:ties]] = True
+    mask[:, block] = stay
 
 
 def _clear(M: Array, U: Array, mask: Mask, block: slice) -> None:
@@ -107,8 +146,9 @@ def _clear(M: Array, U: Array, mask: Mask, block: slice) -> None:
         losses[:, j] = np.where(mask[:, a + j], 0.0, part[:, j] / inner[j, j])
         part[:, j:] -= losses[:, [j]] * inner[j, j:]
     M[:, block] = np.where(mask[:, block], part, 0.0)
+    after = np.ascontiguousarray(U[block, b:])
     for rows in blocks(len(M)):
-        M[rows, b:] -= losses[rows] @ U[block, b:]
+        M[rows, b:] -= losses[rows] @ after
 
 
 def _ascending(energy: Array, group: int) -> npt.NDArray[np.intp]:
@@ -130,13 +170,22 @@ def _factor_of_inverse(reversed_metric: Array) -> Array:
     return np.asarray(inverse[::-1, ::-1])
 
 
-def _inverse(A: Array, rho: float) -> Array:
+def _single_target(problem: LayerProblem, peak: float) -> npt.NDArray[np.float32]:
+    """B / peak."""
+    A, B = problem.metric(), np.empty(problem.W.shape, np.float32)
+    for rows in blocks(len(B)):
+        B[rows] = problem.target(A, rows) / peak
+    return B
+
+
+def _shifted_inverse(problem: LayerProblem, rho: float) -> npt.NDArray[np.float32]:
     """(A + ρ I)⁻¹"""
-    inverse = A.copy()
-    inverse.ravel()[:: len(A) + 1] += rho
-    factor, _ = scipy.linalg.lapack.dpotrf(inverse.T, lower=1, overwrite_a=1)
+    A = problem.metric()
+    A.ravel()[:: len(A) + 1] += rho
+    factor, _ = scipy.linalg.lapack.dpotrf(A.T, lower=1, overwrite_a=1)
     factor, _ = scipy.linalg.lapack.dpotri(factor, lower=1, overwrite_c=1)
-    full = np.tril(factor, -1)
-    full += full.T
-    np.fill_diagonal(full, np.diag(factor))
-    return np.asarray(full)
+    inverse = factor.astype(np.float32)
+    for rows in blocks(len(A)):
+        inverse[rows, rows.stop :] = inverse[rows.stop :, rows].T
+        inverse[rows, rows] = np.tril(inverse[rows, rows]) + np.tril(inverse[rows, rows], -1).T
+    return inverse
