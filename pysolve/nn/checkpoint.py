@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from pysolve.compressed import Compressed, fingerprint
 from pysolve.errors import DataError, PysolveError
 from pysolve.forms import Sparse
 from pysolve.nn.layers import in_form
+from pysolve.nn.masking import mask_weights, masks_of, unmasked
 from pysolve.nn.network import find_layer
 from pysolve.nn.packing import Packed, pack, sparse_layers, unpack
 from pysolve.nn.slicing import inputs, outputs
@@ -40,7 +42,8 @@ def save(compressed: Compressed, path: str | os.PathLike[str]) -> None:
     - ``original``: data types and shapes of the original's tensors, by name, or null;
     - ``stages``: for each plan, the earliest first, its steps: which layers make, pass on and read the
       channels of a site, and which of them stay, as "0-3 7";
-    - ``biases`` that the original does not have, and the layers that run ``sparse``;
+    - ``biases`` that the original does not have, the layers that run ``sparse``, and those that are
+      ``masked``: only weights in use are stored, and ``load`` masks those that are zero;
     - ``training``: whether all layers are in training mode, or the names of those that are;
     - ``shapes`` of the tensors that are stored without their zeros, ``aliases`` from second names to the
       first, and ``checksums``, CRC-32, of what is stored;
@@ -61,6 +64,8 @@ def save(compressed: Compressed, path: str | os.PathLike[str]) -> None:
         When the network holds what such files cannot, for example tensors without values.
     """
     _check_kind("compressed", compressed, Compressed, "what compress or prune returned")
+    masked = [*masks_of(compressed.model)]
+    compressed = replace(compressed, model=unmasked(compressed.model))
     model = compressed.model
     packed = pack(model)
     record = {
@@ -72,6 +77,7 @@ def save(compressed: Compressed, path: str | os.PathLike[str]) -> None:
         ],
         "biases": _new_biases(compressed),
         "sparse": [*sparse_layers(model, remove_duplicate=True)],
+        "masked": masked,
         "training": _modes(model),
         "shapes": packed.shapes,
         "aliases": packed.aliases,
@@ -110,11 +116,13 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             "update pysolve, or save the network anew."
         )
     try:
+        model = unmasked(model)
         _check_original(record, model)
         network = _rebuilt(record, model)
         packed = Packed(tensors, field(record, "shapes"), field(record, "aliases"))
         _fill(network, unpack(packed, network))
         _set_modes(network, field(record, "training"))
+        _mask(network, record)
     except (PysolveError, ValueError, TypeError, RuntimeError) as error:
         why = str(error).rstrip(".")
         raise DataError(f"{path} does not fit this {type(model).__name__}: {why}.") from error
@@ -177,6 +185,15 @@ def _rebuilt(record: Mapping[str, Any], model: nn.Module) -> nn.Module:
         layer = find_layer(network, name)
         substitute(network, layer, in_form(layer, _empty(name, layer)))
     return network
+
+
+def _mask(network: nn.Module, record: Mapping[str, Any]) -> None:
+    """Mask again what was masked; files of before there were masks have no such field."""
+    layers = {name: find_layer(network, name) for name in strings(record.get("masked", []), "masked")}
+    for name, layer in layers.items():
+        if not isinstance(getattr(layer, "weight", None), nn.Parameter):
+            raise DataError(f"{name} is a {type(layer).__name__}, which has no weight to mask.")
+    mask_weights(network, {name: layer.weight.detach() != 0 for name, layer in layers.items()})  # type: ignore[operator]
 
 
 def _widths(network: nn.Module) -> Width:

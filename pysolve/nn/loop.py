@@ -19,6 +19,9 @@ from tqdm.auto import tqdm
 from pysolve.errors import PysolveError
 from pysolve.nn.network import device_of
 
+# Called after each step with the share of the training that is done.
+Step = Callable[[float], None]
+
 # Learning rates of a schedule that follows the clock.
 _TICKS = 1000
 
@@ -77,7 +80,7 @@ def optimise(
     run: Run,
     *,
     progress: bool = True,
-    after_step: Callable[[float], None] | None = None,
+    after_step: Step | None = None,
 ) -> list[float]:
     """Train the parameters that require a gradient, in place; the network's mode is the caller's affair.
 
@@ -98,6 +101,8 @@ def optimise(
         Mean loss of each epoch; by the clock, the last one may be incomplete.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained:
+        raise PysolveError("no parameter of the network requires a gradient: nothing can be trained.")
     optimizer = Adam(trained, lr=run.lr, weight_decay=run.weight_decay)
     schedule = OneCycleLR(optimizer, run.lr, total_steps=run.length)
     sums: list[tuple[float, int]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +17,8 @@ from pysolve.nn.network import as_tensor, find_layer
 class Mask(nn.Module):
     """The parametrisation  w ↦ w ∘ m.
 
-    The mask is a buffer and so part of the state dict. Pruned weights get no gradient, hence no momentum, and
-    are zero also below the parametrisation.
+    The mask is a buffer and so part of the state dict. Pruned weights get no gradient, hence no momentum;
+    whatever an optimiser does to the values below, what is in use is zero.
 
     Parameters
     ----------
@@ -39,6 +40,7 @@ class Mask(nn.Module):
         """The weight in use."""
         # Not a product: that would leave −0.0, and NaN of infinity.
         masked = torch.where(self.mask, weight, 0.0)
+        # Exact: w + 0 is w, and w + (0 − w) is 0.
         return weight + (masked - weight).detach() if self.splicing else masked
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -51,6 +53,9 @@ def mask_weights(
 ) -> None:
     """Mask the weights of layers, in place; layers that have a mask get another one.
 
+    The weights stay the same parameters, so an optimiser goes on; after another mask, what the one before
+    pruned is zero. A layer under several names has one mask.
+
     Parameters
     ----------
     model : nn.Module
@@ -58,53 +63,90 @@ def mask_weights(
         Of the weights' shapes; True for what stays.
     splicing : bool
         As ``Mask`` has it.
+
+    Raises
+    ------
+    ValueError
+        Before anything is changed: when a mask does not fit; when a layer's weight is no parameter of its
+        own but computed, or shared with another layer.
     """
     layers = {name: find_layer(model, name) for name in masks}
+    given: dict[nn.Module, tuple[str, Tensor]] = {}
     for name, layer in layers.items():
-        weight = getattr(layer, "weight", None)
         mask = as_tensor(masks[name])
-        if not isinstance(weight, Tensor) or mask.dtype != torch.bool or mask.shape != weight.shape:
-            wanted = None if weight is None else tuple(weight.shape)
-            raise ValueError(
-                f"the mask of {name} must be of booleans in its weight's shape {wanted}, got {mask.dtype} of "
-                f"{tuple(mask.shape)}."
-            )
-    for name, layer in layers.items():
-        weight, mask = layer.weight, as_tensor(masks[name])
-        assert isinstance(weight, Tensor)
+        _check(model, name, layer, mask)
+        first, earlier = given.setdefault(layer, (name, mask))
+        if not torch.equal(earlier, mask):
+            raise ValueError(f"{first} and {name} are one layer and need one mask, got two different ones.")
+    for layer, (_, mask) in given.items():
         remove_mask(layer)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
         kept = mask.to(weight.device, copy=True)
         parametrize.register_parametrization(layer, "weight", Mask(kept, splicing=splicing))
 
 
 def masks_of(model: nn.Module) -> dict[str, Mask]:
-    """The masks of a network's weights, by the layers' names; changing one changes what is in use."""
-    found = {}
-    for name, layer in model.named_modules():
-        mask = _mask(layer)
-        if mask is not None:
-            found[name] = mask
-    return found
+    """The masks of a network's weights, by the layers' first names; changing one changes what is in use."""
+    found = {name: mask_of(layer) for name, layer in model.named_modules()}
+    return {name: mask for name, mask in found.items() if mask is not None}
+
+
+def mask_of(layer: nn.Module) -> Mask | None:
+    """The mask of a layer's weight, if it has one."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    chain: Any = layer.parametrizations
+    return next((one for one in chain.weight if isinstance(one, Mask)), None)
+
+
+def below(layer: nn.Module) -> nn.Parameter:
+    """The parameter of a layer's weight: below the mask, if there is one."""
+    masked: Any = layer
+    return masked.weight if mask_of(layer) is None else masked.parametrizations.weight.original  # type: ignore[no-any-return]
 
 
 def remove_masks(model: nn.Module) -> None:
-    """Make masked weights ordinary ones, with zeros where they were pruned; in place."""
+    """Make masked weights ordinary ones again, exactly those in use; in place, and the same parameters."""
     for layer in list(model.modules()):
         remove_mask(layer)
 
 
 def remove_mask(layer: nn.Module) -> None:
     """Make a layer's masked weight an ordinary one; in place."""
-    mask = _mask(layer)
+    mask = mask_of(layer)
     if mask is not None:
         with torch.no_grad():
-            # What is in use, exactly: with splicing the sum above rounds.
-            original = layer.parametrizations.weight.original  # type: ignore[union-attr]
-            original.copy_(torch.where(mask.mask, original, 0.0))  # type: ignore[operator, arg-type]
+            weight = below(layer)
+            weight.copy_(torch.where(mask.mask, weight, 0.0))
+        # Torch takes the weight out of the class that it made for masked layers, which copies share.
+        kind = type(layer)
+        layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
         parametrize.remove_parametrizations(layer, "weight")
 
 
-def _mask(layer: nn.Module) -> Mask | None:
-    if not parametrize.is_parametrized(layer, "weight"):
-        return None
-    return next((one for one in layer.parametrizations.weight if isinstance(one, Mask)), None)  # type: ignore[union-attr]
+def unmasked(model: nn.Module) -> nn.Module:
+    """The network if it has no masks, else a copy without them."""
+    if not masks_of(model):
+        return model
+    plain = copy.deepcopy(model)
+    remove_masks(plain)
+    return plain
+
+
+def _check(model: nn.Module, name: str, layer: nn.Module, mask: Tensor) -> None:
+    """Refuse a mask that does not fit its layer's weight, and a weight that is not the layer's alone."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or mask.dtype != torch.bool or mask.shape != weight.shape:
+        wanted = None if weight is None else tuple(weight.shape)
+        raise ValueError(
+            f"the mask of {name} must be of booleans in its weight's shape {wanted}, got {mask.dtype} of "
+            f"{tuple(mask.shape)}."
+        )
+    if mask_of(layer) is not None:
+        return
+    if not isinstance(weight, nn.Parameter) or parametrize.is_parametrized(layer, "weight"):
+        raise ValueError(f"the weight of {name} is computed from other values: make it a parameter first.")
+    for other, module in model.named_modules():
+        if module is not layer and any(one is weight for one in module.parameters(recurse=False)):
+            raise ValueError(f"{name} shares its weight with {other}: untie them before masking one.")
