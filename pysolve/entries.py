@@ -118,14 +118,17 @@ class LayerReport:
     why : str
     dense_seconds, sparse_seconds : float, optional
         Median of its calls on a batch, where both were timed.
+    error : float, optional
+        E‖y − M x − b‖² / E‖y − E[y]‖² of a layer that was refitted, on the pruned network's inputs.
     """
 
-    HEAD: ClassVar = ("layer", "left", "runs", "dense ms", "sparse ms", "why")
+    HEAD: ClassVar = ("layer", "left", "error", "runs", "dense ms", "sparse ms", "why")
 
     def cells(self) -> tuple[str, ...]:
         """A row under ``HEAD``."""
         times = map(_milliseconds, (self.dense_seconds, self.sparse_seconds))
-        return (self.name, f"{self.density:.1%}", self.layout, *times, self.why)
+        error = "" if self.error is None else f"{self.error:.2%}"
+        return (self.name, f"{self.density:.1%}", error, self.layout, *times, self.why)
 
     name: str
     density: float
@@ -133,6 +136,7 @@ class LayerReport:
     why: str
     dense_seconds: float | None = None
     sparse_seconds: float | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -25,6 +24,7 @@ from pysolve.nn.masking import mask_weights
 from pysolve.nn.network import evaluating, forward
 from pysolve.nn.surgery import apply
 from pysolve.plan import Plan
+from pysolve.selected import Pruned
 
 LAYOUTS = ("auto", "dense", "csr", "mask")
 # Calls that a layer is timed over, in each layout, and the share of the dense time that counts as faster.
@@ -32,46 +32,38 @@ _REPEATS, _FASTER = 15, 0.9
 
 
 def laid_out(
-    original: nn.Module,
-    weights: Mapping[str, npt.NDArray[Any]],
-    values: Mapping[str, npt.NDArray[Any]],
-    layout: str,
-    batch: Any = None,
-    *,
-    evaluate: Evaluate | None = None,
-    seed: int = 0,
+    original: nn.Module, pruned: Pruned, layout: str, *, evaluate: Evaluate | None = None, seed: int = 0
 ) -> Compressed:
     """The network with pruned weights, each in the layout that suits it, and a report.
 
     Parameters
     ----------
     original : nn.Module
-    weights : {layer: array}
-        With zeros.
-    values : {state-dict name: array}
-        What else changes.
+    pruned : Pruned
     layout : str
         Of ``LAYOUTS``, as ``prune`` has it.
-    batch : one batch, optional
-        To time layers and take the divergence on.
     evaluate : callable, optional
     seed : int
     """
+    weights, batch = pruned.weights, pruned.batch
     layers = {name: original.get_submodule(name) for name in weights}
     inputs = {} if batch is None else _inputs(original, layers, batch)
     lines = tuple(
-        _laid_out(name, layers[name], weight, layout, inputs.get(name)) for name, weight in weights.items()
+        replace(
+            _laid_out(name, layers[name], weight, layout, inputs.get(name)), error=pruned.errors.get(name)
+        )
+        for name, weight in weights.items()
     )
     sparse = {line.name for line in lines if line.layout == "csr"}
     dense = {f"{name}.weight".lstrip("."): weight for name, weight in weights.items() if name not in sparse}
     forms = {name: Sparse.from_dense(weight) for name, weight in weights.items() if name in sparse}
-    plan = Plan(values={**values, **dense}, forms=forms)
+    plan = Plan(values={**pruned.values, **dense}, forms=forms)
     smaller = apply(original, plan, probe=None if batch is None else take(batch, 0, 16))
     if layout == "mask":
         mask_weights(smaller, {name: weight != 0 for name, weight in weights.items()})
     report = account(original, smaller, [] if batch is None else [batch], seed=seed)
-    report = scored(replace(report, layers=lines), original, smaller, evaluate)
-    return Compressed(smaller, plan, report)
+    report = replace(report, layers=lines, samples=pruned.samples, notes=pruned.notes)
+    return Compressed(smaller, plan, scored(report, original, smaller, evaluate))
 
 
 def _inputs(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:

@@ -95,7 +95,7 @@ class Report:
         found = (
             _costs(self),
             Table("Sites", SiteReport.HEAD, _cells(self.sites), words=(0, 6), bars=((1, kept),)),
-            Table("Pruned layers", LayerReport.HEAD, _cells(self.layers), words=(0, 2, 5)),
+            Table("Pruned layers", LayerReport.HEAD, _cells(self.layers), words=(0, 3, 6)),
             Table("Layers", LayerMass.HEAD, _cells(self.mass, total), bars=((4, shares),)),
             Table("Convex solves", Solve.HEAD, _cells(self.solves), words=(0, 1)),
         )

@@ -5,39 +5,27 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
-from operator import length_hint
 from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 from tqdm.auto import tqdm
 
+from pysolve.calibrate import calibrate, peek
 from pysolve.choice import Choice, choose, harm_curve, site_problem
 from pysolve.correlations import Array, Correlations
-from pysolve.errors import DataError, PysolveError
-from pysolve.nn.calibration import (
-    Calibration,
-    first_samples,
-    free_memory,
-    hint,
-    room_for,
-    samples_in,
-    traced_samples,
-)
+from pysolve.errors import PysolveError
+from pysolve.nn.calibration import Calibration, first_samples, samples_in
 from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, run
-from pysolve.nn.gather import gather
 from pysolve.nn.graph.branches import Layer, find_layers
 from pysolve.nn.graph.export import Graph, trace
 from pysolve.nn.graph.sites import find_sites
 from pysolve.nn.network import find_layer
-from pysolve.nn.rows import LAYERS, channels, groups, taps
+from pysolve.nn.rows import LAYERS, channels, groups
 from pysolve.offline import cuts_of, reader_values, refit_readers
 from pysolve.plan import Indices, Site
 
-# Rows (samples × positions) to gather for a layer, as a multiple of its inputs.
-ROWS_PER_INPUT = 60
 # Errors, as shares of the outputs' energy, at which the harm of shrinking a site is measured.
 PROBED_ERRORS = (0.003, 0.02, 0.1, 0.3)
 # Work for measuring harm, in samples through the whole network; shared by all sites, so that it does not grow
@@ -117,21 +105,15 @@ def study(
     As ``pysolve.compress`` has them.
     """
     clock = Clock()
-    first, batches = _peek(batches)
+    first, batches = peek(batches)
     graph, nodes, sites = _traced(model, first, sites, ignore)
     layers = {layer.name: layer for layer in [*_unseen(model, sites), *nodes.values()]}
     free = [site for site in sites if site.pinned is None]
     clock.stage("find")
     readers = list(dict.fromkeys(reader for site in free for reader in site.readers))
-    limit = room_for(graph, free_memory() if memory is None else memory) if graph else samples_in(first)
-    calibration = Calibration(limit)
-    correlations: dict[str, Correlations] = {}
-    if readers:
-        # Of how many batches an iterator has, ten is as good a guess as any.
-        total = samples_in(first) * length_hint(batches, 10)
-        shares = _shares(graph, nodes, readers, total) if graph else dict.fromkeys(readers, 1.0)
-        stream = calibration.stream(batches)
-        correlations = gather(model, stream, layers=readers, positions=shares, progress=progress)
+    calibration, correlations = calibrate(
+        model, batches, first, graph, nodes, readers, memory=memory, progress=progress
+    )
     clock.stage("gather")
     count = max(LEAST_SAMPLES, PROBE_SAMPLES // max(1, len(free) * len(PROBED_ERRORS)))
     probes = first_samples(calibration.held, count)
@@ -183,22 +165,6 @@ def harm(found: Study, s: int, kept: Indices) -> float:
     return mean_divergence(found.originals, outputs, [*map(samples_in, found.probes)], found.divergence)
 
 
-def _peek(batches: Iterable[Any]) -> tuple[Any, Iterable[Any]]:
-    """The first batch, and all of them."""
-    if isinstance(batches, Tensor | Mapping):
-        kind = type(batches).__name__
-        raise TypeError(f"batches must be an iterable of batches, got one {kind}: wrap it in a list.")
-    if isinstance(batches, Sequence):
-        if not batches:
-            raise DataError("there are no batches: expected at least one.")
-        return batches[0], batches
-    iterator = iter(batches)
-    for first in iterator:
-        # An iterator is used up by looking at it; a loader begins again.
-        return first, chain([first], iterator) if iterator is batches else batches
-    raise DataError("there are no batches: expected at least one. Was a generator used up before?")
-
-
 def _traced(
     model: nn.Module, first: Any, sites: Sequence[Site] | None, ignore: Sequence[str]
 ) -> tuple[Graph | None, dict[Node, Layer], Sequence[Site]]:
@@ -218,19 +184,6 @@ def _unseen(model: nn.Module, sites: Sequence[Site]) -> Iterator[Layer]:
         module = find_layer(model, name)
         if isinstance(module, LAYERS) and groups(module) == 1:
             yield Layer(name, module, calls=0)
-
-
-def _shares(
-    graph: Graph, nodes: Mapping[Node, Layer], readers: Sequence[str], samples: int
-) -> dict[str, float]:
-    """Which part of its positions each layer is to be gathered over."""
-    shares, traced = dict.fromkeys(readers, 1.0), traced_samples(graph)
-    for node, layer in nodes.items():
-        if layer.name in shares:
-            inputs, outputs = channels(layer.module)
-            rows = hint(node.meta["val"].numel()) / outputs / traced * samples
-            shares[layer.name] = min(1.0, ROWS_PER_INPUT * inputs * taps(layer.module) / rows)
-    return shares
 
 
 class Clock:

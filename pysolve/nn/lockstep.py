@@ -70,6 +70,7 @@ def refit(
     values: Mapping[str, Tensor],
     new_biases: Collection[str] = (),
     sampling: Sampling = Sampling(),
+    only: Collection[str] | None = None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """New parameters of every layer that lost inputs or whose inputs changed, front to back.
@@ -91,6 +92,8 @@ def refit(
     new_biases : collection of str
         Layers without a bias that may be given one; a batch norm right behind a layer always takes one.
     sampling : Sampling
+    only : collection of str, optional
+        Fit these layers instead, whether or not anything in front of them changed.
     progress : bool
         Show a progress bar when on a terminal.
 
@@ -107,7 +110,7 @@ def refit(
         for node in tqdm(nodes, "refit", unit="op", disable=None if progress else True):
             if node.op != "placeholder":
                 walk.run_original(node)
-                if node in layers and _is_touched(walk, node, layers[node], cuts):
+                if node in layers and _is_fitted(walk, node, layers[node], cuts, only):
                     layer, cut = layers[node], cuts.get(layers[node].name)
                     task = _Task(walk, node, layer, *kept_channels(layer, cut), sampling)
                     M, bias = _fitted(task, fit, layer.takes_bias or layer.name in new_biases)
@@ -144,8 +147,12 @@ class _Task:
         return shortcut if same else None
 
 
-def _is_touched(walk: Walk, node: Node, layer: Layer, cuts: Mapping[str, Cut]) -> bool:
-    """Whether a layer lost inputs, reads anything new, or can make up for what its shortcut lost."""
+def _is_fitted(
+    walk: Walk, node: Node, layer: Layer, cuts: Mapping[str, Cut], only: Collection[str] | None
+) -> bool:
+    """Whether a layer is named or, without names, lost inputs, reads anything new, or can mend a shortcut."""
+    if only is not None:
+        return layer.name in only
     if layer.name in cuts and len(cuts[layer.name].inputs) < rows.channels(layer.module)[0]:
         return True
     shortcut = layer.shortcut if layer.shortcut in walk.wide else None

@@ -1,0 +1,158 @@
+"""Layers of a network pruned or refitted one after the other, on what those before them leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
+
+from pysolve.calibrate import calibrate, peek
+from pysolve.correlations import Array, Correlations
+from pysolve.errors import PysolveError
+from pysolve.nn.calibration import Calibration, samples_in
+from pysolve.nn.calibration import fits as fits_graph
+from pysolve.nn.graph.branches import Layer, find_layers, layer_values
+from pysolve.nn.graph.export import Graph, trace
+from pysolve.nn.lockstep import Sampling, refit
+from pysolve.nn.network import as_array
+from pysolve.nn.rows import LAYERS, groups, matrix
+from pysolve.obs import PrunedLayer
+
+# A layer's new weights, from its name, its matrix and its correlations.
+Prune = Callable[[str, Array, Correlations], PrunedLayer]
+
+
+@dataclass(frozen=True, eq=False)
+class Material:
+    """What is known of a network whose weights are to be pruned.
+
+    Parameters
+    ----------
+    model : nn.Module
+    graph : Graph, optional
+        None where it cannot be exported.
+    layers : {name: Layer}
+        Those that can be refitted.
+    calibration : Calibration
+    correlations : {layer: Correlations}
+        In the original network, of the layers that were asked for.
+    notes : tuple of str
+    """
+
+    model: nn.Module
+    graph: Graph | None
+    layers: dict[str, Layer]
+    calibration: Calibration
+    correlations: dict[str, Correlations]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Reconstructed:
+    """New values of a network's state dict, by name, the error of each layer, and the samples it took."""
+
+    values: dict[str, npt.NDArray[Any]]
+    errors: dict[str, float]
+    samples: int
+
+
+def study_layers(
+    model: nn.Module, batches: Iterable[Any], names: Sequence[str], *, gathered: bool, progress: bool = True
+) -> Material:
+    """One pass over the data: what can be refitted, and the correlations of some layers.
+
+    Parameters
+    ----------
+    model : nn.Module
+    batches : iterable of batches
+    names : sequence of str
+        Layers to prune.
+    gathered : bool
+        Whether their correlations are needed beforehand.
+    progress : bool
+    """
+    first, batches = peek(batches)
+    notes: tuple[str, ...] = ()
+    graph: Graph | None = None
+    try:
+        graph = trace(model, first)
+        nodes = find_layers(graph, model)
+        found = {layer.name: layer for layer in nodes.values() if layer.calls == 1}
+    except PysolveError as error:
+        nodes, found = {}, {name: layer for name in names if (layer := _unseen(model, name)) is not None}
+        notes = (f"layers were fitted on the original's inputs, for the network cannot be exported: {error}",)
+    layers = {name: found[name] for name in names if name in found}
+    wanted = [*layers] if gathered or graph is None else []
+    calibration, sums = calibrate(model, batches, first, graph, nodes, wanted, progress=progress)
+    return Material(model, graph, layers, calibration, sums, notes)
+
+
+def _unseen(model: nn.Module, name: str) -> Layer | None:
+    """A layer as it is when no graph shows what follows it."""
+    module = model.get_submodule(name)
+    return Layer(name, module, calls=0) if isinstance(module, LAYERS) and groups(module) == 1 else None
+
+
+def reconstruct(
+    material: Material,
+    prune: Prune,
+    *,
+    weights: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+) -> Reconstructed:
+    """New weights and biases of the layers, front to back, on the pruned network's inputs.
+
+    Where there is no graph to walk through, on the original's.
+
+    Parameters
+    ----------
+    material : Material
+    prune : callable
+        Called once or more for a layer, the first time to choose its mask.
+    weights : bool
+        Otherwise only biases are fitted: layers that have none keep the rest of what ``prune`` gives.
+    seed : int
+        Of the choice of rows.
+    progress : bool
+    """
+    errors: dict[str, float] = {}
+
+    def fit(name: str, correlations: Correlations, intercept: bool) -> tuple[Array, Array | None]:
+        own = correlations
+        if not intercept:
+            # Without sums, centring changes nothing.
+            own = replace(own, x_sum=np.zeros_like(own.x_sum), y_sum=np.zeros_like(own.y_sum))
+        layer = prune(name, matrix(material.layers[name].module).double().cpu().numpy(), own)
+        errors[name] = layer.error
+        return layer.weight, layer.bias if intercept else None
+
+    graph, layers, state = material.graph, material.layers, material.model.state_dict()
+    if graph is None:
+        values: dict[str, Tensor] = {}
+        for name, correlations in material.correlations.items():
+            layer = layers[name]
+            values |= layer_values(state, layer, None, *fit(name, correlations, layer.takes_bias))
+        return Reconstructed(_arrays(values), errors, material.calibration.seen)
+    batches = [batch for batch in material.calibration.kept if fits_graph(graph, batch)]
+    sampling = Sampling(passes=int(weights), seed=seed)
+    values = refit(
+        graph,
+        material.model,
+        batches,
+        {},
+        fit,
+        values={},
+        only=layers.keys(),
+        sampling=sampling,
+        progress=progress,
+    )
+    return Reconstructed(_arrays(values), errors, sum(map(samples_in, batches)))
+
+
+def _arrays(values: Mapping[str, Tensor]) -> dict[str, npt.NDArray[Any]]:
+    return {name: as_array(value) for name, value in values.items()}
