@@ -123,6 +123,11 @@ def remove_mask(layer: nn.Module) -> None:
         kind = type(layer)
         layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
         parametrize.remove_parametrizations(layer, "weight")
+        # State dicts and optimisers go by the order of parameters: the weight was the first.
+        own = layer._parameters
+        ordered = {"weight": own.pop("weight"), **own}
+        own.clear()
+        own.update(ordered)
 
 
 def unmasked(model: nn.Module) -> nn.Module:
