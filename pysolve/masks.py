@@ -172,7 +172,7 @@ def _scores(w: Scores, method: str, moments: Scores | None, rng: np.random.Gener
         return size / deviation if deviation > 0 else np.where(size > 0, np.inf, 0.0)
     if moments is None:
         return size
-    return np.asarray((size.reshape(len(w), -1) * np.sqrt(moments)).reshape(w.shape))
+    return np.asarray(size * np.sqrt(moments).reshape(w.shape[1:]))
 
 
 def _moments(weights: Weights, given: Mapping[str, npt.ArrayLike] | None) -> dict[str, Scores]:

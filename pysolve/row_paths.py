@@ -86,10 +86,11 @@ def error_curve(W: Any, statistics: Any, *, ridge: Ridge = "auto") -> Array:
     h, d = problem.W.shape
     rows = np.unique(np.linspace(0, h - 1, max(1, min(h, int(3 * _EFFORT / max(d, 1) ** 3)))).astype(int))
     loss = np.sort(row_paths(problem, rows if h else None).loss, axis=None)[::-1]
-    fall = 2 * loss * (h / max(len(rows), 1)) / (problem.energy or 1.0)
-    curve = np.concatenate([[0.0], np.cumsum(fall)])
-    whole = np.interp(np.linspace(0, len(fall), h * d + 1), np.arange(len(curve)), curve)
-    return np.asarray(problem.error(problem.optimum() / problem.unit) + whole[-1] - whole)
+    curve = np.concatenate([[0.0], np.cumsum(loss)])
+    share = np.interp(np.linspace(0, len(loss), h * d + 1), np.arange(len(curve)), curve) / (curve[-1] or 1.0)
+    # The pull to the old weights is in the losses, so only their shares of the whole fall are taken.
+    left = problem.error(problem.optimum() / problem.unit)
+    return np.asarray(left + (float(problem.energy > 0) - left) * (1 - share))
 
 
 def share_weights(

@@ -52,7 +52,7 @@ def admm(problem: LayerProblem, zeros: Zeros) -> tuple[Mask, Array]:
     """Alternating directions on M = Z, Z with its zeros; mask and Z.
 
     M ← (B + ρ (Z − U)) (A + ρ I)⁻¹,  Z ← the projection of M + U,  U ← U + M − Z, for rising ρ. In single
-    precision, since only the mask needs to be right; about three and a half matrices of float64.
+    precision, since only the mask needs to be right; holds four float64 matrices beside R and W.
     """
     h, d = problem.W.shape
     stages, each, _ = next(schedule for schedule in _SCHEDULES if 2.0 * h * d * d <= schedule[2])
@@ -188,4 +188,4 @@ def _shifted_inverse(problem: LayerProblem, rho: float) -> npt.NDArray[np.float3
     for rows in blocks(len(A)):
         inverse[rows, rows.stop :] = inverse[rows.stop :, rows].T
         inverse[rows, rows] = np.tril(inverse[rows, rows]) + np.tril(inverse[rows, rows], -1).T
-    return inverse
+    return np.asarray(inverse)
