@@ -67,8 +67,8 @@ class Row:
     samples, held : int
         That layers were fitted on, and that were held back.
     rows : float
-        Rows (samples × positions) for each input that a layer keeps, of the layer that loses inputs and has the
-        fewest.
+        Rows (samples × positions) for each input that a layer keeps, of the layer that loses inputs and has
+        the fewest.
     layer : str
         That layer.
     warned : bool
