@@ -28,6 +28,7 @@ import pysolve as ps
 from pysolve.compressed import Compressed, after, fingerprint
 from pysolve.nn import storage
 from pysolve.nn.evaluate import parameters
+from pysolve.nn.masking import masks_of, unmasked
 from pysolve.nn.network import forward
 from pysolve.nn.packing import Packed, coded, decoded, pack, unpack
 from pysolve.nn.slicing import WEIGHTED, outputs
@@ -672,3 +673,93 @@ def test_packed_tensors_are_unpacked_by_any_network_of_these_layers():
     packed = pack(model)
     assert isinstance(packed, Packed)
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in unpack(packed, model).items())
+
+
+# --- masked networks
+
+
+@pytest.fixture(scope="module")
+def covered(tmp_path_factory):
+    """A network with two masked layers, one of them under two names, and its file."""
+    model = mlp((6, 40, 30, 4))
+    model.again = model.fc2
+    model.eval()
+    result = ps.prune(model, amount={"fc1": 0.5, "fc2": 0.9}, layout="mask")
+    path = tmp_path_factory.mktemp("covered") / "a.safetensors"
+    ps.save(result, path)
+    return Whole(path.read_bytes(), model, result, path)
+
+
+def test_masked_networks_are_masked_again_and_compute_the_same(covered):
+    covered.path.write_bytes(covered.data)
+    loaded = ps.load(covered.path, other_values(covered.model))
+    assert_same_state(loaded, covered.result.model)
+    assert torch.equal(bits(loaded(vectors())), bits(covered.result.model(vectors())))
+    assert not any(module.training for module in unmasked(loaded).modules())
+    assert [*masks_of(loaded)] == [*masks_of(covered.result.model)]
+    assert loaded.again is loaded.fc2
+    assert loaded.fc3.weight.all()
+
+
+def test_masked_networks_go_on_with_what_training_made_of_them(covered):
+    trained = copy.deepcopy(covered.result.model)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.add_(0.1)
+    result = replace(covered.result, model=trained)
+    path = covered.path.with_name("b.safetensors")
+    ps.save(result, path)
+    loaded = ps.load(path, covered.model)
+    # Below the masks something else may lie: only what is in use is saved.
+    assert torch.equal(loaded(vectors()), trained(vectors()))
+    assert all(
+        torch.equal(loaded.get_submodule(n).weight, trained.get_submodule(n).weight) for n in ("fc1", "fc2")
+    )
+    assert all(
+        torch.equal(mask.mask, masks_of(loaded)[name].mask) for name, mask in masks_of(trained).items()
+    )
+
+
+@pytest.mark.parametrize("amount", [0.5, 0.6, 0.9])
+def test_files_of_masked_networks_are_smaller_than_dense_ones(amount, tmp_path):
+    model = mlp((40, 300, 10))
+    save_file(model.state_dict(), tmp_path / "dense")
+    ps.save(ps.prune(model, amount=amount, layout="mask"), tmp_path / "masked")
+    dense, masked = ((tmp_path / name).stat().st_size for name in ("dense", "masked"))
+    # Entries take a byte more than weights; the record is the rest.
+    assert masked < (1 - amount) * 1.25 * dense + 8000
+    assert masked < dense or amount == 0.5
+
+
+def test_a_masked_original_stands_for_the_network_below(covered):
+    loaded = ps.load(covered.path, covered.result.model)
+    assert torch.equal(loaded(vectors()), covered.result.model(vectors()))
+
+
+def test_files_without_a_word_on_masks_are_read(covered):
+    forged(covered, lambda record, _: record.pop("masked"))
+    loaded = ps.load(covered.path, covered.model)
+    assert not masks_of(loaded)
+    assert torch.equal(loaded(vectors()), covered.result.model(vectors()))
+
+
+@pytest.mark.parametrize(
+    ("masked", "message"),
+    [
+        ({}, "expected masked to be a list"),
+        (["fc1", 3], "every part of masked to be a string"),
+        (["fc9"], "has no layer 'fc9'"),
+        ([""], " is a Mlp, which has no weight to mask"),
+        (["fc1"] * 10**5 + ["fc8"], "has no layer 'fc8'"),
+    ],
+)
+def test_records_of_masks_that_do_not_hold_are_refused(masked, message, covered):
+    forged(covered, field(masked=masked))
+    with little_memory(20_000_000), pytest.raises(ps.DataError, match=message):
+        ps.load(covered.path, covered.model)
+
+
+def test_sparse_layers_cannot_be_masked(whole):
+    forged(whole, field(masked=["fc1"]))
+    with pytest.raises(ps.DataError, match="fc1 is a SparseLinear, which has no weight to mask"):
+        ps.load(whole.path, whole.model)

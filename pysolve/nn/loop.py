@@ -106,6 +106,7 @@ def optimise(
     optimizer = Adam(trained, lr=run.lr, weight_decay=run.weight_decay)
     schedule = OneCycleLR(optimizer, run.lr, total_steps=run.length)
     sums: list[tuple[float, int]] = []
+    position = 0
     start = time.perf_counter()
     with _bar(run, progress) as bar, torch.enable_grad(), _random_state(run.seed, device_of(model)):
         for done, (epoch, rows) in enumerate(run.parts(), start=1):
@@ -114,7 +115,8 @@ def optimise(
                 raise PysolveError(f"the loss became {value} in epoch {epoch + 1}: lower lr ({run.lr}).")
             total, seen = sums.pop() if len(sums) > epoch else (0.0, 0)
             sums.append((total + value * len(rows), seen + len(rows)))
-            position = run.position(done, time.perf_counter() - start)
+            # The clock's estimate may fall back.
+            position = max(position, run.position(done, time.perf_counter() - start))
             bar.set_postfix(epoch=epoch + 1, loss=f"{sums[-1][0] / sums[-1][1]:.4f}", refresh=False)
             bar.update(position - bar.n)
             if after_step is not None:
