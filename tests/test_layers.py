@@ -12,14 +12,25 @@ ROWS = [
     {"cli"},
     {"demo", "commands"},
     {"sources", "page"},
-    {"recipe", "unstructured", "retraining"},
+    {"pruning"},
+    {"structured", "retraining"},
+    {"recipe", "unstructured"},
     {"shrink", "layout"},
     {"sizes", "checks", "selected"},
     {"figures", "plots", "study", "reconstruct", "nn.checkpoint"},
     {"account", "calibrate", "curves", "offline", "nn.inspect", "compressed"},
     {"nn.graph.sites", "nn.costs", "nn.profile"},
     {"nn.graph.trial", "nn.lockstep", "nn.calibration", "nn.dense"},
-    {"drawing", "nn.gather", "nn.surgery", "nn.packing", "nn.evaluate", "nn.graph.branches", "nn.walk"},
+    {
+        "drawing",
+        "nn.gather",
+        "nn.surgery",
+        "nn.packing",
+        "nn.evaluate",
+        "nn.graph.branches",
+        "nn.walk",
+        "nn.nonzeros",
+    },
     {
         "nn.layers",
         "nn.train",
@@ -47,7 +58,7 @@ ROWS = [
     {"image_files", "forms", "entries", "tables"},
     {"errors", "_core"},
 ]
-TORCH_FREE = set().union(*ROWS[17:])
+TORCH_FREE = set().union(*ROWS[19:])
 PACKAGES = {"pysolve", "pysolve.nn", "pysolve.nn.graph"}
 EXEMPT = {"__init__", "__main__", "nn.__init__", "nn.graph.__init__"}
 

@@ -1,0 +1,125 @@
+"""How sparse a network is, tensor by tensor, and what it would take in bytes, stored in three ways."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pysolve.nn.layers import SparseConv2d, SparseLinear
+from pysolve.nn.masking import unmasked
+from pysolve.tables import Table
+
+# Of a column's number and of a row's end.
+_INDEX = 4
+
+
+@dataclass(frozen=True)
+class TensorNonzeros:
+    """One parameter.
+
+    Parameters
+    ----------
+    name : str
+    shape : tuple of int
+    nonzeros : int
+    itemsize : int
+        Bytes of one entry.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    nonzeros: int
+    itemsize: int
+
+    @property
+    def size(self) -> int:
+        """How many entries it has."""
+        return math.prod(self.shape)
+
+    @property
+    def dense(self) -> int:
+        """Bytes with all its zeros."""
+        return self.size * self.itemsize
+
+    @property
+    def bitmask(self) -> int:
+        """Bytes as a bit for every entry and the non-zeros."""
+        return self.nonzeros * self.itemsize + -(-self.size // 8)
+
+    @property
+    def csr(self) -> int:
+        """Bytes as compressed rows with 32-bit indices: a row an output, one row if it is a vector."""
+        rows = self.shape[0] if len(self.shape) > 1 else 1
+        return self.nonzeros * (self.itemsize + _INDEX) + (rows + 1) * _INDEX
+
+
+@dataclass(frozen=True)
+class Nonzeros:
+    """All parameters of a network, shared ones once."""
+
+    tensors: tuple[TensorNonzeros, ...]
+
+    @property
+    def nonzeros(self) -> int:
+        """In all of them."""
+        return sum(one.nonzeros for one in self.tensors)
+
+    @property
+    def size(self) -> int:
+        """Entries of all of them."""
+        return sum(one.size for one in self.tensors)
+
+    @property
+    def rate(self) -> float:
+        """Parameters to each that is not zero; infinite if none is."""
+        return self.size / self.nonzeros if self.nonzeros else math.inf
+
+    def bytes(self, layout: str) -> int:
+        """Bytes of all tensors as "dense", "bitmask" or "csr"."""
+        return sum(int(getattr(one, layout)) for one in self.tensors)
+
+    def table(self, title: str = "") -> Table:
+        """A row for every parameter, and one for all."""
+        rows = [_row(one.name, "x".join(map(str, one.shape)), one.nonzeros, one.size) for one in self.tensors]
+        sizes = [(one.dense, one.bitmask, one.csr) for one in self.tensors]
+        rows.append(_row("all", f"{self.rate:.2f} x fewer", self.nonzeros, self.size))
+        sizes.append((self.bytes("dense"), self.bytes("bitmask"), self.bytes("csr")))
+        head = ("parameter", "shape", "non-zeros", "share", "pruned", "dense bytes", "as bitmask", "as CSR")
+        cells = [(*row, *(f"{n:,}" for n in size)) for row, size in zip(rows, sizes, strict=True)]
+        return Table(title, head, tuple(cells))
+
+
+def nonzeros(model: nn.Module) -> Nonzeros:
+    """Count what is not zero in every parameter of a network; of masked ones, what is in use.
+
+    Weights of sparse layers count under the name and in the shape that they have as dense matrices.
+
+    Parameters
+    ----------
+    model : nn.Module
+
+    Returns
+    -------
+    Nonzeros
+        Its ``table()`` has non-zeros, their share, what is pruned, and the bytes dense, as a bitmask, as CSR.
+    """
+    plain = unmasked(model)
+    sparse = {
+        id(layer.values): layer for layer in plain.modules() if isinstance(layer, SparseLinear | SparseConv2d)
+    }
+    found = []
+    for name, parameter in plain.named_parameters():
+        layer, shape = sparse.get(id(parameter)), tuple(parameter.shape)
+        if layer is not None:
+            name, shape = f"{name.removesuffix('values')}weight", tuple(layer.shape)
+        count = int(torch.count_nonzero(parameter.detach()))
+        found.append(TensorNonzeros(name, shape, count, parameter.itemsize))
+    return Nonzeros(tuple(found))
+
+
+def _row(name: str, shape: str, count: int, size: int) -> tuple[str, ...]:
+    share = f"{100 * count / size:.2f} %" if size else ""
+    return name, shape, f"{count:,}", share, f"{size - count:,}"
