@@ -109,6 +109,9 @@ def obs_prune(
     """
     _check(amount, count, pattern, mask, scope, method)
     problem = layer_problem(W, statistics, ridge)
+    if mask is None and not problem.W.size:
+        # LAPACK complains about matrices of nothing.
+        mask = np.ones(problem.W.shape, bool)
     if mask is not None:
         return _pruned(problem, statistics, "mask", np.asarray(mask), problem.W, ITERATIONS)
     h, d = problem.W.shape

@@ -86,8 +86,8 @@ def sweep(problem: LayerProblem, zeros: Zeros) -> tuple[Mask, Array]:
 
     With Uᵀ U = A⁻¹, U upper triangular, losing m_j costs ½ m_j² / U_jj² and changes the columns k > j by
     −m_j U_jk / U_jj. Which weights go is decided for a block of columns at a time, among all weights that are
-    still to come. Columns of small ‖W_j‖² R_jj go first, for those that follow make up for them: half to two
-    thirds of the error that the columns' own order leaves.
+    still to come, and columns of small ‖W_j‖² R_jj go first, for those that follow make up for them: at 90 %
+    zeros that leaves 0.4 to 0.75 of the error of equal shares of all blocks in the columns' own order.
 
     Takes h d² + 2/3 d³ multiplications, and at most three float64 matrices beside R and W, the result among
     them.

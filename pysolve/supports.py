@@ -27,8 +27,9 @@ Ridge = float | Literal["auto"]
 
 # What "auto" tries.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
-# A row's Cholesky factorisation takes as long as so many products with A per multiplication, and conjugate
-# gradients need 100 for a relative error of 1e-8 (measured at d = 800, ε = 1e-4).
+# Multiplications of a row's own Cholesky factorisation, for each one of its product with A, up to which it is
+# faster than the iterations that conjugate gradients need for a relative error of 1e-8 (at d = 800, ε = 1e-4);
+# and rows that are worked on together.
 _DIRECT, ITERATIONS, _BLOCK = 32.0, 100, 256
 
 
@@ -121,8 +122,10 @@ def layer_problem(W: Any, statistics: Any, ridge: Ridge = "auto") -> LayerProble
         energy = sum(float(np.vdot(W[part] @ R, W[part])) for part in blocks(len(W)))
     variance = np.diag(R)
     dead = variance <= 0
-    unit = np.sqrt(np.where(dead, 1.0, variance))
-    unit[dead] = 1e-9 * (unit[~dead].min() if not dead.all() else 1.0)
+    unit = np.sqrt(np.where(dead, 0.0, variance))
+    # Weights of dead inputs come after all others, but keep their order, in single precision too.
+    most, live = np.abs(W[:, dead]).max(initial=0.0), np.abs(W * unit).max(initial=0.0)
+    unit[dead] = 1e-20 * (live or 1.0) / (most or 1.0)
     return _with_ridge(LayerProblem(W, R, C, energy, 0.0, unit, dead), ridge)
 
 
