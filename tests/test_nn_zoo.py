@@ -8,7 +8,7 @@ from torch.nn.functional import avg_pool2d, pad, relu
 
 from pysolve.datasets import cifar, mnist
 from pysolve.nn.evaluate import accuracy, macs, parameters
-from pysolve.nn.zoo import DigitsNet, LeNet5, Mlp, MnistCnn, ResNet
+from pysolve.nn.zoo import DigitsNet, LeNet5, LeNetC5, Mlp, MnistCnn, ResNet
 
 
 def test_lenet_has_431080_parameters_in_its_published_shapes():
@@ -31,6 +31,15 @@ def test_lenet_pools_before_its_relu_and_has_none_at_the_end():
         nn.Flatten(), model.fc1, nn.ReLU(), model.fc2,
     )  # fmt: skip
     torch.testing.assert_close(model(x), reference(x))
+
+
+def test_lenet_with_c5_has_167566_parameters_of_which_convolutions_hold_33412():
+    model = LeNetC5()
+    assert parameters(model) == 167_566
+    assert sum(parameters(model.get_submodule(f"conv{i}")) for i in (1, 2, 3)) == 33_412
+    assert tuple(model.conv3.weight.shape) == (120, 16, 4, 4)
+    assert tuple(model.fc1.weight.shape) == (1024, 120)
+    assert model(torch.zeros(3, 1, 28, 28)).shape == (3, 10)
 
 
 def test_the_mlp_has_567434_parameters_and_flattens_images():
