@@ -27,6 +27,7 @@ from .plots import plot_elimination as plot_elimination
 from .plots import plot_pareto as plot_pareto
 from .plots import plot_weights as plot_weights
 from .prox import prox_group_lasso as prox_group_lasso
+from .pruning import prune as prune
 from .recipe import compress as compress
 from .recipe import sweep as sweep
 from .report import Report as Report
@@ -42,6 +43,5 @@ from .sparse import SparseMatrix as SparseMatrix
 from .sparse import csr_matmul as csr_matmul
 from .sparse import get_num_threads as get_num_threads
 from .sparse import set_num_threads as set_num_threads
-from .unstructured import prune as prune
 
 __version__: str

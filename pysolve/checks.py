@@ -13,7 +13,7 @@ from pysolve.budget import check_targets
 from pysolve.plan import Site
 from pysolve.selection import select_channels
 
-REFITS = ("sequential", "independent")
+REFITS = ("sequential", "independent", "none")
 
 
 def check_model(model: Any) -> None:
@@ -50,8 +50,9 @@ def check_options(
     memory: Any,
 ) -> None:
     """What else can be told to be wrong without running the network."""
-    # A problem of one channel: whether the method exists is checked where it is known.
-    select_channels(np.eye(1), np.eye(1), 1, method=select)
+    if not isinstance(select, Mapping):
+        # A problem of one channel: whether the method exists is checked where it is known.
+        select_channels(np.eye(1), np.eye(1), 1, method=select)
     if refit not in REFITS:
         raise ValueError(f"unknown refit {refit!r}; choose one of {', '.join(REFITS)}.")
     _check_distill(model, distill)

@@ -34,7 +34,7 @@ class Choice:
         Error of the refitted readers with k channels, as a share of their outputs' energy: the mean over
         readers of E‖y − M x‖² / E‖y‖².
     method : str
-        Of ``select_channels``.
+        Of ``select_channels``, or "scores".
     """
 
     site: Site
@@ -82,8 +82,10 @@ def reader_columns(site: Site, correlations: Correlations, reader: str, width: i
     return (table[:, :, None] * taps + np.arange(taps)).reshape(site.channels, -1)
 
 
-def choose(site: Site, problem: Problem, left: Sequence[float], method: str = "elimination") -> Choice:
-    """Selection at every size, by elimination or any other method of ``select_channels``.
+def choose(
+    site: Site, problem: Problem, left: Sequence[float], method: str | Array = "elimination"
+) -> Choice:
+    """Selection at every size, by elimination or any other method of ``select_channels``, or by scores.
 
     Only elimination knows a path; the error of other methods is taken at a few sizes and interpolated.
 
@@ -92,13 +94,25 @@ def choose(site: Site, problem: Problem, left: Sequence[float], method: str = "e
     site : Site
     problem, left
         Of ``site_problem``.
-    method : str
+    method : str, or (channels,) array
+        An array's largest stay.
     """
-    readers, K = len(problem.xx), site.channels
+    readers = len(problem.xx)
+    if isinstance(method, np.ndarray):
+        order = np.argsort(-method, kind="stable")
+        return _sampled(site, problem, left, lambda k: np.sort(order[:k]), "scores")
     if method == "elimination":
         path = elimination_path(problem, r_yy=left if readers > 1 else left[0])
         return Choice(site, path.keep, np.maximum(2 * path.error / readers, FLOOR))
-    keep = cache(lambda k: select_channels(problem, k=k, method=method) if k else np.arange(0))
+    select = cache(lambda k: select_channels(problem, k=k, method=method) if k else np.arange(0))
+    return _sampled(site, problem, left, select, method)
+
+
+def _sampled(
+    site: Site, problem: Problem, left: Sequence[float], keep: Callable[[int], Indices], method: str
+) -> Choice:
+    """A choice whose error is taken at a few sizes."""
+    K = site.channels
     sizes = np.unique([0, *np.geomspace(1, K, 9).round().astype(int)])
     error = np.minimum.accumulate([max(_error(problem, left, keep(int(k))), FLOOR) for k in sizes])
     return Choice(site, keep, np.exp(np.interp(np.arange(K + 1), sizes, np.log(error))), method)

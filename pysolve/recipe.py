@@ -16,7 +16,7 @@ from pysolve.plan import Site
 from pysolve.report import Report
 from pysolve.shrink import shrink
 from pysolve.sizes import channels_to_keep
-from pysolve.study import study
+from pysolve.study import Select, study
 
 Target = Mapping[str, float]
 # Arguments that concern the pass over the data, and those that concern what follows.
@@ -31,7 +31,7 @@ def compress(
     target: Target | None = None,
     keep: float | Mapping[str, float] | None = None,
     lam: float | Mapping[str, float] | None = None,
-    select: str = "elimination",
+    select: Select = "elimination",
     refit: str = "sequential",
     distill: float | Mapping[str, float] = 0,
     evaluate: Callable[[nn.Module], float] | None = None,
@@ -67,10 +67,12 @@ def compress(
     lam : float or {writer: float}
         Instead of a target: the penalty of the joint group lasso  Σ_r ½ E‖y_r − M_r x‖² + lam Σ_g ‖M_g‖_F
         over each site's readers r, whose non-zero groups stay.
-    select : str
-        How channels are chosen: "elimination" or any method of ``select_channels``.
-    refit : "sequential" or "independent"
-        Every layer on the compressed network's own inputs, or the readers alone on the original's.
+    select : str, or {site's name: (channels,) scores}
+        How channels are chosen: "elimination" or any method of ``select_channels``; or by scores of every
+        channel of every site that can shrink, of which the largest stay.
+    refit : "sequential", "independent" or "none"
+        Every layer on the compressed network's own inputs, or the readers alone on the original's, or nothing
+        at all: the weights that are left stay as they are.
     distill : number of seconds, or {"seconds" or "epochs": number}
         Afterwards, train the result to give the original's outputs on the batches; undone, with a note, where
         that takes its outputs on the samples held back further from the original's.

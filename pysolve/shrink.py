@@ -112,6 +112,8 @@ def _refitted(
     found: Study, kept: Sequence[Indices], refit: str, seed: int, progress: bool
 ) -> tuple[dict[str, Tensor], int, list[str]]:
     """New values of every layer, how many samples they were fitted on, and what to say about them."""
+    if refit == "none":
+        return {}, 0, ["nothing was refitted; errors and divergences of single sites are those with refits"]
     cuts = cuts_of(found.free, kept, found.layers)
     fits = refit_readers(found.free, kept, found.layers, found.correlations)
     state = found.model.state_dict()

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import nn
 from torch.fx import Node
 from tqdm.auto import tqdm
@@ -25,6 +26,9 @@ from pysolve.nn.network import find_layer
 from pysolve.nn.rows import LAYERS, channels, groups
 from pysolve.offline import cuts_of, reader_values, refit_readers
 from pysolve.plan import Indices, Site
+
+# A method of ``select_channels``, or a score for each channel by the sites' names.
+Select = str | Mapping[str, npt.ArrayLike]
 
 # Errors, as shares of the outputs' energy, at which the harm of shrinking a site is measured.
 PROBED_ERRORS = (0.003, 0.02, 0.1, 0.3)
@@ -91,7 +95,7 @@ def study(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    select: str = "elimination",
+    select: Select = "elimination",
     ignore: Sequence[str] = (),
     sites: Sequence[Site] | None = None,
     divergence: Divergence = kl_divergence,
@@ -137,7 +141,8 @@ def study(
     for s in tqdm(range(len(free)), "measure", unit="site", disable=None if progress else True):
         start = time.perf_counter()
         problem, left = site_problem(free[s], correlations, found.widths(free[s]))
-        found.choices.append(choose(free[s], problem, left, select))
+        method = select if isinstance(select, str) else np.asarray(select[free[s].name], dtype=np.float64)
+        found.choices.append(choose(free[s], problem, left, method))
         found.harms.append({})
         for share in PROBED_ERRORS:
             fitting = int(np.searchsorted(-found.choices[s].error, -share))
