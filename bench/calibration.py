@@ -2,12 +2,12 @@
 
 python bench/calibration.py counts [--only lenet,resnet20] [--counts 32,64,…] [--draws 3]
 python bench/calibration.py kinds
-python bench/calibration.py matching [--counts 500,2000] [--seconds 30]
+python bench/calibration.py matching [--counts 500,2000] [--shown 16000]
 
 Real networks and images come from the folder that PYSOLVE_DATA or --data names. Counts: random images of
 the training split, drawn anew with other seeds where there are at most 1,000. Kinds: 2,000 inputs each for
-LeNet-5. Matching: ResNet-20, with and without so many seconds of distillation. Every command prints a table
-in Markdown and writes its rows to a JSON file.
+LeNet-5. Matching: ResNet-20, with and without distillation on the same number of images shown, some of them
+more often when there are fewer. Every command prints a table in Markdown and writes its rows to a JSON file.
 """
 
 import os
@@ -125,7 +125,7 @@ def kinds(threads: ThreadsOption = 1, data: DataOption = DATA, out: OutOption = 
 @app.command()
 def matching(
     counts: Annotated[str, typer.Option(help="Calibration images.")] = "500,2000",
-    seconds: Annotated[float, typer.Option(help="To match the original's outputs for.")] = 30.0,
+    shown: Annotated[int, typer.Option(help="Images to match the original's outputs on, in all.")] = 16_000,
     draws: Annotated[int, typer.Option(min=1, help="Subsets of each count.")] = 1,
     threads: ThreadsOption = 1,
     data: DataOption = DATA,
@@ -137,10 +137,10 @@ def matching(
     rows: list[Row] = []
     for count in map(int, counts.split(",")):
         for draw in range(draws):
-            for length in (0.0, seconds):
-                given = f"{count:,} images" + f", matched for {length:g} s" * bool(length)
+            for epochs in (0, shown // count):
+                given = f"{count:,} images" + f", matched for {epochs} epochs" * bool(epochs)
                 images = drawn(pool, count, draw)
-                rows.append(compressed(subject, images, "resnet20", given, draw, distill=length))
+                rows.append(compressed(subject, images, "resnet20", given, draw, epochs))
                 record(out / "calibration" / "matching.json", threads, rows)
     console.print("\n".join(as_markdown(table(rows))))
 
@@ -172,15 +172,14 @@ def wrong_kinds(data: Path) -> Iterator[tuple[str, Images]]:
     yield "MNIST, the digit 3 alone", digits.x_train[digits.y_train == 3][:CALIBRATION]
 
 
-def compressed(
-    subject: Subject, images: Images, name: str, given: str, draw: int, distill: float = 0.0
-) -> Row:
+def compressed(subject: Subject, images: Images, name: str, given: str, draw: int, epochs: int = 0) -> Row:
     """``ps.compress`` in its three steps, to see what layers were fitted on."""
     batches = torch.from_numpy(images).split(BATCH)
     target = TARGETS[name]
     known = study(subject.model, batches, progress=False)
     sizes = channels_to_keep(known, target, None, None, 1)
-    result = shrink(known, sizes, target=target, distill=distill, progress=False)
+    length = {"epochs": epochs} if epochs else 0
+    result = shrink(known, sizes, target=target, distill=length, progress=False)
     rows = rows_per_input(known, sizes)
     worst = min(rows, key=rows.__getitem__)
     report, test = result.report, torch.from_numpy(subject.x_test).split(BATCH)
