@@ -28,7 +28,7 @@ Ridge = float | Literal["auto"]
 # What "auto" tries.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # Multiplications of a row's own Cholesky factorisation, for each one of its product with A, up to which it is
-# faster than the iterations that conjugate gradients need for a relative error of 1e-8 (at d = 800, ε = 1e-4);
+# faster than the iterations that conjugate gradients need for a relative error of 1e-8 (measured at d = 800);
 # and rows that are worked on together.
 _DIRECT, ITERATIONS, _BLOCK = 32.0, 100, 256
 
