@@ -1,0 +1,103 @@
+"""LeNet-5 pruned while it is trained: dynamic surgery, and gradual pruning to the same size."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from e5_weights import loader
+from matplotlib.figure import Figure
+from rich.console import RenderableType
+from rich.table import Table
+from torch import nn
+
+from pysolve import drawing
+from pysolve.datasets import Dataset
+from pysolve.nn.evaluate import accuracy
+from pysolve.nn.nonzeros import Nonzeros, nonzeros
+from pysolve.retraining import network_surgery, prune_gradually
+from pysolve.tables import as_text
+
+# Shares of all weights that go; biases, 580 of 431,080 parameters, stay.
+AMOUNTS = (0.9925,)
+EPOCHS, LR = 8, 3e-3
+PUBLISHED = (108.0, 99.09)
+METHODS = {"dynamic surgery": network_surgery, "gradual": prune_gradually}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One network, pruned while it was trained."""
+
+    method: str
+    amount: float
+    accuracy: float
+    counts: Nonzeros
+    seconds: float
+
+
+def compare_surgery(
+    model: nn.Module,
+    dataset: Dataset,
+    path: Path,
+    *,
+    amounts: Sequence[float] = AMOUNTS,
+    epochs: int = EPOCHS,
+) -> Iterator[RenderableType]:
+    """Both methods at every size."""
+    before = accuracy(model, dataset.x_test, dataset.y_test)
+    outcomes = [train(model, dataset, method, amount, epochs) for amount in amounts for method in METHODS]
+    yield surgery_table(before, outcomes, epochs)
+    yield "\n".join(["", *as_text(outcomes[0].counts.table()), ""])
+    draw(before, outcomes, path)
+
+
+def train(model: nn.Module, dataset: Dataset, method: str, amount: float, epochs: int) -> Outcome:
+    """Prune by one of the methods, and judge the result."""
+    start = time.perf_counter()
+    pruned = METHODS[method](
+        model, loader(dataset), amount=amount, epochs=epochs, lr=LR, layout="dense"
+    ).model
+    seconds = time.perf_counter() - start
+    score = accuracy(pruned, dataset.x_test, dataset.y_test)
+    return Outcome(method, amount, score, nonzeros(pruned), seconds)
+
+
+def surgery_table(before: float, outcomes: Sequence[Outcome], epochs: int) -> Table:
+    """Published and ours."""
+    rate, score = PUBLISHED
+    caption = f"Dense network: {before:.2f} %. {epochs} epochs on labels; parameters: weights and biases."
+    table = Table(
+        title="LeNet-5 on MNIST: pruned while trained", caption=caption, show_edge=False, pad_edge=False
+    )
+    for column in ("", "weights pruned", "parameters left", "times fewer", "accuracy", "seconds"):
+        table.add_column(column, justify="right" if column else "left")
+    table.add_row("published, dynamic surgery", "", "4,000", f"{rate:.0f}", f"{score:.2f}", "")
+    for one in outcomes:
+        shown = (f"{one.counts.nonzeros:,}", f"{one.counts.rate:.1f}", f"{one.accuracy:.2f}")
+        table.add_row(one.method, f"{one.amount:.2%}", *shown, f"{one.seconds:.0f}")
+    return table
+
+
+def draw(before: float, outcomes: Sequence[Outcome], path: Path) -> None:
+    """What is left of each layer's weights, by method, beside the published shares."""
+    published = {"conv1": 14.2, "conv2": 3.1, "fc1": 0.7, "fc2": 4.3}
+    bars = {"published": published}
+    for one in outcomes:
+        sizes = {tensor.name: tensor for tensor in one.counts.tensors}
+        weights = {name: sizes[f"{name}.weight"] for name in published}
+        shares = {name: 100 * weight.nonzeros / weight.size for name, weight in weights.items()}
+        bars[f"{one.method}: {one.counts.rate:.0f} times fewer, {one.accuracy:.2f} %"] = shares
+    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
+    ax = figure.add_subplot()
+    width = 0.8 / len(bars)
+    for i, (label, shares) in enumerate(bars.items()):
+        places = [layer + (i - (len(bars) - 1) / 2) * width for layer in range(len(published))]
+        color = "0.6" if label == "published" else drawing.COLORS[(i - 1) % len(drawing.COLORS)]
+        shown = ax.bar(places, [*shares.values()], 0.95 * width, color=color, label=label)
+        ax.bar_label(shown, fmt="%.2g", fontsize=8)
+    ax.set(yscale="log", ylabel="weights left (%)", title=f"LeNet-5 on MNIST, dense {before:.2f} %")
+    ax.set_xticks(range(len(published)), [*published])
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(edgecolor="none")
+    figure.savefig(path, dpi=130)
