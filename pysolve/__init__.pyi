@@ -15,7 +15,12 @@ from .nn.checkpoint import save as save
 from .nn.gather import gather as gather
 from .nn.graph.sites import find_sites as find_sites
 from .nn.inspect import inspect as inspect
+from .nn.masking import mask_weights as mask_weights
+from .nn.masking import remove_masks as remove_masks
+from .nn.nonzeros import nonzeros as nonzeros
+from .nn.retrain import finetune as finetune
 from .nn.surgery import apply as apply
+from .obs import obs_prune as obs_prune
 from .path import lam_for_groups as lam_for_groups
 from .path import regularization_path as regularization_path
 from .plan import Collapse as Collapse
@@ -31,6 +36,8 @@ from .pruning import prune as prune
 from .recipe import compress as compress
 from .recipe import sweep as sweep
 from .report import Report as Report
+from .retraining import network_surgery as network_surgery
+from .retraining import prune_gradually as prune_gradually
 from .selection import select_channels as select_channels
 from .solution import History as History
 from .solution import Solution as Solution

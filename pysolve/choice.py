@@ -104,7 +104,8 @@ def choose(
     if method == "elimination":
         path = elimination_path(problem, r_yy=left if readers > 1 else left[0])
         return Choice(site, path.keep, np.maximum(2 * path.error / readers, FLOOR))
-    select = cache(lambda k: select_channels(problem, k=k, method=method) if k else np.arange(0))
+    K = site.channels
+    select = cache(lambda k: select_channels(problem, k=k, method=method) if 0 < k < K else np.arange(k))
     return _sampled(site, problem, left, select, method)
 
 

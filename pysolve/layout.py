@@ -58,7 +58,8 @@ def laid_out(
     dense = {f"{name}.weight".lstrip("."): weight for name, weight in weights.items() if name not in sparse}
     forms = {name: Sparse.from_dense(weight) for name, weight in weights.items() if name in sparse}
     plan = Plan(values={**pruned.values, **dense}, forms=forms)
-    smaller = apply(original, plan, probe=None if batch is None else take(batch, 0, 16))
+    # Values need no check by running.
+    smaller = apply(original, plan, probe=take(batch, 0, 16) if forms and batch is not None else None)
     if layout == "mask":
         mask_weights(smaller, {name: weight != 0 for name, weight in weights.items()})
     report = account(original, smaller, [] if batch is None else [batch], seed=seed)

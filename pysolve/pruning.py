@@ -144,6 +144,9 @@ def _check(method: str, refit: str, layout: str, wanted: Mapping[str, Any], blin
         raise ValueError(f"give exactly one of {names}; got {' and '.join(wanted) or 'none'}.")
     if method in _REFITTING and refit != "sequential":
         raise ValueError(f"method={method!r} refits by itself: leave refit out, got {refit!r}.")
+    (what,) = wanted
+    if method == "obs" and what not in ("amount", "pattern", "target"):
+        raise ValueError(f"obs takes an amount, a pattern or a target, got a {what}.")
     if method in OF_CHANNELS and refit == "bias":
         raise ValueError('refit="bias" is for single weights; channels take "none" or "sequential".')
     if blind and (refit != "none" or method in ("wanda", *OF_CHANNELS)):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pysolve.calibrate import calibrate, peek
 from pysolve.correlations import Array, Correlations
@@ -86,7 +87,9 @@ def study_layers(
         nodes, found = {}, {name: layer for name in names if (layer := _unseen(model, name)) is not None}
         notes = (f"layers were fitted on the original's inputs, for the network cannot be exported: {error}",)
     layers = {name: found[name] for name in names if name in found}
-    wanted = [*layers] if gathered or graph is None else []
+    # Attention calls its last layer's function, not the layer.
+    seen = [name for name, one in layers.items() if type(one.module) is not NonDynamicallyQuantizableLinear]
+    wanted = seen if gathered or graph is None else []
     calibration, sums = calibrate(model, batches, first, graph, nodes, wanted, progress=progress)
     return Material(model, graph, layers, calibration, sums, notes)
 

@@ -130,9 +130,11 @@ def _sizes(job: Job, known: Weights, material: Material) -> dict[str, dict[str, 
     """How many weights of each layer ``obs_prune`` is to leave."""
     ((what, value),) = job.wanted.items()
     if what == "amount" and job.scope == "global":
-        curves = {name: error_curve(W, material.correlations[name]) for name, W in known.items()}
-        left = count_left(value, sum(W.size for W in known.values()))
-        return {name: {"count": count} for name, count in share_weights(curves, left).items()}
+        found = material.correlations
+        curves = {name: error_curve(W, found[name]) for name, W in known.items() if name in found}
+        left = count_left(value, sum(known[name].size for name in curves))
+        counts = {name: {"count": count} for name, count in share_weights(curves, left).items()}
+        return {name: counts.get(name, {what: value}) for name in known}
     each = value if isinstance(value, Mapping) else dict.fromkeys(known, value)
     # A layer without an entry keeps all.
     return {name: {what: each.get(name, 0.0)} for name in known}

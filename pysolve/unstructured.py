@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +14,9 @@ from pysolve.compressed import Compressed, after
 from pysolve.errors import PysolveError
 from pysolve.layout import laid_out
 from pysolve.masks import METHODS as SCORES
+from pysolve.masks import count_left
 from pysolve.nn.evaluate import parameters
+from pysolve.nn.masking import masks_of
 from pysolve.nn.network import as_array, find_matching
 from pysolve.nn.slicing import WEIGHTED
 from pysolve.selected import Job, Weights, by_data, by_scores
@@ -40,38 +43,57 @@ def prune_weights(
         As ``pysolve.prune`` has them.
     """
     original = model.model if isinstance(model, Compressed) else model
-    weights = {name: as_array(layer.weight) for name, layer in _layers(original, ignore)}
+    layers, notes = _layers(original, ignore)
+    weights = {name: as_array(layer.weight) for name, layer in layers.items()}
     target = job.wanted.get("target")
     if target is not None:
-        job = replace(job, wanted={"amount": _amount(original, weights, target)})
+        job = replace(job, wanted={"amount": _amount(original, weights, target, job.scope)})
     if batches is not None and (job.method in ("wanda", "obs") or job.refit != "none"):
         found = by_data(job, original, weights, batches)
     else:
         found = by_scores(job, weights, next(iter(batches), None) if batches is not None else None)
     result = laid_out(original, found, layout, evaluate=evaluate, seed=job.seed)
     asked = None if target is None else dict(target)
-    return after(model, replace(result, report=replace(result.report, target=asked)))
+    report = replace(result.report, target=asked, notes=(*notes, *result.report.notes))
+    return after(model, replace(result, report=report))
 
 
-def _layers(model: nn.Module, ignore: Sequence[str]) -> Iterator[tuple[str, Any]]:
-    """Layers whose weights can be pruned, by name."""
+def _layers(model: nn.Module, ignore: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Layers whose weights can be pruned, by name, and notes of those that cannot."""
+    if masks_of(model):
+        raise PysolveError("the network's weights are masked: call remove_masks on it first.")
     ignored = find_matching(model, ignore)
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    layers, notes = {}, []
     for name, module in model.named_modules():
-        if isinstance(module, WEIGHTED) and name not in ignored:
-            yield name, module
+        if not isinstance(module, WEIGHTED) or name in ignored:
+            continue
+        own = module._parameters.get("weight")
+        if own is None:
+            notes.append(f"{name} is left alone: its weight is computed from others")
+        elif owners[id(own)] > 1:
+            notes.append(f"{name} is left alone: another layer shares its weight")
+        else:
+            layers[name] = module
+    return layers, notes
 
 
-def _amount(model: nn.Module, weights: Weights, target: Mapping[str, float]) -> float:
+def _amount(model: nn.Module, weights: Weights, target: Mapping[str, float], scope: str) -> float:
     """The share of the weights that must go for so many parameters to be left."""
     check_targets(target)
     if set(target) != {"params"}:
         raise ValueError(f"single weights are pruned to a target of params alone, got {', '.join(target)}.")
-    total, most = parameters(model), sum(weight.size for weight in weights.values())
-    left = target["params"] if target["params"] > 1 else target["params"] * total
-    amount = 1 - (left - (total - most)) / most if most else 1.0
-    if amount >= 1:
+    total, sizes = parameters(model), [weight.size for weight in weights.values()]
+    wanted = target["params"] if target["params"] > 1 else target["params"] * total
+    left = int(wanted) - (total - sum(sizes))
+    if left < 0:
         raise PysolveError(
-            f"{total - most:,} of the {total:,} parameters are no weights that can be pruned: a target of "
-            f"{left:,.0f} cannot be reached."
+            f"{total - sum(sizes):,} of the {total:,} parameters are no weights that can be pruned: a target "
+            f"of {wanted:,.0f} cannot be reached."
         )
-    return max(0.0, amount)
+    parts = sizes if scope == "local" else [sum(sizes)]
+    gone = max(0, sum(sizes) - left)
+    # Every layer rounds on its own: a little more must go.
+    while gone < sum(sizes) and sum(count_left(gone / sum(sizes), part) for part in parts) > left:
+        gone += 1
+    return gone / max(1, sum(sizes))
