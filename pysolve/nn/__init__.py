@@ -2,7 +2,7 @@
 
 zoo          the reference networks of the demo, the examples and the tests
 network      finding a network's layers and running it without changing it
-train, loop  fitting labels, or another network's outputs
+train, loop  fitting labels, or another network's outputs; retrain trains on, masking holds zeros, surgeon cuts
 
 What a network is made of
     graph        what can shrink: the network as a graph, channel labels, sites
@@ -17,14 +17,16 @@ What its layers do
 
 Making it smaller
     slicing      one layer made narrower
-    layers       layers that run in another form
+    layers       layers that run in another form: products computes them, dense turns them back
     values       new parameters, checked
     surgery      network and plan to a smaller network
     verify       whether two networks compute the same
     checkpoint   save and load: packing puts a state dict into little space, storage into a file
-    evaluate     accuracy, parameters, bytes, MACs, latency
+    evaluate     accuracy, parameters, bytes, MACs, latency; profile has them layer by layer
+    nonzeros     what is left of every tensor
 """
 
+from pysolve.nn.dense import to_dense
 from pysolve.nn.layers import SparseConv2d, SparseLinear
 
-__all__ = ["SparseConv2d", "SparseLinear"]
+__all__ = ["SparseConv2d", "SparseLinear", "to_dense"]
