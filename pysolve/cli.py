@@ -11,6 +11,22 @@ from typer.core import TyperGroup
 
 from pysolve import __version__
 from pysolve.errors import PysolveError
+from pysolve.options import (
+    Data,
+    Device,
+    Ignore,
+    Json,
+    Limit,
+    Network,
+    Out,
+    Quiet,
+    Rounded,
+    Seed,
+    Select,
+    StateDict,
+    Test,
+    Weights,
+)
 
 
 class _Plain(TyperGroup):
@@ -81,28 +97,6 @@ def demo(
     run(data, out, seed=seed, epochs=epochs)
 
 
-Network = Annotated[
-    str, typer.Argument(metavar="NETWORK", help="package.module:factory, a function that makes the network.")
-]
-Weights = Annotated[Path | None, typer.Option(help="Its state dict: .safetensors, or .pt read as tensors.")]
-Data = Annotated[
-    str,
-    typer.Option(help=".npy, .npz (x, y), a folder of IDX files, or package.module:function."),
-]
-Test = Annotated[str | None, typer.Option(help="Labelled data, as --data, to give the accuracy on.")]
-Out = Annotated[Path, typer.Option(help="Folder to write to.")]
-Ignore = Annotated[
-    list[str] | None, typer.Option(help="Layer to leave alone, or re:pattern; may be repeated.")
-]
-Select = Annotated[str, typer.Option(help="How channels are chosen.")]
-Limit = Annotated[int, typer.Option("--samples", min=1, help="Most inputs of an array to use.")]
-Rounded = Annotated[int, typer.Option(min=1, help="Widths in multiples of so many channels.")]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
-Seed = Annotated[int, typer.Option(help="Of all random choices.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Quiet = Annotated[bool, typer.Option(help="Print nothing but errors.")]
-
-
 @app.command()
 def inspect(
     network: Network,
@@ -135,9 +129,7 @@ def compress(
         str, typer.Option(help="Match the original's outputs afterwards: 60s, 2m, or 5e for epochs.")
     ] = "0",
     round_to: Rounded = 1,
-    state_dict: Annotated[
-        bool, typer.Option("--state-dict", help="Write the tensors alone, too, in their new shapes.")
-    ] = False,
+    state_dict: StateDict = False,
     samples: Limit = 2000,
     device: Device = "cpu",
     seed: Seed = 0,
@@ -155,6 +147,56 @@ def compress(
         ignore=ignore or (),
         distill=duration_of(distill),
         round_to=round_to,
+        seed=seed,
+    )
+
+
+@app.command()
+def prune(
+    network: Network,
+    data: Data,
+    weights: Weights = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help="Of weights: obs, magnitude, wanda, std, random; of channels: elimination, lasso, ln, "
+            "activation, nisp."
+        ),
+    ] = "obs",
+    amount: Annotated[float | None, typer.Option(help="Share of them that goes.")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="Instead: what may be left, as in compress.")
+    ] = None,
+    pattern: Annotated[str | None, typer.Option(help="Instead, of weights: 2:4 and the like.")] = None,
+    scope: Annotated[str, typer.Option(help="The share of each layer, local, or of all, global.")] = "local",
+    refit: Annotated[
+        str | None, typer.Option(help="none, bias or sequential.", show_default="what suits the method")
+    ] = None,
+    layout: Annotated[str, typer.Option(help="How pruned layers run: auto, dense or csr.")] = "auto",
+    test: Test = None,
+    out: Out = Path("pruned"),
+    ignore: Ignore = None,
+    state_dict: StateDict = False,
+    samples: Limit = 2000,
+    device: Device = "cpu",
+    seed: Seed = 0,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune single weights or channels by any method, without training; write the network with a report."""
+    from pysolve.commands import Job, prune_to, targets_of
+
+    prune_to(
+        Job(network, data, weights, test, out, device, samples, json, quiet),
+        state_dict=state_dict,
+        method=method,
+        amount=amount,
+        target=targets_of(target) if target else None,
+        pattern=pattern,
+        scope=scope,
+        refit=refit,
+        layout=layout,
+        ignore=ignore or (),
         seed=seed,
     )
 

@@ -68,6 +68,11 @@ class Job:
     as_json: bool
     quiet: bool
 
+    @property
+    def progress(self) -> bool:
+        """Whether to show progress bars."""
+        return not (self.quiet or self.as_json)
+
     def inputs(self) -> tuple[nn.Module, Iterable[Any], Callable[[nn.Module], float] | None]:
         """The network, batches, and how good a network is."""
         model = network(self.name, self.weights, self.device)
@@ -85,11 +90,21 @@ class Job:
 def compress_to(job: Job, *, state_dict: bool, **options: Any) -> None:
     """Compress a network, and write it with its report."""
     model, batches, score = job.inputs()
-    result = ps.compress(model, batches, evaluate=score, progress=not (job.quiet or job.as_json), **options)
+    result = ps.compress(model, batches, evaluate=score, progress=job.progress, **options)
+    _write_all(job, model, result, f"{job.name}, compressed", state_dict)
+
+
+def prune_to(job: Job, *, state_dict: bool, **options: Any) -> None:
+    """Prune a network, and write it with its report."""
+    model, batches, score = job.inputs()
+    result = ps.prune(model, batches, evaluate=score, progress=job.progress, **options)
+    _write_all(job, model, result, f"{job.name}, pruned", state_dict)
+
+
+def _write_all(job: Job, model: nn.Module, result: ps.Compressed, title: str, state_dict: bool) -> None:
     job.out.mkdir(parents=True, exist_ok=True)
     ps.save(result, job.out / "network.safetensors")
     report = _with_files(result.report, model, job.out / "network.safetensors")
-    title = f"{job.name}, compressed"
     written = ["network.safetensors", "report.json", "report.md", "report.html"]
     if state_dict:
         written.append("state_dict.safetensors")
@@ -108,7 +123,7 @@ def sweep_to(job: Job, *, targets: Sequence[Mapping[str, float]], **options: Any
         batches,
         targets=targets,
         evaluate=score,
-        progress=not (job.quiet or job.as_json),
+        progress=job.progress,
         **options,
     )
     job.out.mkdir(parents=True, exist_ok=True)

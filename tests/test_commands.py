@@ -164,6 +164,18 @@ def test_json_and_quiet_print_nothing_else(home):
     assert all(site["kept"] % 4 == 0 for site in report["sites"] if site["pinned"] is None)
 
 
+@pytest.mark.parametrize("method", ["obs", "magnitude", "ln"])
+def test_prune_writes_a_network_that_loads_and_its_report(home, method):
+    arguments = ("prune", "mine:make", "--data", "mine:batches", "--method", method, "--amount", "0.5")
+    result = run(*arguments, "--test", "labelled.npz", "--layout", "dense")
+    assert result.exit_code == 0, result.output
+    report = json.loads((home / "pruned/report.json").read_text())
+    assert report["after"]["nonzeros"] < 0.6 * report["before"]["nonzeros"]
+    smaller = ps.load("pruned/network.safetensors", network("mine:make"))
+    assert sum(int(p.count_nonzero()) for p in smaller.parameters()) == report["after"]["nonzeros"]
+    assert bool(report["layers"]) == (method != "ln")
+
+
 def test_sweep_shows_every_size(home):
     command = ("sweep", "mine:make", "--data", "mine:batches", "--test", "labelled.npz")
     result = run(*command, "--target", "params=0.7", "--target", "macs=0.5")
@@ -215,6 +227,8 @@ def test_solve_certifies_and_writes_the_solution(home):
         (("compress", "mine:make", "--data", "inputs.npy", "--device", "cuda:99"), "compute on 'cuda:99'"),
         (("evaluate", "mine:make", "--data", "labelled.npz", "--device", "toaster"), "compute on 'toaster'"),
         (("evaluate", "mine:make", "--data", "wide.npz"), "cannot be multiplied"),
+        (("prune", "mine:make", "--data", "inputs.npy"), "exactly one of amount"),
+        (("prune", "mine:make", "--data", "inputs.npy", "--pattern", "3"), 'must be like "2:4"'),
         (("solve", "inputs.npy"), "r_xx and r_yx"),
     ],
 )
@@ -228,7 +242,7 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(home, arguments, messag
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
     assert result.stdout == ""
-    assert not (home / "compressed").exists()
+    assert not any((home / folder).exists() for folder in ("compressed", "pruned"))
 
 
 def test_debug_shows_where_an_error_came_from(home):

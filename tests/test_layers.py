@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parent.parent / "pysolve"
 ROWS = [
     {"cli"},
     {"demo", "commands"},
-    {"sources", "page"},
+    {"sources", "page", "options"},
     {"pruning"},
     {"structured", "retraining"},
     {"recipe", "unstructured"},

@@ -2,7 +2,8 @@
 
 zoo          the reference networks of the demo, the examples and the tests
 network      finding a network's layers and running it without changing it
-train, loop  fitting labels, or another network's outputs; retrain trains on, masking holds zeros, surgeon cuts
+train, loop  fitting labels, or another network's outputs
+retrain      training on; masking keeps zeros at zero meanwhile, surgeon moves them
 
 What a network is made of
     graph        what can shrink: the network as a graph, channel labels, sites
