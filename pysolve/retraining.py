@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -190,8 +191,9 @@ def _prepared(
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}.")
     for name, number in value.items() if isinstance(value, Mapping) else [("all", value)]:
-        top = 1 if what == "amount" else np.inf
-        if not isinstance(number, int | float) or not (-top if what == "rate" else 0) <= number < top:
+        real = float(number) if isinstance(number, Real) else np.nan
+        low, high = (0, 1) if what == "amount" else (-np.inf, np.inf)
+        if not (low <= real < high and np.isfinite(real)):
             allowed = "in [0, 1)" if what == "amount" else "a finite number"
             raise ValueError(f"{what} of {name} must be {allowed}, got {number}.")
     base, ignored = unmasked(original), find_matching(original, ignore)

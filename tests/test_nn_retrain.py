@@ -168,6 +168,8 @@ def test_batches_that_run_dry_and_networks_without_parameters_are_named():
         finetune(mlp(), Once(pairs()), epochs=2)
     with pytest.raises(ps.PysolveError, match="no parameter of the network requires a gradient"):
         finetune(mlp().requires_grad_(False), pairs(), epochs=1)
+    with pytest.raises(TypeError, match="such as the model of a Compressed; got Compressed"):
+        finetune(ps.prune(mlp(), amount=0.5), pairs(), epochs=1)
 
 
 # --- shares of layers

@@ -66,6 +66,9 @@ def finetune(
     PysolveError
         When the loss becomes NaN or infinite.
     """
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise TypeError(f"model must be a torch.nn.Module, such as the model of a Compressed; got {kind}.")
     _check_length(epochs, seconds, lr)
     loader, n = counted(batches)
     device, stream = device_of(model), _again(loader)

@@ -102,7 +102,7 @@ def surgery(
         if step > done and amount is not None:
             values = {name: as_array(weight) for name, weight in weights.items()}
             gone = _shares(values, amount, _level(step / _STEPS))
-            limits = {name: _quantile(weights[name], share) for name, share in gone.items()}
+            limits = {name: _quantile(values[name], share) for name, share in gone.items()}
             if step == _STEPS:
                 for name, value in values.items():
                     _keep_largest(masks[name].mask, value, gone[name])
@@ -141,10 +141,10 @@ def _keep_largest(mask: Tensor, weight: Any, gone: float) -> None:
     mask.copy_(torch.from_numpy(kept))
 
 
-def _quantile(weight: Tensor, gone: float) -> float:
+def _quantile(weight: Any, gone: float) -> float:
     """The size below which so large a share of the weights lies."""
-    k = weight.numel() - count_left(gone, weight.numel())
-    return float(weight.abs().flatten().kthvalue(k).values) if k else 0.0
+    k = weight.size - count_left(gone, weight.size)
+    return float(np.partition(np.abs(weight), k - 1, axis=None)[k - 1]) if k else 0.0
 
 
 def _threshold(weight: Tensor, c: float) -> float:
