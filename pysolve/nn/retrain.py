@@ -66,9 +66,7 @@ def finetune(
     PysolveError
         When the loss becomes NaN or infinite.
     """
-    if not isinstance(model, nn.Module):
-        kind = type(model).__name__
-        raise TypeError(f"model must be a torch.nn.Module, such as the model of a Compressed; got {kind}.")
+    _check_model(model)
     _check_length(epochs, seconds, lr)
     loader, n = counted(batches)
     device, stream = device_of(model), _again(loader)
@@ -84,6 +82,12 @@ def finetune(
     run = Run(n, n, epochs, seconds, lr=lr, weight_decay=weight_decay, seed=seed)
     with keeping_modes(model):
         return optimise(model.train(), loss_of, run, progress=progress, after_step=after_step)
+
+
+def _check_model(model: Any) -> None:
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise TypeError(f"model must be a torch.nn.Module, such as the model of a Compressed; got {kind}.")
 
 
 def _check_length(epochs: int | None, seconds: float | None, lr: float) -> None:
