@@ -9,24 +9,8 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from pysolve import __version__
+from pysolve import __version__, options
 from pysolve.errors import PysolveError
-from pysolve.options import (
-    Data,
-    Device,
-    Ignore,
-    Json,
-    Limit,
-    Network,
-    Out,
-    Quiet,
-    Rounded,
-    Seed,
-    Select,
-    StateDict,
-    Test,
-    Weights,
-)
 
 
 class _Plain(TyperGroup):
@@ -99,12 +83,12 @@ def demo(
 
 @app.command()
 def inspect(
-    network: Network,
-    data: Data,
-    weights: Weights = None,
-    ignore: Ignore = None,
-    device: Device = "cpu",
-    json: Json = False,
+    network: options.Network,
+    data: options.Data,
+    weights: options.Weights = None,
+    ignore: options.Ignore = None,
+    device: options.Device = "cpu",
+    json: options.Json = False,
 ) -> None:
     """Show what of a network can shrink, and what cannot and why, before any work."""
     from pysolve.commands import show_sites
@@ -114,27 +98,27 @@ def inspect(
 
 @app.command()
 def compress(
-    network: Network,
-    data: Data,
-    weights: Weights = None,
+    network: options.Network,
+    data: options.Data,
+    weights: options.Weights = None,
     target: Annotated[
         list[str] | None,
         typer.Option(help="params, macs or bytes = share or number; repeatable.  [default: params=0.25]"),
     ] = None,
-    test: Test = None,
-    out: Out = Path("compressed"),
-    select: Select = "elimination",
-    ignore: Ignore = None,
+    test: options.Test = None,
+    out: options.Out = Path("compressed"),
+    select: options.Select = "elimination",
+    ignore: options.Ignore = None,
     distill: Annotated[
         str, typer.Option(help="Match the original's outputs afterwards: 60s, 2m, or 5e for epochs.")
     ] = "0",
-    round_to: Rounded = 1,
-    state_dict: StateDict = False,
-    samples: Limit = 2000,
-    device: Device = "cpu",
-    seed: Seed = 0,
-    json: Json = False,
-    quiet: Quiet = False,
+    round_to: options.Rounded = 1,
+    state_dict: options.StateDict = False,
+    samples: options.Limit = 2000,
+    device: options.Device = "cpu",
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Make a network smaller, without labels and without training; write it with a report."""
     from pysolve.commands import Job, compress_to, duration_of, targets_of
@@ -153,35 +137,25 @@ def compress(
 
 @app.command()
 def prune(
-    network: Network,
-    data: Data,
-    weights: Weights = None,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="Of weights: obs, magnitude, wanda, std, random; of channels: elimination, lasso, ln, "
-            "activation, nisp."
-        ),
-    ] = "obs",
-    amount: Annotated[float | None, typer.Option(help="Share of them that goes.")] = None,
-    target: Annotated[
-        list[str] | None, typer.Option(help="Instead: what may be left, as in compress.")
-    ] = None,
-    pattern: Annotated[str | None, typer.Option(help="Instead, of weights: 2:4 and the like.")] = None,
-    scope: Annotated[str, typer.Option(help="The share of each layer, local, or of all, global.")] = "local",
-    refit: Annotated[
-        str | None, typer.Option(help="none, bias or sequential.", show_default="what suits the method")
-    ] = None,
-    layout: Annotated[str, typer.Option(help="How pruned layers run: auto, dense or csr.")] = "auto",
-    test: Test = None,
-    out: Out = Path("pruned"),
-    ignore: Ignore = None,
-    state_dict: StateDict = False,
-    samples: Limit = 2000,
-    device: Device = "cpu",
-    seed: Seed = 0,
-    json: Json = False,
-    quiet: Quiet = False,
+    network: options.Network,
+    data: options.Data,
+    weights: options.Weights = None,
+    method: options.Method = "obs",
+    amount: options.Amount = None,
+    target: options.Left = None,
+    pattern: options.Pattern = None,
+    scope: options.Scope = "local",
+    refit: options.Refit = None,
+    layout: options.Layout = "auto",
+    test: options.Test = None,
+    out: options.Out = Path("pruned"),
+    ignore: options.Ignore = None,
+    state_dict: options.StateDict = False,
+    samples: options.Limit = 2000,
+    device: options.Device = "cpu",
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Prune single weights or channels by any method, without training; write the network with a report."""
     from pysolve.commands import Job, prune_to, targets_of
@@ -203,22 +177,22 @@ def prune(
 
 @app.command()
 def sweep(
-    network: Network,
-    data: Data,
+    network: options.Network,
+    data: options.Data,
     test: Annotated[str, typer.Option(help="Labelled data, as --data, to give accuracies on.")],
-    weights: Weights = None,
+    weights: options.Weights = None,
     target: Annotated[
         list[str] | None,
         typer.Option(help="As in compress, one result for each.  [default: params=0.5, 0.25 and 0.1]"),
     ] = None,
-    out: Out = Path("compressed"),
-    select: Select = "elimination",
-    ignore: Ignore = None,
-    samples: Limit = 2000,
-    device: Device = "cpu",
-    seed: Seed = 0,
-    json: Json = False,
-    quiet: Quiet = False,
+    out: options.Out = Path("compressed"),
+    select: options.Select = "elimination",
+    ignore: options.Ignore = None,
+    samples: options.Limit = 2000,
+    device: options.Device = "cpu",
+    seed: options.Seed = 0,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Try many sizes after one pass over the data, and show what each costs."""
     from pysolve.commands import Job, sweep_to, targets_of
@@ -234,15 +208,15 @@ def sweep(
 
 @app.command()
 def evaluate(
-    network: Network,
-    data: Data,
-    weights: Weights = None,
+    network: options.Network,
+    data: options.Data,
+    weights: options.Weights = None,
     compressed: Annotated[
         Path | None, typer.Option(help="What compress wrote: the network is made as small first.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Samples that are timed together.")] = 64,
-    device: Device = "cpu",
-    json: Json = False,
+    device: options.Device = "cpu",
+    json: options.Json = False,
 ) -> None:
     """Show a network's accuracy on labelled data, its size, and how long it takes."""
     from pysolve.commands import evaluate_network
@@ -260,7 +234,7 @@ def solve(
     method: Annotated[str, typer.Option(help="newton, alternate_minimization, fista or …")] = "newton",
     group_size: Annotated[int, typer.Option(min=1, help="Columns that go together.")] = 1,
     out: Annotated[Path | None, typer.Option(help=".npz file for M, keep and lam.")] = None,
-    json: Json = False,
+    json: options.Json = False,
 ) -> None:
     """Solve a reconstruction problem given by its correlation matrices, to a certified gap."""
     from pysolve.commands import solve_file

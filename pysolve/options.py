@@ -30,3 +30,18 @@ Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, 
 Seed = Annotated[int, typer.Option(help="Of all random choices.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Quiet = Annotated[bool, typer.Option(help="Print nothing but errors.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="Of weights: obs, magnitude, wanda, std, random; of channels: elimination, lasso, ln, "
+        "activation, nisp."
+    ),
+]
+Amount = Annotated[float | None, typer.Option(help="Share of them that goes.")]
+Left = Annotated[list[str] | None, typer.Option("--target", help="Instead: what may be left.")]
+Pattern = Annotated[str | None, typer.Option(help="Instead, of weights: 2:4 and the like.")]
+Scope = Annotated[str, typer.Option(help="The share of each layer, local, or of all, global.")]
+Refit = Annotated[
+    str | None, typer.Option(help="none, bias or sequential.", show_default="what suits the method")
+]
+Layout = Annotated[str, typer.Option(help="How pruned layers run: auto, dense or csr.")]
