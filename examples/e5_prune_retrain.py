@@ -25,7 +25,7 @@ import typer
 from e5_channels import compare_rankings
 from e5_surgery import compare_surgery
 from e5_weights import compare_weights
-from rich.console import Console
+from rich.console import Console, RenderableType
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -70,12 +70,20 @@ def run(dataset: Dataset, out: Path, seed: int, *, quick: bool) -> None:
     out.mkdir(parents=True, exist_ok=True)
     c5 = kept_or_trained(LeNetC5, C5_RECIPE, dataset, out / "c5.safetensors", seed)
     for part in compare_weights(c5, dataset, out / "weights.png", **(QUICK_WEIGHTS if quick else {})):
-        console.print(part)
+        show(part)
     lenet5 = kept_or_trained(LeNet5, e1.RECIPE, dataset, out / "lenet5.safetensors", seed)
     console.print(compare_rankings(lenet5, dataset, **(QUICK_CHANNELS if quick else {})))
     for part in compare_surgery(lenet5, dataset, out / "surgery.png", **(QUICK_SURGERY if quick else {})):
-        console.print(part)
+        show(part)
     console.out(f"Wrote weights.png and surgery.png to {out}/")
+
+
+def show(part: RenderableType) -> None:
+    """A table, or lines that are not to be folded."""
+    if isinstance(part, str):
+        console.out(part)
+    else:
+        console.print(part)
 
 
 def kept_or_trained(

@@ -102,11 +102,11 @@ def surgery(
         if step > done and amount is not None:
             values = {name: as_array(weight) for name, weight in weights.items()}
             gone = _shares(values, amount, _level(step / _STEPS))
-            limits = {name: _quantile(values[name], share) for name, share in gone.items()}
+            limits = {name: _quantile(values[name], part) for name, part in gone.items()}
             if step == _STEPS:
                 for name, value in values.items():
                     _keep_largest(masks[name].mask, value, gone[name])
-        done = step
+        done = max(done, step)
         for name in masks if step < _STEPS else ():
             if random.random() < probability * (1 - 0.9 * share / end):
                 _splice(masks[name].mask, weights[name], limits[name])
