@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from e1_network import errors
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, StrMethodFormatter
+from matplotlib.ticker import NullLocator
 from rich.console import RenderableType
 from rich.table import Table
 from torch import nn
@@ -118,22 +119,26 @@ def draw(before: float, outcomes: Sequence[Outcome], path: Path) -> None:
     figure = Figure(figsize=(7.5, 4.6), layout="constrained")
     ax = figure.add_subplot()
     shares = [100 * one.share * KEPT["fc1"] for one in outcomes]
-    ax.axhline(before, color="0.35", linewidth=1, linestyle=(0, (4, 3)), label=f"dense, {before:.2f} %")
+    label = f"dense, {before:.2f} %"
+    ax.axhline(errors(before), color="0.35", linewidth=1, linestyle=(0, (4, 3)), label=label)
     curves = {
         "pruned, retrained on labels": [one.retrained for one in outcomes],
         "optimal brain surgeon, no labels": [one.surgeon for one in outcomes],
         "pruned": [one.pruned for one in outcomes],
     }
     for (label, scores), color in zip(curves.items(), drawing.COLORS, strict=False):
-        ax.plot(shares, scores, color=color, marker="o", markersize=5, linewidth=1.8, label=label)
+        wrong = [errors(score) for score in scores]
+        ax.plot(shares, wrong, color=color, marker="o", markersize=5, linewidth=1.8, label=label)
     stars = {"published: pruned": PUBLISHED["pruned"], "published: retrained": PUBLISHED["retrained"]}
     for (label, score), marker in zip(stars.items(), "v*", strict=True):
-        ax.plot(7.12, score, marker, color="0.2", markersize=10, linestyle="none", label=label)
-    ax.set(xscale="log", ylim=(min(80, before) - 0.5, 100), ylabel="test accuracy (%)")
+        ax.plot(7.12, errors(score), marker, color="0.2", markersize=10, linestyle="none", label=label)
+    ticks = (90, 50, 20, 10, 5, 2, 1, 0.5)
+    ax.set(xscale="log", yscale="log", ylim=(95, 0.5), ylabel="test accuracy (%)")
+    ax.set_yticks(ticks, [f"{100 - tick:g}" for tick in ticks])
     ax.set_xlabel("weights left in fc1 (%); two thirds of that in fc2")
-    ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xticks(shares)
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:.3g}"))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_minor_locator(NullLocator())
+    ax.set_xticks(shares, [f"{share:.3g}" for share in shares])
     ax.spines[["top", "right"]].set_visible(False)
     ax.grid(color="0.9")
     ax.legend(edgecolor="none")
