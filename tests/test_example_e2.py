@@ -1,0 +1,164 @@
+"""Zero pruning and activation pruning: the example's steps on a stand-in, and its claims in small."""
+
+import importlib
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import relu
+from typer.testing import CliRunner
+
+from pysolve import demo
+from pysolve.datasets import Dataset, mnist
+from pysolve.nn.evaluate import accuracy
+from pysolve.nn.zoo import Mlp
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """The example's script and the module beside it, by the ends of their names."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(EXAMPLES))
+    yield {name: importlib.import_module(f"e2_{name}") for name in ("pruning", "thresholds")}
+    sys.path.remove(str(EXAMPLES))
+    for name in set(sys.modules) - before:
+        if name.startswith(("e1_", "e2_")):
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def script(modules):
+    return modules["pruning"]
+
+
+@pytest.fixture(scope="module")
+def thresholds(modules):
+    return modules["thresholds"]
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Images of ten classes that differ in where they are bright."""
+    rng = np.random.default_rng(0)
+    y = np.arange(60) % 10
+    x = 0.3 * rng.standard_normal((60, 1, 10, 10)).astype(np.float32)
+    for image, label in zip(x, y, strict=True):
+        image[0, 2 * (label // 2) : 2 * (label // 2) + 2, 5 * (label % 2) : 5 * (label % 2) + 5] += 2
+    with demo.threads(1):
+        yield Dataset("stand-in", x, y, x[::2], y[::2])
+
+
+@pytest.fixture(scope="module")
+def model(script, data):
+    """A narrow network of the published depth that has seen the stand-in."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Mlp((100, 24, 20, 16, 10))
+    script.train(network, data, epochs=5, batch_size=10, lr=1e-3)
+    return network
+
+
+def test_help_names_the_options_and_missing_data_are_one_sentence(script, tmp_path):
+    result = CliRunner().invoke(script.app, ["--help"], env={"COLUMNS": "100", "NO_COLOR": "1"})
+    assert result.exit_code == 0
+    assert all(option in result.output for option in ("--data", "--out", "--seed", "--quick"))
+    out = tmp_path / "out"
+    result = CliRunner().invoke(script.app, ["--data", str(tmp_path / "none"), "--out", str(out)])
+    assert result.exit_code == 2
+    assert "is not a folder" in result.output
+    assert not out.exists()
+
+
+def test_the_network_is_trained_once_and_again_when_anything_differs(script, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "Mlp", lambda: Mlp((100, 8, 10)))
+    path = tmp_path / "mlp.safetensors"
+    recipe = {"epochs": 1, "batch_size": 20, "lr": 1e-3}
+    first = script.trained(data, path, recipe, 0)
+    written = path.stat().st_mtime_ns
+    again = script.trained(data, path, recipe, 0)
+    assert path.stat().st_mtime_ns == written
+    other = script.trained(data, path, recipe, 1)
+    assert torch.equal(first.fc1.weight, again.fc1.weight)
+    assert not torch.equal(first.fc1.weight, other.fc1.weight)
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("tau", [0.0, 0.05])
+def test_zeros_are_the_weights_below_the_threshold(thresholds, model, data, tau):
+    one = thresholds.without_weights(model, data, tau, few=20)
+    weights = torch.cat([layer.weight.detach().flatten() for layer in model.children()])
+    gone = weights.abs() < tau
+    assert one.gone == pytest.approx(100 * float(gone.double().mean()))
+    # Values and columns of the weights and the biases that stay, and where each row ends.
+    rows = 24 + 20 + 16 + 10
+    stay = len(weights) - int(gone.sum()) + rows
+    assert one.left == f"{8 * stay + 4 * (rows + 4) + 4 * 2 * 4:,}"
+    if not tau:
+        assert one.pruned == one.refitted == one.ours == accuracy(model, data.x_test, data.y_test)
+
+
+def test_neurons_of_low_mean_activation_are_gone(thresholds, model, data):
+    x, means = torch.from_numpy(data.x_train).flatten(1), []
+    with torch.no_grad():
+        for layer in (model.fc1, model.fc2, model.fc3):
+            x = relu(layer(x))
+            means.append(x.mean(0))
+    limit = float(means[1].median())
+    one = thresholds.without_neurons(model, data, limit, few=20)
+    widths = [int((mean >= limit).sum()) for mean in means]
+    assert one.left == " ".join(map(str, widths))
+    sizes = [100, *widths, 10]
+    left = sum((n + 1) * m for n, m in pairwise(sizes))
+    assert one.gone == pytest.approx(100 * (1 - left / sum(p.numel() for p in model.parameters())))
+
+
+def test_published_and_ours_stand_side_by_side(thresholds):
+    one = thresholds.Outcome(0.03, 60.1, "1,234", 96.5, 97.1, 97.2, 97.0)
+    (row,) = thresholds.zeros_table([one], 2000).rows
+    assert row == ("0.03", "61.0", "96.58", "60.1", "96.50", "1,234", "97.10", "97.20", "97.00")
+    (row,) = thresholds.zeros_table([replace(one, threshold=0.05)], 2000).rows
+    assert row[:4] == ("0.05", "", "", "60.1")
+    table = thresholds.neurons_table([replace(one, threshold=0.1)], 2000)
+    assert table.rows[0][:3] == ("0.1", "62.0", "96.44")
+    assert table.head[-1] == "on 2,000 images"
+
+
+def test_the_whole_script_prints_both_tables_and_writes_its_files(script, model, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "mnist", lambda folder, **scale: data)
+    monkeypatch.setattr(script, "trained", lambda *args: model)
+    monkeypatch.setitem(script.QUICK, "thresholds", 2)
+    result = CliRunner().invoke(script.app, ["--out", str(tmp_path), "--quick"])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert [line[:12] for line in lines if line.startswith("**")] == ["**Weights be", "**Neurons of"]
+    assert {line.split("|")[1].strip() for line in lines if line.startswith("| 0")} >= {"0", "0.05", "0.6"}
+    assert [file.name for file in tmp_path.iterdir()] == ["pruning.png"]
+    assert (tmp_path / "pruning.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.mnist
+def test_refitting_makes_up_for_most_of_what_thresholds_cost(script, thresholds, mnist_folder):
+    data = script.first_images(mnist(mnist_folder, mean=0.5, std=0.5), 2000)
+    # Every second pixel of every second row.
+    data = replace(data, x_train=data.x_train[..., ::2, ::2], x_test=data.x_test[..., ::2, ::2])
+    with demo.threads(1), torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = Mlp((196, 64, 48, 32, 10))
+        script.train(model, data, epochs=6, batch_size=64, lr=2e-3)
+        dense = accuracy(model, data.x_test, data.y_test)
+        weights = thresholds.without_weights(model, data, 0.08, few=500)
+        neurons = thresholds.without_neurons(model, data, 0.9, few=500)
+    print(dense, weights, neurons)
+    assert weights.gone > 60
+    assert neurons.gone > 30
+    for one in (weights, neurons):
+        assert one.pruned < one.refitted
+        # Noise: 1 % of 2,000 images are 20.
+        assert one.ours > dense - 2
+        assert one.few > dense - 4
