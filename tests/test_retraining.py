@@ -13,6 +13,7 @@ from pysolve.datasets import digits
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.layers import SparseLinear
 from pysolve.nn.masking import masks_of, unmasked
+from pysolve.nn.nonzeros import nonzeros
 from pysolve.nn.train import fit
 from pysolve.nn.zoo import Mlp
 from pysolve.retraining import network_surgery, prune_gradually
@@ -210,3 +211,22 @@ def test_digits_keep_their_accuracy_with_a_thirtieth_of_the_weights():
     assert accuracy(plain, data.x_test, data.y_test) < dense - 10
     assert min(scores) > dense - 4
     assert np.max(scores) > dense - 3
+
+
+@BOTH
+def test_networks_with_a_loss_of_their_own_are_pruned_on_mappings(prune):
+    class Scored(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x, labels=None):
+            logits = self.fc(x)
+            loss = nn.functional.cross_entropy(logits, labels)
+            return {"logits": logits, "loss": loss}
+
+    torch.manual_seed(0)
+    model, x = Scored(), torch.randn(16, 6)
+    result = prune(model, [{"x": x, "labels": x[:, :3].argmax(1)}], amount=0.5, epochs=2, layout="csr")
+    assert nonzeros(result.model).tensors[0].nonzeros == 9
+    assert result.report.divergence >= 0
