@@ -28,8 +28,11 @@ Kept = tuple[np.ndarray, ...]
 
 def compare_rankings(model: nn.Module, dataset: Dataset, *, sizes: Sequence[float] = SIZES) -> Table:
     """Both scores, ranked both ways, and elimination, at equal sizes; as pruned and after one epoch."""
-    title = "LeNet-5 on MNIST: channels by propagated importance, ranked by layer or over all layers"
-    caption = f"Elimination: {IMAGES:,} unlabelled images, weights refitted. +1 epoch: on labels."
+    title = "LeNet-5 on MNIST: channels ranked by layer or over all layers"
+    caption = (
+        f"Importance: propagated back from the outputs. Elimination: {IMAGES:,} unlabelled images, weights "
+        "refitted. +1 epoch: trained on labels."
+    )
     table = Table(title=title, caption=caption, show_edge=False, pad_edge=False)
     for column in ("share", "score", "ranked", "kept", "parameters", "accuracy", "+1 epoch"):
         table.add_column(column, justify="left" if column in ("score", "ranked") else "right")
