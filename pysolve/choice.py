@@ -19,6 +19,10 @@ from pysolve.selection import select_channels
 
 # Share of the harmless error that a curve starts from; below, float32 forward passes measure noise.
 FLOOR = 1e-9
+# Ridge of a fit: so much, or so much times k / n for k inputs and n samples. With the first alone, a fit to
+# about as many samples as inputs follows their noise: LeNet-5 at a tenth of its parameters, 512 images: 97.95
+# instead of 99.14.
+RIDGE, FEW = 1e-4, 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +153,12 @@ def _power(x: Array, y: Array) -> float:
 
 
 def refit(
-    correlations: Correlations, columns: Indices, prior: Array, *, ridge: float = 1e-4, intercept: bool = True
+    correlations: Correlations,
+    columns: Indices,
+    prior: Array,
+    *,
+    ridge: float | None = None,
+    intercept: bool = True,
 ) -> tuple[Array, Array | None]:
     """Least squares on some inputs, held a little to weights that are known to be good.
 
@@ -162,8 +171,9 @@ def refit(
     columns : (k,) int array
         The inputs to use.
     prior : (h, k) array
-    ridge : float
-        ε, relative to each input's own variance; raised tenfold until the matrix can be factored.
+    ridge : float, optional
+        ε, relative to each input's own variance; raised tenfold until the matrix can be factored. Default:
+        1e-4, or a tenth of k over the number of samples where that is more.
     intercept : bool
         Whether b is free; otherwise it is 0, and None is returned for it.
 
@@ -174,6 +184,8 @@ def refit(
     used = correlations.centered() if intercept else correlations
     R, C = used.r_xx[np.ix_(columns, columns)], used.r_yx[:, columns]
     variance = np.diag(R)
+    if ridge is None:
+        ridge = max(RIDGE, FEW * len(columns) / correlations.count)
     unit = np.sqrt(np.where(variance > 0, variance, 1.0))
     R, change = R / unit / unit[:, None], (C - prior @ R) / unit
     while True:

@@ -162,10 +162,11 @@ def evaluate_network(
     if as_json:
         _print(json.dumps(found, indent=1))
         return
+    threads = f"{time.threads} thread{'s' * (time.threads > 1)}"
     rows = (
         ("accuracy", f"{found['accuracy']:.2f} % of {len(x):,}"),
         *((name, f"{found[name]:,}") for name in ("params", "macs", "bytes")),
-        ("latency", f"{time} for {time.batch_size} samples on {time.threads} threads"),
+        ("latency", f"{time} for {time.batch_size} samples on {threads}"),
     )
     _print("\n".join(as_text(Table("", ("", ""), rows, words=(0, 1)))).strip("\n"))
 

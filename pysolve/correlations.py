@@ -19,8 +19,8 @@ from pysolve.errors import DataError
 
 Array = npt.NDArray[np.float64]
 
-# A variance that is smaller than this share of the mean square is rounding; that of float32 is near 1e-15.
-_STILL = 1e-13
+# A variance below this share of the mean square is rounding: so far do sums of many samples round.
+_STILL = 1e-10
 
 # What reading a damaged or foreign .npz file can end in.
 _DAMAGED = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)

@@ -26,7 +26,7 @@ Rounded = Annotated[int, typer.Option(min=1, help="Widths in multiples of so man
 StateDict = Annotated[
     bool, typer.Option("--state-dict", help="Write the tensors alone, too, in their new shapes.")
 ]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ….")]
 Seed = Annotated[int, typer.Option(help="Of all random choices.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
 Quiet = Annotated[bool, typer.Option(help="Print nothing but errors.")]

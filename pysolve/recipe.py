@@ -75,7 +75,7 @@ def compress(
         at all: the weights that are left stay as they are.
     distill : number of seconds, or {"seconds" or "epochs": number}
         Afterwards, train the result to give the original's outputs on the batches; undone, with a note, where
-        that takes its outputs on the samples held back further from the original's.
+        that takes its outputs on the samples held back further from the original's, by more than chance.
     evaluate : callable, optional
         From a network to a score, for the report.
     ignore : sequence of str

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from pysolve.cautions import ROWS, few_samples, pinned, slower
+from pysolve.cautions import ROWS, SAMPLES, few_samples, pinned, slower
 from pysolve.correlations import Correlations
 from pysolve.entries import LayerMass
 from pysolve.plan import Site
@@ -35,9 +35,11 @@ def correlations(rows, inputs):
     return Correlations(x.T @ x, x.T @ x, x.T @ x, rows, x.sum(0), x.sum(0), 1)
 
 
-def test_few_rows_are_a_warning_that_names_the_worst_layer():
+def test_few_samples_are_a_warning_that_names_the_worst_layer():
     enough = correlations(10 * ROWS, 10)
-    assert few_samples({"a": enough}) == []
-    (text,) = few_samples({"a": enough, "b": correlations(9, 10), "c": correlations(5, 10)})
-    assert "2 of 3 layers" in text
-    assert "c on 5 for 10" in text
+    assert few_samples(40, {"a": enough}) == []
+    poor = {"a": enough, "b": correlations(9, 10), "c": correlations(5, 10)}
+    (text,) = few_samples(40, poor)
+    assert "40 were given" in text
+    assert "c was fitted on 5 rows for its 10 inputs" in text
+    assert few_samples(SAMPLES, poor) == []

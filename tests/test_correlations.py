@@ -207,3 +207,12 @@ def test_only_correlations_of_the_same_layer_can_be_added():
 
 def test_printing_names_the_sizes_not_the_numbers():
     assert repr(example()) == "Correlations(4 inputs in groups of 1, 2 outputs, 20 samples)"
+
+
+@given(st.floats(1e-3, 1e3), st.integers(2, 20000))
+def test_a_constant_is_still_however_many_samples_were_summed(value, n):
+    x = np.full(n, np.float32(value), np.float64)
+    z = np.column_stack([x, np.linspace(-1, 1, n)])
+    found = Correlations(z.T @ z, z.T @ z, z.T @ z, n, z.sum(0), z.sum(0), 1).centered()
+    assert found.xx[0, 0] == found.yx[0, 0] == found.yy[0, 0] == 0.0
+    assert found.xx[1, 1] > 0

@@ -120,7 +120,7 @@ def test_inputs_that_others_make_up_for_cost_nothing():
         return torch.cat([h, h[:, :4] + 2 * h[:, 4:8]], 1)
 
     model = Net(lambda net, x: net.b(hidden(net, x)), a=nn.Linear(5, 8), b=nn.Linear(12, 3))
-    batch, site = vectors(100, 5), Site(12, ("a",), ("b",))
+    batch, site = vectors(5000, 5), Site(12, ("a",), ("b",))
     layers = {"b": Layer("b", model.b)}
     fits = refit_readers([site], [np.arange(8)], layers, gather(model, [batch], layers=["b"], progress=False))
     values = reader_values(model.state_dict(), cuts_of([site], [np.arange(8)], layers), layers, fits)

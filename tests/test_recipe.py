@@ -535,6 +535,22 @@ def test_refitting_in_lockstep_is_better_than_reader_by_reader():
     assert lockstep.report.divergence < alone.report.divergence
 
 
+def test_matching_that_harms_beyond_the_scatter_of_the_samples_is_undone(monkeypatch):
+    def spoil(student, *args, **kwargs):
+        with torch.no_grad():
+            for parameter in student.parameters():
+                parameter.mul_(-1)
+
+    plain = compressed(keep=0.5)
+    monkeypatch.setattr("pysolve.shrink.match", spoil)
+    result = compressed(keep=0.5, distill={"epochs": 1})
+    assert "undone" in result.report.notes[-1]
+    assert torch.equal(result.model.fc2.weight, plain.model.fc2.weight)
+    # A change too small to tell from chance is kept.
+    monkeypatch.setattr("pysolve.shrink.match", lambda *args, **kwargs: None)
+    assert not any("undone" in note for note in compressed(keep=0.5, distill={"epochs": 1}).report.notes)
+
+
 def test_distilling_brings_the_outputs_closer():
     chosen = channels_to_keep(studied(), None, 0.4, None, 1)
     plain, distilled = (
