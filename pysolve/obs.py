@@ -22,7 +22,8 @@ from pysolve.supports import ITERATIONS, LayerProblem, Ridge, layer_problem, ref
 METHODS = ("auto", "admm", "greedy", "sweep")
 SCOPES = ("layer", "row")
 
-# Multiplications up to which "auto" tries elimination beside ADMM, and that the refit may take at the end.
+# Multiplications up to which "auto" tries elimination beside ADMM, and that the refit may take at the end;
+# where it would take more, it is cut short, and in single precision.
 _GREEDY, _REFIT = 3e10, 3e11
 
 
@@ -113,7 +114,7 @@ def obs_prune(
         # LAPACK complains about matrices of nothing.
         mask = np.ones(problem.W.shape, bool)
     if mask is not None:
-        return _pruned(problem, statistics, "mask", np.asarray(mask), problem.W, ITERATIONS)
+        return _pruned(problem, statistics, "mask", np.asarray(mask), problem.W)
     h, d = problem.W.shape
     left = _checked_count(count, h * d) if count is not None else count_left(amount or 0.0, h * d)
     zeros = Zeros(
@@ -121,10 +122,12 @@ def obs_prune(
         scope == "row",
         parse_pattern(pattern) if pattern is not None else None,
     )
-    effort = float(h) * d * d
-    iterations = int(np.clip(_REFIT / effort, 5, ITERATIONS)) if effort else 1
+    single, iterations = float(h) * d * d * ITERATIONS > _REFIT, ITERATIONS
+    if single:
+        # Half the time each, so twice as many.
+        iterations = int(np.clip(2 * _REFIT / (float(h) * d * d), 5, ITERATIONS))
     found = [
-        _pruned(problem, statistics, name, *_SEARCHES[name](problem, zeros), iterations)
+        _pruned(problem, statistics, name, *_SEARCHES[name](problem, zeros), iterations, single)
         for name in _methods(method, h, d, whole=pattern is None and scope == "layer")
     ]
     return min(found, key=lambda one: one.error)
@@ -134,9 +137,16 @@ _SEARCHES = {"admm": admm, "greedy": greedy, "sweep": sweep}
 
 
 def _pruned(
-    problem: LayerProblem, statistics: Any, method: str, mask: Mask, start: Array, iterations: int
+    problem: LayerProblem,
+    statistics: Any,
+    method: str,
+    mask: Mask,
+    start: Array,
+    iterations: int = ITERATIONS,
+    single: bool = False,
 ) -> PrunedLayer:
-    M = refit_rows(problem, mask, start, iterations=iterations)
+    own = start is not problem.W
+    M = refit_rows(problem, mask, start, iterations=iterations, single=single, overwrite=own)
     bias = statistics.bias(M) if isinstance(statistics, Correlations) else None
     return PrunedLayer(M, mask, bias, problem.error(M), method, problem.ridge)
 

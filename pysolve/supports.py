@@ -23,6 +23,7 @@ from pysolve.least_squares import check_ridge
 from pysolve.problem import checked_matrix
 
 Mask = npt.NDArray[np.bool_]
+Single = npt.NDArray[np.float32]
 Ridge = float | Literal["auto"]
 
 # What "auto" tries.
@@ -73,7 +74,7 @@ class LayerProblem:
         A.ravel()[:: len(A) + 1] = np.where(dead, 1.0, np.diag(A)) + self.ridge
         return A
 
-    def target(self, A: Array, rows: slice = slice(None)) -> Array:
+    def target(self, A: npt.NDArray[Any], rows: slice = slice(None)) -> Array:
         """Rows of B, given the metric A."""
         W = self.W[rows] * self.unit
         if self.C is None:
@@ -130,25 +131,37 @@ def layer_problem(W: Any, statistics: Any, ridge: Ridge = "auto") -> LayerProble
 
 
 def refit_rows(
-    problem: LayerProblem, mask: npt.ArrayLike, start: Array | None = None, *, iterations: int = ITERATIONS
+    problem: LayerProblem,
+    mask: npt.ArrayLike,
+    start: Array | None = None,
+    *,
+    iterations: int = ITERATIONS,
+    single: bool = False,
+    overwrite: bool = False,
 ) -> Array:
     """The (h, d) weights of least error that are zero outside ``mask``.
 
     Small supports are solved one by one, exactly; those of k > 4.6 d^⅔ inputs together, by conjugate
     gradients from ``start`` (weights of the inputs as they are; the old ones by default): every iteration
-    lowers the error, 100 leave about 1e-8 of what can be gained.
+    lowers the error, 100 leave about 1e-8 of what can be gained. ``single``: everything by conjugate
+    gradients, in single precision, for few iterations on large layers. ``overwrite``: the result takes the
+    place of ``start``.
     """
     keep = np.asarray(mask)
     if keep.shape != problem.W.shape or keep.dtype != np.bool_:
         raise ValueError(
             f"mask must be a bool array of shape {problem.W.shape}, got {keep.dtype} of {keep.shape}."
         )
-    A = problem.metric()
-    M = np.zeros(keep.shape)
+    first = problem.W if start is None else start
+    A: npt.NDArray[Any] = problem.metric()
+    if single:
+        A = A.astype(np.float32)
+    M = first if overwrite and start is not None else np.empty(keep.shape)
     for part in blocks(len(M)):
-        B, inside = problem.target(A, part), keep[part]
-        first = (problem.W if start is None else start)[part] * problem.unit
-        M[part] = _fitted(A, B, inside, np.where(inside, first, 0.0), iterations) / problem.unit
+        inside, near = keep[part], first[part] * problem.unit
+        near[~inside] = 0.0
+        fitted = _refined if single else _fitted
+        M[part] = fitted(problem, A, part, inside, near, iterations) / problem.unit
     M[:, problem.dead] = np.where(keep[:, problem.dead], problem.W[:, problem.dead], 0.0)
     return M
 
@@ -158,37 +171,54 @@ def blocks(rows: int, size: int = _BLOCK) -> Iterator[slice]:
     return (slice(i, min(i + size, rows)) for i in range(0, rows, size))
 
 
-def _fitted(A: Array, B: Array, inside: Mask, M: Array, iterations: int) -> Array:
-    """Every row of M on its own support, in unit inputs; M is where conjugate gradients begin."""
-    sizes = inside.sum(1)
+def _fitted(problem: LayerProblem, A: Array, part: slice, inside: Mask, M: Array, iterations: int) -> Array:
+    """Some rows of M on their own supports, in unit inputs; M is where conjugate gradients begin."""
+    sizes, B = inside.sum(1), problem.target(A, part)
     direct = sizes.astype(float) ** 3 / 3 <= _DIRECT * len(A) ** 2
     for i in np.flatnonzero(direct & (sizes > 0)):
         s = np.flatnonzero(inside[i])
         factor = scipy.linalg.cho_factor(A[np.ix_(s, s)], lower=True, overwrite_a=True, check_finite=False)
         M[i, s] = scipy.linalg.cho_solve(factor, B[i, s], check_finite=False)
     if not direct.all():
-        M[~direct] = _conjugate_gradients(A, B[~direct], inside[~direct], M[~direct], iterations)
+        rest, B = inside[~direct], B[~direct]
+        residual = np.where(rest, B - M[~direct] @ A, 0.0)
+        limit = 1e-20 * np.square(np.where(rest, B, 0.0)).sum(1)
+        M[~direct] += _conjugate_gradients(A, residual, rest, limit, iterations)
     return M
 
 
-def _conjugate_gradients(A: Array, B: Array, inside: Mask, M: Array, iterations: int) -> Array:
-    """min ½⟨M A, M⟩ − ⟨B, M⟩ row by row on the supports; the objective falls at every step."""
-    residual = np.where(inside, B - M @ A, 0.0)
-    step, square = residual.copy(), np.square(residual).sum(1)
-    limit = 1e-20 * np.square(np.where(inside, B, 0.0)).sum(1)
+def _refined(problem: LayerProblem, A: Single, part: slice, inside: Mask, M: Array, iterations: int) -> Array:
+    """The same rows, only by conjugate gradients and in single precision."""
+    if problem.C is None:
+        residual = (problem.W[part] * problem.unit - M).astype(np.float32) @ A
+    else:
+        residual = problem.target(A, part) - M.astype(np.float32) @ A
+    residual = np.where(inside, residual, 0.0)
+    # In units in which no square is too small.
+    peak = float(np.abs(residual).max(initial=0.0)) or 1.0
+    residual, limit = (residual / peak).astype(np.float32), np.zeros(len(M))
+    return np.asarray(M + peak * _conjugate_gradients(A, residual, inside, limit, iterations))
+
+
+def _conjugate_gradients(
+    A: npt.NDArray[Any], residual: npt.NDArray[Any], inside: Mask, limit: Array, iterations: int
+) -> npt.NDArray[Any]:
+    """What to add to rows that miss B by ``residual`` on their supports; every step lowers the objective."""
+    step, square, change = residual.copy(), np.square(residual).sum(1), np.zeros_like(residual)
     for _ in range(iterations):
         going = square > limit
         if not going.any():
             break
-        product = np.where(inside, step @ A, 0.0)
+        product = step @ A
+        product[~inside] = 0
         curvature = np.einsum("ij,ij->i", step, product)
-        length = np.where(going, square / np.where(curvature > 0, curvature, np.inf), 0.0)[:, None]
-        M += length * step
+        length = np.where(going, square / np.where(curvature > 0, curvature, np.inf), 0)[:, None]
+        change += length * step
         residual -= length * product
         last, square = square, np.square(residual).sum(1)
-        step *= (square / np.where(last > 0, last, 1.0))[:, None]
+        step *= (square / np.where(last > 0, last, 1))[:, None]
         step += residual
-    return M
+    return change
 
 
 def _with_ridge(problem: LayerProblem, ridge: Ridge) -> LayerProblem:

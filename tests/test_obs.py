@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import correlated_samples, seeds
 
-from pysolve import supports
+from pysolve import obs, supports
 from pysolve.correlations import Correlations
 from pysolve.obs import obs_prune
 from pysolve.row_paths import error_curve, row_paths, rows_left, share_weights
@@ -156,6 +156,28 @@ def test_conjugate_gradients_and_direct_solves_agree(layer):
     scale = np.abs(direct * problem.unit).max() + 1e-12
     np.testing.assert_allclose(together * problem.unit, direct * problem.unit, atol=1e-7 * scale)
     np.testing.assert_allclose(at_once * problem.unit, direct * problem.unit, atol=1e-7 * scale)
+
+
+@given(layers(), st.booleans(), st.sampled_from([1e-20, 1.0, 1e20]))
+def test_single_precision_gives_the_same_weights_up_to_its_rounding(layer, bare, scale):
+    W, statistics = (scale * layer.W, layer.R) if bare else (layer.W, layer.correlations)
+    mask, problem = random_mask(layer, 0.7), layer_problem(W, statistics, 1e-2)
+    double, start = refit_rows(problem, mask), W.copy()
+    single = refit_rows(problem, mask, start, single=True, overwrite=True)
+    assert single is start
+    largest = np.abs(double * problem.unit).max() + 1e-12 * np.abs(W * problem.unit).max() + 1e-300
+    # A ridge of 1e-2 lets rounding grow a hundredfold.
+    np.testing.assert_allclose(single * problem.unit, double * problem.unit, atol=1e-4 * largest)
+    assert not single[~mask].any()
+
+
+@given(layers(), amounts)
+def test_large_layers_are_refitted_in_single_precision(layer, amount):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(obs, "_REFIT", 1.0)
+        found = obs_prune(layer.W, layer.correlations, amount=amount, method="sweep", ridge=1e-2)
+    exact = obs_prune(layer.W, layer.correlations, mask=found.mask, ridge=1e-2)
+    assert found.error == pytest.approx(exact.error, rel=1e-2, abs=1e-3)
 
 
 @given(layers(max_d=6, noise=(0.0,), most_dead=0), seeds)
