@@ -11,7 +11,7 @@ import scipy.linalg
 
 from pysolve.correlations import Array, Correlations, group_columns
 from pysolve.elimination import elimination_path
-from pysolve.least_squares import least_squares
+from pysolve.least_squares import least_squares, pull
 from pysolve.plan import Indices, Site
 from pysolve.problem import Problem
 from pysolve.scaling import schur
@@ -19,10 +19,6 @@ from pysolve.selection import select_channels
 
 # Share of the harmless error that a curve starts from; below, float32 forward passes measure noise.
 FLOOR = 1e-9
-# Ridge of a fit: so much, or so much times k / n for k inputs and n samples. With the first alone, a fit to
-# about as many samples as inputs follows their noise: LeNet-5 at a tenth of its parameters, 512 images: 97.95
-# instead of 99.14.
-RIDGE, FEW = 1e-4, 0.1
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,7 +169,7 @@ def refit(
     prior : (h, k) array
     ridge : float, optional
         ε, relative to each input's own variance; raised tenfold until the matrix can be factored. Default:
-        1e-4, or a tenth of k over the number of samples where that is more.
+        ``pull``.
     intercept : bool
         Whether b is free; otherwise it is 0, and None is returned for it.
 
@@ -185,7 +181,7 @@ def refit(
     R, C = used.r_xx[np.ix_(columns, columns)], used.r_yx[:, columns]
     variance = np.diag(R)
     if ridge is None:
-        ridge = max(RIDGE, FEW * len(columns) / correlations.count)
+        ridge = pull(len(columns), correlations.count)
     unit = np.sqrt(np.where(variance > 0, variance, 1.0))
     R, change = R / unit / unit[:, None], (C - prior @ R) / unit
     while True:

@@ -65,6 +65,15 @@ def least_squares(
     return M
 
 
+def pull(inputs: int, samples: float) -> float:
+    """Ridge towards known weights, relative to each input's variance, for a fit of k inputs to n samples.
+
+    max(1e-4, k / 10 n): with less, a fit to about as many samples as inputs follows their noise (LeNet-5 at a
+    tenth of its parameters, 512 images: 97.95 instead of 99.14).
+    """
+    return max(1e-4, 0.1 * inputs / samples)
+
+
 def check_ridge(ridge: float | Literal["auto"]) -> None:
     """ValueError unless ``ridge`` is "auto" or finite and at least 0."""
     if ridge != "auto" and not (np.isfinite(ridge) and ridge >= 0):

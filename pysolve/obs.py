@@ -96,8 +96,8 @@ def obs_prune(
         count of a layer only); "sweep": once over the columns, SparseGPT's update, fastest. "auto": admm,
         and greedy as well where that is cheap, whichever is better; beyond about 5,800 × 5,800 sweep.
     ridge : float or "auto"
-        ε of the pull to the old weights, relative to each input's variance; "auto" is 1e-4, or more where R
-        demands it.
+        ε of the pull to the old weights, relative to each input's variance; "auto" is 1e-4, d / 10 n for
+        correlations of n samples where that is more, and more where R demands it.
 
     Returns
     -------

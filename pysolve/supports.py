@@ -19,7 +19,7 @@ import numpy.typing as npt
 import scipy.linalg
 
 from pysolve.correlations import Array, Correlations
-from pysolve.least_squares import check_ridge
+from pysolve.least_squares import check_ridge, pull
 from pysolve.problem import checked_matrix
 
 Mask = npt.NDArray[np.bool_]
@@ -127,7 +127,8 @@ def layer_problem(W: Any, statistics: Any, ridge: Ridge = "auto") -> LayerProble
     # Weights of dead inputs come after all others, but keep their order, in single precision too.
     most, live = np.abs(W[:, dead]).max(initial=0.0), np.abs(W * unit).max(initial=0.0)
     unit[dead] = 1e-20 * (live or 1.0) / (most or 1.0)
-    return _with_ridge(LayerProblem(W, R, C, energy, 0.0, unit, dead), ridge)
+    least = pull(len(R), statistics.count) if isinstance(statistics, Correlations) else RIDGES[0]
+    return _with_ridge(LayerProblem(W, R, C, energy, 0.0, unit, dead), ridge, least)
 
 
 def refit_rows(
@@ -221,9 +222,10 @@ def _conjugate_gradients(
     return change
 
 
-def _with_ridge(problem: LayerProblem, ridge: Ridge) -> LayerProblem:
-    """The problem with the ridge asked for, or with the smallest of 1e-4 … 1 that leaves a factorisation."""
-    for epsilon in RIDGES if ridge == "auto" else (float(ridge),):
+def _with_ridge(problem: LayerProblem, ridge: Ridge, least: float) -> LayerProblem:
+    """The problem with the ridge asked for, or the smallest from ``least`` on that leaves a factorisation."""
+    larger = (least, *(epsilon for epsilon in RIDGES if epsilon > least))
+    for epsilon in larger if ridge == "auto" else (float(ridge),):
         problem = replace(problem, ridge=epsilon)
         try:
             scipy.linalg.cholesky(problem.metric().T, lower=True, overwrite_a=True, check_finite=False)
