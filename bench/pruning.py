@@ -2,7 +2,7 @@
 
 python bench/pruning.py methods [--only lenet,mlp] [--kinds weights,patterns,channels]
 python bench/pruning.py sweep [--size 4096] [--blas 1,2]
-python bench/pruning.py surgery [--amount 0.9845] [--seconds 840]
+python bench/pruning.py surgery [--amount 0.985] [--seconds 840]
 
 methods: LeNet-5 and the perceptron of examples/e2_pruning.py on MNIST, with 2,000 unlabelled images. sweep:
 optimal brain surgeon over the columns of one large layer, each time in a process of its own. surgery: dynamic
@@ -218,7 +218,7 @@ def memory(what: str) -> int:
 
 @app.command()
 def surgery(
-    amount: Annotated[float, typer.Option(help="Share of the weights that goes.")] = 0.9845,
+    amount: Annotated[float, typer.Option(help="Share of the weights that goes.")] = 0.985,
     seconds: Annotated[float, typer.Option(help="How long to train.")] = 840.0,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 3e-3,
     threads: ThreadsOption = 2,
