@@ -25,6 +25,8 @@ SCOPES = ("layer", "row")
 # Multiplications up to which "auto" tries elimination beside ADMM, and that the refit may take at the end;
 # where it would take more, it is cut short, and in single precision.
 _GREEDY, _REFIT = 3e10, 3e11
+# Iterations at least, from weights that suit their mask, and from others.
+_FOUND, _GIVEN = 5, 25
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,12 +124,8 @@ def obs_prune(
         scope == "row",
         parse_pattern(pattern) if pattern is not None else None,
     )
-    single, iterations = float(h) * d * d * ITERATIONS > _REFIT, ITERATIONS
-    if single:
-        # Half the time each, so twice as many.
-        iterations = int(np.clip(2 * _REFIT / (float(h) * d * d), 5, ITERATIONS))
     found = [
-        _pruned(problem, statistics, name, *_SEARCHES[name](problem, zeros), iterations, single)
+        _pruned(problem, statistics, name, *_SEARCHES[name](problem, zeros))
         for name in _methods(method, h, d, whole=pattern is None and scope == "layer")
     ]
     return min(found, key=lambda one: one.error)
@@ -136,17 +134,14 @@ def obs_prune(
 _SEARCHES = {"admm": admm, "greedy": greedy, "sweep": sweep}
 
 
-def _pruned(
-    problem: LayerProblem,
-    statistics: Any,
-    method: str,
-    mask: Mask,
-    start: Array,
-    iterations: int = ITERATIONS,
-    single: bool = False,
-) -> PrunedLayer:
-    own = start is not problem.W
-    M = refit_rows(problem, mask, start, iterations=iterations, single=single, overwrite=own)
+def _pruned(problem: LayerProblem, statistics: Any, method: str, mask: Mask, start: Array) -> PrunedLayer:
+    effort, found = float(len(mask)) * len(problem.R) ** 2, start is not problem.W
+    how: dict[str, Any] = {}
+    if effort * ITERATIONS > _REFIT:
+        # Half the time each in single precision, so twice as many.
+        least = _FOUND if found else _GIVEN
+        how = {"single": True, "iterations": int(np.clip(2 * _REFIT / effort, least, ITERATIONS))}
+    M = refit_rows(problem, mask, start, overwrite=found, **how)
     bias = statistics.bias(M) if isinstance(statistics, Correlations) else None
     return PrunedLayer(M, mask, bias, problem.error(M), method, problem.ridge)
 
