@@ -31,10 +31,10 @@ from pysolve.datasets import Images, cifar, mnist
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.rows import channels, taps
 from pysolve.offline import cuts_of
+from pysolve.show.tables import Table, as_markdown
 from pysolve.shrink import shrink
 from pysolve.sizes import Sizes, channels_to_keep
 from pysolve.study import Study, study
-from pysolve.tables import Table, as_markdown
 
 TARGETS = {"lenet": {"params": 0.1}, "resnet20": {"macs": 0.5}}
 # Training images that subsets are drawn from.

@@ -39,9 +39,9 @@ from pysolve.compressed import Compressed
 from pysolve.datasets import mnist
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.nonzeros import nonzeros
-from pysolve.searches import Zeros, sweep
-from pysolve.supports import layer_problem
-from pysolve.tables import Table, as_markdown
+from pysolve.pruning.searches import Zeros, sweep
+from pysolve.pruning.supports import layer_problem
+from pysolve.show.tables import Table, as_markdown
 
 # Shares of the weights that go, and of the parameters that stay.
 GONE, LEFT = (0.5, 0.8, 0.9, 0.95), (0.5, 0.25)

@@ -14,11 +14,11 @@ from rich.table import Table
 from torch import nn
 
 import pysolve as ps
-from pysolve import drawing
 from pysolve.datasets import Dataset
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.train import fit
 from pysolve.nn.zoo import LeNet5
+from pysolve.show import drawing
 
 IMAGES, BATCH = 2000, 250
 RETRAINING = {"epochs": 1, "batch_size": 256, "lr": 1e-3}

@@ -14,7 +14,7 @@ import pysolve as ps
 from pysolve.datasets import Dataset
 from pysolve.nn.evaluate import accuracy, parameters
 from pysolve.nn.retrain import finetune
-from pysolve.scores import channel_norms, propagated_importance
+from pysolve.pruning.scores import channel_norms, propagated_importance
 
 SITES = (CONV2, FC1, FC2)
 LAYERS = ("conv1", "conv2", "fc1", "fc2")

@@ -11,12 +11,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from torch import nn
 
-from pysolve import drawing
 from pysolve.datasets import Dataset
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.nonzeros import Nonzeros, nonzeros
-from pysolve.retraining import network_surgery, prune_gradually
-from pysolve.tables import as_text
+from pysolve.pruning.training import network_surgery, prune_gradually
+from pysolve.show import drawing
+from pysolve.show.tables import as_text
 
 # Shares of all weights that go; biases, 580 of 431,080 parameters, stay.
 AMOUNTS = (0.9925,)

@@ -15,12 +15,12 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import pysolve as ps
-from pysolve import drawing
 from pysolve.datasets import Dataset
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.nonzeros import Nonzeros, nonzeros
 from pysolve.nn.retrain import finetune
-from pysolve.tables import as_text
+from pysolve.show import drawing
+from pysolve.show.tables import as_text
 
 # Shares of the weights that stay, as published, and multiples of them for the curves.
 KEPT = {"fc1": 0.0712, "fc2": 0.0477}

@@ -20,12 +20,12 @@ from torch import nn
 import pysolve as ps
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.evaluate import accuracy, latency, macs, nbytes, parameters
-from pysolve.page import page
-from pysolve.plots import plot_pareto
 from pysolve.records import plain
 from pysolve.report import Report, comparison
+from pysolve.show.page import page
+from pysolve.show.plots import plot_pareto
+from pysolve.show.tables import Table, as_text
 from pysolve.sources import Samples, network, samples
-from pysolve.tables import Table, as_text
 
 
 def show_sites(

@@ -18,7 +18,6 @@ from rich.table import Table
 from safetensors.torch import save_file
 from torch import nn
 
-from pysolve import figures
 from pysolve.certificate import lam_max
 from pysolve.correlations import Array, Correlations
 from pysolve.datasets import Dataset, Images, digits, mnist
@@ -33,6 +32,7 @@ from pysolve.nn.train import fit
 from pysolve.nn.zoo import DigitsNet, LeNet5
 from pysolve.path import lam_for_groups
 from pysolve.plan import Collapse, Plan, Site
+from pysolve.show import figures
 from pysolve.solution import Solution
 from pysolve.solvers import solve_linear_reconstruction
 

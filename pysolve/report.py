@@ -8,7 +8,7 @@ from textwrap import wrap
 from typing import Any
 
 from pysolve.entries import Latency, LayerMass, LayerReport, SiteReport, Solve
-from pysolve.tables import WIDTH, Table, as_html, as_markdown, as_text
+from pysolve.show.tables import WIDTH, Table, as_html, as_markdown, as_text
 
 # Measures in the order of the table, with their names.
 _COSTS = {

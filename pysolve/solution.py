@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pysolve.correlations import Array
-from pysolve.tables import Table, as_html
+from pysolve.show.tables import Table, as_html
 
 
 @dataclass(frozen=True, eq=False)

@@ -11,18 +11,18 @@ PACKAGE = Path(__file__).parent.parent / "pysolve"
 ROWS = [
     {"cli"},
     {"demo", "commands"},
-    {"sources", "page", "options"},
-    {"pruning"},
-    {"structured", "retraining"},
-    {"recipe", "unstructured"},
-    {"shrink", "layout"},
-    {"sizes", "checks", "selected"},
-    {"figures", "plots", "study", "reconstruct", "nn.checkpoint"},
-    {"account", "calibrate", "curves", "offline", "nn.inspect", "compressed"},
+    {"sources", "show.page", "options"},
+    {"pruning.methods"},
+    {"pruning.channels", "pruning.training"},
+    {"recipe", "pruning.weights"},
+    {"shrink", "pruning.layout"},
+    {"sizes", "checks", "pruning.selected"},
+    {"show.figures", "show.plots", "study", "pruning.reconstruct", "nn.checkpoint"},
+    {"account", "calibrate", "show.curves", "offline", "nn.inspect", "compressed"},
     {"nn.graph.sites", "nn.costs", "nn.profile"},
     {"nn.graph.trial", "nn.lockstep", "nn.calibration", "nn.dense"},
     {
-        "drawing",
+        "show.drawing",
         "nn.gather",
         "nn.surgery",
         "nn.packing",
@@ -48,19 +48,19 @@ ROWS = [
     {"nn.graph.export", "nn.graph.classes", "nn.loop", "nn.masking", "nn.slicing", "nn.windows"},
     {"nn.network", "nn.zoo", "nn.storage", "nn.products"},
     # torch begins above this line
-    {"choice", "obs"},
-    {"selection", "searches"},
-    {"path", "budget", "row_paths"},
-    {"solvers", "elimination", "knapsack", "supports"},
+    {"choice", "pruning.obs"},
+    {"selection", "pruning.searches"},
+    {"path", "budget", "pruning.row_paths"},
+    {"solvers", "elimination", "knapsack", "pruning.supports"},
     {"scaling", "solution", "prox", "least_squares", "certificate"},
-    {"problem", "records", "cautions", "masks", "scores", "lamp"},
+    {"problem", "records", "cautions", "pruning.masks", "pruning.scores", "pruning.lamp"},
     {"correlations", "plan", "datasets", "sparse", "report"},
-    {"image_files", "forms", "entries", "tables"},
+    {"image_files", "forms", "entries", "show.tables"},
     {"errors", "_core"},
 ]
 TORCH_FREE = set().union(*ROWS[19:])
-PACKAGES = {"pysolve", "pysolve.nn", "pysolve.nn.graph"}
-EXEMPT = {"__init__", "__main__", "nn.__init__", "nn.graph.__init__"}
+PACKAGES = {"pysolve", "pysolve.nn", "pysolve.nn.graph", "pysolve.pruning", "pysolve.show"}
+EXEMPT = {"__init__", "__main__", *(f"{name}.__init__" for name in ("nn", "nn.graph", "pruning", "show"))}
 
 
 def modules():
@@ -72,11 +72,7 @@ def imports(tree):
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module in (
-            "pysolve",
-            "pysolve.nn",
-            "pysolve.nn.graph",
-        ):
+        elif isinstance(node, ast.ImportFrom) and node.module in PACKAGES:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "imports are absolute"

@@ -11,7 +11,7 @@ from torch import nn
 import pysolve as ps
 from pysolve.nn.nonzeros import TensorNonzeros, nonzeros
 from pysolve.nn.zoo import Mlp
-from pysolve.tables import as_html, as_markdown, as_text
+from pysolve.show.tables import as_html, as_markdown, as_text
 
 
 def network():

@@ -13,11 +13,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pysolve as ps
-from pysolve.lamp import lamp_scores, lamp_shares
 from pysolve.nn.masking import below, mask_weights, masks_of
 from pysolve.nn.retrain import finetune
 from pysolve.nn.surgeon import gradually, surgery
 from pysolve.nn.zoo import Mlp
+from pysolve.pruning.lamp import lamp_scores, lamp_shares
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -10,7 +10,7 @@ from torch import nn
 
 from pysolve.nn.layers import SparseConv2d, SparseLinear
 from pysolve.nn.masking import unmasked
-from pysolve.tables import Table
+from pysolve.show.tables import Table
 
 # Of a column's number and of a row's end.
 _INDEX = 4

@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pysolve.lamp import lamp_shares
-from pysolve.masks import count_left, keep_largest
 from pysolve.nn.loop import Step
 from pysolve.nn.masking import below, masks_of
 from pysolve.nn.network import as_array, find_layer
+from pysolve.pruning.lamp import lamp_shares
+from pysolve.pruning.masks import count_left, keep_largest
 
 # Of all layers together, or each layer's own.
 PerLayer = float | Mapping[str, float]

@@ -21,7 +21,7 @@ from pysolve.nn.graph.export import Graph, trace
 from pysolve.nn.lockstep import Sampling, refit
 from pysolve.nn.network import as_array
 from pysolve.nn.rows import LAYERS, groups, matrix
-from pysolve.obs import PrunedLayer
+from pysolve.pruning.obs import PrunedLayer
 
 # A layer's new weights, from its name, its matrix and its correlations.
 Prune = Callable[[str, Array, Correlations], PrunedLayer]

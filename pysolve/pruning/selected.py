@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from pysolve.correlations import Array, Correlations
-from pysolve.masks import Mask, count_left, masks
 from pysolve.nn.network import as_array
 from pysolve.nn.rows import matrix, weight_like
-from pysolve.obs import PrunedLayer, obs_prune
-from pysolve.reconstruct import Material, reconstruct, study_layers
-from pysolve.row_paths import error_curve, share_weights
+from pysolve.pruning.masks import Mask, count_left, masks
+from pysolve.pruning.obs import PrunedLayer, obs_prune
+from pysolve.pruning.reconstruct import Material, reconstruct, study_layers
+from pysolve.pruning.row_paths import error_curve, share_weights
 
 Weights = Mapping[str, npt.NDArray[Any]]
 

@@ -10,10 +10,10 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 
-from pysolve.drawing import INK
-from pysolve.plots import plot_channels, plot_elimination
 from pysolve.report import Report
-from pysolve.tables import as_html
+from pysolve.show.drawing import INK
+from pysolve.show.plots import plot_channels, plot_elimination
+from pysolve.show.tables import as_html
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2a30; --paper: #fff; --soft: #5b6a72; --line: #dbe3e7;

@@ -24,7 +24,7 @@ from pysolve.nn.masking import mask_weights
 from pysolve.nn.network import evaluating, forward
 from pysolve.nn.surgery import apply
 from pysolve.plan import Plan
-from pysolve.selected import Pruned
+from pysolve.pruning.selected import Pruned
 
 LAYOUTS = ("auto", "dense", "csr", "mask")
 # Calls that a layer is timed over, in each layout, and the share of the dense time that counts as faster.

@@ -13,14 +13,14 @@ from pysolve.calibrate import peek
 from pysolve.compressed import Compressed
 from pysolve.correlations import Array, group_columns
 from pysolve.errors import PysolveError
-from pysolve.masks import PerLayer
 from pysolve.nn.gather import gather
 from pysolve.nn.graph.sites import find_sites
 from pysolve.nn.network import as_array, find_layer
 from pysolve.nn.rows import LAYERS, channels, groups, matrix, taps
 from pysolve.plan import Site
+from pysolve.pruning.masks import PerLayer
+from pysolve.pruning.scores import channel_norms
 from pysolve.recipe import compress
-from pysolve.scores import channel_norms
 
 SCORES = ("ln", "activation", "nisp")
 METHODS = (*SCORES, "elimination", "lasso")

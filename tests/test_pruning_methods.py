@@ -11,8 +11,8 @@ from torch import nn
 
 import pysolve as ps
 from pysolve.nn.evaluate import parameters
-from pysolve.scores import propagated_importance
-from pysolve.structured import activations, importances, norms
+from pysolve.pruning.channels import activations, importances, norms
+from pysolve.pruning.scores import propagated_importance
 from tests.networks import NETWORKS, network
 
 WEIGHTS = ("magnitude", "random", "std", "wanda", "obs")

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pysolve.curves import front
+from pysolve.show.curves import front
 
 scores = st.integers(-3, 3).map(float)
 

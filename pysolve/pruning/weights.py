@@ -12,14 +12,14 @@ from torch import nn
 from pysolve.budget import check_targets
 from pysolve.compressed import Compressed, after
 from pysolve.errors import PysolveError
-from pysolve.layout import laid_out
-from pysolve.masks import METHODS as SCORES
-from pysolve.masks import count_left
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.masking import masks_of
 from pysolve.nn.network import as_array, find_matching
 from pysolve.nn.slicing import WEIGHTED
-from pysolve.selected import Job, Weights, by_data, by_scores
+from pysolve.pruning.layout import laid_out
+from pysolve.pruning.masks import METHODS as SCORES
+from pysolve.pruning.masks import count_left
+from pysolve.pruning.selected import Job, Weights, by_data, by_scores
 
 METHODS = (*SCORES, "obs")
 

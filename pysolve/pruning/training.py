@@ -16,7 +16,6 @@ from torch.nn.functional import cross_entropy
 from pysolve.account import Evaluate
 from pysolve.checks import check_model
 from pysolve.compressed import Compressed, after
-from pysolve.layout import LAYOUTS, laid_out
 from pysolve.nn.loop import Step
 from pysolve.nn.masking import mask_weights, remove_masks, unmasked
 from pysolve.nn.network import as_array, find_layer, find_matching
@@ -25,7 +24,8 @@ from pysolve.nn.slicing import WEIGHTED
 from pysolve.nn.surgeon import PerLayer, gradually, surgery
 from pysolve.nn.surgery import apply
 from pysolve.plan import Plan
-from pysolve.selected import Pruned
+from pysolve.pruning.layout import LAYOUTS, laid_out
+from pysolve.pruning.selected import Pruned
 
 # Share of the training after which the masks stay as they are.
 _END = 0.6

@@ -10,9 +10,9 @@ import numpy.typing as npt
 import scipy.linalg
 
 from pysolve.correlations import Array
-from pysolve.masks import Mask, keep_in_rows, keep_largest, keep_pattern
-from pysolve.row_paths import rows_left
-from pysolve.supports import LayerProblem, blocks
+from pysolve.pruning.masks import Mask, keep_in_rows, keep_largest, keep_pattern
+from pysolve.pruning.row_paths import rows_left
+from pysolve.pruning.supports import LayerProblem, blocks
 
 # Penalties ρ of ADMM, in inputs of unit variance, and schedules (penalties, iterations at each) with the
 # multiplications of an iteration up to which each is taken: the longest that 10 to 60 s allow.

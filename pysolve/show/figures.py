@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from matplotlib.axes import Axes
 
-from pysolve.drawing import COLORS, INK, finish, log_axis, new_axes
+from pysolve.show.drawing import COLORS, INK, finish, log_axis, new_axes
 
 
 def accuracy_curves(

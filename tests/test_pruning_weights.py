@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import pysolve as ps
-from pysolve import layout as layouts
 from pysolve.entries import Latency
 from pysolve.nn.layers import SparseConv2d, SparseLinear
+from pysolve.pruning import layout as layouts
 
 
 def network():

@@ -13,11 +13,11 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from strategies import seeds
 
-from pysolve.drawing import INK, NAMED, SHADES
 from pysolve.elimination import elimination_path
 from pysolve.entries import SiteReport
-from pysolve.plots import plot_channels, plot_convergence, plot_elimination, plot_pareto, plot_weights
 from pysolve.report import Report
+from pysolve.show.drawing import INK, NAMED, SHADES
+from pysolve.show.plots import plot_channels, plot_convergence, plot_elimination, plot_pareto, plot_weights
 from pysolve.solution import History
 from pysolve.solvers import newton
 

@@ -18,8 +18,8 @@ from scipy.optimize import isotonic_regression
 
 from pysolve import _core
 from pysolve.correlations import Array
-from pysolve.masks import Mask, keep_largest
-from pysolve.supports import LayerProblem, Ridge, layer_problem
+from pysolve.pruning.masks import Mask, keep_largest
+from pysolve.pruning.supports import LayerProblem, Ridge, layer_problem
 
 # Multiplications that a curve may take; beyond, some of the rows stand for all.
 _EFFORT = 1e11

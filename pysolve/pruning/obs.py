@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pysolve.correlations import Array, Correlations
-from pysolve.masks import Mask, count_left, parse_pattern
-from pysolve.searches import LARGEST, Zeros, admm, greedy, sweep
-from pysolve.supports import ITERATIONS, LayerProblem, Ridge, layer_problem, refit_rows
+from pysolve.pruning.masks import Mask, count_left, parse_pattern
+from pysolve.pruning.searches import LARGEST, Zeros, admm, greedy, sweep
+from pysolve.pruning.supports import ITERATIONS, LayerProblem, Ridge, layer_problem, refit_rows
 
 METHODS = ("auto", "admm", "greedy", "sweep")
 SCOPES = ("layer", "row")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from strategies import seeds
 
 from pysolve.correlations import Correlations
-from pysolve.scores import channel_norms, mean_activations, propagated_importance
+from pysolve.pruning.scores import channel_norms, mean_activations, propagated_importance
 
 
 @given(seeds, st.sampled_from([1, 2, 3, np.inf]), st.sampled_from([0, 1]))

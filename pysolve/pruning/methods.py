@@ -9,13 +9,13 @@ from torch import nn
 
 from pysolve.checks import check_model
 from pysolve.compressed import Compressed
-from pysolve.layout import LAYOUTS
-from pysolve.masks import PerLayer
-from pysolve.selected import Job
-from pysolve.structured import METHODS as OF_CHANNELS
-from pysolve.structured import prune_channels
-from pysolve.unstructured import METHODS as OF_WEIGHTS
-from pysolve.unstructured import prune_weights
+from pysolve.pruning.channels import METHODS as OF_CHANNELS
+from pysolve.pruning.channels import prune_channels
+from pysolve.pruning.layout import LAYOUTS
+from pysolve.pruning.masks import PerLayer
+from pysolve.pruning.selected import Job
+from pysolve.pruning.weights import METHODS as OF_WEIGHTS
+from pysolve.pruning.weights import prune_weights
 
 METHODS = (*OF_WEIGHTS, *OF_CHANNELS)
 REFITS = ("none", "bias", "sequential")

@@ -16,7 +16,7 @@ from pysolve.nn.masking import masks_of, unmasked
 from pysolve.nn.nonzeros import nonzeros
 from pysolve.nn.train import fit
 from pysolve.nn.zoo import Mlp
-from pysolve.retraining import network_surgery, prune_gradually
+from pysolve.pruning.training import network_surgery, prune_gradually
 
 BOTH = pytest.mark.parametrize("prune", [prune_gradually, network_surgery])
 

@@ -14,10 +14,21 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from pysolve.correlations import Array
-from pysolve.curves import Curve, error_curves, front, histograms, histories_of, scored
-from pysolve.drawing import COLORS, INK, NAMED, Path, finish, log_axis, new_axes, sequence, shortened, styles
 from pysolve.elimination import EliminationPath
 from pysolve.report import Report
+from pysolve.show.curves import Curve, error_curves, front, histograms, histories_of, scored
+from pysolve.show.drawing import (
+    COLORS,
+    INK,
+    NAMED,
+    Path,
+    finish,
+    log_axis,
+    new_axes,
+    sequence,
+    shortened,
+    styles,
+)
 from pysolve.solution import History, Solution
 
 _MEASURES = {
