@@ -177,7 +177,9 @@ def _fitted(task: _Task, fit: Fit, intercept: bool) -> tuple[Array, Array | None
 def _freed(task: _Task, correlations: Correlations, M: Array, bias: Array | None) -> Correlations:
     """Correlations with targets moved to the fitted values wherever both lie below zero.
 
-    In the layer's own units zero is  −(shift + ŝ) / gain  of its norm and shortcut. Σ y yᵀ is diagonal.
+    In the layer's own units zero is  −(shift + ŝ) / gain  of its norm and shortcut. Σ y yᵀ is diagonal. Only
+    what moves is summed anew, in double precision: inputs that hardly vary around a mean far from zero turn
+    the rounding of single precision into weights of thousands.
     """
     gain, shift, audible = (part[task.outputs] for part in _norm(task))
     weight = torch.as_tensor(M).to(gain)
@@ -189,11 +191,12 @@ def _freed(task: _Task, correlations: Correlations, M: Array, bias: Array | None
         fitted = torch.addmm(offset, x, weight.T) if offset.ndim else x @ weight.T
         below = torch.where(gain > 0, fitted.minimum(zero), fitted.maximum(zero))
         target = torch.where(audible & ((y - zero) * gain <= 0), below, y)
-        yx += (target.T @ x).double()
-        y_sum += target.sum(0, dtype=torch.float64)
+        change = target.double() - y.double()
+        yx += change.T @ x.double()
+        y_sum += change.sum(0)
         squares += target.double().square().sum(0)
-    moved = {"yx": yx, "yy": squares.diag(), "y_sum": y_sum}
-    return replace(correlations, **{name: value.cpu().numpy() for name, value in moved.items()})
+    new_yx, new_sum = correlations.yx + yx.cpu().numpy(), correlations.y_sum + y_sum.cpu().numpy()
+    return replace(correlations, yx=new_yx, yy=squares.diag().cpu().numpy(), y_sum=new_sum)
 
 
 def _samples(task: _Task) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
