@@ -20,7 +20,7 @@ from torch import nn
 import pysolve as ps
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.evaluate import accuracy, latency, macs, nbytes, parameters
-from pysolve.records import plain
+from pysolve.records import plain, plan_record
 from pysolve.report import Report, comparison
 from pysolve.show.page import page
 from pysolve.show.plots import plot_pareto
@@ -105,10 +105,11 @@ def _write_all(job: Job, model: nn.Module, result: ps.Compressed, title: str, st
     job.out.mkdir(parents=True, exist_ok=True)
     ps.save(result, job.out / "network.safetensors")
     report = _with_files(result.report, model, job.out / "network.safetensors")
-    written = ["network.safetensors", "report.json", "report.md", "report.html"]
+    written = ["network.safetensors", "plan.json", "report.json", "report.md", "report.html"]
     if state_dict:
         written.append("state_dict.safetensors")
         _write(job.out / written[-1], tensors(result.model.state_dict()))
+    _write(job.out / "plan.json", json.dumps(plan_record(result.plan), indent=1))
     _write(job.out / "report.json", json.dumps(plain(report.as_dict()), indent=1))
     _write(job.out / "report.md", f"# {title}\n\n{report.as_markdown()}")
     _write(job.out / "report.html", page(report, title))

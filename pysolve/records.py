@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pysolve.errors import DataError
-from pysolve.plan import Collapse, Indices, Site
+from pysolve.plan import Collapse, Indices, Plan, Site
 
 # From "rows" or "columns" and a layer's name to how many output or input channels it has.
 Width = Callable[[str, str], int]
@@ -76,6 +76,15 @@ def step_record(step: Collapse) -> dict[str, Any]:
         "passed": [*site.passed],
         "rows": {name: ranges(table) for name, table in site.rows.items()},
         "columns": {name: ranges(table) for name, table in site.columns.items()},
+    }
+
+
+def plan_record(plan: Plan) -> dict[str, Any]:
+    """A plan without its numbers: what stays of each site, which values are new, which layers run sparse."""
+    return {
+        "steps": [step_record(step) for step in plan.steps],
+        "values": [*plan.values],
+        "forms": {name: {"kind": "csr", "density": form.density} for name, form in plan.forms.items()},
     }
 
 

@@ -92,11 +92,15 @@ def test_compress_writes_a_network_that_loads_and_its_report(home, data):
     assert re.search(r"score +100\.00 ", result.stdout)
     assert sorted(path.name for path in (home / "compressed").iterdir()) == [
         "network.safetensors",
+        "plan.json",
         "report.html",
         "report.json",
         "report.md",
     ]
     assert "<svg" in (home / "compressed/report.html").read_text()
+    plan = json.loads((home / "compressed/plan.json").read_text())
+    assert [step["writers"] for step in plan["steps"]] == [["0"], ["2"]]
+    assert all(step["keep"] for step in plan["steps"])
     report = json.loads((home / "compressed/report.json").read_text())
     assert report["after"]["params"] <= 0.5 * report["before"]["params"]
     assert report["after"]["file"] == os.path.getsize("compressed/network.safetensors")
