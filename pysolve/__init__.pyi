@@ -16,6 +16,7 @@ from .nn.gather import gather as gather
 from .nn.graph.sites import find_sites as find_sites
 from .nn.inspect import inspect as inspect
 from .nn.masking import mask_weights as mask_weights
+from .nn.masking import masks_of as masks_of
 from .nn.masking import remove_masks as remove_masks
 from .nn.nonzeros import nonzeros as nonzeros
 from .nn.retrain import finetune as finetune

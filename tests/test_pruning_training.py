@@ -176,6 +176,7 @@ def test_wrong_arguments_are_named(prune, options, error, message):
         ({"rate": float("nan")}, "rate of all must be a finite number"),
         ({"rate": {"4": float("inf")}}, "rate of 4 must be a finite number"),
         ({"amount": 0.5, "probability": 0.0}, r"probability must be in \(0, 1\]"),
+        ({"amount": 0.5, "probability": {"0": 0.5}}, "probability must name every pruned layer"),
     ],
 )
 def test_wrong_arguments_of_surgery_are_named(options, message):

@@ -61,7 +61,7 @@ def surgery(
     amount: PerLayer | None = None,
     rate: PerLayer | None = None,
     end: float,
-    probability: float,
+    probability: PerLayer,
     seed: int,
 ) -> Step:
     """Prune a network's masked weights while it is trained, and put back those that turn out to matter.
@@ -81,7 +81,7 @@ def surgery(
         Instead: t = max(0, mean + rate · std) of the |w| that a layer starts with, as published.
     end : float
         Share of the training after which the masks stay as they are.
-    probability : float
+    probability : float or {layer: float}
         In the beginning.
     seed : int
         Of which masks are looked at.
@@ -108,7 +108,7 @@ def surgery(
                     _keep_largest(masks[name].mask, value, gone[name])
         done = max(done, step)
         for name in masks if step < _STEPS else ():
-            if random.random() < probability * (1 - 0.9 * share / end):
+            if random.random() < _of(probability, name) * (1 - 0.9 * share / end):
                 _splice(masks[name].mask, weights[name], limits[name])
 
     return torch.no_grad()(operate)

@@ -117,7 +117,7 @@ def network_surgery(
     rate: PerLayer | None = None,
     epochs: int | None = None,
     seconds: float | None = None,
-    probability: float = 0.5,
+    probability: PerLayer = 0.5,
     lr: float = 1e-3,
     weight_decay: float = 0.0,
     loss: Loss = cross_entropy,
@@ -150,7 +150,7 @@ def network_surgery(
     epochs : int, optional
     seconds : float, optional
         Instead of epochs. The schedules follow the clock.
-    probability : float
+    probability : float or {layer: float}
         With which a layer's mask is looked at after a step, in the beginning; it falls to a tenth of that.
     lr, weight_decay, loss, ignore, layout, evaluate, seed, progress
         As ``prune_gradually`` has them.
@@ -166,11 +166,14 @@ def network_surgery(
     """
     if (amount is None) == (rate is None):
         raise ValueError(f"give either amount or rate, got {amount=} and {rate=}.")
-    if not 0 < probability <= 1:
+    chances = probability.values() if isinstance(probability, Mapping) else [probability]
+    if not all(0 < chance <= 1 for chance in chances):
         raise ValueError(f"probability must be in (0, 1], got {probability}.")
     what, value = ("amount", amount) if rate is None else ("rate", rate)
     assert value is not None
     prepared = _prepared(model, value, what, ignore, layout)
+    if isinstance(probability, Mapping) and (missing := {*prepared[1]} - probability.keys()):
+        raise ValueError(f"probability must name every pruned layer; {', '.join(sorted(missing))} have none.")
 
     def step_of(network: nn.Module) -> Step:
         wanted: Any = {what: _each(value, prepared[1])}
