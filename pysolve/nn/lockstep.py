@@ -95,7 +95,6 @@ def refit(
     only : collection of str, optional
         Fit these layers instead, whether or not anything in front of them changed.
     progress : bool
-        Show a progress bar when on a terminal.
 
     Returns
     -------
@@ -103,14 +102,15 @@ def refit(
         ``values`` and the new ones, in the shapes of the original.
     """
     walk, state = Walk(graph, model, batches, values), model.state_dict()
-    layers = {node: layer for node, layer in find_layers(graph, model).items() if layer.calls == 1}
+    fitted = {node: layer for node, layer in find_layers(graph, model).items() if layer.calls == 1}
+    layers = {node: layer for node, layer in fitted.items() if only is None or layer.name in only}
     nodes = [node for node in graph.module.graph.nodes if node.op != "output"]
     finished = last_uses(nodes)
     with evaluating(model):
         for node in tqdm(nodes, "refit", unit="op", disable=None if progress else True):
             if node.op != "placeholder":
                 walk.run_original(node)
-                if node in layers and _is_fitted(walk, node, layers[node], cuts, only):
+                if node in layers and (only is not None or _is_touched(walk, node, layers[node], cuts)):
                     layer, cut = layers[node], cuts.get(layers[node].name)
                     task = _Task(walk, node, layer, *kept_channels(layer, cut), sampling)
                     M, bias = _fitted(task, fit, layer.takes_bias or layer.name in new_biases)
@@ -147,12 +147,8 @@ class _Task:
         return shortcut if same else None
 
 
-def _is_fitted(
-    walk: Walk, node: Node, layer: Layer, cuts: Mapping[str, Cut], only: Collection[str] | None
-) -> bool:
-    """Whether a layer is named or, without names, lost inputs, reads anything new, or can mend a shortcut."""
-    if only is not None:
-        return layer.name in only
+def _is_touched(walk: Walk, node: Node, layer: Layer, cuts: Mapping[str, Cut]) -> bool:
+    """Whether a layer lost inputs, reads anything new, or can make up for what its shortcut lost."""
     if layer.name in cuts and len(cuts[layer.name].inputs) < rows.channels(layer.module)[0]:
         return True
     shortcut = layer.shortcut if layer.shortcut in walk.wide else None
@@ -177,10 +173,10 @@ def _fitted(task: _Task, fit: Fit, intercept: bool) -> tuple[Array, Array | None
 def _freed(task: _Task, correlations: Correlations, M: Array, bias: Array | None) -> Correlations:
     """Correlations with targets moved to the fitted values wherever both lie below zero.
 
-    In the layer's own units zero is  −(shift + ŝ) / gain  of its norm and shortcut. Σ y yᵀ is diagonal. Only
-    what moves is summed anew, in double precision: inputs that hardly vary around a mean far from zero turn
-    the rounding of single precision into weights of thousands.
+    In the layer's own units zero is  −(shift + ŝ) / gain  of its norm and shortcut. Σ y yᵀ is diagonal.
     """
+    # Sums of what moves, in double precision: inputs that hardly vary around a mean far from zero turn the
+    # rounding of single precision into weights of thousands.
     gain, shift, audible = (part[task.outputs] for part in _norm(task))
     weight = torch.as_tensor(M).to(gain)
     offset = torch.as_tensor(0.0 if bias is None else bias).to(gain)

@@ -126,11 +126,8 @@ def reconstruct(
     errors: dict[str, float] = {}
 
     def fit(name: str, correlations: Correlations, intercept: bool) -> tuple[Array, Array | None]:
-        own = correlations
-        if not intercept:
-            # Without sums, centring changes nothing.
-            own = replace(own, x_sum=np.zeros_like(own.x_sum), y_sum=np.zeros_like(own.y_sum))
-        layer = prune(name, matrix(material.layers[name].module).double().cpu().numpy(), own)
+        W = matrix(material.layers[name].module).double().cpu().numpy()
+        layer = prune(name, W, correlations if intercept else _without_sums(correlations))
         errors[name] = layer.error
         return layer.weight, layer.bias if intercept else None
 
@@ -155,6 +152,11 @@ def reconstruct(
         progress=progress,
     )
     return Reconstructed(_arrays(values), errors, sum(map(samples_in, batches)))
+
+
+def _without_sums(found: Correlations) -> Correlations:
+    """Correlations that centring does not change."""
+    return replace(found, x_sum=np.zeros_like(found.x_sum), y_sum=np.zeros_like(found.y_sum))
 
 
 def _arrays(values: Mapping[str, Tensor]) -> dict[str, npt.NDArray[Any]]:
