@@ -151,7 +151,7 @@ class LayerMass:
     macs, macs_left : int
         For one sample.
     seconds, seconds_left : float, optional
-        Median over runs of the network of the time in the layer, on the largest batch that was timed.
+        Time in the layer in the fastest of several runs of the network, on the largest batch that was timed.
     """
 
     HEAD: ClassVar = ("layer", "parameters", "left", "share", "of the total", "MACs", "left", "ms", "now")

@@ -21,6 +21,7 @@ def test_a_layer_that_takes_clearly_longer_is_named():
 def test_noise_is_no_warning():
     assert slower([mass("a", seconds_left=1.15e-3)]) == []
     assert slower([mass("tiny", seconds=1e-6, seconds_left=3e-6), mass("large")]) == []
+    assert slower([LayerMass("same", 100, 50, 10, 10, 1e-3, 5e-3)]) == []
 
 
 def test_what_cannot_shrink_is_a_warning_where_it_is_much():

@@ -52,7 +52,7 @@ def masses(before: nn.Module, after: nn.Module, batch: Any) -> tuple[LayerMass, 
         own = [one for one in new if one == name or one.startswith(f"{name}.")]
         alive = sum(left.pop(one, 0) for one in {name, *own})
         counts = (old.get(name, 0) // n, sum(new[one] for one in own) // n)
-        times = (_median(seconds[0], [name] if name in old else []), _median(seconds[1], own))
+        times = (_least(seconds[0], [name] if name in old else []), _least(seconds[1], own))
         found.append(LayerMass(name, size, alive, *counts, *times))
     others = LayerMass("all others", parameters(before) - sum(sizes.values()), sum(left.values()), 0, 0)
     return (*found, others) if others.params or others.left else tuple(found)
@@ -133,6 +133,6 @@ class _Watch:
         self.times[-1] += time.perf_counter() - self.started
 
 
-def _median(seconds: Mapping[str, list[float]], names: Sequence[str]) -> float | None:
-    """Median over runs of what several layers took together."""
-    return float(np.median(np.sum([seconds[name] for name in names], axis=0))) if names else None
+def _least(seconds: Mapping[str, list[float]], names: Sequence[str]) -> float | None:
+    """What several layers took together in the fastest run: others were disturbed."""
+    return float(np.min(np.sum([seconds[name] for name in names], axis=0))) if names else None
