@@ -92,10 +92,13 @@ class Report:
         kept = tuple(site.kept / max(1, site.channels) for site in self.sites)
         total = sum(layer.left for layer in self.mass)
         shares = tuple(layer.left / max(1, total) for layer in self.mass)
+        dense = tuple(layer.density for layer in self.layers)
         found = (
             _costs(self),
             Table("Sites", SiteReport.HEAD, _cells(self.sites), words=(0, 6), bars=((1, kept),)),
-            Table("Pruned layers", LayerReport.HEAD, _cells(self.layers), words=(0, 3, 6)),
+            Table(
+                "Pruned layers", LayerReport.HEAD, _cells(self.layers), words=(0, 3, 6), bars=((1, dense),)
+            ),
             Table("Layers", LayerMass.HEAD, _cells(self.mass, total), bars=((4, shares),)),
             Table("Convex solves", Solve.HEAD, _cells(self.solves), words=(0, 1)),
         )
