@@ -508,6 +508,17 @@ def test_headers_that_claim_too_much_take_no_memory(data, tmp_path):
         ps.load(path, model)
 
 
+def test_a_file_that_is_nearly_all_header_is_neither_read_nor_written(tmp_path):
+    path = tmp_path / "a.safetensors"
+    record = {"version": 1, "report": "x" * 3_000_000}
+    with pytest.raises(ps.DataError, match="more than a quarter and 2 MB"):
+        storage.write(path, {}, record)
+    assert not any(tmp_path.iterdir())
+    path.write_bytes(sealed(json.dumps({**record, "checksums": {}})))
+    with little_memory(200_000), pytest.raises(ps.DataError, match="more than a quarter and 2 MB"):
+        ps.load(path, mlp())
+
+
 def test_the_length_of_a_header_is_checked_before_it_is_read(tmp_path, monkeypatch):
     monkeypatch.delattr(storage, "safe_open")
     path = tmp_path / "a.safetensors"

@@ -24,7 +24,8 @@ _KEY = "pysolve"
 _SEALED = re.compile(r'\{"checksum":(\d{1,10}),"record":(.*)\}', re.DOTALL)
 # Lists and objects take up to fifty times the memory of their JSON, and no network needs so many.
 _PARTS = 1_000_000
-_LONGEST_HEADER = 100_000_000
+# Reading a header takes some four times its size: of a file it may be a quarter, and so much more.
+_HEADER, _HEADER_SHARE = 2_000_000, 4
 # What comes of data types that torch does not have.
 _LACKING = (AttributeError, KeyError, TypeError)
 
@@ -36,6 +37,11 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) 
     record's text. To the record belong the ``checksums`` of all tensors, which are added here.
 
     An existing file is replaced only once the new one is complete and on the disk.
+
+    Raises
+    ------
+    DataError
+        When there would be more record than ``read`` takes.
     """
     checksums = {name: _checksum(tensor) for name, tensor in tensors.items()}
     text = json.dumps(
@@ -48,6 +54,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) 
         with open(part, "xb") as empty:
             mode = os.fstat(empty.fileno()).st_mode
         save_file(dict(tensors), part, metadata={_KEY: sealed})
+        _check_header(part)
         part.chmod(mode)
         with open(part, "rb+") as file:
             os.fsync(file.fileno())
@@ -96,8 +103,10 @@ def _check_header(path: Path) -> None:
     size = path.stat().st_size
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > min(size - 8, _LONGEST_HEADER):
+    if size < 8 or length > size - 8:
         raise DataError(f"its header should take {length} bytes, but the file has {size}.")
+    if length > _HEADER + size // _HEADER_SHARE:
+        raise DataError(f"its header takes {length} of its {size} bytes, more than a quarter and 2 MB.")
 
 
 def _opened(text: str | None) -> dict[str, Any]:
