@@ -95,9 +95,9 @@ def _distilled(
     match(student, found.model, found.calibration.kept, **_length(distill), seed=seed, progress=progress)
     before, after = (_parts(found, one) for one in (smaller, student))
     change = after - before
-    # A few samples tell little: only what is beyond their scatter counts as harm.
-    scatter = float(change.std(ddof=1)) / len(change) ** 0.5 if len(change) > 1 else 0.0
-    if change.mean() <= scatter:
+    # A few samples tell little: only a rise of more than two standard errors counts as harm.
+    error = float(change.std(ddof=1)) / len(change) ** 0.5 if len(change) > 1 else 0.0
+    if change.mean() <= 2 * error:
         return student, []
     rise = f"{before.mean():.3g} to {after.mean():.3g}"
     return smaller, [f"distillation was undone: on samples held back the divergence rose from {rise}"]
