@@ -83,6 +83,12 @@ def test_no_two_parts_of_the_page_share_an_id_and_every_reference_has_one():
     assert {*re.findall(r'href="#([^"]+)"', html), *re.findall(r"url\(#([^)]+)\)", html)} <= set(ids)
 
 
+def test_of_pruned_weights_the_page_begins_with_what_is_not_zero():
+    pruned = replace(REPORT, after={**REPORT.after, "nonzeros": 55})
+    assert "<b>5.5%</b><span>of the non-zeros</span>" in page(pruned, "x")
+    assert "<b>25.0%</b><span>of the parameters</span>" in page(REPORT, "x")
+
+
 def test_the_same_report_gives_the_same_page():
     assert page(REPORT, "x") == page(REPORT, "x")
 

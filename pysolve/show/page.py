@@ -63,7 +63,9 @@ def page(report: Report, title: str) -> str:
 
 def _cards(report: Report) -> Iterator[tuple[str, str]]:
     """The few numbers that most readers want."""
-    for measure, name in (("params", "parameters"), ("macs", "MACs"), ("file", "bytes on disk")):
+    zeros = report.after.get("nonzeros") != report.after.get("params")
+    weights = ("nonzeros", "non-zeros") if zeros else ("params", "parameters")
+    for measure, name in (weights, ("macs", "MACs"), ("file", "bytes on disk")):
         if measure in report.before and measure in report.after:
             yield f"{report.share(measure):.1%}", f"of the {name}"
     if report.score_before is not None and report.score_after is not None:
