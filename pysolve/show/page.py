@@ -63,7 +63,7 @@ def page(report: Report, title: str) -> str:
 
 def _cards(report: Report) -> Iterator[tuple[str, str]]:
     """The few numbers that most readers want."""
-    zeros = report.after.get("nonzeros") != report.after.get("params")
+    zeros = report.after.get("nonzeros", report.after.get("params")) != report.after.get("params")
     weights = ("nonzeros", "non-zeros") if zeros else ("params", "parameters")
     for measure, name in (weights, ("macs", "MACs"), ("file", "bytes on disk")):
         if measure in report.before and measure in report.after:
