@@ -16,8 +16,7 @@ from pysolve.choice import refit as least_squares_near
 from pysolve.compressed import Compressed, after
 from pysolve.correlations import Array, Correlations, group_columns
 from pysolve.entries import SiteReport
-from pysolve.nn.calibration import fits as fits_graph
-from pysolve.nn.calibration import regrouped, samples_in, take, traced_samples
+from pysolve.nn.calibration import samples_in, take, usable
 from pysolve.nn.graph.branches import Cut
 from pysolve.nn.lockstep import Fit, Sampling
 from pysolve.nn.lockstep import refit as refit_in_lockstep
@@ -159,12 +158,10 @@ def _usable(found: Study) -> tuple[list[Any], str]:
     graph, kept = found.graph, found.calibration.kept
     if graph is None:
         return [], "the network cannot be exported"
-    if all(fits_graph(graph, batch) for batch in kept):
+    batches = usable(graph, kept)
+    if batches is kept:
         return kept, "more would not fit in memory"
-    # Only whole batches of the size that the code has fixed can walk through the graph.
-    batches = regrouped(kept, traced_samples(graph))
-    why = "the network's code takes batches of one size alone"
-    return [batch for batch in batches if fits_graph(graph, batch)], why
+    return batches, "the network's code takes batches of one size alone"
 
 
 def _fitting(found: Study, cuts: Mapping[str, Cut], fits: Mapping[str, tuple[Array, Array | None]]) -> Fit:

@@ -176,6 +176,35 @@ def test_a_network_that_cannot_be_exported_is_fitted_on_the_originals_inputs():
     assert zeros(result.model) == [100, 40]
 
 
+def test_attention_in_a_network_that_cannot_be_exported_is_left_to_magnitude():
+    class Branching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix, self.out = nn.MultiheadAttention(10, 2, batch_first=True), nn.Linear(10, 4)
+
+        def forward(self, x):
+            y = self.mix(x[:, None], x[:, None], x[:, None])[0][:, 0]
+            return self.out(y if float(y.sum()) > 0 else -y)
+
+    torch.manual_seed(0)
+    result = pruned(Branching().eval(), method="obs", amount=0.5)
+    assert result.report.notes[-1] == "mix.out_proj: not refitted"
+    assert all(abs(line.density - 0.5) < 0.01 for line in result.report.layers)
+
+
+def test_more_batches_are_asked_for_where_none_of_the_size_in_the_code_is_left_whole():
+    class Fixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(10, 20), nn.Linear(20, 4)
+
+        def forward(self, x):
+            return self.b(self.a(x).view(40, 20).relu())
+
+    with pytest.raises(ps.PysolveError, match=r"batches of one size alone, .* give more batches"):
+        pruned(Fixed().eval(), batches(1), method="obs", amount=0.5)
+
+
 @pytest.mark.parametrize("method", CHANNELS)
 def test_channels_are_physically_gone(method):
     model = mlp()
@@ -259,6 +288,7 @@ def test_channels_go_to_a_target(method):
         ({"amount": 0.5, "method": "obs", "refit": "none"}, "refits by itself"),
         ({"amount": 0.5, "method": "ln", "refit": "bias"}, "for single weights"),
         ({"amount": 1.0, "method": "ln"}, "amount must be in"),
+        ({"amount": 0.5, "method": "ln", "layout": "csr"}, "layout='csr' is for single weights"),
         ({"pattern": "2:4", "method": "lasso"}, "take an amount or a target"),
         ({"target": {"macs": 0.5}}, "target of params alone"),
         ({"threshold": 0.1, "method": "std"}, "threshold goes with"),

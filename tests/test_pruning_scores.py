@@ -6,8 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 
-from pysolve.correlations import Correlations
-from pysolve.pruning.scores import channel_norms, mean_activations, propagated_importance
+from pysolve.pruning.scores import channel_norms, propagated_importance
 
 
 @given(seeds, st.sampled_from([1, 2, 3, np.inf]), st.sampled_from([0, 1]))
@@ -22,12 +21,6 @@ def test_norms_neither_overflow_nor_divide_by_zero():
     np.testing.assert_array_equal(channel_norms(np.zeros((2, 0))), [0, 0])
     with pytest.raises(ValueError, match="order of the norm, must be positive, got 0"):
         channel_norms([[1.0]], n=0)
-
-
-def test_mean_activations_are_over_samples_and_positions():
-    x = np.random.default_rng(0).standard_normal((7, 6))
-    correlations = Correlations.from_samples(x, x[:, :1], group_size=3)
-    np.testing.assert_allclose(mean_activations(correlations), x.reshape(7, 2, 3).mean((0, 2)))
 
 
 @given(seeds)

@@ -141,6 +141,13 @@ def fits(graph: Graph, batch: Any) -> bool:
     )
 
 
+def usable(graph: Graph, batches: list[Any]) -> list[Any]:
+    """Batches that can walk through the graph: as they are, or whole ones of the size that its code fixes."""
+    if all(fits(graph, batch) for batch in batches):
+        return batches
+    return [batch for batch in regrouped(batches, traced_samples(graph)) if fits(graph, batch)]
+
+
 def regrouped(batches: list[Any], size: int) -> list[Any]:
     """The same samples in batches of one size, without what is left at the end."""
     return [

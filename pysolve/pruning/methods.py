@@ -149,5 +149,7 @@ def _check(method: str, refit: str, layout: str, wanted: Mapping[str, Any], blin
         raise ValueError(f"obs takes an amount, a pattern or a target, got a {what}.")
     if method in OF_CHANNELS and refit == "bias":
         raise ValueError('refit="bias" is for single weights; channels take "none" or "sequential".')
+    if method in OF_CHANNELS and layout not in ("auto", "dense"):
+        raise ValueError(f"layout={layout!r} is for single weights; networks without channels are dense.")
     if blind and (refit != "none" or method in ("wanda", *OF_CHANNELS)):
         raise ValueError(f"method={method!r} with refit={refit!r} needs batches: unlabelled inputs.")

@@ -14,8 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from pysolve.calibrate import calibrate, peek
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import PysolveError
-from pysolve.nn.calibration import Calibration, samples_in
-from pysolve.nn.calibration import fits as fits_graph
+from pysolve.nn.calibration import Calibration, samples_in, usable
 from pysolve.nn.graph.branches import Layer, find_layers, layer_values
 from pysolve.nn.graph.export import Graph, trace
 from pysolve.nn.lockstep import Sampling, refit
@@ -89,6 +88,8 @@ def study_layers(
     layers = {name: found[name] for name in names if name in found}
     # Attention calls its last layer's function, not the layer.
     seen = [name for name, one in layers.items() if type(one.module) is not NonDynamicallyQuantizableLinear]
+    if graph is None:
+        layers = {name: layers[name] for name in seen}
     wanted = seen if gathered or graph is None else []
     calibration, sums = calibrate(model, batches, first, graph, nodes, wanted, progress=progress)
     return Material(model, graph, layers, calibration, sums, notes)
@@ -138,7 +139,12 @@ def reconstruct(
             layer = layers[name]
             values |= layer_values(state, layer, None, *fit(name, correlations, layer.takes_bias))
         return Reconstructed(_arrays(values), errors, material.calibration.seen)
-    batches = [batch for batch in material.calibration.kept if fits_graph(graph, batch)]
+    batches = usable(graph, material.calibration.kept)
+    if not batches:
+        raise PysolveError(
+            "the network's code takes batches of one size alone, and none is left whole without the samples "
+            "that are held back: give more batches."
+        )
     sampling = Sampling(passes=int(weights), seed=seed)
     values = refit(
         graph,

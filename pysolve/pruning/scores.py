@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pysolve.correlations import Array, Correlations
+from pysolve.correlations import Array
 
 
 def channel_norms(weight: npt.ArrayLike, *, n: float = 2, axis: int = 0) -> Array:
@@ -34,12 +34,6 @@ def channel_norms(weight: npt.ArrayLike, *, n: float = 2, axis: int = 0) -> Arra
     if np.isinf(n) or peak == 0:
         return np.asarray(w.max(axis=1, initial=0.0))
     return np.asarray(peak * np.sum((w / peak) ** n, axis=1) ** (1 / n))
-
-
-def mean_activations(correlations: Correlations) -> Array:
-    """E[x] of every input channel of a layer, (groups,): over its samples, positions or taps."""
-    means = correlations.x_sum / correlations.count
-    return np.asarray(means.reshape(correlations.groups, -1).mean(1))
 
 
 def propagated_importance(
