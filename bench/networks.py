@@ -33,7 +33,6 @@ import pysolve as ps
 from pysolve.datasets import cifar
 from pysolve.nn.evaluate import accuracy, latency, macs
 from pysolve.nn.network import evaluating
-from pysolve.nn.train import match
 from pysolve.nn.zoo import ResNet
 
 DATA = Path(os.environ.get("PYSOLVE_DATA", "data"))
@@ -108,7 +107,8 @@ def measured(subject: Subject, methods: tuple[str, ...], match_seconds: float) -
             yield judged(subject, name, target, smaller, seconds)
             if match_seconds:
                 student = copy.deepcopy(smaller)
-                match(student, subject.model, subject.calibration, seconds=match_seconds, progress=False)
+                how = {"loss": "mse", "batch_size": 32, "mix": 0.5, "frozen": True, "seconds": match_seconds}
+                ps.distill(student, subject.model, subject.calibration, **how, progress=False)
                 yield judged(subject, f"{name}, then matched", target, student, seconds + match_seconds)
 
 

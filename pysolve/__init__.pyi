@@ -12,6 +12,7 @@ from .errors import PysolveError as PysolveError
 from .least_squares import debias as debias
 from .nn.checkpoint import load as load
 from .nn.checkpoint import save as save
+from .nn.distill import distill as distill
 from .nn.gather import gather as gather
 from .nn.graph.sites import find_sites as find_sites
 from .nn.inspect import inspect as inspect

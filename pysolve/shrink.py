@@ -17,13 +17,13 @@ from pysolve.compressed import Compressed, after
 from pysolve.correlations import Array, Correlations, group_columns
 from pysolve.entries import SiteReport
 from pysolve.nn.calibration import samples_in, take, usable
+from pysolve.nn.distill import distill as teach
 from pysolve.nn.graph.branches import Cut
 from pysolve.nn.lockstep import Fit, Sampling
 from pysolve.nn.lockstep import refit as refit_in_lockstep
 from pysolve.nn.network import as_array
 from pysolve.nn.rows import matrix, taps
 from pysolve.nn.surgery import apply
-from pysolve.nn.train import match
 from pysolve.offline import cuts_of, reader_values, refit_readers
 from pysolve.plan import Collapse, Indices, Plan
 from pysolve.report import Report
@@ -91,7 +91,8 @@ def _distilled(
 ) -> tuple[nn.Module, list[str]]:
     """Train the network to give the original's outputs; undone where samples held back say it harmed."""
     student = copy.deepcopy(smaller)
-    match(student, found.model, found.calibration.kept, **_length(distill), seed=seed, progress=progress)
+    how: Any = {"loss": "mse", "batch_size": 32, "mix": 0.5, "frozen": True, **_length(distill)}
+    teach(student, found.model, found.calibration.kept, **how, seed=seed, progress=progress)
     before, after = (_parts(found, one) for one in (smaller, student))
     change = after - before
     # A few samples tell little: only a rise of more than two standard errors counts as harm.

@@ -136,8 +136,8 @@ def test_an_own_loss_and_a_time_are_taken():
 
 def test_a_loss_that_is_not_a_number_is_one_clear_error():
     x, y = pairs(1)[0]
-    with pytest.raises(ps.PysolveError, match=r"the loss became nan in epoch 1: lower lr"):
-        finetune(mlp(), [(x * float("nan"), y)], epochs=2)
+    with pytest.raises(ps.DataError, match="the loss became nan in epoch 1: batch 2 holds NaN or infinity"):
+        finetune(mlp(), [(x, y), (x * float("nan"), y)], epochs=2)
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_a_number_is_one_clear_error():
         (pairs(), {}, "either epochs or seconds"),
         (pairs(), {"epochs": 1, "seconds": 1}, "either epochs or seconds"),
         (pairs(), {"epochs": 0}, "must be positive"),
-        (pairs(), {"seconds": float("inf")}, "must be positive"),
+        (pairs(), {"seconds": float("inf")}, "seconds must be a positive number"),
         (pairs(), {"epochs": 1, "lr": 0}, "lr must be a positive number"),
         ([], {"epochs": 1}, "there are no batches"),
         (torch.zeros(3, 6), {"epochs": 1}, "got one Tensor: wrap it in a list"),

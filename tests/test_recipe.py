@@ -542,12 +542,12 @@ def test_matching_that_harms_beyond_the_scatter_of_the_samples_is_undone(monkeyp
                 parameter.mul_(-1)
 
     plain = compressed(keep=0.5)
-    monkeypatch.setattr("pysolve.shrink.match", spoil)
+    monkeypatch.setattr("pysolve.shrink.teach", spoil)
     result = compressed(keep=0.5, distill={"epochs": 1})
     assert "undone" in result.report.notes[-1]
     assert torch.equal(result.model.fc2.weight, plain.model.fc2.weight)
     # A change too small to tell from chance is kept.
-    monkeypatch.setattr("pysolve.shrink.match", lambda *args, **kwargs: None)
+    monkeypatch.setattr("pysolve.shrink.teach", lambda *args, **kwargs: None)
     assert not any("undone" in note for note in compressed(keep=0.5, distill={"epochs": 1}).report.notes)
 
 

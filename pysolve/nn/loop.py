@@ -1,86 +1,63 @@
-"""The training loop: Adam on a one-cycle schedule, for a number of steps or for a time."""
+"""The training loop that everything which trains shares: steps, epochs, the clock, checkpoints."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import count
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
-from torch.optim.lr_scheduler import OneCycleLR
+from torch.nn.utils import clip_grad_norm_
+from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from pysolve.errors import PysolveError
-from pysolve.nn.network import device_of
+from pysolve.errors import DataError, PysolveError
+from pysolve.nn.network import device_of, evaluating
+from pysolve.nn.optimizers import optimizer_of, schedule_of
+from pysolve.nn.options import Run
+from pysolve.nn.options import Step as Step
+from pysolve.nn.resume import Parts, Progress, copied, put, read, write
 
-# Called after each step with the share of the training that is done.
-Step = Callable[[float], None]
-
-# Learning rates of a schedule that follows the clock.
-_TICKS = 1000
+# Of an epoch's number: what its steps are taken on, each with its weight in the epoch's mean loss.
+Passes = Callable[[int], Iterable[tuple[int, Any]]]
 
 
 @dataclass(frozen=True)
-class Run:
-    """How, and how long, to train on n examples.
+class Beside:
+    """What a training has besides the network, its loss and its batches.
 
     Parameters
     ----------
-    n : int
-    steps : int
-        Parts of nearly equal size that the shuffled examples are cut into, an optimiser step each.
-    epochs : int, optional
-    seconds : float, optional
-        Instead of epochs.
-    lr : float
-        The highest learning rate of the cycle.
-    weight_decay : float
-    seed : int
-        Of the shuffling and of dropout.
+    learnt : nn.Module, optional
+        Trained too.
+    generators : sequence of torch.Generator
+        Of the batches.
+    prepare : callable, optional
+        Called before the first step of a training that is not finished yet; its time counts.
+    settings : mapping
+        Plain values that must be the same for a training to go on from a checkpoint.
+    broken : callable, optional
+        Of what a step is taken on and its number: which part of that is NaN or infinite, in words, or "".
     """
 
-    n: int
-    steps: int
-    epochs: int | None = None
-    seconds: float | None = None
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    seed: int = 0
-
-    @property
-    def length(self) -> int:
-        """How many learning rates the schedule has."""
-        return _TICKS if self.epochs is None else self.epochs * self.steps
-
-    def position(self, done: int, elapsed: float) -> int:
-        """Where on the schedule the next step is; it is not taken when that is the end, ``length``."""
-        if self.seconds is None:
-            return min(done, self.length)
-        # By the clock, and as it will be after one more step: so the last step ends in time.
-        return min(int(self.length * elapsed * (done + 1) / done / self.seconds), self.length)
-
-    def parts(self) -> Iterator[tuple[int, Tensor]]:
-        """Number of the epoch and indices of the examples, step after step; shuffled anew in every epoch."""
-        shuffle = torch.Generator().manual_seed(self.seed)
-        for epoch in count():
-            # Parts of nearly equal size: batch norm cannot train on a last batch of one sample.
-            for rows in torch.randperm(self.n, generator=shuffle).tensor_split(self.steps):
-                yield epoch, rows
+    learnt: nn.Module | None = None
+    generators: Sequence[torch.Generator] = ()
+    prepare: Callable[[], None] | None = None
+    settings: Mapping[str, Any] | None = None
+    broken: Callable[[Any, int], str] | None = None
 
 
 def optimise(
     model: nn.Module,
-    loss: Callable[[Tensor], Tensor],
+    loss: Callable[[Any], Tensor],
     run: Run,
-    *,
-    progress: bool = True,
-    after_step: Step | None = None,
+    passes: Passes,
+    beside: Beside | None = None,
 ) -> list[float]:
     """Train the parameters that require a gradient, in place; the network's mode is the caller's affair.
 
@@ -88,57 +65,165 @@ def optimise(
     ----------
     model : nn.Module
     loss : callable
-        Mean loss of the examples whose indices it is given.
+        Mean loss of what a step is taken on.
     run : Run
-    progress : bool
-        Show a progress bar when on a terminal.
-    after_step : callable, optional
-        Called after each step with the share of the schedule that is done.
+    passes : callable
+    beside : Beside, optional
 
     Returns
     -------
     list of float
         Mean loss of each epoch; by the clock, the last one may be incomplete.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    if not trained:
+    beside = beside or Beside()
+    modules = [model] if beside.learnt is None else [model, beside.learnt]
+    trained = [value for module in modules for value in module.parameters() if value.requires_grad]
+    if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PysolveError("no parameter of the network requires a gradient: nothing can be trained.")
-    optimizer = Adam(trained, lr=run.lr, weight_decay=run.weight_decay)
-    schedule = OneCycleLR(optimizer, run.lr, total_steps=run.length)
-    sums: list[tuple[float, int]] = []
-    position = 0
-    start = time.perf_counter()
-    with _bar(run, progress) as bar, torch.enable_grad(), _random_state(run.seed, device_of(model)):
-        for done, (epoch, rows) in enumerate(run.parts(), start=1):
-            value = _step(optimizer, loss(rows))
-            if not math.isfinite(value):
-                raise PysolveError(f"the loss became {value} in epoch {epoch + 1}: lower lr ({run.lr}).")
-            total, seen = sums.pop() if len(sums) > epoch else (0.0, 0)
-            sums.append((total + value * len(rows), seen + len(rows)))
-            # The clock's estimate may fall back.
-            position = max(position, run.position(done, time.perf_counter() - start))
-            bar.set_postfix(epoch=epoch + 1, loss=f"{sums[-1][0] / sums[-1][1]:.4f}", refresh=False)
-            bar.update(position - bar.n)
-            if after_step is not None:
-                after_step(position / run.length)
-            if position == run.length:
-                break
-            while schedule.last_epoch < position:
-                schedule.step()
-    return [total / seen for total, seen in sums]
+    optimizer = optimizer_of(run.optimizer, trained, run.lr, run.weight_decay)
+    schedule = schedule_of(run.schedule, optimizer, run.length, momentum=isinstance(run.optimizer, str))
+    parts = Parts(modules, optimizer, schedule, beside.generators, run.after_step)
+    settings = {**run.settings(), **(beside.settings or {})}
+    path = None if run.checkpoint is None else Path(run.checkpoint)
+    with _bar(run) as bar, torch.enable_grad(), _random_state(run.seed, device_of(model)):
+        progress = Progress() if path is None else read(path, parts, settings)
+        start = time.perf_counter() - progress.elapsed
+        if beside.prepare is not None and not progress.finished:
+            beside.prepare()
+            progress.before += time.perf_counter() - start - progress.elapsed
+        while not progress.finished:
+            _epoch(progress, loss, run, passes(len(progress.losses)), parts, beside.broken, start, bar)
+            _judge(progress, run, model)
+            if path is not None:
+                write(path, progress, parts, settings)
+    return progress.losses
 
 
-def _step(optimizer: Optimizer, loss: Tensor) -> float:
-    """One step down the gradient; the loss before it."""
-    optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    return loss.item()
+def _epoch(
+    progress: Progress,
+    loss: Callable[[Any], Tensor],
+    run: Run,
+    items: Iterable[tuple[int, Any]],
+    parts: Parts,
+    broken: Callable[[Any, int], str] | None,
+    start: float,
+    bar: tqdm[Any],
+) -> None:
+    """Steps on everything in one pass, or until the training ends."""
+    epoch, total, seen = len(progress.losses) + 1, 0.0, 0
+    for number, (weight, item) in enumerate(items, start=1):
+        value = _step(parts, loss(item), run.clip)
+        if not math.isfinite(value):
+            why = "" if broken is None else broken(item, number)
+            raise _not_finite(value, epoch, number, run, why)
+        total, seen = total + value * weight, seen + weight
+        progress.done += 1
+        progress.elapsed = time.perf_counter() - start
+        # The clock's estimate may fall back.
+        position = run.position(progress.done, progress.elapsed, progress.before)
+        progress.position = max(progress.position, position)
+        bar.set_postfix(epoch=epoch, loss=f"{total / seen:.4g}", refresh=False)
+        bar.update(progress.position - bar.n)
+        if run.after_step is not None:
+            run.after_step(progress.position / run.length)
+        if progress.position == run.length:
+            break
+        while parts.schedule.last_epoch < progress.position:
+            parts.schedule.step()
+    if not seen:
+        raise DataError("there are no batches any more: give a list of them, or a DataLoader.")
+    progress.losses.append(total / seen)
 
 
-def _bar(run: Run, progress: bool) -> tqdm[Any]:
+def _step(parts: Parts, loss: Tensor, clip: float | None) -> float:
+    """One step down the gradient, where there is one; the loss before it."""
+    value = loss.item()
+    if math.isfinite(value):
+        parts.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        if clip is not None:
+            groups = parts.optimizer.param_groups
+            clip_grad_norm_([value for group in groups for value in group["params"]], clip)
+        parts.optimizer.step()
+    return value
+
+
+def _judge(progress: Progress, run: Run, model: nn.Module) -> None:
+    """Score the network after an epoch, and see whether the training is over; then the best comes back."""
+    epochs = len(progress.losses)
+    progress.finished = progress.position == run.length or epochs == run.epochs
+    if run.evaluate is None:
+        return
+    # Training goes on as though nobody had looked.
+    with evaluating(model), _random_state(run.seed, device_of(model)):
+        score = float(run.evaluate(model))
+    if math.isnan(score):
+        raise PysolveError(
+            f"evaluate gave nan after epoch {epochs}: it must give a number, higher is better."
+        )
+    progress.stale += 1
+    if score > progress.score or not progress.best:
+        progress.score, progress.stale, progress.best = score, 0, copied(model)
+    progress.finished |= run.patience is not None and progress.stale >= run.patience
+    if progress.finished:
+        put(model, progress.best)
+
+
+def _not_finite(value: float, epoch: int, number: int, run: Run, why: str) -> PysolveError:
+    said = f"the loss became {value} in epoch {epoch}"
+    if why:
+        return DataError(f"{said}: {why} holds NaN or infinity.")
+    rate = f"lower lr ({run.lr})" if isinstance(run.optimizer, str) else "lower the optimizer's lr"
+    return PysolveError(f"{said}: {rate}, or give clip. That was in step {number} of the epoch.")
+
+
+def broken_batch(batch: Any, number: int) -> str:
+    """The batch's name if it holds NaN or infinity."""
+    leaves = pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return "" if all(bool(tensor.isfinite().all()) for tensor in tensors) else f"batch {number}"
+
+
+def broken_sample(samples: Tensor, rows: Tensor) -> str:
+    """The first of some samples that holds NaN or infinity."""
+    finite = samples[rows].flatten(1).isfinite().all(1) if samples.ndim > 1 else samples[rows].isfinite()
+    return "" if bool(finite.all()) else f"sample {int(rows[~finite.to(rows.device)][0])}"
+
+
+@contextmanager
+def computing(run: Run, device: torch.device) -> Iterator[None]:
+    """Inside, the network computes in the run's precision."""
+    if run.bfloat16(device):
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+    else:
+        yield
+
+
+def in_full(output: Any) -> Any:
+    """The output in float32 where it was computed in less, for the loss."""
+    short = (torch.bfloat16, torch.float16)
+    return pytree.tree_map_only(Tensor, lambda t: t.float() if t.dtype in short else t, output)
+
+
+def shuffled(n: int, steps: int, seed: int) -> Passes:
+    """Indices of n examples, shuffled anew in every epoch, in parts of nearly equal size for its steps."""
+    generator, drawn = torch.Generator().manual_seed(seed), 0
+
+    def rows(epoch: int) -> Iterator[tuple[int, Tensor]]:
+        nonlocal drawn
+        # One stream for all epochs: what was drawn before a stop is drawn again.
+        while drawn <= epoch:
+            order, drawn = torch.randperm(n, generator=generator), drawn + 1
+        # Parts of nearly equal size: batch norm cannot train on a last batch of one sample.
+        return ((len(part), part) for part in order.tensor_split(steps))
+
+    return rows
+
+
+def _bar(run: Run) -> tqdm[Any]:
     form = None if run.seconds is None else "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-    off = None if progress else True
+    off = None if run.progress else True
     return tqdm(total=run.length, desc="train", unit="batch", disable=off, bar_format=form)
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, Unpack
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pysolve.errors import DataError
-from pysolve.nn.loop import Run, Step, optimise
+from pysolve.nn.loop import Beside, broken_batch, computing, in_full, optimise
 from pysolve.nn.network import device_of, forward, keeping_modes
+from pysolve.nn.options import Training, run_of
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -20,16 +22,10 @@ def finetune(
     model: nn.Module,
     batches: Iterable[Any],
     *,
-    epochs: int | None = None,
-    seconds: float | None = None,
-    lr: float = 1e-3,
-    weight_decay: float = 0.0,
     loss: Loss = cross_entropy,
-    seed: int = 0,
-    progress: bool = True,
-    after_step: Step | None = None,
+    **training: Unpack[Training],
 ) -> list[float]:
-    """Train a network on labelled batches, in place: Adam on a one-cycle schedule.
+    """Train a network on labelled batches, in place: Adam on a one-cycle schedule unless told otherwise.
 
     Masked weights stay zero where they are pruned. The same seed and epochs give the same network, and
     torch's global random state is left alone.
@@ -41,62 +37,96 @@ def finetune(
     batches : iterable of batches that can be gone through again, such as a DataLoader
         Pairs of inputs and labels; or mappings of keyword arguments, labels among them, for a network whose
         output has a ``loss``.
-    epochs : int, optional
-    seconds : float, optional
-        Instead of epochs: how long to train. The schedule follows the clock.
-    lr : float
-        The highest learning rate of the cycle.
-    weight_decay : float
     loss : callable
         Of outputs and labels, averaged over the batch.
-    seed : int
-        Of dropout, and of a DataLoader's shuffling that has no generator of its own.
-    progress : bool
+    epochs : int, optional
+        Passes over the batches.
+    seconds : float, optional
+        Instead of epochs: how long to train. The schedule follows the clock and ends with it, however fast
+        the machine is; one step is taken at least.
+    lr : float, default 1e-3
+        The highest learning rate.
+    weight_decay : float, default 0
+    optimizer : "adam", "adamw", "sgd" or callable, default "adam"
+        ``sgd`` has a momentum of 0.9. A callable makes a torch optimizer of a list of parameters; ``lr`` and
+        ``weight_decay`` are then its own, and the schedule scales the learning rate of each of its groups.
+    schedule : "one-cycle", "cosine", "constant" or callable, default "one-cycle"
+        ``one-cycle`` rises to ``lr`` and falls again, the momentum of a named optimizer the other way round.
+        A callable gives the factor of ``lr`` for the share of the training that is done, from 0 to 1.
+    clip : float, optional
+        Gradients of a larger norm, that of all parameters together, are scaled down to it.
+    precision : "float32", "bfloat16" or "auto", default "float32"
+        What the network computes in by torch's autocast; parameters stay as they are, and the loss of its
+        outputs is taken in float32. ``auto``: bfloat16 where an accelerator has it, else float32.
+    evaluate : callable, optional
+        From the network, in evaluation mode, to a score, where higher is better: called after each epoch. The
+        parameters and buffers of the best epoch are put back in the end. Its time counts as training's.
+    patience : int, optional
+        Stop once the score has not risen for so many epochs.
+    checkpoint : path, optional
+        A file to keep the training's state in, renewed after each epoch; where it exists, training goes on
+        from it, and one that is finished gives its network at once. With ``epochs`` the result is that of
+        training without a stop, bit for bit, if batches depend on torch's global random state and the
+        loader's generator alone. Such files are safe to load whoever wrote them.
+    seed : int, default 0
+        Of shuffling, of dropout, and of a DataLoader's shuffling that has no generator of its own.
+    progress : bool, default True
         Show a progress bar, with the time left, when on a terminal.
     after_step : callable, optional
-        Called after each step with the share of the training that is done.
+        Called after each step with the share of the training that is done. If it has ``state_dict`` and
+        ``load_state_dict``, a checkpoint holds its state.
 
     Returns
     -------
     list of float
-        Mean loss of each epoch.
+        Mean loss of each epoch; with ``seconds``, the last may be incomplete.
 
     Raises
     ------
     PysolveError
-        When the loss becomes NaN or infinite.
+        When the loss becomes NaN or infinite: says in which batch, if it was the data's fault.
+    DataError
+        When there are no labels, or the checkpoint is of another training: says what differs.
+
+    References
+    ----------
+    L. N. Smith, N. Topin, Super-convergence, 2019.
     """
-    _check_model(model)
-    _check_length(epochs, seconds, lr)
+    check_model("model", model)
+    run = run_of(1, training)
     loader, n = counted(batches)
-    device, stream = device_of(model), _again(loader)
+    run, device = replace(run, steps=n), device_of(model)
 
-    def loss_of(_: Tensor) -> Tensor:
-        batch = next(stream)
-        if isinstance(batch, Mapping):
-            return _own_loss(forward(model, batch, device))
-        if not isinstance(batch, tuple | list) or len(batch) < 2:
+    def loss_of(batch: Any) -> Tensor:
+        if not isinstance(batch, Mapping) and (not isinstance(batch, tuple | list) or len(batch) < 2):
             raise DataError(f"expected batches of inputs and labels, got {type(batch).__name__}.")
-        return loss(forward(model, batch, device), batch[1].to(device))
+        with computing(run, device):
+            output = forward(model, batch, device)
+        if isinstance(batch, Mapping):
+            return in_full(own_loss(output))  # type: ignore[no-any-return]
+        return loss(in_full(output), batch[1].to(device))
 
-    run = Run(n, n, epochs, seconds, lr=lr, weight_decay=weight_decay, seed=seed)
+    beside = Beside(generators=generators(loader), broken=broken_batch)
     with keeping_modes(model):
-        return optimise(model.train(), loss_of, run, progress=progress, after_step=after_step)
+        return optimise(model.train(), loss_of, run, lambda _: one_by_one(loader), beside)
 
 
-def _check_model(model: Any) -> None:
+def one_by_one(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
+    """One pass over batches that count alike in the mean loss."""
+    return ((1, batch) for batch in batches)
+
+
+def generators(batches: Any) -> list[torch.Generator]:
+    """The random generators that a loader shuffles with."""
+    holders = (batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None))
+    found = [getattr(holder, "generator", None) for holder in holders]
+    return [*{id(one): one for one in found if isinstance(one, torch.Generator)}.values()]
+
+
+def check_model(name: str, model: Any) -> None:
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
-        raise TypeError(f"model must be a torch.nn.Module, such as the model of a Compressed; got {kind}.")
-
-
-def _check_length(epochs: int | None, seconds: float | None, lr: float) -> None:
-    if (epochs is None) == (seconds is None):
-        raise ValueError(f"expected either epochs or seconds, got epochs={epochs} and seconds={seconds}.")
-    if (epochs is not None and epochs < 1) or (seconds is not None and not 0 < seconds < math.inf):
-        raise ValueError(f"{epochs=} or {seconds=} must be positive.")
-    if not 0 < lr < math.inf:
-        raise ValueError(f"lr must be a positive number, got {lr}.")
+        raise TypeError(f"{name} must be a torch.nn.Module, such as the model of a Compressed; got {kind}.")
 
 
 def counted(batches: Iterable[Any]) -> tuple[Iterable[Any], int]:
@@ -115,17 +145,7 @@ def counted(batches: Iterable[Any]) -> tuple[Iterable[Any], int]:
     return batches, n
 
 
-def _again(batches: Iterable[Any]) -> Iterator[Any]:
-    while True:
-        empty = True
-        for batch in batches:
-            empty = False
-            yield batch
-        if empty:
-            raise DataError("there are no batches any more: give a list of them, or a DataLoader.")
-
-
-def _own_loss(output: Any) -> Tensor:
+def own_loss(output: Any) -> Tensor:
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
         raise DataError(

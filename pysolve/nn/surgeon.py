@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pysolve.nn.loop import Step
 from pysolve.nn.masking import below, masks_of
 from pysolve.nn.network import as_array, find_layer
+from pysolve.nn.options import Step
 from pysolve.pruning.lamp import lamp_shares
 from pysolve.pruning.masks import count_left, keep_largest
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import numpy.typing as npt
@@ -16,9 +16,9 @@ from torch.nn.functional import cross_entropy
 from pysolve.account import Evaluate
 from pysolve.checks import check_model
 from pysolve.compressed import Compressed, after
-from pysolve.nn.loop import Step
 from pysolve.nn.masking import mask_weights, remove_masks, unmasked
 from pysolve.nn.network import as_array, find_layer, find_matching
+from pysolve.nn.options import Course, Step, run_of
 from pysolve.nn.retrain import Loss, counted, finetune
 from pysolve.nn.slicing import WEIGHTED
 from pysolve.nn.surgeon import PerLayer, gradually, surgery
@@ -36,17 +36,12 @@ def prune_gradually(
     batches: Iterable[Any],
     *,
     amount: PerLayer,
-    epochs: int | None = None,
-    seconds: float | None = None,
     steps: int = 100,
-    lr: float = 1e-3,
-    weight_decay: float = 0.0,
     loss: Loss = cross_entropy,
     ignore: Sequence[str] = (),
     layout: str = "auto",
     evaluate: Evaluate | None = None,
-    seed: int = 0,
-    progress: bool = True,
+    **training: Unpack[Course],
 ) -> Compressed:
     """Train a network while its smallest weights are set to zero, more and more of them.
 
@@ -64,14 +59,8 @@ def prune_gradually(
     amount : float or {layer: float}
         Share that is zero in the end: of all weights together, each layer's part by how much of the layer's
         weights' squares goes with it (LAMP); or of the layers that are named, the others keep all.
-    epochs : int, optional
-    seconds : float, optional
-        Instead of epochs. The schedules follow the clock.
     steps : int
         In how many steps weights go.
-    lr : float
-        The highest learning rate of Adam's cycle.
-    weight_decay : float
     loss : callable
         Of outputs and labels.
     ignore : sequence of str
@@ -80,10 +69,9 @@ def prune_gradually(
         How pruned layers run, as ``prune`` has it.
     evaluate : callable, optional
         From a network to a score, for the report.
-    seed : int
-        Of dropout and of shuffling, as ``finetune`` has it.
-    progress : bool
-        Show a progress bar, with the time left, when on a terminal.
+    **training
+        As ``finetune`` has them, without ``patience`` and ``after_step``; ``epochs`` or ``seconds`` must be
+        given. With ``seconds`` the masks follow the clock, too.
 
     Returns
     -------
@@ -95,6 +83,7 @@ def prune_gradually(
     M. Zhu, S. Gupta, To prune, or not to prune, 2017. J. Lee et al., Layer-adaptive sparsity for the
     magnitude-based pruning, 2021.
     """
+    seed = run_of(1, training, Course).seed
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
     prepared = _prepared(model, amount, "amount", ignore, layout)
@@ -102,9 +91,7 @@ def prune_gradually(
     def step_of(network: nn.Module) -> Step:
         return gradually(network, _each(amount, prepared[1]), steps=steps, end=_END)
 
-    training: Any = {"epochs": epochs, "seconds": seconds, "lr": lr, "weight_decay": weight_decay}
-    training |= {"loss": loss, "seed": seed, "progress": progress}
-    pruned = _pruned(*prepared, batches, step_of, training)
+    pruned = _pruned(*prepared, batches, step_of, loss, training)
     before = model if isinstance(model, Compressed) else prepared[0]
     return after(before, laid_out(prepared[0], pruned, layout, evaluate=evaluate, seed=seed))
 
@@ -115,17 +102,12 @@ def network_surgery(
     *,
     amount: PerLayer | None = None,
     rate: PerLayer | None = None,
-    epochs: int | None = None,
-    seconds: float | None = None,
     probability: PerLayer = 0.5,
-    lr: float = 1e-3,
-    weight_decay: float = 0.0,
     loss: Loss = cross_entropy,
     ignore: Sequence[str] = (),
     layout: str = "auto",
     evaluate: Evaluate | None = None,
-    seed: int = 0,
-    progress: bool = True,
+    **training: Unpack[Course],
 ) -> Compressed:
     """Train a network while weights are cut out, and spliced in again where they turn out to matter.
 
@@ -147,12 +129,9 @@ def network_surgery(
     rate : float or {layer: float}
         c of t = max(0, mean + c · std) of the |w| that a layer starts with, as published; layers without an
         entry keep all. How many weights that leaves shows only in the end.
-    epochs : int, optional
-    seconds : float, optional
-        Instead of epochs. The schedules follow the clock.
     probability : float or {layer: float}
         With which a layer's mask is looked at after a step, in the beginning; it falls to a tenth of that.
-    lr, weight_decay, loss, ignore, layout, evaluate, seed, progress
+    loss, ignore, layout, evaluate, **training
         As ``prune_gradually`` has them.
 
     Returns
@@ -164,6 +143,7 @@ def network_surgery(
     ----------
     Y. Guo, A. Yao, Y. Chen, Dynamic network surgery for efficient DNNs, 2016.
     """
+    seed = run_of(1, training, Course).seed
     if (amount is None) == (rate is None):
         raise ValueError(f"give either amount or rate, got {amount=} and {rate=}.")
     chances = probability.values() if isinstance(probability, Mapping) else [probability]
@@ -179,9 +159,7 @@ def network_surgery(
         wanted: Any = {what: _each(value, prepared[1])}
         return surgery(network, **wanted, end=_END, probability=probability, seed=seed)
 
-    training: Any = {"epochs": epochs, "seconds": seconds, "lr": lr, "weight_decay": weight_decay}
-    training |= {"loss": loss, "seed": seed, "progress": progress}
-    pruned = _pruned(*prepared, batches, step_of, training, splicing=True)
+    pruned = _pruned(*prepared, batches, step_of, loss, training, splicing=True)
     before = model if isinstance(model, Compressed) else prepared[0]
     return after(before, laid_out(prepared[0], pruned, layout, evaluate=evaluate, seed=seed))
 
@@ -220,7 +198,8 @@ def _pruned(
     names: Sequence[str],
     batches: Iterable[Any],
     step_of: Callable[[nn.Module], Step],
-    training: Mapping[str, Any],
+    loss: Loss,
+    training: Course,
     *,
     splicing: bool = False,
 ) -> Pruned:
@@ -230,7 +209,7 @@ def _pruned(
     layers: dict[str, Any] = {name: find_layer(network, name) for name in names}
     whole = {name: torch.ones_like(layer.weight, dtype=torch.bool) for name, layer in layers.items()}
     mask_weights(network, whole, splicing=splicing)
-    losses = finetune(network, loader, after_step=step_of(network), **training)
+    losses = finetune(network, loader, loss=loss, after_step=step_of(network), **training)
     remove_masks(network)
     weights = {name: as_array(layer.weight) for name, layer in layers.items()}
     own = {f"{name}.weight".lstrip(".") for name in names}
