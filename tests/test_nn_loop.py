@@ -1,5 +1,6 @@
 """A run visits every example once an epoch, and one by the clock ends with its schedule and in time."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +9,15 @@ from torch import nn
 
 from pysolve.errors import PysolveError
 from pysolve.nn import loop, optimizers
-from pysolve.nn.loop import optimise, shuffled
+from pysolve.nn.loop import (
+    Beside,
+    broken_batch,
+    broken_sample,
+    computing,
+    in_full,
+    optimise,
+    shuffled,
+)
 from pysolve.nn.options import Run
 
 
@@ -127,3 +136,148 @@ def test_a_loss_that_is_not_finite_stops_at_once_with_its_epoch():
     with pytest.raises(PysolveError, match=r"in epoch 2: lower lr"):
         optimise(model, loss, Run(3, epochs=5), shuffled(9, 3, 0))
     assert len(seen) == 5
+
+
+def centre():
+    """Ten points, and a network whose loss is how far it is from their mean."""
+    torch.manual_seed(0)
+    return nn.Linear(1, 1), torch.randn(10, 1)
+
+
+def distances(model, x, run, **options):
+    passes = shuffled(len(x), run.steps, run.seed)
+    return optimise(model, lambda rows: (model(x[rows]) - 3).square().mean(), run, passes, **options)
+
+
+@pytest.mark.parametrize("schedule", ["one-cycle", "cosine", "constant", lambda share: (1 - share) ** 2])
+@pytest.mark.parametrize("optimizer", ["adam", "adamw", "sgd", lambda given: torch.optim.SGD(given, lr=0.05)])
+def test_every_optimizer_learns_on_every_schedule(optimizer, schedule):
+    model, x = centre()
+    history = distances(model, x, Run(5, epochs=40, lr=0.05, optimizer=optimizer, schedule=schedule))
+    assert history[-1] < 0.1 * history[0]
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.sampled_from(["cosine", "constant", "own"]))
+def test_learning_rates_follow_the_schedule_of_the_share_done(steps, epochs, schedule):
+    def own(share):
+        return 1 - share / 3
+
+    factor = {"cosine": lambda t: (1 + np.cos(np.pi * t)) / 2, "constant": lambda t: 1.0, "own": own}[
+        schedule
+    ]
+    rates, _ = trained(Run(steps, epochs=epochs, lr=0.1, schedule=own if schedule == "own" else schedule))
+    n = steps * epochs
+    np.testing.assert_allclose(rates, [0.1 * factor(i / n) for i in range(n)], rtol=1e-12)
+
+
+def test_an_optimizer_of_ones_own_keeps_its_rates_and_its_momentum():
+    model, x = centre()
+    seen = []
+
+    def own(parameters):
+        groups = [{"params": parameters[:1], "lr": 0.02}, {"params": parameters[1:]}]
+        optimizer = torch.optim.SGD(groups, lr=0.004, momentum=0.5)
+        optimizer.register_step_pre_hook(
+            lambda made, *_: seen.append([(group["lr"], group["momentum"]) for group in made.param_groups])
+        )
+        return optimizer
+
+    distances(model, x, Run(2, epochs=10, lr=7.0, optimizer=own))
+    first, second = np.array(seen).transpose(1, 0, 2)
+    assert first[:, 0].max() == pytest.approx(0.02, rel=0.02)
+    np.testing.assert_allclose(first[:, 0], 5 * second[:, 0])
+    assert {*first[:, 1], *second[:, 1]} == {0.5}
+
+
+def test_gradients_are_clipped_to_their_common_norm():
+    model, x = nn.Linear(1, 1), torch.full((4, 1), 1e3)
+    before = torch.cat([value.detach().clone().flatten() for value in model.parameters()])
+    distances(model, x, Run(1, epochs=1, lr=0.1, optimizer="sgd", schedule="constant", clip=0.5))
+    after = torch.cat([value.detach().flatten() for value in model.parameters()])
+    assert float((after - before).norm()) == pytest.approx(0.05, rel=1e-3)
+
+
+@given(st.lists(st.floats(-5, 5), min_size=6, max_size=6), st.integers(1, 6))
+def test_the_best_epoch_comes_back_and_patience_stops_in_time(scores, patience):
+    model, x = centre()
+    model.register_buffer("calls", torch.zeros(()), persistent=False)
+    states = []
+
+    def evaluate(network):
+        assert not network.training
+        assert not torch.is_grad_enabled()
+        network.calls += 1
+        states.append([value.detach().clone() for value in (*network.parameters(), *network.buffers())])
+        return scores[len(states) - 1]
+
+    history = distances(model, x, Run(2, epochs=6, evaluate=evaluate, patience=patience))
+    best, wanted = 0, 6
+    for i in range(1, 6):
+        best = i if scores[i] > scores[best] else best
+        if i - best >= patience:
+            wanted = i + 1
+            break
+    assert len(history) == len(states) == wanted
+    now = (*model.parameters(), *model.buffers())
+    assert all(torch.equal(a, b) for a, b in zip(now, states[best], strict=True))
+
+
+def test_looking_at_the_network_does_not_change_the_training():
+    results = []
+    for evaluate in (None, lambda network: torch.rand(()).item() * 0 + len(results)):
+        torch.manual_seed(0)
+        model, x = nn.Sequential(nn.Linear(1, 8), nn.Dropout(0.5), nn.Linear(8, 1)), torch.randn(8, 1)
+        results.append(distances(model, x, Run(2, epochs=3, evaluate=evaluate)))
+    assert results[0] == results[1]
+
+
+def test_a_score_that_is_not_a_number_is_an_error():
+    with pytest.raises(PysolveError, match="evaluate gave nan after epoch 1"):
+        distances(*centre(), Run(2, epochs=3, evaluate=lambda _: float("nan")))
+
+
+def test_by_the_clock_the_last_epoch_is_judged_too(monkeypatch):
+    monkeypatch.setattr(loop, "time", Clock(1.0))
+    scores = []
+    model, x = centre()
+    history = distances(model, x, Run(3, seconds=5.0, evaluate=lambda _: scores.append(0) or 0.0))
+    assert len(history) == len(scores) == 2
+
+
+def test_time_that_is_spent_before_the_first_step_counts_but_is_no_step(monkeypatch):
+    monkeypatch.setattr(loop, "time", Clock(40.0, *[1.0] * 1000))
+    steps = []
+    run = Run(10, seconds=100.0, after_step=steps.append)
+    distances(*centre(), run, beside=Beside(prepare=lambda: None))
+    assert len(steps) in (59, 60)
+
+
+def test_a_step_that_is_not_taken_leaves_the_weights_as_they_were():
+    model, x = centre()
+    before = model.weight.detach().clone()
+    x[:] = float("inf")
+    with pytest.raises(PysolveError, match=r"or give clip. That was in step 1 of the epoch"):
+        distances(model, x, Run(1, epochs=1))
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "auto"])
+def test_the_network_computes_in_the_precision_and_the_loss_in_float32(precision):
+    model, seen = nn.Linear(1, 1), []
+    run = Run(1, epochs=1, precision=precision)
+    with computing(run, torch.device("cpu")):
+        output = model(torch.ones(2, 1))
+    seen.append(output.dtype)
+    assert seen == [torch.bfloat16 if precision == "bfloat16" else torch.float32]
+    assert in_full({"a": [output]})["a"][0].dtype == torch.float32
+    assert in_full(output.double()).dtype == torch.float64
+
+
+def test_what_broke_is_named():
+    x = torch.zeros(5, 2)
+    x[3, 1] = float("nan")
+    assert broken_sample(x, torch.tensor([4, 3, 0])) == "sample 3"
+    assert broken_sample(x, torch.tensor([4, 2])) == ""
+    assert broken_sample(x[:, 1], torch.tensor([0, 3])) == "sample 3"
+    assert broken_batch({"x": x, "n": 3}, 7) == "batch 7"
+    assert broken_batch((x[:3], torch.ones(3, dtype=torch.long)), 7) == ""

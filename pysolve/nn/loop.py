@@ -76,13 +76,7 @@ def optimise(
         Mean loss of each epoch; by the clock, the last one may be incomplete.
     """
     beside = beside or Beside()
-    modules = [model] if beside.learnt is None else [model, beside.learnt]
-    trained = [value for module in modules for value in module.parameters() if value.requires_grad]
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise PysolveError("no parameter of the network requires a gradient: nothing can be trained.")
-    optimizer = optimizer_of(run.optimizer, trained, run.lr, run.weight_decay)
-    schedule = schedule_of(run.schedule, optimizer, run.length, momentum=isinstance(run.optimizer, str))
-    parts = Parts(modules, optimizer, schedule, beside.generators, run.after_step)
+    parts = _parts(model, run, beside)
     settings = {**run.settings(), **(beside.settings or {})}
     path = None if run.checkpoint is None else Path(run.checkpoint)
     with _bar(run) as bar, torch.enable_grad(), _random_state(run.seed, device_of(model)):
@@ -97,6 +91,16 @@ def optimise(
             if path is not None:
                 write(path, progress, parts, settings)
     return progress.losses
+
+
+def _parts(model: nn.Module, run: Run, beside: Beside) -> Parts:
+    modules = [model] if beside.learnt is None else [model, beside.learnt]
+    trained = [value for module in modules for value in module.parameters() if value.requires_grad]
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise PysolveError("no parameter of the network requires a gradient: nothing can be trained.")
+    optimizer = optimizer_of(run.optimizer, trained, run.lr, run.weight_decay)
+    schedule = schedule_of(run.schedule, optimizer, run.length, momentum=isinstance(run.optimizer, str))
+    return Parts(modules, optimizer, schedule, beside.generators, run.after_step)
 
 
 def _epoch(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-import pickle
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from itertools import chain
@@ -112,11 +112,7 @@ def read(path: Path, parts: Parts, settings: Mapping[str, Any]) -> Progress:
         raise DataError(f"checkpoint {path} cannot be written: there is no folder {path.parent}.")
     if not path.exists():
         return Progress()
-    try:
-        # Plain tensors and numbers alone: such files are safe whoever wrote them.
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise DataError(f"{path} is damaged, or no checkpoint: give another path, or remove it.") from error
+    state = _loaded(path)
     if not isinstance(state, dict) or state.get("pysolve training") != _VERSION:
         raise DataError(f"{path} is no checkpoint of a training that this pysolve knows: give another path.")
     _check_same(path, state["settings"], {**settings, **_layout(parts)})
@@ -132,6 +128,21 @@ def read(path: Path, parts: Parts, settings: Mapping[str, Any]) -> Progress:
     # Learning rates are the optimizer's state; the schedules know them from their place alone.
     parts.schedule.last_epoch = progress.position
     return progress
+
+
+def _loaded(path: Path) -> Any:
+    """The content of a file that may be anything."""
+    broken = DataError(f"{path} is damaged, or no checkpoint: give another path, or remove it.")
+    # Other files torch would take for its older format, and warn.
+    if not zipfile.is_zipfile(path):
+        raise broken
+    try:
+        # Plain tensors and numbers alone: such files are safe whoever wrote them.
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise broken from error
 
 
 def _layout(parts: Parts) -> dict[str, Any]:

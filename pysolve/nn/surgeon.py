@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pysolve.errors import DataError
 from pysolve.nn.masking import below, masks_of
 from pysolve.nn.network import as_array, find_layer
 from pysolve.nn.options import Step
@@ -21,7 +24,38 @@ PerLayer = float | Mapping[str, float]
 _STEPS = 100
 
 
-def gradually(model: nn.Module, amount: PerLayer, *, steps: int, end: float) -> Step:
+@dataclass(frozen=True)
+class Masking:
+    """A step that changes masks, called with the share of the training done; checkpoints hold its state.
+
+    Parameters
+    ----------
+    step : callable
+    about : str
+        What must be the same for a training to go on.
+    get, put : callable
+        Read and write its state.
+    """
+
+    step: Step
+    about: str
+    get: Callable[[], dict[str, Any]]
+    put: Callable[[dict[str, Any]], None]
+
+    def __call__(self, share: float) -> None:
+        with torch.no_grad():
+            self.step(share)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"about": self.about, **self.get()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if (was := state.pop("about")) != self.about:
+            raise DataError(f"the checkpoint is of other pruning: it was {was}, now it is {self.about}.")
+        self.put(state)
+
+
+def gradually(model: nn.Module, amount: PerLayer, *, steps: int, end: float) -> Masking:
     """Prune a network's masked weights by magnitude while it is trained, more and more.
 
     The share that is pruned follows  s(t) = amount · (1 − (1 − t / end)³)  in equal steps.
@@ -52,7 +86,11 @@ def gradually(model: nn.Module, amount: PerLayer, *, steps: int, end: float) -> 
             for name, gone in _shares(weights, amount, _level(step / steps)).items():
                 _keep_largest(masks[name].mask, weights[name], gone)
 
-    return torch.no_grad()(prune)
+    def put(state: dict[str, Any]) -> None:
+        nonlocal done
+        done = state["done"]
+
+    return Masking(prune, f"gradual with {amount=}, {steps=}", lambda: {"done": done}, put)
 
 
 def surgery(
@@ -63,7 +101,7 @@ def surgery(
     end: float,
     probability: PerLayer,
     seed: int,
-) -> Step:
+) -> Masking:
     """Prune a network's masked weights while it is trained, and put back those that turn out to matter.
 
     With a threshold t of a layer, weights below 0.9 t go, those above 1.1 t come back, and those between stay
@@ -111,7 +149,15 @@ def surgery(
             if random.random() < _of(probability, name) * (1 - 0.9 * share / end):
                 _splice(masks[name].mask, weights[name], limits[name])
 
-    return torch.no_grad()(operate)
+    def get() -> dict[str, Any]:
+        return {"done": done, "limits": limits, "random": json.dumps(random.bit_generator.state)}
+
+    def put(state: dict[str, Any]) -> None:
+        nonlocal done, limits
+        done, limits = state["done"], state["limits"]
+        random.bit_generator.state = json.loads(state["random"])
+
+    return Masking(operate, f"surgery with {amount=}, {rate=}, {probability=}", get, put)
 
 
 def _of(each: PerLayer, name: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -61,6 +61,11 @@ class Goal:
         if self.mix and self.alpha < 1:
             raise ValueError(f"mixtures have no labels: with alpha={self.alpha}, mix must be 0.")
 
+    def settings(self) -> dict[str, Any]:
+        """What must be the same for a training to go on; functions count as ``own``."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {**values, "loss": self.loss if isinstance(self.loss, str) else "own"}
+
 
 @dataclass(frozen=True)
 class Watched:
@@ -88,7 +93,6 @@ def taught(
     settings: Mapping[str, Any],
 ) -> list[float]:
     """Train a student, in the modes that the networks are in."""
-    device = device_of(student.model)
     known: Callable[[Key], list[Tensor]] | None = None
     maps, dims = _maps(student, teacher, goal, run, lessons.first)
 
@@ -104,23 +108,30 @@ def taught(
 
     def loss_of(item: tuple[Key, Any]) -> Tensor:
         key, batch = item
-        wanted = [target.to(device) for target in (known(key) if known else ask(key, batch))]
+        wanted = known(key) if known else ask(key, batch)
         output, outputs, features = student.answers(batch, run)
+        wanted = [target.to(outputs[0].device) if outputs else target for target in wanted]
         count = len(wanted) - len(features)
         value = _output_loss(goal, output, outputs, wanted[:count], batch)
         together = zip(features, wanted[count:], maps, dims, strict=True)
         return value + goal.feature_weight * sum(unexplained(*one) for one in together) if dims else value
 
-    def broken(item: tuple[Key, Any], number: int) -> str:
-        key, batch = item
-        if isinstance(key, Tensor) and lessons.samples is not None:
-            return broken_sample(lessons.samples, key)
-        return broken_batch(batch, number)
-
-    learnt = maps if any(True for _ in maps.parameters()) else None
-    own = {"goal": str(asdict(goal) | {"loss": goal.loss if isinstance(goal.loss, str) else "own"})}
-    beside = Beside(learnt, lessons.generators, prepare, {**settings, **own}, broken)
+    beside = Beside(
+        learnt=maps if any(True for _ in maps.parameters()) else None,
+        generators=lessons.generators,
+        prepare=prepare,
+        settings={**settings, **goal.settings()},
+        broken=lambda item, number: _broken(lessons, item, number),
+    )
     return optimise(student.model, loss_of, run, lessons.passes, beside)
+
+
+def _broken(lessons: Lessons, item: tuple[Key, Any], number: int) -> str:
+    """Which part of a lesson is NaN or infinite."""
+    key, batch = item
+    if isinstance(key, Tensor) and lessons.samples is not None:
+        return broken_sample(lessons.samples, key)
+    return broken_batch(batch, number)
 
 
 def _maps(
@@ -170,14 +181,14 @@ def _finite(answers: list[Tensor], key: Key) -> list[Tensor]:
     """The teacher's answers, checked to be numbers."""
     for answer in answers:
         if not bool(answer.isfinite().all()):
-            where = f"batch {key + 1}" if isinstance(key, int) else broken_among(answer, key)
+            where = f"batch {key + 1}" if isinstance(key, int) else _broken_among(answer, key)
             raise DataError(
                 f"the teacher's outputs hold NaN or infinity in {where}: check the batches and its weights."
             )
     return answers
 
 
-def broken_among(answer: Tensor, rows: Tensor) -> str:
+def _broken_among(answer: Tensor, rows: Tensor) -> str:
     if len(answer) != len(rows):
         return f"samples {rows.tolist()}"
     finite = answer.reshape(len(answer), -1).isfinite().all(1).cpu()
