@@ -31,6 +31,7 @@ ROWS = [
         "nn.walk",
         "nn.nonzeros",
         "nn.lessons",
+        "nn.goal",
     },
     {
         "nn.layers",

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.distill import distill
-from pysolve.nn.teaching import Goal, soft_loss
+from pysolve.nn.goal import Goal, soft_loss
 
 
 @pytest.fixture(autouse=True, scope="module")

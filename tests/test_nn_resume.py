@@ -179,6 +179,17 @@ def test_a_checkpoint_of_another_training_is_refused_with_what_differs(change, m
     assert same(model, network())
 
 
+def test_numbers_of_numpy_can_be_kept(tmp_path):
+    how = {"epochs": np.int64(2), "lr": np.float32(0.01), "clip": np.float64(1.0)}
+    how |= {
+        "seed": np.int64(3),
+        "schedule": np.cos,
+        "evaluate": lambda _: np.float32(1.0),
+        "checkpoint": tmp_path / "a.pt",
+    }
+    assert fit(network(), X, Y, **how) == fit(network(), X, Y, **how)
+
+
 def test_a_checkpoint_of_another_network_is_refused_with_its_first_differences(tmp_path):
     how = {"epochs": 1, "checkpoint": tmp_path / "a.pt"}
     fit(network(), X, Y, **how)

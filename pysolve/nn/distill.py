@@ -8,12 +8,13 @@ from typing import Any, Unpack
 
 from torch import nn
 
+from pysolve.nn.goal import Goal, Soft
 from pysolve.nn.hints import layer_pairs, tapped
 from pysolve.nn.lessons import lessons_of
 from pysolve.nn.network import keeping_modes
 from pysolve.nn.options import Training, run_of
 from pysolve.nn.retrain import check_model
-from pysolve.nn.teaching import Goal, Soft, Watched, taught
+from pysolve.nn.teaching import Watched, taught
 
 
 def distill(

@@ -29,7 +29,8 @@ class Lessons:
         Batches in an epoch.
     passes : callable
         From the number of an epoch to its batches, each with its weight and key.
-    first : batch
+    first : callable
+        Gives a batch like all others.
     held : sequence of batches, or None
         Everything, where it is in memory; a key speaks of these.
     samples : tensor, optional
@@ -40,7 +41,7 @@ class Lessons:
 
     steps: int
     passes: Passes
-    first: Any
+    first: Callable[[], Any]
     held: Sequence[Any] | None
     samples: Tensor | None = None
     generators: Sequence[torch.Generator] = ()
@@ -63,15 +64,16 @@ def lessons_of(
         def anew(epoch: int) -> Iterator[tuple[int, Any]]:
             return ((1, (int(row), items[int(row)])) for _, row in order(epoch))
 
-        return Lessons(steps, anew, items[0], items)
+        return Lessons(steps, anew, lambda: items[0], items)
 
     def in_order(_: int) -> Iterator[tuple[int, Any]]:
         batches = enumerate(one_by_one(loader))
         return ((weight, (i, _mixed_batch(batch, mix))) for i, (weight, batch) in batches)
 
     if isinstance(loader, list | tuple):
-        return Lessons(steps, in_order, loader[0], loader)
-    return Lessons(steps, in_order, _read(loader, seed, 1)[0], None, generators=generators(loader))
+        return Lessons(steps, in_order, lambda: loader[0], loader)
+    own = generators(loader)
+    return Lessons(steps, in_order, lambda: _read(loader, seed, 1)[0], None, generators=own)
 
 
 def _of_samples(inputs: Tensor, labels: Tensor | None, size: int, mix: float, seed: int) -> Lessons:
@@ -86,7 +88,7 @@ def _of_samples(inputs: Tensor, labels: Tensor | None, size: int, mix: float, se
             yield weight, (rows, mixed(inputs[rows], inputs, mix) if mix else batch(rows))
 
     held = [batch(slice(start, start + size)) for start in range(0, len(inputs), size)]
-    return Lessons(steps, passes, held[0], held, inputs)
+    return Lessons(steps, passes, lambda: held[0], held, inputs)
 
 
 def _read(batches: Iterable[Any], seed: int, most: int | None = None) -> list[Any]:
@@ -96,7 +98,7 @@ def _read(batches: Iterable[Any], seed: int, most: int | None = None) -> list[An
     own = generators(batches)
     states = [generator.get_state() for generator in own]
     with torch.random.fork_rng(devices=()):
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         items = []
         for batch in batches:
             items.append(batch)

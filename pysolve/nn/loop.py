@@ -21,7 +21,7 @@ from pysolve.nn.network import device_of, evaluating
 from pysolve.nn.optimizers import optimizer_of, schedule_of
 from pysolve.nn.options import Run
 from pysolve.nn.options import Step as Step
-from pysolve.nn.resume import Parts, Progress, copied, put, read, write
+from pysolve.nn.resume import Parts, Progress, copied, plain, put, read, write
 
 # Of an epoch's number: what its steps are taken on, each with its weight in the epoch's mean loss.
 Passes = Callable[[int], Iterable[tuple[int, Any]]]
@@ -77,7 +77,7 @@ def optimise(
     """
     beside = beside or Beside()
     parts = _parts(model, run, beside)
-    settings = {**run.settings(), **(beside.settings or {})}
+    settings = {name: plain(value) for name, value in (run.settings() | dict(beside.settings or {})).items()}
     path = None if run.checkpoint is None else Path(run.checkpoint)
     with _bar(run) as bar, torch.enable_grad(), _random_state(run.seed, device_of(model)):
         progress = Progress() if path is None else read(path, parts, settings)
@@ -98,7 +98,7 @@ def _parts(model: nn.Module, run: Run, beside: Beside) -> Parts:
     trained = [value for module in modules for value in module.parameters() if value.requires_grad]
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PysolveError("no parameter of the network requires a gradient: nothing can be trained.")
-    optimizer = optimizer_of(run.optimizer, trained, run.lr, run.weight_decay)
+    optimizer = optimizer_of(run.optimizer, trained, float(run.lr), float(run.weight_decay))
     schedule = schedule_of(run.schedule, optimizer, run.length, momentum=isinstance(run.optimizer, str))
     return Parts(modules, optimizer, schedule, beside.generators, run.after_step)
 
@@ -212,7 +212,7 @@ def in_full(output: Any) -> Any:
 
 def shuffled(n: int, steps: int, seed: int) -> Passes:
     """Indices of n examples, shuffled anew in every epoch, in parts of nearly equal size for its steps."""
-    generator, drawn = torch.Generator().manual_seed(seed), 0
+    generator, drawn = torch.Generator().manual_seed(int(seed)), 0
 
     def rows(epoch: int) -> Iterator[tuple[int, Tensor]]:
         nonlocal drawn
@@ -235,5 +235,5 @@ def _bar(run: Run) -> tqdm[Any]:
 def _random_state(seed: int, device: torch.device) -> Iterator[None]:
     """A random state of its own inside (for dropout); torch's global one is put back afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+        torch.manual_seed(int(seed))
         yield

@@ -73,6 +73,11 @@ class Parts:
     after_step: Any = None
 
 
+def plain(value: Any) -> Any:
+    """NumPy's numbers as Python's, which files may hold."""
+    return value.item() if hasattr(value, "item") else value
+
+
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers, those too that no state dict holds; each under its first name."""
     return dict(chain(model.named_parameters(), model.named_buffers()))
