@@ -62,7 +62,7 @@ def finetune(
         From the network, in evaluation mode, to a score, where higher is better: called after each epoch. The
         parameters and buffers of the best epoch are put back in the end. Its time counts as training's.
     patience : int, optional
-        Stop once the score has not risen for so many epochs.
+        Stop once the score has not risen for so many epochs; a schedule that falls is then cut short.
     checkpoint : path, optional
         A file to keep the training's state in, renewed after each epoch; where it exists, training goes on
         from it, and one that is finished gives its network at once. With ``epochs`` the result is that of
