@@ -119,18 +119,25 @@ def _sampled(
     return Choice(site, keep, np.exp(np.interp(np.arange(K + 1), sizes, np.log(error))), method)
 
 
-def harm_curve(choice: Choice, sizes: Sequence[int], harms: Sequence[float]) -> Array:
-    """What keeping k channels does to the network, for every k, from measurements at a few sizes.
+def harm_curve(error: Array, sizes: Sequence[int], harms: Sequence[float]) -> Array:
+    """What keeping k of K channels does to the network, for every k, from measurements at a few sizes.
 
     Harm is taken for a power of the error between neighbouring measurements, log-linear, and for the same
     power beyond the outer ones; nothing is lost with all channels, and none may be left.
 
+    Parameters
+    ----------
+    error : (K + 1,) array
+        Positive; what is lost with 0 … K channels.
+    sizes, harms : sequences
+        Where it was measured, and what was found.
+
     Returns
     -------
-    (channels + 1,) array
+    (K + 1,) array
         Never rises with k.
     """
-    at, error = np.asarray(sizes, dtype=np.intp), np.log(choice.error)
+    at, error = np.asarray(sizes, dtype=np.intp), np.log(error)
     if not len(at):
         return np.array([np.inf, *[0.0] * (len(error) - 1)])
     order = np.argsort(error[at], kind="stable")

@@ -174,6 +174,11 @@ class Correlations:
         total += self.count * (b @ b) + 2 * b @ (M @ self.x_sum - self.y_sum)
         return float(0.5 * total / self.count)
 
+    def share_lost(self, M: npt.ArrayLike, bias: npt.ArrayLike | None = None) -> float:
+        """E‖y − M x − b‖² / E‖y − E[y]‖²: 0 for a perfect fit, 1 for what the mean alone does."""
+        energy = np.trace(self.r_yy) - np.square(self.y_sum / self.count).sum()
+        return float(max(2 * self.error(M, bias), 0.0) / energy) if energy > 0 else 0.0
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one ``.npz`` file; an existing file is replaced only once the new one is complete."""
         path = Path(path)

@@ -113,20 +113,20 @@ class LayerReport:
     name : str
     density : float
         Share of the weights that are left.
-    layout : "dense", "csr" or "mask"
-        How the layer runs now.
+    layout : str
+        How the layer runs now: "dense", "csr", "mask", or "rank 20", "rank 20, spatial" as two layers.
     why : str
-    dense_seconds, sparse_seconds : float, optional
+    dense_seconds, new_seconds : float, optional
         Median of its calls on a batch, where both were timed.
     error : float, optional
-        E‖y − M x − b‖² / E‖y − E[y]‖² of a layer that was refitted, on the pruned network's inputs.
+        E‖y − M x − b‖² / E‖y − E[y]‖² of a layer that was refitted, on the compressed network's inputs.
     """
 
-    HEAD: ClassVar = ("layer", "left", "error", "runs", "dense ms", "sparse ms", "why")
+    HEAD: ClassVar = ("layer", "left", "error", "runs", "dense ms", "new ms", "why")
 
     def cells(self) -> tuple[str, ...]:
         """A row under ``HEAD``."""
-        times = map(_milliseconds, (self.dense_seconds, self.sparse_seconds))
+        times = map(_milliseconds, (self.dense_seconds, self.new_seconds))
         error = "" if self.error is None else f"{self.error:.2%}"
         return (self.name, f"{self.density:.1%}", error, self.layout, *times, self.why)
 
@@ -135,7 +135,7 @@ class LayerReport:
     layout: str
     why: str
     dense_seconds: float | None = None
-    sparse_seconds: float | None = None
+    new_seconds: float | None = None
     error: float | None = None
 
 

@@ -84,6 +84,63 @@ class Sparse:
         return reached + np.arange(len(reached))
 
 
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """A weight as two smaller ones, applied one after the other.
+
+    W[h, c, …] = Σ_k outer[h, k, …] inner[k, c, …], where a kernel's size of 1 is spread along the other's. So
+    a matrix is outer · inner; a convolution becomes one with its kernel to r channels and a 1 × 1 behind, or
+    one along the height and one along the width.
+
+    Parameters
+    ----------
+    outer : (h, r, …) array
+    inner : (r, c, …) array
+        Along each dimension of the kernel, one of the two has size 1.
+    """
+
+    outer: npt.NDArray[Any]
+    inner: npt.NDArray[Any]
+
+    def __post_init__(self) -> None:
+        shapes = f"{self.outer.shape} and {self.inner.shape}"
+        if not self.outer.ndim == self.inner.ndim >= 2 or self.outer.shape[1] != self.inner.shape[0]:
+            raise DataError(f"expected factors of shapes (h, r, …) and (r, c, …), got {shapes}.")
+        if not self.rank or any(min(pair) != 1 for pair in self._kernels):
+            raise DataError(f"along a kernel's dimension one factor must have size 1, got {shapes}.")
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return len(self.inner)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight."""
+        return (len(self.outer), self.inner.shape[1], *map(max, self._kernels))
+
+    @property
+    def _kernels(self) -> list[tuple[int, int]]:
+        return [*zip(self.outer.shape[2:], self.inner.shape[2:], strict=True)]
+
+    def dense(self) -> npt.NDArray[Any]:
+        """The weight, multiplied out."""
+        return np.asarray(np.einsum("hk...,kc...->hc...", self.outer, self.inner, optimize=True))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both factors."""
+        return self.outer.nbytes + self.inner.nbytes
+
+    @property
+    def density(self) -> float:
+        """Numbers of the factors as a share of the weight's."""
+        return (self.outer.size + self.inner.size) / max(1, int(np.prod(self.shape, dtype=np.int64)))
+
+
+Form = Sparse | LowRank
+
+
 def _top(kind: np.dtype[Any]) -> int:
     """The number that means: so many zeros, and no entry yet."""
     return int(np.iinfo(kind).max)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pysolve.forms import Sparse
+from pysolve.forms import Form
 
 Array = npt.NDArray[np.float64]
 Indices = npt.NDArray[np.intp]
@@ -137,13 +137,13 @@ class Plan:
     values : {state-dict name: array}
         New parameters and buffers in the shapes that they have in the original network; what belongs to
         channels that go is dropped with them. A bias may be given to a layer that has none.
-    forms : {layer: Sparse}
+    forms : {layer: Sparse or LowRank}
         Weights to store and run in another form, of layers that no step cuts.
     """
 
     steps: tuple[Collapse, ...] = ()
     values: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
-    forms: Mapping[str, Sparse] = field(default_factory=dict)
+    forms: Mapping[str, Form] = field(default_factory=dict)
 
 
 def _first(names: tuple[str, ...]) -> str:

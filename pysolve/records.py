@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pysolve.errors import DataError
+from pysolve.forms import Form, LowRank
 from pysolve.plan import Collapse, Indices, Plan, Site
 
 # From "rows" or "columns" and a layer's name to how many output or input channels it has.
@@ -80,12 +81,37 @@ def step_record(step: Collapse) -> dict[str, Any]:
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
-    """A plan without its numbers: what stays of each site, which values are new, which layers run sparse."""
+    """A plan without its numbers: what stays of each site, which values are new, which layers have a form."""
     return {
         "steps": [step_record(step) for step in plan.steps],
         "values": [*plan.values],
-        "forms": {name: {"kind": "csr", "density": form.density} for name, form in plan.forms.items()},
+        "forms": {name: form_record(form) for name, form in plan.forms.items()},
     }
+
+
+def form_record(form: Form) -> dict[str, Any]:
+    """A form without its numbers."""
+    if isinstance(form, LowRank):
+        spatial = len(form.shape) > 2 and form.outer.shape[-1] > 1
+        return {"kind": "low-rank", "rank": form.rank, "spatial": spatial}
+    return {"kind": "csr", "density": form.density}
+
+
+def factors_of(records: Any) -> dict[str, tuple[int, bool]]:
+    """Rank of each factored layer, and whether it lies along height and width, from their records.
+
+    Raises
+    ------
+    DataError
+    """
+    found = {}
+    for name, record in typed(records, dict, "factored").items():
+        given = typed(record, dict, "a factored layer")
+        rank = typed(field(given, "rank"), int, "rank")
+        if rank < 1:
+            raise DataError(f"expected a rank of at least 1, got {rank}.")
+        found[name] = (rank, typed(field(given, "spatial"), bool, "spatial"))
+    return found
 
 
 def steps_of(records: Any, width: Width) -> tuple[Collapse, ...]:

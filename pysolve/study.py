@@ -82,7 +82,7 @@ class Study:
     def curve(self, s: int) -> Array:
         """Divergence to expect of free site s at every size, from what was measured so far."""
         measured = sorted(self.harms[s].items())
-        return harm_curve(self.choices[s], [k for k, _ in measured], [harm for _, harm in measured])
+        return harm_curve(self.choices[s].error, [k for k, _ in measured], [harm for _, harm in measured])
 
     @property
     def new_biases(self) -> frozenset[str]:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import correlated_samples, seeds
 
-from pysolve.choice import FLOOR, Choice, choose, harm_curve, reader_columns, refit, site_problem
+from pysolve.choice import FLOOR, choose, harm_curve, reader_columns, refit, site_problem
 from pysolve.correlations import Correlations
 from pysolve.nn.rows import matrix, samples
 from pysolve.plan import Site
@@ -147,7 +147,7 @@ def test_a_curve_never_rises_is_infinite_at_none_and_zero_at_all(error, data):
     channels = len(error) - 1
     sizes = data.draw(st.lists(st.integers(1, channels), min_size=1, max_size=4, unique=True))
     harms = data.draw(st.lists(st.floats(0, 10.0), min_size=len(sizes), max_size=len(sizes)))
-    curve = harm_curve(Choice(Site(channels, ("a",), ("b",)), None, error), sizes, harms)
+    curve = harm_curve(error, sizes, harms)
     assert curve.shape == (channels + 1,)
     assert np.all(curve[:-1] >= curve[1:])
     assert curve[0] == np.inf
@@ -161,19 +161,18 @@ def test_a_curve_passes_through_measurements_that_do_not_contradict_it(seed, cou
     error = np.concatenate([np.cumprod([1.0, *rng.uniform(0.3, 0.95, 9)]), [FLOOR]])
     sizes = np.sort(rng.permutation(np.arange(1, 10))[:count])
     harms = np.sort(10 ** rng.uniform(-6, 1, count))[::-1]
-    curve = harm_curve(Choice(Site(10, ("a",), ("b",)), None, error), sizes, harms)
+    curve = harm_curve(error, sizes, harms)
     np.testing.assert_allclose(curve[sizes], harms, rtol=1e-9)
 
 
 def test_between_measurements_harm_is_a_power_of_the_error():
     error = np.geomspace(1, 1e-6, 13)
-    curve = harm_curve(Choice(Site(12, ("a",), ("b",)), None, error), [2, 6, 9], 5 * error[[2, 6, 9]] ** 1.5)
+    curve = harm_curve(error, [2, 6, 9], 5 * error[[2, 6, 9]] ** 1.5)
     np.testing.assert_allclose(curve[1:-1], 5 * error[1:-1] ** 1.5, rtol=1e-9)
 
 
 def test_a_single_channel_has_a_curve_without_measurements():
-    site = Site(1, ("a",), ("b",))
-    curve = harm_curve(Choice(site, None, np.array([1.0, FLOOR])), [], [])
+    curve = harm_curve(np.array([1.0, FLOOR]), [], [])
     np.testing.assert_array_equal(curve, [np.inf, 0.0])
 
 

@@ -12,12 +12,12 @@ ROWS = [
     {"cli"},
     {"demo", "commands"},
     {"sources", "show.page", "options"},
-    {"pruning.methods"},
-    {"pruning.channels", "pruning.training"},
-    {"recipe", "pruning.weights"},
-    {"shrink", "pruning.layout"},
+    {"pruning.methods", "lowrank.methods"},
+    {"pruning.channels", "pruning.training", "lowrank.choose"},
+    {"recipe", "pruning.weights", "lowrank.factoring"},
+    {"shrink", "pruning.layout", "lowrank.candidates"},
     {"sizes", "checks", "pruning.selected"},
-    {"show.figures", "show.plots", "study", "pruning.reconstruct", "nn.checkpoint"},
+    {"show.figures", "show.plots", "study", "layerwise", "nn.checkpoint"},
     {"account", "calibrate", "show.curves", "offline", "nn.inspect", "compressed", "nn.distill"},
     {"nn.graph.sites", "nn.costs", "nn.profile", "nn.teaching"},
     {"nn.graph.trial", "nn.lockstep", "nn.calibration", "nn.dense"},
@@ -30,6 +30,7 @@ ROWS = [
         "nn.graph.branches",
         "nn.walk",
         "nn.nonzeros",
+        "nn.sensitivity",
         "nn.lessons",
         "nn.goal",
     },
@@ -48,9 +49,20 @@ ROWS = [
     {"nn.graph.layer_rules"},
     {"nn.graph.operators"},
     {"nn.graph.calls", "nn.loop"},
-    {"nn.graph.export", "nn.graph.classes", "nn.options", "nn.masking", "nn.slicing", "nn.windows"},
+    {
+        "nn.graph.export",
+        "nn.graph.classes",
+        "nn.options",
+        "nn.masking",
+        "nn.slicing",
+        "nn.windows",
+        "nn.factored",
+    },
     {"nn.network", "nn.zoo", "nn.storage", "nn.products", "nn.resume", "nn.optimizers"},
     # torch begins above this line
+    {"lowrank.layer"},
+    {"lowrank.spatial"},
+    {"lowrank.spectrum", "lowrank.ranks"},
     {"choice", "pruning.obs"},
     {"selection", "pruning.searches"},
     {"path", "budget", "pruning.row_paths"},
@@ -62,8 +74,12 @@ ROWS = [
     {"errors", "_core"},
 ]
 TORCH_FREE = set().union(*ROWS[19:])
-PACKAGES = {"pysolve", "pysolve.nn", "pysolve.nn.graph", "pysolve.pruning", "pysolve.show"}
-EXEMPT = {"__init__", "__main__", *(f"{name}.__init__" for name in ("nn", "nn.graph", "pruning", "show"))}
+PACKAGES = {"pysolve", "pysolve.nn", "pysolve.nn.graph", "pysolve.lowrank", "pysolve.pruning", "pysolve.show"}
+EXEMPT = {
+    "__init__",
+    "__main__",
+    *(f"{name}.__init__" for name in ("nn", "nn.graph", "lowrank", "pruning", "show")),
+}
 
 
 def modules():

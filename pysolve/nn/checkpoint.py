@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from pysolve import __version__
 from pysolve.compressed import Compressed, fingerprint
 from pysolve.errors import DataError, PysolveError
-from pysolve.forms import Sparse
+from pysolve.forms import LowRank, Sparse
+from pysolve.nn.factored import empty
 from pysolve.nn.layers import in_form
 from pysolve.nn.masking import mask_weights, masks_of, unmasked
 from pysolve.nn.network import find_layer
@@ -24,7 +26,17 @@ from pysolve.nn.slicing import inputs, outputs
 from pysolve.nn.storage import bits, read, write
 from pysolve.nn.surgery import apply, substitute
 from pysolve.plan import Plan
-from pysolve.records import Width, field, plain, step_record, steps_of, strings, typed
+from pysolve.records import (
+    Width,
+    factors_of,
+    field,
+    form_record,
+    plain,
+    step_record,
+    steps_of,
+    strings,
+    typed,
+)
 
 VERSION = 1
 
@@ -41,7 +53,8 @@ def save(compressed: Compressed, path: str | os.PathLike[str]) -> None:
     - ``version`` of the format, and of ``pysolve``;
     - ``original``: data types and shapes of the original's tensors, by name, or null;
     - ``stages``: for each plan, the earliest first, its steps: which layers make, pass on and read the
-      channels of a site, and which of them stay, as "0-3 7";
+      channels of a site, and which of them stay, as "0-3 7"; and ``factored``, for each plan too: the ranks
+      of the layers that became two;
     - ``biases`` that the original does not have, the layers that run ``sparse``, and those that are
       ``masked``: only weights in use are stored, and ``load`` masks those that are zero;
     - ``training``: whether all layers are in training mode, or the names of those that are;
@@ -75,6 +88,7 @@ def save(compressed: Compressed, path: str | os.PathLike[str]) -> None:
         "stages": [
             [step_record(step) for step in plan.steps] for plan in (*compressed.earlier, compressed.plan)
         ],
+        "factored": [_factored(plan) for plan in (*compressed.earlier, compressed.plan)],
         "biases": _new_biases(compressed),
         "sparse": [*sparse_layers(model, remove_duplicate=True)],
         "masked": masked,
@@ -136,13 +150,26 @@ def _check_kind(name: str, value: Any, kind: type, what: str) -> None:
 
 def _new_biases(compressed: Compressed) -> list[str]:
     """Biases that the original does not have or, where it is not known, that plans may have brought."""
-    state, original = compressed.model.state_dict(), compressed.fingerprint
+    plans, original = (*compressed.earlier, compressed.plan), compressed.fingerprint
+    factored = {name for plan in plans for name in _factored(plan)}
+    names = [name for name in compressed.model.state_dict() if name.rpartition(".")[2] == "bias"]
+    biases = [*dict.fromkeys(_before_factoring(name, factored) for name in names)]
     if original is not None:
-        return [name for name in state if name not in original and name.rpartition(".")[2] == "bias"]
-    plans = (*compressed.earlier, compressed.plan)
+        return [name for name in biases if name not in original]
     given = {name for plan in plans for name in plan.values}
     given |= {f"{name}.bias" for plan in plans for step in plan.steps for name in step.biases}
-    return [name for name in state if name in given and name.rpartition(".")[2] == "bias"]
+    return [name for name in biases if name in given]
+
+
+def _factored(plan: Plan) -> dict[str, Any]:
+    return {name: form_record(form) for name, form in plan.forms.items() if isinstance(form, LowRank)}
+
+
+def _before_factoring(bias: str, factored: set[str]) -> str:
+    """The name that a bias had before its layer became the outer one of two."""
+    while (owner := bias.removesuffix(".outer.bias")) != bias and owner in factored:
+        bias = f"{owner}.bias"
+    return bias
 
 
 def _modes(model: nn.Module) -> bool | list[str]:
@@ -174,17 +201,45 @@ def _check_original(record: Mapping[str, Any], model: nn.Module) -> None:
 
 def _rebuilt(record: Mapping[str, Any], model: nn.Module) -> nn.Module:
     """A copy of the original with the compressed network's layers, and any values."""
-    state, width = model.state_dict(), _widths(model)
-    biases = {*strings(field(record, "biases"), "biases")} - state.keys()
-    zeros = {name: np.zeros(width("rows", name.rpartition(".")[0])) for name in sorted(biases)}
-    network = apply(model, Plan(values=zeros))
-    for stage in typed(field(record, "stages"), list, "stages"):
-        steps = steps_of(stage, _widths(network))
-        network = apply(network, Plan(steps)) if steps else network
+    biases = {*strings(field(record, "biases"), "biases")} - model.state_dict().keys()
+    network = _with_biases(model, biases)
+    stages = typed(field(record, "stages"), list, "stages")
+    # Files of before layers were factored have no such field.
+    factored = typed(record.get("factored", []), list, "factored")
+    for stage, ranks in zip_longest(stages, factored[: len(stages)], fillvalue={}):
+        steps, forms = steps_of(stage, _widths(network)), _factors(network, ranks)
+        if steps or forms:
+            # To layers that factoring made.
+            network = _with_biases(apply(network, Plan(steps, forms=forms)), biases)
+    if biases:
+        raise DataError(f"it has no layer {min(biases).rpartition('.')[0]!r}.")
     for name in strings(field(record, "sparse"), "sparse"):
         layer = find_layer(network, name)
         substitute(network, layer, in_form(layer, _empty(name, layer)))
     return network
+
+
+def _with_biases(network: nn.Module, biases: set[str]) -> nn.Module:
+    """The network with those of the new biases whose layers it has; they are taken off the list."""
+    width, layers = _widths(network), dict(network.named_modules(remove_duplicate=False))
+    ready = {name for name in biases if name.rpartition(".")[0] in layers}
+    biases -= ready
+    return apply(
+        network, Plan(values={name: np.zeros(width("rows", name.rpartition(".")[0])) for name in ready})
+    )
+
+
+def _factors(network: nn.Module, ranks: Any) -> dict[str, LowRank]:
+    """Forms of zeros for the layers that became two."""
+    forms = {}
+    for name, (rank, spatial) in factors_of(ranks).items():
+        layer = find_layer(network, name)
+        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            raise DataError(f"{name} is a {type(layer).__name__}, which cannot be factored.")
+        if rank > layer.weight.numel():
+            raise DataError(f"{name} cannot have rank {rank}.")
+        forms[name] = empty(layer, rank, spatial=spatial)
+    return forms
 
 
 def _mask(network: nn.Module, record: Mapping[str, Any]) -> None:

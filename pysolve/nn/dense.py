@@ -1,4 +1,4 @@
-"""Networks with sparse layers made dense again."""
+"""Networks with sparse and factored layers made dense again."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import copy
 
 from torch import nn
 
+from pysolve.nn.factored import Factored
 from pysolve.nn.layers import SparseConv2d, SparseLinear
 from pysolve.nn.surgery import substitute
 
+_KINDS = (SparseLinear, SparseConv2d, Factored)
+
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """A copy of a network with a Linear for each ``SparseLinear``, a Conv2d for each ``SparseConv2d``.
+    """A copy of a network with one dense layer for each sparse layer, and for each that became two.
 
     For other devices and half precision, and for exporting. A network with sparse layers can be exported,
     too: at 90 % zeros such a program takes a fifth of a dense one's space, but makes the dense weights anew
@@ -24,8 +27,9 @@ def to_dense(model: nn.Module) -> nn.Module:
         Not changed.
     """
     dense = copy.deepcopy(model)
-    if isinstance(dense, SparseLinear | SparseConv2d):
-        return dense.to_dense()
-    for layer in [one for one in dense.modules() if isinstance(one, SparseLinear | SparseConv2d)]:
+    # Inside out: what a factored layer is made of may be sparse or factored itself.
+    for layer in [one for one in reversed([*dense.modules()]) if isinstance(one, _KINDS)]:
+        if layer is dense:
+            return layer.to_dense()
         substitute(dense, layer, layer.to_dense())
     return dense

@@ -25,7 +25,7 @@ def kl_divergence(original: Any, output: Any) -> Tensor:
     samples; of a single sample, or of equal ones, it is taken for 0.
     """
     classified = not isinstance(original, Mapping) or "logits" in original
-    p, q = _main(original).double(), _main(output).double()
+    p, q = main_output(original).double(), main_output(output).double()
     dim = 1 if p.ndim == 2 or p.ndim >= 4 else -1
     if classified and p.ndim > 1 and p.shape[dim] > 1:
         log_p, log_q = p.log_softmax(dim), q.log_softmax(dim)
@@ -67,12 +67,12 @@ def _spread(p: Tensor) -> Tensor:
     return torch.where(around > 0, around, torch.where(whole > 0, whole, 1.0))
 
 
-def _main(output: Any) -> Tensor:
+def main_output(output: Any) -> Tensor:
     """The tensor that matters in a network's output: its logits, or the first one."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping) and output:
-        return _main(output["logits"] if "logits" in output else next(iter(output.values())))
+        return main_output(output["logits"] if "logits" in output else next(iter(output.values())))
     if isinstance(output, tuple | list) and output:
-        return _main(output[0])
+        return main_output(output[0])
     raise TypeError(f"expected a tensor in the network's output, got {type(output).__name__}.")

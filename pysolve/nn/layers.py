@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear, pad, unfold
 
 from pysolve.errors import PysolveError
-from pysolve.forms import Sparse
+from pysolve.forms import Form, LowRank
+from pysolve.nn.factored import Factored
 from pysolve.nn.products import SparseWeight
 
 
@@ -104,14 +105,16 @@ class SparseConv2d(SparseWeight):
         return conv2d(x, self.scattered(), self.bias, self.stride, padding, self.dilation, self.groups)
 
 
-def in_form(layer: nn.Module, form: Sparse) -> SparseLinear | SparseConv2d:
-    """The sparse layer that takes the place of a dense one, with a weight of the same shape.
+def in_form(layer: nn.Module, form: Form) -> SparseLinear | SparseConv2d | Factored:
+    """The sparse or factored layer that takes the place of a dense one, with a weight of the same shape.
 
     Raises
     ------
     PysolveError
-        When the layer is no Linear or Conv2d, or its weight has another shape.
+        When the layer cannot take the form, or its weight has another shape.
     """
+    if isinstance(form, LowRank):
+        return Factored.from_form(layer, form)  # type: ignore[arg-type]
     if type(layer) not in (nn.Linear, nn.Conv2d):
         raise PysolveError(f"only Linear and Conv2d have a sparse form, got {type(layer).__name__}.")
     assert isinstance(layer, nn.Linear | nn.Conv2d)

@@ -71,6 +71,7 @@ def refit(
     new_biases: Collection[str] = (),
     sampling: Sampling = Sampling(),
     only: Collection[str] | None = None,
+    always: Collection[str] = (),
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """New parameters of every layer that lost inputs or whose inputs changed, front to back.
@@ -93,7 +94,9 @@ def refit(
         Layers without a bias that may be given one; a batch norm right behind a layer always takes one.
     sampling : Sampling
     only : collection of str, optional
-        Fit these layers instead, whether or not anything in front of them changed.
+        Fit none but these layers.
+    always : collection of str
+        Layers to fit whether or not anything in front of them changed.
     progress : bool
 
     Returns
@@ -110,8 +113,9 @@ def refit(
         for node in tqdm(nodes, "refit", unit="op", disable=None if progress else True):
             if node.op != "placeholder":
                 walk.run_original(node)
-                if node in layers and (only is not None or _is_touched(walk, node, layers[node], cuts)):
-                    layer, cut = layers[node], cuts.get(layers[node].name)
+                layer = layers.get(node)
+                if layer is not None and (layer.name in always or _is_touched(walk, node, layer, cuts)):
+                    cut = cuts.get(layer.name)
                     task = _Task(walk, node, layer, *kept_channels(layer, cut), sampling)
                     M, bias = _fitted(task, fit, layer.takes_bias or layer.name in new_biases)
                     walk.values |= layer_values(state, layer, cut, M, bias)

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from pysolve.entries import Latency, LayerMass
 from pysolve.nn.calibration import samples_in, take
 from pysolve.nn.evaluate import COUNTED, layer_macs, parameters, seconds_of, summary, wait
-from pysolve.nn.network import arguments, device_of, evaluating
+from pysolve.nn.network import arguments, device_of, evaluating, forward
 
 # Calls of each network: at least, at most, and as many as go into these seconds.
 FEWEST, MOST, SECONDS = 7, 100, 0.1
@@ -56,6 +56,22 @@ def masses(before: nn.Module, after: nn.Module, batch: Any) -> tuple[LayerMass, 
         found.append(LayerMass(name, size, alive, *counts, *times))
     others = LayerMass("all others", parameters(before) - sum(sizes.values()), sum(left.values()), 0, 0)
     return (*found, others) if others.params or others.left else tuple(found)
+
+
+def layer_inputs(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:
+    """What each layer reads first when the network runs on a batch; not of layers called by keywords."""
+    seen: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        stack.enter_context(evaluating(model))
+        for name, layer in layers.items():
+            stack.callback(layer.register_forward_pre_hook(partial(_remember, seen, name)).remove)
+        forward(model, batch)
+    return seen
+
+
+def _remember(seen: dict[str, Tensor], name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
+    if args:
+        seen.setdefault(name, args[0].clone())
 
 
 def _sizes(model: nn.Module, counted: Mapping[str, Any]) -> dict[str, int]:

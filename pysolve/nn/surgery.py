@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.errors import CollapseError, PysolveError
-from pysolve.forms import Sparse
+from pysolve.forms import Form
 from pysolve.nn.layers import in_form
 from pysolve.nn.network import find_layer
 from pysolve.nn.slicing import (
@@ -154,7 +154,7 @@ def _check_step(step: Collapse) -> None:
         )
 
 
-def _check_form(name: str, layer: nn.Module, form: Sparse, cuts: Mapping[str, Cut]) -> None:
+def _check_form(name: str, layer: nn.Module, form: Form, cuts: Mapping[str, Cut]) -> None:
     if name in cuts:
         raise CollapseError(f"{name} loses channels and gets another form: apply one plan after the other.")
     try:

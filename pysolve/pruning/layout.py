@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,7 +18,7 @@ from pysolve.nn.calibration import samples_in, take
 from pysolve.nn.evaluate import latency, nbytes
 from pysolve.nn.layers import in_form
 from pysolve.nn.masking import mask_weights
-from pysolve.nn.network import evaluating, forward
+from pysolve.nn.profile import layer_inputs
 from pysolve.nn.surgery import apply
 from pysolve.plan import Plan
 from pysolve.pruning.selected import Pruned
@@ -47,7 +44,7 @@ def laid_out(
     """
     weights, batch = pruned.weights, pruned.batch
     layers = {name: original.get_submodule(name) for name in weights}
-    inputs = {} if batch is None else _inputs(original, layers, batch)
+    inputs = {} if batch is None else layer_inputs(original, layers, batch)
     lines = tuple(
         replace(
             _laid_out(name, layers[name], weight, layout, inputs.get(name)), error=pruned.errors.get(name)
@@ -65,23 +62,6 @@ def laid_out(
     report = account(original, smaller, [] if batch is None else [batch], seed=seed)
     report = replace(report, layers=lines, samples=pruned.samples, notes=pruned.notes)
     return Compressed(smaller, plan, scored(report, original, smaller, evaluate))
-
-
-def _inputs(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:
-    """What each layer reads first when the network runs on a batch."""
-    seen: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(partial(_remember, seen, name)).remove)
-        forward(model, batch)
-    return seen
-
-
-def _remember(seen: dict[str, Tensor], name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
-    # A layer that is called by keywords alone is not timed.
-    if args:
-        seen.setdefault(name, args[0].clone())
 
 
 def _laid_out(name: str, layer: Any, weight: Any, layout: str, x: Tensor | None) -> LayerReport:
@@ -112,7 +92,7 @@ def _laid_out(name: str, layer: Any, weight: Any, layout: str, x: Tensor | None)
 
 def _timed(line: LayerReport, dense: nn.Module, sparse: nn.Module, x: Tensor) -> LayerReport:
     slow, fast = (latency(one, x, repeats=_REPEATS).median for one in (dense, sparse))
-    line = replace(line, dense_seconds=slow, sparse_seconds=fast)
+    line = replace(line, dense_seconds=slow, new_seconds=fast)
     if fast < _FASTER * slow:
         return replace(line, layout="csr", why=f"{slow / fast:.1f} times as fast on {samples_in(x)} samples")
     return replace(line, why=f"sparse would take {fast / slow:.2f} times as long")

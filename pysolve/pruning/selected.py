@@ -13,11 +13,11 @@ import torch
 from torch import nn
 
 from pysolve.correlations import Array, Correlations
+from pysolve.layerwise import Material, reconstruct, study_layers
 from pysolve.nn.network import as_array
 from pysolve.nn.rows import matrix, weight_like
 from pysolve.pruning.masks import Mask, count_left, masks
 from pysolve.pruning.obs import PrunedLayer, obs_prune
-from pysolve.pruning.reconstruct import Material, reconstruct, study_layers
 from pysolve.pruning.row_paths import error_curve, share_weights
 
 Weights = Mapping[str, npt.NDArray[Any]]

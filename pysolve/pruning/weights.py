@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,10 +11,9 @@ from torch import nn
 from pysolve.budget import check_targets
 from pysolve.compressed import Compressed, after
 from pysolve.errors import PysolveError
+from pysolve.layerwise import weighted_layers
 from pysolve.nn.evaluate import parameters
-from pysolve.nn.masking import masks_of
-from pysolve.nn.network import as_array, find_matching
-from pysolve.nn.slicing import WEIGHTED
+from pysolve.nn.network import as_array
 from pysolve.pruning.layout import laid_out
 from pysolve.pruning.masks import METHODS as SCORES
 from pysolve.pruning.masks import count_left
@@ -43,7 +41,7 @@ def prune_weights(
         As ``pysolve.prune`` has them.
     """
     original = model.model if isinstance(model, Compressed) else model
-    layers, notes = _layers(original, ignore)
+    layers, notes = weighted_layers(original, ignore)
     weights = {name: as_array(layer.weight) for name, layer in layers.items()}
     target = job.wanted.get("target")
     if target is not None:
@@ -56,26 +54,6 @@ def prune_weights(
     asked = None if target is None else dict(target)
     report = replace(result.report, target=asked, notes=(*notes, *result.report.notes))
     return after(model, replace(result, report=report))
-
-
-def _layers(model: nn.Module, ignore: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Layers whose weights can be pruned, by name, and notes of those that cannot."""
-    if masks_of(model):
-        raise PysolveError("the network's weights are masked: call remove_masks on it first.")
-    ignored = find_matching(model, ignore)
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    layers, notes = {}, []
-    for name, module in model.named_modules():
-        if not isinstance(module, WEIGHTED) or name in ignored:
-            continue
-        own = module._parameters.get("weight")
-        if own is None:
-            notes.append(f"{name} is left alone: its weight is computed from others")
-        elif owners[id(own)] > 1:
-            notes.append(f"{name} is left alone: another layer shares its weight")
-        else:
-            layers[name] = module
-    return layers, notes
 
 
 def _amount(model: nn.Module, weights: Weights, target: Mapping[str, float], scope: str) -> float:

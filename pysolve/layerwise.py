@@ -1,10 +1,11 @@
-"""Layers of a network pruned or refitted one after the other, on what those before them leave."""
+"""Layers of a network changed one after the other, each fitted on what those before it leave."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -12,23 +13,46 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pysolve.calibrate import calibrate, peek
+from pysolve.choice import refit as refit_near
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import PysolveError
 from pysolve.nn.calibration import Calibration, samples_in, usable
 from pysolve.nn.graph.branches import Layer, find_layers, layer_values
 from pysolve.nn.graph.export import Graph, trace
 from pysolve.nn.lockstep import Sampling, refit
-from pysolve.nn.network import as_array
+from pysolve.nn.masking import masks_of
+from pysolve.nn.network import as_array, find_matching
 from pysolve.nn.rows import LAYERS, groups, matrix
-from pysolve.pruning.obs import PrunedLayer
+from pysolve.nn.slicing import WEIGHTED
+
+
+class Fitted(Protocol):
+    """New weights of a layer: (h, d) and (h,) arrays, and the share of the outputs' energy that is lost."""
+
+    @property
+    def weight(self) -> Array: ...
+    @property
+    def bias(self) -> Array | None: ...
+    @property
+    def error(self) -> float: ...
+
+
+@dataclass(frozen=True, eq=False)
+class Refitted:
+    """A layer whose weights are all free, as ``Fitted`` has it."""
+
+    weight: Array
+    bias: Array | None
+    error: float
+
 
 # A layer's new weights, from its name, its matrix and its correlations.
-Prune = Callable[[str, Array, Correlations], PrunedLayer]
+FitLayer = Callable[[str, Array, Correlations], Fitted]
 
 
 @dataclass(frozen=True, eq=False)
 class Material:
-    """What is known of a network whose weights are to be pruned.
+    """What is known of a network whose layers are to be changed.
 
     Parameters
     ----------
@@ -60,6 +84,32 @@ class Reconstructed:
     samples: int
 
 
+def weighted_layers(model: nn.Module, ignore: Sequence[str] = ()) -> tuple[dict[str, Any], list[str]]:
+    """Linear layers and convolutions whose weights can be changed, by name, and notes of those that cannot.
+
+    Raises
+    ------
+    PysolveError
+        When weights are masked.
+    """
+    if masks_of(model):
+        raise PysolveError("the network's weights are masked: call remove_masks on it first.")
+    ignored = find_matching(model, ignore)
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    layers, notes = {}, []
+    for name, module in model.named_modules():
+        if not isinstance(module, WEIGHTED) or name in ignored:
+            continue
+        own = module._parameters.get("weight")
+        if own is None:
+            notes.append(f"{name} is left alone: its weight is computed from others")
+        elif owners[id(own)] > 1:
+            notes.append(f"{name} is left alone: another layer shares its weight")
+        else:
+            layers[name] = module
+    return layers, notes
+
+
 def study_layers(
     model: nn.Module, batches: Iterable[Any], names: Sequence[str], *, gathered: bool, progress: bool = True
 ) -> Material:
@@ -70,7 +120,7 @@ def study_layers(
     model : nn.Module
     batches : iterable of batches
     names : sequence of str
-        Layers to prune.
+        Layers to change.
     gathered : bool
         Whether their correlations are needed beforehand.
     progress : bool
@@ -103,8 +153,9 @@ def _unseen(model: nn.Module, name: str) -> Layer | None:
 
 def reconstruct(
     material: Material,
-    prune: Prune,
+    fit_layer: FitLayer,
     *,
+    always: Collection[str] | None = None,
     weights: bool = True,
     seed: int = 0,
     progress: bool = True,
@@ -116,10 +167,12 @@ def reconstruct(
     Parameters
     ----------
     material : Material
-    prune : callable
-        Called once or more for a layer, the first time to choose its mask.
+    fit_layer : callable
+        Called once or more for a layer; what it gives last counts.
+    always : collection of str, optional
+        Layers to change in any case, by default all; the others only where their inputs change.
     weights : bool
-        Otherwise only biases are fitted: layers that have none keep the rest of what ``prune`` gives.
+        Otherwise only biases are fitted: layers that have none keep the rest of what ``fit_layer`` gives.
     seed : int
         Of the choice of rows.
     progress : bool
@@ -128,7 +181,7 @@ def reconstruct(
 
     def fit(name: str, correlations: Correlations, intercept: bool) -> tuple[Array, Array | None]:
         W = matrix(material.layers[name].module).double().cpu().numpy()
-        layer = prune(name, W, correlations if intercept else _without_sums(correlations))
+        layer = fit_layer(name, W, correlations if intercept else _without_sums(correlations))
         errors[name] = layer.error
         return layer.weight, layer.bias if intercept else None
 
@@ -136,6 +189,8 @@ def reconstruct(
     if graph is None:
         values: dict[str, Tensor] = {}
         for name, correlations in material.correlations.items():
+            if always is not None and name not in always:
+                continue
             layer = layers[name]
             values |= layer_values(state, layer, None, *fit(name, correlations, layer.takes_bias))
         return Reconstructed(_arrays(values), errors, material.calibration.seen)
@@ -154,10 +209,17 @@ def reconstruct(
         fit,
         values={},
         only=layers.keys(),
+        always=layers.keys() if always is None else always,
         sampling=sampling,
         progress=progress,
     )
     return Reconstructed(_arrays(values), errors, sum(map(samples_in, batches)))
+
+
+def near_old(W: Array, correlations: Correlations) -> Refitted:
+    """Least squares, held a little to the old weights."""
+    M, bias = refit_near(correlations, np.arange(W.shape[1]), W)
+    return Refitted(M, bias, correlations.share_lost(M, bias))
 
 
 def _without_sums(found: Correlations) -> Correlations:

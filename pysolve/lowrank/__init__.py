@@ -1,0 +1,10 @@
+"""Layers that become two smaller ones.
+
+methods      ``low_rank``: one function for all ways
+spectrum     the best approximation of a matrix, or of a layer on what it reads, at every rank
+spatial      a convolution as one along its height and one along its width
+layer        one layer at one rank
+candidates   which layers of a network could become two, and what that does to it
+ranks        the same rank for all, or ranks under one budget; choose refuses what does not pay
+factoring    the network, layer after layer on what those before it leave; the result and its report
+"""

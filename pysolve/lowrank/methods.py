@@ -1,0 +1,134 @@
+"""``low_rank``: layers that become two smaller ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from numbers import Integral
+from typing import Any
+
+from torch import nn
+
+from pysolve.account import scored
+from pysolve.budget import check_targets
+from pysolve.checks import check_model
+from pysolve.compressed import Compressed, after
+from pysolve.lowrank.candidates import STRUCTURES, study_ranks
+from pysolve.lowrank.choose import Goal, choose_ranks
+from pysolve.lowrank.factoring import factored
+from pysolve.nn.divergence import Divergence, kl_divergence
+
+METHODS = ("activation", "svd")
+LAYOUTS = ("auto", "factored")
+
+
+def low_rank(
+    model: nn.Module | Compressed,
+    batches: Iterable[Any] | None = None,
+    *,
+    rank: int | Mapping[str, int] | None = None,
+    energy: float | None = None,
+    target: Mapping[str, float] | None = None,
+    method: str | None = None,
+    structure: str = "auto",
+    layout: str = "auto",
+    ignore: Sequence[str] = (),
+    evaluate: Callable[[nn.Module], float] | None = None,
+    divergence: Divergence = kl_divergence,
+    seed: int = 0,
+    progress: bool = True,
+) -> Compressed:
+    """Factor layers of a network: each becomes two smaller ones, without labels and without training.
+
+    Exactly one of ``rank``, ``energy`` and ``target`` says how far.
+
+    Parameters
+    ----------
+    model : nn.Module or Compressed
+        Not changed. Linear layers and convolutions without groups can be factored.
+    batches : iterable of batches, optional
+        As ``compress`` takes them, unlabelled; needed for "activation" and for a target.
+    rank : int or {layer: int}
+        Of every layer for which it pays, or of those that are named.
+    energy : float
+        Share of E‖M x‖² around its mean ("svd": of ‖W‖²) that each layer keeps.
+    target : {"params", "macs" or "bytes": number}
+        What the network may cost, as ``compress`` has it. Ranks are shared out by what they do to the
+        network's outputs on samples held back; layers may stay as they are.
+    method : "activation" or "svd"
+        "svd": the nearest weights, min ‖W − U V‖. "activation" (default, if there are batches): the nearest
+        outputs, min E‖y − U V x − b‖², with exact solution from the correlations of what a layer reads;
+        layer after layer on the factored network's own inputs, the layers between refitted too.
+    structure : "auto", "channel" or "spatial"
+        Of 2-d convolutions: the kernel to r channels and 1 × 1 behind, or k × 1 and 1 × k; by default
+        whichever loses less at half the cost.
+    layout : "auto" or "factored"
+        "auto": layers that take longer as two, measured on a batch held back, stay as they are.
+        "factored": the time does not matter.
+    ignore : sequence of str
+        Layers to leave alone: names, or patterns as ``re:…``.
+    evaluate : callable, optional
+        From a network to a score, for the report.
+    divergence : callable
+        As in ``compress``.
+    seed : int
+        Of the choice of rows.
+    progress : bool
+        Show progress bars, with the time left, when on a terminal.
+
+    Returns
+    -------
+    Compressed
+        Factored layers are ``pysolve.nn.Factored``: two ordinary layers. The report says for each layer what
+        became of it, and why.
+
+    Raises
+    ------
+    PysolveError
+        When a layer named by ``rank`` cannot be factored, or would not be smaller; a target out of reach.
+    """
+    original = model.model if isinstance(model, Compressed) else model
+    check_model(original)
+    method = method or ("svd" if batches is None else "activation")
+    goal = Goal(rank, energy, target)
+    _check(goal, method, structure, layout, batches is None)
+    plain = method == "svd"
+    found = study_ranks(
+        original,
+        batches,
+        plain=plain,
+        structure=structure,
+        ignore=ignore,
+        divergence=divergence,
+        progress=progress,
+    )
+    ranks = choose_ranks(found, goal, timed=layout == "auto")
+    result = factored(found, ranks, seed=seed, progress=progress)
+    report = replace(result.report, target=None if target is None else dict(target))
+    return after(model, replace(result, report=scored(report, original, result.model, evaluate)))
+
+
+def _check(goal: Goal, method: str, structure: str, layout: str, blind: bool) -> None:
+    """What can be told to be wrong before any work."""
+    for what, given, known in (
+        ("method", method, METHODS),
+        ("structure", structure, STRUCTURES),
+        ("layout", layout, LAYOUTS),
+    ):
+        if given not in known:
+            raise ValueError(f"unknown {what} {given!r}; choose one of {', '.join(known)}.")
+    wanted = [name for name, value in vars(goal).items() if value is not None]
+    if len(wanted) != 1:
+        raise ValueError(
+            f"give exactly one of rank, energy and target; got {' and '.join(wanted) or 'none'}."
+        )
+    if goal.target is not None:
+        check_targets(goal.target)
+    for name, value in goal.named_ranks:
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    if goal.energy is not None and not 0 < goal.energy <= 1:
+        raise ValueError(f"energy must be a share in (0, 1], got {goal.energy}.")
+    if blind and (method == "activation" or goal.target is not None):
+        what = "a target" if goal.target is not None else 'method="activation"'
+        raise ValueError(f"{what} needs batches: unlabelled inputs.")
