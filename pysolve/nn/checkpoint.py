@@ -206,7 +206,8 @@ def _rebuilt(record: Mapping[str, Any], model: nn.Module) -> nn.Module:
     stages = typed(field(record, "stages"), list, "stages")
     # Files of before layers were factored have no such field.
     factored = typed(record.get("factored", []), list, "factored")
-    for stage, ranks in zip_longest(stages, factored[: len(stages)], fillvalue={}):
+    pairs: Any = zip_longest(stages, factored[: len(stages)], fillvalue={})
+    for stage, ranks in pairs:
         steps, forms = steps_of(stage, _widths(network)), _factors(network, ranks)
         if steps or forms:
             # To layers that factoring made.
