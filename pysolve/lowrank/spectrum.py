@@ -116,8 +116,9 @@ def _spectrum(B: Array, G: Array | None, rank: int | None) -> Spectrum:
 def _leading(S: Array, k: int) -> tuple[Array, Array]:
     """The k largest eigenvalues, falling, and their eigenvectors."""
     n = len(S)
-    if n >= _LARGE and k <= _FEW * n:
-        values, vectors = eigsh(S, k=k, v0=np.ones(n))
+    # Lanczos cannot start where all is zero.
+    if n >= _LARGE and k <= _FEW * n and S.any():
+        values, vectors = eigsh(S, k=k, v0=np.random.default_rng(0).standard_normal(n))
     else:
         values, vectors = scipy.linalg.eigh(S, subset_by_index=(n - k, n - 1), check_finite=False)
     order = np.argsort(-values, kind="stable")
