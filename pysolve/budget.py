@@ -41,6 +41,8 @@ class Costs:
     constant : (3,) array
     added : (3,) array
         What of this the network does not have yet, such as biases that it will be given.
+    layers : tuple of str
+        Names of the layers.
     """
 
     channels: Indices
@@ -53,6 +55,7 @@ class Costs:
     per_input: Array
     constant: Array
     added: Array = field(default_factory=lambda: np.zeros(len(MEASURES)))
+    layers: tuple[str, ...] = ()
 
     @property
     def original(self) -> dict[str, float]:
@@ -121,13 +124,13 @@ def allocate(
     PysolveError
         When even the smallest allowed sizes cost more than a target: says how much.
     """
-    rows, limits = _limits(costs, targets)
+    rows, limits = limits_of(costs, targets)
     least, round_to = _whole("least", least, 0), _whole("round_to", round_to, 1)
-    sizes, harms = _sizes(costs, curves, least, round_to)
+    sizes, harms = site_sizes(costs, curves, least, round_to)
     smallest = costs.cost([row[0] for row in sizes])
     for measure, limit in zip(rows, limits, strict=True):
         if smallest[measure] > limit:
-            raise PysolveError(_unreachable(measure, limit, smallest[measure], costs.original[measure]))
+            raise PysolveError(unreachable(measure, limit, smallest[measure], costs.original[measure]))
     which = [MEASURES.index(measure) for measure in rows]
     parts = (part[which] for part in costs.expansion())
     return solve(Knapsack(*pack(sizes, harms), limits, *parts)).astype(np.intp)
@@ -150,7 +153,7 @@ def check_targets(targets: Any) -> None:
             )
 
 
-def _limits(costs: Costs, targets: Mapping[str, Any]) -> tuple[list[str], Array]:
+def limits_of(costs: Costs, targets: Mapping[str, Any]) -> tuple[list[str], Array]:
     """The measures that targets name, and what they allow."""
     check_targets(targets)
     original = costs.original
@@ -158,8 +161,8 @@ def _limits(costs: Costs, targets: Mapping[str, Any]) -> tuple[list[str], Array]
     return list(targets), np.array(limits)
 
 
-def _sizes(
-    costs: Costs, curves: Sequence[npt.ArrayLike], least: int, round_to: int
+def site_sizes(
+    costs: Costs, curves: Sequence[npt.ArrayLike], least: int = 1, round_to: int = 1
 ) -> tuple[list[Array], list[Array]]:
     """Sizes that each site may have, and their harms."""
     if len(curves) != len(costs.channels):
@@ -188,7 +191,9 @@ def _whole(name: str, value: Any, smallest: int) -> int:
     return int(value)
 
 
-def _unreachable(measure: str, limit: float, smallest: float, original: float) -> str:
+def unreachable(measure: str, limit: float, smallest: float, original: float) -> str:
+    """What to say of a target below what the smallest sizes cost."""
+
     def figure(cost: float) -> str:
         return f"{cost:,.0f} ({100 * cost / original:.3g} %)" if original else f"{cost:,.0f}"
 

@@ -60,7 +60,7 @@ ROWS = [
     },
     {"nn.network", "nn.zoo", "nn.storage", "nn.products", "nn.resume", "nn.optimizers"},
     # torch begins above this line
-    {"lowrank.layer"},
+    {"lowrank.layer", "lowrank.shares"},
     {"lowrank.spatial"},
     {"lowrank.spectrum", "lowrank.ranks"},
     {"choice", "pruning.obs"},

@@ -52,8 +52,10 @@ class Candidates:
     inputs : {name: tensor}
         What each layer reads for some samples.
     notes : tuple of str
-    seconds : {name: (float, float)}
-        What layers took as they are and as two.
+    spare : {name: Candidate}
+        The other structure of a convolution.
+    seconds : {name: (int, float, float)}
+        The largest rank that was timed; what the layer took as it is and as two.
     metrics : {name: (h, h) array}
         What errors at a layer's outputs do to the network's.
     harms : {name: {rank: float}}
@@ -70,7 +72,8 @@ class Candidates:
     inputs: Mapping[str, Tensor]
     notes: tuple[str, ...]
     metrics: Mapping[str, Array] = field(default_factory=dict)
-    seconds: dict[str, tuple[float, float]] = field(default_factory=dict)
+    spare: dict[str, Candidate] = field(default_factory=dict)
+    seconds: dict[str, tuple[int, float, float]] = field(default_factory=dict)
     harms: dict[str, dict[int, float]] = field(default_factory=dict)
 
     @property
@@ -125,9 +128,11 @@ def study_ranks(
     found = Candidates(model, layers, {}, against, plain, divergence, material, inputs, tuple(notes), metrics)
     for name in layers:
         if name not in against:
-            one = _candidate(found, name, counts.get(name, 0.0), structure)
-            if one.most:
-                found.open[name] = one
+            several = _candidates(found, name, counts.get(name, 0.0), structure)
+            if several:
+                found.open[name] = several[0]
+                if len(several) > 1:
+                    found.spare[name] = several[1]
             else:
                 against[name] = "too small for any rank to pay"
     return found
@@ -172,20 +177,20 @@ def _reason_against(name: str, layer: nn.Module) -> str | None:
     return "it has groups" if getattr(layer, "groups", 1) > 1 else None
 
 
-def _candidate(found: Candidates, name: str, count: float, structure: str) -> Candidate:
-    """A layer with its errors and costs at every rank that pays; ``count``: its MACs for a sample."""
+def _candidates(found: Candidates, name: str, count: float, structure: str) -> list[Candidate]:
+    """A layer in both structures, that first which loses less at half the cost; ``count``: its MACs."""
     layer, known = found.layers[name], found.correlations(name)
     kernel, metric = tuple(layer.weight.shape[2:]), found.metrics.get(name)
     flat = len(kernel) != 2 or min(kernel) == 1
     ways = [False] if flat or structure == "channel" else [True] if structure == "spatial" else [False, True]
     several = []
     for spatial in ways:
-        each, dense = _costs(layer, spatial, count, found.inputs.get(name))
-        most = most_useful(each, dense)
+        parts = _costs(layer, spatial, count, found.inputs.get(name))
+        most = most_useful(*parts)
         error = error_curve(weights_of(layer), known, most, kernel=kernel, spatial=spatial, metric=metric)
-        several.append(Candidate(name, kernel, spatial, error, each, dense))
-    # Whichever loses less at half of what the layer costs now.
-    return min(several, key=lambda one: one.error[(one.most + 1) // 2])
+        several.append(Candidate(name, kernel, spatial, error, *parts))
+    paying = [one for one in several if one.most]
+    return sorted(paying, key=lambda one: float(one.error[(one.most + 1) // 2]))
 
 
 def _metrics(material: Material, names: Collection[str]) -> dict[str, Array]:
@@ -202,16 +207,21 @@ def _metrics(material: Material, names: Collection[str]) -> dict[str, Array]:
 
 def _costs(
     layer: Any, spatial: bool, count: float, x: Tensor | None
-) -> tuple[dict[str, float], dict[str, float]]:
-    """What one rank costs, and what the layer's weight costs now."""
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """What one rank costs in the inner and the outer layer, and what the weight costs now."""
     form, weight = empty(layer, 1, spatial=spatial), layer.weight
-    params = form.inner.size + form.outer.size
-    each = {"params": float(params), "bytes": float(params * weight.itemsize)}
-    dense = {"params": float(weight.numel()), "bytes": float(weight.nbytes)}
+    sizes = [form.inner.size, form.outer.size, weight.numel()]
+    # Without data nothing is known of positions: MACs count one.
+    calls = [float(size) for size in sizes]
     if x is not None and count:
-        each["macs"] = count * macs(Factored.from_form(layer, form), x) / macs(layer, x)
-        dense["macs"] = count
-    return each, dense
+        two = layer_macs(Factored.from_form(layer, form), x)
+        calls = [count * n / macs(layer, x) for n in (two["inner"], two["outer"], macs(layer, x))]
+    parts = (
+        {"params": float(n), "macs": calls[i], "bytes": float(n * weight.itemsize)}
+        for i, n in enumerate(sizes)
+    )
+    inner, outer, dense = parts
+    return inner, outer, dense
 
 
 def _alone(found: Candidates, one: Candidate, rank: int) -> dict[str, Tensor]:

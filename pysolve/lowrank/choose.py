@@ -6,11 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pysolve.account import costs
 from pysolve.errors import PysolveError
 from pysolve.lowrank.candidates import Candidates, harm_curve_of, seconds_of_both
-from pysolve.lowrank.ranks import Candidate, share_ranks
+from pysolve.lowrank.shares import share
+from pysolve.nn.costs import cost_model
 from pysolve.nn.network import find_layer
+from pysolve.sizes import Sizes
+from pysolve.study import Study
 
 
 @dataclass(frozen=True)
@@ -31,26 +33,27 @@ class Goal:
 
 
 def choose_ranks(found: Candidates, goal: Goal, *, timed: bool) -> dict[str, int]:
-    """Ranks of the layers that become two; the reasons against the others go to ``found.against``.
+    """Ranks of the layers that become two, all the same, by energy or by name.
+
+    The reasons against the others go to ``found.against``.
 
     Parameters
     ----------
     found : Candidates
     goal : Goal
+        Not a target.
     timed : bool
         Leave layers alone that would take longer.
     """
     if isinstance(goal.rank, Mapping):
         _check_named(found, goal.rank)
     while True:
-        ranks = _within(found, goal.target) if goal.target is not None else _asked_for(found, goal)
-        slower = [name for name, rank in ranks.items() if timed and _is_slower(found, name, rank)]
-        if not slower or goal.target is None:
-            return {name: rank for name, rank in ranks.items() if name not in slower}
+        ranks = _asked_for(found, goal)
+        if not timed or not _without_slower(found, ranks):
+            return ranks
 
 
 def _asked_for(found: Candidates, goal: Goal) -> dict[str, int]:
-    """The same rank or share of the energy for all layers, or ranks by their names."""
     ranks = {}
     for name, one in found.open.items():
         wanted: int | None
@@ -67,14 +70,60 @@ def _asked_for(found: Candidates, goal: Goal) -> dict[str, int]:
     return ranks
 
 
-def _within(found: Candidates, target: Mapping[str, float]) -> dict[str, int]:
-    """Ranks within a target that do the network the least harm."""
-    candidates = [*found.open.values()]
-    curves = [harm_curve_of(found, one) for one in candidates]
-    now = costs(found.model, found.held)
-    ranks = share_ranks(candidates, curves, {key: float(value) for key, value in now.items()}, target)
-    pairs = zip(candidates, ranks, strict=True)
-    return {one.name: rank for one, rank in pairs if rank is not None}
+def share_out(
+    found: Candidates, target: Mapping[str, float], channels: Study | None, *, timed: bool
+) -> tuple[Sizes, dict[str, int]]:
+    """Channels and ranks that are within a target and do the network the least harm.
+
+    Parameters
+    ----------
+    found : Candidates
+    target : {measure: share or number}
+    channels : Study, optional
+        Of the sites, where channels may go as well.
+    timed : bool
+        Leave layers alone that would take longer.
+    """
+    sites, biases = ([], ()) if channels is None else (channels.free, channels.new_biases)
+    names = {*found.open}
+    costs = cost_model(found.model, sites, found.held, extra_biases=biases, also=names)
+    curves = [] if channels is None else [channels.curve(s) for s in range(len(sites))]
+    while True:
+        candidates = [*found.open.values()]
+        harms = [harm_curve_of(found, one) for one in candidates]
+        sizes, ranks = share(costs, curves, candidates, harms, target)
+        if not timed or not _without_slower(found, ranks):
+            break
+    kept = (
+        [] if channels is None else [one.keep(int(k)) for one, k in zip(channels.choices, sizes, strict=True)]
+    )
+    return Sizes(kept, [float(curve[k]) for curve, k in zip(curves, sizes, strict=True)]), ranks
+
+
+def as_chosen(before: Candidates, now: Candidates, ranks: Mapping[str, int]) -> Candidates:
+    """Candidates of the narrower network, in the structures that were chosen; some may pay no longer."""
+    for name in ranks:
+        wanted = before.open[name].spatial
+        if name in now.spare and now.spare[name].spatial == wanted:
+            now.open[name] = now.spare.pop(name)
+        if name in now.open and (now.open[name].most < ranks[name] or now.open[name].spatial != wanted):
+            del now.open[name]
+            now.against[name] = "it became too narrow for its rank to pay"
+    now.seconds.update(before.seconds)
+    return now
+
+
+def _without_slower(found: Candidates, ranks: Mapping[str, int]) -> bool:
+    """Take layers that take longer as two off the candidates, or give them their other structure."""
+    slower = [name for name, rank in ranks.items() if _is_slower(found, name, rank)]
+    for name in slower:
+        found.harms.pop(name, None)
+        found.seconds.pop(name)
+        if name in found.spare:
+            found.open[name] = found.spare.pop(name)
+        else:
+            del found.open[name]
+    return bool(slower)
 
 
 def _check_named(found: Candidates, ranks: Mapping[str, int]) -> None:
@@ -90,18 +139,13 @@ def _check_named(found: Candidates, ranks: Mapping[str, int]) -> None:
 
 
 def _is_slower(found: Candidates, name: str, rank: int) -> bool:
-    """Whether a layer takes longer as two; then it is no candidate any more."""
     if name not in found.inputs:
         return False
-    one: Candidate = found.open[name]
-    before, after = found.seconds[name] = seconds_of_both(found.layers[name], one, rank, found.inputs[name])
-    if after < before:
-        return False
-    del found.open[name]
-    found.against[name] = f"rank {rank} would take {after / before:.2f} times as long"
-    return True
-
-
-def layers_left(found: Candidates, ranks: Mapping[str, int]) -> dict[str, str]:
-    """Why layers stay as they are."""
-    return {name: found.against.get(name, "others pay more") for name in found.layers if name not in ranks}
+    timed, *_ = found.seconds.get(name, (0,))
+    if rank > timed:
+        one, layer = found.open[name], found.layers[name]
+        found.seconds[name] = (rank, *seconds_of_both(layer, one, rank, found.inputs[name]))
+    _, before, after = found.seconds[name]
+    if after >= before:
+        found.against[name] = f"rank {rank} would take {after / before:.2f} times as long"
+    return after >= before

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
+from torch import nn
+
 from pysolve.account import account
 from pysolve.compressed import Compressed
 from pysolve.correlations import Array, Correlations
@@ -18,7 +20,12 @@ from pysolve.plan import Plan
 
 
 def factored(
-    found: Candidates, ranks: Mapping[str, int], *, seed: int = 0, progress: bool = True
+    found: Candidates,
+    ranks: Mapping[str, int],
+    *,
+    original: nn.Module | None = None,
+    seed: int = 0,
+    progress: bool = True,
 ) -> Compressed:
     """Make the layers of the given ranks two.
 
@@ -29,18 +36,21 @@ def factored(
     ----------
     found : Candidates
     ranks : {layer: int}
+        Of layers that are no candidates it does not count.
+    original : nn.Module, optional
+        What the report compares with.
     seed : int
         Of the choice of rows.
     progress : bool
     """
+    ranks = {name: rank for name, rank in ranks.items() if name in found.open}
     forms: dict[str, LowRank] = {}
 
     def fit(name: str, W: Array, correlations: Correlations | None) -> Fitted:
-        one = found.open.get(name)
-        if one is None or name not in ranks:
+        if name not in ranks:
             assert correlations is not None
             return near_old(W, correlations)
-        layer = found.factored(one, W, correlations, ranks[name])
+        layer = found.factored(found.open[name], W, correlations, ranks[name])
         forms[name] = layer.form
         return layer
 
@@ -57,14 +67,18 @@ def factored(
     probe = None if found.held is None else take(found.held, 0, 16)
     smaller = apply(found.model, plan, probe=probe)
     report = account(
-        found.model, smaller, [] if probe is None else [found.held], divergence=found.divergence, seed=seed
+        found.model if original is None else original,
+        smaller,
+        [] if probe is None else [found.held],
+        divergence=found.divergence,
+        seed=seed,
     )
     lines = tuple(_line(found, ranks, name, done.errors.get(name)) for name in found.layers)
     return Compressed(smaller, plan, replace(report, layers=lines, samples=done.samples, notes=found.notes))
 
 
 def _line(found: Candidates, ranks: Mapping[str, int], name: str, error: float | None) -> LayerReport:
-    before, after = found.seconds.get(name, (None, None))
+    _, before, after = found.seconds.get(name, (0, None, None))
     if name not in ranks:
         why = found.against.get(name, "others lose less for what they save")
         return LayerReport(name, 1.0, "dense", why, before, after, error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from numbers import Integral
 from typing import Any
 
@@ -14,9 +15,11 @@ from pysolve.budget import check_targets
 from pysolve.checks import check_model
 from pysolve.compressed import Compressed, after
 from pysolve.lowrank.candidates import STRUCTURES, study_ranks
-from pysolve.lowrank.choose import Goal, choose_ranks
+from pysolve.lowrank.choose import Goal, as_chosen, choose_ranks, share_out
 from pysolve.lowrank.factoring import factored
 from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.shrink import shrink
+from pysolve.study import study
 
 METHODS = ("activation", "svd")
 LAYOUTS = ("auto", "factored")
@@ -31,6 +34,7 @@ def low_rank(
     target: Mapping[str, float] | None = None,
     method: str | None = None,
     structure: str = "auto",
+    prune: bool = False,
     layout: str = "auto",
     ignore: Sequence[str] = (),
     evaluate: Callable[[nn.Module], float] | None = None,
@@ -62,6 +66,9 @@ def low_rank(
     structure : "auto", "channel" or "spatial"
         Of 2-d convolutions: the kernel to r channels and 1 × 1 behind, or k × 1 and 1 × k; by default
         whichever loses less at half the cost.
+    prune : bool
+        With a target: channels may go as well, as ``compress`` removes them. Each layer is pruned, factored,
+        both, or left alone, whichever does the least harm.
     layout : "auto" or "factored"
         "auto": layers that take longer as two, measured on a batch held back, stay as they are.
         "factored": the time does not matter.
@@ -91,24 +98,30 @@ def low_rank(
     check_model(original)
     method = method or ("svd" if batches is None else "activation")
     goal = Goal(rank, energy, target)
-    _check(goal, method, structure, layout, batches is None)
-    plain = method == "svd"
-    found = study_ranks(
-        original,
-        batches,
-        plain=plain,
-        structure=structure,
-        ignore=ignore,
-        divergence=divergence,
-        progress=progress,
-    )
-    ranks = choose_ranks(found, goal, timed=layout == "auto")
-    result = factored(found, ranks, seed=seed, progress=progress)
+    _check(goal, method, structure, layout, batches is None, prune)
+    if batches is not None and iter(batches) is batches:
+        # Several passes are made.
+        batches = list(batches)
+    options: dict[str, Any] = {"ignore": ignore, "divergence": divergence, "progress": progress}
+    look: Any = partial(study_ranks, plain=method == "svd", structure=structure, **options)
+    found, timed = look(original, batches), layout == "auto"
+    finish = partial(factored, seed=seed, progress=progress)
+    if target is None:
+        result = after(model, finish(found, choose_ranks(found, goal, timed=timed)))
+    elif prune and batches is not None:
+        channels = study(original, batches, **options)
+        sizes, ranks = share_out(found, target, channels, timed=timed)
+        smaller = after(model, shrink(channels, sizes, seed=seed, progress=progress))
+        result = finish(as_chosen(found, look(smaller.model, batches), ranks), ranks, original=original)
+        result = after(smaller, replace(result, report=replace(result.report, sites=smaller.report.sites)))
+    else:
+        _, ranks = share_out(found, target, None, timed=timed)
+        result = after(model, finish(found, ranks))
     report = replace(result.report, target=None if target is None else dict(target))
-    return after(model, replace(result, report=scored(report, original, result.model, evaluate)))
+    return replace(result, report=scored(report, original, result.model, evaluate))
 
 
-def _check(goal: Goal, method: str, structure: str, layout: str, blind: bool) -> None:
+def _check(goal: Goal, method: str, structure: str, layout: str, blind: bool, prune: bool) -> None:
     """What can be told to be wrong before any work."""
     for what, given, known in (
         ("method", method, METHODS),
@@ -124,6 +137,8 @@ def _check(goal: Goal, method: str, structure: str, layout: str, blind: bool) ->
         )
     if goal.target is not None:
         check_targets(goal.target)
+    elif prune:
+        raise ValueError("prune=True needs a target, within which channels and ranks compete.")
     for name, value in goal.named_ranks:
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")

@@ -1,4 +1,4 @@
-"""Which rank each layer gets: the same for all, by the energy that is kept, or under one budget."""
+"""A layer that could become two: what it loses and costs at every rank."""
 
 from __future__ import annotations
 
@@ -7,11 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pysolve.budget import check_targets
 from pysolve.choice import FLOOR, harm_curve
 from pysolve.correlations import Array
-from pysolve.errors import PysolveError
-from pysolve.knapsack import Knapsack, pack, solve
 
 Costs = Mapping[str, float]
 
@@ -30,16 +27,22 @@ class Candidate:
     error : (most + 1,) array
         Share of its outputs' energy that is lost at rank 0 … most, the largest rank at which two layers are
         smaller than one.
-    each, dense : {"params", "macs", "bytes": number}
-        What one rank costs, and what the layer's weight costs now.
+    inner, outer, dense : {"params", "macs", "bytes": number}
+        What one rank costs in each of the two, and what the layer's weight costs now.
     """
 
     name: str
     kernel: tuple[int, ...]
     spatial: bool
     error: Array
-    each: Costs
+    inner: Costs
+    outer: Costs
     dense: Costs
+
+    @property
+    def each(self) -> dict[str, float]:
+        """What one rank costs."""
+        return {measure: self.inner[measure] + self.outer[measure] for measure in self.dense}
 
     @property
     def most(self) -> int:
@@ -58,65 +61,12 @@ class Candidate:
         return harm_curve(error, [k for k, _ in known], [harm for _, harm in known])
 
 
-def most_useful(each: Costs, dense: Costs) -> int:
+def most_useful(inner: Costs, outer: Costs, dense: Costs) -> int:
     """The largest rank that costs less than the layer does, in parameters, MACs and bytes."""
-    return min(int(np.ceil(dense[measure] / each[measure])) - 1 for measure in each if each[measure] > 0)
+    return min(int(np.ceil(dense[what] / (inner[what] + outer[what]))) - 1 for what in dense)
 
 
 def probed_ranks(candidate: Candidate, shares: Sequence[float]) -> list[int]:
     """Ranks whose errors are next to some shares."""
     found = (int(np.searchsorted(-candidate.error, -share)) for share in shares)
     return sorted({min(max(1, rank), candidate.most) for rank in found})
-
-
-def share_ranks(
-    candidates: Sequence[Candidate], curves: Sequence[Array], now: Costs, targets: Costs
-) -> list[int | None]:
-    """The ranks that do the least harm within the targets; None: the layer stays as it is.
-
-    Parameters
-    ----------
-    candidates : sequence of Candidate
-    curves : sequence of (most + 2,) arrays
-        Of ``Candidate.curve``.
-    now : {"params", "macs", "bytes": number}
-        What the network costs.
-    targets : {measure: share or number}
-
-    Raises
-    ------
-    PysolveError
-        When rank 1 of every layer costs more than a target.
-    """
-    check_targets(targets)
-    limits = {measure: value * now[measure] if value <= 1 else value for measure, value in targets.items()}
-    rest = {measure: now[measure] - sum(one.dense[measure] for one in candidates) for measure in limits}
-    for measure, limit in limits.items():
-        least = rest[measure] + sum(one.each[measure] for one in candidates)
-        if least > limit >= 0:
-            share = f"{100 * least / now[measure]:.3g} %"
-            raise PysolveError(
-                f"{measure} cannot go below {least:,.0f} ({share}), what rank 1 of all layers that can be "
-                f"factored costs, but the target is {limit:,.0f}: raise it, or let channels go as well."
-            )
-    if not candidates:
-        return []
-    chosen = solve(_knapsack(candidates, curves, rest, limits))
-    return [None if k > one.most else int(k) for one, k in zip(candidates, chosen, strict=True)]
-
-
-def _knapsack(
-    candidates: Sequence[Candidate], curves: Sequence[Array], rest: Costs, limits: Costs
-) -> Knapsack:
-    # A layer as it is counts as the rank that costs as much: of several measures, the larger one.
-    whole = [max(one.dense[m] / one.each[m] for m in limits) for one in candidates]
-    sizes = [np.append(np.arange(1.0, one.most + 1), k) for one, k in zip(candidates, whole, strict=True)]
-    gradient = np.array([[one.each[m] for one in candidates] for m in limits])
-    n = len(candidates)
-    return Knapsack(
-        *pack(sizes, [curve[1:] for curve in curves]),
-        limits=np.array([*limits.values()], dtype=float),
-        constant=np.array([rest[m] for m in limits], dtype=float),
-        gradient=gradient,
-        hessian=np.zeros((len(limits), n, n)),
-    )

@@ -28,7 +28,12 @@ from pysolve.plan import Site
 
 
 def cost_model(
-    model: nn.Module, sites: Sequence[Site], example: Any, *, extra_biases: Collection[str] = ()
+    model: nn.Module,
+    sites: Sequence[Site],
+    example: Any,
+    *,
+    extra_biases: Collection[str] = (),
+    also: Collection[str] = (),
 ) -> Costs:
     """Count what the network costs, as a function of how many channels each site keeps.
 
@@ -46,6 +51,8 @@ def cost_model(
     extra_biases : collection of str
         Linear layers and convolutions that will be given a bias if they have none: counted with their rows,
         but not in what shares refer to.
+    also : collection of str
+        Further Linear layers and convolutions to list, whatever the sites do to them.
 
     Returns
     -------
@@ -62,7 +69,10 @@ def cost_model(
     extra = [find_layer(model, name) for name in extra_biases]
     for name, layer in zip(extra_biases, extra, strict=True):
         check_kind(name, layer, "readers")
-    layers = list(dict.fromkeys([*(layer for *_, layer in uses), *extra]))
+    names = {layer: name for _, _, name, layer in uses}
+    names |= {layer: name for layer, name in zip(extra, extra_biases, strict=True) if layer not in names}
+    names |= {layer: name for name in also if (layer := find_layer(model, name)) not in names}
+    layers = [*names]
     rows, columns = _tables(sites, uses, layers)
     out, into = (np.array([*map(width, layers)], dtype=float) for width in (outputs, _inputs))
     product, per_output = _coefficients(layers, _macs(model, layers, example))
@@ -80,6 +90,7 @@ def cost_model(
         per_input=np.zeros_like(product),
         constant=totals - product @ (out * into) - per_output @ out,
         added=biases @ out,
+        layers=tuple(names.values()),
     )
 
 
