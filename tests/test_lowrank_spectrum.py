@@ -1,4 +1,4 @@
-"""The best approximation of every rank: nothing of that rank does better, by code that decomposes otherwise."""
+"""The best approximation of every rank: none of that rank does better, by code that decomposes otherwise."""
 
 from dataclasses import replace
 

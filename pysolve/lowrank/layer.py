@@ -9,7 +9,7 @@ import scipy.linalg
 
 from pysolve.correlations import Array, Correlations
 from pysolve.forms import LowRank
-from pysolve.lowrank.spatial import as_kernels, plain_spatial, refitted, spatial_spectrum
+from pysolve.lowrank.spatial import as_kernels, plain_spatial, refitted, spatial_spectrum, spatial_start
 from pysolve.lowrank.spectrum import activation_spectrum, plain_spectrum
 
 Kernel = tuple[int, ...]
@@ -129,5 +129,5 @@ def _factors(
 def _spatial(W: Array, correlations: Correlations | None, rank: int, kernel: tuple[int, int]) -> LowRank:
     if correlations is None:
         return as_kernels(plain_spatial(W, kernel).factors(rank), kernel)
-    start = spatial_spectrum(W, correlations, kernel).factors(rank)
+    start = spatial_start(W, correlations, rank, kernel)
     return as_kernels(refitted(start, W, correlations, kernel), kernel)

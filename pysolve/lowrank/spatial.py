@@ -56,6 +56,19 @@ def spatial_spectrum(W: Array, correlations: Correlations, kernel: Kernel) -> Sp
     return activation_spectrum(A, columns)
 
 
+def spatial_start(W: Array, correlations: Correlations, rank: int, kernel: Kernel) -> LowRank:
+    """Factors (h·j, r) and (r, c·i) to refit: the better of ``spatial_spectrum`` and ``plain_spatial``."""
+    own = correlations.centered()
+    ridge = pull(len(own.xx), own.count) * np.diag(own.r_xx)
+    starts = [found.factors(rank) for found in (spatial_spectrum(W, own, kernel), plain_spatial(W, kernel))]
+
+    def error(form: LowRank) -> float:
+        M = as_kernels(form, kernel).dense().reshape(W.shape)
+        return own.error(M) + 0.5 * float(np.square(M - W).sum(0) @ ridge)
+
+    return min(starts, key=error)
+
+
 def refitted(form: LowRank, W: Array, correlations: Correlations, kernel: Kernel) -> LowRank:
     """Factors (h·j, r) and (r, c·i) fitted in turn to the outputs wanted.
 
