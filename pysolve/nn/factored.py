@@ -7,10 +7,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from pysolve.errors import PysolveError
 from pysolve.forms import LowRank
-from pysolve.nn.network import as_array
+from pysolve.nn.network import as_array, as_tensor
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 Dense = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -54,23 +55,14 @@ class Factored(nn.Module):
                 f"a weight of shape {form.shape} has a rank of at most {most}, got {form.rank}."
             )
         (h, c), r, bias = form.shape[:2], form.rank, layer.bias is not None
-        if isinstance(layer, nn.Linear):
-            parts: tuple[Any, Any] = (nn.Linear(c, r, bias=False), nn.Linear(r, h, bias))
-        else:
-            # A dimension of the kernel belongs to the factor that extends along it.
-            outside = [size > 1 for size in form.outer.shape[2:]]
-            parts = (
-                _part(layer, c, r, [not out for out in outside], bias=False),
-                _part(layer, r, h, outside, bias=bias),
-            )
-        made = cls(*parts).to(layer.weight)
-        with torch.no_grad():
-            made.inner.weight.copy_(torch.from_numpy(form.inner))
-            made.outer.weight.copy_(torch.from_numpy(form.outer))
-            if layer.bias is not None:
-                made.outer.bias.copy_(layer.bias)
-        for parameter in made.parameters():
-            parameter.requires_grad_(layer.weight.requires_grad)
+        # A dimension of the kernel belongs to the factor that extends along it.
+        outside = [size > 1 for size in form.outer.shape[2:]]
+        made = cls(
+            _part(layer, c, r, [not out for out in outside], bias=False),
+            _part(layer, r, h, outside, bias=bias),
+        )
+        _fill(made.inner, as_tensor(form.inner), None, layer)
+        _fill(made.outer, as_tensor(form.outer), layer.bias, layer)
         return made.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,10 +94,11 @@ class Factored(nn.Module):
         inner, outer = self.inner, self.outer
         bias = outer.bias is not None
         if isinstance(inner, nn.Linear):
-            dense: Any = nn.Linear(inner.in_features, outer.out_features, bias)
+            dense: Any = _made(inner, inner.in_features, outer.out_features, bias=bias)
         else:
             own = [a > b for a, b in zip(outer.kernel_size, inner.kernel_size, strict=True)]
-            dense = type(inner)(
+            dense = _made(
+                inner,
                 inner.in_channels,
                 outer.out_channels,
                 tuple(map(max, inner.kernel_size, outer.kernel_size)),
@@ -113,26 +106,41 @@ class Factored(nn.Module):
                 bias=bias,
                 padding_mode=inner.padding_mode,
             )
-        dense.to(inner.weight)
-        with torch.no_grad():
-            dense.weight.copy_(self.weight)
-            if bias:
-                dense.bias.copy_(outer.bias)
+        _fill(dense, self.weight, outer.bias, inner)
         return dense.train(self.training)  # type: ignore[no-any-return]
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}"
 
 
+def _made(like: Any, *args: Any, **kwargs: Any) -> Any:
+    """A layer of the same kind, data type and device with any values; no random number is drawn for them."""
+    home = {"device": like.weight.device, "dtype": like.weight.dtype}
+    return skip_init(type(like), *args, **home, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def _fill(made: Any, weight: Tensor, bias: Tensor | None, like: Any) -> None:
+    """Give a layer its values; it is trained as another one is, and its bias as this bias is."""
+    with torch.no_grad():
+        made.weight.copy_(weight)
+        if bias is not None:
+            made.bias.copy_(bias)
+            made.bias.requires_grad_(bias.requires_grad)
+    made.weight.requires_grad_(like.weight.requires_grad)
+
+
 def _part(layer: Any, channels: int, out: int, own: list[bool], *, bias: bool) -> Any:
-    """A convolution along some of a layer's dimensions."""
+    """A Linear, or a convolution along some of a layer's dimensions."""
+    if isinstance(layer, nn.Linear):
+        return _made(layer, channels, out, bias=bias)
 
     def along(values: Any, other: int) -> Any:
         if isinstance(values, str):
             return values
         return tuple(value if mine else other for value, mine in zip(values, own, strict=True))
 
-    return type(layer)(
+    return _made(
+        layer,
         channels,
         out,
         along(layer.kernel_size, 1),
