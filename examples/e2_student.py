@@ -35,12 +35,13 @@ class Way:
 
 
 PUBLISHED = {"lr": 1e-3, "schedule": "constant"}
-OURS = {"lr": 5e-3, "temperature": 4.0, "mix": 0.3}
+OURS = {"lr": 5e-3, "temperature": 4.0}
 WAYS = (
     Way("student, labels alone", "", {**PUBLISHED, "alpha": 0.0}),
     Way("student, labels alone, one-cycle", "", {"lr": 5e-3, "alpha": 0.0}),
     Way("student, as published", STUDENT[0], PUBLISHED),
     Way("student, ours", "", OURS),
+    Way("student, ours with labels, too", "", {**OURS, "alpha": 0.7}),
 )
 
 
