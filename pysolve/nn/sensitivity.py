@@ -41,7 +41,8 @@ def sensitivities(
     Returns
     -------
     {name: (h, h) array}
-        Scaled to a trace of h. Of layers that have no part in the output: the identity.
+        Scaled to a trace of h. Of layers that have no part in the output, and of networks that allow no
+        gradients: the identity.
     """
     sums = {
         name: torch.zeros((channels(layer)[1],) * 2, dtype=torch.float64) for name, layer in layers.items()
@@ -56,9 +57,13 @@ def sensitivities(
         for batch in batches:
             offsets.clear()
             result = main_output(forward(model, batch, device_of(model)))
-            for _ in range(PROBES):
+            for _ in range(PROBES if result.requires_grad else 0):
                 signs = torch.randint(0, 2, result.shape, generator=random).to(result) * 2 - 1
-                _add(sums, layers, offsets, result, _without_mean(signs))
+                try:
+                    _add(sums, layers, offsets, result, _without_mean(signs))
+                except RuntimeError:
+                    # Something that the gradient needs was changed in place.
+                    return {name: np.eye(len(total)) for name, total in sums.items()}
     return {name: _scaled(total.numpy()) for name, total in sums.items()}
 
 
