@@ -15,6 +15,9 @@ from pysolve.forms import LowRank
 from pysolve.nn.dense import to_dense
 from pysolve.nn.factored import Factored, empty
 
+# What torch says once of even kernels.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 MODES = ("zeros", "reflect", "replicate", "circular")
 
