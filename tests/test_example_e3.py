@@ -1,0 +1,113 @@
+"""A deep MLP by singular values: the example's steps on a stand-in."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from pysolve import demo
+from pysolve.datasets import Dataset
+from pysolve.nn.evaluate import accuracy, parameters
+from pysolve.nn.factored import Factored
+from pysolve.nn.zoo import Mlp
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+SIZES = (100, 48, 48, 48, 10)
+
+
+@pytest.fixture(scope="module")
+def script():
+    before = set(sys.modules)
+    sys.path.insert(0, str(EXAMPLES))
+    yield importlib.import_module("e3_svd_mlp")
+    sys.path.remove(str(EXAMPLES))
+    for name in set(sys.modules) - before:
+        if name.startswith(("e1_", "e2_", "e3_", "kept")):
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Images of ten classes that differ in where they are bright."""
+    rng = np.random.default_rng(0)
+    y = np.arange(120) % 10
+    x = 0.3 * rng.standard_normal((120, 1, 10, 10)).astype(np.float32)
+    for image, label in zip(x, y, strict=True):
+        image[0, 2 * (label // 2) : 2 * (label // 2) + 2, 5 * (label % 2) : 5 * (label % 2) + 5] += 2
+    with demo.threads(1):
+        yield Dataset("stand-in", x, y, x[::2], y[::2])
+
+
+@pytest.fixture(scope="module")
+def model(script, data):
+    """A narrow network that has seen the stand-in."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = Mlp(SIZES)
+    script.train(network, data, epochs=10, batch_size=10, lr=1e-3)
+    return network
+
+
+def test_help_names_the_options_and_missing_data_are_one_sentence(script, tmp_path):
+    result = CliRunner().invoke(script.app, ["--help"], env={"COLUMNS": "100", "NO_COLOR": "1"})
+    assert result.exit_code == 0
+    assert all(option in result.output for option in ("--data", "--out", "--seed", "--quick"))
+    result = CliRunner().invoke(
+        script.app, ["--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
+    )
+    assert result.exit_code == 2
+    assert "is not a folder" in result.output
+
+
+def test_the_published_network_is_factored_but_for_its_last_layer(script, model, data):
+    assert parameters(Mlp(script.SIZES)) == 785 * 1024 + 4 * 1025 * 1024 + 1025 * 10
+    plain, few, many = script.factored(model, data, 4, (20, 120))
+    for network in (plain, few, many):
+        assert [type(layer) is Factored for layer in network.children()] == [True, True, True, False]
+        assert {layer.rank for layer in network.children() if isinstance(layer, Factored)} == {4}
+    W = model.fc1.weight.detach().double()
+    U, s, V = torch.linalg.svd(W)
+    torch.testing.assert_close(plain.fc1.weight.double(), U[:, :4] @ s[:4].diag() @ V[:4], atol=1e-5, rtol=0)
+    assert accuracy(many, data.x_test, data.y_test) >= accuracy(plain, data.x_test, data.y_test)
+
+
+def test_training_on_starts_from_a_copy_and_keeps_the_rank(script, model, data):
+    (smaller,) = script.factored(model, data, 3, ())
+    before = accuracy(smaller, data.x_test, data.y_test)
+    kept = {name: value.clone() for name, value in smaller.state_dict().items()}
+    on = {"epochs": 8, "lr": 3e-3, "batch_size": 10}
+    networks = script.trained_on(model, smaller, data, on, 0)
+    assert [*networks] == ["with labels", "without labels, by the original's outputs"]
+    for network in networks.values():
+        assert parameters(network) == parameters(smaller)
+        assert accuracy(network, data.x_test, data.y_test) > max(before, 60)
+    assert all(torch.equal(value, kept[name]) for name, value in smaller.state_dict().items())
+
+
+def test_published_and_ours_stand_side_by_side(script, model):
+    scores, networks = {10: [70.0, 95.0, 95.5], 30: [96.0, 97.0]}, {10: [model], 30: [model]}
+    table = script.ranks_table(97.8, scores, networks, model, (2000, 60_000))
+    assert table.head[3:5] == ("by what is read, 2,000 images", "by what is read, 60,000 images")
+    count = f"{parameters(model):,}"
+    assert table.rows == (
+        ("dense", "98.5 (53 epochs)", "97.80", "", "", count),
+        ("10", "67.9–74.5", "70.00", "95.00", "95.50", count),
+        ("30", "97–97.6", "96.00", "97.00", "", count),
+    )
+
+
+def test_the_whole_script_prints_both_tables_and_writes_its_files(script, data, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "mnist", lambda folder: data)
+    monkeypatch.setattr(script, "SIZES", SIZES)
+    result = CliRunner().invoke(script.app, ["--out", str(tmp_path), "--quick"])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert [line[:9] for line in lines if line.startswith("**")] == ["**Five la", "**D = 20 "]
+    first = [line.split("|")[1].strip() for line in lines if line.startswith("| ")]
+    assert first[2:5] == ["dense", "10", "20"]
+    assert {file.name for file in tmp_path.iterdir()} == {"mlp.safetensors", "ranks.png"}
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")

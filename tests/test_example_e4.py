@@ -1,0 +1,132 @@
+"""Pruning and distillation of small convolutional networks: the example's steps on a stand-in."""
+
+import importlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from typer.testing import CliRunner
+
+from pysolve import demo
+from pysolve.datasets import Dataset
+from pysolve.nn.evaluate import accuracy, parameters
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def modules():
+    """The example's script and the modules beside it, by the ends of their names."""
+    before = set(sys.modules)
+    sys.path.insert(0, str(EXAMPLES))
+    names = ("efficiency", "networks", "pruning", "distillation")
+    yield {name: importlib.import_module(f"e4_{name}") for name in names}
+    sys.path.remove(str(EXAMPLES))
+    for name in set(sys.modules) - before:
+        if name.startswith(("e1_", "e2_", "e4_", "kept")):
+            del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def data():
+    """Images of ten classes that differ in where, and in which colour, they are bright."""
+    rng = np.random.default_rng(0)
+    y = np.arange(80) % 10
+    x = 0.3 * rng.standard_normal((80, 3, 32, 32)).astype(np.float32)
+    for image, label in zip(x, y, strict=True):
+        image[
+            label % 3, 6 * (label // 2) : 6 * (label // 2) + 8, 16 * (label % 2) : 16 * (label % 2) + 16
+        ] += 2
+    with demo.threads(1):
+        yield Dataset("stand-in", x, y, x[::2], y[::2])
+
+
+class Tiny(nn.Sequential):
+    """In place of the large teacher."""
+
+    def __init__(self):
+        super().__init__(nn.Flatten(), nn.Linear(3072, 10))
+
+
+@pytest.fixture(scope="module")
+def model(modules, data, tmp_path_factory):
+    recipe = {"epochs": 8, "batch_size": 10, "lr": 2e-3}
+    path = tmp_path_factory.mktemp("kept") / "simple.safetensors"
+    return modules["efficiency"].trained(data, path, recipe, 0)
+
+
+def test_help_names_the_options_and_missing_data_are_one_sentence(modules, tmp_path):
+    app = modules["efficiency"].app
+    result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "100", "NO_COLOR": "1"})
+    assert result.exit_code == 0
+    assert all(option in result.output for option in ("--data", "--out", "--seed", "--quick"))
+    result = CliRunner().invoke(app, ["--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2
+    assert "is not a folder" in result.output
+
+
+def test_networks_are_as_large_as_the_published_ones(modules):
+    networks, megabytes = modules["networks"], modules["distillation"].megabytes
+    made = (networks.SimpleCnn(), networks.SimpleCnn(padding=2), networks.ResNet18())
+    assert [f"{megabytes(network):.3g}" for network in made] == ["0.488", "1.09", "44.8"]
+    assert [parameters(network) for network in made] == [121_182, 270_942, 11_181_642]
+    for network in made:
+        assert network.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_published_files_keep_their_size_and_ours_shrink(modules, model, data, monkeypatch):
+    pruning = modules["pruning"]
+    monkeypatch.setattr(pruning, "CUTS", (pruning.CUTS[1], pruning.CUTS[-1]))
+    table = pruning.pruning_table(model, data, 0, 40)
+    assert [row[2] for row in table.rows] == ["488.3"] * 3
+    # Half of both convolutions' channels: 8 and 16 of them stay.
+    left = 608 + 3216 + 48_120 + 10_164 + 850
+    zeros, channels = table.rows[1:]
+    assert float(zeros[4]) < 450
+    assert channels[6] == f"{left:,}"
+    assert 4 * left / 1e3 < float(channels[4]) < 4 * left / 1e3 + 10
+
+
+def test_masks_by_torch_are_the_same_weights(modules, model, data):
+    pruning = modules["pruning"]
+    masked = pruning.as_published(model, pruning.CUTS[2], 0)
+    pruned = pruning.ours(model, data, pruning.CUTS[2], "none", 0, 40).model
+    assert torch.equal(masked.fc1.weight, pruned.fc1.weight)
+    channels = pruning.ours(model, data, pruning.CUTS[-1], "none", 0, 40).model
+    masked = pruning.as_published(model, pruning.CUTS[-1], 0)
+    rows = [row for row in masked.conv1.weight if row.any()]
+    assert torch.equal(torch.stack(rows), channels.conv1.weight)
+
+
+def test_every_way_trains_the_padded_student(modules, model, data):
+    distillation = modules["distillation"]
+    labels, published, alone, ours = (
+        distillation.distilled(model, data, way.options, {"epochs": 3, "batch_size": 10}, 0)
+        for way in distillation.WAYS
+    )
+    assert {parameters(student) for student in (labels, published, alone, ours)} == {270_942}
+    assert not torch.equal(labels.fc3.weight, published.fc3.weight)
+    assert not torch.equal(alone.fc3.weight, ours.fc3.weight)
+    # One class of ten is known to a network that has not learnt.
+    assert accuracy(ours, data.x_test, data.y_test) > 15
+
+
+def test_the_whole_script_prints_both_tables_and_writes_its_files(modules, data, tmp_path, monkeypatch):
+    script = modules["efficiency"]
+    monkeypatch.setattr(script, "cifar", lambda folder: data)
+    monkeypatch.setattr(modules["distillation"], "ResNet18", Tiny)
+    monkeypatch.setattr(modules["pruning"], "CUTS", modules["pruning"].CUTS[-1:])
+    result = CliRunner().invoke(script.app, ["--out", str(tmp_path), "--quick"])
+    assert result.exit_code == 0, result.output
+    lines = result.output.splitlines()
+    assert [line[:14] for line in lines if line.startswith("**")] == ["**Pruned, not ", "**Distillation"]
+    assert sum(line.startswith("| student") for line in lines) == 4
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "simple.safetensors",
+        "resnet18.safetensors",
+        "files.png",
+    }
+    assert (tmp_path / "files.png").read_bytes().startswith(b"\x89PNG")
