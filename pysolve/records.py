@@ -90,9 +90,20 @@ def plan_record(plan: Plan) -> dict[str, Any]:
 
 
 def form_record(form: Form) -> dict[str, Any]:
-    """A form without its numbers."""
+    """A form without its numbers.
+
+    Raises
+    ------
+    DataError
+        Of factors that share the kernel out in a way that no record tells.
+    """
     if isinstance(form, LowRank):
-        spatial = len(form.shape) > 2 and form.outer.shape[-1] > 1
+        *before, spatial = [False, *(size > 1 for size in form.outer.shape[2:])]
+        if any(before):
+            raise DataError(
+                "expected factors with the kernel first, or along the last dimension in the outer one, got "
+                f"{form.outer.shape} and {form.inner.shape}."
+            )
         return {"kind": "low-rank", "rank": form.rank, "spatial": spatial}
     return {"kind": "csr", "density": form.density}
 

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pysolve.errors import DataError
-from pysolve.forms import Sparse
+from pysolve.forms import LowRank, Sparse
 
 
 def weight(shape, density, seed=0, dtype=np.float32):
@@ -58,3 +58,57 @@ def test_bytes_are_the_fewer_of_both_codes():
 def test_forms_that_describe_no_weight_are_refused(shape, values, gaps, message):
     with pytest.raises(DataError, match=message):
         Sparse(shape, np.array(values), gaps)
+
+
+def random_factors(h, r, c, outer=(), inner=(), dtype=np.float64):
+    rng = np.random.default_rng(0)
+    return LowRank(
+        rng.standard_normal((h, r, *outer)).astype(dtype), rng.standard_normal((r, c, *inner)).astype(dtype)
+    )
+
+
+@st.composite
+def factors(draw):
+    sizes = [draw(st.integers(1, 4)) for _ in range(3)]
+    kernel = draw(st.lists(st.tuples(st.integers(1, 3), st.booleans()), max_size=3))
+    outer = tuple(size if out else 1 for size, out in kernel)
+    inner = tuple(1 if out else size for size, out in kernel)
+    return random_factors(*sizes, outer, inner, draw(st.sampled_from([np.float32, np.float64])))
+
+
+@given(factors())
+def test_factors_multiply_out_entry_by_entry(form):
+    dense = form.dense()
+    assert dense.shape == form.shape
+    assert dense.dtype == form.outer.dtype
+    kernels = [*zip(form.outer.shape[2:], form.inner.shape[2:], strict=True)]
+    for h, c, *place in np.ndindex(form.shape):
+        outer, inner = (
+            tuple(at if size[which] > 1 else 0 for at, size in zip(place, kernels, strict=True))
+            for which in (0, 1)
+        )
+        expected = sum(form.outer[(h, k, *outer)] * form.inner[(k, c, *inner)] for k in range(form.rank))
+        assert dense[(h, c, *place)] == pytest.approx(expected, abs=1e-5)
+
+
+@given(factors())
+def test_factors_know_what_they_cost(form):
+    assert form.nbytes == form.outer.nbytes + form.inner.nbytes
+    assert form.density == pytest.approx((form.outer.size + form.inner.size) / form.dense().size)
+    assert form.rank == form.outer.shape[1] == form.inner.shape[0]
+
+
+@pytest.mark.parametrize(
+    ("outer", "inner", "message"),
+    [
+        ((4, 2), (3, 5), r"shapes \(h, r, …\) and \(r, c, …\), got \(4, 2\) and \(3, 5\)"),
+        ((4,), (4,), "expected factors of shapes"),
+        ((4, 2), (2, 5, 1), "expected factors of shapes"),
+        ((4, 2, 3, 1), (2, 5, 3, 1), "one factor must have size 1"),
+        ((4, 0), (0, 5), "one factor must have size 1"),
+        ((4, 2, 0), (2, 5, 3), "one factor must have size 1"),
+    ],
+)
+def test_factors_that_describe_no_weight_are_refused(outer, inner, message):
+    with pytest.raises(DataError, match=message):
+        LowRank(np.ones(outer), np.ones(inner))

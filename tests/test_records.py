@@ -9,8 +9,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pysolve.errors import DataError
-from pysolve.plan import Collapse, Site
-from pysolve.records import indices_of, plain, ranges, step_record, steps_of, strings, typed
+from pysolve.forms import LowRank, Sparse
+from pysolve.plan import Collapse, Plan, Site
+from pysolve.records import (
+    factors_of,
+    form_record,
+    indices_of,
+    plain,
+    plan_record,
+    ranges,
+    step_record,
+    steps_of,
+    strings,
+    typed,
+)
 
 
 @given(st.lists(st.integers(0, 40), unique=True))
@@ -144,3 +156,57 @@ def test_a_field_that_is_missing_or_of_another_type_is_named():
         typed(None, bool, "it")
     with pytest.raises(DataError, match="expected every part of it to be a string, got an integer"):
         strings(["a", 3], "it")
+
+
+FORMS = {
+    "fc": (LowRank(np.ones((4, 3)), np.ones((3, 5))), (3, False)),
+    "kernel first": (LowRank(np.ones((4, 2, 1, 1)), np.ones((2, 5, 3, 3))), (2, False)),
+    "height and width": (LowRank(np.ones((4, 7, 1, 3)), np.ones((7, 5, 3, 1))), (7, True)),
+    "1 x 1": (LowRank(np.ones((4, 1, 1, 1)), np.ones((1, 5, 1, 1))), (1, False)),
+    "1-d": (LowRank(np.ones((4, 2, 1)), np.ones((2, 5, 3))), (2, False)),
+    "3-d": (LowRank(np.ones((4, 2, 1, 1, 2)), np.ones((2, 5, 3, 2, 1))), (2, True)),
+}
+
+
+def test_ranks_of_factored_layers_survive():
+    records = {name: form_record(form) for name, (form, _) in FORMS.items()}
+    assert factors_of(json.loads(json.dumps(records))) == {
+        name: wanted for name, (_, wanted) in FORMS.items()
+    }
+
+
+def test_a_plan_s_record_says_which_layers_have_which_form():
+    sparse = Sparse.from_dense(np.eye(4, dtype=np.float32))
+    record = plan_record(Plan(forms={"a": sparse, "b": FORMS["fc"][0]}, values={"c.bias": np.ones(3)}))
+    assert record["forms"] == {
+        "a": {"kind": "csr", "density": 0.25},
+        "b": {"kind": "low-rank", "rank": 3, "spatial": False},
+    }
+    assert record["values"] == ["c.bias"]
+    json.dumps(record, allow_nan=False)
+
+
+@pytest.mark.parametrize(
+    ("records", "message"),
+    [
+        ([], "expected factored to be an object, got a list"),
+        ({"a": 3}, "expected a factored layer to be an object, got an integer"),
+        ({"a": {"rank": 3}}, "expected a field 'spatial'"),
+        ({"a": {"spatial": True}}, "expected a field 'rank'"),
+        ({"a": {"rank": 0, "spatial": False}}, "expected a rank of at least 1, got 0"),
+        ({"a": {"rank": -(10**30), "spatial": False}}, "expected a rank of at least 1"),
+        ({"a": {"rank": True, "spatial": False}}, "expected rank to be an integer, got true or false"),
+        ({"a": {"rank": 2.0, "spatial": False}}, "expected rank to be an integer, got a number"),
+        ({"a": {"rank": 2, "spatial": 1}}, "expected spatial to be true or false, got an integer"),
+    ],
+)
+def test_what_is_no_rank_is_refused(records, message):
+    with pytest.raises(DataError, match=message):
+        factors_of(records)
+
+
+def test_factors_of_which_a_record_cannot_tell_are_refused():
+    with pytest.raises(DataError, match="kernel first, or along the last dimension"):
+        form_record(LowRank(np.ones((4, 2, 3, 1)), np.ones((2, 5, 1, 3))))
+    with pytest.raises(DataError, match="kernel first, or along the last dimension"):
+        form_record(LowRank(np.ones((4, 2, 3, 3)), np.ones((2, 5, 1, 1))))
