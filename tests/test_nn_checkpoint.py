@@ -26,8 +26,10 @@ from torch.utils import _pytree as pytree
 
 import pysolve as ps
 from pysolve.compressed import Compressed, after, fingerprint
+from pysolve.forms import LowRank
 from pysolve.nn import storage
 from pysolve.nn.evaluate import parameters
+from pysolve.nn.factored import Factored
 from pysolve.nn.masking import masks_of, unmasked
 from pysolve.nn.network import forward
 from pysolve.nn.packing import Packed, coded, decoded, pack, unpack
@@ -774,3 +776,226 @@ def test_sparse_layers_cannot_be_masked(whole):
     forged(whole, field(masked=["fc1"]))
     with pytest.raises(ps.DataError, match="fc1 is a SparseLinear, which has no weight to mask"):
         ps.load(whole.path, whole.model)
+
+
+# --- layers that became two
+
+
+def low(layer, rank, *, spatial=False, seed=0):
+    """Random factors for a layer."""
+    h, c, *kernel = layer.weight.shape
+    inner, outer = [*kernel], [1] * len(kernel)
+    if spatial:
+        inner[-1], outer[-1] = 1, kernel[-1]
+    rng = np.random.default_rng(seed)
+    return LowRank(
+        rng.standard_normal((h, rank, *outer), dtype=np.float32),
+        rng.standard_normal((rank, c, *inner), dtype=np.float32),
+    )
+
+
+def factored(model, ranks, values=None):
+    """A network with some layers of random factors, from {name: rank or (rank, True)}."""
+    forms = {}
+    for name, asked in ranks.items():
+        rank, spatial = asked if isinstance(asked, tuple) else (asked, False)
+        forms[name] = low(model.get_submodule(name), rank, spatial=spatial)
+    return made(model, Plan(values=values or {}, forms=forms))
+
+
+KINDS_OF_LAYERS = {
+    "linear": (nn.Linear(6, 5), 2, (6,)),
+    "linear over positions": (nn.Linear(6, 5, bias=False), 3, (4, 6)),
+    "kernel first": (nn.Conv2d(3, 5, 3, stride=2, padding=(1, 2)), 2, (3, 8, 9)),
+    "height and width": (nn.Conv2d(3, 5, (3, 5), stride=(2, 1), padding=1, bias=False), (4, True), (3, 8, 9)),
+    "same": (nn.Conv2d(3, 5, 3, padding="same", dilation=2), (2, True), (3, 8, 9)),
+    "valid": (nn.Conv2d(3, 5, 3, padding="valid"), (2, True), (3, 8, 9)),
+    "reflected": (nn.Conv2d(3, 5, 3, padding=1, padding_mode="reflect"), (3, True), (3, 8, 9)),
+    "1-d": (nn.Conv1d(3, 5, 3, padding=1), 2, (3, 8)),
+    "3-d": (nn.Conv3d(2, 3, 2, dilation=2), (2, True), (2, 5, 6, 7)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS_OF_LAYERS)
+def test_factored_layers_of_every_kind_come_back(kind, tmp_path):
+    layer, rank, shape = copy.deepcopy(KINDS_OF_LAYERS[kind])
+    model = nn.Sequential(layer, nn.ReLU()).eval()
+    batch = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
+    result = factored(model, {"0": rank})
+    loaded = assert_restored(result, model, tmp_path / "a.safetensors", batch)
+    for two in (loaded[0], result.model[0]):
+        assert isinstance(two, Factored)
+        two.inner.weight.requires_grad_()
+    assert repr(loaded) == repr(result.model)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_factored_layer_may_have_a_new_bias(known, tmp_path):
+    model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.ReLU(), nn.Linear(5, 3, bias=False)).eval()
+    result = factored(model, {"0": 2, "2": 1}, {"0.bias": np.arange(5.0)})
+    result = result if known else replace(result, fingerprint=None)
+    loaded = assert_restored(result, model, tmp_path / "a.safetensors", vectors())
+    assert loaded[0].bias.tolist() == [0, 1, 2, 3, 4]
+    assert loaded[2].bias is None
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_biases_that_come_to_layers_within_factored_ones_come_back(known, tmp_path):
+    model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.ReLU(), nn.Linear(5, 3)).eval()
+    first = factored(model, {"0": 3})
+    plan = Plan(
+        values={"0.inner.bias": np.ones(3), "0.outer.bias": np.arange(5.0)},
+        forms={"0.outer": low(first.model[0].outer, 2)},
+    )
+    second = after(first, Compressed(ps.apply(first.model, plan), plan, REPORT))
+    second = second if known else replace(second, fingerprint=None)
+    loaded = assert_restored(second, model, tmp_path / "a.safetensors", vectors())
+    assert loaded[0].inner.bias.tolist() == [1, 1, 1]
+    assert loaded[0].outer.outer.bias.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_chains_of_low_rank_and_everything_else_come_back_at_every_step(tmp_path):
+    model = mlp((20, 24, 22, 4))
+    batches = [vectors(80, 20) @ torch.randn(20, 20, generator=torch.Generator().manual_seed(1))]
+    quick = {"progress": False, "layout": "factored"}
+    chain = [ps.low_rank(model, batches, rank={"fc1": 6, "fc2": 5}, **quick)]
+    chain.append(ps.compress(chain[-1], batches, keep=0.6, progress=False))
+    inner = chain[-1].model.fc1.inner
+    most = inner.weight.numel() // sum(inner.weight.shape) - 1
+    chain.append(ps.low_rank(chain[-1], batches, rank={"fc1.inner": max(1, most)}, **quick))
+    chain.append(ps.prune(chain[-1], amount=0.5, layout="csr"))
+    assert isinstance(chain[2].model.fc1.inner, Factored)
+    for result in chain:
+        loaded = assert_restored(result, model, tmp_path / "a.safetensors", vectors(3, 20))
+        assert torch.equal(loaded(vectors(3, 20)), result.model(vectors(3, 20)))
+    trained = copy.deepcopy(chain[1].model)
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            parameter.mul_(1.5)
+    assert_restored(replace(chain[1], model=trained), model, tmp_path / "b.safetensors", vectors(3, 20))
+
+
+def test_convolutional_networks_come_back_after_low_rank(tmp_path):
+    model, batch = network("residual")
+    x = torch.randn(24, *batch.shape[1:], generator=torch.Generator().manual_seed(3))
+    for structure in ("channel", "spatial"):
+        result = ps.low_rank(model, [x], rank=1, structure=structure, layout="factored", progress=False)
+        assert sum(isinstance(layer, Factored) for layer in result.model.modules()) > 1
+        assert_restored(result, model, tmp_path / "a.safetensors", batch)
+
+
+def test_a_factored_layer_under_two_names_comes_back_as_one(tmp_path):
+    model = mlp()
+    model.again = model.fc2
+    result = factored(model, {"fc2": 3})
+    loaded = assert_restored(result, model, tmp_path / "a.safetensors", vectors())
+    assert loaded.again is loaded.fc2
+    assert isinstance(loaded.again, Factored)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_factored_layers_keep_their_type(dtype, tmp_path):
+    model = mlp().to(dtype)
+    assert_restored(factored(model, {"fc1": 3}), model, tmp_path / "a.safetensors", vectors().to(dtype))
+
+
+def test_factors_that_a_file_cannot_tell_are_refused_when_they_are_saved(tmp_path):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3))
+    form = LowRank(np.ones((3, 2, 3, 1), np.float32), np.ones((2, 2, 1, 3), np.float32))
+    with pytest.raises(ps.PysolveError, match="kernel first, or along the last dimension"):
+        ps.save(made(model, Plan(forms={"0": form})), tmp_path / "a.safetensors")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_files_of_before_layers_were_factored_are_read(whole):
+    forged(whole, lambda record, _: record.pop("factored"))
+    assert_same_state(ps.load(whole.path, whole.model), whole.result.model)
+
+
+@pytest.fixture(scope="module")
+def halved(tmp_path_factory):
+    """A network with two factored layers, and its file."""
+    model = mlp((60, 40, 30, 4))
+    result = factored(model, {"fc1": 7, "fc2": 5})
+    path = tmp_path_factory.mktemp("halved") / "a.safetensors"
+    ps.save(result, path)
+    return Whole(path.read_bytes(), model, result, path)
+
+
+def ranks(*stages):
+    return lambda record, _: record.update(factored=[*stages], stages=[[] for _ in stages])
+
+
+def rank(value, spatial=False):
+    return {"rank": value, "spatial": spatial}
+
+
+FC2 = {"fc2": rank(5)}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (field(factored={}), "expected factored to be a list, got an object"),
+        (field(factored=[]), "only one of them has fc1"),
+        (ranks([]), "expected factored to be an object, got a list"),
+        (ranks({"fc1": 7}), "a factored layer to be an object, got an integer"),
+        (ranks({"fc9": rank(7)}), "has no layer 'fc9'"),
+        (ranks({"": rank(7)}), " is a Mlp, which cannot be factored"),
+        (ranks(FC2), "only one of them has fc1"),
+        (ranks(FC2 | {"fc1": rank(6)}), "expected fc1.inner.weight of shape .6, 60., got .7, 60."),
+        (ranks(FC2 | {"fc1": rank(7), "fc3": rank(1)}), "only one of them has fc3"),
+        (ranks(FC2 | {"fc1": rank(41)}), "rank of at most 40, got 41"),
+        (ranks(FC2 | {"fc1": rank(2401)}), "fc1 cannot have rank 2401"),
+        (ranks(FC2 | {"fc1": rank(10**300)}), "fc1 cannot have rank 1000"),
+        (ranks(FC2 | {"fc1": rank(0)}), "a rank of at least 1, got 0"),
+        (ranks({"fc1": rank(7)}, {"fc1": rank(7)}), "fc1 is a Factored, which cannot be factored"),
+        (ranks({"fc1": rank(7)}, FC2, {"fc1.inner": rank(2)}), "only one of them has fc1.inner"),
+        (lambda record, _: record["factored"].extend([{}] * 10**4 + [{"fc1.inner": rank(1)}]), None),
+        (lambda record, _: record["factored"][0]["fc1"].update(spatial=True), None),
+    ],
+)
+def test_records_of_ranks_that_do_not_hold_are_refused(change, message, halved):
+    forged(halved, change)
+    with little_memory(1_000_000):
+        if message is None:
+            # What no stage is there for, or means nothing to a Linear, does no harm.
+            assert_same_state(ps.load(halved.path, halved.model), halved.result.model)
+            return
+        with pytest.raises(ps.DataError, match=message):
+            ps.load(halved.path, halved.model)
+
+
+def test_layers_cannot_be_made_larger_and_larger_by_factoring_their_factors(halved):
+    """Each factor of full rank has as many numbers as the layer, twice as many together."""
+    model, names, stages = mlp((30, 30, 4)), ["fc1"], []
+    for _ in range(12):
+        stages.append({name: rank(30) for name in names})
+        names = [f"{name}.{part}" for name in names for part in ("inner", "outer")]
+    forged(halved, lambda record, _: record.update(factored=stages, stages=[[]] * 12, original=None))
+    with little_memory(5_000_000), pytest.raises(ps.DataError, match="have over 4 times the original"):
+        ps.load(halved.path, model)
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 4, 3), nn.Embedding(4, 4), nn.ReLU()]
+)
+def test_records_that_factor_other_layers_are_refused(layer, halved):
+    model = nn.Sequential(layer)
+    forged(halved, lambda record, _: record.update(factored=[{"0": rank(1)}], original=None))
+    with pytest.raises(ps.DataError, match=r"(cannot|can) be factored"):
+        ps.load(halved.path, model)
+
+
+@given(data=st.data())
+def test_any_value_in_a_record_of_ranks_is_refused_or_does_no_harm(halved, data):
+    def change(record, _):
+        place, key = record, "factored"
+        while isinstance(place[key], dict | list) and place[key] and data.draw(st.integers(0, 3)):
+            place = place[key]
+            key = data.draw(st.sampled_from(range(len(place)) if isinstance(place, list) else sorted(place)))
+        place[key] = data.draw(JSON)
+
+    forged(halved, change)
+    with suppress(ps.DataError):
+        assert_same_state(ps.load(halved.path, halved.model), halved.result.model)

@@ -17,6 +17,7 @@ from pysolve import __version__
 from pysolve.compressed import Compressed, fingerprint
 from pysolve.errors import DataError, PysolveError
 from pysolve.forms import LowRank, Sparse
+from pysolve.nn.evaluate import parameters
 from pysolve.nn.factored import empty
 from pysolve.nn.layers import in_form
 from pysolve.nn.masking import mask_weights, masks_of, unmasked
@@ -39,6 +40,8 @@ from pysolve.records import (
 )
 
 VERSION = 1
+# Times the original's parameters that factored layers may have: full ranks double them.
+_GROWTH = 4
 
 
 def save(compressed: Compressed, path: str | os.PathLike[str]) -> None:
@@ -158,6 +161,7 @@ def _new_biases(compressed: Compressed) -> list[str]:
         return [name for name in biases if name not in original]
     given = {name for plan in plans for name in plan.values}
     given |= {f"{name}.bias" for plan in plans for step in plan.steps for name in step.biases}
+    given = {_before_factoring(name, factored) for name in given}
     return [name for name in biases if name in given]
 
 
@@ -212,6 +216,8 @@ def _rebuilt(record: Mapping[str, Any], model: nn.Module) -> nn.Module:
         if steps or forms:
             # To layers that factoring made.
             network = _with_biases(apply(network, Plan(steps, forms=forms)), biases)
+        if parameters(network) > _GROWTH * parameters(model):
+            raise DataError(f"its factored layers have over {_GROWTH} times the original's parameters.")
     if biases:
         raise DataError(f"it has no layer {min(biases).rpartition('.')[0]!r}.")
     for name in strings(field(record, "sparse"), "sparse"):
