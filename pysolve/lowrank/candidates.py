@@ -29,7 +29,7 @@ STRUCTURES = ("auto", "channel", "spatial")
 # Samples that layers are timed on.
 _TIMED = 64
 # Samples that sensitivities are taken on.
-_SENSED = 512
+_SENSED = 256
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ from pysolve.study import Study
 
 
 @dataclass(frozen=True)
-class Goal:
+class Extent:
     """One of three ways to say how far, as ``low_rank`` has them."""
 
     rank: int | Mapping[str, int] | None = None
@@ -32,7 +32,7 @@ class Goal:
             yield "rank", self.rank
 
 
-def choose_ranks(found: Candidates, goal: Goal, *, timed: bool) -> dict[str, int]:
+def choose_ranks(found: Candidates, extent: Extent, *, timed: bool) -> dict[str, int]:
     """Ranks of the layers that become two, all the same, by energy or by name.
 
     The reasons against the others go to ``found.against``.
@@ -40,27 +40,27 @@ def choose_ranks(found: Candidates, goal: Goal, *, timed: bool) -> dict[str, int
     Parameters
     ----------
     found : Candidates
-    goal : Goal
+    extent : Extent
         Not a target.
     timed : bool
         Leave layers alone that would take longer.
     """
-    if isinstance(goal.rank, Mapping):
-        _check_named(found, goal.rank)
+    if isinstance(extent.rank, Mapping):
+        _check_named(found, extent.rank)
     while True:
-        ranks = _asked_for(found, goal)
+        ranks = _asked_for(found, extent)
         if not timed or not _without_slower(found, ranks):
             return ranks
 
 
-def _asked_for(found: Candidates, goal: Goal) -> dict[str, int]:
+def _asked_for(found: Candidates, extent: Extent) -> dict[str, int]:
     ranks = {}
     for name, one in found.open.items():
         wanted: int | None
-        if goal.energy is not None:
-            wanted = one.rank_for(goal.energy)
+        if extent.energy is not None:
+            wanted = one.rank_for(extent.energy)
         else:
-            wanted = goal.rank.get(name) if isinstance(goal.rank, Mapping) else goal.rank
+            wanted = extent.rank.get(name) if isinstance(extent.rank, Mapping) else extent.rank
         if wanted is None:
             found.against[name] = "not asked for"
         elif wanted > one.most:

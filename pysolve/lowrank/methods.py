@@ -15,7 +15,7 @@ from pysolve.budget import check_targets
 from pysolve.checks import check_model
 from pysolve.compressed import Compressed, after
 from pysolve.lowrank.candidates import STRUCTURES, study_ranks
-from pysolve.lowrank.choose import Goal, as_chosen, choose_ranks, share_out
+from pysolve.lowrank.choose import Extent, as_chosen, choose_ranks, share_out
 from pysolve.lowrank.factoring import factored
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.shrink import shrink
@@ -97,8 +97,8 @@ def low_rank(
     original = model.model if isinstance(model, Compressed) else model
     check_model(original)
     method = method or ("svd" if batches is None else "activation")
-    goal = Goal(rank, energy, target)
-    _check(goal, method, structure, layout, batches is None, prune)
+    extent = Extent(rank, energy, target)
+    _check(extent, method, structure, layout, batches is None, prune)
     if batches is not None and iter(batches) is batches:
         # Several passes are made.
         batches = list(batches)
@@ -107,7 +107,7 @@ def low_rank(
     found, timed = look(original, batches), layout == "auto"
     finish = partial(factored, seed=seed, progress=progress)
     if target is None:
-        result = after(model, finish(found, choose_ranks(found, goal, timed=timed)))
+        result = after(model, finish(found, choose_ranks(found, extent, timed=timed)))
     elif prune and batches is not None:
         channels = study(original, batches, **options)
         sizes, ranks = share_out(found, target, channels, timed=timed)
@@ -121,7 +121,7 @@ def low_rank(
     return replace(result, report=scored(report, original, result.model, evaluate))
 
 
-def _check(goal: Goal, method: str, structure: str, layout: str, blind: bool, prune: bool) -> None:
+def _check(extent: Extent, method: str, structure: str, layout: str, blind: bool, prune: bool) -> None:
     """What can be told to be wrong before any work."""
     for what, given, known in (
         ("method", method, METHODS),
@@ -130,20 +130,20 @@ def _check(goal: Goal, method: str, structure: str, layout: str, blind: bool, pr
     ):
         if given not in known:
             raise ValueError(f"unknown {what} {given!r}; choose one of {', '.join(known)}.")
-    wanted = [name for name, value in vars(goal).items() if value is not None]
+    wanted = [name for name, value in vars(extent).items() if value is not None]
     if len(wanted) != 1:
         raise ValueError(
             f"give exactly one of rank, energy and target; got {' and '.join(wanted) or 'none'}."
         )
-    if goal.target is not None:
-        check_targets(goal.target)
+    if extent.target is not None:
+        check_targets(extent.target)
     elif prune:
         raise ValueError("prune=True needs a target, within which channels and ranks compete.")
-    for name, value in goal.named_ranks:
+    for name, value in extent.named_ranks:
         if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
-    if goal.energy is not None and not 0 < goal.energy <= 1:
-        raise ValueError(f"energy must be a share in (0, 1], got {goal.energy}.")
-    if blind and (method == "activation" or goal.target is not None):
-        what = "a target" if goal.target is not None else 'method="activation"'
+    if extent.energy is not None and not 0 < extent.energy <= 1:
+        raise ValueError(f"energy must be a share in (0, 1], got {extent.energy}.")
+    if blind and (method == "activation" or extent.target is not None):
+        what = "a target" if extent.target is not None else 'method="activation"'
         raise ValueError(f"{what} needs batches: unlabelled inputs.")
