@@ -1,0 +1,225 @@
+"""Distillation: what a compressed network regains without labels, students, and the loop's own speed.
+
+python bench/distill.py match [--share 0.5] [--seconds 60,600] [--images 2000]
+python bench/distill.py students [--seconds 20,60]
+python bench/distill.py speed [--steps 120]
+
+match: ResNet-20 by ``ps.compress``, then taught by the original for so many seconds, without labels.
+students: 784–128–10 taught by LeNet-5 and by labels alone. speed: steps per processor second beside a loop
+of torch that is written out by hand, by turns in the same run. Networks and images come from the folder that
+PYSOLVE_DATA or --data names. Every command prints a table in Markdown and writes its rows to a JSON file.
+"""
+
+import copy
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+# Two BLAS threads on two busy cores wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+import torch
+import typer
+from networks import DATA, DataOption, OutOption, ThreadsOption, found, write
+from pruning import show
+from subjects import CALIBRATION
+from torch import Tensor, nn
+from torch.nn.functional import kl_div, log_softmax, softmax
+
+import pysolve as ps
+from pysolve.datasets import cifar, mnist
+from pysolve.nn.evaluate import accuracy
+from pysolve.nn.train import fit
+from pysolve.nn.zoo import Mlp
+from pysolve.show.tables import Table
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+
+ROUNDS = 3
+
+
+def recipe(seconds: float) -> dict[str, Any]:
+    """Arguments of ``ps.distill`` for so many seconds without labels."""
+    return {"loss": "mse", "batch_size": 32, "mix": 0.5, "frozen": True, "seconds": seconds}
+
+
+@app.command()
+def match(
+    share: Annotated[float, typer.Option(help="Of the multiply-accumulates that may stay.")] = 0.5,
+    seconds: Annotated[str, typer.Option(help="How long to teach.")] = "60,600",
+    images: Annotated[int, typer.Option(help="Unlabelled images to teach with.")] = CALIBRATION,
+    threads: ThreadsOption = 1,
+    data: DataOption = DATA,
+    out: OutOption = Path("results"),
+) -> None:
+    """ResNet-20 compressed, then taught by what it was."""
+    torch.set_num_threads(threads)
+    subject, rows = found("resnet20", data, out), list[dict[str, Any]]()
+    x = torch.from_numpy(cifar(data / "cifar10_jpeg", train=images).x_train)
+
+    def note(what: str, model: nn.Module, taken: float, steps: int) -> None:
+        score = accuracy(model, subject.x_test, subject.y_test)
+        row = {"network": what, "accuracy (%)": score, "MACs": subject.cost("macs", model)}
+        rows.append({**row, "seconds": taken, "steps": steps})
+        write(out / "distill" / "match.json", f"{subject.title}, {len(x)} images", threads, rows)
+
+    note("original", subject.model, 0.0, 0)
+    start = time.perf_counter()
+    target = {"macs": share}
+    smaller = ps.compress(subject.model, subject.calibration, target=target, progress=False).model
+    note("compressed", smaller, time.perf_counter() - start, 0)
+    for limit in map(float, seconds.split(",")):
+        student, count = copy.deepcopy(smaller), Counter()
+        start = time.perf_counter()
+        how = {**recipe(limit), "progress": False, "after_step": count}
+        ps.distill(student, subject.model, x.split(250), **how)
+        note(f"taught for {limit:g} s", student, time.perf_counter() - start, count.steps)
+    show(table(f"{subject.title}, taught with {len(x):,} images without labels, {threads} threads", rows))
+
+
+class Counter:
+    """How many steps were taken."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+
+    def __call__(self, done: float) -> None:
+        self.steps += 1
+
+
+@app.command()
+def students(
+    seconds: Annotated[str, typer.Option(help="How long to train.")] = "20,60",
+    threads: ThreadsOption = 1,
+    data: DataOption = DATA,
+    out: OutOption = Path("results"),
+) -> None:
+    """A new 784–128–10, by LeNet-5's outputs and by labels alone."""
+    torch.set_num_threads(threads)
+    subject, rows = found("lenet", data, out), list[dict[str, Any]]()
+    images = mnist(data / "mnist")
+    x, y = torch.from_numpy(images.x_train), torch.from_numpy(images.y_train)
+    pairs = [*zip(x.split(500), y.split(500), strict=True)]
+    ways: dict[str, Callable[..., object]] = {
+        "labels alone": lambda student, **how: fit(student, x, y, **how),
+        "outputs, T = 1": lambda student, **how: ps.distill(student, subject.model, pairs, **how),
+        "outputs, T = 4": lambda student, **how: ps.distill(
+            student, subject.model, pairs, temperature=4.0, **how
+        ),
+        "outputs, T = 4, inputs mixed": lambda student, **how: ps.distill(
+            student, subject.model, pairs, temperature=4.0, mix=0.3, **how
+        ),
+        "outputs and labels, T = 4": lambda student, **how: ps.distill(
+            student, subject.model, pairs, temperature=4.0, alpha=0.7, **how
+        ),
+    }
+    for name, train in ways.items():
+        row: dict[str, Any] = {"taught by": name}
+        for limit in map(float, seconds.split(",")):
+            student = new_student()
+            train(student, batch_size=64, lr=5e-3, seconds=limit, progress=False)
+            row[f"after {limit:g} s (%)"] = accuracy(student, subject.x_test, subject.y_test)
+        rows.append(row)
+        write(out / "distill" / "students.json", "784–128–10 taught by LeNet-5", threads, rows)
+    score = accuracy(subject.model, subject.x_test, subject.y_test)
+    show(table(f"784–128–10 taught by LeNet-5 ({score:.2f} %) on MNIST, {threads} threads", rows))
+
+
+def new_student() -> Mlp:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Mlp((784, 128, 10))
+
+
+@app.command()
+def speed(
+    steps: Annotated[int, typer.Option(help="In each run; fewer of ResNet-20.")] = 120,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 64,
+    threads: ThreadsOption = 1,
+    data: DataOption = DATA,
+    out: OutOption = Path("results"),
+) -> None:
+    """Steps per processor second, teacher and all, beside a bare loop of torch; medians of runs by turns."""
+    torch.set_num_threads(threads)
+    rows = list[dict[str, Any]]()
+    for name, share in (("lenet", 1.0), ("resnet20", 0.05)):
+        subject = found(name, data, out)
+        student = new_student() if name == "lenet" else copy.deepcopy(subject.model)
+        # Four epochs of a few steps.
+        few = max(2, round(share * steps / 4))
+        x = torch.cat(subject.calibration)[: few * batch_size]
+        rows += compared(subject.title, student, subject.model, x, batch_size, 4)
+        write(out / "distill" / "speed.json", f"Steps per second, batches of {batch_size}", threads, rows)
+    show(table(f"Steps per processor second in batches of {batch_size}, {threads} threads", rows))
+
+
+def compared(
+    title: str, student: nn.Module, teacher: nn.Module, x: Tensor, batch_size: int, epochs: int
+) -> list[dict[str, Any]]:
+    """Both loops with and without what the teacher says being kept."""
+    runs: dict[tuple[str, bool], list[float]] = {}
+    count = epochs * len(x.split(batch_size))
+    for _ in range(ROUNDS):
+        for kept in (False, True):
+            for name, run in {"by hand": by_hand, "ps.distill": ours}.items():
+                network, start = copy.deepcopy(student), time.process_time()
+                run(network, teacher, x, batch_size, epochs, kept)
+                runs.setdefault((name, kept), []).append(count / (time.process_time() - start))
+    return [
+        {
+            "subject": title,
+            "teacher": "asked once" if kept else "asked at every step",
+            "by hand": median(runs["by hand", kept]),
+            "ps.distill": median(runs["ps.distill", kept]),
+            "ratio": median(runs["ps.distill", kept]) / median(runs["by hand", kept]),
+        }
+        for kept in (False, True)
+    ]
+
+
+def ours(student: nn.Module, teacher: nn.Module, x: Tensor, batch_size: int, epochs: int, kept: bool) -> None:
+    ps.distill(
+        student, teacher, [x], batch_size=batch_size, epochs=epochs, cache=kept, lr=1e-3, progress=False
+    )
+
+
+def by_hand(
+    student: nn.Module, teacher: nn.Module, x: Tensor, batch_size: int, epochs: int, kept: bool
+) -> None:
+    """What one would write: shuffled batches, KL of the outputs, Adam."""
+    adam = torch.optim.Adam(student.parameters(), lr=1e-3)
+    teacher.eval()
+    student.train()
+
+    def answer(images: Tensor) -> Tensor:
+        with torch.no_grad():
+            return softmax(teacher(images), 1)
+
+    answers = torch.cat([answer(part) for part in x.split(250)]) if kept else None
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x)).split(batch_size):
+            images = x[rows]
+            wanted = answer(images) if answers is None else answers[rows]
+            adam.zero_grad()
+            kl_div(log_softmax(student(images), 1), wanted, reduction="batchmean").backward()
+            adam.step()
+
+
+def table(title: str, rows: Sequence[dict[str, Any]]) -> Table:
+    """The rows as they are."""
+    words = tuple(i for i, value in enumerate(rows[0].values()) if isinstance(value, str))
+    lines = [tuple(cell(value) for value in row.values()) for row in rows]
+    return Table(title, tuple(rows[0]), tuple(lines), words=words)
+
+
+def cell(value: str | float) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return value if isinstance(value, str) else f"{value:,}"
+
+
+if __name__ == "__main__":
+    app()
