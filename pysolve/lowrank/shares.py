@@ -54,7 +54,8 @@ def share(
     search = _Search(costs, site_curves, candidates, rank_curves, targets)
     everything, nothing = frozenset(range(len(candidates))), frozenset[int]()
     best = search.settled(everything)
-    if len(costs.channels):
+    # Alone within one measure, what a layer costs as it is counts exactly.
+    if len(costs.channels) or len(targets) > 1:
         best = min(best, search.settled(nothing), key=search.harm)
         order = sorted(everything, key=lambda i: -max(candidates[i].dense.values()))
         for i in order[:TRIED]:
