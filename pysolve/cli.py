@@ -3,64 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
-from typer.core import TyperGroup
 
-from pysolve import __version__, options
-from pysolve.errors import PysolveError
+from pysolve import cli_compress, options
+from pysolve.app import app
 
-
-class _Plain(TyperGroup):
-    """One red line and exit status 2 for what the user can mend, 130 for Ctrl-C; bugs keep their trace."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except (PysolveError, ImportError, OSError, ValueError, TypeError, RuntimeError) as error:
-            # Typer's own ways to end a command are RuntimeErrors.
-            if ctx.params["debug"] or isinstance(error, (typer.Exit, typer.Abort)):
-                raise
-            message = " ".join(str(error).split())
-            Console(stderr=True, highlight=False).print(
-                f"Error: {message}", style="red", markup=False, soft_wrap=True
-            )
-            raise typer.Exit(2) from error
-        except KeyboardInterrupt:
-            raise typer.Exit(130) from None
-
-
-app = typer.Typer(
-    cls=_Plain,
-    help="Make trained neural networks smaller without retraining them.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
+__all__ = ["app", "cli_compress", "main"]
 
 
 def main() -> None:
     """Entry point of the ``pysolve`` command."""
     app()
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"pysolve {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _options(
-    debug: Annotated[bool, typer.Option(help="Show the traceback of an error.")] = False,
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
-    ] = False,
-) -> None:
-    """What comes before a command."""
 
 
 @app.command()
@@ -94,116 +49,6 @@ def inspect(
     from pysolve.commands import show_sites
 
     show_sites(network, data, weights, ignore or (), device, json)
-
-
-@app.command()
-def compress(
-    network: options.Network,
-    data: options.Data,
-    weights: options.Weights = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(help="params, macs or bytes = share or number; repeatable.  [default: params=0.25]"),
-    ] = None,
-    test: options.Test = None,
-    out: options.Out = Path("compressed"),
-    select: options.Select = "elimination",
-    ignore: options.Ignore = None,
-    distill: Annotated[
-        str, typer.Option(help="Match the original's outputs afterwards: 60s, 2m, or 5e for epochs.")
-    ] = "0",
-    round_to: options.Rounded = 1,
-    state_dict: options.StateDict = False,
-    samples: options.Limit = 2000,
-    device: options.Device = "cpu",
-    seed: options.Seed = 0,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Make a network smaller, without labels and without training; write it with a report."""
-    from pysolve.commands import Job, compress_to, duration_of, targets_of
-
-    compress_to(
-        Job(network, data, weights, test, out, device, samples, json, quiet),
-        state_dict=state_dict,
-        target=targets_of(target or ["params=0.25"]),
-        select=select,
-        ignore=ignore or (),
-        distill=duration_of(distill),
-        round_to=round_to,
-        seed=seed,
-    )
-
-
-@app.command()
-def prune(
-    network: options.Network,
-    data: options.Data,
-    weights: options.Weights = None,
-    method: options.Method = "obs",
-    amount: options.Amount = None,
-    target: options.Left = None,
-    pattern: options.Pattern = None,
-    scope: options.Scope = "local",
-    refit: options.Refit = None,
-    layout: options.Layout = "auto",
-    test: options.Test = None,
-    out: options.Out = Path("pruned"),
-    ignore: options.Ignore = None,
-    state_dict: options.StateDict = False,
-    samples: options.Limit = 2000,
-    device: options.Device = "cpu",
-    seed: options.Seed = 0,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Prune single weights or channels by any method, without training; write the network with a report."""
-    from pysolve.commands import Job, prune_to, targets_of
-
-    prune_to(
-        Job(network, data, weights, test, out, device, samples, json, quiet),
-        state_dict=state_dict,
-        method=method,
-        amount=amount,
-        target=targets_of(target) if target else None,
-        pattern=pattern,
-        scope=scope,
-        refit=refit,
-        layout=layout,
-        ignore=ignore or (),
-        seed=seed,
-    )
-
-
-@app.command()
-def sweep(
-    network: options.Network,
-    data: options.Data,
-    test: Annotated[str, typer.Option(help="Labelled data, as --data, to give accuracies on.")],
-    weights: options.Weights = None,
-    target: Annotated[
-        list[str] | None,
-        typer.Option(help="As in compress, one result for each.  [default: params=0.5, 0.25 and 0.1]"),
-    ] = None,
-    out: options.Out = Path("compressed"),
-    select: options.Select = "elimination",
-    ignore: options.Ignore = None,
-    samples: options.Limit = 2000,
-    device: options.Device = "cpu",
-    seed: options.Seed = 0,
-    json: options.Json = False,
-    quiet: options.Quiet = False,
-) -> None:
-    """Try many sizes after one pass over the data, and show what each costs."""
-    from pysolve.commands import Job, sweep_to, targets_of
-
-    sweep_to(
-        Job(network, data, weights, test, out, device, samples, json, quiet),
-        targets=[targets_of([one]) for one in target or ("params=0.5", "params=0.25", "params=0.1")],
-        select=select,
-        ignore=ignore or (),
-        seed=seed,
-    )
 
 
 @app.command()

@@ -87,18 +87,11 @@ class Job:
             _print(f"{as_text}\nWrote {', '.join(written)} to {self.out}/")
 
 
-def compress_to(job: Job, *, state_dict: bool, **options: Any) -> None:
-    """Compress a network, and write it with its report."""
+def shrink_to(job: Job, way: str, done: str, *, state_dict: bool, **options: Any) -> None:
+    """Make a network smaller by a function of pysolve, and write it with its report."""
     model, batches, score = job.inputs()
-    result = ps.compress(model, batches, evaluate=score, progress=job.progress, **options)
-    _write_all(job, model, result, f"{job.name}, compressed", state_dict)
-
-
-def prune_to(job: Job, *, state_dict: bool, **options: Any) -> None:
-    """Prune a network, and write it with its report."""
-    model, batches, score = job.inputs()
-    result = ps.prune(model, batches, evaluate=score, progress=job.progress, **options)
-    _write_all(job, model, result, f"{job.name}, pruned", state_dict)
+    result = getattr(ps, way)(model, batches, evaluate=score, progress=job.progress, **options)
+    _write_all(job, model, result, f"{job.name}, {done}", state_dict)
 
 
 def _write_all(job: Job, model: nn.Module, result: ps.Compressed, title: str, state_dict: bool) -> None:

@@ -44,7 +44,7 @@ class Report:
     target : {"params", "macs" or "bytes": number}, optional
         What was asked for, in the words of ``compress``.
     layers : tuple of LayerReport
-        Of weights that were pruned one by one.
+        Of layers that were pruned weight by weight, or factored.
     mass : tuple of LayerMass
     latencies : tuple of (Latency, Latency)
         Of the original and the compressed network, taken by turns, for one or more batch sizes.
@@ -88,7 +88,7 @@ class Report:
         return replace(self, mass=(), sites=tuple(replace(site, curve=()) for site in self.sites))
 
     def tables(self) -> list[Table]:
-        """Costs, sites, pruned layers, the mass of layers, and convex solves; those that have rows."""
+        """Costs, sites, changed layers, the mass of layers, and convex solves; those that have rows."""
         kept = tuple(site.kept / max(1, site.channels) for site in self.sites)
         total = sum(layer.left for layer in self.mass)
         shares = tuple(layer.left / max(1, total) for layer in self.mass)
@@ -97,7 +97,7 @@ class Report:
             _costs(self),
             Table("Sites", SiteReport.HEAD, _cells(self.sites), words=(0, 6), bars=((1, kept),)),
             Table(
-                "Pruned layers", LayerReport.HEAD, _cells(self.layers), words=(0, 3, 6), bars=((1, dense),)
+                "Layers, changed", LayerReport.HEAD, _cells(self.layers), words=(0, 3, 6), bars=((1, dense),)
             ),
             Table("Layers", LayerMass.HEAD, _cells(self.mass, total), bars=((4, shares),)),
             Table("Convex solves", Solve.HEAD, _cells(self.solves), words=(0, 1)),

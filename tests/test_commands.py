@@ -21,6 +21,7 @@ from pysolve.cli import app
 from pysolve.commands import duration_of, targets_of
 from pysolve.entries import Latency, LayerMass, SiteReport, Solve
 from pysolve.errors import PysolveError
+from pysolve.nn.evaluate import parameters
 from pysolve.report import Report
 from pysolve.sources import network, samples
 
@@ -178,6 +179,20 @@ def test_prune_writes_a_network_that_loads_and_its_report(home, method):
     smaller = ps.load("pruned/network.safetensors", network("mine:make"))
     assert sum(int(p.count_nonzero()) for p in smaller.parameters()) == report["after"]["nonzeros"]
     assert bool(report["layers"]) == (method != "ln")
+
+
+@pytest.mark.parametrize(
+    "how",
+    [("--target", "params=0.6"), ("--rank", "3"), ("--energy", "0.9"), ("--target", "params=0.6", "--prune")],
+)
+def test_low_rank_writes_a_network_that_loads_and_its_report(home, how):
+    arguments = ("low-rank", "mine:make", "--data", "mine:batches", "--layout", "factored", *how)
+    result = run(*arguments, "--test", "labelled.npz")
+    assert result.exit_code == 0, result.output
+    report = json.loads((home / "factored/report.json").read_text())
+    smaller = ps.load("factored/network.safetensors", network("mine:make"))
+    assert parameters(smaller) == report["after"]["params"] < report["before"]["params"]
+    assert "--prune" in how or any("rank" in layer["layout"] for layer in report["layers"])
 
 
 def test_sweep_shows_every_size(home):
