@@ -28,7 +28,8 @@ def slower(mass: Sequence[LayerMass]) -> list[str]:
         if layer.seconds_left > max(SLOWER * layer.seconds, layer.seconds + MATTERS * total):
             found.append(
                 f"{layer.name} takes {layer.seconds_left / layer.seconds:.1f} times as long as before: leave "
-                "it alone with ignore, or try round_to=8 for channels, layout='dense' for single weights."
+                "it alone with ignore, or try round_to=8 for channels, layout='dense' for single weights, "
+                "layout='auto' for factors."
             )
     return found
 

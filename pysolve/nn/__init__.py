@@ -14,11 +14,12 @@ What its layers do
     gather       network and batches to correlations
     calibration  samples kept at hand while the batches stream by
     walk         the graph in two networks at once; lockstep refits on the way
-    divergence   how far outputs are from the original's
+    divergence   how far outputs are from the original's; sensitivity, what an error at a layer does to them
 
 Making it smaller
     slicing      one layer made narrower
-    layers       layers that run in another form: products computes them, dense turns them back
+    layers       layers that run in another form: products computes sparse ones, factored are two, dense
+                 turns them back
     values       new parameters, checked
     surgery      network and plan to a smaller network
     verify       whether two networks compute the same
@@ -28,6 +29,7 @@ Making it smaller
 """
 
 from pysolve.nn.dense import to_dense
+from pysolve.nn.factored import Factored
 from pysolve.nn.layers import SparseConv2d, SparseLinear
 
-__all__ = ["SparseConv2d", "SparseLinear", "to_dense"]
+__all__ = ["Factored", "SparseConv2d", "SparseLinear", "to_dense"]
