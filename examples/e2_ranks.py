@@ -13,7 +13,7 @@ from pysolve.datasets import Dataset
 from pysolve.lowrank.layer import factor_layer
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.network import as_array
-from pysolve.show.drawing import COLORS, finish, new_axes
+from pysolve.show.drawing import COLORS, finish, log_axis, new_axes
 from pysolve.show.tables import Table
 
 LAYER, BATCH = "fc3", 32
@@ -91,5 +91,6 @@ def draw(scores: Mapping[int, Sequence[float]], path: Path) -> None:
         # The last column has most images.
         points = [(rank, row[-i]) for rank, row in scores.items() if len(row) > i]
         ax.plot(*zip(*points, strict=True), "o-", ms=4, color=color, label=label)
-    ax.set(xscale="log", xlabel=f"rank of {LAYER}", ylabel="test accuracy (%)")
+    log_axis(ax.xaxis)
+    ax.set(xlabel=f"rank of {LAYER}", ylabel="test accuracy (%)")
     finish(ax, path, loc="lower right")

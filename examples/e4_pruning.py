@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from e2_thresholds import images
 from torch import nn
@@ -75,7 +76,9 @@ def pruning_table(model: nn.Module, dataset: Dataset, seed: int, count: int = CO
     rows = [("nothing", PUBLISHED_FILE, *whole, "", "", f"{parameters(model):,}", "")]
     for cut in CUTS:
         masked = as_published(model, cut, seed)
-        plain, refitted = (ours(model, dataset, cut, refit, seed, count) for refit in ("none", "sequential"))
+        plain, refitted = (
+            by_prune(model, dataset, cut, refit, seed, count) for refit in ("none", "sequential")
+        )
         left = f"{ps.nonzeros(plain.model).nonzeros:,}"
         theirs = (PUBLISHED_FILE, kilobytes(masked), score(masked))
         scores = (score(plain.model), score(refitted.model))
@@ -97,7 +100,7 @@ def as_published(model: nn.Module, cut: Cut, seed: int) -> nn.Module:
     return network
 
 
-def ours(model: nn.Module, dataset: Dataset, cut: Cut, refit: str, seed: int, count: int) -> Compressed:
+def by_prune(model: nn.Module, dataset: Dataset, cut: Cut, refit: str, seed: int, count: int) -> Compressed:
     """The same by ``prune``, with unlabelled images: zeros are not stored, channels are gone."""
     how = {"amount": cut.amount, "layout": "dense", "refit": refit, "seed": seed, "progress": False}
     return ps.prune(model, images(dataset, count), **cut.options, **how)
@@ -116,17 +119,14 @@ def kilobytes(what: nn.Module | Compressed) -> str:
 
 def draw(table: Table, path: Path) -> None:
     """Files as published and ours."""
-    ax = new_axes(height=3.2)
-    names, theirs, sizes = zip(*((row[0], float(row[2]), row[4]) for row in table.rows), strict=True)
-    places = range(len(names))
-    ax.barh(
-        [place - 0.2 for place in places], theirs, 0.4, color="0.7", label="as published: zeros are stored"
+    ax = new_axes(height=3.0)
+    names, theirs, ours = zip(
+        *((row[0], float(row[2]), float(row[4])) for row in table.rows[1:]), strict=True
     )
-    kept = [(place, float(size)) for place, size in zip(places, sizes, strict=True) if size]
-    ax.barh(
-        [place + 0.2 for place, _ in kept], [size for _, size in kept], 0.4, color=COLORS[0], label="ours"
-    )
-    ax.set_yticks([*places], names)
+    places = np.arange(len(names))
+    ax.barh(places - 0.18, theirs, 0.36, color="0.7", label="as published: zeros are stored")
+    ax.barh(places + 0.18, ours, 0.36, color=COLORS[0], label="ours")
+    ax.set_yticks(places, names)
     ax.invert_yaxis()
-    ax.set(xlabel="file (kB)", xlim=(0, 1.35 * max(theirs)))
-    finish(ax, path, grid="x", loc="lower right")
+    ax.set(xlabel="file (kB)")
+    finish(ax, path, grid="x", loc="lower right", bbox_to_anchor=(1, 1), ncols=2)

@@ -93,9 +93,9 @@ def test_published_files_keep_their_size_and_ours_shrink(modules, model, data, m
 def test_masks_by_torch_are_the_same_weights(modules, model, data):
     pruning = modules["pruning"]
     masked = pruning.as_published(model, pruning.CUTS[2], 0)
-    pruned = pruning.ours(model, data, pruning.CUTS[2], "none", 0, 40).model
+    pruned = pruning.by_prune(model, data, pruning.CUTS[2], "none", 0, 40).model
     assert torch.equal(masked.fc1.weight, pruned.fc1.weight)
-    channels = pruning.ours(model, data, pruning.CUTS[-1], "none", 0, 40).model
+    channels = pruning.by_prune(model, data, pruning.CUTS[-1], "none", 0, 40).model
     masked = pruning.as_published(model, pruning.CUTS[-1], 0)
     rows = [row for row in masked.conv1.weight if row.any()]
     assert torch.equal(torch.stack(rows), channels.conv1.weight)
