@@ -11,6 +11,7 @@ from .errors import LayerNotFoundError as LayerNotFoundError
 from .errors import PysolveError as PysolveError
 from .least_squares import debias as debias
 from .lowrank.methods import low_rank as low_rank
+from .lowrank.single import reduced_rank as reduced_rank
 from .nn.checkpoint import load as load
 from .nn.checkpoint import save as save
 from .nn.distill import distill as distill

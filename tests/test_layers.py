@@ -61,6 +61,7 @@ ROWS = [
     },
     {"nn.network", "nn.zoo", "nn.storage", "nn.products", "nn.resume", "nn.optimizers"},
     # torch begins above this line
+    {"lowrank.single"},
     {"lowrank.layer", "lowrank.shares"},
     {"lowrank.spatial"},
     {"lowrank.spectrum", "lowrank.ranks"},

@@ -19,7 +19,7 @@ from pysolve.nn.calibration import first_samples, samples_in, take
 from pysolve.nn.divergence import Divergence, mean_divergence, run
 from pysolve.nn.evaluate import layer_macs, macs
 from pysolve.nn.factored import CONVOLUTIONS, Factored, empty
-from pysolve.nn.graph.branches import layer_values
+from pysolve.nn.graph.branches import Layer, layer_values
 from pysolve.nn.profile import latencies, layer_inputs
 from pysolve.nn.rows import matrix
 from pysolve.nn.sensitivity import sensitivities
@@ -227,7 +227,9 @@ def _costs(
 def _alone(found: Candidates, one: Candidate, rank: int) -> dict[str, Tensor]:
     """The network's values with one layer at a rank, fitted on the original's inputs."""
     assert found.material is not None
-    layer, known = found.material.layers[one.name], found.correlations(one.name)
+    # Layers called twice, or never, have no place in the graph; their weights alone can be fitted.
+    layer = found.material.layers.get(one.name) or Layer(one.name, found.layers[one.name], calls=0)
+    known = found.correlations(one.name)
     W = weights_of(layer.module)
     fitted = found.factored(one, W, known, rank)
     bias = fitted.bias if layer.takes_bias else None

@@ -51,14 +51,20 @@ class Candidate:
 
     def rank_for(self, energy: float) -> int:
         """The smallest rank that keeps this share of the energy; most + 1 when none does."""
-        enough = np.flatnonzero(self.error <= max(1 - energy, 1e-12))
-        return max(1, int(enough[0])) if len(enough) else self.most + 1
+        return rank_keeping(self.error, energy)
 
     def curve(self, harms: Mapping[int, float]) -> Array:
         """(most + 2,) divergence to expect at rank 0 … most, and of the layer as it is."""
         error = np.minimum.accumulate(np.append(np.maximum(self.error, FLOOR), FLOOR))
         known = sorted(harms.items())
         return harm_curve(error, [k for k, _ in known], [harm for _, harm in known])
+
+
+def rank_keeping(error: Array, energy: float) -> int:
+    """The smallest rank of at least 1 whose error is at most 1 − energy; one beyond the last when none is."""
+    # What rounding leaves of an error is none.
+    enough = np.flatnonzero(error <= max(1 - energy, 1e-12))
+    return max(1, int(enough[0])) if len(enough) else len(error)
 
 
 def most_useful(inner: Costs, outer: Costs, dense: Costs) -> int:

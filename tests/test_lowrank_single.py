@@ -1,0 +1,108 @@
+"""One layer at low rank from matrices: exact, on any input, and refused in words."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import pysolve as ps
+
+
+def layer(h=6, d=9, n=400, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((n, d)) @ rng.standard_normal((d, d)) + rng.standard_normal(d)
+    W = rng.standard_normal((h, d))
+    y = x @ W.T + rng.standard_normal(h)
+    return W, x, y, ps.Correlations.from_samples(x, y)
+
+
+@given(st.integers(1, 6), st.integers(0, 5))
+def test_the_error_is_that_on_the_samples_and_no_other_layer_of_the_rank_has_less(rank, seed):
+    W, x, y, found = layer(seed=seed)
+    best = ps.reduced_rank(W, found, rank=rank)
+    around = np.square(y - y.mean(0)).sum()
+    lost = np.square(y - x @ best.weight.T - best.bias).sum() / around
+    assert best.error == pytest.approx(lost, rel=1e-6, abs=1e-9)
+    assert np.linalg.matrix_rank(best.weight) <= rank
+    assert np.allclose(best.form.outer @ best.form.inner, best.weight)
+    # Alternating least squares from random factors, an independent way down.
+    rng = np.random.default_rng(seed + 1)
+    own, V = found.centered(), rng.standard_normal((rank, W.shape[1]))
+    for _ in range(30):
+        U = own.r_yx @ V.T @ np.linalg.pinv(V @ own.r_xx @ V.T)
+        V = np.linalg.pinv(U) @ own.r_yx @ np.linalg.inv(own.r_xx)
+    other = np.square(y - y.mean(0) - (x - x.mean(0)) @ (U @ V).T).sum() / around
+    assert lost <= other * (1 + 1e-3) + 1e-6
+
+
+@given(st.integers(1, 6))
+def test_without_statistics_it_is_the_truncated_decomposition(rank):
+    W, *_ = layer()
+    U, s, V = np.linalg.svd(W, full_matrices=False)
+    best = ps.reduced_rank(W, rank=rank)
+    assert np.allclose(best.weight, (U[:, :rank] * s[:rank]) @ V[:rank])
+    assert best.error == pytest.approx(np.square(s[rank:]).sum() / np.square(s).sum(), abs=1e-12)
+    assert best.bias is None
+
+
+def test_a_metric_gives_way_where_errors_matter_less():
+    W, x, y, found = layer()
+    S = np.diag([100.0, 100.0, 1e-3, 1e-3, 1e-3, 1e-3])
+    plain, weighed = (ps.reduced_rank(W, found, rank=2, metric=one) for one in (None, S))
+
+    def cost(one):
+        gone = y - x @ one.weight.T - one.bias
+        return float(np.einsum("ni,ij,nj->", gone, S, gone))
+
+    assert cost(weighed) < 0.01 * cost(plain)
+    assert np.allclose(ps.reduced_rank(W, found, rank=2, metric=np.eye(6)).weight, plain.weight)
+
+
+def test_correlations_of_the_inputs_alone_are_enough():
+    W, x, _, _ = layer()
+    R = x.T @ x / len(x)
+    best = ps.reduced_rank(torch.from_numpy(W), torch.from_numpy(R), rank=3)
+    lost = np.square(x @ (W - best.weight).T).sum()
+    U, _, _ = np.linalg.svd(W @ np.linalg.cholesky(R))
+    wanted = np.square(x @ (W - U[:, :3] @ U[:, :3].T @ W).T).sum()
+    assert lost == pytest.approx(wanted, rel=1e-3)
+    assert best.bias is None
+
+
+@given(st.floats(0.1, 1.0))
+def test_energy_takes_the_smallest_rank_that_keeps_it(energy):
+    W, _, _, found = layer()
+    best = ps.reduced_rank(W, found, energy=energy)
+    assert best.error <= 1 - energy + 1e-6
+    if best.form.rank > 1:
+        assert ps.reduced_rank(W, found, rank=best.form.rank - 1).error > 1 - energy - 1e-6
+
+
+def test_singular_and_dead_inputs_are_normal_input():
+    W, x, _, _ = layer()
+    x[:, 3] = x[:, 2]
+    x[:, 5] = 0.0
+    best = ps.reduced_rank(W, ps.Correlations.from_samples(x, x @ W.T), rank=6)
+    assert np.isfinite(best.weight).all()
+    assert best.error < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "either rank or energy"),
+        ({"rank": 2, "energy": 0.5}, "either rank or energy"),
+        ({"rank": 0}, "within 1 … 6"),
+        ({"rank": 7}, "within 1 … 6"),
+        ({"rank": 2.5}, "whole number"),
+        ({"rank": True}, "whole number"),
+        ({"energy": 1.5}, "share"),
+        ({"rank": 2, "metric": np.eye(5)}, "metric of shape"),
+        ({"rank": 2, "statistics": np.eye(5)}, "shape"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(options, message):
+    W, _, _, found = layer()
+    with pytest.raises(ValueError, match=message):
+        ps.reduced_rank(W, **{"statistics": found, **options})
