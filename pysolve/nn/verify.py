@@ -14,11 +14,21 @@ from pysolve.nn.network import evaluating, forward
 # How far the outputs of two equal networks may differ, in units of the largest output. Dropping zero
 # columns only reorders sums: LeNet-5 differs by about 1e-7 in float32. Half precisions round each layer.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-_HALF_TOLERANCE = 5e-2
+HALF_TOLERANCE = 5e-2
 
 
-def mismatch(wide: nn.Module, smaller: nn.Module, probe: Any) -> str | None:
-    """What tells two networks apart on one batch, in words; None when nothing does."""
+def mismatch(
+    wide: nn.Module, smaller: nn.Module, probe: Any, *, tolerance: float | None = None
+) -> str | None:
+    """What tells two networks apart on one batch, in words; None when nothing does.
+
+    Parameters
+    ----------
+    wide, smaller : nn.Module
+    probe : one batch
+    tolerance : float, optional
+        How far outputs may differ, in units of the largest; by default what their data type allows.
+    """
     with evaluating(wide, smaller):
         wanted = list(_tensors(forward(wide, probe)))
         if not wanted:
@@ -29,12 +39,17 @@ def mismatch(wide: nn.Module, smaller: nn.Module, probe: Any) -> str | None:
             return f"the smaller network fails ({str(error).splitlines()[0] if str(error) else error!r})"
     if [t.shape for t in got] != [t.shape for t in wanted]:
         return f"the outputs' shapes differ ({[*map(list, (t.shape for t in got))]})"
-    return next(filter(None, map(_difference, wanted, got)), None)
+    return next(
+        (found for a, b in zip(wanted, got, strict=True) if (found := _difference(a, b, tolerance))), None
+    )
 
 
-def _difference(wanted: Tensor, got: Tensor) -> str | None:
+def _difference(wanted: Tensor, got: Tensor, tolerance: float | None) -> str | None:
     """How far one output is off, in words; None within tolerance."""
-    tolerance = _TOLERANCE.get(wanted.dtype, _HALF_TOLERANCE) if wanted.is_floating_point() else 0.0
+    if not wanted.is_floating_point():
+        tolerance = 0.0
+    elif tolerance is None:
+        tolerance = _TOLERANCE.get(wanted.dtype, HALF_TOLERANCE)
     wanted, got = wanted.cpu().double(), got.cpu().double()
     # Equal infinities and NaN in the same place are no difference.
     same = (wanted == got) | (wanted.isnan() & got.isnan())
