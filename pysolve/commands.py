@@ -102,7 +102,10 @@ def _write_all(job: Job, model: nn.Module, result: ps.Compressed, title: str, st
     if state_dict:
         written.append("state_dict.safetensors")
         _write(job.out / written[-1], tensors(result.model.state_dict()))
-    _write(job.out / "plan.json", json.dumps(plan_record(result.plan), indent=1))
+    # Channels and ranks are two stages.
+    stages = [plan_record(plan) for plan in (*result.earlier, result.plan)]
+    plan = {**stages[-1], "earlier": stages[:-1]} if stages[:-1] else stages[-1]
+    _write(job.out / "plan.json", json.dumps(plan, indent=1))
     _write(job.out / "report.json", json.dumps(plain(report.as_dict()), indent=1))
     _write(job.out / "report.md", f"# {title}\n\n{report.as_markdown()}")
     _write(job.out / "report.html", page(report, title))
