@@ -13,6 +13,7 @@ from torch.export import Dim
 import pysolve as ps
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.nn.dense import to_dense
+from pysolve.nn.factored import Factored
 from pysolve.nn.layers import SparseConv2d, SparseLinear
 from pysolve.nn.surgery import apply
 from pysolve.plan import Collapse, Plan, Site
@@ -272,3 +273,98 @@ def test_a_site_written_by_hand_cannot_cut_a_sparse_layer(role):
     plan = Plan((Collapse(Site(6, ("0",), ("2",)), [0, 2]),))
     with pytest.raises(CollapseError, match="SparseLinear"):
         apply(pruned, plan)
+
+
+# --- factored networks
+
+
+@functools.cache
+def _factored(name, pruned):
+    model, batch = network(name)
+    data = [samples(batch, 24, seed) for seed in range(2)]
+    result = ps.low_rank(model, data, rank=1, layout="factored", progress=False)
+    if pruned:
+        result = ps.prune(result, amount=0.5, layout="csr")
+    return result.model, batch
+
+
+def factored(name, pruned=False):
+    """A network most of whose layers became two, and a batch."""
+    return copy.deepcopy(_factored(name, pruned))
+
+
+every_factored = pytest.mark.parametrize(
+    ("name", "pruned"),
+    [("residual", False), ("transformer_layer", False), ("conv1d", False), ("residual", True)],
+)
+
+
+@every_factored
+def test_factored_networks_are_copied_and_take_plain_state_dicts(name, pruned):
+    model, batch = factored(name, pruned)
+    assert any(isinstance(layer, Factored) for layer in model.modules())
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        expected = model(batch)
+        buffer = io.BytesIO()
+        torch.save(model.state_dict(), buffer)
+        for tensor in model.state_dict().values():
+            tensor.zero_()
+        assert torch.equal(other(batch), expected)
+        buffer.seek(0)
+        model.load_state_dict(torch.load(buffer, weights_only=True))
+        assert torch.equal(model(batch), expected)
+
+
+@every_factored
+def test_factored_networks_are_exported_for_any_batch_by_torch_s_operators_alone(name, pruned):
+    model, batch = factored(name, pruned)
+    program = torch.export.export(model, (batch,), dynamic_shapes=FREE_BATCH)
+    assert operators(program) == {"aten"}
+    for n in (2, 5):
+        x = samples(batch, n)
+        torch.testing.assert_close(program.module()(x), model(x))
+
+
+@pytest.mark.usefixtures("fresh_compiler")
+def test_factored_networks_are_compiled_as_a_whole_and_train():
+    model, batch = factored("residual")
+    expected = model(batch)
+    expected.square().sum().backward()
+    wanted = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    model.zero_grad()
+    output = torch.compile(model, backend="aot_eager", fullgraph=True)(batch)
+    output.square().sum().backward()
+    torch.testing.assert_close(output, expected)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name])
+
+
+@every_factored
+def test_factored_networks_become_dense_and_compute_the_same(name, pruned):
+    model, batch = factored(name, pruned)
+    dense = to_dense(model)
+    assert not any(isinstance(layer, Factored | SparseConv2d | SparseLinear) for layer in dense.modules())
+    original, _ = network(name)
+    assert [*dense.state_dict()] == [*original.state_dict()]
+    torch.testing.assert_close(dense(batch), model(batch), atol=1e-4, rtol=1e-4)
+
+
+@onnx_warnings
+def test_an_onnx_model_of_a_factored_network_computes_the_same():
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, batch = factored("residual")
+    session = runtime.InferenceSession(
+        exported(model, batch).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    x = samples(batch, 5)
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), atol=1e-5, rtol=1e-4)
+
+
+def test_channels_of_factored_layers_can_go():
+    model, batch = factored("residual")
+    free = [site for site in ps.find_sites(model, batch) if site.pinned is None]
+    writers = {writer for site in free for writer in site.writers}
+    assert any(writer.endswith(".outer") for writer in writers)

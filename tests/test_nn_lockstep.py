@@ -563,3 +563,67 @@ def test_the_original_is_left_alone():
     refitted(model, [batch], sites, [np.arange(site.channels // 2) for site in sites])
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# --- which layers are fitted
+
+
+def counting(model, seen):
+    fit = nearly(model, {})
+
+    def noted(name, correlations, intercept):
+        seen.append(name)
+        return fit(name, correlations, intercept)
+
+    return noted
+
+
+def new_first_layer(model):
+    with torch.no_grad():
+        return {"0.weight": model[0].weight * 1.5}
+
+
+@pytest.mark.parametrize(
+    ("options", "fitted"),
+    [
+        ({}, []),
+        ({"always": ["2"]}, ["2", "4"]),
+        ({"always": ["0", "2", "4"]}, ["0", "2", "4"]),
+        ({"always": ["2"], "only": ["2"]}, ["2"]),
+        ({"always": ["2"], "only": ["0", "2"]}, ["2"]),
+        ({"always": ["0", "2"], "only": ["0", "4"]}, ["0", "4"]),
+        ({"always": ["4"]}, ["4"]),
+    ],
+)
+def test_layers_are_fitted_always_or_where_their_inputs_change_and_none_but_those_allowed(options, fitted):
+    model, x = chain()
+    seen = []
+
+    def change(name, correlations, intercept):
+        seen.append(name)
+        return matrix(model.get_submodule(name)).double().numpy() * 0.5, model.get_submodule(
+            name
+        ).bias.detach().double().numpy()
+
+    values, _ = refitted(model, [x], [], [], fit=change, passes=0, **options)
+    assert seen == fitted
+    assert values.keys() == {f"{name}.{part}" for name in fitted for part in ("weight", "bias")}
+
+
+def test_layers_that_may_not_be_fitted_still_pass_on_what_changed():
+    model, x = chain()
+    seen = []
+    values = new_first_layer(model)
+    kept, _ = refitted(model, [x], [], [], fit=counting(model, seen), values=values, only=["4"], passes=0)
+    assert seen == ["4"]
+    assert "2.weight" not in kept
+    changed = apply(model, Plan(values={name: value.numpy() for name, value in kept.items()}))
+    alone = apply(model, Plan(values={"0.weight": values["0.weight"].numpy()}))
+    assert error(output(model, x), output(changed, x)) < 0.5 * error(output(model, x), output(alone, x))
+
+
+def test_a_layer_that_is_always_fitted_to_its_own_outputs_stays_as_it_is():
+    model, x = chain(torch.float64)
+    values, _ = refitted(model, [x], [], [], always=["0", "2", "4"])
+    for name, value in values.items():
+        torch.testing.assert_close(value, model.state_dict()[name], atol=1e-4, rtol=1e-4)
