@@ -97,7 +97,11 @@ class Report:
             _costs(self),
             Table("Sites", SiteReport.HEAD, _cells(self.sites), words=(0, 6), bars=((1, kept),)),
             Table(
-                "Weights, layer by layer", LayerReport.HEAD, _cells(self.layers), words=(0, 3, 6), bars=((1, dense),)
+                "Weights by layer",
+                LayerReport.HEAD,
+                _cells(self.layers),
+                words=(0, 3, 6),
+                bars=((1, dense),),
             ),
             Table("Layers", LayerMass.HEAD, _cells(self.mass, total), bars=((4, shares),)),
             Table("Convex solves", Solve.HEAD, _cells(self.solves), words=(0, 1)),

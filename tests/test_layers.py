@@ -19,6 +19,7 @@ ROWS = [
     {"shrink", "pruning.layout", "lowrank.candidates"},
     {"sizes", "checks", "pruning.selected"},
     {"show.figures", "show.plots", "study", "layerwise", "nn.checkpoint"},
+    {"nn.architecture"},
     {"account", "calibrate", "show.curves", "offline", "nn.inspect", "compressed", "nn.distill"},
     {"nn.graph.sites", "nn.costs", "nn.profile", "nn.teaching"},
     {"nn.graph.trial", "nn.lockstep", "nn.calibration", "nn.dense"},
@@ -75,7 +76,7 @@ ROWS = [
     {"image_files", "forms", "entries", "show.tables"},
     {"errors", "_core"},
 ]
-TORCH_FREE = set().union(*ROWS[20:])
+TORCH_FREE = set().union(*ROWS[21:])
 PACKAGES = {"pysolve", "pysolve.nn", "pysolve.nn.graph", "pysolve.lowrank", "pysolve.pruning", "pysolve.show"}
 EXEMPT = {
     "__init__",

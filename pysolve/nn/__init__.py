@@ -23,7 +23,8 @@ Making it smaller
     values       new parameters, checked
     surgery      network and plan to a smaller network
     verify       whether two networks compute the same
-    checkpoint   save and load: packing puts a state dict into little space, storage into a file
+    checkpoint   save and load: architecture is what tensors do not tell, packing puts a state dict into
+                 little space, storage into a file
     evaluate     accuracy, parameters, bytes, MACs, latency; profile has them layer by layer
     nonzeros     what is left of every tensor
 """

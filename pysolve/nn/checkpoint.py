@@ -5,43 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pysolve import __version__
 from pysolve.compressed import Compressed, fingerprint
 from pysolve.errors import DataError, PysolveError
-from pysolve.forms import LowRank, Sparse
-from pysolve.nn.evaluate import parameters
-from pysolve.nn.factored import empty
-from pysolve.nn.layers import in_form
+from pysolve.nn.architecture import architecture, rebuilt
 from pysolve.nn.masking import mask_weights, masks_of, unmasked
 from pysolve.nn.network import find_layer
-from pysolve.nn.packing import Packed, pack, sparse_layers, unpack
-from pysolve.nn.slicing import inputs, outputs
+from pysolve.nn.packing import Packed, pack, unpack
 from pysolve.nn.storage import bits, read, write
-from pysolve.nn.surgery import apply, substitute
-from pysolve.plan import Plan
-from pysolve.records import (
-    Width,
-    factors_of,
-    field,
-    form_record,
-    plain,
-    step_record,
-    steps_of,
-    strings,
-    typed,
-)
+from pysolve.records import field, plain, strings, typed
 
 VERSION = 1
-# Times the original's parameters that factored layers may have: full ranks double them.
-_GROWTH = 4
 
 
 def save(compressed: Compressed, path: str | os.PathLike[str]) -> None:
@@ -88,12 +68,7 @@ def save(compressed: Compressed, path: str | os.PathLike[str]) -> None:
         "version": VERSION,
         "pysolve": __version__,
         "original": compressed.fingerprint,
-        "stages": [
-            [step_record(step) for step in plan.steps] for plan in (*compressed.earlier, compressed.plan)
-        ],
-        "factored": [_factored(plan) for plan in (*compressed.earlier, compressed.plan)],
-        "biases": _new_biases(compressed),
-        "sparse": [*sparse_layers(model, remove_duplicate=True)],
+        **architecture(compressed),
         "masked": masked,
         "training": _modes(model),
         "shapes": packed.shapes,
@@ -135,7 +110,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     try:
         model = unmasked(model)
         _check_original(record, model)
-        network = _rebuilt(record, model)
+        network = rebuilt(record, model)
         packed = Packed(tensors, field(record, "shapes"), field(record, "aliases"))
         _fill(network, unpack(packed, network))
         _set_modes(network, field(record, "training"))
@@ -149,31 +124,6 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 def _check_kind(name: str, value: Any, kind: type, what: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {what}, got {type(value).__name__}.")
-
-
-def _new_biases(compressed: Compressed) -> list[str]:
-    """Biases that the original does not have or, where it is not known, that plans may have brought."""
-    plans, original = (*compressed.earlier, compressed.plan), compressed.fingerprint
-    factored = {name for plan in plans for name in _factored(plan)}
-    names = [name for name in compressed.model.state_dict() if name.rpartition(".")[2] == "bias"]
-    biases = [*dict.fromkeys(_before_factoring(name, factored) for name in names)]
-    if original is not None:
-        return [name for name in biases if name not in original]
-    given = {name for plan in plans for name in plan.values}
-    given |= {f"{name}.bias" for plan in plans for step in plan.steps for name in step.biases}
-    given = {_before_factoring(name, factored) for name in given}
-    return [name for name in biases if name in given]
-
-
-def _factored(plan: Plan) -> dict[str, Any]:
-    return {name: form_record(form) for name, form in plan.forms.items() if isinstance(form, LowRank)}
-
-
-def _before_factoring(bias: str, factored: set[str]) -> str:
-    """The name that a bias had before its layer became the outer one of two."""
-    while (owner := bias.removesuffix(".outer.bias")) != bias and owner in factored:
-        bias = f"{owner}.bias"
-    return bias
 
 
 def _modes(model: nn.Module) -> bool | list[str]:
@@ -203,52 +153,6 @@ def _check_original(record: Mapping[str, Any], model: nn.Module) -> None:
             )
 
 
-def _rebuilt(record: Mapping[str, Any], model: nn.Module) -> nn.Module:
-    """A copy of the original with the compressed network's layers, and any values."""
-    biases = {*strings(field(record, "biases"), "biases")} - model.state_dict().keys()
-    network = _with_biases(model, biases)
-    stages = typed(field(record, "stages"), list, "stages")
-    # Files of before layers were factored have no such field.
-    factored = typed(record.get("factored", []), list, "factored")
-    pairs: Any = zip_longest(stages, factored[: len(stages)], fillvalue={})
-    for stage, ranks in pairs:
-        steps, forms = steps_of(stage, _widths(network)), _factors(network, ranks)
-        if steps or forms:
-            # To layers that factoring made.
-            network = _with_biases(apply(network, Plan(steps, forms=forms)), biases)
-        if parameters(network) > _GROWTH * parameters(model):
-            raise DataError(f"its factored layers have over {_GROWTH} times the original's parameters.")
-    if biases:
-        raise DataError(f"it has no layer {min(biases).rpartition('.')[0]!r}.")
-    for name in strings(field(record, "sparse"), "sparse"):
-        layer = find_layer(network, name)
-        substitute(network, layer, in_form(layer, _empty(name, layer)))
-    return network
-
-
-def _with_biases(network: nn.Module, biases: set[str]) -> nn.Module:
-    """The network with those of the new biases whose layers it has; they are taken off the list."""
-    width, layers = _widths(network), dict(network.named_modules(remove_duplicate=False))
-    ready = {name for name in biases if name.rpartition(".")[0] in layers}
-    biases -= ready
-    return apply(
-        network, Plan(values={name: np.zeros(width("rows", name.rpartition(".")[0])) for name in ready})
-    )
-
-
-def _factors(network: nn.Module, ranks: Any) -> dict[str, LowRank]:
-    """Forms of zeros for the layers that became two."""
-    forms = {}
-    for name, (rank, spatial) in factors_of(ranks).items():
-        layer = find_layer(network, name)
-        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            raise DataError(f"{name} is a {type(layer).__name__}, which cannot be factored.")
-        if rank > layer.weight.numel():
-            raise DataError(f"{name} cannot have rank {rank}.")
-        forms[name] = empty(layer, rank, spatial=spatial)
-    return forms
-
-
 def _mask(network: nn.Module, record: Mapping[str, Any]) -> None:
     """Mask again what was masked; files of before there were masks have no such field."""
     layers = {name: find_layer(network, name) for name in strings(record.get("masked", []), "masked")}
@@ -256,28 +160,6 @@ def _mask(network: nn.Module, record: Mapping[str, Any]) -> None:
         if not isinstance(getattr(layer, "weight", None), nn.Parameter):
             raise DataError(f"{name} is a {type(layer).__name__}, which has no weight to mask.")
     mask_weights(network, {name: layer.weight.detach() != 0 for name, layer in layers.items()})  # type: ignore[operator]
-
-
-def _widths(network: nn.Module) -> Width:
-    layers = dict(network.named_modules(remove_duplicate=False))
-
-    def width(what: str, name: str) -> int:
-        if name not in layers:
-            raise DataError(f"it has no layer {name!r}.")
-        try:
-            return outputs(layers[name]) if what == "rows" else inputs(layers[name])
-        except KeyError:
-            kind = type(layers[name]).__name__
-            raise DataError(f"{name} is a {kind}, which has no channels that could go.") from None
-
-    return width
-
-
-def _empty(name: str, layer: nn.Module) -> Sparse:
-    """A form without entries for a layer."""
-    if not isinstance(layer, nn.Linear | nn.Conv2d):
-        raise DataError(f"{name} is a {type(layer).__name__}, which has no sparse form.")
-    return Sparse(tuple(layer.weight.shape), np.zeros(0, np.float32), np.zeros(0, np.uint8))
 
 
 def _fill(network: nn.Module, values: Mapping[str, Tensor]) -> None:
