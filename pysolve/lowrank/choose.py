@@ -85,13 +85,20 @@ def share_out(
         Leave layers alone that would take longer.
     """
     sites, biases = ([], ()) if channels is None else (channels.free, channels.new_biases)
-    names = {*found.open}
+    names = [*found.open]
     costs = cost_model(found.model, sites, found.held, extra_biases=biases, also=names)
     curves = [] if channels is None else [channels.curve(s) for s in range(len(sites))]
     while True:
         candidates = [*found.open.values()]
         harms = [harm_curve_of(found, one) for one in candidates]
-        sizes, ranks = share(costs, curves, candidates, harms, target)
+        try:
+            sizes, ranks = share(costs, curves, candidates, harms, target)
+        except PysolveError as error:
+            gone = [name for name in names if name not in found.open]
+            hint = f" Left as they are, since they would take longer as two: {', '.join(gone)}; with "
+            raise PysolveError(
+                f"{error}{hint}layout='factored' they count." if gone else str(error)
+            ) from None
         if not timed or not _without_slower(found, ranks):
             break
     kept = (
