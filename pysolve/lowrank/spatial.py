@@ -22,6 +22,8 @@ from pysolve.lowrank.spectrum import Spectrum, activation_spectrum, plain_spectr
 Kernel = tuple[int, int]
 # Refits of both factors, and steps of conjugate gradients for one.
 ROUNDS, STEPS = 3, 30
+# Multiplications of a step beyond which the inner factor stays as it starts: seconds a step on one thread.
+_HEAVY = 3e9
 
 
 def unfolded(W: Array, kernel: Kernel) -> Array:
@@ -84,7 +86,8 @@ def refitted(form: LowRank, W: Array, correlations: Correlations, kernel: Kernel
     R = np.ascontiguousarray(R.reshape(j, size, j, size))
     C = (own.r_yx + ridge * W).reshape(h, size // i, i, j).transpose(3, 0, 1, 2).reshape(j, h, size)
     outer, inner = form.outer, form.inner
-    for step in range(ROUNDS):
+    heavy = inner.size * size * j * j > _HEAVY
+    for step in range(1 if heavy else ROUNDS):
         if step:
             inner = _fitted_inner(_columns(outer, j), inner, R, C)
         outer = _fitted_outer(inner, R, C).transpose(1, 0, 2).reshape(h * j, -1)
