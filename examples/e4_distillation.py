@@ -80,7 +80,7 @@ def distillation_table(
     for way in WAYS:
         networks = [distilled(teacher, dataset, way.options, recipe, seed) for seed in seeds]
         scores = [accuracy(network, x, dataset.y_test) for network in networks]
-        each = ", ".join(f"{score:.2f}" for score in scores)
+        each = ", ".join(f"{score:.2f}" for score in scores) if len(scores) > 1 else ""
         rows.append((way.name, PUBLISHED_STUDENT, *costs(networks[0], dataset), f"{mean(scores):.2f}", each))
     head = (
         "network",
