@@ -13,7 +13,7 @@ PYSOLVE_DATA or --data names. Every command prints a table in Markdown and write
 import copy
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -39,6 +39,14 @@ from pysolve.show.tables import Table
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 ROUNDS = 3
+# Options of ``ps.distill``; None: labels alone, without a teacher.
+LESSONS: dict[str, dict[str, float] | None] = {
+    "labels alone": None,
+    "outputs, T = 1": {},
+    "outputs, T = 4": {"temperature": 4.0},
+    "outputs, T = 4, inputs mixed": {"temperature": 4.0, "mix": 0.3},
+    "outputs and labels, T = 4": {"temperature": 4.0, "alpha": 0.7},
+}
 
 
 def recipe(seconds: float) -> dict[str, Any]:
@@ -103,24 +111,15 @@ def students(
     images = mnist(data / "mnist")
     x, y = torch.from_numpy(images.x_train), torch.from_numpy(images.y_train)
     pairs = [*zip(x.split(500), y.split(500), strict=True)]
-    ways: dict[str, Callable[..., object]] = {
-        "labels alone": lambda student, **how: fit(student, x, y, **how),
-        "outputs, T = 1": lambda student, **how: ps.distill(student, subject.model, pairs, **how),
-        "outputs, T = 4": lambda student, **how: ps.distill(
-            student, subject.model, pairs, temperature=4.0, **how
-        ),
-        "outputs, T = 4, inputs mixed": lambda student, **how: ps.distill(
-            student, subject.model, pairs, temperature=4.0, mix=0.3, **how
-        ),
-        "outputs and labels, T = 4": lambda student, **how: ps.distill(
-            student, subject.model, pairs, temperature=4.0, alpha=0.7, **how
-        ),
-    }
-    for name, train in ways.items():
+    for name, options in LESSONS.items():
         row: dict[str, Any] = {"taught by": name}
         for limit in map(float, seconds.split(",")):
             student = new_student()
-            train(student, batch_size=64, lr=5e-3, seconds=limit, progress=False)
+            how = {"batch_size": 64, "lr": 5e-3, "seconds": limit, "progress": False}
+            if options is None:
+                fit(student, x, y, **how)
+            else:
+                ps.distill(student, subject.model, pairs, **options, **how)
             row[f"after {limit:g} s (%)"] = accuracy(student, subject.x_test, subject.y_test)
         rows.append(row)
         write(out / "distill" / "students.json", "784–128–10 taught by LeNet-5", threads, rows)
