@@ -92,8 +92,8 @@ def lenet_fc1(share: float) -> ReconstructionProblem | None:
 
     import pysolve as ps
     from pysolve.datasets import mnist
-    from pysolve.nn.train import fit
     from pysolve.nn.zoo import LeNet5
+    from pysolve.training.fit import fit
 
     data = mnist(folder)
     torch.manual_seed(0)

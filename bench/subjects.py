@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from pysolve.datasets import Dataset, cifar, mnist
 from pysolve.nn.evaluate import macs, parameters
 from pysolve.nn.network import keeping_modes
-from pysolve.nn.train import fit
 from pysolve.nn.zoo import LeNet5, MnistCnn, ResNet
+from pysolve.training.fit import fit
 
 # Share of the network's parameters or multiply-accumulates that may stay.
 Target = dict[str, float]

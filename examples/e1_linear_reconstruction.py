@@ -30,8 +30,8 @@ from safetensors.torch import load_file, save_file
 
 import pysolve as ps
 from pysolve.datasets import Dataset, mnist
-from pysolve.nn.train import fit
 from pysolve.nn.zoo import LeNet5
+from pysolve.training.fit import fit
 
 RECIPE = {"epochs": 8, "batch_size": 256, "lr": 3e-3}
 # With --quick, of lam_max: for one layer, and for the whole network.

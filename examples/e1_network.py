@@ -16,9 +16,9 @@ from torch import nn
 import pysolve as ps
 from pysolve.datasets import Dataset
 from pysolve.nn.evaluate import accuracy
-from pysolve.nn.train import fit
 from pysolve.nn.zoo import LeNet5
 from pysolve.show import drawing
+from pysolve.training.fit import fit
 
 IMAGES, BATCH = 2000, 250
 RETRAINING = {"epochs": 1, "batch_size": 256, "lr": 1e-3}

@@ -14,8 +14,8 @@ from torch import nn
 import pysolve as ps
 from pysolve.datasets import Dataset
 from pysolve.nn.evaluate import accuracy, macs
-from pysolve.nn.train import fit
 from pysolve.show.tables import Table
+from pysolve.training.fit import fit
 
 # Few epochs, so that all of it fits half an hour on two cores. In bfloat16 the teacher takes half the time.
 TEACHER = {"epochs": 3, "batch_size": 64, "lr": 1e-3, "precision": "bfloat16"}

@@ -31,7 +31,7 @@ from torch import nn
 import pysolve as ps
 from pysolve.datasets import Dataset, cifar
 from pysolve.demo import threads
-from pysolve.nn.train import fit
+from pysolve.training.fit import fit
 
 RECIPE = {"epochs": 6, "batch_size": 64, "lr": 2e-3}
 QUICK = {"images": 320, "count": 100, "epochs": 1}

@@ -13,8 +13,8 @@ from torch import nn
 import pysolve as ps
 from pysolve.datasets import Dataset
 from pysolve.nn.evaluate import accuracy, parameters
-from pysolve.nn.retrain import finetune
 from pysolve.pruning.scores import channel_norms, propagated_importance
+from pysolve.training.finetune import finetune
 
 SITES = (CONV2, FC1, FC2)
 LAYERS = ("conv1", "conv2", "fc1", "fc2")

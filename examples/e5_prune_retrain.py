@@ -32,8 +32,8 @@ from torch import nn
 import pysolve as ps
 from pysolve.datasets import Dataset, mnist
 from pysolve.demo import threads
-from pysolve.nn.train import fit
 from pysolve.nn.zoo import LeNet5, LeNetC5
+from pysolve.training.fit import fit
 
 C5_RECIPE = {"epochs": 4, "batch_size": 256, "lr": 3e-3}
 # With --quick: one size each, and little training.

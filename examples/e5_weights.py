@@ -18,9 +18,9 @@ import pysolve as ps
 from pysolve.datasets import Dataset
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.nonzeros import Nonzeros, nonzeros
-from pysolve.nn.retrain import finetune
 from pysolve.show import drawing
 from pysolve.show.tables import as_text
+from pysolve.training.finetune import finetune
 
 # Shares of the weights that stay, as published, and multiples of them for the curves.
 KEPT = {"fc1": 0.0712, "fc2": 0.0477}

@@ -14,7 +14,6 @@ from .lowrank.methods import low_rank as low_rank
 from .lowrank.single import reduced_rank as reduced_rank
 from .nn.checkpoint import load as load
 from .nn.checkpoint import save as save
-from .nn.distill import distill as distill
 from .nn.gather import gather as gather
 from .nn.graph.sites import find_sites as find_sites
 from .nn.inspect import inspect as inspect
@@ -22,7 +21,6 @@ from .nn.masking import mask_weights as mask_weights
 from .nn.masking import masks_of as masks_of
 from .nn.masking import remove_masks as remove_masks
 from .nn.nonzeros import nonzeros as nonzeros
-from .nn.retrain import finetune as finetune
 from .nn.surgery import apply as apply
 from .path import lam_for_groups as lam_for_groups
 from .path import regularization_path as regularization_path
@@ -54,5 +52,7 @@ from .sparse import SparseMatrix as SparseMatrix
 from .sparse import csr_matmul as csr_matmul
 from .sparse import get_num_threads as get_num_threads
 from .sparse import set_num_threads as set_num_threads
+from .training.distill import distill as distill
+from .training.finetune import finetune as finetune
 
 __version__: str

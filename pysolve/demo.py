@@ -28,13 +28,13 @@ from pysolve.nn.evaluate import accuracy, latency, macs, parameters
 from pysolve.nn.gather import gather
 from pysolve.nn.network import evaluating, forward
 from pysolve.nn.surgery import apply
-from pysolve.nn.train import fit
 from pysolve.nn.zoo import DigitsNet, LeNet5
 from pysolve.path import lam_for_groups
 from pysolve.plan import Collapse, Plan, Site
 from pysolve.show import figures
 from pysolve.solution import Solution
 from pysolve.solvers import solve_linear_reconstruction
+from pysolve.training.fit import fit
 
 Network = DigitsNet | LeNet5
 

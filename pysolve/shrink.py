@@ -17,7 +17,6 @@ from pysolve.compressed import Compressed, after
 from pysolve.correlations import Array, Correlations, group_columns
 from pysolve.entries import SiteReport
 from pysolve.nn.calibration import samples_in, take, usable
-from pysolve.nn.distill import distill as teach
 from pysolve.nn.graph.branches import Cut
 from pysolve.nn.lockstep import Fit, Sampling
 from pysolve.nn.lockstep import refit as refit_in_lockstep
@@ -29,6 +28,7 @@ from pysolve.plan import Collapse, Indices, Plan
 from pysolve.report import Report
 from pysolve.sizes import Sizes
 from pysolve.study import Clock, Study, harm
+from pysolve.training.distill import distill as teach
 
 # A bias that a layer did not have must lower its error by this share to earn its parameters.
 BIAS_GAIN = 0.01

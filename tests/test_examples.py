@@ -17,9 +17,9 @@ import pysolve as ps
 from pysolve import demo
 from pysolve.datasets import Dataset, mnist
 from pysolve.nn.evaluate import accuracy
-from pysolve.nn.train import fit
 from pysolve.nn.zoo import LeNet5
 from pysolve.path import lam_for_groups
+from pysolve.training.fit import fit
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

@@ -20,8 +20,8 @@ ROWS = [
     {"sizes", "checks", "pruning.selected"},
     {"show.figures", "show.plots", "study", "layerwise", "nn.checkpoint"},
     {"nn.architecture"},
-    {"account", "calibrate", "show.curves", "offline", "nn.inspect", "compressed", "nn.distill"},
-    {"nn.graph.sites", "nn.costs", "nn.profile", "nn.teaching"},
+    {"account", "calibrate", "show.curves", "offline", "nn.inspect", "compressed", "training.distill"},
+    {"nn.graph.sites", "nn.costs", "nn.profile", "training.teaching"},
     {"nn.graph.trial", "nn.lockstep", "nn.calibration", "nn.dense"},
     {
         "show.drawing",
@@ -33,34 +33,34 @@ ROWS = [
         "nn.walk",
         "nn.nonzeros",
         "nn.sensitivity",
-        "nn.lessons",
-        "nn.goal",
+        "training.lessons",
+        "training.goal",
     },
     {
         "nn.layers",
-        "nn.train",
-        "nn.retrain",
+        "training.fit",
+        "training.finetune",
         "nn.surgeon",
         "nn.verify",
         "nn.graph.labels",
         "nn.rows",
         "nn.values",
         "nn.divergence",
-        "nn.hints",
+        "training.features",
     },
     {"nn.graph.layer_rules"},
     {"nn.graph.operators"},
-    {"nn.graph.calls", "nn.loop"},
+    {"nn.graph.calls", "training.loop"},
     {
         "nn.graph.export",
         "nn.graph.classes",
-        "nn.options",
+        "training.options",
         "nn.masking",
         "nn.slicing",
         "nn.windows",
         "nn.factored",
     },
-    {"nn.network", "nn.zoo", "nn.storage", "nn.products", "nn.resume", "nn.optimizers"},
+    {"nn.network", "nn.zoo", "nn.storage", "nn.products", "training.resume", "training.optimizers"},
     # torch begins above this line
     {"lowrank.single"},
     {"lowrank.layer", "lowrank.shares"},
@@ -77,12 +77,9 @@ ROWS = [
     {"errors", "_core"},
 ]
 TORCH_FREE = set().union(*ROWS[21:])
-PACKAGES = {"pysolve", "pysolve.nn", "pysolve.nn.graph", "pysolve.lowrank", "pysolve.pruning", "pysolve.show"}
-EXEMPT = {
-    "__init__",
-    "__main__",
-    *(f"{name}.__init__" for name in ("nn", "nn.graph", "lowrank", "pruning", "show")),
-}
+PARTS = ("nn", "nn.graph", "lowrank", "training", "pruning", "show")
+PACKAGES = {"pysolve", *(f"pysolve.{name}" for name in PARTS)}
+EXEMPT = {"__init__", "__main__", *(f"{name}.__init__" for name in PARTS)}
 
 
 def modules():

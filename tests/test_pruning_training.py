@@ -14,9 +14,9 @@ from pysolve.nn.evaluate import accuracy
 from pysolve.nn.layers import SparseLinear
 from pysolve.nn.masking import masks_of, unmasked
 from pysolve.nn.nonzeros import nonzeros
-from pysolve.nn.train import fit
 from pysolve.nn.zoo import Mlp
 from pysolve.pruning.training import network_surgery, prune_gradually
+from pysolve.training.fit import fit
 
 BOTH = pytest.mark.parametrize("prune", [prune_gradually, network_surgery])
 

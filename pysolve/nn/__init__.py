@@ -2,8 +2,7 @@
 
 zoo          the reference networks of the demo, the examples and the tests
 network      finding a network's layers and running it without changing it
-train, loop  fitting labels, or another network's outputs
-retrain      training on; masking keeps zeros at zero meanwhile, surgeon moves them
+masking      weights that stay zero while a network is trained; surgeon moves the masks
 
 What a network is made of
     graph        what can shrink: the network as a graph, channel labels, sites

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from pysolve.errors import DataError
 from pysolve.nn.masking import below, masks_of
 from pysolve.nn.network import as_array, find_layer
-from pysolve.nn.options import Step
 from pysolve.pruning.lamp import lamp_shares
 from pysolve.pruning.masks import count_left, keep_largest
+from pysolve.training.options import Step
 
 # Of all layers together, or each layer's own.
 PerLayer = float | Mapping[str, float]

@@ -18,14 +18,14 @@ from pysolve.checks import check_model
 from pysolve.compressed import Compressed, after
 from pysolve.nn.masking import mask_weights, remove_masks, unmasked
 from pysolve.nn.network import as_array, find_layer, find_matching
-from pysolve.nn.options import Course, Step, run_of
-from pysolve.nn.retrain import Loss, counted, finetune
 from pysolve.nn.slicing import WEIGHTED
 from pysolve.nn.surgeon import PerLayer, gradually, surgery
 from pysolve.nn.surgery import apply
 from pysolve.plan import Plan
 from pysolve.pruning.layout import LAYOUTS, laid_out
 from pysolve.pruning.selected import Pruned
+from pysolve.training.finetune import Loss, counted, finetune
+from pysolve.training.options import Course, Step, run_of
 
 # Share of the training after which the masks stay as they are.
 _END = 0.6

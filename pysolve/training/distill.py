@@ -1,0 +1,138 @@
+"""Distillation: a network is trained to give another one's outputs, with labels or without."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Unpack
+
+from torch import nn
+
+from pysolve.nn.network import keeping_modes
+from pysolve.training.features import layer_pairs, tapped
+from pysolve.training.finetune import check_model
+from pysolve.training.goal import Goal, Soft
+from pysolve.training.lessons import lessons_of
+from pysolve.training.options import Training, run_of
+from pysolve.training.teaching import Watched, taught
+
+
+def distill(
+    student: nn.Module,
+    teacher: nn.Module,
+    batches: Iterable[Any],
+    *,
+    temperature: float = 1.0,
+    alpha: float = 1.0,
+    loss: Soft = "kl",
+    features: Sequence[str] | Mapping[str, str] | None = None,
+    feature_weight: float = 1.0,
+    batch_size: int | None = None,
+    mix: float = 0.0,
+    cache: bool | None = None,
+    frozen: bool = False,
+    **training: Unpack[Training],
+) -> list[float]:
+    """Train a network in place to give another one's outputs; no labels are needed.
+
+    Minimises, with the outputs s of the student and t of the teacher, and features s_l and t_l of layers,
+
+        α T² KL(softmax(t / T) ‖ softmax(s / T)) + (1 − α) CE(s, labels) + w Σ_l ‖A_l s_l − t_l‖² / Var(t_l)
+
+    averaged over samples and positions. With epochs the same seed gives the same network; torch's global
+    random state is left alone.
+
+    Parameters
+    ----------
+    student : nn.Module
+        Its parameters that require a gradient are trained; its modes are restored afterwards.
+    teacher : nn.Module
+        Never changed; it runs in evaluation mode. It must not share parameters with the student.
+    batches : iterable of tensors, of tuples or lists, or of mappings
+        A tuple's or list's first item is the input; a mapping holds keyword arguments. They must be there to
+        go through again, such as those of a list or a DataLoader.
+    temperature : float
+        T. At a high one, the first term is half the squared error of centred logits, over their number.
+    alpha : float
+        α within 0 and 1. Below 1 labels are needed: pairs of inputs and labels, or mappings for a student
+        whose output has a ``loss``, which then is CE. At 1 labels are ignored.
+    loss : "kl", "mse" or callable
+        In place of T² KL: ``mse``, the squared error of the outputs, which knows no temperature, or a
+        function of the student's tensor and the teacher's; summed over outputs. Compared are the ``logits``
+        of an output that has them, and otherwise all its floating-point tensors. Classes lie along dimension
+        1 of outputs with 2 or 4 and more dimensions, along the last of those with 3.
+    features : sequence of str, or {student's layer: teacher's layer}, optional
+        Layers whose outputs are matched, too: the squared error over the variance of the teacher's around the
+        mean of each channel. Where channels differ in number, a linear map A_l is learnt beside and dropped
+        afterwards; all else in the shapes must agree. Channels lie along dimension 1; of three dimensions
+        along the last, but for Conv1d and the norms that go with it.
+    feature_weight : float
+        w.
+    batch_size : int, optional
+        Shuffle the samples of all batches in every epoch, with their labels, into batches of this size; where
+        batches are not tensors of one sample shape, only their order is shuffled. All batches are then read
+        at once. By default batches stay as they come.
+    mix : float
+        Floating-point inputs are moved towards others, of all samples or of the batch, by a random share of
+        up to so much, and the teacher is asked about the mixture: few samples go further.
+    cache : bool, optional
+        Ask the teacher about every batch once and keep what it says. By default so if batches are held in
+        memory (a list, a tuple, or with ``batch_size``), nothing is mixed, all of it fits in half of the free
+        memory and, by the clock, takes less than a quarter of the time. True: for a loader too, which is then
+        read once, so in one order. The result is the same, up to rounding where samples are shuffled.
+    frozen : bool
+        The student runs in evaluation mode: no dropout, and batch norms keep their statistics.
+    **training
+        As ``finetune`` has them; ``epochs`` or ``seconds`` must be given.
+
+    Returns
+    -------
+    list of float
+        Mean loss of each epoch, the last of which may be incomplete with ``seconds``.
+
+    Raises
+    ------
+    ValueError
+        When an option is out of its range, outputs have no classes for ``kl``, or parameters are shared.
+    DataError
+        When the teacher answers with NaN or infinity, or labels are missing.
+    PysolveError
+        When outputs or features of the two cannot be compared, or the loss is not finite.
+
+    References
+    ----------
+    G. Hinton, O. Vinyals, J. Dean, Distilling the knowledge in a neural network, 2015. A. Romero et al.,
+    FitNets: Hints for thin deep nets, 2015. L. Beyer et al., Knowledge distillation: A good teacher is
+    patient and consistent, 2022. H. Zhang et al., mixup: Beyond empirical risk minimization, 2018.
+    """
+    _check_networks(student, teacher)
+    goal = Goal(temperature, alpha, loss, layer_pairs(features), feature_weight, mix)
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size must be positive, got {batch_size}.")
+    if cache and mix:
+        raise ValueError("cache=True keeps nothing of use where mix makes new samples: give one of them.")
+    run = run_of(1, training)
+    lessons = lessons_of(batches, batch_size, mix, hold=bool(cache), labels=alpha < 1, seed=run.seed)
+    run = replace(run, steps=lessons.steps)
+    with (
+        keeping_modes(student, teacher),
+        tapped(student, [*goal.pairs]) as own,
+        tapped(teacher, [*goal.pairs.values()]) as hints,
+    ):
+        teacher.eval()
+        student.train(not frozen)
+        settings = {"batch_size": batch_size, "frozen": frozen}
+        pair = Watched(student, own), Watched(teacher, hints)
+        return taught(*pair, goal, run, lessons, cache=cache, settings=settings)
+
+
+def _check_networks(student: nn.Module, teacher: nn.Module) -> None:
+    check_model("student", student)
+    check_model("teacher", teacher)
+    own = {id(parameter) for parameter in student.parameters()}
+    shared = [name for name, parameter in teacher.named_parameters() if id(parameter) in own]
+    if student is teacher or shared:
+        what = "are one network" if student is teacher else f"share {', '.join(shared[:3])}"
+        raise ValueError(
+            f"student and teacher {what}: the teacher would change, too. Make the student of a copy.deepcopy."
+        )

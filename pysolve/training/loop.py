@@ -1,0 +1,239 @@
+"""The training loop that everything which trains shares: steps, epochs, the clock, checkpoints."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.utils import _pytree as pytree
+from tqdm.auto import tqdm
+
+from pysolve.errors import DataError, PysolveError
+from pysolve.nn.network import device_of, evaluating
+from pysolve.training.optimizers import optimizer_of, schedule_of
+from pysolve.training.options import Run
+from pysolve.training.options import Step as Step
+from pysolve.training.resume import Parts, Progress, copied, plain, put, read, write
+
+# Of an epoch's number: what its steps are taken on, each with its weight in the epoch's mean loss.
+Passes = Callable[[int], Iterable[tuple[int, Any]]]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What a training has besides the network, its loss and its batches.
+
+    Parameters
+    ----------
+    learnt : nn.Module, optional
+        Trained too.
+    generators : sequence of torch.Generator
+        Of the batches.
+    prepare : callable, optional
+        Called before the first step of a training that is not finished yet; its time counts.
+    settings : mapping
+        Plain values that must be the same for a training to go on from a checkpoint.
+    broken : callable, optional
+        Of what a step is taken on and its number: which part of that is NaN or infinite, in words, or "".
+    """
+
+    learnt: nn.Module | None = None
+    generators: Sequence[torch.Generator] = ()
+    prepare: Callable[[], None] | None = None
+    settings: Mapping[str, Any] | None = None
+    broken: Callable[[Any, int], str] | None = None
+
+
+def optimise(
+    model: nn.Module,
+    loss: Callable[[Any], Tensor],
+    run: Run,
+    passes: Passes,
+    beside: Beside | None = None,
+) -> list[float]:
+    """Train the parameters that require a gradient, in place; the network's mode is the caller's affair.
+
+    Parameters
+    ----------
+    model : nn.Module
+    loss : callable
+        Mean loss of what a step is taken on.
+    run : Run
+    passes : callable
+    beside : Beside, optional
+
+    Returns
+    -------
+    list of float
+        Mean loss of each epoch; by the clock, the last one may be incomplete.
+    """
+    beside = beside or Beside()
+    parts = _parts(model, run, beside)
+    settings = {name: plain(value) for name, value in (run.settings() | dict(beside.settings or {})).items()}
+    path = None if run.checkpoint is None else Path(run.checkpoint)
+    with _bar(run) as bar, torch.enable_grad(), _random_state(run.seed, device_of(model)):
+        progress = Progress() if path is None else read(path, parts, settings)
+        start = time.perf_counter() - progress.elapsed
+        if beside.prepare is not None and not progress.finished:
+            beside.prepare()
+            progress.before += time.perf_counter() - start - progress.elapsed
+        while not progress.finished:
+            _epoch(progress, loss, run, passes(len(progress.losses)), parts, beside.broken, start, bar)
+            _judge(progress, run, model)
+            if path is not None:
+                write(path, progress, parts, settings)
+    return progress.losses
+
+
+def _parts(model: nn.Module, run: Run, beside: Beside) -> Parts:
+    modules = [model] if beside.learnt is None else [model, beside.learnt]
+    trained = [value for module in modules for value in module.parameters() if value.requires_grad]
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise PysolveError("no parameter of the network requires a gradient: nothing can be trained.")
+    optimizer = optimizer_of(run.optimizer, trained, float(run.lr), float(run.weight_decay))
+    schedule = schedule_of(run.schedule, optimizer, run.length, momentum=isinstance(run.optimizer, str))
+    return Parts(modules, optimizer, schedule, beside.generators, run.after_step)
+
+
+def _epoch(
+    progress: Progress,
+    loss: Callable[[Any], Tensor],
+    run: Run,
+    items: Iterable[tuple[int, Any]],
+    parts: Parts,
+    broken: Callable[[Any, int], str] | None,
+    start: float,
+    bar: tqdm[Any],
+) -> None:
+    """Steps on everything in one pass, or until the training ends."""
+    epoch, total, seen = len(progress.losses) + 1, 0.0, 0
+    for number, (weight, item) in enumerate(items, start=1):
+        value = _step(parts, loss(item), run.clip)
+        if not math.isfinite(value):
+            why = "" if broken is None else broken(item, number)
+            raise _not_finite(value, epoch, number, run, why)
+        total, seen = total + value * weight, seen + weight
+        progress.done += 1
+        progress.elapsed = time.perf_counter() - start
+        # The clock's estimate may fall back.
+        position = run.position(progress.done, progress.elapsed, progress.before)
+        progress.position = max(progress.position, position)
+        bar.set_postfix(epoch=epoch, loss=f"{total / seen:.4g}", refresh=False)
+        bar.update(progress.position - bar.n)
+        if run.after_step is not None:
+            run.after_step(progress.position / run.length)
+        if progress.position == run.length:
+            break
+        while parts.schedule.last_epoch < progress.position:
+            parts.schedule.step()
+    if not seen:
+        raise DataError("there are no batches any more: give a list of them, or a DataLoader.")
+    progress.losses.append(total / seen)
+
+
+def _step(parts: Parts, loss: Tensor, clip: float | None) -> float:
+    """One step down the gradient, where there is one; the loss before it."""
+    value = loss.item()
+    if math.isfinite(value):
+        parts.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        if clip is not None:
+            groups = parts.optimizer.param_groups
+            clip_grad_norm_([value for group in groups for value in group["params"]], clip)
+        parts.optimizer.step()
+    return value
+
+
+def _judge(progress: Progress, run: Run, model: nn.Module) -> None:
+    """Score the network after an epoch, and see whether the training is over; then the best comes back."""
+    epochs = len(progress.losses)
+    progress.finished = progress.position == run.length or epochs == run.epochs
+    if run.evaluate is None:
+        return
+    # Training goes on as though nobody had looked.
+    with evaluating(model), _random_state(run.seed, device_of(model)):
+        score = float(run.evaluate(model))
+    if math.isnan(score):
+        raise PysolveError(
+            f"evaluate gave nan after epoch {epochs}: it must give a number, higher is better."
+        )
+    progress.stale += 1
+    if score > progress.score or not progress.best:
+        progress.score, progress.stale, progress.best = score, 0, copied(model)
+    progress.finished |= run.patience is not None and progress.stale >= run.patience
+    if progress.finished:
+        put(model, progress.best)
+
+
+def _not_finite(value: float, epoch: int, number: int, run: Run, why: str) -> PysolveError:
+    said = f"the loss became {value} in epoch {epoch}"
+    if why:
+        return DataError(f"{said}: {why} holds NaN or infinity.")
+    rate = f"lower lr ({run.lr})" if isinstance(run.optimizer, str) else "lower the optimizer's lr"
+    return PysolveError(f"{said}: {rate}, or give clip. That was in step {number} of the epoch.")
+
+
+def broken_batch(batch: Any, number: int) -> str:
+    """The batch's name if it holds NaN or infinity."""
+    leaves = pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return "" if all(bool(tensor.isfinite().all()) for tensor in tensors) else f"batch {number}"
+
+
+def broken_sample(samples: Tensor, rows: Tensor) -> str:
+    """The first of some samples that holds NaN or infinity."""
+    finite = samples[rows].flatten(1).isfinite().all(1) if samples.ndim > 1 else samples[rows].isfinite()
+    return "" if bool(finite.all()) else f"sample {int(rows[~finite.to(rows.device)][0])}"
+
+
+@contextmanager
+def computing(run: Run, device: torch.device) -> Iterator[None]:
+    """Inside, the network computes in the run's precision."""
+    if run.bfloat16(device):
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+    else:
+        yield
+
+
+def in_full(output: Any) -> Any:
+    """The output in float32 where it was computed in less, for the loss."""
+    short = (torch.bfloat16, torch.float16)
+    return pytree.tree_map_only(Tensor, lambda t: t.float() if t.dtype in short else t, output)
+
+
+def shuffled(n: int, steps: int, seed: int) -> Passes:
+    """Indices of n examples, shuffled anew in every epoch, in parts of nearly equal size for its steps."""
+    generator, drawn = torch.Generator().manual_seed(int(seed)), 0
+
+    def rows(epoch: int) -> Iterator[tuple[int, Tensor]]:
+        nonlocal drawn
+        # One stream for all epochs: what was drawn before a stop is drawn again.
+        while drawn <= epoch:
+            order, drawn = torch.randperm(n, generator=generator), drawn + 1
+        # Parts of nearly equal size: batch norm cannot train on a last batch of one sample.
+        return ((len(part), part) for part in order.tensor_split(steps))
+
+    return rows
+
+
+def _bar(run: Run) -> tqdm[Any]:
+    form = None if run.seconds is None else "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
+    off = None if run.progress else True
+    return tqdm(total=run.length, desc="train", unit="batch", disable=off, bar_format=form)
+
+
+@contextmanager
+def _random_state(seed: int, device: torch.device) -> Iterator[None]:
+    """A random state of its own inside (for dropout); torch's global one is put back afterwards."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(seed))
+        yield
