@@ -62,22 +62,36 @@ ROWS = [
     },
     {"nn.network", "nn.zoo", "nn.storage", "nn.products", "training.resume", "training.optimizers"},
     # torch begins above this line
-    {"lowrank.single"},
+    {"lowrank.single", "quantization.single"},
     {"lowrank.layer", "lowrank.shares"},
     {"lowrank.spatial"},
     {"lowrank.spectrum", "lowrank.ranks"},
     {"choice", "pruning.obs"},
-    {"selection", "pruning.searches"},
-    {"path", "budget", "pruning.row_paths"},
+    {
+        "selection",
+        "pruning.searches",
+        "quantization.grids",
+        "quantization.codebooks",
+        "quantization.rounding",
+    },
+    {"path", "budget", "pruning.row_paths", "quantization.targets"},
     {"solvers", "elimination", "knapsack", "pruning.supports"},
     {"scaling", "solution", "prox", "least_squares", "certificate"},
-    {"problem", "records", "cautions", "pruning.masks", "pruning.scores", "pruning.lamp"},
-    {"correlations", "plan", "datasets", "sparse", "report"},
-    {"image_files", "forms", "entries", "show.tables"},
+    {
+        "problem",
+        "records",
+        "cautions",
+        "pruning.masks",
+        "pruning.scores",
+        "pruning.lamp",
+        "quantization.clusters",
+    },
+    {"correlations", "plan", "datasets", "sparse", "report", "quantization.coding"},
+    {"image_files", "forms", "entries", "show.tables", "quantization.forms", "quantization.huffman"},
     {"errors", "_core"},
 ]
 TORCH_FREE = set().union(*ROWS[21:])
-PARTS = ("nn", "nn.graph", "lowrank", "training", "pruning", "show")
+PARTS = ("nn", "nn.graph", "lowrank", "training", "pruning", "quantization", "show")
 PACKAGES = {"pysolve", *(f"pysolve.{name}" for name in PARTS)}
 EXEMPT = {"__init__", "__main__", *(f"{name}.__init__" for name in PARTS)}
 

@@ -1,0 +1,16 @@
+"""Weights of few bits, and the fewest bytes that they can be written in.
+
+single      ``quantize_layer``: one layer on a grid or a codebook, from matrices
+
+Which values a weight may take
+    grids       evenly spaced ones, for every output or group of inputs
+    codebooks   a few shared ones for the whole layer
+    clusters    optimal k-means on a line, which they begin with
+
+Which of them it takes
+    rounding    in the metric of what the layer reads: with feedback of the errors, then by descent
+
+How that is stored
+    forms       codes and what they stand for
+    coding      entropy coding of codes and gaps: asymmetric numeral systems, Huffman
+"""

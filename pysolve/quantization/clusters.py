@@ -1,0 +1,148 @@
+"""k-means on a line, exactly: the best k values to stand for many."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pysolve.correlations import Array
+
+Indices = npt.NDArray[np.intp]
+
+# Different values up to which the clusters are exact; more are gathered in so many bins first.
+BINS = 4096
+_ROUNDS = 50
+
+
+def k_means(values: npt.NDArray[Any], k: int, weights: npt.NDArray[Any] | None = None) -> Array:
+    """The k centres of least weighted squared distance to the values.
+
+    Solves  min_c  Σ_i w_i min_a (v_i − c_a)²  exactly where there are at most 4,096 different values. More
+    are gathered in as many bins of equal width first, and Lloyd's iterations on the values themselves follow.
+
+    Parameters
+    ----------
+    values : array of numbers
+    k : int
+        At least 1.
+    weights : array of numbers ≥ 0, broadcastable to the values
+        All 1 by default, and where all are 0.
+
+    Returns
+    -------
+    (≤ k,) array
+        Ascending; fewer where there are fewer different values that count.
+
+    References
+    ----------
+    H. Wang, M. Song, Ckmeans.1d.dp: optimal k-means clustering in one dimension, 2011.
+    """
+    flat = np.asarray(values, dtype=np.float64).ravel()
+    share = np.ones(flat.shape) if weights is None else np.broadcast_to(weights, np.shape(values)).ravel()
+    if not share.any():
+        share = np.ones(flat.shape)
+    order = np.argsort(flat[share > 0])
+    flat, share = flat[share > 0][order], share[share > 0][order].astype(np.float64)
+    places, masses = _merged(flat, share, _starts(flat))
+    centres = _exact(places, masses, k)
+    return centres if len(places) == len(np.unique(flat)) else _lloyd(flat, share, centres)
+
+
+def nearest(values: npt.NDArray[Any], centres: Array) -> Indices:
+    """Index of the nearest of ascending centres; the lower one of two."""
+    return np.searchsorted(0.5 * (centres[1:] + centres[:-1]), values)
+
+
+def _starts(ascending: Array) -> Indices:
+    """Where the runs of equal values begin, or the bins that are not empty."""
+    first = np.flatnonzero(np.diff(ascending, prepend=-np.inf))
+    if len(first) <= BINS:
+        return first
+    low, high = ascending[0], ascending[-1]
+    bins = np.minimum((ascending / (high - low) - low / (high - low)) * BINS, BINS - 1).astype(np.intp)
+    return np.flatnonzero(np.diff(bins, prepend=-1))
+
+
+def _merged(values: Array, weights: Array, starts: Indices) -> tuple[Array, Array]:
+    """Mean and weight of runs of the values."""
+    if not len(starts):
+        return values, weights
+    masses = np.add.reduceat(weights, starts)
+    # Around a value of the run itself: nothing cancels, and runs of equal values keep theirs exactly.
+    spread = values - np.repeat(values[starts], np.diff(starts, append=len(values)))
+    return values[starts] + np.add.reduceat(weights * spread, starts) / masses, masses
+
+
+def _exact(places: Array, masses: Array, k: int) -> Array:
+    """The best k centres of ascending places, by dynamic programming over where the last cluster begins.
+
+    Those beginnings ascend with the end, so all ends of one size are found by halving: k n log n steps.
+    """
+    n = len(places)
+    if n <= k:
+        return places
+    peak = np.abs(places - places.mean()).max()
+    around = (places - np.average(places, weights=masses)) / peak
+    sums = np.zeros((3, n + 1))
+    np.cumsum(masses / masses.sum() * around ** np.arange(3)[:, None], axis=1, out=sums[:, 1:])
+    best, begins = _cost(sums, np.zeros(n, np.intp), np.arange(1, n + 1)), np.zeros((k, n), np.intp)
+    for size in range(1, k):
+        best, begins[size] = _one_more(sums, best, size)
+    ends, starts = n, []
+    for size in range(k - 1, -1, -1):
+        starts.append(begins[size, ends - 1])
+        ends = starts[-1]
+    return _merged(places, masses, np.array(starts[::-1]))[0]
+
+
+def _cost(sums: Array, first: Indices, end: Indices) -> Array:
+    """Weighted squared distance of places first … end − 1 to their mean."""
+    mass, moment, energy = sums[:, end] - sums[:, first]
+    # Next to much heavier ones, places can have no mass left.
+    return np.asarray(np.maximum(energy - moment * moment / np.where(mass > 0, mass, np.inf), 0.0))
+
+
+def _one_more(sums: Array, best: Array, size: int) -> tuple[Array, Indices]:
+    """Least costs of places 0 … e, for every e, in one cluster more than ``size``, and where the last begins.
+
+    Entries before e = size have too few places: cost 0, and every place for itself.
+    """
+    n = len(best)
+    costs, begins = np.zeros(n), np.arange(n)
+    step = 1 << (n - size).bit_length()
+    while step := step // 2:
+        end = np.arange(size + step - 1, n, 2 * step)
+        before, after = end - step, end + step
+        low = np.where(before >= size, begins[np.maximum(before, 0)], size)
+        high = np.where(after < n, np.minimum(begins[np.minimum(after, n - 1)], end), end)
+        costs[end], begins[end] = _least(sums, best, low, high, end)
+    return costs, begins
+
+
+def _least(sums: Array, best: Array, low: Indices, high: Indices, end: Indices) -> tuple[Array, Indices]:
+    """min and argmin of best[b − 1] + cost of places b … end, over b = low … high, for every end."""
+    counts = high - low + 1
+    starts = np.cumsum(counts) - counts
+    begin = np.arange(counts.sum()) + np.repeat(low - starts, counts)
+    costs = best[begin - 1] + _cost(sums, begin, np.repeat(end + 1, counts))
+    least = np.minimum.reduceat(costs, starts)
+    hits = np.flatnonzero(costs == np.repeat(least, counts))
+    return least, begin[hits[np.searchsorted(hits, starts)]]
+
+
+def _lloyd(values: Array, weights: Array, centres: Array) -> Array:
+    """Lloyd's iterations on ascending values until no value changes sides."""
+    middle = values.mean()
+    sums = np.zeros((2, len(values) + 1))
+    np.cumsum([weights, weights * (values - middle)], axis=1, out=sums[:, 1:])
+    last: Any = None
+    for _ in range(_ROUNDS):
+        cuts = np.searchsorted(values, 0.5 * (centres[1:] + centres[:-1]), side="right")
+        if last is not None and np.array_equal(cuts, last):
+            break
+        last = cuts
+        mass, moment = np.diff(sums[:, np.concatenate([[0], cuts, [len(values)]])])
+        centres = np.where(mass > 0, middle + moment / np.where(mass > 0, mass, 1.0), centres)
+    return centres
