@@ -15,7 +15,7 @@ from pysolve.quantization.targets import Target
 Codes = npt.NDArray[np.int64]
 
 # Share of the first residual at which the normal equations count as solved.
-_SOLVED = 1e-12
+_SOLVED = 1e-8
 
 
 @dataclass(frozen=True, eq=False)

@@ -100,13 +100,11 @@ def descend(target: Target, levels: Levels, codes: Codes) -> Codes:
 
 def settle(target: Target, levels: Kind, codes: Codes, passes: int) -> tuple[Kind, Codes, float]:
     """Values fitted to the codes and codes to them, in turn; both, and their loss, which never rises."""
-    columns = np.arange(codes.shape[1])
-    loss = target.loss(levels.values(codes, columns))
-    levels, loss = _refitted(target, levels, codes, loss)
+    levels, loss = _refitted(target, levels, codes, _loss(target, levels, codes))
     for _ in range(passes if loss else 0):
         last = loss
         codes = descend(target, levels, codes)
-        levels, loss = _refitted(target, levels, codes, target.loss(levels.values(codes, columns)))
+        levels, loss = _refitted(target, levels, codes, _loss(target, levels, codes))
         if not loss < (1 - _GAIN) * last:
             break
     return levels, codes, loss
@@ -114,13 +112,22 @@ def settle(target: Target, levels: Kind, codes: Codes, passes: int) -> tuple[Kin
 
 def round_best(target: Target, levels: Kind, rounds: int, passes: int) -> tuple[Kind, Codes]:
     """Feedback from the values where the round before settled, as long as that gains; the best of all."""
-    best, codes, least = levels, round_nearest(target, levels), np.inf
+    best, codes = levels, round_nearest(target, levels)
+    least = _loss(target, levels, codes)
     for _ in range(rounds):
-        levels, found, loss = settle(target, levels, round_with_feedback(target, levels), passes)
+        # In small groups the feedback can ask for values beyond the range, and be worse than none.
+        start, other = round_with_feedback(target, levels), round_nearest(target, levels)
+        if _loss(target, levels, other) < _loss(target, levels, start):
+            start = other
+        levels, found, loss = settle(target, levels, start, passes)
         if not loss < least:
             break
         best, codes, least = levels, found, loss
     return best, codes
+
+
+def _loss(target: Target, levels: Levels, codes: Codes) -> float:
+    return target.loss(levels.values(codes, np.arange(codes.shape[1])))
 
 
 def _rounded(target: Target, levels: Levels, values: Array, columns: Any) -> Codes:
@@ -134,5 +141,5 @@ def _rounded(target: Target, levels: Levels, values: Array, columns: Any) -> Cod
 def _refitted(target: Target, levels: Kind, codes: Codes, loss: float) -> tuple[Kind, float]:
     """Better values for the codes, if they still are in single precision; and the loss."""
     fitted = levels.refit(codes, target)
-    new = target.loss(fitted.values(codes, np.arange(codes.shape[1])))
+    new = _loss(target, fitted, codes)
     return (fitted, new) if new < loss else (levels, loss)
