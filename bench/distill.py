@@ -1,6 +1,6 @@
 """Distillation: what a compressed network regains without labels, students, and the loop's own speed.
 
-python bench/distill.py match [--share 0.5] [--seconds 60,600] [--images 2000,25000]
+python bench/distill.py match [--share 0.5] [--seconds 60,600]
 python bench/distill.py students [--seconds 20,60]
 python bench/distill.py speed [--steps 120]
 
@@ -25,7 +25,6 @@ import torch
 import typer
 from networks import DATA, DataOption, OutOption, ThreadsOption, found, write
 from pruning import show
-from subjects import CALIBRATION
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, softmax
 
@@ -39,8 +38,8 @@ from pysolve.training.fit import fit
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
 ROUNDS = 3
-# Unlabelled images from which on they are not mixed.
-MANY = 10_000
+# Time from which on it is worth to ask the teacher about all images, mirrored too.
+LONG = 300
 # Options of ``ps.distill``; None: labels alone, without a teacher.
 LESSONS: dict[str, dict[str, float] | None] = {
     "labels alone": None,
@@ -51,24 +50,24 @@ LESSONS: dict[str, dict[str, float] | None] = {
 }
 
 
-def recipe(seconds: float, images: int) -> dict[str, Any]:
-    """Arguments of ``ps.distill`` for so many seconds without labels: few images are mixed."""
-    few = {"batch_size": 32, "mix": 0.5, "lr": 1e-3}
-    many = {"batch_size": 64, "lr": 2e-3}
-    return {"loss": "mse", "frozen": True, "seconds": seconds, **(few if images < MANY else many)}
+def recipe(seconds: float) -> dict[str, Any]:
+    """Arguments of ``ps.distill`` for so many seconds without labels."""
+    steps = {"batch_size": 64, "lr": 2e-3} if seconds >= LONG else {"batch_size": 32, "lr": 1e-3}
+    return {"loss": "mse", "frozen": True, "seconds": seconds, **steps}
 
 
-def lessons(x: Tensor) -> list[Tensor]:
-    """Images in batches; many of them mirrored, too, for the teacher to be asked once about all."""
-    batches = [batch.contiguous(memory_format=torch.channels_last) for batch in x.split(250)]
-    return batches if len(x) < MANY else batches + [batch.flip(3) for batch in batches]
+def lessons(x: Tensor, seconds: float) -> list[Tensor]:
+    """As many images as there is time for, in batches."""
+    long = seconds >= LONG
+    images = x if long else x[:10_000]
+    batches = [batch.contiguous(memory_format=torch.channels_last) for batch in images.split(250)]
+    return batches + [batch.flip(3) for batch in batches] if long else batches
 
 
 @app.command()
 def match(
     share: Annotated[float, typer.Option(help="Of the multiply-accumulates that may stay.")] = 0.5,
     seconds: Annotated[str, typer.Option(help="How long to teach.")] = "60,600",
-    images: Annotated[str, typer.Option(help="Unlabelled images, for each time.")] = f"{CALIBRATION},25000",
     threads: ThreadsOption = 1,
     data: DataOption = DATA,
     out: OutOption = Path("results"),
@@ -76,8 +75,7 @@ def match(
     """ResNet-20 compressed, then taught by what it was."""
     torch.set_num_threads(threads)
     subject, rows = found("resnet20", data, out), list[dict[str, Any]]()
-    counts = [int(count) for count in images.split(",")]
-    x = torch.from_numpy(cifar(data / "cifar10_jpeg", train=max(counts)).x_train)
+    x = torch.from_numpy(cifar(data / "cifar10_jpeg").x_train)
 
     def note(what: str, model: nn.Module, taken: float, steps: int) -> None:
         score = accuracy(model, subject.x_test, subject.y_test)
@@ -90,12 +88,12 @@ def match(
     target = {"macs": share}
     smaller = ps.compress(subject.model, subject.calibration, target=target, progress=False).model
     note("compressed", smaller, time.perf_counter() - start, 0)
-    for limit, some in zip(map(float, seconds.split(",")), counts, strict=True):
+    for limit in map(float, seconds.split(",")):
         student, count = copy.deepcopy(smaller).to(memory_format=torch.channels_last), Counter()
         start = time.perf_counter()
-        how = {**recipe(limit, some), "progress": False, "after_step": count}
-        ps.distill(student, subject.model, lessons(x[:some]), **how)
-        note(f"{limit:g} s, {some:,} images", student, time.perf_counter() - start, count.steps)
+        how = {**recipe(limit), "progress": False, "after_step": count}
+        ps.distill(student, subject.model, lessons(x, limit), **how)
+        note(f"taught for {limit:g} s", student, time.perf_counter() - start, count.steps)
     show(table(f"{subject.title}, taught without labels, {threads} threads", rows))
 
 
