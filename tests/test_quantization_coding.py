@@ -150,7 +150,7 @@ def test_missing_and_additional_data_is_found(kind):
 
 def test_lengths_that_are_no_huffman_code_are_refused():
     coded = encode(np.array([0, 1, 2, 0]), "huffman")
-    for lengths in ([1, 1, 1], [2, 2, 2], [3, 3, 1], [57, 57, 1], [255, 255, 255]):
+    for lengths in ([1, 1, 1], [2, 2, 2], [3, 3, 1], [57, 57, 1], [255, 255, 255], [1] * 514):
         with pytest.raises(DataError, match="Huffman"):
             decode(replace(coded, table=np.array(lengths, np.uint8)), most=4)
 

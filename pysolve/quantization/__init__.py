@@ -8,9 +8,10 @@ Which values a weight may take
     clusters    optimal k-means on a line, which they begin with
 
 Which of them it takes
+    targets     what they should come close to, and in which metric
     rounding    in the metric of what the layer reads: with feedback of the errors, then by descent
 
 How that is stored
     forms       codes and what they stand for
-    coding      entropy coding of codes and gaps: asymmetric numeral systems, Huffman
+    coding      entropy coding of codes and gaps: asymmetric numeral systems, or huffman
 """

@@ -70,14 +70,9 @@ def huffman_encode(symbols: Symbols, lengths: npt.NDArray[Any]) -> Bytes:
 
 def huffman_decode(data: Bytes, lengths: npt.NDArray[Any], count: int) -> Symbols:
     """``count`` symbols. Raises DataError where the lengths are no code, or the data is not of that many."""
-    if lengths.max() > _LONGEST:
-        raise DataError(f"Huffman codes of {lengths.max()} bits; at most {_LONGEST} are possible.")
+    _check(data, lengths, count)
     order, begins = _canonical(lengths)
     sizes = lengths[order].astype(np.int32)
-    if int(begins[-1]) + (1 << (_LONGEST - int(sizes[-1]))) != 1 << _LONGEST:
-        raise DataError("these lengths belong to no Huffman code: their codes do not fill all bits.")
-    if 8 * len(data) < count:
-        raise DataError(f"{len(data)} bytes cannot hold {count} Huffman codes.")
     prefixes = np.arange(1 << _SHORT, dtype=np.uint64) << np.uint64(_LONGEST - _SHORT)
     ranks = np.searchsorted(begins, prefixes, side="right") - 1
     short = np.where(sizes[ranks] <= _SHORT, sizes[ranks], 0).astype(np.int32)
@@ -100,6 +95,17 @@ def huffman_decode(data: Bytes, lengths: npt.NDArray[Any], count: int) -> Symbol
     if (cursor + 7) // 8 != len(data):
         raise DataError(f"{len(data)} bytes of data where {count} numbers take {(cursor + 7) // 8}.")
     return found
+
+
+def _check(data: Bytes, lengths: npt.NDArray[Any], count: int) -> None:
+    if lengths.max() > _LONGEST:
+        raise DataError(f"Huffman codes of {lengths.max()} bits; at most {_LONGEST} are possible.")
+    # In Python's integers, for many short codes overflow any other.
+    filled = sum(int(n) << (_LONGEST - bits) for bits, n in enumerate(np.bincount(lengths)) if bits)
+    if filled != 1 << _LONGEST:
+        raise DataError("these lengths belong to no Huffman code: their codes do not fill all bits.")
+    if 8 * len(data) < count:
+        raise DataError(f"{len(data)} bytes cannot hold {count} Huffman codes.")
 
 
 def _canonical(lengths: npt.NDArray[Any]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.uint64]]:

@@ -112,8 +112,7 @@ def settle(target: Target, levels: Kind, codes: Codes, passes: int) -> tuple[Kin
 
 def round_best(target: Target, levels: Kind, rounds: int, passes: int) -> tuple[Kind, Codes]:
     """Feedback from the values where the round before settled, as long as that gains; the best of all."""
-    best, codes = levels, round_nearest(target, levels)
-    least = _loss(target, levels, codes)
+    best, codes, least = levels, round_nearest(target, levels), np.inf
     for _ in range(rounds):
         # In small groups the feedback can ask for values beyond the range, and be worse than none.
         start, other = round_with_feedback(target, levels), round_nearest(target, levels)

@@ -21,10 +21,10 @@ from pysolve.quantization.targets import Mask, Target, target_of
 SCHEMES = ("codebook", "int", "ternary")
 METHODS = ("feedback", "nearest")
 
-# Rounds of feedback and passes of descent in each, and those for layers of more multiplications h d² than
+# Rounds of feedback, passes of descent in each, and those for layers of more multiplications h d² than
 # _LARGE. For LeNet-5 and ResNet-20 at 2 bits a second round takes 2 to 6 % from the error, four 4 to 11 %.
 _ROUNDS, _PASSES = 4, 4
-_FEWER, _LARGE = (1, 2), 2e9
+_FEWER, _LARGE = (1, 1), 2e9
 
 
 @dataclass(frozen=True, eq=False)
