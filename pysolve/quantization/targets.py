@@ -62,8 +62,8 @@ def target_of(problem: LayerProblem, mask: Mask | None) -> Target:
 def by_energy(target: Target) -> npt.NDArray[np.intp]:
     """Inputs by falling ‖V_j‖² A_jj: their errors are made up for by those that follow.
 
-    Measured at 2 … 4 bits, feedback alone leaves 5 to 15 % less error in this order than by falling A_jj, and
-    10 to 30 % less than in the inputs' own.
+    On layers of LeNet-5 and ResNet-20 at 2 … 4 bits, feedback alone leaves 3 to 23 % less error in this order
+    than in the inputs' own, and 15 % less to 3 % more than by falling A_jj.
     """
     return np.argsort(-np.einsum("ij,ij->j", target.V, target.V) * target.diagonal, kind="stable")
 
