@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 
+from pysolve.choice import FLOOR
 from pysolve.lowrank.ranks import Candidate, most_useful, probed_ranks
 
 
@@ -47,7 +48,8 @@ def test_all_energy_is_kept_where_the_rank_is_enough():
 @given(candidates(), st.data())
 def test_a_curve_falls_from_infinity_to_nothing_through_what_was_measured(one, data):
     known = data.draw(st.lists(st.integers(1, one.most), unique=True, min_size=1).map(sorted))
-    harms = {rank: float(one.error[rank] + 1e-6) ** 1.5 for rank in known}
+    # Below the floor all errors are one, so that a curve cannot tell their harms apart.
+    harms = {rank: float(max(one.error[rank], FLOOR) + 1e-6) ** 1.5 for rank in known}
     curve = one.curve(harms)
     assert len(curve) == one.most + 2
     assert curve[0] == np.inf
@@ -56,7 +58,7 @@ def test_a_curve_falls_from_infinity_to_nothing_through_what_was_measured(one, d
     assert np.all(np.diff(curve[1:]) <= 0)
     assert np.all(curve[1:-1] > 0)
     for rank, harm in harms.items():
-        assert curve[rank] == pytest.approx(max(harm, 1e-9), rel=1e-6)
+        assert curve[rank] == pytest.approx(max(harm, FLOOR), rel=1e-6)
 
 
 def test_without_measurements_a_curve_knows_nothing():
