@@ -205,7 +205,7 @@ def chained():
     model = nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
     for name, rank in (("0", 4), ("0.inner", 2)):
         layer = model.get_submodule(name)
-        model = ps.apply(model, ps.Plan(forms={name: factors(layer, [], rank)}))
+        model = ps.apply(model, ps.ps.Plan(forms={name: factors(layer, [], rank)}))
     return ps.prune(model, amount={"0.outer": 0.5}, layout="csr").model
 
 
@@ -234,3 +234,26 @@ def test_a_layer_under_two_names_becomes_dense_under_both():
     assert whole["a"] is whole["b"]
     assert type(whole["a"]) is nn.Linear
     assert type(to_dense(two)) is nn.Linear
+
+
+class Looking(nn.Module):
+    """A network whose code tells a Linear from anything else, by a hundredth of its outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(6, 8)
+
+    def forward(self, x):
+        return self.fc(x) * (1.0 if isinstance(self.fc, nn.Linear) else 1.01)
+
+
+def test_a_network_that_computes_something_else_with_factors_is_refused():
+    model, rng = Looking(), np.random.default_rng(0)
+    form = LowRank(rng.standard_normal((8, 2)), rng.standard_normal((2, 6)))
+    with pytest.raises(ps.CollapseError, match="outputs differ"):
+        ps.apply(model, ps.Plan(forms={"fc": form}), probe=torch.randn(5, 6))
+    # In single precision the two agree to far less than that.
+    plain = nn.Sequential(nn.Linear(6, 8))
+    ps.apply(plain, ps.Plan(forms={"0": form}), probe=torch.randn(5, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        ps.apply(plain, ps.Plan(forms={"0": form}), probe=torch.randn(5, 6))

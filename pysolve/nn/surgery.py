@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.errors import CollapseError, PysolveError
-from pysolve.forms import Form, LowRank
+from pysolve.forms import Form
 from pysolve.nn.layers import in_form
 from pysolve.nn.network import find_layer
 from pysolve.nn.slicing import (
@@ -28,7 +28,7 @@ from pysolve.nn.slicing import (
     silence,
 )
 from pysolve.nn.values import load, new_values
-from pysolve.nn.verify import HALF_TOLERANCE, mismatch
+from pysolve.nn.verify import mismatch
 from pysolve.plan import Collapse, Indices, Plan
 
 # Guilty steps that an error names at most; finding each takes about 2 log2(steps) runs of the network.
@@ -203,9 +203,7 @@ def _check_untied(model: nn.Module, touched: set[nn.Module]) -> None:
 def _verify(model: nn.Module, smaller: nn.Module, plan: Plan, probe: Any) -> None:
     """Refuse a result that differs from the masked network, naming the steps that make the difference."""
     wide = masked(model, plan)
-    # Products of factors are rounded once more, and far off where layers run in TF32 or under autocast.
-    loose = any(isinstance(form, LowRank) for form in plan.forms.values())
-    problem = mismatch(wide, smaller, probe, tolerance=HALF_TOLERANCE if loose else None)
+    problem = mismatch(wide, smaller, probe)
     if problem is None:
         return
     if mismatch(wide, wide, probe) is not None:

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pysolve.errors import PysolveError
+from pysolve.nn.factored import Factored
 from pysolve.nn.network import evaluating, forward
 
 # How far the outputs of two equal networks may differ, in units of the largest output. Dropping zero
 # columns only reorders sums: LeNet-5 differs by about 1e-7 in float32. Half precisions round each layer.
 _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
-HALF_TOLERANCE = 5e-2
+_HALF_TOLERANCE = 5e-2
 
 
-def mismatch(
-    wide: nn.Module, smaller: nn.Module, probe: Any, *, tolerance: float | None = None
-) -> str | None:
-    """What tells two networks apart on one batch, in words; None when nothing does.
-
-    Parameters
-    ----------
-    wide, smaller : nn.Module
-    probe : one batch
-    tolerance : float, optional
-        How far outputs may differ, in units of the largest; by default what their data type allows.
-    """
-    with evaluating(wide, smaller):
+def mismatch(wide: nn.Module, smaller: nn.Module, probe: Any) -> str | None:
+    """What tells two networks apart on one batch, in words; None when nothing does."""
+    with evaluating(wide, smaller), _watched(smaller) as coarse:
         wanted = list(_tensors(forward(wide, probe)))
         if not wanted:
             raise PysolveError("the network's output holds no tensor, so there is nothing to compare.")
@@ -39,17 +31,35 @@ def mismatch(
             return f"the smaller network fails ({str(error).splitlines()[0] if str(error) else error!r})"
     if [t.shape for t in got] != [t.shape for t in wanted]:
         return f"the outputs' shapes differ ({[*map(list, (t.shape for t in got))]})"
-    return next(
-        (found for a, b in zip(wanted, got, strict=True) if (found := _difference(a, b, tolerance))), None
-    )
+    rounded = any(coarse)
+    pairs = zip(wanted, got, strict=True)
+    return next((found for a, b in pairs if (found := _difference(a, b, rounded=rounded))), None)
 
 
-def _difference(wanted: Tensor, got: Tensor, tolerance: float | None) -> str | None:
+@contextmanager
+def _watched(model: nn.Module) -> Iterator[list[bool]]:
+    """Whether factored layers ran in less than single precision: their products are then rounded once more.
+
+    So they do under autocast, and on GPUs, where convolutions run in TF32 by default.
+    """
+    coarse: list[bool] = []
+
+    def note(layer: Factored, args: Any, output: Tensor) -> None:
+        tf32 = not isinstance(layer.inner, nn.Linear) or torch.get_float32_matmul_precision() != "highest"
+        coarse.append(output.dtype not in _TOLERANCE or (output.device.type == "cuda" and tf32))
+
+    with ExitStack() as stack:
+        for layer in model.modules():
+            if isinstance(layer, Factored):
+                stack.callback(layer.register_forward_hook(note).remove)
+        yield coarse
+
+
+def _difference(wanted: Tensor, got: Tensor, *, rounded: bool) -> str | None:
     """How far one output is off, in words; None within tolerance."""
-    if not wanted.is_floating_point():
-        tolerance = 0.0
-    elif tolerance is None:
-        tolerance = _TOLERANCE.get(wanted.dtype, HALF_TOLERANCE)
+    tolerance = 0.0
+    if wanted.is_floating_point():
+        tolerance = _HALF_TOLERANCE if rounded else _TOLERANCE.get(wanted.dtype, _HALF_TOLERANCE)
     wanted, got = wanted.cpu().double(), got.cpu().double()
     # Equal infinities and NaN in the same place are no difference.
     same = (wanted == got) | (wanted.isnan() & got.isnan())
