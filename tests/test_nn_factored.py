@@ -205,7 +205,7 @@ def chained():
     model = nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
     for name, rank in (("0", 4), ("0.inner", 2)):
         layer = model.get_submodule(name)
-        model = ps.apply(model, ps.ps.Plan(forms={name: factors(layer, [], rank)}))
+        model = ps.apply(model, ps.Plan(forms={name: factors(layer, [], rank)}))
     return ps.prune(model, amount={"0.outer": 0.5}, layout="csr").model
 
 
