@@ -61,8 +61,9 @@ def low_rank(
         network's outputs on samples held back; layers may stay as they are.
     method : "activation" or "svd"
         "svd": the nearest weights, min ‖W − U V‖. "activation" (default, if there are batches): the nearest
-        outputs, min E‖y − U V x − b‖², with exact solution from the correlations of what a layer reads;
-        layer after layer on the factored network's own inputs, the layers between refitted too.
+        outputs, min E‖y − U V x − b‖² in the metric of what they mean to the network's, from the correlations
+        of what a layer reads: solved exactly but for spatial factors, which are refitted in turn; layer after
+        layer on the factored network's own inputs, the layers between refitted too.
     structure : "auto", "channel" or "spatial"
         Of 2-d convolutions: the kernel to r channels and 1 × 1 behind, or k × 1 and 1 × k; by default
         whichever loses less at half the cost.
