@@ -119,15 +119,20 @@ def remove_mask(layer: nn.Module) -> None:
         with torch.no_grad():
             weight = below(layer)
             weight.copy_(torch.where(mask.mask, weight, 0.0))
-        # Torch takes the weight out of the class that it made for masked layers, which copies share.
-        kind = type(layer)
-        layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
-        parametrize.remove_parametrizations(layer, "weight")
-        # State dicts and optimisers go by the order of parameters: the weight was the first.
-        own = layer._parameters
-        ordered = {"weight": own.pop("weight"), **own}
-        own.clear()
-        own.update(ordered)
+        make_ordinary(layer)
+
+
+def make_ordinary(layer: nn.Module) -> None:
+    """Make a layer's computed weight a parameter of the value in use; in place."""
+    # Torch takes the weight out of the class that it made for such layers, which copies share.
+    kind = type(layer)
+    layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+    parametrize.remove_parametrizations(layer, "weight")
+    # State dicts and optimisers go by the order of parameters: the weight was the first.
+    own = layer._parameters
+    ordered = {"weight": own.pop("weight"), **own}
+    own.clear()
+    own.update(ordered)
 
 
 def unmasked(model: nn.Module) -> nn.Module:
@@ -148,10 +153,15 @@ def _check(model: nn.Module, name: str, layer: nn.Module, mask: Tensor) -> None:
             f"the mask of {name} must be of booleans in its weight's shape {wanted}, got {mask.dtype} of "
             f"{tuple(mask.shape)}."
         )
-    if mask_of(layer) is not None:
-        return
+    if mask_of(layer) is None:
+        check_own_weight(model, name, layer)
+
+
+def check_own_weight(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Refuse a layer whose weight is no parameter of its own, but computed or another layer's, too."""
+    weight = getattr(layer, "weight", None)
     if not isinstance(weight, nn.Parameter) or parametrize.is_parametrized(layer, "weight"):
         raise ValueError(f"the weight of {name} is computed from other values: make it a parameter first.")
     for other, module in model.named_modules():
         if module is not layer and any(one is weight for one in module.parameters(recurse=False)):
-            raise ValueError(f"{name} shares its weight with {other}: untie them before masking one.")
+            raise ValueError(f"{name} shares its weight with {other}: untie them first.")
