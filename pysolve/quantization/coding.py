@@ -14,6 +14,10 @@ from pysolve.quantization.huffman import huffman_decode, huffman_encode, huffman
 KINDS = ("ans", "huffman")
 # Different numbers that one array may span.
 _ALPHABET = 1 << 16
+# Numbers that are counted at a time: NumPy makes 64-bit integers of them first.
+_COUNT = 1 << 16
+# Bytes that a stream of asymmetric numeral systems takes beside what it says; symbols of a tree.
+_WORDS, _TREE = 6, 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,13 +92,35 @@ def encode(codes: npt.ArrayLike, kind: str = "ans") -> Coded:
     low, high = (int(flat.min()), int(flat.max())) if flat.size else (0, 0)
     if high - low >= _ALPHABET or max(abs(low), abs(high)) >= 1 << 31:
         raise ValueError(f"codes must lie within {_ALPHABET} of each other, got {low} … {high}.")
-    symbols = np.subtract(flat, low, dtype=np.int64).astype(np.int32)
-    counts = np.bincount(symbols) if flat.size else np.zeros(0, np.int64)
+    symbols = flat.astype(np.int32)
+    symbols -= np.int32(low)
+    counts = counted(symbols, high - low + 1) if flat.size else np.zeros(0, np.int64)
     if kind == "huffman":
         table = huffman_lengths(counts)
         return Coded(huffman_encode(symbols, table), table, flat.size, kind, low)
     table = _frequencies(counts)
     return Coded(_ans_encode(symbols, table), table, flat.size, kind, low)
+
+
+def counted(symbols: npt.NDArray[Any], span: int) -> npt.NDArray[np.int64]:
+    """(span,) how often each of the numbers 0 … span − 1 occurs."""
+    counts = np.zeros(span, np.int64)
+    for first in range(0, len(symbols), _COUNT):
+        counts += np.bincount(symbols[first : first + _COUNT], minlength=span)
+    return counts
+
+
+def coded_bytes(counts: npt.NDArray[np.int64], kind: str) -> float:
+    """About how many bytes ``encode`` makes of numbers that occur so often, the table's included."""
+    used = counts[counts > 0]
+    if len(used) <= 1:
+        return float(len(counts))
+    if kind == "ans":
+        return _bits(counts, _frequencies(counts)) / 8 + _WORDS
+    # The tree of a large alphabet takes longer than all the rest, and is hardly off the entropy.
+    if len(used) > _TREE:
+        return float(len(counts) + used @ np.log2(used.sum() / used) / 8)
+    return float(len(counts) + used @ huffman_lengths(used) / 8)
 
 
 def decode(coded: Coded, *, most: int) -> npt.NDArray[np.int32]:
@@ -122,8 +148,11 @@ def decode(coded: Coded, *, most: int) -> npt.NDArray[np.int32]:
     if coded.kind == "huffman":
         symbols = huffman_decode(coded.data, coded.table, coded.length)
     else:
-        symbols = used.astype(np.int32)[_ans_decode(coded.data, coded.table[used], coded.length)]
-    symbols += np.int32(coded.low)
+        symbols = _ans_decode(coded.data, coded.table[used], coded.length)
+        if len(used) < len(coded.table):
+            symbols = used.astype(np.int32)[symbols]
+    if coded.low:
+        symbols += np.int32(coded.low)
     return symbols
 
 
@@ -148,10 +177,12 @@ def _ans_encode(symbols: npt.NDArray[np.int32], table: npt.NDArray[Any]) -> npt.
     used = np.flatnonzero(table)
     if len(used) <= 1:
         return np.zeros(0, np.uint32)
-    ranks = np.zeros(len(table), np.int32)
-    ranks[used] = np.arange(len(used), dtype=np.int32)
+    if len(used) < len(table):
+        ranks = np.zeros(len(table), np.int32)
+        ranks[used] = np.arange(len(used), dtype=np.int32)
+        symbols = ranks[symbols]
     coder, model = _ans(table[used])
-    coder.encode_reverse(ranks[symbols], model)
+    coder.encode_reverse(symbols, model)
     return np.asarray(coder.get_compressed(), np.uint32)
 
 
