@@ -10,6 +10,7 @@ import numpy.typing as npt
 from scipy.sparse import csr_array
 
 from pysolve.errors import DataError
+from pysolve.quantization.forms import Int8
 
 Gaps = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
 
@@ -138,7 +139,7 @@ class LowRank:
         return (self.outer.size + self.inner.size) / max(1, int(np.prod(self.shape, dtype=np.int64)))
 
 
-Form = Sparse | LowRank
+Form = Sparse | LowRank | Int8
 
 
 def _top(kind: np.dtype[Any]) -> int:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pysolve.errors import DataError
 from pysolve.forms import Form, LowRank
 from pysolve.plan import Collapse, Indices, Plan, Site
+from pysolve.quantization.forms import Int8
 
 # From "rows" or "columns" and a layer's name to how many output or input channels it has.
 Width = Callable[[str, str], int]
@@ -105,6 +106,8 @@ def form_record(form: Form) -> dict[str, Any]:
                 f"{form.outer.shape} and {form.inner.shape}."
             )
         return {"kind": "low-rank", "rank": form.rank, "spatial": spatial}
+    if isinstance(form, Int8):
+        return {"kind": "int", "bits": form.bits, "group": form.group, "dynamic": form.dynamic}
     return {"kind": "csr", "density": form.density}
 
 

@@ -60,8 +60,18 @@ ROWS = [
         "nn.slicing",
         "nn.windows",
         "nn.factored",
+        "nn.quantized",
     },
-    {"nn.network", "nn.zoo", "nn.storage", "nn.products", "training.resume", "training.optimizers"},
+    {
+        "nn.network",
+        "nn.quant_weight",
+        "nn.integers",
+        "nn.zoo",
+        "nn.storage",
+        "nn.products",
+        "training.resume",
+        "training.optimizers",
+    },
     # torch begins above this line
     {"lowrank.single", "quantization.single"},
     {"lowrank.layer", "lowrank.shares"},
@@ -88,7 +98,8 @@ ROWS = [
         "quantization.clusters",
     },
     {"correlations", "plan", "datasets", "sparse", "report", "quantization.coding"},
-    {"image_files", "forms", "entries", "show.tables", "quantization.forms", "quantization.huffman"},
+    {"image_files", "forms", "entries", "show.tables", "quantization.huffman"},
+    {"quantization.forms"},
     {"errors", "_core"},
 ]
 TORCH_FREE = set().union(*ROWS[21:])

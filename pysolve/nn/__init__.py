@@ -17,8 +17,8 @@ What its layers do
 
 Making it smaller
     slicing      one layer made narrower
-    layers       layers that run in another form: products computes sparse ones, factored are two, dense
-                 turns them back
+    layers       layers that run in another form: products computes sparse ones, factored are two, quantized
+                 ones are quant_weight, their products integers, dense turns all of them back
     values       new parameters, checked
     surgery      network and plan to a smaller network
     verify       whether two networks compute the same
@@ -28,8 +28,17 @@ Making it smaller
     nonzeros     what is left of every tensor
 """
 
-from pysolve.nn.dense import to_dense
+from pysolve.nn.dense import to_dense, to_torchao
 from pysolve.nn.factored import Factored
 from pysolve.nn.layers import SparseConv2d, SparseLinear
+from pysolve.nn.quantized import QuantConv2d, QuantLinear
 
-__all__ = ["Factored", "SparseConv2d", "SparseLinear", "to_dense"]
+__all__ = [
+    "Factored",
+    "QuantConv2d",
+    "QuantLinear",
+    "SparseConv2d",
+    "SparseLinear",
+    "to_dense",
+    "to_torchao",
+]

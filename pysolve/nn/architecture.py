@@ -17,9 +17,11 @@ from pysolve.nn.factored import empty
 from pysolve.nn.layers import in_form
 from pysolve.nn.network import find_layer
 from pysolve.nn.packing import sparse_layers
+from pysolve.nn.quant_weight import QuantWeight
 from pysolve.nn.slicing import inputs, outputs
 from pysolve.nn.surgery import apply, substitute
 from pysolve.plan import Plan
+from pysolve.quantization.forms import Int8
 from pysolve.records import (
     Width,
     factors_of,
@@ -36,13 +38,18 @@ _GROWTH = 4
 
 
 def architecture(compressed: Compressed) -> dict[str, Any]:
-    """The stages, new biases and sparse layers of a compressed network, as ``save`` describes them."""
+    """Stages, new biases, sparse and quantised layers of a compressed network, as ``save`` has them."""
     plans = (*compressed.earlier, compressed.plan)
     return {
         "stages": [[step_record(step) for step in plan.steps] for plan in plans],
         "factored": [_factored(plan) for plan in plans],
         "biases": _new_biases(compressed),
         "sparse": [*sparse_layers(compressed.model, remove_duplicate=True)],
+        "quantized": {
+            name: _bits(layer)
+            for name, layer in compressed.model.named_modules()
+            if isinstance(layer, QuantWeight)
+        },
     }
 
 
@@ -66,6 +73,10 @@ def rebuilt(record: Mapping[str, Any], model: nn.Module) -> nn.Module:
     for name in strings(field(record, "sparse"), "sparse"):
         layer = find_layer(network, name)
         substitute(network, layer, in_form(layer, _empty(name, layer)))
+    # Files of before layers were quantised have no such field.
+    for name, bits in typed(record.get("quantized", {}), dict, "quantized").items():
+        layer = find_layer(network, name)
+        substitute(network, layer, in_form(layer, _codes(name, layer, bits)))
     return network
 
 
@@ -137,3 +148,27 @@ def _empty(name: str, layer: nn.Module) -> Sparse:
     if not isinstance(layer, nn.Linear | nn.Conv2d):
         raise DataError(f"{name} is a {type(layer).__name__}, which has no sparse form.")
     return Sparse(tuple(layer.weight.shape), np.zeros(0, np.float32), np.zeros(0, np.uint8))
+
+
+def _bits(layer: QuantWeight) -> list[int]:
+    """What of a quantised layer its tensors do not tell: bits, group or 0, and whether inputs are rounded."""
+    return [layer.bits, layer.group or 0, int(layer.zeros is not None), int(getattr(layer, "dynamic", False))]
+
+
+def _codes(name: str, layer: nn.Module, bits: Any) -> Int8:
+    """A form of zeros for a layer; one scale for each weight at most."""
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        raise DataError(f"{name} is a {type(layer).__name__}, which has no form of integers.")
+    numbers = [
+        typed(number, int, f"{name}'s bits, group, zeros and rounding") for number in typed(bits, list, name)
+    ]
+    if len(numbers) != 4:
+        raise DataError(f"expected bits, group, zeros and rounding of {name}, got {len(numbers)} numbers.")
+    shape, (width, group, zeros, dynamic) = tuple(layer.weight.shape), numbers
+    codes = np.zeros(shape, np.int8)
+    columns = codes[0].size if len(codes) else 0
+    if not 0 <= group <= columns:
+        raise DataError(f"expected {name} in groups of up to {columns} inputs, got {group}.")
+    parts = (len(codes), -(-columns // (group or max(1, columns))))
+    own = np.zeros(parts, np.int8) if zeros else None
+    return Int8(codes, np.zeros(parts, np.float32), own, width, group or None, bool(dynamic))

@@ -16,9 +16,10 @@ from pysolve.entries import Latency
 from pysolve.errors import DataError
 from pysolve.nn.layers import SparseConv2d, SparseLinear
 from pysolve.nn.network import Values, as_input, device_of, evaluating, forward, labelled
+from pysolve.nn.quant_weight import QuantWeight
 
 # Layers whose multiplications count.
-COUNTED = (nn.Linear, nn.modules.conv._ConvNd, SparseLinear, SparseConv2d)
+COUNTED = (nn.Linear, nn.modules.conv._ConvNd, SparseLinear, SparseConv2d, QuantWeight)
 
 
 def accuracy(model: nn.Module, x: Values, y: Values, *, batch_size: int = 1000) -> float:
@@ -44,8 +45,10 @@ def accuracy(model: nn.Module, x: Values, y: Values, *, batch_size: int = 1000) 
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of parameters, shared ones once."""
-    return sum(parameter.numel() for parameter in model.parameters())
+    """Number of parameters, shared ones once; of quantised layers as many as they stand for."""
+    codes = [layer for layer in model.modules() if isinstance(layer, QuantWeight)]
+    more = sum(layer.codes.numel() - layer.scales.numel() for layer in codes)
+    return more + sum(parameter.numel() for parameter in model.parameters())
 
 
 def nbytes(model: nn.Module) -> int:
@@ -74,7 +77,7 @@ def layer_macs(model: nn.Module, example: Any) -> dict[str, int]:
         if isinstance(module, SparseLinear | SparseConv2d):
             calls[name] += output.numel() // module.shape[0] * module.values.numel()
             return
-        weight = module.weight
+        weight = module.codes if isinstance(module, QuantWeight) else module.weight
         assert isinstance(weight, Tensor)
         # Every output, or input of a transposed convolution, meets one slice of the weight.
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)

@@ -14,6 +14,8 @@ from pysolve.errors import PysolveError
 from pysolve.forms import Form, LowRank
 from pysolve.nn.factored import Factored
 from pysolve.nn.products import SparseWeight
+from pysolve.nn.quantized import QuantConv2d, QuantLinear, quantized
+from pysolve.quantization.forms import Int8
 
 
 class SparseLinear(SparseWeight):
@@ -105,8 +107,10 @@ class SparseConv2d(SparseWeight):
         return conv2d(x, self.scattered(), self.bias, self.stride, padding, self.dilation, self.groups)
 
 
-def in_form(layer: nn.Module, form: Form) -> SparseLinear | SparseConv2d | Factored:
-    """The sparse or factored layer that takes the place of a dense one, with a weight of the same shape.
+def in_form(
+    layer: nn.Module, form: Form
+) -> SparseLinear | SparseConv2d | Factored | QuantLinear | QuantConv2d:
+    """The layer in another form that takes the place of a dense one, with a weight of the same shape.
 
     Raises
     ------
@@ -115,6 +119,8 @@ def in_form(layer: nn.Module, form: Form) -> SparseLinear | SparseConv2d | Facto
     """
     if isinstance(form, LowRank):
         return Factored.from_form(layer, form)  # type: ignore[arg-type]
+    if isinstance(form, Int8):
+        return quantized(layer, form)
     if type(layer) not in (nn.Linear, nn.Conv2d):
         raise PysolveError(f"only Linear and Conv2d have a sparse form, got {type(layer).__name__}.")
     assert isinstance(layer, nn.Linear | nn.Conv2d)

@@ -54,7 +54,7 @@ def apply(model: nn.Module, plan: Plan, *, probe: Any = None) -> nn.Module:
         A tensor, a tuple or list whose first item is the input, or a mapping of keyword arguments. The
         smaller network must give the same outputs on it as ``masked(model, plan)``, to 1e-4 of the largest
         output in float32 (1e-10 in float64, 0.05 in half precisions and with factored layers); if not,
-        CollapseError.
+        CollapseError. Layers that are to round their inputs do not round them for this.
 
     Returns
     -------

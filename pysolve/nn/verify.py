@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pysolve.errors import PysolveError
 from pysolve.nn.factored import Factored
 from pysolve.nn.network import evaluating, forward
+from pysolve.nn.quantized import unrounded
 
 # How far the outputs of two equal networks may differ, in units of the largest output. Dropping zero
 # columns only reorders sums: LeNet-5 differs by about 1e-7 in float32. Half precisions round each layer.
@@ -20,8 +21,12 @@ _HALF_TOLERANCE = 5e-2
 
 
 def mismatch(wide: nn.Module, smaller: nn.Module, probe: Any) -> str | None:
-    """What tells two networks apart on one batch, in words; None when nothing does."""
-    with evaluating(wide, smaller), _watched(smaller) as coarse:
+    """What tells two networks apart on one batch, in words; None when nothing does.
+
+    Quantised layers that round their inputs do not do so here: what rounding changes is no mistake, and
+    would hide those that are.
+    """
+    with evaluating(wide, smaller), unrounded(wide), unrounded(smaller), _watched(smaller) as coarse:
         wanted = list(_tensors(forward(wide, probe)))
         if not wanted:
             raise PysolveError("the network's output holds no tensor, so there is nothing to compare.")

@@ -76,6 +76,8 @@ class Int8:
         2 … 8.
     group : int, optional
         Consecutive inputs of a group, the last one may have fewer; all of a row by default.
+    dynamic : bool
+        Whether the inputs are rounded too, each row anew; only without zeros and groups.
     """
 
     codes: npt.NDArray[np.int8]
@@ -83,6 +85,7 @@ class Int8:
     zeros: npt.NDArray[np.int8] | None = None
     bits: int = 8
     group: int | None = None
+    dynamic: bool = False
 
     def __post_init__(self) -> None:
         zeros = self.codes[:0] if self.zeros is None else self.zeros
@@ -93,6 +96,8 @@ class Int8:
         wanted = (len(self.codes), -(-self._columns // self._group))
         if self.scales.shape != wanted or (self.zeros is not None and zeros.shape != wanted):
             raise DataError(f"expected scales and zeros of shape {wanted}, got {self.scales.shape}.")
+        if self.dynamic and (self.zeros is not None or wanted[1] != 1):
+            raise DataError("inputs are rounded only with one scale for each output and no zeros.")
         top = 1 << (self.bits - 1)
         for codes in (self.codes, zeros):
             if codes.min(initial=0) < -top or codes.max(initial=0) >= top:
