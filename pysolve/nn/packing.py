@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,8 +54,26 @@ def pack(model: nn.Module) -> Packed:
         When it holds something that is no tensor with values.
     """
     packed = Packed()
-    first: dict[Any, str] = {}
     storages: set[int] = set()
+    for name, tensor, layer in stored(model, packed.aliases):
+        form = coded(tensor) if layer is None else entries(layer)
+        if form is None:
+            packed.tensors[name] = own(tensor, storages)
+        else:
+            packed.tensors[name] = torch.from_numpy(form.values).view(tensor.dtype)
+            packed.tensors[name + _GAPS] = torch.from_numpy(form.gaps)
+            packed.shapes[name] = [*form.shape]
+    return packed
+
+
+def stored(
+    model: nn.Module, aliases: dict[str, str]
+) -> Iterator[tuple[str, Tensor, SparseLayer | None]]:
+    """What of a state dict a file holds: names, tensors, and the sparse layers whose values they are.
+
+    Further names of a tensor go into ``aliases``; errors as of ``pack``.
+    """
+    first: dict[Any, str] = {}
     sparse = sparse_layers(model)
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
@@ -64,16 +83,38 @@ def pack(model: nn.Module) -> Packed:
         place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
         # Tensors without entries have no place of their own.
         if tensor.numel() and first.setdefault(place, name) != name:
-            packed.aliases[name] = first[place]
+            aliases[name] = first[place]
             continue
-        form = _entries(sparse[owner]) if owner in sparse and leaf == "values" else coded(tensor)
-        if form is None:
-            packed.tensors[name] = _own(tensor, storages)
-        else:
-            packed.tensors[name] = torch.from_numpy(form.values).view(tensor.dtype)
-            packed.tensors[name + _GAPS] = torch.from_numpy(form.gaps)
-            packed.shapes[name] = [*form.shape]
-    return packed
+        yield name, tensor, sparse.get(owner) if leaf == "values" else None
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """What a network needs of a file.
+
+    Parameters
+    ----------
+    keys : {name: name}
+        For each tensor of its state dict the name under which it is stored.
+    shapes : {name: tuple of int}
+        Of a sparse layer's values, the shape of its matrix.
+    layers : {name: str}
+        For the values of sparse layers the layer's name.
+    """
+
+    keys: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    layers: dict[str, str]
+
+
+def wanted(network: nn.Module, aliases: Any) -> Wanted:
+    """What of a file goes where in a network; DataError when the aliases are none."""
+    sparse, aliases = sparse_layers(network), typed(aliases, dict, "aliases")
+    derived = {f"{name}.{leaf}" for name in sparse for leaf in _DERIVED}
+    shapes = {k: tuple(v.shape) for k, v in network.state_dict().items() if k not in derived}
+    keys = {name: typed(aliases.get(name, name), str, "aliases") for name in shapes}
+    layers = {f"{name}.values": name for name in sparse}
+    return Wanted(keys, shapes | {key: sparse[name].shape for key, name in layers.items()}, layers)
 
 
 def unpack(packed: Packed, network: nn.Module) -> dict[str, Tensor]:
@@ -84,24 +125,17 @@ def unpack(packed: Packed, network: nn.Module) -> dict[str, Tensor]:
     DataError
         When what was packed is not such a network's; sizes are checked before they are used.
     """
-    own, sparse = network.state_dict(), sparse_layers(network)
-    shapes, aliases = typed(packed.shapes, dict, "shapes"), typed(packed.aliases, dict, "aliases")
-    derived = {f"{name}.{leaf}" for name in sparse for leaf in _DERIVED}
-    stored = {name: typed(aliases.get(name, name), str, "aliases") for name in own if name not in derived}
-    strangers = {*stored.values(), *(name + _GAPS for name in shapes)} ^ packed.tensors.keys()
-    if strangers:
-        raise DataError(f"only one of them has {min(strangers)}.")
+    need, shapes = wanted(network, packed.aliases), typed(packed.shapes, dict, "shapes")
+    check_names({*need.keys.values(), *(name + _GAPS for name in shapes)}, packed.tensors)
     values: dict[str, Tensor] = {}
-    for name, key in stored.items():
-        owner, _, leaf = name.rpartition(".")
-        layer = sparse.get(owner) if leaf == "values" else None
-        shape = tuple(own[name].shape) if layer is None else layer.shape
+    for name, key in need.keys.items():
+        shape, owner = need.shapes[name], need.layers.get(name)
         tensor = packed.tensors[key]
-        _check_shape(name, shapes.get(key, [*tensor.shape]), shape)
+        check_shape(name, shapes.get(key, [*tensor.shape]), shape)
         if key in shapes:
             form = decoded(tensor, packed.tensors[key + _GAPS], shape)
-            values |= _dense(name, form, tensor.dtype) if layer is None else _matrix(owner, form, tensor)
-        elif layer is None:
+            values |= filled(name, form, tensor.dtype, owner)
+        elif owner is None:
             values[name] = tensor
         else:
             raise DataError(f"expected gaps between the entries of {name}, got none.")
@@ -150,7 +184,7 @@ def _check_storable(name: str, tensor: Any) -> None:
         raise PysolveError(f"{name} of the network's state dict is {what}, which cannot be saved.")
 
 
-def _own(tensor: Tensor, storages: set[int]) -> Tensor:
+def own(tensor: Tensor, storages: set[int]) -> Tensor:
     """The tensor where none of those before lies."""
     tensor = in_order(tensor)
     pointer = tensor.untyped_storage().data_ptr()
@@ -160,29 +194,35 @@ def _own(tensor: Tensor, storages: set[int]) -> Tensor:
     return tensor
 
 
-def _entries(layer: SparseLayer) -> Sparse:
+def entries(layer: SparseLayer) -> Sparse:
     """All entries of a sparse layer, also those that are zero."""
     h, d = layer.shape
     rows = np.repeat(np.arange(h), np.diff(layer.indptr.cpu().numpy()))
     return Sparse.at(rows * d + layer.indices.cpu().numpy(), bits(layer.values).numpy(), (h, d))
 
 
-def _check_shape(name: str, given: Any, shape: tuple[int, ...]) -> None:
+def check_names(expected: Iterable[str], got: Iterable[str]) -> None:
+    """Raise DataError unless both are the same names."""
+    strangers = {*expected} ^ {*got}
+    if strangers:
+        raise DataError(f"only one of them has {min(strangers)}.")
+
+
+def check_shape(name: str, given: Any, shape: tuple[int, ...]) -> None:
+    """Raise DataError unless what a file gives is the shape that a network has."""
     if given != [*shape]:
         raise DataError(f"expected {name} of shape {[*shape]}, got {str(given)[:80]}.")
 
 
-def _dense(name: str, form: Sparse, dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: torch.from_numpy(form.dense()).view(dtype)}
-
-
-def _matrix(owner: str, form: Sparse, values: Tensor) -> dict[str, Tensor]:
-    """The state dict's part of a sparse layer's matrix."""
+def filled(name: str, form: Sparse, dtype: torch.dtype, owner: str | None) -> dict[str, Tensor]:
+    """A tensor with its zeros, or what a sparse layer of this name makes of the form."""
+    if owner is None:
+        return {name: torch.from_numpy(form.dense()).view(dtype)}
     h, d = form.shape
     rows, columns = np.divmod(form.places(), d)
     ends = np.cumsum(np.bincount(rows, minlength=h))
     return {
-        f"{owner}.values": values,
+        f"{owner}.values": torch.from_numpy(form.values).view(dtype),
         f"{owner}.indices": torch.from_numpy(columns.astype(np.int32)),
         f"{owner}.indptr": torch.from_numpy(np.concatenate([[0], ends])),
     }
