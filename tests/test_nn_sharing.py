@@ -1,0 +1,325 @@
+"""Weights that share values go on sharing them whatever an optimiser does, and stop without a trace."""
+
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import seeds
+from torch import nn
+from torch.nn.utils import parametrizations
+
+import pysolve as ps
+from pysolve.nn.masking import mask_weights
+from pysolve.nn.sharing import (
+    codebooks_of,
+    remove_sharing,
+    share_weights,
+    shared_of,
+    ternary_weights,
+    unshared,
+)
+from pysolve.nn.slicing import CONVOLUTIONS, WEIGHTED
+from pysolve.nn.storage import bits
+from pysolve.nn.zoo import Mlp
+from pysolve.quantization.forms import Codebook
+
+OPTIMIZERS = {
+    "momentum": lambda p: torch.optim.SGD(p, 0.005, momentum=0.9, weight_decay=0.1),
+    "adam": lambda p: torch.optim.Adam(p, 0.1, weight_decay=0.1),
+    "adamw": lambda p: torch.optim.AdamW(p, 0.1, weight_decay=0.1),
+}
+WAYS = ("values", "both", "zeros kept", "ternary")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def mlp():
+    torch.manual_seed(0)
+    return Mlp((6, 8, 3))
+
+
+def random_book(shape, k=4, seed=0, zero=True):
+    """Codes that have nothing to do with a weight's size, unlike those of rounding to the nearest."""
+    rng = np.random.default_rng(seed)
+    values = np.sort(rng.standard_normal(k)).astype(np.float32)
+    values[0] = 0.0 if zero else values[0]
+    return Codebook(rng.integers(k, size=shape).astype(np.uint8), values)
+
+
+def books_for(model, k=4, seed=0, zero=True):
+    weighted = [name for name, layer in model.named_modules() if isinstance(layer, WEIGHTED)]
+    return {
+        name: random_book(tuple(model.get_submodule(name).weight.shape), k, seed, zero) for name in weighted
+    }
+
+
+def share(model, way, k=4, seed=0):
+    if way == "ternary":
+        ternary_weights(model, [*books_for(model)])
+    else:
+        trained = "values" if way == "values" else "both"
+        share_weights(model, books_for(model, k, seed), trained=trained, keep_zeros=way == "zeros kept")
+
+
+def steps(model, optimizer, count=3, seed=0):
+    for batch in torch.randn(count, 10, 6, generator=torch.Generator().manual_seed(seed)):
+        optimizer.zero_grad()
+        model(batch).square().sum().backward()
+        optimizer.step()
+
+
+def weights_of(model, names=("fc1", "fc2")):
+    return {name: model.get_submodule(name).weight.detach().clone() for name in names}
+
+
+def same_bits(a, b):
+    return torch.equal(bits(a.detach()), bits(b.detach()))
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+@pytest.mark.parametrize("way", WAYS)
+def test_values_stay_few_and_zero_stays_zero_while_they_are_trained(kind, way):
+    model = mlp()
+    share(model, way)
+    before, old = codebooks_of(model), weights_of(model)
+    steps(model, OPTIMIZERS[kind](model.parameters()), count=6)
+    for name, book in codebooks_of(model).items():
+        weight = model.get_submodule(name).weight.detach()
+        zeros = torch.from_numpy(book.codes == 0)
+        assert len(weight.unique()) <= len(book.centroids)
+        assert same_bits(weight[zeros], torch.zeros(int(zeros.sum())))
+        assert not torch.equal(weight, old[name])
+        if way in ("values", "zeros kept"):
+            assert (book.codes == 0)[before[name].codes == 0].all()
+        if way == "values":
+            assert np.array_equal(book.codes, before[name].codes)
+        else:
+            assert not np.array_equal(book.codes, before[name].codes)
+
+
+@settings(max_examples=20)
+@given(seeds, st.integers(1, 40), st.booleans(), st.sampled_from(["values", "both"]))
+def test_at_first_codes_and_values_are_those_of_the_codebooks(seed, k, zero, trained):
+    model = nn.Sequential(nn.Linear(5, 4), nn.Conv1d(4, 2, 3))
+    books = books_for(model, k, seed, zero)
+    share_weights(model, books, trained=trained)
+    for name, book in codebooks_of(model).items():
+        assert np.array_equal(book.dense(), books[name].dense())
+        assert np.array_equal(model.get_submodule(name).weight.detach().numpy(), books[name].dense())
+
+
+def test_weights_below_that_round_to_their_codes_are_kept():
+    model = mlp()
+    old = model.fc1.weight.detach().clone()
+    book = Codebook((old > 0).numpy().astype(np.uint8), np.array([-0.2, 0.2], np.float32))
+    book.codes[0, 0] ^= 1
+    share_weights(model, {"fc1": book}, trained="both")
+    below = model.fc1.parametrizations.weight.original.detach()
+    assert below[0, 0] == pytest.approx(0.2 if book.codes[0, 0] else -0.2)
+    assert torch.equal(below.flatten()[1:], old.flatten()[1:])
+
+
+def test_ternary_values_are_at_first_the_means_of_their_weights():
+    model = mlp()
+    old = model.fc1.weight.detach().clone()
+    ternary_weights(model, {"fc1": 0.4})
+    bound = 0.4 * old.abs().max()
+    wanted = [0.0, old[old < -bound].mean().item(), old[old > bound].mean().item()]
+    assert codebooks_of(model)["fc1"].centroids.tolist() == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("kind", [nn.Linear, *CONVOLUTIONS])
+def test_all_layers_with_weights_share_and_stop_sharing(kind, way):
+    if kind is nn.Linear:
+        layer, x = nn.Linear(4, 6), torch.randn(2, 4)
+    else:
+        layer = kind(4, 6, 2, groups=2)
+        x = torch.randn(2, 4, *[5] * (layer.weight.ndim - 2))
+    names, shape = [*layer.state_dict()], layer.weight.shape
+    model = nn.Sequential(layer)
+    share(model, way)
+    wanted, weight = model(x).detach(), layer.weight.detach()
+    assert len(weight.unique()) <= 4
+    remove_sharing(model)
+    assert torch.equal(model(x), wanted)
+    assert same_bits(layer.weight, weight)
+    assert type(layer) is kind
+    assert [*layer.state_dict()] == names
+    assert layer.weight.shape == shape
+    assert not shared_of(model)
+    model(x).sum().backward()
+    assert layer.weight.grad.shape == shape
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_training_with_labels_and_by_a_teacher_lowers_the_loss(way):
+    teacher = mlp()
+    batches = [*torch.randn(8, 32, 6, generator=torch.Generator().manual_seed(1))]
+    labelled = [(batch, teacher(batch).argmax(1)) for batch in batches]
+    how = {"epochs": 12, "lr": 0.02, "progress": False}
+    for train in (
+        partial(ps.finetune, batches=labelled),
+        partial(ps.distill, teacher=teacher, batches=batches, loss="mse"),
+    ):
+        student = copy.deepcopy(teacher)
+        share(student, way)
+        losses = train(student, **how)
+        assert losses[-1] < 0.8 * losses[0]
+        assert all(len(weight.unique()) <= 4 for weight in weights_of(student).values())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_copies_share_on_their_own(way):
+    model = mlp()
+    share(model, way)
+    again, used = copy.deepcopy(model), weights_of(model)
+    assert [*shared_of(again)] == ["fc1", "fc2"]
+    steps(again, torch.optim.SGD(again.parameters(), 0.1))
+    assert all(torch.equal(weight, used[name]) for name, weight in weights_of(model).items())
+    assert not torch.equal(again.fc1.weight, used["fc1"])
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_state_dicts_go_round_between_networks_that_share_alike(way):
+    model, other = mlp(), mlp()
+    share(model, way, seed=1)
+    share(other, way, seed=2)
+    steps(model, torch.optim.SGD(model.parameters(), 0.1))
+    other.load_state_dict(model.state_dict())
+    assert same_bits(other.fc1.weight, model.fc1.weight)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_copy_without_sharing_computes_the_same(way):
+    model = mlp()
+    assert unshared(model) is model
+    share(model, way)
+    plain, x = unshared(model), torch.randn(4, 6)
+    assert [*shared_of(model)] == ["fc1", "fc2"]
+    assert torch.equal(plain(x), model(x))
+    assert [*plain.state_dict()] == [*mlp().state_dict()]
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_programs_of_networks_that_share_compute_the_same(way):
+    model, x = mlp().eval(), torch.randn(4, 6)
+    share(model, way)
+    with torch.no_grad():
+        program = torch.export.export(model, (x,)).module()
+    assert torch.equal(program(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("way", WAYS)
+def test_data_types_follow_the_network(way, dtype):
+    before, after = mlp().to(dtype), mlp()
+    share(before, way)
+    share(after, way)
+    after.to(dtype)
+    for model in (before, after):
+        assert model.fc1.weight.dtype == dtype
+        assert len(model.fc1.weight.detach().unique()) <= 4
+        model(torch.randn(2, 6, dtype=dtype)).sum().backward()
+        assert all(parameter.grad.dtype == dtype for parameter in model.parameters())
+        assert all(book.centroids.dtype.kind == "f" for book in codebooks_of(model).values())
+
+
+def test_frozen_weights_stay_frozen():
+    for way in WAYS:
+        model = mlp()
+        model.fc1.weight.requires_grad_(False)
+        share(model, way)
+        assert not model.fc1.weight.requires_grad
+        steps(model, torch.optim.SGD(model.parameters(), 0.1))
+
+
+def test_other_values_replace_the_first():
+    model = mlp()
+    for before in WAYS:
+        for way in WAYS:
+            share(model, before)
+            share(model, way)
+            assert len(model.fc1.parametrizations.weight) == 1
+            if way != "ternary":
+                wanted = torch.from_numpy(books_for(mlp())["fc1"].dense())
+                assert torch.equal(model.fc1.weight, wanted)
+
+
+def test_gradients_of_before_do_not_stay():
+    model = mlp()
+    steps(model, torch.optim.SGD(model.parameters(), 0.1))
+    share(model, "values")
+    assert model.fc1.parametrizations.weight.original.grad is None
+    torch.optim.SGD(model.parameters(), 0.1).step()
+    steps(model, torch.optim.SGD(model.parameters(), 0.1))
+    remove_sharing(model)
+    assert model.fc1.weight.grad is None
+
+
+def test_a_layer_under_two_names_shares_once():
+    model = mlp()
+    model.again = model.fc1
+    book = random_book((8, 6))
+    share_weights(model, {"fc1": book, "again": book})
+    assert [*shared_of(model)] == ["fc1"]
+    remove_sharing(model)
+    with pytest.raises(ValueError, match="fc1 and again are one layer, but got different values"):
+        share_weights(model, {"fc1": book, "again": random_book((8, 6), seed=1)})
+    with pytest.raises(ValueError, match="fc1 and again are one layer"):
+        ternary_weights(model, {"fc1": 0.1, "again": 0.2})
+    assert not shared_of(model)
+
+
+def test_masked_weights_share_no_values_and_shared_ones_have_no_mask():
+    model = mlp()
+    mask_weights(model, {"fc1": np.ones((8, 6), bool)})
+    for change in (lambda: share(model, "values"), lambda: ternary_weights(model, ["fc2", "fc1"])):
+        with pytest.raises(ValueError, match="fc1 is masked: remove its mask first"):
+            change()
+    share_weights(model, {"fc2": random_book((3, 8))})
+    with pytest.raises(ValueError, match="the weight of fc2 is computed from other values"):
+        mask_weights(model, {"fc2": np.ones((3, 8), bool)})
+
+
+def test_weights_of_several_layers_and_computed_ones_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), parametrizations.weight_norm(nn.Linear(4, 4)))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match="1 shares its weight with 0: untie them"):
+        share_weights(model, {"1": random_book((4, 4))})
+    with pytest.raises(ValueError, match="the weight of 2 is computed from other values"):
+        ternary_weights(model, ["2"])
+
+
+def test_codebooks_that_do_not_fit_are_refused_before_anything_is_changed():
+    model = mlp()
+    good = random_book((8, 6))
+    for name, book in (("fc2", random_book((8, 3))), ("", good)):
+        with pytest.raises(ValueError, match=f"the codebook of {name} must have its weight's shape"):
+            share_weights(model, {"fc1": good, name: book})
+    with pytest.raises(ps.LayerNotFoundError, match="fc9"):
+        share_weights(model, {"fc1": good, "fc9": good})
+    with pytest.raises(ValueError, match="keep_zeros needs a first value of zero, fc1 has"):
+        share_weights(model, {"fc1": random_book((8, 6), zero=False)}, trained="both", keep_zeros=True)
+    with pytest.raises(ValueError, match="trained must be one of values, both, got 'codes'"):
+        share_weights(model, {"fc1": good}, trained="codes")
+    assert not shared_of(model)
+
+
+def test_layers_to_be_ternary_must_have_names_and_thresholds_within_reason():
+    model = mlp()
+    with pytest.raises(TypeError, match=r"pass \['fc1'\]"):
+        ternary_weights(model, "fc1")
+    with pytest.raises(ValueError, match="the threshold of fc2 must be within 0 and 1, got 1"):
+        ternary_weights(model, {"fc1": 0.1, "fc2": 1})
+    assert not shared_of(model)
