@@ -22,7 +22,7 @@ ROWS = [
     {"nn.architecture"},
     {"account", "calibrate", "show.curves", "offline", "nn.inspect", "compressed", "training.distill"},
     {"nn.graph.sites", "nn.costs", "nn.profile", "training.teaching"},
-    {"nn.graph.trial", "nn.lockstep", "nn.calibration", "nn.dense"},
+    {"nn.graph.trial", "nn.lockstep", "nn.calibration", "nn.dense", "nn.compact"},
     {
         "show.drawing",
         "nn.gather",
@@ -73,7 +73,7 @@ ROWS = [
         "training.optimizers",
     },
     # torch begins above this line
-    {"lowrank.single", "quantization.single"},
+    {"lowrank.single", "quantization.single", "nn.coded", "nn.decoded", "nn.zipped"},
     {"lowrank.layer", "lowrank.shares"},
     {"lowrank.spatial"},
     {"lowrank.spectrum", "lowrank.ranks"},
@@ -82,12 +82,13 @@ ROWS = [
         "selection",
         "pruning.searches",
         "quantization.grids",
-        "quantization.codebooks",
+        "quantization.rates",
         "quantization.rounding",
     },
-    {"path", "budget", "pruning.row_paths", "quantization.targets"},
-    {"solvers", "elimination", "knapsack", "pruning.supports"},
-    {"scaling", "solution", "prox", "least_squares", "certificate"},
+    {"path", "budget", "pruning.row_paths", "quantization.codebooks"},
+    {"solvers", "elimination", "knapsack", "quantization.targets"},
+    {"scaling", "solution", "prox", "pruning.supports", "certificate"},
+    {"least_squares"},
     {
         "problem",
         "records",
@@ -98,11 +99,12 @@ ROWS = [
         "quantization.clusters",
     },
     {"correlations", "plan", "datasets", "sparse", "report", "quantization.coding"},
-    {"image_files", "forms", "entries", "show.tables", "quantization.huffman"},
+    {"image_files", "forms", "entries", "show.tables", "quantization.huffman", "nn.distinct"},
     {"quantization.forms"},
     {"errors", "_core"},
 ]
-TORCH_FREE = set().union(*ROWS[21:])
+_FIRST = next(i for i, row in enumerate(ROWS) if "lowrank.single" in row)
+TORCH_FREE = set().union(*ROWS[_FIRST:])
 PARTS = ("nn", "nn.graph", "lowrank", "training", "pruning", "quantization", "show")
 PACKAGES = {"pysolve", *(f"pysolve.{name}" for name in PARTS)}
 EXEMPT = {"__init__", "__main__", *(f"{name}.__init__" for name in PARTS)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -33,7 +33,7 @@ class SharedValues:
     centroids: Array
     zero: bool = False
 
-    def codes(self, values: Array, columns: Any = None) -> Codes:
+    def codes(self, values: Array, columns: Any = None, curvature: Any = None) -> Codes:
         """Codes of the nearest values."""
         order = np.argsort(self.centroids, kind="stable")
         return np.asarray(order[nearest(values, self.centroids[order])], np.int64)
@@ -42,21 +42,25 @@ class SharedValues:
         """What the codes stand for."""
         return np.asarray(self.centroids[codes])
 
+    def price(self, codes: Codes) -> float:
+        """Nothing: all codes have equally many bits."""
+        return 0.0
+
     def zero_codes(self, columns: Any = None) -> int:
         """The code of zero."""
         return 0
 
-    def refit(self, codes: Codes, target: Target) -> SharedValues:
+    def refit(self, codes: Codes, target: Target) -> Self:
         """Values of least error for given codes, exactly.
 
-        Solves  min_c  ½⟨(P c − V) A, P c − V⟩, P c the weights of those codes: k normal equations, by
+        Solves  min_c  ½ Σ_i w_i ‖(P c − V)_i‖²_A, P c the weights of those codes: k normal equations, by
         conjugate gradients on the layer itself, which takes a product with A an iteration and never forms
         them.
         """
-        k, flat = len(self.centroids), codes.ravel()
+        k, flat, rows = len(self.centroids), codes.ravel(), target.rows[:, None]
 
         def gathered(M: Array) -> Array:
-            sums: Array = np.bincount(flat, M.ravel(), k).astype(np.float64, copy=False)
+            sums = np.asarray(np.bincount(flat, (rows * M).ravel(), k), np.float64)
             sums[: self.zero] = 0.0
             return sums
 

@@ -38,7 +38,7 @@ class Grid:
     bits: int
     group: int
 
-    def codes(self, values: Array, columns: Columns) -> Codes:
+    def codes(self, values: Array, columns: Columns, curvature: Any = None) -> Codes:
         """Codes of the nearest values: (h,) for one column, (h, n) for several."""
         part = np.floor_divide(columns, self.group)
         low, high = _limits(self.bits)
@@ -53,6 +53,10 @@ class Grid:
     def round(self, values: Array, columns: Columns) -> Array:
         """The nearest values."""
         return self.values(self.codes(values, columns), columns)
+
+    def price(self, codes: Codes) -> float:
+        """Nothing: all codes have equally many bits."""
+        return 0.0
 
     def zero_codes(self, columns: Columns) -> Any:
         """Codes of zero, for every row of the columns."""

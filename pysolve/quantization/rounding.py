@@ -1,8 +1,8 @@
 """Rounding in the metric of what a layer reads.
 
-    min_M  ½⟨(M − V) A, M − V⟩        every M_ij one of the values allowed there, zero outside the mask
+    min_M  ½ Σ_i w_i ‖M_i − V_i‖²_A + Σ_ij price(M_ij)      M_ij one of the values allowed there
 
-First with feedback: one input after the other, each rounded after what the errors so far ask of it; then by
+with zeros outside the mask, and prices where values cost bits. First with feedback: one input after the other, each rounded after what the errors so far ask of it; then by
 descent: each rounded again, when all others are known, and the allowed values fitted to the codes in between.
 """
 
@@ -27,8 +27,8 @@ _GAIN = 1e-3
 class Levels(Protocol):
     """Which values a weight may take: a ``Grid``, or ``SharedValues``."""
 
-    def codes(self, values: Array, columns: Any) -> Codes:
-        """Codes of the nearest values: (h,) for one column, (h, n) for several."""
+    def codes(self, values: Array, columns: Any, curvature: Any) -> Codes:
+        """Codes of least ½ curvature (value − level)² + price, of the values' shape: (h,) or (h, n)."""
 
     def values(self, codes: Codes, columns: Any) -> Array:
         """What the codes stand for."""
@@ -37,7 +37,10 @@ class Levels(Protocol):
         """Codes of zero."""
 
     def refit(self, codes: Codes, target: Target) -> Self:
-        """Values of least loss for given codes."""
+        """Values of least loss, and prices, for given codes."""
+
+    def price(self, codes: Codes) -> float:
+        """Of all codes together."""
 
 
 Kind = TypeVar("Kind", bound=Levels)
@@ -45,7 +48,8 @@ Kind = TypeVar("Kind", bound=Levels)
 
 def round_nearest(target: Target, levels: Levels) -> Codes:
     """Codes of the values nearest to V, (h, d)."""
-    return _rounded(target, levels, target.V, np.arange(target.V.shape[1]))
+    columns = np.arange(target.V.shape[1])
+    return _rounded(target, levels, target.V, columns, np.outer(target.rows, target.diagonal))
 
 
 def round_with_feedback(target: Target, levels: Levels) -> Codes:
@@ -70,7 +74,9 @@ def round_with_feedback(target: Target, levels: Levels) -> Codes:
         owed = L[b:, a:b].T @ errors[b:]
         for k in range(b - 1, a - 1, -1):
             j = int(back[k])
-            codes[j] = _rounded(target, levels, V[:, j] - owed[k - a] / L[k, k], j)
+            codes[j] = _rounded(
+                target, levels, V[:, j] - owed[k - a] / L[k, k], j, target.rows * L[k, k] ** 2
+            )
             errors[k] = levels.values(codes[j], j) - V[:, j]
             owed[: k - a] += np.outer(L[k, a:k], errors[k])
     return np.ascontiguousarray(codes.T)
@@ -90,7 +96,7 @@ def descend(target: Target, levels: Levels, codes: Codes) -> Codes:
         own = order[a : a + _WIDTH]
         inner, local, before = A[np.ix_(own, own)], slope[own], M[own]
         for k, j in enumerate(own.tolist()):
-            codes[j] = _rounded(target, levels, M[j] - local[k] / inner[k, k], j)
+            codes[j] = _rounded(target, levels, M[j] - local[k] / inner[k, k], j, target.rows * inner[k, k])
             change = levels.values(codes[j], j) - M[j]
             local += np.outer(inner[k], change)
             M[j] += change
@@ -126,12 +132,12 @@ def round_best(target: Target, levels: Kind, rounds: int, passes: int) -> tuple[
 
 
 def _loss(target: Target, levels: Levels, codes: Codes) -> float:
-    return target.loss(levels.values(codes, np.arange(codes.shape[1])))
+    return target.loss(levels.values(codes, np.arange(codes.shape[1]))) + levels.price(codes)
 
 
-def _rounded(target: Target, levels: Levels, values: Array, columns: Any) -> Codes:
-    """Nearest codes, those of zero outside the mask."""
-    codes = levels.codes(values, columns)
+def _rounded(target: Target, levels: Levels, values: Array, columns: Any, curvature: Any) -> Codes:
+    """The best codes, those of zero outside the mask."""
+    codes = levels.codes(values, columns, curvature)
     if target.mask is None:
         return codes
     return np.where(target.mask[:, columns], codes, levels.zero_codes(columns))

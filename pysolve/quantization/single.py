@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from pysolve.pruning.supports import Ridge, layer_problem
 from pysolve.quantization.codebooks import share_values
 from pysolve.quantization.forms import Codebook, Int8, QuantForm
 from pysolve.quantization.grids import Codes, Grid, fit_grid
+from pysolve.quantization.rates import PricedValues, spaced_values
 from pysolve.quantization.rounding import Levels, round_best, round_nearest
 from pysolve.quantization.targets import Mask, Target, target_of
 
@@ -64,6 +65,8 @@ def quantize_layer(
     symmetric: bool = True,
     group: int | None = None,
     method: str = "feedback",
+    lam: float | None = None,
+    outputs: npt.ArrayLike | None = None,
     rounds: int | None = None,
     ridge: Ridge = "auto",
 ) -> QuantizedLayer:
@@ -72,6 +75,9 @@ def quantize_layer(
     Solves  min_M  ½ E‖y − M x‖² + ½ ε Σ_j R_jj ‖M_j − W_j‖²  over M whose entries are of 2^bits values, and
     over those values, alternately: neither is found in general, but from the first rounding on, the error
     never rises. Without statistics, min ‖W − M‖.
+
+    With ``lam``, + lam · Σ_ij −log₂ p(M_ij), p the share of the weights that have a value: what entropy
+    coding takes for them. So zeros, and how many values there are, follow from what a bit is worth.
 
     Parameters
     ----------
@@ -92,6 +98,11 @@ def quantize_layer(
         "int": so many consecutive inputs share a scale; all of an output by default.
     method : "feedback" or "nearest"
         "nearest": every weight by itself, as a baseline.
+    lam : float, optional
+        "codebook": what a bit costs, in units of the objective; the values begin as multiples of a step, zero
+        among them, and there are at most 2^bits.
+    outputs : (h,) array, optional
+        "codebook": what the square error of each output counts, above zero; 1 by default.
     rounds : int, optional
         Of feedback and descent; by default 4 where they are quick, else 1.
     ridge : float or "auto"
@@ -106,14 +117,15 @@ def quantize_layer(
     E. Frantar et al., GPTQ, 2023. S. Han et al., Deep compression, 2016.
     """
     W = checked_matrix("W", W)
-    _check(scheme, method, bits, group, rounds)
+    _check(scheme, method, bits, group, rounds, lam, outputs)
+    rows = None if outputs is None else _checked_rows(outputs, len(W))
     keep = None if mask is None else _checked_mask(mask, W.shape)
     problem = None if statistics is None else layer_problem(W, statistics, ridge)
     if problem is None:
-        target = Target(W if keep is None else np.where(keep, W, 0.0), None, keep)
+        target = Target(W if keep is None else np.where(keep, W, 0.0), None, keep, rows)
     else:
-        target = target_of(problem, keep)
-    levels, codes = _fitted(target, scheme, int(bits), symmetric, group, method, rounds)
+        target = target_of(problem, keep, rows)
+    levels, codes = _fitted(target, scheme, int(bits), symmetric, group, method, rounds, lam)
     form = _form(levels, codes)
     M = form.dense().astype(np.float64)
     if problem is not None:
@@ -132,11 +144,14 @@ def _fitted(
     group: int | None,
     method: str,
     rounds: int | None,
+    lam: float | None,
 ) -> tuple[Levels, Codes]:
     V, weights = target.V, target.diagonal
     levels: Levels
     if scheme == "int":
         levels = fit_grid(V, bits, symmetric=symmetric, group=group, weights=weights)
+    elif lam is not None:
+        levels = spaced_values(target, 1 << bits, lam)
     else:
         ternary = scheme == "ternary"
         size = 3 if ternary else 1 << bits
@@ -153,10 +168,14 @@ def _form(levels: Any, codes: Codes) -> QuantForm:
         zeros = levels.zeros.astype(np.int8) if levels.zeros.any() else None
         scales = levels.scales.astype(np.float32)
         return Int8(codes.astype(np.int8), scales, zeros, levels.bits, levels.group)
+    if isinstance(levels, PricedValues):
+        # Most of the multiples that it began with are not used any more.
+        used, codes = np.unique(codes, return_inverse=True)
+        return Codebook(codes.astype(np.uint8), levels.centroids[used].astype(np.float32))
     return Codebook(codes.astype(np.uint8), levels.centroids.astype(np.float32))
 
 
-def _check(scheme: str, method: str, bits: Any, group: Any, rounds: Any) -> None:
+def _check(scheme: str, method: str, bits: Any, group: Any, rounds: Any, lam: Any, outputs: Any) -> None:
     for what, chosen, known in (("scheme", scheme, SCHEMES), ("method", method, METHODS)):
         if chosen not in known:
             raise ValueError(f"unknown {what} {chosen!r}; choose one of {', '.join(known)}.")
@@ -166,6 +185,17 @@ def _check(scheme: str, method: str, bits: Any, group: Any, rounds: Any) -> None
     for name, value in (("group", group), ("rounds", rounds)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    if scheme != "codebook" and not (lam is None and outputs is None):
+        raise ValueError(f'lam and outputs are for scheme="codebook", got scheme="{scheme}".')
+    if lam is not None and not (isinstance(lam, Real) and 0 < float(lam) < np.inf):
+        raise ValueError(f"lam must be a positive number, got {lam!r}.")
+
+
+def _checked_rows(outputs: npt.ArrayLike, h: int) -> Array:
+    rows = np.asarray(outputs, np.float64)
+    if rows.shape != (h,) or not np.all(np.isfinite(rows) & (rows > 0)):
+        raise ValueError(f"outputs must be {h} positive numbers, got an array of shape {rows.shape}.")
+    return rows
 
 
 def _checked_mask(mask: npt.ArrayLike, shape: tuple[int, ...]) -> Mask:
