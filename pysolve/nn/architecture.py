@@ -151,8 +151,9 @@ def _empty(name: str, layer: nn.Module) -> Sparse:
 
 
 def _bits(layer: QuantWeight) -> list[int]:
-    """What of a quantised layer its tensors do not tell: bits, group or 0, and whether inputs are rounded."""
-    return [layer.bits, layer.group or 0, int(layer.zeros is not None), int(getattr(layer, "dynamic", False))]
+    """Of a quantised layer: bits, inputs of a group or 0 for all, whether it has zeros and rounds inputs."""
+    group = layer.group if layer.group and layer.scales.shape[1] > 1 else 0
+    return [layer.bits, group, int(layer.zeros is not None), int(getattr(layer, "dynamic", False))]
 
 
 def _codes(name: str, layer: nn.Module, bits: Any) -> Int8:

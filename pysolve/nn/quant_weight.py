@@ -18,10 +18,10 @@ from pysolve.quantization.forms import Int8
 class QuantWeight(nn.Module):
     """A weight of (codes − zeros) · scales, and a bias.
 
-    Scales and the bias are parameters, codes and zeros are not trained. The decoded weight is kept beside
-    them from the first call on, outside of the state dict and of copies; it follows what the optimiser does
-    to the scales. In memory such a layer is then larger than a dense one; in a file it is a quarter of it, or
-    less.
+    The bias is trained, and the scales where they are told to be with ``requires_grad_()``: they are so small
+    that a learning rate for weights would undo them. The decoded weight is kept beside them from the first
+    call on, outside of the state dict and of copies; it follows what an optimiser does to the scales. In
+    memory such a layer is then larger than a dense one; in a file it is a quarter of it, or less.
     """
 
     codes: Tensor
@@ -37,7 +37,7 @@ class QuantWeight(nn.Module):
         zeros = None if form.zeros is None else torch.tensor(form.zeros, device=weight.device)
         self.register_buffer("zeros", zeros)
         scales = torch.tensor(form.scales, dtype=weight.dtype, device=weight.device)
-        self.scales = nn.Parameter(scales, requires_grad=weight.requires_grad)
+        self.scales = nn.Parameter(scales, requires_grad=False)
         bias = layer.bias
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
         self._kept: dict[str, tuple[Any, Tensor]] = {}
@@ -118,7 +118,7 @@ def check_form(layer: Any, kind: type[nn.Module], form: Int8) -> None:
 
 
 def made_dense(kind: Any, layer: QuantWeight, *args: Any) -> Any:
-    """A dense layer with the decoded weight; it is trained as the scales are."""
+    """A dense layer with the decoded weight."""
     home = {"device": layer.scales.device, "dtype": layer.scales.dtype}
     dense: Any = skip_init(kind, *args, **home)  # type: ignore[no-untyped-call]
     with torch.no_grad():
@@ -126,7 +126,6 @@ def made_dense(kind: Any, layer: QuantWeight, *args: Any) -> Any:
         if layer.bias is not None:
             dense.bias.copy_(layer.bias)
             dense.bias.requires_grad_(layer.bias.requires_grad)
-    dense.weight.requires_grad_(layer.scales.requires_grad)
     return dense.train(layer.training)
 
 

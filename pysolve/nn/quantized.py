@@ -12,7 +12,7 @@ from torch.nn.functional import conv2d, linear, pad
 from torch.nn.utils import skip_init
 
 from pysolve.errors import PysolveError
-from pysolve.nn.integers import multiplied, multiplies_exactly, restored, torchao_tensor
+from pysolve.nn.integers import can_multiply, multiplied, restored, torchao_tensor
 from pysolve.nn.quant_weight import QuantWeight, check_form, made_dense
 from pysolve.quantization.forms import Int8
 
@@ -53,8 +53,7 @@ class QuantLinear(QuantWeight):
             return linear(x, self.weight, self.bias)
         if torch.is_grad_enabled() and x.requires_grad:
             return linear(x + (restored(x.detach()) - x).detach(), self.weight, self.bias)
-        float32 = x.dtype == self.scales.dtype == torch.float32 and x.device.type == "cpu"
-        if not (float32 and x.numel() and multiplies_exactly()):
+        if self.scales.dtype != torch.float32 or not can_multiply(x, self.codes):
             return linear(restored(x), self.weight, self.bias)
         rows, sums = x.reshape(-1, x.shape[-1]), self.kept("sums", self._sums)
         y = multiplied(rows, self.codes, self.scales.flatten(), sums, self.bias)
