@@ -35,6 +35,7 @@ from pysolve.nn.network import forward
 from pysolve.nn.packing import Packed, coded, decoded, pack, unpack
 from pysolve.nn.slicing import WEIGHTED, outputs
 from pysolve.nn.storage import bits
+from pysolve.nn.zipped import WORDS, zipped
 from pysolve.nn.zoo import Mlp
 from pysolve.plan import Collapse, Plan, Site
 from pysolve.report import Report
@@ -256,6 +257,10 @@ def test_shared_tensors_are_stored_once_and_must_be_shared_again(tmp_path):
     path = tmp_path / "a.safetensors"
     loaded = assert_restored(made(model, Plan()), model, path, batch)
     assert loaded.c.weight is loaded.a.weight
+    record, _ = storage.read(path)
+    assert record["aliases"] == {"c.weight": "a.weight"}
+    assert "c.weight" not in record["rows"]
+    ps.save(made(model, Plan()), path, coding="none")
     with safe_open(path, "pt") as file:
         assert "c.weight" not in file.keys()  # noqa: SIM118
     untied = copy.deepcopy(model)
@@ -306,10 +311,39 @@ def test_paths_may_be_strings_and_files_are_the_same_each_time(tmp_path):
 
 def test_the_record_is_plain_json(tmp_path):
     result, _ = small()
-    ps.save(result, tmp_path / "a.safetensors")
+    ps.save(result, tmp_path / "a.safetensors", coding="none")
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         record = json.loads(file.metadata()["pysolve"])["record"]
-    assert record["version"] == 1
+    assert_is_of_small(record, 1)
+
+
+def test_the_record_of_a_coded_file_is_json_that_zlib_unpacks(tmp_path):
+    result, _ = small()
+    ps.save(result, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", "pt") as file:
+        version, checksum, length = map(int, file.metadata()["pysolve"].split())
+        data = file.get_tensor(":coded").numpy().tobytes()
+    assert version == 2
+    assert zlib.crc32(data, zlib.crc32(f"torch.uint8 ({len(data)},)".encode())) == checksum
+    record = json.loads(zlib.decompressobj(-15, WORDS).decompress(data[:length]))
+    assert_is_of_small(record, 2)
+    assert record["rows"]["fc2.bias"] == ["float32 2", "r"]
+    bias = np.frombuffer(
+        data[length:], "<f4", offset=sum(row_bytes(record, ("fc1.weight", "fc1.bias", "fc2.weight")))
+    )
+    assert bias[:2].tolist() == result.model.fc2.bias.tolist()
+
+
+def row_bytes(record, names):
+    """Of rows that are raw, the bytes."""
+    for name in names:
+        told, row = record["rows"][name]
+        assert row == "r"
+        yield 4 * int(np.prod([int(n) for n in told.split()[1].split("x")]))
+
+
+def assert_is_of_small(record, version):
+    assert record["version"] == version
     assert record["pysolve"] == ps.__version__
     assert record["original"]["fc1.weight"] == "float32 12x6"
     assert [step["keep"] for step in record["stages"][0]] == ["0-2 7", "3 8"]
@@ -411,14 +445,27 @@ class Whole:
     path: Path
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole_file(folder, coding):
     model = mlp((6, 40, 30, 4))
     result = ps.prune(made(model, Plan((narrowed(1, 40, np.arange(0, 40, 2)),))), amount={"fc2": 0.9})
     result = ps.prune(result, amount={"fc1": 0.9}, layout="csr")
-    path = tmp_path_factory.mktemp("whole") / "a.safetensors"
-    ps.save(result, path)
-    return Whole(path.read_bytes(), model, result, path)
+    ps.save(result, folder / "a.safetensors", coding=coding)
+    return Whole((folder / "a.safetensors").read_bytes(), model, result, folder / "a.safetensors")
+
+
+@pytest.fixture(scope="module", params=["none", "ans"])
+def whole(request, tmp_path_factory):
+    return whole_file(tmp_path_factory.mktemp("whole"), request.param)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    return whole_file(tmp_path_factory.mktemp("plain"), "none")
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory):
+    return whole_file(tmp_path_factory.mktemp("short"), "ans")
 
 
 def test_truncated_files_are_refused(whole):
@@ -482,6 +529,16 @@ def little_memory(most):
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
+def short_sealed(version, text, claimed=None, most=None):
+    """A coded file without tensors, whose record is this text; of ``claimed`` bytes, cut after ``most``."""
+    data = zipped(text)[:most]
+    checksum = zlib.crc32(data, zlib.crc32(f"torch.uint8 ({len(data)},)".encode()))
+    told = f"{version} {checksum} {len(data) if claimed is None else claimed}"
+    stream = {"dtype": "U8", "shape": [len(data)], "data_offsets": [0, len(data)]}
+    head = json.dumps({"__metadata__": {"pysolve": told}, ":coded": stream}).encode()
+    return struct.pack("<Q", len(head)) + head + data
+
+
 HUGE = {"dtype": "F32", "shape": [2**25, 2**25], "data_offsets": [0, 0]}
 
 
@@ -500,13 +557,29 @@ HUGE = {"dtype": "F32", "shape": [2**25, 2**25], "data_offsets": [0, 0]}
         sealed('{"version":1e999,"checksums":{}}'),
         sealed('{"version":1}'),
         sealed("[]"),
+        sealed('{"version":2,"checksums":{}}'),
+        short_sealed(2, b'{"version":2,"report":"' + b" " * 50_000_000 + b'"}'),
+        short_sealed(2, b"[" + b"[]," * 600_000 + b"0]"),
+        short_sealed(2, b"[" * 100_000 + b"]" * 100_000),
+        short_sealed(2, b'{"version":2}'),
+        short_sealed(2, b'{"version":2}', claimed=9_999_999_999),
+        short_sealed(2, b'{"version":2}', claimed=3),
+        short_sealed(2, b'{"version":2}', most=3),
+        short_sealed(2, b'{"version":2}', most=0),
+        short_sealed(2, b'{"version":1,"checksums":{}}'),
+        short_sealed(2, b'{"version":2,"checksums":{}}'),
+        short_sealed(2, b'{"version":2,"checksums":{":coded":0}}'),
+        short_sealed(2, b"\xff\xfe"),
+        short_sealed(3, b'{"version":3,"checksums":{}}'),
     ],
 )
 def test_headers_that_claim_too_much_take_no_memory(data, tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(data)
     model = mlp()
-    with little_memory(4 * len(data) + 200_000), pytest.raises(ps.DataError):
+    # What is packed may take 2 MB when it is unpacked.
+    packed = 9_000_000 * (b":coded" in data)
+    with little_memory(4 * len(data) + 200_000 + packed), pytest.raises(ps.DataError):
         ps.load(path, model)
 
 
@@ -569,7 +642,8 @@ def field(**changes):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (field(version=2), "has format version 2, but this pysolve reads version 1: update"),
+        (field(version=3), "has format version 3, but this pysolve reads versions 1 and 2: update"),
+        (field(version=True), "has format version True"),
         (field(version=None), "has format version None"),
         (lambda record, _: record.pop("stages"), "expected a field 'stages'"),
         (field(stages={}), "expected stages to be a list, got an object"),
@@ -584,7 +658,6 @@ def field(**changes):
         (field(sparse=[""]), "is a Mlp, which has no sparse form"),
         (field(training=3), "expected training to be a list, got an integer"),
         (field(training=["fc9"]), "it has no layer 'fc9'"),
-        (field(shapes=[]), "expected shapes to be an object"),
         (field(aliases={"fc1.bias": 4}), "expected aliases to be a string"),
         (field(aliases={"fc1.bias": "fc2.bias"}), "only one of them has fc1.bias"),
         (step(keep=[1, 2]), "expected keep as indices"),
@@ -606,6 +679,18 @@ def field(**changes):
         (step(rows={"fc3": "0-3"}), "as many indices|rows names 'fc3'"),
         (lambda record, _: record["stages"].append(record["stages"][0]), "a site of 1 … 20 channels"),
         (lambda record, _: record["stages"][0].append(record["stages"][0][0]), "same rows of fc1"),
+    ],
+)
+def test_records_that_do_not_hold_are_refused(change, message, whole):
+    forged(whole, change)
+    with little_memory(1_000_000), pytest.raises(ps.DataError, match=message):
+        ps.load(whole.path, whole.model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (field(shapes=[]), "expected shapes to be an object"),
         (lambda record, _: record["shapes"].update({VALUES: [2**25, 2**25]}), "fc1.values of shape"),
         (lambda record, _: record["shapes"].pop(VALUES), "only one of them has fc1.values:gaps"),
         (tensor(GAPS, torch.full((10**5,), 255, dtype=torch.uint8)), "at most 120 values"),
@@ -621,10 +706,94 @@ def field(**changes):
         (lambda _, tensors: tensors.pop("fc3.bias"), "only one of them has fc3.bias"),
     ],
 )
-def test_records_that_do_not_hold_are_refused(change, message, whole):
-    forged(whole, change)
+def test_tensors_that_do_not_hold_are_refused(change, message, plain):
+    forged(plain, change)
     with little_memory(1_000_000), pytest.raises(ps.DataError, match=message):
-        ps.load(whole.path, whole.model)
+        ps.load(plain.path, plain.model)
+
+
+def row(name, told):
+    """A change of how a tensor is written."""
+    return lambda record, _: record["rows"][name].__setitem__(1, told)
+
+
+def coded_bytes(change):
+    return lambda _, tensors: tensors.update({":coded": change(tensors[":coded"])})
+
+
+HUGE_TABLE = ["a", 0, 65535, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (field(rows=[]), "expected rows to be an object"),
+        (field(rows={}), "only one of them has"),
+        (field(version=1), "expected a field 'shapes'"),
+        (
+            lambda record, _: record["rows"].update({"fc9.bias": ["float32 3", 0]}),
+            "only one of them has fc9.bias",
+        ),
+        (lambda record, _: record["rows"].pop("fc3.bias"), "only one of them has fc3.bias"),
+        (lambda record, _: record["rows"].update({"fc2.bias": 3}), "expected fc2.bias to be a list"),
+        (lambda record, _: record["rows"].update({"fc2.bias": []}), "data type and row of fc2.bias"),
+        (lambda record, _: record["rows"]["fc2.bias"].__setitem__(0, 3), "expected fc2.bias to be a string"),
+        (
+            lambda record, _: record["rows"]["fc2.bias"].__setitem__(0, "float32 31"),
+            r"of shape \[30\], got \[31\]",
+        ),
+        (
+            lambda record, _: record["rows"]["fc2.bias"].__setitem__(0, "float32"),
+            r"of shape \[30\], got \[\]",
+        ),
+        (
+            lambda record, _: record["rows"]["fc2.bias"].__setitem__(0, "int32 30"),
+            "fc2.bias in torch.float32",
+        ),
+        (lambda record, _: record["rows"]["fc2.bias"].__setitem__(0, "save 30"), "unknown data type 'save'"),
+        (lambda record, _: record["rows"]["fc2.bias"].__setitem__(0, "complex128 30"), "unknown data type"),
+        (row("fc2.bias", None), "a row to be a list"),
+        (row("fc2.bias", True), "a row to be a list"),
+        (row("fc2.bias", -1), "-1 is no number of uint32"),
+        (row("fc2.bias", 1 << 32), "is no number of uint32"),
+        (row("fc2.bias", []), "unknown way to write uint32"),
+        (row("fc2.bias", [[]]), "unknown way to write uint32"),
+        (row("fc2.bias", ["z", 1]), "unknown way to write uint32"),
+        (row("fc2.bias", ["a", 0, 3, 1, 4]), "unknown way to write uint32"),
+        (row("fc2.bias", ["p", 0, 0, 0]), "expected the 4 bytes of uint32, got 3"),
+        (row("fc2.bias", ["p", 0, 0, 0, ["p", 0]]), "unknown way to write uint8"),
+        (row("fc2.bias", ["p", 0, 0, 0, HUGE_TABLE]), "are not uint8|bytes are left"),
+        (row("fc2.bias", ["p", 0, 0, 0, ["a", 0, 3, 3, 4]]), "3 coded numbers of 3 bytes"),
+        (row("fc2.bias", ["p", 0, 0, 0, ["a", 0, 3, 1]]), "expected 4 integers"),
+        (row("fc2.bias", ["p", 0, 0, 0, ["a", -1, 3, 1, 4]]), "from -1 on are not uint8"),
+        (row("fc2.bias", ["p", 0, 0, 0, ["a", 0, 3, 1, 1 << 60]]), "bytes are left"),
+        (row("fc2.bias", ["p", 0, 0, 0, ["a", 0, 3, 1, -4]]), "bytes are left"),
+        (row("fc2.bias", ["p", 0, 0, 0, ["a", 0, 3, 1, 3]]), "row of uint32"),
+        (row("fc2.bias", ["t", 1 << 60, 0, 0]), "does not go with 30 entries"),
+        (row("fc2.bias", ["t", 0, 0, 0]), "does not go with 30 entries"),
+        (row("fc2.bias", ["t", 3, 0]), "does not go with 30 entries"),
+        (row("fc2.bias", ["t", 3, 0, 3]), "value 3 of a table of 3"),
+        (
+            row("fc2.bias", ["t", 3, 0, ["t", 3, 0, ["t", 3, 0, ["t", 3, 0, ["t", 3, 0, ["t", 3, 0, 0]]]]]]),
+            "unknown way",
+        ),
+        (row("fc2.bias", ["g", 1, 1 << 60, 0, 0]), "expected at most 30 gaps, got"),
+        (row("fc2.bias", ["g", 1, -1, 0, 0]), "expected at most 30 gaps, got -1"),
+        (row("fc2.bias", ["g", 4, 2, 0, 0]), "gaps of one or two bytes"),
+        (row("fc2.bias", ["g", 1, 2, 0]), "gaps of one or two bytes"),
+        (row("fc2.bias", ["g", 1, 2, 29, 0]), "reach beyond the 30 places"),
+        (row("fc2.bias", ["g", 1, 2, 255, 0]), "gap for each of 0 values"),
+        (row(VALUES, "r"), "expected entries and gaps between them, got r"),
+        (row(VALUES, 0), "expected entries and gaps between them, got 0"),
+        (coded_bytes(lambda stream: stream[:-1]), "bytes are left"),
+        (coded_bytes(lambda stream: torch.cat([stream, stream[:1]])), "1 bytes belong to no tensor"),
+        (tensor("fc9.bias", torch.zeros(31)), "only one of them has fc9.bias"),
+    ],
+)
+def test_rows_that_do_not_hold_are_refused(change, message, short):
+    forged(short, change)
+    with little_memory(1_000_000), pytest.raises(ps.DataError, match=message):
+        ps.load(short.path, short.model)
 
 
 LEAVES = st.none() | st.booleans() | st.integers(-1, 50) | st.floats(0, 1e300)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,23 +16,33 @@ from pysolve import __version__
 from pysolve.compressed import Compressed, fingerprint
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.architecture import architecture, rebuilt
+from pysolve.nn.compact import Compact, compact, expanded
 from pysolve.nn.masking import mask_weights, masks_of, unmasked
 from pysolve.nn.network import find_layer
 from pysolve.nn.packing import Packed, pack, unpack
-from pysolve.nn.storage import bits, read, write
+from pysolve.nn.storage import STREAM, bits, read, size, write
 from pysolve.records import field, plain, strings, typed
 
-VERSION = 1
+# Format versions: with each tensor for itself, and in one coded stream.
+PLAIN, CODED = 1, 2
+CODINGS = ("auto", "ans", "huffman", "none")
+# Digits of a report's numbers in a coded file.
+_DIGITS = 5
 
 
-def save(compressed: Compressed, path: str | os.PathLike[str]) -> None:
+def save(
+    compressed: Compressed, path: str | os.PathLike[str], *, coding: str = "auto", report: bool = True
+) -> None:
     """Write a compressed network to one ``.safetensors`` file, from which ``load`` makes it again.
 
     The file holds the tensors of ``compressed.model.state_dict()``, as they are now: after fine-tuning, that
-    is what is saved. Tensors under several names are stored once. Of tensors that are mostly zeros, and of
-    sparse layers, only the entries are stored, as ``NAME``, with the numbers of zeros between them, as
-    ``NAME:gaps``. The metadata's entry ``pysolve`` is JSON of ``{"checksum": n, "record": record}``, whose
-    record has
+    is what is saved, to the bit. Each is written in the way that takes the fewest bytes: as it is; as a table
+    of its different values and entropy-coded numbers of those; without its zeros; or with the bytes of its
+    entries apart. Tensors under several names are stored once.
+
+    Of the tensor ``:coded`` in the file, bytes, the first n are the record, JSON in raw deflate with the
+    preset dictionary ``pysolve.nn.zipped.WORDS``. The metadata's entry ``pysolve`` is ``2 c n`` with the
+    CRC-32 c of that whole tensor after the text ``torch.uint8 (length,)``. The record has
 
     - ``version`` of the format, and of ``pysolve``;
     - ``original``: data types and shapes of the original's tensors, by name, or null;
@@ -41,10 +52,12 @@ def save(compressed: Compressed, path: str | os.PathLike[str]) -> None:
     - ``biases`` that the original does not have, the layers that run ``sparse``, and those that are
       ``masked``: only weights in use are stored, and ``load`` masks those that are zero;
     - ``training``: whether all layers are in training mode, or the names of those that are;
-    - ``shapes`` of the tensors that are stored without their zeros, ``aliases`` from second names to the
-      first, and ``checksums``, CRC-32, of what is stored;
-    - ``report``: what ``compressed.report.brief().as_dict()`` gives, with null for numbers that are not
-      finite.
+    - ``rows``: for each tensor in the rest of ``:coded``, in their order, data type and shape, and how the
+      row of its entries is written, in the words of ``pysolve.nn.coded``; all others, which no way makes
+      smaller, are tensors of the file with ``checksums``, CRC-32 of data type, shape and bytes;
+    - ``aliases`` from second names of tensors to the first;
+    - ``report``: what ``compressed.report.brief().as_dict()`` gives, with five digits a number, and null for
+      those that are not finite.
 
     Parameters
     ----------
@@ -53,29 +66,48 @@ def save(compressed: Compressed, path: str | os.PathLike[str]) -> None:
         shapes that do not fit.
     path : str or path
         An existing file is replaced once the new one is complete.
+    coding : "auto", "ans", "huffman" or "none"
+        How numbers are entropy-coded: by asymmetric numeral systems, for which constriction is needed here
+        and to load the file (``pip install 'pysolve[coding]'``), or by Huffman's codes. "auto" is the first
+        of them that is installed. "none" writes format 1, which any program reads that knows safetensors:
+        every tensor under its name, without its zeros where that is smaller, as ``NAME`` and
+        ``NAME:gaps``, and a record as plain JSON.
+    report : bool
+        Without, a coded file is some hundred bytes smaller.
 
     Raises
     ------
     PysolveError
         When the network holds what such files cannot, for example tensors without values.
+    ImportError
+        "ans" without constriction.
     """
-    _check_kind("compressed", compressed, Compressed, "what compress or prune returned")
-    masked = [*masks_of(compressed.model)]
-    compressed = replace(compressed, model=unmasked(compressed.model))
-    model = compressed.model
-    packed = pack(model)
-    record = {
-        "version": VERSION,
-        "pysolve": __version__,
-        "original": compressed.fingerprint,
-        **architecture(compressed),
-        "masked": masked,
-        "training": _modes(model),
-        "shapes": packed.shapes,
-        "aliases": packed.aliases,
-        "report": plain(compressed.report.brief().as_dict()),
-    }
-    write(Path(path), packed.tensors, record)
+    write(Path(path), *_content(compressed, coding, report))
+
+
+def file_bytes(compressed: Compressed, *, coding: str = "auto", report: bool = True) -> int:
+    """Bytes of the file that ``save`` would write, exactly; parameters and errors as there."""
+    return size(*_content(compressed, coding, report))
+
+
+def stored_bytes(model: nn.Module, coding: str = "auto") -> dict[str, int]:
+    """What each tensor of a network takes in a file that ``save`` writes.
+
+    Parameters
+    ----------
+    model : nn.Module
+    coding : str
+        As in ``save``.
+
+    Returns
+    -------
+    {state-dict name: int}
+        Bytes of tables and data, without what the record tells: 0 for a tensor of one value, for further
+        names of a tensor, and for what follows from where the entries of a sparse layer are.
+    """
+    model, kind = unmasked(model), _kind(coding)
+    sizes = dict.fromkeys(model.state_dict(), 0)
+    return sizes | (compact(model, kind).sizes if kind else pack(model).sizes())
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
@@ -102,23 +134,76 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     _check_kind("model", model, nn.Module, "the original network, a torch.nn.Module")
     record, tensors = read(Path(path))
     version = record.get("version")
-    if version != VERSION:
+    if type(version) is not int or version not in (PLAIN, CODED):
         raise DataError(
-            f"{path} has format version {str(version)[:20]}, but this pysolve reads version {VERSION}: "
-            "update pysolve, or save the network anew."
+            f"{path} has format version {str(version)[:20]}, but this pysolve reads versions {PLAIN} and "
+            f"{CODED}: update pysolve, or save the network anew."
         )
     try:
         model = unmasked(model)
         _check_original(record, model)
         network = rebuilt(record, model)
-        packed = Packed(tensors, field(record, "shapes"), field(record, "aliases"))
-        _fill(network, unpack(packed, network))
+        _fill(network, _values(record, tensors, network))
         _set_modes(network, field(record, "training"))
         _mask(network, record)
     except (PysolveError, ValueError, TypeError, RuntimeError) as error:
         why = str(error).rstrip(".")
         raise DataError(f"{path} does not fit this {type(model).__name__}: {why}.") from error
     return network
+
+
+def _content(compressed: Compressed, coding: str, report: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and record of a file."""
+    _check_kind("compressed", compressed, Compressed, "what compress or prune returned")
+    masked, kind = [*masks_of(compressed.model)], _kind(coding)
+    compressed = replace(compressed, model=unmasked(compressed.model))
+    model = compressed.model
+    record = {
+        "version": CODED if kind else PLAIN,
+        "pysolve": __version__,
+        "original": compressed.fingerprint,
+        **architecture(compressed),
+        "masked": masked,
+        "training": _modes(model),
+    }
+    if kind:
+        made = compact(model, kind)
+        tensors = {STREAM: made.stream, **made.tensors}
+        record |= {"rows": made.rows, "aliases": made.aliases}
+    else:
+        packed = pack(model)
+        tensors = packed.tensors
+        record |= {"shapes": packed.shapes, "aliases": packed.aliases}
+    if report:
+        told = plain(compressed.report.brief().as_dict())
+        record["report"] = _rounded(told) if kind else told
+    return tensors, record
+
+
+def _values(record: Mapping[str, Any], tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """The state dict that a file holds for a network."""
+    aliases = field(record, "aliases")
+    if record["version"] == PLAIN:
+        return unpack(Packed(tensors, field(record, "shapes"), aliases), network)
+    others = {name: tensor for name, tensor in tensors.items() if name != STREAM}
+    return expanded(Compact(tensors[STREAM], field(record, "rows"), others, aliases), network)
+
+
+def _kind(coding: str) -> str:
+    """The entropy coder; nothing for files without."""
+    if coding not in CODINGS:
+        raise ValueError(f"unknown coding {coding!r}; choose one of {', '.join(CODINGS)}.")
+    if coding == "auto":
+        return "ans" if find_spec("constriction") else "huffman"
+    return "" if coding == "none" else coding
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
 
 
 def _check_kind(name: str, value: Any, kind: type, what: str) -> None:

@@ -121,7 +121,7 @@ def _gapped(
     if not 0 <= count <= most:
         raise DataError(f"expected at most {most} gaps, got {count}.")
     gaps = row_of(rest[2], stream, count, f"u{width}", depth - 1)
-    ends = np.count_nonzero(gaps < np.iinfo(gaps.dtype).max)
+    ends = int(np.count_nonzero(gaps < np.iinfo(gaps.dtype).max))
     if ends > places:
         raise DataError(f"expected at most {places} entries, got {ends}.")
     return Sparse(shape, row_of(rest[3], stream, ends, dtype, depth - 1), gaps)

@@ -44,6 +44,12 @@ class Packed:
     shapes: dict[str, list[int]] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
 
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each tensor, with its gaps."""
+        parts = {name: self.tensors.get(name + _GAPS) for name in self.tensors if not name.endswith(_GAPS)}
+        gaps = {name: 0 if part is None else part.nbytes for name, part in parts.items()}
+        return {name: self.tensors[name].nbytes + gaps[name] for name in parts}
+
 
 def pack(model: nn.Module) -> Packed:
     """A network's state dict in little space.
@@ -66,9 +72,7 @@ def pack(model: nn.Module) -> Packed:
     return packed
 
 
-def stored(
-    model: nn.Module, aliases: dict[str, str]
-) -> Iterator[tuple[str, Tensor, SparseLayer | None]]:
+def stored(model: nn.Module, aliases: dict[str, str]) -> Iterator[tuple[str, Tensor, SparseLayer | None]]:
     """What of a state dict a file holds: names, tensors, and the sparse layers whose values they are.
 
     Further names of a tensor go into ``aliases``; errors as of ``pack``.
