@@ -26,18 +26,19 @@ def share_weights(
 ) -> None:
     """Give layers' weights few values that training keeps shared, in place.
 
-    A first value of zero stays zero. Layers whose weights share values get other ones. Values are in the
-    weights' precision.
+    A first value of zero stays zero. Layers whose weights share values already get other ones. A value's
+    gradient is the sum of those of its weights, maybe thousands: Adam and its like take it as it comes, plain
+    gradient descent needs a lower rate.
 
     Parameters
     ----------
     model : nn.Module
     books : {layer: Codebook}
-        Of the weights' shapes.
+        Of the weights' shapes; values are rounded to their precision.
     trained : "values" or "both"
-        ``values``: codes stay, and of a layer's weight only the k values are trained, its parameter of before
-        but now (k,), so optimisers are to be made afterwards. ``both``: the weights as they were are trained,
-        too, and the nearest value is in use; the codes of the codebooks are those at the start.
+        ``values``: codes stay. A layer's parameter becomes its k values, so make the optimiser afterwards.
+        ``both``: the parameter is the weight as it was, of which the nearest values are in use, and values
+        are another one; codes are at first those of the codebooks, whatever is the nearest.
     keep_zeros : bool
         With ``both``: weights of code 0 stay zero, so values must begin with one.
 
