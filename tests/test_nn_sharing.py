@@ -97,6 +97,7 @@ def test_values_stay_few_and_zero_stays_zero_while_they_are_trained(kind, way):
         weight = model.get_submodule(name).weight.detach()
         zeros = torch.from_numpy(book.codes == 0)
         assert len(weight.unique()) <= len(book.centroids)
+        assert np.array_equal(weight.numpy(), book.dense())
         assert same_bits(weight[zeros], torch.zeros(int(zeros.sum())))
         assert not torch.equal(weight, old[name])
         if way in ("values", "zeros kept"):
