@@ -128,12 +128,12 @@ def test_rounded_inputs_are_multiplied_exactly(case):
     for row, y in zip(x, got, strict=True):
         low, high = min(row.min(), np.float32(0)), max(row.max(), np.float32(0))
         width = max((high - low) / np.float32(255), np.finfo(np.float32).tiny)
-        steps = np.rint((row - low) / width).astype(int)
-        assert steps.min() >= 0
-        assert steps.max() <= 255
+        middle = low + np.float32(128) * width
+        steps = np.rint((row - middle) / width).astype(int)
+        assert -128 <= steps.min() <= steps.max() <= 127
         # Whole numbers of any size, and what they stand for in double precision.
         product, sums = (codes @ steps.astype(object)).astype(float), codes.sum(1).astype(float)
-        expected = scales[:, 0] * (float(width) * product + float(low) * sums) + bias
+        expected = scales[:, 0] * (float(width) * product + float(middle) * sums) + bias
         size = scales[:, 0] * np.abs(codes).sum(1).astype(float) * float(high - low) + np.abs(bias)
         assert np.all(np.abs(y - expected) <= 1e-5 * size)
 
@@ -434,6 +434,8 @@ def test_a_program_needs_nothing_of_this_package_and_holds_codes():
 
 def test_torchao_runs_the_same_codes():
     pytest.importorskip("torchao", minversion="0.18")
+    if not multiplies_exactly():
+        pytest.skip("torchao's products overflow on this processor")
     model, x = compressed().model, images()
     other = to_torchao(model)
     assert type(other[4]) is nn.Linear

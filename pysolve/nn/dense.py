@@ -38,7 +38,8 @@ def to_torchao(model: nn.Module) -> nn.Module:
 
     Each becomes an ``nn.Linear`` whose weight is torchao's ``Int8Tensor`` of the same codes and scales: for
     GPUs and torch.compile. On a CPU without torch.compile the layers are faster as they are: torchao calls
-    the same kernel, with more around it. It rounds inputs symmetrically about zero, in wider steps.
+    the same kernel, with more around it. It rounds inputs symmetrically about zero, in wider steps; on a
+    CPU without VNNI its sums of large products overflow, which those of the layers as they are never do.
 
     Parameters
     ----------

@@ -34,8 +34,8 @@ def rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     # Both in one call, aminmax, takes 15 times as long on a CPU.
     low, high = x.amin(-1, keepdim=True).clamp_max(0), x.amax(-1, keepdim=True).clamp_min(0)
     width = ((high - low) / _STEPS).clamp_min(torch.finfo(x.dtype).tiny)
-    steps = (x - low).div_(width).round_().sub_(128)
-    return steps, width, low + 128 * width
+    middle = low + 128 * width
+    return (x - middle).div_(width).round_(), width, middle
 
 
 def restored(x: Tensor) -> Tensor:
