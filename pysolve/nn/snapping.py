@@ -45,9 +45,8 @@ class Shared(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The values nearest to a weight that is put in place: its means over codes."""
-        codes = self.codes.flatten()
-        counts = torch.bincount(codes, minlength=self.k).clamp(min=1)
-        return (torch.bincount(codes, weight.detach().double().flatten(), self.k) / counts).to(weight)
+        counts = torch.bincount(self.codes.flatten(), minlength=self.k).clamp(min=1)
+        return (_sums(self.codes, weight.detach(), self.k) / counts).to(weight)
 
 
 class Snapped(nn.Module):
@@ -145,8 +144,7 @@ class _LookUp(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         below = sums = None
         if ctx.needs_input_grad[1]:
-            # In double precision: sums of half a million float32 numbers are good for three digits.
-            sums = torch.bincount(ctx.codes.flatten(), gradient.flatten().double(), ctx.k).to(gradient)
+            sums = _sums(ctx.codes, gradient, ctx.k).to(gradient)
         if ctx.needs_input_grad[2]:
             below = gradient if ctx.slopes is None else gradient * _taken(ctx.slopes, ctx.codes)
         return None, sums, below, None
@@ -161,3 +159,10 @@ def looked_up(
 def _taken(values: Tensor, codes: Tensor) -> Tensor:
     # Selecting by int32 takes a third of the time of values[codes].
     return values.index_select(0, codes.flatten().int()).view(codes.shape)
+
+
+def _sums(codes: Tensor, numbers: Tensor, k: int) -> Tensor:
+    """Sums of the numbers of each code."""
+    # In single precision, sums of half a million numbers are good for three digits; MPS has no double.
+    wide = numbers.float() if numbers.device.type == "mps" else numbers.double()
+    return torch.bincount(codes.flatten(), wide.flatten(), k)
