@@ -32,6 +32,9 @@ class QuantWeight(nn.Module):
     def __init__(self, layer: Any, form: Int8) -> None:
         super().__init__()
         self.bits, self.group = form.bits, form.group
+        # Plain numbers: sizes that a trace asks tensors for are part of its program.
+        self.shape = form.shape
+        self.columns = math.prod(form.shape[1:])
         weight = layer.weight
         self.register_buffer("codes", torch.tensor(form.codes, device=weight.device))
         zeros = None if form.zeros is None else torch.tensor(form.zeros, device=weight.device)
@@ -48,7 +51,7 @@ class QuantWeight(nn.Module):
         steps = self.codes.flatten(1).to(self.scales.dtype)
         if self.zeros is not None:
             steps = steps - self._spread(self.zeros.to(self.scales.dtype))
-        return (steps * self._spread(self.scales)).reshape(self.codes.shape)
+        return (steps * self._spread(self.scales)).reshape(self.shape)
 
     @property
     def weight(self) -> Tensor:
@@ -89,8 +92,9 @@ class QuantWeight(nn.Module):
 
     def _spread(self, values: Tensor) -> Tensor:
         """A value for every input, or one for all of a row."""
-        columns = math.prod(self.codes.shape[1:])
-        return values if values.shape[1] == 1 else values.repeat_interleave(self.group, 1)[:, :columns]  # type: ignore[arg-type]
+        if self.group is None or self.group >= self.columns:
+            return values
+        return values.repeat_interleave(self.group, 1)[:, : self.columns]
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._kept = {}
@@ -105,7 +109,7 @@ class QuantWeight(nn.Module):
 
     def extra_repr(self) -> str:
         group = "" if self.group is None else f", group={self.group}"
-        return f"{tuple(self.codes.shape)}, bits={self.bits}{group}, bias={self.bias is not None}"
+        return f"{self.shape}, bits={self.bits}{group}, bias={self.bias is not None}"
 
 
 def check_form(layer: Any, kind: type[nn.Module], form: Int8) -> None:

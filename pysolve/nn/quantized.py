@@ -46,10 +46,10 @@ class QuantLinear(QuantWeight):
 
     def to_dense(self) -> nn.Linear:
         """The same layer with a dense weight; inputs are no longer rounded."""
-        return made_dense(nn.Linear, self, self.codes.shape[1], len(self.codes), self.bias is not None)  # type: ignore[no-any-return]
+        return made_dense(nn.Linear, self, self.shape[1], self.shape[0], self.bias is not None)  # type: ignore[no-any-return]
 
     def computed(self, x: Tensor) -> Tensor:
-        if not self.dynamic:
+        if not self.dynamic or not self.columns:
             return linear(x, self.weight, self.bias)
         if torch.is_grad_enabled() and x.requires_grad:
             return linear(x + (restored(x.detach()) - x).detach(), self.weight, self.bias)
@@ -57,10 +57,10 @@ class QuantLinear(QuantWeight):
             return linear(restored(x), self.weight, self.bias)
         rows, sums = x.reshape(-1, x.shape[-1]), self.kept("sums", self._sums)
         y = multiplied(rows, self.codes, self.scales.flatten(), sums, self.bias)
-        return y.reshape(*x.shape[:-1], len(self.codes))
+        return y.reshape(*x.shape[:-1], self.shape[0])
 
     def traced(self, x: Tensor) -> Tensor:
-        return linear(restored(x) if self.dynamic else x, self.decoded(), self.bias)
+        return linear(restored(x) if self.dynamic and self.columns else x, self.decoded(), self.bias)
 
     def to_torchao(self) -> nn.Linear:
         """A Linear with the same codes and scales as torchao's tensor, whose inputs torchao rounds.
@@ -71,7 +71,7 @@ class QuantLinear(QuantWeight):
             raise PysolveError(
                 "only layers whose inputs are rounded have a form in torchao: take to_dense()."
             )
-        layer = skip_init(nn.Linear, self.codes.shape[1], len(self.codes), False, device="meta")  # type: ignore[no-untyped-call]
+        layer = skip_init(nn.Linear, self.shape[1], self.shape[0], False, device="meta")  # type: ignore[no-untyped-call]
         layer.weight = nn.Parameter(torchao_tensor(self.codes, self.scales.detach()), requires_grad=False)
         layer.bias = self.bias
         return layer.train(self.training)  # type: ignore[no-any-return]
@@ -107,7 +107,7 @@ class QuantConv2d(QuantWeight):
 
     def to_dense(self) -> nn.Conv2d:
         """The same layer with a dense weight."""
-        h, c, *kernel = self.codes.shape
+        h, c, *kernel = self.shape
         shape = (tuple(kernel), self.stride, self.padding, self.dilation, self.groups)
         bias = self.bias is not None
         return made_dense(nn.Conv2d, self, c * self.groups, h, *shape, bias, self.padding_mode)  # type: ignore[no-any-return]

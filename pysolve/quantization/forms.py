@@ -96,7 +96,7 @@ class Int8:
         wanted = (len(self.codes), -(-self._columns // self._group))
         if self.scales.shape != wanted or (self.zeros is not None and zeros.shape != wanted):
             raise DataError(f"expected scales and zeros of shape {wanted}, got {self.scales.shape}.")
-        if self.dynamic and (self.zeros is not None or wanted[1] != 1):
+        if self.dynamic and (self.zeros is not None or wanted[1] > 1):
             raise DataError("inputs are rounded only with one scale for each output and no zeros.")
         top = 1 << (self.bits - 1)
         for codes in (self.codes, zeros):
