@@ -38,26 +38,9 @@ def save(
     The file holds the tensors of ``compressed.model.state_dict()``, as they are now: after fine-tuning, that
     is what is saved, to the bit. Each is written in the way that takes the fewest bytes: as it is; as a table
     of its different values and entropy-coded numbers of those; without its zeros; or with the bytes of its
-    entries apart. Tensors under several names are stored once.
-
-    Of the tensor ``:coded`` in the file, bytes, the first n are the record, JSON in raw deflate with the
-    preset dictionary ``pysolve.nn.zipped.WORDS``. The metadata's entry ``pysolve`` is ``2 c n`` with the
-    CRC-32 c of that whole tensor after the text ``torch.uint8 (length,)``. The record has
-
-    - ``version`` of the format, and of ``pysolve``;
-    - ``original``: data types and shapes of the original's tensors, by name, or null;
-    - ``stages``: for each plan, the earliest first, its steps: which layers make, pass on and read the
-      channels of a site, and which of them stay, as "0-3 7"; and ``factored``, for each plan too: the ranks
-      of the layers that became two;
-    - ``biases`` that the original does not have, the layers that run ``sparse``, and those that are
-      ``masked``: only weights in use are stored, and ``load`` masks those that are zero;
-    - ``training``: whether all layers are in training mode, or the names of those that are;
-    - ``rows``: for each tensor in the rest of ``:coded``, in their order, data type and shape, and how the
-      row of its entries is written, in the words of ``pysolve.nn.coded``; all others, which no way makes
-      smaller, are tensors of the file with ``checksums``, CRC-32 of data type, shape and bytes;
-    - ``aliases`` from second names of tensors to the first;
-    - ``report``: what ``compressed.report.brief().as_dict()`` gives, with five digits a number, and null for
-      those that are not finite.
+    entries apart. Tensors under several names are stored once, of masked layers only the weights in use.
+    What else is needed to make the network again is a record beside them: see ``docs/format.md``, by which
+    other programs can read these files.
 
     Parameters
     ----------
@@ -69,11 +52,10 @@ def save(
     coding : "auto", "ans", "huffman" or "none"
         How numbers are entropy-coded: by asymmetric numeral systems, for which constriction is needed here
         and to load the file (``pip install 'pysolve[coding]'``), or by Huffman's codes. "auto" is the first
-        of them that is installed. "none" writes format 1, which any program reads that knows safetensors:
-        every tensor under its name, without its zeros where that is smaller, as ``NAME`` and
-        ``NAME:gaps``, and a record as plain JSON.
+        of them that is installed. "none" writes format 1: all tensors are the file's own, some without their
+        zeros, and the record is plain.
     report : bool
-        Without, a coded file is some hundred bytes smaller.
+        Without, files are some hundred bytes smaller.
 
     Raises
     ------
@@ -146,6 +128,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         _fill(network, _values(record, tensors, network))
         _set_modes(network, field(record, "training"))
         _mask(network, record)
+    except ImportError as error:
+        raise ImportError(f"{path} cannot be read: {error}") from error
     except (PysolveError, ValueError, TypeError, RuntimeError) as error:
         why = str(error).rstrip(".")
         raise DataError(f"{path} does not fit this {type(model).__name__}: {why}.") from error

@@ -6,6 +6,7 @@ A row is described by plain values that JSON can hold, and bytes that belong to 
 - ``"r"``: the entries, least byte first;
 - ``["a" or "h", low, n, width, m]``: entropy-coded (see ``pysolve.quantization.coding``): a table of n
   numbers of ``width`` bytes for low, low + 1, …, and m bytes of data;
+- ``["z", m]``: m bytes of raw deflate, of entries of one byte;
 - ``["t", k, table, codes]``: k different entries, ascending, and which of them each one is, in one byte where
   k ≤ 256, else two; table and codes are rows themselves;
 - ``["p", row, …]``: the bytes of the entries apart, first all the least ones;
@@ -15,6 +16,7 @@ A row is described by plain values that JSON can hold, and bytes that belong to 
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -54,7 +56,7 @@ class Part:
     head : number, "r" or list
         The description, but for what follows from ``parts`` and coding.
     row : array, optional
-        What is written raw ("r") or entropy-coded ("a", "h").
+        What is written raw ("r") or entropy-coded ("a", "h", "z").
     parts : tuple of Part
         The rows within.
     """
@@ -95,6 +97,11 @@ def written(part: Part, out: list[npt.NDArray[np.uint8]]) -> Any:
     if part.head == "r":
         out.append(part.row.view(np.uint8))
         return "r"
+    if part.head == "z":
+        packer = zlib.compressobj(wbits=-zlib.MAX_WBITS, strategy=zlib.Z_HUFFMAN_ONLY)
+        data = packer.compress(part.row) + packer.flush()
+        out.append(np.frombuffer(data, np.uint8))
+        return ["z", len(data)]
     coded = encode(part.row, "ans" if part.head == "a" else "huffman")
     out += [coded.table.view(np.uint8), coded.data.view(np.uint8)]
     return [part.head, coded.low, len(coded.table), coded.table.itemsize, coded.data.nbytes]
@@ -137,13 +144,30 @@ def _tabled(table: Row, codes: Row, kind: str, ways: str) -> Part:
 def _planes(row: Row, kind: str, ways: str) -> Iterator[Part]:
     """The bytes apart, where that is worth it."""
     within = ways.replace("p", "")
-    if len(row) > _LONG:
+    if len(row) <= _LONG:
+        part = _joined(["p"], *(fitted(one, kind, within) for one in _bytes(row)))
+    else:
         some = _bytes(sample(row))
-        if sum(min(len(one), _coded_size(one, kind)) for one in some) > _WORTH * row.itemsize * len(some[0]):
+        told = [_plane(one, kind, len(row) / len(one)) for one in some]
+        if sum(size for size, _ in told) > _WORTH * row.nbytes:
             return
-    part = _joined(["p"], *(fitted(one, kind, within) for one in _bytes(row)))
+        planes = zip(_bytes(row), told, strict=True)
+        part = _joined(["p"], *(_given(one, *how, kind, within) for one, how in planes))
     if part.size < _WORTH * row.nbytes:
         yield part
+
+
+def _plane(some: Row, kind: str, times: float) -> tuple[float, str]:
+    """About how many bytes a long row takes of which this is a sample, and the way; "" for any."""
+    if 2 * np.bincount(some).max() > len(some):
+        return times * _coded_size(some, kind), ""
+    # The bytes of all weights of a large network: deflate is hardly larger, and many times as fast.
+    size = times * _coded_size(some, "huffman")
+    return (size, "z") if size < _WORTH * times * len(some) else (times * len(some), "r")
+
+
+def _given(row: Row, size: float, head: str, kind: str, ways: str) -> Part:
+    return Part(size, head, row) if head else fitted(row, kind, ways)
 
 
 def _bytes(row: Row) -> list[npt.NDArray[np.uint8]]:

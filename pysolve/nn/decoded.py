@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from pysolve.errors import DataError
 from pysolve.forms import Sparse
+from pysolve.nn.zipped import inflated
 from pysolve.quantization.coding import Coded, decode
 from pysolve.records import typed
 
@@ -60,6 +61,9 @@ def row_of(told: Any, stream: Stream, size: int, kind: npt.DTypeLike, depth: int
     head, *rest = typed(told, list, "a row") or [None]
     if depth > 0 and head in ("a", "h") and dtype.itemsize <= 2:
         return _coded(head, rest, stream, size, dtype)
+    if depth > 0 and head == "z" and dtype.itemsize == 1:
+        (length,) = _integers(rest, 1)
+        return np.frombuffer(inflated(stream.take(length, np.uint8).tobytes(), size), np.uint8)
     if depth > 0 and head == "t":
         return _tabled(rest, stream, size, dtype, depth)
     if depth > 0 and head == "p" and dtype.itemsize > 1:

@@ -1,8 +1,9 @@
-"""Text of a file's record in few bytes."""
+"""Bytes in fewer bytes, by zlib: the text of a file's record, and rows."""
 
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 from pysolve.errors import DataError
 
@@ -46,13 +47,24 @@ def zipped(text: bytes) -> bytes:
 
 def unzipped(data: bytes, most: int) -> bytes:
     """The text again, never more than ``most`` bytes; DataError when it is longer, or damaged."""
-    unpacker = zlib.decompressobj(-zlib.MAX_WBITS, WORDS)
+    return _whole(zlib.decompressobj(-zlib.MAX_WBITS, WORDS), data, most)
+
+
+def inflated(data: bytes, size: int) -> bytes:
+    """``size`` bytes from raw deflate; DataError when they are more or fewer."""
+    found = _whole(zlib.decompressobj(-zlib.MAX_WBITS), data, size)
+    if len(found) != size:
+        raise DataError(f"expected {size} bytes, got {len(found)}.")
+    return found
+
+
+def _whole(unpacker: Any, data: bytes, most: int) -> bytes:
     try:
-        text = unpacker.decompress(data, most + 1)
+        found: bytes = unpacker.decompress(data, most + 1)
     except zlib.error as error:
-        raise DataError(f"its record cannot be unpacked: {error}.") from error
-    if len(text) > most:
-        raise DataError(f"its record takes more than {most} bytes, a quarter of the file and 2 MB.")
+        raise DataError(f"its packed bytes are damaged: {error}.") from error
+    if len(found) > most:
+        raise DataError(f"packed bytes take more than the {most} that they may.")
     if not unpacker.eof or unpacker.unused_data:
-        raise DataError("its record is not as long as it should be.")
-    return text
+        raise DataError("its packed bytes end too early, or too late.")
+    return found
