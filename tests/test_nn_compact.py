@@ -1,7 +1,10 @@
 """State dicts come back to the bit whatever they hold, and their files are as small as they say."""
 
 import copy
+import io
+import json
 import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from pysolve.nn.checkpoint import CODINGS, file_bytes, stored_bytes
 from pysolve.nn.compact import _LARGE, compact, expanded
 from pysolve.nn.masking import unmasked
 from pysolve.nn.storage import bits
+from pysolve.nn.zipped import WORDS
 from pysolve.nn.zoo import LeNet5
 from pysolve.plan import Collapse, Plan, Site
 from pysolve.report import Report
@@ -243,3 +247,102 @@ def test_what_is_saved_is_not_changed(collapsed):
     file_bytes(result)
     stored_bytes(result.model)
     assert_same(result.model.state_dict(), before)
+
+
+# --- another program's reader, after docs/format.md
+
+
+def read_by_the_book(path):
+    """{name: (type and shape, entries)} of a file of version 2."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+    version, checksum, n = map(int, header["__metadata__"]["pysolve"].split())
+    coded = data[slice(*header[":coded"]["data_offsets"])]
+    assert (version, zlib.crc32(f"torch.uint8 ({len(coded)},)".encode() + coded)) == (2, checksum)
+    record = json.loads(zlib.decompressobj(-15, zdict=WORDS).decompress(coded[:n]))
+    stream, kinds = io.BytesIO(coded[n:]), {"float32": 4, "int64": 8, "float16": 2, "bool": 1}
+    found = {}
+    for name, (told, row) in record["rows"].items():
+        dtype, _, shape = told.partition(" ")
+        size = int(np.prod([int(part) for part in shape.split("x") if part]))
+        found[name] = (told, numbers(row, size, kinds[dtype], stream))
+    assert not stream.read()
+    return found
+
+
+def numbers(row, size, width, stream):
+    """A row, in Python's integers."""
+    if isinstance(row, int):
+        return [row] * size
+    if row == "r":
+        return [int.from_bytes(stream.read(width), "little") for _ in range(size)]
+    head, *rest = row
+    if head == "t":
+        table = numbers(rest[1], rest[0], width, stream)
+        return [table[code] for code in numbers(rest[2], size, 1 if rest[0] <= 256 else 2, stream)]
+    if head == "p":
+        planes = [numbers(one, size, 1, stream) for one in rest]
+        return [int.from_bytes(entry, "little") for entry in zip(*planes, strict=True)]
+    if head == "g":
+        return without_gaps(rest, size, width, stream)
+    low, n, wide, length = rest
+    table = [int.from_bytes(stream.read(wide), "little") for _ in range(n)]
+    found = (
+        huffman(table, stream.read(length), size) if head == "h" else ans(table, stream.read(length), size)
+    )
+    return [low + one for one in found]
+
+
+def without_gaps(rest, size, width, stream):
+    wide, n, *rows = rest
+    gaps, top = numbers(rows[0], n, wide, stream), 256**wide - 1
+    values = iter(numbers(rows[1], sum(gap < top for gap in gaps), width, stream))
+    entries = []
+    for gap in gaps:
+        entries += [0] * gap + ([next(values)] if gap < top else [])
+    return entries + [0] * (size - len(entries))
+
+
+def huffman(lengths, data, size):
+    codes, code, last = {}, 0, 0
+    for length, symbol in sorted((length, symbol) for symbol, length in enumerate(lengths) if length):
+        code <<= length - last
+        codes[length, code], code, last = symbol, code + 1, length
+    if len(codes) == 1:
+        return [*codes.values()] * size
+    text, found = "".join(f"{byte:08b}" for byte in data), []
+    while len(found) < size:
+        length = next(n for n in range(1, len(text) + 1) if (n, int(text[:n], 2)) in codes)
+        found.append(codes[length, int(text[:length], 2)])
+        text = text[length:]
+    assert len(text) < 8
+    assert "1" not in text
+    return found
+
+
+def ans(table, data, size):
+    used = [symbol for symbol, count in enumerate(table) if count]
+    if len(used) == 1:
+        return used * size
+    stream = pytest.importorskip("constriction").stream
+    chances = np.array([table[symbol] for symbol in used]) / sum(table)
+    coder = stream.stack.AnsCoder(np.frombuffer(data, np.uint32))
+    return [used[i] for i in coder.decode(stream.model.Categorical(chances, perfect=False), size)]
+
+
+@pytest.mark.parametrize("coding", ["ans", "huffman"])
+def test_another_program_reads_the_file_after_its_description(coding, tmp_path):
+    noise = torch.from_numpy(np.random.default_rng(0).standard_normal(300).astype(np.float32))
+    bfloat = noise.bfloat16().float()
+    held = {"few": values_of(16, 200), "rare": values_of(16, 600, 0.9), "none": torch.zeros(3, 0)}
+    held |= {"noise": noise, "bfloat": bfloat, "halves": noise.half(), "count": torch.tensor(5)}
+    held |= {"apart": torch.where(torch.arange(900) % 300 == 7, 1.5, 0.0), "on": noise > 1}
+    held |= {"sparse": torch.where(torch.arange(300) % 9 > 0, 0, noise)}
+    model = Holder(held)
+    ps.save(saved(model), tmp_path / "a.safetensors", coding=coding)
+    found = read_by_the_book(tmp_path / "a.safetensors")
+    assert {name: told for name, (told, _) in found.items()} == fingerprint(model)
+    for name, (_, entries) in found.items():
+        tensor = model.state_dict()[name]
+        assert np.array(entries, f"u{tensor.itemsize}").tobytes() == bits(tensor).numpy().tobytes(), name

@@ -99,7 +99,7 @@ def written(part: Part, out: list[npt.NDArray[np.uint8]]) -> Any:
         return "r"
     if part.head == "z":
         packer = zlib.compressobj(wbits=-zlib.MAX_WBITS, strategy=zlib.Z_HUFFMAN_ONLY)
-        data = packer.compress(part.row) + packer.flush()
+        data = packer.compress(part.row.data) + packer.flush()
         out.append(np.frombuffer(data, np.uint8))
         return ["z", len(data)]
     coded = encode(part.row, "ans" if part.head == "a" else "huffman")

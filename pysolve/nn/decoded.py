@@ -63,7 +63,7 @@ def row_of(told: Any, stream: Stream, size: int, kind: npt.DTypeLike, depth: int
         return _coded(head, rest, stream, size, dtype)
     if depth > 0 and head == "z" and dtype.itemsize == 1:
         (length,) = _integers(rest, 1)
-        return np.frombuffer(inflated(stream.take(length, np.uint8).tobytes(), size), np.uint8)
+        return np.frombuffer(inflated(stream.take(length, np.uint8).tobytes(), size), np.uint8).copy()
     if depth > 0 and head == "t":
         return _tabled(rest, stream, size, dtype, depth)
     if depth > 0 and head == "p" and dtype.itemsize > 1:

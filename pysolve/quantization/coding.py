@@ -118,7 +118,8 @@ def counted(symbols: npt.NDArray[Any], span: int) -> npt.NDArray[np.int64]:
         # Two at a time.
         even = len(symbols) // 2 * 2
         pairs = counted(symbols[:even].view(np.uint16), 1 << 16).reshape(256, 256)
-        return (pairs.sum(0) + pairs.sum(1))[:span] + np.bincount(symbols[even:], minlength=span)
+        counts: npt.NDArray[np.int64] = (pairs.sum(0) + pairs.sum(1))[:span]
+        return counts + np.bincount(symbols[even:], minlength=span)
     counts = np.zeros(span, np.int64)
     step = max(_COUNT, 4 * span)
     for first in range(0, len(symbols), step):
