@@ -36,7 +36,7 @@ _WORD, _LIST = 2, 8
 # The bytes of floating-point numbers are taken apart only for this much.
 _WORTH = 0.95
 # Rows that long are looked at by a sample first; above this share of the bytes it does not pay.
-_LONG, _HOPELESS = 1 << 17, 0.98
+_LONG, _HOPELESS = 1 << 15, 0.98
 # Entries for each different one, from which on a table is best.
 _REPEATED = 64
 # Different numbers that a long row may span.
@@ -171,7 +171,8 @@ def _given(row: Row, size: float, head: str, kind: str, ways: str) -> Part:
 
 
 def _bytes(row: Row) -> list[npt.NDArray[np.uint8]]:
-    return [(row >> row.dtype.type(8 * i)).astype(np.uint8) for i in range(row.itemsize)]
+    entries = row.view(np.uint8).reshape(len(row), row.itemsize)
+    return [entries[:, i].copy() for i in range(row.itemsize)]
 
 
 def _joined(head: list[Any], *parts: Part) -> Part:
