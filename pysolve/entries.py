@@ -120,15 +120,18 @@ class LayerReport:
         Median of its calls on a batch, where both were timed.
     error : float, optional
         E‖y − M x − b‖² / E‖y − E[y]‖² of a layer that was refitted, on the compressed network's inputs.
+    bits : float, optional
+        That entropy coding takes for each weight of a layer that was quantised.
     """
 
-    HEAD: ClassVar = ("layer", "left", "error", "runs", "dense ms", "new ms", "why")
+    HEAD: ClassVar = ("layer", "left", "bits", "error", "runs", "dense ms", "new ms", "why")
 
     def cells(self) -> tuple[str, ...]:
         """A row under ``HEAD``."""
         times = map(_milliseconds, (self.dense_seconds, self.new_seconds))
         error = "" if self.error is None else f"{self.error:.2%}"
-        return (self.name, f"{self.density:.1%}", error, self.layout, *times, self.why)
+        bits = "" if self.bits is None else f"{self.bits:.2f}"
+        return (self.name, f"{self.density:.1%}", bits, error, self.layout, *times, self.why)
 
     name: str
     density: float
@@ -137,6 +140,43 @@ class LayerReport:
     dense_seconds: float | None = None
     new_seconds: float | None = None
     error: float | None = None
+    bits: float | None = None
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What a network was after one stage of several.
+
+    Parameters
+    ----------
+    name : str
+    bytes : int
+        That this stage's network takes on a disk as the stage stores it.
+    weights : int
+        Weights of the original's layers: what bits are counted over.
+    divergence : float
+        Of its outputs from the original's, on samples held back.
+    seconds : float
+    score : float, optional
+        What ``evaluate`` gave.
+    """
+
+    HEAD: ClassVar = ("stage", "bytes", "of the original", "bits a weight", "divergence", "score", "seconds")
+
+    def cells(self, whole: int) -> tuple[str, ...]:
+        """A row under ``HEAD``, of an original of ``whole`` bytes."""
+        bits = f"{8 * self.bytes / max(1, self.weights):.2f}"
+        share = f"1/{whole / self.bytes:.1f}" if self.bytes < whole else "1"
+        score = "" if self.score is None else f"{self.score:.2f}"
+        times = f"{self.seconds:.1f}" if self.seconds else ""
+        return (self.name, f"{self.bytes:,}", share, bits, f"{self.divergence:.4g}", score, times)
+
+    name: str
+    bytes: int
+    weights: int
+    divergence: float
+    seconds: float = 0.0
+    score: float | None = None
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from textwrap import wrap
 from typing import Any
 
-from pysolve.entries import Latency, LayerMass, LayerReport, SiteReport, Solve
+from pysolve.entries import Latency, LayerMass, LayerReport, SiteReport, Solve, Stage
 from pysolve.show.tables import WIDTH, Table, as_html, as_markdown, as_text
 
 # Measures in the order of the table, with their names.
@@ -44,7 +44,9 @@ class Report:
     target : {"params", "macs" or "bytes": number}, optional
         What was asked for, in the words of ``compress``.
     layers : tuple of LayerReport
-        Of layers that were pruned weight by weight, or factored.
+        Of layers that were pruned weight by weight, factored or quantised.
+    stages : tuple of Stage
+        What the network was after each stage of ``deep_compress``.
     mass : tuple of LayerMass
     latencies : tuple of (Latency, Latency)
         Of the original and the compressed network, taken by turns, for one or more batch sizes.
@@ -69,6 +71,7 @@ class Report:
     notes: tuple[str, ...] = ()
     target: Mapping[str, float] | None = None
     layers: tuple[LayerReport, ...] = ()
+    stages: tuple[Stage, ...] = ()
     mass: tuple[LayerMass, ...] = ()
     latencies: tuple[tuple[Latency, Latency], ...] = ()
     solves: tuple[Solve, ...] = ()
@@ -84,23 +87,26 @@ class Report:
         return asdict(self)
 
     def brief(self) -> Report:
-        """Without what fills files and can be measured again: curves, and the mass of layers."""
-        return replace(self, mass=(), sites=tuple(replace(site, curve=()) for site in self.sites))
+        """Without what fills files and can be measured again: curves, the mass of layers, sizes of files."""
+        before, after = ({m: v for m, v in one.items() if m != "file"} for one in (self.before, self.after))
+        sites = tuple(replace(site, curve=()) for site in self.sites)
+        return replace(self, before=before, after=after, mass=(), stages=(), sites=sites)
 
     def tables(self) -> list[Table]:
-        """Costs, sites, changed layers, the mass of layers, and convex solves; those that have rows."""
+        """Costs, stages, sites, changed layers, the mass of layers, and convex solves; those that have rows."""
         kept = tuple(site.kept / max(1, site.channels) for site in self.sites)
         total = sum(layer.left for layer in self.mass)
         shares = tuple(layer.left / max(1, total) for layer in self.mass)
         dense = tuple(layer.density for layer in self.layers)
         found = (
             _costs(self),
+            Table("Stages", Stage.HEAD, _cells(self.stages, max((s.bytes for s in self.stages), default=1))),
             Table("Sites", SiteReport.HEAD, _cells(self.sites), words=(0, 6), bars=((1, kept),)),
             Table(
                 "Weights by layer",
                 LayerReport.HEAD,
                 _cells(self.layers),
-                words=(0, 3, 6),
+                words=(0, 4, 7),
                 bars=((1, dense),),
             ),
             Table("Layers", LayerMass.HEAD, _cells(self.mass, total), bars=((4, shares),)),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,10 @@ class Codebook:
     def nbytes(self) -> int:
         """Bytes of the packed codes and of the centroids."""
         return _packed_bytes(self.codes.size, self.bits) + self.centroids.nbytes
+
+    def with_codes(self, codes: npt.NDArray[Any]) -> Self:
+        """The same with other codes, or with these in another shape."""
+        return replace(self, codes=codes)
 
     @property
     def bits_per_weight(self) -> float:
@@ -130,6 +134,10 @@ class Int8:
         """Bytes of the packed codes, of scales and zeros."""
         zeros = 0 if self.zeros is None else self.zeros.nbytes
         return _packed_bytes(self.codes.size, self.bits) + self.scales.nbytes + zeros
+
+    def with_codes(self, codes: npt.NDArray[Any]) -> Self:
+        """The same with other codes, or with these in another shape."""
+        return replace(self, codes=codes)
 
     @property
     def bits_per_weight(self) -> float:

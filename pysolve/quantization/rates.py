@@ -15,6 +15,8 @@ from pysolve.quantization.targets import Target
 
 # Of the step of a codebook, in units of the root of lam by curvature.
 _STEP = 6.0
+# Curvature below which an input does not count.
+_FLAT = 1e-300
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,15 +38,13 @@ class PricedValues(SharedValues):
 
     def codes(self, values: Array, columns: Any = None, curvature: Any = None) -> Codes:
         """Codes of least ½ curvature (value − centroid)² + lam · bits."""
-        # The part of the square that all codes have in common is left out.
-        slopes, heights = -self.centroids, 0.5 * np.square(self.centroids)
-        price = self.lam * self.bits
-        found = np.empty(values.shape, np.int64)
+        # Less what all codes have in common, and by curvature: one product gives all k of them.
+        lines = np.stack([-self.centroids, self.bits, 0.5 * np.square(self.centroids)])
         curvature = np.broadcast_to(curvature, values.shape)
-        # One column or a row of few at a time: k numbers for every weight.
+        found = np.empty(values.shape, np.int64)
         for rows in blocks(len(values)):
-            v, c = values[rows, ..., None], curvature[rows, ..., None]
-            found[rows] = np.argmin(c * (v * slopes + heights) + price, axis=-1)
+            v, ratio = values[rows], self.lam / np.maximum(curvature[rows], _FLAT)
+            found[rows] = np.argmin(np.stack([v, ratio, np.ones_like(v)], -1) @ lines, axis=-1)
         return found
 
     def price(self, codes: Codes) -> float:

@@ -1,9 +1,11 @@
 """Rounding in the metric of what a layer reads.
 
-    min_M  ½ Σ_i w_i ‖M_i − V_i‖²_A + Σ_ij price(M_ij)      M_ij one of the values allowed there
+    min_M  ½ Σ_i w_i ‖M_i − V_i‖²_A + Σ_ij price(M_ij)
 
-with zeros outside the mask, and prices where values cost bits. First with feedback: one input after the other, each rounded after what the errors so far ask of it; then by
-descent: each rounded again, when all others are known, and the allowed values fitted to the codes in between.
+over M whose entries are of the values allowed there, zero outside the mask; w is what each output counts, and
+prices are for values that cost bits. First with feedback: one input after the other, each rounded after what
+the errors so far ask of it; then by descent: each rounded again, when all others are known, and the allowed
+values fitted to the codes in between.
 """
 
 from __future__ import annotations

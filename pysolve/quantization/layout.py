@@ -1,0 +1,99 @@
+"""How quantised layers run: decoded once, sparse, or as whole numbers; and the network made so."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from pysolve.account import account
+from pysolve.compressed import Compressed
+from pysolve.entries import LayerReport
+from pysolve.nn.calibration import take
+from pysolve.nn.checkpoint import file_bytes
+from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.nn.evaluate import nbytes
+from pysolve.nn.sharing import share_weights
+from pysolve.nn.surgery import apply
+from pysolve.plan import Plan
+from pysolve.pruning.layout import laid_out as sparse_or_dense
+from pysolve.pruning.selected import Pruned
+from pysolve.quantization.forms import Codebook, Int8
+from pysolve.quantization.network import Quantized, weight_name
+from pysolve.quantization.worth import coded_bits
+
+LAYOUTS = ("dense", "auto", "csr", "shared")
+
+
+def laid_out(
+    original: nn.Module,
+    found: Quantized,
+    layout: str,
+    *,
+    batch: Any = None,
+    divergence: Divergence = kl_divergence,
+    seed: int = 0,
+) -> Compressed:
+    """The network with quantised weights, and a report.
+
+    Parameters
+    ----------
+    original : nn.Module
+    found : Quantized
+    layout : str
+        Of ``LAYOUTS``, as ``quantize`` has it.
+    batch : one batch, optional
+        Held back: layers are timed and the network is measured on it.
+    divergence, seed
+        As ``quantize`` has them.
+    """
+    books = {name: form for name, form in found.forms.items() if isinstance(form, Codebook)}
+    if len(books) < len(found.forms):
+        return _as_integers(original, found, batch, divergence, seed)
+    weights = {name: form.dense() for name, form in books.items()}
+    pruned = Pruned(weights, found.values, batch, found.errors, found.samples)
+    result = sparse_or_dense(original, pruned, "dense" if layout == "shared" else layout, seed=seed)
+    if layout == "shared":
+        share_weights(result.model, books)
+    lines = tuple(_line(line, books[line.name], layout) for line in result.report.layers)
+    return replace(result, report=replace(result.report, layers=lines))
+
+
+def with_file(result: Compressed, original: nn.Module) -> Compressed:
+    """The result with the sizes of the original's tensors and of the file that ``save`` writes."""
+    report = result.report
+    before = {**report.before, "file": nbytes(original)}
+    after = {**report.after, "file": file_bytes(result)}
+    return replace(result, report=replace(report, before=before, after=after))
+
+
+def _line(line: LayerReport, book: Codebook, layout: str) -> LayerReport:
+    bits = coded_bits(book.codes) / max(1, book.codes.size)
+    runs = "shared" if layout == "shared" else line.layout
+    why = f"{len(book.centroids)} values" + (f"; {line.why}" if layout == "auto" else "")
+    return replace(line, bits=bits, layout=runs, why=why)
+
+
+def _as_integers(
+    original: nn.Module, found: Quantized, batch: Any, divergence: Divergence, seed: int
+) -> Compressed:
+    """The network with layers of whole numbers, where its layers have such a form."""
+    able = {name for name in found.forms if type(original.get_submodule(name)) in (nn.Linear, nn.Conv2d)}
+    forms = {n: form for n, form in found.forms.items() if n in able and n and isinstance(form, Int8)}
+    others = {weight_name(name): form.dense() for name, form in found.forms.items() if name not in forms}
+    plan = Plan(values={**found.values, **others}, forms=forms)
+    smaller = apply(original, plan, probe=None if batch is None else take(batch, 0, 16))
+    held = [] if batch is None else [batch]
+    report = account(original, smaller, held, divergence=divergence, seed=seed)
+    lines = tuple(_integer_line(name, form, name in forms, found) for name, form in found.forms.items())
+    return Compressed(smaller, plan, replace(report, layers=lines, samples=found.samples))
+
+
+def _integer_line(name: str, form: Any, kept: bool, found: Quantized) -> LayerReport:
+    bits, share = coded_bits(form.codes) / max(1, form.codes.size), np.count_nonzero(form.codes)
+    runs = ("int8, dynamic" if form.dynamic else "int8") if kept else "dense"
+    why = f"{form.bits} bits" if kept else "this kind of layer has no form of whole numbers"
+    density = share / max(1, form.codes.size)
+    return LayerReport(name, density, runs, why, error=found.errors.get(name), bits=bits)

@@ -1,0 +1,232 @@
+"""``quantize``: the weights of a network in few bits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from pysolve.account import scored
+from pysolve.budget import check_targets
+from pysolve.checks import check_model
+from pysolve.compressed import Compressed, after
+from pysolve.correlations import Array, Correlations
+from pysolve.errors import PysolveError
+from pysolve.layerwise import study_layers, weighted_layers
+from pysolve.nn.checkpoint import file_bytes
+from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.nn.evaluate import nbytes
+from pysolve.nn.surgery import apply
+from pysolve.quantization.forms import Int8
+from pysolve.quantization.layout import LAYOUTS, laid_out, with_file
+from pysolve.quantization.network import Quantized, plan_of, quantized, shortened
+from pysolve.quantization.retraining import Length, options_of, retrained
+from pysolve.quantization.single import METHODS, QuantizedLayer, quantize_layer
+from pysolve.quantization.within import within
+
+# Share of a target that is left for what training changes.
+_SPARE = 0.01
+SCHEMES = {"int8-dynamic": "int", "int8": "int", "codebook": "codebook", "ternary": "ternary"}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How each layer is quantised.
+
+    Parameters
+    ----------
+    name : str
+        Of ``SCHEMES``.
+    bits : int
+    group : int, optional
+    method : str
+    """
+
+    name: str
+    bits: int
+    group: int | None
+    method: str
+
+    def fit(self, name: str, W: Array, known: Correlations | None) -> QuantizedLayer:
+        """One layer's weights; those that are pruned stay zero."""
+        keep = W != 0
+        found = quantize_layer(
+            W,
+            known,
+            bits=self.bits,
+            scheme=SCHEMES[self.name],
+            mask=None if keep.all() or not keep.any() else keep,
+            group=self.group,
+            method=self.method,
+        )
+        if self.name == "int8-dynamic":
+            assert isinstance(found.form, Int8)
+            return replace(found, form=replace(found.form, dynamic=True))
+        return found
+
+
+def quantize(
+    model: nn.Module | Compressed,
+    batches: Iterable[Any] | None = None,
+    *,
+    scheme: str = "int8-dynamic",
+    bits: int | None = None,
+    target: Mapping[str, float] | None = None,
+    group: int | None = None,
+    method: str = "feedback",
+    retrain: Length = 0,
+    layout: str = "dense",
+    ignore: Sequence[str] = (),
+    evaluate: Callable[[nn.Module], float] | None = None,
+    divergence: Divergence = kl_divergence,
+    seed: int = 0,
+    progress: bool = True,
+) -> Compressed:
+    """Store the weights of a network in few bits.
+
+    With batches, every layer is rounded in the metric of what it reads, errors making up for each other,
+    layer after layer on the quantised network's own inputs; without, weight by weight.
+
+    Parameters
+    ----------
+    model : nn.Module or Compressed
+        Not changed. Weights of its Linear layers and convolutions are quantised; those that are zero stay so.
+    batches : iterable of batches, optional
+        As ``compress`` takes them, unlabelled; needed to retrain.
+    scheme : "int8-dynamic", "int8", "codebook" or "ternary"
+        "int8": whole numbers times a scale for every output. "int8-dynamic": of Linear layers, whose inputs
+        are rounded to 8 bits as well when they run; other layers are left alone. "codebook": few values that
+        a layer shares. "ternary": two values and zero.
+    bits : int, optional
+        Of a code: by default 8 for "int8", 4 for "codebook". With a target, the most.
+    target : {"bytes": number}, optional
+        "codebook": what the file that ``save`` writes may take, as a number or a share of the original's
+        tensors. Sizes of codebooks, zeros and how often each value is taken follow from that: layer by layer,
+        the error and what entropy coding takes are minimised together, at one price of a bit for all layers,
+        by what errors do to the network's outputs. Biases and norms are rounded to bfloat16.
+    group : int, optional
+        "int8": so many consecutive inputs share a scale; all of an output by default.
+    method : "feedback" or "nearest"
+        "nearest": every weight by itself, as a baseline.
+    retrain : number of seconds, or options of ``distill``
+        "codebook", "ternary": afterwards, train the shared values, biases and norms to give the original's
+        outputs on the batches, without labels. With ``trained="both"`` among the options, which by default is
+        so for "ternary", weights may change to other values, too.
+    layout : "dense", "auto", "csr" or "shared"
+        How layers of a codebook run: decoded once; sparse where that is faster and smaller, or in any case,
+        as ``prune`` has it; or with their values as parameters that can be trained, decoded in every call.
+    ignore : sequence of str
+        Layers to leave alone: names, or patterns as ``re:…``.
+    evaluate : callable, optional
+        From a network to a score, for the report.
+    divergence : callable
+        As in ``compress``.
+    seed : int
+        Of the choice of rows, and of training.
+    progress : bool
+        Show progress bars, with the time left, when on a terminal.
+
+    Returns
+    -------
+    Compressed
+        Its report gives the bits of every layer, and under ``file`` what ``save`` writes.
+
+    Raises
+    ------
+    PysolveError
+        A target out of reach.
+
+    References
+    ----------
+    E. Frantar et al., GPTQ, 2023. S. Han et al., Deep compression, 2016. C. Zhu et al., Trained ternary
+    quantization, 2017.
+    """
+    original = model.model if isinstance(model, Compressed) else model
+    check_model(original)
+    _check(scheme, bits, target, group, method, retrain, layout, batches is None)
+    layers, notes = weighted_layers(original, ignore)
+    if scheme == "int8-dynamic":
+        layers = {name: layer for name, layer in layers.items() if type(layer) is nn.Linear}
+    if not layers:
+        raise PysolveError("there is nothing to quantise: no Linear or convolution with its own weight.")
+    if batches is not None and iter(batches) is batches:
+        batches = list(batches)
+    material = None
+    if batches is not None:
+        gathered = target is not None
+        material = study_layers(original, batches, [*layers], gathered=gathered, progress=progress)
+    notes += [] if material is None else material.notes
+
+    def finish(done: Quantized) -> Compressed:
+        batch = None if material is None else material.calibration.held[0]
+        result = laid_out(original, done, layout, batch=batch, divergence=divergence, seed=seed)
+        asked = None if target is None else dict(target)
+        report = replace(result.report, target=asked, notes=tuple(notes))
+        return after(model, replace(result, report=report))
+
+    run: dict[str, Any] = {"seed": seed, "progress": progress}
+    if target is not None:
+        wanted = (1 - _SPARE) * check_bytes(original, target)
+        drafts: list[Compressed] = []
+
+        def measure(done: Quantized) -> int:
+            # The report alone takes seconds, and its size hardly changes.
+            drafts[:] = drafts or [finish(done)]
+            return file_bytes(replace(drafts[0], model=apply(original, plan_of(done))))
+
+        how: Any = {"bits": bits or 8, "divergence": divergence, **run}
+        done = within(original, layers, material, wanted, measure, **how)
+    else:
+        each = Scheme(scheme, bits or (4 if scheme == "codebook" else 8), group, method)
+        done = quantized(layers, material, each.fit, **run)
+    if retrain and material is not None:
+        done = retrained(original, done, material.calibration.kept, retrain, **run)
+        done = done if target is None else shortened(original, done)
+    result = finish(done)
+    report = scored(result.report, original, result.model, evaluate)
+    return with_file(replace(result, report=report), original)
+
+
+def check_bytes(model: nn.Module, target: Mapping[str, float]) -> int:
+    """Bytes that a target names, of a network."""
+    check_targets(target)
+    if set(target) != {"bytes"}:
+        raise ValueError(f"weights are quantised to a target of bytes alone, got {', '.join(target)}.")
+    return int(target["bytes"] if target["bytes"] > 1 else target["bytes"] * nbytes(model))
+
+
+def _check(
+    scheme: str,
+    bits: Any,
+    target: Any,
+    group: Any,
+    method: str,
+    retrain: Any,
+    layout: str,
+    blind: bool,
+) -> None:
+    """What can be told to be wrong before any work."""
+    for what, given, known in (
+        ("scheme", scheme, SCHEMES),
+        ("method", method, METHODS),
+        ("layout", layout, LAYOUTS),
+    ):
+        if given not in known:
+            raise ValueError(f"unknown {what} {given!r}; choose one of {', '.join(known)}.")
+    whole = SCHEMES[scheme] == "int"
+    if scheme in ("int8-dynamic", "ternary") and bits is not None and not (whole and bits == 8):
+        raise ValueError(f"bits are for int8 and codebook, got {bits} for {scheme}.")
+    if target is not None and scheme != "codebook":
+        raise ValueError(f'a target is for scheme="codebook", got {scheme!r}.')
+    if target is not None and method != "feedback":
+        raise ValueError('a target needs method="feedback".')
+    if group is not None and scheme != "int8":
+        raise ValueError(f"groups of inputs are for int8, got {scheme!r}.")
+    if whole and (retrain or layout != "dense"):
+        raise ValueError(f"layout and retrain are for codebook and ternary, got {scheme!r}.")
+    if retrain:
+        options_of(retrain)
+        if blind:
+            raise ValueError("retrain needs batches: unlabelled inputs.")

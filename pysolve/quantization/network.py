@@ -1,0 +1,117 @@
+"""Weights of a whole network in few bits, layer after layer on what those before it leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from pysolve.correlations import Array, Correlations
+from pysolve.layerwise import Fitted, Material, near_old, reconstruct
+from pysolve.nn.network import as_array, as_tensor
+from pysolve.nn.rows import weight_like
+from pysolve.plan import Plan
+from pysolve.quantization.forms import QuantForm
+from pysolve.quantization.single import QuantizedLayer
+
+# A layer's new weights from its name, its matrix and, where they are known, its correlations.
+FitLayer = Callable[[str, Array, Correlations | None], QuantizedLayer]
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """New values of a network, and what the report tells of them.
+
+    Parameters
+    ----------
+    forms : {layer: Codebook or Int8}
+        Of the layers' weights, in their shapes.
+    values : {state-dict name: array}
+        What else changes.
+    errors : {layer: float}
+    samples : int
+        That layers were fitted on.
+    """
+
+    forms: Mapping[str, QuantForm]
+    values: Mapping[str, npt.NDArray[Any]]
+    errors: Mapping[str, float]
+    samples: int
+
+
+def quantized(
+    layers: Mapping[str, nn.Module],
+    material: Material | None,
+    fit: FitLayer,
+    *,
+    only: Mapping[str, nn.Module] | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Quantized:
+    """Quantise the layers of a network, front to back; those that no correlations are known of by themselves.
+
+    Parameters
+    ----------
+    layers : {name: layer}
+    material : Material, optional
+        None where there are no data.
+    fit : callable
+    only : {name: layer}, optional
+        Layers to quantise; the others of the material are refitted as they are.
+    seed : int
+        Of the choice of rows.
+    progress : bool
+    """
+    chosen = layers if only is None else only
+    known = {} if material is None else material.layers
+    forms: dict[str, QuantForm] = {}
+    errors: dict[str, float] = {}
+    for name, layer in chosen.items():
+        if name not in known:
+            weight: Any = layer.weight
+            found = fit(name, np.asarray(as_array(weight.flatten(1)), np.float64), None)
+            errors[name] = found.error
+            forms[name] = found.form.with_codes(found.codes.reshape(weight.shape))
+
+    def refit(name: str, W: Array, correlations: Correlations) -> Fitted:
+        if name not in chosen:
+            return near_old(W, correlations)
+        found = fit(name, W, correlations)
+        # Of transposed convolutions, the matrix has other rows than the weight.
+        codes = weight_like(known[name].module, torch.from_numpy(found.codes))
+        forms[name] = found.form.with_codes(codes.numpy())
+        return found
+
+    if material is None or not chosen.keys() & known.keys():
+        return Quantized(forms, {}, errors, 0)
+    done = reconstruct(material, refit, always=chosen.keys(), seed=seed, progress=progress)
+    own = {weight_name(name) for name in forms}
+    values = {name: value for name, value in done.values.items() if name not in own}
+    return Quantized(forms, values, errors | done.errors, done.samples)
+
+
+def plan_of(found: Quantized) -> Plan:
+    """The new values, quantised weights decoded."""
+    weights = {weight_name(name): form.dense() for name, form in found.forms.items()}
+    return Plan(values={**found.values, **weights})
+
+
+def weight_name(layer: str) -> str:
+    """What a state dict calls the layer's weight."""
+    return f"{layer}.weight".lstrip(".")
+
+
+def shortened(model: nn.Module, found: Quantized) -> Quantized:
+    """With biases, norms' scales and statistics in the nearest numbers of bfloat16."""
+    state = model.state_dict() | {name: as_tensor(value) for name, value in found.values.items()}
+    short = {
+        name: as_array(value.bfloat16().to(value.dtype))
+        for name, value in state.items()
+        if value.is_floating_point() and value.ndim == 1 and value.itemsize > 2
+    }
+    return replace(found, values={**found.values, **short})

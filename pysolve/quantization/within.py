@@ -1,0 +1,77 @@
+"""A network quantised to a file of so many bytes: all layers pay one price for a bit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from pysolve.errors import PysolveError
+from pysolve.layerwise import Material
+from pysolve.nn.divergence import Divergence
+from pysolve.nn.evaluate import nbytes
+from pysolve.quantization.network import Quantized, quantized, shortened
+from pysolve.quantization.worth import price_for, worth_of
+
+# Bytes of a file that are no weights, as a first guess; the file's that may be left; runs to come so close.
+_RECORD, _CLOSE, _RUNS = 600, 0.03, 6
+
+
+def within(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    material: Material | None,
+    target: float,
+    measure: Callable[[Quantized], int],
+    *,
+    bits: int = 8,
+    divergence: Divergence,
+    seed: int = 0,
+    progress: bool = True,
+) -> Quantized:
+    """Quantise layers until the network's file has at most ``target`` bytes, and few less.
+
+    Errors of layers count by what they do to the network's outputs; a bit costs the same in each. What has
+    one dimension (biases, norms) is rounded to bfloat16.
+
+    Parameters
+    ----------
+    model : nn.Module
+    layers : {name: layer}
+        To quantise.
+    material : Material, optional
+    target : float
+    measure : callable
+        Bytes of the file.
+    bits : int
+        At most 2^bits values a layer.
+    divergence, seed, progress
+        As ``quantize`` has them.
+
+    Raises
+    ------
+    PysolveError
+        When no price makes the file so small: says how small it can be.
+    """
+    worth = worth_of(model, layers, material, bits=bits, divergence=divergence)
+    found: dict[int, Quantized] = {}
+
+    def size(lam: float) -> float:
+        fit: Any = partial(worth.fit, lam)
+        done = shortened(model, quantized(layers, material, fit, seed=seed, progress=progress))
+        bytes = measure(done)
+        found[bytes] = done
+        return bytes
+
+    rest = (nbytes(model) - sum(nbytes(layer) for layer in layers.values())) / 2 + _RECORD
+    guess = price_for(max(target - rest, 0.2 * target), worth.coded) or 1.0
+    price_for(target, size, guess, steps=_RUNS, close=_CLOSE)
+    small = [bytes for bytes in found if bytes <= target]
+    if not small:
+        raise PysolveError(
+            f"the file still has {min(found):,} bytes where {target:,.0f} are wanted: what is no weight, and "
+            "layers that are left alone, count too. Give a larger target, or a smaller network."
+        )
+    return found[max(small)]
