@@ -32,6 +32,7 @@ from .pruning.methods import prune as prune
 from .pruning.obs import obs_prune as obs_prune
 from .pruning.training import network_surgery as network_surgery
 from .pruning.training import prune_gradually as prune_gradually
+from .quantization.deep import deep_compress as deep_compress
 from .quantization.methods import quantize as quantize
 from .quantization.single import quantize_layer as quantize_layer
 from .recipe import compress as compress

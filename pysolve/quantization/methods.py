@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -11,60 +11,13 @@ from torch import nn
 from pysolve.account import scored
 from pysolve.budget import check_targets
 from pysolve.checks import check_model
-from pysolve.compressed import Compressed, after
-from pysolve.correlations import Array, Correlations
-from pysolve.errors import PysolveError
-from pysolve.layerwise import study_layers, weighted_layers
-from pysolve.nn.checkpoint import file_bytes
+from pysolve.compressed import Compressed
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes
-from pysolve.nn.surgery import apply
-from pysolve.quantization.forms import Int8
-from pysolve.quantization.layout import LAYOUTS, laid_out, with_file
-from pysolve.quantization.network import Quantized, plan_of, quantized, shortened
-from pysolve.quantization.retraining import Length, options_of, retrained
-from pysolve.quantization.single import METHODS, QuantizedLayer, quantize_layer
-from pysolve.quantization.within import within
-
-# Share of a target that is left for what training changes.
-_SPARE = 0.01
-SCHEMES = {"int8-dynamic": "int", "int8": "int", "codebook": "codebook", "ternary": "ternary"}
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How each layer is quantised.
-
-    Parameters
-    ----------
-    name : str
-        Of ``SCHEMES``.
-    bits : int
-    group : int, optional
-    method : str
-    """
-
-    name: str
-    bits: int
-    group: int | None
-    method: str
-
-    def fit(self, name: str, W: Array, known: Correlations | None) -> QuantizedLayer:
-        """One layer's weights; those that are pruned stay zero."""
-        keep = W != 0
-        found = quantize_layer(
-            W,
-            known,
-            bits=self.bits,
-            scheme=SCHEMES[self.name],
-            mask=None if keep.all() or not keep.any() else keep,
-            group=self.group,
-            method=self.method,
-        )
-        if self.name == "int8-dynamic":
-            assert isinstance(found.form, Int8)
-            return replace(found, form=replace(found.form, dynamic=True))
-        return found
+from pysolve.quantization.layout import LAYOUTS, with_file
+from pysolve.quantization.recipe import SCHEMES, Job, carried_out
+from pysolve.quantization.retraining import Length, options_of
+from pysolve.quantization.single import METHODS
 
 
 def quantize(
@@ -146,51 +99,28 @@ def quantize(
     original = model.model if isinstance(model, Compressed) else model
     check_model(original)
     _check(scheme, bits, target, group, method, retrain, layout, batches is None)
-    layers, notes = weighted_layers(original, ignore)
-    if scheme == "int8-dynamic":
-        layers = {name: layer for name, layer in layers.items() if type(layer) is nn.Linear}
-    if not layers:
-        raise PysolveError("there is nothing to quantise: no Linear or convolution with its own weight.")
     if batches is not None and iter(batches) is batches:
         batches = list(batches)
-    material = None
-    if batches is not None:
-        gathered = target is not None
-        material = study_layers(original, batches, [*layers], gathered=gathered, progress=progress)
-    notes += [] if material is None else material.notes
-
-    def finish(done: Quantized) -> Compressed:
-        batch = None if material is None else material.calibration.held[0]
-        result = laid_out(original, done, layout, batch=batch, divergence=divergence, seed=seed)
-        asked = None if target is None else dict(target)
-        report = replace(result.report, target=asked, notes=tuple(notes))
-        return after(model, replace(result, report=report))
-
-    run: dict[str, Any] = {"seed": seed, "progress": progress}
-    if target is not None:
-        wanted = (1 - _SPARE) * check_bytes(original, target)
-        drafts: list[Compressed] = []
-
-        def measure(done: Quantized) -> int:
-            # The report alone takes seconds, and its size hardly changes.
-            drafts[:] = drafts or [finish(done)]
-            return file_bytes(replace(drafts[0], model=apply(original, plan_of(done))))
-
-        how: Any = {"bits": bits or 8, "divergence": divergence, **run}
-        done = within(original, layers, material, wanted, measure, **how)
-    else:
-        each = Scheme(scheme, bits or (4 if scheme == "codebook" else 8), group, method)
-        done = quantized(layers, material, each.fit, **run)
-    if retrain and material is not None:
-        done = retrained(original, done, material.calibration.kept, retrain, **run)
-        done = done if target is None else shortened(original, done)
-    result = finish(done)
+    job = Job(
+        scheme,
+        bits,
+        None if target is None else _bytes(original, target),
+        group,
+        method,
+        retrain,
+        layout,
+        tuple(ignore),
+        divergence,
+        seed,
+        progress,
+    )
+    result = carried_out(model, batches, job)
     report = scored(result.report, original, result.model, evaluate)
     return with_file(replace(result, report=report), original)
 
 
-def check_bytes(model: nn.Module, target: Mapping[str, float]) -> int:
-    """Bytes that a target names, of a network."""
+def _bytes(model: nn.Module, target: Mapping[str, float]) -> int:
+    """Bytes that a target names."""
     check_targets(target)
     if set(target) != {"bytes"}:
         raise ValueError(f"weights are quantised to a target of bytes alone, got {', '.join(target)}.")

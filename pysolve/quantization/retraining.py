@@ -21,16 +21,25 @@ Length = float | Mapping[str, Any]
 
 
 def retrained(
-    model: nn.Module, found: Quantized, batches: Any, retrain: Length, *, seed: int = 0, progress: bool = True
+    model: nn.Module,
+    found: Quantized,
+    teacher: nn.Module,
+    batches: Any,
+    retrain: Length,
+    *,
+    seed: int = 0,
+    progress: bool = True,
 ) -> Quantized:
     """The network's new values after training while its weights share theirs.
 
     Parameters
     ----------
     model : nn.Module
-        The original, which teaches.
+        Whose new values they are.
     found : Quantized
         With codebooks.
+    teacher : nn.Module
+        Whose outputs it is to give.
     batches : as ``distill`` takes them
     retrain : number of seconds, or options of ``distill`` and ``trained``
     seed : int
@@ -40,7 +49,7 @@ def retrained(
     student = apply(model, plan_of(found))
     books: Any = found.forms
     share_weights(student, books, trained=trained)
-    distill(student, model, batches, **{"seed": seed, "progress": progress, **options})
+    distill(student, teacher, batches, **{"seed": seed, "progress": progress, **options})
     books = codebooks_of(student)
     remove_sharing(student)
     own = {weight_name(name) for name in books}

@@ -1,0 +1,157 @@
+"""A network quantised as asked: studied, rounded, trained on, laid out and measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from pysolve.compressed import Compressed, after
+from pysolve.correlations import Array, Correlations
+from pysolve.errors import PysolveError
+from pysolve.layerwise import Material, study_layers, weighted_layers
+from pysolve.nn.checkpoint import file_bytes
+from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.nn.surgery import apply
+from pysolve.quantization.forms import Int8
+from pysolve.quantization.layout import laid_out
+from pysolve.quantization.network import Quantized, plan_of, quantized, shortened
+from pysolve.quantization.retraining import Length, retrained
+from pysolve.quantization.single import QuantizedLayer, quantize_layer
+from pysolve.quantization.within import within
+
+SCHEMES = {"int8-dynamic": "int", "int8": "int", "codebook": "codebook", "ternary": "ternary"}
+# Bits of a code, unless others are asked for.
+BITS = {"codebook": 4}
+# Share of a target that is left for what training and the report change.
+_SPARE = 0.01
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for, in the words of ``quantize``.
+
+    Parameters
+    ----------
+    scheme : str
+    target : int, optional
+        Bytes of the file.
+    bits, group, method, retrain, layout, ignore, divergence, seed, progress
+    """
+
+    scheme: str
+    bits: int | None = None
+    target: int | None = None
+    group: int | None = None
+    method: str = "feedback"
+    retrain: Length = 0
+    layout: str = "dense"
+    ignore: tuple[str, ...] = ()
+    divergence: Divergence = kl_divergence
+    seed: int = 0
+    progress: bool = True
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """Options of what runs through the data."""
+        return {"seed": self.seed, "progress": self.progress}
+
+    def fit(self, name: str, W: Array, known: Correlations | None) -> QuantizedLayer:
+        """One layer's weights where there is no target; those that are pruned stay zero."""
+        keep = W != 0
+        found = quantize_layer(
+            W,
+            known,
+            bits=self.bits or BITS.get(self.scheme, 8),
+            scheme=SCHEMES[self.scheme],
+            mask=None if keep.all() or not keep.any() else keep,
+            group=self.group,
+            method=self.method,
+        )
+        if self.scheme == "int8-dynamic":
+            assert isinstance(found.form, Int8)
+            return replace(found, form=replace(found.form, dynamic=True))
+        return found
+
+
+def carried_out(
+    before: nn.Module | Compressed,
+    batches: Iterable[Any] | None,
+    job: Job,
+    *,
+    teacher: nn.Module | None = None,
+) -> Compressed:
+    """Quantise a network.
+
+    Parameters
+    ----------
+    before : nn.Module or Compressed
+    batches : sequence of batches, optional
+    job : Job
+    teacher : nn.Module, optional
+        Whose outputs it is trained to give; by default the network's.
+    """
+    model = before.model if isinstance(before, Compressed) else before
+    layers, notes = weighted_layers(model, job.ignore)
+    if job.scheme == "int8-dynamic":
+        layers = {name: layer for name, layer in layers.items() if type(layer) is nn.Linear}
+    if not layers:
+        raise PysolveError("there is nothing to quantise: no Linear or convolution with its own weight.")
+    material = None
+    if batches is not None:
+        material = study_layers(
+            model, batches, [*layers], gathered=job.target is not None, progress=job.progress
+        )
+        notes += material.notes
+    finish = partial(_finished, before, model, material, job, tuple(notes))
+    done = _rounded(model, layers, material, job, finish)
+    if job.retrain and material is not None:
+        done = retrained(model, done, teacher or model, material.calibration.kept, job.retrain, **job.run)
+        done = done if job.target is None else shortened(model, done)
+    return finish(done)
+
+
+def _rounded(
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    material: Material | None,
+    job: Job,
+    finish: Callable[[Quantized], Compressed],
+) -> Quantized:
+    if job.target is None:
+        return quantized(layers, material, job.fit, **job.run)
+    drafts: list[Compressed] = []
+
+    def measure(done: Quantized) -> int:
+        # The report alone takes seconds, and its size hardly changes.
+        drafts[:] = drafts or [finish(done)]
+        return file_bytes(replace(drafts[0], model=apply(model, plan_of(done))))
+
+    return within(
+        model,
+        layers,
+        material,
+        (1 - _SPARE) * job.target,
+        measure,
+        bits=job.bits or 8,
+        divergence=job.divergence,
+        **job.run,
+    )
+
+
+def _finished(
+    before: nn.Module | Compressed,
+    model: nn.Module,
+    material: Material | None,
+    job: Job,
+    notes: tuple[str, ...],
+    done: Quantized,
+) -> Compressed:
+    batch = None if material is None else material.calibration.held[0]
+    result = laid_out(model, done, job.layout, batch=batch, divergence=job.divergence, seed=job.seed)
+    target = None if job.target is None else {"bytes": job.target}
+    report = replace(result.report, target=target, notes=(*notes, *result.report.notes))
+    return after(before, replace(result, report=report))
