@@ -76,7 +76,7 @@ def ternary_weights(
     layers : iterable of str, or {layer: threshold}
     threshold : float
         Of all layers without one of their own: the share of a layer's largest weight from which on it is not
-        zero.
+        zero. The paper has 0.05; ResNet-20 on CIFAR-10 was better by two points of accuracy with 0.1.
 
     Raises
     ------

@@ -11,7 +11,8 @@ from pysolve.errors import PysolveError
 from pysolve.nn.sharing import shared_of
 from pysolve.training.distill import distill
 
-# ResNet-20's ternary weights, 600 steps: squared errors of outputs.
+# For ternary weights of ResNet-20, 800 steps: within noise of KL at T = 4, of twice the rate, and of mixed
+# inputs. With batch norms that keep their statistics (frozen), 1.4 points less.
 RECIPE: dict[str, Any] = {"loss": "mse", "batch_size": 64, "lr": 1e-3}
 
 
