@@ -10,10 +10,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "pysolve"
 ROWS = [
     {"cli"},
-    {"cli_compress"},
+    {"cli_compress", "cli_quantize"},
     {"demo", "commands", "app"},
     {"sources", "show.page", "options"},
     {"pruning.methods", "lowrank.methods", "quantization.methods", "quantization.deep"},
+    {"quantization.pipeline"},
     {"quantization.recipe"},
     {"pruning.channels", "pruning.training", "lowrank.choose", "quantization.layout"},
     {"recipe", "pruning.weights", "lowrank.factoring", "quantization.within", "quantization.retraining"},
@@ -31,6 +32,7 @@ ROWS = [
         "nn.packing",
         "nn.evaluate",
         "nn.graph.branches",
+        "nn.modes",
         "nn.walk",
         "nn.nonzeros",
         "nn.sensitivity",

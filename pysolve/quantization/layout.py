@@ -54,7 +54,8 @@ def laid_out(
         return _as_integers(original, found, batch, divergence, seed)
     weights = {name: form.dense() for name, form in books.items()}
     pruned = Pruned(weights, found.values, batch, found.errors, found.samples)
-    result = sparse_or_dense(original, pruned, "dense" if layout == "shared" else layout, seed=seed)
+    runs = "dense" if layout == "shared" else layout
+    result = sparse_or_dense(original, pruned, runs, divergence=divergence, seed=seed)
     if layout == "shared":
         share_weights(result.model, books)
     lines = tuple(_line(line, books[line.name], layout) for line in result.report.layers)

@@ -51,7 +51,7 @@ def quantize(
     scheme : "int8-dynamic", "int8", "codebook" or "ternary"
         "int8": whole numbers times a scale for every output. "int8-dynamic": of Linear layers, whose inputs
         are rounded to 8 bits as well when they run; other layers are left alone. "codebook": few values that
-        a layer shares. "ternary": two values and zero.
+        a layer shares. "ternary": two values and zero, but 16 values in the first layer and the last.
     bits : int, optional
         Of a code: by default 8 for "int8", 4 for "codebook". With a target, the most.
     target : {"bytes": number}, optional
@@ -64,9 +64,10 @@ def quantize(
     method : "feedback" or "nearest"
         "nearest": every weight by itself, as a baseline.
     retrain : number of seconds, or options of ``distill``
-        "codebook", "ternary": afterwards, train the shared values, biases and norms to give the original's
-        outputs on the batches, without labels. With ``trained="both"`` among the options, which by default is
-        so for "ternary", weights may change to other values, too.
+        Afterwards, train to give the original's outputs on the batches, without labels. "codebook": the
+        shared values, biases and norms; with ``trained="both"`` among the options, weights may change to
+        other values, too. "ternary": both, from the weights as they were, which become zero below a tenth of
+        their layer's largest, as in trained ternary quantisation.
     layout : "dense", "auto", "csr" or "shared"
         How layers of a codebook run: decoded once; sparse where that is faster and smaller, or in any case,
         as ``prune`` has it; or with their values as parameters that can be trained, decoded in every call.

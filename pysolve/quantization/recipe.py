@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -25,7 +25,7 @@ from pysolve.quantization.within import within
 
 SCHEMES = {"int8-dynamic": "int", "int8": "int", "codebook": "codebook", "ternary": "ternary"}
 # Bits of a code, unless others are asked for.
-BITS = {"codebook": 4}
+BITS = {"int8-dynamic": 8, "int8": 8}
 # Share of a target that is left for what training and the report change.
 _SPARE = 0.01
 
@@ -59,14 +59,14 @@ class Job:
         """Options of what runs through the data."""
         return {"seed": self.seed, "progress": self.progress}
 
-    def fit(self, name: str, W: Array, known: Correlations | None) -> QuantizedLayer:
+    def fit(self, edges: Collection[str], name: str, W: Array, known: Correlations | None) -> QuantizedLayer:
         """One layer's weights where there is no target; those that are pruned stay zero."""
         keep = W != 0
         found = quantize_layer(
             W,
             known,
-            bits=self.bits or BITS.get(self.scheme, 8),
-            scheme=SCHEMES[self.scheme],
+            bits=self.bits or BITS.get(self.scheme, 4),
+            scheme="codebook" if name in edges else SCHEMES[self.scheme],
             mask=None if keep.all() or not keep.any() else keep,
             group=self.group,
             method=self.method,
@@ -109,7 +109,10 @@ def carried_out(
     finish = partial(_finished, before, model, material, job, tuple(notes))
     done = _rounded(model, layers, material, job, finish)
     if job.retrain and material is not None:
-        done = retrained(model, done, teacher or model, material.calibration.kept, job.retrain, **job.run)
+        how = job.retrain
+        if job.scheme == "ternary":
+            how = {"trained": "ternary", **(how if isinstance(how, Mapping) else {"seconds": float(how)})}
+        done = retrained(model, done, teacher or model, material.calibration.kept, how, **job.run)
         done = done if job.target is None else shortened(model, done)
     return finish(done)
 
@@ -122,7 +125,10 @@ def _rounded(
     finish: Callable[[Quantized], Compressed],
 ) -> Quantized:
     if job.target is None:
-        return quantized(layers, material, job.fit, **job.run)
+        names = [*layers]
+        # Small, and what matters most.
+        edges = {names[0], names[-1]} if job.scheme == "ternary" and len(names) > 2 else set()
+        return quantized(layers, material, partial(job.fit, edges), **job.run)
     drafts: list[Compressed] = []
 
     def measure(done: Quantized) -> int:

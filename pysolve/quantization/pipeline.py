@@ -1,0 +1,189 @@
+"""The stages of deep compression, one after the other."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from pysolve.account import Evaluate, distance
+from pysolve.compressed import Compressed, after
+from pysolve.entries import Stage
+from pysolve.errors import PysolveError
+from pysolve.nn.checkpoint import file_bytes
+from pysolve.nn.evaluate import nbytes, parameters
+from pysolve.pruning.selected import Job as Pruning
+from pysolve.pruning.weights import prune_weights
+from pysolve.quantization.forms import Codebook
+from pysolve.quantization.network import weight_name
+from pysolve.quantization.recipe import Job, carried_out
+from pysolve.quantization.retraining import Length, options_of
+from pysolve.shrink import shrink
+from pysolve.sizes import channels_to_keep
+from pysolve.study import Study, study
+from pysolve.training.distill import distill
+
+# Bits a weight at which the search for a width begins, the factor between widths, and how many are tried.
+_BITS, _WIDER, _WIDTHS = 2.0, 1.6, 5
+# Share of the parameters from which on all channels stay; of the training, before weights share values.
+_WHOLE, _BEFORE = 0.9, 0.6
+
+
+@dataclass(frozen=True, eq=False)
+class Pipeline:
+    """The stages of ``deep_compress``, each a method, and what they left of a network.
+
+    Parameters
+    ----------
+    before : nn.Module or Compressed
+        What was given.
+    original : nn.Module
+        Its network.
+    batches : sequence of batches
+    job : Job
+        How weights come to share values.
+    zeros : float, optional
+        Share of the weights that is pruned.
+    evaluate : callable, optional
+    held : sequence of batches
+        What divergences are measured on.
+    stages : list of Stage
+    notes : list of str
+    """
+
+    before: nn.Module | Compressed
+    original: nn.Module
+    batches: Iterable[Any]
+    job: Job
+    zeros: float | None
+    evaluate: Evaluate | None
+    held: Sequence[Any]
+    stages: list[Stage] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def note(self, name: str, network: nn.Module, size: int, start: float | None = None) -> None:
+        """Write down what a stage that began at ``start`` left."""
+        seconds = 0.0 if start is None else time.perf_counter() - start
+        score = None if self.evaluate is None else float(self.evaluate(network))
+        self.stages.append(Stage(name, size, parameters(self.original), self.lost(network), seconds, score))
+
+    def lost(self, network: nn.Module) -> float:
+        """Divergence of a network's outputs from the original's."""
+        return distance(self.original, network, self.held, self.job.divergence)
+
+    def studied(self, share: float | None) -> Study | None:
+        """What is known of the channels, if some may go."""
+        if share == 1 or (share is None and self.job.target is None):
+            return None
+        options: Any = {"ignore": self.job.ignore, "divergence": self.job.divergence}
+        try:
+            return study(self.original, self.batches, **options, progress=self.job.progress)
+        except PysolveError as error:
+            if share is not None:
+                raise
+            self.notes.append(f"all channels stay: {error}")
+            return None
+
+    def width(self, found: Study | None) -> float:
+        """The share of the parameters that leaves the least divergence within the bytes."""
+        if found is None or self.job.target is None:
+            return 1.0
+        return _least(
+            partial(self.harm, found), min(1.0, 8 * self.job.target / _BITS / parameters(self.original))
+        )
+
+    def harm(self, found: Study, share: float) -> float:
+        """Divergence within the bytes with channels for a share of the parameters."""
+        try:
+            result = carried_out(self.kept(found, share), self.batches, replace(self.job, layout="dense"))
+        except PysolveError:
+            # The least that such a width takes is too much.
+            return float("inf")
+        return self.lost(result.model)
+
+    def kept(self, found: Study, share: float) -> nn.Module | Compressed:
+        """The network with channels for a share of its parameters."""
+        if share >= _WHOLE:
+            return self.before
+        fresh = replace(found, harms=[dict(known) for known in found.harms])
+        sizes = channels_to_keep(fresh, {"params": share}, None, None, 1)
+        return after(self.before, shrink(fresh, sizes, seed=self.job.seed, progress=self.job.progress))
+
+    def collapsed(self, found: Study | None, share: float) -> nn.Module | Compressed:
+        """With fewer channels."""
+        start = time.perf_counter()
+        if found is None or share >= _WHOLE:
+            return self.before
+        result = self.kept(found, share)
+        assert isinstance(result, Compressed)
+        self.note("collapsed", result.model, nbytes(result.model), start)
+        return result
+
+    def taught(self, smaller: nn.Module | Compressed, retrain: Length) -> nn.Module | Compressed:
+        """Trained to give the original's outputs, where channels went."""
+        if not retrain or not isinstance(smaller, Compressed) or smaller is self.before:
+            return smaller
+        start = time.perf_counter()
+        student = copy.deepcopy(smaller.model)
+        _, options = options_of(_part(retrain, _BEFORE))
+        distill(student, self.original, list(self.batches), **{**self.job.run, **options})
+        self.note("retrained", student, nbytes(student), start)
+        return replace(smaller, model=student)
+
+    def pruned(self, smaller: nn.Module | Compressed) -> nn.Module | Compressed:
+        """With zeros."""
+        if not self.zeros:
+            return smaller
+        start = time.perf_counter()
+        how = Pruning("obs", {"amount": self.zeros}, "global", "sequential", **self.job.run)
+        result = prune_weights(smaller, self.batches, how, layout="dense", ignore=self.job.ignore)
+        self.note("sparse", result.model, file_bytes(result, coding="none"), start)
+        return result
+
+    def shared(self, smaller: nn.Module | Compressed, retrain: Length) -> Compressed:
+        """With few values, trained on."""
+        start = time.perf_counter()
+        part = _part(retrain, 1 - _BEFORE if len(self.stages) > 1 else 1.0) if retrain else 0
+        result = carried_out(smaller, self.batches, replace(self.job, retrain=part), teacher=self.original)
+        network = smaller.model if isinstance(smaller, Compressed) else smaller
+        name = "shared, retrained" if retrain else "shared"
+        self.note(name, result.model, _packed(network, result), start)
+        return result
+
+
+def _least(harm: Callable[[float], float], start: float) -> float:
+    """The share of least harm: up, or else down, as long as that gains."""
+    tried = {start: harm(start)}
+    for factor in (_WIDER, 1 / _WIDER):
+        share = start
+        while len(tried) < _WIDTHS and min(tried, key=lambda one: tried[one]) == share:
+            share = min(1.0, share * factor)
+            if share in tried:
+                break
+            tried[share] = harm(share)
+    return min(tried, key=lambda one: tried[one])
+
+
+def _packed(smaller: nn.Module, result: Compressed) -> int:
+    """Bytes with codes of equal length and their values, and all else in full."""
+    total = nbytes(smaller)
+    for line in result.report.layers:
+        form = result.plan.forms.get(line.name)
+        weight = result.plan.values[weight_name(line.name)] if form is None else form.dense()
+        values, codes = np.unique(weight, return_inverse=True)
+        total += Codebook(codes.astype(np.uint8), values).nbytes - weight.nbytes
+    return total
+
+
+def _part(retrain: Length, share: float) -> Length:
+    """Some of the training."""
+    if not isinstance(retrain, Mapping):
+        return share * retrain
+    whole = {name: share * retrain[name] for name in ("seconds", "epochs") if name in retrain}
+    return {**retrain, **{name: max(1, round(v)) if name == "epochs" else v for name, v in whole.items()}}
