@@ -12,8 +12,10 @@ from .errors import PysolveError as PysolveError
 from .least_squares import debias as debias
 from .lowrank.methods import low_rank as low_rank
 from .lowrank.single import reduced_rank as reduced_rank
+from .nn.checkpoint import file_bytes as file_bytes
 from .nn.checkpoint import load as load
 from .nn.checkpoint import save as save
+from .nn.checkpoint import stored_bytes as stored_bytes
 from .nn.gather import gather as gather
 from .nn.graph.sites import find_sites as find_sites
 from .nn.inspect import inspect as inspect
@@ -21,6 +23,10 @@ from .nn.masking import mask_weights as mask_weights
 from .nn.masking import masks_of as masks_of
 from .nn.masking import remove_masks as remove_masks
 from .nn.nonzeros import nonzeros as nonzeros
+from .nn.sharing import codebooks_of as codebooks_of
+from .nn.sharing import remove_sharing as remove_sharing
+from .nn.sharing import share_weights as share_weights
+from .nn.sharing import ternary_weights as ternary_weights
 from .nn.surgery import apply as apply
 from .path import lam_for_groups as lam_for_groups
 from .path import regularization_path as regularization_path

@@ -18,6 +18,7 @@ from pysolve.entries import Latency
 from pysolve.nn.calibration import samples_in, take
 from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, run
 from pysolve.nn.evaluate import macs, nbytes, parameters
+from pysolve.nn.nonzeros import nonzeros
 from pysolve.nn.profile import latencies, masses
 from pysolve.report import Report
 
@@ -73,7 +74,7 @@ def costs(model: nn.Module, batch: Any = None) -> dict[str, int]:
     """Parameters, those that are not zero, bytes, and with a batch MACs for one sample."""
     found = {
         "params": parameters(model),
-        "nonzeros": sum(int(parameter.count_nonzero()) for parameter in model.parameters()),
+        "nonzeros": nonzeros(model).nonzeros,
         "bytes": nbytes(model),
     }
     if batch is not None:

@@ -1,4 +1,4 @@
-"""The command line itself: its errors and its version. The commands are in ``cli`` and ``cli_compress``."""
+"""The command line itself: its errors and its version. The commands are in ``cli`` and ``cli_…``."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ import numpy as np
 from torch import nn
 
 from pysolve.budget import check_targets
+from pysolve.errors import PysolveError
+from pysolve.nn.quant_weight import QuantWeight
 from pysolve.plan import Site
 from pysolve.selection import select_channels
 
@@ -17,10 +19,16 @@ REFITS = ("sequential", "independent", "none")
 
 
 def check_model(model: Any) -> None:
-    """TypeError unless this is a network."""
+    """TypeError unless this is a network; PysolveError where layers of it are whole numbers."""
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         raise TypeError(f"model must be a torch.nn.Module, or what compress returned, got {kind}.")
+    whole = [name for name, layer in model.named_modules() if isinstance(layer, QuantWeight)]
+    if whole:
+        raise PysolveError(
+            f"{whole[0] or 'the network'} is a layer of whole numbers, whose weights cannot be changed any more: "
+            "call pysolve.nn.dense.to_dense on the network first."
+        )
 
 
 def check_goal(target: Any, keep: Any, lam: Any) -> None:

@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from pysolve import cli_compress, options
+from pysolve import cli_compress, cli_quantize, options
 from pysolve.app import app
 
-__all__ = ["app", "cli_compress", "main"]
+__all__ = ["app", "cli_compress", "cli_quantize", "main"]
 
 
 def main() -> None:

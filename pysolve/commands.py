@@ -204,9 +204,10 @@ def _scoring(test: Samples) -> Callable[[nn.Module], float]:
 
 
 def _with_files(report: Report, model: nn.Module, path: Path) -> Report:
-    """The report with the sizes of the network's file and of one for the original."""
-    before, after = len(tensors(model.state_dict())), path.stat().st_size
-    return replace(report, before={**report.before, "file": before}, after={**report.after, "file": after})
+    """The report with the sizes of the network's file, and of one for the original where it has none."""
+    before, after = dict(report.before), {**report.after, "file": path.stat().st_size}
+    before.setdefault("file", len(tensors(model.state_dict())))
+    return replace(report, before=before, after=after)
 
 
 def _print(text: str) -> None:
@@ -229,7 +230,12 @@ def targets_of(given: Sequence[str]) -> dict[str, float]:
             found[measure] = float(value)
         except ValueError:
             raise PysolveError(f"expected a target such as params=0.25 or macs=0.5, got {item!r}.") from None
-    return {measure: int(value) if value > 1 else value for measure, value in found.items()}
+    return {measure: number_of(value) for measure, value in found.items()}
+
+
+def number_of(value: float) -> float:
+    """A share up to 1, or else a whole number."""
+    return int(value) if 1 < value < np.inf else value
 
 
 def duration_of(given: str) -> float | dict[str, float]:

@@ -93,7 +93,7 @@ class Report:
         return replace(self, before=before, after=after, mass=(), stages=(), sites=sites)
 
     def tables(self) -> list[Table]:
-        """Costs, stages, sites, changed layers, the mass of layers, and convex solves; those that have rows."""
+        """Costs, stages, sites, changed layers, the mass of layers and convex solves; those with rows."""
         kept = tuple(site.kept / max(1, site.channels) for site in self.sites)
         total = sum(layer.left for layer in self.mass)
         shares = tuple(layer.left / max(1, total) for layer in self.mass)

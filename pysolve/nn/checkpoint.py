@@ -17,11 +17,10 @@ from pysolve.compressed import Compressed, fingerprint
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.architecture import architecture, rebuilt
 from pysolve.nn.compact import Compact, compact, expanded
-from pysolve.nn.masking import mask_weights, masks_of, unmasked
-from pysolve.nn.network import find_layer
+from pysolve.nn.modes import modes_record, ordinary, restore_modes
 from pysolve.nn.packing import Packed, pack, unpack
 from pysolve.nn.storage import STREAM, bits, read, size, write
-from pysolve.records import field, plain, strings, typed
+from pysolve.records import field, plain, typed
 
 # Format versions: with each tensor for itself, and in one coded stream.
 PLAIN, CODED = 1, 2
@@ -38,7 +37,8 @@ def save(
     The file holds the tensors of ``compressed.model.state_dict()``, as they are now: after fine-tuning, that
     is what is saved, to the bit. Each is written in the way that takes the fewest bytes: as it is; as a table
     of its different values and entropy-coded numbers of those; without its zeros; or with the bytes of its
-    entries apart. Tensors under several names are stored once, of masked layers only the weights in use.
+    entries apart. Tensors under several names are stored once, of layers that are masked or share values only
+    the weights in use; ``load`` masks them again where they are zero, and has them share the values in use.
     What else is needed to make the network again is a record beside them: see ``docs/format.md``, by which
     other programs can read these files.
 
@@ -87,7 +87,7 @@ def stored_bytes(model: nn.Module, coding: str = "auto") -> dict[str, int]:
         Bytes of tables and data, without what the record tells: 0 for a tensor of one value, for further
         names of a tensor, and for what follows from where the entries of a sparse layer are.
     """
-    model, kind = unmasked(model), _kind(coding)
+    model, kind = ordinary(model), _kind(coding)
     sizes = dict.fromkeys(model.state_dict(), 0)
     return sizes | (compact(model, kind).sizes if kind else pack(model).sizes())
 
@@ -122,12 +122,11 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             f"{CODED}: update pysolve, or save the network anew."
         )
     try:
-        model = unmasked(model)
+        model = ordinary(model)
         _check_original(record, model)
         network = rebuilt(record, model)
         _fill(network, _values(record, tensors, network))
-        _set_modes(network, field(record, "training"))
-        _mask(network, record)
+        restore_modes(network, record)
     except ImportError as error:
         raise ImportError(f"{path} cannot be read: {error}") from error
     except (PysolveError, ValueError, TypeError, RuntimeError) as error:
@@ -139,16 +138,15 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 def _content(compressed: Compressed, coding: str, report: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and record of a file."""
     _check_kind("compressed", compressed, Compressed, "what compress or prune returned")
-    masked, kind = [*masks_of(compressed.model)], _kind(coding)
-    compressed = replace(compressed, model=unmasked(compressed.model))
-    model = compressed.model
+    model, kind = ordinary(compressed.model), _kind(coding)
+    modes = modes_record(compressed.model, model)
+    compressed = replace(compressed, model=model)
     record = {
         "version": CODED if kind else PLAIN,
         "pysolve": __version__,
         "original": compressed.fingerprint,
         **architecture(compressed),
-        "masked": masked,
-        "training": _modes(model),
+        **modes,
     }
     if kind:
         made = compact(model, kind)
@@ -195,20 +193,6 @@ def _check_kind(name: str, value: Any, kind: type, what: str) -> None:
         raise TypeError(f"{name} must be {what}, got {type(value).__name__}.")
 
 
-def _modes(model: nn.Module) -> bool | list[str]:
-    modes = {name: module.training for name, module in model.named_modules()}
-    return modes[""] if len({*modes.values()}) == 1 else [name for name in modes if modes[name]]
-
-
-def _set_modes(network: nn.Module, training: Any) -> None:
-    modules = dict(network.named_modules())
-    names = training if isinstance(training, bool) else {*strings(training, "training")}
-    if not isinstance(names, bool) and not names <= modules.keys():
-        raise DataError(f"it has no layer {min(names - modules.keys())!r}.")
-    for name, module in modules.items():
-        module.training = names if isinstance(names, bool) else name in names
-
-
 def _check_original(record: Mapping[str, Any], model: nn.Module) -> None:
     """Refuse a network that is not the original, naming the first difference."""
     if field(record, "original") is None:
@@ -220,15 +204,6 @@ def _check_original(record: Mapping[str, Any], model: nn.Module) -> None:
                 f"the original has {name} as {original.get(name, 'nothing')}, this one as "
                 f"{own.get(name, 'nothing')}. Give load the network that was compressed, as it was before."
             )
-
-
-def _mask(network: nn.Module, record: Mapping[str, Any]) -> None:
-    """Mask again what was masked; files of before there were masks have no such field."""
-    layers = {name: find_layer(network, name) for name in strings(record.get("masked", []), "masked")}
-    for name, layer in layers.items():
-        if not isinstance(getattr(layer, "weight", None), nn.Parameter):
-            raise DataError(f"{name} is a {type(layer).__name__}, which has no weight to mask.")
-    mask_weights(network, {name: layer.weight.detach() != 0 for name, layer in layers.items()})  # type: ignore[operator]
 
 
 def _fill(network: nn.Module, values: Mapping[str, Tensor]) -> None:

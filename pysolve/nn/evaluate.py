@@ -17,6 +17,7 @@ from pysolve.errors import DataError
 from pysolve.nn.layers import SparseConv2d, SparseLinear
 from pysolve.nn.network import Values, as_input, device_of, evaluating, forward, labelled
 from pysolve.nn.quant_weight import QuantWeight
+from pysolve.nn.sharing import unshared
 
 # Layers whose multiplications count.
 COUNTED = (nn.Linear, nn.modules.conv._ConvNd, SparseLinear, SparseConv2d, QuantWeight)
@@ -45,7 +46,8 @@ def accuracy(model: nn.Module, x: Values, y: Values, *, batch_size: int = 1000) 
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of parameters, shared ones once; of quantised layers as many as they stand for."""
+    """Number of parameters, shared ones once; of layers with codes as many as these stand for."""
+    model = unshared(model)
     codes = [layer for layer in model.modules() if isinstance(layer, QuantWeight)]
     more = sum(layer.codes.numel() - layer.scales.numel() for layer in codes)
     return more + sum(parameter.numel() for parameter in model.parameters())

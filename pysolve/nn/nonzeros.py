@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pysolve.nn.layers import SparseConv2d, SparseLinear
 from pysolve.nn.masking import unmasked
+from pysolve.nn.products import SparseWeight
+from pysolve.nn.quant_weight import QuantWeight
+from pysolve.nn.sharing import unshared
 from pysolve.show.tables import Table
 
 # Of a column's number and of a row's end.
@@ -95,7 +97,8 @@ class Nonzeros:
 def nonzeros(model: nn.Module) -> Nonzeros:
     """Count what is not zero in every parameter of a network; of masked ones, what is in use.
 
-    Weights of sparse layers count under the name and in the shape that they have as dense matrices.
+    Weights of sparse layers count under the name and in the shape that they have as dense matrices; so do
+    those of quantised layers, by their codes and without their scales, and those that share values.
 
     Parameters
     ----------
@@ -106,18 +109,24 @@ def nonzeros(model: nn.Module) -> Nonzeros:
     Nonzeros
         Its ``table()`` has non-zeros, their share, what is pruned, and the bytes dense, as a bitmask, as CSR.
     """
-    plain = unmasked(model)
-    sparse = {
-        id(layer.values): layer for layer in plain.modules() if isinstance(layer, SparseLinear | SparseConv2d)
-    }
-    found = []
-    for name, parameter in plain.named_parameters():
-        layer, shape = sparse.get(id(parameter)), tuple(parameter.shape)
-        if layer is not None:
-            name, shape = f"{name.removesuffix('values')}weight", tuple(layer.shape)
-        count = int(torch.count_nonzero(parameter.detach()))
-        found.append(TensorNonzeros(name, shape, count, parameter.itemsize))
-    return Nonzeros(tuple(found))
+    plain = unshared(unmasked(model))
+    owners: dict[int, SparseWeight | QuantWeight] = {}
+    for layer in plain.modules():
+        if isinstance(layer, SparseWeight):
+            owners[id(layer.values)] = layer
+        elif isinstance(layer, QuantWeight):
+            owners[id(layer.scales)] = layer
+    return Nonzeros(tuple(_counted(name, one, owners.get(id(one))) for name, one in plain.named_parameters()))
+
+
+def _counted(name: str, parameter: torch.Tensor, layer: SparseWeight | QuantWeight | None) -> TensorNonzeros:
+    """A parameter, or the weight of the layer whose values or scales it is."""
+    count, size = int(torch.count_nonzero(parameter.detach())), parameter.itemsize
+    if layer is None:
+        return TensorNonzeros(name, tuple(parameter.shape), count, size)
+    if isinstance(layer, QuantWeight):
+        count, size = layer.nonzeros(), layer.codes.itemsize
+    return TensorNonzeros(f"{name.rpartition('.')[0]}.weight".lstrip("."), tuple(layer.shape), count, size)
 
 
 def _row(name: str, shape: str, count: int, size: int) -> tuple[str, ...]:

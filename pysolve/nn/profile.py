@@ -16,6 +16,7 @@ from pysolve.entries import Latency, LayerMass
 from pysolve.nn.calibration import samples_in, take
 from pysolve.nn.evaluate import COUNTED, layer_macs, parameters, seconds_of, summary, wait
 from pysolve.nn.network import arguments, device_of, evaluating, forward
+from pysolve.nn.nonzeros import nonzeros
 
 # Calls of each network: at least, at most, and as many as go into these seconds.
 FEWEST, MOST, SECONDS = 7, 100, 0.1
@@ -91,10 +92,10 @@ def _sizes(model: nn.Module, counted: Mapping[str, Any]) -> dict[str, int]:
 def _nonzeros(model: nn.Module, counted: Mapping[str, Any]) -> dict[str, int]:
     """Parameters that are not zero, shared ones once, by the layer that holds them."""
     found: dict[str, int] = {}
-    for name, parameter in model.named_parameters():
-        home = name.rpartition(".")[0]
+    for tensor in nonzeros(model).tensors:
+        home = tensor.name.rpartition(".")[0]
         owner = next((one for one in counted if home == one or home.startswith(f"{one}.")), home)
-        found[owner] = found.get(owner, 0) + int(parameter.count_nonzero())
+        found[owner] = found.get(owner, 0) + tensor.nonzeros
     return found
 
 

@@ -60,6 +60,11 @@ class QuantWeight(nn.Module):
             return self.decoded()
         return self.kept("weight", self.decoded)
 
+    def nonzeros(self) -> int:
+        """How many weights the codes say are not zero."""
+        zeros: Any = 0 if self.zeros is None else self._spread(self.zeros)
+        return int((self.codes.flatten(1) != zeros).sum())
+
     def form(self) -> Int8:
         """Codes, scales and zeros."""
         zeros = None if self.zeros is None else self.zeros.cpu().numpy()

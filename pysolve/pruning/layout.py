@@ -15,6 +15,7 @@ from pysolve.compressed import Compressed
 from pysolve.entries import LayerReport
 from pysolve.forms import Sparse
 from pysolve.nn.calibration import samples_in, take
+from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import latency, nbytes
 from pysolve.nn.layers import in_form
 from pysolve.nn.masking import mask_weights
@@ -29,7 +30,13 @@ _REPEATS, _FASTER = 15, 0.9
 
 
 def laid_out(
-    original: nn.Module, pruned: Pruned, layout: str, *, evaluate: Evaluate | None = None, seed: int = 0
+    original: nn.Module,
+    pruned: Pruned,
+    layout: str,
+    *,
+    evaluate: Evaluate | None = None,
+    divergence: Divergence = kl_divergence,
+    seed: int = 0,
 ) -> Compressed:
     """The network with pruned weights, each in the layout that suits it, and a report.
 
@@ -40,6 +47,7 @@ def laid_out(
     layout : str
         Of ``LAYOUTS``, as ``prune`` has it.
     evaluate : callable, optional
+    divergence : callable
     seed : int
     """
     weights, batch = pruned.weights, pruned.batch
@@ -59,7 +67,7 @@ def laid_out(
     smaller = apply(original, plan, probe=take(batch, 0, 16) if forms and batch is not None else None)
     if layout == "mask":
         mask_weights(smaller, {name: weight != 0 for name, weight in weights.items()})
-    report = account(original, smaller, [] if batch is None else [batch], seed=seed)
+    report = account(original, smaller, [] if batch is None else [batch], divergence=divergence, seed=seed)
     report = replace(report, layers=lines, samples=pruned.samples, notes=pruned.notes)
     return Compressed(smaller, plan, scored(report, original, smaller, evaluate))
 
