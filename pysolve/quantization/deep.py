@@ -101,8 +101,8 @@ def deep_compress(
         seed=seed,
         progress=progress,
     )
-    pool = study_layers(original, batches, [], gathered=False, progress=False).calibration.held
-    line = Pipeline(model, original, batches, job, zeros, evaluate, pool)
+    shared_out = study_layers(original, batches, [], gathered=False, progress=False).calibration
+    line = Pipeline(model, original, batches, job, zeros, evaluate, shared_out)
     line.note("original", original, nbytes(original))
     share = _share(target_params, parameters(original))
     found = line.studied(share)
@@ -112,7 +112,7 @@ def deep_compress(
     result = line.shared(smaller, retrain)
     asked = {"bytes": target_bytes, "params": target_params}
     report = replace(
-        account(original, result.model, line.held, divergence=divergence, seed=seed),
+        account(original, result.model, shared_out.held, divergence=divergence, seed=seed),
         target={what: value for what, value in asked.items() if value is not None} or None,
         sites=smaller.report.sites if isinstance(smaller, Compressed) and smaller is not model else (),
         layers=result.report.layers,

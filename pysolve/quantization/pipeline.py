@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -16,6 +16,7 @@ from pysolve.account import Evaluate, distance
 from pysolve.compressed import Compressed, after
 from pysolve.entries import Stage
 from pysolve.errors import PysolveError
+from pysolve.nn.calibration import Calibration
 from pysolve.nn.checkpoint import file_bytes
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.pruning.selected import Job as Pruning
@@ -51,8 +52,8 @@ class Pipeline:
     zeros : float, optional
         Share of the weights that is pruned.
     evaluate : callable, optional
-    held : sequence of batches
-        What divergences are measured on.
+    calibration : Calibration
+        What is trained on, and what divergences are measured on.
     stages : list of Stage
     notes : list of str
     """
@@ -63,7 +64,7 @@ class Pipeline:
     job: Job
     zeros: float | None
     evaluate: Evaluate | None
-    held: Sequence[Any]
+    calibration: Calibration
     stages: list[Stage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -75,7 +76,7 @@ class Pipeline:
 
     def lost(self, network: nn.Module) -> float:
         """Divergence of a network's outputs from the original's."""
-        return distance(self.original, network, self.held, self.job.divergence)
+        return distance(self.original, network, self.calibration.held, self.job.divergence)
 
     def studied(self, share: float | None) -> Study | None:
         """What is known of the channels, if some may go."""
@@ -132,7 +133,7 @@ class Pipeline:
         start = time.perf_counter()
         student = copy.deepcopy(smaller.model)
         _, options = options_of(_part(retrain, _BEFORE))
-        distill(student, self.original, list(self.batches), **{**self.job.run, **options})
+        distill(student, self.original, self.calibration.kept, **{**self.job.run, **options})
         self.note("retrained", student, nbytes(student), start)
         return replace(smaller, model=student)
 
