@@ -26,7 +26,7 @@ def check_model(model: Any) -> None:
     whole = [name for name, layer in model.named_modules() if isinstance(layer, QuantWeight)]
     if whole:
         raise PysolveError(
-            f"{whole[0] or 'the network'} is a layer of whole numbers, which cannot be changed any more: call "
+            f"{whole[0] or 'the network'} is a layer of whole numbers, whose weights cannot be changed: call "
             "pysolve.nn.dense.to_dense on the network first."
         )
 
