@@ -23,7 +23,7 @@ from pysolve.pruning.selected import Job as Pruning
 from pysolve.pruning.weights import prune_weights
 from pysolve.quantization.forms import Codebook
 from pysolve.quantization.network import weight_name
-from pysolve.quantization.recipe import Job, carried_out
+from pysolve.quantization.recipe import Job, carried_out, drafted
 from pysolve.quantization.retraining import Length, options_of
 from pysolve.shrink import shrink
 from pysolve.sizes import channels_to_keep
@@ -100,13 +100,8 @@ class Pipeline:
         )
 
     def harm(self, found: Study, share: float) -> float:
-        """Divergence within the bytes with channels for a share of the parameters."""
-        try:
-            result = carried_out(self.kept(found, share), self.batches, replace(self.job, layout="dense"))
-        except PysolveError:
-            # The least that such a width takes is too much.
-            return float("inf")
-        return self.lost(result.model)
+        """Divergence within about the bytes with channels for a share of the parameters."""
+        return self.lost(drafted(self.kept(found, share), self.batches, self.job))
 
     def kept(self, found: Study, share: float) -> nn.Module | Compressed:
         """The network with channels for a share of its parameters."""

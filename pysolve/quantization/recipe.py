@@ -21,7 +21,8 @@ from pysolve.quantization.layout import laid_out
 from pysolve.quantization.network import Quantized, plan_of, quantized, shortened
 from pysolve.quantization.retraining import Length, retrained
 from pysolve.quantization.single import QuantizedLayer, quantize_layer
-from pysolve.quantization.within import within
+from pysolve.quantization.within import beside, within
+from pysolve.quantization.worth import coded_bits
 
 SCHEMES = {"int8-dynamic": "int", "int8": "int", "codebook": "codebook", "ternary": "ternary"}
 # Bits of a code, unless others are asked for.
@@ -94,6 +95,35 @@ def carried_out(
     teacher : nn.Module, optional
         Whose outputs it is trained to give; by default the network's.
     """
+    model, layers, material, notes = _studied(before, batches, job)
+    finish = partial(_finished, before, model, material, job, notes)
+    done = _rounded(model, layers, material, job, finish)
+    if job.retrain and material is not None:
+        how = job.retrain
+        if job.scheme == "ternary":
+            how = {"trained": "ternary", **(how if isinstance(how, Mapping) else {"seconds": float(how)})}
+        done = retrained(model, done, teacher or model, material.calibration.kept, how, **job.run)
+        done = done if job.target is None else shortened(model, done)
+    return finish(done)
+
+
+def drafted(before: nn.Module | Compressed, batches: Iterable[Any], job: Job) -> nn.Module:
+    """A network quantised to about as many bytes as its file may have, to compare it with others."""
+    model, layers, material, _ = _studied(before, batches, job)
+    assert job.target is not None
+
+    def measure(done: Quantized) -> int:
+        coded = sum(coded_bits(form.codes) for form in done.forms.values()) / 8
+        return int(coded + beside(model, layers))
+
+    how: Any = {"bits": job.bits or 8, "divergence": job.divergence, **job.run}
+    return apply(model, plan_of(within(model, layers, material, job.target, measure, rough=True, **how)))
+
+
+def _studied(
+    before: nn.Module | Compressed, batches: Iterable[Any] | None, job: Job
+) -> tuple[nn.Module, dict[str, nn.Module], Material | None, tuple[str, ...]]:
+    """The network, the layers to quantise, what is known of them, and notes."""
     model = before.model if isinstance(before, Compressed) else before
     layers, notes = weighted_layers(model, job.ignore)
     if job.scheme == "int8-dynamic":
@@ -106,15 +136,7 @@ def carried_out(
             model, batches, [*layers], gathered=job.target is not None, progress=job.progress
         )
         notes += material.notes
-    finish = partial(_finished, before, model, material, job, tuple(notes))
-    done = _rounded(model, layers, material, job, finish)
-    if job.retrain and material is not None:
-        how = job.retrain
-        if job.scheme == "ternary":
-            how = {"trained": "ternary", **(how if isinstance(how, Mapping) else {"seconds": float(how)})}
-        done = retrained(model, done, teacher or model, material.calibration.kept, how, **job.run)
-        done = done if job.target is None else shortened(model, done)
-    return finish(done)
+    return model, layers, material, tuple(notes)
 
 
 def _rounded(

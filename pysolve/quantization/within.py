@@ -15,8 +15,10 @@ from pysolve.nn.evaluate import nbytes
 from pysolve.quantization.network import Quantized, quantized, shortened
 from pysolve.quantization.worth import price_for, worth_of
 
-# Bytes of a file that are no weights, as a first guess; the file's that may be left; runs to come so close.
-_RECORD, _CLOSE, _RUNS = 600, 0.03, 6
+# The share of the file's bytes that may be left, and runs to come so close.
+_CLOSE, _RUNS, _ROUGH = 0.03, 6, 2
+# Bytes of a file's record and tables, about.
+_RECORD = 1000
 
 
 def within(
@@ -27,6 +29,7 @@ def within(
     measure: Callable[[Quantized], int],
     *,
     bits: int = 8,
+    rough: bool = False,
     divergence: Divergence,
     seed: int = 0,
     progress: bool = True,
@@ -47,6 +50,8 @@ def within(
         Bytes of the file.
     bits : int
         At most 2^bits values a layer.
+    rough : bool
+        Come near the target from either side, in little time.
     divergence, seed, progress
         As ``quantize`` has them.
 
@@ -65,9 +70,10 @@ def within(
         found[bytes] = done
         return bytes
 
-    rest = (nbytes(model) - sum(nbytes(layer) for layer in layers.values())) / 2 + _RECORD
-    guess = price_for(max(target - rest, 0.2 * target), worth.coded) or 1.0
-    price_for(target, size, guess, steps=_RUNS, close=_CLOSE)
+    guess = price_for(max(target - beside(model, layers), 0.2 * target), worth.coded) or 1.0
+    price_for(target, size, guess, steps=_ROUGH if rough else _RUNS, close=_CLOSE)
+    if rough:
+        return found[min(found, key=lambda bytes: abs(bytes - target))]
     small = [bytes for bytes in found if bytes <= target]
     if not small:
         raise PysolveError(
@@ -75,3 +81,9 @@ def within(
             "layers that are left alone, count too. Give a larger target, or a smaller network."
         )
     return found[max(small)]
+
+
+def beside(model: nn.Module, layers: Mapping[str, Any]) -> float:
+    """Bytes of a network's file that are no weights of these layers, about."""
+    # Halves of what is rounded to bfloat16.
+    return (nbytes(model) - sum(layer.weight.nbytes for layer in layers.values())) / 2 + _RECORD
