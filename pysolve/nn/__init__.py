@@ -3,6 +3,7 @@
 zoo          the reference networks of the demo, the examples and the tests
 network      finding a network's layers and running it without changing it
 masking      weights that stay zero while a network is trained; surgeon moves the masks
+sharing      weights that share few values meanwhile; snapping has the parametrisations
 
 What a network is made of
     graph        what can shrink: the network as a graph, channel labels, sites
@@ -22,8 +23,9 @@ Making it smaller
     values       new parameters, checked
     surgery      network and plan to a smaller network
     verify       whether two networks compute the same
-    checkpoint   save and load: architecture is what tensors do not tell, packing puts a state dict into
-                 little space, storage into a file
+    checkpoint   save and load: architecture is what tensors do not tell, packing and compact put a state
+                 dict into little space (coded, decoded, distinct: one row of it; zipped: by deflate), storage
+                 into a file
     evaluate     accuracy, parameters, bytes, MACs, latency; profile has them layer by layer
     nonzeros     what is left of every tensor
 """
