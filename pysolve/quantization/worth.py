@@ -25,8 +25,8 @@ from pysolve.quantization.single import QuantizedLayer, quantize_layer
 # Error of a weight, as a share of its part of the outputs' energy, that a bit costs when harm is measured;
 # the least harm that counts, as a share of the layers' median; what an output's error counts at least.
 _TRIED, _LEAST, _OUTPUT = 1e-3, 1e-2, 1e-3
-# Factors of a price that a search tries; the least one after which equal sizes tell something.
-_NEAREST, _FARTHEST, _TELLING = 1.2, 30.0, 2.0
+# Factors of a price that a search tries; the least one from its start after which equal sizes are the most.
+_NEAREST, _FARTHEST, _TELLING = 1.2, 30.0, 16.0
 # Outputs of a layer that tell what all of its weights take.
 _ROWS = 64
 
@@ -144,14 +144,15 @@ def price_for(
         Share of the bytes that may be left.
     """
     low = high = None
+    start = lam
     for tries in range(steps):
         found = size(lam)
         if found > wanted:
             low = (lam, found)
         else:
             # Where no bytes are added any more, codebooks have all their values.
-            more = high is None or _TELLING * lam > high[0] or found >= (1 + close) * high[1]
-            full = low is None and not more
+            flat = high is not None and found < (1 + close) * high[1]
+            full = low is None and flat and _TELLING * lam < start
             high = (lam, found)
             if full or found >= (1 - close) * wanted:
                 break
@@ -173,8 +174,9 @@ def _next(
         known = low or high
         assert known is not None
         # Sizes fall about with the root of the price, but much of a file may be of one size at any.
-        factor = max(_NEAREST, (max(known[1], 1.0) / wanted) ** (2 if high is None else -2))
-        factor = min(_FARTHEST, min(factor, _FARTHEST) ** 2.0**tries)
+        ratio = max(known[1], 1.0) / wanted
+        factor = min(_FARTHEST, max(_NEAREST, ratio ** (2 if high is None else -2)))
+        factor = min(_FARTHEST, float(factor ** (1 << min(tries, 8))))
         return known[0] * (factor if high is None else 1 / factor)
     # Sizes fall about as a power of the price; the middle where they do not.
     span = math.log(low[1] / max(high[1], 1e-3))
