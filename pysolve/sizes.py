@@ -34,6 +34,13 @@ class Sizes:
     solves: tuple[Solve, ...] = ()
 
 
+def check_free(found: Study) -> None:
+    """Refuse a network of which no channel can go."""
+    if not found.free:
+        reasons = sorted({site.pinned for site in found.sites if site.pinned})
+        raise PysolveError(f"no channel of this network can go: {'; '.join(reasons) or 'it has no sites'}.")
+
+
 def channels_to_keep(
     found: Study,
     target: Mapping[str, float] | None,
@@ -49,9 +56,7 @@ def channels_to_keep(
     target, keep, lam, round_to
         As in ``pysolve.compress``.
     """
-    if not found.free:
-        reasons = sorted({site.pinned for site in found.sites if site.pinned})
-        raise PysolveError(f"no channel of this network can go: {'; '.join(reasons) or 'it has no sites'}.")
+    check_free(found)
     if lam is not None:
         _check_names(found, "lam", lam)
         return _kept_by_lasso(found, lam)

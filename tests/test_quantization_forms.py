@@ -37,7 +37,7 @@ def test_whole_numbers_stand_for_multiples_of_their_scale(shape, bits, group, af
     dense, flat = form.dense().reshape(shape[0], columns), codes.reshape(shape[0], columns).astype(int)
     for i, j in np.ndindex(dense.shape):
         zero = int(zeros[i, j // group]) if affine else 0
-        assert dense[i, j] == np.float32(flat[i, j] - zero) * scales[i, j // group]
+        assert dense[i, j] == float(flat[i, j] - zero) * float(scales[i, j // group])
     assert form.dense().shape == form.shape == shape
     assert form.nbytes == len(pack(codes, bits)) + scales.nbytes + affine * zeros.nbytes
 

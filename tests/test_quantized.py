@@ -101,7 +101,7 @@ def linear_of(form, **options):
 @given(forms())
 def test_the_weight_is_what_the_form_stands_for_bit_for_bit(form):
     layer = QuantLinear.from_form(linear_of(form), form)
-    dense = torch.from_numpy(form.dense())
+    dense = torch.from_numpy(form.dense()).float()
     for weight in (layer.weight, layer.decoded(), to_dense(layer).weight):
         assert torch.equal(weight, dense)
     again = layer.form()

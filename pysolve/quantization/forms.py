@@ -121,13 +121,12 @@ class Int8:
         return self.group or max(1, self._columns)
 
     def dense(self) -> npt.NDArray[Any]:
-        """The weight again, in the precision of the scales."""
+        """The weight again, exactly: in double precision."""
         part = np.arange(self._columns) // self._group
-        steps = self.codes.reshape(len(self.codes), self._columns).astype(np.int16)
+        steps = self.codes.reshape(len(self.codes), self._columns).astype(np.float64)
         if self.zeros is not None:
             steps -= self.zeros[:, part]
-        dense = steps.astype(self.scales.dtype) * self.scales[:, part]
-        return np.asarray(dense.reshape(self.shape))
+        return np.asarray((steps * self.scales[:, part]).reshape(self.shape))
 
     @property
     def nbytes(self) -> int:

@@ -15,8 +15,9 @@ from pysolve.correlations import Array, Correlations
 from pysolve.layerwise import Fitted, Material, near_old, reconstruct
 from pysolve.nn.network import as_array, as_tensor
 from pysolve.nn.rows import weight_like
+from pysolve.nn.slicing import TRANSPOSED
 from pysolve.plan import Plan
-from pysolve.quantization.forms import QuantForm
+from pysolve.quantization.forms import Codebook, QuantForm
 from pysolve.quantization.single import QuantizedLayer
 
 # A layer's new weights from its name, its matrix and, where they are known, its correlations.
@@ -81,10 +82,11 @@ def quantized(
     def refit(name: str, W: Array, correlations: Correlations) -> Fitted:
         if name not in chosen:
             return near_old(W, correlations)
-        found = fit(name, W, correlations)
-        # Of transposed convolutions, the matrix has other rows than the weight.
-        codes = weight_like(known[name].module, torch.from_numpy(found.codes))
-        forms[name] = found.form.with_codes(codes.numpy())
+        found, layer = fit(name, W, correlations), known[name].module
+        # Of transposed convolutions, the weight's rows are inputs: scales of outputs have no place there.
+        if isinstance(found.form, Codebook) or not isinstance(layer, TRANSPOSED):
+            codes = weight_like(layer, torch.from_numpy(found.codes))
+            forms[name] = found.form.with_codes(codes.numpy())
         return found
 
     if material is None or not chosen.keys() & known.keys():

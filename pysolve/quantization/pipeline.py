@@ -26,7 +26,7 @@ from pysolve.quantization.network import weight_name
 from pysolve.quantization.recipe import Job, carried_out, drafted
 from pysolve.quantization.retraining import Length, options_of
 from pysolve.shrink import shrink
-from pysolve.sizes import channels_to_keep
+from pysolve.sizes import channels_to_keep, check_free
 from pysolve.study import Study, study
 from pysolve.training.distill import distill
 
@@ -84,7 +84,12 @@ class Pipeline:
             return None
         options: Any = {"ignore": self.job.ignore, "divergence": self.job.divergence}
         try:
-            return study(self.original, self.batches, **options, progress=self.job.progress)
+            found = study(self.original, self.batches, **options, progress=self.job.progress)
+            if not found.free:
+                raise PysolveError(
+                    "; ".join(sorted({str(site.pinned) for site in found.sites})) or "no sites"
+                )
+            return found
         except PysolveError as error:
             if share is not None:
                 raise
