@@ -85,10 +85,7 @@ class Pipeline:
         options: Any = {"ignore": self.job.ignore, "divergence": self.job.divergence}
         try:
             found = study(self.original, self.batches, **options, progress=self.job.progress)
-            if not found.free:
-                raise PysolveError(
-                    "; ".join(sorted({str(site.pinned) for site in found.sites})) or "no sites"
-                )
+            check_free(found)
             return found
         except PysolveError as error:
             if share is not None:
