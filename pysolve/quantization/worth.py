@@ -12,10 +12,10 @@ import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
 
-from pysolve.account import distance
 from pysolve.correlations import Array, Correlations
 from pysolve.layerwise import Material
-from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.nn.calibration import samples_in
+from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, run
 from pysolve.nn.graph.branches import layer_values
 from pysolve.nn.network import as_array, as_tensor
 from pysolve.nn.rows import matrix
@@ -110,12 +110,13 @@ def worth_of(
     metrics = sensitivities(model, known, material.calibration.kept[:1])
     outputs = {name: np.maximum(np.diag(metric), _OUTPUT) for name, metric in metrics.items()}
     start = Worth(layers, material, outputs=outputs, bits=bits)
-    other, state = copy.deepcopy(model), model.state_dict()
+    other, state, held = copy.deepcopy(model), model.state_dict(), material.calibration.held
+    originals, counts = list(run(model, held)), [*map(samples_in, held)]
     harm = {}
     for name in layers:
         values, loss = _tried(start, name, state)
         other.load_state_dict({**state, **values})
-        lost = distance(model, other, material.calibration.held, divergence)
+        lost = mean_divergence(originals, run(other, held), counts, divergence)
         harm[name] = lost / loss if loss > 0 else 0.0
     least = _LEAST * float(np.median([value for value in harm.values() if value > 0] or [1.0]))
     return Worth(layers, material, {name: max(one, least) for name, one in harm.items()}, outputs, bits)
