@@ -86,4 +86,5 @@ def within(
 def beside(model: nn.Module, layers: Mapping[str, Any]) -> float:
     """Bytes of a network's file that are no weights of these layers, about."""
     # Halves of what is rounded to bfloat16.
-    return (nbytes(model) - sum(layer.weight.nbytes for layer in layers.values())) / 2 + _RECORD
+    weights = sum(int(layer.weight.nbytes) for layer in layers.values())
+    return (nbytes(model) - weights) / 2 + _RECORD
