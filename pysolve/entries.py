@@ -166,7 +166,7 @@ class Stage:
     def cells(self, whole: int) -> tuple[str, ...]:
         """A row under ``HEAD``, of an original of ``whole`` bytes."""
         bits = f"{8 * self.bytes / max(1, self.weights):.2f}"
-        share = f"1/{whole / self.bytes:.1f}" if self.bytes < whole else "1"
+        share = f"1/{whole / self.bytes:.1f}" if self.bytes < whole else f"{self.bytes / whole:.3g}"
         score = "" if self.score is None else f"{self.score:.2f}"
         times = f"{self.seconds:.1f}" if self.seconds else ""
         return (self.name, f"{self.bytes:,}", share, bits, f"{self.divergence:.4g}", score, times)

@@ -100,7 +100,7 @@ class Report:
         dense = tuple(layer.density for layer in self.layers)
         found = (
             _costs(self),
-            Table("Stages", Stage.HEAD, _cells(self.stages, max((s.bytes for s in self.stages), default=1))),
+            Table("Stages", Stage.HEAD, _cells(self.stages, *(one.bytes for one in self.stages[:1]))),
             Table("Sites", SiteReport.HEAD, _cells(self.sites), words=(0, 6), bars=((1, kept),)),
             Table(
                 "Weights by layer",

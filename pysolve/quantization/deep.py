@@ -16,10 +16,11 @@ from pysolve.compressed import Compressed
 from pysolve.layerwise import study_layers
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes, parameters
-from pysolve.quantization.layout import LAYOUTS, with_file
+from pysolve.quantization.layout import LAYOUTS, with_file, with_scores
 from pysolve.quantization.pipeline import Pipeline
 from pysolve.quantization.recipe import Job
 from pysolve.quantization.retraining import Length, options_of
+from pysolve.report import Report
 
 
 def deep_compress(
@@ -107,14 +108,21 @@ def deep_compress(
     share = _share(target_params, parameters(original))
     found = line.studied(share)
     smaller = line.collapsed(found, line.width(found) if share is None else share)
-    smaller = line.taught(smaller, retrain)
-    smaller = line.pruned(smaller)
-    result = line.shared(smaller, retrain)
     asked = {"bytes": target_bytes, "params": target_params}
+    told: dict[str, Any] = {
+        "target": {what: value for what, value in asked.items() if value is not None} or None,
+        "sites": smaller.report.sites if isinstance(smaller, Compressed) and smaller is not model else (),
+    }
+
+    def length(report: Report) -> Report:
+        report = replace(report, **told, notes=(*line.notes, *report.notes))
+        return with_scores(report, evaluate is not None)
+
+    smaller = line.pruned(line.taught(smaller, retrain))
+    result = replace(line, job=replace(job, told=length)).shared(smaller, retrain)
     report = replace(
         account(original, result.model, shared_out.held, divergence=divergence, seed=seed),
-        target={what: value for what, value in asked.items() if value is not None} or None,
-        sites=smaller.report.sites if isinstance(smaller, Compressed) and smaller is not model else (),
+        **told,
         layers=result.report.layers,
         samples=result.report.samples,
         notes=(*line.notes, *result.report.notes),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -14,7 +15,7 @@ from pysolve.checks import check_model
 from pysolve.compressed import Compressed
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes
-from pysolve.quantization.layout import LAYOUTS, with_file
+from pysolve.quantization.layout import LAYOUTS, with_file, with_scores
 from pysolve.quantization.recipe import SCHEMES, Job, carried_out
 from pysolve.quantization.retraining import Length, options_of
 from pysolve.quantization.single import METHODS
@@ -114,6 +115,7 @@ def quantize(
         divergence,
         seed,
         progress,
+        partial(with_scores, asked=evaluate is not None),
     )
     result = carried_out(model, batches, job)
     report = scored(result.report, original, result.model, evaluate)

@@ -80,7 +80,7 @@ class Pipeline:
 
     def studied(self, share: float | None) -> Study | None:
         """What is known of the channels, if some may go."""
-        if share == 1 or (share is None and self.job.target is None):
+        if (share is None and self.job.target is None) or (share is not None and share >= 1):
             return None
         options: Any = {"ignore": self.job.ignore, "divergence": self.job.divergence}
         try:
@@ -97,17 +97,20 @@ class Pipeline:
         """The share of the parameters that leaves the least divergence within the bytes."""
         if found is None or self.job.target is None:
             return 1.0
-        return _least(
-            partial(self.harm, found), min(1.0, 8 * self.job.target / _BITS / parameters(self.original))
-        )
+        return _least(partial(self.harm, found), 8 * self.job.target / _BITS / parameters(self.original))
 
     def harm(self, found: Study, share: float) -> float:
         """Divergence within about the bytes with channels for a share of the parameters."""
-        return self.lost(drafted(self.kept(found, share), self.batches, self.job))
+        try:
+            smaller = self.kept(found, share)
+        except PysolveError:
+            # No channels are so few.
+            return float("inf")
+        return self.lost(drafted(smaller, self.batches, self.job))
 
     def kept(self, found: Study, share: float) -> nn.Module | Compressed:
         """The network with channels for a share of its parameters."""
-        if share >= _WHOLE:
+        if share >= 1:
             return self.before
         fresh = replace(found, harms=[dict(known) for known in found.harms])
         sizes = channels_to_keep(fresh, {"params": share}, None, None, 1)
@@ -116,7 +119,7 @@ class Pipeline:
     def collapsed(self, found: Study | None, share: float) -> nn.Module | Compressed:
         """With fewer channels."""
         start = time.perf_counter()
-        if found is None or share >= _WHOLE:
+        if found is None or share >= 1:
             return self.before
         result = self.kept(found, share)
         assert isinstance(result, Compressed)
@@ -141,7 +144,7 @@ class Pipeline:
         start = time.perf_counter()
         how = Pruning("obs", {"amount": self.zeros}, "global", "sequential", **self.job.run)
         result = prune_weights(smaller, self.batches, how, layout="dense", ignore=self.job.ignore)
-        self.note("sparse", result.model, file_bytes(result, coding="none"), start)
+        self.note("sparse", result.model, file_bytes(result, coding="none", report=False), start)
         return result
 
     def shared(self, smaller: nn.Module | Compressed, retrain: Length) -> Compressed:
@@ -157,11 +160,12 @@ class Pipeline:
 
 def _least(harm: Callable[[float], float], start: float) -> float:
     """The share of least harm: up, or else down, as long as that gains."""
+    start = start if start < _WHOLE else 1.0
     tried = {start: harm(start)}
     for factor in (_WIDER, 1 / _WIDER):
         share = start
-        while len(tried) < _WIDTHS and min(tried, key=lambda one: tried[one]) == share:
-            share = min(1.0, share * factor)
+        while len(tried) < _WIDTHS and tried[share] <= min(tried.values()):
+            share = share * factor if share * factor < _WHOLE else 1.0
             if share in tried:
                 break
             tried[share] = harm(share)

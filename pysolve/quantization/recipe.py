@@ -23,12 +23,18 @@ from pysolve.quantization.retraining import Length, retrained
 from pysolve.quantization.single import QuantizedLayer, quantize_layer
 from pysolve.quantization.within import beside, within
 from pysolve.quantization.worth import coded_bits
+from pysolve.report import Report
 
 SCHEMES = {"int8-dynamic": "int", "int8": "int", "codebook": "codebook", "ternary": "ternary"}
 # Bits of a code, unless others are asked for.
 BITS = {"int8-dynamic": 8, "int8": 8}
-# Share of a target that is left for what training and the report change.
-_SPARE = 0.01
+# Share of a target, and least bytes, left for what layouts, training and the report change; how often it is
+# tried to hold it.
+_SPARE, _FEWEST, _TRIES = 0.01, 24, 4
+
+
+def _as_it_is(report: Report) -> Report:
+    return report
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,8 @@ class Job:
     target : int, optional
         Bytes of the file.
     bits, group, method, retrain, layout, ignore, divergence, seed, progress
+    told : callable
+        From a report to one as long as that which the file will have.
     """
 
     scheme: str
@@ -54,6 +62,7 @@ class Job:
     divergence: Divergence = kl_divergence
     seed: int = 0
     progress: bool = True
+    told: Callable[[Report], Report] = _as_it_is
 
     @property
     def run(self) -> dict[str, Any]:
@@ -97,14 +106,42 @@ def carried_out(
     """
     model, layers, material, notes = _studied(before, batches, job)
     finish = partial(_finished, before, model, material, job, notes)
-    done = _rounded(model, layers, material, job, finish)
-    if job.retrain and material is not None:
-        how = job.retrain
-        if job.scheme == "ternary":
-            how = {"trained": "ternary", **(how if isinstance(how, Mapping) else {"seconds": float(how)})}
-        done = retrained(model, done, teacher or model, material.calibration.kept, how, **job.run)
-        done = done if job.target is None else shortened(model, done)
-    return finish(done)
+    aim = 0.0 if job.target is None else job.target - _spare(job.target)
+    for _ in range(_TRIES):
+        done = _rounded(model, layers, material, job, finish, aim)
+        if job.retrain and material is not None:
+            done = _trained(model, done, teacher or model, material, job)
+        result = finish(done)
+        if job.target is None:
+            return result
+        size = _size(result, job)
+        if size <= job.target - _spare(job.target) / 2:
+            return result
+        # Layouts and training may have made it larger.
+        aim -= size - job.target + _spare(job.target)
+    raise PysolveError(
+        f"the file has {size:,} bytes where {job.target:,} are wanted, as its layers run or after training: "
+        'give a larger target, layout="dense", or no trained="both".'
+    )
+
+
+def _trained(
+    model: nn.Module, done: Quantized, teacher: nn.Module, material: Material, job: Job
+) -> Quantized:
+    how = job.retrain
+    if job.scheme == "ternary":
+        how = {"trained": "ternary", **(how if isinstance(how, Mapping) else {"seconds": float(how)})}
+    done = retrained(model, done, teacher, material.calibration.kept, how, **job.run)
+    return done if job.target is None else shortened(model, done)
+
+
+def _size(result: Compressed, job: Job) -> int:
+    """Bytes of the file, with the report as it will be."""
+    return file_bytes(replace(result, report=job.told(result.report)))
+
+
+def _spare(target: int) -> float:
+    return max(_SPARE * target, _FEWEST)
 
 
 def drafted(before: nn.Module | Compressed, batches: Iterable[Any], job: Job) -> nn.Module:
@@ -145,6 +182,7 @@ def _rounded(
     material: Material | None,
     job: Job,
     finish: Callable[[Quantized], Compressed],
+    aim: float,
 ) -> Quantized:
     if job.target is None:
         names = [*layers]
@@ -156,13 +194,13 @@ def _rounded(
     def measure(done: Quantized) -> int:
         # The report alone takes seconds, and its size hardly changes.
         drafts[:] = drafts or [finish(done)]
-        return file_bytes(replace(drafts[0], model=apply(model, plan_of(done))))
+        return _size(replace(drafts[0], model=apply(model, plan_of(done))), job)
 
     return within(
         model,
         layers,
         material,
-        (1 - _SPARE) * job.target,
+        aim,
         measure,
         bits=job.bits or 8,
         divergence=job.divergence,
