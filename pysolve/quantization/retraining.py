@@ -9,8 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from pysolve.nn.network import as_array
-from pysolve.nn.sharing import TRAINED, codebooks_of, remove_sharing, share_weights, ternary_weights
+from pysolve.nn.network import as_array, find_layer
+from pysolve.nn.sharing import (
+    TRAINED,
+    codebooks_of,
+    remove_sharing,
+    share_weights,
+    shared_of,
+    ternary_weights,
+)
+from pysolve.nn.snapping import Snapped
 from pysolve.nn.surgery import apply
 from pysolve.quantization.network import Quantized, plan_of, weight_name
 from pysolve.training.distill import distill
@@ -60,6 +68,7 @@ def retrained(
     student = apply(model, plan_of(start))
     share_weights(student, free, trained="both" if ternary else trained)
     ternary_weights(student, ternary, threshold=_THRESHOLD)
+    _hold_zeros(student, model)
     distill(student, teacher, batches, **{"seed": seed, "progress": progress, **options})
     books = codebooks_of(student)
     remove_sharing(student)
@@ -71,6 +80,14 @@ def retrained(
         if name not in own and (name not in old or not torch.equal(value, old[name]))
     }
     return Quantized(books, values, found.errors, found.samples)
+
+
+def _hold_zeros(student: nn.Module, model: nn.Module) -> None:
+    """Keep what is zero in the model, which may have been pruned, zero while codes change."""
+    for name, sharing in shared_of(student).items():
+        pruned: Any = find_layer(model, name).weight == 0
+        if isinstance(sharing, Snapped) and sharing.zero and pruned.any():
+            sharing.fixed = pruned
 
 
 def options_of(retrain: Length) -> tuple[str, dict[str, Any]]:
