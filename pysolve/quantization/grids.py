@@ -14,8 +14,9 @@ from pysolve.quantization.targets import Target
 Codes = npt.NDArray[np.int64]
 Columns = int | npt.NDArray[np.intp]
 
-# Shares of the range of the weights that are tried; at 2 bits the best one is often below a half.
-_SHARES = np.linspace(1.0, 0.3, 29)
+# Shares of the range of the weights that are tried; at 2 bits the best one is often below a half. Weights of
+# inputs that hardly vary may be hundreds of times as large as all others.
+_SHARES = np.concatenate([np.linspace(1.0, 0.3, 29), np.geomspace(0.2, 0.001, 12)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,8 +96,8 @@ def fit_grid(
     group : int, optional
         Consecutive inputs that share a scale; all of a row by default.
     weights : (d,) or (h, d) array, optional
-        What a square error counts. The range is the best share of that of the weights, of 29 from 1 to 0.3;
-        without, the range of the weights itself.
+        What a square error counts. The range is the best share of that of the weights, of 41 from 1 to 0.001,
+        29 of them to 0.3; without, the range of the weights itself.
     """
     d = W.shape[1]
     group = max(1, min(group or d, d))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from numbers import Integral
 from typing import Any
 
 from torch import nn
@@ -101,8 +102,6 @@ def quantize(
     original = model.model if isinstance(model, Compressed) else model
     check_model(original)
     _check(scheme, bits, target, group, method, retrain, layout, batches is None)
-    if batches is not None and iter(batches) is batches:
-        batches = list(batches)
     job = Job(
         scheme,
         bits,
@@ -117,6 +116,8 @@ def quantize(
         progress,
         partial(with_scores, asked=evaluate is not None),
     )
+    if batches is not None and iter(batches) is batches:
+        batches = list(batches)
     result = carried_out(model, batches, job)
     report = scored(result.report, original, result.model, evaluate)
     return with_file(replace(result, report=report), original)
@@ -151,6 +152,11 @@ def _check(
     whole = SCHEMES[scheme] == "int"
     if scheme in ("int8-dynamic", "ternary") and bits is not None and not (whole and bits == 8):
         raise ValueError(f"bits are for int8 and codebook, got {bits} for {scheme}.")
+    for what, given, least, top in (("bits", bits, 1 + whole, 8), ("group", group, 1, None)):
+        number = isinstance(given, Integral) and not isinstance(given, bool)
+        if given is not None and not (number and least <= given <= (top or given)):
+            span = f"{least} … {top}" if top else f"at least {least}"
+            raise ValueError(f"{what} must be a whole number of {span} for {scheme}, got {given!r}.")
     if target is not None and scheme != "codebook":
         raise ValueError(f'a target is for scheme="codebook", got {scheme!r}.')
     if target is not None and method != "feedback":

@@ -94,6 +94,8 @@ def quantized(
     done = reconstruct(material, refit, always=chosen.keys(), seed=seed, progress=progress)
     own = {weight_name(name) for name in forms}
     values = {name: value for name, value in done.values.items() if name not in own}
+    # In the network's order.
+    forms = {name: forms[name] for name in chosen if name in forms}
     return Quantized(forms, values, errors | done.errors, done.samples)
 
 

@@ -1,0 +1,502 @@
+"""Whole networks in few bits: how many values, which outputs, how many bytes, and what a file gives back."""
+
+import copy
+import os
+from contextlib import suppress
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import chains, network
+from torch import nn
+
+import pysolve as ps
+from pysolve.account import distance
+from pysolve.nn import QuantConv2d, QuantLinear, profile, to_dense
+from pysolve.nn.evaluate import nbytes
+from pysolve.nn.sharing import Shared, shared_of
+from pysolve.nn.slicing import WEIGHTED
+from pysolve.nn.storage import bits as raw
+
+SCHEMES = {"int8": 8, "int8-dynamic": 8, "codebook": 4, "ternary": 4}
+
+
+@pytest.fixture(autouse=True)
+def _few_runs(monkeypatch):
+    """Reports hold times; nobody looks at them here."""
+    monkeypatch.setattr(profile, "SECONDS", 0.0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def mlp(seed=0):
+    torch.manual_seed(seed)
+    layers = (nn.Linear(10, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU())
+    return nn.Sequential(*layers, nn.Linear(12, 4)).eval()
+
+
+def convolutional():
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU())
+    layers += (nn.Conv2d(12, 10, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(90, 5))
+    model = nn.Sequential(*layers).eval()
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def batches(n=3, shape=(10,), size=40):
+    random = torch.Generator().manual_seed(1)
+    mix = torch.randn(shape[0], shape[0], generator=random)
+    rows = [torch.randn(size, *shape, generator=random) for _ in range(n)]
+    return [torch.einsum("nc...,cd->nd...", x, mix / shape[0] ** 0.5) for x in rows]
+
+
+def images():
+    return batches(2, (3, 8, 8), 24)
+
+
+def quantize(model=None, data=None, **options):
+    return ps.quantize(mlp() if model is None else model, data, **{"progress": False, **options})
+
+
+@cache
+def usual(**options):
+    return quantize(mlp(), batches(), **options)
+
+
+def weights_of(model):
+    """Weights of Linear layers and convolutions as they are used."""
+    plain = to_dense(model)
+    return {
+        name: layer.weight.detach() for name, layer in plain.named_modules() if isinstance(layer, WEIGHTED)
+    }
+
+
+def most(scheme, name, names):
+    """How many values a layer's weights, or an output's, may have."""
+    edge = len(names) > 2 and name in (names[0], names[-1])
+    return 3 if scheme == "ternary" and not edge else 1 << SCHEMES[scheme]
+
+
+def same(a, b, data):
+    with torch.no_grad():
+        return all(torch.equal(raw(a(x)), raw(b(x))) for x in data)
+
+
+# --- how many values
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("name", ["residual", "transposed", "grouped", "conv1d"])
+@pytest.mark.parametrize("blind", [True, False])
+def test_layers_of_any_network_have_few_values(scheme, name, blind):
+    model, batch = network(name)
+    before = copy.deepcopy(model.state_dict())
+    if scheme == "int8-dynamic" and not any(type(layer) is nn.Linear for layer in model.modules()):
+        with pytest.raises(ps.PysolveError, match="nothing to quantise"):
+            quantize(model, scheme=scheme)
+        return
+    result = quantize(model, None if blind else [batch, batch], scheme=scheme)
+    new, old = weights_of(result.model), weights_of(model)
+    names = [line.name for line in result.report.layers]
+    assert names
+    for layer in new:
+        if scheme == "int8-dynamic" and type(model.get_submodule(layer)) is not nn.Linear:
+            assert torch.equal(new[layer], old[layer])
+            assert layer not in names
+        elif layer in names:
+            rows = new[layer].flatten(1) if scheme.startswith("int8") else [new[layer]]
+            if scheme.startswith("int8") and isinstance(model.get_submodule(layer), nn.ConvTranspose2d):
+                rows = [new[layer][:, i] for i in range(new[layer].shape[1])]
+            assert all(len(row.unique()) <= most(scheme, layer, names) for row in rows)
+            assert not torch.equal(new[layer], old[layer])
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not result.model.training
+
+
+@given(chains(), st.sampled_from(["int8", "codebook", "ternary"]), st.booleans())
+@settings(max_examples=6)
+def test_random_networks_are_quantised_too(chain, scheme, blind):
+    model, batch = chain
+    result = quantize(model, None if blind else [batch, batch], scheme=scheme)
+    assert result.report.layers
+    assert all(line.bits <= 8 for line in result.report.layers)
+    with torch.no_grad():
+        assert result.model(batch).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_networks_of_other_precisions_keep_theirs(dtype, scheme, tmp_path):
+    model, data = mlp().to(dtype), [x.to(dtype) for x in batches()]
+    result = quantize(model, data, scheme=scheme)
+    assert {p.dtype for p in result.model.parameters()} == {dtype}
+    ps.save(result, tmp_path / "a")
+    assert same(ps.load(tmp_path / "a", model), result.model, data)
+    assert distance(model, result.model, data) < 0.05
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_one_layer_may_be_the_whole_network(scheme, tmp_path):
+    torch.manual_seed(0)
+    model = nn.Linear(10, 6)
+    for data in (None, batches()):
+        result = quantize(model, data, scheme=scheme)
+        assert type(result.model) is nn.Linear
+        assert len(result.model.weight[0].unique()) <= most(scheme, "", [""])
+        ps.save(result, tmp_path / "a")
+        assert same(ps.load(tmp_path / "a", model), result.model, batches())
+
+
+@given(st.integers(1, 8))
+@settings(max_examples=8)
+def test_codebooks_have_as_many_values_as_their_bits_can_tell(bits):
+    result = quantize(scheme="codebook", bits=bits)
+    for name, weight in weights_of(result.model).items():
+        assert len(weight.unique()) <= 1 << bits
+        line = next(line for line in result.report.layers if line.name == name)
+        assert 0 < line.bits <= bits
+
+
+def test_groups_of_inputs_have_scales_of_their_own():
+    whole, grouped = (quantize(scheme="int8", bits=2, group=group) for group in (None, 5))
+    assert grouped.model[0].scales.shape == (24, 2)
+    old = weights_of(mlp())["0"]
+    errors = [float((weights_of(one.model)["0"] - old).square().sum()) for one in (whole, grouped)]
+    assert errors[1] < errors[0]
+
+
+def test_dynamic_layers_are_linear_layers_alone():
+    result = quantize(convolutional(), images(), scheme="int8-dynamic")
+    assert type(result.model[0]) is type(result.model[3]) is nn.Conv2d
+    assert isinstance(result.model[6], QuantLinear)
+    assert result.model[6].dynamic
+    plain = quantize(convolutional(), images(), scheme="int8")
+    assert isinstance(plain.model[0], QuantConv2d)
+    assert not plain.model[6].dynamic
+
+
+@pytest.mark.parametrize("scheme", ["int8", "codebook"])
+def test_layers_that_are_ignored_stay_as_they_are(scheme):
+    result = quantize(data=batches(), scheme=scheme, ignore=["2"])
+    assert torch.equal(result.model[2].weight, mlp()[2].weight)
+    assert [line.name for line in result.report.layers] == ["0", "4", "6"]
+
+
+# --- how well
+
+
+@pytest.mark.parametrize("scheme", ["int8", "codebook", "ternary"])
+def test_errors_that_make_up_for_each_other_do_less_harm(scheme):
+    bits = {"int8": 3, "codebook": 2, "ternary": None}[scheme]
+    lost = []
+    for method in ("feedback", "nearest"):
+        found = [quantize(mlp(seed), batches(), scheme=scheme, bits=bits, method=method) for seed in range(3)]
+        lost.append(np.mean([distance(mlp(s), one.model, batches()) for s, one in enumerate(found)]))
+    assert lost[0] < 0.8 * lost[1]
+
+
+def test_data_help():
+    blind, seeing = (quantize(data=data, scheme="codebook", bits=2).model for data in (None, batches()))
+    assert distance(mlp(), seeing, batches()) < 0.8 * distance(mlp(), blind, batches())
+
+
+@pytest.mark.parametrize("how", [{"epochs": 8}, {"epochs": 8, "trained": "both"}])
+def test_training_brings_outputs_closer_with_no_more_values(how):
+    plain = usual(scheme="codebook", bits=2)
+    taught = quantize(data=batches(), scheme="codebook", bits=2, retrain=how)
+    lost = [distance(mlp(), one.model, batches()) for one in (plain, taught)]
+    assert lost[1] < lost[0]
+    for name, weight in weights_of(taught.model).items():
+        assert len(weight.unique()) <= len(weights_of(plain.model)[name].unique())
+    assert not torch.equal(taught.model[0].bias, plain.model[0].bias)
+
+
+def test_ternary_training_leaves_two_values_and_zero():
+    result = quantize(data=batches(), scheme="ternary", retrain={"epochs": 3})
+    for name in ("2", "4"):
+        values = weights_of(result.model)[name].unique()
+        assert len(values) == 3
+        assert values[1] == 0
+    assert same(ps.apply(mlp(), result.plan), result.model, batches())
+
+
+# --- what is zero
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scheme": "int8"},
+        {"scheme": "int8-dynamic"},
+        {"scheme": "codebook"},
+        {"scheme": "ternary"},
+        {"scheme": "codebook", "target": {"bytes": 0.2}},
+        {"scheme": "codebook", "retrain": {"epochs": 3}},
+        {"scheme": "codebook", "retrain": {"epochs": 3, "trained": "both", "lr": 0.1}},
+        {"scheme": "ternary", "retrain": {"epochs": 3, "lr": 0.1}},
+    ],
+    ids=str,
+)
+def test_what_is_pruned_stays_zero(options, tmp_path):
+    pruned = ps.prune(mlp(), batches(), amount=0.6, layout="dense", progress=False)
+    result = quantize(pruned, batches(), **options)
+    for name, weight in weights_of(result.model).items():
+        zeros = weights_of(pruned.model)[name] == 0
+        assert zeros.float().mean() > 0.4
+        assert not weight[zeros].any()
+    assert result.report.after["nonzeros"] <= pruned.report.after["nonzeros"] + 8
+    ps.save(result, tmp_path / "a")
+    assert same(ps.load(tmp_path / "a", mlp()), result.model, batches())
+
+
+# --- how they run
+
+
+@pytest.mark.parametrize("target", [None, {"bytes": 0.3}])
+def test_layers_compute_the_same_however_they_run(target):
+    options = {"scheme": "codebook", "target": target, "seed": 0}
+    found = {
+        layout: quantize(data=batches(), layout=layout, **options)
+        for layout in ("dense", "auto", "csr", "shared")
+    }
+    weights = {layout: weights_of(one.model) for layout, one in found.items() if layout != "shared"}
+    if target is None:
+        assert same(found["dense"].model, found["shared"].model, batches())
+        for x in batches():
+            torch.testing.assert_close(found["csr"].model(x), found["dense"].model(x))
+        assert all(torch.equal(weights["csr"][name], weight) for name, weight in weights["dense"].items())
+    assert {type(one) for one in found["csr"].model[::2]} == {ps.nn.SparseLinear}
+    assert len(shared_of(found["shared"].model)) == 4
+    assert all(isinstance(one, Shared) for one in shared_of(found["shared"].model).values())
+    for layout, one in found.items():
+        assert one.report.after["params"] == one.report.before["params"] or layout in ("auto", "csr")
+        assert one.report.after["nonzeros"] <= one.report.before["nonzeros"]
+        if layout != "auto":
+            assert {line.layout for line in one.report.layers} == {layout}
+
+
+# --- how many bytes
+
+
+@pytest.mark.parametrize(
+    ("target", "layout", "retrain"),
+    [
+        (1100, "dense", 0),
+        (0.4, "dense", {"epochs": 2}),
+        (1100, "dense", {"epochs": 2, "trained": "both"}),
+        (1300, "csr", 0),
+        (0.4, "csr", {"epochs": 2}),
+        (1100, "shared", 0),
+    ],
+    ids=str,
+)
+def test_the_file_has_no_more_bytes_than_asked_and_few_less(layout, retrain, target, tmp_path):
+    options = {"scheme": "codebook", "layout": layout, "retrain": retrain, "evaluate": lambda _: 12.345}
+    result = quantize(data=batches(), target={"bytes": target}, **options)
+    ps.save(result, tmp_path / "a")
+    size = os.path.getsize(tmp_path / "a")
+    wanted = target if target > 1 else target * nbytes(mlp())
+    assert 0.85 * wanted < size <= wanted
+    assert size == result.report.after["file"]
+    assert result.report.before["file"] == nbytes(mlp())
+    assert same(ps.load(tmp_path / "a", mlp()), result.model, batches())
+
+
+@given(st.integers(0, 50), st.floats(800, 2400), st.booleans(), st.integers(1, 8))
+@settings(max_examples=12)
+def test_any_target_is_held_or_refused(seed, target, blind, bits):
+    options = {"scheme": "codebook", "target": {"bytes": int(target)}, "bits": bits}
+    data = None if blind else batches()
+    if target < 1000:
+        # Some 700 bytes are no weights.
+        with suppress(ps.PysolveError):
+            assert quantize(mlp(seed), data, **options).report.after["file"] <= target
+        return
+    result = quantize(mlp(seed), data, **options)
+    assert result.report.after["file"] <= target
+    assert all(len(weight.unique()) <= 1 << bits for weight in weights_of(result.model).values())
+
+
+def test_larger_files_are_closer_to_the_original():
+    lost = [
+        distance(mlp(), quantize(data=batches(), scheme="codebook", target={"bytes": size}).model, batches())
+        for size in (900, 1100, 1500)
+    ]
+    assert lost[0] > 1.5 * lost[1] > 2 * lost[2]
+
+
+def test_one_price_for_all_bits_does_less_harm_than_as_many_values_everywhere():
+    plain = usual(scheme="codebook", bits=2)
+    size = plain.report.after["file"]
+    priced = quantize(data=batches(), scheme="codebook", target={"bytes": size})
+    assert priced.report.after["file"] <= size
+    assert distance(mlp(), priced.model, batches()) < distance(mlp(), plain.model, batches())
+
+
+def test_a_target_out_of_reach_names_the_smallest_file():
+    with pytest.raises(ps.PysolveError, match=r"still has [\d,]+ bytes where 1\d\d are wanted"):
+        quantize(data=batches(), scheme="codebook", target={"bytes": 200})
+
+
+# --- what a result is worth afterwards
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scheme": "int8"},
+        {"scheme": "int8", "group": 4, "bits": 4},
+        {"scheme": "int8-dynamic"},
+        {"scheme": "codebook"},
+        {"scheme": "codebook", "layout": "csr"},
+        {"scheme": "codebook", "target": {"bytes": 0.3}},
+        {"scheme": "ternary"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("build", [mlp, convolutional])
+def test_the_plan_makes_the_network_again_and_so_does_the_file(options, build, tmp_path):
+    model, data = build(), batches() if build is mlp else images()
+    result = quantize(model, data, **options)
+    assert same(ps.apply(model, result.plan), result.model, data)
+    ps.save(result, tmp_path / "a")
+    loaded = ps.load(tmp_path / "a", model)
+    assert same(loaded, result.model, data)
+    assert {*loaded.state_dict()} == {*result.model.state_dict()}
+    assert os.path.getsize(tmp_path / "a") == result.report.after["file"]
+
+
+def test_a_network_with_fewer_channels_is_quantised_and_comes_back(tmp_path):
+    smaller = ps.compress(mlp(), batches(), target={"params": 0.6}, progress=False)
+    result = quantize(smaller, batches(), scheme="codebook")
+    assert len(result.earlier) == 1
+    ps.save(result, tmp_path / "a")
+    assert same(ps.load(tmp_path / "a", mlp()), result.model, batches())
+    assert result.report.before["params"] == smaller.report.after["params"]
+
+
+def test_the_report_tells_bits_errors_scores_and_what_was_asked():
+    score = {"0.weight": 0}
+    result = quantize(
+        data=batches(),
+        scheme="codebook",
+        target={"bytes": 0.4},
+        evaluate=lambda net: score.update(n=1) or float(len(net[0].weight.unique())),
+    )
+    report = result.report
+    assert report.target == {"bytes": int(0.4 * nbytes(mlp()))}
+    assert report.score_before == 240
+    assert report.score_after == len(result.model[0].weight.unique())
+    assert report.samples > 0
+    for line in report.layers:
+        weight = weights_of(result.model)[line.name]
+        assert line.density == pytest.approx(float((weight != 0).float().mean()))
+        assert line.error > 0
+        assert line.why == f"{len(weight.unique())} values"
+    assert "bytes on disk" in str(report)
+
+
+def test_a_divergence_of_one_s_own_is_what_is_reported():
+    result = quantize(data=batches(), scheme="codebook", divergence=lambda a, b: (a - b).sum() * 0 + 7)
+    assert result.report.divergence == 7
+
+
+def test_batches_may_come_once():
+    result = quantize(data=iter(batches()), scheme="codebook", target={"bytes": 0.4}, retrain={"epochs": 1})
+    assert result.report.after["file"] <= 0.4 * nbytes(mlp())
+
+
+def test_a_network_that_cannot_be_exported_is_quantised_all_the_same():
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.fc1, self.fc2 = nn.Linear(10, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            x = self.fc1(x)
+            return self.fc2(x if float(x.detach().sum()) > 0 else -x)
+
+    for options in ({}, {"target": {"bytes": 1300}}):
+        result = quantize(Odd().eval(), batches(), scheme="codebook", **options)
+        assert any("cannot be traced" in note for note in result.report.notes)
+        assert len(result.report.layers) == 2
+
+
+# --- what cannot be meant
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scheme": "float"}, "unknown scheme 'float'"),
+        ({"scheme": "codebook", "method": "up"}, "unknown method 'up'"),
+        ({"scheme": "codebook", "layout": "mask"}, "unknown layout 'mask'"),
+        ({"bits": 4}, "bits are for int8 and codebook"),
+        ({"scheme": "ternary", "bits": 2}, "bits are for int8 and codebook"),
+        ({"scheme": "codebook", "bits": 9}, "bits must be a whole number of 1 … 8"),
+        ({"scheme": "codebook", "bits": 2.5}, "bits must be a whole number of 1 … 8"),
+        ({"scheme": "int8", "bits": 1}, "bits must be a whole number of 2 … 8"),
+        ({"target": {"bytes": 0.1}}, 'a target is for scheme="codebook"'),
+        ({"scheme": "codebook", "target": {"params": 0.1}}, "to a target of bytes alone, got params"),
+        ({"scheme": "codebook", "target": {"bytes": -1}}, "bytes"),
+        ({"scheme": "codebook", "target": {"bytes": 0.1}, "method": "nearest"}, 'needs method="feedback"'),
+        ({"scheme": "codebook", "group": 8}, "groups of inputs are for int8"),
+        ({"scheme": "int8", "group": 0}, "group must be a whole number of at least 1"),
+        ({"scheme": "int8", "layout": "csr"}, "layout and retrain are for codebook and ternary"),
+        ({"scheme": "int8", "retrain": 1.0}, "layout and retrain are for codebook and ternary"),
+        ({"scheme": "codebook", "retrain": {"lr": 0.1}}, "retrain must name seconds or epochs"),
+        ({"scheme": "codebook", "retrain": {"epochs": 1, "trained": "all"}}, "trained must be one of"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_meant_is_refused_before_any_work(options, message):
+    def never():
+        raise AssertionError("data were read")
+        yield
+
+    with pytest.raises(ValueError, match=message) as caught:
+        quantize(data=never(), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_training_needs_data_and_networks_something_to_quantise():
+    with pytest.raises(ValueError, match="retrain needs batches"):
+        quantize(scheme="codebook", retrain=1.0)
+    with pytest.raises(ps.PysolveError, match="nothing to quantise"):
+        quantize(nn.Sequential(nn.ReLU()))
+    with pytest.raises(ps.PysolveError, match="nothing to quantise"):
+        quantize(nn.Sequential(nn.Conv2d(3, 4, 3)), scheme="int8-dynamic")
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        quantize({"weight": 1})
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda one: ps.quantize(one, progress=False),
+        lambda one: ps.compress(one, batches(), progress=False),
+        lambda one: ps.sweep(one, batches(), targets=[{"params": 0.5}], progress=False),
+        lambda one: ps.prune(one, batches(), amount=0.5, progress=False),
+        lambda one: ps.low_rank(one, batches(), rank=2, progress=False),
+        lambda one: ps.deep_compress(one, batches(), bits=4, progress=False),
+    ],
+    ids=["quantize", "compress", "sweep", "prune", "low_rank", "deep_compress"],
+)
+def test_layers_of_whole_numbers_are_not_passed_over_in_silence(again):
+    result = usual(scheme="int8")
+    for one in (result, result.model):
+        with pytest.raises(ps.PysolveError, match=r"0 is a layer of whole numbers.*nn\.dense\.to_dense"):
+            again(one)
+    assert quantize(to_dense(result.model), scheme="codebook").report.layers
