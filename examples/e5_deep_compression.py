@@ -54,18 +54,19 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @dataclass(frozen=True)
 class Network:
-    """What is compressed: how it is made and trained, and what is published of it."""
+    """What is compressed: how it is made and trained, what is published of it, and epochs of each stage."""
 
     make: Callable[[], nn.Module]
     recipe: Mapping[str, float]
     file: str
     published: Published
+    epochs: int
 
 
 NETWORKS = {
-    "LeNet-5": Network(LeNet5, LENET5_RECIPE, "lenet5.safetensors", LENET5),
+    "LeNet-5": Network(LeNet5, LENET5_RECIPE, "lenet5.safetensors", LENET5, 3),
     "LeNet-300-100": Network(
-        partial(Mlp, (784, 300, 100, 10)), LENET_300_RECIPE, "lenet-300-100.safetensors", LENET_300_100
+        partial(Mlp, (784, 300, 100, 10)), LENET_300_RECIPE, "lenet-300-100.safetensors", LENET_300_100, 12
     ),
 }
 
@@ -100,7 +101,7 @@ def compress(dataset: Dataset, out: Path, seed: int, options: Mapping[str, Any])
     models, drawn = {}, {}
     for name, network in NETWORKS.items():
         models[name] = model = trained(network, dataset, out, seed)
-        found = all_stages(model, dataset, network.published, **options)
+        found = all_stages(model, dataset, network.published, **{"epochs": network.epochs, **options})
         title = f"{name} on MNIST: files, and accuracy on the test set (%)"
         show(stages_table(title, model, found, network.published))
         drawn[name] = (found, network.published)

@@ -20,7 +20,7 @@ from pysolve.training.finetune import finetune
 
 # Bits of a published gap between weights that are not zero.
 GAP_BITS = 5
-EPOCHS, LR = 3, 1e-3
+LR = 1e-3
 HUFFMAN, ANS = "coded by Huffman's codes", "coded by numeral systems"
 
 
@@ -73,9 +73,7 @@ LENET_300_100 = Published(
 WAY = "as published, on labels"
 
 
-def as_published(
-    model: nn.Module, dataset: Dataset, published: Published, epochs: int = EPOCHS
-) -> Iterator[Entry]:
+def as_published(model: nn.Module, dataset: Dataset, published: Published, epochs: int) -> Iterator[Entry]:
     """The published stages, each trained on labels."""
 
     def entry(stage: str, network: nn.Module, size: int) -> Entry:

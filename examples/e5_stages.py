@@ -7,7 +7,6 @@ from pathlib import Path
 from e1_network import errors
 from e5_published import (
     ANS,
-    EPOCHS,
     HUFFMAN,
     WAY,
     Entry,
@@ -43,7 +42,7 @@ HEAD = (
     "ours",
     "seconds",
 )
-TICKS = (95, 90, 80, 70, 50, 30, 20, 10, 5, 4, 3, 2, 1.5, 1, 0.8, 0.6, 0.5)
+TICKS = (95, 90, 80, 70, 50, 30, 20, 10, 5, 4, 3, 2, 1.5, 1, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 
 def all_stages(
@@ -53,7 +52,7 @@ def all_stages(
     *,
     smaller: Sequence[float] = SMALLER,
     count: int = COUNT,
-    epochs: int = EPOCHS,
+    epochs: int,
 ) -> list[Entry]:
     """The network as it is, and after every stage of every way."""
     score = accuracy(model, dataset.x_test, dataset.y_test)

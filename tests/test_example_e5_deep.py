@@ -179,7 +179,7 @@ def test_the_whole_script_prints_its_tables_and_writes_its_files(
 ):
     script = modules["deep_compression"]
     recipe = {"epochs": 1, "batch_size": 20, "lr": 2e-3}
-    network = script.Network(lambda: Mlp(SIZES), recipe, "small.safetensors", published)
+    network = script.Network(lambda: Mlp(SIZES), recipe, "small.safetensors", published, 1)
     monkeypatch.setattr(script, "mnist", lambda folder: data)
     monkeypatch.setattr(script, "NETWORKS", {"LeNet-5": network})
     monkeypatch.setattr(script, "all_stages", lambda *args, **options: stages)
