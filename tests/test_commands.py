@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import pysolve as ps
 from pysolve.cli import app
 from pysolve.commands import duration_of, targets_of
-from pysolve.entries import Latency, LayerMass, SiteReport, Solve
+from pysolve.entries import Latency, LayerMass, SiteReport, Solve, Stage
 from pysolve.errors import PysolveError
 from pysolve.nn.evaluate import parameters
 from pysolve.report import Report
@@ -195,6 +195,70 @@ def test_low_rank_writes_a_network_that_loads_and_its_report(home, how):
     assert "--prune" in how or any("rank" in layer["layout"] for layer in report["layers"])
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        (),
+        ("--scheme", "int8", "--bits", "6", "--group", "4"),
+        ("--scheme", "codebook", "--bits", "3", "--layout", "shared"),
+        ("--scheme", "codebook", "--target", "bytes=0.4", "--retrain", "1e"),
+        ("--scheme", "ternary", "--method", "nearest", "--ignore", "4"),
+    ],
+    ids=str,
+)
+def test_quantize_writes_a_network_that_loads_and_its_report(home, how):
+    arguments = ("quantize", "mine:make", "--data", "mine:batches", "--test", "labelled.npz")
+    result = run(*arguments, "--state-dict", *how)
+    assert result.exit_code == 0, result.output
+    assert sorted(path.name for path in (home / "quantized").iterdir()) == [
+        "network.safetensors",
+        "plan.json",
+        "report.html",
+        "report.json",
+        "report.md",
+        "state_dict.safetensors",
+    ]
+    report = json.loads((home / "quantized/report.json").read_text())
+    assert report["after"]["file"] == os.path.getsize("quantized/network.safetensors")
+    assert report["before"]["file"] == report["before"]["bytes"]
+    assert all(layer["bits"] <= 8 for layer in report["layers"])
+    smaller = ps.load("quantized/network.safetensors", network("mine:make"))
+    assert {*load_file("quantized/state_dict.safetensors")} == {*smaller.state_dict()}
+    assert parameters(smaller) == report["after"]["params"] == report["before"]["params"]
+    assert "## Weights by layer" in (home / "quantized/report.md").read_text()
+    if "--target" in how:
+        assert report["after"]["file"] <= 0.4 * report["before"]["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("how", "stages"),
+    [
+        (("--bytes", "1500", "--params", "1"), ["original", "shared", "coded"]),
+        (("--bytes", "0.35"), None),
+        (
+            ("--params", "0.6", "--zeros", "0.5", "--bits", "4", "--retrain", "2e"),
+            ["original", "collapsed", "retrained", "sparse", "shared, retrained", "coded"],
+        ),
+    ],
+    ids=str,
+)
+def test_deep_compress_writes_a_network_that_loads_and_its_stages(home, how, stages):
+    arguments = ("deep-compress", "mine:make", "--data", "mine:batches", "--test", "labelled.npz")
+    result = run(*arguments, *how)
+    assert result.exit_code == 0, result.output
+    report = json.loads((home / "deep/report.json").read_text())
+    assert [stage["name"] for stage in report["stages"]] == stages or stages is None
+    assert {*report["stages"][0]} == {field.name for field in fields(Stage)}
+    size = os.path.getsize("deep/network.safetensors")
+    assert report["after"]["file"] == report["stages"][-1]["bytes"] == size
+    assert size <= report["target"].get("bytes", size) * (report["before"]["file"] if stages is None else 1)
+    smaller = ps.load("deep/network.safetensors", network("mine:make"))
+    assert parameters(smaller) == report["after"]["params"]
+    assert "## Stages" in (home / "deep/report.md").read_text()
+    assert "<h2>Stages</h2>" in (home / "deep/report.html").read_text()
+    assert re.search(r"stage +bytes", result.stdout)
+
+
 def test_sweep_shows_every_size(home):
     command = ("sweep", "mine:make", "--data", "mine:batches", "--test", "labelled.npz")
     result = run(*command, "--target", "params=0.7", "--target", "macs=0.5")
@@ -248,6 +312,19 @@ def test_solve_certifies_and_writes_the_solution(home):
         (("evaluate", "mine:make", "--data", "wide.npz"), "cannot be multiplied"),
         (("prune", "mine:make", "--data", "inputs.npy"), "exactly one of amount"),
         (("prune", "mine:make", "--data", "inputs.npy", "--pattern", "3"), 'must be like "2:4"'),
+        (("quantize", "mine:make", "--data", "inputs.npy", "--scheme", "float"), "unknown scheme 'float'"),
+        (("quantize", "mine:make", "--data", "inputs.npy", "--target", "bytes=0.1"), "a target is for"),
+        (("quantize", "mine:make", "--data", "inputs.npy", "--retrain", "long"), "such as 60s, 2m or 5e"),
+        (("deep-compress", "mine:make", "--data", "inputs.npy"), "give one of target_bytes"),
+        (
+            ("deep-compress", "mine:make", "--data", "inputs.npy", "--bytes", "-1"),
+            "must be a positive number",
+        ),
+        (
+            ("deep-compress", "mine:make", "--data", "inputs.npy", "--bytes", "nan"),
+            "must be a positive number",
+        ),
+        (("deep-compress", "mine:make", "--data", "inputs.npy", "--bytes", "100"), "Give a larger target"),
         (("solve", "inputs.npy"), "r_xx and r_yx"),
     ],
 )
@@ -261,7 +338,7 @@ def test_what_the_user_can_mend_is_one_line_and_status_2(home, arguments, messag
     assert result.stderr.count("\n") == 1
     assert message in result.stderr
     assert result.stdout == ""
-    assert not any((home / folder).exists() for folder in ("compressed", "pruned"))
+    assert not any((home / folder).exists() for folder in ("compressed", "pruned", "quantized", "deep"))
 
 
 def test_debug_shows_where_an_error_came_from(home):

@@ -314,7 +314,7 @@ def test_the_file_has_no_more_bytes_than_asked_and_few_less(layout, retrain, tar
 
 
 @given(st.integers(0, 50), st.floats(800, 2400), st.booleans(), st.integers(1, 8))
-@settings(max_examples=12)
+@settings(max_examples=6)
 def test_any_target_is_held_or_refused(seed, target, blind, bits):
     options = {"scheme": "codebook", "target": {"bytes": int(target)}, "bits": bits}
     data = None if blind else batches()
@@ -337,11 +337,14 @@ def test_larger_files_are_closer_to_the_original():
 
 
 def test_one_price_for_all_bits_does_less_harm_than_as_many_values_everywhere():
-    plain = usual(scheme="codebook", bits=2)
+    torch.manual_seed(0)
+    layers = (nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 4))
+    model, data = nn.Sequential(*layers).eval(), batches(6)
+    plain = quantize(model, data, scheme="codebook", bits=2)
     size = plain.report.after["file"]
-    priced = quantize(data=batches(), scheme="codebook", target={"bytes": size})
+    priced = quantize(model, data, scheme="codebook", target={"bytes": size})
     assert priced.report.after["file"] <= size
-    assert distance(mlp(), priced.model, batches()) < distance(mlp(), plain.model, batches())
+    assert distance(model, priced.model, data) < 0.7 * distance(model, plain.model, data)
 
 
 def test_a_target_out_of_reach_names_the_smallest_file():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
@@ -152,6 +152,8 @@ def _check(
             raise ValueError(f"{name} must be a positive number, got {value!r}.")
     if zeros is not None and zeros >= 1:
         raise ValueError(f"zeros must be a share below 1, got {zeros}.")
+    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, Integral) or not 1 <= bits <= 8):
+        raise ValueError(f"bits must be a whole number of 1 … 8, got {bits!r}.")
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}.")
     if retrain:

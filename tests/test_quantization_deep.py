@@ -1,0 +1,339 @@
+"""Deep compression keeps to its bytes, leaves out what nobody asked for, and tells what each stage left."""
+
+import copy
+import os
+from functools import cache
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from networks import network
+from torch import nn
+
+import pysolve as ps
+from pysolve.account import distance
+from pysolve.nn import profile
+from pysolve.nn.evaluate import nbytes, parameters
+from pysolve.nn.sharing import shared_of
+from pysolve.nn.slicing import WEIGHTED
+from pysolve.nn.storage import bits as raw
+from pysolve.quantization.pipeline import _least
+
+
+@pytest.fixture(autouse=True)
+def _few_runs(monkeypatch):
+    """Reports hold times; nobody looks at them here."""
+    monkeypatch.setattr(profile, "SECONDS", 0.0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def convolutional():
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 16, 3, bias=False), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2))
+    layers += (nn.Conv2d(16, 12, 3), nn.ReLU(), nn.Flatten(), nn.Linear(12, 20), nn.ReLU(), nn.Linear(20, 4))
+    model = nn.Sequential(*layers).eval()
+    model[1].running_mean.normal_()
+    model[1].running_var.uniform_(0.5, 1.5)
+    return model
+
+
+def images(n=3):
+    random = torch.Generator().manual_seed(1)
+    mix = torch.randn(3, 3, generator=random)
+    return [torch.einsum("nchw,cd->ndhw", torch.randn(24, 3, 8, 8, generator=random), mix) for _ in range(n)]
+
+
+def deep(model=None, data=None, **options):
+    model = convolutional() if model is None else model
+    return ps.deep_compress(model, images() if data is None else data, **{"progress": False, **options})
+
+
+@cache
+def usual(**options):
+    return deep(**options)
+
+
+def stages(result):
+    return [stage.name for stage in result.report.stages]
+
+
+def values_of(model):
+    return {
+        name: len(layer.weight.unique())
+        for name, layer in model.named_modules()
+        if isinstance(layer, WEIGHTED)
+    }
+
+
+def same(a, b, data):
+    with torch.no_grad():
+        return all(torch.equal(raw(a(x)), raw(b(x))) for x in data)
+
+
+# --- bytes
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_bytes": 2200},
+        {"target_bytes": 0.2, "target_params": 0.8},
+        {"target_bytes": 1900, "target_params": 0.5},
+        {"target_bytes": 2200, "zeros": 0.5, "target_params": 1},
+        {"target_bytes": 2200, "target_params": 0.7, "retrain": {"epochs": 3}},
+        {"target_bytes": 2200, "target_params": 1, "layout": "shared"},
+        {"target_bytes": 2600, "target_params": 1, "layout": "csr"},
+    ],
+    ids=str,
+)
+def test_the_file_has_no_more_bytes_than_asked(options, tmp_path):
+    model = convolutional()
+    before = copy.deepcopy(model.state_dict())
+    result = deep(model, evaluate=lambda net: 12.345 + parameters(net) / 1e6, **options)
+    ps.save(result, tmp_path / "a")
+    size, target = os.path.getsize(tmp_path / "a"), options["target_bytes"]
+    wanted = target if target > 1 else target * nbytes(model)
+    assert 0.8 * wanted < size <= wanted
+    assert result.report.after["file"] == size == result.report.stages[-1].bytes
+    assert result.report.before["file"] == nbytes(model) == result.report.stages[0].bytes
+    assert result.report.target["bytes"] == target
+    assert same(ps.load(tmp_path / "a", model), result.model, images())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    if "target_params" in options:
+        assert parameters(result.model) <= options["target_params"] * parameters(model) or (
+            options.get("layout") == "csr"
+        )
+        assert result.report.target["params"] == options["target_params"]
+
+
+@given(st.integers(1500, 4000))
+@settings(max_examples=3)
+def test_any_number_of_bytes_is_held(target):
+    assert deep(target_bytes=target, target_params=1).report.after["file"] <= target
+
+
+def test_more_bytes_are_worth_something():
+    lost = [usual(target_bytes=size, target_params=1).report.divergence for size in (1700, 2800)]
+    assert lost[1] < 0.6 * lost[0]
+
+
+def test_bytes_out_of_reach_are_refused():
+    with pytest.raises(ps.PysolveError, match="Give a larger target"):
+        deep(target_bytes=300, target_params=1)
+
+
+# --- stages
+
+
+def test_stages_come_in_order_and_each_tells_what_it_left():
+    result = deep(
+        target_params=0.6,
+        zeros=0.5,
+        bits=4,
+        retrain={"epochs": 2},
+        evaluate=lambda net: float(parameters(net)),
+    )
+    assert stages(result) == [
+        "original",
+        "collapsed",
+        "retrained",
+        "sparse",
+        "shared, retrained",
+        "coded",
+    ]
+    first, collapsed, taught, _, shared, coded = result.report.stages
+    assert first.divergence == 0
+    assert first.bytes > collapsed.bytes == taught.bytes > shared.bytes
+    assert first.score == parameters(convolutional())
+    assert collapsed.score == coded.score == parameters(result.model)
+    assert coded.divergence == result.report.divergence == pytest.approx(shared.divergence)
+    assert all(stage.weights == parameters(convolutional()) for stage in result.report.stages)
+    assert all(stage.seconds > 0 for stage in result.report.stages[1:-1])
+    assert result.report.sites
+    for text in (str(result.report), result.report.as_markdown()):
+        assert "shared, retrained" in text
+    assert "## Stages" in result.report.as_markdown()
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"bits": 3}, ["shared"]),
+        ({"zeros": 0.6}, ["sparse", "shared"]),
+        ({"target_params": 0.5}, ["collapsed", "shared"]),
+        ({"target_params": 1, "bits": 4}, ["shared"]),
+        ({"target_bytes": 2500, "target_params": 1}, ["shared"]),
+        ({"bits": 4, "retrain": {"epochs": 1}}, ["shared, retrained"]),
+    ],
+    ids=str,
+)
+def test_stages_that_nobody_asks_for_are_left_out(options, expected):
+    result = deep(**options)
+    assert stages(result) == ["original", *expected, "coded"]
+    assert result.report.divergence < 0.1
+    whole = parameters(convolutional())
+    assert parameters(result.model) <= options.get("target_params", 1) * whole
+    assert all(count <= 1 << options.get("bits", 4) for count in values_of(result.model).values()) or (
+        "target_bytes" in options
+    )
+
+
+def test_a_share_close_to_all_parameters_is_held_as_well():
+    result = deep(target_params=0.95, bits=4)
+    assert parameters(result.model) <= 0.95 * parameters(convolutional())
+
+
+def test_a_number_of_parameters_is_one():
+    assert parameters(deep(target_params=1200, bits=4).model) <= 1200
+
+
+def test_zeros_are_as_many_as_asked_and_stay():
+    result = usual(zeros=0.6, bits=4)
+    weights = [m.weight for m in result.model.modules() if isinstance(m, WEIGHTED)]
+    share = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
+    assert share >= 0.6
+
+
+def test_the_plans_make_the_network_again():
+    result = deep(target_params=0.6, zeros=0.3, bits=4)
+    model = convolutional()
+    for plan in (*result.earlier, result.plan):
+        model = ps.apply(model, plan)
+    assert same(model, result.model, images())
+
+
+def test_training_between_the_stages_brings_outputs_closer():
+    data, lost = images(8), []
+    for how in (0, {"epochs": 40}):
+        result = deep(data=data, target_params=0.4, bits=2, retrain=how)
+        lost.append(distance(convolutional(), result.model, data))
+    assert lost[1] < 0.95 * lost[0]
+
+
+def test_layers_may_go_on_sharing_their_values():
+    result = deep(bits=3, layout="shared")
+    assert len(shared_of(result.model)) == 4
+    assert result.report.after["params"] == parameters(convolutional())
+    assert {line.layout for line in result.report.layers} == {"shared"}
+
+
+# --- what is given
+
+
+def test_batches_may_come_once():
+    assert deep(data=iter(images()), target_bytes=2500, target_params=0.8).report.after["file"] <= 2500
+
+
+def test_a_compressed_network_goes_on(tmp_path):
+    smaller = ps.compress(convolutional(), images(), target={"params": 0.7}, progress=False)
+    result = deep(smaller, target_params=0.6, bits=4)
+    assert len(result.earlier) == 2
+    ps.save(result, tmp_path / "a")
+    assert same(ps.load(tmp_path / "a", convolutional()), result.model, images())
+
+
+def test_layers_that_are_ignored_stay_as_they_are():
+    result = deep(bits=2, ignore=["0", "re:9"])
+    for name in (0, 9):
+        assert torch.equal(result.model[name].weight, convolutional()[name].weight)
+    assert [line.name for line in result.report.layers] == ["4", "7"]
+
+
+class Odd(nn.Module):
+    """Its code depends on values."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2 = nn.Linear(10, 40), nn.Linear(40, 3)
+
+    def forward(self, x):
+        x = self.fc1(x)
+        return self.fc2(x if float(x.detach().sum()) > 0 else -x)
+
+
+def vectors():
+    return [torch.randn(30, 10, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+
+@pytest.mark.parametrize("name", ["odd", "alone"])
+def test_where_no_channel_can_go_a_note_says_so(name):
+    torch.manual_seed(0)
+    model = Odd().eval() if name == "odd" else nn.Sequential(nn.Linear(10, 60)).eval()
+    result = deep(model, vectors(), target_bytes=1700)
+    assert result.report.after["file"] <= 1700
+    assert stages(result) == ["original", "shared", "coded"]
+    assert any(note.startswith("all channels stay") for note in result.report.notes)
+    with pytest.raises(ps.PysolveError):
+        deep(model, vectors(), target_params=0.5, bits=4)
+
+
+@pytest.mark.parametrize("name", ["residual", "transposed", "attention"])
+def test_networks_of_other_kinds_are_compressed(name):
+    model, batch = network(name)
+    result = deep(model, [torch.cat([batch] * 4)] * 2, target_params=0.8, bits=4)
+    assert stages(result) == ["original", "collapsed", "shared", "coded"]
+
+
+# --- what cannot be meant
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give one of target_bytes, target_params, zeros and bits"),
+        ({"target_bytes": 0}, "target_bytes must be a positive number"),
+        ({"target_bytes": float("inf")}, "target_bytes must be a positive number"),
+        ({"target_params": "half"}, "target_params must be a positive number"),
+        ({"target_params": -0.5}, "target_params must be a positive number"),
+        ({"zeros": 0}, "zeros must be a positive number"),
+        ({"zeros": 1.0}, "zeros must be a share below 1"),
+        ({"bits": 0}, "bits must be a whole number of 1 … 8"),
+        ({"bits": 4.5}, "bits must be a whole number of 1 … 8"),
+        ({"bits": 4, "layout": "mask"}, "unknown layout 'mask'"),
+        ({"bits": 4, "retrain": {"lr": 0.1}}, "retrain must name seconds or epochs"),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_meant_is_refused_before_any_work(options, message):
+    def never():
+        raise AssertionError("data were read")
+        yield
+
+    with pytest.raises(ValueError, match=message) as caught:
+        deep(data=never(), **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_network_is_refused():
+    with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
+        deep({"weight": 1}, bits=4)
+
+
+# --- the search for a width
+
+
+@given(st.floats(0.01, 2), st.floats(0.05, 1))
+def test_the_best_width_near_the_start_is_found(best, start):
+    calls = []
+
+    def harm(share):
+        calls.append(share)
+        return abs(share - best)
+
+    found = _least(harm, start)
+    assert len(calls) == len(set(calls)) <= 5
+    assert harm(found) <= harm(calls[0])
+    assert all(0 < share < 0.9 or share == 1 for share in calls)
+
+
+def test_widths_that_cannot_be_are_passed_over():
+    assert _least(lambda share: float("inf") if share < 0.3 else 1 / share, 0.2) > 0.3
