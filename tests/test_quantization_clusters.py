@@ -86,3 +86,13 @@ def test_nearest_is_the_centre_of_least_distance(seed, k):
     values, centres = rng.standard_normal((3, 4)), np.sort(rng.standard_normal(k))
     distances = np.abs(values[..., None] - centres)
     assert np.array_equal(nearest(values, centres), distances.argmin(-1))
+
+
+def test_outliers_of_next_to_no_weight_leave_the_others_their_centres():
+    rng = np.random.default_rng(0)
+    values, weights = rng.standard_normal(10_000), np.ones(10_000)
+    far, faint = np.append(values, [2e6, -1e6]), np.append(weights, [1e-18, 1e-18])
+    costs = []
+    for centres in (k_means(values, 16, weights), k_means(far, 16, faint)):
+        costs.append(np.square(values - centres[nearest(values, centres)]).sum())
+    assert costs[1] <= 1.01 * costs[0]

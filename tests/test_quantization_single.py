@@ -160,3 +160,19 @@ def test_what_cannot_be_meant_is_refused(options, message):
     W, _, _, found = layer()
     with pytest.raises(ValueError, match=message):
         quantize_layer(W, **{"statistics": found, **options})
+
+
+@pytest.mark.parametrize(
+    "how", [{"bits": 4}, {"scheme": "int", "bits": 4}, {"lam": 1e-3}, {"scheme": "ternary"}]
+)
+def test_an_input_that_hardly_varies_takes_no_values_from_the_others(how):
+    rng = np.random.default_rng(0)
+    W, x = rng.standard_normal((8, 20)), rng.standard_normal((2000, 20))
+    y = x @ W.T
+    x[:, 3] *= 1e-9
+    # Its best weights are a thousand million times the others.
+    y += 1e-3 * np.outer(x[:, 3] / 1e-9, rng.standard_normal(8))
+    faint = Correlations.from_samples(x, y)
+    x[:, 3] = 0.0
+    without = Correlations.from_samples(x, y)
+    assert quantize_layer(W, faint, **how).error <= 1.05 * quantize_layer(W, without, **how).error + 1e-6

@@ -20,7 +20,7 @@ def k_means(values: npt.NDArray[Any], k: int, weights: npt.NDArray[Any] | None =
     """The k centres of least weighted squared distance to the values.
 
     Solves  min_c  Σ_i w_i min_a (v_i − c_a)²  exactly where there are at most 4,096 different values. More
-    are gathered in as many bins of equal width first, and Lloyd's iterations on the values themselves follow.
+    are gathered in as many bins first, and Lloyd's iterations on the values themselves follow.
 
     Parameters
     ----------
@@ -56,13 +56,15 @@ def nearest(values: npt.NDArray[Any], centres: Array) -> Indices:
 
 
 def _starts(ascending: Array) -> Indices:
-    """Where the runs of equal values begin, or the bins that are not empty."""
+    """Where the runs of equal values begin, or bins: half of them of equal width, half of as many values."""
     first = np.flatnonzero(np.diff(ascending, prepend=-np.inf))
     if len(first) <= BINS:
         return first
-    low, high = ascending[0], ascending[-1]
-    bins = np.minimum((ascending / (high - low) - low / (high - low)) * BINS, BINS - 1).astype(np.intp)
-    return np.flatnonzero(np.diff(bins, prepend=-1))
+    low, high, half = ascending[0], ascending[-1], BINS // 2
+    wide = np.minimum((ascending / (high - low) - low / (high - low)) * half, half - 1).astype(np.intp)
+    # Of outliers alone, bins of one width would leave all others one bin.
+    many = np.arange(len(ascending)) * half // len(ascending)
+    return np.flatnonzero(np.diff(wide + many, prepend=-1))
 
 
 def _merged(values: Array, weights: Array, starts: Indices) -> tuple[Array, Array]:

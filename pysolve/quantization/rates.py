@@ -64,7 +64,10 @@ def spaced_values(target: Target, size: int, lam: float) -> PricedValues:
     of the objective at few bits.)
     """
     curvature = float(target.diagonal.mean() * target.rows.mean()) if target.V.size else 0.0
-    step, top = _STEP * math.sqrt(lam / (curvature or 1.0)), float(np.abs(target.V).max(initial=0.0))
+    step = _STEP * math.sqrt(lam / (curvature or 1.0))
+    # What is not worth one bit becomes zero anyway.
+    worth = 0.5 * np.outer(target.rows, target.diagonal) * np.square(target.V) > lam
+    top = float(np.abs(target.V).max(initial=0.0, where=worth))
     most = max(1, (size - 1) // 2)
     step = max(step, top / most)
     steps = np.arange(1, int(np.ceil(top / step)) + 1) if step > 0 else np.zeros(0)

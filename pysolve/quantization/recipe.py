@@ -132,7 +132,7 @@ def _trained(
     if job.scheme == "ternary":
         how = {"trained": "ternary", **(how if isinstance(how, Mapping) else {"seconds": float(how)})}
     done = retrained(model, done, teacher, material.calibration.kept, how, **job.run)
-    return done if job.target is None else shortened(model, done)
+    return shortened(model, done)
 
 
 def _size(result: Compressed, job: Job) -> int:
@@ -188,7 +188,8 @@ def _rounded(
         names = [*layers]
         # Small, and what matters most.
         edges = {names[0], names[-1]} if job.scheme == "ternary" and len(names) > 2 else set()
-        return quantized(layers, material, partial(job.fit, edges), **job.run)
+        done = quantized(layers, material, partial(job.fit, edges), **job.run)
+        return done if SCHEMES[job.scheme] == "int" else shortened(model, done)
     drafts: list[Compressed] = []
 
     def measure(done: Quantized) -> int:

@@ -13,6 +13,9 @@ from pysolve.pruning.supports import LayerProblem, blocks, refit_rows
 
 Mask = npt.NDArray[np.bool_]
 
+# Times the largest weight before, from which on an input keeps its weights.
+_WILD = 2.0
+
 
 @dataclass(frozen=True, eq=False)
 class Target:
@@ -62,6 +65,9 @@ class Target:
 def target_of(problem: LayerProblem, mask: Mask | None, outputs: Array | None = None) -> Target:
     """The target of a layer: the best weights on the mask, and the metric of its inputs as they are."""
     V = problem.optimum() / problem.unit if mask is None else refit_rows(problem, mask)
+    # What the best weights of inputs that hardly vary gain is next to nothing, but they may be millions.
+    wild = np.abs(V).max(0, initial=0.0) > _WILD * np.abs(problem.W).max(initial=0.0)
+    V[:, wild] = problem.W[:, wild] if mask is None else np.where(mask, problem.W, 0.0)[:, wild]
     A = problem.metric()
     A *= problem.unit
     A *= problem.unit[:, None]
