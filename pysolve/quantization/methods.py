@@ -53,14 +53,15 @@ def quantize(
     scheme : "int8-dynamic", "int8", "codebook" or "ternary"
         "int8": whole numbers times a scale for every output. "int8-dynamic": of Linear layers, whose inputs
         are rounded to 8 bits as well when they run; other layers are left alone. "codebook": few values that
-        a layer shares. "ternary": two values and zero, but 16 values in the first layer and the last.
+        a layer shares. "ternary": two values and zero, but 16 values in the first layer and the last. With
+        these two, biases and norms are rounded to bfloat16.
     bits : int, optional
         Of a code: by default 8 for "int8", 4 for "codebook". With a target, the most.
     target : {"bytes": number}, optional
         "codebook": what the file that ``save`` writes may take, as a number or a share of the original's
         tensors. Sizes of codebooks, zeros and how often each value is taken follow from that: layer by layer,
         the error and what entropy coding takes are minimised together, at one price of a bit for all layers,
-        by what errors do to the network's outputs. Biases and norms are rounded to bfloat16.
+        by what errors do to the network's outputs.
     group : int, optional
         "int8": so many consecutive inputs share a scale; all of an output by default.
     method : "feedback" or "nearest"
