@@ -21,6 +21,7 @@ ROWS = [
     {"shrink", "pruning.layout", "lowrank.candidates", "quantization.worth", "quantization.network"},
     {"sizes", "checks", "pruning.selected"},
     {"show.figures", "show.plots", "study", "layerwise", "nn.checkpoint"},
+    {"nn.architecture"},
     {"account", "calibrate", "show.curves", "offline", "nn.inspect", "compressed", "training.distill"},
     {"nn.graph.sites", "nn.costs", "nn.profile", "training.teaching"},
     {"nn.graph.trial", "nn.lockstep", "nn.calibration", "nn.dense", "nn.compact"},

@@ -9,8 +9,13 @@ from scipy.sparse import csr_array
 from torch import nn
 
 import pysolve as ps
+from pysolve.account import costs
+from pysolve.nn import QuantLinear, to_dense
+from pysolve.nn.evaluate import parameters
 from pysolve.nn.nonzeros import TensorNonzeros, nonzeros
+from pysolve.nn.sharing import unshared
 from pysolve.nn.zoo import Mlp
+from pysolve.quantization.forms import Int8
 from pysolve.show.tables import as_html, as_markdown, as_text
 
 
@@ -41,6 +46,34 @@ def test_a_pruned_network_counts_the_same_however_its_layers_run(layout):
     assert counted["0.weight"].size == 216
     assert counted["0.bias"].nonzeros == 8
     assert all(parameter.is_leaf for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("options", [{"scheme": "int8"}, {"scheme": "int8", "group": 7, "bits": 4}])
+def test_layers_of_whole_numbers_count_by_their_codes(options):
+    result = ps.quantize(ps.prune(network(), amount=0.75, layout="dense"), progress=False, **options)
+    counted = {one.name: one for one in nonzeros(result.model).tensors}
+    assert set(counted) == {name for name, _ in network().named_parameters()}
+    for name, layer in to_dense(result.model).named_children():
+        if name != "1":
+            assert counted[f"{name}.weight"].nonzeros == int(layer.weight.count_nonzero())
+            assert counted[f"{name}.weight"].shape == tuple(layer.weight.shape)
+            assert counted[f"{name}.weight"].itemsize == 1
+    assert costs(result.model)["nonzeros"] == nonzeros(result.model).nonzeros
+    assert nonzeros(result.model).size == parameters(result.model) == parameters(network())
+
+
+def test_codes_of_zero_are_those_of_the_layer():
+    codes = np.array([[3, 3, 1], [0, -2, 5]], np.int8)
+    form = Int8(codes, np.ones((2, 1), np.float32), np.array([[3], [0]], np.int8))
+    model = nn.Sequential(QuantLinear.from_form(nn.Linear(3, 2, bias=False), form))
+    assert nonzeros(model).nonzeros == np.count_nonzero(form.dense()) == 3
+
+
+def test_weights_that_share_values_count_as_many_as_they_are():
+    result = ps.quantize(network(), scheme="codebook", bits=1, layout="shared", progress=False)
+    dense = unshared(result.model)
+    assert nonzeros(result.model).tensors == nonzeros(dense).tensors
+    assert parameters(result.model) == parameters(network())
 
 
 def test_totals_are_sums_and_the_rate_is_their_ratio():

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pysolve.budget import MEASURES
-from pysolve.entries import Latency, LayerMass, LayerReport, SiteReport, Solve
+from pysolve.entries import Latency, LayerMass, LayerReport, SiteReport, Solve, Stage
 from pysolve.report import Report, comparison
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z", "M"]), min_size=1, max_size=30)
@@ -34,6 +34,18 @@ def site_reports(draw):
     )
 
 
+counts = st.integers(0, 10**12)
+stages = st.builds(
+    Stage,
+    st.sampled_from(["original", "collapsed", "shared, retrained"]),
+    counts.map(lambda n: n + 1),
+    counts,
+    st.floats(0, 100),
+    st.floats(0, 10**5),
+    st.none() | st.floats(0, 100),
+)
+
+
 @st.composite
 def reports(draw):
     costs = st.fixed_dictionaries({measure: st.integers(0, 10**12) for measure in MEASURES})
@@ -50,6 +62,7 @@ def reports(draw):
         notes=tuple(draw(st.lists(REASONS, max_size=2))),
         warnings=tuple(draw(st.lists(REASONS, max_size=2))),
         target=draw(st.none() | st.just({"params": 0.25, "bytes": 1000})),
+        stages=tuple(draw(st.lists(stages, max_size=4))),
     )
 
 
@@ -76,6 +89,7 @@ def test_a_report_goes_through_json_and_back(report):
         ("layers", LayerReport),
         ("mass", LayerMass),
         ("solves", Solve),
+        ("stages", Stage),
     ):
         found[name] = tuple(kind(**entry) for entry in found[name])
     found["sites"] = tuple(
@@ -85,6 +99,21 @@ def test_a_report_goes_through_json_and_back(report):
     for name in ("notes", "warnings"):
         found[name] = tuple(found[name])
     assert Report(**found) == report
+
+
+def test_stages_are_shares_of_the_first():
+    found = (
+        Stage("original", 4000, 1000, 0.0),
+        Stage("sparse", 4400, 1000, 0.1, 2.0),
+        Stage("coded", 100, 1000, 0.123456, 1.0, 98.765),
+    )
+    report = Report({}, {}, (), 0.0, 0, 0, stages=found)
+    (table,) = [one for one in report.tables() if one.title == "Stages"]
+    assert table.rows == (
+        ("original", "4,000", "1", "32.00", "0", "", ""),
+        ("sparse", "4,400", "1.1", "35.20", "0.1", "", "2.0"),
+        ("coded", "100", "1/40.0", "0.80", "0.1235", "98.77", "1.0"),
+    )
 
 
 @given(reports())

@@ -23,9 +23,9 @@ Making it smaller
     values       new parameters, checked
     surgery      network and plan to a smaller network
     verify       whether two networks compute the same
-    checkpoint   save and load: architecture is what tensors do not tell, packing and compact put a state
-                 dict into little space (coded, decoded, distinct: one row of it; zipped: by deflate), storage
-                 into a file
+    checkpoint   save and load: architecture and modes are what tensors do not tell, packing and compact put
+                 a state dict into little space (coded, decoded, distinct: one row of it; zipped: by
+                 deflate), storage into a file
     evaluate     accuracy, parameters, bytes, MACs, latency; profile has them layer by layer
     nonzeros     what is left of every tensor
 """
