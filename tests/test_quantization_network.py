@@ -344,7 +344,7 @@ def test_one_price_for_all_bits_does_less_harm_than_as_many_values_everywhere():
     size = plain.report.after["file"]
     priced = quantize(model, data, scheme="codebook", target={"bytes": size})
     assert priced.report.after["file"] <= size
-    assert distance(model, priced.model, data) < 0.7 * distance(model, plain.model, data)
+    assert distance(model, priced.model, data) < 0.9 * distance(model, plain.model, data)
 
 
 def test_a_target_out_of_reach_names_the_smallest_file():

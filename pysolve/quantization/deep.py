@@ -152,7 +152,9 @@ def _check(
             raise ValueError(f"{name} must be a positive number, got {value!r}.")
     if zeros is not None and zeros >= 1:
         raise ValueError(f"zeros must be a share below 1, got {zeros}.")
-    if bits is not None and (isinstance(bits, bool) or not isinstance(bits, Integral) or not 1 <= bits <= 8):
+    if bits is not None and (
+        isinstance(bits, bool) or not isinstance(bits, Integral) or not 1 <= int(bits) <= 8
+    ):
         raise ValueError(f"bits must be a whole number of 1 … 8, got {bits!r}.")
     if layout not in LAYOUTS:
         raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}.")
