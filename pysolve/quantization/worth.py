@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pysolve.correlations import Array, Correlations
 from pysolve.layerwise import Material
-from pysolve.nn.calibration import samples_in
+from pysolve.nn.calibration import first_samples, samples_in
 from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, run
 from pysolve.nn.graph.branches import layer_values
 from pysolve.nn.network import as_array, as_tensor
@@ -24,7 +24,9 @@ from pysolve.quantization.single import QuantizedLayer, quantize_layer
 
 # Error of a weight, as a share of its part of the outputs' energy, that a bit costs when harm is measured;
 # the least harm that counts, as a share of the layers' median; what an output's error counts at least.
-_TRIED, _LEAST, _OUTPUT = 1e-3, 1e-2, 1e-3
+_TRIED, _LEAST, _OUTPUT = 3e-3, 1e-2, 1e-3
+# Samples that the network runs on for this, those of all layers together, and of each at least.
+_SAMPLES, _LEAST_SAMPLES = 16384, 256
 # Factors of a price that a search tries; the least one from its start after which equal sizes are the most.
 _NEAREST, _FARTHEST, _TELLING = 1.2, 30.0, 16.0
 # Outputs of a layer that tell what all of its weights take.
@@ -90,7 +92,7 @@ def worth_of(
     bits: int = 8,
     divergence: Divergence = kl_divergence,
 ) -> Worth:
-    """Measure the divergence of the network's outputs, on samples held back, with one layer quantised.
+    """Measure the divergence of the network's outputs with one layer quantised.
 
     Without data, errors of all layers count as shares of their weights' squares.
 
@@ -110,13 +112,15 @@ def worth_of(
     metrics = sensitivities(model, known, material.calibration.kept[:1])
     outputs = {name: np.maximum(np.diag(metric), _OUTPUT) for name, metric in metrics.items()}
     start = Worth(layers, material, outputs=outputs, bits=bits)
-    other, state, held = copy.deepcopy(model), model.state_dict(), material.calibration.held
-    originals, counts = list(run(model, held)), [*map(samples_in, held)]
+    other, state = copy.deepcopy(model), model.state_dict()
+    # Few samples tell too little: with 250, harms of one layer were off by factors of three to seven.
+    seen = first_samples(material.calibration.kept, max(_LEAST_SAMPLES, _SAMPLES // len(layers)))
+    originals, counts = list(run(model, seen)), [*map(samples_in, seen)]
     harm = {}
     for name in layers:
         values, loss = _tried(start, name, state)
         other.load_state_dict({**state, **values})
-        lost = mean_divergence(originals, run(other, held), counts, divergence)
+        lost = mean_divergence(originals, run(other, seen), counts, divergence)
         harm[name] = lost / loss if loss > 0 else 0.0
     least = _LEAST * float(np.median([value for value in harm.values() if value > 0] or [1.0]))
     return Worth(layers, material, {name: max(one, least) for name, one in harm.items()}, outputs, bits)
