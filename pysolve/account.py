@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from pysolve.report import Report
 
 Evaluate = Callable[[nn.Module], float]
 
+# Parts of a batch that are compared by themselves.
+PARTS = 16
 # Samples that are timed together.
 BATCHES = (1, 64)
 
@@ -90,6 +92,37 @@ def distance(
     """Mean divergence over samples of a network's outputs from the original's."""
     outputs = list(run(original, batches))
     return mean_divergence(outputs, run(other, batches), [*map(samples_in, batches)], divergence)
+
+
+def harm_done(
+    original: nn.Module,
+    before: nn.Module,
+    after: nn.Module,
+    batches: Sequence[Any],
+    divergence: Divergence = kl_divergence,
+) -> str:
+    """In words, by how much a network's outputs went further from the original's; "" where that is chance.
+
+    A few samples tell little: only a rise of more than two standard errors counts.
+    """
+    parts = list(_parts(batches))
+    old, new = (
+        np.array([distance(original, one, [part], divergence) for part in parts]) for one in (before, after)
+    )
+    change = new - old
+    error = float(change.std(ddof=1)) / len(change) ** 0.5 if len(change) > 1 else 0.0
+    if change.mean() <= 2 * error:
+        return ""
+    return f"on samples held back the divergence rose from {old.mean():.3g} to {new.mean():.3g}"
+
+
+def _parts(batches: Sequence[Any]) -> Iterator[Any]:
+    """Parts of batches, whose scatter tells how sure a difference is."""
+    for batch in batches:
+        count = samples_in(batch)
+        # Divergence as a share of the outputs' variance needs several samples.
+        size = min(count, max(4, count // PARTS))
+        yield from (take(batch, i, i + size) for i in range(0, count - size + 1, size))
 
 
 def made_with(seed: int) -> dict[str, str]:

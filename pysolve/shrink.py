@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from pysolve.account import account, distance, scored
+from pysolve.account import account, harm_done, scored
 from pysolve.cautions import few_samples, pinned
 from pysolve.choice import refit as least_squares_near
 from pysolve.compressed import Compressed, after
@@ -34,8 +34,6 @@ from pysolve.training.distill import distill as teach
 BIAS_GAIN = 0.01
 # Sizes at which the report tells a site's error.
 CURVE_POINTS = 33
-# Parts of a held-back batch whose scatter tells how sure a difference is.
-PARTS = 16
 
 
 def shrink(
@@ -93,25 +91,8 @@ def _distilled(
     student = copy.deepcopy(smaller)
     how: Any = {"loss": "mse", "batch_size": 32, "mix": 0.5, "frozen": True, **_length(distill)}
     teach(student, found.model, found.calibration.kept, **how, seed=seed, progress=progress)
-    before, after = (_parts(found, one) for one in (smaller, student))
-    change = after - before
-    # A few samples tell little: only a rise of more than two standard errors counts as harm.
-    error = float(change.std(ddof=1)) / len(change) ** 0.5 if len(change) > 1 else 0.0
-    if change.mean() <= 2 * error:
-        return student, []
-    rise = f"{before.mean():.3g} to {after.mean():.3g}"
-    return smaller, [f"distillation was undone: on samples held back the divergence rose from {rise}"]
-
-
-def _parts(found: Study, network: nn.Module) -> Array:
-    """Divergence of a network's outputs from the original's, for parts of the samples held back."""
-    parts = []
-    for batch in found.calibration.held:
-        count = samples_in(batch)
-        # Divergence as a share of the outputs' variance needs several samples.
-        size = min(count, max(4, count // PARTS))
-        parts += [take(batch, i, i + size) for i in range(0, count - size + 1, size)]
-    return np.array([distance(found.model, network, [part], found.divergence) for part in parts])
+    rise = harm_done(found.model, smaller, student, found.calibration.held, found.divergence)
+    return (smaller, [f"distillation was undone: {rise}"]) if rise else (student, [])
 
 
 def _length(distill: float | Mapping[str, float]) -> dict[str, Any]:

@@ -57,8 +57,8 @@ def deep_compress(
         As ``compress`` takes them, unlabelled.
     target_bytes : float, optional
         What the file may take: a number, or a share of the original's tensors. Zeros and values follow from
-        one price of a bit for all layers; of several widths that one is taken whose outputs on samples held
-        back are closest to the original's.
+        one price of a bit for all layers; of several widths that one is taken whose outputs are closest to
+        the original's.
     target_params : float, optional
         Parameters after the collapse, a number or a share; 1 leaves all channels. By default searched for
         with ``target_bytes``, and otherwise 1.
@@ -105,9 +105,7 @@ def deep_compress(
     shared_out = study_layers(original, batches, [], gathered=False, progress=False).calibration
     line = Pipeline(model, original, batches, job, zeros, evaluate, shared_out)
     line.note("original", original, nbytes(original))
-    share = _share(target_params, parameters(original))
-    found = line.studied(share)
-    smaller = line.collapsed(found, line.width(found) if share is None else share)
+    smaller = line.collapsed(_share(target_params, parameters(original)))
     asked = {"bytes": target_bytes, "params": target_params}
     told: dict[str, Any] = {
         "target": {what: value for what, value in asked.items() if value is not None} or None,

@@ -16,7 +16,8 @@ from pysolve.account import Evaluate, distance
 from pysolve.compressed import Compressed, after
 from pysolve.entries import Stage
 from pysolve.errors import PysolveError
-from pysolve.nn.calibration import Calibration
+from pysolve.forms import Sparse
+from pysolve.nn.calibration import Calibration, first_samples
 from pysolve.nn.checkpoint import file_bytes
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.pruning.selected import Job as Pruning
@@ -32,6 +33,8 @@ from pysolve.training.distill import distill
 
 # Bits a weight at which the search for a width begins, the factor between widths, and how many are tried.
 _BITS, _WIDER, _WIDTHS = 2.0, 1.6, 5
+# Samples at most, beside those held back, that tell which one is best.
+_SAMPLES = 4096
 # Share of the parameters from which on all channels stay; of the training, before weights share values.
 _WHOLE, _BEFORE = 0.9, 0.6
 
@@ -106,7 +109,10 @@ class Pipeline:
         except PysolveError:
             # No channels are so few.
             return float("inf")
-        return self.lost(drafted(smaller, self.batches, self.job))
+        network, known = drafted(smaller, self.batches, self.job), self.calibration
+        # Those held back alone are too few to tell widths apart.
+        seen = [*first_samples(known.kept, _SAMPLES), *known.held]
+        return distance(self.original, network, seen, self.job.divergence)
 
     def kept(self, found: Study, share: float) -> nn.Module | Compressed:
         """The network with channels for a share of its parameters."""
@@ -116,9 +122,11 @@ class Pipeline:
         sizes = channels_to_keep(fresh, {"params": share}, None, None, 1)
         return after(self.before, shrink(fresh, sizes, seed=self.job.seed, progress=self.job.progress))
 
-    def collapsed(self, found: Study | None, share: float) -> nn.Module | Compressed:
-        """With fewer channels."""
+    def collapsed(self, share: float | None) -> nn.Module | Compressed:
+        """With fewer channels; without a share, as many as is best."""
         start = time.perf_counter()
+        found = self.studied(share)
+        share = self.width(found) if share is None else share
         if found is None or share >= 1:
             return self.before
         result = self.kept(found, share)
@@ -173,13 +181,16 @@ def _least(harm: Callable[[float], float], start: float) -> float:
 
 
 def _packed(smaller: nn.Module, result: Compressed) -> int:
-    """Bytes with codes of equal length and their values, and all else in full."""
+    """Bytes with codes of equal length and their values, of those that are not zero where this is less."""
     total = nbytes(smaller)
     for line in result.report.layers:
         form = result.plan.forms.get(line.name)
         weight = result.plan.values[weight_name(line.name)] if form is None else form.dense()
         values, codes = np.unique(weight, return_inverse=True)
-        total += Codebook(codes.astype(np.uint8), values).nbytes - weight.nbytes
+        book = Codebook(codes.astype(np.uint8), values)
+        sparse = Sparse.from_dense(weight)
+        entries = sparse.gaps.nbytes + len(sparse.values) * book.bits // 8 + values.nbytes
+        total += min(book.nbytes, entries) - weight.nbytes
     return total
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from pysolve.account import harm_done
 from pysolve.compressed import Compressed, after
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import PysolveError
@@ -106,12 +107,13 @@ def carried_out(
     """
     model, layers, material, notes = _studied(before, batches, job)
     finish = partial(_finished, before, model, material, job, notes)
+    more: tuple[str, ...] = ()
     aim = 0.0 if job.target is None else job.target - _spare(job.target)
     for _ in range(_TRIES):
         done = _rounded(model, layers, material, job, finish, aim)
         if job.retrain and material is not None:
-            done = _trained(model, done, teacher or model, material, job)
-        result = finish(done)
+            done, more = _trained(model, done, teacher or model, material, job)
+        result = _noted(finish(done), more)
         if job.target is None:
             return result
         size = _size(result, job)
@@ -127,12 +129,16 @@ def carried_out(
 
 def _trained(
     model: nn.Module, done: Quantized, teacher: nn.Module, material: Material, job: Job
-) -> Quantized:
+) -> tuple[Quantized, tuple[str, ...]]:
+    """The network's values after training, and a note where that did harm and was undone."""
     how = job.retrain
     if job.scheme == "ternary":
         how = {"trained": "ternary", **(how if isinstance(how, Mapping) else {"seconds": float(how)})}
-    done = retrained(model, done, teacher, material.calibration.kept, how, **job.run)
-    return shortened(model, done)
+    held, kept = material.calibration.held, material.calibration.kept
+    new = shortened(model, retrained(model, done, teacher, kept, how, **job.run))
+    old, trained = (apply(model, plan_of(one)) for one in (done, new))
+    rise = harm_done(teacher, old, trained, held, job.divergence)
+    return (done, (f"training was undone, give it more time: {rise}",)) if rise else (new, ())
 
 
 def _size(result: Compressed, job: Job) -> int:
@@ -207,6 +213,10 @@ def _rounded(
         divergence=job.divergence,
         **job.run,
     )
+
+
+def _noted(result: Compressed, notes: tuple[str, ...]) -> Compressed:
+    return replace(result, report=replace(result.report, notes=(*result.report.notes, *notes)))
 
 
 def _finished(
