@@ -48,7 +48,7 @@ from pysolve.training.fit import fit
 MLP = (784, 300, 100, 10)
 RECIPE = {"epochs": 10, "batch_size": 128, "lr": 2e-3}
 # How many times smaller than the tensors.
-SMALLER = {"lenet": (39, 100, 200), "lenet-300-100": (39, 100, 200), "resnet20": (8, 16)}
+SMALLER = {"lenet": (39, 100, 200), "lenet-300-100": (40, 100, 200), "resnet20": (8, 16)}
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 

@@ -29,6 +29,8 @@ _TRIED, _LEAST, _OUTPUT = 3e-3, 1e-2, 1e-3
 _SAMPLES, _LEAST_SAMPLES = 16384, 256
 # Factors of a price that a search tries; the least one from its start after which equal sizes are the most.
 _NEAREST, _FARTHEST, _TELLING = 1.2, 30.0, 16.0
+# Calls of a search at least after the first one that gave few enough bytes.
+_SINCE = 2
 # Outputs of a layer that tell what all of its weights take.
 _ROWS = 64
 
@@ -144,13 +146,16 @@ def price_for(
     lam : float
         Where to begin.
     steps : int
-        Calls of ``size`` at most.
+        Calls of ``size``; up to as many again where few enough bytes were found late or never.
     close : float
         Share of the bytes that may be left.
     """
     low = high = None
-    start = lam
-    for tries in range(steps):
+    start, since = lam, 0
+    for tries in range(2 * steps):
+        since += high is not None
+        if tries >= steps and since > _SINCE:
+            break
         found = size(lam)
         if found > wanted:
             low = (lam, found)
