@@ -186,7 +186,7 @@ def _next(
         # Sizes fall about with the root of the price, but much of a file may be of one size at any.
         ratio = max(known[1], 1.0) / wanted
         factor = min(_FARTHEST, max(_NEAREST, ratio ** (2 if high is None else -2)))
-        factor = min(_FARTHEST, float(factor ** (1 << min(tries, 8))))
+        factor = min(_FARTHEST, float(factor ** (1 << min(tries, 4))))
         return known[0] * (factor if high is None else 1 / factor)
     # Sizes fall about as a power of the price; the middle where they do not.
     span = math.log(low[1] / max(high[1], 1e-3))
