@@ -98,7 +98,10 @@ def deep_compress(
 ) -> None:
     """Make a network's file as small as asked: fewer channels, zeros, few values, coded; write it."""
     from pysolve.commands import Job, duration_of, number_of, shrink_to
+    from pysolve.errors import PysolveError
 
+    if all(value is None for value in (target_bytes, target_params, zeros, bits)):
+        raise PysolveError("give --bytes, --params, --zeros or --bits, to say how small the file is to be.")
     shrink_to(
         Job(network, data, weights, test, out, device, samples, json, quiet),
         "deep_compress",

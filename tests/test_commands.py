@@ -315,7 +315,7 @@ def test_solve_certifies_and_writes_the_solution(home):
         (("quantize", "mine:make", "--data", "inputs.npy", "--scheme", "float"), "unknown scheme 'float'"),
         (("quantize", "mine:make", "--data", "inputs.npy", "--target", "bytes=0.1"), "a target is for"),
         (("quantize", "mine:make", "--data", "inputs.npy", "--retrain", "long"), "such as 60s, 2m or 5e"),
-        (("deep-compress", "mine:make", "--data", "inputs.npy"), "give one of target_bytes"),
+        (("deep-compress", "mine:make", "--data", "inputs.npy"), "give --bytes, --params, --zeros or --bits"),
         (
             ("deep-compress", "mine:make", "--data", "inputs.npy", "--bytes", "-1"),
             "must be a positive number",
