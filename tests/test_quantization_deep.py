@@ -18,7 +18,7 @@ from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.sharing import shared_of
 from pysolve.nn.slicing import WEIGHTED
 from pysolve.nn.storage import bits as raw
-from pysolve.quantization.pipeline import _least
+from pysolve.quantization.pipeline import Width, _least
 
 
 @pytest.fixture(autouse=True)
@@ -325,15 +325,15 @@ def test_what_is_no_network_is_refused():
 def test_the_best_width_near_the_start_is_found(best, start):
     calls = []
 
-    def harm(share):
+    def width(share):
         calls.append(share)
-        return abs(share - best)
+        return Width(share, abs(share - best))
 
-    found = _least(harm, start)
+    found = _least(width, start)
     assert len(calls) == len(set(calls)) <= 5
-    assert harm(found) <= harm(calls[0])
+    assert found.harm == abs(found.share - best) == min(abs(share - best) for share in calls)
     assert all(0 < share < 0.9 or share == 1 for share in calls)
 
 
 def test_widths_that_cannot_be_are_passed_over():
-    assert _least(lambda share: float("inf") if share < 0.3 else 1 / share, 0.2) > 0.3
+    assert _least(lambda share: Width(share) if share < 0.3 else Width(share, 1 / share), 0.2).share > 0.3

@@ -105,7 +105,7 @@ def deep_compress(
     shared_out = study_layers(original, batches, [], gathered=False, progress=False).calibration
     line = Pipeline(model, original, batches, job, zeros, evaluate, shared_out)
     line.note("original", original, nbytes(original))
-    smaller = line.collapsed(_share(target_params, parameters(original)))
+    smaller, known = line.collapsed(_share(target_params, parameters(original)))
     asked = {"bytes": target_bytes, "params": target_params}
     told: dict[str, Any] = {
         "target": {what: value for what, value in asked.items() if value is not None} or None,
@@ -117,7 +117,7 @@ def deep_compress(
         return with_scores(report, evaluate is not None)
 
     smaller = line.pruned(line.taught(smaller, retrain))
-    result = replace(line, job=replace(job, told=length)).shared(smaller, retrain)
+    result = replace(line, job=replace(job, told=length)).shared(smaller, known, retrain)
     report = replace(
         account(original, result.model, shared_out.held, divergence=divergence, seed=seed),
         **told,

@@ -17,7 +17,7 @@ from pysolve.compressed import Compressed
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes
 from pysolve.quantization.layout import LAYOUTS, with_file, with_scores
-from pysolve.quantization.recipe import SCHEMES, Job, carried_out
+from pysolve.quantization.recipe import SCHEMES, Job, carried_out, studied
 from pysolve.quantization.retraining import Length, options_of
 from pysolve.quantization.single import METHODS
 
@@ -119,7 +119,7 @@ def quantize(
     )
     if batches is not None and iter(batches) is batches:
         batches = list(batches)
-    result = carried_out(model, batches, job)
+    result = carried_out(studied(model, batches, job), job)
     report = scored(result.report, original, result.model, evaluate)
     return with_file(replace(result, report=report), original)
 

@@ -37,12 +37,15 @@ class Quantized:
     errors : {layer: float}
     samples : int
         That layers were fitted on.
+    lam : float, optional
+        What a bit cost, where bytes were shared out.
     """
 
     forms: Mapping[str, QuantForm]
     values: Mapping[str, npt.NDArray[Any]]
     errors: Mapping[str, float]
     samples: int
+    lam: float | None = None
 
 
 def quantized(

@@ -20,11 +20,12 @@ from pysolve.forms import Sparse
 from pysolve.nn.calibration import Calibration, first_samples
 from pysolve.nn.checkpoint import file_bytes
 from pysolve.nn.evaluate import nbytes, parameters
+from pysolve.nn.surgery import apply
 from pysolve.pruning.selected import Job as Pruning
 from pysolve.pruning.weights import prune_weights
 from pysolve.quantization.forms import Codebook
-from pysolve.quantization.network import weight_name
-from pysolve.quantization.recipe import Job, carried_out, drafted
+from pysolve.quantization.network import plan_of, weight_name
+from pysolve.quantization.recipe import Job, Subject, carried_out, drafted, studied
 from pysolve.quantization.retraining import Length, options_of
 from pysolve.shrink import shrink
 from pysolve.sizes import channels_to_keep, check_free
@@ -37,6 +38,24 @@ _BITS, _WIDER, _WIDTHS = 2.0, 1.6, 5
 _SAMPLES = 4096
 # Share of the parameters from which on all channels stay; of the training, before weights share values.
 _WHOLE, _BEFORE = 0.9, 0.6
+
+
+@dataclass(frozen=True, eq=False)
+class Width:
+    """A network with channels for a share of its parameters.
+
+    Parameters
+    ----------
+    share : float
+    harm : float
+        Divergence of its outputs within about the bytes; infinite where no channels are so few.
+    subject : Subject, optional
+        What that was measured on.
+    """
+
+    share: float
+    harm: float = float("inf")
+    subject: Subject | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +100,7 @@ class Pipeline:
         """Divergence of a network's outputs from the original's."""
         return distance(self.original, network, self.calibration.held, self.job.divergence)
 
-    def studied(self, share: float | None) -> Study | None:
+    def channels(self, share: float | None) -> Study | None:
         """What is known of the channels, if some may go."""
         if (share is None and self.job.target is None) or (share is not None and share >= 1):
             return None
@@ -96,23 +115,18 @@ class Pipeline:
             self.notes.append(f"all channels stay: {error}")
             return None
 
-    def width(self, found: Study | None) -> float:
-        """The share of the parameters that leaves the least divergence within the bytes."""
-        if found is None or self.job.target is None:
-            return 1.0
-        return _least(partial(self.harm, found), 8 * self.job.target / _BITS / parameters(self.original))
-
-    def harm(self, found: Study, share: float) -> float:
-        """Divergence within about the bytes with channels for a share of the parameters."""
+    def width(self, found: Study, share: float) -> Width:
+        """What channels for a share of the parameters do within the bytes."""
         try:
             smaller = self.kept(found, share)
         except PysolveError:
-            # No channels are so few.
-            return float("inf")
-        network, known = drafted(smaller, self.batches, self.job), self.calibration
+            return Width(share)
+        subject = drafted(studied(smaller, self.batches, self.job), self.job)
+        assert subject.begun is not None
+        network, known = apply(subject.model, plan_of(subject.begun)), self.calibration
         # Those held back alone are too few to tell widths apart.
         seen = [*first_samples(known.kept, _SAMPLES), *known.held]
-        return distance(self.original, network, seen, self.job.divergence)
+        return Width(share, distance(self.original, network, seen, self.job.divergence), subject)
 
     def kept(self, found: Study, share: float) -> nn.Module | Compressed:
         """The network with channels for a share of its parameters."""
@@ -122,17 +136,23 @@ class Pipeline:
         sizes = channels_to_keep(fresh, {"params": share}, None, None, 1)
         return after(self.before, shrink(fresh, sizes, seed=self.job.seed, progress=self.job.progress))
 
-    def collapsed(self, share: float | None) -> nn.Module | Compressed:
-        """With fewer channels; without a share, as many as is best."""
+    def collapsed(self, share: float | None) -> tuple[nn.Module | Compressed, Subject | None]:
+        """With fewer channels; without a share, as many as is best, and what that was told by."""
         start = time.perf_counter()
-        found = self.studied(share)
-        share = self.width(found) if share is None else share
-        if found is None or share >= 1:
-            return self.before
-        result = self.kept(found, share)
-        assert isinstance(result, Compressed)
-        self.note("collapsed", result.model, nbytes(result.model), start)
-        return result
+        found = self.channels(share)
+        if found is None:
+            return self.before, None
+        width = Width(share) if share is not None else self.best(found)
+        smaller = self.kept(found, width.share) if width.subject is None else width.subject.before
+        if width.share < 1:
+            assert isinstance(smaller, Compressed)
+            self.note("collapsed", smaller.model, nbytes(smaller.model), start)
+        return smaller, width.subject
+
+    def best(self, found: Study) -> Width:
+        """The width that leaves the least divergence within the bytes."""
+        assert self.job.target is not None
+        return _least(partial(self.width, found), 8 * self.job.target / _BITS / parameters(self.original))
 
     def taught(self, smaller: nn.Module | Compressed, retrain: Length) -> nn.Module | Compressed:
         """Trained to give the original's outputs, where channels went."""
@@ -155,29 +175,31 @@ class Pipeline:
         self.note("sparse", result.model, file_bytes(result, coding="none", report=False), start)
         return result
 
-    def shared(self, smaller: nn.Module | Compressed, retrain: Length) -> Compressed:
-        """With few values, trained on."""
+    def shared(self, smaller: nn.Module | Compressed, known: Subject | None, retrain: Length) -> Compressed:
+        """With few values, trained on; ``known`` tells of the network as it was once collapsed."""
         start = time.perf_counter()
+        subject = known if known and known.before is smaller else studied(smaller, self.batches, self.job)
         part = _part(retrain, 1 - _BEFORE if len(self.stages) > 1 else 1.0) if retrain else 0
-        result = carried_out(smaller, self.batches, replace(self.job, retrain=part), teacher=self.original)
-        network = smaller.model if isinstance(smaller, Compressed) else smaller
+        result = carried_out(subject, replace(self.job, retrain=part), teacher=self.original)
         name = "shared, retrained" if retrain else "shared"
-        self.note(name, result.model, _packed(network, result), start)
+        self.note(name, result.model, _packed(subject.model, result), start)
         return result
 
 
-def _least(harm: Callable[[float], float], start: float) -> float:
-    """The share of least harm: up, or else down, as long as that gains."""
-    start = start if start < _WHOLE else 1.0
-    tried = {start: harm(start)}
+def _least(width: Callable[[float], Width], start: float) -> Width:
+    """The width of least harm: up, or else down, as long as that gains."""
+    best = width(start if start < _WHOLE else 1.0)
+    tried = {best.share: best.harm}
     for factor in (_WIDER, 1 / _WIDER):
-        share = start
-        while len(tried) < _WIDTHS and tried[share] <= min(tried.values()):
+        share = next(iter(tried))
+        while len(tried) < _WIDTHS and tried[share] <= best.harm:
             share = share * factor if share * factor < _WHOLE else 1.0
             if share in tried:
                 break
-            tried[share] = harm(share)
-    return min(tried, key=lambda one: tried[one])
+            new = width(share)
+            tried[share] = new.harm
+            best = new if new.harm < best.harm else best
+    return best
 
 
 def _packed(smaller: nn.Module, result: Compressed) -> int:

@@ -23,7 +23,7 @@ from pysolve.quantization.network import Quantized, plan_of, quantized, shortene
 from pysolve.quantization.retraining import Length, retrained
 from pysolve.quantization.single import QuantizedLayer, quantize_layer
 from pysolve.quantization.within import beside, within
-from pysolve.quantization.worth import coded_bits
+from pysolve.quantization.worth import Worth, coded_bytes, worth_of
 from pysolve.report import Report
 
 SCHEMES = {"int8-dynamic": "int", "int8": "int", "codebook": "codebook", "ternary": "ternary"}
@@ -88,32 +88,87 @@ class Job:
         return found
 
 
-def carried_out(
-    before: nn.Module | Compressed,
-    batches: Iterable[Any] | None,
-    job: Job,
-    *,
-    teacher: nn.Module | None = None,
-) -> Compressed:
-    """Quantise a network.
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A network to quantise, and what is known of it.
 
     Parameters
     ----------
     before : nn.Module or Compressed
-    batches : sequence of batches, optional
+        What was given.
+    layers : {name: layer}
+        To quantise.
+    material : Material, optional
+        Where there are data.
+    notes : tuple of str
+    worth : Worth, optional
+        Where there is a target.
+    begun : Quantized, optional
+        What came near the target.
+    """
+
+    before: nn.Module | Compressed
+    layers: Mapping[str, nn.Module]
+    material: Material | None
+    notes: tuple[str, ...]
+    worth: Worth | None
+    begun: Quantized | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        return self.before.model if isinstance(self.before, Compressed) else self.before
+
+
+def studied(before: nn.Module | Compressed, batches: Iterable[Any] | None, job: Job) -> Subject:
+    """What must be known of a network to quantise it as asked."""
+    model = before.model if isinstance(before, Compressed) else before
+    layers, notes = weighted_layers(model, job.ignore)
+    if job.scheme == "int8-dynamic":
+        layers = {name: layer for name, layer in layers.items() if type(layer) is nn.Linear}
+    if not layers:
+        raise PysolveError("there is nothing to quantise: no Linear or convolution with its own weight.")
+    material = worth = None
+    if batches is not None:
+        gathered = job.target is not None
+        material = study_layers(model, batches, [*layers], gathered=gathered, progress=job.progress)
+        notes += material.notes
+    if job.target is not None:
+        worth = worth_of(model, layers, material, bits=job.bits or 8, divergence=job.divergence)
+    return Subject(before, layers, material, tuple(notes), worth)
+
+
+def drafted(subject: Subject, job: Job) -> Subject:
+    """Quantised to about as many bytes as the file may have, to compare the network with others."""
+    assert job.target is not None
+    assert subject.worth is not None
+
+    def measure(done: Quantized) -> int:
+        return int(sum(map(coded_bytes, done.forms.values())) + beside(subject.model, subject.layers))
+
+    begun = within(subject.model, subject.worth, job.target, measure, rough=True, **job.run)
+    return replace(subject, begun=begun)
+
+
+def carried_out(subject: Subject, job: Job, *, teacher: nn.Module | None = None) -> Compressed:
+    """Quantise a network.
+
+    Parameters
+    ----------
+    subject : Subject
     job : Job
     teacher : nn.Module, optional
         Whose outputs it is trained to give; by default the network's.
     """
-    model, layers, material, notes = _studied(before, batches, job)
-    finish = partial(_finished, before, model, material, job, notes)
+    model, material = subject.model, subject.material
     more: tuple[str, ...] = ()
     aim = 0.0 if job.target is None else job.target - _spare(job.target)
     for _ in range(_TRIES):
-        done = _rounded(model, layers, material, job, finish, aim)
+        done = _rounded(subject, job, aim)
+        subject = replace(subject, begun=done)
         if job.retrain and material is not None:
             done, more = _trained(model, done, teacher or model, material, job)
-        result = _noted(finish(done), more)
+        result = _noted(_finished(subject, job, done), more)
         if job.target is None:
             return result
         size = _size(result, job)
@@ -150,85 +205,32 @@ def _spare(target: int) -> float:
     return max(_SPARE * target, _FEWEST)
 
 
-def drafted(before: nn.Module | Compressed, batches: Iterable[Any], job: Job) -> nn.Module:
-    """A network quantised to about as many bytes as its file may have, to compare it with others."""
-    model, layers, material, _ = _studied(before, batches, job)
-    assert job.target is not None
-
-    def measure(done: Quantized) -> int:
-        coded = sum(coded_bits(form.codes) for form in done.forms.values()) / 8
-        return int(coded + beside(model, layers))
-
-    how: Any = {"bits": job.bits or 8, "divergence": job.divergence, **job.run}
-    return apply(model, plan_of(within(model, layers, material, job.target, measure, rough=True, **how)))
-
-
-def _studied(
-    before: nn.Module | Compressed, batches: Iterable[Any] | None, job: Job
-) -> tuple[nn.Module, dict[str, nn.Module], Material | None, tuple[str, ...]]:
-    """The network, the layers to quantise, what is known of them, and notes."""
-    model = before.model if isinstance(before, Compressed) else before
-    layers, notes = weighted_layers(model, job.ignore)
-    if job.scheme == "int8-dynamic":
-        layers = {name: layer for name, layer in layers.items() if type(layer) is nn.Linear}
-    if not layers:
-        raise PysolveError("there is nothing to quantise: no Linear or convolution with its own weight.")
-    material = None
-    if batches is not None:
-        material = study_layers(
-            model, batches, [*layers], gathered=job.target is not None, progress=job.progress
-        )
-        notes += material.notes
-    return model, layers, material, tuple(notes)
-
-
-def _rounded(
-    model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    material: Material | None,
-    job: Job,
-    finish: Callable[[Quantized], Compressed],
-    aim: float,
-) -> Quantized:
-    if job.target is None:
+def _rounded(subject: Subject, job: Job, aim: float) -> Quantized:
+    model, layers = subject.model, subject.layers
+    if subject.worth is None:
         names = [*layers]
         # Small, and what matters most.
         edges = {names[0], names[-1]} if job.scheme == "ternary" and len(names) > 2 else set()
-        done = quantized(layers, material, partial(job.fit, edges), **job.run)
+        done = quantized(layers, subject.material, partial(job.fit, edges), **job.run)
         return done if SCHEMES[job.scheme] == "int" else shortened(model, done)
     drafts: list[Compressed] = []
 
     def measure(done: Quantized) -> int:
         # The report alone takes seconds, and its size hardly changes.
-        drafts[:] = drafts or [finish(done)]
+        drafts[:] = drafts or [_finished(subject, job, done)]
         return _size(replace(drafts[0], model=apply(model, plan_of(done))), job)
 
-    return within(
-        model,
-        layers,
-        material,
-        aim,
-        measure,
-        bits=job.bits or 8,
-        divergence=job.divergence,
-        **job.run,
-    )
+    return within(model, subject.worth, aim, measure, begun=subject.begun, **job.run)
 
 
 def _noted(result: Compressed, notes: tuple[str, ...]) -> Compressed:
     return replace(result, report=replace(result.report, notes=(*result.report.notes, *notes)))
 
 
-def _finished(
-    before: nn.Module | Compressed,
-    model: nn.Module,
-    material: Material | None,
-    job: Job,
-    notes: tuple[str, ...],
-    done: Quantized,
-) -> Compressed:
+def _finished(subject: Subject, job: Job, done: Quantized) -> Compressed:
+    material = subject.material
     batch = None if material is None else material.calibration.held[0]
-    result = laid_out(model, done, job.layout, batch=batch, divergence=job.divergence, seed=job.seed)
+    result = laid_out(subject.model, done, job.layout, batch=batch, divergence=job.divergence, seed=job.seed)
     target = None if job.target is None else {"bytes": job.target}
-    report = replace(result.report, target=target, notes=(*notes, *result.report.notes))
-    return after(before, replace(result, report=report))
+    report = replace(result.report, target=target, notes=(*subject.notes, *result.report.notes))
+    return after(subject.before, replace(result, report=report))

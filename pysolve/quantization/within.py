@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import nn
 
 from pysolve.errors import PysolveError
-from pysolve.layerwise import Material
-from pysolve.nn.divergence import Divergence
 from pysolve.nn.evaluate import nbytes
 from pysolve.quantization.network import Quantized, quantized, shortened
-from pysolve.quantization.worth import price_for, worth_of
+from pysolve.quantization.worth import Worth, price_for
 
 # The share of the file's bytes that may be left, and runs to come so close.
 _CLOSE, _RUNS, _ROUGH = 0.03, 6, 2
@@ -23,14 +22,12 @@ _RECORD = 1000
 
 def within(
     model: nn.Module,
-    layers: Mapping[str, nn.Module],
-    material: Material | None,
+    worth: Worth,
     target: float,
     measure: Callable[[Quantized], int],
     *,
-    bits: int = 8,
+    begun: Quantized | None = None,
     rough: bool = False,
-    divergence: Divergence,
     seed: int = 0,
     progress: bool = True,
 ) -> Quantized:
@@ -42,17 +39,16 @@ def within(
     Parameters
     ----------
     model : nn.Module
-    layers : {name: layer}
-        To quantise.
-    material : Material, optional
+    worth : Worth
+        What errors of its layers do.
     target : float
     measure : callable
         Bytes of the file.
-    bits : int
-        At most 2^bits values a layer.
+    begun : Quantized, optional
+        What came near such a target before.
     rough : bool
         Come near the target from either side, in little time.
-    divergence, seed, progress
+    seed, progress
         As ``quantize`` has them.
 
     Raises
@@ -60,17 +56,22 @@ def within(
     PysolveError
         When no price makes the file so small: says how small it can be.
     """
-    worth = worth_of(model, layers, material, bits=bits, divergence=divergence)
     found: dict[int, Quantized] = {}
 
-    def size(lam: float) -> float:
+    def at(lam: float) -> Quantized:
         fit: Any = partial(worth.fit, lam)
-        done = shortened(model, quantized(layers, material, fit, seed=seed, progress=progress))
+        done = quantized(worth.layers, worth.material, fit, seed=seed, progress=progress)
+        return replace(shortened(model, done), lam=lam)
+
+    def size(lam: float) -> float:
+        done = begun if begun is not None and begun.lam == lam else at(lam)
         bytes = measure(done)
         found[bytes] = done
         return bytes
 
-    guess = price_for(max(target - beside(model, layers), 0.2 * target), worth.coded) or 1.0
+    guess = None if begun is None else begun.lam
+    if guess is None:
+        guess = price_for(max(target - beside(model, worth.layers), 0.2 * target), worth.coded) or 1.0
     price_for(target, size, guess, steps=_ROUGH if rough else _RUNS, close=_CLOSE)
     if rough:
         return found[min(found, key=lambda bytes: abs(bytes - target))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,6 +20,7 @@ from pysolve.nn.graph.branches import layer_values
 from pysolve.nn.network import as_array, as_tensor
 from pysolve.nn.rows import matrix
 from pysolve.nn.sensitivity import sensitivities
+from pysolve.quantization.forms import Codebook, QuantForm
 from pysolve.quantization.single import QuantizedLayer, quantize_layer
 
 # Error of a weight, as a share of its part of the outputs' energy, that a bit costs when harm is measured;
@@ -27,10 +28,13 @@ from pysolve.quantization.single import QuantizedLayer, quantize_layer
 _TRIED, _LEAST, _OUTPUT = 3e-3, 1e-2, 1e-3
 # Samples that the network runs on for this, those of all layers together, and of each at least.
 _SAMPLES, _LEAST_SAMPLES = 16384, 256
-# Factors of a price that a search tries; the least one from its start after which equal sizes are the most.
-_NEAREST, _FARTHEST, _TELLING = 1.2, 30.0, 16.0
+# Logarithms of the least factors of a price that a search tries, at first and later, and of the greatest; the
+# least power of a price by which sizes fall; the factor from the start after which equal sizes are the most.
+_NEAREST, _FARTHEST, _FLAT, _TELLING = (0.06, 0.18), 3.4, 0.02, 16.0
 # Calls of a search at least after the first one that gave few enough bytes.
 _SINCE = 2
+# Bytes of a file for each value that a layer shares, and how often it occurs.
+_VALUE = 5
 # Outputs of a layer that tell what all of its weights take.
 _ROWS = 64
 
@@ -72,18 +76,18 @@ class Worth:
 
     def coded(self, lam: float) -> float:
         """Bytes of all weights, coded, about: from the original's correlations and some of the outputs."""
-        return sum(self._bits(name, lam) for name in self.layers) / 8
+        return sum(self._bytes(name, lam) for name in self.layers)
 
-    def _bits(self, name: str, lam: float) -> float:
+    def _bytes(self, name: str, lam: float) -> float:
         if self.material is None or name not in self.material.correlations:
             W = _weights(self.layers[name])
-            return coded_bits(self.fit(lam, name, W, None).codes)
+            return coded_bytes(self.fit(lam, name, W, None).form)
         W, outputs = _matrix(self.material, name), self.outputs[name]
         rows = np.arange(0, len(W), max(1, len(W) // _ROWS))
         R = self.material.correlations[name].centered().r_xx
         some = replace(self, outputs={name: outputs[rows]})
         found = some.fit(lam, name, W[rows], R)
-        return coded_bits(found.codes) * len(W) / len(rows)
+        return coded_bytes(found.form, len(W) / len(rows))
 
 
 def worth_of(
@@ -150,24 +154,24 @@ def price_for(
     close : float
         Share of the bytes that may be left.
     """
-    low = high = None
+    seen: list[tuple[float, float]] = []
+    best: tuple[float, float] | None = None
     start, since = lam, 0
     for tries in range(2 * steps):
-        since += high is not None
+        since += best is not None
         if tries >= steps and since > _SINCE:
             break
         found = size(lam)
-        if found > wanted:
-            low = (lam, found)
-        else:
+        seen.append((lam, found))
+        if found <= wanted:
             # Where no bytes are added any more, codebooks have all their values.
-            flat = high is not None and found < (1 + close) * high[1]
-            full = low is None and flat and _TELLING * lam < start
-            high = (lam, found)
+            flat = best is not None and found < (1 + close) * best[1]
+            full = since == tries and flat and _TELLING * lam < start
+            best = (lam, found)
             if full or found >= (1 - close) * wanted:
                 break
-        lam = _next(wanted, low, high, tries)
-    return None if high is None else high[0]
+        lam = _next((1 - close / 2) * wanted, seen)
+    return None if best is None else best[0]
 
 
 def coded_bits(codes: npt.NDArray[Any]) -> float:
@@ -176,22 +180,31 @@ def coded_bits(codes: npt.NDArray[Any]) -> float:
     return float(counts @ (np.log2(max(1, codes.size)) - np.log2(counts)))
 
 
-def _next(
-    wanted: float, low: tuple[float, float] | None, high: tuple[float, float] | None, tries: int
-) -> float:
+def coded_bytes(form: QuantForm, times: float = 1.0) -> float:
+    """Of a file for a weight so many times as long, about."""
+    values = len(form.centroids) if isinstance(form, Codebook) else form.scales.size
+    return coded_bits(form.codes) * times / 8 + _VALUE * values
+
+
+def _next(wanted: float, seen: Sequence[tuple[float, float]]) -> float:
     """A price between those that are known, or beyond them, the farther the more were tried."""
-    if low is None or high is None:
-        known = low or high
-        assert known is not None
-        # Sizes fall about with the root of the price, but much of a file may be of one size at any.
-        ratio = max(known[1], 1.0) / wanted
-        factor = min(_FARTHEST, max(_NEAREST, ratio ** (2 if high is None else -2)))
-        factor = min(_FARTHEST, float(factor ** (1 << min(tries, 4))))
-        return known[0] * (factor if high is None else 1 / factor)
-    # Sizes fall about as a power of the price; the middle where they do not.
-    span = math.log(low[1] / max(high[1], 1e-3))
-    share = min(0.9, max(0.1, math.log(low[1] / wanted) / span)) if span > 0 else 0.5
-    return float(low[0] * (high[0] / low[0]) ** share)
+    large, small = ([point for point in seen if (point[1] > wanted) == more] for more in (True, False))
+    if large and small:
+        # Sizes fall about as a power of the price; the middle where they do not.
+        low, high = large[-1], small[-1]
+        span = math.log(low[1] / max(high[1], 1e-3))
+        bent = span <= 0 or (seen[-1][1] > wanted) == (seen[-2][1] > wanted)
+        share = 0.5 if bent else min(0.9, max(0.1, math.log(low[1] / wanted) / span))
+        return float(low[0] * (high[0] / low[0]) ** share)
+    (lam, size), tries = seen[-1], len(seen)
+    power = 0.5
+    if tries > 1:
+        before = seen[-2]
+        power = math.log(max(before[1], 1.0) / max(size, 1.0)) / math.log(lam / before[0])
+    # Much of a file may be of one size at any price.
+    step = abs(math.log(max(size, 1.0) / wanted)) / max(power, _FLAT)
+    step = max(step, _NEAREST[min(tries - 1, 1)]) * (1 << min(max(tries - 2, 0), 4))
+    return float(lam * math.exp(min(step, _FARTHEST) * (1 if large else -1)))
 
 
 def _tried(start: Worth, name: str, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
