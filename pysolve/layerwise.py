@@ -84,8 +84,10 @@ class Reconstructed:
     samples: int
 
 
-def weighted_layers(model: nn.Module, ignore: Sequence[str] = ()) -> tuple[dict[str, Any], list[str]]:
-    """Linear layers and convolutions whose weights can be changed, by name, and notes of those that cannot.
+def weighted_layers(
+    model: nn.Module, ignore: Sequence[str] = (), kinds: tuple[type[nn.Module], ...] = WEIGHTED
+) -> tuple[dict[str, Any], list[str]]:
+    """Layers of some kinds whose weights can be changed, by name, and notes of those that cannot.
 
     Raises
     ------
@@ -98,7 +100,7 @@ def weighted_layers(model: nn.Module, ignore: Sequence[str] = ()) -> tuple[dict[
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     layers, notes = {}, []
     for name, module in model.named_modules():
-        if not isinstance(module, WEIGHTED) or name in ignored:
+        if not isinstance(module, kinds) or name in ignored:
             continue
         own = module._parameters.get("weight")
         if own is None:
@@ -156,6 +158,7 @@ def reconstruct(
     fit_layer: FitLayer,
     *,
     always: Collection[str] | None = None,
+    values: Mapping[str, Tensor] | None = None,
     weights: bool = True,
     seed: int = 0,
     progress: bool = True,
@@ -171,6 +174,8 @@ def reconstruct(
         Called once or more for a layer; what it gives last counts.
     always : collection of str, optional
         Layers to change in any case, by default all; the others only where their inputs change.
+    values : {state-dict name: tensor}, optional
+        What changes besides.
     weights : bool
         Otherwise only biases are fitted: layers that have none keep the rest of what ``fit_layer`` gives.
     seed : int
@@ -186,14 +191,14 @@ def reconstruct(
         return layer.weight, layer.bias if intercept else None
 
     graph, layers, state = material.graph, material.layers, material.model.state_dict()
+    new = dict(values or {})
     if graph is None:
-        values: dict[str, Tensor] = {}
         for name, correlations in material.correlations.items():
             if always is not None and name not in always:
                 continue
             layer = layers[name]
-            values |= layer_values(state, layer, None, *fit(name, correlations, layer.takes_bias))
-        return Reconstructed(_arrays(values), errors, material.calibration.seen)
+            new |= layer_values(state, layer, None, *fit(name, correlations, layer.takes_bias))
+        return Reconstructed(_arrays(new), errors, material.calibration.seen)
     batches = usable(graph, material.calibration.kept)
     if not batches:
         raise PysolveError(
@@ -201,19 +206,19 @@ def reconstruct(
             "that are held back: give more batches."
         )
     sampling = Sampling(passes=int(weights), seed=seed)
-    values = refit(
+    new = refit(
         graph,
         material.model,
         batches,
         {},
         fit,
-        values={},
+        values=new,
         only=layers.keys(),
         always=layers.keys() if always is None else always,
         sampling=sampling,
         progress=progress,
     )
-    return Reconstructed(_arrays(values), errors, sum(map(samples_in, batches)))
+    return Reconstructed(_arrays(new), errors, sum(map(samples_in, batches)))
 
 
 def near_old(W: Array, correlations: Correlations) -> Refitted:

@@ -3,6 +3,7 @@
 import copy
 import os
 from contextlib import suppress
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -15,11 +16,16 @@ from torch import nn
 
 import pysolve as ps
 from pysolve.account import distance
+from pysolve.layerwise import study_layers
 from pysolve.nn import QuantConv2d, QuantLinear, profile, to_dense
+from pysolve.nn.divergence import kl_divergence
 from pysolve.nn.evaluate import nbytes
 from pysolve.nn.sharing import Shared, shared_of
 from pysolve.nn.slicing import WEIGHTED
 from pysolve.nn.storage import bits as raw
+from pysolve.nn.surgery import apply
+from pysolve.quantization.network import plan_of, quantized
+from pysolve.quantization.single import quantize_layer
 
 SCHEMES = {"int8": 8, "int8-dynamic": 8, "codebook": 4, "ternary": 4}
 
@@ -503,3 +509,70 @@ def test_layers_of_whole_numbers_are_not_passed_over_in_silence(again):
         with pytest.raises(ps.PysolveError, match=r"0 is a layer of whole numbers.*nn\.dense\.to_dense"):
             again(one)
     assert quantize(to_dense(result.model), scheme="codebook").report.layers
+
+
+# --- embeddings
+
+
+def words(kind=nn.Embedding, padding=None):
+    torch.manual_seed(0)
+    table = kind(60, 16, padding_idx=padding)
+    layers = (nn.Linear(16, 12), nn.ReLU(), nn.Linear(12, 4))
+    return nn.Sequential(table, *layers).eval()
+
+
+def sentences(n=3):
+    random = torch.Generator().manual_seed(2)
+    return [torch.randint(0, 60, (40, 5), generator=random) for _ in range(n)]
+
+
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scheme": "codebook"},
+        {"scheme": "codebook", "layout": "shared"},
+        {"scheme": "codebook", "layout": "auto", "retrain": {"epochs": 2}},
+        {"scheme": "ternary", "retrain": {"epochs": 2}},
+    ],
+    ids=str,
+)
+def test_embeddings_share_values_as_well(kind, options, tmp_path):
+    model, data = words(kind, padding=3), sentences()
+    result = quantize(model, data, **options)
+    weight = to_dense(result.model)[0].weight
+    assert result.report.layers[0].name == "0"
+    assert len(weight.unique()) <= 16
+    assert weight[3].abs().max() == 0
+    ps.save(result, tmp_path / "a")
+    assert same(ps.load(tmp_path / "a", words(kind, padding=3)), result.model, data)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int8-dynamic"])
+def test_whole_numbers_leave_embeddings_alone(scheme):
+    model = words()
+    result = quantize(model, sentences(), scheme=scheme)
+    assert torch.equal(result.model[0].weight, model[0].weight)
+    assert [line.name for line in result.report.layers] == ["1", "3"]
+
+
+def test_bytes_are_shared_out_to_embeddings(tmp_path):
+    model = words()
+    for data in (sentences(), None):
+        result = quantize(model, data, scheme="codebook", target={"bytes": 1800})
+        ps.save(result, tmp_path / "a")
+        assert 0.8 * 1800 < os.path.getsize(tmp_path / "a") <= 1800 < 0.4 * nbytes(model)
+
+
+def test_what_follows_makes_up_for_what_embeddings_lost():
+    model, data = words(), sentences()
+    material = study_layers(model, data, ["0", "1", "3"], gathered=False, progress=False)
+
+    def fit(name, W, known):
+        return quantize_layer(W, known, bits=1 if name == "0" else 8)
+
+    layers = {name: model.get_submodule(name) for name in ("0", "1", "3")}
+    done = quantized(layers, material, fit, progress=False)
+    alone = replace(done, forms={"0": done.forms["0"]}, values={})
+    lost = [distance(model, apply(model, plan_of(one)), data, kl_divergence) for one in (done, alone)]
+    assert lost[0] < 0.8 * lost[1]

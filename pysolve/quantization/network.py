@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pysolve.correlations import Array, Correlations
-from pysolve.layerwise import Fitted, Material, near_old, reconstruct
+from pysolve.layerwise import Fitted, Material, reconstruct
 from pysolve.nn.network import as_array, as_tensor
 from pysolve.nn.rows import weight_like
 from pysolve.nn.slicing import TRANSPOSED
@@ -53,7 +53,6 @@ def quantized(
     material: Material | None,
     fit: FitLayer,
     *,
-    only: Mapping[str, nn.Module] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Quantized:
@@ -65,26 +64,23 @@ def quantized(
     material : Material, optional
         None where there are no data.
     fit : callable
-    only : {name: layer}, optional
-        Layers to quantise; the others of the material are refitted as they are.
     seed : int
         Of the choice of rows.
     progress : bool
     """
-    chosen = layers if only is None else only
     known = {} if material is None else material.layers
     forms: dict[str, QuantForm] = {}
     errors: dict[str, float] = {}
-    for name, layer in chosen.items():
+    values: dict[str, torch.Tensor] = {}
+    for name, layer in layers.items():
         if name not in known:
             weight: Any = layer.weight
             found = fit(name, np.asarray(as_array(weight.flatten(1)), np.float64), None)
             errors[name] = found.error
             forms[name] = found.form.with_codes(found.codes.reshape(weight.shape))
+            values[weight_name(name)] = as_tensor(forms[name].dense()).to(weight)
 
     def refit(name: str, W: Array, correlations: Correlations) -> Fitted:
-        if name not in chosen:
-            return near_old(W, correlations)
         found, layer = fit(name, W, correlations), known[name].module
         # Of transposed convolutions, the weight's rows are inputs: scales of outputs have no place there.
         if isinstance(found.form, Codebook) or not isinstance(layer, TRANSPOSED):
@@ -92,14 +88,14 @@ def quantized(
             forms[name] = found.form.with_codes(codes.numpy())
         return found
 
-    if material is None or not chosen.keys() & known.keys():
+    if material is None or not known:
         return Quantized(forms, {}, errors, 0)
-    done = reconstruct(material, refit, always=chosen.keys(), seed=seed, progress=progress)
+    done = reconstruct(material, refit, always=layers.keys(), values=values, seed=seed, progress=progress)
     own = {weight_name(name) for name in forms}
-    values = {name: value for name, value in done.values.items() if name not in own}
+    others = {name: value for name, value in done.values.items() if name not in own}
     # In the network's order.
-    forms = {name: forms[name] for name in chosen if name in forms}
-    return Quantized(forms, values, errors | done.errors, done.samples)
+    forms = {name: forms[name] for name in layers if name in forms}
+    return Quantized(forms, others, errors | done.errors, done.samples)
 
 
 def plan_of(found: Quantized) -> Plan:

@@ -16,6 +16,7 @@ from pysolve.errors import PysolveError
 from pysolve.layerwise import Material, study_layers, weighted_layers
 from pysolve.nn.checkpoint import file_bytes
 from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
 from pysolve.nn.surgery import apply
 from pysolve.quantization.forms import Int8
 from pysolve.quantization.layout import laid_out
@@ -123,11 +124,13 @@ class Subject:
 def studied(before: nn.Module | Compressed, batches: Iterable[Any] | None, job: Job) -> Subject:
     """What must be known of a network to quantise it as asked."""
     model = before.model if isinstance(before, Compressed) else before
-    layers, notes = weighted_layers(model, job.ignore)
+    # Rows of whole numbers would have no place in a file: each row has its own values.
+    kinds = WEIGHTED if SCHEMES[job.scheme] == "int" else (*WEIGHTED, *EMBEDDINGS)
+    layers, notes = weighted_layers(model, job.ignore, kinds)
     if job.scheme == "int8-dynamic":
         layers = {name: layer for name, layer in layers.items() if type(layer) is nn.Linear}
     if not layers:
-        raise PysolveError("there is nothing to quantise: no Linear or convolution with its own weight.")
+        raise PysolveError(f"there is nothing to quantise: no layer for {job.scheme} has its own weight.")
     material = worth = None
     if batches is not None:
         gathered = job.target is not None
