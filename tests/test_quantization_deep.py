@@ -12,6 +12,7 @@ from networks import network
 from torch import nn
 
 import pysolve as ps
+from pysolve import account
 from pysolve.account import distance
 from pysolve.nn import profile
 from pysolve.nn.evaluate import nbytes, parameters
@@ -118,6 +119,20 @@ def test_the_file_has_no_more_bytes_than_asked(options, tmp_path):
 @settings(max_examples=3)
 def test_any_number_of_bytes_is_held(target):
     assert deep(target_bytes=target, target_params=1).report.after["file"] <= target
+
+
+def test_warnings_that_come_late_find_room(monkeypatch, tmp_path):
+    calls = []
+
+    def slower(mass):
+        calls.append(mass)
+        return ["some layers take longer, said in so many words that they fill a line"] * (len(calls) > 1)
+
+    monkeypatch.setattr(account, "slower", slower)
+    result = deep(target_bytes=2200, target_params=0.7)
+    assert result.report.warnings
+    ps.save(result, tmp_path / "a")
+    assert os.path.getsize(tmp_path / "a") <= 2200
 
 
 def test_more_bytes_are_worth_something():

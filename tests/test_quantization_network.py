@@ -576,3 +576,67 @@ def test_what_follows_makes_up_for_what_embeddings_lost():
     alone = replace(done, forms={"0": done.forms["0"]}, values={})
     lost = [distance(model, apply(model, plan_of(one)), data, kl_divergence) for one in (done, alone)]
     assert lost[0] < 0.8 * lost[1]
+
+
+# --- what is no weight of a layer
+
+
+class Positions(nn.Module):
+    """Adds learnt positions, and fixed ones that fill a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.learnt = nn.Parameter(torch.randn(5, 16))
+        self.register_buffer("fixed", torch.linspace(0, 1, 16) ** 3)
+
+    def forward(self, x):
+        return x + self.learnt + self.fixed
+
+
+class Recurrent(nn.Module):
+    """A GRU's last output."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(16, 12, batch_first=True)
+
+    def forward(self, x):
+        return self.gru(x)[0][:, -1]
+
+
+def recurrent():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Embedding(60, 16), Positions(), Recurrent(), nn.Linear(12, 4)).eval()
+
+
+def short(value):
+    return value.bfloat16().to(value.dtype)
+
+
+@pytest.mark.parametrize("options", [{}, {"target": {"bytes": 6000}}], ids=str)
+def test_other_parameters_are_rounded_to_16_bits_and_buffers_not_at_all(options, tmp_path):
+    model, data = recurrent(), sentences()
+    result = quantize(model, data, scheme="codebook", **options)
+    old, new = model.state_dict(), result.model.state_dict()
+    others = [name for name in old if name.startswith(("1.learnt", "2."))]
+    assert len(others) == 5
+    for name in others:
+        torch.testing.assert_close(new[name], short(old[name]), rtol=0, atol=0)
+    assert torch.equal(new["1.fixed"], old["1.fixed"])
+    assert any("2.gru.weight_ih_l0" in note for note in result.report.notes)
+    ps.save(result, tmp_path / "a")
+    assert same(ps.load(tmp_path / "a", recurrent()), result.model, data)
+
+
+def test_what_is_ignored_keeps_every_bit():
+    model, data = recurrent(), sentences()
+    ignore = ["0", "2.gru", "3"]
+    with pytest.raises(ps.PysolveError, match="nothing to quantise"):
+        quantize(model, data, scheme="codebook", ignore=ignore)
+    model = convolutional()
+    # Otherwise the norm behind it would take its bias.
+    model[0] = nn.Conv2d(3, 12, 3, padding=1)
+    model[1].bias.data.normal_()
+    result = quantize(model, images(), scheme="codebook", ignore=["1", "3"])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, result.model.state_dict()[name]) == name.startswith(("1.", "3."))

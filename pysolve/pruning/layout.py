@@ -34,6 +34,7 @@ def laid_out(
     pruned: Pruned,
     layout: str,
     *,
+    against: nn.Module | None = None,
     evaluate: Evaluate | None = None,
     divergence: Divergence = kl_divergence,
     seed: int = 0,
@@ -46,6 +47,8 @@ def laid_out(
     pruned : Pruned
     layout : str
         Of ``LAYOUTS``, as ``prune`` has it.
+    against : nn.Module, optional
+        What the report compares with, by default the original.
     evaluate : callable, optional
     divergence : callable
     seed : int
@@ -67,7 +70,8 @@ def laid_out(
     smaller = apply(original, plan, probe=take(batch, 0, 16) if forms and batch is not None else None)
     if layout == "mask":
         mask_weights(smaller, {name: weight != 0 for name, weight in weights.items()})
-    report = account(original, smaller, [] if batch is None else [batch], divergence=divergence, seed=seed)
+    held = [] if batch is None else [batch]
+    report = account(against or original, smaller, held, divergence=divergence, seed=seed)
     report = replace(report, layers=lines, samples=pruned.samples, notes=pruned.notes)
     return Compressed(smaller, plan, scored(report, original, smaller, evaluate))
 

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from pysolve.account import Evaluate, account, scored
+from pysolve.account import Evaluate, scored
 from pysolve.checks import check_model
 from pysolve.compressed import Compressed
 from pysolve.layerwise import study_layers
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes, parameters
-from pysolve.quantization.layout import LAYOUTS, with_file, with_scores
+from pysolve.quantization.layout import LAYOUTS, as_long, with_file
 from pysolve.quantization.pipeline import Pipeline
-from pysolve.quantization.recipe import Job
 from pysolve.quantization.retraining import Length, options_of
+from pysolve.quantization.subject import Job
 from pysolve.report import Report
 
 
@@ -114,17 +114,11 @@ def deep_compress(
 
     def length(report: Report) -> Report:
         report = replace(report, **told, notes=(*line.notes, *report.notes))
-        return with_scores(report, evaluate is not None)
+        return as_long(report, evaluate is not None)
 
     smaller = line.pruned(line.taught(smaller, retrain))
     result = replace(line, job=replace(job, told=length)).shared(smaller, known, retrain)
-    report = replace(
-        account(original, result.model, shared_out.held, divergence=divergence, seed=seed),
-        **told,
-        layers=result.report.layers,
-        samples=result.report.samples,
-        notes=(*line.notes, *result.report.notes),
-    )
+    report = replace(result.report, **told, notes=(*line.notes, *result.report.notes))
     report = scored(report, original, result.model, evaluate)
     result = with_file(replace(result, report=report), original)
     line.note("coded", result.model, result.report.after["file"])

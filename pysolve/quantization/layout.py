@@ -26,7 +26,7 @@ from pysolve.quantization.worth import coded_bits
 from pysolve.report import Report
 
 # As long as others are.
-_SCORE = 98.765
+_SCORE, _BYTES = 98.765, 98_765
 LAYOUTS = ("dense", "auto", "csr", "shared")
 
 
@@ -35,6 +35,7 @@ def laid_out(
     found: Quantized,
     layout: str,
     *,
+    against: nn.Module | None = None,
     batch: Any = None,
     divergence: Divergence = kl_divergence,
     seed: int = 0,
@@ -47,6 +48,8 @@ def laid_out(
     found : Quantized
     layout : str
         Of ``LAYOUTS``, as ``quantize`` has it.
+    against : nn.Module, optional
+        What the report compares with, by default the original.
     batch : one batch, optional
         Held back: layers are timed and the network is measured on it.
     divergence, seed
@@ -54,11 +57,11 @@ def laid_out(
     """
     books = {name: form for name, form in found.forms.items() if isinstance(form, Codebook)}
     if len(books) < len(found.forms):
-        return _as_integers(original, found, batch, divergence, seed)
+        return _as_integers(original, found, against or original, batch, divergence, seed)
     weights = {name: form.dense() for name, form in books.items()}
     pruned = Pruned(weights, found.values, batch, found.errors, found.samples)
     runs = "dense" if layout == "shared" else layout
-    result = sparse_or_dense(original, pruned, runs, divergence=divergence, seed=seed)
+    result = sparse_or_dense(original, pruned, runs, against=against, divergence=divergence, seed=seed)
     if layout == "shared":
         share_weights(result.model, books)
     lines = tuple(_line(line, books[line.name], layout) for line in result.report.layers)
@@ -73,9 +76,11 @@ def with_file(result: Compressed, original: nn.Module) -> Compressed:
     return replace(result, report=replace(report, before=before, after=after))
 
 
-def with_scores(report: Report, asked: bool = True) -> Report:
-    """The report with scores of five digits, where some are to come."""
-    return replace(report, score_before=_SCORE, score_after=_SCORE) if asked else report
+def as_long(report: Report, scores: bool) -> Report:
+    """The report as long as it will be with a file's bytes, and with scores if some are to come."""
+    before, after = {**report.before, "file": _BYTES}, {**report.after, "file": _BYTES}
+    report = replace(report, before=before, after=after)
+    return replace(report, score_before=_SCORE, score_after=_SCORE) if scores else report
 
 
 def _line(line: LayerReport, book: Codebook, layout: str) -> LayerReport:
@@ -86,7 +91,7 @@ def _line(line: LayerReport, book: Codebook, layout: str) -> LayerReport:
 
 
 def _as_integers(
-    original: nn.Module, found: Quantized, batch: Any, divergence: Divergence, seed: int
+    original: nn.Module, found: Quantized, against: nn.Module, batch: Any, divergence: Divergence, seed: int
 ) -> Compressed:
     """The network with layers of whole numbers, where its layers have such a form."""
     able = {name for name in found.forms if type(original.get_submodule(name)) in (nn.Linear, nn.Conv2d)}
@@ -95,7 +100,7 @@ def _as_integers(
     plan = Plan(values={**found.values, **others}, forms=forms)
     smaller = apply(original, plan, probe=None if batch is None else take(batch, 0, 16))
     held = [] if batch is None else [batch]
-    report = account(original, smaller, held, divergence=divergence, seed=seed)
+    report = account(against, smaller, held, divergence=divergence, seed=seed)
     lines = tuple(_integer_line(name, form, name in forms, found) for name, form in found.forms.items())
     return Compressed(smaller, plan, replace(report, layers=lines, samples=found.samples))
 

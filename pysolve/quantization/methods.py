@@ -16,10 +16,11 @@ from pysolve.checks import check_model
 from pysolve.compressed import Compressed
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes
-from pysolve.quantization.layout import LAYOUTS, with_file, with_scores
-from pysolve.quantization.recipe import SCHEMES, Job, carried_out, studied
+from pysolve.quantization.layout import LAYOUTS, as_long, with_file
+from pysolve.quantization.recipe import carried_out
 from pysolve.quantization.retraining import Length, options_of
 from pysolve.quantization.single import METHODS
+from pysolve.quantization.subject import SCHEMES, Job, studied
 
 
 def quantize(
@@ -115,7 +116,7 @@ def quantize(
         divergence,
         seed,
         progress,
-        partial(with_scores, asked=evaluate is not None),
+        partial(as_long, scores=evaluate is not None),
     )
     if batches is not None and iter(batches) is batches:
         batches = list(batches)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -37,8 +37,8 @@ class Quantized:
     errors : {layer: float}
     samples : int
         That layers were fitted on.
-    lam : float, optional
-        What a bit cost, where bytes were shared out.
+    lam, bytes : optional
+        What a bit cost, and how many bytes the file was found to have, where there were so many to share out.
     """
 
     forms: Mapping[str, QuantForm]
@@ -46,6 +46,7 @@ class Quantized:
     errors: Mapping[str, float]
     samples: int
     lam: float | None = None
+    bytes: int | None = None
 
 
 def quantized(
@@ -107,14 +108,3 @@ def plan_of(found: Quantized) -> Plan:
 def weight_name(layer: str) -> str:
     """What a state dict calls the layer's weight."""
     return f"{layer}.weight".lstrip(".")
-
-
-def shortened(model: nn.Module, found: Quantized) -> Quantized:
-    """With biases, norms' scales and statistics in the nearest numbers of bfloat16."""
-    state = model.state_dict() | {name: as_tensor(value) for name, value in found.values.items()}
-    short = {
-        name: as_array(value.bfloat16().to(value.dtype))
-        for name, value in state.items()
-        if value.is_floating_point() and value.ndim == 1 and value.itemsize > 2
-    }
-    return replace(found, values={**found.values, **short})

@@ -25,8 +25,9 @@ from pysolve.pruning.selected import Job as Pruning
 from pysolve.pruning.weights import prune_weights
 from pysolve.quantization.forms import Codebook
 from pysolve.quantization.network import plan_of, weight_name
-from pysolve.quantization.recipe import Job, Subject, carried_out, drafted, studied
+from pysolve.quantization.recipe import carried_out, drafted
 from pysolve.quantization.retraining import Length, options_of
+from pysolve.quantization.subject import Job, Subject, studied
 from pysolve.shrink import shrink
 from pysolve.sizes import channels_to_keep, check_free
 from pysolve.study import Study, study

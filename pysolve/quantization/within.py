@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
-
 from pysolve.errors import PysolveError
 from pysolve.nn.evaluate import nbytes
-from pysolve.quantization.network import Quantized, quantized, shortened
-from pysolve.quantization.worth import Worth, price_for
+from pysolve.quantization.network import Quantized, quantized
+from pysolve.quantization.subject import Subject
+from pysolve.quantization.worth import price_for
 
 # The share of the file's bytes that may be left, and runs to come so close.
 _CLOSE, _RUNS, _ROUGH = 0.03, 6, 2
@@ -21,12 +20,10 @@ _RECORD = 1000
 
 
 def within(
-    model: nn.Module,
-    worth: Worth,
+    subject: Subject,
     target: float,
     measure: Callable[[Quantized], int],
     *,
-    begun: Quantized | None = None,
     rough: bool = False,
     seed: int = 0,
     progress: bool = True,
@@ -38,14 +35,10 @@ def within(
 
     Parameters
     ----------
-    model : nn.Module
-    worth : Worth
-        What errors of its layers do.
+    subject : Subject
     target : float
     measure : callable
         Bytes of the file.
-    begun : Quantized, optional
-        What came near such a target before.
     rough : bool
         Come near the target from either side, in little time.
     seed, progress
@@ -56,22 +49,23 @@ def within(
     PysolveError
         When no price makes the file so small: says how small it can be.
     """
-    found: dict[int, Quantized] = {}
+    worth, begun, found = subject.worth, subject.begun, dict[int, Quantized]()
+    assert worth is not None
 
     def at(lam: float) -> Quantized:
         fit: Any = partial(worth.fit, lam)
         done = quantized(worth.layers, worth.material, fit, seed=seed, progress=progress)
-        return replace(shortened(model, done), lam=lam)
+        return replace(subject.shortened(done), lam=lam)
 
     def size(lam: float) -> float:
         done = begun if begun is not None and begun.lam == lam else at(lam)
         bytes = measure(done)
-        found[bytes] = done
+        found[bytes] = replace(done, bytes=bytes)
         return bytes
 
     guess = None if begun is None else begun.lam
     if guess is None:
-        guess = price_for(max(target - beside(model, worth.layers), 0.2 * target), worth.coded) or 1.0
+        guess = price_for(max(target - beside(subject), 0.2 * target), worth.coded) or 1.0
     price_for(target, size, guess, steps=_ROUGH if rough else _RUNS, close=_CLOSE)
     if rough:
         return found[min(found, key=lambda bytes: abs(bytes - target))]
@@ -84,8 +78,8 @@ def within(
     return found[max(small)]
 
 
-def beside(model: nn.Module, layers: Mapping[str, Any]) -> float:
-    """Bytes of a network's file that are no weights of these layers, about."""
+def beside(subject: Subject) -> float:
+    """Bytes of a network's file that are no weights of its layers to quantise, about."""
     # Halves of what is rounded to bfloat16.
-    weights = sum(int(layer.weight.nbytes) for layer in layers.values())
-    return (nbytes(model) - weights) / 2 + _RECORD
+    weights = sum(int(layer.weight.nbytes) for layer in subject.layers.values())
+    return (nbytes(subject.model) - weights) / 2 + _RECORD

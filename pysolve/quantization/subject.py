@@ -1,0 +1,170 @@
+"""What is to be quantised, how, and what is known of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from pysolve.compressed import Compressed
+from pysolve.correlations import Array, Correlations
+from pysolve.errors import PysolveError
+from pysolve.layerwise import Material, study_layers, weighted_layers
+from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.nn.evaluate import parameters
+from pysolve.nn.network import as_array, as_tensor, find_matching
+from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
+from pysolve.quantization.forms import Int8
+from pysolve.quantization.network import Quantized
+from pysolve.quantization.retraining import Length
+from pysolve.quantization.single import QuantizedLayer, quantize_layer
+from pysolve.quantization.worth import Worth, worth_of
+from pysolve.report import Report
+
+SCHEMES = {"int8-dynamic": "int", "int8": "int", "codebook": "codebook", "ternary": "ternary"}
+# Bits of a code, unless others are asked for.
+BITS = {"int8-dynamic": 8, "int8": 8}
+# Share of the parameters from which on a report tells what is not quantised.
+_MUCH = 0.01
+
+
+def _as_it_is(report: Report) -> Report:
+    return report
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for, in the words of ``quantize``.
+
+    Parameters
+    ----------
+    scheme : str
+    target : int, optional
+        Bytes of the file.
+    bits, group, method, retrain, layout, ignore, divergence, seed, progress
+    told : callable
+        From a report to one as long as that which the file will have.
+    """
+
+    scheme: str
+    bits: int | None = None
+    target: int | None = None
+    group: int | None = None
+    method: str = "feedback"
+    retrain: Length = 0
+    layout: str = "dense"
+    ignore: tuple[str, ...] = ()
+    divergence: Divergence = kl_divergence
+    seed: int = 0
+    progress: bool = True
+    told: Callable[[Report], Report] = _as_it_is
+
+    @property
+    def run(self) -> dict[str, Any]:
+        """Options of what runs through the data."""
+        return {"seed": self.seed, "progress": self.progress}
+
+    def fit(self, edges: Collection[str], name: str, W: Array, known: Correlations | None) -> QuantizedLayer:
+        """One layer's weights where there is no target; those that are pruned stay zero."""
+        keep = W != 0
+        found = quantize_layer(
+            W,
+            known,
+            bits=self.bits or BITS.get(self.scheme, 4),
+            scheme="codebook" if name in edges else SCHEMES[self.scheme],
+            mask=None if keep.all() or not keep.any() else keep,
+            group=self.group,
+            method=self.method,
+        )
+        if self.scheme == "int8-dynamic":
+            assert isinstance(found.form, Int8)
+            return replace(found, form=replace(found.form, dynamic=True))
+        return found
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A network to quantise, and what is known of it.
+
+    Parameters
+    ----------
+    before : nn.Module or Compressed
+        What was given.
+    layers : {name: layer}
+        To quantise.
+    material : Material, optional
+        Where there are data.
+    notes : tuple of str
+    worth : Worth, optional
+        Where there is a target.
+    short : tuple of str
+        What is rounded to bfloat16.
+    begun : Quantized, optional
+        What came near the target.
+    """
+
+    before: nn.Module | Compressed
+    layers: Mapping[str, Any]
+    material: Material | None
+    notes: tuple[str, ...]
+    worth: Worth | None
+    short: tuple[str, ...] = ()
+    begun: Quantized | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+        return self.before.model if isinstance(self.before, Compressed) else self.before
+
+    def shortened(self, found: Quantized) -> Quantized:
+        """With what shares no values in the nearest numbers of bfloat16."""
+        state = self.model.state_dict() | {name: as_tensor(value) for name, value in found.values.items()}
+        short = {name: as_array(state[name].bfloat16().to(state[name].dtype)) for name in self.short}
+        return replace(found, values={**found.values, **short})
+
+
+def studied(before: nn.Module | Compressed, batches: Iterable[Any] | None, job: Job) -> Subject:
+    """What must be known of a network to quantise it as asked."""
+    model = before.model if isinstance(before, Compressed) else before
+    # Rows of whole numbers would have no place in a file: each row has its own values.
+    kinds = WEIGHTED if SCHEMES[job.scheme] == "int" else (*WEIGHTED, *EMBEDDINGS)
+    layers, notes = weighted_layers(model, job.ignore, kinds)
+    if job.scheme == "int8-dynamic":
+        layers = {name: layer for name, layer in layers.items() if type(layer) is nn.Linear}
+    if not layers:
+        raise PysolveError(f"there is nothing to quantise: no layer for {job.scheme} has its own weight.")
+    material = worth = None
+    if batches is not None:
+        gathered = job.target is not None
+        material = study_layers(model, batches, [*layers], gathered=gathered, progress=job.progress)
+        notes += material.notes
+    if job.target is not None:
+        worth = worth_of(model, layers, material, bits=job.bits or 8, divergence=job.divergence)
+    short = () if kinds == WEIGHTED else tuple(_small_values(model, find_matching(model, job.ignore)))
+    notes += _said_of(model, short)
+    return Subject(before, layers, material, tuple(notes), worth, short)
+
+
+def _small_values(model: nn.Module, ignored: Collection[str]) -> Iterator[str]:
+    """Names of norms' statistics, and of parameters that are no layer's weight, quantised or left alone."""
+    for name, module in model.named_modules():
+        if name in ignored or isinstance(module, ParametrizationList):
+            continue
+        whole = isinstance(module, (*WEIGHTED, *EMBEDDINGS))
+        values = {"bias": module._parameters.get("bias")} if whole else module._parameters
+        # Of other buffers nothing is known: positions and frequencies need all their digits.
+        statistics = {what: module._buffers.get(what) for what in ("running_mean", "running_var")}
+        for leaf, value in {**values, **statistics}.items():
+            if value is not None and value.is_floating_point() and value.ndim and value.itemsize > 2:
+                yield f"{name}.{leaf}".lstrip(".")
+
+
+def _said_of(model: nn.Module, short: Sequence[str]) -> Iterator[str]:
+    """That much of a network is not quantised, where it is."""
+    state = model.state_dict()
+    large = [name for name in short if state[name].numel() > _MUCH * parameters(model)]
+    if large:
+        yield f"rounded to bfloat16 and no more, being no layer's weight: {', '.join(large)}"
