@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from pysolve.budget import check_targets
+from pysolve.compressed import Compressed
 from pysolve.errors import PysolveError
+from pysolve.forms import Sparse
+from pysolve.nn.dense import without_sparse
 from pysolve.nn.quant_weight import QuantWeight
-from pysolve.plan import Site
+from pysolve.plan import Plan, Site
 from pysolve.selection import select_channels
 
 REFITS = ("sequential", "independent", "none")
@@ -29,6 +33,26 @@ def check_model(model: Any) -> None:
             f"{whole[0] or 'the network'} is a layer of whole numbers, whose weights cannot be changed: call "
             "pysolve.nn.dense.to_dense on the network first."
         )
+
+
+def checked(model: Any) -> tuple[nn.Module | Compressed, nn.Module]:
+    """What is given and its network, after ``check_model``; dense layers with zeros for sparse ones."""
+    if not isinstance(model, Compressed):
+        check_model(model)
+        network = without_sparse(model)
+        return network, network
+    check_model(model.model)
+    plans = [_with_values(plan) for plan in (*model.earlier, model.plan)]
+    before = replace(model, model=without_sparse(model.model), plan=plans[-1], earlier=tuple(plans[:-1]))
+    return before, before.model
+
+
+def _with_values(plan: Plan) -> Plan:
+    """The plan with dense weights instead of sparse forms."""
+    sparse = {name: form for name, form in plan.forms.items() if isinstance(form, Sparse)}
+    dense = {f"{name}.weight": form.dense() for name, form in sparse.items()}
+    forms = {name: form for name, form in plan.forms.items() if name not in sparse}
+    return replace(plan, values={**plan.values, **dense}, forms=forms)
 
 
 def check_goal(target: Any, keep: Any, lam: Any) -> None:

@@ -22,6 +22,7 @@ from pysolve.nn.graph.export import Graph, trace
 from pysolve.nn.lockstep import Sampling, refit
 from pysolve.nn.masking import masks_of
 from pysolve.nn.network import as_array, find_matching
+from pysolve.nn.products import SparseWeight
 from pysolve.nn.rows import LAYERS, groups, matrix
 from pysolve.nn.slicing import WEIGHTED
 
@@ -100,6 +101,8 @@ def weighted_layers(
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     layers, notes = {}, []
     for name, module in model.named_modules():
+        if isinstance(module, SparseWeight):
+            notes.append(f"{name} is left alone: it is sparse; pysolve.nn.dense.to_dense changes that")
         if not isinstance(module, kinds) or name in ignored:
             continue
         own = module._parameters.get("weight")

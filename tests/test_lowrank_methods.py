@@ -364,6 +364,14 @@ def test_layers_that_cannot_be_factored_are_refused_when_they_are_named():
                 low(model, inputs(batch), **asked)
 
 
+def test_sparse_layers_are_left_alone_and_named():
+    model, x = nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 12)).eval(), torch.randn(32, 12)
+    sparse = ps.prune(model, [x, x], amount={"0": 0.9}, ignore=["2"], layout="csr", progress=False)
+    result = low(sparse, [x, x], rank=2)
+    assert ranks(result) == {"2": 2}
+    assert any(note.startswith("0 is left alone: it is sparse") for note in result.report.notes)
+
+
 @pytest.mark.parametrize("name", ["tied_weights", "computed_weight"])
 def test_weights_that_are_not_a_layer_s_own_are_left_alone(name):
     model, batch = network(name)

@@ -1,6 +1,7 @@
 """Single weights pruned: what stays, how layers run, what the report says."""
 
 import copy
+from functools import reduce
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 
 import pysolve as ps
 from pysolve.entries import Latency
+from pysolve.nn import to_dense
 from pysolve.nn.layers import SparseConv2d, SparseLinear
 from pysolve.pruning import layout as layouts
 
@@ -26,6 +28,11 @@ def batches():
 
 def kinds(model):
     return [type(model[i]).__name__ for i in (0, 3, 5)]
+
+
+def same_values(a, b):
+    a, b = to_dense(a).state_dict(), to_dense(b).state_dict()
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def timing(monkeypatch, dense, sparse):
@@ -113,6 +120,24 @@ def test_layers_without_a_sparse_form_are_pruned_dense():
         "a ConvTranspose1d has no sparse form",
     ]
     assert int((result.model[0].weight == 0).sum()) == 12
+
+
+def test_sparse_layers_are_pruned_further_and_keep_their_zeros(tmp_path):
+    first = ps.prune(network(), batches(), amount=0.5, layout="csr")
+    again = ps.prune(first, batches(), amount=0.8, layout="csr")
+    assert kinds(first.model) == kinds(again.model) == ["SparseConv2d", "SparseLinear", "SparseLinear"]
+    old, new = (to_dense(one.model).state_dict() for one in (first, again))
+    for name in ("0.weight", "3.weight", "5.weight"):
+        assert not new[name][old[name] == 0].any()
+    gone, count = (new["3.weight"] == 0).sum(), new["3.weight"].numel()
+    assert 0.7 < gone / count < 0.9
+    plans = (*again.earlier, again.plan)
+    assert same_values(reduce(ps.apply, plans, network()), again.model)
+    ps.save(again, tmp_path / "a")
+    with torch.no_grad():
+        x = batches()[0]
+        assert torch.equal(ps.load(tmp_path / "a", network())(x), again.model(x))
+    assert kinds(ps.prune(first.model, amount=0.8, layout="dense").model) == ["Conv2d", "Linear", "Linear"]
 
 
 def test_a_network_that_is_one_layer_is_pruned_dense():

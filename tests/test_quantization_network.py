@@ -4,7 +4,7 @@ import copy
 import os
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
+from functools import cache, reduce
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from torch import nn
 import pysolve as ps
 from pysolve.account import distance
 from pysolve.layerwise import study_layers
-from pysolve.nn import QuantConv2d, QuantLinear, profile, to_dense
+from pysolve.nn import QuantConv2d, QuantLinear, SparseLinear, profile, to_dense
 from pysolve.nn.divergence import kl_divergence
 from pysolve.nn.evaluate import nbytes
 from pysolve.nn.sharing import Shared, shared_of
@@ -509,6 +509,26 @@ def test_layers_of_whole_numbers_are_not_passed_over_in_silence(again):
         with pytest.raises(ps.PysolveError, match=r"0 is a layer of whole numbers.*nn\.dense\.to_dense"):
             again(one)
     assert quantize(to_dense(result.model), scheme="codebook").report.layers
+
+
+def test_sparse_layers_are_quantised_too_and_keep_their_zeros(tmp_path):
+    pruned = ps.prune(mlp(), batches(), amount=0.8, layout="csr", progress=False)
+    for layout in ("dense", "csr"):
+        result = quantize(pruned, batches(), scheme="codebook", layout=layout)
+        assert [line.name for line in result.report.layers] == ["0", "2", "4", "6"]
+        old, new = weights_of(pruned.model), weights_of(result.model)
+        for name, weight in new.items():
+            assert not weight[old[name] == 0].any()
+            assert len(weight.unique()) <= 16
+        assert type(pruned.model[0]) is SparseLinear
+        assert type(result.model[0]) is (SparseLinear if layout == "csr" else nn.Linear)
+        assert same(reduce(ps.apply, (*result.earlier, result.plan), mlp()), result.model, batches())
+        ps.save(result, tmp_path / "a")
+        assert same(ps.load(tmp_path / "a", mlp()), result.model, batches())
+        assert os.path.getsize(tmp_path / "a") == result.report.after["file"]
+    assert quantize(pruned.model, batches()).report.layers
+    result = ps.deep_compress(pruned, batches(), bits=4, progress=False)
+    assert len(result.report.layers) == 4
 
 
 # --- embeddings

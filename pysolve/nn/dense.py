@@ -10,6 +10,7 @@ from torch import nn
 
 from pysolve.nn.factored import Factored
 from pysolve.nn.layers import SparseConv2d, SparseLinear
+from pysolve.nn.products import SparseWeight
 from pysolve.nn.quantized import QuantConv2d, QuantLinear
 from pysolve.nn.surgery import substitute
 
@@ -31,6 +32,12 @@ def to_dense(model: nn.Module) -> nn.Module:
         Not changed.
     """
     return _replaced(model, _KINDS, lambda layer: layer.to_dense())
+
+
+def without_sparse(model: nn.Module) -> nn.Module:
+    """A copy of a network with a dense layer for each sparse one; the network itself where none is sparse."""
+    found = any(isinstance(layer, SparseWeight) for layer in model.modules())
+    return _replaced(model, (SparseWeight,), lambda layer: layer.to_dense()) if found else model
 
 
 def to_torchao(model: nn.Module) -> nn.Module:

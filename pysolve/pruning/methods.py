@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from pysolve.checks import check_model
+from pysolve.checks import checked
 from pysolve.compressed import Compressed
 from pysolve.pruning.channels import METHODS as OF_CHANNELS
 from pysolve.pruning.channels import prune_channels
@@ -101,7 +101,7 @@ def prune(
     Compressed
         Its report says for each layer how it runs, and why.
     """
-    check_model(model.model if isinstance(model, Compressed) else model)
+    model, _ = checked(model)
     refit = refit or ("sequential" if method in _REFITTING else "none")
     given = {
         "amount": amount,

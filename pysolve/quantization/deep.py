@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from pysolve.account import Evaluate, scored
-from pysolve.checks import check_model
+from pysolve.checks import checked
 from pysolve.compressed import Compressed
 from pysolve.layerwise import study_layers
 from pysolve.nn.divergence import Divergence, kl_divergence
@@ -85,8 +85,7 @@ def deep_compress(
     ----------
     S. Han, H. Mao, W. J. Dally, Deep compression, 2016.
     """
-    original = model.model if isinstance(model, Compressed) else model
-    check_model(original)
+    before, original = checked(model)
     _check(target_bytes, target_params, zeros, bits, retrain, layout)
     if iter(batches) is batches:
         batches = list(batches)
@@ -103,13 +102,13 @@ def deep_compress(
         progress=progress,
     )
     shared_out = study_layers(original, batches, [], gathered=False, progress=False).calibration
-    line = Pipeline(model, original, batches, job, zeros, evaluate, shared_out)
+    line = Pipeline(before, original, batches, job, zeros, evaluate, shared_out)
     line.note("original", original, nbytes(original))
     smaller, known = line.collapsed(_share(target_params, parameters(original)))
     asked = {"bytes": target_bytes, "params": target_params}
     told: dict[str, Any] = {
         "target": {what: value for what, value in asked.items() if value is not None} or None,
-        "sites": smaller.report.sites if isinstance(smaller, Compressed) and smaller is not model else (),
+        "sites": smaller.report.sites if isinstance(smaller, Compressed) and smaller is not before else (),
     }
 
     def length(report: Report) -> Report:

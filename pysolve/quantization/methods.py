@@ -12,7 +12,7 @@ from torch import nn
 
 from pysolve.account import scored
 from pysolve.budget import check_targets
-from pysolve.checks import check_model
+from pysolve.checks import checked
 from pysolve.compressed import Compressed
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes
@@ -48,14 +48,15 @@ def quantize(
     Parameters
     ----------
     model : nn.Module or Compressed
-        Not changed. Weights of its Linear layers and convolutions are quantised; those that are zero stay so.
+        Not changed. Weights of its Linear layers and convolutions are quantised, with shared values those of
+        embeddings as well. What is zero stays so; sparse layers become dense ones first.
     batches : iterable of batches, optional
         As ``compress`` takes them, unlabelled; needed to retrain.
     scheme : "int8-dynamic", "int8", "codebook" or "ternary"
         "int8": whole numbers times a scale for every output. "int8-dynamic": of Linear layers, whose inputs
         are rounded to 8 bits as well when they run; other layers are left alone. "codebook": few values that
         a layer shares. "ternary": two values and zero, but 16 values in the first layer and the last. With
-        these two, biases and norms are rounded to bfloat16.
+        these two, other parameters and the statistics of norms are rounded to bfloat16.
     bits : int, optional
         Of a code: by default 8 for "int8", 4 for "codebook". With a target, the most.
     target : {"bytes": number}, optional
@@ -101,8 +102,7 @@ def quantize(
     E. Frantar et al., GPTQ, 2023. S. Han et al., Deep compression, 2016. C. Zhu et al., Trained ternary
     quantization, 2017.
     """
-    original = model.model if isinstance(model, Compressed) else model
-    check_model(original)
+    before, original = checked(model)
     _check(scheme, bits, target, group, method, retrain, layout, batches is None)
     job = Job(
         scheme,
@@ -120,7 +120,7 @@ def quantize(
     )
     if batches is not None and iter(batches) is batches:
         batches = list(batches)
-    result = carried_out(studied(model, batches, job), job)
+    result = carried_out(studied(before, batches, job), job)
     report = scored(result.report, original, result.model, evaluate)
     return with_file(replace(result, report=report), original)
 
