@@ -102,7 +102,7 @@ def weighted_layers(
     layers, notes = {}, []
     for name, module in model.named_modules():
         if isinstance(module, SparseWeight):
-            notes.append(f"{name} is left alone: it is sparse; pysolve.nn.dense.to_dense changes that")
+            notes.append(f"{name} is left alone: it is sparse; nn.dense.to_dense changes that")
         if not isinstance(module, kinds) or name in ignored:
             continue
         own = module._parameters.get("weight")

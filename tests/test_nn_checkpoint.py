@@ -187,7 +187,14 @@ def test_compressions_remember_what_a_file_needs(tmp_path, monkeypatch):
     third = ps.prune(second, amount=0.5, layout="csr")
     fourth = ps.prune(third, amount=0.2)
     assert first.earlier == ()
-    assert fourth.earlier == (first.plan, second.plan, third.plan)
+    # What was sparse is dense to be pruned again, so it is in the plan before.
+    assert fourth.earlier[:2] == third.earlier == (first.plan, second.plan)
+    dense = {f"{name}.weight": form.dense() for name, form in third.plan.forms.items()}
+    assert dense
+    values = {**third.plan.values, **dense}
+    assert not fourth.earlier[2].forms
+    assert fourth.earlier[2].values.keys() == values.keys()
+    assert all(np.array_equal(fourth.earlier[2].values[name], value) for name, value in values.items())
     for result in (first, second, third, fourth):
         assert result.fingerprint == fingerprint(model)
         assert_restored(result, model, tmp_path / "a.safetensors", vectors())

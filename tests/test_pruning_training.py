@@ -126,6 +126,7 @@ def test_batches_may_be_a_generator_and_layers_sparse_already(prune):
     assert isinstance(sparse.model[4], SparseLinear)
     result = prune(sparse, (batch for batch in loader()), amount={"0": 0.5}, epochs=1, layout="dense")
     assert zeros(result.model)["0.weight"] == 108
+    assert any(note.startswith("sparse layers got no more zeros: 4;") for note in result.report.notes)
     assert same(ps.apply(sparse.model, result.plan), result.model)
 
 

@@ -343,14 +343,18 @@ def test_larger_files_are_closer_to_the_original():
 
 
 def test_one_price_for_all_bits_does_less_harm_than_as_many_values_everywhere():
-    torch.manual_seed(0)
-    layers = (nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 4))
-    model, data = nn.Sequential(*layers).eval(), batches(6)
-    plain = quantize(model, data, scheme="codebook", bits=2)
-    size = plain.report.after["file"]
-    priced = quantize(model, data, scheme="codebook", target={"bytes": size})
-    assert priced.report.after["file"] <= size
-    assert distance(model, priced.model, data) < 0.9 * distance(model, plain.model, data)
+    # Of one network so small a ratio may be anything from 0.6 to 1.
+    ratios = []
+    for seed in range(4):
+        torch.manual_seed(seed)
+        layers = (nn.Linear(10, 64), nn.ReLU(), nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 4))
+        model, data = nn.Sequential(*layers).eval(), batches(6)
+        plain = quantize(model, data, scheme="codebook", bits=2)
+        size = plain.report.after["file"]
+        priced = quantize(model, data, scheme="codebook", target={"bytes": size})
+        assert priced.report.after["file"] <= size
+        ratios.append(distance(model, priced.model, data) / distance(model, plain.model, data))
+    assert np.exp(np.mean(np.log(ratios))) < 0.9
 
 
 def test_a_target_out_of_reach_names_the_smallest_file():

@@ -52,7 +52,8 @@ def prune(
     Parameters
     ----------
     model : nn.Module or Compressed
-        Not changed. Weights of its Linear layers and convolutions are pruned; biases are not.
+        Not changed. Weights of its Linear layers and convolutions are pruned; biases are not. Sparse layers
+        become dense ones first, with their zeros.
     batches : iterable of batches, optional
         As ``compress`` takes them, unlabelled; needed for "wanda", "obs" and to refit. Some samples are held
         back: layers are timed and the report's divergence is taken on them.

@@ -18,6 +18,7 @@ from pysolve.checks import check_model
 from pysolve.compressed import Compressed, after
 from pysolve.nn.masking import mask_weights, remove_masks, unmasked
 from pysolve.nn.network import as_array, find_layer, find_matching
+from pysolve.nn.packing import sparse_layers
 from pysolve.nn.slicing import WEIGHTED
 from pysolve.nn.surgeon import PerLayer, gradually, surgery
 from pysolve.nn.surgery import apply
@@ -217,8 +218,12 @@ def _pruned(
     # The loader's shuffling would move torch's global random state.
     with torch.random.fork_rng(devices=()):
         first = next(iter(loader))
-    note = f"trained on labels for {len(losses)} epochs, to a mean loss of {losses[-1]:.3g} in the last one"
-    return Pruned(weights, values, first, notes=(note,))
+    notes = [
+        f"trained on labels for {len(losses)} epochs, to a mean loss of {losses[-1]:.3g} in the last one"
+    ]
+    if sparse := [*sparse_layers(base, remove_duplicate=True)]:
+        notes.append(f"sparse layers got no more zeros: {', '.join(sparse)}; nn.dense.to_dense changes that")
+    return Pruned(weights, values, first, notes=tuple(notes))
 
 
 def _changed(before: nn.Module, now: nn.Module) -> dict[str, npt.NDArray[Any]]:
