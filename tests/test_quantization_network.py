@@ -622,7 +622,7 @@ class Recurrent(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.gru = nn.GRU(16, 12, batch_first=True)
+        self.gru = nn.GRU(16, 64, batch_first=True)
 
     def forward(self, x):
         return self.gru(x)[0][:, -1]
@@ -630,26 +630,42 @@ class Recurrent(nn.Module):
 
 def recurrent():
     torch.manual_seed(1)
-    return nn.Sequential(nn.Embedding(60, 16), Positions(), Recurrent(), nn.Linear(12, 4)).eval()
+    return nn.Sequential(nn.Embedding(60, 16), Positions(), Recurrent(), nn.Linear(64, 4)).eval()
 
 
 def short(value):
     return value.bfloat16().to(value.dtype)
 
 
-@pytest.mark.parametrize("options", [{}, {"target": {"bytes": 6000}}], ids=str)
-def test_other_parameters_are_rounded_to_16_bits_and_buffers_not_at_all(options, tmp_path):
+@pytest.mark.parametrize("options", [{}, {"target": {"bytes": 24000}}], ids=str)
+def test_other_parameters_take_8_bits_or_16_and_buffers_stay(options, tmp_path):
     model, data = recurrent(), sentences()
     result = quantize(model, data, scheme="codebook", **options)
     old, new = model.state_dict(), result.model.state_dict()
     others = [name for name in old if name.startswith(("1.learnt", "2."))]
     assert len(others) == 5
     for name in others:
-        torch.testing.assert_close(new[name], short(old[name]), rtol=0, atol=0)
+        if name == "2.gru.weight_hh_l0":
+            assert 100 < len(new[name].unique()) <= 256
+            assert (new[name] - old[name]).norm() < 0.01 * old[name].norm()
+        else:
+            torch.testing.assert_close(new[name], short(old[name]), rtol=0, atol=0)
     assert torch.equal(new["1.fixed"], old["1.fixed"])
-    assert any("2.gru.weight_ih_l0" in note for note in result.report.notes)
+    notes = [note for note in result.report.notes if note.startswith("in 256 values")]
+    assert notes == ["in 256 values, for they are no layer's weight: 2.gru.weight_hh_l0"]
     ps.save(result, tmp_path / "a")
     assert same(ps.load(tmp_path / "a", recurrent()), result.model, data)
+
+
+@pytest.mark.parametrize("retrain", [0, {"epochs": 1}])
+def test_recurrent_weights_have_few_values_trained_or_not(retrain):
+    model = recurrent()
+    with torch.no_grad():
+        model[2].gru.weight_hh_l0[::2] = 0
+    result = quantize(model, sentences(), scheme="codebook", retrain=retrain)
+    weight = result.model[2].gru.weight_hh_l0
+    assert 100 < len(weight.unique()) <= 256
+    assert retrain or not weight[::2].any()
 
 
 def test_what_is_ignored_keeps_every_bit():

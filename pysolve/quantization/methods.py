@@ -56,7 +56,8 @@ def quantize(
         "int8": whole numbers times a scale for every output. "int8-dynamic": of Linear layers, whose inputs
         are rounded to 8 bits as well when they run; other layers are left alone. "codebook": few values that
         a layer shares. "ternary": two values and zero, but 16 values in the first layer and the last. With
-        these two, other parameters and the statistics of norms are rounded to bfloat16.
+        these two, large parameters that are no layer's weight (positions, recurrent weights) take 256 values;
+        the rest, biases and the statistics of norms are rounded to bfloat16.
     bits : int, optional
         Of a code: by default 8 for "int8", 4 for "codebook". With a target, the most.
     target : {"bytes": number}, optional

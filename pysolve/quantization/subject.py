@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from torch import nn
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from pysolve.compressed import Compressed
@@ -14,7 +17,6 @@ from pysolve.correlations import Array, Correlations
 from pysolve.errors import PysolveError
 from pysolve.layerwise import Material, study_layers, weighted_layers
 from pysolve.nn.divergence import Divergence, kl_divergence
-from pysolve.nn.evaluate import parameters
 from pysolve.nn.network import as_array, as_tensor, find_matching
 from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
 from pysolve.quantization.forms import Int8
@@ -27,8 +29,8 @@ from pysolve.report import Report
 SCHEMES = {"int8-dynamic": "int", "int8": "int", "codebook": "codebook", "ternary": "ternary"}
 # Bits of a code, unless others are asked for.
 BITS = {"int8-dynamic": 8, "int8": 8}
-# Share of the parameters from which on a report tells what is not quantised.
-_MUCH = 0.01
+# Entries of a parameter from which on a table of 256 values is small beside it.
+_MANY = 4096
 
 
 def _as_it_is(report: Report) -> Report:
@@ -100,8 +102,8 @@ class Subject:
     notes : tuple of str
     worth : Worth, optional
         Where there is a target.
-    short : tuple of str
-        What is rounded to bfloat16.
+    short : {state-dict name: array}
+        What is no weight of a layer, in 256 values or in bfloat16.
     begun : Quantized, optional
         What came near the target.
     """
@@ -111,7 +113,7 @@ class Subject:
     material: Material | None
     notes: tuple[str, ...]
     worth: Worth | None
-    short: tuple[str, ...] = ()
+    short: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     begun: Quantized | None = None
 
     @property
@@ -120,10 +122,9 @@ class Subject:
         return self.before.model if isinstance(self.before, Compressed) else self.before
 
     def shortened(self, found: Quantized) -> Quantized:
-        """With what shares no values in the nearest numbers of bfloat16."""
-        state = self.model.state_dict() | {name: as_tensor(value) for name, value in found.values.items()}
-        short = {name: as_array(state[name].bfloat16().to(state[name].dtype)) for name in self.short}
-        return replace(found, values={**found.values, **short})
+        """With what is no weight of a layer in few bits, too."""
+        new = {name: _short(as_tensor(found.values[name])) for name in self.short if name in found.values}
+        return replace(found, values={**found.values, **self.short, **new})
 
 
 def studied(before: nn.Module | Compressed, batches: Iterable[Any] | None, job: Job) -> Subject:
@@ -143,12 +144,15 @@ def studied(before: nn.Module | Compressed, batches: Iterable[Any] | None, job: 
         notes += material.notes
     if job.target is not None:
         worth = worth_of(model, layers, material, bits=job.bits or 8, divergence=job.divergence)
-    short = () if kinds == WEIGHTED else tuple(_small_values(model, find_matching(model, job.ignore)))
-    notes += _said_of(model, short)
+    state = model.state_dict()
+    others = [] if kinds == WEIGHTED else _beside_weights(model, find_matching(model, job.ignore))
+    short = {name: _short(state[name]) for name in others}
+    if many := [name for name in short if is_many(state[name])]:
+        notes.append(f"in 256 values, for they are no layer's weight: {', '.join(many)}")
     return Subject(before, layers, material, tuple(notes), worth, short)
 
 
-def _small_values(model: nn.Module, ignored: Collection[str]) -> Iterator[str]:
+def _beside_weights(model: nn.Module, ignored: Collection[str]) -> Iterator[str]:
     """Names of norms' statistics, and of parameters that are no layer's weight, quantised or left alone."""
     for name, module in model.named_modules():
         if name in ignored or isinstance(module, ParametrizationList):
@@ -162,9 +166,15 @@ def _small_values(model: nn.Module, ignored: Collection[str]) -> Iterator[str]:
                 yield f"{name}.{leaf}".lstrip(".")
 
 
-def _said_of(model: nn.Module, short: Sequence[str]) -> Iterator[str]:
-    """That much of a network is not quantised, where it is."""
-    state = model.state_dict()
-    large = [name for name in short if state[name].numel() > _MUCH * parameters(model)]
-    if large:
-        yield f"rounded to bfloat16 and no more, being no layer's weight: {', '.join(large)}"
+def is_many(value: Tensor | npt.NDArray[Any]) -> bool:
+    """Whether a parameter that is no layer's weight is worth a table of values."""
+    return value.ndim > 1 and math.prod(value.shape) >= _MANY
+
+
+def _short(value: Tensor) -> npt.NDArray[Any]:
+    """The nearest of 256 values where there are many, zeros as they are; else the nearest of bfloat16."""
+    if not is_many(value):
+        return as_array(value.bfloat16().to(value.dtype))
+    W = np.asarray(as_array(value.flatten(1)), np.float64)
+    found = quantize_layer(W, bits=8, mask=None if W.all() or not W.any() else W != 0)
+    return as_array(as_tensor(found.weight.reshape(value.shape)).to(value.dtype))

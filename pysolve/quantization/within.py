@@ -10,7 +10,7 @@ from typing import Any
 from pysolve.errors import PysolveError
 from pysolve.nn.evaluate import nbytes
 from pysolve.quantization.network import Quantized, quantized
-from pysolve.quantization.subject import Subject
+from pysolve.quantization.subject import Subject, is_many
 from pysolve.quantization.worth import price_for
 
 # The share of the file's bytes that may be left, and runs to come so close.
@@ -80,6 +80,7 @@ def within(
 
 def beside(subject: Subject) -> float:
     """Bytes of a network's file that are no weights of its layers to quantise, about."""
-    # Halves of what is rounded to bfloat16.
     weights = sum(int(layer.weight.nbytes) for layer in subject.layers.values())
-    return (nbytes(subject.model) - weights) / 2 + _RECORD
+    coded = sum(value.nbytes for value in subject.short.values() if is_many(value))
+    # Of float32 one byte each, and halves of what is rounded to bfloat16.
+    return coded / 4 + (nbytes(subject.model) - weights - coded) / 2 + _RECORD
