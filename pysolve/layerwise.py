@@ -101,9 +101,11 @@ def weighted_layers(
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
     layers, notes = {}, []
     for name, module in model.named_modules():
+        if name in ignored:
+            continue
         if isinstance(module, SparseWeight):
             notes.append(f"{name} is left alone: it is sparse; nn.dense.to_dense changes that")
-        if not isinstance(module, kinds) or name in ignored:
+        if not isinstance(module, kinds):
             continue
         own = module._parameters.get("weight")
         if own is None:
