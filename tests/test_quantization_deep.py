@@ -143,6 +143,11 @@ def test_more_bytes_are_worth_something():
 def test_bytes_out_of_reach_are_refused():
     with pytest.raises(ps.PysolveError, match="Give a larger target"):
         deep(target_bytes=300, target_params=1)
+    for share in (1e-3, 1e-9):
+        with pytest.raises(
+            ps.PysolveError, match=f"where {max(1, int(share * nbytes(convolutional())))} are"
+        ):
+            deep(target_bytes=share)
 
 
 # --- stages

@@ -16,7 +16,7 @@ from pysolve.compressed import Compressed
 from pysolve.layerwise import study_layers
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes, parameters
-from pysolve.quantization.layout import LAYOUTS, as_long, with_file
+from pysolve.quantization.layout import LAYOUTS, as_long, in_bytes, with_file
 from pysolve.quantization.pipeline import Pipeline
 from pysolve.quantization.retraining import Length, options_of
 from pysolve.quantization.subject import Job
@@ -89,8 +89,7 @@ def deep_compress(
     _check(target_bytes, target_params, zeros, bits, retrain, layout)
     if iter(batches) is batches:
         batches = list(batches)
-    whole = nbytes(original)
-    size = None if target_bytes is None else int(target_bytes if target_bytes > 1 else target_bytes * whole)
+    size = None if target_bytes is None else in_bytes(target_bytes, original)
     job = Job(
         "codebook",
         bits,

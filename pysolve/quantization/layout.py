@@ -68,6 +68,11 @@ def laid_out(
     return replace(result, report=replace(result.report, layers=lines))
 
 
+def in_bytes(target: float, original: nn.Module) -> int:
+    """A number of bytes, or a share of the original's tensors: one at least."""
+    return max(1, int(target if target > 1 else target * nbytes(original)))
+
+
 def with_file(result: Compressed, original: nn.Module) -> Compressed:
     """The result with the sizes of the original's tensors and of the file that ``save`` writes."""
     report = result.report

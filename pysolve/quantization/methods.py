@@ -15,8 +15,7 @@ from pysolve.budget import check_targets
 from pysolve.checks import checked
 from pysolve.compressed import Compressed
 from pysolve.nn.divergence import Divergence, kl_divergence
-from pysolve.nn.evaluate import nbytes
-from pysolve.quantization.layout import LAYOUTS, as_long, with_file
+from pysolve.quantization.layout import LAYOUTS, as_long, in_bytes, with_file
 from pysolve.quantization.recipe import carried_out
 from pysolve.quantization.retraining import Length, options_of
 from pysolve.quantization.single import METHODS
@@ -131,7 +130,7 @@ def _bytes(model: nn.Module, target: Mapping[str, float]) -> int:
     check_targets(target)
     if set(target) != {"bytes"}:
         raise ValueError(f"weights are quantised to a target of bytes alone, got {', '.join(target)}.")
-    return int(target["bytes"] if target["bytes"] > 1 else target["bytes"] * nbytes(model))
+    return in_bytes(target["bytes"], model)
 
 
 def _check(

@@ -153,7 +153,9 @@ class Pipeline:
     def best(self, found: Study) -> Width:
         """The width that leaves the least divergence within the bytes."""
         assert self.job.target is not None
-        return _least(partial(self.width, found), 8 * self.job.target / _BITS / parameters(self.original))
+        width = _least(partial(self.width, found), 8 * self.job.target / _BITS / parameters(self.original))
+        # So few bytes that no width comes near: all channels will tell how many it takes.
+        return width if width.subject is not None else Width(1.0)
 
     def taught(self, smaller: nn.Module | Compressed, retrain: Length) -> nn.Module | Compressed:
         """Trained to give the original's outputs, where channels went."""

@@ -108,7 +108,8 @@ def _rounded(subject: Subject, job: Job, aim: float, teacher: nn.Module) -> Quan
         drafts[:] = drafts or [_finished(subject, job, done, teacher)]
         return _size(replace(drafts[0], model=apply(model, plan_of(done))), job)
 
-    return within(subject, aim, measure, **job.run)
+    assert job.target is not None
+    return within(subject, job.target, measure, spare=job.target - aim, **job.run)
 
 
 def _noted(result: Compressed, notes: tuple[str, ...]) -> Compressed:

@@ -24,6 +24,7 @@ def within(
     target: float,
     measure: Callable[[Quantized], int],
     *,
+    spare: float = 0.0,
     rough: bool = False,
     seed: int = 0,
     progress: bool = True,
@@ -39,6 +40,8 @@ def within(
     target : float
     measure : callable
         Bytes of the file.
+    spare : float
+        Bytes to leave.
     rough : bool
         Come near the target from either side, in little time.
     seed, progress
@@ -51,6 +54,7 @@ def within(
     """
     worth, begun, found = subject.worth, subject.begun, dict[int, Quantized]()
     assert worth is not None
+    aim = max(target - spare, 1.0)
 
     def at(lam: float) -> Quantized:
         fit: Any = partial(worth.fit, lam)
@@ -65,11 +69,11 @@ def within(
 
     guess = None if begun is None else begun.lam
     if guess is None:
-        guess = price_for(max(target - beside(subject), 0.2 * target), worth.coded) or 1.0
-    price_for(target, size, guess, steps=_ROUGH if rough else _RUNS, close=_CLOSE)
+        guess = price_for(max(aim - beside(subject), 0.2 * aim), worth.coded) or 1.0
+    price_for(aim, size, guess, steps=_ROUGH if rough else _RUNS, close=_CLOSE)
     if rough:
-        return found[min(found, key=lambda bytes: abs(bytes - target))]
-    small = [bytes for bytes in found if bytes <= target]
+        return found[min(found, key=lambda bytes: abs(bytes - aim))]
+    small = [bytes for bytes in found if bytes <= aim]
     if not small:
         raise PysolveError(
             f"the file still has {min(found):,} bytes where {target:,.0f} are wanted: what is no weight, and "
