@@ -26,15 +26,15 @@ from networks import DATA, DataOption, OutOption, ThreadsOption, found, write
 from rich.console import Console
 from subjects import CALIBRATION, Subject
 
-from pysolve.account import distance
-from pysolve.datasets import Images, cifar, mnist
+from pysolve.cli.datasets import Images, cifar, mnist
+from pysolve.methods.account import distance
+from pysolve.methods.offline import cuts_of
+from pysolve.methods.shrink import shrink
+from pysolve.methods.sizes import Sizes, channels_to_keep
+from pysolve.methods.study import Study, study
 from pysolve.nn.evaluate import accuracy
-from pysolve.nn.rows import channels, taps
-from pysolve.offline import cuts_of
-from pysolve.show.tables import Table, as_markdown
-from pysolve.shrink import shrink
-from pysolve.sizes import Sizes, channels_to_keep
-from pysolve.study import Study, study
+from pysolve.nn.layer_matrix import channels, taps
+from pysolve.tables import Table, as_markdown
 
 TARGETS = {"lenet": {"params": 0.1}, "resnet20": {"macs": 0.5}}
 # Training images that subsets are drawn from.

@@ -15,7 +15,7 @@ import pysolve as ps
 from pysolve.compressed import Compressed
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.zoo import Mlp
-from pysolve.show.tables import Table
+from pysolve.tables import Table
 
 # Of 25 million weights, at one of 16 values each.
 LARGE = (2500,) * 5

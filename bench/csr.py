@@ -62,7 +62,7 @@ def random_matrix(rows: int, columns: int, density: float) -> sp.csr_array:
 
 def pruned_matrix(data: Path, density: float) -> sp.csr_array:
     """The largest weights of a trained layer of 512 neurons, 784 inputs."""
-    from pysolve.datasets import mnist
+    from pysolve.cli.datasets import mnist
     from pysolve.training.fit import fit
 
     torch.manual_seed(0)

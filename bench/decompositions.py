@@ -8,9 +8,9 @@ import scipy.linalg
 import torch
 
 from pysolve.correlations import Array, Correlations
-from pysolve.least_squares import pull
-from pysolve.lowrank.layer import factor_layer
-from pysolve.lowrank.spectrum import activation_spectrum, plain_spectrum
+from pysolve.layer.reduced_rank import factor_layer
+from pysolve.layer.spectrum import activation_spectrum, plain_spectrum
+from pysolve.solve.least_squares import pull
 
 
 def decomposed(size: int, rank: int) -> dict[str, float]:

@@ -38,11 +38,11 @@ from subjects import CALIBRATION, Subject, lenet, resnet20
 from torch import nn
 
 import pysolve as ps
+from pysolve.cli.datasets import mnist
 from pysolve.compressed import Compressed
-from pysolve.datasets import mnist
 from pysolve.nn.evaluate import accuracy, nbytes
 from pysolve.nn.zoo import Mlp
-from pysolve.show.tables import Table
+from pysolve.tables import Table
 from pysolve.training.fit import fit
 
 MLP = (784, 300, 100, 10)

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, softmax
 
 import pysolve as ps
-from pysolve.datasets import cifar, mnist
+from pysolve.cli.datasets import cifar, mnist
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.zoo import Mlp
-from pysolve.show.tables import Table
+from pysolve.tables import Table
 from pysolve.training.fit import fit
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)

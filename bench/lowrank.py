@@ -32,7 +32,7 @@ from torch import nn
 
 import pysolve as ps
 from pysolve.nn.evaluate import accuracy, latency
-from pysolve.show.tables import Table
+from pysolve.tables import Table
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 

@@ -30,9 +30,9 @@ from subjects import CALIBRATION, SUBJECTS, Subject, Target, with_norms
 from torch import nn
 
 import pysolve as ps
-from pysolve.datasets import cifar
+from pysolve.cli.datasets import cifar
 from pysolve.nn.evaluate import accuracy, latency, macs
-from pysolve.nn.network import evaluating
+from pysolve.nn.running import evaluating
 from pysolve.nn.zoo import ResNet
 
 DATA = Path(os.environ.get("PYSOLVE_DATA", "data"))

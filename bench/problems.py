@@ -91,7 +91,7 @@ def lenet_fc1(share: float) -> ReconstructionProblem | None:
     import torch
 
     import pysolve as ps
-    from pysolve.datasets import mnist
+    from pysolve.cli.datasets import mnist
     from pysolve.nn.zoo import LeNet5
     from pysolve.training.fit import fit
 

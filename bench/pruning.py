@@ -35,13 +35,13 @@ from subjects import CALIBRATION, Subject
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import pysolve as ps
+from pysolve.cli.datasets import mnist
 from pysolve.compressed import Compressed
-from pysolve.datasets import mnist
+from pysolve.layer.layer_problem import layer_problem
+from pysolve.layer.searches import Zeros, sweep
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.nonzeros import nonzeros
-from pysolve.pruning.searches import Zeros, sweep
-from pysolve.pruning.supports import layer_problem
-from pysolve.show.tables import Table, as_markdown
+from pysolve.tables import Table, as_markdown
 
 # Shares of the weights that go, and of the parameters that stay.
 GONE, LEFT = (0.5, 0.8, 0.9, 0.95), (0.5, 0.25)

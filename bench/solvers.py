@@ -2,9 +2,9 @@
 
 python bench/solvers.py [--threads 1] [--repeats 5] [--tol 1e-8] [--only published,packages,large,scaling]
 
-Every answer is judged by pysolve.certificate. A transcription is stopped at the first iterate whose certified
-relative gap is at most tol; that iterate is found in an untimed run, so that it pays for no stopping test.
-Runs alternate between the contenders; the table gives medians.
+Every answer is judged by pysolve.solve.certificate. A transcription is stopped at the first iterate whose
+certified relative gap is at most tol; that iterate is found in an untimed run, so that it pays for no
+stopping test. Runs alternate between the contenders; the table gives medians.
 """
 
 import argparse

@@ -12,9 +12,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from pysolve.datasets import Dataset, cifar, mnist
+from pysolve.cli.datasets import Dataset, cifar, mnist
 from pysolve.nn.evaluate import macs, parameters
-from pysolve.nn.network import keeping_modes
+from pysolve.nn.running import keeping_modes
 from pysolve.nn.zoo import LeNet5, MnistCnn, ResNet
 from pysolve.training.fit import fit
 

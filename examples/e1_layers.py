@@ -11,12 +11,12 @@ from rich.table import Table
 from torch import nn
 
 import pysolve as ps
-from pysolve.datasets import Dataset
+from pysolve.cli.datasets import Dataset
+from pysolve.nn.apply import masked
 from pysolve.nn.evaluate import accuracy, parameters
-from pysolve.nn.network import evaluating, forward
-from pysolve.nn.surgery import masked
+from pysolve.nn.running import evaluating, forward
 from pysolve.nn.zoo import LeNet5
-from pysolve.path import lam_for_groups
+from pysolve.solve.path import lam_for_groups
 
 LAM = 0.01
 CONV2 = ps.Site(20, writers=("conv1",), readers=("conv2",))

@@ -29,7 +29,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import pysolve as ps
-from pysolve.datasets import Dataset, mnist
+from pysolve.cli.datasets import Dataset, mnist
 from pysolve.nn.zoo import LeNet5
 from pysolve.training.fit import fit
 

@@ -14,10 +14,10 @@ from rich.table import Table
 from torch import nn
 
 import pysolve as ps
-from pysolve.datasets import Dataset
+from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.zoo import LeNet5
-from pysolve.show import drawing
+from pysolve.report import drawing
 from pysolve.training.fit import fit
 
 IMAGES, BATCH = 2000, 250

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 import pysolve as ps
-from pysolve.show import drawing, plots
+from pysolve.report import drawing, plots
 
 # r_xx and r_yx.
 Problem = tuple[np.ndarray, np.ndarray]

@@ -24,8 +24,8 @@ from e2_ranks import COUNTS, RANKS, accuracies, draw, ranks_table
 from e2_student import RECIPE, SEEDS, students_table, trained_teacher
 
 import pysolve as ps
-from pysolve.datasets import Dataset, mnist
-from pysolve.demo import threads
+from pysolve.cli.datasets import Dataset, mnist
+from pysolve.cli.demo import threads
 from pysolve.nn.evaluate import accuracy
 
 QUICK = {"images": 600, "counts": (100, 600), "epochs": 1, "ranks": 4}

@@ -39,10 +39,10 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 import pysolve as ps
-from pysolve.datasets import Dataset, mnist
-from pysolve.demo import threads
+from pysolve.cli.datasets import Dataset, mnist
+from pysolve.cli.demo import threads
 from pysolve.nn.zoo import Mlp
-from pysolve.show.tables import Table, as_markdown
+from pysolve.tables import Table, as_markdown
 
 RECIPE = {"epochs": 5, "batch_size": 64, "lr": 1e-3}
 QUICK = {"images": 600, "few": 100, "epochs": 1, "thresholds": 3}

@@ -24,11 +24,11 @@ from e4_pruning import kilobytes
 from torch import nn
 
 import pysolve as ps
+from pysolve.cli.datasets import Dataset, mnist
+from pysolve.cli.demo import threads
 from pysolve.compressed import Compressed
-from pysolve.datasets import Dataset, mnist
-from pysolve.demo import threads
 from pysolve.nn.evaluate import accuracy, latency
-from pysolve.show.tables import Table
+from pysolve.tables import Table
 
 # Unlabelled training images.
 COUNT = 2000

@@ -9,12 +9,12 @@ from e2_thresholds import images
 from torch import nn
 
 import pysolve as ps
-from pysolve.datasets import Dataset
-from pysolve.lowrank.layer import factor_layer
+from pysolve.cli.datasets import Dataset
+from pysolve.layer.reduced_rank import factor_layer
 from pysolve.nn.evaluate import accuracy
-from pysolve.nn.network import as_array
-from pysolve.show.drawing import COLORS, finish, log_axis, new_axes
-from pysolve.show.tables import Table
+from pysolve.nn.running import as_array
+from pysolve.report.drawing import COLORS, finish, log_axis, new_axes
+from pysolve.tables import Table
 
 LAYER, BATCH = "fc3", 32
 RANKS = (128, 100, 90, 80, 60, 50, 40, 30, 20, 10, 5, 2, 1)

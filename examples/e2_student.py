@@ -13,11 +13,11 @@ from kept import kept_or_trained, seeded
 from torch import Tensor, nn
 
 import pysolve as ps
-from pysolve.datasets import Dataset
+from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import accuracy, parameters
-from pysolve.nn.network import evaluating
+from pysolve.nn.running import evaluating
 from pysolve.nn.zoo import Mlp
-from pysolve.show.tables import Table
+from pysolve.tables import Table
 
 RECIPE = {"epochs": 5, "batch_size": 64, "lr": 1e-3}
 SEEDS = (0, 1, 2)

@@ -11,11 +11,11 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import pysolve as ps
-from pysolve.datasets import Dataset
+from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import accuracy, parameters
 from pysolve.nn.nonzeros import nonzeros
-from pysolve.show.drawing import COLORS, finish
-from pysolve.show.tables import Table
+from pysolve.report.drawing import COLORS, finish
+from pysolve.tables import Table
 
 # Unlabelled training images for what is refitted, and how few are compared.
 IMAGES, FEW = 10_000, 2000

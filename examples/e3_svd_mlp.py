@@ -30,12 +30,12 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import pysolve as ps
-from pysolve.datasets import Dataset, mnist
-from pysolve.demo import threads
+from pysolve.cli.datasets import Dataset, mnist
+from pysolve.cli.demo import threads
 from pysolve.nn.evaluate import accuracy, parameters
 from pysolve.nn.zoo import Mlp
-from pysolve.show.drawing import COLORS, finish, new_axes
-from pysolve.show.tables import Table
+from pysolve.report.drawing import COLORS, finish, new_axes
+from pysolve.tables import Table
 
 SIZES = (784, *[1024] * 5, 10)
 RECIPE = {"epochs": 12, "batch_size": 128, "lr": 1e-4}

@@ -12,9 +12,9 @@ from kept import kept_or_trained, seeded
 from torch import nn
 
 import pysolve as ps
-from pysolve.datasets import Dataset
+from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import accuracy, macs
-from pysolve.show.tables import Table
+from pysolve.tables import Table
 from pysolve.training.fit import fit
 
 # Few epochs, so that all of it fits half an hour on two cores. In bfloat16 the teacher takes half the time.

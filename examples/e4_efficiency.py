@@ -31,8 +31,8 @@ from kept import kept_or_trained
 from torch import nn
 
 import pysolve as ps
-from pysolve.datasets import Dataset, cifar
-from pysolve.demo import threads
+from pysolve.cli.datasets import Dataset, cifar
+from pysolve.cli.demo import threads
 from pysolve.training.fit import fit
 
 RECIPE = {"epochs": 6, "batch_size": 64, "lr": 2e-3}

@@ -14,11 +14,11 @@ from torch import nn
 from torch.nn.utils import prune as by_torch
 
 import pysolve as ps
+from pysolve.cli.datasets import Dataset
 from pysolve.compressed import Compressed
-from pysolve.datasets import Dataset
 from pysolve.nn.evaluate import accuracy, parameters
-from pysolve.show.drawing import COLORS, finish, new_axes
-from pysolve.show.tables import Table
+from pysolve.report.drawing import COLORS, finish, new_axes
+from pysolve.tables import Table
 
 # Unlabelled training images.
 COUNT = 2000

@@ -4,9 +4,9 @@ from e2_quantization import SCHEMES, quantized
 from e4_pruning import COUNT, PUBLISHED_FILE, kilobytes
 from torch import nn
 
-from pysolve.datasets import Dataset
+from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import accuracy
-from pysolve.show.tables import Table
+from pysolve.tables import Table
 
 # Dynamic int8 is of the Linear layers alone: convolutions stay as they are.
 PUBLISHED_DYNAMIC = "170"

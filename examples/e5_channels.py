@@ -11,9 +11,9 @@ from rich.table import Table
 from torch import nn
 
 import pysolve as ps
-from pysolve.datasets import Dataset
+from pysolve.cli.datasets import Dataset
+from pysolve.layer.scores import channel_norms, propagated_importance
 from pysolve.nn.evaluate import accuracy, parameters
-from pysolve.pruning.scores import channel_norms, propagated_importance
 from pysolve.training.finetune import finetune
 
 SITES = (CONV2, FC1, FC2)

@@ -35,10 +35,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 import pysolve as ps
-from pysolve.datasets import Dataset, cifar, mnist
-from pysolve.demo import threads
+from pysolve.cli.datasets import Dataset, cifar, mnist
+from pysolve.cli.demo import threads
 from pysolve.nn.zoo import LeNet5, Mlp, ResNet
-from pysolve.show.tables import Table
+from pysolve.tables import Table
 from pysolve.training.fit import fit
 
 LENET_300_RECIPE = {"epochs": 10, "batch_size": 128, "lr": 2e-3}

@@ -30,8 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pysolve as ps
-from pysolve.datasets import Dataset, mnist
-from pysolve.demo import threads
+from pysolve.cli.datasets import Dataset, mnist
+from pysolve.cli.demo import threads
 from pysolve.nn.zoo import LeNet5, LeNetC5
 from pysolve.training.fit import fit
 

@@ -13,8 +13,8 @@ from e5_weights import loader
 from torch import Tensor, nn
 
 import pysolve as ps
+from pysolve.cli.datasets import Dataset
 from pysolve.compressed import Compressed
-from pysolve.datasets import Dataset
 from pysolve.nn.evaluate import accuracy
 from pysolve.training.finetune import finetune
 

@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import pysolve as ps
-from pysolve.datasets import Dataset
+from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import accuracy, nbytes, parameters
-from pysolve.show import drawing
-from pysolve.show.tables import Table
+from pysolve.report import drawing
+from pysolve.tables import Table
 
 # Unlabelled images, and how many times smaller than the tensors files are to be.
 COUNT = 2000

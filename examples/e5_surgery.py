@@ -11,12 +11,12 @@ from rich.console import RenderableType
 from rich.table import Table
 from torch import nn
 
-from pysolve.datasets import Dataset
+from pysolve.cli.datasets import Dataset
+from pysolve.methods.gradual import network_surgery, prune_gradually
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.nonzeros import Nonzeros, nonzeros
-from pysolve.pruning.training import network_surgery, prune_gradually
-from pysolve.show import drawing
-from pysolve.show.tables import as_text
+from pysolve.report import drawing
+from pysolve.tables import as_text
 
 # Shares of all weights that go; biases, 580 of 431,080 parameters, stay.
 AMOUNTS = (0.9925,)

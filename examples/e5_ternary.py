@@ -8,9 +8,9 @@ from e5_published import file_bytes, unlabelled
 from torch import nn
 
 import pysolve as ps
-from pysolve.datasets import Dataset
+from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import accuracy, nbytes
-from pysolve.show.tables import Table
+from pysolve.tables import Table
 
 # Trained ternary quantisation of ResNet-32, 44 and 56 on CIFAR-10: files, and changes of accuracy.
 PUBLISHED_RATE, PUBLISHED = 16, "+0.04, +0.16, +0.36"

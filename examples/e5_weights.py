@@ -15,11 +15,11 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import pysolve as ps
-from pysolve.datasets import Dataset
+from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.nonzeros import Nonzeros, nonzeros
-from pysolve.show import drawing
-from pysolve.show.tables import as_text
+from pysolve.report import drawing
+from pysolve.tables import as_text
 from pysolve.training.finetune import finetune
 
 # Shares of the weights that stay, as published, and multiples of them for the curves.

@@ -11,7 +11,7 @@ from e1_linear_reconstruction import recipe_of
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from pysolve.datasets import Dataset
+from pysolve.cli.datasets import Dataset
 
 
 def kept_or_trained(

@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 import pysolve as ps
-from pysolve.datasets import Dataset, digits
+from pysolve.cli.datasets import Dataset, digits
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.zoo import DigitsNet
-from pysolve.show import plots
+from pysolve.report import plots
 from pysolve.training.fit import fit
 
 TARGETS = [{"params": share} for share in (0.3, 0.1, 0.05, 0.03, 0.02, 0.014, 0.01, 0.007, 0.005, 0.0035)]

@@ -1,5 +1,5 @@
 """``python -m pysolve``."""
 
-from pysolve.cli import main
+from pysolve.cli.main import main
 
 main()

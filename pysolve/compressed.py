@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-
-from torch import Tensor, nn
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pysolve.plan import Plan
-from pysolve.report import Report
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from pysolve.report.report import Report
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,19 +39,3 @@ class Compressed:
     def _repr_html_(self) -> str:
         """Shown by notebooks."""
         return self.report._repr_html_()
-
-
-def fingerprint(model: nn.Module) -> dict[str, str]:
-    """Data type and shape of every tensor in a network's state dict, by name: ``float32 20x1x5x5``."""
-    return {
-        name: f"{str(value.dtype).removeprefix('torch.')} {'x'.join(map(str, value.shape))}".strip()
-        for name, value in model.state_dict().items()
-        if isinstance(value, Tensor)
-    }
-
-
-def after(before: nn.Module | Compressed, result: Compressed) -> Compressed:
-    """The result of a compression that remembers where what it was given came from."""
-    if not isinstance(before, Compressed):
-        return replace(result, fingerprint=fingerprint(before))
-    return replace(result, earlier=(*before.earlier, before.plan), fingerprint=before.fingerprint)

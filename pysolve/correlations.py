@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +19,10 @@ import numpy.typing as npt
 from pysolve.errors import DataError
 
 Array = npt.NDArray[np.float64]
+# Of any data type.
+AnyArray = npt.NDArray[Any]
+Indices = npt.NDArray[np.intp]
+Mask = npt.NDArray[np.bool_]
 
 # A variance below this share of the mean square is rounding: so far do sums of many samples round.
 _STILL = 1e-10

@@ -137,7 +137,7 @@ class Plan:
     values : {state-dict name: array}
         New parameters and buffers in the shapes that they have in the original network; what belongs to
         channels that go is dropped with them. A bias may be given to a layer that has none.
-    forms : {layer: Sparse, LowRank or Int8}
+    forms : {layer: Sparse, LowRank or Integers}
         Weights to store and run in another form, of layers that no step cuts.
     """
 

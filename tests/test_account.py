@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import pysolve as ps
-from pysolve.account import account, costs, distance, scored
+from pysolve.methods.account import account, costs, distance, scored
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.zoo import LeNet5
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pysolve.budget import MEASURES, Costs, allocate
 from pysolve.errors import PysolveError
+from pysolve.solve.budget import MEASURES, Costs, allocate
 from tests.strategies import seeds
 
 

@@ -2,10 +2,10 @@
 
 import numpy as np
 
-from pysolve.cautions import ROWS, SAMPLES, few_samples, pinned, slower
 from pysolve.correlations import Correlations
-from pysolve.entries import LayerMass
 from pysolve.plan import Site
+from pysolve.report.rows import LayerMass
+from pysolve.report.warnings import ROWS, SAMPLES, few_samples, pinned, slower
 
 
 def mass(name, params=100, seconds=1e-3, seconds_left=1e-3):

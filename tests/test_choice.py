@@ -7,11 +7,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import correlated_samples, seeds
 
-from pysolve.choice import FLOOR, choose, harm_curve, reader_columns, refit, site_problem
 from pysolve.correlations import Correlations
-from pysolve.nn.rows import matrix, samples
+from pysolve.methods.choice import FLOOR, choose, harm_curve, reader_columns, site_problem
+from pysolve.nn.layer_matrix import matrix, samples
 from pysolve.plan import Site
-from pysolve.selection import select_channels
+from pysolve.solve.least_squares import refit
+from pysolve.solve.selection import select_channels
 
 METHODS = ("elimination", "swap", "forward", "lasso", "weighted_lasso", "magnitude", "activation")
 

@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 from typer.testing import CliRunner
 
 import pysolve
-from pysolve.cli import app
+from pysolve.cli.main import app
 
 
 def run(*arguments):
@@ -31,7 +31,7 @@ def test_version_is_the_packages():
 
 def test_help_imports_neither_torch_nor_matplotlib():
     code = (
-        "import sys; from typer.testing import CliRunner; from pysolve.cli import app;"
+        "import sys; from typer.testing import CliRunner; from pysolve.cli.main import app;"
         "assert CliRunner().invoke(app, ['demo', '--help']).exit_code == 0;"
         "print({'torch', 'matplotlib', 'sklearn'} & set(sys.modules))"
     )
@@ -73,7 +73,7 @@ def test_ctrl_c_exits_with_130(monkeypatch):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("pysolve.demo.run", interrupted)
+    monkeypatch.setattr("pysolve.cli.demo.run", interrupted)
     assert run("demo").exit_code == 130
 
 
@@ -81,7 +81,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def broken(*args, **kwargs):
         raise ZeroDivisionError
 
-    monkeypatch.setattr("pysolve.demo.run", broken)
+    monkeypatch.setattr("pysolve.cli.demo.run", broken)
     assert isinstance(run("demo").exception, ZeroDivisionError)
 
 

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import pysolve as ps
-from pysolve.cli import app
-from pysolve.commands import duration_of, targets_of
-from pysolve.entries import Latency, LayerMass, SiteReport, Solve, Stage
+from pysolve.cli.commands import duration_of, targets_of
+from pysolve.cli.inputs import network, samples
+from pysolve.cli.main import app
 from pysolve.errors import PysolveError
 from pysolve.nn.evaluate import parameters
-from pysolve.report import Report
-from pysolve.sources import network, samples
+from pysolve.report.report import Report
+from pysolve.report.rows import Latency, LayerMass, SiteReport, Solve, Stage
 
 MODULE = """
     import torch

@@ -8,9 +8,9 @@ import pytest
 from files import idx, jpegs, write_jpegs, write_mnist
 from PIL import Image
 
-from pysolve.datasets import Dataset, cifar, digits, mnist
+from pysolve.cli.datasets import Dataset, cifar, digits, mnist
+from pysolve.cli.image_files import read_idx
 from pysolve.errors import DataError
-from pysolve.image_files import read_idx
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -7,14 +7,14 @@ import pytest
 import torch
 from rich.console import Console
 
-from pysolve import demo
+from pysolve.cli import demo
+from pysolve.cli.datasets import Dataset, mnist
 from pysolve.correlations import Correlations
-from pysolve.datasets import Dataset, mnist
 from pysolve.errors import PysolveError
-from pysolve.least_squares import debias
+from pysolve.nn.apply import apply
 from pysolve.nn.evaluate import accuracy, parameters
 from pysolve.nn.gather import gather
-from pysolve.nn.surgery import apply
+from pysolve.solve.least_squares import debias
 
 
 def quiet():

@@ -12,9 +12,9 @@ from strategies import correlated_samples, instances, seeds
 
 import pysolve as ps
 from pysolve import _core
-from pysolve.elimination import nested_errors, scale_to_unit_variance
-from pysolve.problem import as_problem
-from pysolve.selection import polish
+from pysolve.solve.elimination import nested_errors, scale_to_unit_variance
+from pysolve.solve.problem import as_problem
+from pysolve.solve.selection import polish
 
 METHODS = ("elimination", "swap", "forward", "lasso", "weighted_lasso", "magnitude", "activation")
 

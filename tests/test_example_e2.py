@@ -12,8 +12,8 @@ import torch
 from torch.nn.functional import relu
 from typer.testing import CliRunner
 
-from pysolve import demo
-from pysolve.datasets import Dataset, mnist
+from pysolve.cli import demo
+from pysolve.cli.datasets import Dataset, mnist
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.zoo import Mlp
 

@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from pysolve import demo
-from pysolve.datasets import Dataset
+from pysolve.cli import demo
+from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import accuracy, parameters
 from pysolve.nn.zoo import Mlp
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pysolve import demo
-from pysolve.datasets import Dataset
+from pysolve.cli import demo
+from pysolve.cli.datasets import Dataset
 from pysolve.nn import QuantLinear
 from pysolve.nn.zoo import Mlp
 

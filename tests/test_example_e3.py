@@ -10,10 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pysolve import demo
-from pysolve.datasets import Dataset
+from pysolve.cli import demo
+from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import accuracy, parameters
-from pysolve.nn.factored import Factored
+from pysolve.nn.layers.factored import Factored
 from pysolve.nn.zoo import Mlp
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -11,8 +11,8 @@ import torch
 from rich.console import Console
 from typer.testing import CliRunner
 
-from pysolve import demo
-from pysolve.datasets import Dataset
+from pysolve.cli import demo
+from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.zoo import LeNet5, LeNetC5
 

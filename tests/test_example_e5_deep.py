@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 from typer.testing import CliRunner
 
-from pysolve import demo
-from pysolve.datasets import Dataset
+from pysolve.cli import demo
+from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import nbytes
 from pysolve.nn.zoo import Mlp
-from pysolve.show.tables import Table
+from pysolve.tables import Table
 from pysolve.training.fit import fit
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

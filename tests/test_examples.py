@@ -14,11 +14,11 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import pysolve as ps
-from pysolve import demo
-from pysolve.datasets import Dataset, mnist
+from pysolve.cli import demo
+from pysolve.cli.datasets import Dataset, mnist
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.zoo import LeNet5
-from pysolve.path import lam_for_groups
+from pysolve.solve.path import lam_for_groups
 from pysolve.training.fit import fit
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

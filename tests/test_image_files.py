@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from PIL import Image
 
+from pysolve.cli.image_files import read_idx, read_jpegs
 from pysolve.errors import DataError
-from pysolve.image_files import read_idx, read_jpegs
 
 
 @given(

@@ -9,10 +9,10 @@ from strategies import seeds
 
 from pysolve.correlations import Correlations
 from pysolve.forms import LowRank
-from pysolve.least_squares import pull
-from pysolve.lowrank import spatial
-from pysolve.lowrank.layer import error_curve, factor_layer, seen_through
-from pysolve.lowrank.spatial import as_kernels
+from pysolve.layer import spatial
+from pysolve.layer.reduced_rank import error_curve, factor_layer, seen_through
+from pysolve.layer.spatial import as_kernels
+from pysolve.solve.least_squares import pull
 
 KERNELS = [(), (3,), (2, 3), (3, 1), (2, 1, 2)]
 

@@ -12,11 +12,11 @@ from torch import nn
 from torch.nn import functional as F
 
 import pysolve as ps
-from pysolve.account import costs
-from pysolve.lowrank import choose
+from pysolve.methods import choose_ranks as choose
+from pysolve.methods.account import costs
 from pysolve.nn import profile
-from pysolve.nn.factored import Factored
-from pysolve.nn.masking import mask_weights
+from pysolve.nn.layers.factored import Factored
+from pysolve.nn.layers.masking import mask_weights
 
 
 def mlp():

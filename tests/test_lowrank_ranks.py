@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 
-from pysolve.choice import FLOOR
-from pysolve.lowrank.ranks import Candidate, most_useful, probed_ranks
+from pysolve.methods.choice import FLOOR
+from pysolve.methods.ranks import Candidate, most_useful, probed_ranks
 
 
 @st.composite

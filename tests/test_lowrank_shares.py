@@ -11,12 +11,12 @@ from strategies import seeds
 from torch import nn
 
 import pysolve as ps
-from pysolve.account import costs as counted
-from pysolve.lowrank.ranks import Candidate, most_useful
-from pysolve.lowrank.shares import share
+from pysolve.methods.account import costs as counted
+from pysolve.methods.budget import share
+from pysolve.methods.ranks import Candidate, most_useful
 from pysolve.nn.costs import cost_model
 from pysolve.nn.evaluate import layer_macs
-from pysolve.nn.factored import Factored, empty
+from pysolve.nn.layers.factored import Factored, empty
 from pysolve.plan import Plan
 
 MEASURES = ("params", "macs", "bytes")

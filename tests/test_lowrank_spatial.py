@@ -9,9 +9,9 @@ from strategies import seeds
 from torch.nn.functional import conv2d
 
 from pysolve.correlations import Correlations
-from pysolve.least_squares import pull
-from pysolve.lowrank import spatial
-from pysolve.lowrank.spatial import as_kernels, plain_spatial, refitted, spatial_spectrum, unfolded
+from pysolve.layer import spatial
+from pysolve.layer.spatial import as_kernels, plain_spatial, refitted, spatial_spectrum, unfolded
+from pysolve.solve.least_squares import pull
 
 
 @st.composite

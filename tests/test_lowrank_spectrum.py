@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from strategies import correlated_samples, seeds
 
 from pysolve.correlations import Correlations
-from pysolve.least_squares import pull
-from pysolve.lowrank import spectrum
-from pysolve.lowrank.spectrum import activation_spectrum, balanced, plain_spectrum
+from pysolve.layer import spectrum
+from pysolve.layer.spectrum import activation_spectrum, balanced, plain_spectrum
+from pysolve.solve.least_squares import pull
 
 
 @st.composite

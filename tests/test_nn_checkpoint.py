@@ -25,20 +25,22 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import pysolve as ps
-from pysolve.compressed import Compressed, after, fingerprint
+from pysolve.compressed import Compressed
 from pysolve.forms import LowRank
-from pysolve.nn import storage
+from pysolve.methods.account import after
 from pysolve.nn.evaluate import parameters
-from pysolve.nn.factored import Factored
-from pysolve.nn.masking import masks_of, unmasked
-from pysolve.nn.network import forward
-from pysolve.nn.packing import Packed, coded, decoded, pack, unpack
+from pysolve.nn.files import storage
+from pysolve.nn.files.architecture import fingerprint
+from pysolve.nn.files.format1 import Packed, coded, decoded, pack, unpack
+from pysolve.nn.files.storage import bits
+from pysolve.nn.files.zipped import WORDS, zipped
+from pysolve.nn.layers.factored import Factored
+from pysolve.nn.layers.masking import masks_of, unmasked
+from pysolve.nn.running import forward
 from pysolve.nn.slicing import WEIGHTED, outputs
-from pysolve.nn.storage import bits
-from pysolve.nn.zipped import WORDS, zipped
 from pysolve.nn.zoo import Mlp
 from pysolve.plan import Collapse, Plan, Site
-from pysolve.report import Report
+from pysolve.report.report import Report
 
 REPORT = Report({"params": 10}, {"params": 5}, (), float("nan"), np.int64(3), 4, notes=("a → b",))
 
@@ -180,7 +182,7 @@ def test_compressions_remember_what_a_file_needs(tmp_path, monkeypatch):
     def untraced(model, batch):
         raise ps.PysolveError("tracing takes longer than all the rest")
 
-    monkeypatch.setattr("pysolve.study.trace", untraced)
+    monkeypatch.setattr("pysolve.methods.study.trace", untraced)
     model, batches = mlp(), [vectors(40)]
     first = ps.compress(model, batches, keep=0.6, progress=False, sites=[narrowed(1, 12, [0]).site])
     second = ps.compress(first, batches, keep=0.7, progress=False, sites=[narrowed(2, 9, [0]).site])

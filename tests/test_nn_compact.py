@@ -15,18 +15,19 @@ from strategies import seeds
 from torch import nn
 
 import pysolve as ps
-from pysolve.account import made_with
-from pysolve.compressed import Compressed, fingerprint
-from pysolve.entries import Latency, SiteReport
-from pysolve.nn import storage
-from pysolve.nn.checkpoint import CODINGS, file_bytes, stored_bytes
-from pysolve.nn.compact import _LARGE, compact, expanded
-from pysolve.nn.masking import unmasked
-from pysolve.nn.storage import bits
-from pysolve.nn.zipped import WORDS
+from pysolve.compressed import Compressed
+from pysolve.methods.account import made_with
+from pysolve.nn.files import storage
+from pysolve.nn.files.architecture import fingerprint
+from pysolve.nn.files.checkpoint import CODINGS, file_bytes, stored_bytes
+from pysolve.nn.files.format2 import _LARGE, compact, expanded
+from pysolve.nn.files.storage import bits
+from pysolve.nn.files.zipped import WORDS
+from pysolve.nn.layers.masking import unmasked
 from pysolve.nn.zoo import LeNet5
 from pysolve.plan import Collapse, Plan, Site
-from pysolve.report import Report
+from pysolve.report.report import Report
+from pysolve.report.rows import Latency, SiteReport
 
 REPORT = Report({"params": 10}, {"params": 5}, (), 0.123456789, 3, 4)
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.float8_e4m3fn]

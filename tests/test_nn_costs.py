@@ -9,9 +9,9 @@ from torch import nn
 from torch.nn.functional import relu
 
 from pysolve.errors import CollapseError, DataError, PysolveError
+from pysolve.nn.apply import apply
 from pysolve.nn.costs import cost_model
 from pysolve.nn.evaluate import macs, nbytes, parameters
-from pysolve.nn.surgery import apply
 from pysolve.nn.zoo import DigitsNet, LeNet5, Mlp, ResNet
 from pysolve.plan import Collapse, Plan, Site
 from tests.strategies import seeds

@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import nn
 
-from pysolve.entries import Latency
 from pysolve.errors import DataError
 from pysolve.nn.evaluate import accuracy, latency, macs, nbytes, parameters
 from pysolve.nn.zoo import LeNet5, Mlp
+from pysolve.report.rows import Latency
 
 
 @given(st.integers(1, 30), st.integers(1, 40), st.integers(0, 1000))

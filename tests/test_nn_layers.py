@@ -13,7 +13,7 @@ from torch import nn
 
 from pysolve.errors import PysolveError
 from pysolve.nn.evaluate import macs, nbytes
-from pysolve.nn.layers import SparseConv2d, SparseLinear
+from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
 
 
 def pruned(layer, density=0.3, seed=0):

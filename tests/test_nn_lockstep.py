@@ -11,20 +11,20 @@ from networks import Net, images, network, vectors
 from torch import nn
 from torch.nn.functional import max_pool2d, relu
 
-from pysolve.choice import refit as least_squares
 from pysolve.correlations import group_columns
+from pysolve.methods.offline import cuts_of
 from pysolve.nn import lockstep
+from pysolve.nn.apply import apply, masked
 from pysolve.nn.gather import gather
 from pysolve.nn.graph.branches import Cut, Layer, find_layers, layer_values
 from pysolve.nn.graph.export import trace
 from pysolve.nn.graph.labels import label_channels
 from pysolve.nn.graph.sites import sites_of
+from pysolve.nn.layer_matrix import channels, matrix, taps
 from pysolve.nn.lockstep import Sampling
-from pysolve.nn.network import evaluating, forward
-from pysolve.nn.rows import channels, matrix, taps
-from pysolve.nn.surgery import apply, masked
-from pysolve.offline import cuts_of
+from pysolve.nn.running import evaluating, forward
 from pysolve.plan import Collapse, Plan
+from pysolve.solve.least_squares import refit as least_squares
 
 ALL_ROWS = 10**6
 

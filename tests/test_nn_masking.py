@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
 import pysolve as ps
-from pysolve.nn.masking import below, mask_weights, masks_of, remove_masks, unmasked
-from pysolve.nn.storage import bits
+from pysolve.nn.files.storage import bits
+from pysolve.nn.layers.masking import below, mask_weights, masks_of, remove_masks, unmasked
 from pysolve.nn.zoo import Mlp
 
 OPTIMIZERS = {

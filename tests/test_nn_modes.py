@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pysolve as ps
-from pysolve.nn import storage
-from pysolve.nn.masking import mask_weights, masks_of
-from pysolve.nn.modes import modes_record, ordinary, restore_modes
-from pysolve.nn.sharing import codebooks_of, share_weights, shared_of, ternary_weights
-from pysolve.nn.storage import bits
+from pysolve.forms import Codebook
+from pysolve.nn.files import storage
+from pysolve.nn.files.modes import modes_record, ordinary, restore_modes
+from pysolve.nn.files.storage import bits
+from pysolve.nn.layers.masking import mask_weights, masks_of
+from pysolve.nn.layers.sharing import codebooks_of, share_weights, shared_of, ternary_weights
 from pysolve.nn.zoo import Mlp
-from pysolve.quantization.forms import Codebook
 
 
 @pytest.fixture(autouse=True, scope="module")

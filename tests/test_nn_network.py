@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pysolve.errors import DataError, LayerNotFoundError
-from pysolve.nn.network import as_input, as_tensor, evaluating, find_layer, forward, labelled
+from pysolve.nn.running import as_input, as_tensor, evaluating, find_layer, forward, labelled
 
 
 def network():

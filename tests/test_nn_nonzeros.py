@@ -9,14 +9,14 @@ from scipy.sparse import csr_array
 from torch import nn
 
 import pysolve as ps
-from pysolve.account import costs
+from pysolve.forms import Integers
+from pysolve.methods.account import costs
 from pysolve.nn import QuantLinear, to_dense
 from pysolve.nn.evaluate import parameters
+from pysolve.nn.layers.sharing import unshared
 from pysolve.nn.nonzeros import TensorNonzeros, nonzeros
-from pysolve.nn.sharing import unshared
 from pysolve.nn.zoo import Mlp
-from pysolve.quantization.forms import Int8
-from pysolve.show.tables import as_html, as_markdown, as_text
+from pysolve.tables import as_html, as_markdown, as_text
 
 
 def network():
@@ -64,7 +64,7 @@ def test_layers_of_whole_numbers_count_by_their_codes(options):
 
 def test_codes_of_zero_are_those_of_the_layer():
     codes = np.array([[3, 3, 1], [0, -2, 5]], np.int8)
-    form = Int8(codes, np.ones((2, 1), np.float32), np.array([[3], [0]], np.int8))
+    form = Integers(codes, np.ones((2, 1), np.float32), np.array([[3], [0]], np.int8))
     model = nn.Sequential(QuantLinear.from_form(nn.Linear(3, 2, bias=False), form))
     assert nonzeros(model).nonzeros == np.count_nonzero(form.dense()) == 3
 

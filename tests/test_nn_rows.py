@@ -13,7 +13,7 @@ from torch.nn.functional import unfold
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from pysolve.correlations import Correlations
-from pysolve.nn import rows
+from pysolve.nn import layer_matrix as rows
 
 # torch says so of its own padding='same'.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

@@ -13,8 +13,10 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import pysolve as ps
-from pysolve.nn.masking import mask_weights
-from pysolve.nn.sharing import (
+from pysolve.forms import Codebook
+from pysolve.nn.files.storage import bits
+from pysolve.nn.layers.masking import mask_weights
+from pysolve.nn.layers.sharing import (
     codebooks_of,
     remove_sharing,
     share_weights,
@@ -23,9 +25,7 @@ from pysolve.nn.sharing import (
     unshared,
 )
 from pysolve.nn.slicing import CONVOLUTIONS, WEIGHTED
-from pysolve.nn.storage import bits
 from pysolve.nn.zoo import Mlp
-from pysolve.quantization.forms import Codebook
 
 OPTIMIZERS = {
     "momentum": lambda p: torch.optim.SGD(p, 0.005, momentum=0.9, weight_decay=0.1),

@@ -15,9 +15,9 @@ from torch.utils import _pytree as pytree
 
 import pysolve as ps
 from pysolve.errors import LayerNotFoundError, PysolveError
+from pysolve.nn.apply import apply, masked
 from pysolve.nn.graph.sites import find_sites
-from pysolve.nn.network import forward
-from pysolve.nn.surgery import apply, masked
+from pysolve.nn.running import forward
 from pysolve.nn.zoo import Mlp
 from pysolve.plan import Collapse, Plan
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pysolve.errors import CollapseError, LayerNotFoundError, PysolveError
+from pysolve.nn.apply import apply, masked
 from pysolve.nn.evaluate import parameters
-from pysolve.nn.surgery import apply, masked
 from pysolve.nn.zoo import LeNet5, Mlp
 from pysolve.plan import Collapse, Plan, Site
 

@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from pysolve.nn.graph.export import trace
-from pysolve.nn.network import evaluating, forward
+from pysolve.nn.running import evaluating, forward
 from pysolve.nn.walk import Walk, last_uses
 
 

@@ -6,7 +6,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import avg_pool2d, pad, relu
 
-from pysolve.datasets import cifar, mnist
+from pysolve.cli.datasets import cifar, mnist
 from pysolve.nn.evaluate import accuracy, macs, parameters
 from pysolve.nn.zoo import DigitsNet, LeNet5, LeNetC5, Mlp, MnistCnn, ResNet
 

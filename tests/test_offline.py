@@ -9,17 +9,17 @@ from networks import Net, network, vectors
 from torch import nn
 from torch.nn.functional import relu
 
-from pysolve.choice import refit
 from pysolve.correlations import group_columns
+from pysolve.methods.offline import cuts_of, reader_values, refit_readers
+from pysolve.nn.apply import apply, masked
 from pysolve.nn.divergence import run
 from pysolve.nn.gather import gather
 from pysolve.nn.graph.branches import Layer
 from pysolve.nn.graph.sites import find_sites
-from pysolve.nn.network import find_layer
-from pysolve.nn.rows import LAYERS, channels, matrix, taps
-from pysolve.nn.surgery import apply, masked
-from pysolve.offline import cuts_of, reader_values, refit_readers
+from pysolve.nn.layer_matrix import LAYERS, channels, matrix, taps
+from pysolve.nn.running import find_layer
 from pysolve.plan import Collapse, Plan, Site
+from pysolve.solve.least_squares import refit
 
 
 @cache

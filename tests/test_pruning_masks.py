@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pysolve.pruning.masks import keep_in_rows, keep_largest, masks, parse_pattern
+from pysolve.layer.masks import keep_in_rows, keep_largest, masks, parse_pattern
 
 
 def weights(seed=0):

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pysolve as ps
+from pysolve.layer.scores import propagated_importance
+from pysolve.methods.channels import activations, importances, norms
 from pysolve.nn.evaluate import parameters
-from pysolve.pruning.channels import activations, importances, norms
-from pysolve.pruning.scores import propagated_importance
 from tests.networks import NETWORKS, network
 
 WEIGHTS = ("magnitude", "random", "std", "wanda", "obs")

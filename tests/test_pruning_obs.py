@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from strategies import correlated_samples, seeds
 
 from pysolve.correlations import Correlations
-from pysolve.pruning import obs, supports
-from pysolve.pruning.obs import obs_prune
-from pysolve.pruning.row_paths import error_curve, row_paths, rows_left, share_weights
-from pysolve.pruning.searches import Zeros, admm, sweep
-from pysolve.pruning.supports import layer_problem, refit_rows
+from pysolve.layer import layer_problem as supports
+from pysolve.layer import obs
+from pysolve.layer.layer_problem import layer_problem, refit_rows
+from pysolve.layer.obs import obs_prune
+from pysolve.layer.row_paths import error_curve, row_paths, rows_left, share_weights
+from pysolve.layer.searches import Zeros, admm, sweep
 
 METHODS = ("admm", "greedy", "sweep", "auto")
 
@@ -329,7 +330,7 @@ def test_the_curve_of_a_layer_foretells_what_elimination_leaves():
 def test_rows_of_a_large_layer_stand_for_all(monkeypatch):
     layer = correlated_layer(h=60)
     exact = error_curve(layer.W, layer.correlations)
-    monkeypatch.setattr("pysolve.pruning.row_paths._EFFORT", 96.0**3 * 20 / 3)
+    monkeypatch.setattr("pysolve.layer.row_paths._EFFORT", 96.0**3 * 20 / 3)
     sampled = error_curve(layer.W, layer.correlations)
     assert len(sampled) == len(exact)
     np.testing.assert_allclose(sampled[:3000:100], exact[:3000:100], rtol=0.4, atol=1e-3)

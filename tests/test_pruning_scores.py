@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 
-from pysolve.pruning.scores import channel_norms, propagated_importance
+from pysolve.layer.scores import channel_norms, propagated_importance
 
 
 @given(seeds, st.sampled_from([1, 2, 3, np.inf]), st.sampled_from([0, 1]))

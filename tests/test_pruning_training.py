@@ -9,13 +9,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pysolve as ps
-from pysolve.datasets import digits
+from pysolve.cli.datasets import digits
+from pysolve.methods.gradual import network_surgery, prune_gradually
 from pysolve.nn.evaluate import accuracy
-from pysolve.nn.layers import SparseLinear
-from pysolve.nn.masking import masks_of, unmasked
+from pysolve.nn.layers.masking import masks_of, unmasked
+from pysolve.nn.layers.sparse import SparseLinear
 from pysolve.nn.nonzeros import nonzeros
 from pysolve.nn.zoo import Mlp
-from pysolve.pruning.training import network_surgery, prune_gradually
 from pysolve.training.fit import fit
 
 BOTH = pytest.mark.parametrize("prune", [prune_gradually, network_surgery])

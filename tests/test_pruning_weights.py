@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 import pysolve as ps
-from pysolve.entries import Latency
+from pysolve.methods import sparse_layout as layouts
 from pysolve.nn import to_dense
-from pysolve.nn.layers import SparseConv2d, SparseLinear
-from pysolve.pruning import layout as layouts
+from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
+from pysolve.report.rows import Latency
 
 
 def network():

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 
-from pysolve.quantization import clusters
-from pysolve.quantization.clusters import k_means, nearest
+from pysolve.layer import clusters
+from pysolve.layer.clusters import k_means, nearest
 
 
 def cost(values, weights, centres):

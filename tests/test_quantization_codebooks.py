@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 
-from pysolve.quantization.codebooks import SharedValues, share_values
-from pysolve.quantization.targets import Target
+from pysolve.layer.codebooks import SharedValues, share_values
+from pysolve.layer.targets import Target
 
 
 @st.composite

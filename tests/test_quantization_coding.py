@@ -13,9 +13,9 @@ from strategies import seeds
 
 from pysolve.errors import DataError
 from pysolve.forms import Sparse
-from pysolve.quantization import huffman
-from pysolve.quantization.coding import KINDS, Coded, decode, encode
-from pysolve.quantization.huffman import huffman_lengths
+from pysolve.nn.files import huffman
+from pysolve.nn.files.entropy import KINDS, Coded, decode, encode
+from pysolve.nn.files.huffman import huffman_lengths
 
 kinds = st.sampled_from(KINDS)
 

@@ -12,14 +12,14 @@ from networks import network
 from torch import nn
 
 import pysolve as ps
-from pysolve import account
-from pysolve.account import distance
+from pysolve.methods import account
+from pysolve.methods.account import distance
+from pysolve.methods.pipeline import Width, _least
 from pysolve.nn import profile
 from pysolve.nn.evaluate import nbytes, parameters
-from pysolve.nn.sharing import shared_of
+from pysolve.nn.files.storage import bits as raw
+from pysolve.nn.layers.sharing import shared_of
 from pysolve.nn.slicing import WEIGHTED
-from pysolve.nn.storage import bits as raw
-from pysolve.quantization.pipeline import Width, _least
 
 
 @pytest.fixture(autouse=True)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from strategies import seeds
 
 from pysolve.errors import DataError
-from pysolve.quantization.forms import Codebook, Int8, pack, unpack
+from pysolve.forms import Codebook, Integers, pack, unpack
 
 shapes = st.lists(st.integers(0, 5), min_size=2, max_size=4).map(tuple)
 
@@ -33,7 +33,7 @@ def test_whole_numbers_stand_for_multiples_of_their_scale(shape, bits, group, af
     codes = rng.integers(-top, top, shape).astype(np.int8)
     scales = rng.random(sides).astype(np.float32) + 0.1
     zeros = rng.integers(-top, top, sides).astype(np.int8)
-    form = Int8(codes, scales, zeros if affine else None, bits, group)
+    form = Integers(codes, scales, zeros if affine else None, bits, group)
     dense, flat = form.dense().reshape(shape[0], columns), codes.reshape(shape[0], columns).astype(int)
     for i, j in np.ndindex(dense.shape):
         zero = int(zeros[i, j // group]) if affine else 0
@@ -56,7 +56,7 @@ def test_bits_per_weight_count_everything():
     codes = np.zeros((100, 100), np.uint8)
     assert Codebook(codes, np.zeros(16, np.float32)).bits_per_weight == pytest.approx(4 + 16 * 32 / 10_000)
     scales = np.ones((100, 1), np.float32)
-    assert Int8(codes.astype(np.int8), scales, bits=3).bits_per_weight == pytest.approx(3 + 0.32)
+    assert Integers(codes.astype(np.int8), scales, bits=3).bits_per_weight == pytest.approx(3 + 0.32)
 
 
 @pytest.mark.parametrize(
@@ -91,4 +91,4 @@ def test_codebooks_of_no_weight_are_refused(codes, centroids, message):
 )
 def test_whole_numbers_of_no_weight_are_refused(options, message):
     with pytest.raises(DataError, match=message):
-        Int8(**{"codes": np.zeros((2, 3), np.int8), "scales": np.ones((2, 1)), **options})
+        Integers(**{"codes": np.zeros((2, 3), np.int8), "scales": np.ones((2, 1)), **options})

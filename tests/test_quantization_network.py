@@ -15,18 +15,18 @@ from networks import chains, network
 from torch import nn
 
 import pysolve as ps
-from pysolve.account import distance
-from pysolve.layerwise import study_layers
+from pysolve.layer.quantize_layer import quantize_layer
+from pysolve.methods.account import distance
+from pysolve.methods.layerwise import study_layers
+from pysolve.methods.quantized import plan_of, quantized
 from pysolve.nn import QuantConv2d, QuantLinear, SparseLinear, profile, to_dense
-from pysolve.nn.checkpoint import file_bytes
+from pysolve.nn.apply import apply
 from pysolve.nn.divergence import kl_divergence
 from pysolve.nn.evaluate import nbytes
-from pysolve.nn.sharing import Shared, shared_of
+from pysolve.nn.files.checkpoint import file_bytes
+from pysolve.nn.files.storage import bits as raw
+from pysolve.nn.layers.sharing import Shared, shared_of
 from pysolve.nn.slicing import WEIGHTED
-from pysolve.nn.storage import bits as raw
-from pysolve.nn.surgery import apply
-from pysolve.quantization.network import plan_of, quantized
-from pysolve.quantization.single import quantize_layer
 
 SCHEMES = {"int8": 8, "int8-dynamic": 8, "codebook": 4, "ternary": 4}
 

@@ -6,11 +6,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import correlated_samples, seeds
 
-from pysolve.quantization.rates import PricedValues, code_lengths, spaced_values
-from pysolve.quantization.rounding import descend, round_with_feedback, settle
-from pysolve.quantization.single import quantize_layer
-from pysolve.quantization.targets import Target
-from pysolve.quantization.worth import coded_bits, price_for
+from pysolve.layer.quantize_layer import quantize_layer
+from pysolve.layer.rates import PricedValues, code_lengths, spaced_values
+from pysolve.layer.rounding import descend, round_with_feedback, settle
+from pysolve.layer.targets import Target
+from pysolve.methods.worth import coded_bits, price_for
 
 lams = st.floats(-6, 2).map(lambda power: 10.0**power)
 

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import seeds
 
-from pysolve.quantization.codebooks import share_values
-from pysolve.quantization.grids import fit_grid
-from pysolve.quantization.rounding import descend, round_best, round_nearest, round_with_feedback, settle
-from pysolve.quantization.targets import Target
+from pysolve.layer.codebooks import share_values
+from pysolve.layer.grids import fit_grid
+from pysolve.layer.rounding import descend, round_best, round_nearest, round_with_feedback, settle
+from pysolve.layer.targets import Target
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from strategies import correlated_samples, seeds
 
 from pysolve.correlations import Correlations
-from pysolve.quantization.forms import Codebook, Int8
-from pysolve.quantization.single import quantize_layer
+from pysolve.forms import Codebook, Integers
+from pysolve.layer.quantize_layer import quantize_layer
 
 SCHEMES = ("codebook", "int", "ternary")
 schemes = st.sampled_from(SCHEMES)
@@ -36,7 +36,7 @@ def test_the_error_is_that_on_the_samples_and_the_form_is_the_weight(seed, schem
         assert not best.weight[~mask].any()
         assert scheme == "int" or not best.codes[~mask].any()
     if scheme == "int":
-        assert isinstance(best.form, Int8)
+        assert isinstance(best.form, Integers)
         assert best.form.bits == bits
         for row in best.weight:
             assert len(np.unique(row)) <= 1 << bits

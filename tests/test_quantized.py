@@ -12,14 +12,15 @@ from hypothesis import strategies as st
 from torch import nn
 
 import pysolve as ps
-from pysolve.account import account
-from pysolve.compressed import Compressed, fingerprint
-from pysolve.nn import QuantConv2d, QuantLinear, integers, to_dense, to_torchao
-from pysolve.nn.architecture import architecture, rebuilt
+from pysolve.compressed import Compressed
+from pysolve.forms import Integers
+from pysolve.methods.account import account
+from pysolve.nn import QuantConv2d, QuantLinear, to_dense, to_torchao
 from pysolve.nn.evaluate import macs, nbytes, parameters
-from pysolve.nn.integers import multiplies_exactly, restored
-from pysolve.nn.quantized import quantized
-from pysolve.quantization.forms import Int8
+from pysolve.nn.files.architecture import architecture, fingerprint, rebuilt
+from pysolve.nn.layers import integers
+from pysolve.nn.layers.integers import multiplies_exactly, restored
+from pysolve.nn.layers.quantized import quantized
 
 CONVOLUTIONS = {
     "plain": {"kernel_size": 3},
@@ -37,7 +38,7 @@ def nearest(layer, *, dynamic=False):
     weight = layer.weight.detach().flatten(1)
     scales = weight.abs().amax(1, keepdim=True) / 127
     codes = (weight / scales).round().to(torch.int8).reshape(layer.weight.shape)
-    return Int8(codes.numpy(), scales.numpy(), dynamic=dynamic)
+    return Integers(codes.numpy(), scales.numpy(), dynamic=dynamic)
 
 
 def network():
@@ -71,7 +72,7 @@ def forms(draw, dynamic=False):
     top = 1 << (bits - 1)
     parts = -(-d // (group or d))
     zeros = draw(st.booleans()) and not dynamic
-    return Int8(
+    return Integers(
         rng.integers(-top, top, (h, d), dtype=np.int8),
         (10.0 ** rng.uniform(-3, 1, (h, parts))).astype(np.float32),
         rng.integers(-top, top, (h, parts), dtype=np.int8) if zeros else None,
@@ -205,7 +206,7 @@ def test_what_is_not_finite_stays_so_in_its_row_alone(value):
 def test_inputs_of_any_shape_are_taken(shape, dynamic):
     d = shape[-1]
     codes = np.arange(3 * d, dtype=np.int8).reshape(3, d)
-    layer = quantized(nn.Linear(d, 3), Int8(codes, np.ones((3, int(d > 0)), np.float32), dynamic=dynamic))
+    layer = quantized(nn.Linear(d, 3), Integers(codes, np.ones((3, int(d > 0)), np.float32), dynamic=dynamic))
     for x in (torch.randn(shape), torch.randn(shape, requires_grad=True)):
         assert layer(x).shape == (*shape[:-1], 3)
 
@@ -368,7 +369,7 @@ def test_what_cannot_take_the_form_is_told():
     with pytest.raises(ps.PysolveError, match="dynamic=False"):
         quantized(conv, nearest(conv, dynamic=True))
     with pytest.raises(ps.DataError, match="one scale for each output"):
-        Int8(np.zeros((2, 4), np.int8), np.ones((2, 2), np.float32), group=2, dynamic=True)
+        Integers(np.zeros((2, 4), np.int8), np.ones((2, 2), np.float32), group=2, dynamic=True)
 
 
 def test_files_give_the_layers_back_bit_for_bit(tmp_path):

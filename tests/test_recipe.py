@@ -13,16 +13,16 @@ from torch.nn.functional import relu
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pysolve as ps
-from pysolve.choice import refit as refitted
+from pysolve.methods.shrink import shrink
+from pysolve.methods.sizes import channels_to_keep
+from pysolve.methods.study import study
 from pysolve.nn.divergence import kl_divergence, mean_divergence, run
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.graph.export import trace
-from pysolve.nn.network import arguments
+from pysolve.nn.running import arguments
 from pysolve.nn.zoo import Mlp
 from pysolve.plan import Site
-from pysolve.shrink import shrink
-from pysolve.sizes import channels_to_keep
-from pysolve.study import study
+from pysolve.solve.least_squares import refit as refitted
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def _shared_graphs(monkeypatch):
             GRAPHS[key] = trace(model, batch)
         return GRAPHS[key]
 
-    monkeypatch.setattr("pysolve.study.trace", traced)
+    monkeypatch.setattr("pysolve.methods.study.trace", traced)
 
 
 GRAPHS = {}
@@ -542,12 +542,12 @@ def test_matching_that_harms_beyond_the_scatter_of_the_samples_is_undone(monkeyp
                 parameter.mul_(-1)
 
     plain = compressed(keep=0.5)
-    monkeypatch.setattr("pysolve.shrink.teach", spoil)
+    monkeypatch.setattr("pysolve.methods.shrink.teach", spoil)
     result = compressed(keep=0.5, distill={"epochs": 1})
     assert "undone" in result.report.notes[-1]
     assert torch.equal(result.model.fc2.weight, plain.model.fc2.weight)
     # A change too small to tell from chance is kept.
-    monkeypatch.setattr("pysolve.shrink.teach", lambda *args, **kwargs: None)
+    monkeypatch.setattr("pysolve.methods.shrink.teach", lambda *args, **kwargs: None)
     assert not any("undone" in note for note in compressed(keep=0.5, distill={"epochs": 1}).report.notes)
 
 

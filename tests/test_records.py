@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 
 from pysolve.errors import DataError
 from pysolve.forms import LowRank, Sparse
-from pysolve.plan import Collapse, Plan, Site
-from pysolve.records import (
+from pysolve.nn.files.plan_json import (
     factors_of,
     form_record,
     indices_of,
@@ -23,6 +22,7 @@ from pysolve.records import (
     strings,
     typed,
 )
+from pysolve.plan import Collapse, Plan, Site
 
 
 @given(st.lists(st.integers(0, 40), unique=True))

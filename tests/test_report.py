@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pysolve.budget import MEASURES
-from pysolve.entries import Latency, LayerMass, LayerReport, SiteReport, Solve, Stage
-from pysolve.report import Report, comparison
+from pysolve.report.report import Report, comparison
+from pysolve.report.rows import Latency, LayerMass, LayerReport, SiteReport, Solve, Stage
+from pysolve.solve.budget import MEASURES
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z", "M"]), min_size=1, max_size=30)
 REASONS = st.lists(WORDS, min_size=1, max_size=20).map(" ".join)

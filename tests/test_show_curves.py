@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pysolve.show.curves import front
+from pysolve.report.curves import front
 
 scores = st.integers(-3, 3).map(float)
 

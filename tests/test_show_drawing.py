@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pysolve.show.drawing import finish, log_axis, new_axes, sequence, shortened
+from pysolve.report.drawing import finish, log_axis, new_axes, sequence, shortened
 
 
 @given(st.floats(1e-6, 1e6), st.floats(1.5, 1e12))

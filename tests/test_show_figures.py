@@ -4,7 +4,7 @@ import io
 
 from matplotlib.figure import Figure
 
-from pysolve.show.figures import accuracy_curves, cost_bars
+from pysolve.report.figures import accuracy_curves, cost_bars
 
 KEPT = [4, 16, 64]
 CURVES = {"refitted": [80.0, 95.0, 99.0], "lasso": [40.0, 80.0, 98.0]}

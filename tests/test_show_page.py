@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pysolve.entries import Latency, LayerMass, SiteReport, Solve
-from pysolve.report import Report
-from pysolve.show.page import page
+from pysolve.report.page import page
+from pysolve.report.report import Report
+from pysolve.report.rows import Latency, LayerMass, SiteReport, Solve
 
 KEPT, BAR = (0x0B, 0x6E, 0x99), {"light": (0xCF, 0xE2, 0xEA), "dark": (0x1D, 0x4A, 0x5E)}
 PAPER = {"light": (0xFF, 0xFF, 0xFF), "dark": (0x14, 0x19, 0x1C)}

@@ -13,13 +13,13 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from strategies import seeds
 
-from pysolve.elimination import elimination_path
-from pysolve.entries import SiteReport
-from pysolve.report import Report
-from pysolve.show.drawing import INK, NAMED, SHADES
-from pysolve.show.plots import plot_channels, plot_convergence, plot_elimination, plot_pareto, plot_weights
-from pysolve.solution import History
-from pysolve.solvers import newton
+from pysolve.report.drawing import INK, NAMED, SHADES
+from pysolve.report.plots import plot_channels, plot_convergence, plot_elimination, plot_pareto, plot_weights
+from pysolve.report.report import Report
+from pysolve.report.rows import SiteReport
+from pysolve.solve.elimination import elimination_path
+from pysolve.solve.solution import History
+from pysolve.solve.solvers import newton
 
 DOCS = Path(__file__).parent.parent / "docs"
 HISTORY = History(np.array([0.1, 0.2, 0.3]), np.array([0.0, -3.0, -4.0]), np.array([4.0, 2.0, 0.4]))

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pysolve.show.tables import Table, as_html, as_markdown, as_text
+from pysolve.tables import Table, as_html, as_markdown, as_text
 
 WORD = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z", "M"]), min_size=1, max_size=20)
 NUMBER = st.integers(0, 10**9).map(str)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import pysolve as ps
 from pysolve import _core
-from pysolve.sparse import get_num_threads, set_num_threads
+from pysolve.layer.sparse_matrix import get_num_threads, set_num_threads
 
 LEVELS = _core.levels()
 TOLERANCE = {np.dtype(np.float32): 2e-5, np.dtype(np.float64): 1e-13}

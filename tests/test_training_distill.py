@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pysolve.errors import DataError, PysolveError
 from pysolve.training.distill import distill
-from pysolve.training.goal import Goal, soft_loss
+from pysolve.training.loss import Goal, soft_loss
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -492,7 +492,7 @@ def test_a_loader_is_read_each_epoch_unless_it_is_to_be_kept():
 
 
 def test_answers_that_do_not_fit_are_asked_for_again(monkeypatch):
-    monkeypatch.setattr("pysolve.training.teaching.free_memory", lambda: 100)
+    monkeypatch.setattr("pysolve.training.teacher.free_memory", lambda: 100)
     student, teacher, x = pair()
     calls = counting(teacher)
     distill(student, teacher, x.split(30), epochs=3, progress=False)

@@ -13,11 +13,11 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pysolve as ps
-from pysolve.nn.masking import below, mask_weights, masks_of
-from pysolve.nn.surgeon import gradually, surgery
+from pysolve.layer.lamp import lamp_scores, lamp_shares
+from pysolve.nn.layers.masking import below, mask_weights, masks_of
 from pysolve.nn.zoo import Mlp
-from pysolve.pruning.lamp import lamp_scores, lamp_shares
 from pysolve.training.finetune import finetune
+from pysolve.training.moving_masks import gradually, surgery
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,15 +9,7 @@ from torch import nn
 
 from pysolve.errors import PysolveError
 from pysolve.training import loop, optimizers
-from pysolve.training.loop import (
-    Beside,
-    broken_batch,
-    broken_sample,
-    computing,
-    in_full,
-    optimise,
-    shuffled,
-)
+from pysolve.training.loop import Beside, broken_batch, broken_sample, computing, in_full, optimise, shuffled
 from pysolve.training.options import Run
 
 

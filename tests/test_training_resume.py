@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import pysolve as ps
-from pysolve.nn.masking import unmasked
+from pysolve.nn.layers.masking import unmasked
 from pysolve.training import resume
 from pysolve.training.fit import fit
 

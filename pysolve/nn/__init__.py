@@ -30,10 +30,10 @@ Making it smaller
     nonzeros     what is left of every tensor
 """
 
-from pysolve.nn.dense import to_dense, to_torchao
-from pysolve.nn.factored import Factored
-from pysolve.nn.layers import SparseConv2d, SparseLinear
-from pysolve.nn.quantized import QuantConv2d, QuantLinear
+from pysolve.nn.layers.dense import to_dense, to_torchao
+from pysolve.nn.layers.factored import Factored
+from pysolve.nn.layers.quantized import QuantConv2d, QuantLinear
+from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
 
 __all__ = [
     "Factored",

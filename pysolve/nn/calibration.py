@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pysolve.errors import DataError
 from pysolve.nn.graph.export import Graph
-from pysolve.nn.network import arguments
+from pysolve.nn.running import arguments
 from pysolve.nn.walk import last_uses
 
 # Of each batch this share is held back, until there are so many samples.

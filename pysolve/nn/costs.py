@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from pysolve.budget import Costs
 from pysolve.correlations import Array
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.evaluate import macs, nbytes, parameters
-from pysolve.nn.network import arguments, device_of, evaluating, find_layer, forward
+from pysolve.nn.running import arguments, device_of, evaluating, find_layer, forward
 from pysolve.nn.slicing import (
     CONVOLUTIONS,
     ROLES,
@@ -25,6 +24,7 @@ from pysolve.nn.slicing import (
     outputs,
 )
 from pysolve.plan import Site
+from pysolve.solve.budget import Costs
 
 
 def cost_model(

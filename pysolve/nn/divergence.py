@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from pysolve.nn.network import arguments, evaluating, forward
+from pysolve.nn.running import arguments, evaluating, forward
 
 # Mean divergence per sample of outputs from the original's, both as the network returns them.
 Divergence = Callable[[Any, Any], Tensor]

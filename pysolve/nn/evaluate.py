@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pysolve.entries import Latency
 from pysolve.errors import DataError
-from pysolve.nn.layers import SparseConv2d, SparseLinear
-from pysolve.nn.network import Values, as_input, device_of, evaluating, forward, labelled
-from pysolve.nn.quant_weight import QuantWeight
-from pysolve.nn.sharing import unshared
+from pysolve.nn.layers.quant_weight import QuantWeight
+from pysolve.nn.layers.sharing import unshared
+from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
+from pysolve.nn.running import Values, as_input, device_of, evaluating, forward, labelled
+from pysolve.report.rows import Latency
 
 # Layers whose multiplications count.
 COUNTED = (nn.Linear, nn.modules.conv._ConvNd, SparseLinear, SparseConv2d, QuantWeight)

@@ -15,9 +15,9 @@ from tqdm.auto import tqdm
 
 from pysolve.correlations import Correlations
 from pysolve.errors import DataError, PysolveError
-from pysolve.nn import rows
-from pysolve.nn.network import Device, evaluating, find_layer, forward
-from pysolve.nn.rows import LAYERS, Layer, Sums
+from pysolve.nn import layer_matrix as rows
+from pysolve.nn.layer_matrix import LAYERS, Layer, Sums
+from pysolve.nn.running import Device, evaluating, find_layer, forward
 from pysolve.plan import Site
 
 # What happens with the input and output of one call of a layer.

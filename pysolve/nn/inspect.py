@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import nn
 
-from pysolve.budget import Costs
 from pysolve.nn.costs import cost_model
 from pysolve.nn.graph.sites import find_sites
 from pysolve.plan import Site
+from pysolve.solve.budget import Costs
 
 # Characters of a line of the table, and of a site's name in it.
 _LINE, _NAME = 110, 52

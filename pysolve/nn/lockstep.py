@@ -27,10 +27,10 @@ from torch.fx import Node
 from tqdm.auto import tqdm
 
 from pysolve.correlations import Array, Correlations
-from pysolve.nn import rows
+from pysolve.nn import layer_matrix as rows
 from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, layer_values
 from pysolve.nn.graph.export import Graph
-from pysolve.nn.network import evaluating
+from pysolve.nn.running import evaluating
 from pysolve.nn.walk import Walk, last_uses
 
 # New weight and bias (None: it needs none) of a layer, from its name, the correlations of its kept inputs and

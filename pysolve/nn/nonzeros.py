@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from pysolve.nn.masking import unmasked
-from pysolve.nn.products import SparseWeight
-from pysolve.nn.quant_weight import QuantWeight
-from pysolve.nn.sharing import unshared
-from pysolve.show.tables import Table
+from pysolve.nn.layers.masking import unmasked
+from pysolve.nn.layers.products import SparseWeight
+from pysolve.nn.layers.quant_weight import QuantWeight
+from pysolve.nn.layers.sharing import unshared
+from pysolve.tables import Table
 
 # Of a column's number and of a row's end.
 _INDEX = 4

@@ -12,11 +12,11 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pysolve.entries import Latency, LayerMass
 from pysolve.nn.calibration import samples_in, take
 from pysolve.nn.evaluate import COUNTED, layer_macs, parameters, seconds_of, summary, wait
-from pysolve.nn.network import arguments, device_of, evaluating, forward
 from pysolve.nn.nonzeros import nonzeros
+from pysolve.nn.running import arguments, device_of, evaluating, forward
+from pysolve.report.rows import Latency, LayerMass
 
 # Calls of each network: at least, at most, and as many as go into these seconds.
 FEWEST, MOST, SECONDS = 7, 100, 0.1

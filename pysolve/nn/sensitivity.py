@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from pysolve.correlations import Array
 from pysolve.nn.divergence import main_output
-from pysolve.nn.network import device_of, evaluating, forward
-from pysolve.nn.rows import Layer, channels, outputs
+from pysolve.nn.layer_matrix import Layer, channels, outputs
+from pysolve.nn.running import device_of, evaluating, forward
 
 # Random directions of the network's outputs for each batch.
 PROBES = 8

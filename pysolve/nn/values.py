@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.errors import CollapseError
-from pysolve.nn.network import find_layer
+from pysolve.nn.running import find_layer
 from pysolve.nn.slicing import TRANSPOSED, WEIGHTED, channels_of, inputs, outputs
 from pysolve.plan import Collapse, Plan
 

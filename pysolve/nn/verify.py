@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.errors import PysolveError
-from pysolve.nn.factored import Factored
-from pysolve.nn.network import evaluating, forward
-from pysolve.nn.quantized import unrounded
+from pysolve.nn.layers.factored import Factored
+from pysolve.nn.layers.quantized import unrounded
+from pysolve.nn.running import evaluating, forward
 
 # How far the outputs of two equal networks may differ, in units of the largest output. Dropping zero
 # columns only reorders sums: LeNet-5 differs by about 1e-7 in float32. Half precisions round each layer.

@@ -8,13 +8,13 @@ from typing import Any, Unpack
 
 from torch import nn
 
-from pysolve.nn.network import keeping_modes
+from pysolve.nn.running import keeping_modes
+from pysolve.training.batches import lessons_of
 from pysolve.training.features import layer_pairs, tapped
 from pysolve.training.finetune import check_model
-from pysolve.training.goal import Goal, Soft
-from pysolve.training.lessons import lessons_of
+from pysolve.training.loss import Goal, Soft
 from pysolve.training.options import Training, run_of
-from pysolve.training.teaching import Watched, taught
+from pysolve.training.teacher import Watched, taught
 
 
 def distill(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.errors import PysolveError
-from pysolve.nn.network import find_layer
+from pysolve.nn.running import find_layer
 
 _CHANNELS_SECOND = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d, nn.GroupNorm)
 

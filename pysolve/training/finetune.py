@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pysolve.errors import DataError
-from pysolve.nn.network import device_of, forward, keeping_modes
+from pysolve.nn.running import device_of, forward, keeping_modes
 from pysolve.training.loop import Beside, broken_batch, computing, in_full, optimise
 from pysolve.training.options import Training, run_of
 

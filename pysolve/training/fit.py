@@ -9,7 +9,7 @@ from typing import Unpack
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from pysolve.nn.network import Values, device_of, keeping_modes, labelled
+from pysolve.nn.running import Values, device_of, keeping_modes, labelled
 from pysolve.training.loop import Beside, broken_sample, computing, in_full, optimise, shuffled
 from pysolve.training.options import Training, run_of
 

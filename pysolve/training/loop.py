@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from pysolve.errors import DataError, PysolveError
-from pysolve.nn.network import device_of, evaluating
+from pysolve.nn.running import device_of, evaluating
 from pysolve.training.optimizers import optimizer_of, schedule_of
 from pysolve.training.options import Run
 from pysolve.training.options import Step as Step

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from pysolve.correlations import Array, group_columns
-from pysolve.nn import rows
+from pysolve.nn import layer_matrix as rows
 from pysolve.nn.graph.export import Graph
 from pysolve.plan import Indices
 

@@ -20,13 +20,16 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import PysolveError
-from pysolve.nn.network import arguments, evaluating
+from pysolve.nn.running import arguments, evaluating
 
 _TORCH = Path(torch.__file__).parent
 # Where networks are called from, which is not where their errors come from.
-_CALLERS = {str(Path(__file__).with_name(f"{name}.py")) for name in ("export", "network", "trial")}
+_CALLERS = {
+    __file__,
+    *(str(Path(__file__).parents[i] / name) for i, name in ((0, "trial.py"), (1, "running.py"))),
+}
 # Layers of this package that stand for torch's.
-_LAYERS = {str(Path(__file__).parents[1] / f"{name}.py") for name in ("layers", "products")}
+_LAYERS = {str(Path(__file__).parents[1] / "layers" / f"{name}.py") for name in ("sparse", "products")}
 # A frame of a stack trace: file, line, and its code where that is known.
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*(?:\n(?!\s*File ")(.*))?')
 

@@ -17,7 +17,7 @@ from pysolve.nn.graph.classes import ROLES, Classes, Member
 from pysolve.nn.graph.export import Graph, trace
 from pysolve.nn.graph.labels import label_channels
 from pysolve.nn.graph.trial import prove
-from pysolve.nn.network import arguments, find_matching
+from pysolve.nn.running import arguments, find_matching
 from pysolve.plan import Indices, Site
 
 # Samples of the example that are enough to see what the network does with channels.

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import CollapseError
+from pysolve.nn.apply import apply, masked
 from pysolve.nn.graph.export import code_line
-from pysolve.nn.network import evaluating, forward
-from pysolve.nn.surgery import apply, masked
+from pysolve.nn.running import evaluating, forward
 from pysolve.nn.verify import mismatch
 from pysolve.plan import Collapse, Plan, Site
 

@@ -1,0 +1,248 @@
+"""What the commands do, once torch may be imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import torch
+from safetensors.torch import save as tensors
+from torch import nn
+
+import pysolve as ps
+from pysolve.cli.inputs import Samples, network, samples
+from pysolve.errors import DataError, PysolveError
+from pysolve.nn.evaluate import accuracy, latency, macs, nbytes, parameters
+from pysolve.nn.files.plan_json import plain, plan_record
+from pysolve.report.page import page
+from pysolve.report.plots import plot_pareto
+from pysolve.report.report import Report, comparison
+from pysolve.tables import Table, as_text
+
+
+def show_sites(
+    name: str, data: str, weights: Path | None, ignore: Sequence[str], device: str, as_json: bool
+) -> None:
+    """Print what of a network can shrink."""
+    model = network(name, weights, device)
+    batch = next(iter(samples(data).batches(1, device)), None)
+    if batch is None:
+        raise DataError("the data hold no batch.")
+    found = ps.inspect(model, batch, ignore=ignore)
+    _print(json.dumps(asdict(found), indent=1, default=str) if as_json else str(found))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to compress, on what, and where to write: the arguments that compress and sweep share.
+
+    Parameters
+    ----------
+    name, data : str
+        Network and calibration data, as the user names them.
+    weights : Path, optional
+    test : str, optional
+        Labelled data.
+    out : Path
+    device : str
+    limit : int
+        Most inputs of an array to use.
+    as_json, quiet : bool
+    """
+
+    name: str
+    data: str
+    weights: Path | None
+    test: str | None
+    out: Path
+    device: str
+    limit: int
+    as_json: bool
+    quiet: bool
+
+    @property
+    def progress(self) -> bool:
+        """Whether to show progress bars."""
+        return not (self.quiet or self.as_json)
+
+    def inputs(self) -> tuple[nn.Module, Iterable[Any], Callable[[nn.Module], float] | None]:
+        """The network, batches, and how good a network is."""
+        model = network(self.name, self.weights, self.device)
+        score = None if self.test is None else _scoring(samples(self.test, train=False))
+        return model, samples(self.data).batches(self.limit, self.device), score
+
+    def show(self, as_text: str, as_data: Any, written: Sequence[str]) -> None:
+        """Print the result, and what was written."""
+        if self.as_json:
+            _print(json.dumps(as_data, indent=1))
+        elif not self.quiet:
+            _print(f"{as_text}\nWrote {', '.join(written)} to {self.out}/")
+
+
+def shrink_to(job: Job, way: str, done: str, *, state_dict: bool, **options: Any) -> None:
+    """Make a network smaller by a function of pysolve, and write it with its report."""
+    model, batches, score = job.inputs()
+    result = getattr(ps, way)(model, batches, evaluate=score, progress=job.progress, **options)
+    _write_all(job, model, result, f"{job.name}, {done}", state_dict)
+
+
+def _write_all(job: Job, model: nn.Module, result: ps.Compressed, title: str, state_dict: bool) -> None:
+    job.out.mkdir(parents=True, exist_ok=True)
+    ps.save(result, job.out / "network.safetensors")
+    report = _with_files(result.report, model, job.out / "network.safetensors")
+    written = ["network.safetensors", "plan.json", "report.json", "report.md", "report.html"]
+    if state_dict:
+        written.append("state_dict.safetensors")
+        _write(job.out / written[-1], tensors(result.model.state_dict()))
+    # Channels and ranks are two stages.
+    stages = [plan_record(plan) for plan in (*result.earlier, result.plan)]
+    plan = {**stages[-1], "earlier": stages[:-1]} if stages[:-1] else stages[-1]
+    _write(job.out / "plan.json", json.dumps(plan, indent=1))
+    _write(job.out / "report.json", json.dumps(plain(report.as_dict()), indent=1))
+    _write(job.out / "report.md", f"# {title}\n\n{report.as_markdown()}")
+    _write(job.out / "report.html", page(report, title))
+    job.show(str(report), plain(report.as_dict()), written)
+
+
+def sweep_to(job: Job, *, targets: Sequence[Mapping[str, float]], **options: Any) -> None:
+    """Compress a network to many sizes after one pass over the data, and write what that cost."""
+    model, batches, score = job.inputs()
+    reports = ps.sweep(
+        model,
+        batches,
+        targets=targets,
+        evaluate=score,
+        progress=job.progress,
+        **options,
+    )
+    job.out.mkdir(parents=True, exist_ok=True)
+    rows = [plain(report.as_dict()) for report in reports]
+    _write(job.out / "sweep.json", json.dumps(rows, indent=1))
+    with BytesIO() as picture:
+        plot_pareto(reports).figure.figure.savefig(picture, dpi=160)
+        _write(job.out / "pareto.png", picture.getvalue())
+    job.show("\n".join(as_text(comparison(reports))), rows, ["sweep.json", "pareto.png"])
+
+
+def evaluate_network(
+    name: str,
+    data: str,
+    weights: Path | None,
+    compressed: Path | None,
+    batch: int,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Print a network's accuracy on labelled data, its costs, and how long a batch takes."""
+    model = network(name, weights, device)
+    if compressed is not None:
+        model = ps.load(compressed, model)
+    x, y = samples(data, train=False).labelled()
+    time = latency(model, x[:batch])
+    found = {
+        "accuracy": accuracy(model, x, y),
+        "params": parameters(model),
+        "macs": macs(model, torch.from_numpy(x[:1])),
+        "bytes": nbytes(model),
+        "latency_ms": 1e3 * time.median,
+        "batch": time.batch_size,
+        "threads": time.threads,
+    }
+    if as_json:
+        _print(json.dumps(found, indent=1))
+        return
+    threads = f"{time.threads} thread{'s' * (time.threads > 1)}"
+    rows = (
+        ("accuracy", f"{found['accuracy']:.2f} % of {len(x):,}"),
+        *((name, f"{found[name]:,}") for name in ("params", "macs", "bytes")),
+        ("latency", f"{time} for {time.batch_size} samples on {threads}"),
+    )
+    _print("\n".join(as_text(Table("", ("", ""), rows, words=(0, 1)))).strip("\n"))
+
+
+def solve_file(
+    path: Path, lam: float, relative: bool, method: str, group_size: int, out: Path | None, as_json: bool
+) -> None:
+    """Solve the reconstruction problem in an .npz file."""
+    try:
+        with path.open("rb") as file:
+            arrays = np.load(file, allow_pickle=False)
+            r_xx, r_yx = arrays["r_xx"], arrays["r_yx"]
+    except (KeyError, ValueError, EOFError, OSError, IndexError, BadZipFile) as error:
+        raise DataError(f"{path} must be an .npz file with r_xx and r_yx: {error}") from error
+    if relative:
+        lam = lam * ps.lam_max(r_xx, r_yx, group_size=group_size)
+    solution = ps.solve_linear_reconstruction(r_xx, r_yx, lam, method, group_size=group_size)
+    if out is not None:
+        part = out.with_name(out.name + ".part.npz")
+        np.savez(part, M=solution.M, keep=solution.keep, lam=solution.lam)
+        os.replace(part, out)
+    found = {
+        "lam": solution.lam,
+        "kept": len(solution.keep),
+        "groups": r_xx.shape[0] // group_size,
+        "objective": solution.objective,
+        "relative_gap": solution.relative_gap,
+        "kkt": solution.kkt,
+        "iterations": solution.iterations,
+        "seconds": solution.seconds,
+    }
+    _print(json.dumps(found, indent=1) if as_json else str(solution))
+
+
+def _scoring(test: Samples) -> Callable[[nn.Module], float]:
+    x, y = test.labelled()
+    return lambda model: accuracy(model, x, y)
+
+
+def _with_files(report: Report, model: nn.Module, path: Path) -> Report:
+    """The report with the sizes of the network's file, and of one for the original where it has none."""
+    before, after = dict(report.before), {**report.after, "file": path.stat().st_size}
+    before.setdefault("file", len(tensors(model.state_dict())))
+    return replace(report, before=before, after=after)
+
+
+def _print(text: str) -> None:
+    sys.stdout.write(text + "\n")
+
+
+def _write(path: Path, content: str | bytes) -> None:
+    """Never half a file."""
+    part = path.with_name(path.name + ".part")
+    part.write_bytes(content if isinstance(content, bytes) else f"{content}\n".encode())
+    os.replace(part, path)
+
+
+def targets_of(given: Sequence[str]) -> dict[str, float]:
+    """``params=0.25`` as {"params": 0.25}."""
+    found: dict[str, float] = {}
+    for item in given:
+        measure, _, value = item.partition("=")
+        try:
+            found[measure] = float(value)
+        except ValueError:
+            raise PysolveError(f"expected a target such as params=0.25 or macs=0.5, got {item!r}.") from None
+    return {measure: number_of(value) for measure, value in found.items()}
+
+
+def number_of(value: float) -> float:
+    """A share up to 1, or else a whole number."""
+    return int(value) if 1 < value < np.inf else value
+
+
+def duration_of(given: str) -> float | dict[str, float]:
+    """``60s``, ``2m`` or ``60`` as seconds, ``5e`` as epochs."""
+    number, unit = (given[:-1], given[-1]) if given[-1:] in ("s", "m", "e") else (given, "s")
+    try:
+        value = float(number)
+    except ValueError:
+        raise PysolveError(f"expected a time such as 60s, 2m or 5e (epochs), got {given!r}.") from None
+    return {"epochs": int(value)} if unit == "e" else value * (60 if unit == "m" else 1)

@@ -1,0 +1,218 @@
+"""The demonstration: train a small network, compress its fully connected part, show before and after."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import save_file
+from torch import nn
+
+from pysolve.cli.datasets import Dataset, Images, digits, mnist
+from pysolve.correlations import Array, Correlations
+from pysolve.errors import PysolveError
+from pysolve.nn.apply import apply
+from pysolve.nn.evaluate import accuracy, latency, macs, parameters
+from pysolve.nn.gather import gather
+from pysolve.nn.running import evaluating, forward
+from pysolve.nn.zoo import DigitsNet, LeNet5
+from pysolve.plan import Collapse, Plan, Site
+from pysolve.report import figures
+from pysolve.report.rows import Latency
+from pysolve.solve.certificate import lam_max
+from pysolve.solve.least_squares import debias
+from pysolve.solve.path import lam_for_groups
+from pysolve.solve.solution import Solution
+from pysolve.solve.solvers import solve_linear_reconstruction
+from pysolve.training.fit import fit
+
+Network = DigitsNet | LeNet5
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What to train and how, which share of the neurons of ``fc1`` to keep, and on how many threads."""
+
+    network: Callable[[], Network]
+    epochs: int
+    batch_size: int
+    lr: float
+    share: float
+    threads: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """One network's figures for the table; latencies are for 1 and for 256 images."""
+
+    accuracy: float
+    parameters: int
+    macs: int
+    disk: int
+    single: Latency
+    batch: Latency
+
+
+# More threads bring nothing to batches of 64 tiny images; on a busy machine two took 20 times as long as one.
+DIGITS = Setting(DigitsNet, epochs=20, batch_size=64, lr=5e-3, share=0.2, threads=1)
+MNIST = Setting(LeNet5, epochs=8, batch_size=256, lr=3e-3, share=0.112, threads=torch.get_num_threads())
+
+
+def run(data: Path | None, out: Path, *, seed: int = 0, epochs: int | None = None) -> None:
+    """Everything from data to picture; ``data`` is a folder of MNIST files, None means embedded digits."""
+    console = Console(highlight=False)
+    dataset, setting = (digits(seed), DIGITS) if data is None else (mnist(data), MNIST)
+    out.mkdir(parents=True, exist_ok=True)
+    with threads(setting.threads):
+        model = train(setting, dataset, seed, epochs or setting.epochs, console)
+        correlations = gather(model, batches(dataset.x_train), layers=["fc2"])["fc2"]
+        solution = select(correlations, round(setting.share * correlations.groups), console)
+        refitted = plan(correlations, debias(correlations.centered(), keep=solution.keep), solution.keep)
+        smaller = apply(model, refitted, probe=torch.from_numpy(dataset.x_test[:256]))
+        costs = [
+            measure(model, dataset, out / "dense.safetensors"),
+            measure(smaller, dataset, out / "compressed.safetensors"),
+        ]
+        console.print(table(*costs))
+        picture(model, dataset, correlations, solution, costs).savefig(out / "demo.png", dpi=150)
+    console.out(f"Wrote dense.safetensors, compressed.safetensors and demo.png to {out}/")
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let torch use so many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def batches(images: Images) -> tuple[torch.Tensor, ...]:
+    """Images in parts of 256, as views."""
+    return torch.from_numpy(images).split(256)  # type: ignore[no-untyped-call, no-any-return]
+
+
+def train(setting: Setting, dataset: Dataset, seed: int, epochs: int, console: Console) -> Network:
+    """Step 1: an ordinary network, trained the ordinary way."""
+    start = time.perf_counter()
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = setting.network()
+    x, y = dataset.x_train, dataset.y_train
+    fit(model, x, y, epochs=epochs, batch_size=setting.batch_size, lr=setting.lr, seed=seed)
+    console.out(
+        f"Trained {type(model).__name__} on {dataset.name}: {len(x):,} images, {epochs} epochs, "
+        f"{time.perf_counter() - start:.1f} s."
+    )
+    return model
+
+
+def select(correlations: Correlations, wanted: int, console: Console) -> Solution:
+    """Step 2: the lam whose solution keeps about ``wanted`` neurons, by bisection."""
+    problem = correlations.centered()
+    if not lam_max(problem.r_xx, problem.r_yx):
+        raise PysolveError(
+            "no neuron of fc1 has any effect on fc2, so there is nothing to choose: train again."
+        )
+    best = lam_for_groups(problem, k=wanted)[0]
+    console.out(
+        f"Kept {len(best.keep)} of {problem.groups} neurons of fc1: a solve of {best.seconds:.2f} s at "
+        f"lam = {best.lam:.3g}, certified to be within {best.relative_gap:.1e} of the optimum."
+    )
+    return best
+
+
+def plan(correlations: Correlations, M: Array, keep: npt.NDArray[np.intp]) -> Plan:
+    """Step 3: remove the other neurons, and give ``fc2`` the weights ``M`` and the bias that suits them."""
+    site = Site(correlations.groups, writers=("fc1",), readers=("fc2",))
+    return Plan((Collapse(site, keep, {"fc2": M[:, keep]}, {"fc2": correlations.bias(M)}),))
+
+
+def measure(model: nn.Module, dataset: Dataset, path: Path) -> Costs:
+    """Write the weights and take all figures of one network."""
+    save_file(model.state_dict(), path)
+    x = dataset.x_test
+    return Costs(
+        accuracy(model, x, dataset.y_test),
+        parameters(model),
+        macs(model, torch.from_numpy(x[:1])),
+        path.stat().st_size,
+        latency(model, x[:1], repeats=200),
+        latency(model, x[:256], repeats=20),
+    )
+
+
+def table(before: Costs, after: Costs) -> Table:
+    """Before and after, side by side."""
+    result = Table()
+    result.add_column()
+    for column in ("before", "after", "left"):
+        result.add_column(column, justify="right")
+    result.add_row("test accuracy", f"{before.accuracy:.2f} %", f"{after.accuracy:.2f} %", "")
+    for label, name in (("parameters", "parameters"), ("MACs per image", "macs"), ("bytes on disk", "disk")):
+        old, new = getattr(before, name), getattr(after, name)
+        result.add_row(label, f"{old:,}", f"{new:,}", f"{100 * new / old:.0f} %")
+    for label, name in (("latency, 1 image", "single"), ("latency, 256 images", "batch")):
+        old, new = getattr(before, name).median, getattr(after, name).median
+        result.add_row(label, f"{1e3 * old:.2f} ms", f"{1e3 * new:.2f} ms", f"{100 * new / old:.0f} %")
+    return result
+
+
+def picture(
+    model: Network, dataset: Dataset, correlations: Correlations, solution: Solution, costs: list[Costs]
+) -> Figure:
+    """Accuracy at every size on the left, what the compressed network costs on the right."""
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
+    kept, curves = sweep(model, dataset, correlations, solution)
+    before, after = costs
+    figures.accuracy_curves(kept, curves, dense=before.accuracy, chosen=len(solution.keep), ax=left)
+    left.set_title(f"{type(model).__name__} on {dataset.name}: removing neurons of fc1")
+    names = {"parameters": "parameters", "bytes on disk": "disk", "MACs": "macs"}
+    old, new = ({label: getattr(one, name) for label, name in names.items()} for one in costs)
+    figures.cost_bars(old, new, {label: f"{new[label]:,} of {old[label]:,}" for label in names}, ax=right)
+    share = f"{len(solution.keep)} of {correlations.groups} neurons"
+    right.set_title(f"{share}: {before.accuracy:.2f} → {after.accuracy:.2f} % accuracy")
+    return figure
+
+
+def sweep(
+    model: Network, dataset: Dataset, correlations: Correlations, solution: Solution
+) -> tuple[list[int], dict[str, list[float]]]:
+    """Test accuracy of three ways to remove neurons, at the sizes that a path of lam passes through."""
+    problem = correlations.centered()
+    lams = lam_max(problem.r_xx, problem.r_yx) * np.geomspace(0.6, 1e-3, 14)
+    path = [solve_linear_reconstruction(problem.r_xx, problem.r_yx, lam, tol=1e-6) for lam in lams]
+    by_size = {len(one.keep): one for one in (*path, solution) if len(one.keep)}
+    kept = sorted(by_size)
+    score = head_accuracy(model, dataset)
+    strength = model.fc1.weight.detach().norm(dim=1).numpy()
+    weight, bias = (value.detach().double().numpy() for value in (model.fc2.weight, model.fc2.bias))
+    refitted = [debias(problem, keep=by_size[k].keep) for k in kept]
+    strongest = [weight * np.isin(np.arange(len(strength)), np.argsort(-strength)[:k]) for k in kept]
+    return kept, {
+        "group lasso, then least squares": [score(M, correlations.bias(M)) for M in refitted],
+        "group lasso": [score(by_size[k].M, correlations.bias(by_size[k].M)) for k in kept],
+        "largest weights, no refit": [score(M, bias) for M in strongest],
+    }
+
+
+def head_accuracy(model: Network, dataset: Dataset) -> Callable[[Array, Array], float]:
+    """Accuracy as a function of fc2's weight and bias; all that comes before is computed once."""
+    headless = copy.deepcopy(model)
+    headless.fc2 = nn.Identity()  # type: ignore[assignment]
+    with evaluating(headless):
+        read = torch.cat([forward(headless, part) for part in batches(dataset.x_test)]).double().numpy()
+    return lambda M, bias: 100 * float(np.mean((read @ M.T + bias).argmax(1) == dataset.y_test))

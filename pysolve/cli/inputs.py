@@ -1,0 +1,176 @@
+"""Networks and data as the command line names them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from zipfile import BadZipFile
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from pysolve.cli.datasets import mnist
+from pysolve.errors import DataError, PysolveError
+
+Values = npt.NDArray[Any]
+
+# Samples of a batch that is cut from an array.
+_BATCH = 250
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Inputs, with labels if there are some; or batches that a function made.
+
+    Parameters
+    ----------
+    x : (n, …) array, optional
+    y : (n,) array, optional
+    made : iterable of batches, optional
+    """
+
+    x: Values | None = None
+    y: Values | None = None
+    made: Iterable[Any] | None = None
+
+    def batches(self, limit: int, device: str = "cpu") -> Iterable[Any]:
+        """Batches of at most ``limit`` samples of an array; all that a function made."""
+        if self.x is None:
+            made = [] if self.made is None else self.made
+            return made if device == "cpu" else (_moved(batch, device) for batch in made)
+        x = self.x[:limit]
+        parts = (torch.from_numpy(x[i : i + _BATCH].copy()) for i in range(0, len(x), _BATCH))
+        return [part.to(device) for part in parts]
+
+    def labelled(self) -> tuple[Values, Values]:
+        """Inputs and labels, or an error that says where they could come from."""
+        if self.x is None or self.y is None:
+            raise DataError("labels are needed: give an .npz file with x and y, or a folder of IDX files.")
+        return self.x, self.y
+
+
+def network(name: str, weights: Path | None = None, device: str = "cpu") -> nn.Module:
+    """The network that ``package.module:factory`` makes, in evaluation mode, with weights from a file.
+
+    Parameters
+    ----------
+    name : str
+        Looked for as Python does, and in the current folder.
+    weights : Path, optional
+        A state dict: .safetensors, or what ``torch.save`` wrote, of which only tensors are read.
+    device : str
+        Where to put it.
+    """
+    model = _called(name, "factory")
+    if not isinstance(model, nn.Module):
+        raise PysolveError(f"{name} must return a torch.nn.Module, got {type(model).__name__}.")
+    if weights is not None:
+        try:
+            model.load_state_dict(_state(weights))
+        except RuntimeError as error:
+            raise PysolveError(f"{weights} does not fit {name}: {error}") from error
+    return model.to(checked_device(device)).eval()
+
+
+def samples(name: str, *, train: bool = True) -> Samples:
+    """The data that an argument names.
+
+    Parameters
+    ----------
+    name : str
+        A .npy file of inputs; an .npz file with x and perhaps y; a folder with MNIST-style IDX files; or
+        ``package.module:function``, which returns an iterable of batches, inputs x, or a pair (x, y).
+    train : bool
+        Which part of a folder that has two.
+    """
+    path = Path(name)
+    if path.is_dir():
+        dataset = mnist(path)
+        return Samples(dataset.x_train, dataset.y_train) if train else Samples(dataset.x_test, dataset.y_test)
+    if path.suffix in (".npy", ".npz"):
+        return _arrays(path)
+    if ":" not in name:
+        raise DataError(f"{name} is no folder, no .npy or .npz file, and no package.module:function.")
+    made = _called(name, "function")
+    if isinstance(made, tuple) and len(made) == 2:
+        return Samples(_inputs(np.asarray(made[0])), np.asarray(made[1]))
+    if isinstance(made, torch.Tensor | np.ndarray):
+        return Samples(_inputs(np.asarray(made)))
+    return Samples(made=made)
+
+
+def checked_device(name: str) -> str:
+    """The name of a device that can compute; else DataError."""
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise DataError(f"cannot compute on {name!r}: {str(error).splitlines()[0]}.") from error
+    return name
+
+
+def _moved(batch: Any, device: str) -> Any:
+    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), batch)
+
+
+def _called(name: str, what: str) -> Any:
+    """What the function that ``package.module:function`` names returns."""
+    module, _, function = name.partition(":")
+    if not module or not function:
+        raise PysolveError(f"expected package.module:{what}, got {name!r}.")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    found: Any = import_module(module)
+    for part in function.split("."):
+        if not hasattr(found, part):
+            raise PysolveError(f"{module} has no {function!r}.")
+        found = getattr(found, part)
+    if not isinstance(found, Callable):  # type: ignore[arg-type]
+        raise PysolveError(f"{name} must be callable, got {type(found).__name__}.")
+    return found()
+
+
+def _state(path: Path) -> dict[str, torch.Tensor]:
+    if not path.is_file():
+        raise DataError(f"there is no file {path}.")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
+        raise DataError(f"{path} holds no state dict that can be read: {error}") from error
+    except Exception as error:
+        # What torch.load raises for a file that is no checkpoint is not part of its contract.
+        raise DataError(f"{path} is not a file of tensors alone: {error}") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise DataError(f"{path} holds no state dict: expected tensors by name.")
+    return state
+
+
+def _arrays(path: Path) -> Samples:
+    try:
+        with path.open("rb") as file:
+            content = np.load(file, allow_pickle=False)
+            arrays = {"x": content} if path.suffix == ".npy" else dict(content)
+    except FileNotFoundError as error:
+        raise DataError(f"there is no file {path}.") from error
+    except (ValueError, EOFError, OSError, BadZipFile) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if "x" not in arrays:
+        raise DataError(f"{path} has no array x; it has {', '.join(arrays) or 'none'}.")
+    return Samples(_inputs(arrays["x"]), arrays.get("y"))
+
+
+def _inputs(x: Values) -> Values:
+    """Doubles as the floats that networks take."""
+    return x.astype(np.float32) if x.dtype == np.float64 else x

@@ -1,0 +1,177 @@
+"""Optimal brain surgeon for one layer: which weights stay, and what those become.
+
+    min_M  ½ E‖y − M x‖² + ½ ε Σ_j R_jj ‖M_j − W_j‖²        M with a given number or pattern of zeros
+
+from R = E[x xᵀ] and C = E[y xᵀ] (or y = W x). Everything runs in inputs of unit variance, where the problem
+is ½⟨(M − V) A, M − V⟩ with A and the best dense weights V of ``supports``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pysolve.correlations import Array, Correlations
+from pysolve.layer.layer_problem import ITERATIONS, LayerProblem, Ridge, layer_problem, refit_rows
+from pysolve.layer.masks import Mask, count_left, parse_pattern
+from pysolve.layer.searches import LARGEST, Zeros, admm, greedy, sweep
+
+METHODS = ("auto", "admm", "greedy", "sweep")
+SCOPES = ("layer", "row")
+
+# Multiplications up to which "auto" tries elimination beside ADMM, and that the refit may take at the end;
+# where it would take more, it is cut short, and in single precision.
+_GREEDY, _REFIT = 3e10, 3e11
+# Iterations at least, from weights that suit their mask, and from others.
+_FOUND, _GIVEN = 5, 25
+
+
+@dataclass(frozen=True, eq=False)
+class PrunedLayer:
+    """New weights of one layer.
+
+    Parameters
+    ----------
+    weight : (h, d) array
+    mask : (h, d) bool array
+        What stays; ``weight`` is zero elsewhere.
+    bias : (h,) array or None
+        The bias that goes with it, E[y] − M E[x]; None when only E[x xᵀ] was given.
+    error : float
+        E‖y − M x − b‖² / E‖y − E[y]‖² on the correlations; without the penalty.
+    method : str
+        What chose the mask: "admm", "greedy" or "sweep", or "mask" where it was given.
+    ridge : float
+        ε.
+    """
+
+    weight: Array = field(repr=False)
+    mask: Mask = field(repr=False)
+    bias: Array | None = field(repr=False)
+    error: float
+    method: str
+    ridge: float
+
+    @property
+    def nonzeros(self) -> int:
+        """How many weights stay."""
+        return int(np.count_nonzero(self.mask))
+
+
+def obs_prune(
+    W: Any,
+    statistics: Any,
+    *,
+    amount: float | None = None,
+    count: int | None = None,
+    pattern: str | None = None,
+    mask: npt.ArrayLike | None = None,
+    scope: str = "layer",
+    method: str = "auto",
+    ridge: Ridge = "auto",
+) -> PrunedLayer:
+    """Zeros for a layer whose other weights make up for them.
+
+    Parameters
+    ----------
+    W : (h, d) array
+        The layer's weights; a convolution's as ``weight.flatten(1)``.
+    statistics : Correlations, or (d, d) array or CPU tensor
+        What the layer reads and should output: centred here, for the bias is free. Its y may be the outputs
+        of another network. Or E[x xᵀ] alone, taken as it is, with y = W x.
+    amount : float
+        Share of the weights that goes, in [0, 1). Give one of ``amount``, ``count``, ``pattern``, ``mask``.
+    count : int
+        How many weights stay.
+    pattern : str
+        As "2:4": of every 4 consecutive inputs of an output 2 stay.
+    mask : (h, d) bool array
+        Which weights stay.
+    scope : "layer" or "row"
+        The share of the layer, or of every output.
+    method : "auto", "admm", "greedy" or "sweep"
+        "admm": alternating directions with rising penalties, the lowest errors per second; "greedy": exact
+        elimination of one weight after the other in every row, then the best sizes of the rows (amount or
+        count of a layer only); "sweep": once over the columns, SparseGPT's update, fastest. "auto": admm,
+        and greedy as well where that is cheap, whichever is better; beyond about 5,800 × 5,800 sweep.
+    ridge : float or "auto"
+        ε of the pull to the old weights, relative to each input's variance; "auto" is 1e-4, d / 10 n for
+        correlations of n samples where that is more, and more where R demands it.
+
+    Returns
+    -------
+    PrunedLayer
+
+    References
+    ----------
+    B. Hassibi, D. Stork, Second order derivatives for network pruning: optimal brain surgeon, 1993.
+    E. Frantar, D. Alistarh, SparseGPT, 2023 (the sweep). X. Meng et al., ALPS, 2024 (ADMM).
+    """
+    _check(amount, count, pattern, mask, scope, method)
+    problem = layer_problem(W, statistics, ridge)
+    if mask is None and not problem.W.size:
+        # LAPACK complains about matrices of nothing.
+        mask = np.ones(problem.W.shape, bool)
+    if mask is not None:
+        return _pruned(problem, statistics, "mask", np.asarray(mask), problem.W)
+    h, d = problem.W.shape
+    left = _checked_count(count, h * d) if count is not None else count_left(amount or 0.0, h * d)
+    zeros = Zeros(
+        left // max(h, 1) if scope == "row" else left,
+        scope == "row",
+        parse_pattern(pattern) if pattern is not None else None,
+    )
+    found = [
+        _pruned(problem, statistics, name, *_SEARCHES[name](problem, zeros))
+        for name in _methods(method, h, d, whole=pattern is None and scope == "layer")
+    ]
+    return min(found, key=lambda one: one.error)
+
+
+_SEARCHES = {"admm": admm, "greedy": greedy, "sweep": sweep}
+
+
+def _pruned(problem: LayerProblem, statistics: Any, method: str, mask: Mask, start: Array) -> PrunedLayer:
+    effort, found = float(len(mask)) * len(problem.R) ** 2, start is not problem.W
+    how: dict[str, Any] = {}
+    if effort * ITERATIONS > _REFIT:
+        # Half the time each in single precision, so twice as many.
+        least = _FOUND if found else _GIVEN
+        how = {"single": True, "iterations": int(np.clip(2 * _REFIT / effort, least, ITERATIONS))}
+    M = refit_rows(problem, mask, start, overwrite=found, **how)
+    bias = statistics.bias(M) if isinstance(statistics, Correlations) else None
+    return PrunedLayer(M, mask, bias, problem.error(M), method, problem.ridge)
+
+
+def _methods(method: str, h: int, d: int, *, whole: bool) -> tuple[str, ...]:
+    """What to try; ``whole``: a number of weights in the whole layer is wanted."""
+    if method != "auto":
+        return (method,)
+    if 2.0 * h * d * d > LARGEST:
+        return ("sweep",)
+    return ("admm", "greedy") if whole and h * d**3 / 3 <= _GREEDY else ("admm",)
+
+
+def _check(
+    amount: float | None, count: int | None, pattern: str | None, mask: Any, scope: str, method: str
+) -> None:
+    for what, chosen, known in (("method", method, METHODS), ("scope", scope, SCOPES)):
+        if chosen not in known:
+            raise ValueError(f"unknown {what} {chosen!r}; choose one of {', '.join(known)}.")
+    given = {"amount": amount, "count": count, "pattern": pattern, "mask": mask}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        raise ValueError(f"give exactly one of {', '.join(given)}; got {' and '.join(names) or 'none'}.")
+    if amount is not None and not 0 <= amount < 1:
+        raise ValueError(f"amount must be in [0, 1), got {amount}.")
+    if method == "greedy" and (scope == "row" or pattern is not None):
+        raise ValueError('method="greedy" takes an amount or a count of the whole layer; use "admm".')
+
+
+def _checked_count(count: int, size: int) -> int:
+    if isinstance(count, bool) or not isinstance(count, int | np.integer) or not 0 <= count <= size:
+        raise ValueError(f"count must be a whole number of 0 … {size} weights, got {count!r}.")
+    return int(count)

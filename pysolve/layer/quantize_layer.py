@@ -1,0 +1,206 @@
+"""``quantize_layer``: one layer's weights in few bits, from matrices."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from numbers import Integral, Real
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pysolve.correlations import Array, Correlations
+from pysolve.forms import Codebook, Integers, QuantForm
+from pysolve.layer.codebooks import share_values
+from pysolve.layer.grids import Codes, Grid, fit_grid
+from pysolve.layer.layer_problem import Ridge, layer_problem
+from pysolve.layer.rates import PricedValues, spaced_values
+from pysolve.layer.rounding import Levels, round_best, round_nearest
+from pysolve.layer.targets import Mask, Target, target_of
+from pysolve.solve.problem import checked_matrix
+
+SCHEMES = ("codebook", "int", "ternary")
+METHODS = ("feedback", "nearest")
+
+# Rounds of feedback, passes of descent in each, and those for layers of more multiplications h d² than
+# _LARGE. For LeNet-5 and ResNet-20 at 2 bits a second round takes 2 to 6 % from the error, four 4 to 11 %;
+# of the objective with bits in it, all further rounds take 0.1 to 4 %.
+_ROUNDS, _PASSES = 4, 4
+_FEWER, _LARGE = (1, 1), 2e9
+
+
+@dataclass(frozen=True, eq=False)
+class QuantizedLayer:
+    """New weights of one layer.
+
+    Parameters
+    ----------
+    weight : (h, d) array
+        What ``form`` stands for.
+    bias : (h,) array or None
+        The bias that goes with it, E[y] − M E[x]; None without Correlations.
+    error : float
+        E‖y − M x − b‖² / E‖y − E[y]‖² on the correlations, without the pull; ‖W − M‖² / ‖W‖² without any.
+    form : Codebook or Integers
+        Codes and what they stand for, in single precision.
+    """
+
+    weight: Array = field(repr=False)
+    bias: Array | None = field(repr=False)
+    error: float
+    form: QuantForm = field(repr=False)
+
+    @property
+    def codes(self) -> npt.NDArray[Any]:
+        """(h, d) whole numbers."""
+        return self.form.codes
+
+
+def quantize_layer(
+    W: Any,
+    statistics: Any = None,
+    *,
+    bits: int = 4,
+    scheme: str = "codebook",
+    mask: npt.ArrayLike | None = None,
+    symmetric: bool = True,
+    group: int | None = None,
+    method: str = "feedback",
+    lam: float | None = None,
+    outputs: npt.ArrayLike | None = None,
+    rounds: int | None = None,
+    ridge: Ridge = "auto",
+) -> QuantizedLayer:
+    """Weights of few different values, whose errors make up for each other.
+
+    Solves  min_M  ½ E‖y − M x‖² + ½ ε Σ_j R_jj ‖M_j − W_j‖²  over M whose entries are of 2^bits values, and
+    over those values, alternately: neither is found in general, but from the first rounding on, the error
+    never rises. Without statistics, min ‖W − M‖.
+
+    With ``lam``, + lam · Σ_ij −log₂ p(M_ij), p the share of the weights that have a value: what entropy
+    coding takes for them. So zeros, and how many values there are, follow from what a bit is worth.
+
+    Parameters
+    ----------
+    W : (h, d) array or CPU tensor
+        The layer's weights; a convolution's as ``weight.flatten(1)``.
+    statistics : Correlations, or (d, d) array or CPU tensor
+        What the layer reads and should output: centred here, for the bias is free. Its y may be the outputs
+        of another network. Or E[x xᵀ] alone, taken as it is, with y = W x. It may be singular.
+    bits : int
+        Of a code: 1 … 8, or 2 … 8 for "int". Not for "ternary".
+    scheme : "codebook", "int" or "ternary"
+        2^bits values that the layer shares; evenly spaced ones for every output; or two and zero.
+    mask : (h, d) bool array, optional
+        Which weights may differ from zero. Of a codebook's values the first one is zero then.
+    symmetric : bool
+        "int": zero is code 0; else the values span least to greatest weight.
+    group : int, optional
+        "int": so many consecutive inputs share a scale; all of an output by default.
+    method : "feedback" or "nearest"
+        "nearest": every weight by itself, as a baseline.
+    lam : float, optional
+        "codebook": what a bit costs, in units of the objective; the values begin as multiples of a step, zero
+        among them, and there are at most 2^bits.
+    outputs : (h,) array, optional
+        "codebook": what the square error of each output counts, above zero; 1 by default.
+    rounds : int, optional
+        Of feedback and descent; by default 4 where they are quick, else 1, and with ``lam``.
+    ridge : float or "auto"
+        ε, as ``obs_prune`` takes it.
+
+    Returns
+    -------
+    QuantizedLayer
+
+    References
+    ----------
+    E. Frantar et al., GPTQ, 2023. S. Han et al., Deep compression, 2016.
+    """
+    W = checked_matrix("W", W)
+    _check(scheme, method, bits, group, rounds, lam, outputs)
+    rows = None if outputs is None else _checked_rows(outputs, len(W))
+    keep = None if mask is None else _checked_mask(mask, W.shape)
+    problem = None if statistics is None else layer_problem(W, statistics, ridge)
+    if problem is None:
+        target = Target(W if keep is None else np.where(keep, W, 0.0), None, keep, rows)
+    else:
+        target = target_of(problem, keep, rows)
+    levels, codes = _fitted(target, scheme, int(bits), symmetric, group, method, rounds, lam)
+    form = _form(levels, codes)
+    M = form.dense().astype(np.float64)
+    if problem is not None:
+        error = problem.error(M)
+    else:
+        error = float(np.square(W - M).sum() / (np.square(W).sum() or 1.0))
+    bias = statistics.bias(M) if isinstance(statistics, Correlations) else None
+    return QuantizedLayer(M, bias, error, form)
+
+
+def _fitted(
+    target: Target,
+    scheme: str,
+    bits: int,
+    symmetric: bool,
+    group: int | None,
+    method: str,
+    rounds: int | None,
+    lam: float | None,
+) -> tuple[Levels, Codes]:
+    V, weights = target.V, target.diagonal
+    levels: Levels
+    if scheme == "int":
+        levels = fit_grid(V, bits, symmetric=symmetric, group=group, weights=weights)
+    elif lam is not None:
+        levels = spaced_values(target, 1 << bits, lam)
+    else:
+        ternary = scheme == "ternary"
+        size = 3 if ternary else 1 << bits
+        levels = share_values(V, size, mask=target.mask, zero=ternary, weights=weights)
+    if method == "nearest" or not V.size:
+        return levels, round_nearest(target, levels)
+    large = target.A is not None and V.size * float(V.shape[1]) > _LARGE
+    most, passes = _FEWER if large else (1 if lam else _ROUNDS, _PASSES)
+    return round_best(target, levels, most if rounds is None else rounds, passes)
+
+
+def _form(levels: Any, codes: Codes) -> QuantForm:
+    if isinstance(levels, Grid):
+        zeros = levels.zeros.astype(np.int8) if levels.zeros.any() else None
+        scales = levels.scales.astype(np.float32)
+        return Integers(codes.astype(np.int8), scales, zeros, levels.bits, levels.group)
+    if isinstance(levels, PricedValues):
+        # Most of the multiples that it began with are not used any more.
+        used, codes = np.unique(codes, return_inverse=True)
+        return Codebook(codes.astype(np.uint8), levels.centroids[used].astype(np.float32))
+    return Codebook(codes.astype(np.uint8), levels.centroids.astype(np.float32))
+
+
+def _check(scheme: str, method: str, bits: Any, group: Any, rounds: Any, lam: Any, outputs: Any) -> None:
+    for what, chosen, known in (("scheme", scheme, SCHEMES), ("method", method, METHODS)):
+        if chosen not in known:
+            raise ValueError(f"unknown {what} {chosen!r}; choose one of {', '.join(known)}.")
+    least = 2 if scheme == "int" else 1
+    if isinstance(bits, bool) or not isinstance(bits, Integral) or not least <= int(bits) <= 8:
+        raise ValueError(f'bits must be a whole number of {least} … 8 for scheme="{scheme}", got {bits!r}.')
+    for name, value in (("group", group), ("rounds", rounds)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
+            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+    if scheme != "codebook" and not (lam is None and outputs is None):
+        raise ValueError(f'lam and outputs are for scheme="codebook", got scheme="{scheme}".')
+    if lam is not None and not (isinstance(lam, Real) and 0 < float(lam) < np.inf):
+        raise ValueError(f"lam must be a positive number, got {lam!r}.")
+
+
+def _checked_rows(outputs: npt.ArrayLike, h: int) -> Array:
+    rows = np.asarray(outputs, np.float64)
+    if rows.shape != (h,) or not np.all(np.isfinite(rows) & (rows > 0)):
+        raise ValueError(f"outputs must be {h} positive numbers, got an array of shape {rows.shape}.")
+    return rows
+
+
+def _checked_mask(mask: npt.ArrayLike, shape: tuple[int, ...]) -> Mask:
+    keep = np.asarray(mask)
+    if keep.shape != shape or keep.dtype != np.bool_:
+        raise ValueError(f"mask must be a bool array of shape {shape}, got {keep.dtype} of {keep.shape}.")
+    return keep

@@ -1,0 +1,215 @@
+"""``reduced_rank``: one layer as two smaller ones, by its weights alone or by what its outputs lose."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+import scipy.linalg
+
+from pysolve.correlations import Array, Correlations
+from pysolve.forms import LowRank
+from pysolve.layer.spatial import as_kernels, plain_spatial, refitted, spatial_spectrum, spatial_start
+from pysolve.layer.spectrum import activation_spectrum, plain_spectrum
+from pysolve.solve.problem import checked_matrix
+
+Kernel = tuple[int, ...]
+
+# Samples that E[x xᵀ] alone is taken to come from: enough for the least pull to the old weights.
+_MANY = 10**9
+
+
+@dataclass(frozen=True, eq=False)
+class FactoredLayer:
+    """New weights of one layer.
+
+    Parameters
+    ----------
+    weight : (h, d) array
+        The product of the factors, as a matrix.
+    bias : (h,) array or None
+        The bias that goes with it, E[y] − M E[x]; None when nothing is known of x.
+    error : float
+        E‖y − M x − b‖² / E‖y − E[y]‖² on the correlations, without the pull to the old weights; of weights
+        alone, ‖W − M‖² / ‖W‖².
+    form : LowRank
+        The factors, in the shapes of the layers' weights.
+    """
+
+    weight: Array = field(repr=False)
+    bias: Array | None = field(repr=False)
+    error: float
+    form: LowRank = field(repr=False)
+
+
+def reduced_rank(
+    W: Any,
+    statistics: Any = None,
+    *,
+    rank: Any = None,
+    energy: float | None = None,
+    metric: Any = None,
+) -> FactoredLayer:
+    """The best layer of low rank, exactly.
+
+    Solves  min E (y − M x − b)ᵀ S (y − M x − b) + ε Σ_j R_jj (M_j − W_j)ᵀ S (M_j − W_j)  over M of rank r, or
+    without statistics, min ‖W − M‖_F, the truncated singular value decomposition.
+
+    Parameters
+    ----------
+    W : (h, d) array or CPU tensor
+        The layer's weights; a convolution's as ``weight.flatten(1)``.
+    statistics : Correlations, or (d, d) array or CPU tensor
+        What the layer reads and should output: centred here, for the bias is free. Its y may be the outputs
+        of another network. Or E[x xᵀ] alone, taken as it is, with y = W x. It may be singular.
+    rank : int
+        r. Give this or ``energy``.
+    energy : float
+        Share in (0, 1] of the outputs' energy, in the metric, to keep; without statistics of ‖W‖².
+    metric : (h, h) array, optional
+        S, positive definite: what an error at the outputs means. By default all count alike.
+
+    Returns
+    -------
+    FactoredLayer
+        ``form.outer`` (h, r) and ``form.inner`` (r, d) are the two layers' weights.
+
+    References
+    ----------
+    A. J. Izenman, Reduced-rank regression for the multivariate linear model, 1975.
+    """
+    W = checked_matrix("W", W)
+    known = _correlations(W, statistics)
+    S = None if metric is None else checked_matrix("metric", metric)
+    if (rank is None) == (energy is None):
+        raise ValueError(f"give either rank or energy, got {rank=} and {energy=}.")
+    if S is not None and (known is None or S.shape != (len(W), len(W))):
+        raise ValueError(f"a metric of shape {(len(W), len(W))} goes with statistics, got shape {S.shape}.")
+    most = min(W.shape)
+    if energy is not None:
+        if not 0 < energy <= 1:
+            raise ValueError(f"energy must be a share in (0, 1], got {energy}.")
+        rank = min(most, rank_keeping(error_curve(W, known, most, metric=S), energy))
+    if isinstance(rank, bool) or not isinstance(rank, Integral) or not 1 <= int(rank) <= most:
+        raise ValueError(f"rank must be a whole number within 1 … {most} for W of {W.shape}, got {rank!r}.")
+    found = factor_layer(W, known, int(rank), metric=S)
+    return found if isinstance(statistics, Correlations) else replace(found, bias=None)
+
+
+def factor_layer(
+    W: Array,
+    correlations: Correlations | None,
+    rank: int,
+    *,
+    kernel: Kernel = (),
+    spatial: bool = False,
+    metric: Array | None = None,
+) -> FactoredLayer:
+    """The best layer of a rank:  min E (y − M x − b)ᵀ S (y − M x − b) .
+
+    Parameters
+    ----------
+    W : (h, d) array
+        Its weights as a matrix.
+    correlations : Correlations, optional
+        Of its inputs and the outputs wanted; without them the weights themselves are approximated.
+    rank : int
+    kernel : tuple of int
+        Of a convolution.
+    spatial : bool
+        Along height and width, instead of the kernel first and 1 × 1 behind.
+    metric : (h, h) array, optional
+        S, positive definite; by default all outputs count alike. Only with correlations.
+    """
+    if metric is None or correlations is None:
+        form = _factors(W, correlations, rank, kernel, spatial)
+    else:
+        # In outputs A y with Aᵀ A = S all of them count alike.
+        A = scipy.linalg.cholesky(metric, check_finite=False)
+        form = _factors(A @ W, seen_through(A, correlations), rank, kernel, spatial)
+        flat = scipy.linalg.solve_triangular(A, form.outer.reshape(len(W), -1), check_finite=False)
+        form = LowRank(flat.reshape(form.outer.shape), form.inner)
+    M = form.dense().reshape(W.shape)
+    if correlations is None:
+        return FactoredLayer(M, None, float(np.square(W - M).sum() / (np.square(W).sum() or 1.0)), form)
+    bias = correlations.bias(M)
+    return FactoredLayer(M, bias, correlations.share_lost(M, bias), form)
+
+
+def error_curve(
+    W: Array,
+    correlations: Correlations | None,
+    most: int,
+    *,
+    kernel: Kernel = (),
+    spatial: bool = False,
+    metric: Array | None = None,
+) -> Array:
+    """(most + 1,) share of the outputs' energy, in the metric, that is lost at rank 0 … ``most``.
+
+    Exact but for spatial factors: those of the problem in which the columns of the window are unrelated, all
+    in the proportion that holds halfway.
+    """
+    if metric is not None and correlations is not None:
+        A = scipy.linalg.cholesky(metric, check_finite=False)
+        W, correlations = A @ W, seen_through(A, correlations)
+    if not spatial:
+        spectrum = plain_spectrum(W) if correlations is None else activation_spectrum(W, correlations)
+        return spectrum.tails[: most + 1]
+    size = kernel[0], kernel[1]
+    if correlations is None:
+        return plain_spatial(W, size).tails[: most + 1]
+    start, half = spatial_spectrum(W, correlations, size), max(1, most // 2)
+    exact = factor_layer(W, correlations, half, kernel=kernel, spatial=True).error
+    return np.minimum(start.tails[: most + 1] * exact / max(float(start.tails[half]), 1e-12), 1.0)
+
+
+def seen_through(A: Array, correlations: Correlations) -> Correlations:
+    """Centred correlations of the same inputs with the outputs A y."""
+    own = correlations.centered()
+    yy = A @ own.yy @ A.T
+    # Where only the diagonal of Σ y yᵀ is known this is none of anything, and nothing may be taken for still.
+    np.fill_diagonal(yy, np.maximum(np.diag(yy), np.finfo(float).tiny))
+    return replace(own, yx=A @ own.yx, yy=yy)
+
+
+def rank_keeping(error: Array, energy: float) -> int:
+    """The smallest rank of at least 1 whose error is at most 1 − energy; one beyond the last when none is."""
+    # What rounding leaves of an error is none.
+    enough = np.flatnonzero(error <= max(1 - energy, 1e-12))
+    return max(1, int(enough[0])) if len(enough) else len(error)
+
+
+def _correlations(W: Array, statistics: Any) -> Correlations | None:
+    if statistics is None:
+        return None
+    d = W.shape[1]
+    if isinstance(statistics, Correlations):
+        if statistics.yx.shape != W.shape:
+            raise ValueError(f"W is {W.shape}, but the statistics are of a layer of {statistics.yx.shape}.")
+        return statistics
+    R = checked_matrix("r_xx", statistics)
+    if R.shape != (d, d):
+        raise ValueError(f"E[x xᵀ] must be of shape {(d, d)} for W of {W.shape}, got {R.shape}.")
+    xx, yx = _MANY * R, _MANY * (W @ R)
+    return Correlations(xx, yx, yx @ W.T, _MANY, np.zeros(d), np.zeros(len(W)))
+
+
+def _factors(
+    W: Array, correlations: Correlations | None, rank: int, kernel: Kernel, spatial: bool
+) -> LowRank:
+    if spatial:
+        return _spatial(W, correlations, rank, (kernel[0], kernel[1]))
+    known = plain_spectrum(W, rank) if correlations is None else activation_spectrum(W, correlations, rank)
+    form = known.factors(rank)
+    h, c = len(W), W.shape[1] // int(np.prod(kernel))
+    return LowRank(form.outer.reshape(h, -1, *[1] * len(kernel)), form.inner.reshape(-1, c, *kernel))
+
+
+def _spatial(W: Array, correlations: Correlations | None, rank: int, kernel: tuple[int, int]) -> LowRank:
+    if correlations is None:
+        return as_kernels(plain_spatial(W, kernel).factors(rank), kernel)
+    start = spatial_start(W, correlations, rank, kernel)
+    return as_kernels(refitted(start, W, correlations, kernel), kernel)

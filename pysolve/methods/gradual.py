@@ -1,0 +1,233 @@
+"""Pruning with training: single weights go, some come back, and the others learn to make up for them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Any, Unpack
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from pysolve.compressed import Compressed
+from pysolve.methods.account import Evaluate, after
+from pysolve.methods.goal import check_model
+from pysolve.methods.selected import Pruned
+from pysolve.methods.sparse_layout import LAYOUTS, laid_out
+from pysolve.nn.apply import apply
+from pysolve.nn.files.format1 import sparse_layers
+from pysolve.nn.layers.masking import mask_weights, remove_masks, unmasked
+from pysolve.nn.running import as_array, find_layer, find_matching
+from pysolve.nn.slicing import WEIGHTED
+from pysolve.plan import Plan
+from pysolve.training.finetune import Loss, counted, finetune
+from pysolve.training.moving_masks import PerLayer, gradually, surgery
+from pysolve.training.options import Course, Step, run_of
+
+# Share of the training after which the masks stay as they are.
+_END = 0.6
+
+
+def prune_gradually(
+    model: nn.Module | Compressed,
+    batches: Iterable[Any],
+    *,
+    amount: PerLayer,
+    steps: int = 100,
+    loss: Loss = cross_entropy,
+    ignore: Sequence[str] = (),
+    layout: str = "auto",
+    evaluate: Evaluate | None = None,
+    **training: Unpack[Course],
+) -> Compressed:
+    """Train a network while its smallest weights are set to zero, more and more of them.
+
+    After a share t of the first three fifths of the training, amount · (1 − (1 − t)³) of the weights are
+    zero; then masks stay as they are. What is zero stays zero. On LeNet-5 that was no worse than
+    ``network_surgery``: 99.1 against 98.8 and 98.9 % with a 113th of the parameters, eight epochs each.
+
+    Parameters
+    ----------
+    model : nn.Module or Compressed
+        Not changed. Weights of its Linear layers and convolutions are pruned; all parameters that require a
+        gradient are trained.
+    batches : iterable of batches that can be gone through again, such as a DataLoader
+        Labelled, as ``finetune`` takes them. Layers are timed, and the report's divergence is, on the first.
+    amount : float or {layer: float}
+        Share that is zero in the end: of all weights together, each layer's part by how much of the layer's
+        weights' squares goes with it (LAMP); or of the layers that are named, the others keep all.
+    steps : int
+        In how many steps weights go.
+    loss : callable
+        Of outputs and labels.
+    ignore : sequence of str
+        Layers whose weights are not pruned: names, or patterns as ``re:…``.
+    layout : "auto", "dense", "csr" or "mask"
+        How pruned layers run, as ``prune`` has it.
+    evaluate : callable, optional
+        From a network to a score, for the report.
+    **training
+        As ``finetune`` has them, without ``patience`` and ``after_step``; ``epochs`` or ``seconds`` must be
+        given. With ``seconds`` the masks follow the clock, too.
+
+    Returns
+    -------
+    Compressed
+        Its plan holds everything that training changed.
+
+    References
+    ----------
+    M. Zhu, S. Gupta, To prune, or not to prune, 2017. J. Lee et al., Layer-adaptive sparsity for the
+    magnitude-based pruning, 2021.
+    """
+    seed = run_of(1, training, Course).seed
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}.")
+    prepared = _prepared(model, amount, "amount", ignore, layout)
+
+    def step_of(network: nn.Module) -> Step:
+        return gradually(network, _each(amount, prepared[1]), steps=steps, end=_END)
+
+    pruned = _pruned(*prepared, batches, step_of, loss, training)
+    before = model if isinstance(model, Compressed) else prepared[0]
+    return after(before, laid_out(prepared[0], pruned, layout, evaluate=evaluate, seed=seed))
+
+
+def network_surgery(
+    model: nn.Module | Compressed,
+    batches: Iterable[Any],
+    *,
+    amount: PerLayer | None = None,
+    rate: PerLayer | None = None,
+    probability: PerLayer = 0.5,
+    loss: Loss = cross_entropy,
+    ignore: Sequence[str] = (),
+    layout: str = "auto",
+    evaluate: Evaluate | None = None,
+    **training: Unpack[Course],
+) -> Compressed:
+    """Train a network while weights are cut out, and spliced in again where they turn out to matter.
+
+    With a threshold t of a layer, weights below 0.9 t are set to zero in use, but go on learning; those that
+    grow beyond 1.1 t come back; those between stay as they are. After three fifths of the training the masks
+    stay as they are, and the weights in use learn to do without the others. This is dynamic network surgery.
+
+    Parameters
+    ----------
+    model : nn.Module or Compressed
+        Not changed. Weights of its Linear layers and convolutions are pruned; all parameters that require a
+        gradient are trained.
+    batches : iterable of batches that can be gone through again, such as a DataLoader
+        Labelled, as ``finetune`` takes them. Layers are timed, and the report's divergence is, on the first.
+    amount : float or {layer: float}
+        Share that is zero in the end, exactly: of all weights together, or of each layer's, as
+        ``prune_gradually`` has it. Thresholds are the sizes below which so many weights lie; they rise along
+        the same schedule. Give this or ``rate``.
+    rate : float or {layer: float}
+        c of t = max(0, mean + c · std) of the |w| that a layer starts with, as published; layers without an
+        entry keep all. How many weights that leaves shows only in the end.
+    probability : float or {layer: float}
+        With which a layer's mask is looked at after a step, in the beginning; it falls to a tenth of that.
+    loss, ignore, layout, evaluate, **training
+        As ``prune_gradually`` has them.
+
+    Returns
+    -------
+    Compressed
+        Its plan holds everything that training changed.
+
+    References
+    ----------
+    Y. Guo, A. Yao, Y. Chen, Dynamic network surgery for efficient DNNs, 2016.
+    """
+    seed = run_of(1, training, Course).seed
+    if (amount is None) == (rate is None):
+        raise ValueError(f"give either amount or rate, got {amount=} and {rate=}.")
+    chances = probability.values() if isinstance(probability, Mapping) else [probability]
+    if not all(0 < chance <= 1 for chance in chances):
+        raise ValueError(f"probability must be in (0, 1], got {probability}.")
+    what, value = ("amount", amount) if rate is None else ("rate", rate)
+    assert value is not None
+    prepared = _prepared(model, value, what, ignore, layout)
+    if isinstance(probability, Mapping) and (missing := {*prepared[1]} - probability.keys()):
+        raise ValueError(f"probability must name every pruned layer; {', '.join(sorted(missing))} have none.")
+
+    def step_of(network: nn.Module) -> Step:
+        wanted: Any = {what: _each(value, prepared[1])}
+        return surgery(network, **wanted, end=_END, probability=probability, seed=seed)
+
+    pruned = _pruned(*prepared, batches, step_of, loss, training, splicing=True)
+    before = model if isinstance(model, Compressed) else prepared[0]
+    return after(before, laid_out(prepared[0], pruned, layout, evaluate=evaluate, seed=seed))
+
+
+def _prepared(
+    model: nn.Module | Compressed, value: Any, what: str, ignore: Sequence[str], layout: str
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The network without masks and the layers to prune, checked before any training."""
+    original = model.model if isinstance(model, Compressed) else model
+    check_model(original)
+    if layout not in LAYOUTS:
+        raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}.")
+    for name, number in value.items() if isinstance(value, Mapping) else [("all", value)]:
+        real = float(number) if isinstance(number, Real) else np.nan
+        low, high = (0, 1) if what == "amount" else (-np.inf, np.inf)
+        if not (low <= real < high and np.isfinite(real)):
+            allowed = "in [0, 1)" if what == "amount" else "a finite number"
+            raise ValueError(f"{what} of {name} must be {allowed}, got {number}.")
+    base, ignored = unmasked(original), find_matching(original, ignore)
+    layers = {name: one for name, one in base.named_modules() if isinstance(one, WEIGHTED)}
+    chosen = set(value) if isinstance(value, Mapping) else set(layers)
+    for name in chosen - layers.keys():
+        kind = type(find_layer(base, name)).__name__
+        raise ValueError(f"{what} names {name}, a {kind}; layers with weights: {', '.join(layers)}.")
+    # What cannot be put in place afterwards, such as shared parameters, is told now.
+    apply(base, Plan(values={name: as_array(value) for name, value in base.named_parameters()}))
+    return base, tuple(name for name in layers if name in chosen - ignored)
+
+
+def _each(value: PerLayer, names: Sequence[str]) -> PerLayer:
+    return {name: value[name] for name in names} if isinstance(value, Mapping) else float(value)
+
+
+def _pruned(
+    base: nn.Module,
+    names: Sequence[str],
+    batches: Iterable[Any],
+    step_of: Callable[[nn.Module], Step],
+    loss: Loss,
+    training: Course,
+    *,
+    splicing: bool = False,
+) -> Pruned:
+    """What training with masks that change after every step makes of the network."""
+    loader, _ = counted(batches)
+    network = copy.deepcopy(base)
+    layers: dict[str, Any] = {name: find_layer(network, name) for name in names}
+    whole = {name: torch.ones_like(layer.weight, dtype=torch.bool) for name, layer in layers.items()}
+    mask_weights(network, whole, splicing=splicing)
+    losses = finetune(network, loader, loss=loss, after_step=step_of(network), **training)
+    remove_masks(network)
+    weights = {name: as_array(layer.weight) for name, layer in layers.items()}
+    own = {f"{name}.weight".lstrip(".") for name in names}
+    values = {name: value for name, value in _changed(base, network).items() if name not in own}
+    # The loader's shuffling would move torch's global random state.
+    with torch.random.fork_rng(devices=()):
+        first = next(iter(loader))
+    notes = [
+        f"trained on labels for {len(losses)} epochs, to a mean loss of {losses[-1]:.3g} in the last one"
+    ]
+    if sparse := [*sparse_layers(base, remove_duplicate=True)]:
+        notes.append(f"sparse layers got no more zeros: {', '.join(sparse)}; nn.dense.to_dense changes that")
+    return Pruned(weights, values, first, notes=tuple(notes))
+
+
+def _changed(before: nn.Module, now: nn.Module) -> dict[str, npt.NDArray[Any]]:
+    """Parameters and buffers that are not what they were, by their first names."""
+    old, state = before.state_dict(), now.state_dict(keep_vars=True)
+    first = {id(value): name for name, value in reversed(state.items()) if isinstance(value, Tensor)}
+    return {name: as_array(state[name]) for name in first.values() if not torch.equal(state[name], old[name])}

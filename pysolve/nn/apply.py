@@ -1,0 +1,243 @@
+"""Plans to smaller networks: a copy whose layers are really narrower, checked before and after the cut."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from itertools import chain, islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pysolve.errors import CollapseError, PysolveError
+from pysolve.forms import Form
+from pysolve.nn.layers.sparse import in_form
+from pysolve.nn.running import find_layer
+from pysolve.nn.slicing import (
+    ROLES,
+    Cut,
+    channels_of,
+    check_cut,
+    check_kind,
+    inputs,
+    narrow,
+    outputs,
+    silence,
+)
+from pysolve.nn.values import load, new_values
+from pysolve.nn.verify import mismatch
+from pysolve.plan import Collapse, Indices, Plan
+
+# Guilty steps that an error names at most; finding each takes about 2 log2(steps) runs of the network.
+_NAMED = 5
+
+
+def apply(model: nn.Module, plan: Plan, *, probe: Any = None) -> nn.Module:
+    """Make the smaller network that a plan describes; the original is never changed.
+
+    New values come first; then readers lose the columns of the channels that go, writers and passed layers
+    the rows. All steps speak of the original network: a layer may read and write several sites, or one site
+    both ways; a layer under several names is cut once.
+
+    Writers may be Linear, convolutions of any kind and Embedding; readers all of these but Embedding; passed
+    layers grouped and depthwise convolutions, batch, instance and group norms, PReLU, and constant padding
+    of the channel dimension. Of grouped layers whole groups go, or as many channels from each.
+
+    Parameters
+    ----------
+    model : nn.Module
+    plan : Plan
+    probe : one batch, optional
+        A tensor, a tuple or list whose first item is the input, or a mapping of keyword arguments. The
+        smaller network must give the same outputs on it as ``masked(model, plan)``, to 1e-4 of the largest
+        output in float32 (1e-10 in float64, 0.05 in half precisions and with factored layers); if not,
+        CollapseError. Layers that are to round their inputs do not round them for this.
+
+    Returns
+    -------
+    nn.Module
+        A copy with narrower layers: data types, devices, modes and ``requires_grad`` as they were.
+
+    Raises
+    ------
+    CollapseError
+        When the plan does not fit the network, by name and before anything is copied, or when the probe
+        tells the two networks apart: names the steps that make the difference.
+    LayerNotFoundError
+        When the network has no layer of a name in the plan.
+    """
+    cuts, values = _checked(model, plan)
+    smaller, layers = _copy(model, values)
+    for name, cut in cuts.items():
+        narrow(layers[name], cut)
+    for name, form in plan.forms.items():
+        substitute(smaller, layers[name], in_form(layers[name], form))
+    if probe is not None:
+        _verify(model, smaller, plan, probe)
+    return smaller
+
+
+def masked(model: nn.Module, plan: Plan) -> nn.Module:
+    """A copy as wide as the original that ignores the channels a plan removes: what ``apply`` must equal.
+
+    The plan's new values are in place, and the weights of all readers are zero for the channels that go;
+    writers and passed layers stay as they are. Raises what ``apply`` does, but runs nothing.
+    """
+    cuts, values = _checked(model, plan)
+    wide, layers = _copy(model, values)
+    for name, cut in cuts.items():
+        if not cut.columns.all():
+            silence(layers[name], cut.columns)
+    for name, form in plan.forms.items():
+        load(wide, {f"{name}.weight": torch.from_numpy(form.dense())})
+    return wide
+
+
+def substitute(model: nn.Module, layer: nn.Module, other: nn.Module) -> None:
+    """Put a layer in another's place in a network, under all its names."""
+    for owner in list(model.modules()):
+        for name, child in list(owner._modules.items()):
+            if child is layer:
+                setattr(owner, name, other)
+
+
+def _copy(model: nn.Module, values: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, nn.Module]]:
+    """A copy of the network with new values in their original shapes, and its layers by name."""
+    copied = copy.deepcopy(model)
+    load(copied, values)
+    return copied, dict(copied.named_modules(remove_duplicate=False))
+
+
+def _checked(model: nn.Module, plan: Plan) -> tuple[dict[str, Cut], dict[str, Tensor]]:
+    """Everything that can be told without running the network: the cuts of all layers, the new values."""
+    for step in plan.steps:
+        _check_step(step)
+    cuts = _cuts(model, plan)
+    values = new_values(model, plan)
+    for name, form in plan.forms.items():
+        _check_form(name, find_layer(model, name), form, cuts)
+    names = {*cuts, *plan.forms, *(name.rpartition(".")[0] for name in values)}
+    _check_untied(model, {find_layer(model, name) for name in names})
+    return cuts, values
+
+
+def _cuts(model: nn.Module, plan: Plan) -> dict[str, Cut]:
+    """What all steps together leave of each layer, under the first name of a layer that has several."""
+    uses: dict[str, list[tuple[str, Collapse]]] = {}
+    for step in plan.steps:
+        for role in ROLES:
+            for name in dict.fromkeys(getattr(step.site, role)):
+                uses.setdefault(name, []).append((role, step))
+    cuts: dict[str, Cut] = {}
+    names: dict[nn.Module, str] = {}
+    for name, steps in uses.items():
+        layer = find_layer(model, name)
+        cut = _cut(name, layer, steps)
+        check_cut(name, layer, cut)
+        first = names.setdefault(layer, name)
+        if cuts.setdefault(first, cut) != cut:
+            raise CollapseError(
+                f"{first} and {name} are one layer under two names, which would lose different channels: "
+                "remove the same channels under both."
+            )
+    return cuts
+
+
+def _check_step(step: Collapse) -> None:
+    if step.site.pinned is not None:
+        raise CollapseError(f"the channels of {step.site.name} cannot be removed: {step.site.pinned}.")
+    if not len(step.keep):
+        raise CollapseError(
+            f"no channel of {step.site.name} would be left: solve with lam below lam_max(r_xx, r_yx) instead."
+        )
+
+
+def _check_form(name: str, layer: nn.Module, form: Form, cuts: Mapping[str, Cut]) -> None:
+    if name in cuts:
+        raise CollapseError(f"{name} loses channels and gets another form: apply one plan after the other.")
+    try:
+        in_form(layer, form)
+    except PysolveError as error:
+        raise CollapseError(f"{name} cannot take this form: {error}") from error
+
+
+def _cut(name: str, layer: nn.Module, uses: list[tuple[str, Collapse]]) -> Cut:
+    """What the steps leave of one layer."""
+    for role, _ in uses:
+        check_kind(name, layer, role)
+    kept = {role: np.ones(inputs(layer) if role == "readers" else outputs(layer), bool) for role in ROLES}
+    tables: dict[str, list[Indices]] = {"rows": [], "columns": []}
+    for role, step in uses:
+        table = channels_of(step.site, role, name, layer)
+        tables["columns" if role == "readers" else "rows"].append(table.ravel())
+        kept[role][table[step.removed]] = False
+    for what, parts in tables.items():
+        if parts and len(np.unique(np.concatenate(parts))) < sum(map(len, parts)):
+            raise CollapseError(
+                f"several steps speak of the same channels of {name}: say in the sites' {what} which are "
+                "whose, or apply one plan after the other."
+            )
+    return Cut(kept["writers"], kept["passed"], kept["readers"])
+
+
+def _check_untied(model: nn.Module, touched: set[nn.Module]) -> None:
+    """Refuse to change parameters that another layer uses too."""
+    owners: dict[int, dict[nn.Module, str]] = {}
+    for prefix, layer in model.named_modules():
+        for name, tensor in chain(layer.named_parameters(recurse=False), layer.named_buffers(recurse=False)):
+            # Pointer 0: nothing is stored, on the meta device for example.
+            if tensor.data_ptr():
+                owners.setdefault(tensor.data_ptr(), {}).setdefault(layer, f"{prefix}.{name}".strip("."))
+    for users in owners.values():
+        if len(users) > 1 and not touched.isdisjoint(users):
+            own, other = sorted(users, key=lambda layer: layer not in touched)[:2]
+            raise CollapseError(
+                f"{users[own].rpartition('.')[0]} shares its values with {users[other]}: untie them before "
+                "changing one."
+            )
+
+
+def _verify(model: nn.Module, smaller: nn.Module, plan: Plan, probe: Any) -> None:
+    """Refuse a result that differs from the masked network, naming the steps that make the difference."""
+    wide = masked(model, plan)
+    problem = mismatch(wide, smaller, probe)
+    if problem is None:
+        return
+    if mismatch(wide, wide, probe) is not None:
+        raise CollapseError(
+            "the network gives another output each time it runs on the probe, so nothing can be verified: "
+            "take the randomness out of its evaluation mode, or give no probe."
+        )
+    if not plan.steps:
+        raise CollapseError(
+            f"the network computes something else with other forms of {', '.join([*plan.forms][:_NAMED])}: "
+            f"{problem}. Does its code look into these layers, or have they hooks?"
+        )
+    guilty = [step.site.name for step in islice(_guilty(model, plan, probe), _NAMED + 1)]
+    raise CollapseError(
+        f"removing channels of {', '.join(guilty[:_NAMED])}{' and others' * (len(guilty) > _NAMED)} changes "
+        f"more than it should: {problem}. Does something between the two layers mix channels (a norm, a "
+        "softmax), or does another layer read them?"
+    )
+
+
+def _guilty(model: nn.Module, plan: Plan, probe: Any) -> Iterator[Collapse]:
+    """The steps of a failing plan that fail without the others, by bisection; all, when only together."""
+    middle = len(plan.steps) // 2
+    halves = [replace(plan, steps=plan.steps[:middle]), replace(plan, steps=plan.steps[middle:])]
+    failing = [half for half in halves if middle and _fails(model, half, probe)]
+    if not failing:
+        yield from plan.steps
+    for half in failing:
+        yield from _guilty(model, half, probe)
+
+
+def _fails(model: nn.Module, plan: Plan, probe: Any) -> bool:
+    try:
+        return mismatch(masked(model, plan), apply(model, plan), probe) is not None
+    except CollapseError:
+        # Groups may lose equally many channels only in the whole plan.
+        return False

@@ -1,0 +1,183 @@
+"""What of a compressed network its tensors do not tell: as a record, and the network made from it again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import zip_longest
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn
+
+from pysolve.compressed import Compressed
+from pysolve.errors import DataError
+from pysolve.forms import Integers, LowRank, Sparse
+from pysolve.nn.apply import apply, substitute
+from pysolve.nn.evaluate import parameters
+from pysolve.nn.files.format1 import sparse_layers
+from pysolve.nn.files.plan_json import (
+    Width,
+    factors_of,
+    field,
+    form_record,
+    step_record,
+    steps_of,
+    strings,
+    typed,
+)
+from pysolve.nn.layers.factored import empty
+from pysolve.nn.layers.quant_weight import QuantWeight
+from pysolve.nn.layers.sparse import in_form
+from pysolve.nn.running import find_layer
+from pysolve.nn.slicing import inputs, outputs
+from pysolve.plan import Plan
+
+# Times the original's parameters that factored layers may have: full ranks double them.
+_GROWTH = 4
+
+
+def fingerprint(model: nn.Module) -> dict[str, str]:
+    """Data type and shape of every tensor in a network's state dict, by name: ``float32 20x1x5x5``."""
+    return {
+        name: f"{str(value.dtype).removeprefix('torch.')} {'x'.join(map(str, value.shape))}".strip()
+        for name, value in model.state_dict().items()
+        if isinstance(value, Tensor)
+    }
+
+
+def architecture(compressed: Compressed) -> dict[str, Any]:
+    """Stages, new biases, sparse and quantised layers of a compressed network, as ``save`` has them."""
+    plans = (*compressed.earlier, compressed.plan)
+    return {
+        "stages": [[step_record(step) for step in plan.steps] for plan in plans],
+        "factored": [_factored(plan) for plan in plans],
+        "biases": _new_biases(compressed),
+        "sparse": [*sparse_layers(compressed.model, remove_duplicate=True)],
+        "quantized": {
+            name: _bits(layer)
+            for name, layer in compressed.model.named_modules()
+            if isinstance(layer, QuantWeight)
+        },
+    }
+
+
+def rebuilt(record: Mapping[str, Any], model: nn.Module) -> nn.Module:
+    """A copy of the original with the compressed network's layers, and any values."""
+    biases = {*strings(field(record, "biases"), "biases")} - model.state_dict().keys()
+    network = _with_biases(model, biases)
+    stages = typed(field(record, "stages"), list, "stages")
+    # Files of before layers were factored have no such field.
+    factored = typed(record.get("factored", []), list, "factored")
+    pairs: Any = zip_longest(stages, factored[: len(stages)], fillvalue={})
+    for stage, ranks in pairs:
+        steps, forms = steps_of(stage, _widths(network)), _factors(network, ranks)
+        if steps or forms:
+            # To layers that factoring made.
+            network = _with_biases(apply(network, Plan(steps, forms=forms)), biases)
+        if parameters(network) > _GROWTH * parameters(model):
+            raise DataError(f"its factored layers have over {_GROWTH} times the original's parameters.")
+    if biases:
+        raise DataError(f"it has no layer {min(biases).rpartition('.')[0]!r}.")
+    for name in strings(field(record, "sparse"), "sparse"):
+        layer = find_layer(network, name)
+        substitute(network, layer, in_form(layer, _empty(name, layer)))
+    # Files of before layers were quantised have no such field.
+    for name, bits in typed(record.get("quantized", {}), dict, "quantized").items():
+        layer = find_layer(network, name)
+        substitute(network, layer, in_form(layer, _codes(name, layer, bits)))
+    return network
+
+
+def _new_biases(compressed: Compressed) -> list[str]:
+    """Biases that the original does not have or, where it is not known, that plans may have brought."""
+    plans, original = (*compressed.earlier, compressed.plan), compressed.fingerprint
+    factored = {name for plan in plans for name in _factored(plan)}
+    names = [name for name in compressed.model.state_dict() if name.rpartition(".")[2] == "bias"]
+    biases = [*dict.fromkeys(_before_factoring(name, factored) for name in names)]
+    if original is not None:
+        return [name for name in biases if name not in original]
+    given = {name for plan in plans for name in plan.values}
+    given |= {f"{name}.bias" for plan in plans for step in plan.steps for name in step.biases}
+    given = {_before_factoring(name, factored) for name in given}
+    return [name for name in biases if name in given]
+
+
+def _factored(plan: Plan) -> dict[str, Any]:
+    return {name: form_record(form) for name, form in plan.forms.items() if isinstance(form, LowRank)}
+
+
+def _before_factoring(bias: str, factored: set[str]) -> str:
+    """The name that a bias had before its layer became the outer one of two."""
+    while (owner := bias.removesuffix(".outer.bias")) != bias and owner in factored:
+        bias = f"{owner}.bias"
+    return bias
+
+
+def _with_biases(network: nn.Module, biases: set[str]) -> nn.Module:
+    """The network with those of the new biases whose layers it has; they are taken off the list."""
+    width, layers = _widths(network), dict(network.named_modules(remove_duplicate=False))
+    ready = {name for name in biases if name.rpartition(".")[0] in layers}
+    biases -= ready
+    return apply(
+        network, Plan(values={name: np.zeros(width("rows", name.rpartition(".")[0])) for name in ready})
+    )
+
+
+def _factors(network: nn.Module, ranks: Any) -> dict[str, LowRank]:
+    """Forms of zeros for the layers that became two."""
+    forms = {}
+    for name, (rank, spatial) in factors_of(ranks).items():
+        layer = find_layer(network, name)
+        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+            raise DataError(f"{name} is a {type(layer).__name__}, which cannot be factored.")
+        if rank > layer.weight.numel():
+            raise DataError(f"{name} cannot have rank {rank}.")
+        forms[name] = empty(layer, rank, spatial=spatial)
+    return forms
+
+
+def _widths(network: nn.Module) -> Width:
+    layers = dict(network.named_modules(remove_duplicate=False))
+
+    def width(what: str, name: str) -> int:
+        if name not in layers:
+            raise DataError(f"it has no layer {name!r}.")
+        try:
+            return outputs(layers[name]) if what == "rows" else inputs(layers[name])
+        except KeyError:
+            kind = type(layers[name]).__name__
+            raise DataError(f"{name} is a {kind}, which has no channels that could go.") from None
+
+    return width
+
+
+def _empty(name: str, layer: nn.Module) -> Sparse:
+    """A form without entries for a layer."""
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        raise DataError(f"{name} is a {type(layer).__name__}, which has no sparse form.")
+    return Sparse(tuple(layer.weight.shape), np.zeros(0, np.float32), np.zeros(0, np.uint8))
+
+
+def _bits(layer: QuantWeight) -> list[int]:
+    """Of a quantised layer: bits, inputs of a group or 0 for all, whether it has zeros and rounds inputs."""
+    group = layer.group if layer.group and layer.scales.shape[1] > 1 else 0
+    return [layer.bits, group, int(layer.zeros is not None), int(getattr(layer, "dynamic", False))]
+
+
+def _codes(name: str, layer: nn.Module, bits: Any) -> Integers:
+    """A form of zeros for a layer; one scale for each weight at most."""
+    if not isinstance(layer, nn.Linear | nn.Conv2d):
+        raise DataError(f"{name} is a {type(layer).__name__}, which has no form of integers.")
+    numbers = [
+        typed(number, int, f"{name}'s bits, group, zeros and rounding") for number in typed(bits, list, name)
+    ]
+    if len(numbers) != 4:
+        raise DataError(f"expected bits, group, zeros and rounding of {name}, got {len(numbers)} numbers.")
+    shape, (width, group, zeros, dynamic) = tuple(layer.weight.shape), numbers
+    codes = np.zeros(shape, np.int8)
+    columns = codes[0].size if len(codes) else 0
+    if not 0 <= group <= columns:
+        raise DataError(f"expected {name} in groups of up to {columns} inputs, got {group}.")
+    parts = (len(codes), -(-columns // (group or max(1, columns))))
+    own = np.zeros(parts, np.int8) if zeros else None
+    return Integers(codes, np.zeros(parts, np.float32), own, width, group or None, bool(dynamic))

@@ -1,0 +1,223 @@
+"""Compressed networks in files: a plan's shapes and the tensors, from which the original makes them again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pysolve import __version__
+from pysolve.compressed import Compressed
+from pysolve.errors import DataError, PysolveError
+from pysolve.nn.files.architecture import architecture, fingerprint, rebuilt
+from pysolve.nn.files.format1 import Packed, pack, unpack
+from pysolve.nn.files.format2 import Compact, compact, expanded
+from pysolve.nn.files.modes import modes_record, ordinary, restore_modes
+from pysolve.nn.files.plan_json import field, plain, typed
+from pysolve.nn.files.storage import STREAM, bits, read, size, write
+
+# Format versions: with each tensor for itself, and in one coded stream.
+PLAIN, CODED = 1, 2
+CODINGS = ("auto", "ans", "huffman", "none")
+# Digits of a report's numbers in a coded file.
+_DIGITS = 5
+
+
+def save(
+    compressed: Compressed, path: str | os.PathLike[str], *, coding: str = "auto", report: bool = True
+) -> None:
+    """Write a compressed network to one ``.safetensors`` file, from which ``load`` makes it again.
+
+    The file holds the tensors of ``compressed.model.state_dict()``, as they are now: after fine-tuning, that
+    is what is saved, to the bit. Each is written in the way that takes the fewest bytes: as it is; as a table
+    of its different values and entropy-coded numbers of those; without its zeros; or with the bytes of its
+    entries apart. Tensors under several names are stored once, of layers that are masked or share values only
+    the weights in use; ``load`` masks them again where they are zero, and has them share the values in use.
+    What else is needed to make the network again is a record beside them: see ``docs/format.md``, by which
+    other programs can read these files.
+
+    Parameters
+    ----------
+    compressed : Compressed
+        What ``compress`` or ``prune`` gave. Without a fingerprint, ``load`` can tell a wrong original only by
+        shapes that do not fit.
+    path : str or path
+        An existing file is replaced once the new one is complete.
+    coding : "auto", "ans", "huffman" or "none"
+        How numbers are entropy-coded: by asymmetric numeral systems, for which constriction is needed here
+        and to load the file (``pip install 'pysolve[coding]'``), or by Huffman's codes. "auto" is the first
+        of them that is installed. "none" writes format 1: all tensors are the file's own, some without their
+        zeros, and the record is plain.
+    report : bool
+        Without, files are some hundred bytes smaller.
+
+    Raises
+    ------
+    PysolveError
+        When the network holds what such files cannot, for example tensors without values.
+    ImportError
+        "ans" without constriction.
+    """
+    write(Path(path), *_content(compressed, coding, report))
+
+
+def file_bytes(compressed: Compressed, *, coding: str = "auto", report: bool = True) -> int:
+    """Bytes of the file that ``save`` would write, exactly; parameters and errors as there."""
+    return size(*_content(compressed, coding, report))
+
+
+def stored_bytes(model: nn.Module, coding: str = "auto") -> dict[str, int]:
+    """What each tensor of a network takes in a file that ``save`` writes.
+
+    Parameters
+    ----------
+    model : nn.Module
+    coding : str
+        As in ``save``.
+
+    Returns
+    -------
+    {state-dict name: int}
+        Bytes of tables and data, without what the record tells: 0 for a tensor of one value, for further
+        names of a tensor, and for what follows from where the entries of a sparse layer are.
+    """
+    model, kind = ordinary(model), _kind(coding)
+    sizes = dict.fromkeys(model.state_dict(), 0)
+    return sizes | (compact(model, kind).sizes if kind else pack(model).sizes())
+
+
+def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
+    """Read a compressed network from a file that ``save`` wrote.
+
+    Parameters
+    ----------
+    path : str or path
+    model : nn.Module
+        The original network, with any weights; not changed.
+
+    Returns
+    -------
+    nn.Module
+        A copy with the saved network's layers, values, data types and modes, on the devices of ``model``: it
+        computes what the saved one did, bit for bit. Buffers that no state dict holds are ``model``'s.
+
+    Raises
+    ------
+    DataError
+        When the file is damaged, of another version or no such file at all, or made from another network:
+        names the first difference. Files are safe to load whoever wrote them.
+    """
+    _check_kind("model", model, nn.Module, "the original network, a torch.nn.Module")
+    record, tensors = read(Path(path))
+    version = record.get("version")
+    if type(version) is not int or version not in (PLAIN, CODED):
+        raise DataError(
+            f"{path} has format version {str(version)[:20]}, but this pysolve reads versions {PLAIN} and "
+            f"{CODED}: update pysolve, or save the network anew."
+        )
+    try:
+        model = ordinary(model)
+        _check_original(record, model)
+        network = rebuilt(record, model)
+        _fill(network, _values(record, tensors, network))
+        restore_modes(network, record)
+    except ImportError as error:
+        raise ImportError(f"{path} cannot be read: {error}") from error
+    except (PysolveError, ValueError, TypeError, RuntimeError) as error:
+        why = str(error).rstrip(".")
+        raise DataError(f"{path} does not fit this {type(model).__name__}: {why}.") from error
+    return network
+
+
+def _content(compressed: Compressed, coding: str, report: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and record of a file."""
+    _check_kind("compressed", compressed, Compressed, "what compress or prune returned")
+    model, kind = ordinary(compressed.model), _kind(coding)
+    modes = modes_record(compressed.model, model)
+    compressed = replace(compressed, model=model)
+    record = {
+        "version": CODED if kind else PLAIN,
+        "pysolve": __version__,
+        "original": compressed.fingerprint,
+        **architecture(compressed),
+        **modes,
+    }
+    if kind:
+        made = compact(model, kind)
+        tensors = {STREAM: made.stream, **made.tensors}
+        record |= {"rows": made.rows, "aliases": made.aliases}
+    else:
+        packed = pack(model)
+        tensors = packed.tensors
+        record |= {"shapes": packed.shapes, "aliases": packed.aliases}
+    if report:
+        told = plain(compressed.report.brief().as_dict())
+        record["report"] = _rounded(told) if kind else told
+    return tensors, record
+
+
+def _values(record: Mapping[str, Any], tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+    """The state dict that a file holds for a network."""
+    aliases = field(record, "aliases")
+    if record["version"] == PLAIN:
+        return unpack(Packed(tensors, field(record, "shapes"), aliases), network)
+    others = {name: tensor for name, tensor in tensors.items() if name != STREAM}
+    return expanded(Compact(tensors[STREAM], field(record, "rows"), others, aliases), network)
+
+
+def _kind(coding: str) -> str:
+    """The entropy coder; nothing for files without."""
+    if coding not in CODINGS:
+        raise ValueError(f"unknown coding {coding!r}; choose one of {', '.join(CODINGS)}.")
+    if coding == "auto":
+        return "ans" if find_spec("constriction") else "huffman"
+    return "" if coding == "none" else coding
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
+
+
+def _check_kind(name: str, value: Any, kind: type, what: str) -> None:
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be {what}, got {type(value).__name__}.")
+
+
+def _check_original(record: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse a network that is not the original, naming the first difference."""
+    if field(record, "original") is None:
+        return
+    original, own = typed(record["original"], dict, "original"), fingerprint(model)
+    for name in (*original, *own):
+        if original.get(name) != own.get(name):
+            raise DataError(
+                f"the original has {name} as {original.get(name, 'nothing')}, this one as "
+                f"{own.get(name, 'nothing')}. Give load the network that was compressed, as it was before."
+            )
+
+
+def _fill(network: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Put the values in place; data types follow them."""
+    own = network.state_dict(keep_vars=True)
+    for name, tensor in values.items():
+        target = own[name]
+        if target.is_meta:
+            raise DataError(f"{name} is on the meta device. Make the original where it can hold values.")
+        if target.dtype != tensor.dtype:
+            if not (target.is_floating_point() and tensor.is_floating_point()):
+                raise DataError(f"expected {name} in {target.dtype}, got {tensor.dtype}.")
+            target.data = target.data.to(tensor.dtype)
+    network.load_state_dict(dict(values))
+    for name, tensor in network.state_dict().items():
+        if not torch.equal(bits(tensor), bits(values[name])):
+            raise DataError(f"{name} shares its memory with a tensor of other values in the file.")

@@ -1,0 +1,232 @@
+"""A network's state dict as tensors for a file: each once, and without zeros where that is smaller."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pysolve.errors import DataError, PysolveError
+from pysolve.forms import Sparse
+from pysolve.nn.files.plan_json import typed
+from pysolve.nn.files.storage import bits, in_order
+from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
+
+SparseLayer = SparseLinear | SparseConv2d
+_GAPS = ":gaps"
+# What of a sparse layer follows from where its entries are.
+_DERIVED = ("indices", "indptr")
+# What a second tensor adds to the header of a file, in bytes.
+_ENTRY = 200
+
+
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """What a state dict can be made from again.
+
+    Parameters
+    ----------
+    tensors : {name: tensor}
+        Of a tensor that is stored without its zeros the entries, and as ``NAME:gaps`` the numbers of zeros
+        before them, as ``Sparse`` counts them.
+    shapes : {name: list of int}
+        Of the tensors that are stored so; of a sparse layer's values, the shape of its matrix.
+    aliases : {name: name}
+        From further names of a tensor to its first.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    shapes: dict[str, list[int]] = field(default_factory=dict)
+    aliases: dict[str, str] = field(default_factory=dict)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each tensor, with its gaps."""
+        parts = {name: self.tensors.get(name + _GAPS) for name in self.tensors if not name.endswith(_GAPS)}
+        gaps = {name: 0 if part is None else part.nbytes for name, part in parts.items()}
+        return {name: self.tensors[name].nbytes + gaps[name] for name in parts}
+
+
+def pack(model: nn.Module) -> Packed:
+    """A network's state dict in little space.
+
+    Raises
+    ------
+    PysolveError
+        When it holds something that is no tensor with values.
+    """
+    packed = Packed()
+    storages: set[int] = set()
+    for name, tensor, layer in stored(model, packed.aliases):
+        form = coded(tensor) if layer is None else entries(layer)
+        if form is None:
+            packed.tensors[name] = own(tensor, storages)
+        else:
+            packed.tensors[name] = torch.from_numpy(form.values).view(tensor.dtype)
+            packed.tensors[name + _GAPS] = torch.from_numpy(form.gaps)
+            packed.shapes[name] = [*form.shape]
+    return packed
+
+
+def stored(model: nn.Module, aliases: dict[str, str]) -> Iterator[tuple[str, Tensor, SparseLayer | None]]:
+    """What of a state dict a file holds: names, tensors, and the sparse layers whose values they are.
+
+    Further names of a tensor go into ``aliases``; errors as of ``pack``.
+    """
+    first: dict[Any, str] = {}
+    sparse = sparse_layers(model)
+    for name, tensor in model.state_dict().items():
+        owner, _, leaf = name.rpartition(".")
+        if owner in sparse and leaf in _DERIVED:
+            continue
+        _check_storable(name, tensor)
+        place = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        # Tensors without entries have no place of their own.
+        if tensor.numel() and first.setdefault(place, name) != name:
+            aliases[name] = first[place]
+            continue
+        yield name, tensor, sparse.get(owner) if leaf == "values" else None
+
+
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """What a network needs of a file.
+
+    Parameters
+    ----------
+    keys : {name: name}
+        For each tensor of its state dict the name under which it is stored.
+    shapes : {name: tuple of int}
+        Of a sparse layer's values, the shape of its matrix.
+    layers : {name: str}
+        For the values of sparse layers the layer's name.
+    """
+
+    keys: dict[str, str]
+    shapes: dict[str, tuple[int, ...]]
+    layers: dict[str, str]
+
+
+def wanted(network: nn.Module, aliases: Any) -> Wanted:
+    """What of a file goes where in a network; DataError when the aliases are none."""
+    sparse, aliases = sparse_layers(network), typed(aliases, dict, "aliases")
+    derived = {f"{name}.{leaf}" for name in sparse for leaf in _DERIVED}
+    shapes = {k: tuple(v.shape) for k, v in network.state_dict().items() if k not in derived}
+    keys = {name: typed(aliases.get(name, name), str, "aliases") for name in shapes}
+    layers = {f"{name}.values": name for name in sparse}
+    return Wanted(keys, shapes | {key: sparse[name].shape for key, name in layers.items()}, layers)
+
+
+def unpack(packed: Packed, network: nn.Module) -> dict[str, Tensor]:
+    """The state dict for a network of the layers that were packed.
+
+    Raises
+    ------
+    DataError
+        When what was packed is not such a network's; sizes are checked before they are used.
+    """
+    need, shapes = wanted(network, packed.aliases), typed(packed.shapes, dict, "shapes")
+    check_names({*need.keys.values(), *(name + _GAPS for name in shapes)}, packed.tensors)
+    values: dict[str, Tensor] = {}
+    for name, key in need.keys.items():
+        shape, owner = need.shapes[name], need.layers.get(name)
+        tensor = packed.tensors[key]
+        check_shape(name, shapes.get(key, [*tensor.shape]), shape)
+        if key in shapes:
+            form = decoded(tensor, packed.tensors[key + _GAPS], shape)
+            values |= filled(name, form, tensor.dtype, owner)
+        elif owner is None:
+            values[name] = tensor
+        else:
+            raise DataError(f"expected gaps between the entries of {name}, got none.")
+    return values
+
+
+def coded(tensor: Tensor) -> Sparse | None:
+    """A form of the tensor's bytes, as integers, that takes less space without zeros; None when none does.
+
+    Only what has no bit set is left out: −0.0 is an entry.
+    """
+    whole = bits(tensor).numpy()
+    if np.count_nonzero(whole) * (whole.itemsize + 1) + _ENTRY >= whole.nbytes:
+        return None
+    form = Sparse.from_dense(whole)
+    return form if form.nbytes + _ENTRY < whole.nbytes else None
+
+
+def decoded(values: Tensor, gaps: Tensor, shape: tuple[int, ...]) -> Sparse:
+    """The form whose values, as integers, and gaps a file holds; sizes are checked before they are used."""
+    places = math.prod(shape)
+    if gaps.dtype not in (torch.uint8, torch.uint16) or gaps.ndim != 1 or values.ndim != 1:
+        raise DataError("expected a row of values and a row of uint8 or uint16 gaps.")
+    # Full gaps hold zeros alone.
+    most = len(values) + places // torch.iinfo(gaps.dtype).max
+    if len(values) > places or len(gaps) > most:
+        raise DataError(f"expected at most {places} values with {most} gaps, got {len(values)}, {len(gaps)}.")
+    return Sparse(shape, bits(values).numpy(), gaps.numpy())
+
+
+def sparse_layers(model: nn.Module, *, remove_duplicate: bool = False) -> dict[str, SparseLayer]:
+    """Sparse layers by all their names, or by their first."""
+    layers = model.named_modules(remove_duplicate=remove_duplicate)
+    return {name: layer for name, layer in layers if isinstance(layer, SparseLayer)}
+
+
+def _check_storable(name: str, tensor: Any) -> None:
+    what = None
+    if not isinstance(tensor, Tensor):
+        what = "no tensor"
+    elif tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized or tensor.itemsize > 8:
+        what = f"a tensor of {tensor.dtype}, {tensor.layout}, on {tensor.device}"
+    elif name.endswith(_GAPS):
+        what = f"named like the gaps of {name.removesuffix(_GAPS)}"
+    if what is not None:
+        raise PysolveError(f"{name} of the network's state dict is {what}, which cannot be saved.")
+
+
+def own(tensor: Tensor, storages: set[int]) -> Tensor:
+    """The tensor where none of those before lies."""
+    tensor = in_order(tensor)
+    pointer = tensor.untyped_storage().data_ptr()
+    if pointer in storages:
+        return tensor.clone()
+    storages.add(pointer)
+    return tensor
+
+
+def entries(layer: SparseLayer) -> Sparse:
+    """All entries of a sparse layer, also those that are zero."""
+    h, d = layer.shape
+    rows = np.repeat(np.arange(h), np.diff(layer.indptr.cpu().numpy()))
+    return Sparse.at(rows * d + layer.indices.cpu().numpy(), bits(layer.values).numpy(), (h, d))
+
+
+def check_names(expected: Iterable[str], got: Iterable[str]) -> None:
+    """Raise DataError unless both are the same names."""
+    strangers = {*expected} ^ {*got}
+    if strangers:
+        raise DataError(f"only one of them has {min(strangers)}.")
+
+
+def check_shape(name: str, given: Any, shape: tuple[int, ...]) -> None:
+    """Raise DataError unless what a file gives is the shape that a network has."""
+    if given != [*shape]:
+        raise DataError(f"expected {name} of shape {[*shape]}, got {str(given)[:80]}.")
+
+
+def filled(name: str, form: Sparse, dtype: torch.dtype, owner: str | None) -> dict[str, Tensor]:
+    """A tensor with its zeros, or what a sparse layer of this name makes of the form."""
+    if owner is None:
+        return {name: torch.from_numpy(form.dense()).view(dtype)}
+    h, d = form.shape
+    rows, columns = np.divmod(form.places(), d)
+    ends = np.cumsum(np.bincount(rows, minlength=h))
+    return {
+        f"{owner}.values": torch.from_numpy(form.values).view(dtype),
+        f"{owner}.indices": torch.from_numpy(columns.astype(np.int32)),
+        f"{owner}.indptr": torch.from_numpy(np.concatenate([[0], ends])),
+    }

@@ -1,0 +1,167 @@
+"""A network's state dict in one stream of bytes, each tensor written in the way that takes the fewest."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from pysolve.errors import DataError
+from pysolve.forms import Sparse
+from pysolve.nn.files.coded import Row, fitted, gapped, written
+from pysolve.nn.files.decoded import Stream, gapped_of, row_of
+from pysolve.nn.files.format1 import (
+    SparseLayer,
+    Wanted,
+    check_names,
+    check_shape,
+    entries,
+    filled,
+    own,
+    stored,
+    wanted,
+)
+from pysolve.nn.files.plan_json import typed
+from pysolve.nn.files.storage import bits
+
+# Raw bytes from which on a tensor is one of the file's own.
+_LARGE = 1 << 16
+
+
+@dataclass(frozen=True, eq=False)
+class Compact:
+    """What a state dict can be made from again.
+
+    Parameters
+    ----------
+    stream : uint8 tensor
+        The bytes of all rows, one tensor after the other.
+    rows : {name: [str, description]}
+        Of the tensors in the stream, in its order: data type and shape, as in "float32 20x1x5x5", and how
+        the row of their bits is written, see ``files.coded``. Of a sparse layer's values, the shape of
+        its matrix.
+    tensors : {name: tensor}
+        Large ones that no way makes smaller.
+    aliases : {name: name}
+        From further names of a tensor to its first.
+    sizes : {name: int}
+        Bytes of each tensor, without its description.
+    """
+
+    stream: Tensor
+    rows: dict[str, list[Any]]
+    tensors: dict[str, Tensor]
+    aliases: dict[str, str]
+    sizes: dict[str, int] = field(default_factory=dict)
+
+
+def compact(model: nn.Module, kind: str) -> Compact:
+    """A network's state dict in the fewest bytes.
+
+    Parameters
+    ----------
+    model : nn.Module
+    kind : "ans" or "huffman"
+
+    Raises
+    ------
+    PysolveError
+        When it holds something that is no tensor with values.
+    ImportError
+        "ans" without constriction.
+    """
+    out: list[npt.NDArray[np.uint8]] = []
+    rows: dict[str, list[Any]] = {}
+    tensors: dict[str, Tensor] = {}
+    aliases: dict[str, str] = {}
+    sizes: dict[str, int] = {}
+    storages: set[int] = set()
+    for name, tensor, layer in stored(model, aliases):
+        part = fitted(_row(tensor), kind) if layer is None else gapped(_entries(layer), kind)
+        if part.head == "r" and tensor.nbytes >= _LARGE:
+            tensors[name], sizes[name] = own(tensor, storages), tensor.nbytes
+            continue
+        before = len(out)
+        shape = tuple(tensor.shape) if layer is None else layer.shape
+        rows[name] = [_told(tensor.dtype, shape), written(part, out)]
+        sizes[name] = sum(len(one) for one in out[before:])
+    stream = torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *out]))
+    return Compact(stream, rows, tensors, aliases, sizes)
+
+
+def expanded(made: Compact, network: nn.Module) -> dict[str, Tensor]:
+    """The state dict for a network of the layers that were written.
+
+    Raises
+    ------
+    DataError
+        When what was written is not such a network's; sizes are checked before they are used.
+    ImportError
+        When it needs constriction, which is not installed.
+    """
+    need, rows = wanted(network, made.aliases), typed(made.rows, dict, "rows")
+    check_names(need.keys.values(), [*rows, *made.tensors])
+    stream, values = Stream(made.stream.numpy()), dict[str, Tensor]()
+    for key, told in rows.items():
+        names = [name for name, first in need.keys.items() if first == key]
+        dtype = _dtype(key, told, [need.shapes[name] for name in names])
+        values |= _read(names, told[1], stream, dtype, need)
+    if stream.at < len(stream.data):
+        raise DataError(f"{len(stream.data) - stream.at} bytes belong to no tensor.")
+    for name, key in need.keys.items():
+        if key in made.tensors and key not in rows:
+            check_shape(name, [*made.tensors[key].shape], need.shapes[name])
+            if name in need.layers:
+                raise DataError(f"expected gaps between the entries of {name}, got none.")
+            values[name] = made.tensors[key]
+    return values
+
+
+def _read(names: list[str], told: Any, stream: Stream, dtype: torch.dtype, need: Wanted) -> dict[str, Tensor]:
+    """The tensors of these names, which are one in the file."""
+    shape, kind, found = need.shapes[names[0]], f"u{dtype.itemsize}", dict[str, Tensor]()
+    if need.layers.keys().isdisjoint(names):
+        row = torch.from_numpy(row_of(told, stream, math.prod(shape), kind))
+        tensor = row.view(dtype).reshape(shape)
+        return dict.fromkeys(names, tensor)
+    form = gapped_of(told, stream, shape, kind)
+    for name in names:
+        found |= filled(name, form, dtype, need.layers.get(name))
+    return found
+
+
+def _told(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}".strip()
+
+
+def _dtype(key: str, told: Any, shapes: list[tuple[int, ...]]) -> torch.dtype:
+    """The data type of a tensor, from what the record says of it; the shapes are checked."""
+    if len(typed(told, list, key)) != 2:
+        raise DataError(f"expected data type and row of {key}, got {str(told)[:40]}.")
+    kind, _, sizes = typed(told[0], str, key).partition(" ")
+    dtype = getattr(torch, kind, None)
+    if not isinstance(dtype, torch.dtype) or dtype.itemsize > 8:
+        raise DataError(f"{key} is of an unknown data type {kind[:20]!r}.")
+    for shape in shapes:
+        if told[0] != _told(dtype, shape):
+            raise DataError(f"expected {key} of shape {[*shape]}, got [{sizes[:80].replace('x', ', ')}].")
+    return dtype
+
+
+def _entries(layer: SparseLayer) -> Sparse:
+    form = entries(layer)
+    return replace(form, values=_unsigned(form.values))
+
+
+def _row(tensor: Tensor) -> Row:
+    return _unsigned(bits(tensor).numpy().ravel())
+
+
+def _unsigned(values: npt.NDArray[Any]) -> Row:
+    return values.view(f"u{values.itemsize}")

@@ -1,0 +1,207 @@
+"""Plans as plain values that JSON can hold, and back from JSON that nobody vouches for."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from numbers import Integral, Real
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from pysolve.errors import DataError
+from pysolve.forms import Codebook, Form, Integers, LowRank
+from pysolve.plan import Collapse, Indices, Plan, Site
+
+# From "rows" or "columns" and a layer's name to how many output or input channels it has.
+Width = Callable[[str, str], int]
+T = TypeVar("T")
+_RANGES = re.compile(r"[0-9]{1,10}(-[0-9]{1,10})?( [0-9]{1,10}(-[0-9]{1,10})?)*")
+_KINDS = {dict: "an object", list: "a list", str: "a string", int: "an integer", bool: "true or false"}
+
+
+def plain(value: Any) -> Any:
+    """Numbers, strings, lists and dictionaries that JSON can hold; numbers that are not finite are None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if value is None or isinstance(value, str | bool):
+        return value
+    if isinstance(value, np.bool_):
+        return bool(value)
+    if isinstance(value, Integral):
+        return int(value)
+    if isinstance(value, Real):
+        return float(value) if math.isfinite(value) else None
+    raise TypeError(f"a report holds numbers and strings, got {type(value).__name__}.")
+
+
+def ranges(indices: npt.ArrayLike) -> str:
+    """Indices in their order, neighbours together: [0, 1, 2, 7, 4, 5] is "0-2 7 4-5"."""
+    flat = np.asarray(indices, dtype=np.intp).ravel()
+    starts = np.flatnonzero(np.diff(flat, prepend=-2) != 1)
+    ends = np.append(starts[1:], len(flat)) - 1 if len(flat) else starts
+    pairs = zip(flat[starts].tolist(), flat[ends].tolist(), strict=True)
+    return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in pairs)
+
+
+def indices_of(text: Any, limit: int, what: str) -> Indices:
+    """Indices from "0-2 7 4-5": at most ``limit`` of them, all below it, counted before any is made.
+
+    Raises
+    ------
+    DataError
+    """
+    # Matching takes memory for every part, so there may not be more than the indices that could be meant.
+    if not isinstance(text, str) or text.count(" ") > limit or (text and not _RANGES.fullmatch(text)):
+        raise DataError(f'expected {what} as indices such as "0-2 7", got {str(text)[:40]!r}.')
+    pairs = [tuple(map(int, part.split("-"))) for part in text.split()]
+    parts = [(pair[0], pair[-1] + 1) for pair in pairs]
+    count = sum(end - start for start, end in parts)
+    if any(not start < end <= limit for start, end in parts) or count > limit:
+        raise DataError(f"expected {what} within 0 … {limit - 1}, each once, got {text[:40]!r}.")
+    return np.concatenate([np.arange(*part) for part in parts]) if parts else np.zeros(0, np.intp)
+
+
+def step_record(step: Collapse) -> dict[str, Any]:
+    """A step without its values: its site and what it keeps."""
+    site = step.site
+    return {
+        "keep": ranges(step.keep),
+        "channels": site.channels,
+        "writers": [*site.writers],
+        "readers": [*site.readers],
+        "passed": [*site.passed],
+        "rows": {name: ranges(table) for name, table in site.rows.items()},
+        "columns": {name: ranges(table) for name, table in site.columns.items()},
+    }
+
+
+def plan_record(plan: Plan) -> dict[str, Any]:
+    """A plan without its numbers: what stays of each site, which values are new, which layers have a form."""
+    return {
+        "steps": [step_record(step) for step in plan.steps],
+        "values": [*plan.values],
+        "forms": {name: form_record(form) for name, form in plan.forms.items()},
+    }
+
+
+def form_record(form: Form) -> dict[str, Any]:
+    """A form without its numbers.
+
+    Raises
+    ------
+    DataError
+        Of factors that share the kernel out in a way that no record tells.
+    """
+    if isinstance(form, LowRank):
+        *before, spatial = [False, *(size > 1 for size in form.outer.shape[2:])]
+        if any(before):
+            raise DataError(
+                "expected factors with the kernel first, or along the last dimension in the outer one, got "
+                f"{form.outer.shape} and {form.inner.shape}."
+            )
+        return {"kind": "low-rank", "rank": form.rank, "spatial": spatial}
+    if isinstance(form, Integers):
+        return {"kind": "int", "bits": form.bits, "group": form.group, "dynamic": form.dynamic}
+    if isinstance(form, Codebook):
+        return {"kind": "codebook", "values": len(form.centroids)}
+    return {"kind": "csr", "density": form.density}
+
+
+def factors_of(records: Any) -> dict[str, tuple[int, bool]]:
+    """Rank of each factored layer, and whether it lies along height and width, from their records.
+
+    Raises
+    ------
+    DataError
+    """
+    found = {}
+    for name, record in typed(records, dict, "factored").items():
+        given = typed(record, dict, "a factored layer")
+        rank = typed(field(given, "rank"), int, "rank")
+        if rank < 1:
+            raise DataError(f"expected a rank of at least 1, got {rank}.")
+        found[name] = (rank, typed(field(given, "spatial"), bool, "spatial"))
+    return found
+
+
+def steps_of(records: Any, width: Width) -> tuple[Collapse, ...]:
+    """Steps from their records, for a network whose layers have these widths.
+
+    Together the steps may speak of each channel of a layer once, so that no more is made of a file than the
+    network is wide.
+
+    Raises
+    ------
+    DataError
+        When a record is not one of a step of this network.
+    """
+    spoken: dict[tuple[str, str], int] = {}
+    return tuple(
+        _step(typed(record, dict, "a step"), width, spoken) for record in typed(records, list, "steps")
+    )
+
+
+def typed(value: Any, kind: type[T], what: str) -> T:
+    """The value, if it is of exactly this type; else DataError."""
+    if type(value) is not kind:
+        raise DataError(f"expected {what} to be {_KINDS[kind]}, got {_shown(value)}.")
+    return value
+
+
+def strings(value: Any, what: str) -> list[str]:
+    """The value, if it is a list of strings; else DataError."""
+    return [typed(item, str, f"every part of {what}") for item in typed(value, list, what)]
+
+
+def field(record: Mapping[str, Any], name: str) -> Any:
+    """A field that must be there; else DataError."""
+    if name not in record:
+        raise DataError(f"expected a field {name!r}, got {', '.join(record)[:80] or 'none'}.")
+    return record[name]
+
+
+def _shown(value: Any) -> str:
+    return _KINDS.get(type(value), "null" if value is None else "a number")
+
+
+def _step(record: dict[str, Any], width: Width, spoken: dict[tuple[str, str], int]) -> Collapse:
+    channels = typed(field(record, "channels"), int, "channels")
+    writers, readers, passed = (
+        tuple(strings(field(record, role), role)) for role in ("writers", "readers", "passed")
+    )
+    members = {"rows": {*writers, *passed}, "columns": {*readers}}
+    tables: dict[str, Any] = {}
+    most = 0
+    for what, layers in members.items():
+        given = typed(field(record, what), dict, what)
+        tables[what] = {name: _table(given[name], channels, width(what, name), what) for name in given}
+        for name in sorted(layers):
+            limit = width(what, name)
+            size = tables[what][name].size if name in given else limit
+            most = max(most, size)
+            _spend(spoken, (what, name), size, limit)
+    if not 1 <= channels <= most:
+        raise DataError(f"expected a site of 1 … {most} channels, got {channels}.")
+    keep = indices_of(field(record, "keep"), channels, "keep")
+    try:
+        return Collapse(Site(channels, writers, readers, passed, **tables), keep)
+    except ValueError as error:
+        raise DataError(str(error)) from error
+
+
+def _table(text: Any, channels: int, limit: int, what: str) -> Indices:
+    table = indices_of(text, limit, what)
+    if channels < 1 or len(table) % channels:
+        raise DataError(f"expected {what} of as many indices for each of {channels} channels.")
+    return table.reshape(channels, len(table) // channels)
+
+
+def _spend(spoken: dict[tuple[str, str], int], key: tuple[str, str], size: int, limit: int) -> None:
+    spoken[key] = spoken.get(key, 0) + size
+    if spoken[key] > limit:
+        raise DataError(f"several steps speak of the same {key[0]} of {key[1]}.")

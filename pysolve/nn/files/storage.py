@@ -1,0 +1,191 @@
+"""Tensors and a record of them in one file: written whole or not at all, and read with distrust."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import secrets
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as save_bytes
+from safetensors.torch import save_file
+from torch import Tensor
+
+from pysolve.errors import DataError
+from pysolve.nn.files.zipped import unzipped, zipped
+
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_KEY = "pysolve"
+_SEALED = re.compile(r'\{"checksum":(\d{1,10}),"record":(.*)\}', re.DOTALL)
+_VERSION = re.compile(r"\d+ ")
+_SHORT = re.compile(r"2 (\d{1,10}) (\d{1,10})")
+# The tensor that holds the record and what is coded; no parameter's name begins like that by accident.
+STREAM = ":coded"
+# Lists and objects take up to fifty times the memory of their JSON, and no network needs so many.
+_PARTS = 1_000_000
+# Reading a header takes some four times its size: of a file it may be a quarter, and so much more.
+_HEADER, _HEADER_SHARE = 2_000_000, 4
+# What comes of data types that torch does not have.
+_LACKING = (AttributeError, KeyError, TypeError)
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+    """Write a ``.safetensors`` file with a record, in the form of the record's ``version``.
+
+    1: the metadata has one entry, ``pysolve``: JSON of ``{"checksum": n, "record": {…}}`` with the CRC-32 of
+    the record's text. 2: it says ``2 c n`` of a tensor of bytes ``:coded``: its CRC-32, and that its first n
+    bytes are the record, ``zipped``; the rest is the ``:coded`` that
+    was given. To the record belong the ``checksums`` of all other tensors, which are added here.
+
+    An existing file is replaced only once the new one is complete and on the disk.
+
+    Raises
+    ------
+    DataError
+        When there would be more record than ``read`` takes.
+    """
+    content, metadata = _sealed(tensors, record)
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        # The library makes files that their owner alone may read; ours are as open as any other.
+        with open(part, "xb") as empty:
+            mode = os.fstat(empty.fileno()).st_mode
+        save_file(content, part, metadata=metadata)
+        _check_header(part)
+        part.chmod(mode)
+        with open(part, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            part.unlink()
+        raise
+
+
+def size(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> int:
+    """Bytes of the file that ``write`` would write."""
+    content, metadata = _sealed(tensors, record)
+    # One of the same header, without the tensors' bytes, would need the format written out once more.
+    return len(save_bytes(content, metadata))
+
+
+def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The record and the tensors, whose checksums are right, of a file that ``write`` wrote.
+
+    Raises
+    ------
+    DataError
+        When the file is another one, or damaged. Nothing larger than the file is allocated before.
+    """
+    try:
+        _check_header(path)
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            record, sealed = _opened((file.metadata() or {}).get(_KEY) or "", tensors, path.stat().st_size)
+        _check_sums({name: tensors[name] for name in tensors.keys() - sealed}, record.get("checksums"))
+    # RuntimeError: JSON that is nested too deeply.
+    except (DataError, SafetensorError, ValueError, RuntimeError, *_LACKING) as error:
+        why = str(error).rstrip(".")
+        raise DataError(
+            f"{path} is no file written by pysolve.save, or it is damaged: {why}. Save the network again, or "
+            "copy the file anew."
+        ) from error
+    return record, tensors
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor as integers of the same size."""
+    return in_order(tensor).view(_BITS[tensor.itemsize])
+
+
+def in_order(tensor: Tensor) -> Tensor:
+    """On the CPU, as a file has it; conjugates and negatives, which torch only marks as such, carried out."""
+    return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+
+
+def _check_header(path: Path) -> None:
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > size - 8:
+        raise DataError(f"its header should take {length} bytes, but the file has {size}.")
+    _check_length(length, size)
+
+
+def _check_length(length: int, size: int) -> None:
+    if length > _limit(size):
+        raise DataError(f"its header takes {length} of its {size} bytes, more than a quarter and 2 MB.")
+
+
+def _limit(size: int) -> int:
+    """Bytes of header, or of record, that are read of a file of this size."""
+    return _HEADER + size // _HEADER_SHARE
+
+
+def _sealed(
+    tensors: Mapping[str, Tensor], record: Mapping[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What the file holds: tensors and metadata."""
+    short = record.get("version") == 2
+    others = {name: tensor for name, tensor in tensors.items() if not (short and name == STREAM)}
+    record = {**record, "checksums": {name: _checksum(tensor) for name, tensor in others.items()}}
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+    if not short:
+        return others, {_KEY: f'{{"checksum":{zlib.crc32(text)},"record":{text.decode()}}}'}
+    stream = tensors.get(STREAM, torch.zeros(0, dtype=torch.uint8))
+    _check_length(len(text), stream.nbytes + sum(tensor.nbytes for tensor in others.values()))
+    packed = zipped(text)
+    whole = torch.cat([torch.frombuffer(bytearray(packed), dtype=torch.uint8), stream])
+    return {STREAM: whole, **others}, {_KEY: f"2 {_checksum(whole)} {len(packed)}"}
+
+
+def _opened(told: str, tensors: dict[str, Tensor], size: int) -> tuple[dict[str, Any], set[str]]:
+    """The record, and which tensors have their checksum already; of what holds it only the rest stays."""
+    plain, version = _SEALED.fullmatch(told), _VERSION.match(told)
+    if plain is None and version is None:
+        raise DataError("it has no record of a compressed network.")
+    if plain is None and (short := _SHORT.fullmatch(told)) is not None and STREAM in tensors:
+        whole, length = tensors[STREAM], int(short[2])
+        _check_seal(whole.dtype == torch.uint8 and _checksum(whole) == int(short[1]))
+        text = unzipped(whole[:length].numpy().tobytes(), _limit(size))
+        tensors[STREAM] = whole[length:]
+    elif plain is not None:
+        text = plain[2].encode()
+        _check_seal(zlib.crc32(text) == int(plain[1]))
+    else:
+        raise DataError(
+            f"it has format version {told[:9]!r}, but this pysolve reads 1 and 2: update pysolve."
+        )
+    if sum(map(text.count, (b",", b"[", b"{"))) > _PARTS:
+        raise DataError(f"its record has more than {_PARTS} parts.")
+    record = json.loads(text)
+    if not isinstance(record, dict) or (record.get("version") == 2) != (plain is None):
+        raise DataError("its record is none of such a file.")
+    return record, set() if plain else {STREAM}
+
+
+def _check_seal(right: bool) -> None:
+    if not right:
+        raise DataError("the checksum of its record is wrong.")
+
+
+def _check_sums(tensors: Mapping[str, Tensor], checksums: Any) -> None:
+    if not isinstance(checksums, dict) or set(checksums) != set(tensors):
+        raise DataError("its tensors are not those that its record names.")
+    for name, tensor in tensors.items():
+        if checksums[name] != _checksum(tensor):
+            raise DataError(f"the checksum of {name} is wrong.")
+
+
+def _checksum(tensor: Tensor) -> int:
+    """CRC-32 of data type, shape and bytes."""
+    start = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+    content: Any = bits(tensor).numpy()
+    return zlib.crc32(content, start)

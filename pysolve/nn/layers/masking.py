@@ -1,0 +1,167 @@
+"""Weights that are masked: pruned places are zero, and stay zero while the others are trained."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from pysolve.nn.running import as_tensor, find_layer
+
+
+class Mask(nn.Module):
+    """The parametrisation  w ↦ w ∘ m.
+
+    The mask is a buffer and so part of the state dict. Pruned weights get no gradient, hence no momentum;
+    whatever an optimiser does to the values below, what is in use is zero.
+
+    Parameters
+    ----------
+    mask : bool tensor
+        True for what stays.
+    splicing : bool
+        Let gradients reach the pruned weights too, as if they were in use: they go on changing under the mask
+        and may come back with a later one. So in dynamic network surgery.
+    """
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor, *, splicing: bool = False) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+        self.splicing = splicing
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight in use."""
+        # Not a product: that would leave −0.0, and NaN of infinity.
+        masked = torch.where(self.mask, weight, 0.0)
+        # Exact: w + 0 is w, and w + (0 − w) is 0.
+        return weight + (masked - weight).detach() if self.splicing else masked
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """What lies below a weight that is put in place."""
+        return weight if self.splicing else torch.where(self.mask, weight, 0.0)
+
+
+def mask_weights(
+    model: nn.Module, masks: Mapping[str, Tensor | npt.NDArray[Any]], *, splicing: bool = False
+) -> None:
+    """Mask the weights of layers, in place; layers that have a mask get another one.
+
+    The weights stay the same parameters, so an optimiser goes on; after another mask, what the one before
+    pruned is zero. A layer under several names has one mask.
+
+    Parameters
+    ----------
+    model : nn.Module
+    masks : {layer: bool array or tensor}
+        Of the weights' shapes; True for what stays.
+    splicing : bool
+        As ``Mask`` has it.
+
+    Raises
+    ------
+    ValueError
+        Before anything is changed: when a mask does not fit; when a layer's weight is no parameter of its
+        own but computed, or shared with another layer.
+    """
+    layers = {name: find_layer(model, name) for name in masks}
+    given: dict[nn.Module, tuple[str, Tensor]] = {}
+    for name, layer in layers.items():
+        mask = as_tensor(masks[name])
+        _check(model, name, layer, mask)
+        first, earlier = given.setdefault(layer, (name, mask))
+        if not torch.equal(earlier, mask):
+            raise ValueError(f"{first} and {name} are one layer and need one mask, got two different ones.")
+    for layer, (_, mask) in given.items():
+        remove_mask(layer)
+        weight = layer.weight
+        assert isinstance(weight, Tensor)
+        kept = mask.to(weight.device, copy=True)
+        parametrize.register_parametrization(layer, "weight", Mask(kept, splicing=splicing))
+
+
+def masks_of(model: nn.Module) -> dict[str, Mask]:
+    """The masks of a network's weights, by the layers' first names; changing one changes what is in use."""
+    found = {name: mask_of(layer) for name, layer in model.named_modules()}
+    return {name: mask for name, mask in found.items() if mask is not None}
+
+
+def mask_of(layer: nn.Module) -> Mask | None:
+    """The mask of a layer's weight, if it has one."""
+    if not parametrize.is_parametrized(layer, "weight"):
+        return None
+    chain: Any = layer.parametrizations
+    return next((one for one in chain.weight if isinstance(one, Mask)), None)
+
+
+def below(layer: nn.Module) -> nn.Parameter:
+    """The parameter of a layer's weight: below the mask, if there is one."""
+    masked: Any = layer
+    return masked.weight if mask_of(layer) is None else masked.parametrizations.weight.original  # type: ignore[no-any-return]
+
+
+def remove_masks(model: nn.Module) -> None:
+    """Make masked weights ordinary ones again, exactly those in use; in place, and the same parameters."""
+    for layer in list(model.modules()):
+        remove_mask(layer)
+
+
+def remove_mask(layer: nn.Module) -> None:
+    """Make a layer's masked weight an ordinary one; in place."""
+    mask = mask_of(layer)
+    if mask is not None:
+        with torch.no_grad():
+            weight = below(layer)
+            weight.copy_(torch.where(mask.mask, weight, 0.0))
+        make_ordinary(layer)
+
+
+def make_ordinary(layer: nn.Module) -> None:
+    """Make a layer's computed weight a parameter of the value in use; in place."""
+    # Torch takes the weight out of the class that it made for such layers, which copies share.
+    kind = type(layer)
+    layer.__class__ = type(kind.__name__, kind.__bases__, dict(vars(kind)))
+    parametrize.remove_parametrizations(layer, "weight")
+    # State dicts and optimisers go by the order of parameters: the weight was the first.
+    own = layer._parameters
+    ordered = {"weight": own.pop("weight"), **own}
+    own.clear()
+    own.update(ordered)
+
+
+def unmasked(model: nn.Module) -> nn.Module:
+    """The network if it has no masks, else a copy without them."""
+    if not masks_of(model):
+        return model
+    plain = copy.deepcopy(model)
+    remove_masks(plain)
+    return plain
+
+
+def _check(model: nn.Module, name: str, layer: nn.Module, mask: Tensor) -> None:
+    """Refuse a mask that does not fit its layer's weight, and a weight that is not the layer's alone."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor) or mask.dtype != torch.bool or mask.shape != weight.shape:
+        wanted = None if weight is None else tuple(weight.shape)
+        raise ValueError(
+            f"the mask of {name} must be of booleans in its weight's shape {wanted}, got {mask.dtype} of "
+            f"{tuple(mask.shape)}."
+        )
+    if mask_of(layer) is None:
+        check_own_weight(model, name, layer)
+
+
+def check_own_weight(model: nn.Module, name: str, layer: nn.Module) -> None:
+    """Refuse a layer whose weight is no parameter of its own, but computed or another layer's, too."""
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, nn.Parameter) or parametrize.is_parametrized(layer, "weight"):
+        raise ValueError(f"the weight of {name} is computed from other values: make it a parameter first.")
+    for other, module in model.named_modules():
+        if module is not layer and any(one is weight for one in module.parameters(recurse=False)):
+            raise ValueError(f"{name} shares its weight with {other}: untie them first.")

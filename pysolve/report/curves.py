@@ -1,0 +1,210 @@
+"""The numbers behind the pictures: Pareto fronts, error curves, weights without their zeros."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pysolve.correlations import Array
+from pysolve.report.report import Report
+from pysolve.report.rows import SiteReport
+from pysolve.solve.elimination import EliminationPath
+from pysolve.solve.solution import History, Solution
+
+
+@dataclass(frozen=True, eq=False)
+class Curve:
+    """Error at several sizes of one site.
+
+    Parameters
+    ----------
+    label : str
+    channels : int
+        Of the site, as it is.
+    kept, error : (n,) arrays
+        Channels kept, ascending, and the error as a share of the outputs' energy.
+    chosen : int, optional
+        The size that was chosen, one of those in ``kept``.
+    """
+
+    label: str
+    channels: int
+    kept: npt.NDArray[np.intp]
+    error: Array
+    chosen: int | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Histogram:
+    """Weights of one layer: those that are not zero, counted between (bins + 1,) edges; zeros in per cent."""
+
+    label: str
+    counts: npt.NDArray[np.intp]
+    edges: Array
+    zeros: float
+
+
+def front(
+    sizes: Sequence[float], scores: Sequence[float | None], lower_is_better: bool = False
+) -> tuple[Array, Array]:
+    """Points that no other is as small as and at least as good as, by size; and the others.
+
+    Parameters
+    ----------
+    sizes, scores : (n,) sequences
+        Points whose score is None are left out.
+    lower_is_better : bool
+
+    Returns
+    -------
+    (2, k) and (2, n − k) arrays
+        Sizes and scores.
+    """
+    sign = -1 if lower_is_better else 1
+    pairs = [(size, score) for size, score in zip(sizes, scores, strict=True) if score is not None]
+    points = np.array(sorted(pairs, key=lambda pair: (pair[0], -sign * pair[1]))).reshape(-1, 2).T
+    highest = np.maximum.accumulate(sign * points[1])
+    best = sign * points[1] > np.concatenate([[-np.inf], highest[:-1]])
+    return points[:, best], points[:, ~best]
+
+
+def scored(reports: Any, measure: str) -> dict[str, list[Report]]:
+    """Reports of each method, all with scores and with costs in the measure."""
+    if isinstance(reports, Report):
+        raise TypeError(
+            "reports must be a list of Report, as sweep returns it, got one Report: pass [report]."
+        )
+    named = reports if isinstance(reports, Mapping) else {"compressed": reports}
+    methods = {str(label): list(runs) for label, runs in named.items()}
+    if not any(methods.values()):
+        raise ValueError("there are no reports to draw: pass what sweep returned for one target or more.")
+    for label, runs in methods.items():
+        for i, one in enumerate(runs):
+            if one.score_before is None or one.score_after is None:
+                raise ValueError(
+                    f"report {i} of {label!r} has no score: give sweep or compress evaluate=, a function "
+                    "from a network to a score."
+                )
+            if measure not in one.before:
+                known = ", ".join(one.before)
+                raise ValueError(f"report {i} of {label!r} has no measure {measure!r}; it has {known}.")
+    return methods
+
+
+def histories_of(solves: Any) -> dict[str, History]:
+    """What happened during each solve."""
+    if not isinstance(solves, Mapping):
+        raise TypeError(
+            f"histories must be {{label: Solution or History}}, got {type(solves).__name__}: pass "
+            '{"newton": solution}, say.'
+        )
+    if not solves:
+        raise ValueError("there are no solves to draw: pass {label: Solution or History}.")
+    return {str(label): one.history if isinstance(one, Solution) else one for label, one in solves.items()}
+
+
+def error_curves(curves: Any) -> list[Curve]:
+    """Curves of a report's sites, of one elimination path or of several with labels."""
+    if isinstance(curves, Report):
+        found = [_curve_of_site(site) for site in curves.sites if site.curve]
+        if not found:
+            raise ValueError(
+                "the report has no error curves: they come with compress and sweep; for one layer, pass what "
+                "elimination_path returned."
+            )
+        return found
+    named = {"": curves} if isinstance(curves, EliminationPath) else curves
+    if not isinstance(named, Mapping) or not all(isinstance(one, EliminationPath) for one in named.values()):
+        raise TypeError(
+            "curves must be an EliminationPath, {label: EliminationPath} or a Report, got "
+            f"{type(curves).__name__}."
+        )
+    if not named:
+        raise ValueError("there are no curves to draw: pass {label: EliminationPath}.")
+    return [_curve_of_path(str(label), path) for label, path in named.items()]
+
+
+def _curve_of_site(site: SiteReport) -> Curve:
+    """With the chosen size among the others; its error is known exactly where it is not 0."""
+    known = dict(sorted(site.curve))
+    between = np.interp(site.kept, [*known], [*known.values()])
+    errors = {site.kept: site.error or float(between), **known}
+    kept = sorted(errors)
+    return Curve(site.name, site.channels, np.array(kept), np.array([errors[k] for k in kept]), site.kept)
+
+
+def _curve_of_path(label: str, path: EliminationPath) -> Curve:
+    """Without the outputs' energy, that of what all inputs together explain stands in."""
+    error = path.error if path.error[0] > 0 else path.error - path.error[-1]
+    groups = len(path.order)
+    return Curve(label, groups, np.arange(groups + 1), error / (error[0] or 1.0))
+
+
+def histograms(
+    weights: Any, thresholds: Any, bins: int
+) -> tuple[dict[str, tuple[float, float]], list[Histogram]]:
+    """Where each layer's thresholds lie, under "" those of all; and how its weights are distributed."""
+    values = _weights(weights)
+    limits = _thresholds(thresholds, list(values))
+    edges = _edges(values.values(), bins, [high for _, high in limits.values()])
+    return limits, [
+        Histogram(
+            name,
+            np.histogram(one[one != 0], edges)[0],
+            edges,
+            100 * (1 - np.count_nonzero(one) / max(one.size, 1)),
+        )
+        for name, one in values.items()
+    ]
+
+
+def _weights(weights: Any) -> dict[str, npt.NDArray[Any]]:
+    """Values of each layer; where there are matrices, biases and the like are left out."""
+    if not isinstance(weights, Mapping):
+        raise TypeError(
+            f"weights must be {{name: array or tensor}}, got {type(weights).__name__}: pass "
+            'model.state_dict() or {"fc1": weight}.'
+        )
+    values = {str(name): _array(value) for name, value in weights.items()}
+    if any(value.ndim > 1 for value in values.values()):
+        values = {name: value for name, value in values.items() if value.ndim > 1}
+    if not any(value.size for value in values.values()):
+        raise ValueError("there are no weights to draw: pass {name: array or tensor} with some values.")
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            raise ValueError(f"{name} has values that are not finite; a histogram needs finite weights.")
+    return {name: value.ravel() for name, value in values.items()}
+
+
+def _thresholds(thresholds: Any, names: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """Each layer's, on both sides of zero."""
+    named = thresholds if isinstance(thresholds, Mapping) else {} if thresholds is None else {"": thresholds}
+    for name, value in named.items():
+        if name and name not in names:
+            raise ValueError(f"there is a threshold for {name!r}, but weights only of {', '.join(names)}.")
+        if not value >= 0:
+            raise ValueError(f"thresholds are magnitudes, at least 0, got {value}.")
+    return {str(name): (-float(value), float(value)) for name, value in named.items()}
+
+
+def _edges(values: Iterable[npt.NDArray[Any]], bins: int, thresholds: Iterable[float]) -> Array:
+    """Of about so many bins over all values; zero and the smallest threshold lie between two bins.
+
+    A bin that a threshold cuts would look like weights that escaped it.
+    """
+    ends = [float(end) for one in values if one.size for end in (one.min(), one.max())]
+    width = (max(ends) - min(ends)) / bins or 1.0 / bins
+    wide = [limit for limit in thresholds if limit > width]
+    if wide:
+        width = min(wide) / np.ceil(min(wide) / width)
+    first, last = np.floor(min(ends) / width), np.ceil(max(ends) / width)
+    return np.asarray(width * np.arange(first, max(last, first + 1) + 1))
+
+
+def _array(value: Any) -> npt.NDArray[Any]:
+    # NumPy knows no bfloat16.
+    return np.asarray(value.detach().cpu().double() if hasattr(value, "detach") else value)

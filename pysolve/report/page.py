@@ -1,0 +1,100 @@
+"""A report as one HTML file with its pictures inside, for wide and narrow screens, light and dark."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from html import escape
+from io import StringIO
+from typing import Any
+
+import matplotlib
+from matplotlib.axes import Axes
+
+from pysolve.report.drawing import INK
+from pysolve.report.plots import plot_channels, plot_elimination
+from pysolve.report.report import Report
+from pysolve.tables import as_html
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1f2a30; --paper: #fff; --soft: #5b6a72; --line: #dbe3e7;
+  --bar: #cfe2ea; --warn: #fdf3e1; --edge: #e0902f; }
+@media (prefers-color-scheme: dark) { :root { --ink: #dfe7ea; --paper: #14191c; --soft: #98a7ae;
+  --line: #303a40; --bar: #1d4a5e; --warn: #382b16; } }
+body { max-width: 62rem; margin: 0 auto; padding: 1rem; background: var(--paper); color: var(--ink);
+  font: 1rem/1.5 system-ui, sans-serif; overflow-wrap: break-word; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9rem, 1fr)); gap: .75rem; }
+.cards div { border: 1px solid var(--line); border-radius: .5rem; padding: .6rem .9rem; }
+.cards b { display: block; font-size: 1.35rem; font-variant-numeric: tabular-nums; }
+.cards span, dt, caption { color: var(--soft); }
+.scroll { overflow-x: auto; } caption { display: none; }
+table { border-collapse: collapse; width: 100%; font-size: .9rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
+  white-space: nowrap; }
+th { font-weight: 600; } .words { text-align: left; } td.words:last-child { white-space: normal; }
+td[style] { background: linear-gradient(to right, var(--bar) var(--share), transparent 0); }
+.warning { background: var(--warn); border-left: .25rem solid var(--edge); padding: .5rem .9rem; }
+figure { margin: 1rem 0; } figure svg { display: block; max-width: 100%; height: auto; }
+figcaption { color: var(--soft); font-size: .9rem; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dd { margin: 0; }
+"""
+_CHANNELS = "Channels that each site keeps, of all it had."
+_CURVES = "Error of each site's refitted readers against the channels kept; the chosen size is marked."
+
+
+def page(report: Report, title: str) -> str:
+    """The whole report as HTML that needs no other file."""
+    lines = [
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>",
+        '<div class="cards">',
+        *(f"<div><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in _cards(report)),
+        "</div>",
+        *(f'<p class="warning"><b>Warning:</b> {escape(text)}</p>' for text in report.warnings),
+        *(f"<p><b>Note:</b> {escape(text)}</p>" for text in report.notes),
+    ]
+    for table in report.tables():
+        lines += [f"<h2>{escape(table.title)}</h2>", as_html(table)]
+        lines += _pictures(report) if table.title == "Sites" else []
+    facts = (f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in report.facts().items())
+    return "\n".join([*lines, "<h2>How it was made</h2><dl>", *facts, "</dl></body></html>"])
+
+
+def _cards(report: Report) -> Iterator[tuple[str, str]]:
+    """The few numbers that most readers want."""
+    zeros = report.after.get("nonzeros", report.after.get("params")) != report.after.get("params")
+    weights = ("nonzeros", "non-zeros") if zeros else ("params", "parameters")
+    for measure, name in (weights, ("macs", "MACs"), ("file", "bytes on disk")):
+        if measure in report.before and measure in report.after:
+            yield f"{report.share(measure):.1%}", f"of the {name}"
+    if report.score_before is not None and report.score_after is not None:
+        yield f"{report.score_before:.2f} → {report.score_after:.2f}", "score"
+    if report.held:
+        yield f"{report.divergence:.3g}", "divergence from the original"
+    for slow, fast in report.latencies[-1:]:
+        yield f"{slow.median / fast.median:.2f}×", f"as fast, {fast.batch_size} samples at once"
+
+
+def _pictures(report: Report) -> list[str]:
+    found = [(plot_channels(report), _CHANNELS)]
+    if any(site.curve for site in report.sites):
+        found.append((plot_elimination(report), _CURVES))
+    return [
+        f"<figure>{_svg(ax, f'p{n}-', text)}<figcaption>{escape(text)}</figcaption></figure>"
+        for n, (ax, text) in enumerate(found)
+    ]
+
+
+def _svg(ax: Axes, prefix: str, label: str) -> str:
+    """A picture as an element that takes the colour of the text around it."""
+    # Names of parts must differ between the pictures of one page.
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": prefix, "font.family": ["DejaVu Sans"]}
+    with matplotlib.rc_context(settings), StringIO() as file:
+        ax.figure.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
+        text = file.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = text.replace("'DejaVu Sans'", "'DejaVu Sans', Verdana, sans-serif")
+    for mark in ('id="', "url(#", 'href="#'):
+        text = text.replace(mark, mark + prefix)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)

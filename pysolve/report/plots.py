@@ -1,0 +1,259 @@
+"""Pictures of networks made smaller, drawn with matplotlib's object interface: no display is needed.
+
+Every function draws into ``ax``, by default in a new figure, and returns the Axes; ``path`` saves the figure
+in the format that its ending names (png, svg, pdf).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import cycle
+from typing import Any, Literal
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from pysolve.correlations import Array
+from pysolve.report.curves import Curve, error_curves, front, histograms, histories_of, scored
+from pysolve.report.drawing import (
+    COLORS,
+    INK,
+    NAMED,
+    Path,
+    finish,
+    log_axis,
+    new_axes,
+    sequence,
+    shortened,
+    styles,
+)
+from pysolve.report.report import Report
+from pysolve.solve.elimination import EliminationPath
+from pysolve.solve.solution import History, Solution
+
+_MEASURES = {
+    "params": "parameters",
+    "macs": "MACs",
+    "bytes": "bytes",
+    "file": "bytes on disk",
+    "nonzeros": "non-zeros",
+}
+_DASHES = (0, (4, 3))
+
+
+def plot_pareto(
+    reports: Sequence[Report] | Mapping[str, Sequence[Report]],
+    path: Path | None = None,
+    *,
+    measure: str = "params",
+    score: str = "score",
+    lower_is_better: bool = False,
+    ax: Axes | None = None,
+) -> Axes:
+    """Score against size, and which results are worth having: the Pareto front.
+
+    A solid line joins the results that no smaller one equals, a dashed one those after retraining; the others
+    stay as faint points. The star at 100 % is the dense network.
+
+    Parameters
+    ----------
+    reports : list of Report, or {label: list of Report}
+        What ``sweep`` returned with ``evaluate``; of several methods, with a label each.
+    path, ax : optional
+    measure : "params", "macs", "bytes" or another that the reports have
+        The axis is logarithmic where less than an eighth is left.
+    score : str
+        What ``evaluate`` gives, with its unit, to label the axis.
+    lower_is_better : bool
+        For scores such as perplexity.
+
+    Raises
+    ------
+    ValueError
+        No reports, a report without a score, or a measure that they lack.
+    """
+    methods = scored(reports, measure)
+    ax = ax or new_axes()
+    for (label, runs), (color, marker) in zip(methods.items(), styles(), strict=False):
+        shares = [100 * one.share(measure) for one in runs]
+        plain, retrained = [one.score_after for one in runs], [one.retrained for one in runs]
+        _draw_front(ax, front(shares, plain, lower_is_better), color, marker, label=label)
+        look = {"linestyle": "--", "markerfacecolor": "none"}
+        label = f"{label}, retrained"
+        _draw_front(ax, front(shares, retrained, lower_is_better), color, marker, label=label, **look)
+    every = [one for runs in methods.values() for one in runs]
+    dense = sorted({one.score_before for one in every if one.score_before is not None})
+    ax.plot([100] * len(dense), dense, "*", color=INK, markersize=13, label="dense network", zorder=4)
+    smallest = min(one.share(measure) for one in every)
+    if 0 < smallest < 1 / 8:
+        log_axis(ax.xaxis)
+    ax.set(xlabel=f"{_MEASURES.get(measure, measure)} left (%)", ylabel=score)
+    return finish(ax, path)
+
+
+def _draw_front(ax: Axes, points: tuple[Array, Array], color: str, marker: str, **look: Any) -> None:
+    """Points on the front, joined, and faintly the others."""
+    best, rest = points
+    if best.size:
+        ax.plot(*best, color=color, marker=marker, markersize=5.5, linewidth=1.8, **look)
+        look = {**look, "linestyle": "none", "label": ""}
+        ax.plot(*rest, color=color, marker=marker, markersize=5.5, alpha=0.35, **look)
+
+
+def plot_convergence(
+    histories: Mapping[str, Solution | History],
+    path: Path | None = None,
+    *,
+    against: Literal["iteration", "seconds"] = "iteration",
+    colors: Sequence[str] = COLORS,
+    lowest: float = 1e-9,
+    ax: Axes | None = None,
+) -> Axes:
+    """How the certified gap of several solves falls, relative to where each objective ended; both axes log.
+
+    Parameters
+    ----------
+    histories : {label: Solution or History}
+        The start (iteration 0) has no place on a logarithmic axis and is left out.
+    path, ax : optional
+    against : {"iteration", "seconds"}
+    colors : sequence of str
+        One a history, in order; ``SHADES`` suits the values of one parameter.
+    lowest : float
+        Where the picture ends; Newton's gaps fall far below what the other methods are asked for.
+    """
+    known = histories_of(histories)
+    ax = ax or new_axes()
+    for (label, history), color in zip(known.items(), cycle(colors), strict=False):
+        x = history.seconds if against == "seconds" else np.arange(len(history.gap))
+        gaps = history.gap[1:] / (abs(history.objective[-1]) or 1.0)
+        ax.plot(x[1:], gaps, color=color, linewidth=1.8, label=label)
+    xlabel = "time (s)" if against == "seconds" else "iteration"
+    ax.set(xlabel=xlabel, ylabel="relative gap", ylim=(lowest, 1))
+    log_axis(ax.xaxis)
+    log_axis(ax.yaxis)
+    # Every curve falls from 1 or below: the upper right corner is free.
+    return finish(ax, path, grid="y", loc="upper right", borderaxespad=0.1)
+
+
+def plot_elimination(
+    curves: EliminationPath | Mapping[str, EliminationPath] | Report,
+    path: Path | None = None,
+    *,
+    lowest: float = 1e-6,
+    ax: Axes | None = None,
+) -> Axes:
+    """What removing channels costs: error against channels kept, one curve a site.
+
+    Parameters
+    ----------
+    curves : EliminationPath, {label: EliminationPath} or Report
+        The error is a share of the outputs' energy E‖y‖² or, of a path that was not given it (``r_yy``), of
+        what all inputs together explain. A report's chosen sizes are marked.
+    path, ax : optional
+    lowest : float
+        Where the picture ends, as a share; with all channels kept nothing but rounding is left.
+    ax : Axes, optional
+        With more than six curves, over the share of the channels, coloured from the first site to the last.
+    """
+    found = error_curves(curves)
+    ax = ax or new_axes()
+    many = len(found) > NAMED
+    bottom = _elimination_axes(ax, found, many, lowest)
+    for curve, (color, label) in zip(found, sequence([one.label for one in found]), strict=False):
+        x = 100 * curve.kept / curve.channels if many else curve.kept
+        # No error, or rounding, would fall straight down from the last size before.
+        y = 100 * np.maximum(curve.error, lowest)
+        ax.plot(x, y, color=color, linewidth=1.2 if many else 1.8, label=label)
+        here = curve.kept == curve.chosen
+        ax.plot(x[here], np.maximum(y[here], bottom), "o", color=color, ms=4 if many else 7, clip_on=False)
+    if any(curve.chosen is not None for curve in found):
+        ax.plot([], [], "o", color=INK, markersize=5, label="chosen")
+    return finish(ax, path)
+
+
+def _elimination_axes(ax: Axes, found: Sequence[Curve], many: bool, lowest: float) -> float:
+    """Labels, and logarithmic axes; where they end, which is above what is rounding alone."""
+    widths = [curve.channels for curve in found]
+    errors = np.concatenate([curve.error for curve in found])
+    bottom = float(70 * errors[errors >= lowest].min(initial=1))
+    ax.set(xlabel=f"channels kept{' (%)' * many}", ylabel="error (% of the outputs' energy)")
+    ax.set_ylim(bottom, 130)
+    log_axis(ax.yaxis)
+    if not many and max(widths) > 3 * min(widths):
+        ax.set_xlim(0.9, 1.15 * max(widths))
+        log_axis(ax.xaxis)
+    return bottom
+
+
+def plot_channels(report: Report, path: Path | None = None, *, ax: Axes | None = None) -> Axes:
+    """How many channels each site keeps, one bar a site, the network's first on top.
+
+    Parameters
+    ----------
+    report : Report
+        Sites that cannot shrink are grey.
+    path, ax : optional
+        By default in a new figure, the higher the more sites there are.
+    """
+    sites = report.sites
+    if not sites:
+        raise ValueError("the report has no sites to draw: those of compress and sweep have.")
+    size = 10 if len(sites) <= 24 else 8
+    ax = ax or new_axes(height=1.1 + 0.025 * (size + 2) * len(sites))
+    rows = np.arange(len(sites))
+    free = np.array([one.pinned is None for one in sites])
+    kept = np.array([100 * one.kept / one.channels for one in sites])
+    ax.barh(rows[free], kept[free], height=0.7, color=COLORS[0], label="kept")
+    ax.barh(rows[free], 100 - kept[free], left=kept[free], height=0.7, color=INK, alpha=0.12, label="removed")
+    if not free.all():
+        ax.barh(rows[~free], 100, height=0.7, color=COLORS[3], label="cannot shrink")
+    for row, one in enumerate(sites):
+        text = f"{one.kept:,} of {one.channels:,}"
+        ax.text(101.5, row, text, va="center", fontsize=size, color=INK, alpha=0.6 if one.pinned else 1)
+    ax.set_yticks(rows, [shortened(one.name) for one in sites], fontsize=size)
+    ax.set(xlabel="channels kept (%)", xlim=(0, 100), ylim=(len(sites) - 0.4, -0.6))
+    return finish(ax, path, grid=None, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+
+
+def plot_weights(
+    weights: Mapping[str, Any],
+    path: Path | None = None,
+    *,
+    thresholds: float | Mapping[str, float] | None = None,
+    bins: int = 120,
+    ax: Axes | None = None,
+) -> Axes:
+    """How the weights of layers are distributed; counts on a logarithmic axis.
+
+    Parameters
+    ----------
+    weights : {name: array or tensor}
+        Of layers, or a network's ``state_dict()``, of which biases and the like are left out. Weights that
+        are exactly zero are counted in the label and not in the picture.
+    path, ax : optional
+    thresholds : float or {name: float}, optional
+        Magnitudes below which weights go, drawn on both sides of zero.
+    bins : int
+        Over the range of all layers.
+    """
+    limits, layers = histograms(weights, thresholds, bins)
+    ax = ax or new_axes()
+    width = layers[0].edges[1] - layers[0].edges[0]
+    # Above the highest bin there is room for the legend.
+    highest = max(one.counts.max() for one in layers)
+    ax.set(
+        yscale="log", ylim=(0.7, 6 * highest + 1), xlabel="weight", ylabel=f"weights per bin of {width:.2g}"
+    )
+    few = len(layers) <= NAMED
+    for one, (color, label) in zip(layers, sequence([one.label for one in layers]), strict=False):
+        note = f" ({one.zeros:.3g} % zeros)" if one.zeros and label else ""
+        ax.stairs(one.counts, one.edges, color=color, linewidth=1.4 if few else 1, label=label + note)
+        if few:
+            ax.stairs(one.counts, one.edges, color=color, fill=True, alpha=0.15)
+        for limit in limits.get(one.label, ()):
+            ax.axvline(limit, color=color, linewidth=1, linestyle=_DASHES)
+    for limit in limits.get("", ()):
+        label = "" if limit < 0 else f"threshold ±{limit:.2g}"
+        ax.axvline(limit, color=INK, linewidth=1, linestyle=_DASHES, label=label)
+    return finish(ax, path, loc="upper right")

@@ -1,0 +1,199 @@
+"""What a compression did, in numbers that print and that go into files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from textwrap import wrap
+from typing import Any
+
+from pysolve.report.rows import Latency, LayerMass, LayerReport, SiteReport, Solve, Stage
+from pysolve.tables import WIDTH, Table, as_html, as_markdown, as_text
+
+# Measures in the order of the table, with their names.
+_COSTS = {
+    "params": "parameters",
+    "nonzeros": "non-zeros",
+    "macs": "MACs a sample",
+    "bytes": "bytes",
+    "file": "bytes on disk",
+}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a compression did; as text, tables, and in a notebook too.
+
+    Parameters
+    ----------
+    before, after : {"params", "nonzeros", "macs", "bytes" or "file": int}
+        Costs of the two networks: parameters, those that are not zero, MACs for one sample, bytes of the
+        state dict, bytes on disk where files were written.
+    sites : tuple of SiteReport
+    divergence : float
+        Of the compressed network's outputs from the original's, on samples held back.
+    samples, held : int
+        Samples that the refit used and that the divergence was measured on.
+    score_before, score_after : float, optional
+        What ``evaluate`` gave for the two networks.
+    retrained : float, optional
+        What it gave after retraining.
+    seconds : {stage: float}
+    notes : tuple of str
+        What else the user should know.
+    target : {"params", "macs" or "bytes": number}, optional
+        What was asked for, in the words of ``compress``.
+    layers : tuple of LayerReport
+        Of layers that were pruned weight by weight, factored or quantised.
+    stages : tuple of Stage
+        What the network was after each stage of ``deep_compress``.
+    mass : tuple of LayerMass
+    latencies : tuple of (Latency, Latency)
+        Of the original and the compressed network, taken by turns, for one or more batch sizes.
+    solves : tuple of Solve
+        Every convex solve whose solution chose channels.
+    warnings : tuple of str
+        What may be wrong with the result, and what to do about it.
+    made_with : {name: str}
+        Versions, the seed and the machine.
+    """
+
+    before: Mapping[str, int]
+    after: Mapping[str, int]
+    sites: tuple[SiteReport, ...]
+    divergence: float
+    samples: int
+    held: int
+    score_before: float | None = None
+    score_after: float | None = None
+    retrained: float | None = None
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    target: Mapping[str, float] | None = None
+    layers: tuple[LayerReport, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    mass: tuple[LayerMass, ...] = ()
+    latencies: tuple[tuple[Latency, Latency], ...] = ()
+    solves: tuple[Solve, ...] = ()
+    warnings: tuple[str, ...] = ()
+    made_with: Mapping[str, str] = field(default_factory=dict)
+
+    def share(self, measure: str) -> float:
+        """What is left of a measure, as a share of the original's."""
+        return self.after[measure] / self.before[measure] if self.before[measure] else 1.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything as plain numbers, strings, lists and dictionaries."""
+        return asdict(self)
+
+    def brief(self) -> Report:
+        """Without what fills files and can be measured again: curves, the mass of layers, sizes of files."""
+        before, after = ({m: v for m, v in one.items() if m != "file"} for one in (self.before, self.after))
+        sites = tuple(replace(site, curve=()) for site in self.sites)
+        return replace(self, before=before, after=after, mass=(), stages=(), sites=sites)
+
+    def tables(self) -> list[Table]:
+        """Costs, stages, sites, changed layers, the mass of layers and convex solves; those with rows."""
+        kept = tuple(site.kept / max(1, site.channels) for site in self.sites)
+        total = sum(layer.left for layer in self.mass)
+        shares = tuple(layer.left / max(1, total) for layer in self.mass)
+        dense = tuple(layer.density for layer in self.layers)
+        found = (
+            _costs(self),
+            Table("Stages", Stage.HEAD, _cells(self.stages, *(one.bytes for one in self.stages[:1]))),
+            Table("Sites", SiteReport.HEAD, _cells(self.sites), words=(0, 6), bars=((1, kept),)),
+            Table(
+                "Weights by layer",
+                LayerReport.HEAD,
+                _cells(self.layers),
+                words=(0, 4, 7),
+                bars=((1, dense),),
+            ),
+            Table("Layers", LayerMass.HEAD, _cells(self.mass, total), bars=((4, shares),)),
+            Table("Convex solves", Solve.HEAD, _cells(self.solves), words=(0, 1)),
+        )
+        return [table for table in found if table.rows]
+
+    def facts(self) -> dict[str, str]:
+        """What was asked for, how good the result is, and what it took, in words."""
+        return dict(_facts(self))
+
+    def as_markdown(self) -> str:
+        """The whole report as Markdown."""
+        lines = [f"- {name}: {text}" for name, text in self.facts().items()]
+        for kind, texts in (("Warning", self.warnings), ("Note", self.notes)):
+            lines += ["", *(f"> **{kind}**: {text}" for text in texts)] if texts else []
+        for table in self.tables():
+            lines += ["", f"## {table.title}", "", *as_markdown(table)]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        """Shown by notebooks."""
+        return "\n".join(map(as_html, self.tables()[:2]))
+
+    def __str__(self) -> str:
+        costs, *others = self.tables()
+        lines = as_text(costs)
+        width = max((len(name) for name in self.facts()), default=0)
+        for name, text in self.facts().items():
+            lines += _wrapped(f"{name:<{width}}  ", text)
+        for table in others:
+            # Of the mass of each layer, files tell.
+            lines += ["", *as_text(table)] if table.title != "Layers" else []
+        for kind, texts in (("Warning", self.warnings), ("Note", self.notes)):
+            for text in texts:
+                lines += _wrapped(f"{kind}: ", text)
+        return "\n".join(lines)
+
+
+def comparison(reports: Iterable[Report]) -> Table:
+    """Several results of one network under each other, as ``sweep`` gives them."""
+    rows = []
+    for report in reports:
+        asked = ", ".join(f"{measure} {value:g}" for measure, value in (report.target or {}).items())
+        shares = [f"{report.share(measure):.1%}" for measure in ("params", "macs", "bytes")]
+        scores = ["" if score is None else f"{score:.2f}" for score in (report.score_after, report.retrained)]
+        rows.append((asked, *shares, f"{report.divergence:.4g}", *scores))
+    head = ("target", "parameters", "MACs", "bytes", "divergence", "score", "retrained")
+    return Table("Sizes", head, tuple(rows))
+
+
+def _cells(entries: Iterable[Any], *args: Any) -> tuple[tuple[str, ...], ...]:
+    return tuple(entry.cells(*args) for entry in entries)
+
+
+def _wrapped(start: str, text: str) -> list[str]:
+    return wrap(start + text, WIDTH, subsequent_indent=" " * len(start), break_on_hyphens=False)
+
+
+def _costs(report: Report) -> Table:
+    rows = []
+    for measure, label in _COSTS.items():
+        if measure not in report.before or measure not in report.after:
+            continue
+        old, new = report.before[measure], report.after[measure]
+        if measure == "nonzeros" and (old, new) == (report.before.get("params"), report.after.get("params")):
+            continue
+        rows.append((label, f"{old:,}", f"{new:,}", f"{report.share(measure):.1%}"))
+    if report.score_before is not None and report.score_after is not None:
+        rows.append(("score", f"{report.score_before:.2f}", f"{report.score_after:.2f}", ""))
+        if report.retrained is not None:
+            rows.append(("score, retrained", "", f"{report.retrained:.2f}", ""))
+    for slow, fast in report.latencies:
+        label = f"latency of {fast.batch_size} on {fast.threads} thread{'s' * (fast.threads > 1)}"
+        rows.append((label, str(slow), str(fast), f"{fast.median / slow.median:.1%}" if slow.median else ""))
+    return Table("Before and after", ("", "before", "after", "left"), tuple(rows))
+
+
+def _facts(report: Report) -> Iterator[tuple[str, str]]:
+    if report.target is not None:
+        asked = [f"{m} {v:.4g}" if v <= 1 else f"{m} {v:,}" for m, v in report.target.items()]
+        yield "target", ", ".join(asked)
+    used = f", refitted on {report.samples:,}" if report.samples else ""
+    if report.held:
+        yield "divergence", f"{report.divergence:.4g} on {report.held:,} samples held back{used}"
+    if report.seconds:
+        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
+        yield "seconds", f"{sum(report.seconds.values()):.1f}: {stages}"
+    if report.made_with:
+        yield "made with", ", ".join(f"{name} {version}" for name, version in report.made_with.items())

@@ -1,0 +1,189 @@
+"""Take groups away one at a time, always the one that the refitted rest misses least.
+
+With R + ε diag(R) in place of R, the error of keeping the groups A is
+
+    error(A) = min_M Σ_r ½⟨M_r R_r, M_r⟩ − ⟨C_r, M_r⟩   over M that is zero outside A, for readers r.
+
+With H = (R_AA)⁻¹ and W = C_A H (the refitted weights), losing one more group p of A costs exactly
+½ tr(W_p H_pp⁻¹ W_pᵀ), and H and W of what is left are Schur complements. Reference: Hassibi & Stork 1993
+(OBS), here for groups of inputs and for several readers at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+
+from pysolve import _core
+from pysolve.correlations import Array, group_columns
+from pysolve.solve.least_squares import check_ridge, least_squares
+from pysolve.solve.problem import Problem, half_trace, problem_of
+
+Indices = npt.NDArray[np.intp]
+Ridge = float | Literal["auto"]
+
+# What "auto" tries. A smaller first one would cost the inverse more digits than the costs can spare.
+RIDGES = (1e-8, 1e-6, 1e-4, 1e-2)
+
+# Costs of removal come out to about 1e-15 times the largest entry of the inverse: 1e2 in LeNet's fc1, 1e8
+# with repeated inputs. Beyond this, errors are computed afresh.
+TRUSTED_INVERSE = 1e4
+
+
+@dataclass(frozen=True, eq=False)
+class EliminationPath:
+    """What to keep at every size, and what it costs.
+
+    Parameters
+    ----------
+    order : (groups,) int array
+        All groups, the first to go first; groups without any variance lead.
+    error : (groups + 1,) array
+        ``error[k]`` is the error with the k groups ``keep(k)`` refitted, summed over readers; ½ E‖y − M x‖²
+        when ``r_yy`` was given, otherwise that less ½ E‖y‖², so that ``error[0]`` is 0. Never rises with k.
+    ridge : float
+        ε, relative to each input's own variance; its penalty ½ ε Σ_i R_ii ‖M_i‖² is part of the error.
+    """
+
+    order: Indices
+    error: Array
+    ridge: float
+    problem: Problem = field(repr=False)
+
+    def keep(self, k: int) -> Indices:
+        """The k groups that stay, ascending."""
+        return np.sort(self.order[self.problem.groups - check_size(k, self.problem.groups, least=0) :])
+
+    def refit(self, k: int) -> Any:
+        """The (h, d) matrix refitted on ``keep(k)``, zero elsewhere; a tuple of one a reader if several."""
+        columns = group_columns(self.keep(k), self.problem.group_size)
+        readers = zip(self.problem.xx, self.problem.yx, strict=True)
+        M = tuple(least_squares(R, C, columns, self.ridge) for R, C in readers)
+        return M if len(M) > 1 else M[0]
+
+
+def elimination_path(
+    r_xx: Any, r_yx: Any = None, *, group_size: int | None = None, r_yy: Any = None, ridge: Ridge = "auto"
+) -> EliminationPath:
+    """Which groups to keep at every size, by exact backward elimination (group OBS).
+
+    Removes, again and again, the group p of the least cost ½ Σ_r tr(W_p H_pp⁻¹ W_pᵀ), the exact rise of
+    min_M ½ E‖y − M x‖². One inversion, 2 d³ + 3 h d² operations for all sizes together.
+
+    Parameters
+    ----------
+    r_xx : (d, d) array or CPU tensor, Correlations, or a list of problems
+        E[x xᵀ]; singular is fine. With a Correlations, or a list of Correlations or pairs (r_xx, r_yx) that
+        share their groups (several readers), ``r_yx`` is left out.
+    r_yx : (h, d) array or CPU tensor
+        E[y xᵀ]; or lists of matrices in both.
+    group_size : int
+        Consecutive inputs that form one group; default that of the Correlations, otherwise 1.
+    r_yy : (h, h) array, (h,) diagonal or float trace, optional
+        E[y yᵀ], one for each of several readers; adds half its trace to the errors.
+    ridge : float or "auto"
+        ε, relative to each input's own variance. "auto" takes the smallest of 1e-8 … 1e-2 that leaves a
+        factorisation, so that repeated or dead inputs are no error.
+
+    Returns
+    -------
+    EliminationPath
+    """
+    problem = problem_of(r_xx, r_yx, group_size)
+    several = len(problem.xx) > 1 and isinstance(r_yy, list | tuple)
+    constant = sum(half_trace(part) for part in r_yy) if several else half_trace(r_yy)
+    scaled = scale_to_unit_variance(problem)
+    order, path = eliminate(scaled, ridge, 0)
+    if path.largest_inverse <= TRUSTED_INVERSE:
+        error = np.concatenate([[0.0], -np.cumsum(path.change[::-1])])
+    else:
+        error = nested_errors(scaled, order[::-1], path.ridge)
+    dead = np.setdiff1d(np.arange(problem.groups), scaled.live)
+    error = scaled.energy * np.concatenate([error, np.full(len(dead), error[-1])]) + constant
+    return EliminationPath(np.concatenate([dead, scaled.live[order]]), error, path.ridge, problem)
+
+
+def check_size(k: Any, groups: int, *, least: int = 1) -> int:
+    """``k`` as an int within least … groups."""
+    if isinstance(k, bool) or not isinstance(k, int | np.integer):
+        raise TypeError(f"k, the number of groups to keep, must be an integer, got {type(k).__name__}.")
+    if not least <= k <= groups:
+        raise ValueError(f"k, the number of groups to keep, must lie within {least} … {groups}, got {k}.")
+    return int(k)
+
+
+@dataclass(frozen=True, eq=False)
+class Scaled:
+    """A problem on its live groups alone, every input of every reader scaled to unit variance.
+
+    Groups that no reader sees vary are left out. ``yx`` has at most as many rows as inputs: of more, only the
+    triangular factor of a QR decomposition is kept, which has the same products. Its largest entry is 1:
+    errors here are the original ones divided by ``energy``.
+    """
+
+    live: Indices
+    xx: list[Array]
+    yx: list[Array]
+    core: _core.Problem
+    group_size: int
+    energy: float
+
+
+def scale_to_unit_variance(problem: Problem) -> Scaled:
+    """The problem in the variables in which groups are selected."""
+    size = problem.group_size
+    variance = np.sum([np.diag(R) for R in problem.xx], axis=0).reshape(-1, size)
+    # With nothing alive, every group stands in as one that costs nothing.
+    live = np.flatnonzero(variance.any(1) | ~variance.any())
+    columns = group_columns(live, size)
+    readers = [_unit_variance(R, C, columns) for R, C in zip(problem.xx, problem.yx, strict=True)]
+    peak = max(float(np.abs(C).max()) for _, C in readers) or 1.0
+    xx, yx = [R for R, _ in readers], [C / peak for _, C in readers]
+    core = _core.Problem(
+        xx=xx,
+        outputs=[len(C) for C in yx],
+        yx=np.ascontiguousarray(np.concatenate(yx).T),
+        group_size=size,
+        weights=np.ones(len(live)),
+    )
+    return Scaled(live, xx, yx, core, size, peak**2)
+
+
+def eliminate(scaled: Scaled, ridge: Ridge, smallest: int) -> tuple[Indices, _core.Selection]:
+    """Order of removal down to ``smallest`` live groups, and the core's account of it."""
+    check_ridge(ridge)
+    ridges = list(RIDGES) if ridge == "auto" else [float(ridge)]
+    path = _core.eliminate(scaled.core, ridges=ridges, smallest=min(smallest, len(scaled.live)))
+    return np.array(path.order, dtype=np.intp), path
+
+
+def nested_errors(scaled: Scaled, order: Indices, ridge: float) -> Array:
+    """Error of the first 0, 1, 2 … of the live groups in ``order``, from one fresh Cholesky factorisation.
+
+    With R_AA = G Gᵀ and Z = C_A G⁻ᵀ the error is −½‖Z‖²; leading columns of Z belong to leading groups.
+    """
+    columns = group_columns(order, scaled.group_size)
+    explained = np.zeros(len(order))
+    for R, C in zip(scaled.xx, scaled.yx, strict=True):
+        ordered = R[np.ix_(columns, columns)]
+        ordered.ravel()[:: len(ordered) + 1] += ridge
+        G = scipy.linalg.cholesky(ordered, lower=True, overwrite_a=True, check_finite=False)
+        Z = scipy.linalg.solve_triangular(G, C[:, columns].T, lower=True, check_finite=False)
+        explained += np.square(Z).sum(1).reshape(-1, scaled.group_size).sum(1)
+    return np.concatenate([[0.0], -0.5 * np.cumsum(explained)])
+
+
+def _unit_variance(R: Array, C: Array, columns: Indices) -> tuple[Array, Array]:
+    if len(columns) < len(R):
+        R, C = R[np.ix_(columns, columns)], C[:, columns]
+    dead = np.diag(R) == 0
+    unit = np.sqrt(np.where(dead, 1.0, np.diag(R)))
+    R = R / unit
+    R /= unit[:, None]
+    R[dead, dead] = 1.0
+    C = C / unit
+    return R, np.asarray(np.linalg.qr(C, mode="r")) if len(C) > len(R) else C

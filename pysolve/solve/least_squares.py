@@ -1,0 +1,157 @@
+"""Least squares on the groups that were kept: what the penalty shrank is given back."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import scipy.linalg
+
+from pysolve.correlations import Array, Correlations, group_columns
+from pysolve.solve.problem import problem_of
+
+# The ladder of ridges that "auto" tries, relative to the mean diagonal of r_xx on the kept inputs.
+AUTO_RIDGES = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
+
+
+def debias(
+    r_xx: Any,
+    r_yx: Any = None,
+    keep: npt.ArrayLike | None = None,
+    *,
+    group_size: int | None = None,
+    ridge: float | Literal["auto"] = "auto",
+) -> Any:
+    """Refit on the kept groups alone, without penalty.
+
+    Solves  min_M  ½⟨M R, M⟩ − ⟨C, M⟩ + ½ ε Σ_i R_ii ‖M_i‖²   over M that is zero outside ``keep``.
+
+    Parameters
+    ----------
+    r_xx : (d, d) array, CPU tensor or Correlations
+        E[x xᵀ]; a Correlations or a list of problems comes alone: ``debias(correlations, keep=keep)``.
+    r_yx : (h, d) array or CPU tensor
+        E[y xᵀ].
+    keep : (k,) int array
+        Indices of the groups that stay.
+    group_size : int
+    ridge : float or "auto"
+        ε, relative to each input's own variance. "auto" takes the smallest of 1e-10 … 1e-2 that leaves a
+        factorisation, so that repeated or dead inputs are no error.
+
+    Returns
+    -------
+    (h, d) array
+        Zero on the columns of dropped groups. A tuple of one a reader for a list of problems.
+    """
+    if keep is None:
+        raise TypeError("debias needs keep, the indices of the groups that stay.")
+    problem = problem_of(r_xx, r_yx, group_size)
+    (R,), (C,) = problem.xx, problem.yx
+    return least_squares(R, C, group_columns(_checked_keep(keep, problem.groups), problem.group_size), ridge)
+
+
+def least_squares(
+    R: Array, C: Array, columns: npt.NDArray[np.intp], ridge: float | Literal["auto"] = "auto"
+) -> Array:
+    """``debias`` on checked matrices; (h, d), zero outside ``columns``."""
+    check_ridge(ridge)
+    M = np.zeros_like(C)
+    # An input without variance has no use, and its row of R nothing to factor.
+    columns = columns[np.diag(R)[columns] > 0]
+    if len(columns):
+        M[:, columns] = _ridge_solve(R[np.ix_(columns, columns)], C[:, columns], ridge)
+    return M
+
+
+def pull(inputs: int, samples: float) -> float:
+    """Ridge towards known weights, relative to each input's variance, for a fit of k inputs to n samples.
+
+    max(1e-4, k / 10 n): with less, a fit to about as many samples as inputs follows their noise (LeNet-5 at a
+    tenth of its parameters, 512 images: 97.95 instead of 99.14).
+    """
+    return max(1e-4, 0.1 * inputs / samples)
+
+
+def refit(
+    correlations: Correlations,
+    columns: npt.NDArray[np.intp],
+    prior: Array,
+    *,
+    ridge: float | None = None,
+    intercept: bool = True,
+) -> tuple[Array, Array | None]:
+    """Least squares on some inputs, held a little to weights that are known to be good.
+
+    Solves  min_{M, b}  ½ E‖y − M x − b‖² + ½ ε Σ_i R_ii ‖M_i − prior_i‖²   with x the inputs in ``columns``.
+
+    Parameters
+    ----------
+    correlations : Correlations
+        Of all d inputs.
+    columns : (k,) int array
+        The inputs to use.
+    prior : (h, k) array
+    ridge : float, optional
+        ε, relative to each input's own variance; raised tenfold until the matrix can be factored. Default:
+        ``pull``.
+    intercept : bool
+        Whether b is free; otherwise it is 0, and None is returned for it.
+
+    Returns
+    -------
+    (h, k) array, (h,) array or None
+    """
+    used = correlations.centered() if intercept else correlations
+    R, C = used.r_xx[np.ix_(columns, columns)], used.r_yx[:, columns]
+    variance = np.diag(R)
+    if ridge is None:
+        ridge = pull(len(columns), correlations.count)
+    unit = np.sqrt(np.where(variance > 0, variance, 1.0))
+    R, change = R / unit / unit[:, None], (C - prior @ R) / unit
+    while True:
+        try:
+            factor = scipy.linalg.cho_factor(R + ridge * np.eye(len(R)), lower=True, check_finite=False)
+            break
+        except scipy.linalg.LinAlgError:
+            ridge = max(10 * ridge, 1e-12)
+    # An input that never varies keeps its weight.
+    change = np.where(
+        variance > 0, scipy.linalg.cho_solve(factor, change.T, check_finite=False).T / unit, 0.0
+    )
+    M = prior + change
+    if not intercept:
+        return M, None
+    return M, (correlations.y_sum - M @ correlations.x_sum[columns]) / correlations.count
+
+
+def check_ridge(ridge: float | Literal["auto"]) -> None:
+    """ValueError unless ``ridge`` is "auto" or finite and at least 0."""
+    if ridge != "auto" and not (np.isfinite(ridge) and ridge >= 0):
+        raise ValueError(f'ridge must be "auto" or a number of at least 0, got {ridge!r}.')
+
+
+def _ridge_solve(R: Array, C: Array, ridge: float | Literal["auto"]) -> Array:
+    unit = np.sqrt(np.diag(R))
+    R, C = R / unit / unit[:, None], C / unit
+    for epsilon in AUTO_RIDGES if ridge == "auto" else (ridge,):
+        try:
+            factor = scipy.linalg.cho_factor(R + epsilon * np.eye(len(R)), lower=True, check_finite=False)
+        except scipy.linalg.LinAlgError:
+            continue
+        return np.asarray(scipy.linalg.cho_solve(factor, C.T, check_finite=False).T / unit)
+    raise ValueError(f'r_xx on the kept inputs is singular at ridge={ridge}; use a larger one or "auto".')
+
+
+def _checked_keep(keep: npt.ArrayLike, groups: int) -> npt.NDArray[np.intp]:
+    indices = np.asarray(keep)
+    if indices.dtype == np.bool_:
+        raise TypeError("keep must list indices, got a mask; use np.flatnonzero(mask).")
+    if indices.size and indices.dtype.kind not in "iu":
+        raise TypeError(f"keep must hold integers, got dtype {indices.dtype}.")
+    if indices.ndim != 1 or len(np.unique(indices)) != len(indices):
+        raise ValueError("keep must be a list of group indices, each once.")
+    if indices.size and not 0 <= indices.min() <= indices.max() < groups:
+        raise ValueError(f"keep must lie within 0 … {groups - 1}, got {indices.min()} … {indices.max()}.")
+    return indices.astype(np.intp)

@@ -1,0 +1,128 @@
+"""Solutions along lam: a whole path, or the lam for a wanted number of groups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from pysolve.errors import PysolveError
+from pysolve.solve.certificate import lam_max
+from pysolve.solve.problem import Problem, problem_of
+from pysolve.solve.solution import Solution
+from pysolve.solve.solvers import solver_named
+
+
+def regularization_path(
+    r_xx: Any,
+    r_yx: Any = None,
+    lams: Sequence[float] | None = None,
+    *,
+    n_lams: int = 50,
+    ratio: float = 1e-3,
+    **options: Any,
+) -> list[Solution]:
+    """One solution a lam, from the largest lam down, each started from the one before.
+
+    Parameters
+    ----------
+    r_xx, r_yx
+        As in ``solve_linear_reconstruction``; or a Correlations or a list of problems, without ``r_yx``.
+    lams : sequence of float, optional
+        Default: ``n_lams`` values from lam_max down to ratio · lam_max, evenly spaced in log lam.
+    n_lams : int
+    ratio : float
+        In (0, 1).
+    **options
+        ``method`` and the options of ``solve_linear_reconstruction``.
+
+    Returns
+    -------
+    list of Solution
+        In order of falling lam.
+    """
+    solve, problem, options = _taken_apart(r_xx, r_yx, options)
+    if lams is None:
+        if n_lams < 1 or not 0 < ratio < 1:
+            raise ValueError(f"n_lams must be at least 1 and ratio in (0, 1), got {n_lams} and {ratio}.")
+        lams = list(_highest(problem) * np.geomspace(1.0, ratio, n_lams))
+    solutions: list[Solution] = []
+    for lam in sorted(lams, reverse=True):
+        M0 = solutions[-1].M if solutions else None
+        solutions.append(solve(problem, float(lam), M0=M0, **options))
+    return solutions
+
+
+def lam_for_groups(
+    r_xx: Any, r_yx: Any = None, k: int = 1, *, max_solves: int = 60, **options: Any
+) -> tuple[Solution, ...]:
+    """The solution whose lam leaves exactly k groups; where none does, the two next to the jump over k.
+
+    The number of groups falls in jumps as lam grows, so a given k need not exist. Bisection on log lam with
+    warm starts.
+
+    Parameters
+    ----------
+    r_xx, r_yx
+        As in ``regularization_path``.
+    k : int
+        Wanted number of groups, at least 1; unpenalised groups count.
+    max_solves : int
+        At most this many; the bracket halves with each.
+    **options
+        ``method`` and the options of ``solve_linear_reconstruction``.
+
+    Returns
+    -------
+    tuple of Solution
+        One that keeps exactly k groups, or two: the nearest found with more and with fewer. One with fewer
+        where no lam down to 1e-12 lam_max keeps as many, as with dead inputs.
+
+    Raises
+    ------
+    PysolveError
+        No penalised group has any effect on the outputs, so there is nothing to choose.
+    """
+    if k < 1 or max_solves < 1:
+        raise ValueError(f"k and max_solves must be at least 1, got {k} and {max_solves}.")
+    solve, problem, options = _taken_apart(r_xx, r_yx, options)
+    highest = lam = _highest(problem)
+    fewer, more = solve(problem, highest, **options), None
+    if not len(fewer.keep) <= k <= problem.groups:
+        raise ValueError(
+            f"k must lie between the {len(fewer.keep)} unpenalised groups and all {problem.groups}, got {k}."
+        )
+    if len(fewer.keep) == k:
+        return (fewer,)
+    for _ in range(max_solves):
+        # Down in growing steps until enough groups are kept, then between.
+        lam = math.sqrt(more.lam * fewer.lam) if more else lam * lam / highest if lam < highest else lam / 2
+        if lam < SMALLEST_LAM * highest or (more and more.lam > (1 - 1e-12) * fewer.lam):
+            break
+        found = solve(problem, lam, M0=(more or fewer).M, **options)
+        if len(found.keep) == k:
+            return (found,)
+        fewer, more = (fewer, found) if len(found.keep) > k else (found, more)
+    return (more, fewer) if more else (fewer,)
+
+
+# Below this share of lam_max, rounding decides which groups are zero.
+SMALLEST_LAM = 1e-12
+
+
+def _taken_apart(
+    r_xx: Any, r_yx: Any, options: dict[str, Any]
+) -> tuple[Callable[..., Solution], Problem, dict[str, Any]]:
+    """The solver, the problem checked once for all solves, and the options left for each."""
+    rest = dict(options)
+    problem = problem_of(r_xx, r_yx, rest.pop("group_size", None), rest.pop("weights", None))
+    return solver_named(rest.pop("method", "newton")), problem, rest
+
+
+def _highest(problem: Problem) -> float:
+    highest = lam_max(problem)
+    if not highest:
+        raise PysolveError("no penalised group has any effect on the outputs: r_yx says nothing of them.")
+    return highest

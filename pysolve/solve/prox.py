@@ -1,0 +1,38 @@
+"""The proximal operator of the group-lasso penalty."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from pysolve import _core
+from pysolve.correlations import Array
+from pysolve.solve.problem import checked_matrix, checked_weights
+
+
+def prox_group_lasso(V: Any, t: float, *, group_size: int = 1, weights: npt.ArrayLike | None = None) -> Array:
+    """Group soft-thresholding of the columns of V.
+
+    Solves  min_M  ½‖M − V‖_F² + t Σ_g w_g ‖M_g‖_F :  M_g = (1 − t w_g/‖V_g‖)₊ V_g.
+
+    Parameters
+    ----------
+    V : (h, d) array or CPU tensor
+    t : float
+        ≥ 0.
+    group_size, weights
+        As in ``solve_linear_reconstruction``.
+
+    Returns
+    -------
+    (h, d) array
+    """
+    V = checked_matrix("V", V)
+    if not (np.isfinite(t) and t >= 0):
+        raise ValueError(f"t must be finite and at least 0, got {t}.")
+    if group_size < 1 or V.shape[1] % group_size:
+        raise ValueError(f"group_size must divide the {V.shape[1]} columns of V, got {group_size}.")
+    thresholds = float(t) * checked_weights(weights, V.shape[1] // group_size)
+    return np.ascontiguousarray(_core.prox_group_lasso(np.ascontiguousarray(V.T), group_size, thresholds).T)

@@ -1,0 +1,198 @@
+"""Masks that change while a network is trained: gradual pruning and dynamic surgery."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pysolve.errors import DataError
+from pysolve.layer.lamp import lamp_shares
+from pysolve.layer.masks import count_left, keep_largest
+from pysolve.nn.layers.masking import below, masks_of
+from pysolve.nn.running import as_array, find_layer
+from pysolve.training.options import Step
+
+# Of all layers together, or each layer's own.
+PerLayer = float | Mapping[str, float]
+# Times that thresholds are set anew when a share of the weights is to go.
+_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Masking:
+    """A step that changes masks, called with the share of the training done; checkpoints hold its state.
+
+    Parameters
+    ----------
+    step : callable
+    about : str
+        What must be the same for a training to go on.
+    get, put : callable
+        Read and write its state.
+    """
+
+    step: Step
+    about: str
+    get: Callable[[], dict[str, Any]]
+    put: Callable[[dict[str, Any]], None]
+
+    def __call__(self, share: float) -> None:
+        with torch.no_grad():
+            self.step(share)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"about": self.about, **self.get()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if (was := state.pop("about")) != self.about:
+            raise DataError(f"the checkpoint is of other pruning: it was {was}, now it is {self.about}.")
+        self.put(state)
+
+
+def gradually(model: nn.Module, amount: PerLayer, *, steps: int, end: float) -> Masking:
+    """Prune a network's masked weights by magnitude while it is trained, more and more.
+
+    The share that is pruned follows  s(t) = amount · (1 − (1 − t / end)³)  in equal steps.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With masks on the layers to prune.
+    amount : float or {layer: float}
+        Share of each layer's weights that is zero in the end; or of all together, by ``lamp_shares``.
+    steps : int
+    end : float
+        Share of the training after which the masks stay as they are.
+
+    References
+    ----------
+    M. Zhu, S. Gupta, To prune, or not to prune, 2017.
+    """
+    masks, done = masks_of(model), 0
+    layers: dict[str, Any] = {name: find_layer(model, name) for name in masks}
+
+    def prune(share: float) -> None:
+        nonlocal done
+        step = min(steps, int(steps * share / end))
+        if step > done:
+            done = step
+            weights = {name: as_array(layer.weight) for name, layer in layers.items()}
+            for name, gone in _shares(weights, amount, _level(step / steps)).items():
+                _keep_largest(masks[name].mask, weights[name], gone)
+
+    def put(state: dict[str, Any]) -> None:
+        nonlocal done
+        done = state["done"]
+
+    return Masking(prune, f"gradual with {amount=}, {steps=}", lambda: {"done": done}, put)
+
+
+def surgery(
+    model: nn.Module,
+    *,
+    amount: PerLayer | None = None,
+    rate: PerLayer | None = None,
+    end: float,
+    probability: PerLayer,
+    seed: int,
+) -> Masking:
+    """Prune a network's masked weights while it is trained, and put back those that turn out to matter.
+
+    With a threshold t of a layer, weights below 0.9 t go, those above 1.1 t come back, and those between stay
+    as they are. Masks are looked at layer by layer, with a probability that falls in a straight line, to a
+    tenth at the end.
+
+    Parameters
+    ----------
+    model : nn.Module
+        With splicing masks.
+    amount : float or {layer: float}
+        Share of each layer's weights, or of all together, as ``gradually`` has it. A layer's t is the
+        quantile of its |w| that the same schedule asks for; in the end exactly that many are zero.
+    rate : float or {layer: float}
+        Instead: t = max(0, mean + rate · std) of the |w| that a layer starts with, as published.
+    end : float
+        Share of the training after which the masks stay as they are.
+    probability : float or {layer: float}
+        In the beginning.
+    seed : int
+        Of which masks are looked at.
+
+    References
+    ----------
+    Y. Guo, A. Yao, Y. Chen, Dynamic network surgery for efficient DNNs, 2016.
+    """
+    masks, random, done = masks_of(model), np.random.default_rng(seed), -1
+    weights = {name: below(find_layer(model, name)) for name in masks}
+    limits = {} if rate is None else {name: _threshold(w, _of(rate, name)) for name, w in weights.items()}
+
+    def operate(share: float) -> None:
+        nonlocal done, limits
+        step = min(_STEPS, int(_STEPS * share / end))
+        if done == _STEPS:
+            return
+        if step > done and amount is not None:
+            values = {name: as_array(weight) for name, weight in weights.items()}
+            gone = _shares(values, amount, _level(step / _STEPS))
+            limits = {name: _quantile(values[name], part) for name, part in gone.items()}
+            if step == _STEPS:
+                for name, value in values.items():
+                    _keep_largest(masks[name].mask, value, gone[name])
+        done = max(done, step)
+        for name in masks if step < _STEPS else ():
+            if random.random() < _of(probability, name) * (1 - 0.9 * share / end):
+                _splice(masks[name].mask, weights[name], limits[name])
+
+    def get() -> dict[str, Any]:
+        return {"done": done, "limits": limits, "random": json.dumps(random.bit_generator.state)}
+
+    def put(state: dict[str, Any]) -> None:
+        nonlocal done, limits
+        done, limits = state["done"], state["limits"]
+        random.bit_generator.state = json.loads(state["random"])
+
+    return Masking(operate, f"surgery with {amount=}, {rate=}, {probability=}", get, put)
+
+
+def _of(each: PerLayer, name: str) -> float:
+    return each[name] if isinstance(each, Mapping) else each
+
+
+def _splice(mask: Tensor, weight: Tensor, limit: float) -> None:
+    size = weight.abs()
+    mask &= size >= 0.9 * limit
+    mask |= size > 1.1 * limit
+
+
+def _level(t: float) -> float:
+    """Share of the pruning that is done at t of its time: fast at first."""
+    return float(1 - (1 - t) ** 3)
+
+
+def _shares(weights: Mapping[str, Any], amount: PerLayer, level: float) -> dict[str, float]:
+    """Share of each layer's weights that is to be zero now."""
+    if isinstance(amount, Mapping):
+        return {name: level * amount[name] for name in weights}
+    return lamp_shares(weights, level * amount)
+
+
+def _keep_largest(mask: Tensor, weight: Any, gone: float) -> None:
+    kept = keep_largest(np.abs(weight), count_left(gone, weight.size))
+    mask.copy_(torch.from_numpy(kept))
+
+
+def _quantile(weight: Any, gone: float) -> float:
+    """The size below which so large a share of the weights lies."""
+    k = weight.size - count_left(gone, weight.size)
+    return float(np.partition(np.abs(weight), k - 1, axis=None)[k - 1]) if k else 0.0
+
+
+def _threshold(weight: Tensor, c: float) -> float:
+    size = weight.detach().abs().double()
+    return max(0.0, float(size.mean() + c * size.std(correction=0)))
