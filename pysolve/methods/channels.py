@@ -15,7 +15,7 @@ from pysolve.errors import PysolveError
 from pysolve.layer.masks import PerLayer
 from pysolve.layer.scores import channel_norms
 from pysolve.methods.compress import compress
-from pysolve.nn.calibrate import peek
+from pysolve.nn.calibration import peek
 from pysolve.nn.gather import gather
 from pysolve.nn.graph.sites import find_sites
 from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix, taps

@@ -14,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import PysolveError
-from pysolve.nn.calibrate import calibrate, peek
+from pysolve.nn.calibration import calibrate, peek
 from pysolve.nn.calibration import Calibration, samples_in, usable
 from pysolve.nn.graph.branches import Layer, find_layers, layer_values
 from pysolve.nn.graph.export import Graph, trace

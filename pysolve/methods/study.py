@@ -17,7 +17,7 @@ from pysolve.correlations import Array, Correlations
 from pysolve.errors import PysolveError
 from pysolve.methods.choice import Choice, choose, harm_curve, site_problem
 from pysolve.methods.offline import cuts_of, reader_values, refit_readers
-from pysolve.nn.calibrate import calibrate, peek
+from pysolve.nn.calibration import calibrate, peek
 from pysolve.nn.calibration import Calibration, first_samples, samples_in
 from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, run
 from pysolve.nn.graph.branches import Layer, find_layers

@@ -1,23 +1,32 @@
-"""The user's batches, shared out: most samples to fit with, some held back to measure with."""
+"""The user's batches in one pass: samples to fit, samples held out to choose sizes and to report on, sums."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import length_hint
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 from torch.utils import _pytree as pytree
 
+from pysolve.correlations import Correlations
 from pysolve.errors import DataError
+from pysolve.nn.gather import gather
+from pysolve.nn.graph.branches import Layer
 from pysolve.nn.graph.export import Graph
-from pysolve.nn.running import arguments
+from pysolve.nn.layer_matrix import channels, taps
+from pysolve.nn.running import Batch, arguments
 from pysolve.nn.walk import last_uses
 
-# Of each batch this share is held back, until there are so many samples.
+# Of each batch this share is held out, until there are so many samples to choose sizes by, and half as many more
+# that nothing is chosen or fitted on, for the report.
 HELD_SHARE, HELD_SAMPLES = 1 / 8, 256
+# Rows (samples × positions) to gather for a layer, as a multiple of its inputs.
+ROWS_PER_INPUT = 60
 
 
 @dataclass(eq=False)
@@ -29,7 +38,9 @@ class Calibration:
     limit : int
         Samples that may be kept for the refit.
     held : list of batches
-        Held back from every fit, to measure the network's outputs on.
+        Held out from every fit: the selection set, on which sizes are chosen.
+    apart : list of batches
+        Held out from every fit and every choice, for the report; ``held`` where there are too few samples.
     kept : list of batches
         For the refit.
     seen : int
@@ -37,35 +48,44 @@ class Calibration:
     """
 
     limit: int
-    held: list[Any] = field(default_factory=list)
-    kept: list[Any] = field(default_factory=list)
+    held: list[Batch] = field(default_factory=list)
+    apart: list[Batch] = field(default_factory=list)
+    kept: list[Batch] = field(default_factory=list)
     seen: int = 0
 
-    def stream(self, batches: Iterable[Any]) -> Iterator[Any]:
-        """The batches less what is held back, keeping what may be kept."""
+    def stream(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The batches without what is held out, keeping what may be kept."""
         room = self.limit
         for batch in batches:
-            n = samples_in(batch)
-            wanted = min(max(1, int(n * HELD_SHARE)), HELD_SAMPLES - sum(map(samples_in, self.held)))
-            back = wanted if n > 1 and wanted > 0 else 0
-            if back:
-                self.held.append(take(batch, 0, back))
-            rest = take(batch, back, n)
+            n, given = samples_in(batch), _count(self.held) + _count(self.apart)
+            out = min(max(1, int(n * HELD_SHARE)), HELD_SAMPLES * 3 // 2 - given) if n > 1 else 0
+            # Of three samples one is for the report.
+            split = out - min(out, max(0, (given + out) // 3 - _count(self.apart)))
+            for samples, start, stop in ((self.held, 0, split), (self.apart, split, out)):
+                if stop > start:
+                    samples.append(take(batch, start, stop))
+            rest = take(batch, out, n)
             if room > 0:
-                self.kept.append(take(rest, 0, min(room, n - back)))
-                room -= n - back
-            self.seen += n - back
+                self.kept.append(take(rest, 0, min(room, n - out)))
+                room -= n - out
+            self.seen += n - out
             yield rest
-        # Single samples cannot be shared out: the measurements then see what the fits saw.
+        # Single samples cannot be shared out: measurements then see what the fits saw.
         self.held = joined(self.held or self.kept[:HELD_SAMPLES])
+        self.apart = joined(self.apart) or self.held
 
     @property
     def used(self) -> int:
         """Samples kept for the refit."""
-        return sum(map(samples_in, self.kept))
+        return _count(self.kept)
 
 
-def samples_in(batch: Any) -> int:
+def _count(batches: Iterable[Batch]) -> int:
+    """Samples in several batches."""
+    return sum(map(samples_in, batches))
+
+
+def samples_in(batch: Batch) -> int:
     """How many samples a batch holds: the common first dimension of its tensors."""
     sizes = {len(leaf) for leaf in _tensors(batch) if leaf.ndim}
     if len(sizes) != 1:
@@ -75,7 +95,7 @@ def samples_in(batch: Any) -> int:
     return sizes.pop()
 
 
-def take(batch: Any, start: int, stop: int) -> Any:
+def take(batch: Batch, start: int, stop: int) -> Any:
     """Samples start … stop − 1 of a batch, in the same form; views."""
     args, kwargs = arguments(batch)
 
@@ -85,7 +105,7 @@ def take(batch: Any, start: int, stop: int) -> Any:
     return {key: pytree.tree_map(cut, value) for key, value in kwargs.items()} if kwargs else cut(args[0])
 
 
-def first_samples(batches: list[Any], count: int) -> list[Any]:
+def first_samples(batches: list[Batch], count: int) -> list[Batch]:
     """The first samples of several batches, still in batches."""
     taken = []
     for batch in batches:
@@ -95,7 +115,7 @@ def first_samples(batches: list[Any], count: int) -> list[Any]:
     return taken
 
 
-def joined(batches: list[Any]) -> list[Any]:
+def joined(batches: list[Batch]) -> list[Batch]:
     """One batch instead of several, if all have the same form and sample shapes; otherwise as they are."""
     flat = [pytree.tree_flatten(arguments(batch)) for batch in batches]
     columns = [*zip(*(leaves for leaves, _ in flat), strict=False)]
@@ -127,7 +147,7 @@ def traced_samples(graph: Graph) -> int:
     return next((hint(shape[0]) for shape in shapes if len(shape)), 1)
 
 
-def fits(graph: Graph, batch: Any) -> bool:
+def fits(graph: Graph, batch: Batch) -> bool:
     """Whether a batch has the sizes that the network's code has fixed in its graph."""
 
     def agree(size: Any, traced: Any) -> bool:
@@ -141,14 +161,14 @@ def fits(graph: Graph, batch: Any) -> bool:
     )
 
 
-def usable(graph: Graph, batches: list[Any]) -> list[Any]:
+def usable(graph: Graph, batches: list[Batch]) -> list[Batch]:
     """Batches that can walk through the graph: as they are, or whole ones of the size that its code fixes."""
     if all(fits(graph, batch) for batch in batches):
         return batches
     return [batch for batch in regrouped(batches, traced_samples(graph)) if fits(graph, batch)]
 
 
-def regrouped(batches: list[Any], size: int) -> list[Any]:
+def regrouped(batches: list[Batch], size: int) -> list[Batch]:
     """The same samples in batches of one size, without what is left at the end."""
     return [
         take(batch, start, start + size)
@@ -194,7 +214,77 @@ def hint(size: Any) -> int:
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
 
 
-def _tensors(batch: Any) -> list[Tensor]:
+def _tensors(batch: Batch) -> list[Tensor]:
     args, kwargs = arguments(batch)
     leaves: Mapping[str, Any] = kwargs
     return [leaf for leaf in pytree.tree_leaves((args, dict(leaves))) if isinstance(leaf, Tensor)]
+
+
+def calibrate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    first: Batch,
+    graph: Graph | None,
+    nodes: Mapping[Node, Layer],
+    layers: Sequence[str],
+    *,
+    memory: int | None = None,
+    progress: bool = True,
+) -> tuple[Calibration, dict[str, Correlations]]:
+    """Share the batches out, and gather the correlations of some layers on the way.
+
+    Parameters
+    ----------
+    model : nn.Module
+    batches, first
+        What ``peek`` gave.
+    graph : Graph, optional
+        For how many samples there is memory; without it, a batch's are kept.
+    nodes : {Node: Layer}
+        Of the graph.
+    layers : sequence of str
+        Whose correlations to gather; without any, the network does not run.
+    memory : int, optional
+        Bytes that samples may take when they walk through the graph; by default half of what is free.
+    progress : bool
+    """
+    limit = room_for(graph, free_memory() if memory is None else memory) if graph else samples_in(first)
+    calibration = Calibration(limit)
+    stream = calibration.stream(batches)
+    if not layers:
+        for _ in stream:
+            pass
+        return calibration, {}
+    # Of how many batches an iterator has, ten is as good a guess as any.
+    total = samples_in(first) * length_hint(batches, 10)
+    shares = _shares(graph, nodes, layers, total) if graph else dict.fromkeys(layers, 1.0)
+    return calibration, gather(model, stream, layers=layers, positions=shares, progress=progress)
+
+
+def peek(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
+    """The first batch, and all of them."""
+    if isinstance(batches, Tensor | Mapping):
+        kind = type(batches).__name__
+        raise TypeError(f"batches must be an iterable of batches, got one {kind}: wrap it in a list.")
+    if isinstance(batches, Sequence):
+        if not batches:
+            raise DataError("there are no batches: expected at least one.")
+        return batches[0], batches
+    iterator = iter(batches)
+    for first in iterator:
+        # An iterator is used up by looking at it; a loader begins again.
+        return first, chain([first], iterator) if iterator is batches else batches
+    raise DataError("there are no batches: expected at least one. Was a generator used up before?")
+
+
+def _shares(
+    graph: Graph, nodes: Mapping[Node, Layer], readers: Sequence[str], samples: int
+) -> dict[str, float]:
+    """Which part of its positions each layer is to be gathered over."""
+    shares, traced = dict.fromkeys(readers, 1.0), traced_samples(graph)
+    for node, layer in nodes.items():
+        if layer.name in shares:
+            inputs, outputs = channels(layer.module)
+            rows = hint(node.meta["val"].numel()) / outputs / traced * samples
+            shares[layer.name] = min(1.0, ROWS_PER_INPUT * inputs * taps(layer.module) / rows)
+    return shares

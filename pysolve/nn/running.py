@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from pysolve.errors import DataError, LayerNotFoundError
 
@@ -110,6 +111,19 @@ def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         f"a batch must be a tensor, a tuple or list whose first item is the input, or a mapping of keyword "
         f"arguments, got {type(batch).__name__}."
     )
+
+
+def few_samples(batch: Batch, count: int = 2) -> Batch:
+    """The first samples of a batch, enough to see what a network does; the batch itself where it has no more.
+
+    A batch whose tensors do not share their first dimension is left as it is.
+    """
+    tensors = [leaf for leaf in pytree.tree_leaves(arguments(batch)) if isinstance(leaf, Tensor)]
+    lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
+    if len(lengths) != 1 or lengths.pop() <= count:
+        return batch
+    args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf[:count], arguments(batch))
+    return kwargs if kwargs else args
 
 
 def _fresh(value: Any, device: Device) -> Any:

@@ -8,7 +8,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import PysolveError
-from pysolve.nn.running import arguments, evaluating
+from pysolve.nn.running import Batch, arguments, evaluating, few_samples
 
 _TORCH = Path(torch.__file__).parent
 # Where networks are called from, which is not where their errors come from.
@@ -57,7 +57,14 @@ class Graph:
     inputs: tuple[Node, ...]
     _keys: tuple[str, ...]
 
-    def bind(self, batch: Any) -> dict[Node, Any]:
+    @property
+    def takes_any_batch(self) -> bool:
+        """Whether the number of samples is free."""
+        values = [node.meta.get("val") for node in self.inputs]
+        sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim]
+        return all(isinstance(n, torch.SymInt) and n.node.maybe_as_int() is None for n in sizes)
+
+    def bind(self, batch: Batch) -> dict[Node, Any]:
         """Values of the input placeholders for one batch."""
         args, kwargs = arguments(batch)
         if set(kwargs) != set(self._keys):
@@ -66,7 +73,7 @@ class Graph:
         return dict(zip(self.inputs, leaves, strict=True))
 
 
-def trace(model: nn.Module, batch: Any, *, free_sizes: bool = True) -> Graph:
+def trace(model: nn.Module, batch: Batch, *, free_sizes: bool = True, fixed_sizes: bool = True) -> Graph:
     """Export a network in evaluation mode.
 
     Parameters
@@ -75,8 +82,10 @@ def trace(model: nn.Module, batch: Any, *, free_sizes: bool = True) -> Graph:
     batch : one batch
         In the forms that ``gather`` takes.
     free_sizes : bool
-        Leave sizes free to change wherever the code does, so that other batches fit the graph; without, the
-        graph is for this batch alone and takes a fraction of the time.
+        Leave sizes free to change wherever the code does, so that other batches fit the graph.
+    fixed_sizes : bool
+        Where that is not tried or fails: make a graph for this batch alone, which takes a fraction of the
+        time.
 
     Raises
     ------
@@ -87,7 +96,7 @@ def trace(model: nn.Module, batch: Any, *, free_sizes: bool = True) -> Graph:
     if free_sizes:
         args, kwargs = pytree.tree_map(_at_least_two(batch), (args, kwargs))
     with evaluating(model), _without_cache(model):
-        program = _export(model, args, kwargs, free_sizes)
+        program = _export(model, args, kwargs, free_sizes, fixed_sizes)
     signature = program.graph_signature
     given = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names = {key: _first_name(model, name) for key, name in given.items()}
@@ -100,6 +109,20 @@ def trace(model: nn.Module, batch: Any, *, free_sizes: bool = True) -> Graph:
         inputs=tuple(node for key, node in placeholders.items() if key not in {*names, *constants}),
         _keys=tuple(kwargs),
     )
+
+
+def trace_once(model: nn.Module, batch: Batch) -> tuple[Graph, Batch]:
+    """The graph of a network with free sizes, and the part of a batch that it was traced with.
+
+    Two samples are enough, unless the network's code takes batches of one size alone.
+    """
+    few = few_samples(batch)
+    if few is not batch:
+        with suppress(PysolveError):
+            graph = trace(model, few, fixed_sizes=False)
+            if graph.takes_any_batch:
+                return graph, few
+    return trace(model, batch), batch
 
 
 def where(node: Node) -> str:
@@ -131,14 +154,14 @@ def _of_torch(file: str) -> bool:
     return file.startswith(str(_TORCH)) or file in _LAYERS
 
 
-def _export(model: nn.Module, args: Any, kwargs: Any, free_sizes: bool) -> ExportedProgram:
+def _export(model: nn.Module, args: Any, kwargs: Any, free_sizes: bool, fixed_sizes: bool) -> ExportedProgram:
     def free(value: Any) -> Any:
         return dict.fromkeys(range(value.ndim), Dim.AUTO) if isinstance(value, Tensor) else None
 
     shapes = pytree.tree_map(free, {**{f"*{i}": a for i, a in enumerate(args)}, **kwargs})
     dynamic = (*(shapes.pop(f"*{i}") for i in range(len(args))),) if args and not kwargs else shapes
     problem: Exception | None = None
-    for attempt in (dynamic, None) if free_sizes else (None,):
+    for attempt in [dynamic] * free_sizes + [None] * fixed_sizes:
         try:
             with _quiet():
                 return torch.export.export(model, args, kwargs, dynamic_shapes=attempt, strict=False)

@@ -6,25 +6,20 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from pysolve.errors import PysolveError
 from pysolve.nn.graph.classes import ROLES, Classes, Member
 from pysolve.nn.graph.export import Graph, trace
 from pysolve.nn.graph.labels import label_channels
 from pysolve.nn.graph.trial import prove
-from pysolve.nn.running import arguments, find_matching
+from pysolve.nn.running import Batch, few_samples, find_matching
 from pysolve.plan import Indices, Site
 
-# Samples of the example that are enough to see what the network does with channels.
-_SAMPLES = 2
 
-
-def find_sites(model: nn.Module, example_inputs: Any, *, ignore: Iterable[str] = ()) -> list[Site]:
+def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[str] = ()) -> list[Site]:
     """Find all sets of channels that can be removed together, and say of all others what keeps them.
 
     The network is traced with torch.export, every channel that a layer makes gets a label, and the labels
@@ -54,8 +49,18 @@ def find_sites(model: nn.Module, example_inputs: Any, *, ignore: Iterable[str] =
     LayerNotFoundError
         When a name or pattern in ``ignore`` belongs to no layer.
     """
+    find_matching(model, ignore)
+    few = few_samples(example_inputs)
+    if few is not example_inputs:
+        # A batch size may be written into the code.
+        with suppress(PysolveError):
+            return sites_in(model, trace(model, few, free_sizes=False), few, ignore=ignore)
+    return sites_in(model, trace(model, example_inputs, free_sizes=False), example_inputs, ignore=ignore)
+
+
+def sites_in(model: nn.Module, graph: Graph, batch: Batch, *, ignore: Iterable[str] = ()) -> list[Site]:
+    """``find_sites`` of a network that has been traced with this batch."""
     ignored = find_matching(model, ignore)
-    graph, batch = _traced(model, example_inputs)
     sites = sites_of(label_channels(model, graph))
     return prove(model, [_ignoring(site, ignored) for site in sites], batch)
 
@@ -109,21 +114,6 @@ def _site(layers: Sequence[Member], table: Indices, pinned: str | None) -> Site:
         columns={member.layer: part for member, part in parts if member.role == "readers"},
         pinned=pinned,
     )
-
-
-def _traced(model: nn.Module, batch: Any) -> tuple[Graph, Any]:
-    """The network's graph, and the batch that it was traced with: a few samples if they are enough."""
-    tensors = [leaf for leaf in pytree.tree_leaves(arguments(batch)) if isinstance(leaf, Tensor)]
-    lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
-    if len(lengths) == 1 and lengths.pop() > _SAMPLES:
-        args, kwargs = pytree.tree_map(
-            lambda leaf: leaf[:_SAMPLES] if isinstance(leaf, Tensor) else leaf, arguments(batch)
-        )
-        few = kwargs if kwargs else args
-        # A batch size may be written into the code.
-        with suppress(PysolveError):
-            return trace(model, few, free_sizes=False), few
-    return trace(model, batch, free_sizes=False), batch
 
 
 def _ignoring(site: Site, ignored: set[str]) -> Site:
