@@ -1,4 +1,4 @@
-"""Prune, factor or leave: channels and ranks under one budget."""
+"""Sizes of all units under one target: channels and ranks by their divergences, for what they really cost."""
 
 from __future__ import annotations
 
@@ -7,115 +7,131 @@ from dataclasses import replace
 
 import numpy as np
 
-from pysolve.correlations import Array
+from pysolve.correlations import Array, Indices
 from pysolve.errors import PysolveError
-from pysolve.methods.ranks import Candidate
-from pysolve.plan import Indices
+from pysolve.methods.kinds.ranks import RankMenu
+from pysolve.methods.menu import Menu
+from pysolve.methods.price import Probe, measured
+from pysolve.methods.study import Study
+from pysolve.nn.costs import cost_model
+from pysolve.plan import Site
 from pysolve.solve.budget import MEASURES, Costs, limits_of, site_sizes, unreachable
 from pysolve.solve.knapsack import Knapsack, pack, solve
 
+# Measured divergence may exceed the predicted one so many times; otherwise sizes are chosen anew, so often.
+TRUSTED_RATIO, MAX_ROUNDS = 1.1, 6
 # Layers whose structure is looked at once more, those that cost most first.
 TRIED = 32
 
+Target = Mapping[str, float]
 
-def share(
-    costs: Costs,
-    site_curves: Sequence[Array],
-    candidates: Sequence[Candidate],
-    rank_curves: Sequence[Array],
-    targets: Mapping[str, float],
-) -> tuple[Indices, dict[str, int]]:
-    """How many channels each site keeps, and which layers become two of which rank, for the least harm.
 
-    Harms add up. What a layer costs as two, r (a · inputs + b · outputs), and as one, inputs · outputs, both
-    depend on the channels that the sites around it keep. For a set of layers that may become two, channels
-    and ranks are shared out together; the set itself is found by leaving out what stays as it is, and by
-    trying the layers one by one.
+def settle(
+    study: Study, costs: Costs, menus: Sequence[Menu], target: Target, where: Probe, *, round_to: int = 1
+) -> tuple[list[int], list[float], list[Menu]]:
+    """Sizes of sites within the target, measured, and chosen anew until no prediction is far off.
+
+    Returns
+    -------
+    list of int, list of float, list of Menu
+        Sizes, the divergence predicted of each, and the menus with all that was measured.
+    """
+    menus = [*menus]
+    for _ in range(MAX_ROUNDS):
+        sizes, _ = choose(costs, menus, (), target, round_to=round_to)
+        predicted = [float(menu.curve[k]) for menu, k in zip(menus, sizes, strict=True)]
+        menus = [measured(study, menu, [k], where) for menu, k in zip(menus, sizes, strict=True)]
+        if sum(menu.measured[k] for menu, k in zip(menus, sizes, strict=True)) <= TRUSTED_RATIO * sum(predicted):
+            break
+    return sizes, predicted, menus
+
+
+def costs_of(study: Study, *, also: Sequence[str] = ()) -> Costs:
+    """What the network costs at any width of its sites."""
+    return cost_model(study.model, study.free, study.held[0], extra_biases=study.new_biases, also=also)
+
+
+def choose(
+    costs: Costs, sites: Sequence[Menu], layers: Sequence[RankMenu], target: Target, *, round_to: int = 1
+) -> tuple[list[int], dict[str, int]]:
+    """How many channels each site keeps, and which layers are factored at which rank, for the least divergence.
+
+    Divergences add up. What a layer costs as two, r (a · inputs + b · outputs), and as one, inputs · outputs,
+    both depend on the channels that the sites around it keep. For a set of layers that may be factored,
+    channels and ranks are shared out together; the set itself is found by leaving out what stays as it is, and
+    by trying the layers one by one.
 
     Parameters
     ----------
     costs : Costs
-        Of the sites; lists the layers of all candidates.
-    site_curves : sequence of (K_s + 1,) arrays
-    candidates : sequence of Candidate
-    rank_curves : sequence of (most + 2,) arrays
-        Of ``Candidate.curve``.
-    targets : {measure: share or number}
-
-    Returns
-    -------
-    (S,) int array, {layer: rank}
+        Of the sites; lists all layers that may be factored.
+    sites : sequence of Menu
+    layers : sequence of RankMenu
+    target : {measure: share or number}
+    round_to : int
+        Sites keep multiples of so many channels, or all.
 
     Raises
     ------
     PysolveError
         When even the smallest sizes cost more than a target: says how much.
     """
-    search = _Search(costs, site_curves, candidates, rank_curves, targets)
-    everything, nothing = frozenset(range(len(candidates))), frozenset[int]()
+    search = _Search(costs, [menu.curve for menu in sites], layers, target, round_to)
+    everything, nothing = frozenset(range(len(layers))), frozenset[int]()
     best = search.settled(everything)
     # Alone within one measure, what a layer costs as it is counts exactly.
-    if len(costs.channels) or len(targets) > 1:
-        best = min(best, search.settled(nothing), key=search.harm)
-        order = sorted(everything, key=lambda i: -max(candidates[i].dense.values()))
+    if layers and (len(costs.channels) or len(target) > 1):
+        best = min(best, search.settled(nothing), key=search.divergence)
+        order = sorted(everything, key=lambda i: -max(layers[i].dense.values()))
         for i in order[:TRIED]:
-            best = min(best, search.settled(best ^ {i}), key=search.harm)
-    if search.harm(best) == np.inf:
+            best = min(best, search.settled(best ^ {i}), key=search.divergence)
+    if search.divergence(best) == np.inf:
         raise PysolveError(search.complaint())
     return search.answer(best)
 
 
 class _Search:
-    """Harms of sets of layers that may become two, each solved once."""
+    """Divergences of sets of layers that may be factored, each solved once."""
 
     def __init__(
-        self,
-        costs: Costs,
-        site_curves: Sequence[Array],
-        candidates: Sequence[Candidate],
-        rank_curves: Sequence[Array],
-        targets: Mapping[str, float],
+        self, costs: Costs, curves: Sequence[Array], layers: Sequence[RankMenu], target: Target, round_to: int
     ) -> None:
-        self.costs, self.candidates, self.rank_curves = costs, candidates, rank_curves
-        self.rows, self.limits = limits_of(costs, targets)
+        self.costs, self.layers = costs, layers
+        self.rows, self.limits = limits_of(costs, target)
         self.which = [MEASURES.index(measure) for measure in self.rows]
-        self.sizes, self.harms = site_sizes(costs, site_curves)
+        self.sizes, self.divergences = site_sizes(costs, curves, round_to=round_to)
         self.solved: dict[frozenset[int], tuple[float, Array]] = {}
 
-    def harm(self, chosen: frozenset[int]) -> float:
-        """What the best sizes do with this set of layers; infinite where none are within the targets."""
+    def divergence(self, chosen: frozenset[int]) -> float:
+        """What the best sizes cause with this set of layers; infinite where none are within the target."""
         return self._solve(chosen)[0]
 
     def settled(self, chosen: frozenset[int]) -> frozenset[int]:
         """The set without layers that stay as they are: counted as one, they cost less."""
         while True:
-            dense = {i for i, k in self._ranks(chosen).items() if k > self.candidates[i].most}
-            if not dense or self.harm(chosen - dense) > self.harm(chosen):
+            dense = {i for i, k in self._ranks(chosen).items() if k > self.layers[i].most}
+            if not dense or self.divergence(chosen - dense) > self.divergence(chosen):
                 return chosen
             chosen = chosen - dense
 
-    def answer(self, chosen: frozenset[int]) -> tuple[Indices, dict[str, int]]:
+    def answer(self, chosen: frozenset[int]) -> tuple[list[int], dict[str, int]]:
         """Sizes of the sites, and ranks."""
         sizes = self._solve(chosen)[1]
         ranks = {
-            self.candidates[i].name: int(k)
+            str(self.layers[i].unit): int(k)
             for i, k in self._ranks(chosen).items()
-            if k <= self.candidates[i].most
+            if k <= self.layers[i].most
         }
-        return sizes[: len(self.costs.channels)].astype(np.intp), ranks
+        return [int(k) for k in sizes[: len(self.costs.channels)]], ranks
 
     def complaint(self) -> str:
         """Which target is out of reach."""
-        everything = [*range(len(self.candidates))]
-        least = _with_ranks(self.costs, [*self.candidates]).cost(self._smallest(everything))
-        now = self.costs.original
+        smallest = np.array([row[0] for row in self.sizes] + [1.0] * len(self.layers))
+        least, now = _with_ranks(self.costs, self.layers).cost(smallest), self.costs.original
         for measure, limit in zip(self.rows, self.limits, strict=True):
             if least[measure] > limit:
                 return unreachable(measure, limit, least[measure], now[measure])
         return "no sizes are within all targets together: raise one of them."
-
-    def _smallest(self, order: Sequence[int]) -> Array:
-        return np.array([row[0] for row in self.sizes] + [1.0] * len(order))
 
     def _ranks(self, chosen: frozenset[int]) -> dict[int, float]:
         sizes = self._solve(chosen)[1]
@@ -127,30 +143,28 @@ class _Search:
         return self.solved[chosen]
 
     def _solved(self, order: Sequence[int]) -> tuple[float, Array]:
-        factored = [self.candidates[i] for i in order]
+        factored = [self.layers[i] for i in order]
         costs = _with_ranks(self.costs, factored)
-        sizes, harms = [*self.sizes], [*self.harms]
-        for i, one in zip(order, factored, strict=True):
+        sizes, divergences = [*self.sizes], [*self.divergences]
+        for one in factored:
             # A layer as it is counts as the rank that costs as much: of several measures, the larger one.
             whole = max(one.dense[measure] / one.each[measure] for measure in self.rows)
             sizes.append(np.append(np.arange(1.0, one.most + 1), max(whole, one.most + 1e-6)))
-            harms.append(np.maximum.accumulate(self.rank_curves[i][:0:-1])[::-1])
+            divergences.append(np.maximum.accumulate(one.curve[:0:-1])[::-1])
         least = costs.cost([row[0] for row in sizes])
-        if not sizes or any(least[m] > limit for m, limit in zip(self.rows, self.limits, strict=True)):
-            fits = not sizes and all(
-                least[m] <= limit for m, limit in zip(self.rows, self.limits, strict=True)
-            )
+        fits = all(least[m] <= limit for m, limit in zip(self.rows, self.limits, strict=True))
+        if not sizes or not fits:
             return (0.0 if fits else np.inf), np.zeros(len(sizes))
         parts = (part[self.which] for part in costs.expansion())
-        found = solve(Knapsack(*pack(sizes, harms), self.limits, *parts))
-        pairs = zip(sizes, harms, found, strict=True)
-        return float(sum(harm[int(np.argmin(np.abs(row - k)))] for row, harm, k in pairs)), found
+        found = solve(Knapsack(*pack(sizes, divergences), self.limits, *parts))
+        rows = zip(sizes, divergences, found, strict=True)
+        return float(sum(values[int(np.argmin(np.abs(row - k)))] for row, values, k in rows)), found
 
 
-def _with_ranks(costs: Costs, factored: Sequence[Candidate]) -> Costs:
-    """Costs with a further site for each layer that becomes two: the channels between."""
+def _with_ranks(costs: Costs, factored: Sequence[RankMenu]) -> Costs:
+    """Costs with a further site for each factored layer: the channels between its factors."""
     F, (L, S) = len(factored), costs.rows.shape
-    own = [costs.layers.index(one.name) for one in factored]
+    own = [costs.layers.index(str(one.unit)) for one in factored]
     widths = np.array([one.most + 1 for one in factored], dtype=np.intp)
     between, none = np.eye(F), np.zeros((F, F))
     product = costs.product.copy()

@@ -1,88 +1,103 @@
-"""One pass over the data, and all that it tells: what could shrink, by which channels, and at what harm."""
+"""One export of a network and one pass over its data: all that is known before anything is chosen."""
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-import numpy.typing as npt
-from torch import nn
+from torch import Tensor, nn
 from torch.fx import Node
-from tqdm.auto import tqdm
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import PysolveError
-from pysolve.methods.choice import Choice, choose, harm_curve, site_problem
-from pysolve.methods.offline import cuts_of, reader_values, refit_readers
-from pysolve.nn.calibration import calibrate, peek
-from pysolve.nn.calibration import Calibration, first_samples, samples_in
-from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, run
+from pysolve.nn.calibration import Calibration, calibrate, peek
+from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.graph.branches import Layer, find_layers
-from pysolve.nn.graph.export import Graph, trace
-from pysolve.nn.graph.sites import find_sites
-from pysolve.nn.layer_matrix import LAYERS, channels, groups
-from pysolve.nn.running import find_layer
-from pysolve.plan import Indices, Site
+from pysolve.nn.graph.export import Graph, trace_once
+from pysolve.nn.graph.sites import sites_in
+from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix
+from pysolve.nn.layers.masking import masks_of
+from pysolve.nn.layers.sparse import SparseWeight
+from pysolve.nn.running import Batch, as_array, find_matching
+from pysolve.nn.slicing import WEIGHTED
+from pysolve.plan import Site
 
-# A method of ``select_channels``, or a score for each channel by the sites' names.
-Select = str | Mapping[str, npt.ArrayLike]
 
-# Errors, as shares of the outputs' energy, at which the harm of shrinking a site is measured.
-PROBED_ERRORS = (0.003, 0.02, 0.1, 0.3)
-# Work for measuring harm, in samples through the whole network; shared by all sites, so that it does not grow
-# with the square of the depth. Fewer samples than the least tell too little.
-PROBE_SAMPLES, LEAST_SAMPLES = 16384, 48
+@dataclass(frozen=True)
+class Options:
+    """What every verb takes, besides its own arguments.
+
+    Parameters
+    ----------
+    ignore : sequence of str
+        Layers to leave alone: names, or patterns as ``re:…``.
+    divergence : callable
+        From the original's and another output to how far they are apart, averaged over samples.
+    memory : int, optional
+        Bytes that the refit may hold in activations; by default half of what is free.
+    seed : int
+    progress : bool
+    """
+
+    ignore: Sequence[str] = ()
+    divergence: Divergence = kl_divergence
+    memory: int | None = None
+    seed: int = 0
+    progress: bool = True
 
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """What one pass over the data tells of a network.
+    """What is known of a network.
 
     Parameters
     ----------
     model : nn.Module
-        The original.
-    graph : Graph
+        The original; never changed.
+    options : Options
+    graph : Graph, optional
+        None where there are no data, or the network cannot be exported.
     layers : {name: Layer}
-    sites, free : list of Site
-        All sites, and those of them that can shrink.
-    correlations : {reader: Correlations}
-        Of the free sites' readers.
-    choices, harms, spent : lists
-        Of each free site: what to keep at every size, the divergence measured at some sizes, seconds spent.
-    calibration : Calibration
-    probes, originals : lists
-        Samples held back that harm is measured on, in batches, and the original's outputs.
-    divergence : callable
+        Linear layers and ungrouped convolutions, with what the graph shows around them.
+    weights : {name: tensor}
+        Weights that may take another form: of layers, by the layer's name, and bare parameters by their own.
+    sites : sequence of Site
+    correlations : {layer: Correlations}
+    calibration : Calibration, optional
+        None without data.
+    notes : tuple of str
     seconds : {stage: float}
     """
 
     model: nn.Module
-    graph: Graph | None
-    layers: Mapping[str, Layer]
-    sites: Sequence[Site]
-    free: Sequence[Site]
-    correlations: Mapping[str, Correlations]
-    choices: list[Choice]
-    harms: list[dict[int, float]]
-    spent: list[float]
-    calibration: Calibration
-    probes: Sequence[Any]
-    originals: Sequence[Any]
-    divergence: Divergence
-    seconds: Mapping[str, float]
+    options: Options
+    graph: Graph | None = None
+    layers: Mapping[str, Layer] = field(default_factory=dict)
+    weights: Mapping[str, Tensor] = field(default_factory=dict)
+    sites: Sequence[Site] = ()
+    correlations: Mapping[str, Correlations] = field(default_factory=dict)
+    calibration: Calibration | None = None
+    notes: tuple[str, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
-    def widths(self, site: Site) -> dict[str, int]:
-        """Input channels of a site's readers."""
-        return {name: channels(self.layers[name].module)[0] for name in site.readers}
+    @property
+    def free(self) -> list[Site]:
+        """Sites that can shrink."""
+        return [site for site in self.sites if site.pinned is None]
 
-    def curve(self, s: int) -> Array:
-        """Divergence to expect of free site s at every size, from what was measured so far."""
-        measured = sorted(self.harms[s].items())
-        return harm_curve(self.choices[s].error, [k for k, _ in measured], [harm for _, harm in measured])
+    @property
+    def held(self) -> list[Batch]:
+        """The selection set: samples that no fit has seen, on which sizes are chosen."""
+        return [] if self.calibration is None else self.calibration.held
+
+    @property
+    def apart(self) -> list[Batch]:
+        """Samples that neither a fit nor a choice has seen, for the report."""
+        return [] if self.calibration is None else self.calibration.apart
 
     @property
     def new_biases(self) -> frozenset[str]:
@@ -90,105 +105,148 @@ class Study:
         readers = {self.layers[name] for site in self.free for name in site.readers}
         return frozenset(layer.name for layer in readers if layer.calls == 1 and not layer.takes_bias)
 
+    def walks(self, name: str) -> bool:
+        """Whether a layer can be refitted on the way through the graph, or without one on what was gathered."""
+        layer = self.layers.get(name)
+        return layer is not None and (layer.calls == 1 if self.graph else name in self.correlations)
+
+    def matrix(self, name: str) -> Array:
+        """A weight as the matrix M of  y = M x + b, in double precision; of what has no such, ``flatten(1)``."""
+        if name in self.layers:
+            return np.asarray(matrix(self.layers[name].module).double().cpu().numpy())
+        return np.asarray(as_array(self.weights[name].flatten(1)), np.float64)
+
+
+def weight_name(model: nn.Module, name: str) -> str:
+    """What the state dict calls the weight of a layer, or a bare parameter."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return f"{name}.weight".lstrip(".") if name in modules else name
+
 
 def study(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Batch] | None,
+    options: Options,
     *,
-    select: Select = "elimination",
-    ignore: Sequence[str] = (),
-    sites: Sequence[Site] | None = None,
-    divergence: Divergence = kl_divergence,
-    memory: int | None = None,
-    progress: bool = True,
+    weights: Mapping[str, Tensor] | None = None,
+    sites: Sequence[Site] | bool = False,
+    gather: bool = True,
+    notes: Sequence[str] = (),
 ) -> Study:
-    """Trace the network, find its sites, gather their readers' correlations, and measure what shrinking does.
+    """Trace the network, find its sites, and gather correlations while the data stream by once.
 
     Parameters
     ----------
-    As ``pysolve.compress`` has them.
+    model : nn.Module
+    batches : iterable of batches, optional
+    options : Options
+    weights : {name: tensor}, optional
+        Of ``weights_of``: what may take another form.
+    sites : sequence of Site, or bool
+        Whether channels may go: those of these sites, or of all that are found.
+    gather : bool
+        Whether the correlations of the weights' layers are needed beforehand; those of the sites' readers are.
+    notes : sequence of str
+
+    Raises
+    ------
+    PysolveError
+        Sites are looked for in a network that cannot be traced.
     """
+    weights = weights or {}
+    if batches is None:
+        return Study(model, options, weights=weights, notes=tuple(notes))
     clock = Clock()
     first, batches = peek(batches)
-    graph, nodes, sites = _traced(model, first, sites, ignore)
-    layers = {layer.name: layer for layer in [*_unseen(model, sites), *nodes.values()]}
-    free = [site for site in sites if site.pinned is None]
+    graph, nodes, found, why = _traced(model, first, sites, options.ignore)
+    seen = {layer.name: layer for layer in nodes.values()}
+    named = [name for site in found for name in (*site.readers, *site.writers)]
+    layers = {layer.name: layer for layer in _unseen(model, [*named, *([] if graph else weights)])} | seen
     clock.stage("find")
-    readers = list(dict.fromkeys(reader for site in free for reader in site.readers))
+    readers = [name for site in found if site.pinned is None for name in site.readers]
+    wanted = [*readers, *(name for name in weights if (gather or not graph) and _is_gathered(layers.get(name), graph))]
     calibration, correlations = calibrate(
-        model, batches, first, graph, nodes, readers, memory=memory, progress=progress
+        model,
+        batches,
+        first,
+        graph,
+        nodes,
+        [*dict.fromkeys(wanted)],
+        memory=options.memory,
+        progress=options.progress,
     )
     clock.stage("gather")
-    count = max(LEAST_SAMPLES, PROBE_SAMPLES // max(1, len(free) * len(PROBED_ERRORS)))
-    probes = first_samples(calibration.held, count)
-    originals = list(run(model, probes))
-    found = Study(
-        model,
-        graph,
-        layers,
-        sites,
-        free,
-        correlations,
-        choices=[],
-        harms=[],
-        spent=[],
-        calibration=calibration,
-        probes=probes,
-        originals=originals,
-        divergence=divergence,
-        seconds={},
+    if why and weights:
+        notes = (*notes, f"layers were fitted on the original's inputs, for the network cannot be exported: {why}")
+    return Study(
+        model, options, graph, layers, weights, found, correlations, calibration, tuple(notes), clock.seconds
     )
-    for s in tqdm(range(len(free)), "measure", unit="site", disable=None if progress else True):
-        start = time.perf_counter()
-        problem, left = site_problem(free[s], correlations, found.widths(free[s]))
-        method = select if isinstance(select, str) else np.asarray(select[free[s].name], dtype=np.float64)
-        found.choices.append(choose(free[s], problem, left, method))
-        found.harms.append({})
-        for share in PROBED_ERRORS:
-            fitting = int(np.searchsorted(-found.choices[s].error, -share))
-            measure(found, s, max(1, min(fitting, free[s].channels - 1)))
-        found.spent.append(time.perf_counter() - start)
-    clock.stage("measure")
-    return replace(found, seconds=clock.seconds)
 
 
-def measure(found: Study, s: int, k: int) -> float:
-    """Divergence with free site s alone reduced to k channels, its readers refitted; measured once."""
-    harms = found.harms[s]
-    if k not in harms:
-        harms[k] = 0.0 if k == found.free[s].channels else harm(found, s, found.choices[s].keep(k))
-    return harms[k]
+def weights_of(
+    model: nn.Module, ignore: Sequence[str] = (), kinds: tuple[type[nn.Module], ...] = WEIGHTED
+) -> tuple[dict[str, Tensor], list[str]]:
+    """Weights of layers of some kinds that can be changed, by the layers' names, and notes of those that cannot.
+
+    Raises
+    ------
+    PysolveError
+        When weights are masked.
+    """
+    if masks_of(model):
+        raise PysolveError("the network's weights are masked: call remove_masks on it first.")
+    ignored = find_matching(model, ignore)
+    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    found, notes = {}, []
+    for name, module in model.named_modules():
+        if name in ignored:
+            continue
+        if isinstance(module, SparseWeight):
+            notes.append(f"{name} is left alone: it is sparse; nn.to_dense changes that")
+        if not isinstance(module, kinds):
+            continue
+        own = module._parameters.get("weight")
+        if own is None:
+            notes.append(f"{name} is left alone: its weight is computed from others")
+        elif owners[id(own)] > 1:
+            notes.append(f"{name} is left alone: another layer shares its weight")
+        else:
+            found[name] = own
+    return found, notes
 
 
-def harm(found: Study, s: int, kept: Indices) -> float:
-    """Divergence with free site s alone reduced to the kept channels, its readers refitted."""
-    site, keep = [found.free[s]], [kept]
-    fits = refit_readers(site, keep, found.layers, found.correlations)
-    cuts = cuts_of(site, keep, found.layers)
-    values = reader_values(found.model.state_dict(), cuts, found.layers, fits)
-    outputs = run(found.model, found.probes, values)
-    return mean_divergence(found.originals, outputs, [*map(samples_in, found.probes)], found.divergence)
+def _is_gathered(layer: Layer | None, graph: Graph | None) -> bool:
+    """Whether what a layer reads can be seen; attention calls its last layer's function, not the layer."""
+    once = layer is not None and (graph is None or layer.calls == 1)
+    return once and layer is not None and type(layer.module) is not NonDynamicallyQuantizableLinear
 
 
 def _traced(
-    model: nn.Module, first: Any, sites: Sequence[Site] | None, ignore: Sequence[str]
-) -> tuple[Graph | None, dict[Node, Layer], Sequence[Site]]:
-    if sites is None:
-        graph = trace(model, first)
-        return graph, find_layers(graph, model), find_sites(model, first, ignore=ignore)
+    model: nn.Module, first: Batch, sites: Sequence[Site] | bool, ignore: Sequence[str]
+) -> tuple[Graph | None, dict[Node, Layer], Sequence[Site], str]:
+    """The graph, its layers, the sites, and why there is no graph."""
+    given = () if isinstance(sites, bool) else tuple(sites)
     try:
-        graph = trace(model, first)
-    except PysolveError:
-        return None, {}, list(sites)
-    return graph, find_layers(graph, model), list(sites)
+        graph, few = trace_once(model, first)
+    except PysolveError as error:
+        if sites is True:
+            raise
+        return None, {}, given, str(error)
+    return graph, find_layers(graph, model), sites_in(model, graph, few, ignore=ignore) if sites is True else given, ""
 
 
-def _unseen(model: nn.Module, sites: Sequence[Site]) -> Iterator[Layer]:
-    """The sites' layers as they are when no graph shows what follows them."""
-    for name in dict.fromkeys(name for site in sites for name in (*site.readers, *site.writers)):
-        module = find_layer(model, name)
+def _unseen(model: nn.Module, names: Iterable[str]) -> Iterator[Layer]:
+    """Layers as they are when no graph shows what follows them."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for name in dict.fromkeys(names):
+        module = modules.get(name)
         if isinstance(module, LAYERS) and groups(module) == 1:
             yield Layer(name, module, calls=0)
+
+
+def widths(study: Study, site: Site) -> dict[str, int]:
+    """Input channels of a site's readers."""
+    return {name: channels(study.layers[name].module)[0] for name in site.readers}
 
 
 class Clock:
@@ -199,5 +257,6 @@ class Clock:
         self.last = time.perf_counter()
 
     def stage(self, name: str) -> None:
+        """Write down what has passed since the last stage."""
         now = time.perf_counter()
-        self.seconds[name], self.last = now - self.last, now
+        self.seconds[name], self.last = self.seconds.get(name, 0.0) + now - self.last, now

@@ -1,0 +1,156 @@
+"""Channels that are removed: the joint selection problem of a site's readers, and its menu."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+import numpy as np
+
+from pysolve.correlations import Array, Correlations, Indices, group_columns
+from pysolve.layer.layer_fit import LayerFit
+from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
+from pysolve.methods.study import Study, widths
+from pysolve.plan import Site
+from pysolve.solve.elimination import elimination_path
+from pysolve.solve.least_squares import least_squares, refit
+from pysolve.solve.problem import Problem
+from pysolve.solve.scaling import schur
+from pysolve.solve.selection import select_channels
+
+# A method of ``select_channels``, or scores of every channel, of which the largest stay, by site.
+Select = str | Mapping[Site, Array]
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Sites that keep some of their channels.
+
+    Parameters
+    ----------
+    select : str or {Site: (channels,) scores}
+    """
+
+    select: Select = field(default="elimination")
+
+    def menu(self, study: Study, site: Site) -> Menu:
+        """What the readers lose with 1 … all channels, as a share of their outputs' energy, refitted.
+
+        Only elimination knows a path; the error of other selections is taken at a few sizes and interpolated.
+        """
+        problem, left = site_problem(site, study.correlations, widths(study, site))
+        keep, error = self._path(site, problem, left)
+        return Menu(site, error, lambda size: Chosen({site: keep(size)}))
+
+    def fit(self, task: Task) -> LayerFit:
+        """Least squares, held a little to the weights that are known to be good."""
+        return ridge_fit(task)
+
+    def _path(
+        self, site: Site, problem: Problem, left: Sequence[float]
+    ) -> tuple[Callable[[int], Indices], Array]:
+        """Channels that stay at every size, and the error then."""
+        if not isinstance(self.select, str):
+            order = np.argsort(-np.asarray(self.select[site], dtype=np.float64), kind="stable")
+            return _sampled(site, problem, left, lambda k: np.sort(order[:k]))
+        if self.select == "elimination":
+            path = elimination_path(problem, r_yy=left if len(left) > 1 else left[0])
+            return path.keep, np.maximum(2 * path.error / len(left), FLOOR)
+        K, method = site.channels, self.select
+        select = cache(lambda k: select_channels(problem, k=k, method=method) if 0 < k < K else np.arange(k))
+        return _sampled(site, problem, left, select)
+
+
+def ridge_fit(task: Task) -> LayerFit:
+    """The weights of least error near those that are known to be good; these where nothing is known."""
+    if task.correlations is None:
+        return LayerFit(task.weight, None, 0.0)
+    M, bias = refit(task.correlations, np.arange(task.weight.shape[1]), task.weight)
+    return LayerFit(M, bias, task.correlations.share_lost(M, bias))
+
+
+def site_problem(
+    site: Site,
+    correlations: Mapping[str, Correlations],
+    widths: Mapping[str, int],
+    *,
+    normalised: bool = True,
+) -> tuple[Problem, list[float]]:
+    """The joint problem of a site's readers, each centred, with outputs of unit energy.
+
+    Inputs of a reader that are not the site's stay free to compensate: they are minimised out. A reader whose
+    channels have fewer inputs than another's is filled up with inputs that are always zero.
+
+    Parameters
+    ----------
+    site : Site
+    correlations : {reader: Correlations}
+    widths : {reader: int}
+        Input channels of each reader.
+    normalised : bool
+        Outputs of unit energy, so that every reader counts alike; otherwise as they are.
+
+    Returns
+    -------
+    Problem, list of float
+        And of each reader the energy that is left of its outputs without the site.
+    """
+    readers = [_reader(site, correlations[name], name, widths[name], normalised) for name in site.readers]
+    size = max(len(R) for R, _, _ in readers) // site.channels
+    xx, yx = zip(*(_filled(R, C, site.channels, size) for R, C, _ in readers), strict=True)
+    return Problem(xx, yx, size, np.ones(site.channels)), [left for _, _, left in readers]
+
+
+def reader_columns(site: Site, correlations: Correlations, reader: str, width: int) -> Indices:
+    """(channels, c·taps) columns of a reader's correlations that belong to each channel of a site."""
+    taps = len(correlations.xx) // width
+    table = site.columns_of(reader, width)
+    return (table[:, :, None] * taps + np.arange(taps)).reshape(site.channels, -1)
+
+
+def _sampled(
+    site: Site, problem: Problem, left: Sequence[float], keep: Callable[[int], Indices]
+) -> tuple[Callable[[int], Indices], Array]:
+    """A selection, and its error from a few sizes."""
+    K = site.channels
+    sizes = np.unique([0, *np.geomspace(1, K, 9).round().astype(int)])
+    error = np.minimum.accumulate([max(_error(problem, left, keep(int(k))), FLOOR) for k in sizes])
+    return keep, np.exp(np.interp(np.arange(K + 1), sizes, np.log(error)))
+
+
+def _reader(
+    site: Site, correlations: Correlations, name: str, width: int, normalised: bool
+) -> tuple[Array, Array, float]:
+    """R and C of one reader on the site's columns, channel after channel, and the energy left without."""
+    own = correlations.centered()
+    p = reader_columns(site, correlations, name, width).ravel()
+    u = np.setdiff1d(np.arange(len(own.xx)), p)
+    R, C, left = own.r_xx, own.r_yx, float(np.trace(own.r_yy))
+    energy = (left if normalised else 0.0) or 1.0
+    if len(u):
+        explained = C[:, u]
+        R, C, _, base = schur(R, C, p, u)
+        left = max(0.0, left - float(np.vdot(base, explained)))
+    else:
+        R, C = R[np.ix_(p, p)], C[:, p]
+    return R, C / np.sqrt(energy), left / energy
+
+
+def _filled(R: Array, C: Array, channels: int, size: int) -> tuple[Array, Array]:
+    """A reader's matrices with as many inputs a channel as another reader has."""
+    own = len(R) // channels
+    if own == size:
+        return R, C
+    place = (np.arange(channels)[:, None] * size + np.arange(own)).ravel()
+    wide_R, wide_C = np.zeros((channels * size,) * 2), np.zeros((len(C), channels * size))
+    wide_R[np.ix_(place, place)] = R
+    wide_C[:, place] = C
+    return wide_R, wide_C
+
+
+def _error(problem: Problem, left: Sequence[float], keep: Indices) -> float:
+    """Mean over readers of E‖y − M x‖² / E‖y‖², refitted on the groups kept."""
+    columns = group_columns(keep, problem.group_size)
+    gains = [np.vdot(least_squares(R, C, columns), C) for R, C in zip(problem.xx, problem.yx, strict=True)]
+    return float(np.mean(np.subtract(left, gains)))

@@ -1,0 +1,176 @@
+"""Layers that are factored: the menu of ranks of a layer, and its factors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+from pysolve.correlations import Array, Correlations
+from pysolve.layer.layer_fit import LayerFit
+from pysolve.layer.reduced_rank import error_curve, factor_layer
+from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
+from pysolve.methods.study import Study
+from pysolve.nn.calibration import first_samples, samples_in, take
+from pysolve.nn.evaluate import layer_macs, macs
+from pysolve.nn.layers.factored import CONVOLUTIONS, Factored, empty
+from pysolve.nn.profile import layer_inputs
+from pysolve.nn.running import find_layer
+from pysolve.nn.sensitivity import sensitivities
+
+STRUCTURES = ("auto", "channel", "spatial")
+# Samples that layers run on to be counted and timed, and that sensitivities are taken on.
+TIMED, _SENSED = 64, 256
+
+Costs = Mapping[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class RankMenu(Menu):
+    """Every rank at which a layer's two factors are smaller than the layer; the last size is the layer as it is.
+
+    Parameters
+    ----------
+    spatial : bool
+        Whether the factors lie along height and width.
+    inner, outer, dense : {"params", "macs", "bytes": number}
+        What one rank costs in each factor, and what the layer's weight costs now.
+    """
+
+    spatial: bool = False
+    inner: Costs = field(default_factory=dict)
+    outer: Costs = field(default_factory=dict)
+    dense: Costs = field(default_factory=dict)
+
+    @property
+    def most(self) -> int:
+        """The largest rank that pays."""
+        return self.whole - 1
+
+    @property
+    def each(self) -> dict[str, float]:
+        """What one rank costs."""
+        return {measure: self.inner[measure] + self.outer[measure] for measure in self.dense}
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """Layers as two smaller ones.
+
+    Parameters
+    ----------
+    structure : "auto", "channel" or "spatial"
+    plain : bool
+        Whether the nearest weights are sought instead of the nearest outputs.
+    metrics : {layer: (h, h) array}
+        What errors at a layer's outputs mean to the network's.
+    inputs : {layer: tensor}
+        What each layer reads for some samples.
+    counts : {layer: float}
+        MACs of each layer for one sample.
+    """
+
+    structure: str = "auto"
+    plain: bool = False
+    metrics: Mapping[str, Array] = field(default_factory=dict)
+    inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    counts: Mapping[str, float] = field(default_factory=dict)
+
+    def menus(self, study: Study, name: str) -> list[RankMenu]:
+        """A layer in both structures, that first which loses less at half the cost; none where no rank pays."""
+        kernel = tuple(study.weights[name].shape[2:])
+        flat = len(kernel) != 2 or min(kernel) == 1
+        ways = {"channel": [False], "spatial": [True], "auto": [False, True]}[self.structure]
+        found = [self.menu(study, name, spatial) for spatial in ([False] if flat else ways)]
+        paying = [one for one in found if one.most]
+        return sorted(paying, key=lambda one: float(one.error[(one.most + 1) // 2]))
+
+    def menu(self, study: Study, name: str, spatial: bool = False) -> RankMenu:
+        """What a layer loses at every rank, from one decomposition, and what it costs."""
+        layer, kernel = find_layer(study.model, name), tuple(study.weights[name].shape[2:])
+        inner, outer, dense = _costs(layer, spatial, self.counts.get(name, 0.0), self.inputs.get(name))
+        most = min(int(np.ceil(dense[what] / (inner[what] + outer[what]))) - 1 for what in dense)
+        known, metric = self._correlations(study, name), self.metrics.get(name)
+        error = error_curve(study.matrix(name), known, most, kernel=kernel, spatial=spatial, metric=metric)
+        error = np.minimum.accumulate(np.append(np.maximum(error, FLOOR), FLOOR))
+        fit = partial(self.fit, kernel=kernel, spatial=spatial)
+
+        def at(rank: int) -> Chosen:
+            return Chosen(fits={name: partial(fit, rank=rank)})
+
+        return RankMenu(name, error, at, spatial=spatial, inner=inner, outer=outer, dense=dense)
+
+    def fit(self, task: Task, *, rank: int, kernel: tuple[int, ...] = (), spatial: bool = False) -> LayerFit:
+        """The best layer of a rank, or as it is where that would be no smaller than the layer became."""
+        metric, known = self.metrics.get(task.name), None if self.plain else task.correlations
+        if metric is not None:
+            metric = metric[np.ix_(task.outputs, task.outputs)]
+        return factor_layer(task.weight, known, rank, kernel=kernel, spatial=spatial, metric=metric)
+
+    def _correlations(self, study: Study, name: str) -> Correlations | None:
+        return None if self.plain else study.correlations.get(name)
+
+
+def ranks_of(study: Study, structure: str, plain: bool) -> tuple[Ranks, dict[str, str]]:
+    """The kind for a studied network, and why some of its layers cannot be factored."""
+    layers = {name: find_layer(study.model, name) for name in study.weights}
+    against = {name: why for name, layer in layers.items() if (why := _reason_against(name, layer))}
+    kind = Ranks(structure, plain)
+    if study.calibration is None:
+        return kind, against
+    if not plain:
+        against |= dict.fromkeys(
+            layers.keys() - study.correlations.keys() - against.keys(), "what it reads is not seen"
+        )
+        able = {name: study.layers[name].module for name in layers.keys() - against.keys()}
+        kind = replace(kind, metrics=_metrics(study, able))
+    held = study.held[0]
+    example = take(held, 0, 2)
+    counts = {name: count / samples_in(example) for name, count in layer_macs(study.model, example).items()}
+    return replace(kind, inputs=layer_inputs(study.model, layers, take(held, 0, TIMED)), counts=counts), against
+
+
+def _reason_against(name: str, layer: nn.Module) -> str | None:
+    """Why a layer cannot be factored, if it cannot."""
+    if not name:
+        return "it is the whole network: put it into an nn.Sequential"
+    if type(layer) is NonDynamicallyQuantizableLinear:
+        return "attention calls its function, not the layer"
+    if type(layer) not in (nn.Linear, *CONVOLUTIONS):
+        return f"a {type(layer).__name__} cannot be factored"
+    return "it has groups" if getattr(layer, "groups", 1) > 1 else None
+
+
+def _metrics(study: Study, layers: Mapping[str, nn.Linear]) -> dict[str, Array]:
+    """Of each layer what an error means to the network, and as much again of the error itself.
+
+    Without the second part, which counts all outputs alike, errors go where the first order sees none.
+    """
+    assert study.calibration is not None
+    samples = first_samples(study.calibration.kept, _SENSED)
+    pieces = [take(b, i, i + TIMED) for b in samples for i in range(0, samples_in(b), TIMED)]
+    found = sensitivities(study.model, layers, pieces)
+    return {name: S + np.eye(len(S)) for name, S in found.items()}
+
+
+def _costs(
+    layer: nn.Module, spatial: bool, count: float, x: Tensor | None
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """What one rank costs in the inner and the outer layer, and what the weight costs now; ``count``: its MACs."""
+    form, weight = empty(layer, 1, spatial=spatial), layer.weight
+    assert isinstance(weight, Tensor)
+    sizes = [form.inner.size, form.outer.size, weight.numel()]
+    # Without data nothing is known of positions: MACs count one.
+    calls = [float(size) for size in sizes]
+    if x is not None and count:
+        two = layer_macs(Factored.from_form(layer, form), x)
+        calls = [count * n / macs(layer, x) for n in (two["inner"], two["outer"], macs(layer, x))]
+    inner, outer, dense = (
+        {"params": float(n), "macs": calls[i], "bytes": float(n * weight.itemsize)}
+        for i, n in enumerate(sizes)
+    )
+    return inner, outer, dense

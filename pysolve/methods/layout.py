@@ -1,0 +1,197 @@
+"""How the layers of a rebuilt network run: dense, sparse, factored, shared, masked or as integers, by their times."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pysolve.correlations import AnyArray
+from pysolve.errors import one_of
+from pysolve.forms import Codebook, Form, Integers, LowRank, Sparse
+from pysolve.methods.kinds.codes import coded_bits
+from pysolve.methods.kinds.ranks import RankMenu
+from pysolve.methods.rebuild import Rebuilt, forms_of
+from pysolve.methods.study import Study, weight_name
+from pysolve.nn.apply import apply
+from pysolve.nn.calibration import samples_in, take
+from pysolve.nn.evaluate import latency, nbytes
+from pysolve.nn.layers.factored import Factored, empty
+from pysolve.nn.layers.masking import mask_weights
+from pysolve.nn.layers.sharing import share_weights
+from pysolve.nn.layers.sparse import in_form
+from pysolve.nn.profile import latencies, layer_inputs
+from pysolve.nn.running import as_array, find_layer
+from pysolve.plan import Collapse, Plan
+from pysolve.report.rows import LayerReport
+
+LAYOUTS = ("auto", "dense", "sparse", "factored", "shared", "masked")
+# Calls that a layer is timed over, in each layout, and the share of the dense time that counts as faster.
+_REPEATS, _FASTER = 15, 0.9
+# Samples that a plan is verified on.
+PROBED = 16
+
+
+@dataclass(frozen=True, eq=False)
+class LaidOut:
+    """A plan, the network that it makes, and how each layer runs.
+
+    Parameters
+    ----------
+    plan : Plan
+    model : nn.Module
+    lines : tuple of LayerReport
+        Of the layers whose weights got another form.
+    """
+
+    plan: Plan
+    model: nn.Module
+    lines: tuple[LayerReport, ...]
+
+
+def check_layout(layout: str, known: tuple[str, ...], what: str) -> None:
+    """Refuse a layout that does not exist, or that this verb's weights cannot have."""
+    one_of("layout", layout, LAYOUTS)
+    if layout not in known:
+        raise ValueError(f"layout={layout!r} is not for {what}: choose one of {', '.join(known)}.")
+
+
+def lay_out(study: Study, rebuilt: Rebuilt, layout: str = "auto") -> LaidOut:
+    """Decide how every weight runs, and make the network.
+
+    Parameters
+    ----------
+    study : Study
+    rebuilt : Rebuilt
+    layout : str
+        Of ``LAYOUTS``. "auto" takes another layout where that was measured to be faster and takes fewer bytes.
+    """
+    forms = forms_of(study, rebuilt)
+    names = {name: weight_name(study.model, name) for name in rebuilt.chosen.fits if name in rebuilt.fits}
+    inputs = _inputs(study, names, layout)
+    lines, kept = {}, dict[str, Form]()
+    for name, tensor in names.items():
+        form, weight = forms.get(tensor), as_array(rebuilt.values[tensor])
+        dense = weight if form is None else form.dense()
+        line, chosen = _line(study, name, form, dense, layout, inputs.get(name))
+        lines[name] = replace(line, error=rebuilt.fits[name].error)
+        if chosen is not None:
+            kept[tensor] = chosen
+    plan = plan_of(study, rebuilt, kept)
+    held = study.held
+    probe = take(held[0], 0, PROBED) if held and (plan.steps or _are_layers(plan)) else None
+    model = apply(study.model, plan, probe=probe)
+    if layout == "masked":
+        mask_weights(model, {name: rebuilt.values[tensor] != 0 for name, tensor in names.items()})
+    if layout == "shared":
+        books = {n: form for n, t in names.items() if isinstance(form := kept.get(t), Codebook) and _is_layer(study, n)}
+        share_weights(model, books)
+    return LaidOut(plan, model, tuple(lines.values()))
+
+
+def plan_of(study: Study, rebuilt: Rebuilt, forms: Mapping[str, Form] | None = None) -> Plan:
+    """The plan of a rebuilt network; by default codebooks and factors as they are, all else dense."""
+    forms = forms_of(study, rebuilt) if forms is None else forms
+    steps = tuple(
+        Collapse(site, keep) for site, keep in rebuilt.chosen.keep.items() if len(keep) < site.channels
+    )
+    values = {name: as_array(value) for name, value in rebuilt.values.items() if name not in forms}
+    return Plan(steps, values, forms)
+
+
+def is_slower(study: Study, menu: RankMenu, rank: int, x: Tensor | None) -> tuple[float, float] | None:
+    """Seconds of a layer for its inputs as it is and factored, medians of calls by turns; None where not seen."""
+    if x is None:
+        return None
+    layer = find_layer(study.model, str(menu.unit))
+    two = Factored.from_form(layer, empty(layer, rank, spatial=menu.spatial))
+    before, after = latencies((copy.deepcopy(layer), two), x)
+    return before.median, after.median
+
+
+def _are_layers(plan: Plan) -> bool:
+    return any(not isinstance(form, Codebook) for form in plan.forms.values())
+
+
+def _is_layer(study: Study, name: str) -> bool:
+    return weight_name(study.model, name) != name
+
+
+def _inputs(study: Study, names: Mapping[str, str], layout: str) -> Mapping[str, Tensor]:
+    """What layers read, where they are to be timed."""
+    layers = {name: find_layer(study.model, name) for name in names if _is_layer(study, name)}
+    return layer_inputs(study.model, layers, study.held[0]) if layout == "auto" and study.held and layers else {}
+
+
+def _line(
+    study: Study, name: str, form: Form | None, dense: AnyArray, layout: str, x: Tensor | None
+) -> tuple[LayerReport, Form | None]:
+    """What the report says of a weight, and the form that it is to have."""
+    if isinstance(form, LowRank):
+        return _factored(study, name, form), form
+    if isinstance(form, Integers):
+        return _integers(study, name, form)
+    whole = max(1, dense.size)
+    line = LayerReport(name, np.count_nonzero(dense) / whole, "dense", "as asked")
+    if isinstance(form, Codebook):
+        why = f"{len(form.centroids)} values"
+        line = replace(line, bits=coded_bits(form.codes) / whole, why=why)
+        if layout == "shared" and _is_layer(study, name):
+            return replace(line, layout="shared"), form
+    if layout not in ("auto", "sparse") or not _is_layer(study, name):
+        return replace(line, layout="masked" if layout == "masked" else "dense"), form
+    sparse, reason = _sparse(find_layer(study.model, name), name, dense, layout, x, line)
+    book = f"{line.why}; {reason}" if isinstance(form, Codebook) and layout == "auto" else reason
+    line = replace(sparse, why=line.why if isinstance(form, Codebook) and layout == "sparse" else book)
+    return line, Sparse.from_dense(dense) if sparse.layout == "sparse" else form
+
+
+def _factored(study: Study, name: str, form: LowRank) -> LayerReport:
+    outer = form.outer.shape[2:]
+    spatial = any(size > 1 for size in outer)
+    share = form.density
+    return LayerReport(name, share, f"rank {form.rank}{', spatial' * spatial}", f"{share:.0%} of the parameters")
+
+
+def _integers(study: Study, name: str, form: Integers) -> tuple[LayerReport, Form | None]:
+    """Layers run as integers where such a layer exists; else their weights are decoded."""
+    whole, layer = max(1, form.codes.size), find_layer(study.model, name)
+    able = bool(name) and type(layer) in (nn.Linear, nn.Conv2d)
+    runs = ("int8, dynamic" if form.dynamic else "int8") if able else "dense"
+    why = f"{form.bits} bits" if able else "this kind of layer has no form of integers"
+    line = LayerReport(name, np.count_nonzero(form.codes) / whole, runs, why, bits=coded_bits(form.codes) / whole)
+    return line, form if able else None
+
+
+def _sparse(
+    layer: nn.Module, name: str, weight: AnyArray, layout: str, x: Tensor | None, line: LayerReport
+) -> tuple[LayerReport, str]:
+    """Whether a layer is to run sparse, and why."""
+    if not name:
+        return line, "it is the whole network: put it into an nn.Sequential to run it sparse"
+    if type(layer) not in (nn.Linear, nn.Conv2d):
+        return line, f"a {type(layer).__name__} has no sparse form"
+    own = layer.weight
+    assert isinstance(own, Tensor)
+    if own.device.type != "cpu" or own.dtype not in (torch.float32, torch.float64):
+        return line, "sparse layers run on the CPU in float32 or float64"
+    form = Sparse.from_dense(weight)
+    if layout == "sparse":
+        return replace(line, layout="sparse"), "as asked"
+    if form.density == 1:
+        return line, "nothing was pruned"
+    if x is None:
+        return line, "not timed: no batch reached it"
+    dense, sparse = copy.deepcopy(layer), in_form(layer, form)
+    larger = nbytes(sparse) / nbytes(dense)
+    if larger >= 1:
+        return line, f"sparse would take {larger:.2f} times the bytes"
+    slow, fast = (latency(one, x, repeats=_REPEATS).median for one in (dense, sparse))
+    line = replace(line, dense_seconds=slow, new_seconds=fast)
+    if fast < _FASTER * slow:
+        return replace(line, layout="sparse"), f"{slow / fast:.1f} times as fast on {samples_in(x)} samples"
+    return line, f"sparse would take {fast / slow:.2f} times as long"

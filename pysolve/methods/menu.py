@@ -1,0 +1,145 @@
+"""What one unit of a network may become: its menu of sizes, what a size means, and the task of fitting a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from pysolve.correlations import Array, Correlations, Indices
+from pysolve.layer.layer_fit import LayerFit
+from pysolve.plan import Site
+
+# Error, as a share of the outputs' energy, that counts as none: below, float32 forward passes measure noise.
+FLOOR = 1e-9
+# Errors at which the divergence that a unit causes is measured.
+PROBED_ERRORS = (0.003, 0.02, 0.1, 0.3)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """A layer to fit, on the inputs and outputs that it keeps.
+
+    Parameters
+    ----------
+    name : str
+    weight : (h, d) array
+        Weights that are known to be good.
+    correlations : Correlations, optional
+        Of the inputs with the outputs wanted; None where nothing is known of them.
+    outputs : (h,) int array
+        Which of the original layer's outputs these are.
+    previous : LayerFit, optional
+        What this task gave before, where targets have moved since.
+    """
+
+    name: str
+    weight: Array
+    correlations: Correlations | None
+    outputs: Indices
+    previous: LayerFit | None = None
+
+    def without_data(self) -> Task:
+        """The weights alone."""
+        return replace(self, correlations=None)
+
+
+Fit = Callable[[Task], LayerFit]
+
+
+@dataclass(frozen=True, eq=False)
+class Chosen:
+    """What a network is to become.
+
+    Parameters
+    ----------
+    keep : {Site: (k,) int array}
+        Channels that stay, ascending.
+    fits : {layer or parameter: callable}
+        New weights for a task, of every layer whose weight gets another form; the others are refitted as
+        they are.
+    """
+
+    keep: Mapping[Site, Indices] = field(default_factory=dict)
+    fits: Mapping[str, Fit] = field(default_factory=dict)
+
+    def __or__(self, other: Chosen) -> Chosen:
+        return Chosen({**self.keep, **other.keep}, {**self.fits, **other.fits})
+
+
+@dataclass(frozen=True, eq=False)
+class Menu:
+    """Every size of one unit, a site or the weight of a layer.
+
+    Parameters
+    ----------
+    unit : Site or str
+    error : (n + 1,) array
+        Error of the layers concerned at size 0 … n, as a share of their outputs' energy; above zero. The last
+        size is the unit as it is.
+    at : callable
+        From a size to what is chosen.
+    measured : {size: float}
+        Divergence of the network's outputs with this unit alone at a size.
+    seconds : float
+        Spent on all of this.
+    """
+
+    unit: Site | str
+    error: Array
+    at: Callable[[int], Chosen]
+    measured: Mapping[int, float] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def whole(self) -> int:
+        """The size of the unit as it is."""
+        return len(self.error) - 1
+
+    def probes(self) -> list[int]:
+        """Sizes whose errors are next to those at which divergence is measured."""
+        found = (int(np.searchsorted(-self.error, -share)) for share in PROBED_ERRORS)
+        return sorted({max(1, min(size, self.whole - 1)) for size in found})
+
+    @property
+    def curve(self) -> Array:
+        """(n + 1,) divergence to expect at every size, from what was measured so far."""
+        known = sorted(self.measured.items())
+        return divergence_curve(self.error, [k for k, _ in known], [value for _, value in known])
+
+
+def divergence_curve(error: Array, sizes: list[int], divergences: list[float]) -> Array:
+    """The divergence that every size causes, from measurements at a few sizes.
+
+    Divergence is taken for a power of the error between neighbouring measurements, log-linear, and for the
+    same power beyond the outer ones; the unit as it is causes none, and size 0 is not allowed.
+
+    Parameters
+    ----------
+    error : (n + 1,) array
+        Positive; of size 0 … n.
+    sizes, divergences : lists
+        Where it was measured, and what was found.
+
+    Returns
+    -------
+    (n + 1,) array
+        Never rises with the size.
+    """
+    at, error = np.asarray(sizes, dtype=np.intp), np.log(error)
+    if not len(at):
+        return np.array([np.inf, *[0.0] * (len(error) - 1)])
+    order = np.argsort(error[at], kind="stable")
+    x, y = error[at][order], np.maximum.accumulate(np.log(np.maximum(divergences, FLOOR))[order])
+    curve = np.interp(error, x, y)
+    curve = np.where(error < x[0], y[0] + _power(x[:2], y[:2]) * (error - x[0]), curve)
+    curve = np.where(error > x[-1], y[-1] + _power(x[-2:], y[-2:]) * (error - x[-1]), curve)
+    found = np.maximum.accumulate(np.exp(curve)[::-1])[::-1]
+    found[0], found[-1] = np.inf, 0.0
+    return np.asarray(found)
+
+
+def _power(x: Array, y: Array) -> float:
+    """Slope between two points of a log-log curve, held to what makes sense; 1 when there is but one."""
+    return float(np.clip((y[-1] - y[0]) / (x[-1] - x[0]), 0.5, 3.0)) if x[-1] > x[0] else 1.0

@@ -1,0 +1,300 @@
+"""New weights of a network of which channels, forms or both were chosen: the lockstep walk, or layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from torch import Tensor
+
+from pysolve.correlations import Array, Correlations, Indices, group_columns
+from pysolve.errors import PysolveError
+from pysolve.forms import Codebook, Form, Integers
+from pysolve.layer.layer_fit import LayerFit
+from pysolve.methods.kinds.channels import ridge_fit
+from pysolve.methods.menu import Chosen, Fit, Task
+from pysolve.methods.study import Study, weight_name
+from pysolve.nn.calibration import samples_in, usable
+from pysolve.nn.graph.branches import Cut, Layer, layer_values
+from pysolve.nn.layer_matrix import channels, taps
+from pysolve.nn.lockstep import Sampling, refit
+from pysolve.nn.running import Batch, as_tensor
+from pysolve.nn.slicing import TRANSPOSED
+from pysolve.plan import Site
+
+REFITS = ("sequential", "independent", "bias", "none")
+# A bias that a layer did not have must lower its error by this share to earn its parameters.
+BIAS_GAIN = 0.01
+
+
+@dataclass(frozen=True, eq=False)
+class Rebuilt:
+    """New values of a network, in the original's shapes, and what the report tells of them.
+
+    Parameters
+    ----------
+    chosen : Chosen
+    values : {state-dict name: tensor}
+        With the weights that take another form, multiplied out or decoded.
+    fits : {layer or parameter: LayerFit}
+        Of what was fitted last, on the channels that stay.
+    samples : int
+        That layers were fitted on.
+    notes : tuple of str
+    """
+
+    chosen: Chosen
+    values: Mapping[str, Tensor] = field(default_factory=dict)
+    fits: Mapping[str, LayerFit] = field(default_factory=dict)
+    samples: int = 0
+    notes: tuple[str, ...] = ()
+
+
+def rebuild(
+    study: Study, chosen: Chosen, refit: str = "sequential", *, values: Mapping[str, Tensor] | None = None
+) -> Rebuilt:
+    """Refit a network to what the original computes.
+
+    Parameters
+    ----------
+    study : Study
+    chosen : Chosen
+    refit : "sequential", "independent", "bias" or "none"
+        Layer after layer from the front, on the rebuilt network's inputs; every layer on the original's; biases
+        alone, so that outputs keep their means; or weights that are left stay as they are.
+    values : {state-dict name: tensor}, optional
+        What changes besides.
+    """
+    given = dict(values or {})
+    if refit == "none" or study.calibration is None:
+        return _plain(study, chosen, given)
+    if refit == "independent" or study.graph is None:
+        found = independent(study, chosen)
+        why = () if refit == "independent" or chosen.fits else (_why_independent("the network cannot be exported"),)
+        return replace(found, values={**given, **found.values}, notes=why)
+    batches, reason = _batches(study)
+    if not batches and chosen.fits:
+        raise PysolveError(
+            "the network's code takes batches of one size alone, and none is left whole without the samples "
+            "that are held out: give more batches."
+        )
+    if not batches:
+        return replace(independent(study, chosen), notes=(_why_independent(reason),))
+    return _walked(study, chosen, given, batches, reason, weights=refit == "sequential")
+
+
+def independent(study: Study, chosen: Chosen) -> Rebuilt:
+    """Every layer concerned on the original's inputs, as if the others stayed as they are."""
+    state, cuts = study.model.state_dict(), cuts_of(chosen.keep, study.layers)
+    fits = {name: _offline(study, cuts, name, fit) for name, fit in _concerned(study, chosen, cuts).items()}
+    values: dict[str, Tensor] = {}
+    for name, found in fits.items():
+        values |= _values(study, state, cuts, name, found)
+    assert study.calibration is not None
+    return Rebuilt(chosen, values, fits, study.calibration.seen)
+
+
+def cuts_of(keep: Mapping[Site, Indices], layers: Mapping[str, Layer]) -> dict[str, Cut]:
+    """Inputs and outputs that stay of every layer that reads or writes one of the sites.
+
+    Parameters
+    ----------
+    keep : {Site: (k,) int array}
+    layers : {name: Layer}
+        Writers that are not among them (embeddings) have no cut.
+    """
+    lost: dict[tuple[str, int], list[Indices]] = {}
+    for site, kept in keep.items():
+        gone = np.setdiff1d(np.arange(site.channels), kept)
+        for name in (*site.readers, *site.writers):
+            if name in layers:
+                inputs, outputs = channels(layers[name].module)
+                if name in site.readers:
+                    lost.setdefault((name, 0), []).append(site.columns_of(name, inputs)[gone].ravel())
+                if name in site.writers:
+                    lost.setdefault((name, 1), []).append(site.rows_of(name, outputs)[gone].ravel())
+
+    def left(name: str, side: int) -> Indices:
+        everything = np.arange(channels(layers[name].module)[side])
+        return np.setdiff1d(everything, np.concatenate(lost.get((name, side), [everything[:0]])))
+
+    return {name: Cut(left(name, 0), left(name, 1)) for name in dict.fromkeys(name for name, _ in lost)}
+
+
+def forms_of(study: Study, rebuilt: Rebuilt) -> dict[str, Form]:
+    """Forms of the weights that were given one, by their state-dict names, in the shapes of what stays."""
+    found: dict[str, Form] = {}
+    for name, fit in rebuilt.fits.items():
+        if name in rebuilt.chosen.fits and fit.form is not None:
+            form = _shaped(study, name, fit.form)
+            if form is not None:
+                found[weight_name(study.model, name)] = form
+    return found
+
+
+def _plain(study: Study, chosen: Chosen, values: dict[str, Tensor]) -> Rebuilt:
+    """Forms of the weights alone; nothing is refitted."""
+    cuts, fits = cuts_of(chosen.keep, study.layers), {}
+    state = study.model.state_dict()
+    for name, fit in chosen.fits.items():
+        fits[name] = fit(_task(study, cuts, name).without_data())
+        values |= _values(study, state, cuts, name, replace(fits[name], bias=None))
+    note = "nothing was refitted; errors and divergences of single sites are those with refits"
+    return Rebuilt(chosen, values, fits, 0, (note,) if chosen.keep else ())
+
+
+def _walked(
+    study: Study, chosen: Chosen, values: dict[str, Tensor], batches: Sequence[Batch], reason: str, *, weights: bool
+) -> Rebuilt:
+    """The lockstep walk: every layer on what the rebuilt network reads by now."""
+    assert study.graph is not None and study.calibration is not None
+    state, cuts, fits = study.model.state_dict(), cuts_of(chosen.keep, study.layers), dict[str, LayerFit]()
+    # What cannot be refitted on the way, and where refits of readers begin.
+    apart = {name: fit for name, fit in chosen.fits.items() if not study.walks(name)}
+    known = independent(study, Chosen(chosen.keep))
+    for name, found in known.fits.items():
+        if not study.walks(name):
+            values |= _values(study, state, cuts, name, found)
+    for name, fit in apart.items():
+        fits[name] = fit(_task(study, cuts, name).without_data())
+        values |= _values(study, state, cuts, name, replace(fits[name], bias=None))
+
+    def fitted(name: str, correlations: Correlations, intercept: bool) -> tuple[Array, Array | None]:
+        own = study.layers[name]
+        task = _task(study, cuts, name, prior=known.fits.get(name), previous=fits.get(name))
+        found = _fit_layer(own, replace(task, correlations=correlations), chosen.fits.get(name), intercept, weights)
+        fits[name] = found
+        return found.weight, found.bias
+
+    new = refit(
+        study.graph,
+        study.model,
+        batches,
+        cuts,
+        fitted,
+        values=values,
+        new_biases=study.new_biases if chosen.keep else (),
+        only=None if chosen.keep else {name for name in study.weights if study.walks(name)},
+        always={name for name in chosen.fits if study.walks(name)},
+        sampling=Sampling(passes=int(weights), seed=study.options.seed),
+        progress=study.options.progress,
+    )
+    used, seen = sum(map(samples_in, batches)), study.calibration.seen
+    notes = (f"the refit used {used} of {seen} samples: {reason}",) if used < seen else ()
+    return Rebuilt(chosen, new, fits, used, notes if chosen.keep else ())
+
+
+def _fit_layer(layer: Layer, task: Task, fit: Fit | None, intercept: bool, weights: bool) -> LayerFit:
+    """One layer's new weights; a bias only where the layer may have one, a new one only where it pays."""
+    assert task.correlations is not None
+    fit = fit or ridge_fit
+    if not weights:
+        M = fit(task.without_data()).weight
+        bias = task.correlations.bias(M) if intercept else None
+        return LayerFit(M, bias, task.correlations.share_lost(M, bias))
+    bare = replace(task, correlations=_without_sums(task.correlations))
+    if not intercept:
+        return replace(fit(bare), bias=None)
+    found = fit(task)
+    if layer.takes_bias:
+        return found
+    plain = replace(fit(bare), bias=None)
+    gained = task.correlations.error(found.weight, found.bias) < (1 - BIAS_GAIN) * task.correlations.error(plain.weight)
+    return found if gained else plain
+
+
+def _offline(study: Study, cuts: Mapping[str, Cut], name: str, fit: Fit) -> LayerFit:
+    """A layer on the original's inputs, with a bias only where it has one."""
+    task, layer = _task(study, cuts, name), study.layers.get(name)
+    if task.correlations is None or layer is None or layer.takes_bias:
+        return fit(task)
+    return replace(fit(replace(task, correlations=_without_sums(task.correlations))), bias=None)
+
+
+def _concerned(study: Study, chosen: Chosen, cuts: Mapping[str, Cut]) -> dict[str, Fit]:
+    """How to fit every layer that loses inputs or takes another form, where the original's inputs are known."""
+    found: dict[str, Fit] = {}
+    for name, cut in cuts.items():
+        if name in study.correlations and len(cut.inputs) < channels(study.layers[name].module)[0]:
+            found[name] = ridge_fit
+    return {**found, **chosen.fits}
+
+
+def _task(
+    study: Study,
+    cuts: Mapping[str, Cut],
+    name: str,
+    *,
+    prior: LayerFit | None = None,
+    previous: LayerFit | None = None,
+) -> Task:
+    """A layer to fit on the original's correlations, with all of its outputs but for those that are cut."""
+    W, known = study.matrix(name), study.correlations.get(name)
+    outputs = np.arange(len(W))
+    if name not in cuts:
+        return Task(name, W, known, outputs, previous)
+    layer = study.layers[name].module
+    columns = group_columns(cuts[name].inputs, taps(layer))
+    outputs = cuts[name].outputs
+    W = W[:, columns] if prior is None else prior.weight
+    W = W[outputs] if len(W) > len(outputs) else W
+    return Task(name, W, None if known is None else _restricted(known, columns, outputs), outputs, previous)
+
+
+def _restricted(found: Correlations, columns: Indices, rows: Indices) -> Correlations:
+    """Correlations of some inputs with some outputs."""
+    return replace(
+        found,
+        xx=found.xx[np.ix_(columns, columns)],
+        yx=found.yx[np.ix_(rows, columns)],
+        yy=found.yy[np.ix_(rows, rows)],
+        x_sum=found.x_sum[columns],
+        y_sum=found.y_sum[rows],
+        group_size=1,
+    )
+
+
+def _values(
+    study: Study, state: Mapping[str, Tensor], cuts: Mapping[str, Cut], name: str, found: LayerFit
+) -> dict[str, Tensor]:
+    """New parameters of a layer, or a bare parameter, in their original shapes."""
+    layer = study.layers.get(name)
+    if layer is None:
+        tensor = weight_name(study.model, name)
+        return {tensor: as_tensor(found.weight.reshape(state[tensor].shape)).to(state[tensor])}
+    bias = found.bias if layer.takes_bias else None
+    return layer_values(state, layer, cuts.get(name), found.weight, bias)
+
+
+def _shaped(study: Study, name: str, form: Form) -> Form | None:
+    """A form in the shape of the weight that it stands for; None where it has no place."""
+    if not isinstance(form, Codebook | Integers):
+        return form
+    if name not in study.layers:
+        return form.with_codes(form.codes.reshape(len(form.codes), *study.weights[name].shape[1:]))
+    layer = study.layers[name].module
+    codes = form.codes.reshape(len(form.codes), -1, *layer.weight.shape[2:])
+    if not isinstance(layer, TRANSPOSED):
+        return form.with_codes(codes)
+    # The rows of such a weight are inputs: scales of outputs have no place there.
+    return form.with_codes(np.ascontiguousarray(codes.swapaxes(0, 1))) if isinstance(form, Codebook) else None
+
+
+def _batches(study: Study) -> tuple[list[Batch], str]:
+    """Batches for the refit, and why they are not all that were seen."""
+    assert study.graph is not None and study.calibration is not None
+    kept = study.calibration.kept
+    batches = usable(study.graph, kept)
+    if batches is kept:
+        return kept, "more would not fit in memory"
+    return batches, "the network's code takes batches of one size alone"
+
+
+def _why_independent(reason: str) -> str:
+    return f"{reason}, so its readers were refitted independently"
+
+
+def _without_sums(found: Correlations) -> Correlations:
+    """Correlations that centring does not change."""
+    return replace(found, x_sum=np.zeros_like(found.x_sum), y_sum=np.zeros_like(found.y_sum))
