@@ -1,5 +1,9 @@
 """The exceptions that are pysolve's own; plain wrong arguments are ValueError or TypeError."""
 
+from __future__ import annotations
+
+from collections.abc import Iterable
+
 
 class PysolveError(Exception):
     """Something about a network, its data or a file that pysolve cannot work with."""
@@ -15,3 +19,11 @@ class CollapseError(PysolveError):
 
 class DataError(PysolveError):
     """A data file or a batch that is missing, empty or malformed."""
+
+
+def one_of(what: str, given: object, known: Iterable[str]) -> str:
+    """``given``, one of the ``known`` words; ValueError that names them otherwise."""
+    words = tuple(known)
+    if isinstance(given, str) and given in words:
+        return given
+    raise ValueError(f"unknown {what} {given!r}; choose one of {', '.join(words)}.")

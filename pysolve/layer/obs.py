@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pysolve.correlations import Array, Correlations
+from pysolve.layer.layer_fit import LayerFit
 from pysolve.layer.layer_problem import ITERATIONS, LayerProblem, Ridge, layer_problem, refit_rows
 from pysolve.layer.masks import Mask, count_left, parse_pattern
 from pysolve.layer.searches import LARGEST, Zeros, admm, greedy, sweep
@@ -29,35 +30,27 @@ _GREEDY, _REFIT = 3e10, 3e11
 _FOUND, _GIVEN = 5, 25
 
 
-@dataclass(frozen=True, eq=False)
-class PrunedLayer:
-    """New weights of one layer.
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PrunedLayer(LayerFit):
+    """The fit of a layer with zeros.
 
     Parameters
     ----------
-    weight : (h, d) array
     mask : (h, d) bool array
-        What stays; ``weight`` is zero elsewhere.
-    bias : (h,) array or None
-        The bias that goes with it, E[y] − M E[x]; None when only E[x xᵀ] was given.
-    error : float
-        E‖y − M x − b‖² / E‖y − E[y]‖² on the correlations; without the penalty.
+        Weights that are kept; ``weight`` is zero elsewhere.
     method : str
-        What chose the mask: "admm", "greedy" or "sweep", or "mask" where it was given.
+        The search that chose the mask: "admm", "greedy" or "sweep", or "mask" where it was given.
     ridge : float
         ε.
     """
 
-    weight: Array = field(repr=False)
     mask: Mask = field(repr=False)
-    bias: Array | None = field(repr=False)
-    error: float
     method: str
     ridge: float
 
     @property
     def nonzeros(self) -> int:
-        """How many weights stay."""
+        """Number of weights that are kept."""
         return int(np.count_nonzero(self.mask))
 
 
@@ -143,7 +136,7 @@ def _pruned(problem: LayerProblem, statistics: Any, method: str, mask: Mask, sta
         how = {"single": True, "iterations": int(np.clip(2 * _REFIT / effort, least, ITERATIONS))}
     M = refit_rows(problem, mask, start, overwrite=found, **how)
     bias = statistics.bias(M) if isinstance(statistics, Correlations) else None
-    return PrunedLayer(M, mask, bias, problem.error(M), method, problem.ridge)
+    return PrunedLayer(M, bias, problem.error(M), mask=mask, method=method, ridge=problem.ridge)
 
 
 def _methods(method: str, h: int, d: int, *, whole: bool) -> tuple[str, ...]:

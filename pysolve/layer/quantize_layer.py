@@ -13,6 +13,7 @@ from pysolve.correlations import Array, Correlations
 from pysolve.forms import Codebook, Integers, QuantForm
 from pysolve.layer.codebooks import share_values
 from pysolve.layer.grids import Codes, Grid, fit_grid
+from pysolve.layer.layer_fit import LayerFit
 from pysolve.layer.layer_problem import Ridge, layer_problem
 from pysolve.layer.rates import PricedValues, spaced_values
 from pysolve.layer.rounding import Levels, round_best, round_nearest
@@ -30,29 +31,14 @@ _FEWER, _LARGE = (1, 1), 2e9
 
 
 @dataclass(frozen=True, eq=False)
-class QuantizedLayer:
-    """New weights of one layer.
+class QuantizedLayer(LayerFit):
+    """The fit of a layer of few values; ``form`` holds the codes and the values, in single precision."""
 
-    Parameters
-    ----------
-    weight : (h, d) array
-        What ``form`` stands for.
-    bias : (h,) array or None
-        The bias that goes with it, E[y] − M E[x]; None without Correlations.
-    error : float
-        E‖y − M x − b‖² / E‖y − E[y]‖² on the correlations, without the pull; ‖W − M‖² / ‖W‖² without any.
-    form : Codebook or Integers
-        Codes and what they stand for, in single precision.
-    """
-
-    weight: Array = field(repr=False)
-    bias: Array | None = field(repr=False)
-    error: float
     form: QuantForm = field(repr=False)
 
     @property
     def codes(self) -> npt.NDArray[Any]:
-        """(h, d) whole numbers."""
+        """(h, d) integers."""
         return self.form.codes
 
 

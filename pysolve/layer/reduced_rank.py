@@ -11,6 +11,7 @@ import scipy.linalg
 
 from pysolve.correlations import Array, Correlations
 from pysolve.forms import LowRank
+from pysolve.layer.layer_fit import LayerFit
 from pysolve.layer.spatial import as_kernels, plain_spatial, refitted, spatial_spectrum, spatial_start
 from pysolve.layer.spectrum import activation_spectrum, plain_spectrum
 from pysolve.solve.problem import checked_matrix
@@ -22,25 +23,9 @@ _MANY = 10**9
 
 
 @dataclass(frozen=True, eq=False)
-class FactoredLayer:
-    """New weights of one layer.
+class FactoredLayer(LayerFit):
+    """The fit of a layer of low rank; ``form`` are its factors, in the shapes of the two layers' weights."""
 
-    Parameters
-    ----------
-    weight : (h, d) array
-        The product of the factors, as a matrix.
-    bias : (h,) array or None
-        The bias that goes with it, E[y] − M E[x]; None when nothing is known of x.
-    error : float
-        E‖y − M x − b‖² / E‖y − E[y]‖² on the correlations, without the pull to the old weights; of weights
-        alone, ‖W − M‖² / ‖W‖².
-    form : LowRank
-        The factors, in the shapes of the layers' weights.
-    """
-
-    weight: Array = field(repr=False)
-    bias: Array | None = field(repr=False)
-    error: float
     form: LowRank = field(repr=False)
 
 

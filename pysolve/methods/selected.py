@@ -123,7 +123,7 @@ def _pruned(
         return obs_prune(W, correlations, mask=kept[name])
     M = np.where(kept[name], W, 0.0)
     bias = correlations.bias(M)
-    return PrunedLayer(M, kept[name], bias, correlations.error(M, bias), "mask", 0.0)
+    return PrunedLayer(M, bias, correlations.error(M, bias), mask=kept[name], method="mask", ridge=0.0)
 
 
 def _sizes(job: Job, known: Weights, material: Material) -> dict[str, dict[str, Any]]:
