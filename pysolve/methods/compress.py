@@ -1,41 +1,55 @@
-"""The recipe: study a network, choose sizes, refit every layer, cut, and check."""
+"""``compress`` and ``sweep``: channels removed under a target, every layer refitted."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from inspect import signature
-from typing import Any
 
+import numpy as np
 from torch import nn
 
 from pysolve.compressed import Compressed
-from pysolve.methods.account import after
-from pysolve.methods.goal import check_goal, check_model, check_options
-from pysolve.methods.shrink import shrink
-from pysolve.methods.sizes import channels_to_keep
-from pysolve.methods.study import Select, study
+from pysolve.correlations import Array
+from pysolve.errors import one_of
+from pysolve.methods.goal import (
+    Length,
+    Target,
+    check_distill,
+    check_keep,
+    check_positive,
+    check_sites,
+    check_target,
+    check_whole,
+    network_of,
+)
+from pysolve.methods.kinds.channels import Channels, Select
+from pysolve.methods.layout import lay_out
+from pysolve.methods.menu import Chosen
+from pysolve.methods.price import price, probe
+from pysolve.methods.rebuild import REFITS, rebuild
+from pysolve.methods.result import Evaluate, finish
+from pysolve.methods.sizes import Sized, by_keep, by_lam, check_free, site_reports, within
+from pysolve.methods.study import Clock, Options, Study, study
 from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.nn.running import Batch
 from pysolve.plan import Site
 from pysolve.report.report import Report
+from pysolve.solve.selection import select_channels
 
-Target = Mapping[str, float]
-# Arguments that concern the pass over the data, and those that concern what follows.
-STUDIED = ("select", "ignore", "sites", "divergence", "memory", "progress")
-SHRUNK = ("refit", "distill", "seed", "progress")
+DEFAULT: Target = {"params": 0.25}
 
 
 def compress(
     model: nn.Module | Compressed,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
     target: Target | None = None,
-    keep: float | Mapping[str, float] | None = None,
-    lam: float | Mapping[str, float] | None = None,
-    select: Select = "elimination",
+    keep: float | Mapping[str | Site, float] | None = None,
+    lam: float | Mapping[str | Site, float] | None = None,
+    select: str | Mapping[str | Site, Array] = "elimination",
     refit: str = "sequential",
-    distill: float | Mapping[str, float] = 0,
-    evaluate: Callable[[nn.Module], float] | None = None,
+    distill: Length = 0,
+    evaluate: Evaluate | None = None,
     ignore: Sequence[str] = (),
     seed: int = 0,
     progress: bool = True,
@@ -48,8 +62,8 @@ def compress(
 
     One pass over the data gathers the correlations of every layer that reads channels which can go. Each
     site's channels are ordered by what the refitted readers miss least; the divergence of the network's
-    outputs, measured on samples held back, tells what shrinking each site does; sizes are chosen to do the
-    least harm within the target; then every layer is refitted front to back, on the compressed network's
+    outputs, measured on held-out samples, tells what shrinking each site does; sizes are chosen for the least
+    divergence within the target; then every layer is refitted front to back, on the compressed network's
     inputs and the original's outputs.
 
     Parameters
@@ -62,21 +76,22 @@ def compress(
     target : {"params", "macs" or "bytes": number}
         What the result may cost: a share of the original up to 1, or a whole number above. Default
         {"params": 0.25}, unless ``keep`` or ``lam`` is given.
-    keep : float or {writer: number}
+    keep : float or {writer or Site: number}
         Instead of a target: the share (a float up to 1) or number of channels that each site keeps; sites
-        without an entry keep all.
-    lam : float or {writer: float}
+        without an entry keep all. Nothing is measured then but the result.
+    lam : float or {writer or Site: float}
         Instead of a target: the penalty of the joint group lasso  Σ_r ½ E‖y_r − M_r x‖² + lam Σ_g ‖M_g‖_F
         over each site's readers r, whose non-zero groups stay.
-    select : str, or {site's name: (channels,) scores}
+    select : str, or {Site or its name: (channels,) scores}
         How channels are chosen: "elimination" or any method of ``select_channels``; or by scores of every
         channel of every site that can shrink, of which the largest stay.
-    refit : "sequential", "independent" or "none"
-        Every layer on the compressed network's own inputs, or the readers alone on the original's, or nothing
-        at all: the weights that are left stay as they are.
-    distill : number of seconds, or {"seconds" or "epochs": number}
-        Afterwards, train the result to give the original's outputs on the batches; undone, with a note, where
-        that takes its outputs on the samples held back further from the original's, by more than chance.
+    refit : "sequential", "independent", "bias" or "none"
+        Every layer on the compressed network's own inputs; the readers alone on the original's; biases alone;
+        or nothing at all: the weights that are left stay as they are.
+    distill : number of seconds, or {"seconds" or "epochs": number, …}
+        Afterwards, train the result to give the original's outputs on the batches, with any further options
+        of ``distill``; undone, with a note, where that takes its outputs on held-out samples further from
+        the original's, by more than chance.
     evaluate : callable, optional
         From a network to a score, for the report.
     ignore : sequence of str
@@ -103,46 +118,52 @@ def compress(
     Raises
     ------
     PysolveError
-        No channel can go; a target that cannot be reached (names the smallest that can); a network that
-        cannot be traced.
+        No channel can be removed; a target that cannot be reached (names the smallest that can); a network
+        that cannot be traced.
+    TypeError, ValueError
+        Arguments that make no sense, before any work.
     """
-    network = model.model if isinstance(model, Compressed) else model
-    check_model(network)
-    check_goal(target, keep, lam)
-    check_options(network, select, refit, distill, ignore, sites, round_to, memory)
-    wanted = {"params": 0.25} if target is None and keep is None and lam is None else target
-    found = study(
-        network,
-        batches,
-        select=select,
-        ignore=ignore,
-        sites=sites,
-        divergence=divergence,
-        memory=memory,
-        progress=progress,
-    )
-    sizes = channels_to_keep(found, wanted, keep, lam, round_to)
-    result = shrink(
-        found,
-        sizes,
-        target=wanted,
-        refit=refit,
-        distill=distill,
-        evaluate=evaluate,
-        seed=seed,
-        progress=progress,
-    )
-    return after(model, result)
+    before, network = network_of(model, dense=False)
+    given = [name for name, one in (("target", target), ("keep", keep), ("lam", lam)) if one is not None]
+    if len(given) > 1:
+        raise ValueError(f"give one of target, keep and lam, got {' and '.join(given)}.")
+    wanted = DEFAULT if not given else target
+    options = Options(ignore, divergence, memory, seed, progress)
+    how = _checked(network, [] if wanted is None else [wanted], select, refit, distill, sites, round_to, options)
+    check_keep(keep, lam)
+    found = study(network, batches, options, sites=True if sites is None else sites)
+    check_free(found)
+    clock, channels = Clock(), Channels(_by_site(found, select))
+    menus = [channels.menu(found, site) for site in found.free]
+    if lam is not None:
+        sized = by_lam(found, menus, lam)
+    elif keep is not None:
+        sized = by_keep(found, menus, keep, round_to)
+    else:
+        assert wanted is not None
+        where = probe(found, len(menus))
+        sized = within(found, price(found, menus, where), wanted, where, round_to)
+    clock.stage("measure")
+    return made(before, found, sized, clock, wanted, refit, how, evaluate)
 
 
 def sweep(
     model: nn.Module | Compressed,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
     targets: Iterable[Target],
-    evaluate: Callable[[nn.Module], float] | None = None,
-    retrain: Callable[[nn.Module], Any] | None = None,
-    **options: Any,
+    evaluate: Evaluate | None = None,
+    retrain: Callable[[nn.Module], object] | None = None,
+    select: str | Mapping[str | Site, Array] = "elimination",
+    refit: str = "sequential",
+    distill: Length = 0,
+    ignore: Sequence[str] = (),
+    seed: int = 0,
+    progress: bool = True,
+    sites: Sequence[Site] | None = None,
+    round_to: int = 1,
+    divergence: Divergence = kl_divergence,
+    memory: int | None = None,
 ) -> list[Report]:
     """Compress to several targets after one pass over the data.
 
@@ -153,24 +174,38 @@ def sweep(
     targets : iterable of targets
     retrain : callable, optional
         Trains a network in place; each result is evaluated once more after it. Needs ``evaluate``.
-    options
-        Further arguments of ``compress``, but for ``keep`` and ``lam``.
+    select, refit, distill, ignore, seed, progress, sites, round_to, divergence, memory
+        As in ``compress``.
 
     Returns
     -------
     list of Report
         In the order of the targets: what ``compress`` reports of each.
+
+    Raises
+    ------
+    PysolveError, TypeError, ValueError
+        As ``compress``.
     """
-    network = model.model if isinstance(model, Compressed) else model
-    wanted = _checked_sweep(network, targets, evaluate, retrain, options)
-    found = study(network, batches, **{name: options[name] for name in STUDIED if name in options})
-    reports = []
+    before, network = network_of(model, dense=False)
+    if retrain is not None and evaluate is None:
+        raise ValueError("retrain needs evaluate, which says how good the network is afterwards.")
+    if isinstance(targets, Mapping):
+        raise TypeError(f"targets must be a list of targets, got one: pass [{dict(targets)}].")
+    options, wanted = Options(ignore, divergence, memory, seed, progress), list(targets)
+    how = _checked(network, wanted, select, refit, distill, sites, round_to, options)
+    found = study(network, batches, options, sites=True if sites is None else sites)
+    check_free(found)
+    clock, channels = Clock(), Channels(_by_site(found, select))
+    where = probe(found, len(found.free))
+    menus = price(found, [channels.menu(found, site) for site in found.free], where)
+    clock.stage("measure")
+    found, reports = replace(found, seconds={**found.seconds, **clock.seconds}), []
     for target in wanted:
-        # What is measured for one target does not steer the next.
-        fresh = replace(found, harms=[dict(known) for known in found.harms])
-        sizes = channels_to_keep(fresh, target, None, None, options.get("round_to", 1))
-        given = {name: options[name] for name in SHRUNK if name in options}
-        result = shrink(fresh, sizes, target=target, evaluate=evaluate, **given)
+        clock = Clock()
+        sized = within(found, menus, target, where, round_to)
+        clock.stage("choose")
+        result = made(before, found, sized, clock, target, refit, how, evaluate)
         report = result.report
         if retrain is not None and evaluate is not None:
             retrain(result.model)
@@ -179,23 +214,67 @@ def sweep(
     return reports
 
 
-def _checked_sweep(
-    network: nn.Module, targets: Any, evaluate: Any, retrain: Any, options: Mapping[str, Any]
-) -> list[Target]:
-    """The targets of a sweep, after its arguments."""
-    check_model(network)
-    known = {name: parameter.default for name, parameter in signature(compress).parameters.items()}
-    takes = sorted({*STUDIED, *SHRUNK, "round_to"})
-    for name in options:
-        if name not in takes:
-            raise TypeError(f"sweep has no argument {name!r}; beside its own it takes {', '.join(takes)}.")
-    names = ("select", "refit", "distill", "ignore", "sites", "round_to", "memory")
-    check_options(network, *({**known, **options}[name] for name in names))
-    if retrain is not None and evaluate is None:
-        raise ValueError("retrain needs evaluate, which says how good the network is afterwards.")
-    if isinstance(targets, Mapping):
-        raise TypeError(f"targets must be a list of targets, got one: pass [{dict(targets)}].")
-    wanted = list(targets)
-    for target in wanted:
-        check_goal(target, None, None)
-    return wanted
+def made(
+    before: nn.Module | Compressed,
+    found: Study,
+    sized: Sized,
+    clock: Clock,
+    target: Target | None,
+    refit: str,
+    distill: Mapping[str, object],
+    evaluate: Evaluate | None,
+) -> Compressed:
+    """A studied network, refitted with some channels kept, cut, checked and reported."""
+    rebuilt = rebuild(found, Chosen(sized.keep), refit)
+    clock.stage("refit")
+    laid = lay_out(found, rebuilt, "dense")
+    clock.stage("apply")
+    return finish(
+        before,
+        found,
+        laid,
+        clock,
+        target=target,
+        samples=rebuilt.samples,
+        sites=site_reports(found, sized),
+        solves=sized.solves,
+        notes=(*sized.notes, *rebuilt.notes),
+        distill=distill,
+        evaluate=evaluate,
+    )
+
+
+def _checked(
+    network: nn.Module,
+    targets: Sequence[Target],
+    select: str | Mapping[str | Site, Array],
+    refit: str,
+    distill: Length,
+    sites: Sequence[Site] | None,
+    round_to: int,
+    options: Options,
+) -> dict[str, object]:
+    """Refuse what can be told to be wrong without running the network; options of distillation."""
+    for target in targets:
+        check_target(target)
+    if not isinstance(select, Mapping):
+        # A problem of one channel: whether the method exists is checked where it is known.
+        select_channels(np.eye(1), np.eye(1), 1, method=select)
+    one_of("refit", refit, REFITS)
+    if sites is not None:
+        check_sites(sites, options.ignore)
+    check_whole("round_to", round_to)
+    if options.memory is not None:
+        check_positive("memory", options.memory)
+    return check_distill(network, distill)
+
+
+def _by_site(found: Study, select: str | Mapping[str | Site, Array]) -> Select:
+    """Scores by site, where users give them by the sites' names."""
+    if isinstance(select, str):
+        return select
+    named = {site: select.get(site, select.get(site.name)) for site in found.free}
+    missing = [site.name for site, scores in named.items() if scores is None]
+    if missing:
+        raise ValueError(f"select must give scores for every site that can shrink; {missing[0]} has none.")
+    return {site: np.asarray(scores, dtype=np.float64) for site, scores in named.items()}

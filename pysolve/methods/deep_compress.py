@@ -2,40 +2,63 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from numbers import Integral, Real
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 from torch import nn
 
 from pysolve.compressed import Compressed
-from pysolve.methods.account import Evaluate, scored
-from pysolve.methods.coded_layout import LAYOUTS, as_long, in_bytes, with_file
-from pysolve.methods.goal import checked
-from pysolve.methods.layerwise import study_layers
-from pysolve.methods.pipeline import Pipeline
-from pysolve.methods.retraining import Length, options_of
-from pysolve.methods.subject import Job
+from pysolve.correlations import Indices
+from pysolve.errors import PysolveError
+from pysolve.forms import Codebook, Sparse
+from pysolve.methods.budget import Target, costs_of, settle
+from pysolve.methods.goal import Length, check_distill, check_share, check_target, check_whole, network_of
+from pysolve.methods.kinds.channels import Channels
+from pysolve.methods.kinds.codes import Codes
+from pysolve.methods.kinds.zeros import Zeros
+from pysolve.methods.layout import check_layout, plan_of
+from pysolve.methods.matching import check_trained
+from pysolve.methods.menu import Chosen, Fit, Menu
+from pysolve.methods.price import Probe, price, probe
+from pysolve.methods.quantize import LAYOUTS, coded, in_bytes
+from pysolve.methods.rate import Coded, Subject, about_bytes, subject_of, within_bytes
+from pysolve.methods.rebuild import rebuild
+from pysolve.methods.result import MATCHING, NO_REPORT, Evaluate, distance, finish, following
+from pysolve.methods.sizes import Sized, site_reports
+from pysolve.methods.study import Clock, Options, Study
+from pysolve.nn.apply import apply
+from pysolve.nn.calibration import first_samples
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes, parameters
-from pysolve.report.report import Report
+from pysolve.nn.running import Batch
+from pysolve.plan import Plan, Site
+from pysolve.report.rows import Stage
+from pysolve.training.distill import distill as teach
+
+# Bits a weight at which the search for a width begins, the factor between widths, and how many are tried.
+_BITS, _WIDER, _WIDTHS = 2.0, 1.6, 5
+# Samples at most, beside the selection set, that tell which width is best.
+_SAMPLES = 4096
+# Share of the parameters from which on all channels stay; of the training, before weights share values.
+_WHOLE, _BEFORE = 0.9, 0.6
 
 
 def deep_compress(
     model: nn.Module | Compressed,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
-    target_bytes: float | None = None,
-    target_params: float | None = None,
+    target: Target | None = None,
     zeros: float | None = None,
     bits: int | None = None,
-    retrain: Length = 0,
+    distill: Length = 0,
     layout: str = "dense",
     ignore: Sequence[str] = (),
     evaluate: Evaluate | None = None,
     divergence: Divergence = kl_divergence,
+    memory: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -43,10 +66,10 @@ def deep_compress(
 
     Each stage is left out where nothing asks for it, and all of them compete where only bytes are given.
 
-    1. *Collapse*: channels go, and what is left is refitted, as ``compress`` does it.
+    1. *Collapse*: channels are removed, and what is left is refitted, as ``compress`` does it.
     2. *Sparse*: a share of the weights becomes zero, as ``prune`` does it by "obs".
     3. *Shared*: the others take few values, as ``quantize`` does it with a codebook.
-    4. *Retrained*: the values, biases and norms, to give the original's outputs, without labels.
+    4. *Matched*: the values, biases and norms are trained to give the original's outputs, without labels.
     5. *Coded*: in the file that ``save`` writes.
 
     Parameters
@@ -55,20 +78,18 @@ def deep_compress(
         Not changed.
     batches : iterable of batches
         As ``compress`` takes them, unlabelled.
-    target_bytes : float, optional
-        What the file may take: a number, or a share of the original's tensors. Zeros and values follow from
-        one price of a bit for all layers; of several widths that one is taken whose outputs are closest to
-        the original's.
-    target_params : float, optional
-        Parameters after the collapse, a number or a share; 1 leaves all channels. By default searched for
-        with ``target_bytes``, and otherwise 1.
+    target : {"bytes" and/or "params": number}, optional
+        "bytes": what the file may take, a number or a share of the original's tensors. Zeros and values follow
+        from one price of a bit for all weights; of several widths that one is taken whose outputs are closest to
+        the original's. "params": parameters after channels were removed, a number or a share; 1 keeps all
+        channels. By default searched for with "bytes", and otherwise 1.
     zeros : float, optional
         Share of the weights that is pruned before the rest is quantised; by default none by itself.
     bits : int, optional
-        At most 2^bits values a layer; without ``target_bytes``, as many in every layer, by default 16.
-    retrain : number of seconds, or options of ``distill``
-        Three fifths of the time before weights share values, the rest afterwards.
-    layout, ignore, evaluate, divergence, seed, progress
+        At most 2^bits values a layer; without bytes as a target, as many in every layer, by default 16.
+    distill : number of seconds, or {"seconds" or "epochs": number, …}
+        As ``quantize`` has it: three fifths of the time before weights share values, the rest afterwards.
+    layout, ignore, evaluate, divergence, memory, seed, progress
         As ``quantize`` has them.
 
     Returns
@@ -79,74 +100,268 @@ def deep_compress(
     Raises
     ------
     PysolveError
-        A target out of reach.
+        A target out of reach; nothing to quantise.
+    TypeError, ValueError
+        Arguments that make no sense, before any work.
 
     References
     ----------
     S. Han, H. Mao, W. J. Dally, Deep compression, 2016.
     """
-    before, original = checked(model)
-    _check(target_bytes, target_params, zeros, bits, retrain, layout)
+    before, network = network_of(model)
+    how = check_distill(network, distill, ("trained",))
+    asked = dict(target or {})
+    _check(asked, zeros, bits, how, layout)
     if iter(batches) is batches:
         batches = list(batches)
-    size = None if target_bytes is None else in_bytes(target_bytes, original)
-    job = Job(
-        "codebook",
-        bits,
-        size,
-        layout=layout,
-        ignore=tuple(ignore),
-        divergence=divergence,
-        seed=seed,
-        progress=progress,
+    options, clock = Options(ignore, divergence, memory, seed, progress), Clock()
+    size = in_bytes(asked["bytes"], network) if "bytes" in asked else None
+    share = _share(asked.get("params", None if size else 1.0), network)
+    kind = Codes(bits=bits)
+    subject, notes = _studied(network, batches, options, kind, size, zeros, share)
+    line = _Line(network, subject.study, evaluate)
+    line.note("original", network, nbytes(network), 0.0)
+    width = _width(subject, size, share) if subject.study.free else None
+    if width is not None and width.keep:
+        line.rebuilt("collapsed", Chosen(width.keep), width.seconds)
+        if how:
+            before, subject = _matched_first(before, subject, width.keep, batches, how, line, size)
+            width = replace(width, start=None, cut=True)
+    keep = {} if width is None or width.cut else width.keep
+    if zeros:
+        subject = replace(subject, kind=replace(subject.kind, pruned=_pruned(subject, zeros)))
+        line.rebuilt("sparse", Chosen(keep, subject.kind.pruned), 0.0)
+    start, part = time.perf_counter(), _part(how, 1 - _BEFORE if width and width.cut else 1.0)
+    rebuilt, laid = coded(before, subject, network, size, layout, part, keep=keep, start=width.start if width else None)
+    line.note("shared, matched" if how else "shared", laid.model, _packed(subject.study, laid.plan), time.perf_counter() - start)
+    clock.stage("compress")
+    result = finish(
+        before,
+        subject.study,
+        laid,
+        clock,
+        against=network,
+        target=asked or None,
+        samples=rebuilt.samples,
+        sites=[*site_reports(line.study, width.sized)] if width else [],
+        notes=(*notes, *rebuilt.notes),
+        evaluate=evaluate,
+        file=True,
     )
-    shared_out = study_layers(original, batches, [], gathered=False, progress=False).calibration
-    line = Pipeline(before, original, batches, job, zeros, evaluate, shared_out)
-    line.note("original", original, nbytes(original))
-    smaller, known = line.collapsed(_share(target_params, parameters(original)))
-    asked = {"bytes": target_bytes, "params": target_params}
-    told: dict[str, Any] = {
-        "target": {what: value for what, value in asked.items() if value is not None} or None,
-        "sites": smaller.report.sites if isinstance(smaller, Compressed) and smaller is not before else (),
-    }
-
-    def length(report: Report) -> Report:
-        report = replace(report, **told, notes=(*line.notes, *report.notes))
-        return as_long(report, evaluate is not None)
-
-    smaller = line.pruned(line.taught(smaller, retrain))
-    result = replace(line, job=replace(job, told=length)).shared(smaller, known, retrain)
-    report = replace(result.report, **told, notes=(*line.notes, *result.report.notes))
-    report = scored(report, original, result.model, evaluate)
-    result = with_file(replace(result, report=report), original)
-    line.note("coded", result.model, result.report.after["file"])
+    line.note("coded", result.model, result.report.after["file"], 0.0)
     return replace(result, report=replace(result.report, stages=tuple(line.stages)))
 
 
-def _share(number: float | None, whole: int) -> float | None:
-    """A number above 1 as a share of the whole."""
-    return number if number is None or number <= 1 else number / whole
+@dataclass(frozen=True, eq=False)
+class _Line:
+    """What the stages left of a network, for the report.
+
+    Parameters
+    ----------
+    original : nn.Module
+    study : Study
+    evaluate : callable, optional
+    stages : list of Stage
+    """
+
+    original: nn.Module
+    study: Study
+    evaluate: Evaluate | None
+    stages: list[Stage] = field(default_factory=list)
+
+    def note(self, name: str, network: nn.Module, size: int, seconds: float) -> None:
+        """Write down what a stage left."""
+        score = None if self.evaluate is None else float(self.evaluate(network))
+        lost = distance(self.original, network, self.study.apart, self.study.options.divergence)
+        self.stages.append(Stage(name, size, parameters(self.original), lost, seconds, score))
+
+    def rebuilt(self, name: str, chosen: Chosen, seconds: float) -> None:
+        """Write down what the network is with no more than this chosen."""
+        start = time.perf_counter()
+        plan = plan_of(self.study, rebuild(self.study, chosen), {})
+        network = apply(self.study.model, plan)
+        self.note(name, network, nbytes(network), seconds + time.perf_counter() - start)
+
+
+@dataclass(frozen=True, eq=False)
+class _Width:
+    """A network with channels for a share of its parameters.
+
+    Parameters
+    ----------
+    share : float
+    sized : Sized
+    divergence : float
+        Of its outputs within about the bytes.
+    start : Coded, optional
+        What that was measured on.
+    seconds : float
+    cut : bool
+        Whether its channels have been removed already.
+    """
+
+    share: float
+    sized: Sized
+    divergence: float = float("inf")
+    start: Coded | None = None
+    seconds: float = 0.0
+    cut: bool = False
+
+    @property
+    def keep(self) -> dict[Site, Indices]:
+        """Channels that stay of the sites that lose some."""
+        return self.sized.keep
+
+
+def _studied(
+    network: nn.Module,
+    batches: Iterable[Batch],
+    options: Options,
+    kind: Codes,
+    size: int | None,
+    zeros: float | None,
+    share: float | None,
+) -> tuple[Subject, list[str]]:
+    """One study for channels and codes; without channels where these are only searched for and cannot be found."""
+    wide = share is not None and share >= 1
+    make = partial(subject_of, network, batches, options, kind, priced=size is not None, gather=bool(zeros))
+    if wide:
+        return make(), []
+    try:
+        subject = make(sites=True)
+        if subject.study.free or share is None:
+            why = sorted({site.pinned for site in subject.study.sites if site.pinned})
+            notes = [f"all channels stay: {'; '.join(why) or 'the network has no sites'}"]
+            return subject, [] if subject.study.free else notes
+        raise PysolveError("no channel of this network can be removed.")
+    except PysolveError as error:
+        if share is not None:
+            raise
+        return make(), [f"all channels stay: {error}"]
+
+
+def _width(subject: Subject, size: int | None, share: float | None) -> _Width | None:
+    """Channels for a share of the parameters; without one, for the share that is best within the bytes."""
+    start, study = time.perf_counter(), subject.study
+    where = probe(study, len(study.free))
+    menus = price(study, [Channels().menu(study, site) for site in study.free], where)
+    at = partial(_sized, study, menus, where)
+    if share is not None:
+        return _Width(share, at(share), seconds=time.perf_counter() - start)
+    assert size is not None
+    best = _least(partial(_drafted, subject, size, at), 8 * size / _BITS / parameters(study.model))
+    # So few bytes that no width comes near: all channels will tell how many it takes.
+    return None if best.start is None else replace(best, seconds=time.perf_counter() - start)
+
+
+def _sized(study: Study, menus: Sequence[Menu], where: Probe, share: float) -> Sized:
+    """Channels for a share of the parameters."""
+    if share >= 1:
+        return Sized(menus, [np.arange(site.channels) for site in study.free], [0.0] * len(menus))
+    sizes, predicted, known = settle(study, costs_of(study), menus, {"params": share}, where)
+    kept = [menu.at(k).keep[site] for site, menu, k in zip(study.free, known, sizes, strict=True)]
+    return Sized(known, kept, predicted)
+
+
+def _drafted(subject: Subject, size: int, at: Callable[[float], Sized], share: float) -> _Width:
+    """What channels for a share of the parameters leave within about the bytes."""
+    study = subject.study
+    try:
+        sized = at(share)
+    except PysolveError:
+        return _Width(share, Sized((), ()))
+    done = within_bytes(subject, size, partial(about_bytes, subject), keep=sized.keep, rough=True)
+    network = apply(study.model, plan_of(study, done.rebuilt))
+    assert study.calibration is not None
+    # Those of the selection set alone are too few to tell widths apart.
+    seen = [*first_samples(study.calibration.kept, _SAMPLES), *study.held]
+    return _Width(share, sized, distance(study.model, network, seen, study.options.divergence), done)
+
+
+def _least(width: Callable[[float], _Width], start: float) -> _Width:
+    """The width of least divergence: up, or else down, as long as that gains."""
+    best = width(start if start < _WHOLE else 1.0)
+    tried = {best.share: best.divergence}
+    for factor in (_WIDER, 1 / _WIDER):
+        share = next(iter(tried))
+        while len(tried) < _WIDTHS and tried[share] <= best.divergence:
+            share = share * factor if share * factor < _WHOLE else 1.0
+            if share in tried:
+                break
+            new = width(share)
+            tried[share] = new.divergence
+            best = new if new.divergence < best.divergence else best
+    return best
+
+
+def _matched_first(
+    before: nn.Module | Compressed,
+    subject: Subject,
+    keep: Mapping[Site, Indices],
+    batches: Iterable[Batch],
+    distill: Mapping[str, object],
+    line: _Line,
+    size: int | None,
+) -> tuple[Compressed, Subject]:
+    """Remove the channels, match the original's outputs, and study what that is."""
+    study, start = subject.study, time.perf_counter()
+    plan = plan_of(study, rebuild(study, Chosen(keep)), {})
+    student = apply(study.model, plan)
+    run = {"seed": study.options.seed, "progress": study.options.progress, **MATCHING}
+    options = {**run, **{n: v for n, v in _part(distill, _BEFORE).items() if n != "trained"}}
+    assert study.calibration is not None
+    teach(student, study.model, study.calibration.kept, **options)  # type: ignore[arg-type]
+    line.note("matched", student, nbytes(student), time.perf_counter() - start)
+    smaller = following(before, Compressed(student, plan, NO_REPORT))
+    gather = bool(subject.kind.pruned)
+    kind = Codes(bits=subject.kind.bits)
+    return smaller, subject_of(student, batches, study.options, kind, priced=size is not None, gather=gather)
+
+
+def _pruned(subject: Subject, zeros: float) -> Mapping[str, Fit]:
+    """How weights are pruned first: optimal brain surgeon, the share of all together."""
+    return Zeros("obs", amount=zeros, scope="global").choose(subject.study).fits
+
+
+def _part(distill: Mapping[str, object], share: float) -> dict[str, object]:
+    """Some of the training."""
+    found = dict(distill)
+    for unit in ("seconds", "epochs"):
+        if unit in found:
+            value = share * float(found[unit])  # type: ignore[arg-type]
+            found[unit] = max(1, round(value)) if unit == "epochs" else value
+    return found
+
+
+def _share(number: float | None, network: nn.Module) -> float | None:
+    """A number of parameters as a share."""
+    return number if number is None or number <= 1 else number / parameters(network)
+
+
+def _packed(study: Study, plan: Plan) -> int:
+    """Bytes with codes of equal length and their values, of those that are not zero where this is less."""
+    total = nbytes(apply(study.model, plan))
+    for form in plan.forms.values():
+        weight = form.dense()
+        values, codes = np.unique(weight, return_inverse=True)
+        book = Codebook(codes.astype(np.uint8).reshape(weight.shape), values)
+        sparse = Sparse.from_dense(weight)
+        entries = sparse.gaps.nbytes + len(sparse.values) * book.bits // 8 + values.nbytes
+        total += min(book.nbytes, entries) - weight.nbytes
+    return total
 
 
 def _check(
-    target_bytes: Any, target_params: Any, zeros: Any, bits: Any, retrain: Length, layout: str
+    target: Mapping[str, float], zeros: float | None, bits: int | None, distill: Mapping[str, object], layout: str
 ) -> None:
     """What can be told to be wrong before any work."""
-    given = {"target_bytes": target_bytes, "target_params": target_params, "zeros": zeros}
-    if all(value is None for value in (*given.values(), bits)):
-        raise ValueError(
-            f"give one of {', '.join(given)} and bits: nothing says how small the file is to be."
-        )
-    for name, value in given.items():
-        if value is not None and not (isinstance(value, Real) and 0 < float(value) < np.inf):
-            raise ValueError(f"{name} must be a positive number, got {value!r}.")
-    if zeros is not None and zeros >= 1:
-        raise ValueError(f"zeros must be a share below 1, got {zeros}.")
-    if bits is not None and (
-        isinstance(bits, bool) or not isinstance(bits, Integral) or not 1 <= int(bits) <= 8
-    ):
-        raise ValueError(f"bits must be a whole number of 1 … 8, got {bits!r}.")
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}.")
-    if retrain:
-        options_of(retrain)
+    if not target and zeros is None and bits is None:
+        raise ValueError("give target, zeros or bits: nothing says how small the file is to be.")
+    if target:
+        check_target(target, ("bytes", "params"), "the file of a network, and its channels, have a size")
+    if zeros is not None:
+        check_share("zeros", zeros)
+    if bits is not None:
+        check_whole("bits", bits, 1, 8)
+    check_layout(layout, LAYOUTS, "deep_compress")
+    check_trained(distill)

@@ -1,11 +1,12 @@
-"""Arguments of ``compress`` and ``sweep``, checked before any of the work begins."""
+"""What users ask of a network, checked before any work begins."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from inspect import signature
+from numbers import Integral, Real
 
 import numpy as np
 from torch import nn
@@ -14,106 +15,101 @@ from pysolve.compressed import Compressed
 from pysolve.errors import PysolveError
 from pysolve.forms import Sparse
 from pysolve.nn.layers.dense import without_sparse
-from pysolve.nn.layers.quant_weight import QuantWeight
+from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.plan import Plan, Site
 from pysolve.solve.budget import check_targets
-from pysolve.solve.selection import select_channels
+from pysolve.training.distill import distill as teach
+from pysolve.training.options import Course
 
-REFITS = ("sequential", "independent", "none")
+Target = Mapping[str, float]
+# Seconds, or options of ``distill`` with seconds or epochs among them.
+Length = float | Mapping[str, object]
 
 
-def check_model(model: Any) -> None:
-    """TypeError unless this is a network; PysolveError where layers of it are whole numbers."""
-    if not isinstance(model, nn.Module):
+def network_of(model: nn.Module | Compressed, *, dense: bool = True) -> tuple[nn.Module | Compressed, nn.Module]:
+    """What is given, and its network; with dense layers in the place of sparse ones.
+
+    Raises
+    ------
+    TypeError
+        What is given is no network.
+    PysolveError
+        Layers of it are integers.
+    """
+    network = model.model if isinstance(model, Compressed) else model
+    if not isinstance(network, nn.Module):
         kind = type(model).__name__
         raise TypeError(f"model must be a torch.nn.Module, or what compress returned, got {kind}.")
-    whole = [name for name, layer in model.named_modules() if isinstance(layer, QuantWeight)]
+    whole = [name for name, layer in network.named_modules() if isinstance(layer, QuantWeight)]
     if whole:
         raise PysolveError(
-            f"{whole[0] or 'the network'} is a layer of whole numbers, whose weights cannot be changed: call "
-            "pysolve.nn.layers.dense.to_dense on the network first."
+            f"{whole[0] or 'the network'} is a layer of integers, whose weights cannot be changed: call "
+            "pysolve.nn.to_dense on the network first."
         )
-
-
-def checked(model: Any) -> tuple[nn.Module | Compressed, nn.Module]:
-    """What is given and its network, after ``check_model``; dense layers with zeros for sparse ones."""
+    if not dense:
+        return model, network
     if not isinstance(model, Compressed):
-        check_model(model)
-        network = without_sparse(model)
-        return network, network
-    check_model(model.model)
+        plain = without_sparse(network)
+        return plain, plain
     plans = [_with_values(plan) for plan in (*model.earlier, model.plan)]
-    before = replace(model, model=without_sparse(model.model), plan=plans[-1], earlier=tuple(plans[:-1]))
+    before = replace(model, model=without_sparse(network), plan=plans[-1], earlier=tuple(plans[:-1]))
     return before, before.model
 
 
-def _with_values(plan: Plan) -> Plan:
-    """The plan with dense weights instead of sparse forms."""
-    sparse = {name: form for name, form in plan.forms.items() if isinstance(form, Sparse)}
-    dense = {f"{name}.weight": form.dense() for name, form in sparse.items()}
-    forms = {name: form for name, form in plan.forms.items() if name not in sparse}
-    return replace(plan, values={**plan.values, **dense}, forms=forms)
+def exactly_one(given: Mapping[str, object]) -> str:
+    """The name of the one setting that is given; ValueError unless it is one."""
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        words = [*given]
+        known = f"{', '.join(words[:-1])} and {words[-1]}"
+        raise ValueError(f"give exactly one of {known}; got {' and '.join(names) or 'none'}.")
+    return names[0]
 
 
-def check_goal(target: Any, keep: Any, lam: Any) -> None:
-    """One of three ways, or none, to say how small the network shall be."""
-    given = [name for name, value in (("target", target), ("keep", keep), ("lam", lam)) if value is not None]
-    if len(given) > 1:
-        raise ValueError(f"give one of target, keep and lam, got {' and '.join(given)}.")
-    if target is not None:
-        check_targets(target)
-    for name, values in (("keep", keep), ("lam", lam)):
-        each = values if isinstance(values, Mapping) else {"": values}
-        for writer, value in each.items() if values is not None else ():
-            what = f"{name} of {writer}" if writer else name
-            _check_positive(what, value)
-            if name == "keep" and value > 1 and value != int(value):
-                raise ValueError(f"{what} must be a share in (0, 1] or a whole number, got {value}.")
+def check_target(target: object, measures: Collection[str] | None = None, why: str = "") -> None:
+    """Refuse a target that is no mapping of measures to shares or numbers, or that names others than ``measures``."""
+    check_targets(target)
+    assert isinstance(target, Mapping)
+    if measures is not None and not set(target) <= set(measures):
+        raise ValueError(f"{why}: the target may name {', '.join(measures)}, got {', '.join(target)}.")
 
 
-def check_options(
-    model: nn.Module,
-    select: Any,
-    refit: Any,
-    distill: Any,
-    ignore: Any,
-    sites: Any,
-    round_to: Any,
-    memory: Any,
-) -> None:
-    """What else can be told to be wrong without running the network."""
-    if not isinstance(select, Mapping):
-        # A problem of one channel: whether the method exists is checked where it is known.
-        select_channels(np.eye(1), np.eye(1), 1, method=select)
-    if refit not in REFITS:
-        raise ValueError(f"unknown refit {refit!r}; choose one of {', '.join(REFITS)}.")
-    _check_distill(model, distill)
-    if sites is not None:
-        _check_sites(sites, ignore)
-    if isinstance(round_to, bool) or not isinstance(round_to, int | np.integer) or round_to < 1:
-        raise ValueError(f"round_to must be a whole number of at least 1, got {round_to!r}.")
-    if memory is not None:
-        _check_positive("memory", memory)
+def check_whole(what: str, value: object, least: int = 1, most: int | None = None) -> None:
+    """Refuse what is no whole number in a range."""
+    good = isinstance(value, Integral) and not isinstance(value, bool)
+    if not good or not least <= int(value) <= (most or math.inf):  # type: ignore[call-overload]
+        span = f"{least} … {most}" if most else f"at least {least}"
+        raise ValueError(f"{what} must be a whole number of {span}, got {value!r}.")
 
 
-def _check_distill(model: nn.Module, distill: Any) -> None:
-    lengths = distill if isinstance(distill, Mapping) else {"seconds": distill}
-    if len(lengths) != 1 or not set(lengths) <= {"seconds", "epochs"}:
-        raise ValueError(f"distill must name seconds or epochs, one of them, got {dict(lengths)}.")
-    ((unit, value),) = lengths.items()
-    if not isinstance(distill, Mapping) and value == 0 and not isinstance(value, bool):
-        return
-    _check_positive(f"distill in {unit}", value)
-    if unit == "epochs" and value != int(value):
-        raise ValueError(f"distill must be a whole number of epochs, got {value}.")
-    if not any(parameter.requires_grad for parameter in model.parameters()):
-        raise ValueError(
-            "distill trains the parameters that require a gradient, but none does: call "
-            "model.requires_grad_(), or leave distill out."
-        )
+def check_positive(what: str, value: object) -> None:
+    """Refuse what is no positive, finite number."""
+    if isinstance(value, bool) or not isinstance(value, Real | np.number):
+        raise TypeError(f"{what} must be a number, got {type(value).__name__}.")
+    if not 0 < float(value) < math.inf:
+        raise ValueError(f"{what} must be positive and finite, got {value}.")
 
 
-def _check_sites(sites: Any, ignore: Any) -> None:
+def check_share(what: str, value: object) -> None:
+    """Refuse what is no share in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, Real | np.number) or not 0 <= float(value) < 1:
+        raise ValueError(f"{what} must be in [0, 1), got {value!r}.")
+
+
+def check_keep(keep: object, lam: object) -> None:
+    """Refuse shares, numbers and penalties that make no sense, for all sites or by name."""
+    for what, values in (("keep", keep), ("lam", lam)):
+        for name, value in (values.items() if isinstance(values, Mapping) else [("", values)]):
+            if value is None:
+                continue
+            full = f"{what} of {_shown(name)}" if name else what
+            check_positive(full, value)
+            if what == "keep" and value > 1 and value != int(value):
+                raise ValueError(f"{full} must be a share in (0, 1] or a whole number, got {value}.")
+
+
+def check_sites(sites: Sequence[Site], ignore: Collection[str]) -> None:
+    """Refuse what is no list of sites, and layers to ignore besides."""
     strangers = [type(site).__name__ for site in sites if not isinstance(site, Site)]
     if strangers:
         raise TypeError(f"sites must be a list of Site, got a {strangers[0]} in it.")
@@ -121,8 +117,49 @@ def _check_sites(sites: Any, ignore: Any) -> None:
         raise ValueError("ignore is for sites that are looked for: take what must stay out of sites instead.")
 
 
-def _check_positive(what: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float | np.number):
-        raise TypeError(f"{what} must be a number, got {type(value).__name__}.")
-    if not 0 < value < math.inf:
-        raise ValueError(f"{what} must be positive and finite, got {value}.")
+def check_distill(model: nn.Module, distill: Length, extra: Collection[str] = ()) -> dict[str, object]:
+    """Options of ``distill``, ``extra`` ones included; {} where nothing is to be trained.
+
+    Raises
+    ------
+    TypeError, ValueError
+        Not exactly one of seconds and epochs; unknown options; a network of which nothing can be trained.
+    """
+    if not isinstance(distill, Mapping):
+        if distill == 0 and not isinstance(distill, bool):
+            return {}
+        distill = {"seconds": distill}
+    options = dict(distill)
+    known = {*signature(teach).parameters, *Course.__annotations__, *extra} - {"student", "teacher", "batches"}
+    if unknown := options.keys() - known:
+        raise ValueError(f"distill has no option {min(unknown)!r}; choose from {', '.join(sorted(known))}.")
+    if len({"seconds", "epochs"} & options.keys()) != 1:
+        raise ValueError(f"distill must name seconds or epochs, one of them, got {options}.")
+    unit = "seconds" if "seconds" in options else "epochs"
+    check_positive(f"distill in {unit}", options[unit])
+    if unit == "epochs" and options[unit] != int(options[unit]):  # type: ignore[call-overload]
+        raise ValueError(f"distill must be a whole number of epochs, got {options[unit]}.")
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "distill trains the parameters that require a gradient, but none does: call "
+            "model.requires_grad_(), or leave distill out."
+        )
+    return options
+
+
+def plain_target(target: Target | None) -> dict[str, float] | None:
+    """A target in Python's own numbers, for the report."""
+    if target is None:
+        return None
+    return {measure: float(value) if value <= 1 else int(value) for measure, value in target.items()}
+
+
+def _with_values(plan: Plan) -> Plan:
+    """The plan with dense weights instead of sparse forms."""
+    sparse = {name: form for name, form in plan.forms.items() if isinstance(form, Sparse)}
+    forms = {name: form for name, form in plan.forms.items() if name not in sparse}
+    return replace(plan, values={**plan.values, **{n: f.dense() for n, f in sparse.items()}}, forms=forms)
+
+
+def _shown(name: object) -> object:
+    return name.name if isinstance(name, Site) else name

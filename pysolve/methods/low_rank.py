@@ -1,44 +1,52 @@
-"""``low_rank``: layers that become two smaller ones."""
+"""``low_rank``: layers that are factored into two smaller ones, and channels removed under the same target."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from numbers import Integral
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
 from pysolve.compressed import Compressed
-from pysolve.methods.account import after, scored
-from pysolve.methods.candidates import STRUCTURES, study_ranks
-from pysolve.methods.choose_ranks import Extent, as_chosen, choose_ranks, share_out
-from pysolve.methods.factoring import factored
-from pysolve.methods.goal import check_model
-from pysolve.methods.shrink import shrink
-from pysolve.methods.study import study
+from pysolve.errors import PysolveError, one_of
+from pysolve.layer.reduced_rank import rank_keeping
+from pysolve.methods.budget import choose, costs_of
+from pysolve.methods.goal import Length, Target, check_distill, check_target, check_whole, exactly_one, network_of
+from pysolve.methods.kinds.channels import Channels
+from pysolve.methods.kinds.ranks import STRUCTURES, RankMenu, Ranks, ranks_of
+from pysolve.methods.layout import LaidOut, check_layout, is_slower, lay_out
+from pysolve.methods.menu import Chosen, Menu
+from pysolve.methods.price import Probe, price, probe
+from pysolve.methods.rebuild import Rebuilt, rebuild
+from pysolve.methods.result import Evaluate, finish
+from pysolve.methods.sizes import Sized, site_reports
+from pysolve.methods.study import Clock, Options, Study, study, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
-from pysolve.solve.budget import check_targets
+from pysolve.nn.running import Batch, find_layer
+from pysolve.report.rows import LayerReport
 
 METHODS = ("activation", "svd")
 LAYOUTS = ("auto", "factored")
+REFITS = ("sequential", "independent", "none")
 
 
 def low_rank(
     model: nn.Module | Compressed,
-    batches: Iterable[Any] | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     rank: int | Mapping[str, int] | None = None,
     energy: float | None = None,
-    target: Mapping[str, float] | None = None,
+    target: Target | None = None,
     method: str | None = None,
     structure: str = "auto",
     prune: bool = False,
+    refit: str = "sequential",
     layout: str = "auto",
+    distill: Length = 0,
     ignore: Sequence[str] = (),
-    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate: Evaluate | None = None,
     divergence: Divergence = kl_divergence,
+    memory: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -58,7 +66,7 @@ def low_rank(
         Share of E‖M x‖² around its mean ("svd": of ‖W‖²) that each layer keeps.
     target : {"params", "macs" or "bytes": number}
         What the network may cost, as ``compress`` has it. Ranks are shared out by what they do to the
-        network's outputs on samples held back; layers may stay as they are.
+        network's outputs on held-out samples; layers may stay as they are.
     method : "activation" or "svd"
         "svd": the nearest weights, min ‖W − U V‖. "activation" (default, if there are batches): the nearest
         outputs, min E‖y − U V x − b‖² in the metric of what they mean to the network's, from the correlations
@@ -68,11 +76,15 @@ def low_rank(
         Of 2-d convolutions: the kernel to r channels and 1 × 1 behind, or k × 1 and 1 × k; by default
         whichever loses less at half the cost.
     prune : bool
-        With a target: channels may go as well, as ``compress`` removes them. Each layer is pruned, factored,
-        both, or left alone, whichever does the least harm.
+        With a target: channels may be removed as well, as ``compress`` does it. Each layer is pruned, factored,
+        both, or left alone, for the least divergence together, and refitted once.
+    refit : "sequential", "independent" or "none"
+        As ``compress`` has it; "none" where only weights are approximated.
     layout : "auto" or "factored"
-        "auto": layers that take longer as two, measured on a batch held back, stay as they are.
+        "auto": layers that take longer as two, measured on a held-out batch, stay as they are.
         "factored": the time does not matter.
+    distill : number of seconds, or {"seconds" or "epochs": number, …}
+        Label-free matching afterwards, as ``compress`` has it.
     ignore : sequence of str
         Layers to leave alone: names, or patterns as ``re:…``.
     evaluate : callable, optional
@@ -80,7 +92,7 @@ def low_rank(
     divergence : callable
         As in ``compress``.
     seed : int
-        Of the choice of rows.
+        Of the choice of rows and of distillation.
     progress : bool
         Show progress bars, with the time left, when on a terminal.
 
@@ -93,58 +105,230 @@ def low_rank(
     Raises
     ------
     PysolveError
-        When a layer named by ``rank`` cannot be factored, or would not be smaller; a target out of reach.
+        When a layer named by ``rank`` cannot be factored, or would not be smaller; no layer can be factored; a
+        target out of reach.
+    TypeError, ValueError
+        Arguments that make no sense, before any work.
+
+    References
+    ----------
+    A. J. Izenman, Reduced-rank regression for the multivariate linear model, 1975.
     """
-    original = model.model if isinstance(model, Compressed) else model
-    check_model(original)
+    before, network = network_of(model, dense=False)
     method = method or ("svd" if batches is None else "activation")
-    extent = Extent(rank, energy, target)
-    _check(extent, method, structure, layout, batches is None, prune)
-    if batches is not None and iter(batches) is batches:
-        # Several passes are made.
-        batches = list(batches)
-    options: dict[str, Any] = {"ignore": ignore, "divergence": divergence, "progress": progress}
-    look: Any = partial(study_ranks, plain=method == "svd", structure=structure, **options)
-    found, timed = look(original, batches), layout == "auto"
-    finish = partial(factored, seed=seed, progress=progress)
+    how = check_distill(network, distill)
+    _check(rank, energy, target, method, structure, layout, refit, blind=batches is None, prune=prune, distill=how)
+    weights, notes = weights_of(network, ignore)
+    options, plain = Options(ignore, divergence, memory, seed, progress), method == "svd"
+    found = study(network, batches, options, weights=weights, sites=prune, gather=not plain, notes=notes)
+    clock = Clock()
+    kind, against = ranks_of(found, structure, plain)
+    table = _table(found, kind, against, timed=layout == "auto")
+    if isinstance(rank, Mapping):
+        _check_named(found, table, rank)
+    if not table.menus and not found.free:
+        raise PysolveError(f"no layer can be factored: {_reasons(table.against) or 'none has its own weight'}.")
+    sized = None
     if target is None:
-        result = after(model, finish(found, choose_ranks(found, extent, timed=timed)))
-    elif prune and batches is not None:
-        channels = study(original, batches, **options)
-        sizes, ranks = share_out(found, target, channels, timed=timed)
-        smaller = after(model, shrink(channels, sizes, seed=seed, progress=progress))
-        result = finish(as_chosen(found, look(smaller.model, batches), ranks), ranks, original=original)
-        result = after(smaller, replace(result, report=replace(result.report, sites=smaller.report.sites)))
+        ranks, table = _ranks_as_told(table, rank, energy)
     else:
-        _, ranks = share_out(found, target, None, timed=timed)
-        result = after(model, finish(found, ranks))
-    report = replace(result.report, target=None if target is None else dict(target))
-    return replace(result, report=scored(report, original, result.model, evaluate))
+        sized, ranks, table = _ranks_within(found, table, target)
+    clock.stage("choose")
+    chosen = Chosen(sized.keep if sized else {})
+    for name, size in ranks.items():
+        chosen |= table.menus[name].at(size)
+    unfitted = plain or refit == "none" or not (ranks or chosen.keep)
+    rebuilt = rebuild(found, chosen, "none" if unfitted else refit)
+    clock.stage("refit")
+    laid = lay_out(found, rebuilt, "factored")
+    clock.stage("apply")
+    return finish(
+        before,
+        found,
+        laid,
+        clock,
+        target=target,
+        samples=rebuilt.samples,
+        sites=[*site_reports(found, sized)] if sized else [],
+        lines=[_line(table, rebuilt, laid, name) for name in weights],
+        notes=rebuilt.notes,
+        distill=how,
+        evaluate=evaluate,
+    )
 
 
-def _check(extent: Extent, method: str, structure: str, layout: str, blind: bool, prune: bool) -> None:
+@dataclass(frozen=True, eq=False)
+class _Table:
+    """Layers that could be factored, and why the others cannot.
+
+    Parameters
+    ----------
+    kind : Ranks
+    menus, spare : {layer: RankMenu}
+        And the other structure of a convolution.
+    against : {layer: str}
+    timed : bool
+        Whether layers that would take longer are left alone.
+    seconds : {layer: (int, float, float)}
+        The largest rank that was timed; what the layer took as it is and factored.
+    """
+
+    kind: Ranks
+    menus: Mapping[str, RankMenu]
+    spare: Mapping[str, RankMenu]
+    against: Mapping[str, str]
+    timed: bool
+    seconds: Mapping[str, tuple[int, float, float]]
+    study: Study
+
+
+def _table(found: Study, kind: Ranks, against: Mapping[str, str], *, timed: bool) -> _Table:
+    """The menus of all layers that can be factored."""
+    menus, spare, reasons = {}, {}, dict(against)
+    for name in found.weights:
+        if name not in reasons:
+            several = kind.menus(found, name)
+            menus |= {name: one for one in several[:1]}
+            spare |= {name: one for one in several[1:]}
+            if not several:
+                reasons[name] = "too small for any rank to pay"
+    return _Table(kind, menus, spare, reasons, timed, {}, found)
+
+
+def _ranks_as_told(
+    table: _Table, rank: int | Mapping[str, int] | None, energy: float | None
+) -> tuple[dict[str, int], _Table]:
+    """Ranks of the layers that are factored, all the same, by energy or by name."""
+    while True:
+        ranks, against = dict[str, int](), dict(table.against)
+        for name, menu in table.menus.items():
+            if energy is not None:
+                wanted: int | None = rank_keeping(menu.error[:-1], energy)
+            else:
+                wanted = rank.get(name) if isinstance(rank, Mapping) else rank
+            if wanted is None:
+                against[name] = "not asked for"
+            elif wanted > menu.most:
+                against[name] = f"only ranks up to {menu.most} would be smaller"
+            else:
+                ranks[name] = int(wanted)
+        table = replace(table, against=against)
+        faster = _without_slower(table, ranks)
+        if faster is table or faster.menus == table.menus:
+            return ranks, faster
+        table = faster
+
+
+def _ranks_within(found: Study, table: _Table, target: Target) -> tuple[Sized | None, dict[str, int], _Table]:
+    """Channels and ranks within a target, for the least divergence."""
+    sites: list[Menu] = [Channels().menu(found, site) for site in found.free]
+    sites = price(found, sites, probe(found, len(sites))) if sites else []
+    names, costs = [*table.menus], costs_of(found, also=[*table.menus])
+    while True:
+        where = probe(found, len(table.menus))
+        table = replace(table, menus=_priced(found, table.menus, where))
+        try:
+            sizes, ranks = choose(costs, sites, [*table.menus.values()], target)
+        except PysolveError as error:
+            gone = [name for name in names if name not in table.menus]
+            hint = f" Left as they are, since they would take longer as two: {', '.join(gone)}; with "
+            raise PysolveError(f"{error}{hint}layout='factored' they count." if gone else str(error)) from None
+        faster = _without_slower(table, ranks)
+        if faster.menus == table.menus:
+            table = faster
+            break
+        table = faster
+    if not sites:
+        return None, ranks, table
+    pairs = [*zip(found.free, sites, sizes, strict=True)]
+    kept = [menu.at(k).keep[site] for site, menu, k in pairs]
+    return Sized(sites, kept, [float(menu.curve[k]) for _, menu, k in pairs]), ranks, table
+
+
+def _priced(found: Study, menus: Mapping[str, RankMenu], where: Probe) -> dict[str, RankMenu]:
+    """Menus with their divergences; what was measured before is not again."""
+    new = price(found, [menu for menu in menus.values() if not menu.measured], where)
+    return {**menus, **{str(menu.unit): menu for menu in new}}
+
+
+def _without_slower(table: _Table, ranks: Mapping[str, int]) -> _Table:
+    """Take layers that take longer as two off the menus, or give them their other structure."""
+    if not table.timed:
+        return table
+    menus, spare, against, seconds = (dict(one) for one in (table.menus, table.spare, table.against, table.seconds))
+    for name, rank in ranks.items():
+        if rank > seconds.get(name, (0, 0.0, 0.0))[0]:
+            times = is_slower(table.study, menus[name], rank, table.kind.inputs.get(name))
+            if times is None:
+                continue
+            seconds[name] = (rank, *times)
+        _, before, after = seconds[name]
+        if after >= before:
+            against[name] = f"rank {rank} would take {after / before:.2f} times as long"
+            del seconds[name], menus[name]
+            if name in spare:
+                menus[name] = spare.pop(name)
+    # In the network's order, as the first time.
+    ordered = {name: menus[name] for name in table.menus if name in menus}
+    return replace(table, menus=ordered, spare=spare, against=against, seconds=seconds)
+
+
+def _line(table: _Table, rebuilt: Rebuilt, laid: LaidOut, name: str) -> LayerReport:
+    """What became of a layer, and why."""
+    _, before, after = table.seconds.get(name, (0, None, None))
+    done = next((line for line in laid.lines if line.name == name), None)
+    error = rebuilt.fits[name].error if name in rebuilt.fits else None
+    if done is None or not done.layout.startswith("rank"):
+        why = table.against.get(name, "others lose less for what they save")
+        why = "it became too narrow for its rank to pay" if done is not None else why
+        return LayerReport(name, 1.0, "dense", why, before, after, error)
+    why = done.why
+    if before is not None and after is not None:
+        why += f", {before / after:.1f} times as fast"
+    return replace(done, why=why, dense_seconds=before, new_seconds=after, error=error)
+
+
+def _reasons(against: Mapping[str, str]) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in [*against.items()][:3])
+
+
+def _check_named(found: Study, table: _Table, ranks: Mapping[str, int]) -> None:
+    """Refuse layers that cannot have the rank they were named with."""
+    for name, rank in ranks.items():
+        find_layer(found.model, name)
+        if name not in table.menus:
+            raise PysolveError(f"{name} cannot be factored: {table.against.get(name, 'it has no weight')}.")
+        if rank > (most := table.menus[name].most):
+            raise PysolveError(f"rank {rank} of {name} would be no smaller than the layer is: at most {most}.")
+
+
+def _check(
+    rank: int | Mapping[str, int] | None,
+    energy: float | None,
+    target: Target | None,
+    method: str,
+    structure: str,
+    layout: str,
+    refit: str,
+    *,
+    blind: bool,
+    prune: bool,
+    distill: Mapping[str, object],
+) -> None:
     """What can be told to be wrong before any work."""
-    for what, given, known in (
-        ("method", method, METHODS),
-        ("structure", structure, STRUCTURES),
-        ("layout", layout, LAYOUTS),
-    ):
-        if given not in known:
-            raise ValueError(f"unknown {what} {given!r}; choose one of {', '.join(known)}.")
-    wanted = [name for name, value in vars(extent).items() if value is not None]
-    if len(wanted) != 1:
-        raise ValueError(
-            f"give exactly one of rank, energy and target; got {' and '.join(wanted) or 'none'}."
-        )
-    if extent.target is not None:
-        check_targets(extent.target)
+    one_of("method", method, METHODS)
+    one_of("structure", structure, STRUCTURES)
+    one_of("refit", refit, REFITS)
+    check_layout(layout, LAYOUTS, "factored layers")
+    exactly_one({"rank": rank, "energy": energy, "target": target})
+    if target is not None:
+        check_target(target)
     elif prune:
         raise ValueError("prune=True needs a target, within which channels and ranks compete.")
-    for name, value in extent.named_ranks:
-        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
-    if extent.energy is not None and not 0 < extent.energy <= 1:
-        raise ValueError(f"energy must be a share in (0, 1], got {extent.energy}.")
-    if blind and (method == "activation" or extent.target is not None):
-        what = "a target" if extent.target is not None else 'method="activation"'
+    for name, value in rank.items() if isinstance(rank, Mapping) else [("", rank)] if rank is not None else []:
+        check_whole(f"the rank of {name}" if name else "rank", value)
+    if energy is not None and not 0 < energy <= 1:
+        raise ValueError(f"energy must be a share in (0, 1], got {energy}.")
+    if blind and (method == "activation" or target is not None or distill):
+        what = "a target" if target is not None else 'method="activation"'
         raise ValueError(f"{what} needs batches: unlabelled inputs.")

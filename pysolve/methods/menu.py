@@ -84,6 +84,8 @@ class Menu:
         Divergence of the network's outputs with this unit alone at a size.
     seconds : float
         Spent on all of this.
+    method : str
+        How its sizes are chosen.
     """
 
     unit: Site | str
@@ -91,6 +93,7 @@ class Menu:
     at: Callable[[int], Chosen]
     measured: Mapping[int, float] = field(default_factory=dict)
     seconds: float = 0.0
+    method: str = ""
 
     @property
     def whole(self) -> int:

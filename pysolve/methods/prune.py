@@ -1,44 +1,104 @@
-"""``prune``: every pruning method of the field by one function, one vocabulary."""
+"""``prune``: every pruning method of the field by one function, one vocabulary: single weights or channels."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from pysolve.compressed import Compressed
-from pysolve.layer.masks import PerLayer
-from pysolve.methods.channels import METHODS as OF_CHANNELS
-from pysolve.methods.channels import prune_channels
-from pysolve.methods.goal import checked
-from pysolve.methods.selected import Job
-from pysolve.methods.single_weights import METHODS as OF_WEIGHTS
-from pysolve.methods.single_weights import prune_weights
-from pysolve.methods.sparse_layout import LAYOUTS
+from pysolve.correlations import Array
+from pysolve.errors import PysolveError, one_of
+from pysolve.layer.masks import PerLayer, count_left
+from pysolve.methods.channel_scores import SCORES as OF_CHANNELS
+from pysolve.methods.channel_scores import keep_above, keep_by_share, scores_of
+from pysolve.methods.compress import made
+from pysolve.methods.goal import Length, Target, check_distill, check_share, check_target, exactly_one, network_of
+from pysolve.methods.kinds.channels import Channels
+from pysolve.methods.kinds.zeros import SCORES as OF_WEIGHTS
+from pysolve.methods.kinds.zeros import Zeros
+from pysolve.methods.layout import check_layout, lay_out
+from pysolve.methods.price import price, probe
+from pysolve.methods.rebuild import REFITS, rebuild
+from pysolve.methods.result import Evaluate, finish
+from pysolve.methods.sizes import by_keep, check_free, within
+from pysolve.methods.study import Clock, Options, study, weights_of
+from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.nn.evaluate import parameters
+from pysolve.nn.layers.masking import mask_weights, remove_masks
+from pysolve.nn.running import Batch
+from pysolve.plan import Site
 
-METHODS = (*OF_WEIGHTS, *OF_CHANNELS)
-REFITS = ("none", "bias", "sequential")
+METHODS = (*OF_WEIGHTS, "obs", *OF_CHANNELS, "elimination", "lasso")
+LAYOUTS = ("auto", "dense", "sparse", "masked")
+SCOPES = ("local", "global")
 # Methods whose choice counts on the refit.
 _REFITTING = ("obs", "elimination", "lasso")
+# What says how many, beside what all take.
+_TAKES = {
+    "magnitude": ("amount", "threshold", "pattern", "target"),
+    "std": ("amount", "sensitivity", "pattern", "target"),
+    "ln": ("amount", "threshold", "target"),
+    "elimination": ("amount", "target"),
+    "lasso": ("amount", "target"),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class _Goal:
+    """What is asked for, checked.
+
+    Parameters
+    ----------
+    method : str
+    what : str
+        Of "amount", "threshold", "sensitivity", "pattern" and "target", the one that is given.
+    value : number, mapping or str
+    scope, refit, layout : str
+    norm : float
+    distill : {option: value}
+    """
+
+    method: str
+    what: str
+    value: PerLayer | str | Target
+    scope: str
+    refit: str
+    layout: str
+    norm: float
+    distill: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def of_channels(self) -> bool:
+        """Whether whole channels are removed."""
+        return self.method in METHODS[len(OF_WEIGHTS) + 1 :]
+
+    @property
+    def needs_data(self) -> bool:
+        """Whether the network must run before anything is chosen or refitted."""
+        return self.of_channels or self.refit != "none" or self.method in ("wanda", "obs")
 
 
 def prune(
     model: nn.Module | Compressed,
-    batches: Iterable[Any] | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     method: str = "magnitude",
     amount: PerLayer | None = None,
     threshold: PerLayer | None = None,
     sensitivity: PerLayer | None = None,
     pattern: str | None = None,
-    target: Mapping[str, float] | None = None,
+    target: Target | None = None,
     scope: str = "local",
     norm: float = 2,
     refit: str | None = None,
     layout: str = "auto",
+    distill: Length = 0,
     ignore: Sequence[str] = (),
-    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate: Evaluate | None = None,
+    divergence: Divergence = kl_divergence,
+    memory: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -55,12 +115,12 @@ def prune(
         Not changed. Weights of its Linear layers and convolutions are pruned; biases are not. Sparse layers
         become dense ones first, with their zeros.
     batches : iterable of batches, optional
-        As ``compress`` takes them, unlabelled; needed for "wanda", "obs" and to refit. Some samples are held
-        back: layers are timed and the report's divergence is taken on them.
+        As ``compress`` takes them, unlabelled; needed for "wanda", "obs", for channels and to refit. Some
+        samples are held out: layers are timed and the report's divergence is taken on them.
     method : str
         For weights "magnitude", "random", "std", "wanda" or "obs"; for channels "ln", "activation", "nisp",
         "elimination" or "lasso". A weight is judged by |w|, nothing, |w| / std(w of the layer),
-        |w_ij| sqrt(E[x_j²]), or what the layer's outputs lose without it when the others make up for it
+        |w_ij| sqrt(E[x_j²]), or what the layer's outputs lose without it when the others compensate
         (optimal brain surgeon). A channel by the norm ‖w_c‖ of the weights that write it, by E[x_c], by its
         importance propagated back from the network's outputs, or as ``compress`` selects.
     amount : float or {layer: float}
@@ -79,21 +139,23 @@ def prune(
         error against weights. Channels' scores count as shares of their site's mean.
     norm : float
         n of "ln": 1, 2 or infinity.
-    refit : "none", "bias" or "sequential"
-        What becomes of the other weights: nothing; biases that restore each output's mean; or least squares,
-        layer after layer from the front, on the pruned network's inputs and the original's outputs. Default:
-        "sequential" for "obs", "elimination" and "lasso", otherwise "none".
-    layout : "auto", "dense", "csr" or "mask"
-        "dense": zeros are stored and multiplied. "csr": each Linear and Conv2d becomes a ``SparseLinear``
+    refit : "none", "bias", "independent" or "sequential"
+        What becomes of the other weights: nothing; biases that restore each output's mean; or least squares on
+        the original's outputs, each layer on the original's inputs, or layer after layer from the front on the
+        pruned network's. Default: "sequential" for "obs", "elimination" and "lasso", otherwise "none".
+    layout : "auto", "dense", "sparse" or "masked"
+        "dense": zeros are stored and multiplied. "sparse": each Linear and Conv2d becomes a ``SparseLinear``
         or ``SparseConv2d``. "auto": only where that takes fewer bytes and at most nine tenths of the dense
-        layer's time; without batches none does. "mask": dense layers whose zeros stay zero in training
+        layer's time; without batches none does. "masked": dense layers whose zeros stay zero in training
         (``remove_masks`` makes them ordinary ones).
+    distill : number of seconds, or {"seconds" or "epochs": number, …}
+        Label-free matching afterwards, as ``compress`` has it; zeros stay zero.
     ignore : sequence of str
         Layers to leave alone: names, or patterns as ``re:…``.
     evaluate : callable, optional
         From a network to a score, for the report.
     seed : int
-        Of random scores and of the choice of rows.
+        Of random scores, of the choice of rows and of distillation.
     progress : bool
         Show progress bars, with the time left, when on a terminal.
 
@@ -101,56 +163,171 @@ def prune(
     -------
     Compressed
         Its report says for each layer how it runs, and why.
+
+    Raises
+    ------
+    PysolveError
+        No weight or channel can be removed; a target that cannot be reached.
+    TypeError, ValueError
+        Arguments that make no sense, before any work: unknown words by name.
+
+    References
+    ----------
+    B. Hassibi, D. Stork, Optimal brain surgeon, 1993 ("obs"). M. Sun et al., Wanda, 2024. R. Yu et al., NISP,
+    2018.
     """
-    model, _ = checked(model)
+    before, network = network_of(model)
+    given = {"amount": amount, "threshold": threshold, "sensitivity": sensitivity, "pattern": pattern}
+    what = exactly_one({**given, "target": target})
+    value = {**given, "target": target}[what]
+    assert value is not None
     refit = refit or ("sequential" if method in _REFITTING else "none")
-    given = {
-        "amount": amount,
-        "threshold": threshold,
-        "sensitivity": sensitivity,
-        "pattern": pattern,
-        "target": target,
-    }
-    wanted = {name: value for name, value in given.items() if value is not None}
-    _check(method, refit, layout, wanted, batches is None)
-    if method in OF_CHANNELS and batches is not None:
-        return prune_channels(
-            model,
-            batches,
-            method=method,
-            wanted=wanted,
-            norm=norm,
-            scope=scope,
-            refit=refit,
-            ignore=ignore,
-            evaluate=evaluate,
-            seed=seed,
-            progress=progress,
-        )
-    job = Job(method, wanted, scope, refit, seed, progress)
-    return prune_weights(model, batches, job, layout=layout, ignore=ignore, evaluate=evaluate)
+    goal = _Goal(method, what, value, scope, refit, layout, norm, check_distill(network, distill))
+    _check(goal, batches is None)
+    options = Options(ignore, divergence, memory, seed, progress)
+    if goal.of_channels:
+        assert batches is not None
+        return _channels(before, network, batches, goal, options, evaluate)
+    return _weights(before, network, batches, goal, options, evaluate)
 
 
-def _check(method: str, refit: str, layout: str, wanted: Mapping[str, Any], blind: bool) -> None:
+def _weights(
+    before: nn.Module | Compressed,
+    network: nn.Module,
+    batches: Iterable[Batch] | None,
+    goal: _Goal,
+    options: Options,
+    evaluate: Evaluate | None,
+) -> Compressed:
+    """Single weights become zero, the others are refitted, layers run sparse where that is faster and smaller."""
+    weights, notes = weights_of(network, options.ignore)
+    if not weights:
+        raise PysolveError("there is nothing to prune: no Linear layer or convolution has its own weight.")
+    wanted = {goal.what: goal.value}
+    if goal.what == "target":
+        wanted = {"amount": _amount(network, [w.numel() for w in weights.values()], goal)}
+    _check_names(wanted, weights)
+    zeros = Zeros(goal.method, scope=goal.scope, seed=options.seed, **wanted)  # type: ignore[arg-type]
+    gather = goal.method == "wanda" or (goal.method == "obs" and goal.scope == "global")
+    found = study(
+        network, batches, options, weights=weights, gather=gather, trace=goal.needs_data, notes=notes
+    )
+    clock = Clock()
+    chosen = zeros.choose(found)
+    rebuilt = rebuild(found, chosen, goal.refit)
+    clock.stage("refit")
+    apart = [name for name in weights if not found.walks(name)] if goal.needs_data else []
+    laid = lay_out(found, rebuilt, goal.layout)
+    clock.stage("layout")
+    if goal.distill and goal.layout != "masked":
+        dense = [line.name for line in laid.lines if line.layout == "dense"]
+        mask_weights(laid.model, {n: laid.model.get_submodule(n).weight != 0 for n in dense})  # type: ignore[misc]
+    result = finish(
+        before,
+        found,
+        laid,
+        clock,
+        target=goal.value if goal.what == "target" else None,  # type: ignore[arg-type]
+        samples=rebuilt.samples,
+        notes=(*rebuilt.notes, *([f"{', '.join(apart)}: not refitted"] if apart else [])),
+        distill=goal.distill,
+        evaluate=evaluate,
+    )
+    if goal.distill and goal.layout != "masked":
+        remove_masks(result.model)
+    return result
+
+
+def _channels(
+    before: nn.Module | Compressed,
+    network: nn.Module,
+    batches: Iterable[Batch],
+    goal: _Goal,
+    options: Options,
+    evaluate: Evaluate | None,
+) -> Compressed:
+    """Whole channels, physically, through the same steps as ``compress``."""
+    found = study(network, batches, options, sites=True)
+    check_free(found)
+    clock = Clock()
+    scores = scores_of(found, goal.method, goal.norm) if goal.method in OF_CHANNELS else None
+    kind = Channels(goal.method if scores is None else scores)
+    menus, target = [kind.menu(found, site) for site in found.free], None
+    if goal.what == "target":
+        target, where = _as_target(goal.value), probe(found, len(menus))
+        sized = within(found, price(found, menus, where), target, where)
+    else:
+        sized = by_keep(found, menus, _kept(goal, scores))
+    clock.stage("measure")
+    return made(before, found, sized, clock, target, goal.refit, goal.distill, evaluate)
+
+
+def _kept(goal: _Goal, scores: Mapping[Site, Array] | None) -> float | Mapping[str | Site, float]:
+    """How many channels, or which share of them, every site keeps."""
+    value = goal.value
+    if goal.what == "threshold" and scores is not None:
+        return keep_above(scores, value)  # type: ignore[arg-type]
+    if isinstance(value, Mapping):
+        return {name: 1.0 - float(share) for name, share in value.items()}
+    if goal.scope == "global" and scores is not None:
+        return keep_by_share(scores, float(value))
+    return 1.0 - float(value)
+
+
+def _check(goal: _Goal, blind: bool) -> None:
     """What can be told to be wrong before any work."""
-    for what, given, known in (
-        ("method", method, METHODS),
-        ("refit", refit, REFITS),
-        ("layout", layout, LAYOUTS),
-    ):
-        if given not in known:
-            raise ValueError(f"unknown {what} {given!r}; choose one of {', '.join(known)}.")
-    if len(wanted) != 1:
-        names = "amount, threshold, sensitivity, pattern and target"
-        raise ValueError(f"give exactly one of {names}; got {' and '.join(wanted) or 'none'}.")
-    if method in _REFITTING and refit != "sequential":
-        raise ValueError(f"method={method!r} refits by itself: leave refit out, got {refit!r}.")
-    (what,) = wanted
-    if method == "obs" and what not in ("amount", "pattern", "target"):
-        raise ValueError(f"obs takes an amount, a pattern or a target, got a {what}.")
-    if method in OF_CHANNELS and refit == "bias":
-        raise ValueError('refit="bias" is for single weights; channels take "none" or "sequential".')
-    if method in OF_CHANNELS and layout not in ("auto", "dense"):
-        raise ValueError(f"layout={layout!r} is for single weights; networks without channels are dense.")
-    if blind and (refit != "none" or method in ("wanda", *OF_CHANNELS)):
-        raise ValueError(f"method={method!r} with refit={refit!r} needs batches: unlabelled inputs.")
+    one_of("method", goal.method, METHODS)
+    one_of("refit", goal.refit, REFITS)
+    one_of("scope", goal.scope, SCOPES)
+    check_layout(goal.layout, ("auto", "dense") if goal.of_channels else LAYOUTS, f"method={goal.method!r}")
+    if goal.method in _REFITTING and goal.refit != "sequential":
+        raise ValueError(f"method={goal.method!r} refits by itself: leave refit out, got {goal.refit!r}.")
+    if goal.what == "target":
+        check_target(goal.value, None if goal.of_channels else ("params",), "single weights are zeros")
+    takes = _TAKES.get(goal.method, _TAKES["ln"] if goal.of_channels else ("amount", "pattern", "target"))
+    if goal.what not in takes:
+        raise ValueError(f"method={goal.method!r} takes {' or '.join(takes)}, got {goal.what}.")
+    numbers = goal.value if isinstance(goal.value, Mapping) else {"": goal.value}
+    for name, number in numbers.items() if goal.what == "amount" else ():
+        check_share(f"amount of {name}" if name else "amount", number)
+    if goal.scope == "global" and (goal.what not in ("amount", "target") or isinstance(goal.value, Mapping)):
+        if goal.what != "target":
+            got = f"{goal.what} for each" if isinstance(goal.value, Mapping) else goal.what
+            raise ValueError(f"scope='global' takes one amount for all together, got {got}.")
+    if goal.scope == "global" and goal.method in ("elimination", "lasso") and goal.what == "amount":
+        raise ValueError(
+            f"method={goal.method!r} has no scores to compare across sites: give scope='local', or a target, "
+            "under which sites share out what is removed."
+        )
+    if blind and (goal.needs_data or goal.distill):
+        raise ValueError(f"method={goal.method!r} with refit={goal.refit!r} needs batches: unlabelled inputs.")
+
+
+def _check_names(wanted: Mapping[str, object], weights: Mapping[str, object]) -> None:
+    """Refuse names of layers that have no weight to prune."""
+    for what, value in wanted.items():
+        if isinstance(value, Mapping) and (unknown := set(value) - set(weights)):
+            raise ValueError(f"{what} names {sorted(unknown)}; layers with weights: {', '.join(weights)}.")
+
+
+def _as_target(value: object) -> Target:
+    assert isinstance(value, Mapping)
+    return value
+
+
+def _amount(model: nn.Module, sizes: Sequence[int], goal: _Goal) -> float:
+    """The share of the weights that must be removed for so many parameters to be left."""
+    total, target = parameters(model), _as_target(goal.value)
+    wanted = target["params"] if target["params"] > 1 else target["params"] * total
+    left = int(wanted) - (total - sum(sizes))
+    if left < 0:
+        raise PysolveError(
+            f"{total - sum(sizes):,} of the {total:,} parameters are no weights that can be pruned: a target "
+            f"of {wanted:,.0f} cannot be reached."
+        )
+    parts = sizes if goal.scope == "local" else [sum(sizes)]
+    gone = max(0, sum(sizes) - left)
+    # Every layer rounds on its own: a little more must be removed.
+    while gone < sum(sizes) and sum(count_left(gone / sum(sizes), part) for part in parts) > left:
+        gone += 1
+    return gone / max(1, sum(sizes))

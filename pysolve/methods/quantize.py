@@ -2,46 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from numbers import Integral
-from typing import Any
 
 from torch import nn
 
 from pysolve.compressed import Compressed
+from pysolve.correlations import Indices
+from pysolve.errors import PysolveError, one_of
 from pysolve.layer.quantize_layer import METHODS
-from pysolve.methods.account import scored
-from pysolve.methods.coded_layout import LAYOUTS, as_long, in_bytes, with_file
-from pysolve.methods.goal import checked
-from pysolve.methods.quantizing import carried_out
-from pysolve.methods.retraining import Length, options_of
-from pysolve.methods.subject import SCHEMES, Job, studied
+from pysolve.methods.goal import Length, Target, check_distill, check_target, check_whole, network_of
+from pysolve.methods.kinds.codes import SCHEMES, Codes
+from pysolve.methods.layout import LaidOut, check_layout, lay_out, plan_of
+from pysolve.methods.matching import check_trained, matched_codes
+from pysolve.methods.menu import Chosen
+from pysolve.methods.rate import Coded, Subject, shortened, subject_of, within_bytes
+from pysolve.methods.rebuild import Rebuilt, rebuild
+from pysolve.methods.result import Evaluate, assembled, finish
+from pysolve.methods.study import Clock, Options
+from pysolve.nn.apply import apply
 from pysolve.nn.divergence import Divergence, kl_divergence
-from pysolve.solve.budget import check_targets
+from pysolve.nn.evaluate import nbytes
+from pysolve.nn.files.checkpoint import file_bytes
+from pysolve.nn.running import Batch
+from pysolve.plan import Site
+
+LAYOUTS = ("dense", "auto", "sparse", "shared")
+# Share of a target, and least bytes, left for what layouts and training change; how often it is tried to hold it.
+_SPARE, _FEWEST, _TRIES = 0.01, 24, 4
 
 
 def quantize(
     model: nn.Module | Compressed,
-    batches: Iterable[Any] | None = None,
+    batches: Iterable[Batch] | None = None,
     *,
     scheme: str = "int8-dynamic",
     bits: int | None = None,
-    target: Mapping[str, float] | None = None,
+    target: Target | None = None,
     group: int | None = None,
     method: str = "feedback",
-    retrain: Length = 0,
+    distill: Length = 0,
     layout: str = "dense",
     ignore: Sequence[str] = (),
-    evaluate: Callable[[nn.Module], float] | None = None,
+    evaluate: Evaluate | None = None,
     divergence: Divergence = kl_divergence,
+    memory: int | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
     """Store the weights of a network in few bits.
 
-    With batches, every layer is rounded in the metric of what it reads, errors making up for each other,
+    With batches, every layer is rounded in the metric of what it reads, errors compensating each other,
     layer after layer on the quantised network's own inputs; without, weight by weight.
 
     Parameters
@@ -50,13 +61,14 @@ def quantize(
         Not changed. Weights of its Linear layers and convolutions are quantised, with shared values those of
         embeddings as well. What is zero stays so; sparse layers become dense ones first.
     batches : iterable of batches, optional
-        As ``compress`` takes them, unlabelled; needed to retrain.
+        As ``compress`` takes them, unlabelled; needed to distill.
     scheme : "int8-dynamic", "int8", "codebook" or "ternary"
-        "int8": whole numbers times a scale for every output. "int8-dynamic": of Linear layers, whose inputs
+        "int8": integers times a scale for every output. "int8-dynamic": of Linear layers, whose inputs
         are rounded to 8 bits as well when they run; other layers are left alone. "codebook": few values that
         a layer shares. "ternary": two values and zero, but 16 values in the first layer and the last. With
-        these two, large parameters that are no layer's weight (positions, recurrent weights) take 256 values;
-        the rest, biases and the statistics of norms are rounded to bfloat16.
+        these two, large parameters that are no layer's weight (positions, attention's and recurrent weights)
+        take 256 values, or with a target as many as they are worth; the rest, biases and the statistics of
+        norms are rounded to bfloat16.
     bits : int, optional
         Of a code: by default 8 for "int8", 4 for "codebook". With a target, the most.
     target : {"bytes": number}, optional
@@ -68,12 +80,12 @@ def quantize(
         "int8": so many consecutive inputs share a scale; all of an output by default.
     method : "feedback" or "nearest"
         "nearest": every weight by itself, as a baseline.
-    retrain : number of seconds, or options of ``distill``
-        Afterwards, train to give the original's outputs on the batches, without labels. "codebook": the
-        shared values, biases and norms; with ``trained="both"`` among the options, weights may change to
-        other values, too. "ternary": both, from the weights as they were, which become zero below a tenth of
-        their layer's largest, as in trained ternary quantisation.
-    layout : "dense", "auto", "csr" or "shared"
+    distill : number of seconds, or {"seconds" or "epochs": number, "trained": …, …}
+        Afterwards, train to give the original's outputs on the batches, without labels, with any further
+        options of ``distill``. "codebook": the shared values, biases and norms; with ``trained="both"``
+        weights may change to other values, too. "ternary": both, from the weights as they were, which become
+        zero below a tenth of their layer's largest, as in trained ternary quantisation.
+    layout : "dense", "auto", "sparse" or "shared"
         How layers of a codebook run: decoded once; sparse where that is faster and smaller, or in any case,
         as ``prune`` has it; or with their values as parameters that can be trained, decoded in every call.
     ignore : sequence of str
@@ -95,79 +107,137 @@ def quantize(
     Raises
     ------
     PysolveError
-        A target out of reach.
+        Nothing can be quantised; a target out of reach.
+    TypeError, ValueError
+        Arguments that make no sense, before any work.
 
     References
     ----------
     E. Frantar et al., GPTQ, 2023. S. Han et al., Deep compression, 2016. C. Zhu et al., Trained ternary
     quantization, 2017.
     """
-    before, original = checked(model)
-    _check(scheme, bits, target, group, method, retrain, layout, batches is None)
-    job = Job(
-        scheme,
-        bits,
-        None if target is None else _bytes(original, target),
-        group,
-        method,
-        retrain,
-        layout,
-        tuple(ignore),
-        divergence,
-        seed,
-        progress,
-        partial(as_long, scores=evaluate is not None),
+    before, network = network_of(model)
+    how = check_distill(network, distill, ("trained",))
+    _check(scheme, bits, target, group, method, how, layout, batches is None)
+    options = Options(ignore, divergence, memory, seed, progress)
+    kind = Codes(scheme, bits, group, method)
+    subject = subject_of(network, batches, options, kind, priced=target is not None)
+    clock, size = Clock(), None if target is None else in_bytes(target["bytes"], network)
+    rebuilt, laid = coded(before, subject, network, size, layout, how)
+    clock.stage("quantize")
+    return finish(
+        before,
+        subject.study,
+        laid,
+        clock,
+        target=None if size is None else {"bytes": size},
+        samples=rebuilt.samples,
+        notes=rebuilt.notes,
+        evaluate=evaluate,
+        file=True,
     )
-    if batches is not None and iter(batches) is batches:
-        batches = list(batches)
-    result = carried_out(studied(before, batches, job), job)
-    report = scored(result.report, original, result.model, evaluate)
-    return with_file(replace(result, report=report), original)
 
 
-def _bytes(model: nn.Module, target: Mapping[str, float]) -> int:
-    """Bytes that a target names."""
-    check_targets(target)
-    if set(target) != {"bytes"}:
-        raise ValueError(f"weights are quantised to a target of bytes alone, got {', '.join(target)}.")
-    return in_bytes(target["bytes"], model)
+def coded(
+    before: nn.Module | Compressed,
+    subject: Subject,
+    teacher: nn.Module,
+    size: int | None,
+    layout: str,
+    distill: Mapping[str, object],
+    *,
+    keep: Mapping[Site, Indices] | None = None,
+    start: Coded | None = None,
+) -> tuple[Rebuilt, LaidOut]:
+    """A network in few bits, trained on where asked for, as its layers are to run.
+
+    Parameters
+    ----------
+    before : nn.Module or Compressed
+        What was given.
+    subject : Subject
+    teacher : nn.Module
+        What it is trained towards.
+    size : int, optional
+        What its file may take.
+    layout : str
+    distill : {option: value}
+    keep : {Site: (k,) int array}, optional
+        Channels that stay of the sites that lose some.
+    start : Coded, optional
+        What came near the size.
+
+    Raises
+    ------
+    PysolveError
+        The file does not get so small.
+    """
+    # Layouts and training may change what the file takes.
+    spare = max(_SPARE * (size or 0), _FEWEST) if distill or layout != "dense" else 0.0
+    aim, taken = (size or 0) - spare, 0
+    for _ in range(_TRIES):
+        if size is None:
+            chosen = Chosen(keep or {}) | subject.kind.choose(subject.study)
+            done = Coded(shortened(subject, rebuild(subject.study, chosen)))
+        else:
+            done = within_bytes(subject, aim, partial(_file, before, subject), keep=keep, start=start)
+        start, rebuilt = done, done.rebuilt
+        if distill:
+            rebuilt = matched_codes(subject, rebuilt, teacher, distill)
+        laid = lay_out(subject.study, rebuilt, layout)
+        if size is None:
+            return rebuilt, laid
+        taken = file_bytes(assembled(before, laid.plan, laid.model))
+        if taken <= size:
+            return rebuilt, laid
+        aim -= taken - size + spare
+    raise PysolveError(
+        f"the file has {taken:,} bytes where {size:,} are wanted, as its layers run or after training: "
+        'give a larger target, layout="dense", or no trained="both".'
+    )
+
+
+def in_bytes(target: float, original: nn.Module) -> int:
+    """A number of bytes, or a share of the original's tensors: one at least."""
+    return max(1, int(target if target > 1 else target * nbytes(original)))
+
+
+def _file(before: nn.Module | Compressed, subject: Subject, rebuilt: Rebuilt) -> int:
+    """Bytes of the file of a rebuilt network, its layers dense."""
+    plan = plan_of(subject.study, rebuilt)
+    return file_bytes(assembled(before, plan, apply(subject.study.model, plan)))
 
 
 def _check(
     scheme: str,
-    bits: Any,
-    target: Any,
-    group: Any,
+    bits: int | None,
+    target: Target | None,
+    group: int | None,
     method: str,
-    retrain: Any,
+    distill: Mapping[str, object],
     layout: str,
     blind: bool,
 ) -> None:
     """What can be told to be wrong before any work."""
-    for what, given, known in (
-        ("scheme", scheme, SCHEMES),
-        ("method", method, METHODS),
-        ("layout", layout, LAYOUTS),
-    ):
-        if given not in known:
-            raise ValueError(f"unknown {what} {given!r}; choose one of {', '.join(known)}.")
-    whole = SCHEMES[scheme] == "int"
-    if scheme in ("int8-dynamic", "ternary") and bits is not None and not (whole and bits == 8):
+    one_of("scheme", scheme, SCHEMES)
+    one_of("method", method, METHODS)
+    integers = SCHEMES[scheme] == "int"
+    check_layout(layout, ("dense",) if integers else LAYOUTS, f"scheme={scheme!r}")
+    if scheme in ("int8-dynamic", "ternary") and bits is not None and not (integers and bits == 8):
         raise ValueError(f"bits are for int8 and codebook, got {bits} for {scheme}.")
-    for what, given, least, top in (("bits", bits, 1 + whole, 8), ("group", group, 1, None)):
-        number = isinstance(given, Integral) and not isinstance(given, bool)
-        if given is not None and not (number and least <= given <= (top or given)):
-            span = f"{least} … {top}" if top else f"at least {least}"
-            raise ValueError(f"{what} must be a whole number of {span} for {scheme}, got {given!r}.")
-    if target is not None and scheme != "codebook":
-        raise ValueError(f'a target is for scheme="codebook", got {scheme!r}.')
-    if target is not None and method != "feedback":
-        raise ValueError('a target needs method="feedback".')
+    if bits is not None:
+        check_whole("bits", bits, 1 + integers, 8)
+    if group is not None:
+        check_whole("group", group)
+    if target is not None:
+        check_target(target, ("bytes",), "the file of a quantised network has a size")
+        if scheme != "codebook" or method != "feedback":
+            raise ValueError(f'a target needs scheme="codebook" and method="feedback", got {scheme}, {method}.')
     if group is not None and scheme != "int8":
         raise ValueError(f"groups of inputs are for int8, got {scheme!r}.")
-    if whole and (retrain or layout != "dense"):
-        raise ValueError(f"layout and retrain are for codebook and ternary, got {scheme!r}.")
-    if retrain:
-        options_of(retrain)
-        if blind:
-            raise ValueError("retrain needs batches: unlabelled inputs.")
+    if distill and integers:
+        raise ValueError(f"distill is for codebook and ternary, got {scheme!r}.")
+    if distill and blind:
+        raise ValueError("distill needs batches: unlabelled inputs.")
+    if distill:
+        check_trained(distill)

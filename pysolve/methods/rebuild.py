@@ -122,6 +122,12 @@ def cuts_of(keep: Mapping[Site, Indices], layers: Mapping[str, Layer]) -> dict[s
     return {name: Cut(left(name, 0), left(name, 1)) for name in dict.fromkeys(name for name, _ in lost)}
 
 
+def tasks_of(study: Study, chosen: Chosen) -> dict[str, Task]:
+    """Every weight that takes another form, on the channels that stay and the original's inputs."""
+    cuts = cuts_of(chosen.keep, study.layers)
+    return {name: _task(study, cuts, name) for name in chosen.fits}
+
+
 def forms_of(study: Study, rebuilt: Rebuilt) -> dict[str, Form]:
     """Forms of the weights that were given one, by their state-dict names, in the shapes of what stays."""
     found: dict[str, Form] = {}

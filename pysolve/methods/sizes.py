@@ -1,100 +1,135 @@
-"""Which channels every site keeps: under a budget, at given sizes, or by a penalty."""
+"""How many channels every site keeps: within a target, as told, or by a penalty; and what the report says of it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
+from pysolve.correlations import Indices
 from pysolve.errors import PysolveError
-from pysolve.methods.choice import site_problem
-from pysolve.methods.study import Study, measure
-from pysolve.nn.costs import cost_model
-from pysolve.plan import Indices, Site
-from pysolve.report.rows import Solve
-from pysolve.solve.budget import Costs, allocate
+from pysolve.methods.budget import costs_of, settle
+from pysolve.methods.goal import Target
+from pysolve.methods.kinds.channels import site_problem
+from pysolve.methods.menu import Menu
+from pysolve.methods.price import Probe
+from pysolve.methods.study import Study, widths
+from pysolve.plan import Site
+from pysolve.report.rows import SiteReport, Solve
 from pysolve.solve.certificate import certify
 from pysolve.solve.problem import Problem
 from pysolve.solve.selection import lasso_solution
 from pysolve.solve.solution import Solution
 from pysolve.solve.solvers import newton
 
-# Measured harm may exceed the predicted one so many times; otherwise sizes are chosen anew, so often.
-TRUSTED_RATIO, MAX_ROUNDS = 1.1, 6
+# Sizes at which the report tells a site's error.
+CURVE_POINTS = 33
+Values = float | Mapping[str | Site, float]
 
 
 @dataclass(frozen=True, eq=False)
-class Sizes:
-    """Channels that stay of every free site, the divergence to expect of each, and what the report tells."""
-
-    kept: list[Indices]
-    predicted: list[float]
-    notes: tuple[str, ...] = ()
-    solves: tuple[Solve, ...] = ()
-
-
-def check_free(found: Study) -> None:
-    """Refuse a network of which no channel can go."""
-    if not found.free:
-        reasons = sorted({site.pinned for site in found.sites if site.pinned})
-        raise PysolveError(f"no channel of this network can go: {'; '.join(reasons) or 'it has no sites'}.")
-
-
-def channels_to_keep(
-    found: Study,
-    target: Mapping[str, float] | None,
-    keep: float | Mapping[str, float] | None,
-    lam: float | Mapping[str, float] | None,
-    round_to: int,
-) -> Sizes:
-    """Channels that stay of every free site, by one of three ways to ask for them.
+class Sized:
+    """Channels that stay of the sites that lose some, and what the report tells of all of them.
 
     Parameters
     ----------
-    found : Study
-    target, keep, lam, round_to
-        As in ``pysolve.compress``.
+    menus : sequence of Menu
+        Of the free sites.
+    kept : sequence of (k,) int arrays
+    predicted : sequence of float, optional
+        Divergence to expect of each, where that was measured.
+    notes : tuple of str
+    solves : tuple of Solve
     """
-    check_free(found)
-    if lam is not None:
-        _check_names(found, "lam", lam)
-        return _kept_by_lasso(found, lam)
-    if keep is not None:
-        _check_names(found, "keep", keep)
-        sizes = [_size(site, _entry(site, keep), round_to) for site in found.free]
-        return _nested(found, sizes, [found.curve(s)[k] for s, k in enumerate(sizes)])
-    costs = cost_model(found.model, found.free, found.calibration.held[0], extra_biases=found.new_biases)
-    return _within(found, costs, {"params": 0.25} if target is None else target, round_to)
+
+    menus: Sequence[Menu]
+    kept: Sequence[Indices]
+    predicted: Sequence[float] | None = None
+    notes: tuple[str, ...] = ()
+    solves: tuple[Solve, ...] = field(default=())
+
+    @property
+    def keep(self) -> dict[Site, Indices]:
+        """By site, of those that lose channels."""
+        pairs = zip(self.menus, self.kept, strict=True)
+        return {m.unit: k for m, k in pairs if isinstance(m.unit, Site) and len(k) < m.unit.channels}
 
 
-def _within(found: Study, costs: Costs, target: Mapping[str, float], round_to: int) -> Sizes:
-    """Sizes that do the least harm within the target.
-
-    Curves are interpolated: the sizes chosen are measured, and chosen anew, until no prediction is far off.
-    """
-    for _ in range(MAX_ROUNDS):
-        curves = [found.curve(s) for s in range(len(found.free))]
-        sizes: list[int] = allocate(costs, curves, target, round_to=round_to).tolist()
-        predicted = [float(curve[k]) for curve, k in zip(curves, sizes, strict=True)]
-        measured = sum(measure(found, s, k) for s, k in enumerate(sizes))
-        if measured <= TRUSTED_RATIO * sum(predicted):
-            break
-    return _nested(found, sizes, predicted)
+def check_free(found: Study) -> None:
+    """Refuse a network of which no channel can be removed."""
+    if not found.free:
+        reasons = sorted({site.pinned for site in found.sites if site.pinned})
+        why = "; ".join(reasons) or "it has no sites"
+        raise PysolveError(f"no channel of this network can be removed: {why}.")
 
 
-def _nested(found: Study, sizes: list[int], predicted: list[float]) -> Sizes:
-    kept = [choice.keep(k) for choice, k in zip(found.choices, sizes, strict=True)]
-    return Sizes(kept, [float(harm) for harm in predicted], solves=tuple(_lasso_solves(found, sizes)))
+def within(found: Study, menus: Sequence[Menu], target: Target, where: Probe, round_to: int = 1) -> Sized:
+    """The sizes of least divergence within a target."""
+    sizes, predicted, menus = settle(found, costs_of(found), menus, target, where, round_to=round_to)
+    return _sized(found, menus, sizes, predicted)
 
 
-def _lasso_solves(found: Study, sizes: list[int]) -> Iterator[Solve]:
-    """The solves that the lasso took its channels from."""
-    for site, choice, k in zip(found.free, found.choices, sizes, strict=True):
-        if choice.method not in ("lasso", "weighted_lasso") or k == site.channels:
+def by_keep(found: Study, menus: Sequence[Menu], keep: Values, round_to: int = 1) -> Sized:
+    """As many channels as told."""
+    _check_names(found, "keep", keep)
+    sizes = [_size(site, _entry(site, keep), round_to) for site in found.free]
+    return _sized(found, menus, sizes, None)
+
+
+def by_lam(found: Study, menus: Sequence[Menu], lam: Values) -> Sized:
+    """The non-zero groups of the joint group lasso over each site's readers."""
+    _check_names(found, "lam", lam)
+    kept, notes, solves = [], [], []
+    for site, menu in zip(found.free, menus, strict=True):
+        penalty, keep = _entry(site, lam), np.arange(site.channels)
+        if penalty is not None:
+            problem, _ = site_problem(site, found.correlations, widths(found, site), normalised=False)
+            solution = newton(problem, penalty)
+            keep = solution.keep
+            solves.append(_certified(site, problem, solution))
+        if not len(keep):
+            notes.append(f"lam = {penalty:.3g} leaves no channel of {site.name}: the most useful one stays.")
+            keep = menu.at(1).keep[site]
+        kept.append(keep)
+    return Sized(menus, kept, None, tuple(notes), tuple(solves))
+
+
+def site_reports(found: Study, sized: Sized) -> Iterator[SiteReport]:
+    """What happened to every site."""
+    numbers = iter(range(len(sized.menus)))
+    for site in found.sites:
+        if site.pinned is not None:
+            yield SiteReport(site.name, site.channels, site.channels, pinned=site.pinned)
             continue
-        problem, _ = site_problem(site, found.correlations, found.widths(site))
-        solved = lasso_solution(problem, k, weighted=choice.method == "weighted_lasso")
+        s = next(numbers)
+        menu, k = sized.menus[s], len(sized.kept[s])
+        shown = np.unique(np.geomspace(1, site.channels, CURVE_POINTS).round().astype(int))
+        yield SiteReport(
+            site.name,
+            site.channels,
+            k,
+            error=float(menu.error[k]) * (k < site.channels),
+            predicted=None if sized.predicted is None else sized.predicted[s],
+            measured=None if sized.predicted is None else menu.measured.get(k, 0.0),
+            seconds=menu.seconds,
+            curve=tuple((int(n), float(f"{menu.error[n]:.4g}")) for n in shown),
+        )
+
+
+def _sized(found: Study, menus: Sequence[Menu], sizes: Sequence[int], predicted: Sequence[float] | None) -> Sized:
+    sites = zip(found.free, menus, sizes, strict=True)
+    kept = [np.arange(k) if k == site.channels else menu.at(k).keep[site] for site, menu, k in sites]
+    return Sized(menus, kept, predicted, (), tuple(_lasso_solves(found, menus, sizes)))
+
+
+def _lasso_solves(found: Study, menus: Sequence[Menu], sizes: Sequence[int]) -> Iterator[Solve]:
+    """The solves that the lasso took its channels from."""
+    for site, menu, k in zip(found.free, menus, sizes, strict=True):
+        if menu.method not in ("lasso", "weighted_lasso") or k == site.channels:
+            continue
+        problem, _ = site_problem(site, found.correlations, widths(found, site))
+        solved = lasso_solution(problem, k, weighted=menu.method == "weighted_lasso")
         if solved is not None:
             yield _certified(site, *solved)
 
@@ -122,38 +157,25 @@ def _certified(site: Site, problem: Problem, solution: Solution) -> Solve:
     )
 
 
-def _kept_by_lasso(found: Study, lam: float | Mapping[str, float]) -> Sizes:
-    kept, notes, solves = [], [], []
-    for site, choice in zip(found.free, found.choices, strict=True):
-        penalty = _entry(site, lam)
-        keep = np.arange(site.channels)
-        if penalty is not None:
-            problem, _ = site_problem(site, found.correlations, found.widths(site), normalised=False)
-            solution = newton(problem, penalty)
-            keep = solution.keep
-            solves.append(_certified(site, problem, solution))
-        if not len(keep):
-            notes.append(f"lam = {penalty:.3g} leaves no channel of {site.name}: the most useful one stays.")
-            keep = choice.keep(1)
-        kept.append(keep)
-    predicted = [float(found.curve(s)[len(keep)]) for s, keep in enumerate(kept)]
-    return Sizes(kept, predicted, tuple(notes), tuple(solves))
-
-
-def _check_names(found: Study, what: str, values: float | Mapping[str, float]) -> None:
-    """Refuse names that are no writers of sites that can shrink."""
+def _check_names(found: Study, what: str, values: Values) -> None:
+    """Refuse names that are no writers of sites that can shrink, and sites of another network."""
     writers = list(dict.fromkeys(name for site in found.free for name in site.writers))
     pinned = {name: site.pinned for site in found.sites for name in site.writers if site.pinned}
     for name in values if isinstance(values, Mapping) else ():
-        if name not in writers:
-            why = f"whose channels cannot go ({pinned[name]})" if name in pinned else "which writes no site"
+        if isinstance(name, Site):
+            if name not in found.free:
+                raise ValueError(f"{what} names the site {name.name}, which is none of those that can shrink.")
+        elif name not in writers:
+            why = f"whose channels cannot be removed ({pinned[name]})" if name in pinned else "which writes no site"
             raise ValueError(f"{what} names {name!r}, {why}; those that can shrink: {', '.join(writers)}.")
 
 
-def _entry(site: Site, values: float | Mapping[str, float]) -> float | None:
-    """What a setting says for a site: by any of its writers' names, or the same for all."""
+def _entry(site: Site, values: Values) -> float | None:
+    """What a setting says for a site: by itself, by any of its writers' names, or the same for all."""
     if not isinstance(values, Mapping):
         return values
+    if site in values:
+        return values[site]
     given = {name: values[name] for name in site.writers if name in values}
     if len(set(given.values())) > 1:
         raise ValueError(f"{', '.join(given)} write one site, which cannot have several values: {given}.")

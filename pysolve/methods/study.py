@@ -131,6 +131,7 @@ def study(
     weights: Mapping[str, Tensor] | None = None,
     sites: Sequence[Site] | bool = False,
     gather: bool = True,
+    trace: bool = True,
     notes: Sequence[str] = (),
 ) -> Study:
     """Trace the network, find its sites, and gather correlations while the data stream by once.
@@ -146,6 +147,8 @@ def study(
         Whether channels may go: those of these sites, or of all that are found.
     gather : bool
         Whether the correlations of the weights' layers are needed beforehand; those of the sites' readers are.
+    trace : bool
+        Without, samples are only shared out, and nothing is known of the layers.
     notes : sequence of str
 
     Raises
@@ -158,6 +161,9 @@ def study(
         return Study(model, options, weights=weights, notes=tuple(notes))
     clock = Clock()
     first, batches = peek(batches)
+    if not trace:
+        shared, _ = calibrate(model, batches, first, None, {}, [], memory=options.memory)
+        return Study(model, options, weights=weights, calibration=shared, notes=tuple(notes))
     graph, nodes, found, why = _traced(model, first, sites, options.ignore)
     seen = {layer.name: layer for layer in nodes.values()}
     named = [name for site in found for name in (*site.readers, *site.writers)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -39,9 +40,12 @@ class Channels:
 
         Only elimination knows a path; the error of other selections is taken at a few sizes and interpolated.
         """
+        start = time.perf_counter()
         problem, left = site_problem(site, study.correlations, widths(study, site))
         keep, error = self._path(site, problem, left)
-        return Menu(site, error, lambda size: Chosen({site: keep(size)}))
+        method = self.select if isinstance(self.select, str) else "scores"
+        spent = time.perf_counter() - start
+        return Menu(site, error, lambda size: Chosen({site: keep(size)}), seconds=spent, method=method)
 
     def fit(self, task: Task) -> LayerFit:
         """Least squares, held a little to the weights that are known to be good."""

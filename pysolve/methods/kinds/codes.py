@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -15,7 +15,7 @@ from pysolve.correlations import AnyArray, Array, Correlations
 from pysolve.forms import Codebook, Integers, QuantForm
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.layer.quantize_layer import quantize_layer
-from pysolve.methods.menu import Chosen, Menu, Task
+from pysolve.methods.menu import Chosen, Fit, Menu, Task
 from pysolve.methods.study import Study
 from pysolve.nn.running import as_array, as_tensor
 from pysolve.nn.sensitivity import sensitivities
@@ -50,6 +50,8 @@ class Codes:
         Divergence of the network's outputs for a unit of a weight's objective.
     bare : collection of str
         Names of parameters that are no layer's weight: without a price they take 256 values.
+    pruned : {name: callable}
+        How weights are pruned before they take their values.
     """
 
     scheme: str = "codebook"
@@ -59,6 +61,7 @@ class Codes:
     outputs: Mapping[str, Array] = field(default_factory=dict)
     sensitivity: Mapping[str, float] = field(default_factory=dict)
     bare: Collection[str] = ()
+    pruned: Mapping[str, Fit] = field(default_factory=dict)
 
     def choose(self, study: Study) -> Chosen:
         """Every weight in as many bits as asked for; of ternary networks the first and the last in sixteen values."""
@@ -69,6 +72,7 @@ class Codes:
 
     def fit(self, task: Task, *, scheme: str | None = None) -> LayerFit:
         """A layer's weights where bits are given; what is zero stays so."""
+        task = self.prepared(task)
         keep, bare = task.weight != 0, task.name in self.bare
         found = quantize_layer(
             task.weight,
@@ -100,6 +104,7 @@ class Codes:
 
     def fit_priced(self, task: Task, *, lam: float) -> LayerFit:
         """A layer's weights where a bit costs ``lam`` of divergence; what is zero stays so."""
+        task = self.prepared(task)
         keep, counts = task.weight != 0, self.outputs.get(task.name)
         return quantize_layer(
             task.weight,
@@ -109,6 +114,11 @@ class Codes:
             lam=lam / self.sensitivity.get(task.name, 1.0),
             outputs=None if task.correlations is None or counts is None else counts[task.outputs],
         )
+
+    def prepared(self, task: Task) -> Task:
+        """A task whose weights have been pruned, where they are to be."""
+        fit = self.pruned.get(task.name)
+        return task if fit is None else replace(task, weight=fit(task).weight)
 
     def loss(self, study: Study, name: str, fit: LayerFit) -> float:
         """The objective that a fit of a weight on the original's correlations has lost."""
@@ -125,9 +135,8 @@ class Codes:
         return replace(self, sensitivity={name: max(one, least) for name, one in found.items()})
 
 
-def codes_for(study: Study, bits: int | None) -> Codes:
+def codes_for(study: Study, kind: Codes) -> Codes:
     """Codebooks whose outputs count by what they do to the network's; without data, by weights' own energy."""
-    kind = Codes(bits=bits)
     if study.calibration is None:
         energy = {name: float(np.square(study.matrix(name)).sum()) for name in study.weights}
         return replace(kind, sensitivity={name: 1.0 / (whole or 1.0) for name, whole in energy.items()})
@@ -173,22 +182,16 @@ def coded_bytes(form: QuantForm, times: float = 1.0) -> float:
     return coded_bits(form.codes) * times / 8 + _VALUE * values
 
 
-def estimate(
-    tasks: Mapping[str, Task], fit: Callable[[Task], LayerFit], *, rows: int = _ROWS
-) -> float:
-    """Bytes of weights, coded, about: from some of the outputs of every task."""
-    total = 0.0
-    for task in tasks.values():
-        h, some = len(task.weight), np.arange(0, len(task.weight), max(1, len(task.weight) // rows))
-        if task.correlations is None:
-            some = np.arange(h)
-        part = replace(task, weight=task.weight[some], outputs=task.outputs[some])
-        if task.correlations is not None:
-            part = replace(part, correlations=_of_rows(task.correlations, some))
-        found = fit(part)
-        assert isinstance(found.form, Codebook | Integers)
-        total += coded_bytes(found.form, h / len(some))
-    return total
+def estimate(task: Task, fit: Fit, *, rows: int = _ROWS) -> float:
+    """Bytes of a weight, coded, about: from some of its outputs."""
+    h = len(task.weight)
+    some = np.arange(0, h, max(1, h // rows)) if task.correlations is not None else np.arange(h)
+    part = replace(task, weight=task.weight[some], outputs=task.outputs[some])
+    if task.correlations is not None:
+        part = replace(part, correlations=_of_rows(task.correlations, some))
+    found = fit(part)
+    assert isinstance(found.form, Codebook | Integers)
+    return coded_bytes(found.form, h / len(some))
 
 
 def _of_rows(found: Correlations, rows: AnyArray) -> Correlations:

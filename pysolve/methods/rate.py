@@ -1,0 +1,272 @@
+"""One price of a bit for all weights of a network, found so that its file takes so many bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, nn
+
+from pysolve.correlations import Indices
+from pysolve.errors import PysolveError
+from pysolve.forms import Codebook, Integers
+from pysolve.methods.kinds.codes import (
+    SCHEMES,
+    Codes,
+    bare_parameters,
+    coded_bytes,
+    codes_for,
+    estimate,
+    is_many,
+    rounded,
+)
+from pysolve.methods.menu import Chosen
+from pysolve.methods.price import measured, probe_of_codes
+from pysolve.methods.rebuild import Rebuilt, independent, rebuild, tasks_of
+from pysolve.methods.study import Options, Study, study, weights_of
+from pysolve.nn.evaluate import nbytes
+from pysolve.nn.running import Batch, find_matching
+from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
+from pysolve.plan import Site
+
+# The share of the file's bytes that may be left unused, walks to come so close, and to come near.
+_CLOSE, _WALKS, _ROUGH = 0.03, 6, 2
+# Bytes of a file's record and tables, about.
+_RECORD = 1000
+# Logarithms of the least factors of a price that a search tries, at first and later, and of the greatest; the
+# least power of a price by which sizes fall; the factor from the start after which equal sizes are the most.
+_NEAREST, _FARTHEST, _FLAT, _TELLING = (0.06, 0.18), 3.4, 0.02, 16.0
+# Calls of a search at least after the first one that gave few enough bytes.
+_SINCE = 2
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A studied network whose weights are to take few bits.
+
+    Parameters
+    ----------
+    study : Study
+    small : {state-dict name: tensor}
+        Biases, norms and their statistics, which are rounded to bfloat16.
+    kind : Codes
+    """
+
+    study: Study
+    small: Mapping[str, Tensor]
+    kind: Codes
+
+
+@dataclass(frozen=True, eq=False)
+class Coded:
+    """A network in few bits.
+
+    Parameters
+    ----------
+    rebuilt : Rebuilt
+    lam : float, optional
+        What a bit cost.
+    bytes : int, optional
+        What its file was found to take.
+    """
+
+    rebuilt: Rebuilt
+    lam: float | None = None
+    bytes: int | None = None
+
+
+def subject_of(
+    model: nn.Module,
+    batches: Iterable[Batch] | None,
+    options: Options,
+    kind: Codes,
+    *,
+    priced: bool,
+    gather: bool = False,
+    sites: bool = False,
+) -> Subject:
+    """Study a network whose weights are to take few bits; with a target, what errors of each do to its outputs.
+
+    Raises
+    ------
+    PysolveError
+        No weight can take this form.
+    """
+    # Rows of integers would have no place in a file: each row has its own values.
+    integers = SCHEMES[kind.scheme] == "int"
+    weights, notes = weights_of(model, options.ignore, WEIGHTED if integers else (*WEIGHTED, *EMBEDDINGS))
+    if kind.scheme == "int8-dynamic":
+        modules = dict(model.named_modules())
+        weights = {name: weight for name, weight in weights.items() if type(modules[name]) is nn.Linear}
+    if not weights:
+        raise PysolveError(f"there is nothing to quantise: no layer for {kind.scheme} has its own weight.")
+    bare = {} if integers else dict(bare_parameters(model, find_matching(model, options.ignore)))
+    many = {name: value for name, value in bare.items() if is_many(value)}
+    if many:
+        notes.append(f"shared values of their own, for they are no layer's weight: {', '.join(many)}")
+    found = study(
+        model, batches, options, weights={**weights, **many}, sites=sites, gather=priced or gather, notes=notes
+    )
+    kind = replace(kind, bare=frozenset(many))
+    small = {name: value for name, value in bare.items() if name not in many}
+    return Subject(found, small, _priced(found, kind) if priced else kind)
+
+
+def within_bytes(
+    subject: Subject,
+    target: float,
+    measure: Callable[[Rebuilt], int],
+    *,
+    keep: Mapping[Site, Indices] | None = None,
+    start: Coded | None = None,
+    rough: bool = False,
+) -> Coded:
+    """The network in few bits whose file takes at most ``target`` bytes, and few less.
+
+    Errors of weights count by what they do to the network's outputs; a bit costs the same in each.
+
+    Parameters
+    ----------
+    subject : Subject
+    target : float
+    measure : callable
+        Bytes of the file.
+    keep : {Site: (k,) int array}, optional
+        Channels that stay of the sites that lose some.
+    start : Coded, optional
+        What came near the target.
+    rough : bool
+        Come near the target from either side, in few walks.
+
+    Raises
+    ------
+    PysolveError
+        When no price makes the file so small: says how small it can be.
+    """
+    found, names, channels = dict[int, Coded](), [*subject.study.weights], Chosen(keep or {})
+
+    def size(lam: float) -> float:
+        done = start
+        if done is None or done.lam != lam:
+            made = rebuild(subject.study, channels | subject.kind.at(lam, names))
+            done = Coded(shortened(subject, made), lam)
+        bytes = measure(done.rebuilt)
+        found[bytes] = replace(done, bytes=bytes)
+        return bytes
+
+    guess = None if start is None else start.lam
+    if guess is None:
+        tasks = tasks_of(subject.study, channels | subject.kind.at(1.0, names))
+        tasks = {name: subject.kind.prepared(task) for name, task in tasks.items()}
+        kind = replace(subject.kind, pruned={})
+
+        def about(lam: float) -> float:
+            return sum(estimate(task, kind.at(lam, [name]).fits[name]) for name, task in tasks.items())
+
+        guess = price_for(max(target - beside(subject), 0.2 * target), about) or 1.0
+    price_for(target, size, guess, steps=_ROUGH if rough else _WALKS, close=_CLOSE)
+    if rough:
+        return found[min(found, key=lambda bytes: abs(bytes - target))]
+    small = [bytes for bytes in found if bytes <= target]
+    if not small:
+        raise PysolveError(
+            f"the file still has {min(found):,} bytes where {target:,.0f} are wanted: what is no weight, and "
+            "layers that are left alone, count too. Give a larger target, or a smaller network."
+        )
+    return found[max(small)]
+
+
+def about_bytes(subject: Subject, rebuilt: Rebuilt) -> int:
+    """Bytes of the file of a rebuilt network, about: what entropy coding takes, and the rest."""
+    forms = [fit.form for fit in rebuilt.fits.values() if isinstance(fit.form, Codebook | Integers)]
+    return int(sum(map(coded_bytes, forms)) + beside(subject))
+
+
+def shortened(subject: Subject, rebuilt: Rebuilt) -> Rebuilt:
+    """With biases, norms and their statistics rounded to bfloat16."""
+    new = {name: rounded(rebuilt.values.get(name, value)) for name, value in subject.small.items()}
+    return replace(rebuilt, values={**rebuilt.values, **new})
+
+
+def price_for(
+    wanted: float,
+    size: Callable[[float], float],
+    lam: float = 1e-6,
+    *,
+    steps: int = 12,
+    close: float = 0.02,
+) -> float | None:
+    """The price of a bit at which weights take ``wanted`` bytes or a little less; None where none does.
+
+    Parameters
+    ----------
+    wanted : float
+    size : callable
+        Bytes at a price, which fall with it.
+    lam : float
+        Where to begin.
+    steps : int
+        Calls of ``size``; up to as many again where few enough bytes were found late or never.
+    close : float
+        Share of the bytes that may be left.
+    """
+    seen: list[tuple[float, float]] = []
+    best: tuple[float, float] | None = None
+    start, since = lam, 0
+    for tries in range(2 * steps):
+        since += best is not None
+        if tries >= steps and since > _SINCE:
+            break
+        found = size(lam)
+        seen.append((lam, found))
+        if found <= wanted:
+            # Where no bytes are added any more, codebooks have all their values.
+            flat = best is not None and found < (1 + close) * best[1]
+            full = since == tries and flat and _TELLING * lam < start
+            best = (lam, found)
+            if full or found >= (1 - close) * wanted:
+                break
+        lam = _next((1 - close / 2) * wanted, seen)
+    return None if best is None else best[0]
+
+
+def _priced(found: Study, kind: Codes) -> Codes:
+    """The kind with the divergence of the network's outputs for a unit of every weight's objective."""
+    kind = codes_for(found, kind)
+    if found.calibration is None:
+        return kind
+    where, losses, divergences = probe_of_codes(found, len(found.weights)), {}, {}
+    for name in found.weights:
+        menu = kind.menu(found, name)
+        losses[name] = kind.loss(found, name, independent(found, menu.at(1)).fits[name])
+        divergences[name] = measured(found, menu, [1], where).measured[1]
+    return kind.priced(losses, divergences)
+
+
+def beside(subject: Subject) -> float:
+    """Bytes of a network's file that are no weights in few bits, about."""
+    weights = sum(weight.nbytes for weight in subject.study.weights.values())
+    # Halves of what is rounded to bfloat16.
+    return (nbytes(subject.study.model) - weights) / 2 + _RECORD
+
+
+def _next(wanted: float, seen: Sequence[tuple[float, float]]) -> float:
+    """A price between those that are known, or beyond them, the farther the more were tried."""
+    large, small = ([point for point in seen if (point[1] > wanted) == more] for more in (True, False))
+    if large and small:
+        # Sizes fall about as a power of the price; the middle where they do not.
+        low, high = large[-1], small[-1]
+        span = math.log(low[1] / max(high[1], 1e-3))
+        bent = span <= 0 or (seen[-1][1] > wanted) == (seen[-2][1] > wanted)
+        share = 0.5 if bent else min(0.9, max(0.1, math.log(low[1] / wanted) / span))
+        return float(low[0] * (high[0] / low[0]) ** share)
+    (lam, size), tries = seen[-1], len(seen)
+    power = 0.5
+    if tries > 1:
+        before = seen[-2]
+        power = math.log(max(before[1], 1.0) / max(size, 1.0)) / math.log(lam / before[0])
+    # Much of a file may be of one size at any price.
+    step = abs(math.log(max(size, 1.0) / wanted)) / max(power, _FLAT)
+    step = max(step, _NEAREST[min(tries - 1, 1)]) * (1 << min(max(tries - 2, 0), 4))
+    return float(lam * math.exp(min(step, _FARTHEST) * (1 if large else -1)))

@@ -1,0 +1,263 @@
+"""The end of every verb: matching the original's outputs where asked for, and the report."""
+
+from __future__ import annotations
+
+import copy
+import platform
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import scipy
+import torch
+from torch import nn
+
+import pysolve
+from pysolve.compressed import Compressed
+from pysolve.methods.goal import Length, Target, plain_target
+from pysolve.methods.layout import LaidOut
+from pysolve.methods.study import Clock, Study
+from pysolve.nn.calibration import samples_in, take
+from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, run
+from pysolve.nn.evaluate import macs, nbytes, parameters
+from pysolve.nn.files.architecture import fingerprint
+from pysolve.nn.files.checkpoint import file_bytes
+from pysolve.nn.layers.masking import mask_weights, masks_of, remove_masks
+from pysolve.nn.nonzeros import nonzeros
+from pysolve.nn.profile import latencies, masses
+from pysolve.nn.running import Batch
+from pysolve.plan import Plan
+from pysolve.report.report import Report
+from pysolve.report.rows import Latency, LayerReport, SiteReport, Solve, Stage
+from pysolve.report.warnings import few_samples, pinned, slower
+from pysolve.training.distill import distill as teach
+
+Evaluate = Callable[[nn.Module], float]
+
+# Parts of a batch that are compared by themselves.
+PARTS = 16
+# Samples that are timed together.
+BATCHES = (1, 64)
+# Of what is not measured yet.
+NO_REPORT = Report(before={}, after={}, sites=(), divergence=float("nan"), samples=0)
+# Options of matching the original's outputs, unless others are given.
+MATCHING: Mapping[str, object] = {"loss": "mse", "batch_size": 32, "mix": 0.5, "frozen": True}
+
+
+def finish(
+    before: nn.Module | Compressed,
+    study: Study,
+    laid: LaidOut,
+    clock: Clock,
+    *,
+    against: nn.Module | None = None,
+    target: Target | None = None,
+    samples: int = 0,
+    sites: Sequence[SiteReport] = (),
+    lines: Sequence[LayerReport] | None = None,
+    solves: Sequence[Solve] = (),
+    stages: Sequence[Stage] = (),
+    notes: Sequence[str] = (),
+    distill: Mapping[str, object] | None = None,
+    evaluate: Evaluate | None = None,
+    file: bool = False,
+) -> Compressed:
+    """Match the original's outputs where asked for, measure, and report.
+
+    Parameters
+    ----------
+    before : nn.Module or Compressed
+        What was given.
+    study : Study
+    laid : LaidOut
+    clock : Clock
+    against : nn.Module, optional
+        What the report compares with, by default the network that was studied.
+    target, samples, sites, lines, solves, stages, notes
+        For the report.
+    distill : {option: value}, optional
+        Of ``check_distill``; undone where it harmed on held-out samples.
+    evaluate : callable, optional
+    file : bool
+        Whether the report gives the bytes of the file that ``save`` writes.
+    """
+    original, model = against or study.model, laid.model
+    if distill:
+        model, more = matched(study, original, model, distill)
+        notes = (*notes, *more)
+        clock.stage("distill")
+    report = account(original, model, study)
+    sites = tuple(sites)
+    few = few_samples(_given(study), study.correlations)
+    stuck = pinned(report.mass, study.sites) if any(site.pinned is None for site in study.sites) else []
+    report = replace(
+        report,
+        target=plain_target(target),
+        samples=samples,
+        sites=sites,
+        layers=laid.lines if lines is None else tuple(lines),
+        solves=tuple(solves),
+        warnings=(*few, *stuck, *report.warnings),
+        notes=tuple(dict.fromkeys((*study.notes, *notes, *report.notes))),
+    )
+    result = following(before, Compressed(model, laid.plan, report))
+    if file:
+        result = with_file(result, original)
+    clock.stage("report")
+    if evaluate is not None:
+        result = replace(result, report=scored(result.report, original, model, evaluate))
+        clock.stage("evaluate")
+    seconds = {**study.seconds, **clock.seconds}
+    return replace(result, report=replace(result.report, seconds=seconds, stages=tuple(stages)))
+
+
+def following(before: nn.Module | Compressed, result: Compressed) -> Compressed:
+    """The result of a compression that remembers where what it was given came from."""
+    if not isinstance(before, Compressed):
+        return replace(result, fingerprint=fingerprint(before))
+    return replace(result, earlier=(*before.earlier, before.plan), fingerprint=before.fingerprint)
+
+
+def assembled(before: nn.Module | Compressed, plan: Plan, model: nn.Module) -> Compressed:
+    """A network and its plan as ``save`` takes them, without a report."""
+    return following(before, Compressed(model, plan, NO_REPORT))
+
+
+def matched(
+    study: Study, teacher: nn.Module, model: nn.Module, options: Mapping[str, object]
+) -> tuple[nn.Module, list[str]]:
+    """Train a network to give the original's outputs, without labels; undone where it clearly harmed.
+
+    Zeros of dense layers stay zero where the weights are masked.
+    """
+    assert study.calibration is not None
+    student, run_options = copy.deepcopy(model), study.options
+    given = {"seed": run_options.seed, "progress": run_options.progress, **MATCHING, **options}
+    teach(student, teacher, study.calibration.kept, **given)  # type: ignore[arg-type]
+    rise = increase(teacher, model, student, study.held, run_options.divergence)
+    return (model, [f"distillation was undone: {rise}"]) if rise else (student, [])
+
+
+def account(original: nn.Module, smaller: nn.Module, study: Study) -> Report:
+    """Compare a network with its original; what was done to it is for the caller to add.
+
+    Costs and times are taken on a batch of the selection set, the divergence on samples that nothing was
+    chosen on; without data, neither divergence nor MACs nor times.
+    """
+    first = study.held[0] if study.held else None
+    mass = () if first is None else masses(original, smaller, take(first, 0, BATCHES[-1]))
+    same = study.apart is study.held
+    return Report(
+        before=costs(original, first),
+        after=costs(smaller, first),
+        sites=(),
+        divergence=distance(original, smaller, study.apart, study.options.divergence)
+        if study.apart
+        else float("nan"),
+        samples=0,
+        held=sum(map(samples_in, study.apart)),
+        mass=mass,
+        latencies=() if first is None else _latencies(original, smaller, first),
+        warnings=tuple(slower(mass)),
+        notes=("too few samples to hold some out from choosing sizes: divergence is that of the choice",)
+        if same and study.held
+        else (),
+        made_with=made_with(study.options.seed),
+    )
+
+
+def scored(report: Report, original: nn.Module, smaller: nn.Module, evaluate: Evaluate | None) -> Report:
+    """The report with what the user's function says of both networks, if there is one."""
+    if evaluate is None:
+        return report
+    return replace(report, score_before=float(evaluate(original)), score_after=float(evaluate(smaller)))
+
+
+def with_file(result: Compressed, original: nn.Module) -> Compressed:
+    """The result with the sizes of the original's tensors and of the file that ``save`` writes."""
+    before = {**result.report.before, "file": nbytes(original)}
+    after = {**result.report.after, "file": file_bytes(result)}
+    return replace(result, report=replace(result.report, before=before, after=after))
+
+
+def costs(model: nn.Module, batch: Batch = None) -> dict[str, int]:
+    """Parameters, those that are not zero, bytes, and with a batch MACs for one sample."""
+    found = {"params": parameters(model), "nonzeros": nonzeros(model).nonzeros, "bytes": nbytes(model)}
+    if batch is not None:
+        # Some networks take no single sample: batch norms without statistics of their own.
+        example = take(batch, 0, 2)
+        found["macs"] = macs(model, example) // samples_in(example)
+    return found
+
+
+def distance(
+    original: nn.Module, other: nn.Module, batches: Sequence[Batch], divergence: Divergence = kl_divergence
+) -> float:
+    """Mean divergence over samples of a network's outputs from the original's."""
+    outputs = list(run(original, batches))
+    return mean_divergence(outputs, run(other, batches), [*map(samples_in, batches)], divergence)
+
+
+def increase(
+    original: nn.Module,
+    before: nn.Module,
+    after: nn.Module,
+    batches: Sequence[Batch],
+    divergence: Divergence = kl_divergence,
+) -> str:
+    """In words, by how much a network's outputs went further from the original's; "" where that is chance.
+
+    A few samples tell little: only a rise of more than two standard errors counts.
+    """
+    parts = list(_parts(batches))
+    old, new = (
+        np.array([distance(original, one, [part], divergence) for part in parts]) for one in (before, after)
+    )
+    change = new - old
+    error = float(change.std(ddof=1)) / len(change) ** 0.5 if len(change) > 1 else 0.0
+    if change.mean() <= 2 * error:
+        return ""
+    return f"on held-out samples the divergence rose from {old.mean():.3g} to {new.mean():.3g}"
+
+
+def made_with(seed: int) -> dict[str, str]:
+    """Versions, the machine and the seed that made a result."""
+    return {
+        "pysolve": pysolve.__version__,
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "scipy": scipy.__version__,
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "seed": str(seed),
+    }
+
+
+def _given(study: Study) -> int:
+    """Samples that the user gave."""
+    if study.calibration is None:
+        return 0
+    held = study.held if study.apart is study.held else [*study.held, *study.apart]
+    return study.calibration.seen + sum(map(samples_in, held))
+
+
+def _parts(batches: Sequence[Batch]) -> Iterator[Batch]:
+    """Parts of batches, whose scatter tells how sure a difference is."""
+    for batch in batches:
+        count = samples_in(batch)
+        # Divergence as a share of the outputs' variance needs several samples.
+        size = min(count, max(4, count // PARTS))
+        yield from (take(batch, i, i + size) for i in range(0, count - size + 1, size))
+
+
+def _latencies(original: nn.Module, smaller: nn.Module, batch: Batch) -> tuple[tuple[Latency, Latency], ...]:
+    found: dict[int, tuple[Latency, Latency]] = {}
+    for size in BATCHES:
+        part = take(batch, 0, size)
+        try:
+            before, after = latencies((original, smaller), part)
+        except (RuntimeError, ValueError):
+            # The network's code takes batches of one size alone, or no single sample.
+            continue
+        found[before.batch_size] = (before, after)
+    return tuple(found.values())
