@@ -102,7 +102,7 @@ def _as_integers(
     able = {name for name in found.forms if type(original.get_submodule(name)) in (nn.Linear, nn.Conv2d)}
     forms = {n: form for n, form in found.forms.items() if n in able and n and isinstance(form, Integers)}
     others = {weight_name(name): form.dense() for name, form in found.forms.items() if name not in forms}
-    plan = Plan(values={**found.values, **others}, forms=forms)
+    plan = Plan(values={**found.values, **others}, forms={weight_name(n): form for n, form in forms.items()})
     smaller = apply(original, plan, probe=None if batch is None else take(batch, 0, 16))
     held = [] if batch is None else [batch]
     report = account(against, smaller, held, divergence=divergence, seed=seed)

@@ -15,7 +15,7 @@ from pysolve.methods.candidates import Candidates, weights_of
 from pysolve.methods.layerwise import Fitted, Reconstructed, near_old, reconstruct
 from pysolve.nn.apply import apply
 from pysolve.nn.calibration import take
-from pysolve.plan import Plan
+from pysolve.plan import Plan, weight_name
 from pysolve.report.rows import LayerReport
 
 
@@ -51,7 +51,7 @@ def factored(
             assert correlations is not None
             return near_old(W, correlations)
         layer = found.factored(found.open[name], W, correlations, ranks[name])
-        forms[name] = layer.form
+        forms[weight_name(name)] = layer.form
         return layer
 
     if found.plain or found.material is None:

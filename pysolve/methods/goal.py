@@ -50,7 +50,7 @@ def checked(model: Any) -> tuple[nn.Module | Compressed, nn.Module]:
 def _with_values(plan: Plan) -> Plan:
     """The plan with dense weights instead of sparse forms."""
     sparse = {name: form for name, form in plan.forms.items() if isinstance(form, Sparse)}
-    dense = {f"{name}.weight": form.dense() for name, form in sparse.items()}
+    dense = {name: form.dense() for name, form in sparse.items()}
     forms = {name: form for name, form in plan.forms.items() if name not in sparse}
     return replace(plan, values={**plan.values, **dense}, forms=forms)
 

@@ -208,7 +208,7 @@ def _packed(smaller: nn.Module, result: Compressed) -> int:
     """Bytes with codes of equal length and their values, of those that are not zero where this is less."""
     total = nbytes(smaller)
     for line in result.report.layers:
-        form = result.plan.forms.get(line.name)
+        form = result.plan.forms.get(weight_name(line.name))
         weight = result.plan.values[weight_name(line.name)] if form is None else form.dense()
         values, codes = np.unique(weight, return_inverse=True)
         book = Codebook(codes.astype(np.uint8), values)

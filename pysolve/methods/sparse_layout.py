@@ -21,7 +21,7 @@ from pysolve.nn.evaluate import latency, nbytes
 from pysolve.nn.layers.masking import mask_weights
 from pysolve.nn.layers.sparse import in_form
 from pysolve.nn.profile import layer_inputs
-from pysolve.plan import Plan
+from pysolve.plan import Plan, weight_name
 from pysolve.report.rows import LayerReport
 
 LAYOUTS = ("auto", "dense", "csr", "mask")
@@ -63,8 +63,8 @@ def laid_out(
         for name, weight in weights.items()
     )
     sparse = {line.name for line in lines if line.layout == "csr"}
-    dense = {f"{name}.weight".lstrip("."): weight for name, weight in weights.items() if name not in sparse}
-    forms = {name: Sparse.from_dense(weight) for name, weight in weights.items() if name in sparse}
+    dense = {weight_name(name): weight for name, weight in weights.items() if name not in sparse}
+    forms = {weight_name(name): Sparse.from_dense(weights[name]) for name in weights if name in sparse}
     plan = Plan(values={**pruned.values, **dense}, forms=forms)
     # Values need no check by running.
     smaller = apply(original, plan, probe=take(batch, 0, 16) if forms and batch is not None else None)
