@@ -148,9 +148,14 @@ class Plan:
     forms: Mapping[str, Form] = field(default_factory=dict)
 
 
+def tensor_name(layer: str, leaf: str) -> str:
+    """State-dict name of a layer's tensor; the network's own name is empty."""
+    return f"{layer}.{leaf}" if layer else leaf
+
+
 def weight_name(layer: str) -> str:
-    """State-dict name of a layer's weight; the network's own name is empty."""
-    return f"{layer}.weight".lstrip(".")
+    """State-dict name of a layer's weight."""
+    return tensor_name(layer, "weight")
 
 
 def _first(names: tuple[str, ...]) -> str:

@@ -30,7 +30,7 @@ from pysolve.nn.layers.quant_weight import QuantWeight
 from pysolve.nn.layers.sparse import in_form
 from pysolve.nn.running import find_layer
 from pysolve.nn.slicing import inputs, outputs
-from pysolve.plan import Plan, weight_name
+from pysolve.plan import Plan, tensor_name, weight_name
 
 # Times the original's parameters that factored layers may have: full ranks double them.
 _GROWTH = 4
@@ -98,7 +98,7 @@ def _new_biases(compressed: Compressed) -> list[str]:
     if original is not None:
         return [name for name in biases if name not in original]
     given = {name for plan in plans for name in plan.values}
-    given |= {f"{name}.bias" for plan in plans for step in plan.steps for name in step.biases}
+    given |= {tensor_name(name, "bias") for plan in plans for step in plan.steps for name in step.biases}
     given = {_before_factoring(name, factored) for name in given}
     return [name for name in biases if name in given]
 
@@ -111,8 +111,9 @@ def _factored(plan: Plan) -> dict[str, Any]:
 
 def _before_factoring(bias: str, factored: set[str]) -> str:
     """The name that a bias had before its layer became the outer one of two."""
-    while (owner := bias.removesuffix(".outer.bias")) != bias and owner in factored:
-        bias = f"{owner}.bias"
+    earlier = {tensor_name(name, "outer.bias"): tensor_name(name, "bias") for name in factored}
+    while bias in earlier:
+        bias = earlier[bias]
     return bias
 
 
