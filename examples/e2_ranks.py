@@ -75,7 +75,7 @@ def accuracies(model: nn.Module, dataset: Dataset, rank: int, counts: Sequence[i
     """Of the truncated singular value decomposition, and by so many images each where the rank pays."""
     layer = model.get_submodule(LAYER)
     plain = factor_layer(as_array(layer.weight).astype(float), None, rank).form
-    networks = [ps.apply(model, ps.Plan(forms={LAYER: plain}))]
+    networks = [ps.apply(model, ps.Plan(forms={f"{LAYER}.weight": plain}))]
     h, d = layer.weight.shape
     if rank * (h + d) < h * d:
         how = {"rank": {LAYER: rank}, "layout": "factored", "progress": False}

@@ -272,6 +272,8 @@ class Integers:
 
 
 QuantForm = Codebook | Integers
+# Forms that a layer runs in; a codebook's values are decoded once.
+RuntimeForm = Sparse | LowRank | Integers
 Form = Sparse | LowRank | Codebook | Integers
 
 

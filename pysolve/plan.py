@@ -136,14 +136,26 @@ class Plan:
         All speak of the original network, so a layer may read one site and write another.
     values : {state-dict name: array}
         New parameters and buffers in the shapes that they have in the original network; what belongs to
-        channels that go is dropped with them. A bias may be given to a layer that has none.
-    forms : {layer: Sparse, LowRank or Integers}
-        Weights to store and run in another form, of layers that no step cuts.
+        removed channels is dropped with them. A bias may be given to a layer that has none.
+    forms : {state-dict name: Sparse, LowRank, Codebook or Integers}
+        Tensors in another form, of the shapes that they have after the steps. A layer whose ``weight`` is
+        Sparse, LowRank or Integers runs in that form; a Codebook may be any tensor's, and its decoded values
+        take the tensor's place.
     """
 
     steps: tuple[Collapse, ...] = ()
     values: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     forms: Mapping[str, Form] = field(default_factory=dict)
+
+
+def tensor_name(layer: str, leaf: str) -> str:
+    """State-dict name of a layer's tensor; the network's own name is empty."""
+    return f"{layer}.{leaf}" if layer else leaf
+
+
+def weight_name(layer: str) -> str:
+    """State-dict name of a layer's weight."""
+    return tensor_name(layer, "weight")
 
 
 def _first(names: tuple[str, ...]) -> str:

@@ -9,13 +9,12 @@ from itertools import chain, islice
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from pysolve.errors import CollapseError, PysolveError
-from pysolve.forms import Form
-from pysolve.nn.layers.sparse import in_form
-from pysolve.nn.running import find_layer
+from pysolve.forms import Codebook
+from pysolve.nn.layers.sparse import check_form, in_form
+from pysolve.nn.running import as_tensor, find_layer
 from pysolve.nn.slicing import (
     ROLES,
     Cut,
@@ -24,10 +23,11 @@ from pysolve.nn.slicing import (
     check_kind,
     inputs,
     narrow,
+    numbered,
     outputs,
     silence,
 )
-from pysolve.nn.values import load, new_values
+from pysolve.nn.values import checked, closest, load, new_values
 from pysolve.nn.verify import mismatch
 from pysolve.plan import Collapse, Indices, Plan
 
@@ -38,9 +38,10 @@ _NAMED = 5
 def apply(model: nn.Module, plan: Plan, *, probe: Any = None) -> nn.Module:
     """Make the smaller network that a plan describes; the original is never changed.
 
-    New values come first; then readers lose the columns of the channels that go, writers and passed layers
-    the rows. All steps speak of the original network: a layer may read and write several sites, or one site
-    both ways; a layer under several names is cut once.
+    New values come first; then readers lose the columns of the removed channels, writers and passed layers
+    the rows; then tensors take other forms, in their narrowed shapes. All steps speak of the original
+    network: a layer may read and write several sites, or one site both ways; a layer under several names is
+    cut once.
 
     Writers may be Linear, convolutions of any kind and Embedding; readers all of these but Embedding; passed
     layers grouped and depthwise convolutions, batch, instance and group norms, PReLU, and constant padding
@@ -73,8 +74,12 @@ def apply(model: nn.Module, plan: Plan, *, probe: Any = None) -> nn.Module:
     smaller, layers = _copy(model, values)
     for name, cut in cuts.items():
         narrow(layers[name], cut)
+    decoded = {name: form for name, form in plan.forms.items() if isinstance(form, Codebook)}
+    load(smaller, {name: as_tensor(form.dense()) for name, form in decoded.items()})
     for name, form in plan.forms.items():
-        substitute(smaller, layers[name], in_form(layers[name], form))
+        if not isinstance(form, Codebook):
+            layer = layers[name.rpartition(".")[0]]
+            smaller = substitute(smaller, layer, in_form(layer, form))
     if probe is not None:
         _verify(model, smaller, plan, probe)
     return smaller
@@ -83,25 +88,36 @@ def apply(model: nn.Module, plan: Plan, *, probe: Any = None) -> nn.Module:
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy as wide as the original that ignores the channels a plan removes: what ``apply`` must equal.
 
-    The plan's new values are in place, and the weights of all readers are zero for the channels that go;
-    writers and passed layers stay as they are. Raises what ``apply`` does, but runs nothing.
+    The plan's new values are in place, and the weights of all readers are zero for the removed channels;
+    writers and passed layers stay as they are. Forms are multiplied out, and those of narrowed layers put
+    where the kept entries are. Raises what ``apply`` does, but runs nothing.
     """
     cuts, values = _checked(model, plan)
     wide, layers = _copy(model, values)
     for name, cut in cuts.items():
         if not cut.columns.all():
             silence(layers[name], cut.columns)
+    state, narrowed = wide.state_dict(keep_vars=True), _by_layer(wide, cuts)
     for name, form in plan.forms.items():
-        load(wide, {f"{name}.weight": torch.from_numpy(form.dense())})
+        owner, _, leaf = name.rpartition(".")
+        dense, tensor = as_tensor(form.dense()), state[name].data
+        if layers[owner] not in narrowed:
+            tensor.copy_(dense)
+        else:
+            places: Any = getattr(numbered(layers[owner], narrowed[layers[owner]]), leaf)
+            tensor.put_(places.long().to(tensor.device), dense.to(tensor))
     return wide
 
 
-def substitute(model: nn.Module, layer: nn.Module, other: nn.Module) -> None:
-    """Put a layer in another's place in a network, under all its names."""
+def substitute(model: nn.Module, layer: nn.Module, other: nn.Module) -> nn.Module:
+    """Put a layer in another's place in a network, under all its names; the network, or what replaces it."""
+    if layer is model:
+        return other
     for owner in list(model.modules()):
         for name, child in list(owner._modules.items()):
             if child is layer:
                 setattr(owner, name, other)
+    return model
 
 
 def _copy(model: nn.Module, values: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, nn.Module]]:
@@ -117,9 +133,8 @@ def _checked(model: nn.Module, plan: Plan) -> tuple[dict[str, Cut], dict[str, Te
         _check_step(step)
     cuts = _cuts(model, plan)
     values = new_values(model, plan)
-    for name, form in plan.forms.items():
-        _check_form(name, find_layer(model, name), form, cuts)
-    names = {*cuts, *plan.forms, *(name.rpartition(".")[0] for name in values)}
+    _check_forms(model, plan, _by_layer(model, cuts))
+    names = {*cuts, *(name.rpartition(".")[0] for name in (*values, *plan.forms))}
     _check_untied(model, {find_layer(model, name) for name in names})
     return cuts, values
 
@@ -155,13 +170,32 @@ def _check_step(step: Collapse) -> None:
         )
 
 
-def _check_form(name: str, layer: nn.Module, form: Form, cuts: Mapping[str, Cut]) -> None:
-    if name in cuts:
-        raise CollapseError(f"{name} loses channels and gets another form: apply one plan after the other.")
-    try:
-        in_form(layer, form)
-    except PysolveError as error:
-        raise CollapseError(f"{name} cannot take this form: {error}") from error
+def _by_layer(model: nn.Module, cuts: Mapping[str, Cut]) -> dict[nn.Module, Cut]:
+    return {find_layer(model, name): cut for name, cut in cuts.items()}
+
+
+def _check_forms(model: nn.Module, plan: Plan, cuts: Mapping[nn.Module, Cut]) -> None:
+    """Refuse forms that do not fit the tensors as the cuts leave them."""
+    state = model.state_dict(keep_vars=True)
+    first: dict[tuple[nn.Module, str], str] = {}
+    for name, form in plan.forms.items():
+        owner, _, leaf = name.rpartition(".")
+        if not isinstance(state.get(name), Tensor):
+            close = closest(f"{name}.weight" if leaf != "weight" else name, state)
+            raise CollapseError(f"{type(model).__name__} has no tensor {name!r}: {close}")
+        layer = find_layer(model, owner)
+        if first.setdefault((layer, leaf), name) != name:
+            raise CollapseError(f"{first[layer, leaf]} and {name} are one tensor, which can have one form.")
+        narrowed = numbered(layer, cuts[layer]) if layer in cuts else layer
+        try:
+            if isinstance(form, Codebook):
+                checked("decoded values", form.dense(), getattr(narrowed, leaf).shape, state[name].dtype)
+            elif leaf != "weight":
+                raise PysolveError("only a layer's weight can be sparse, factored or integers.")
+            else:
+                check_form(narrowed, form)
+        except PysolveError as error:
+            raise CollapseError(f"{name} cannot take this form: {error}") from error
 
 
 def _cut(name: str, layer: nn.Module, uses: list[tuple[str, Collapse]]) -> Cut:
@@ -211,12 +245,13 @@ def _verify(model: nn.Module, smaller: nn.Module, plan: Plan, probe: Any) -> Non
             "the network gives another output each time it runs on the probe, so nothing can be verified: "
             "take the randomness out of its evaluation mode, or give no probe."
         )
-    if not plan.steps:
+    cut = replace(plan, forms={})
+    if plan.forms and not _fails(model, cut, probe):
         raise CollapseError(
             f"the network computes something else with other forms of {', '.join([*plan.forms][:_NAMED])}: "
             f"{problem}. Does its code look into these layers, or have they hooks?"
         )
-    guilty = [step.site.name for step in islice(_guilty(model, plan, probe), _NAMED + 1)]
+    guilty = [step.site.name for step in islice(_guilty(model, cut, probe), _NAMED + 1)]
     raise CollapseError(
         f"removing channels of {', '.join(guilty[:_NAMED])}{' and others' * (len(guilty) > _NAMED)} changes "
         f"more than it should: {problem}. Does something between the two layers mix channels (a norm, a "

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -153,6 +155,18 @@ def narrow(layer: nn.Module, cut: Cut) -> None:
         if isinstance(layer, nn.GroupNorm):
             layer.num_groups = int(cut.passed.reshape(layer.num_groups, -1).all(1).sum())
         setattr(layer, _WIDTHS[type(layer)], int(kept.sum()))
+
+
+def numbered(layer: nn.Module, cut: Cut) -> nn.Module:
+    """A narrowed copy of a layer whose tensors hold the flat indices of their entries in the original's."""
+    indices: dict[int, Tensor] = {}
+    for tensor in chain(layer.parameters(recurse=False), layer.buffers(recurse=False)):
+        flat = torch.arange(tensor.numel(), dtype=torch.float64).reshape(tensor.shape)
+        indices[id(tensor)] = nn.Parameter(flat, False) if isinstance(tensor, nn.Parameter) else flat
+    # The memo has deepcopy take these in the place of the layer's own.
+    copied = copy.deepcopy(layer, indices)
+    narrow(copied, cut)
+    return copied
 
 
 def silence(layer: nn.Module, columns: Mask) -> None:

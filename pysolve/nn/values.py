@@ -43,7 +43,7 @@ def new_values(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     for name, value in _given(model, plan):
         shape, dtype = _expected(model, state, name)
         owner, _, leaf = name.rpartition(".")
-        tensor = _checked(f"new value of {name}", value, shape, dtype)
+        tensor = checked(f"new value of {name}", value, shape, dtype)
         first = places.setdefault((find_layer(model, owner), leaf), name)
         if first in values and not torch.equal(values[first], tensor):
             both = name if first == name else f"{first} and {name}, which are one tensor"
@@ -74,7 +74,7 @@ def _given(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Any]]:
             layer: Any = find_layer(model, name)
             yield (
                 f"{name}.bias",
-                _checked(f"new biases of {name}", bias, (outputs(layer),), layer.weight.dtype),
+                checked(f"new biases of {name}", bias, (outputs(layer),), layer.weight.dtype),
             )
 
 
@@ -88,7 +88,7 @@ def _full_weight(name: str, layer: Any, step: Collapse, matrix: npt.ArrayLike) -
         )
     kept, old = columns[step.keep].ravel(), layer.weight.detach()
     shape = (len(old), len(kept) * old[0, 0].numel())
-    given = _checked(f"new weights of {name}", matrix, shape, old.dtype)
+    given = checked(f"new weights of {name}", matrix, shape, old.dtype)
     full = torch.zeros(old.shape, dtype=old.dtype)
     full[:, torch.from_numpy(kept)] = given.reshape(len(old), len(kept), *old.shape[2:])
     return full
@@ -102,13 +102,19 @@ def _expected(model: nn.Module, state: Mapping[str, Any], name: str) -> tuple[tu
     layer: Any = dict(model.named_modules(remove_duplicate=False)).get(owner)
     if leaf == "bias" and type(layer) in WEIGHTED and layer.bias is None:
         return (outputs(layer),), layer.weight.dtype
+    raise CollapseError(
+        f"{type(model).__name__} has no {name!r} that could get new values: {closest(name, state)}"
+    )
+
+
+def closest(name: str, state: Mapping[str, Any]) -> str:
+    """Which names of a state dict may have been meant."""
     close = difflib.get_close_matches(name, state, n=3)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see model.state_dict()."
-    raise CollapseError(f"{type(model).__name__} has no {name!r} that could get new values: {hint}")
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else "see model.state_dict()."
 
 
-def _checked(what: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """A new value in the wanted data type."""
+def checked(what: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A new value in the wanted data type; CollapseError where shape or numbers do not fit."""
     given = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
     if given.shape != shape:
         raise CollapseError(f"the {what} must have shape {shape}, got {tuple(given.shape)}.")

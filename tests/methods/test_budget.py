@@ -57,7 +57,7 @@ def candidates(model, batch, spatial=()):
             continue
         along = name in spatial
         form = empty(layer, 1, spatial=along)
-        two = ps.apply(model, Plan(forms={name: form}))
+        two = ps.apply(model, Plan(forms={f"{name}.weight": form}))
         macs = layer_macs(two, batch)
         sizes = form.inner.size, form.outer.size, layer.weight.numel()
         times = macs[f"{name}.inner"], macs[f"{name}.outer"], calls[name]
@@ -91,7 +91,7 @@ def shared(model, batch, found, curves, targets):
 
 def factored(model, found, ranks):
     forms = {
-        one.name: empty(model.get_submodule(one.name), ranks[one.name], spatial=one.spatial)
+        f"{one.name}.weight": empty(model.get_submodule(one.name), ranks[one.name], spatial=one.spatial)
         for one in found
         if one.name in ranks
     }

@@ -212,14 +212,21 @@ def test_what_cannot_be_meant_is_refused(options, kind, message):
 
 
 def test_forms_in_a_plan_must_fit_the_network():
-    form = ps.prune(network(), amount=0.5, layout="csr").plan.forms["3"]
-    with pytest.raises(ps.CollapseError, match=r"5 cannot take this form: .* shape \(5, 40\)"):
-        ps.apply(network(), ps.Plan(forms={"5": form}))
-    with pytest.raises(ps.CollapseError, match="1 cannot take this form: only Linear and Conv2d"):
-        ps.apply(network(), ps.Plan(forms={"1": form}))
+    form = ps.prune(network(), amount=0.5, layout="csr").plan.forms["3.weight"]
+    with pytest.raises(ps.CollapseError, match=r"5\.weight cannot take this form: .* shape \(5, 40\)"):
+        ps.apply(network(), ps.Plan(forms={"5.weight": form}))
+    with pytest.raises(ps.CollapseError, match=r"has no tensor '1\.weight'"):
+        ps.apply(network(), ps.Plan(forms={"1.weight": form}))
+    with pytest.raises(ps.CollapseError, match=r"has no tensor '3': did you mean .*weight"):
+        ps.apply(network(), ps.Plan(forms={"3": form}))
+    with pytest.raises(ps.CollapseError, match=r"3\.bias cannot take this form: only a layer's weight"):
+        ps.apply(network(), ps.Plan(forms={"3.bias": form}))
+    norm = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4))
+    with pytest.raises(ps.CollapseError, match=r"1\.weight cannot take this form: only Linear and Conv2d"):
+        ps.apply(norm, ps.Plan(forms={"1.weight": form}))
     site = ps.Site(40, ("3",), ("5",))
-    with pytest.raises(ps.CollapseError, match="loses channels and gets another form"):
-        ps.apply(network(), ps.Plan((ps.Collapse(site, np.arange(10)),), forms={"3": form}))
+    with pytest.raises(ps.CollapseError, match=r"3\.weight cannot take this form: .* shape \(10, "):
+        ps.apply(network(), ps.Plan((ps.Collapse(site, np.arange(10)),), forms={"3.weight": form}))
 
 
 def test_a_shared_layer_is_replaced_under_all_its_names():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pysolve.errors import CollapseError, LayerNotFoundError, PysolveError
+from pysolve.forms import Codebook, Integers, LowRank, Sparse
 from pysolve.nn.apply import apply, masked
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.zoo import LeNet5, Mlp
@@ -642,6 +643,86 @@ def test_every_network_applied_equals_masked_and_the_same_network_built_narrower
     assert str(narrower) == str(smaller)
     assert parameters(narrower) == parameters(smaller)
     torch.testing.assert_close(outputs(narrower, x), outputs(smaller, x), atol=1e-12, rtol=1e-12)
+
+
+def form_of(name, tensor, layer, rng):
+    """A form that a tensor can take, of random numbers, or none."""
+    shape, kinds = tuple(tensor.shape), ["codebook"] if tensor.is_floating_point() and tensor.ndim else []
+    whole = type(layer) in (nn.Linear, nn.Conv1d, nn.Conv2d) and getattr(layer, "groups", 1) == 1
+    if name.rpartition(".")[2] == "weight":
+        kinds += ["sparse", "integers"] * (type(layer) in (nn.Linear, nn.Conv2d)) + ["factors"] * whole
+    kind = rng.choice(kinds) if kinds else None
+    if kind == "codebook":
+        return Codebook(rng.integers(0, 3, shape, np.uint8), rng.uniform(0.1, 1, 3))
+    if kind == "sparse":
+        return Sparse.from_dense(rng.standard_normal(shape) * (rng.random(shape) < 0.5))
+    if kind == "integers":
+        return Integers(rng.integers(-8, 8, shape, np.int8), rng.random((shape[0], 1)), bits=4)
+    if kind == "factors":
+        rank = rng.integers(1, 1 + min(shape[:2]))
+        outer = rng.standard_normal((shape[0], rank, *[1] * len(shape[2:])))
+        return LowRank(outer, rng.standard_normal((rank, *shape[1:])))
+    return None
+
+
+# The code of "split" asks a layer for its width.
+@pytest.mark.parametrize("case", [one for one in CASES if one != "split"])
+@settings(max_examples=settings.default.max_examples // 5)
+@given(data=st.data(), seed=st.integers(0, 2**32 - 1))
+def test_cuts_and_forms_in_one_plan_are_the_same_as_one_after_the_other(case, data, seed):
+    model, x, _, plan = data.draw(whole_plans(case))
+    rng, narrower = np.random.default_rng(seed), apply(model, plan)
+    forms = {}
+    for name, tensor in narrower.state_dict().items():
+        form = form_of(name, tensor, narrower.get_submodule(name.rpartition(".")[0]), rng)
+        if form is not None and rng.random() < 0.5:
+            forms[name] = form
+    after, together = Plan(forms=forms), replace(plan, forms=forms)
+    smaller, expected = apply(model, together, probe=x), apply(narrower, after, probe=x)
+    assert str(smaller) == str(expected)
+    assert same_state(smaller, expected)
+    assert torch.equal(outputs(smaller, x), outputs(expected, x))
+    torch.testing.assert_close(outputs(smaller, x), outputs(masked(model, together), x))
+
+
+def test_the_network_s_own_weight_takes_forms():
+    torch.manual_seed(0)
+    layer, rng = nn.Linear(6, 5), np.random.default_rng(0)
+    codes, scales = rng.integers(-8, 8, (5, 6), np.int8), np.ones((5, 1), np.float32)
+    for form in (Sparse.from_dense(np.eye(5, 6, dtype=np.float32)), Integers(codes, scales)):
+        smaller = apply(layer, Plan(forms={"weight": form}), probe=torch.randn(3, 6))
+        assert torch.equal(smaller.to_dense().weight, torch.tensor(form.dense(), dtype=torch.float32))
+    assert type(layer) is nn.Linear
+
+
+@pytest.mark.parametrize(
+    ("build", "name"),
+    [
+        (lambda: nn.Embedding(9, 6), "weight"),
+        (lambda: nn.MultiheadAttention(6, 2), "in_proj_weight"),
+        (lambda: nn.GRU(6, 5), "weight_ih_l0"),
+        (lambda: nn.BatchNorm1d(6), "running_var"),
+    ],
+)
+def test_any_tensor_takes_the_values_of_a_codebook(build, name):
+    torch.manual_seed(0)
+    model = build()
+    shape = tuple(model.state_dict()[name].shape)
+    book = Codebook(np.random.default_rng(0).integers(0, 3, shape, np.uint8), np.array([0.5, 1, 2]))
+    for made in (apply(model, Plan(forms={name: book})), masked(model, Plan(forms={name: book}))):
+        assert type(made) is type(model)
+        assert np.array_equal(made.state_dict()[name], book.dense())
+    with pytest.raises(CollapseError, match=f"{name} cannot take this form: .* shape"):
+        apply(model, Plan(forms={name: book.with_codes(book.codes[:-1])}))
+    with pytest.raises(CollapseError, match=f"{name} cannot take this form: .* not finite"):
+        apply(model, Plan(forms={name: replace(book, centroids=np.array([0.5, np.inf, 2]))}))
+
+
+def test_a_tensor_under_two_names_takes_one_form():
+    shared = nn.Linear(4, 4)
+    form = Sparse.from_dense(np.eye(4, dtype=np.float32))
+    with pytest.raises(CollapseError, match=r"0\.weight and 1\.weight are one tensor"):
+        apply(nn.Sequential(shared, shared), Plan(forms={"0.weight": form, "1.weight": form}))
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -30,7 +30,7 @@ from pysolve.nn.layers.quant_weight import QuantWeight
 from pysolve.nn.layers.sparse import in_form
 from pysolve.nn.running import find_layer
 from pysolve.nn.slicing import inputs, outputs
-from pysolve.plan import Plan
+from pysolve.plan import Plan, tensor_name, weight_name
 
 # Times the original's parameters that factored layers may have: full ranks double them.
 _GROWTH = 4
@@ -70,21 +70,22 @@ def rebuilt(record: Mapping[str, Any], model: nn.Module) -> nn.Module:
     factored = typed(record.get("factored", []), list, "factored")
     pairs: Any = zip_longest(stages, factored[: len(stages)], fillvalue={})
     for stage, ranks in pairs:
-        steps, forms = steps_of(stage, _widths(network)), _factors(network, ranks)
-        if steps or forms:
-            # To layers that factoring made.
-            network = _with_biases(apply(network, Plan(steps, forms=forms)), biases)
+        steps = steps_of(stage, _widths(network))
+        network = apply(network, Plan(steps)) if steps else network
+        if forms := _factors(network, ranks):
+            # New biases of layers that factoring made.
+            network = _with_biases(apply(network, Plan(forms=forms)), biases)
         if parameters(network) > _GROWTH * parameters(model):
             raise DataError(f"its factored layers have over {_GROWTH} times the original's parameters.")
     if biases:
         raise DataError(f"it has no layer {min(biases).rpartition('.')[0]!r}.")
     for name in strings(field(record, "sparse"), "sparse"):
         layer = find_layer(network, name)
-        substitute(network, layer, in_form(layer, _empty(name, layer)))
+        network = substitute(network, layer, in_form(layer, _empty(name, layer)))
     # Files of before layers were quantised have no such field.
     for name, bits in typed(record.get("quantized", {}), dict, "quantized").items():
         layer = find_layer(network, name)
-        substitute(network, layer, in_form(layer, _codes(name, layer, bits)))
+        network = substitute(network, layer, in_form(layer, _codes(name, layer, bits)))
     return network
 
 
@@ -97,19 +98,22 @@ def _new_biases(compressed: Compressed) -> list[str]:
     if original is not None:
         return [name for name in biases if name not in original]
     given = {name for plan in plans for name in plan.values}
-    given |= {f"{name}.bias" for plan in plans for step in plan.steps for name in step.biases}
+    given |= {tensor_name(name, "bias") for plan in plans for step in plan.steps for name in step.biases}
     given = {_before_factoring(name, factored) for name in given}
     return [name for name in biases if name in given]
 
 
 def _factored(plan: Plan) -> dict[str, Any]:
-    return {name: form_record(form) for name, form in plan.forms.items() if isinstance(form, LowRank)}
+    """Records of a plan's factors, by layer."""
+    factors = {name: form for name, form in plan.forms.items() if isinstance(form, LowRank)}
+    return {name.rpartition(".")[0]: form_record(form) for name, form in factors.items()}
 
 
 def _before_factoring(bias: str, factored: set[str]) -> str:
     """The name that a bias had before its layer became the outer one of two."""
-    while (owner := bias.removesuffix(".outer.bias")) != bias and owner in factored:
-        bias = f"{owner}.bias"
+    earlier = {tensor_name(name, "outer.bias"): tensor_name(name, "bias") for name in factored}
+    while bias in earlier:
+        bias = earlier[bias]
     return bias
 
 
@@ -132,7 +136,7 @@ def _factors(network: nn.Module, ranks: Any) -> dict[str, LowRank]:
             raise DataError(f"{name} is a {type(layer).__name__}, which cannot be factored.")
         if rank > layer.weight.numel():
             raise DataError(f"{name} cannot have rank {rank}.")
-        forms[name] = empty(layer, rank, spatial=spatial)
+        forms[weight_name(name)] = empty(layer, rank, spatial=spatial)
     return forms
 
 

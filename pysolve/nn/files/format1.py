@@ -16,6 +16,7 @@ from pysolve.forms import Sparse
 from pysolve.nn.files.plan_json import typed
 from pysolve.nn.files.storage import bits, in_order
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
+from pysolve.plan import tensor_name
 
 SparseLayer = SparseLinear | SparseConv2d
 _GAPS = ":gaps"
@@ -114,10 +115,10 @@ class Wanted:
 def wanted(network: nn.Module, aliases: Any) -> Wanted:
     """What of a file goes where in a network; DataError when the aliases are none."""
     sparse, aliases = sparse_layers(network), typed(aliases, dict, "aliases")
-    derived = {f"{name}.{leaf}" for name in sparse for leaf in _DERIVED}
+    derived = {tensor_name(name, leaf) for name in sparse for leaf in _DERIVED}
     shapes = {k: tuple(v.shape) for k, v in network.state_dict().items() if k not in derived}
     keys = {name: typed(aliases.get(name, name), str, "aliases") for name in shapes}
-    layers = {f"{name}.values": name for name in sparse}
+    layers = {tensor_name(name, "values"): name for name in sparse}
     return Wanted(keys, shapes | {key: sparse[name].shape for key, name in layers.items()}, layers)
 
 
@@ -226,7 +227,7 @@ def filled(name: str, form: Sparse, dtype: torch.dtype, owner: str | None) -> di
     rows, columns = np.divmod(form.places(), d)
     ends = np.cumsum(np.bincount(rows, minlength=h))
     return {
-        f"{owner}.values": torch.from_numpy(form.values).view(dtype),
-        f"{owner}.indices": torch.from_numpy(columns.astype(np.int32)),
-        f"{owner}.indptr": torch.from_numpy(np.concatenate([[0], ends])),
+        tensor_name(owner, "values"): torch.from_numpy(form.values).view(dtype),
+        tensor_name(owner, "indices"): torch.from_numpy(columns.astype(np.int32)),
+        tensor_name(owner, "indptr"): torch.from_numpy(np.concatenate([[0], ends])),
     }

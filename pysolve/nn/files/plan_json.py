@@ -81,7 +81,7 @@ def step_record(step: Collapse) -> dict[str, Any]:
 
 
 def plan_record(plan: Plan) -> dict[str, Any]:
-    """A plan without its numbers: what stays of each site, which values are new, which layers have a form."""
+    """A plan without its numbers: what stays of each site, names of new values, forms of tensors."""
     return {
         "steps": [step_record(step) for step in plan.steps],
         "values": [*plan.values],

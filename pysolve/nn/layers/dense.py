@@ -66,7 +66,5 @@ def _replaced(model: nn.Module, kinds: tuple[type, ...], make: Callable[[Any], n
     other = copy.deepcopy(model)
     # Inside out: what a factored layer is made of may be sparse or factored itself.
     for layer in [one for one in reversed([*other.modules()]) if isinstance(one, kinds)]:
-        if layer is other:
-            return make(layer)
-        substitute(other, layer, make(layer))
+        other = substitute(other, layer, make(layer))
     return other

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
 from pysolve.errors import PysolveError
-from pysolve.forms import LowRank
+from pysolve.forms import Form, LowRank
 from pysolve.nn.running import as_array, as_tensor
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -42,18 +42,7 @@ class Factored(nn.Module):
         PysolveError
             When the layer is no Linear and no ungrouped convolution, or its weight has another shape.
         """
-        if type(layer) not in (nn.Linear, *CONVOLUTIONS) or getattr(layer, "groups", 1) > 1:
-            raise PysolveError(
-                "only Linear layers and convolutions without groups can be factored, got "
-                f"{type(layer).__name__}."
-            )
-        if form.shape != tuple(layer.weight.shape):
-            raise PysolveError(f"expected factors of {tuple(layer.weight.shape)}, got of {form.shape}.")
-        most = min(form.outer[:, 0].size, form.inner[0].size)
-        if form.rank > most:
-            raise PysolveError(
-                f"a weight of shape {form.shape} has a rank of at most {most}, got {form.rank}."
-            )
+        check_factors(layer, form)
         (h, c), r, bias = form.shape[:2], form.rank, layer.bias is not None
         # A dimension of the kernel belongs to the factor that extends along it.
         outside = [size > 1 for size in form.outer.shape[2:]]
@@ -111,6 +100,26 @@ class Factored(nn.Module):
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}"
+
+
+def check_factors(layer: nn.Module, form: LowRank) -> None:
+    """Refuse a layer that cannot be factored, and factors of another shape, with a PysolveError."""
+    kind = type(layer)
+    if kind not in (nn.Linear, *CONVOLUTIONS) or getattr(layer, "groups", 1) > 1:
+        raise PysolveError(
+            f"only Linear layers and convolutions without groups can be factored, got {kind.__name__}."
+        )
+    check_shape(layer, form)
+    most = min(form.outer[:, 0].size, form.inner[0].size)
+    if form.rank > most:
+        raise PysolveError(f"a weight of shape {form.shape} has a rank of at most {most}, got {form.rank}.")
+
+
+def check_shape(layer: nn.Module, form: Form) -> None:
+    """Refuse a form of another shape than the layer's weight with a PysolveError."""
+    assert isinstance(layer.weight, Tensor)
+    if form.shape != tuple(layer.weight.shape):
+        raise PysolveError(f"expected a form of shape {tuple(layer.weight.shape)}, got {form.shape}.")
 
 
 def _made(like: Any, *args: Any, **kwargs: Any) -> Any:

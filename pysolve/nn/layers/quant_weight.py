@@ -13,6 +13,7 @@ from torch.nn.utils import skip_init
 
 from pysolve.errors import PysolveError
 from pysolve.forms import Integers
+from pysolve.nn.layers.factored import check_shape
 
 
 class QuantWeight(nn.Module):
@@ -122,8 +123,9 @@ def check_form(layer: Any, kind: type[nn.Module], form: Integers) -> None:
     found: type = type(layer)
     if found is not kind:
         raise PysolveError(f"only Linear and Conv2d have a form of integers, got {found.__name__}.")
-    if form.shape != tuple(layer.weight.shape):
-        raise PysolveError(f"expected codes of shape {tuple(layer.weight.shape)}, got {form.shape}.")
+    check_shape(layer, form)
+    if form.dynamic and kind is not nn.Linear:
+        raise PysolveError("only the inputs of a Linear are rounded: give convolutions dynamic=False.")
 
 
 def made_dense(kind: Any, layer: QuantWeight, *args: Any) -> Any:

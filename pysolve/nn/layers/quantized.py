@@ -101,8 +101,6 @@ class QuantConv2d(QuantWeight):
     def from_form(cls, layer: nn.Conv2d, form: Integers) -> QuantConv2d:
         """A layer with a dense one's bias. PysolveError if it is of another kind or shape."""
         check_form(layer, nn.Conv2d, form)
-        if form.dynamic:
-            raise PysolveError("only the inputs of a Linear are rounded: give convolutions dynamic=False.")
         return cls(layer, form)
 
     def to_dense(self) -> nn.Conv2d:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear, pad, unfold
 
 from pysolve.errors import PysolveError
-from pysolve.forms import Form, Integers, LowRank
-from pysolve.nn.layers.factored import Factored
+from pysolve.forms import Integers, LowRank, RuntimeForm
+from pysolve.nn.layers.factored import Factored, check_factors, check_shape
 from pysolve.nn.layers.products import SparseWeight
+from pysolve.nn.layers.quant_weight import check_form as check_integers
 from pysolve.nn.layers.quantized import QuantConv2d, QuantLinear, quantized
 
 
@@ -106,8 +107,20 @@ class SparseConv2d(SparseWeight):
         return conv2d(x, self.scattered(), self.bias, self.stride, padding, self.dilation, self.groups)
 
 
+def check_form(layer: nn.Module, form: RuntimeForm) -> None:
+    """Refuse a form that a layer's weight cannot take with a PysolveError."""
+    if isinstance(form, LowRank):
+        check_factors(layer, form)
+    elif isinstance(form, Integers):
+        check_integers(layer, nn.Conv2d if type(layer) is nn.Conv2d else nn.Linear, form)
+    elif type(layer) not in (nn.Linear, nn.Conv2d):
+        raise PysolveError(f"only Linear and Conv2d have a sparse form, got {type(layer).__name__}.")
+    else:
+        check_shape(layer, form)
+
+
 def in_form(
-    layer: nn.Module, form: Form
+    layer: nn.Module, form: RuntimeForm
 ) -> SparseLinear | SparseConv2d | Factored | QuantLinear | QuantConv2d:
     """The layer in another form that takes the place of a dense one, with a weight of the same shape.
 
@@ -120,11 +133,8 @@ def in_form(
         return Factored.from_form(layer, form)  # type: ignore[arg-type]
     if isinstance(form, Integers):
         return quantized(layer, form)
-    if type(layer) not in (nn.Linear, nn.Conv2d):
-        raise PysolveError(f"only Linear and Conv2d have a sparse form, got {type(layer).__name__}.")
+    check_form(layer, form)
     assert isinstance(layer, nn.Linear | nn.Conv2d)
-    if form.shape != tuple(layer.weight.shape):
-        raise PysolveError(f"expected a form of shape {tuple(layer.weight.shape)}, got {form.shape}.")
     dense = copy.deepcopy(layer)
     with torch.no_grad():
         dense.weight.copy_(torch.from_numpy(form.dense()))

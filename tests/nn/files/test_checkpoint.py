@@ -26,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 import pysolve as ps
 from pysolve.compressed import Compressed
-from pysolve.forms import LowRank
+from pysolve.forms import Codebook, Integers, LowRank, Sparse
 from pysolve.methods.account import after
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.files import storage
@@ -191,7 +191,7 @@ def test_compressions_remember_what_a_file_needs(tmp_path, monkeypatch):
     assert first.earlier == ()
     # What was sparse is dense to be pruned again, so it is in the plan before.
     assert fourth.earlier[:2] == third.earlier == (first.plan, second.plan)
-    dense = {f"{name}.weight": form.dense() for name, form in third.plan.forms.items()}
+    dense = {name: form.dense() for name, form in third.plan.forms.items()}
     assert dense
     values = {**third.plan.values, **dense}
     assert not fourth.earlier[2].forms
@@ -977,7 +977,7 @@ def factored(model, ranks, values=None):
     forms = {}
     for name, asked in ranks.items():
         rank, spatial = asked if isinstance(asked, tuple) else (asked, False)
-        forms[name] = low(model.get_submodule(name), rank, spatial=spatial)
+        forms[f"{name}.weight"] = low(model.get_submodule(name), rank, spatial=spatial)
     return made(model, Plan(values=values or {}, forms=forms))
 
 
@@ -1023,13 +1023,41 @@ def test_biases_that_come_to_layers_within_factored_ones_come_back(known, tmp_pa
     first = factored(model, {"0": 3})
     plan = Plan(
         values={"0.inner.bias": np.ones(3), "0.outer.bias": np.arange(5.0)},
-        forms={"0.outer": low(first.model[0].outer, 2)},
+        forms={"0.outer.weight": low(first.model[0].outer, 2)},
     )
     second = after(first, Compressed(ps.apply(first.model, plan), plan, REPORT))
     second = second if known else replace(second, fingerprint=None)
     loaded = assert_restored(second, model, tmp_path / "a.safetensors", vectors())
     assert loaded[0].inner.bias.tolist() == [1, 1, 1]
     assert loaded[0].outer.outer.bias.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_stage_with_cuts_forms_and_biases_comes_back(known, tmp_path):
+    model = Mlp((6, 12, 9, 8, 4)).eval()
+    model.fc2 = nn.Linear(12, 9, bias=False)
+    steps = (narrowed(1, 12, [0, 2, 3, 5, 7]), narrowed(2, 9, [1, 2, 3, 8]), narrowed(3, 8, [4, 5, 6]))
+    narrower = ps.apply(model, Plan(steps))
+    codes = np.random.default_rng(0).integers(-8, 8, (4, 3), np.int8)
+    forms = {
+        "fc1.weight": Codebook(np.arange(30, dtype=np.uint8).reshape(5, 6) % 3, np.array([0.0, 0.5, 2.0])),
+        "fc2.weight": low(narrower.fc2, 2),
+        "fc3.weight": Sparse.from_dense(np.eye(3, 4, dtype=np.float32)),
+        "fc4.weight": Integers(codes, np.ones((4, 1), np.float32), bits=4),
+    }
+    result = made(model, Plan(steps, {"fc2.bias": np.arange(9.0)}, forms))
+    result = result if known else replace(result, fingerprint=None)
+    loaded = assert_restored(result, model, tmp_path / "a.safetensors", vectors())
+    assert loaded.fc2.bias.tolist() == [1, 2, 3, 8]
+
+
+def test_a_network_that_is_one_layer_comes_back_in_every_form(tmp_path):
+    model, rng = nn.Linear(6, 5), np.random.default_rng(0)
+    codes, scales = rng.integers(-8, 8, (5, 6), np.int8), np.ones((5, 1), np.float32)
+    for form in (low(model, 2), Sparse.from_dense(np.eye(5, 6, dtype=np.float32)), Integers(codes, scales)):
+        result = made(model, Plan(forms={"weight": form}))
+        assert type(result.model) is not nn.Linear
+        assert_restored(result, model, tmp_path / "a.safetensors", vectors())
 
 
 def test_chains_of_low_rank_and_everything_else_come_back_at_every_step(tmp_path):
@@ -1081,7 +1109,7 @@ def test_factors_that_a_file_cannot_tell_are_refused_when_they_are_saved(tmp_pat
     model = nn.Sequential(nn.Conv2d(2, 3, 3))
     form = LowRank(np.ones((3, 2, 3, 1), np.float32), np.ones((2, 2, 1, 3), np.float32))
     with pytest.raises(ps.PysolveError, match="kernel first, or along the last dimension"):
-        ps.save(made(model, Plan(forms={"0": form})), tmp_path / "a.safetensors")
+        ps.save(made(model, Plan(forms={"0.weight": form})), tmp_path / "a.safetensors")
     assert not [*tmp_path.iterdir()]
 
 

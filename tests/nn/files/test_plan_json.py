@@ -177,10 +177,11 @@ def test_ranks_of_factored_layers_survive():
 
 def test_a_plan_s_record_says_which_layers_have_which_form():
     sparse = Sparse.from_dense(np.eye(4, dtype=np.float32))
-    record = plan_record(Plan(forms={"a": sparse, "b": FORMS["fc"][0]}, values={"c.bias": np.ones(3)}))
+    forms = {"a.weight": sparse, "b.weight": FORMS["fc"][0]}
+    record = plan_record(Plan(forms=forms, values={"c.bias": np.ones(3)}))
     assert record["forms"] == {
-        "a": {"kind": "csr", "density": 0.25},
-        "b": {"kind": "low-rank", "rank": 3, "spatial": False},
+        "a.weight": {"kind": "csr", "density": 0.25},
+        "b.weight": {"kind": "low-rank", "rank": 3, "spatial": False},
     }
     assert record["values"] == ["c.bias"]
     json.dumps(record, allow_nan=False)

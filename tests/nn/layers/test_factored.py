@@ -170,8 +170,8 @@ def test_it_shows_its_rank():
         ),
         (nn.ConvTranspose2d(4, 4, 3), (4, 1, 1, 1, 1, 4, 3, 3), "got ConvTranspose2d"),
         (nn.Embedding(4, 4), (4, 1, 1, 4), "got Embedding"),
-        (nn.Linear(4, 5), (4, 1, 1, 5), r"expected factors of \(5, 4\), got of \(4, 5\)"),
-        (nn.Conv2d(4, 4, 3), (4, 1, 1, 1, 1, 4, 3, 2), "expected factors of"),
+        (nn.Linear(4, 5), (4, 1, 1, 5), r"expected a form of shape \(5, 4\), got \(4, 5\)"),
+        (nn.Conv2d(4, 4, 3), (4, 1, 1, 1, 1, 4, 3, 2), "expected a form of shape"),
         (nn.Linear(4, 5), (5, 5, 5, 4), r"\(5, 4\) has a rank of at most 4, got 5"),
         (nn.Conv2d(2, 3, 2), (3, 5, 1, 2, 5, 2, 2, 1), "rank of at most 4, got 5"),
     ],
@@ -205,7 +205,7 @@ def chained():
     model = nn.Sequential(nn.Linear(12, 10), nn.ReLU(), nn.Linear(10, 3)).eval()
     for name, rank in (("0", 4), ("0.inner", 2)):
         layer = model.get_submodule(name)
-        model = ps.apply(model, ps.Plan(forms={name: factors(layer, [], rank)}))
+        model = ps.apply(model, ps.Plan(forms={f"{name}.weight": factors(layer, [], rank)}))
     return ps.prune(model, amount={"0.outer": 0.5}, layout="csr").model
 
 
@@ -251,9 +251,9 @@ def test_a_network_that_computes_something_else_with_factors_is_refused():
     model, rng = Looking(), np.random.default_rng(0)
     form = LowRank(rng.standard_normal((8, 2)), rng.standard_normal((2, 6)))
     with pytest.raises(ps.CollapseError, match="outputs differ"):
-        ps.apply(model, ps.Plan(forms={"fc": form}), probe=torch.randn(5, 6))
+        ps.apply(model, ps.Plan(forms={"fc.weight": form}), probe=torch.randn(5, 6))
     # In single precision the two agree to far less than that.
     plain = nn.Sequential(nn.Linear(6, 8))
-    ps.apply(plain, ps.Plan(forms={"0": form}), probe=torch.randn(5, 6))
+    ps.apply(plain, ps.Plan(forms={"0.weight": form}), probe=torch.randn(5, 6))
     with torch.autocast("cpu", torch.bfloat16):
-        ps.apply(plain, ps.Plan(forms={"0": form}), probe=torch.randn(5, 6))
+        ps.apply(plain, ps.Plan(forms={"0.weight": form}), probe=torch.randn(5, 6))

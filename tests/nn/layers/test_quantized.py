@@ -52,7 +52,7 @@ def images(n=6):
 
 
 def plan_for(model):
-    return ps.Plan(forms={name: nearest(model[int(name)], dynamic=name != "0") for name in ("0", "4", "6")})
+    return ps.Plan(forms={f"{name}.weight": nearest(model[name], dynamic=name != 0) for name in (0, 4, 6)})
 
 
 def compressed():
@@ -336,7 +336,7 @@ def test_a_network_gets_its_layers_from_a_plan():
 
 def test_a_bias_from_the_plan_goes_with_the_codes():
     layer = nn.Linear(6, 4, bias=False)
-    plan = ps.Plan(values={"0.bias": np.arange(4.0)}, forms={"0": nearest(layer)})
+    plan = ps.Plan(values={"0.bias": np.arange(4.0)}, forms={"0.weight": nearest(layer)})
     smaller = ps.apply(nn.Sequential(layer), plan, probe=torch.randn(5, 6))
     assert smaller[0].bias.tolist() == [0, 1, 2, 3]
 
@@ -354,7 +354,7 @@ class Looking(nn.Module):
 
 def test_rounded_inputs_hide_no_mistake_from_the_probe():
     model = Looking()
-    plan = ps.Plan(forms={"fc": nearest(model.fc, dynamic=True)})
+    plan = ps.Plan(forms={"fc.weight": nearest(model.fc, dynamic=True)})
     with pytest.raises(ps.CollapseError, match="outputs differ"):
         ps.apply(model, plan, probe=torch.randn(5, 6))
     assert ps.apply(model, plan).fc.dynamic
@@ -362,10 +362,10 @@ def test_rounded_inputs_hide_no_mistake_from_the_probe():
 
 def test_what_cannot_take_the_form_is_told():
     linear, conv = nn.Linear(6, 4), nn.Conv2d(2, 3, 1)
-    with pytest.raises(ps.CollapseError, match=r"0 cannot take this form: .*shape \(4, 6\), got \(4, 5\)"):
-        ps.apply(nn.Sequential(linear), ps.Plan(forms={"0": nearest(nn.Linear(5, 4))}))
+    with pytest.raises(ps.CollapseError, match=r"0\.weight cannot take .*shape \(4, 6\), got \(4, 5\)"):
+        ps.apply(nn.Sequential(linear), ps.Plan(forms={"0.weight": nearest(nn.Linear(5, 4))}))
     with pytest.raises(ps.CollapseError, match="only Linear and Conv2d have a form of integers, got Conv1d"):
-        ps.apply(nn.Sequential(nn.Conv1d(2, 3, 1)), ps.Plan(forms={"0": nearest(nn.Conv1d(2, 3, 1))}))
+        ps.apply(nn.Sequential(nn.Conv1d(2, 3, 1)), ps.Plan(forms={"0.weight": nearest(nn.Conv1d(2, 3, 1))}))
     with pytest.raises(ps.PysolveError, match="dynamic=False"):
         quantized(conv, nearest(conv, dynamic=True))
     with pytest.raises(ps.DataError, match="one scale for each output"):
@@ -386,7 +386,7 @@ def test_files_give_the_layers_back_bit_for_bit(tmp_path):
 @given(forms())
 def test_a_record_tells_bits_groups_and_zeros(form):
     model = nn.Sequential(linear_of(form))
-    plan = ps.Plan(forms={"0": form})
+    plan = ps.Plan(forms={"0.weight": form})
     record = architecture(Compressed(ps.apply(model, plan), plan, None, (), fingerprint(model)))
     again = rebuilt(record, model)[0].form()
     assert (again.bits, again.dynamic) == (form.bits, form.dynamic)
