@@ -7,14 +7,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from pysolve.correlations import Array, Indices
+from pysolve.correlations import Array
 from pysolve.errors import PysolveError
 from pysolve.methods.kinds.ranks import RankMenu
 from pysolve.methods.menu import Menu
 from pysolve.methods.price import Probe, measured
 from pysolve.methods.study import Study
 from pysolve.nn.costs import cost_model
-from pysolve.plan import Site
 from pysolve.solve.budget import MEASURES, Costs, limits_of, site_sizes, unreachable
 from pysolve.solve.knapsack import Knapsack, pack, solve
 
@@ -41,7 +40,9 @@ def settle(
         sizes, _ = choose(costs, menus, (), target, round_to=round_to)
         predicted = [float(menu.curve[k]) for menu, k in zip(menus, sizes, strict=True)]
         menus = [measured(study, menu, [k], where) for menu, k in zip(menus, sizes, strict=True)]
-        if sum(menu.measured[k] for menu, k in zip(menus, sizes, strict=True)) <= TRUSTED_RATIO * sum(predicted):
+        if sum(menu.measured[k] for menu, k in zip(menus, sizes, strict=True)) <= TRUSTED_RATIO * sum(
+            predicted
+        ):
             break
     return sizes, predicted, menus
 

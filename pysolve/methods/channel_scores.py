@@ -27,7 +27,7 @@ def scores_of(study: Study, method: str, norm: float = 2) -> dict[Site, Array]:
     return {site: found[site] for site in study.free}
 
 
-def keep_by_share(scores: Mapping[Site, Array], amount: float) -> dict[Site, int]:
+def keep_by_share(scores: Mapping[Site, Array], amount: float) -> dict[str | Site, float]:
     """How many channels stay where a share of all together is removed, the lowest scores first.
 
     Sites differ in scale: each score counts as a share of its site's mean. One channel of each stays.
@@ -39,9 +39,11 @@ def keep_by_share(scores: Mapping[Site, Array], amount: float) -> dict[Site, int
     return {site: max(1, int((own >= limit).sum())) for site, own in shares.items()}
 
 
-def keep_above(scores: Mapping[Site, Array], threshold: float | Mapping[str, float]) -> dict[Site, int]:
+def keep_above(
+    scores: Mapping[Site, Array], threshold: float | Mapping[str, float]
+) -> dict[str | Site, float]:
     """How many channels reach a threshold, at least one of each site; all where a mapping names none of its writers."""
-    found = {}
+    found: dict[str | Site, float] = {}
     for site, own in scores.items():
         limit = threshold
         if isinstance(limit, Mapping):

@@ -129,7 +129,9 @@ def compress(
         raise ValueError(f"give one of target, keep and lam, got {' and '.join(given)}.")
     wanted = DEFAULT if not given else target
     options = Options(ignore, divergence, memory, seed, progress)
-    how = _checked(network, [] if wanted is None else [wanted], select, refit, distill, sites, round_to, options)
+    how = _checked(
+        network, [] if wanted is None else [wanted], select, refit, distill, sites, round_to, options
+    )
     check_keep(keep, lam)
     found = study(network, batches, options, sites=True if sites is None else sites)
     check_free(found)
@@ -236,7 +238,7 @@ def made(
         clock,
         target=target,
         samples=rebuilt.samples,
-        sites=site_reports(found, sized),
+        sites=[*site_reports(found, sized)],
         solves=sized.solves,
         notes=(*sized.notes, *rebuilt.notes),
         distill=distill,

@@ -132,8 +132,15 @@ def deep_compress(
         subject = replace(subject, kind=replace(subject.kind, pruned=_pruned(subject, zeros)))
         line.rebuilt("sparse", Chosen(keep, subject.kind.pruned), 0.0)
     start, part = time.perf_counter(), _part(how, 1 - _BEFORE if width and width.cut else 1.0)
-    rebuilt, laid = coded(before, subject, network, size, layout, part, keep=keep, start=width.start if width else None)
-    line.note("shared, matched" if how else "shared", laid.model, _packed(subject.study, laid.plan), time.perf_counter() - start)
+    rebuilt, laid = coded(
+        before, subject, network, size, layout, part, keep=keep, start=width.start if width else None
+    )
+    line.note(
+        "shared, matched" if how else "shared",
+        laid.model,
+        _packed(subject.study, laid.plan),
+        time.perf_counter() - start,
+    )
     clock.stage("compress")
     result = finish(
         before,
@@ -352,7 +359,11 @@ def _packed(study: Study, plan: Plan) -> int:
 
 
 def _check(
-    target: Mapping[str, float], zeros: float | None, bits: int | None, distill: Mapping[str, object], layout: str
+    target: Mapping[str, float],
+    zeros: float | None,
+    bits: int | None,
+    distill: Mapping[str, object],
+    layout: str,
 ) -> None:
     """What can be told to be wrong before any work."""
     if not target and zeros is None and bits is None:

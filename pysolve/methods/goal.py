@@ -15,18 +15,22 @@ from pysolve.compressed import Compressed
 from pysolve.errors import PysolveError
 from pysolve.forms import Sparse
 from pysolve.nn.layers.dense import without_sparse
-from pysolve.nn.layers.quantized import QuantWeight
+from pysolve.nn.layers.quant_weight import QuantWeight
 from pysolve.plan import Plan, Site
 from pysolve.solve.budget import check_targets
 from pysolve.training.distill import distill as teach
 from pysolve.training.options import Course
 
 Target = Mapping[str, float]
+# For all sites, or by a site or the name of a writer of it.
+Values = float | Mapping[str | Site, float]
 # Seconds, or options of ``distill`` with seconds or epochs among them.
 Length = float | Mapping[str, object]
 
 
-def network_of(model: nn.Module | Compressed, *, dense: bool = True) -> tuple[nn.Module | Compressed, nn.Module]:
+def network_of(
+    model: nn.Module | Compressed, *, dense: bool = True
+) -> tuple[nn.Module | Compressed, nn.Module]:
     """What is given, and its network; with dense layers in the place of sparse ones.
 
     Raises
@@ -37,7 +41,8 @@ def network_of(model: nn.Module | Compressed, *, dense: bool = True) -> tuple[nn
         Layers of it are integers.
     """
     network = model.model if isinstance(model, Compressed) else model
-    if not isinstance(network, nn.Module):
+    given: object = network
+    if not isinstance(given, nn.Module):
         kind = type(model).__name__
         raise TypeError(f"model must be a torch.nn.Module, or what compress returned, got {kind}.")
     whole = [name for name, layer in network.named_modules() if isinstance(layer, QuantWeight)]
@@ -96,15 +101,15 @@ def check_share(what: str, value: object) -> None:
         raise ValueError(f"{what} must be in [0, 1), got {value!r}.")
 
 
-def check_keep(keep: object, lam: object) -> None:
+def check_keep(keep: Values | None, lam: Values | None) -> None:
     """Refuse shares, numbers and penalties that make no sense, for all sites or by name."""
     for what, values in (("keep", keep), ("lam", lam)):
-        for name, value in (values.items() if isinstance(values, Mapping) else [("", values)]):
+        for name, value in values.items() if isinstance(values, Mapping) else [("", values)]:
             if value is None:
                 continue
             full = f"{what} of {_shown(name)}" if name else what
             check_positive(full, value)
-            if what == "keep" and value > 1 and value != int(value):
+            if what == "keep" and float(value) > 1 and float(value) != int(value):
                 raise ValueError(f"{full} must be a share in (0, 1] or a whole number, got {value}.")
 
 
@@ -130,7 +135,11 @@ def check_distill(model: nn.Module, distill: Length, extra: Collection[str] = ()
             return {}
         distill = {"seconds": distill}
     options = dict(distill)
-    known = {*signature(teach).parameters, *Course.__annotations__, *extra} - {"student", "teacher", "batches"}
+    known = {*signature(teach).parameters, *Course.__annotations__, *extra} - {
+        "student",
+        "teacher",
+        "batches",
+    }
     if unknown := options.keys() - known:
         raise ValueError(f"distill has no option {min(unknown)!r}; choose from {', '.join(sorted(known))}.")
     if len({"seconds", "epochs"} & options.keys()) != 1:

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from numbers import Real
-from typing import Any, Unpack
+from typing import Unpack
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pysolve.compressed import Compressed
-from pysolve.methods.account import Evaluate, after
-from pysolve.methods.goal import check_model
-from pysolve.methods.selected import Pruned
-from pysolve.methods.sparse_layout import LAYOUTS, laid_out
+from pysolve.layer.layer_fit import LayerFit
+from pysolve.methods.goal import network_of
+from pysolve.methods.kinds.channels import ridge_fit
+from pysolve.methods.layout import check_layout, lay_out
+from pysolve.methods.menu import Chosen
+from pysolve.methods.prune import LAYOUTS
+from pysolve.methods.rebuild import Rebuilt
+from pysolve.methods.result import Evaluate, finish
+from pysolve.methods.study import Clock, Options, Study, weight_name
 from pysolve.nn.apply import apply
+from pysolve.nn.calibration import Calibration
 from pysolve.nn.files.format1 import sparse_layers
 from pysolve.nn.layers.masking import mask_weights, remove_masks, unmasked
-from pysolve.nn.running import as_array, find_layer, find_matching
+from pysolve.nn.running import Batch, as_array, find_layer, find_matching
 from pysolve.nn.slicing import WEIGHTED
 from pysolve.plan import Plan
 from pysolve.training.finetune import Loss, counted, finetune
@@ -34,7 +40,7 @@ _END = 0.6
 
 def prune_gradually(
     model: nn.Module | Compressed,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
     amount: PerLayer,
     steps: int = 100,
@@ -66,7 +72,7 @@ def prune_gradually(
         Of outputs and labels.
     ignore : sequence of str
         Layers whose weights are not pruned: names, or patterns as ``re:…``.
-    layout : "auto", "dense", "csr" or "mask"
+    layout : "auto", "dense", "sparse" or "masked"
         How pruned layers run, as ``prune`` has it.
     evaluate : callable, optional
         From a network to a score, for the report.
@@ -84,7 +90,7 @@ def prune_gradually(
     M. Zhu, S. Gupta, To prune, or not to prune, 2017. J. Lee et al., Layer-adaptive sparsity for the
     magnitude-based pruning, 2021.
     """
-    seed = run_of(1, training, Course).seed
+    run_of(1, training, Course)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
     prepared = _prepared(model, amount, "amount", ignore, layout)
@@ -92,14 +98,12 @@ def prune_gradually(
     def step_of(network: nn.Module) -> Step:
         return gradually(network, _each(amount, prepared[1]), steps=steps, end=_END)
 
-    pruned = _pruned(*prepared, batches, step_of, loss, training)
-    before = model if isinstance(model, Compressed) else prepared[0]
-    return after(before, laid_out(prepared[0], pruned, layout, evaluate=evaluate, seed=seed))
+    return _trained(model, *prepared, batches, step_of, loss, training, layout, evaluate)
 
 
 def network_surgery(
     model: nn.Module | Compressed,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
     amount: PerLayer | None = None,
     rate: PerLayer | None = None,
@@ -157,22 +161,19 @@ def network_surgery(
         raise ValueError(f"probability must name every pruned layer; {', '.join(sorted(missing))} have none.")
 
     def step_of(network: nn.Module) -> Step:
-        wanted: Any = {what: _each(value, prepared[1])}
-        return surgery(network, **wanted, end=_END, probability=probability, seed=seed)
+        each = _each(value, prepared[1])
+        shares, rates = (each, None) if what == "amount" else (None, each)
+        return surgery(network, amount=shares, rate=rates, end=_END, probability=probability, seed=seed)
 
-    pruned = _pruned(*prepared, batches, step_of, loss, training, splicing=True)
-    before = model if isinstance(model, Compressed) else prepared[0]
-    return after(before, laid_out(prepared[0], pruned, layout, evaluate=evaluate, seed=seed))
+    return _trained(model, *prepared, batches, step_of, loss, training, layout, evaluate, splicing=True)
 
 
 def _prepared(
-    model: nn.Module | Compressed, value: Any, what: str, ignore: Sequence[str], layout: str
+    model: nn.Module | Compressed, value: PerLayer, what: str, ignore: Sequence[str], layout: str
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The network without masks and the layers to prune, checked before any training."""
-    original = model.model if isinstance(model, Compressed) else model
-    check_model(original)
-    if layout not in LAYOUTS:
-        raise ValueError(f"unknown layout {layout!r}; choose one of {', '.join(LAYOUTS)}.")
+    _, original = network_of(model, dense=False)
+    check_layout(layout, LAYOUTS, "zeros")
     for name, number in value.items() if isinstance(value, Mapping) else [("all", value)]:
         real = float(number) if isinstance(number, Real) else np.nan
         low, high = (0, 1) if what == "amount" else (-np.inf, np.inf)
@@ -194,27 +195,29 @@ def _each(value: PerLayer, names: Sequence[str]) -> PerLayer:
     return {name: value[name] for name in names} if isinstance(value, Mapping) else float(value)
 
 
-def _pruned(
+def _trained(
+    model: nn.Module | Compressed,
     base: nn.Module,
     names: Sequence[str],
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     step_of: Callable[[nn.Module], Step],
     loss: Loss,
     training: Course,
+    layout: str,
+    evaluate: Evaluate | None,
     *,
     splicing: bool = False,
-) -> Pruned:
-    """What training with masks that change after every step makes of the network."""
+) -> Compressed:
+    """Train with masks that change after every step, and lay out what that makes of the network."""
+    clock = Clock()
     loader, _ = counted(batches)
     network = copy.deepcopy(base)
-    layers: dict[str, Any] = {name: find_layer(network, name) for name in names}
-    whole = {name: torch.ones_like(layer.weight, dtype=torch.bool) for name, layer in layers.items()}
+    weights = {name: weight_of(find_layer(network, name)) for name in names}
+    whole = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
     mask_weights(network, whole, splicing=splicing)
     losses = finetune(network, loader, loss=loss, after_step=step_of(network), **training)
     remove_masks(network)
-    weights = {name: as_array(layer.weight) for name, layer in layers.items()}
-    own = {f"{name}.weight".lstrip(".") for name in names}
-    values = {name: value for name, value in _changed(base, network).items() if name not in own}
+    clock.stage("train")
     # The loader's shuffling would move torch's global random state.
     with torch.random.fork_rng(devices=()):
         first = next(iter(loader))
@@ -222,12 +225,29 @@ def _pruned(
         f"trained on labels for {len(losses)} epochs, to a mean loss of {losses[-1]:.3g} in the last one"
     ]
     if sparse := [*sparse_layers(base, remove_duplicate=True)]:
-        notes.append(f"sparse layers got no more zeros: {', '.join(sparse)}; nn.dense.to_dense changes that")
-    return Pruned(weights, values, first, notes=tuple(notes))
+        notes.append(f"sparse layers got no more zeros: {', '.join(sparse)}; nn.to_dense changes that")
+    options, seen = Options(seed=training.get("seed", 0)), Calibration(0, [first], [first])
+    study = Study(base, options, weights={n: weight_of(find_layer(base, n)) for n in names}, calibration=seen)
+    fits = {name: LayerFit(np.zeros((0, 0)), None, np.nan) for name in names}
+    values = {
+        **_changed(base, network),
+        **{weight_name(base, n): weight_of(find_layer(network, n)) for n in names},
+    }
+    laid = lay_out(study, Rebuilt(Chosen(fits=dict.fromkeys(names, ridge_fit)), values, fits), layout)
+    laid = replace(laid, lines=tuple(replace(line, error=None) for line in laid.lines))
+    clock.stage("layout")
+    before = model if isinstance(model, Compressed) else base
+    return finish(before, study, laid, clock, notes=notes, evaluate=evaluate)
 
 
-def _changed(before: nn.Module, now: nn.Module) -> dict[str, npt.NDArray[Any]]:
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a layer."""
+    assert isinstance(layer.weight, Tensor)
+    return layer.weight.detach()
+
+
+def _changed(before: nn.Module, now: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers that are not what they were, by their first names."""
     old, state = before.state_dict(), now.state_dict(keep_vars=True)
     first = {id(value): name for name, value in reversed(state.items()) if isinstance(value, Tensor)}
-    return {name: as_array(state[name]) for name in first.values() if not torch.equal(state[name], old[name])}
+    return {name: state[name].detach() for name in first.values() if not torch.equal(state[name], old[name])}

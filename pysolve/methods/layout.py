@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -88,7 +88,11 @@ def lay_out(study: Study, rebuilt: Rebuilt, layout: str = "auto") -> LaidOut:
     if layout == "masked":
         mask_weights(model, {name: rebuilt.values[tensor] != 0 for name, tensor in names.items()})
     if layout == "shared":
-        books = {n: form for n, t in names.items() if isinstance(form := kept.get(t), Codebook) and _is_layer(study, n)}
+        books = {
+            n: form
+            for n, t in names.items()
+            if isinstance(form := kept.get(t), Codebook) and _is_layer(study, n)
+        }
         share_weights(model, books)
     return LaidOut(plan, model, tuple(lines.values()))
 
@@ -108,6 +112,7 @@ def is_slower(study: Study, menu: RankMenu, rank: int, x: Tensor | None) -> tupl
     if x is None:
         return None
     layer = find_layer(study.model, str(menu.unit))
+    assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
     two = Factored.from_form(layer, empty(layer, rank, spatial=menu.spatial))
     before, after = latencies((copy.deepcopy(layer), two), x)
     return before.median, after.median
@@ -124,7 +129,9 @@ def _is_layer(study: Study, name: str) -> bool:
 def _inputs(study: Study, names: Mapping[str, str], layout: str) -> Mapping[str, Tensor]:
     """What layers read, where they are to be timed."""
     layers = {name: find_layer(study.model, name) for name in names if _is_layer(study, name)}
-    return layer_inputs(study.model, layers, study.held[0]) if layout == "auto" and study.held and layers else {}
+    return (
+        layer_inputs(study.model, layers, study.held[0]) if layout == "auto" and study.held and layers else {}
+    )
 
 
 def _line(
@@ -154,7 +161,9 @@ def _factored(study: Study, name: str, form: LowRank) -> LayerReport:
     outer = form.outer.shape[2:]
     spatial = any(size > 1 for size in outer)
     share = form.density
-    return LayerReport(name, share, f"rank {form.rank}{', spatial' * spatial}", f"{share:.0%} of the parameters")
+    return LayerReport(
+        name, share, f"rank {form.rank}{', spatial' * spatial}", f"{share:.0%} of the parameters"
+    )
 
 
 def _integers(study: Study, name: str, form: Integers) -> tuple[LayerReport, Form | None]:
@@ -163,7 +172,9 @@ def _integers(study: Study, name: str, form: Integers) -> tuple[LayerReport, For
     able = bool(name) and type(layer) in (nn.Linear, nn.Conv2d)
     runs = ("int8, dynamic" if form.dynamic else "int8") if able else "dense"
     why = f"{form.bits} bits" if able else "this kind of layer has no form of integers"
-    line = LayerReport(name, np.count_nonzero(form.codes) / whole, runs, why, bits=coded_bits(form.codes) / whole)
+    line = LayerReport(
+        name, np.count_nonzero(form.codes) / whole, runs, why, bits=coded_bits(form.codes) / whole
+    )
     return line, form if able else None
 
 

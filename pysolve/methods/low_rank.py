@@ -11,7 +11,15 @@ from pysolve.compressed import Compressed
 from pysolve.errors import PysolveError, one_of
 from pysolve.layer.reduced_rank import rank_keeping
 from pysolve.methods.budget import choose, costs_of
-from pysolve.methods.goal import Length, Target, check_distill, check_target, check_whole, exactly_one, network_of
+from pysolve.methods.goal import (
+    Length,
+    Target,
+    check_distill,
+    check_target,
+    check_whole,
+    exactly_one,
+    network_of,
+)
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.kinds.ranks import STRUCTURES, RankMenu, Ranks, ranks_of
 from pysolve.methods.layout import LaidOut, check_layout, is_slower, lay_out
@@ -117,7 +125,18 @@ def low_rank(
     before, network = network_of(model, dense=False)
     method = method or ("svd" if batches is None else "activation")
     how = check_distill(network, distill)
-    _check(rank, energy, target, method, structure, layout, refit, blind=batches is None, prune=prune, distill=how)
+    _check(
+        rank,
+        energy,
+        target,
+        method,
+        structure,
+        layout,
+        refit,
+        blind=batches is None,
+        prune=prune,
+        distill=how,
+    )
     weights, notes = weights_of(network, ignore)
     options, plain = Options(ignore, divergence, memory, seed, progress), method == "svd"
     found = study(network, batches, options, weights=weights, sites=prune, gather=not plain, notes=notes)
@@ -127,7 +146,9 @@ def low_rank(
     if isinstance(rank, Mapping):
         _check_named(found, table, rank)
     if not table.menus and not found.free:
-        raise PysolveError(f"no layer can be factored: {_reasons(table.against) or 'none has its own weight'}.")
+        raise PysolveError(
+            f"no layer can be factored: {_reasons(table.against) or 'none has its own weight'}."
+        )
     sized = None
     if target is None:
         ranks, table = _ranks_as_told(table, rank, energy)
@@ -184,14 +205,18 @@ class _Table:
 
 def _table(found: Study, kind: Ranks, against: Mapping[str, str], *, timed: bool) -> _Table:
     """The menus of all layers that can be factored."""
-    menus, spare, reasons = {}, {}, dict(against)
+    menus: dict[str, RankMenu] = {}
+    spare: dict[str, RankMenu] = {}
+    reasons = dict(against)
     for name in found.weights:
         if name not in reasons:
             several = kind.menus(found, name)
-            menus |= {name: one for one in several[:1]}
-            spare |= {name: one for one in several[1:]}
             if not several:
                 reasons[name] = "too small for any rank to pay"
+                continue
+            menus[name] = several[0]
+            if len(several) > 1:
+                spare[name] = several[1]
     return _Table(kind, menus, spare, reasons, timed, {}, found)
 
 
@@ -232,7 +257,9 @@ def _ranks_within(found: Study, table: _Table, target: Target) -> tuple[Sized | 
         except PysolveError as error:
             gone = [name for name in names if name not in table.menus]
             hint = f" Left as they are, since they would take longer as two: {', '.join(gone)}; with "
-            raise PysolveError(f"{error}{hint}layout='factored' they count." if gone else str(error)) from None
+            raise PysolveError(
+                f"{error}{hint}layout='factored' they count." if gone else str(error)
+            ) from None
         faster = _without_slower(table, ranks)
         if faster.menus == table.menus:
             table = faster
@@ -255,7 +282,8 @@ def _without_slower(table: _Table, ranks: Mapping[str, int]) -> _Table:
     """Take layers that take longer as two off the menus, or give them their other structure."""
     if not table.timed:
         return table
-    menus, spare, against, seconds = (dict(one) for one in (table.menus, table.spare, table.against, table.seconds))
+    menus, spare = dict(table.menus), dict(table.spare)
+    against, seconds = dict(table.against), dict(table.seconds)
     for name, rank in ranks.items():
         if rank > seconds.get(name, (0, 0.0, 0.0))[0]:
             times = is_slower(table.study, menus[name], rank, table.kind.inputs.get(name))
@@ -299,7 +327,9 @@ def _check_named(found: Study, table: _Table, ranks: Mapping[str, int]) -> None:
         if name not in table.menus:
             raise PysolveError(f"{name} cannot be factored: {table.against.get(name, 'it has no weight')}.")
         if rank > (most := table.menus[name].most):
-            raise PysolveError(f"rank {rank} of {name} would be no smaller than the layer is: at most {most}.")
+            raise PysolveError(
+                f"rank {rank} of {name} would be no smaller than the layer is: at most {most}."
+            )
 
 
 def _check(
@@ -325,7 +355,9 @@ def _check(
         check_target(target)
     elif prune:
         raise ValueError("prune=True needs a target, within which channels and ranks compete.")
-    for name, value in rank.items() if isinstance(rank, Mapping) else [("", rank)] if rank is not None else []:
+    for name, value in (
+        rank.items() if isinstance(rank, Mapping) else [("", rank)] if rank is not None else []
+    ):
         check_whole(f"the rank of {name}" if name else "rank", value)
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy must be a share in (0, 1], got {energy}.")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pysolve.errors import one_of
 from pysolve.forms import Codebook
@@ -18,13 +18,13 @@ from pysolve.methods.study import weight_name
 from pysolve.nn.apply import apply
 from pysolve.nn.layers.sharing import (
     TRAINED,
-    Snapped,
     codebooks_of,
     remove_sharing,
     share_weights,
     shared_of,
     ternary_weights,
 )
+from pysolve.nn.layers.snapping import Snapped
 from pysolve.nn.running import find_layer
 from pysolve.nn.slicing import TRANSPOSED
 from pysolve.training.distill import distill as teach
@@ -77,8 +77,12 @@ def _trained(
 ) -> Rebuilt:
     study = subject.study
     model, forms = study.model, forms_of(study, rebuilt)
-    tensors = {name: weight_name(model, name) for name in rebuilt.chosen.fits if name not in subject.kind.bare}
-    books = {name: book for name, tensor in tensors.items() if isinstance(book := forms.get(tensor), Codebook)}
+    tensors = {
+        name: weight_name(model, name) for name in rebuilt.chosen.fits if name not in subject.kind.bare
+    }
+    books = {
+        name: book for name, tensor in tensors.items() if isinstance(book := forms.get(tensor), Codebook)
+    }
     ternary = [name for name, book in books.items() if trained == "ternary" and len(book.centroids) <= 3]
     free = {name: book for name, book in books.items() if name not in ternary}
     # Three values are found anew while they are trained, from the weights as they were.
@@ -98,7 +102,11 @@ def _trained(
     fits = dict(rebuilt.fits)
     for name, book in books.items():
         layer = find_layer(model, name)
-        codes = book.codes.swapaxes(0, 1) if isinstance(layer, TRANSPOSED) and name in study.layers else book.codes
+        codes = (
+            book.codes.swapaxes(0, 1)
+            if isinstance(layer, TRANSPOSED) and name in study.layers
+            else book.codes
+        )
         flat = book.with_codes(codes.reshape(len(codes), -1))
         fits[name] = replace(fits[name], weight=flat.dense(), form=flat)
     return replace(rebuilt, values={**rebuilt.values, **values}, fits=fits)
@@ -107,6 +115,8 @@ def _trained(
 def _hold_zeros(student: nn.Module, model: nn.Module) -> None:
     """Keep what is zero in the model, which may have been pruned, zero while codes change."""
     for name, sharing in shared_of(student).items():
-        pruned: Any = find_layer(model, name).weight == 0
+        weight = find_layer(model, name).weight
+        assert isinstance(weight, Tensor)
+        pruned = weight == 0
         if isinstance(sharing, Snapped) and sharing.zero and pruned.any():
             sharing.fixed = pruned

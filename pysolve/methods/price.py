@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from tqdm.auto import tqdm
 
@@ -19,6 +20,9 @@ from pysolve.nn.running import Batch, Output
 # grow with the square of the depth. Fewer samples than the least tell too little: of codes, with 250, those of one
 # layer were off by factors of three to seven.
 PROBE_SAMPLES, LEAST_SAMPLES, LEAST_OF_CODES = 16384, 48, 256
+
+
+M = TypeVar("M", bound=Menu)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +46,7 @@ def probe_of_codes(study: Study, units: int) -> Probe:
     return _probe(study, first_samples(study.calibration.kept, count))
 
 
-def price[M: Menu](study: Study, menus: Sequence[M], where: Probe) -> list[M]:
+def price(study: Study, menus: Sequence[M], where: Probe) -> list[M]:
     """Menus with the divergence of every unit alone at the sizes of its probes.
 
     Parameters
@@ -58,7 +62,7 @@ def price[M: Menu](study: Study, menus: Sequence[M], where: Probe) -> list[M]:
     ]
 
 
-def measured[M: Menu](study: Study, menu: M, sizes: Sequence[int], where: Probe) -> M:
+def measured(study: Study, menu: M, sizes: Sequence[int], where: Probe) -> M:
     """A menu with the divergence at some sizes; what was measured before is not again."""
     start, found = time.perf_counter(), dict(menu.measured)
     for size in sizes:

@@ -14,7 +14,15 @@ from pysolve.layer.masks import PerLayer, count_left
 from pysolve.methods.channel_scores import SCORES as OF_CHANNELS
 from pysolve.methods.channel_scores import keep_above, keep_by_share, scores_of
 from pysolve.methods.compress import made
-from pysolve.methods.goal import Length, Target, check_distill, check_share, check_target, exactly_one, network_of
+from pysolve.methods.goal import (
+    Length,
+    Target,
+    check_distill,
+    check_share,
+    check_target,
+    exactly_one,
+    network_of,
+)
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.kinds.zeros import SCORES as OF_WEIGHTS
 from pysolve.methods.kinds.zeros import Zeros
@@ -26,7 +34,6 @@ from pysolve.methods.sizes import by_keep, check_free, within
 from pysolve.methods.study import Clock, Options, study, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import parameters
-from pysolve.nn.layers.masking import mask_weights, remove_masks
 from pysolve.nn.running import Batch
 from pysolve.plan import Site
 
@@ -219,10 +226,8 @@ def _weights(
     apart = [name for name in weights if not found.walks(name)] if goal.needs_data else []
     laid = lay_out(found, rebuilt, goal.layout)
     clock.stage("layout")
-    if goal.distill and goal.layout != "masked":
-        dense = [line.name for line in laid.lines if line.layout == "dense"]
-        mask_weights(laid.model, {n: laid.model.get_submodule(n).weight != 0 for n in dense})  # type: ignore[misc]
-    result = finish(
+    dense = [line.name for line in laid.lines if line.layout == "dense"]
+    return finish(
         before,
         found,
         laid,
@@ -231,11 +236,9 @@ def _weights(
         samples=rebuilt.samples,
         notes=(*rebuilt.notes, *([f"{', '.join(apart)}: not refitted"] if apart else [])),
         distill=goal.distill,
+        zeros=dense,
         evaluate=evaluate,
     )
-    if goal.distill and goal.layout != "masked":
-        remove_masks(result.model)
-    return result
 
 
 def _channels(
@@ -290,17 +293,19 @@ def _check(goal: _Goal, blind: bool) -> None:
     numbers = goal.value if isinstance(goal.value, Mapping) else {"": goal.value}
     for name, number in numbers.items() if goal.what == "amount" else ():
         check_share(f"amount of {name}" if name else "amount", number)
-    if goal.scope == "global" and (goal.what not in ("amount", "target") or isinstance(goal.value, Mapping)):
-        if goal.what != "target":
-            got = f"{goal.what} for each" if isinstance(goal.value, Mapping) else goal.what
-            raise ValueError(f"scope='global' takes one amount for all together, got {got}.")
+    each = isinstance(goal.value, Mapping)
+    if goal.scope == "global" and goal.what != "target" and (goal.what != "amount" or each):
+        got = f"{goal.what} for each" if each else goal.what
+        raise ValueError(f"scope='global' takes one amount for all together, got {got}.")
     if goal.scope == "global" and goal.method in ("elimination", "lasso") and goal.what == "amount":
         raise ValueError(
             f"method={goal.method!r} has no scores to compare across sites: give scope='local', or a target, "
             "under which sites share out what is removed."
         )
     if blind and (goal.needs_data or goal.distill):
-        raise ValueError(f"method={goal.method!r} with refit={goal.refit!r} needs batches: unlabelled inputs.")
+        raise ValueError(
+            f"method={goal.method!r} with refit={goal.refit!r} needs batches: unlabelled inputs."
+        )
 
 
 def _check_names(wanted: Mapping[str, object], weights: Mapping[str, object]) -> None:

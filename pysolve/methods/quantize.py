@@ -232,7 +232,9 @@ def _check(
     if target is not None:
         check_target(target, ("bytes",), "the file of a quantised network has a size")
         if scheme != "codebook" or method != "feedback":
-            raise ValueError(f'a target needs scheme="codebook" and method="feedback", got {scheme}, {method}.')
+            raise ValueError(
+                f'a target needs scheme="codebook" and method="feedback", got {scheme}, {method}.'
+            )
     if group is not None and scheme != "int8":
         raise ValueError(f"groups of inputs are for int8, got {scheme!r}.")
     if distill and integers:

@@ -106,7 +106,13 @@ def subject_of(
     if many:
         notes.append(f"shared values of their own, for they are no layer's weight: {', '.join(many)}")
     found = study(
-        model, batches, options, weights={**weights, **many}, sites=sites, gather=priced or gather, notes=notes
+        model,
+        batches,
+        options,
+        weights={**weights, **many},
+        sites=sites,
+        gather=priced or gather,
+        notes=notes,
     )
     kind = replace(kind, bare=frozenset(many))
     small = {name: value for name, value in bare.items() if name not in many}

@@ -71,7 +71,11 @@ def rebuild(
         return _plain(study, chosen, given)
     if refit == "independent" or study.graph is None:
         found = independent(study, chosen)
-        why = () if refit == "independent" or chosen.fits else (_why_independent("the network cannot be exported"),)
+        why = (
+            ()
+            if refit == "independent" or chosen.fits
+            else (_why_independent("the network cannot be exported"),)
+        )
         return replace(found, values={**given, **found.values}, notes=why)
     batches, reason = _batches(study)
     if not batches and chosen.fits:
@@ -151,7 +155,13 @@ def _plain(study: Study, chosen: Chosen, values: dict[str, Tensor]) -> Rebuilt:
 
 
 def _walked(
-    study: Study, chosen: Chosen, values: dict[str, Tensor], batches: Sequence[Batch], reason: str, *, weights: bool
+    study: Study,
+    chosen: Chosen,
+    values: dict[str, Tensor],
+    batches: Sequence[Batch],
+    reason: str,
+    *,
+    weights: bool,
 ) -> Rebuilt:
     """The lockstep walk: every layer on what the rebuilt network reads by now."""
     assert study.graph is not None and study.calibration is not None
@@ -169,7 +179,9 @@ def _walked(
     def fitted(name: str, correlations: Correlations, intercept: bool) -> tuple[Array, Array | None]:
         own = study.layers[name]
         task = _task(study, cuts, name, prior=known.fits.get(name), previous=fits.get(name))
-        found = _fit_layer(own, replace(task, correlations=correlations), chosen.fits.get(name), intercept, weights)
+        found = _fit_layer(
+            own, replace(task, correlations=correlations), chosen.fits.get(name), intercept, weights
+        )
         fits[name] = found
         return found.weight, found.bias
 
@@ -206,7 +218,9 @@ def _fit_layer(layer: Layer, task: Task, fit: Fit | None, intercept: bool, weigh
     if layer.takes_bias:
         return found
     plain = replace(fit(bare), bias=None)
-    gained = task.correlations.error(found.weight, found.bias) < (1 - BIAS_GAIN) * task.correlations.error(plain.weight)
+    gained = task.correlations.error(found.weight, found.bias) < (1 - BIAS_GAIN) * task.correlations.error(
+        plain.weight
+    )
     return found if gained else plain
 
 

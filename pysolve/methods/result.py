@@ -14,7 +14,7 @@ from torch import nn
 
 import pysolve
 from pysolve.compressed import Compressed
-from pysolve.methods.goal import Length, Target, plain_target
+from pysolve.methods.goal import Target, plain_target
 from pysolve.methods.layout import LaidOut
 from pysolve.methods.study import Clock, Study
 from pysolve.nn.calibration import samples_in, take
@@ -22,10 +22,9 @@ from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, ru
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.files.architecture import fingerprint
 from pysolve.nn.files.checkpoint import file_bytes
-from pysolve.nn.layers.masking import mask_weights, masks_of, remove_masks
 from pysolve.nn.nonzeros import nonzeros
 from pysolve.nn.profile import latencies, masses
-from pysolve.nn.running import Batch
+from pysolve.nn.running import Batch, as_array, find_layer
 from pysolve.plan import Plan
 from pysolve.report.report import Report
 from pysolve.report.rows import Latency, LayerReport, SiteReport, Solve, Stage
@@ -39,7 +38,7 @@ PARTS = 16
 # Samples that are timed together.
 BATCHES = (1, 64)
 # Of what is not measured yet.
-NO_REPORT = Report(before={}, after={}, sites=(), divergence=float("nan"), samples=0)
+NO_REPORT = Report(before={}, after={}, sites=(), divergence=float("nan"), samples=0, held=0)
 # Options of matching the original's outputs, unless others are given.
 MATCHING: Mapping[str, object] = {"loss": "mse", "batch_size": 32, "mix": 0.5, "frozen": True}
 
@@ -59,6 +58,7 @@ def finish(
     stages: Sequence[Stage] = (),
     notes: Sequence[str] = (),
     distill: Mapping[str, object] | None = None,
+    zeros: Sequence[str] = (),
     evaluate: Evaluate | None = None,
     file: bool = False,
 ) -> Compressed:
@@ -77,13 +77,15 @@ def finish(
         For the report.
     distill : {option: value}, optional
         Of ``check_distill``; undone where it harmed on held-out samples.
+    zeros : sequence of str
+        Dense layers whose zeros stay zero meanwhile.
     evaluate : callable, optional
     file : bool
         Whether the report gives the bytes of the file that ``save`` writes.
     """
     original, model = against or study.model, laid.model
     if distill:
-        model, more = matched(study, original, model, distill)
+        model, more = matched(study, original, model, distill, zeros)
         notes = (*notes, *more)
         clock.stage("distill")
     report = account(original, model, study)
@@ -124,16 +126,20 @@ def assembled(before: nn.Module | Compressed, plan: Plan, model: nn.Module) -> C
 
 
 def matched(
-    study: Study, teacher: nn.Module, model: nn.Module, options: Mapping[str, object]
+    study: Study,
+    teacher: nn.Module,
+    model: nn.Module,
+    options: Mapping[str, object],
+    zeros: Sequence[str] = (),
 ) -> tuple[nn.Module, list[str]]:
-    """Train a network to give the original's outputs, without labels; undone where it clearly harmed.
-
-    Zeros of dense layers stay zero where the weights are masked.
-    """
+    """Train a network to give the original's outputs, without labels; undone where it clearly harmed."""
     assert study.calibration is not None
     student, run_options = copy.deepcopy(model), study.options
+    mask_weights(student, {name: as_array(find_layer(student, name).weight) != 0 for name in zeros})  # type: ignore[arg-type]
     given = {"seed": run_options.seed, "progress": run_options.progress, **MATCHING, **options}
     teach(student, teacher, study.calibration.kept, **given)  # type: ignore[arg-type]
+    if zeros:
+        remove_masks(student)
     rise = increase(teacher, model, student, study.held, run_options.divergence)
     return (model, [f"distillation was undone: {rise}"]) if rise else (student, [])
 

@@ -10,7 +10,7 @@ import numpy as np
 from pysolve.correlations import Indices
 from pysolve.errors import PysolveError
 from pysolve.methods.budget import costs_of, settle
-from pysolve.methods.goal import Target
+from pysolve.methods.goal import Target, Values
 from pysolve.methods.kinds.channels import site_problem
 from pysolve.methods.menu import Menu
 from pysolve.methods.price import Probe
@@ -25,7 +25,6 @@ from pysolve.solve.solvers import newton
 
 # Sizes at which the report tells a site's error.
 CURVE_POINTS = 33
-Values = float | Mapping[str | Site, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +116,9 @@ def site_reports(found: Study, sized: Sized) -> Iterator[SiteReport]:
         )
 
 
-def _sized(found: Study, menus: Sequence[Menu], sizes: Sequence[int], predicted: Sequence[float] | None) -> Sized:
+def _sized(
+    found: Study, menus: Sequence[Menu], sizes: Sequence[int], predicted: Sequence[float] | None
+) -> Sized:
     sites = zip(found.free, menus, sizes, strict=True)
     kept = [np.arange(k) if k == site.channels else menu.at(k).keep[site] for site, menu, k in sites]
     return Sized(menus, kept, predicted, (), tuple(_lasso_solves(found, menus, sizes)))
@@ -164,9 +165,15 @@ def _check_names(found: Study, what: str, values: Values) -> None:
     for name in values if isinstance(values, Mapping) else ():
         if isinstance(name, Site):
             if name not in found.free:
-                raise ValueError(f"{what} names the site {name.name}, which is none of those that can shrink.")
+                raise ValueError(
+                    f"{what} names the site {name.name}, which is none of those that can shrink."
+                )
         elif name not in writers:
-            why = f"whose channels cannot be removed ({pinned[name]})" if name in pinned else "which writes no site"
+            why = (
+                f"whose channels cannot be removed ({pinned[name]})"
+                if name in pinned
+                else "which writes no site"
+            )
             raise ValueError(f"{what} names {name!r}, {why}; those that can shrink: {', '.join(writers)}.")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from pysolve.nn.graph.export import Graph, trace_once
 from pysolve.nn.graph.sites import sites_in
 from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix
 from pysolve.nn.layers.masking import masks_of
-from pysolve.nn.layers.sparse import SparseWeight
+from pysolve.nn.layers.products import SparseWeight
 from pysolve.nn.running import Batch, as_array, find_matching
 from pysolve.nn.slicing import WEIGHTED
 from pysolve.plan import Site
@@ -170,7 +170,10 @@ def study(
     layers = {layer.name: layer for layer in _unseen(model, [*named, *([] if graph else weights)])} | seen
     clock.stage("find")
     readers = [name for site in found if site.pinned is None for name in site.readers]
-    wanted = [*readers, *(name for name in weights if (gather or not graph) and _is_gathered(layers.get(name), graph))]
+    wanted = [
+        *readers,
+        *(name for name in weights if (gather or not graph) and _is_gathered(layers.get(name), graph)),
+    ]
     calibration, correlations = calibrate(
         model,
         batches,
@@ -183,7 +186,10 @@ def study(
     )
     clock.stage("gather")
     if why and weights:
-        notes = (*notes, f"layers were fitted on the original's inputs, for the network cannot be exported: {why}")
+        notes = (
+            *notes,
+            f"layers were fitted on the original's inputs, for the network cannot be exported: {why}",
+        )
     return Study(
         model, options, graph, layers, weights, found, correlations, calibration, tuple(notes), clock.seconds
     )
@@ -203,7 +209,8 @@ def weights_of(
         raise PysolveError("the network's weights are masked: call remove_masks on it first.")
     ignored = find_matching(model, ignore)
     owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
-    found, notes = {}, []
+    found: dict[str, Tensor] = {}
+    notes: list[str] = []
     for name, module in model.named_modules():
         if name in ignored:
             continue
@@ -238,7 +245,12 @@ def _traced(
         if sites is True:
             raise
         return None, {}, given, str(error)
-    return graph, find_layers(graph, model), sites_in(model, graph, few, ignore=ignore) if sites is True else given, ""
+    return (
+        graph,
+        find_layers(graph, model),
+        sites_in(model, graph, few, ignore=ignore) if sites is True else given,
+        "",
+    )
 
 
 def _unseen(model: nn.Module, names: Iterable[str]) -> Iterator[Layer]:

@@ -72,9 +72,9 @@ class SiteReport:
     channels, kept : int
     error : float
         E‖y − M x‖² / E‖y‖² of its readers, refitted on the original's inputs, mean over readers.
-    predicted, measured : float
+    predicted, measured : float, optional
         Divergence of the network's outputs with this site alone compressed: from the curve that the budget
-        used, and measured at the size it chose.
+        used, and measured at the size it chose; None where sizes were given.
     seconds : float
         Spent on choosing its channels and measuring its curve.
     pinned : str, optional
@@ -90,15 +90,15 @@ class SiteReport:
         count = f"{self.kept}/{self.channels}"
         if self.pinned is not None:
             return (self.name, count, "", "", "", "", self.pinned)
-        harms = (f"{self.predicted:.2g}", f"{self.measured:.2g}")
+        harms = ("" if one is None else f"{one:.2g}" for one in (self.predicted, self.measured))
         return (self.name, count, f"{self.error:.2%}", *harms, f"{self.seconds:.2f}", "")
 
     name: str
     channels: int
     kept: int
     error: float = 0.0
-    predicted: float = 0.0
-    measured: float = 0.0
+    predicted: float | None = None
+    measured: float | None = None
     seconds: float = 0.0
     pinned: str | None = None
     curve: tuple[tuple[int, float], ...] = ()

@@ -17,7 +17,6 @@ from pysolve.layer.layer_fit import LayerFit
 from pysolve.layer.quantize_layer import quantize_layer
 from pysolve.methods.menu import Chosen, Fit, Menu, Task
 from pysolve.methods.study import Study
-from pysolve.nn.running import as_array, as_tensor
 from pysolve.nn.sensitivity import sensitivities
 from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
 
@@ -90,7 +89,9 @@ class Codes:
     def menu(self, study: Study, name: str) -> Menu:
         """One size, a price at which little is lost: what the sensitivity of the weight is measured with."""
         W, known = study.matrix(name), study.correlations.get(name)
-        energy = float(np.square(W).mean()) if known is None else float(np.trace(known.centered().r_yy)) / W.size
+        energy = (
+            float(np.square(W).mean()) if known is None else float(np.trace(known.centered().r_yy)) / W.size
+        )
         lam = _TRIED * energy
 
         def at(size: int) -> Chosen:

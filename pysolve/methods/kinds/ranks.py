@@ -17,6 +17,7 @@ from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
 from pysolve.methods.study import Study
 from pysolve.nn.calibration import first_samples, samples_in, take
 from pysolve.nn.evaluate import layer_macs, macs
+from pysolve.nn.layer_matrix import Layer
 from pysolve.nn.layers.factored import CONVOLUTIONS, Factored, empty
 from pysolve.nn.profile import layer_inputs
 from pysolve.nn.running import find_layer
@@ -131,7 +132,9 @@ def ranks_of(study: Study, structure: str, plain: bool) -> tuple[Ranks, dict[str
     held = study.held[0]
     example = take(held, 0, 2)
     counts = {name: count / samples_in(example) for name, count in layer_macs(study.model, example).items()}
-    return replace(kind, inputs=layer_inputs(study.model, layers, take(held, 0, TIMED)), counts=counts), against
+    return replace(
+        kind, inputs=layer_inputs(study.model, layers, take(held, 0, TIMED)), counts=counts
+    ), against
 
 
 def _reason_against(name: str, layer: nn.Module) -> str | None:
@@ -145,7 +148,7 @@ def _reason_against(name: str, layer: nn.Module) -> str | None:
     return "it has groups" if getattr(layer, "groups", 1) > 1 else None
 
 
-def _metrics(study: Study, layers: Mapping[str, nn.Linear]) -> dict[str, Array]:
+def _metrics(study: Study, layers: Mapping[str, Layer]) -> dict[str, Array]:
     """Of each layer what an error means to the network, and as much again of the error itself.
 
     Without the second part, which counts all outputs alike, errors go where the first order sees none.
@@ -161,8 +164,8 @@ def _costs(
     layer: nn.Module, spatial: bool, count: float, x: Tensor | None
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
     """What one rank costs in the inner and the outer layer, and what the weight costs now; ``count``: its MACs."""
+    assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
     form, weight = empty(layer, 1, spatial=spatial), layer.weight
-    assert isinstance(weight, Tensor)
     sizes = [form.inner.size, form.outer.size, weight.numel()]
     # Without data nothing is known of positions: MACs count one.
     calls = [float(size) for size in sizes]

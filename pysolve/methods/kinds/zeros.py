@@ -59,12 +59,16 @@ class Zeros:
     def _by_losses(self, study: Study, weights: Mapping[str, AnyArray]) -> dict[str, Fit]:
         """Optimal brain surgeon; of an amount of all weights together, each layer's part by its curve of error."""
         if self.scope == "global" and self.amount is not None and not isinstance(self.amount, Mapping):
-            curves = {n: error_curve(w, study.correlations[n]) for n, w in weights.items() if n in study.correlations}
+            curves = {
+                n: error_curve(w, study.correlations[n])
+                for n, w in weights.items()
+                if n in study.correlations
+            }
             left = count_left(self.amount, sum(weights[name].size for name in curves))
             counts = share_weights(curves, left)
             shares = {name: self.amount for name in weights if name not in counts}
-            fits: dict[str, Fit] = {name: partial(prune_layer, count=count) for name, count in counts.items()}
-            return {n: fits.get(n) or partial(prune_layer, amount=shares[n]) for n in weights}
+            shares |= {name: 1.0 - count / weights[name].size for name, count in counts.items()}
+            return {name: partial(prune_layer, amount=shares[name]) for name in weights}
         if self.pattern is not None:
             return {name: partial(prune_layer, pattern=self.pattern) for name in weights}
         # A layer without an entry keeps all.
@@ -75,7 +79,9 @@ class Zeros:
         """Fits on masks of the largest scores."""
         moments = None
         if self.method == "wanda":
-            moments = {name: known.get(name, np.ones(int(np.prod(w.shape[1:])))) for name, w in weights.items()}
+            moments = {
+                name: known.get(name, np.ones(int(np.prod(w.shape[1:])))) for name, w in weights.items()
+            }
         found = masks(
             weights,
             self.amount,
@@ -97,14 +103,12 @@ def prune_to(task: Task, *, mask: Mask) -> LayerFit:
     return obs_prune(task.weight, task.correlations, mask=mask)
 
 
-def prune_layer(
-    task: Task, *, amount: float | None = None, count: int | None = None, pattern: str | None = None
-) -> LayerFit:
+def prune_layer(task: Task, *, amount: float | None = None, pattern: str | None = None) -> LayerFit:
     """Optimal brain surgeon on a layer; the mask that is chosen first stays when targets move."""
     assert task.correlations is not None
     if isinstance(task.previous, PrunedLayer):
         return obs_prune(task.weight, task.correlations, mask=task.previous.mask)
-    return obs_prune(task.weight, task.correlations, amount=amount, count=count, pattern=pattern)
+    return obs_prune(task.weight, task.correlations, amount=amount, pattern=pattern)
 
 
 def _only(value: PerLayer | None, names: Mapping[str, AnyArray]) -> PerLayer | None:

@@ -61,7 +61,7 @@ class Graph:
     def takes_any_batch(self) -> bool:
         """Whether the number of samples is free."""
         values = [node.meta.get("val") for node in self.inputs]
-        sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim]
+        sizes: list[object] = [v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim]
         return all(isinstance(n, torch.SymInt) and n.node.maybe_as_int() is None for n in sizes)
 
     def bind(self, batch: Batch) -> dict[Node, Any]:
