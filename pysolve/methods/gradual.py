@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
 from typing import Unpack
 
 import numpy as np
@@ -175,7 +174,7 @@ def _prepared(
     _, original = network_of(model, dense=False)
     check_layout(layout, LAYOUTS, "zeros")
     for name, number in value.items() if isinstance(value, Mapping) else [("all", value)]:
-        real = float(number) if isinstance(number, Real) else np.nan
+        real = float(number) if isinstance(number, int | float | np.number) else np.nan
         low, high = (0, 1) if what == "amount" else (-np.inf, np.inf)
         if not (low <= real < high and np.isfinite(real)):
             allowed = "in [0, 1)" if what == "amount" else "a finite number"

@@ -22,6 +22,7 @@ from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, ru
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.files.architecture import fingerprint
 from pysolve.nn.files.checkpoint import file_bytes
+from pysolve.nn.layers.masking import mask_weights, remove_masks
 from pysolve.nn.nonzeros import nonzeros
 from pysolve.nn.profile import latencies, masses
 from pysolve.nn.running import Batch, as_array, find_layer
