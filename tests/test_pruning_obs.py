@@ -132,8 +132,8 @@ def test_refitted_weights_solve_the_normal_equations_on_their_support(layer, rid
     mask, problem = random_mask(layer), layer_problem(layer.W, layer.R if bare else layer.correlations, ridge)
     M = refit_rows(problem, mask)
     C = layer.W @ problem.R if problem.C is None else problem.C
-    pull = ridge * np.diag(problem.R) * (M - layer.W)
-    gradient = np.where(mask, M @ problem.R - C + pull, 0.0)
+    prior = ridge * np.diag(problem.R) * (M - layer.W)
+    gradient = np.where(mask, M @ problem.R - C + prior, 0.0)
     unit = np.sqrt(np.diag(problem.R)) + 1e-300
     assert np.abs(gradient / unit).max() <= 1e-8 * (np.abs(C / unit).max() + 1e-12)
     assert not M[~mask].any()

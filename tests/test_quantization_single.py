@@ -114,7 +114,7 @@ def test_singular_correlations_and_dead_inputs_are_normal_input(layer, scheme, b
         W, statistics, bits=3, scheme=scheme, symmetric=symmetric, group=group, method="nearest"
     )
     assert np.isfinite(best.weight).all()
-    # What is minimised includes the pull to the old weights, so not by the last per cent.
+    # What is minimised includes the ridge towards the old weights, so not by the last per cent.
     assert best.error <= 1.01 * near.error + 0.01
 
 

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import scipy.linalg
 
 from pysolve.correlations import Array, Correlations
-from pysolve.solve.least_squares import check_ridge, pull
+from pysolve.solve.least_squares import check_ridge, prior_ridge
 from pysolve.solve.problem import checked_matrix
 
 Mask = npt.NDArray[np.bool_]
@@ -127,7 +127,7 @@ def layer_problem(W: Any, statistics: Any, ridge: Ridge = "auto") -> LayerProble
     # Weights of dead inputs come after all others, but keep their order, in single precision too.
     most, live = np.abs(W[:, dead]).max(initial=0.0), np.abs(W * unit).max(initial=0.0)
     unit[dead] = 1e-20 * (live or 1.0) / (most or 1.0)
-    least = pull(len(R), statistics.count) if isinstance(statistics, Correlations) else RIDGES[0]
+    least = prior_ridge(len(R), statistics.count) if isinstance(statistics, Correlations) else RIDGES[0]
     return _with_ridge(LayerProblem(W, R, C, energy, 0.0, unit, dead), ridge, least)
 
 

@@ -17,7 +17,7 @@ from scipy.sparse.linalg import LinearOperator, cg
 from pysolve.correlations import Array, Correlations
 from pysolve.forms import LowRank
 from pysolve.layer.spectrum import Spectrum, activation_spectrum, plain_spectrum
-from pysolve.solve.least_squares import pull
+from pysolve.solve.least_squares import prior_ridge
 
 Kernel = tuple[int, int]
 # Refits of both factors, and steps of conjugate gradients for one.
@@ -61,7 +61,7 @@ def spatial_spectrum(W: Array, correlations: Correlations, kernel: Kernel) -> Sp
 def spatial_start(W: Array, correlations: Correlations, rank: int, kernel: Kernel) -> LowRank:
     """Factors (h·j, r) and (r, c·i) to refit: the better of ``spatial_spectrum`` and ``plain_spatial``."""
     own = correlations.centered()
-    ridge = pull(len(own.xx), own.count) * np.diag(own.r_xx)
+    ridge = prior_ridge(len(own.xx), own.count) * np.diag(own.r_xx)
     starts = [found.factors(rank) for found in (spatial_spectrum(W, own, kernel), plain_spatial(W, kernel))]
 
     def error(form: LowRank) -> float:
@@ -78,7 +78,7 @@ def refitted(form: LowRank, W: Array, correlations: Correlations, kernel: Kernel
     """
     i, j = kernel
     h, own = len(W), correlations.centered()
-    ridge = pull(len(own.xx), own.count) * np.diag(own.r_xx)
+    ridge = prior_ridge(len(own.xx), own.count) * np.diag(own.r_xx)
     size = len(own.xx) // j
     # (j, ci, m, ci) and (j, h, ci): one block a pair of columns of the window.
     order = (2, 0, 1, 5, 3, 4)

@@ -18,7 +18,7 @@ from scipy.sparse.linalg import eigsh
 
 from pysolve.correlations import Array, Correlations
 from pysolve.forms import LowRank
-from pysolve.solve.least_squares import pull, refit
+from pysolve.solve.least_squares import prior_ridge, refit
 
 # From so many rows on, and up to this share of them, a few eigenvectors are cheaper by Lanczos. A randomised
 # decomposition (torch.svd_lowrank) takes less than half the time from 2,048 rows on, at 3 % more error.
@@ -89,7 +89,7 @@ def activation_spectrum(W: Array, correlations: Correlations, rank: int | None =
     A. J. Izenman, Reduced-rank regression for the multivariate linear model, 1975.
     """
     d = len(correlations.xx)
-    ridge = pull(d, correlations.count)
+    ridge = prior_ridge(d, correlations.count)
     B, _ = refit(correlations, np.arange(d), W, ridge=ridge)
     R = correlations.centered().r_xx
     return _spectrum(B, R + ridge * np.diag(np.diag(R)), rank)
