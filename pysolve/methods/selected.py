@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
-from pysolve.correlations import Array, Correlations
-from pysolve.layer.masks import Mask, count_left, masks
+from pysolve.correlations import Array, Correlations, Mask
+from pysolve.layer.masks import count_left, masks
 from pysolve.layer.obs import PrunedLayer, obs_prune
 from pysolve.layer.row_paths import error_curve, share_weights
 from pysolve.methods.layerwise import Material, reconstruct, study_layers
