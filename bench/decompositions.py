@@ -10,13 +10,13 @@ import torch
 from pysolve.correlations import Array, Correlations
 from pysolve.layer.reduced_rank import factor_layer
 from pysolve.layer.spectrum import activation_spectrum, plain_spectrum
-from pysolve.solve.least_squares import pull
+from pysolve.solve.least_squares import prior_ridge
 
 
 def decomposed(size: int, rank: int) -> dict[str, float]:
     """One square layer: CPU seconds, and what the peer loses over what we lose."""
     W, correlations = random_layer(size)
-    ridge = pull(size, correlations.count)
+    ridge = prior_ridge(size, correlations.count)
     G = correlations.centered().r_xx
     G += ridge * np.diag(np.diag(G))
     row: dict[str, float] = {"size": size, "rank": rank}

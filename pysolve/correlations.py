@@ -1,4 +1,4 @@
-"""What one layer reads and writes, as sums over samples: all that the solvers need to know of the data."""
+"""Correlations of one layer's inputs and outputs, as sums over samples: all that the solvers need."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ import numpy.typing as npt
 from pysolve.errors import DataError
 
 Array = npt.NDArray[np.float64]
-# Of any data type.
+# An array of any data type.
 AnyArray = npt.NDArray[Any]
 Indices = npt.NDArray[np.intp]
 Mask = npt.NDArray[np.bool_]
 
-# A variance below this share of the mean square is rounding: so far do sums of many samples round.
-_STILL = 1e-10
+# A variance below this share of the mean square is rounding of sums of many samples.
+_CONSTANT = 1e-10
 
-# What reading a damaged or foreign .npz file can end in.
+# Exceptions of reading a damaged or foreign .npz file.
 _DAMAGED = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
-def group_columns(keep: npt.ArrayLike, group_size: int) -> npt.NDArray[np.intp]:
+def group_columns(keep: npt.ArrayLike, group_size: int) -> Indices:
     """Column indices of the groups in ``keep``: group g owns columns g·group_size … (g+1)·group_size − 1."""
     groups = np.asarray(keep, dtype=np.intp)
     return np.asarray((groups[:, None] * group_size + np.arange(group_size)).ravel())
@@ -64,7 +64,7 @@ class Correlations:
     count : int
         Number of samples.
     x_sum, y_sum : (d,) and (h,) arrays
-        Σ x and Σ y: what centring, and hence an unpenalised bias, needs.
+        Σ x and Σ y, for centring, and hence an unpenalised bias.
     group_size : int
         Consecutive inputs that belong to one channel: 1 for a Linear after a Linear, taps for a
         convolution, height × width for a Linear after a flatten.
@@ -153,10 +153,12 @@ class Correlations:
         x_mean, y_mean = self.x_sum / self.count, self.y_sum / self.count
         xx, yx = self.xx - np.outer(self.x_sum, x_mean), self.yx - np.outer(self.y_sum, x_mean)
         yy = self.yy - np.outer(self.y_sum, y_mean)
-        # Of what never changes the difference leaves rounding alone, of either sign.
-        still_x = np.diag(xx) <= _STILL * np.diag(self.xx)
-        still_y = np.diag(yy) <= _STILL * np.diag(self.yy)
-        xx[still_x] = xx[:, still_x] = yx[:, still_x] = yx[still_y] = yy[still_y] = yy[:, still_y] = 0.0
+        # The variance of a constant is rounding alone, of either sign.
+        constant_x = np.diag(xx) <= _CONSTANT * np.diag(self.xx)
+        constant_y = np.diag(yy) <= _CONSTANT * np.diag(self.yy)
+        xx[constant_x] = xx[:, constant_x] = yx[:, constant_x] = yx[constant_y] = yy[constant_y] = yy[
+            :, constant_y
+        ] = 0.0
         x_sum, y_sum = np.zeros_like(self.x_sum), np.zeros_like(self.y_sum)
         return replace(self, xx=xx, yx=yx, yy=yy, x_sum=x_sum, y_sum=y_sum)
 
@@ -180,7 +182,7 @@ class Correlations:
         return float(0.5 * total / self.count)
 
     def share_lost(self, M: npt.ArrayLike, bias: npt.ArrayLike | None = None) -> float:
-        """E‖y − M x − b‖² / E‖y − E[y]‖²: 0 for a perfect fit, 1 for what the mean alone does."""
+        """E‖y − M x − b‖² / E‖y − E[y]‖²: 0 for a perfect fit, 1 for the mean alone."""
         energy = np.trace(self.r_yy) - np.square(self.y_sum / self.count).sum()
         return float(max(2 * self.error(M, bias), 0.0) / energy) if energy > 0 else 0.0
 
@@ -199,7 +201,7 @@ class Correlations:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Correlations:
-        """Read a file that ``save`` wrote. Raises DataError when it is not one."""
+        """Read a file that ``save`` wrote; DataError when it is not one."""
         names = [f.name for f in fields(cls)]
         try:
             # Given a path, np.load leaves a damaged file open.

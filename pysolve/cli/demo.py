@@ -77,7 +77,8 @@ def run(data: Path | None, out: Path, *, seed: int = 0, epochs: int | None = Non
         model = train(setting, dataset, seed, epochs or setting.epochs, console)
         correlations = gather(model, batches(dataset.x_train), layers=["fc2"])["fc2"]
         solution = select(correlations, round(setting.share * correlations.groups), console)
-        refitted = plan(correlations, debias(correlations.centered(), keep=solution.keep), solution.keep)
+        M = np.asarray(debias(correlations.centered(), keep=solution.keep))
+        refitted = plan(correlations, M, solution.keep)
         smaller = apply(model, refitted, probe=torch.from_numpy(dataset.x_test[:256]))
         costs = [
             measure(model, dataset, out / "dense.safetensors"),
@@ -200,11 +201,11 @@ def sweep(
     score = head_accuracy(model, dataset)
     strength = model.fc1.weight.detach().norm(dim=1).numpy()
     weight, bias = (value.detach().double().numpy() for value in (model.fc2.weight, model.fc2.bias))
-    refitted = [debias(problem, keep=by_size[k].keep) for k in kept]
+    refitted = [np.asarray(debias(problem, keep=by_size[k].keep)) for k in kept]
     strongest = [weight * np.isin(np.arange(len(strength)), np.argsort(-strength)[:k]) for k in kept]
     return kept, {
         "group lasso, then least squares": [score(M, correlations.bias(M)) for M in refitted],
-        "group lasso": [score(by_size[k].M, correlations.bias(by_size[k].M)) for k in kept],
+        "group lasso": [score(M, correlations.bias(M)) for k in kept for M in by_size[k].readers],
         "largest weights, no refit": [score(M, bias) for M in strongest],
     }
 

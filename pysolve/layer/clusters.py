@@ -1,22 +1,17 @@
-"""k-means on a line, exactly: the best k values to stand for many."""
+"""Exact k-means on a line: the k values that represent many with the least squared error."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
-import numpy.typing as npt
 
-from pysolve.correlations import Array
-
-Indices = npt.NDArray[np.intp]
+from pysolve.correlations import AnyArray, Array, Indices
 
 # Different values up to which the clusters are exact; more are gathered in so many bins first.
 BINS = 4096
 _ROUNDS = 50
 
 
-def k_means(values: npt.NDArray[Any], k: int, weights: npt.NDArray[Any] | None = None) -> Array:
+def k_means(values: AnyArray, k: int, weights: AnyArray | None = None) -> Array:
     """The k centres of least weighted squared distance to the values.
 
     Solves  min_c  Σ_i w_i min_a (v_i − c_a)²  exactly where there are at most 4,096 different values. More
@@ -50,19 +45,19 @@ def k_means(values: npt.NDArray[Any], k: int, weights: npt.NDArray[Any] | None =
     return centres if len(places) == len(np.unique(flat)) else _lloyd(flat, share, centres)
 
 
-def nearest(values: npt.NDArray[Any], centres: Array) -> Indices:
+def nearest(values: AnyArray, centres: Array) -> Indices:
     """Index of the nearest of ascending centres; the lower one of two."""
     return np.searchsorted(0.5 * (centres[1:] + centres[:-1]), values)
 
 
 def _starts(ascending: Array) -> Indices:
-    """Where the runs of equal values begin, or bins: half of them of equal width, half of as many values."""
+    """Starts of the runs of equal values, or of bins: half of equal width, half of as many values."""
     first = np.flatnonzero(np.diff(ascending, prepend=-np.inf))
     if len(first) <= BINS:
         return first
     low, high, half = ascending[0], ascending[-1], BINS // 2
     wide = np.minimum((ascending / (high - low) - low / (high - low)) * half, half - 1).astype(np.intp)
-    # Of outliers alone, bins of one width would leave all others one bin.
+    # Beside outliers, bins of one width would leave a single bin for all other values.
     many = np.arange(len(ascending)) * half // len(ascending)
     return np.flatnonzero(np.diff(wide + many, prepend=-1))
 
@@ -78,7 +73,7 @@ def _merged(values: Array, weights: Array, starts: Indices) -> tuple[Array, Arra
 
 
 def _exact(places: Array, masses: Array, k: int) -> Array:
-    """The best k centres of ascending places, by dynamic programming over where the last cluster begins.
+    """The best k centres of ascending places, by dynamic programming over the start of the last cluster.
 
     Those beginnings ascend with the end, so all ends of one size are found by halving: k n log n steps.
     """
@@ -107,7 +102,7 @@ def _cost(sums: Array, first: Indices, end: Indices) -> Array:
 
 
 def _one_more(sums: Array, best: Array, size: int) -> tuple[Array, Indices]:
-    """Least costs of places 0 … e, for every e, in one cluster more than ``size``, and where the last begins.
+    """Least costs of places 0 … e, for every e, in ``size`` + 1 clusters, and the start of the last one.
 
     Entries before e = size have too few places: cost 0, and every place for itself.
     """
@@ -135,11 +130,11 @@ def _least(sums: Array, best: Array, low: Indices, high: Indices, end: Indices) 
 
 
 def _lloyd(values: Array, weights: Array, centres: Array) -> Array:
-    """Lloyd's iterations on ascending values until no value changes sides."""
+    """Lloyd's iterations on ascending values until no value changes its cluster."""
     middle = values.mean()
     sums = np.zeros((2, len(values) + 1))
     np.cumsum([weights, weights * (values - middle)], axis=1, out=sums[:, 1:])
-    last: Any = None
+    last: Indices | None = None
     for _ in range(_ROUNDS):
         cuts = np.searchsorted(values, 0.5 * (centres[1:] + centres[:-1]), side="right")
         if last is not None and np.array_equal(cuts, last):

@@ -1,21 +1,26 @@
-"""A few values that all weights of a layer share."""
+"""A few values that all weights of a layer share: of equal bits, or priced by what entropy coding takes."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from pysolve.correlations import Array
+from pysolve.correlations import Array, Mask
+from pysolve.forms import Codebook
 from pysolve.layer.clusters import k_means, nearest
-from pysolve.layer.targets import Target
-
-Codes = npt.NDArray[np.int64]
+from pysolve.layer.layer_problem import blocks
+from pysolve.layer.rounding import Codes, Columns, Target
 
 # Share of the first residual at which the normal equations count as solved.
 _SOLVED = 1e-8
+# Step of a priced codebook, in units of the root of lam by curvature.
+_STEP = 6.0
+# Curvature below which an input does not count.
+_FLAT = 1e-300
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,28 +30,28 @@ class SharedValues:
     Parameters
     ----------
     centroids : (k,) array
-        Of single precision.
+        In single precision.
     zero : bool
-        Whether the first one is zero, and stays so.
+        Whether the first one is zero, and remains so.
     """
 
     centroids: Array
     zero: bool = False
 
-    def codes(self, values: Array, columns: Any = None, curvature: Any = None) -> Codes:
+    def codes(self, values: Array, columns: Columns | None = None, curvature: npt.ArrayLike = 1.0) -> Codes:
         """Codes of the nearest values."""
         order = np.argsort(self.centroids, kind="stable")
         return np.asarray(order[nearest(values, self.centroids[order])], np.int64)
 
-    def values(self, codes: Codes, columns: Any = None) -> Array:
-        """What the codes stand for."""
+    def values(self, codes: Codes, columns: Columns | None = None) -> Array:
+        """Values of the codes."""
         return np.asarray(self.centroids[codes])
 
     def price(self, codes: Codes) -> float:
-        """Nothing: all codes have equally many bits."""
+        """0: all codes have equally many bits."""
         return 0.0
 
-    def zero_codes(self, columns: Any = None) -> int:
+    def zero_codes(self, columns: Columns | None = None) -> int:
         """The code of zero."""
         return 0
 
@@ -80,12 +85,58 @@ class SharedValues:
             step = scale * residual + (size / last) * step
         return replace(self, centroids=_single(self.centroids + change))
 
+    def form(self, codes: Codes) -> Codebook:
+        """The weight of those codes as it is stored, in single precision."""
+        return Codebook(codes.astype(np.uint8), self.centroids.astype(np.float32))
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class PricedValues(SharedValues):
+    """Shared values that each cost ``lam`` times −log₂ of their share of the weights, beside their error.
+
+    Parameters
+    ----------
+    centroids, zero
+        As in ``SharedValues``.
+    lam : float
+        Price of a bit, in units of the loss.
+    bits : (k,) array
+        Length of each value's code.
+    """
+
+    lam: float
+    bits: Array
+
+    def codes(self, values: Array, columns: Columns | None = None, curvature: npt.ArrayLike = 1.0) -> Codes:
+        """Codes of least ½ curvature (value − centroid)² + lam · bits."""
+        # Less what all codes have in common, and by curvature: one product gives all k of them.
+        lines = np.stack([-self.centroids, self.bits, 0.5 * np.square(self.centroids)])
+        bends = np.broadcast_to(curvature, values.shape)
+        found = np.empty(values.shape, np.int64)
+        for rows in blocks(len(values)):
+            v, ratio = values[rows], self.lam / np.maximum(bends[rows], _FLAT)
+            found[rows] = np.argmin(np.stack([v, ratio, np.ones_like(v)], -1) @ lines, axis=-1)
+        return found
+
+    def price(self, codes: Codes) -> float:
+        """Price of all codes together."""
+        return self.lam * float(np.bincount(codes.ravel(), minlength=len(self.bits)) @ self.bits)
+
+    def refit(self, codes: Codes, target: Target) -> Self:
+        """Values of least error for given codes, and the bits that these take."""
+        return replace(super().refit(codes, target), bits=code_lengths(codes, len(self.centroids)))
+
+    def form(self, codes: Codes) -> Codebook:
+        """The weight of those codes as it is stored, without the values that none of them has."""
+        used, codes = np.unique(codes, return_inverse=True)
+        return Codebook(codes.astype(np.uint8), self.centroids[used].astype(np.float32))
+
 
 def share_values(
     W: Array,
     size: int,
     *,
-    mask: npt.NDArray[np.bool_] | None = None,
+    mask: Mask | None = None,
     zero: bool | None = None,
     weights: Array | None = None,
 ) -> SharedValues:
@@ -97,11 +148,11 @@ def share_values(
     size : int
         At least 2.
     mask : (h, d) bool array, optional
-        Which weights differ from zero; the others have the first value, which is zero.
+        Weights that differ from zero; the others have the first value, which is zero.
     zero : bool, optional
         Whether the first value is zero; by default, where there is a mask.
     weights : (d,) or (h, d) array, optional
-        What a square error counts.
+        Weights of the square errors.
     """
     zero = mask is not None if zero is None else zero or mask is not None
     inside = np.ones(W.shape, bool) if mask is None else mask
@@ -110,6 +161,33 @@ def share_values(
     return SharedValues(_single(np.concatenate([np.zeros(int(zero)), centres])), zero)
 
 
+def spaced_values(target: Target, size: int, lam: float) -> PricedValues:
+    """At most ``size`` multiples of a step, and the bits that nearest rounding has them take.
+
+    The step's square is 36 lam over the mean curvature of a weight. (At many bits a weight 12 lam / ln 2 is
+    the best; wider steps lose nothing there, since the values are fitted afterwards, and gain 5 % to 10 % of
+    the objective at few bits.)
+    """
+    curvature = float(target.diagonal.mean() * target.rows.mean()) if target.V.size else 0.0
+    step = _STEP * math.sqrt(lam / (curvature or 1.0))
+    # A weight whose whole energy is below the price of one bit becomes zero anyway.
+    active = 0.5 * np.outer(target.rows, target.diagonal) * np.square(target.V) > lam
+    top = float(np.abs(target.V).max(initial=0.0, where=active))
+    most = max(1, (size - 1) // 2)
+    step = max(step, top / most)
+    steps = np.arange(1, int(np.ceil(top / step)) + 1) if step > 0 else np.zeros(0)
+    centroids = (step * np.concatenate([[0], steps, -steps])[:size]).astype(np.float32).astype(np.float64)
+    start = SharedValues(centroids, zero=True)
+    lengths = code_lengths(start.codes(target.V), len(centroids))
+    return PricedValues(centroids, True, lam=lam, bits=lengths)
+
+
+def code_lengths(codes: Codes, size: int) -> Array:
+    """−log₂ of the share of each code; of one that does not occur, as though it did half a time."""
+    counts = np.bincount(codes.ravel(), minlength=size)
+    return np.asarray(np.log2(max(1, codes.size)) - np.log2(np.where(counts > 0, counts, 0.5)))
+
+
 def _single(values: Array) -> Array:
-    """The nearest numbers of single precision, which is what is stored."""
+    """The nearest numbers of single precision, as they are stored."""
     return np.asarray(values.astype(np.float32), np.float64)

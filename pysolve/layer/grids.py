@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pysolve.correlations import Array
-from pysolve.layer.targets import Target
-
-Codes = npt.NDArray[np.int64]
-Columns = int | npt.NDArray[np.intp]
+from pysolve.forms import Integers
+from pysolve.layer.rounding import Codes, Columns, Target
 
 # Shares of the range of the weights that are tried; at 2 bits the best one is often below a half. Weights of
 # inputs that hardly vary may be hundreds of times as large as all others.
@@ -28,7 +25,7 @@ class Grid:
     scales : (h, groups) array
         Positive numbers of single precision, one for every output and group of inputs.
     zeros : (h, groups) array
-        The codes of zero, whole numbers; all 0 for a symmetric grid.
+        The codes of zero, integers; all 0 for a symmetric grid.
     bits : int
     group : int
         Consecutive inputs that share a scale.
@@ -39,7 +36,7 @@ class Grid:
     bits: int
     group: int
 
-    def codes(self, values: Array, columns: Columns, curvature: Any = None) -> Codes:
+    def codes(self, values: Array, columns: Columns, curvature: npt.ArrayLike = 1.0) -> Codes:
         """Codes of the nearest values: (h,) for one column, (h, n) for several."""
         part = np.floor_divide(columns, self.group)
         low, high = _limits(self.bits)
@@ -47,7 +44,7 @@ class Grid:
         return np.asarray(np.clip(found, low, high), np.int64)
 
     def values(self, codes: Codes, columns: Columns) -> Array:
-        """What the codes stand for."""
+        """Values of the codes."""
         part = np.floor_divide(columns, self.group)
         return np.asarray((codes - self.zeros[:, part]) * self.scales[:, part])
 
@@ -56,12 +53,12 @@ class Grid:
         return self.values(self.codes(values, columns), columns)
 
     def price(self, codes: Codes) -> float:
-        """Nothing: all codes have equally many bits."""
+        """0: all codes have equally many bits."""
         return 0.0
 
-    def zero_codes(self, columns: Columns) -> Any:
+    def zero_codes(self, columns: Columns) -> Codes:
         """Codes of zero, for every row of the columns."""
-        return self.zeros[:, np.floor_divide(columns, self.group)].astype(np.int64)
+        return np.asarray(self.zeros[:, np.floor_divide(columns, self.group)], np.int64)
 
     def refit(self, codes: Codes, target: Target) -> Grid:
         """Scales of least error for given codes, one group after the other; exact for one group a row."""
@@ -80,6 +77,11 @@ class Grid:
             scales[:, part] = moved
         return replace(self, scales=scales)
 
+    def form(self, codes: Codes) -> Integers:
+        """The weight of those codes as it is stored, in single precision."""
+        zeros = self.zeros.astype(np.int8) if self.zeros.any() else None
+        return Integers(codes.astype(np.int8), self.scales.astype(np.float32), zeros, self.bits, self.group)
+
 
 def fit_grid(
     W: Array, bits: int, *, symmetric: bool = True, group: int | None = None, weights: Array | None = None
@@ -96,8 +98,8 @@ def fit_grid(
     group : int, optional
         Consecutive inputs that share a scale; all of a row by default.
     weights : (d,) or (h, d) array, optional
-        What a square error counts. The range is the best share of that of the weights, of 41 from 1 to 0.001,
-        29 of them to 0.3; without, the range of the weights itself.
+        Weights of the square errors. The range of the grid is then the best share of the range of W, of 41
+        from 1 to 0.001, 29 of them down to 0.3; without, the range of W itself.
     """
     d = W.shape[1]
     group = max(1, min(group or d, d))
@@ -126,7 +128,7 @@ def _limits(bits: int) -> tuple[int, int]:
 
 
 def _spanning(low: Array, high: Array, bits: int, group: int, symmetric: bool) -> Grid:
-    """The grid from low to high; scales of single precision, 1 where there is nothing to span."""
+    """The grid from low to high; scales of single precision, 1 where low and high are 0."""
     first, last = _limits(bits)
     wide = np.maximum(-low, high) / last if symmetric else (high - low) / (last - first)
     scales = wide.astype(np.float32).astype(np.float64)

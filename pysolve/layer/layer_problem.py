@@ -12,21 +12,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from pysolve.correlations import Array, Correlations
-from pysolve.solve.least_squares import check_ridge, pull
-from pysolve.solve.problem import checked_matrix
+from pysolve.correlations import AnyArray, Array, Correlations, Indices, Mask
+from pysolve.solve.least_squares import Ridge, check_ridge, least_squares, prior_ridge
+from pysolve.solve.problem import checked_matrix, problem_of
 
-Mask = npt.NDArray[np.bool_]
 Single = npt.NDArray[np.float32]
-Ridge = float | Literal["auto"]
 
-# What "auto" tries.
+# Ridges that "auto" tries.
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 # Multiplications of a row's own Cholesky factorisation, for each one of its product with A, up to which it is
 # faster than the iterations that conjugate gradients need for a relative error of 1e-8 (measured at d = 800);
@@ -36,12 +33,12 @@ _DIRECT, ITERATIONS, _BLOCK = 32.0, 100, 256
 
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
-    """A layer's weights, and what they are to do.
+    """The least-squares problem of one layer.
 
     Parameters
     ----------
     W : (h, d) array
-        The weights before.
+        The layer's own weights.
     R : (d, d) array
         E[x xᵀ].
     C : (h, d) array, optional
@@ -51,9 +48,12 @@ class LayerProblem:
     ridge : float
         ε.
     unit : (d,) array
-        Deviation of every input; of one that never varies, a number so small that its weights go first.
+        Deviation of every input; of one that never varies, a number so small that its weights are removed
+        first.
     dead : (d,) bool array
         Inputs that never vary.
+    correlations : Correlations, optional
+        The means of x and y, where they are known.
     """
 
     W: Array = field(repr=False)
@@ -63,8 +63,9 @@ class LayerProblem:
     ridge: float
     unit: Array = field(repr=False)
     dead: Mask = field(repr=False)
+    correlations: Correlations | None = field(default=None, repr=False)
 
-    def metric(self, order: npt.NDArray[np.intp] | None = None) -> Array:
+    def metric(self, order: Indices | None = None) -> Array:
         """A, or A with rows and columns in another order: a new (d, d) array."""
         unit, dead = (self.unit, self.dead) if order is None else (self.unit[order], self.dead[order])
         A = self.R.copy() if order is None else self.R[np.ix_(order, order)]
@@ -74,7 +75,7 @@ class LayerProblem:
         A.ravel()[:: len(A) + 1] = np.where(dead, 1.0, np.diag(A)) + self.ridge
         return A
 
-    def target(self, A: npt.NDArray[Any], rows: slice = slice(None)) -> Array:
+    def target(self, A: AnyArray, rows: slice = slice(None)) -> Array:
         """Rows of B, given the metric A."""
         W = self.W[rows] * self.unit
         if self.C is None:
@@ -105,30 +106,51 @@ class LayerProblem:
                 missed -= float(np.vdot(self.C[part], self.W[part]))
         return max(0.0, missed) / (self.energy or 1.0)
 
+    def bias(self, M: Array) -> Array | None:
+        """E[y] − M E[x]; None where the means are not known."""
+        return None if self.correlations is None else self.correlations.bias(M)
 
-def layer_problem(W: Any, statistics: Any, ridge: Ridge = "auto") -> LayerProblem:
-    """The problem of a layer with weights W (h, d), from its correlations or from E[x xᵀ] alone.
 
-    Correlations are centred, since the bias is free; their y may be another network's outputs.
+def layer_problem(
+    W: npt.ArrayLike,
+    r_xx: Correlations | npt.ArrayLike,
+    r_yx: npt.ArrayLike | None = None,
+    *,
+    ridge: Ridge = "auto",
+) -> LayerProblem:
+    """The problem of a layer with weights W (h, d) on what it reads and should output.
+
+    A Correlations is centred, since the bias is free; its y may be another network's outputs. E[x xᵀ] and
+    E[y xᵀ] are taken as they are, y as far as x explains it; without ``r_yx``, y = W x.
     """
     W = checked_matrix("W", W)
     check_ridge(ridge)
-    if isinstance(statistics, Correlations):
-        own = statistics.centered()
+    correlations = r_xx if isinstance(r_xx, Correlations) else None
+    if isinstance(r_xx, Correlations):
+        own = r_xx.centered()
         R, C, energy = own.r_xx, own.r_yx, float(np.trace(own.r_yy))
+    elif r_yx is not None:
+        (R,), (C,) = (pair := problem_of((r_xx, r_yx))).xx, pair.yx
+        energy = float(np.trace(explained(R, C)))
     else:
-        R, C, energy = checked_matrix("r_xx", statistics), None, 0.0
+        R, C, energy = checked_matrix("r_xx", r_xx), None, 0.0
     _check_shapes(W, R, C)
     if C is None:
         energy = sum(float(np.vdot(W[part] @ R, W[part])) for part in blocks(len(W)))
     variance = np.diag(R)
     dead = variance <= 0
     unit = np.sqrt(np.where(dead, 0.0, variance))
-    # Weights of dead inputs come after all others, but keep their order, in single precision too.
+    # Weights of dead inputs rank below all others, but keep their order, in single precision too.
     most, live = np.abs(W[:, dead]).max(initial=0.0), np.abs(W * unit).max(initial=0.0)
     unit[dead] = 1e-20 * (live or 1.0) / (most or 1.0)
-    least = pull(len(R), statistics.count) if isinstance(statistics, Correlations) else RIDGES[0]
-    return _with_ridge(LayerProblem(W, R, C, energy, 0.0, unit, dead), ridge, least)
+    least = RIDGES[0] if correlations is None else prior_ridge(len(R), correlations.count)
+    return _with_ridge(LayerProblem(W, R, C, energy, 0.0, unit, dead, correlations), ridge, least)
+
+
+def explained(R: Array, C: Array) -> Array:
+    """C R⁺ Cᵀ: E[ŷ ŷᵀ] of the best linear prediction ŷ of y from x, (h, h)."""
+    yy = least_squares(R, C, np.arange(len(R))) @ C.T
+    return np.asarray((yy + yy.T) / 2)
 
 
 def refit_rows(
@@ -143,7 +165,7 @@ def refit_rows(
     """The (h, d) weights of least error that are zero outside ``mask``.
 
     Small supports are solved one by one, exactly; those of k > 4.6 d^⅔ inputs together, by conjugate
-    gradients from ``start`` (weights of the inputs as they are; the old ones by default): every iteration
+    gradients from ``start`` (weights of the inputs as they are; the layer's own by default): every iteration
     lowers the error, 100 leave about 1e-8 of what can be gained. ``single``: everything by conjugate
     gradients, in single precision, for few iterations on large layers. ``overwrite``: the result takes the
     place of ``start``.
@@ -154,7 +176,7 @@ def refit_rows(
             f"mask must be a bool array of shape {problem.W.shape}, got {keep.dtype} of {keep.shape}."
         )
     first = problem.W if start is None else start
-    A: npt.NDArray[Any] = problem.metric()
+    A: AnyArray = problem.metric()
     if single:
         A = A.astype(np.float32)
     M = first if overwrite and start is not None else np.empty(keep.shape)
@@ -168,7 +190,7 @@ def refit_rows(
 
 
 def blocks(rows: int, size: int = _BLOCK) -> Iterator[slice]:
-    """Consecutive slices, so that no product of all rows has to be stored."""
+    """Consecutive slices of the rows, so that no product of all of them is stored."""
     return (slice(i, min(i + size, rows)) for i in range(0, rows, size))
 
 
@@ -202,9 +224,9 @@ def _refined(problem: LayerProblem, A: Single, part: slice, inside: Mask, M: Arr
 
 
 def _conjugate_gradients(
-    A: npt.NDArray[Any], residual: npt.NDArray[Any], inside: Mask, limit: Array, iterations: int
-) -> npt.NDArray[Any]:
-    """What to add to rows that miss B by ``residual`` on their supports; every step lowers the objective."""
+    A: AnyArray, residual: AnyArray, inside: Mask, limit: Array, iterations: int
+) -> AnyArray:
+    """Change of rows that miss B by ``residual`` on their supports; every step lowers the objective."""
     step, square, change = residual.copy(), np.square(residual).sum(1), np.zeros_like(residual)
     for _ in range(iterations):
         going = square > limit
@@ -223,7 +245,7 @@ def _conjugate_gradients(
 
 
 def _with_ridge(problem: LayerProblem, ridge: Ridge, least: float) -> LayerProblem:
-    """The problem with the ridge asked for, or the smallest from ``least`` on that leaves a factorisation."""
+    """The problem with the given ridge, or the smallest from ``least`` on that leaves a factorisation."""
     larger = (least, *(epsilon for epsilon in RIDGES if epsilon > least))
     for epsilon in larger if ridge == "auto" else (float(ridge),):
         problem = replace(problem, ridge=epsilon)

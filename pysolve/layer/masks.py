@@ -1,16 +1,17 @@
-"""Which weights of a network stay: unstructured pruning by a score of every weight."""
+"""Masks of the weights to keep: unstructured pruning by a score of every weight."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-Mask = npt.NDArray[np.bool_]
-Scores = npt.NDArray[Any]
-Weights = Mapping[str, npt.NDArray[Any]]
+from pysolve.correlations import AnyArray, Array, Mask
+from pysolve.errors import one_of
+
+Scores = AnyArray
+Weights = Mapping[str, AnyArray]
 PerLayer = float | Mapping[str, float]
 
 METHODS = ("magnitude", "random", "std", "wanda")
@@ -31,23 +32,24 @@ def masks(
 ) -> dict[str, Mask]:
     """Keep the weights with the largest scores, or those whose scores reach a threshold.
 
-    Exactly one of ``amount``, ``threshold``, ``sensitivity`` and ``pattern`` says how many.
+    Maximises the sum of the kept scores under a given number of weights; exactly one of ``amount``,
+    ``threshold``, ``sensitivity`` and ``pattern`` gives that number.
 
     Parameters
     ----------
     weights : {layer: array}
         The first axis is the output; the others together are the inputs, in the order of ``flatten(1)``.
     amount : float or {layer: float}
-        Share of the weights that goes, in [0, 1); with a mapping, layers without an entry keep all.
+        Share of the weights to remove, in [0, 1); with a mapping, layers without an entry keep all.
     method : "magnitude", "random", "std" or "wanda"
         The score: |w|, a random number, |w| / std(w of the layer), or |w_ij| sqrt(E[x_j²]).
     threshold : float or {layer: float}
-        |w| below it goes; for "magnitude".
+        |w| below it is removed; for "magnitude".
     sensitivity : float or {layer: float}
-        |w| below this many standard deviations of the layer's weights goes; for "std".
+        |w| below this many standard deviations of the layer's weights is removed; for "std".
     pattern : str
-        As "2:4": of every 4 consecutive inputs of an output, 2 stay. Of an incomplete last group as many
-        stay, or all.
+        As "2:4": of every 4 consecutive inputs of an output, 2 are kept; of an incomplete last group as many,
+        or all.
     scope : "local" or "global"
         The share of each layer (with "wanda", of each output), or of all together. Globally, "magnitude"
         compares |w| as they are, "std" by each layer's deviation, "wanda" by the shares that they have of
@@ -60,8 +62,13 @@ def masks(
     Returns
     -------
     {layer: bool array}
-        True for what stays. Of an amount exactly ⌊share · size⌋ weights go; zeros count as weights, and of
-        equal ones the first stay.
+        True for the kept weights. Of an amount exactly ⌊share · size⌋ weights are removed; zeros count as
+        weights, and of equal ones the first are kept.
+
+    Raises
+    ------
+    ValueError
+        For unknown words, numbers out of range, or settings that do not go together.
 
     References
     ----------
@@ -111,7 +118,7 @@ def keep_in_rows(scores: Scores, count: int) -> Mask:
 
 
 def keep_pattern(scores: Scores, n: int, m: int) -> Mask:
-    """The n largest of every m consecutive inputs of each output, and of what is left over at the end."""
+    """The n largest of every m consecutive inputs of each output, and of an incomplete group at the end."""
     if not scores.size:
         return np.ones(scores.shape, bool)
     rows = scores.reshape(len(scores), -1)
@@ -131,9 +138,61 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
 
 
 def count_left(share: float, size: int) -> int:
-    """How many of ``size`` stay when ⌊share · size⌋ go."""
+    """Number of ``size`` weights that are kept when ⌊share · size⌋ are removed."""
     # A share such as 0.29 of 100 is 28.999… in binary.
     return size - int(np.floor(share * size + 1e-9))
+
+
+def lamp_scores(sizes: npt.ArrayLike) -> Array:
+    """w_i² / Σ_{j ≥ i} w_j²  of weights in ascending order of size.
+
+    The share that this weight has in the squares of those not smaller. That of the largest is 1, so that of
+    every layer that is not all zeros one weight is kept longer than anything else.
+
+    Parameters
+    ----------
+    sizes : (n,) array
+        |w|, ascending.
+
+    Returns
+    -------
+    (n,) array
+        Not descending; of zeros, 0.
+
+    References
+    ----------
+    J. Lee et al., Layer-adaptive sparsity for the magnitude-based pruning, 2021.
+    """
+    size = np.asarray(sizes, dtype=np.float64)
+    # Squares of very small or large weights would be 0 or infinite.
+    squares = np.square(size / (size.max(initial=0.0) or 1.0))
+    left = np.cumsum(squares[::-1])[::-1]
+    return np.asarray(np.divide(squares, left, out=np.zeros_like(squares), where=left > 0))
+
+
+def lamp_shares(weights: Mapping[str, AnyArray], amount: float) -> dict[str, float]:
+    """Share of each layer's weights to remove when ``amount`` of all are, those of the lowest scores.
+
+    Parameters
+    ----------
+    weights : {layer: array}
+    amount : float
+        In [0, 1).
+
+    Returns
+    -------
+    {layer: float}
+    """
+    scores = {name: lamp_scores(np.sort(np.abs(w), axis=None)) for name, w in weights.items()}
+    together = np.concatenate([np.zeros(0), *scores.values()])
+    removed = int(amount * together.size)
+    if not removed:
+        return dict.fromkeys(weights, 0.0)
+    limit = np.partition(together, removed - 1)[removed - 1]
+    return {
+        name: float(np.searchsorted(score, limit, side="right")) / max(1, score.size)
+        for name, score in scores.items()
+    }
 
 
 def _left(scores: Scores, share: float) -> Mask:
@@ -141,7 +200,7 @@ def _left(scores: Scores, share: float) -> Mask:
 
 
 def _rows_left(scores: Scores, share: float) -> Mask:
-    """The share of every row; what ⌊⌋ leaves over in the rows goes where scores are smallest."""
+    """The share of every row; what ⌊⌋ leaves over is removed where scores are smallest."""
     if not scores.size:
         return np.ones(scores.shape, bool)
     rows = scores.reshape(len(scores), -1)
@@ -199,9 +258,8 @@ def _check(
     sensitivity: PerLayer | None,
     pattern: str | None,
 ) -> None:
-    for what, chosen, known in (("method", method, METHODS), ("scope", scope, SCOPES)):
-        if chosen not in known:
-            raise ValueError(f"unknown {what} {chosen!r}; choose one of {', '.join(known)}.")
+    one_of("method", method, METHODS)
+    one_of("scope", scope, SCOPES)
     given = {"amount": amount, "threshold": threshold, "sensitivity": sensitivity, "pattern": pattern}
     names = [name for name, value in given.items() if value is not None]
     if len(names) != 1:
@@ -214,12 +272,12 @@ def _check(
         raise ValueError(f"scope='global' takes one amount for all layers together, got {got}.")
     if pattern is not None:
         parse_pattern(pattern)
-    _check_numbers(weights, names[0], given[names[0]])
+    for value in (amount, threshold, sensitivity):
+        if value is not None:
+            _check_numbers(weights, names[0], value)
 
 
-def _check_numbers(weights: Weights, what: str, value: Any) -> None:
-    if what == "pattern":
-        return
+def _check_numbers(weights: Weights, what: str, value: PerLayer) -> None:
     for name, number in (value if isinstance(value, Mapping) else {"": value}).items():
         top, allowed = (1, "in [0, 1)") if what == "amount" else (np.inf, "a finite number of at least 0")
         real = isinstance(number, int | float | np.number) and not isinstance(number, bool)

@@ -1,30 +1,31 @@
-"""Optimal brain surgeon for one layer: which weights stay, and what those become.
+"""Optimal brain surgeon for one layer: which weights are kept, and their new values.
 
     min_M  ½ E‖y − M x‖² + ½ ε Σ_j R_jj ‖M_j − W_j‖²        M with a given number or pattern of zeros
 
 from R = E[x xᵀ] and C = E[y xᵀ] (or y = W x). Everything runs in inputs of unit variance, where the problem
-is ½⟨(M − V) A, M − V⟩ with A and the best dense weights V of ``supports``.
+is ½⟨(M − V) A, M − V⟩ with A and the best dense weights V of ``layer_problem``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pysolve.correlations import Array, Correlations
+from pysolve.correlations import Array, Correlations, Mask
+from pysolve.errors import one_of
 from pysolve.layer.layer_fit import LayerFit
-from pysolve.layer.layer_problem import ITERATIONS, LayerProblem, Ridge, layer_problem, refit_rows
-from pysolve.layer.masks import Mask, count_left, parse_pattern
+from pysolve.layer.layer_problem import ITERATIONS, LayerProblem, layer_problem, refit_rows
+from pysolve.layer.masks import count_left, parse_pattern
 from pysolve.layer.searches import LARGEST, Zeros, admm, greedy, sweep
+from pysolve.solve.least_squares import Ridge
 
 METHODS = ("auto", "admm", "greedy", "sweep")
 SCOPES = ("layer", "row")
 
-# Multiplications up to which "auto" tries elimination beside ADMM, and that the refit may take at the end;
-# where it would take more, it is cut short, and in single precision.
+# Multiplications up to which "auto" tries elimination beside ADMM, and those of the final refit; one that
+# would take more is cut short, and in single precision.
 _GREEDY, _REFIT = 3e10, 3e11
 # Iterations at least, from weights that suit their mask, and from others.
 _FOUND, _GIVEN = 5, 25
@@ -55,8 +56,9 @@ class PrunedLayer(LayerFit):
 
 
 def obs_prune(
-    W: Any,
-    statistics: Any,
+    W: npt.ArrayLike,
+    r_xx: Correlations | npt.ArrayLike,
+    r_yx: npt.ArrayLike | None = None,
     *,
     amount: float | None = None,
     count: int | None = None,
@@ -66,37 +68,47 @@ def obs_prune(
     method: str = "auto",
     ridge: Ridge = "auto",
 ) -> PrunedLayer:
-    """Zeros for a layer whose other weights make up for them.
+    """Zeros for a layer, compensated by its other weights.
+
+    Solves  min_M  ½ E‖y − M x‖² + ½ ε Σ_j R_jj ‖M_j − W_j‖²  over M with a given number or pattern of zeros:
+    which zeros by search, the weights for them exactly.
 
     Parameters
     ----------
     W : (h, d) array
         The layer's weights; a convolution's as ``weight.flatten(1)``.
-    statistics : Correlations, or (d, d) array or CPU tensor
-        What the layer reads and should output: centred here, for the bias is free. Its y may be the outputs
-        of another network. Or E[x xᵀ] alone, taken as it is, with y = W x.
+    r_xx : Correlations, or (d, d) array or CPU tensor
+        Correlations of the layer's inputs with the outputs wanted, centred here, for the bias is free; or
+        E[x xᵀ], taken as it is.
+    r_yx : (h, d) array or CPU tensor, optional
+        E[y xᵀ], beside E[x xᵀ]: y counts as far as x explains it. By default y = W x.
     amount : float
-        Share of the weights that goes, in [0, 1). Give one of ``amount``, ``count``, ``pattern``, ``mask``.
+        Share of the weights to remove, in [0, 1). Give one of ``amount``, ``count``, ``pattern``, ``mask``.
     count : int
-        How many weights stay.
+        Number of weights to keep.
     pattern : str
-        As "2:4": of every 4 consecutive inputs of an output 2 stay.
+        As "2:4": of every 4 consecutive inputs of an output, 2 are kept.
     mask : (h, d) bool array
-        Which weights stay.
+        The weights to keep.
     scope : "layer" or "row"
-        The share of the layer, or of every output.
+        Whether the share is that of the layer, or of every output.
     method : "auto", "admm", "greedy" or "sweep"
         "admm": alternating directions with rising penalties, the lowest errors per second; "greedy": exact
         elimination of one weight after the other in every row, then the best sizes of the rows (amount or
         count of a layer only); "sweep": once over the columns, SparseGPT's update, fastest. "auto": admm,
         and greedy as well where that is cheap, whichever is better; beyond about 5,800 × 5,800 sweep.
     ridge : float or "auto"
-        ε of the pull to the old weights, relative to each input's variance; "auto" is 1e-4, d / 10 n for
+        ε of the ridge towards W, relative to each input's variance; "auto" is 1e-4, d / 10 n for
         correlations of n samples where that is more, and more where R demands it.
 
     Returns
     -------
     PrunedLayer
+
+    Raises
+    ------
+    ValueError, TypeError
+        For matrices that do not fit, unknown words, or not exactly one number, pattern or mask.
 
     References
     ----------
@@ -104,12 +116,12 @@ def obs_prune(
     E. Frantar, D. Alistarh, SparseGPT, 2023 (the sweep). X. Meng et al., ALPS, 2024 (ADMM).
     """
     _check(amount, count, pattern, mask, scope, method)
-    problem = layer_problem(W, statistics, ridge)
+    problem = layer_problem(W, r_xx, r_yx, ridge=ridge)
     if mask is None and not problem.W.size:
         # LAPACK complains about matrices of nothing.
         mask = np.ones(problem.W.shape, bool)
     if mask is not None:
-        return _pruned(problem, statistics, "mask", np.asarray(mask), problem.W)
+        return _pruned(problem, "mask", np.asarray(mask), problem.W)
     h, d = problem.W.shape
     left = _checked_count(count, h * d) if count is not None else count_left(amount or 0.0, h * d)
     zeros = Zeros(
@@ -118,7 +130,7 @@ def obs_prune(
         parse_pattern(pattern) if pattern is not None else None,
     )
     found = [
-        _pruned(problem, statistics, name, *_SEARCHES[name](problem, zeros))
+        _pruned(problem, name, *_SEARCHES[name](problem, zeros))
         for name in _methods(method, h, d, whole=pattern is None and scope == "layer")
     ]
     return min(found, key=lambda one: one.error)
@@ -127,20 +139,18 @@ def obs_prune(
 _SEARCHES = {"admm": admm, "greedy": greedy, "sweep": sweep}
 
 
-def _pruned(problem: LayerProblem, statistics: Any, method: str, mask: Mask, start: Array) -> PrunedLayer:
+def _pruned(problem: LayerProblem, method: str, mask: Mask, start: Array) -> PrunedLayer:
     effort, found = float(len(mask)) * len(problem.R) ** 2, start is not problem.W
-    how: dict[str, Any] = {}
-    if effort * ITERATIONS > _REFIT:
+    single, iterations = effort * ITERATIONS > _REFIT, ITERATIONS
+    if single:
         # Half the time each in single precision, so twice as many.
-        least = _FOUND if found else _GIVEN
-        how = {"single": True, "iterations": int(np.clip(2 * _REFIT / effort, least, ITERATIONS))}
-    M = refit_rows(problem, mask, start, overwrite=found, **how)
-    bias = statistics.bias(M) if isinstance(statistics, Correlations) else None
-    return PrunedLayer(M, bias, problem.error(M), mask=mask, method=method, ridge=problem.ridge)
+        iterations = int(np.clip(2 * _REFIT / effort, _FOUND if found else _GIVEN, ITERATIONS))
+    M = refit_rows(problem, mask, start, overwrite=found, single=single, iterations=iterations)
+    return PrunedLayer(M, problem.bias(M), problem.error(M), mask=mask, method=method, ridge=problem.ridge)
 
 
 def _methods(method: str, h: int, d: int, *, whole: bool) -> tuple[str, ...]:
-    """What to try; ``whole``: a number of weights in the whole layer is wanted."""
+    """The searches to try; ``whole``: for a number of weights of the whole layer."""
     if method != "auto":
         return (method,)
     if 2.0 * h * d * d > LARGEST:
@@ -149,11 +159,10 @@ def _methods(method: str, h: int, d: int, *, whole: bool) -> tuple[str, ...]:
 
 
 def _check(
-    amount: float | None, count: int | None, pattern: str | None, mask: Any, scope: str, method: str
+    amount: float | None, count: int | None, pattern: str | None, mask: object, scope: str, method: str
 ) -> None:
-    for what, chosen, known in (("method", method, METHODS), ("scope", scope, SCOPES)):
-        if chosen not in known:
-            raise ValueError(f"unknown {what} {chosen!r}; choose one of {', '.join(known)}.")
+    one_of("method", method, METHODS)
+    one_of("scope", scope, SCOPES)
     given = {"amount": amount, "count": count, "pattern": pattern, "mask": mask}
     names = [name for name, value in given.items() if value is not None]
     if len(names) != 1:
@@ -166,5 +175,5 @@ def _check(
 
 def _checked_count(count: int, size: int) -> int:
     if isinstance(count, bool) or not isinstance(count, int | np.integer) or not 0 <= count <= size:
-        raise ValueError(f"count must be a whole number of 0 … {size} weights, got {count!r}.")
+        raise ValueError(f"count must be an integer within 0 … {size} weights, got {count!r}.")
     return int(count)

@@ -1,23 +1,22 @@
-"""``quantize_layer``: one layer's weights in few bits, from matrices."""
+"""``quantize_layer``: the weights of one layer in few bits, from matrices."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from numbers import Integral, Real
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pysolve.correlations import Array, Correlations
-from pysolve.forms import Codebook, Integers, QuantForm
-from pysolve.layer.codebooks import share_values
-from pysolve.layer.grids import Codes, Grid, fit_grid
+from pysolve.correlations import AnyArray, Array, Correlations, Mask
+from pysolve.errors import one_of
+from pysolve.forms import QuantForm
+from pysolve.layer.codebooks import share_values, spaced_values
+from pysolve.layer.grids import fit_grid
 from pysolve.layer.layer_fit import LayerFit
-from pysolve.layer.layer_problem import Ridge, layer_problem
-from pysolve.layer.rates import PricedValues, spaced_values
-from pysolve.layer.rounding import Levels, round_best, round_nearest
-from pysolve.layer.targets import Mask, Target, target_of
+from pysolve.layer.layer_problem import layer_problem
+from pysolve.layer.rounding import Codes, Levels, Target, round_best, round_nearest, target_of
+from pysolve.solve.least_squares import Ridge
 from pysolve.solve.problem import checked_matrix
 
 SCHEMES = ("codebook", "int", "ternary")
@@ -37,14 +36,15 @@ class QuantizedLayer(LayerFit):
     form: QuantForm = field(repr=False)
 
     @property
-    def codes(self) -> npt.NDArray[Any]:
+    def codes(self) -> AnyArray:
         """(h, d) integers."""
         return self.form.codes
 
 
 def quantize_layer(
-    W: Any,
-    statistics: Any = None,
+    W: npt.ArrayLike,
+    r_xx: Correlations | npt.ArrayLike | None = None,
+    r_yx: npt.ArrayLike | None = None,
     *,
     bits: int = 4,
     scheme: str = "codebook",
@@ -57,47 +57,51 @@ def quantize_layer(
     rounds: int | None = None,
     ridge: Ridge = "auto",
 ) -> QuantizedLayer:
-    """Weights of few different values, whose errors make up for each other.
+    """Weights of few different values, whose errors compensate each other.
 
-    Solves  min_M  ½ E‖y − M x‖² + ½ ε Σ_j R_jj ‖M_j − W_j‖²  over M whose entries are of 2^bits values, and
-    over those values, alternately: neither is found in general, but from the first rounding on, the error
-    never rises. Without statistics, min ‖W − M‖.
+    Solves  min_M  ½ E‖y − M x‖² + ½ ε Σ_j R_jj ‖M_j − W_j‖²  over M whose entries are among 2^bits values,
+    and over those values, alternately: neither is found in general, but from the first rounding on, the error
+    never rises. Without ``r_xx``, min ‖W − M‖.
 
-    With ``lam``, + lam · Σ_ij −log₂ p(M_ij), p the share of the weights that have a value: what entropy
-    coding takes for them. So zeros, and how many values there are, follow from what a bit is worth.
+    With ``lam``, + lam · Σ_ij −log₂ p(M_ij), p the share of the weights that have a value: the bits that
+    entropy coding takes for them. So the zeros and the number of values follow from the price of a bit.
 
     Parameters
     ----------
     W : (h, d) array or CPU tensor
         The layer's weights; a convolution's as ``weight.flatten(1)``.
-    statistics : Correlations, or (d, d) array or CPU tensor
-        What the layer reads and should output: centred here, for the bias is free. Its y may be the outputs
-        of another network. Or E[x xᵀ] alone, taken as it is, with y = W x. It may be singular.
+    r_xx, r_yx : optional
+        As in ``obs_prune``; r_xx may be singular.
     bits : int
         Of a code: 1 … 8, or 2 … 8 for "int". Not for "ternary".
     scheme : "codebook", "int" or "ternary"
         2^bits values that the layer shares; evenly spaced ones for every output; or two and zero.
     mask : (h, d) bool array, optional
-        Which weights may differ from zero. Of a codebook's values the first one is zero then.
+        Weights that may differ from zero. Of a codebook's values the first one is zero then.
     symmetric : bool
         "int": zero is code 0; else the values span least to greatest weight.
     group : int, optional
-        "int": so many consecutive inputs share a scale; all of an output by default.
+        "int": number of consecutive inputs that share a scale; all of an output by default.
     method : "feedback" or "nearest"
         "nearest": every weight by itself, as a baseline.
     lam : float, optional
-        "codebook": what a bit costs, in units of the objective; the values begin as multiples of a step, zero
+        "codebook": price of a bit, in units of the objective; the values begin as multiples of a step, zero
         among them, and there are at most 2^bits.
     outputs : (h,) array, optional
-        "codebook": what the square error of each output counts, above zero; 1 by default.
+        "codebook": weight of the square error of each output, above zero; 1 by default.
     rounds : int, optional
-        Of feedback and descent; by default 4 where they are quick, else 1, and with ``lam``.
+        Rounds of feedback and descent; by default 4 where they are quick, else 1, and with ``lam``.
     ridge : float or "auto"
-        ε, as ``obs_prune`` takes it.
+        ε, as in ``obs_prune``.
 
     Returns
     -------
     QuantizedLayer
+
+    Raises
+    ------
+    ValueError, TypeError
+        For matrices that do not fit, unknown words, or numbers out of range.
 
     References
     ----------
@@ -107,20 +111,17 @@ def quantize_layer(
     _check(scheme, method, bits, group, rounds, lam, outputs)
     rows = None if outputs is None else _checked_rows(outputs, len(W))
     keep = None if mask is None else _checked_mask(mask, W.shape)
-    problem = None if statistics is None else layer_problem(W, statistics, ridge)
+    problem = None if r_xx is None else layer_problem(W, r_xx, r_yx, ridge=ridge)
     if problem is None:
         target = Target(W if keep is None else np.where(keep, W, 0.0), None, keep, rows)
     else:
         target = target_of(problem, keep, rows)
     levels, codes = _fitted(target, scheme, int(bits), symmetric, group, method, rounds, lam)
-    form = _form(levels, codes)
+    form = levels.form(codes)
     M = form.dense().astype(np.float64)
-    if problem is not None:
-        error = problem.error(M)
-    else:
-        error = float(np.square(W - M).sum() / (np.square(W).sum() or 1.0))
-    bias = statistics.bias(M) if isinstance(statistics, Correlations) else None
-    return QuantizedLayer(M, bias, error, form)
+    if problem is None:
+        return QuantizedLayer(M, None, float(np.square(W - M).sum() / (np.square(W).sum() or 1.0)), form)
+    return QuantizedLayer(M, problem.bias(M), problem.error(M), form)
 
 
 def _fitted(
@@ -150,28 +151,19 @@ def _fitted(
     return round_best(target, levels, most if rounds is None else rounds, passes)
 
 
-def _form(levels: Any, codes: Codes) -> QuantForm:
-    if isinstance(levels, Grid):
-        zeros = levels.zeros.astype(np.int8) if levels.zeros.any() else None
-        scales = levels.scales.astype(np.float32)
-        return Integers(codes.astype(np.int8), scales, zeros, levels.bits, levels.group)
-    if isinstance(levels, PricedValues):
-        # Most of the multiples that it began with are not used any more.
-        used, codes = np.unique(codes, return_inverse=True)
-        return Codebook(codes.astype(np.uint8), levels.centroids[used].astype(np.float32))
-    return Codebook(codes.astype(np.uint8), levels.centroids.astype(np.float32))
-
-
-def _check(scheme: str, method: str, bits: Any, group: Any, rounds: Any, lam: Any, outputs: Any) -> None:
-    for what, chosen, known in (("scheme", scheme, SCHEMES), ("method", method, METHODS)):
-        if chosen not in known:
-            raise ValueError(f"unknown {what} {chosen!r}; choose one of {', '.join(known)}.")
+def _check(
+    scheme: str, method: str, bits: object, group: object, rounds: object, lam: object, outputs: object
+) -> None:
+    one_of("scheme", scheme, SCHEMES)
+    one_of("method", method, METHODS)
     least = 2 if scheme == "int" else 1
     if isinstance(bits, bool) or not isinstance(bits, Integral) or not least <= int(bits) <= 8:
-        raise ValueError(f'bits must be a whole number of {least} … 8 for scheme="{scheme}", got {bits!r}.')
+        raise ValueError(f'bits must be an integer within {least} … 8 for scheme="{scheme}", got {bits!r}.')
     for name, value in (("group", group), ("rounds", rounds)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, Integral) or value < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}.")
+        if value is not None and (
+            isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1
+        ):
+            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
     if scheme != "codebook" and not (lam is None and outputs is None):
         raise ValueError(f'lam and outputs are for scheme="codebook", got scheme="{scheme}".')
     if lam is not None and not (isinstance(lam, Real) and 0 < float(lam) < np.inf):

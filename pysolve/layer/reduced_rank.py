@@ -1,24 +1,25 @@
-"""``reduced_rank``: one layer as two smaller ones, by its weights alone or by what its outputs lose."""
+"""``reduced_rank``: one layer factored into two, by its weights alone or by the error of its outputs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from numbers import Integral
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import scipy.linalg
 
 from pysolve.correlations import Array, Correlations
 from pysolve.forms import LowRank
 from pysolve.layer.layer_fit import LayerFit
+from pysolve.layer.layer_problem import explained
 from pysolve.layer.spatial import as_kernels, plain_spatial, refitted, spatial_spectrum, spatial_start
 from pysolve.layer.spectrum import activation_spectrum, plain_spectrum
-from pysolve.solve.problem import checked_matrix
+from pysolve.solve.problem import checked_matrix, problem_of
 
 Kernel = tuple[int, ...]
 
-# Samples that E[x xᵀ] alone is taken to come from: enough for the least pull to the old weights.
+# Samples that E[x xᵀ] without a count is taken to come from: enough for the least ridge towards W.
 _MANY = 10**9
 
 
@@ -30,57 +31,60 @@ class FactoredLayer(LayerFit):
 
 
 def reduced_rank(
-    W: Any,
-    statistics: Any = None,
+    W: npt.ArrayLike,
+    r_xx: Correlations | npt.ArrayLike | None = None,
+    r_yx: npt.ArrayLike | None = None,
     *,
-    rank: Any = None,
+    rank: int | None = None,
     energy: float | None = None,
-    metric: Any = None,
+    metric: npt.ArrayLike | None = None,
 ) -> FactoredLayer:
     """The best layer of low rank, exactly.
 
     Solves  min E (y − M x − b)ᵀ S (y − M x − b) + ε Σ_j R_jj (M_j − W_j)ᵀ S (M_j − W_j)  over M of rank r, or
-    without statistics, min ‖W − M‖_F, the truncated singular value decomposition.
+    without ``r_xx``, min ‖W − M‖_F, the truncated singular value decomposition.
 
     Parameters
     ----------
     W : (h, d) array or CPU tensor
         The layer's weights; a convolution's as ``weight.flatten(1)``.
-    statistics : Correlations, or (d, d) array or CPU tensor
-        What the layer reads and should output: centred here, for the bias is free. Its y may be the outputs
-        of another network. Or E[x xᵀ] alone, taken as it is, with y = W x. It may be singular.
+    r_xx, r_yx : optional
+        As in ``obs_prune``; r_xx may be singular.
     rank : int
         r. Give this or ``energy``.
     energy : float
-        Share in (0, 1] of the outputs' energy, in the metric, to keep; without statistics of ‖W‖².
+        Share in (0, 1] of the outputs' energy, in the metric, to keep; without ``r_xx`` of ‖W‖².
     metric : (h, h) array, optional
-        S, positive definite: what an error at the outputs means. By default all count alike.
+        S, positive definite: the weight of errors at the outputs. By default all count alike.
 
     Returns
     -------
     FactoredLayer
         ``form.outer`` (h, r) and ``form.inner`` (r, d) are the two layers' weights.
 
+    Raises
+    ------
+    ValueError, TypeError
+        For matrices that do not fit, or not exactly one of rank and energy within its range.
+
     References
     ----------
     A. J. Izenman, Reduced-rank regression for the multivariate linear model, 1975.
     """
     W = checked_matrix("W", W)
-    known = _correlations(W, statistics)
+    known = _correlations(W, r_xx, r_yx)
     S = None if metric is None else checked_matrix("metric", metric)
     if (rank is None) == (energy is None):
         raise ValueError(f"give either rank or energy, got {rank=} and {energy=}.")
     if S is not None and (known is None or S.shape != (len(W), len(W))):
-        raise ValueError(f"a metric of shape {(len(W), len(W))} goes with statistics, got shape {S.shape}.")
+        raise ValueError(f"a metric of shape {(len(W), len(W))} goes with r_xx, got shape {S.shape}.")
     most = min(W.shape)
     if energy is not None:
         if not 0 < energy <= 1:
             raise ValueError(f"energy must be a share in (0, 1], got {energy}.")
         rank = min(most, rank_keeping(error_curve(W, known, most, metric=S), energy))
-    if isinstance(rank, bool) or not isinstance(rank, Integral) or not 1 <= int(rank) <= most:
-        raise ValueError(f"rank must be a whole number within 1 … {most} for W of {W.shape}, got {rank!r}.")
-    found = factor_layer(W, known, int(rank), metric=S)
-    return found if isinstance(statistics, Correlations) else replace(found, bias=None)
+    found = factor_layer(W, known, _checked_rank(rank, most), metric=S)
+    return found if isinstance(r_xx, Correlations) else replace(found, bias=None)
 
 
 def factor_layer(
@@ -99,12 +103,12 @@ def factor_layer(
     W : (h, d) array
         Its weights as a matrix.
     correlations : Correlations, optional
-        Of its inputs and the outputs wanted; without them the weights themselves are approximated.
+        Correlations of its inputs with the outputs wanted; without them the weights are approximated.
     rank : int
     kernel : tuple of int
-        Of a convolution.
+        Size of a convolution's kernel.
     spatial : bool
-        Along height and width, instead of the kernel first and 1 × 1 behind.
+        Factor along height and width, instead of the kernel first and 1 × 1 behind.
     metric : (h, h) array, optional
         S, positive definite; by default all outputs count alike. Only with correlations.
     """
@@ -134,8 +138,8 @@ def error_curve(
 ) -> Array:
     """(most + 1,) share of the outputs' energy, in the metric, that is lost at rank 0 … ``most``.
 
-    Exact but for spatial factors: those of the problem in which the columns of the window are unrelated, all
-    in the proportion that holds halfway.
+    Exact but for spatial factors, whose errors are those for unrelated columns of the window, all in the
+    proportion that holds halfway.
     """
     if metric is not None and correlations is not None:
         A = scipy.linalg.cholesky(metric, check_finite=False)
@@ -152,34 +156,50 @@ def error_curve(
 
 
 def seen_through(A: Array, correlations: Correlations) -> Correlations:
-    """Centred correlations of the same inputs with the outputs A y."""
+    """Centred correlations of the same inputs with outputs A y."""
     own = correlations.centered()
     yy = A @ own.yy @ A.T
-    # Where only the diagonal of Σ y yᵀ is known this is none of anything, and nothing may be taken for still.
+    # Where only the diagonal of Σ y yᵀ is known this is no Σ of outputs; none may be taken for constant.
     np.fill_diagonal(yy, np.maximum(np.diag(yy), np.finfo(float).tiny))
     return replace(own, yx=A @ own.yx, yy=yy)
 
 
 def rank_keeping(error: Array, energy: float) -> int:
     """The smallest rank of at least 1 whose error is at most 1 − energy; one beyond the last when none is."""
-    # What rounding leaves of an error is none.
+    # Errors as small as rounding count as none.
     enough = np.flatnonzero(error <= max(1 - energy, 1e-12))
     return max(1, int(enough[0])) if len(enough) else len(error)
 
 
-def _correlations(W: Array, statistics: Any) -> Correlations | None:
-    if statistics is None:
+def _checked_rank(rank: object, most: int) -> int:
+    if isinstance(rank, bool) or not isinstance(rank, Integral) or not 1 <= int(rank) <= most:
+        raise ValueError(f"rank must be an integer within 1 … {most}, the smaller side of W, got {rank!r}.")
+    return int(rank)
+
+
+def _correlations(
+    W: Array, r_xx: Correlations | npt.ArrayLike | None, r_yx: npt.ArrayLike | None
+) -> Correlations | None:
+    """Correlations of the layer with weights W, also from matrices alone."""
+    if r_xx is None:
         return None
     d = W.shape[1]
-    if isinstance(statistics, Correlations):
-        if statistics.yx.shape != W.shape:
-            raise ValueError(f"W is {W.shape}, but the statistics are of a layer of {statistics.yx.shape}.")
-        return statistics
-    R = checked_matrix("r_xx", statistics)
+    if isinstance(r_xx, Correlations):
+        if r_xx.yx.shape != W.shape:
+            raise ValueError(f"W is {W.shape}, but the correlations are of a layer of {r_xx.yx.shape}.")
+        return r_xx
+    R = checked_matrix("r_xx", r_xx)
     if R.shape != (d, d):
         raise ValueError(f"E[x xᵀ] must be of shape {(d, d)} for W of {W.shape}, got {R.shape}.")
-    xx, yx = _MANY * R, _MANY * (W @ R)
-    return Correlations(xx, yx, yx @ W.T, _MANY, np.zeros(d), np.zeros(len(W)))
+    if r_yx is None:
+        xx, yx = _MANY * R, _MANY * (W @ R)
+        yy = yx @ W.T
+    else:
+        (R,), (C,) = (pair := problem_of((R, r_yx))).xx, pair.yx
+        if C.shape != W.shape:
+            raise ValueError(f"W is {W.shape}, but r_yx is {C.shape}; they must have the same shape.")
+        xx, yx, yy = _MANY * R, _MANY * C, _MANY * explained(R, C)
+    return Correlations(xx, yx, yy, _MANY, np.zeros(d), np.zeros(len(W)))
 
 
 def _factors(

@@ -1,48 +1,114 @@
-"""Rounding in the metric of what a layer reads.
+"""Rounding of weights in the metric of a layer's inputs.
 
     min_M  ½ Σ_i w_i ‖M_i − V_i‖²_A + Σ_ij price(M_ij)
 
-over M whose entries are of the values allowed there, zero outside the mask; w is what each output counts, and
-prices are for values that cost bits. First with feedback: one input after the other, each rounded after what
-the errors so far ask of it; then by descent: each rounded again, when all others are known, and the allowed
-values fitted to the codes in between.
+over M whose entries are among the values allowed there, zero outside the mask; w weighs the outputs, and
+prices are for values that cost bits. First with feedback: one input after the other, each rounded after
+compensating the errors so far; then by descent: each rounded again, when all others are known, and the
+allowed values fitted to the codes in between.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol, Self, TypeVar
+from dataclasses import dataclass, field
+from typing import Protocol, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import scipy.linalg
 
-from pysolve.correlations import Array
-from pysolve.layer.targets import Target, by_energy, factor
+from pysolve.correlations import Array, Indices, Mask
+from pysolve.forms import QuantForm
+from pysolve.layer.layer_problem import LayerProblem, blocks, refit_rows
 
 Codes = npt.NDArray[np.int64]
+Columns = int | Indices
 
-# Columns that are rounded before the others are told.
+# Columns that are rounded before the others are compensated for them.
 _WIDTH = 64
 # Share of the loss that a pass has to gain for another one to follow.
 _GAIN = 1e-3
+# Factor of the layer's largest weight beyond which an input keeps its own weights.
+_WILD = 2.0
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """The objective ½ Σ_i w_i ‖M_i − V_i‖²_A of rounded weights M, with some of them held at zero.
+
+    Parameters
+    ----------
+    V : (h, d) array
+        The best weights of any value; zero outside the mask.
+    A : (d, d) array or None
+        The metric of a row, positive definite; None for the identity.
+    mask : (h, d) bool array or None
+        Weights that may differ from zero; None for all.
+    outputs : (h,) array, optional
+        w, the weight of each output's error; 1 by default.
+    """
+
+    V: Array = field(repr=False)
+    A: Array | None = field(repr=False)
+    mask: Mask | None = field(repr=False)
+    outputs: Array | None = field(default=None, repr=False)
+
+    @property
+    def rows(self) -> Array:
+        """w."""
+        return np.ones(len(self.V)) if self.outputs is None else self.outputs
+
+    def product(self, M: Array) -> Array:
+        """M A, as a new array."""
+        return M.copy() if self.A is None else np.asarray(M @ self.A)
+
+    def loss(self, M: Array) -> float:
+        """The objective at M."""
+        total = 0.0
+        for rows in blocks(len(M)):
+            change = M[rows] - self.V[rows]
+            along = change if self.A is None else change @ self.A
+            total += 0.5 * float(self.rows[rows] @ np.einsum("ij,ij->i", along, change))
+        return total
+
+    @property
+    def diagonal(self) -> Array:
+        """(d,) factors of the square of a change of one input's weight alone."""
+        return np.ones(self.V.shape[1]) if self.A is None else np.diag(self.A)
+
+
+def target_of(problem: LayerProblem, mask: Mask | None, outputs: Array | None = None) -> Target:
+    """The target of a layer: the best weights on the mask, and the metric of its inputs."""
+    V = problem.optimum() / problem.unit if mask is None else refit_rows(problem, mask)
+    # The best weights of inputs that hardly vary gain next to nothing, but may be millions.
+    wild = np.abs(V).max(0, initial=0.0) > _WILD * np.abs(problem.W).max(initial=0.0)
+    V[:, wild] = problem.W[:, wild] if mask is None else np.where(mask, problem.W, 0.0)[:, wild]
+    A = problem.metric()
+    A *= problem.unit
+    A *= problem.unit[:, None]
+    return Target(V, A, mask, outputs)
 
 
 class Levels(Protocol):
-    """Which values a weight may take: a ``Grid``, or ``SharedValues``."""
+    """The values that a weight may take: a ``Grid``, or ``SharedValues``."""
 
-    def codes(self, values: Array, columns: Any, curvature: Any) -> Codes:
+    def codes(self, values: Array, columns: Columns, curvature: npt.ArrayLike) -> Codes:
         """Codes of least ½ curvature (value − level)² + price, of the values' shape: (h,) or (h, n)."""
 
-    def values(self, codes: Codes, columns: Any) -> Array:
-        """What the codes stand for."""
+    def values(self, codes: Codes, columns: Columns) -> Array:
+        """Values of the codes."""
 
-    def zero_codes(self, columns: Any) -> Any:
+    def zero_codes(self, columns: Columns) -> Codes | int:
         """Codes of zero."""
 
     def refit(self, codes: Codes, target: Target) -> Self:
         """Values of least loss, and prices, for given codes."""
 
     def price(self, codes: Codes) -> float:
-        """Of all codes together."""
+        """Price of all codes together."""
+
+    def form(self, codes: Codes) -> QuantForm:
+        """The weight of those codes as it is stored."""
 
 
 Kind = TypeVar("Kind", bound=Levels)
@@ -67,8 +133,8 @@ def round_with_feedback(target: Target, levels: Levels) -> Codes:
     """
     if target.A is None:
         return round_nearest(target, levels)
-    back = by_energy(target)[::-1]
-    L, V = factor(target.A, back), target.V
+    back = _by_energy(target)[::-1]
+    L, V = _factor(target.A, back), target.V
     # Inputs in rows, so that each is contiguous.
     codes, errors = np.empty(V.shape[::-1], np.int64), np.empty(V.shape[::-1])
     for b in range(len(back), 0, -_WIDTH):
@@ -85,13 +151,13 @@ def round_with_feedback(target: Target, levels: Levels) -> Codes:
 
 
 def descend(target: Target, levels: Levels, codes: Codes) -> Codes:
-    """Codes after one pass of coordinate descent: each input at its best while the others stay.
+    """Codes after one pass of coordinate descent: each input at its best with the others fixed.
 
     The loss never rises. Takes 2 h d² multiplications.
     """
     if target.A is None:
         return round_nearest(target, levels)
-    A, order = target.A, by_energy(target)
+    A, order = target.A, _by_energy(target)
     M = np.ascontiguousarray(levels.values(codes, np.arange(len(A))).T)
     codes, slope = np.ascontiguousarray(codes.T), A @ (M - target.V.T)
     for a in range(0, len(A), _WIDTH):
@@ -137,7 +203,9 @@ def _loss(target: Target, levels: Levels, codes: Codes) -> float:
     return target.loss(levels.values(codes, np.arange(codes.shape[1]))) + levels.price(codes)
 
 
-def _rounded(target: Target, levels: Levels, values: Array, columns: Any, curvature: Any) -> Codes:
+def _rounded(
+    target: Target, levels: Levels, values: Array, columns: Columns, curvature: npt.ArrayLike
+) -> Codes:
     """The best codes, those of zero outside the mask."""
     codes = levels.codes(values, columns, curvature)
     if target.mask is None:
@@ -150,3 +218,20 @@ def _refitted(target: Target, levels: Kind, codes: Codes, loss: float) -> tuple[
     fitted = levels.refit(codes, target)
     new = _loss(target, fitted, codes)
     return (fitted, new) if new < loss else (levels, loss)
+
+
+def _by_energy(target: Target) -> Indices:
+    """Inputs by falling ‖V_j‖² A_jj: those that follow compensate their errors.
+
+    On layers of LeNet-5 and ResNet-20 at 2 … 4 bits, feedback alone leaves 3 to 23 % less error in this order
+    than in the inputs' own, and 15 % less to 3 % more than by falling A_jj.
+    """
+    energy = np.einsum("i,ij,ij->j", target.rows, target.V, target.V)
+    return np.argsort(-energy * target.diagonal, kind="stable")
+
+
+def _factor(A: Array, order: Indices) -> Array:
+    """Lower triangular L with L Lᵀ = A, rows and columns in a given order."""
+    # Symmetric, so the transpose is the same matrix in the order of LAPACK.
+    L = scipy.linalg.cholesky(A[np.ix_(order, order)].T, lower=True, overwrite_a=True, check_finite=False)
+    return np.asarray(L)

@@ -1,15 +1,14 @@
 """Exact elimination in every row of a layer: how low the error can be with any number of weights.
 
-Row by row, the weight whose loss costs least goes, and those that stay make up for it (optimal brain
-surgeon); all rows begin with the same inverse. What a row loses from one weight to the next, made convex,
-tells how many weights each row, and each layer, should have of a number that they share.
+Row by row, the weight whose loss costs least is removed, and the kept ones compensate it (optimal brain
+surgeon); all rows begin with the same inverse. The losses of a row from one weight to the next, made convex,
+tell how many weights each row, and each layer, should have of a number that they share.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,9 +16,10 @@ import scipy.linalg
 from scipy.optimize import isotonic_regression
 
 from pysolve import _core
-from pysolve.correlations import Array
-from pysolve.layer.layer_problem import LayerProblem, Ridge, layer_problem
-from pysolve.layer.masks import Mask, keep_largest
+from pysolve.correlations import Array, Correlations, Mask
+from pysolve.layer.layer_problem import LayerProblem, layer_problem
+from pysolve.layer.masks import keep_largest
+from pysolve.solve.least_squares import Ridge
 
 # Multiplications that a curve may take; beyond, some of the rows stand for all.
 _EFFORT = 1e11
@@ -27,14 +27,14 @@ _EFFORT = 1e11
 
 @dataclass(frozen=True, eq=False)
 class RowPaths:
-    """In which order a row's weights go, and what that costs.
+    """The order in which the weights of every row are removed, and the losses.
 
     Parameters
     ----------
     order : (h, d) int array
-        Inputs of each row, the first to go first.
+        Inputs of each row in the order of removal.
     loss : (h, d) array
-        How much ½ E‖y − M x‖² (and the pull to the old weights) rises with each of them, the others refitted;
+        Rise of ½ E‖y − M x‖² (and of the ridge towards W) with each of them, the others refitted;
         pooled with its neighbours where losses would fall, so that no row of it ever falls.
     """
 
@@ -54,49 +54,49 @@ def row_paths(problem: LayerProblem, rows: npt.ArrayLike | None = None) -> RowPa
     return RowPaths(order, np.asarray(loss * peak**2))
 
 
-def rows_left(problem: LayerProblem, left: int) -> Mask:
-    """The mask of ``left`` weights with the least total error that rows cut off their paths can have."""
+def rows_kept(problem: LayerProblem, count: int) -> Mask:
+    """The mask of ``count`` weights with the least total error that rows cut off their paths can have."""
     paths = row_paths(problem)
-    # Of losses that are pooled, the ones at the end of the path stay first.
-    stay = keep_largest(paths.loss[:, ::-1], left)[:, ::-1].sum(1)
+    # Of losses that are pooled, the ones at the end of the path are kept first.
+    kept = keep_largest(paths.loss[:, ::-1], count)[:, ::-1].sum(1)
     d = paths.order.shape[1]
     mask = np.zeros(paths.order.shape, bool)
-    np.put_along_axis(mask, paths.order.astype(np.intp), np.arange(d) >= d - stay[:, None], axis=1)
+    np.put_along_axis(mask, paths.order.astype(np.intp), np.arange(d) >= d - kept[:, None], axis=1)
     return mask
 
 
-def error_curve(W: Any, statistics: Any, *, ridge: Ridge = "auto") -> Array:
+def error_curve(W: npt.ArrayLike, r_xx: Correlations | npt.ArrayLike, *, ridge: Ridge = "auto") -> Array:
     """The error of a layer with any number of weights.
 
     Parameters
     ----------
     W : (h, d) array
-    statistics : Correlations, or (d, d) array or CPU tensor
+    r_xx : Correlations, or (d, d) array or CPU tensor
         As for ``obs_prune``.
     ridge : float or "auto"
 
     Returns
     -------
     (h · d + 1,) array
-        ``error[k]``: E‖y − M x‖² / E‖y‖² with k weights that stay and make up for the others, convex and
-        never rising; 0 or what the best dense weights leave at the end. By elimination row by row; of layers
+        ``error[k]``: E‖y − M x‖² / E‖y‖² with k kept weights that compensate the others, convex and never
+        rising; at the end 0, or the error of the best dense weights. By elimination row by row; of layers
         of more than about 600 × 800 from evenly spaced rows.
     """
-    problem = layer_problem(W, statistics, ridge)
+    problem = layer_problem(W, r_xx, ridge=ridge)
     h, d = problem.W.shape
     rows = np.unique(np.linspace(0, h - 1, max(1, min(h, int(3 * _EFFORT / max(d, 1) ** 3)))).astype(int))
     loss = np.sort(row_paths(problem, rows if h else None).loss, axis=None)[::-1]
     curve = np.concatenate([[0.0], np.cumsum(loss)])
     share = np.interp(np.linspace(0, len(loss), h * d + 1), np.arange(len(curve)), curve) / (curve[-1] or 1.0)
-    # The pull to the old weights is in the losses, so only their shares of the whole fall are taken.
+    # The ridge towards W is in the losses, so only their shares of the whole fall are taken.
     left = problem.error(problem.optimum() / problem.unit)
     return np.asarray(left + (float(problem.energy > 0) - left) * (1 - share))
 
 
 def share_weights(
-    curves: Mapping[str, Array], left: int, *, importance: Mapping[str, float] | None = None
+    curves: Mapping[str, Array], count: int, *, importance: Mapping[str, float] | None = None
 ) -> dict[str, int]:
-    """How many of ``left`` weights each layer gets, for the least sum of errors.
+    """Share ``count`` weights among layers, for the least sum of errors.
 
     Errors as shares of each layer's own output energy, as ``error_curve`` has them, compare well between
     layers: an MLP on MNIST with 2 % of its weights keeps 95.7 % accuracy so, 95.4 % when the errors count by
@@ -106,8 +106,8 @@ def share_weights(
     ----------
     curves : {layer: (weights + 1,) array}
         Of ``error_curve``: convex.
-    left : int
-        Weights that stay in all layers together.
+    count : int
+        Weights to keep in all layers together.
     importance : {layer: float}, optional
         Factor of each layer's error in the sum; 1 for all by default.
 
@@ -116,11 +116,11 @@ def share_weights(
     {layer: int}
     """
     total = sum(len(curve) - 1 for curve in curves.values())
-    if not 0 <= left <= total:
-        raise ValueError(f"left must lie within 0 … {total}, all weights of the layers, got {left}.")
+    if not 0 <= count <= total:
+        raise ValueError(f"count must lie within 0 … {total}, all weights of the layers, got {count}.")
     falls = [
         -np.diff(curve) * (1.0 if importance is None else importance[name]) for name, curve in curves.items()
     ]
-    stays = keep_largest(np.concatenate([np.zeros(0), *falls]), left)
-    parts = np.split(stays, np.cumsum([len(fall) for fall in falls])[:-1])
+    kept = keep_largest(np.concatenate([np.zeros(0), *falls]), count)
+    parts = np.split(kept, np.cumsum([len(fall) for fall in falls])[:-1])
     return {name: int(part.sum()) for name, part in zip(curves, parts, strict=True)}

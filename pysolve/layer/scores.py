@@ -1,9 +1,8 @@
-"""Scores of whole channels, from weights or from what flows through them."""
+"""Scores of whole channels, from their weights or from the importance of what reads them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,11 +19,16 @@ def channel_norms(weight: npt.ArrayLike, *, n: float = 2, axis: int = 0) -> Arra
     n : float
         1, 2 or infinity, or any other positive number.
     axis : int
-        Where the channels are: 0 for a layer's outputs, 1 for its inputs.
+        The channels' axis: 0 for a layer's outputs, 1 for its inputs.
 
     Returns
     -------
     (channels,) array
+
+    Raises
+    ------
+    ValueError
+        When n is not positive.
     """
     if not n > 0:
         raise ValueError(f"n, the order of the norm, must be positive, got {n}.")
@@ -57,6 +61,11 @@ def propagated_importance(
     tuple of (h_l,) arrays
         One for each layer, the last one ``final``.
 
+    Raises
+    ------
+    ValueError
+        When the weights are no chain of layers, or ``final`` is not one number ≥ 0 an output.
+
     References
     ----------
     R. Yu et al., NISP: Pruning networks using neuron importance score propagation, 2018.
@@ -81,6 +90,6 @@ def propagated_importance(
     return tuple(reversed(found))
 
 
-def _matrix(weight: Any) -> Array:
+def _matrix(weight: npt.ArrayLike) -> Array:
     w = np.asarray(weight, dtype=np.float64)
     return w.reshape(len(w), int(np.prod(w.shape[1:])))

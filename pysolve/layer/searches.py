@@ -1,18 +1,17 @@
-"""Ways to find which weights of a layer stay: alternating directions, elimination, a sweep of the columns."""
+"""Searches for the weights of a layer to keep: alternating directions, elimination, a sweep of columns."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from pysolve.correlations import Array
+from pysolve.correlations import AnyArray, Array, Indices, Mask
 from pysolve.layer.layer_problem import LayerProblem, blocks
-from pysolve.layer.masks import Mask, keep_in_rows, keep_largest, keep_pattern
-from pysolve.layer.row_paths import rows_left
+from pysolve.layer.masks import keep_in_rows, keep_largest, keep_pattern
+from pysolve.layer.row_paths import rows_kept
 
 # Penalties ρ of ADMM, in inputs of unit variance, and schedules (penalties, iterations at each) with the
 # multiplications of an iteration up to which each is taken: the longest that 10 to 60 s allow.
@@ -26,26 +25,26 @@ _BLOCKS = 32
 
 @dataclass(frozen=True)
 class Zeros:
-    """How many weights stay, and which of them compete.
+    """The number of weights to keep, and which of them compete.
 
     Parameters
     ----------
-    left : int
-        Weights that stay in the layer, or in every row.
+    kept : int
+        Weights to keep in the layer, or in every row.
     by_row : bool
     pattern : (int, int), optional
-        n of every m consecutive weights of a row stay, instead.
+        Keep n of every m consecutive weights of a row, instead.
     """
 
-    left: int
+    kept: int
     by_row: bool = False
     pattern: tuple[int, int] | None = None
 
-    def project(self, scores: npt.NDArray[Any]) -> Mask:
-        """The mask of the largest that may stay."""
+    def project(self, scores: AnyArray) -> Mask:
+        """The mask of the largest scores that may be kept."""
         if self.pattern is not None:
             return keep_pattern(scores, *self.pattern)
-        return (keep_in_rows if self.by_row else keep_largest)(scores, self.left)
+        return (keep_in_rows if self.by_row else keep_largest)(scores, self.kept)
 
 
 def admm(problem: LayerProblem, zeros: Zeros) -> tuple[Mask, Array]:
@@ -78,15 +77,15 @@ def admm(problem: LayerProblem, zeros: Zeros) -> tuple[Mask, Array]:
 
 def greedy(problem: LayerProblem, zeros: Zeros) -> tuple[Mask, Array]:
     """Exact elimination in every row, and the sizes of the rows of least total error."""
-    return rows_left(problem, zeros.left), problem.W
+    return rows_kept(problem, zeros.kept), problem.W
 
 
 def sweep(problem: LayerProblem, zeros: Zeros) -> tuple[Mask, Array]:
-    """Columns one after the other: what goes from a column is made up for by all columns after it.
+    """Columns one after the other: all later columns compensate what is removed from a column.
 
     With Uᵀ U = A⁻¹, U upper triangular, losing m_j costs ½ m_j² / U_jj² and changes the columns k > j by
-    −m_j U_jk / U_jj. Which weights go is decided for a block of columns at a time, among all weights that are
-    still to come, and columns of small ‖W_j‖² R_jj go first, for those that follow make up for them: at 90 %
+    −m_j U_jk / U_jj. Which weights are removed is decided for a block of columns at a time, among all weights
+    still to come, and columns of small ‖W_j‖² R_jj come first, since later ones compensate them: at 90 %
     zeros that leaves 0.4 to 0.75 of the error of equal shares of all blocks in the columns' own order.
 
     Takes h d² + 2/3 d³ multiplications, and at most three float64 matrices beside R and W, the result among
@@ -112,7 +111,7 @@ def sweep(problem: LayerProblem, zeros: Zeros) -> tuple[Mask, Array]:
 
 
 def _decide(M: Array, scale: Array, mask: Mask, block: slice, zeros: Zeros) -> None:
-    """What stays in a block of columns, when the columns before it are decided and those after it are not."""
+    """Decide what a block of columns keeps, when the columns before it are decided, those after it not."""
     if zeros.pattern or zeros.by_row:
         for rows in blocks(len(M)):
             scores = np.abs(M[rows, : block.stop if zeros.pattern else None])
@@ -120,7 +119,7 @@ def _decide(M: Array, scale: Array, mask: Mask, block: slice, zeros: Zeros) -> N
             scores[:, : block.start] = np.where(mask[rows, : block.start], np.inf, -1.0)
             mask[rows, block] = zeros.project(scores)[:, block]
         return
-    left = zeros.left - np.count_nonzero(mask[:, : block.start])
+    left = zeros.kept - np.count_nonzero(mask[:, : block.start])
     scores = np.empty((len(M), len(scale) - block.start), np.float32)
     for rows in blocks(len(M)):
         scores[rows] = np.abs(M[rows, block.start :]) / scale[block.start :]
@@ -138,7 +137,7 @@ def _decide(M: Array, scale: Array, mask: Mask, block: slice, zeros: Zeros) -> N
 
 
 def _clear(M: Array, U: Array, mask: Mask, block: slice) -> None:
-    """Take what ``mask`` drops out of a block of columns, and make up for it in all columns from there on."""
+    """Remove what ``mask`` drops from a block of columns, and compensate it in all columns from there on."""
     a, b = block.start, block.stop
     inner, losses = np.ascontiguousarray(U[block, block]), np.empty((len(M), b - a))
     part = np.ascontiguousarray(M[:, block])
@@ -151,7 +150,7 @@ def _clear(M: Array, U: Array, mask: Mask, block: slice) -> None:
         M[rows, b:] -= losses[rows] @ after
 
 
-def _ascending(energy: Array, group: int) -> npt.NDArray[np.intp]:
+def _ascending(energy: Array, group: int) -> Indices:
     """Columns by energy, in whole groups of consecutive ones; an incomplete group comes last."""
     whole = len(energy) // group
     first = np.argsort(energy[: whole * group].reshape(whole, group).sum(1), kind="stable")

@@ -9,8 +9,9 @@ import numpy.typing as npt
 from scipy.sparse import csr_array, csr_matrix, issparse
 
 from pysolve import _core
+from pysolve.correlations import AnyArray
+from pysolve.errors import one_of
 
-Dense = npt.NDArray[Any]
 Layout = Literal["feature", "batch"]
 
 _Core = _core.SparseFloat32 | _core.SparseFloat64
@@ -21,10 +22,10 @@ _CORES: dict[np.dtype[Any], Any] = {
 
 
 class SparseMatrix:
-    """A sparse h × d matrix, laid out for fast products with dense ones. Make one with ``from_csr``.
+    """A sparse h × d matrix, stored for fast products with dense ones. Make one with ``from_csr``.
 
-    Its columns are cut into blocks that suit the processor's caches, and 16-bit numbers tell the columns of a
-    block apart; the kernels use AVX-512, AVX2 or plain instructions, whatever the processor has.
+    Its columns are split into blocks that suit the processor's caches, with 16-bit indices in each; the
+    kernels use AVX-512, AVX2 or plain instructions, whatever the processor has.
 
     Attributes
     ----------
@@ -35,13 +36,13 @@ class SparseMatrix:
     nbytes : int
         Bytes of values, indices and row bounds in memory.
     values : (nnz,) array
-        The entries row by row, in each row by columns. What is written there counts.
+        The entries row by row, in each row by columns. May be written to.
     """
 
     def __init__(self, core: _Core) -> None:
         self._core: Any = core
         self.shape: tuple[int, int] = (core.rows, core.columns)
-        self.values: Dense = core.values
+        self.values: AnyArray = core.values
 
     @classmethod
     def from_csr(cls, csr: csr_array | csr_matrix) -> SparseMatrix:
@@ -82,13 +83,13 @@ class SparseMatrix:
 
     def matmul(
         self,
-        x: Any,
+        x: npt.ArrayLike,
         layout: Layout = "batch",
         *,
-        bias: Any = None,
+        bias: npt.ArrayLike | None = None,
         relu: bool = False,
-        out: Dense | None = None,
-    ) -> Dense:
+        out: AnyArray | None = None,
+    ) -> AnyArray:
         """Product with b samples, with bias and ReLU in the same pass.
 
         ``layout="batch"``:  Y = X Aᵀ + bias,  X b × d, Y b × h, as a linear layer computes it.
@@ -97,53 +98,57 @@ class SparseMatrix:
         Parameters
         ----------
         x : (b, d) or (d, b) array, or (d,) array
-            Of the matrix's type.
+            In the matrix's data type.
         layout : "batch" or "feature"
         bias : (h,) array, optional
         relu : bool
             Replace negative numbers by 0.
         out : array, optional
-            Where to put the result; of the right shape and type, with contiguous rows, apart from x.
+            Array for the result; of its shape and type, with contiguous rows, apart from x.
 
         Returns
         -------
         (b, h) or (h, b) array, or (h,) array
+
+        Raises
+        ------
+        TypeError, ValueError
+            For an array of another data type or shape, or an unknown layout.
         """
         batch_major = _is_batch(layout)
-        x = self._checked("the dense matrix", x)
-        if x.ndim == 1:
+        dense = self._checked("the dense matrix", x)
+        if dense.ndim == 1:
             rows = None if out is None else out[None]
-            vector: Dense = self.matmul(x[None], bias=bias, relu=relu, out=rows)[0]
-            return vector
-        if x.ndim != 2:
-            raise ValueError(f"expected a vector or a matrix, got {x.ndim} dimensions.")
-        if x.strides[1] != x.itemsize or x.strides[0] < 0:
-            x = np.ascontiguousarray(x)
+            return np.asarray(self.matmul(dense[None], bias=bias, relu=relu, out=rows)[0])
+        if dense.ndim != 2:
+            raise ValueError(f"expected a vector or a matrix, got {dense.ndim} dimensions.")
+        if dense.strides[1] != dense.itemsize or dense.strides[0] < 0:
+            dense = np.ascontiguousarray(dense)
         if out is None:
-            b = x.shape[0 if batch_major else 1]
+            b = dense.shape[0 if batch_major else 1]
             out = np.empty((b, self.shape[0]) if batch_major else (self.shape[0], b), self.dtype)
         elif not isinstance(out, np.ndarray) or out.dtype != self.dtype:
             raise TypeError(
                 f"out must be a {self.dtype} array, got {getattr(out, 'dtype', type(out).__name__)}."
             )
-        elif not out.flags.writeable or np.may_share_memory(x, out):
+        elif not out.flags.writeable or np.may_share_memory(dense, out):
             raise ValueError("out must be writeable and apart from the dense matrix.")
         if bias is not None:
             bias = np.ascontiguousarray(self._checked("bias", bias))
-        self._core.multiply(x, batch_major, out, bias, relu, _core.num_threads())
+        self._core.multiply(dense, batch_major, out, bias, relu, _core.num_threads())
         return out
 
-    def __matmul__(self, dense: Any) -> Dense:
+    def __matmul__(self, dense: npt.ArrayLike) -> AnyArray:
         """A X for a d × b matrix X, or A x for a vector of d entries."""
         return self.matmul(dense, layout="feature")
 
-    def value_gradient(self, gradient: Any, x: Any, layout: Layout = "batch") -> Dense:
+    def value_gradient(self, gradient: npt.ArrayLike, x: npt.ArrayLike, layout: Layout = "batch") -> AnyArray:
         """Σ_samples gradient_r x_c for each entry (r, c): gradient of a loss by ``values``.
 
         Parameters
         ----------
         gradient : (b, h) or (h, b) array
-            Of the loss by the product that ``matmul(x, layout)`` gives.
+            Gradient of the loss by the product that ``matmul(x, layout)`` gives.
         x : (b, d) or (d, b) array
         layout : "batch" or "feature"
 
@@ -151,20 +156,20 @@ class SparseMatrix:
         -------
         (nnz,) array
         """
-        g, x = (np.ascontiguousarray(self._checked("the array", array)) for array in (gradient, x))
-        result: Dense = self._core.value_gradient(g, x, _is_batch(layout), _core.num_threads())
-        return result
+        g, dense = (np.ascontiguousarray(self._checked("the array", array)) for array in (gradient, x))
+        found = self._core.value_gradient(g, dense, _is_batch(layout), _core.num_threads())
+        return np.asarray(found)
 
     def transposed(self) -> tuple[SparseMatrix, npt.NDArray[np.int64]]:
-        """The transposed matrix, and at which of this one's entries each of its own stands."""
+        """The transposed matrix, and for each of its entries the index of the entry here."""
         order = csr_array((np.arange(self.nnz), self._core.indices(), self._core.indptr()), shape=self.shape)
         flipped = order.T.tocsr()
         core = _CORES[self.dtype](*flipped.shape, flipped.indptr, flipped.indices, self.values[flipped.data])
         order_of_entries: npt.NDArray[np.int64] = flipped.data
         return SparseMatrix(core), order_of_entries
 
-    def _checked(self, name: str, values: Any) -> Dense:
-        array: Dense = np.asarray(values)
+    def _checked(self, name: str, values: npt.ArrayLike) -> AnyArray:
+        array = np.asarray(values)
         if array.dtype != self.dtype:
             raise TypeError(f"{name} must be {self.dtype} as the sparse matrix is, got {array.dtype}.")
         return array
@@ -175,12 +180,10 @@ class SparseMatrix:
 
 
 def _is_batch(layout: str) -> bool:
-    if layout not in ("feature", "batch"):
-        raise ValueError(f"layout must be 'feature' or 'batch', got {layout!r}.")
-    return layout == "batch"
+    return one_of("layout", layout, ("feature", "batch")) == "batch"
 
 
-def csr_matmul(csr: csr_array | csr_matrix, dense: Any, out: Dense | None = None) -> Dense:
+def csr_matmul(csr: csr_array | csr_matrix, dense: npt.ArrayLike, out: AnyArray | None = None) -> AnyArray:
     """A X for a SciPy CSR matrix A (h × d) and a dense X (d × b), float32 or float64.
 
     Prepares A anew: for many products with one matrix keep a ``SparseMatrix``.
@@ -189,23 +192,36 @@ def csr_matmul(csr: csr_array | csr_matrix, dense: Any, out: Dense | None = None
     ----------
     csr : (h, d) scipy.sparse CSR matrix or array
     dense : (d, b) or (d,) array
-        Of the same type.
+        In the same data type.
     out : (h, b) or (h,) array, optional
 
     Returns
     -------
     (h, b) or (h,) array
+
+    Raises
+    ------
+    TypeError, ValueError
+        For anything but a CSR matrix and an array that fits it.
     """
     return SparseMatrix.from_csr(csr).matmul(dense, layout="feature", out=out)
 
 
 def set_num_threads(threads: int) -> None:
-    """How many threads a sparse product may use, the caller's own included; small products use fewer."""
+    """Set the number of threads that a sparse product may use, the caller's own included.
+
+    Small products use fewer.
+
+    Raises
+    ------
+    ValueError
+        For anything but an integer of at least 1.
+    """
     if isinstance(threads, bool) or not isinstance(threads, int | np.integer) or threads < 1:
-        raise ValueError(f"threads must be a whole number of at least 1, got {threads!r}.")
+        raise ValueError(f"threads must be an integer of at least 1, got {threads!r}.")
     _core.set_num_threads(int(threads))
 
 
 def get_num_threads() -> int:
-    """How many threads a sparse product may use; at first as many as the process has processors."""
+    """The number of threads that a sparse product may use; at first that of the process's processors."""
     return int(_core.num_threads())

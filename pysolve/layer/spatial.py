@@ -1,9 +1,9 @@
-"""A convolution as one along its height and one along its width.
+"""A convolution factored into one along its height and one along its width.
 
     W[h, c, i, j] = Σ_k outer[h, k, j] inner[k, c, i]
 
-Taken as an (h·j) × (c·i) matrix W is to have rank r. What its error does to the outputs couples the columns j
-of the window, so there is no one decomposition to solve it. The columns' mean correlations give inner by
+Taken as an (h·j) × (c·i) matrix W is to have rank r. The error of the outputs couples the columns j of the
+window, so no single decomposition solves it. The columns' mean correlations give inner by
 reduced rank; then each of the two factors is refitted by least squares with the other one held, exactly, for
 a few rounds that never raise the error.
 """
@@ -17,7 +17,7 @@ from scipy.sparse.linalg import LinearOperator, cg
 from pysolve.correlations import Array, Correlations
 from pysolve.forms import LowRank
 from pysolve.layer.spectrum import Spectrum, activation_spectrum, plain_spectrum
-from pysolve.solve.least_squares import pull
+from pysolve.solve.least_squares import prior_ridge
 
 Kernel = tuple[int, int]
 # Refits of both factors, and steps of conjugate gradients for one.
@@ -42,12 +42,12 @@ def as_kernels(form: LowRank, kernel: Kernel) -> LowRank:
 
 
 def plain_spatial(W: Array, kernel: Kernel) -> Spectrum:
-    """Of the weight as it is."""
+    """Spectrum of the unfolded weight alone."""
     return plain_spectrum(unfolded(W, kernel))
 
 
 def spatial_spectrum(W: Array, correlations: Correlations, kernel: Kernel) -> Spectrum:
-    """By the columns' mean correlations, as if what the columns read were unrelated."""
+    """Spectrum for the columns' mean correlations, as if the inputs of the columns were unrelated."""
     i, j = kernel
     own = correlations.centered()
     c = len(own.xx) // (i * j)
@@ -61,7 +61,7 @@ def spatial_spectrum(W: Array, correlations: Correlations, kernel: Kernel) -> Sp
 def spatial_start(W: Array, correlations: Correlations, rank: int, kernel: Kernel) -> LowRank:
     """Factors (h·j, r) and (r, c·i) to refit: the better of ``spatial_spectrum`` and ``plain_spatial``."""
     own = correlations.centered()
-    ridge = pull(len(own.xx), own.count) * np.diag(own.r_xx)
+    ridge = prior_ridge(len(own.xx), own.count) * np.diag(own.r_xx)
     starts = [found.factors(rank) for found in (spatial_spectrum(W, own, kernel), plain_spatial(W, kernel))]
 
     def error(form: LowRank) -> float:
@@ -74,11 +74,11 @@ def spatial_start(W: Array, correlations: Correlations, rank: int, kernel: Kerne
 def refitted(form: LowRank, W: Array, correlations: Correlations, kernel: Kernel) -> LowRank:
     """Factors (h·j, r) and (r, c·i) fitted in turn to the outputs wanted.
 
-    Minimises what ``activation_spectrum`` does, over one factor with the other one held.
+    Minimises the objective of ``activation_spectrum`` over one factor with the other one held.
     """
     i, j = kernel
     h, own = len(W), correlations.centered()
-    ridge = pull(len(own.xx), own.count) * np.diag(own.r_xx)
+    ridge = prior_ridge(len(own.xx), own.count) * np.diag(own.r_xx)
     size = len(own.xx) // j
     # (j, ci, m, ci) and (j, h, ci): one block a pair of columns of the window.
     order = (2, 0, 1, 5, 3, 4)
@@ -100,12 +100,12 @@ def _columns(outer: Array, j: int) -> Array:
 
 
 def _fitted_outer(inner: Array, R: Array, C: Array) -> Array:
-    """(j, h, r): least squares on what inner makes of each column."""
+    """(j, h, r): least squares on the outputs of inner for each column."""
     j, h, r = len(C), C.shape[1], len(inner)
     half = inner @ R.reshape(j, R.shape[1], -1)
     A = (half.reshape(j * r * j, -1) @ inner.T).reshape(j * r, j * r)
     B = (C @ inner.T).transpose(1, 0, 2).reshape(h, j * r)
-    # Columns that never vary leave A singular; what they get does not matter.
+    # Columns that never vary leave A singular; their values do not matter.
     U = scipy.linalg.lstsq((A + A.T) / 2, B.T, cond=1e-12, check_finite=False)[0].T
     return np.asarray(U.reshape(h, j, r).transpose(1, 0, 2))
 

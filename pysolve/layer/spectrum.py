@@ -2,9 +2,9 @@
 
     min_{M of rank r}  ½ E‖y − M x‖² + ½ ε Σ_j R_jj ‖M_j − W_j‖²
 
-With G = R + ε diag(R) and B the minimum without a bound on the rank, what any M costs above it is
+With G = R + ε diag(R) and B the minimum without a bound on the rank, the objective of any M exceeds it by
 ½ tr((M − B) G (M − B)ᵀ). So M = P Pᵀ B, where the columns of P are the r leading eigenvectors of B G Bᵀ, is
-the exact solution, and the other eigenvalues say what it costs. Nothing is inverted: G may be singular. With
+the exact solution, and the other eigenvalues are its cost. Nothing is inverted: G may be singular. With
 G = I and B = W this is the truncated singular value decomposition.
 """
 
@@ -18,7 +18,7 @@ from scipy.sparse.linalg import eigsh
 
 from pysolve.correlations import Array, Correlations
 from pysolve.forms import LowRank
-from pysolve.solve.least_squares import pull, refit
+from pysolve.solve.least_squares import prior_ridge, refit
 
 # From so many rows on, and up to this share of them, a few eigenvectors are cheaper by Lanczos. A randomised
 # decomposition (torch.svd_lowrank) takes less than half the time from 2,048 rows on, at 3 % more error.
@@ -48,7 +48,7 @@ class Spectrum:
 
     @property
     def tails(self) -> Array:
-        """(q + 1,) energy that is lost at rank 0 … q, as a share of all; never rises."""
+        """(q + 1,) lost share of the energy at rank 0 … q; never rises."""
         if self.total <= 0:
             return np.zeros(len(self.energies) + 1)
         lost = 1 - np.concatenate([[0.0], np.cumsum(self.energies)]) / self.total
@@ -61,42 +61,43 @@ class Spectrum:
 
 
 def plain_spectrum(W: Array, rank: int | None = None) -> Spectrum:
-    """Of a matrix as it is: truncated singular value decomposition.
+    """Spectrum of a matrix by itself: truncated singular value decomposition.
 
     Parameters
     ----------
     W : (h, d) array
     rank : int, optional
-        The largest rank that is needed; saves time on large matrices.
+        The largest rank needed; saves time on large matrices.
     """
     return _spectrum(np.asarray(W, dtype=np.float64), None, rank)
 
 
 def activation_spectrum(W: Array, correlations: Correlations, rank: int | None = None) -> Spectrum:
-    """Of a layer on what it reads: reduced-rank regression, held a little to the old weights.
+    """Spectrum of a layer on its inputs: reduced-rank regression with a ridge towards W.
 
     Parameters
     ----------
     W : (h, d) array
         The layer's weights.
     correlations : Correlations
-        Of its inputs and the outputs wanted; centred here, for the bias is free: ``correlations.bias(M)``.
+        Correlations of its inputs with the outputs wanted; centred here, for the bias is free:
+        ``correlations.bias(M)``.
     rank : int, optional
-        The largest rank that is needed; saves time on large layers.
+        The largest rank needed; saves time on large layers.
 
     References
     ----------
     A. J. Izenman, Reduced-rank regression for the multivariate linear model, 1975.
     """
     d = len(correlations.xx)
-    ridge = pull(d, correlations.count)
+    ridge = prior_ridge(d, correlations.count)
     B, _ = refit(correlations, np.arange(d), W, ridge=ridge)
     R = correlations.centered().r_xx
     return _spectrum(B, R + ridge * np.diag(np.diag(R)), rank)
 
 
 def balanced(outer: Array, inner: Array) -> LowRank:
-    """Factors of two matrices whose product stays: each column of one as large as the row of the other."""
+    """Factors with the same product, each column of one as large as the row of the other."""
     sizes = np.linalg.norm(inner, axis=1), np.linalg.norm(outer, axis=0)
     ratio = np.sqrt(np.divide(*sizes, out=np.ones(len(inner)), where=(sizes[0] > 0) & (sizes[1] > 0)))
     return LowRank(outer * ratio, inner / ratio[:, None])

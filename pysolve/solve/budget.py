@@ -1,15 +1,14 @@
-"""How many channels each site keeps when the whole network may only cost so much."""
+"""Number of channels that each site keeps under a limit on the cost of the whole network."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from pysolve.errors import PysolveError
+from pysolve.errors import PysolveError, one_of
 from pysolve.plan import Array, Indices
 from pysolve.solve.knapsack import Knapsack, pack, solve
 
@@ -18,7 +17,7 @@ MEASURES = ("params", "macs", "bytes")
 
 @dataclass(frozen=True, eq=False)
 class Costs:
-    """What a network costs as a function of k_s, the channels that each of its S sites keeps.
+    """Cost of a network as a function of k_s, the channels that each of its S sites keeps.
 
     With K_s channels in site s now, layer l is then as wide as
 
@@ -40,7 +39,7 @@ class Costs:
         One row a measure, in the order of ``MEASURES``.
     constant : (3,) array
     added : (3,) array
-        What of this the network does not have yet, such as biases that it will be given.
+        The part of this that the network does not have yet, such as biases that it will be given.
     layers : tuple of str
         Names of the layers.
     """
@@ -59,14 +58,14 @@ class Costs:
 
     @property
     def original(self) -> dict[str, float]:
-        """Every measure of the network as it is: what shares refer to."""
+        """Every measure of the network as it is, to which shares refer."""
         now = self.cost(self.channels)
         return {measure: now[measure] - float(self.added[m]) for m, measure in enumerate(MEASURES)}
 
     def cost(self, kept: npt.ArrayLike) -> dict[str, float]:
         """Every measure when site s keeps ``kept[s]`` channels."""
-        gone = self.channels - np.asarray(kept)
-        out, into = self.outputs - self.rows @ gone, self.inputs - self.columns @ gone
+        removed = self.channels - np.asarray(kept)
+        out, into = self.outputs - self.rows @ removed, self.inputs - self.columns @ removed
         total = self.constant + self.product @ (out * into) + self.per_output @ out + self.per_input @ into
         return dict(zip(MEASURES, total.tolist(), strict=True))
 
@@ -90,13 +89,13 @@ def allocate(
     least: int = 1,
     round_to: int = 1,
 ) -> Indices:
-    """How many channels each site keeps, so that a network within its targets loses the least.
+    """Number of channels that each site keeps, for the least divergence of a network within its targets.
 
     Seeks  min_k Σ_s curves[s][k_s]  subject to  cost_m(k) ≤ target_m  for each measure m of the targets.
 
-    Channels go where the harm, on the lower convex hulls of the curves, is smallest per cost saved at the
-    widths reached so far (a channel saves in its writers and in its readers, so sites interact), and come
-    back while they fit; then sites exchange channels in pairs while the total harm falls. Optimal for up to
+    Channels are removed where the divergence, on the lower convex hulls of the curves, rises least per cost
+    saved at the widths reached so far (a channel saves in its writers and in its readers, so sites interact),
+    and restored while they fit; then sites exchange channels in pairs while the sum falls. Optimal for up to
     two sites of up to 64 sizes; on random networks of 3 or 4 small sites less than 1 % above the optimum on
     average.
 
@@ -104,10 +103,10 @@ def allocate(
     ----------
     costs : Costs
     curves : sequence of (K_s + 1,) arrays
-        Harm of keeping 0 … K_s channels of site s; infinite where that is not allowed. Taken as not rising
-        with k: fewer channels harm at least as much as more do.
+        Divergence increase with 0 … K_s kept channels of site s; infinite where that is not allowed. Taken as
+        not rising with k: fewer channels have at least the divergence of more.
     targets : {"params", "macs" or "bytes": number}
-        Up to 1: a share of the original network's; above: the whole number itself. All of them hold.
+        Up to 1: a share of the original network's; above: the integer itself. All of them hold.
     least : int
         Channels that every site keeps at least, or all that it has.
     round_to : int
@@ -122,39 +121,40 @@ def allocate(
     Raises
     ------
     PysolveError
-        When even the smallest allowed sizes cost more than a target: says how much.
+        When even the smallest allowed sizes cost more than a target: tells how much.
+    ValueError, TypeError
+        For targets, curves or options that are not as described.
     """
     rows, limits = limits_of(costs, targets)
-    least, round_to = _whole("least", least, 0), _whole("round_to", round_to, 1)
-    sizes, harms = site_sizes(costs, curves, least, round_to)
+    least, round_to = _integer("least", least, 0), _integer("round_to", round_to, 1)
+    sizes, divergences = site_sizes(costs, curves, least, round_to)
     smallest = costs.cost([row[0] for row in sizes])
     for measure, limit in zip(rows, limits, strict=True):
         if smallest[measure] > limit:
             raise PysolveError(unreachable(measure, limit, smallest[measure], costs.original[measure]))
     which = [MEASURES.index(measure) for measure in rows]
     parts = (part[which] for part in costs.expansion())
-    return solve(Knapsack(*pack(sizes, harms), limits, *parts)).astype(np.intp)
+    return solve(Knapsack(*pack(sizes, divergences), limits, *parts)).astype(np.intp)
 
 
-def check_targets(targets: Any) -> None:
-    """TypeError or ValueError unless targets name measures, and for each a share or a whole number."""
+def check_targets(targets: object) -> None:
+    """TypeError or ValueError unless targets name measures, and for each a share or an integer."""
     if not isinstance(targets, Mapping):
         raise TypeError(f'targets are like {{"params": 0.5}}, got {type(targets).__name__}.')
     if not targets:
         raise ValueError(f"targets names no measure: expected one or more of {', '.join(MEASURES)}.")
     for measure, value in targets.items():
-        if measure not in MEASURES:
-            raise ValueError(f"unknown measure {measure!r} in targets; choose from {', '.join(MEASURES)}.")
+        one_of("measure", measure, MEASURES)
         if isinstance(value, bool) or not isinstance(value, int | float | np.number):
             raise TypeError(f"the target for {measure} must be a number, got {type(value).__name__}.")
         if not 0 < value < np.inf or (value > 1 and value != int(value)):
             raise ValueError(
-                f"the target for {measure} must be a share in (0, 1] or a whole number above 1, got {value}."
+                f"the target for {measure} must be a share in (0, 1] or an integer above 1, got {value}."
             )
 
 
-def limits_of(costs: Costs, targets: Mapping[str, Any]) -> tuple[list[str], Array]:
-    """The measures that targets name, and what they allow."""
+def limits_of(costs: Costs, targets: Mapping[str, float]) -> tuple[list[str], Array]:
+    """The measures that targets name, and their limits in absolute numbers."""
     check_targets(targets)
     original = costs.original
     limits = [float(v) * original[m] if v <= 1 else float(v) for m, v in targets.items()]
@@ -164,10 +164,10 @@ def limits_of(costs: Costs, targets: Mapping[str, Any]) -> tuple[list[str], Arra
 def site_sizes(
     costs: Costs, curves: Sequence[npt.ArrayLike], least: int = 1, round_to: int = 1
 ) -> tuple[list[Array], list[Array]]:
-    """Sizes that each site may have, and their harms."""
+    """Sizes that each site may have, and their divergences."""
     if len(curves) != len(costs.channels):
         raise ValueError(f"expected one curve for each of {len(costs.channels)} sites, got {len(curves)}.")
-    sizes, harms = [], []
+    sizes, divergences = [], []
     for s, channels in enumerate(costs.channels.tolist()):
         curve, k = np.asarray(curves[s], dtype=float), np.arange(channels + 1)
         if curve.shape != k.shape:
@@ -179,11 +179,11 @@ def site_sizes(
             raise ValueError(f"curve {s} must hold numbers, and a finite one for all its channels.")
         fine = (k >= min(least, channels)) & ((k % round_to == 0) | (k == channels)) & np.isfinite(curve)
         sizes.append(k[fine].astype(float))
-        harms.append(np.maximum.accumulate(curve[fine][::-1])[::-1])
-    return sizes, harms
+        divergences.append(np.maximum.accumulate(curve[fine][::-1])[::-1])
+    return sizes, divergences
 
 
-def _whole(name: str, value: Any, smallest: int) -> int:
+def _integer(name: str, value: object, smallest: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}.")
     if value < smallest:
@@ -192,7 +192,7 @@ def _whole(name: str, value: Any, smallest: int) -> int:
 
 
 def unreachable(measure: str, limit: float, smallest: float, original: float) -> str:
-    """What to say of a target below what the smallest sizes cost."""
+    """Message for a target below the cost of the smallest sizes."""
 
     def figure(cost: float) -> str:
         return f"{cost:,.0f} ({100 * cost / original:.3g} %)" if original else f"{cost:,.0f}"

@@ -1,4 +1,4 @@
-"""How far a matrix is from the solution, by NumPy alone: judges every solver, shares no code with any.
+"""Distance of a matrix from the solution, by NumPy alone: judges every solver, shares no code with any.
 
 For M (h × d), R = E[x xᵀ], C = E[y xᵀ] and G = M R − C:
 
@@ -15,13 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pysolve.correlations import Array, group_columns, group_norms
-from pysolve.solve.problem import Problem, check_lam, checked_matrix, is_list_of_matrices, problem_of
+from pysolve.solve.problem import (
+    Matrices,
+    Problem,
+    Problems,
+    check_lam,
+    checked_matrix,
+    listed,
+    problem_of,
+    takes_problem,
+)
 
 
 @dataclass(frozen=True)
@@ -37,15 +45,25 @@ class Certificate:
     kkt: float
 
 
+@takes_problem
 def lam_max(
-    r_xx: Any, r_yx: Any = None, *, group_size: int | None = None, weights: npt.ArrayLike | None = None
+    problem: Problems, *, group_size: int | None = None, weights: npt.ArrayLike | None = None
 ) -> float:
     """The smallest lam whose solution is zero on every penalised group: max_g ‖C_g‖/w_g.
 
-    C is taken after the unpenalised groups have been fitted. Shapes as in ``solve_linear_reconstruction``;
-    lists of matrices describe several readers that share their groups, and a Correlations comes alone.
+    C is taken after the unpenalised groups have been fitted.
+
+    Parameters
+    ----------
+    problem, group_size, weights
+        As in ``solve_linear_reconstruction``.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that is no such problem.
     """
-    problem = problem_of(r_xx, r_yx, group_size, weights)
+    problem = problem_of(problem, group_size, weights)
     penalised = problem.penalised
     if not penalised.any():
         return 0.0
@@ -54,23 +72,33 @@ def lam_max(
     return float((group_norms(gradients, problem.group_size)[penalised] / problem.weights[penalised]).max())
 
 
+@takes_problem
 def certify(
-    r_xx: Any,
-    r_yx: Any,
-    M: Any,
+    problem: Problems,
+    M: npt.ArrayLike | Matrices,
     lam: float,
     *,
     group_size: int | None = None,
     weights: npt.ArrayLike | None = None,
 ) -> Certificate:
-    """Objective, duality gap and optimality residual of any (h, d) matrix M.
+    """Objective, duality gap and optimality residual of any matrix M.
 
-    Shapes as in ``solve_linear_reconstruction``; lists of matrices describe several readers that share
-    their groups. Cost: one eigendecomposition of each r_xx.
+    Cost: one eigendecomposition of each r_xx.
+
+    Parameters
+    ----------
+    problem, lam, group_size, weights
+        As in ``solve_linear_reconstruction``.
+    M : (h, d) array or CPU tensor
+        Or a list or tuple of one for each of several readers.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that is no such problem, or an M of another shape.
     """
-    problem = problem_of(r_xx, r_yx, group_size, weights)
-    lam = check_lam(lam)
-    answers = [checked_matrix("M", m) for m in (M if is_list_of_matrices(M) else [M])]
+    problem, lam = problem_of(problem, group_size, weights), check_lam(lam)
+    answers = [checked_matrix("M", m) for m in listed(M)]
     for m, c in zip(answers, problem.yx, strict=True):
         if m.shape != c.shape:
             raise ValueError(f"M is {m.shape} but r_yx is {c.shape}; they must have the same shape.")
@@ -124,8 +152,8 @@ def _largest_step(gg: float, ge: float, ee: float, threshold: float) -> float:
 def _kkt(problem: Problem, M: Sequence[Array], lam: float) -> float:
     size = problem.group_size
     thresholds, norms = lam * problem.weights, group_norms(M, size)
-    pull = np.repeat(np.divide(thresholds, norms, out=np.zeros_like(norms), where=norms > 0), size)
-    gradients = [m @ r - c + pull * m for m, r, c in zip(M, problem.xx, problem.yx, strict=True)]
+    shrinkage = np.repeat(np.divide(thresholds, norms, out=np.zeros_like(norms), where=norms > 0), size)
+    gradients = [m @ r - c + shrinkage * m for m, r, c in zip(M, problem.xx, problem.yx, strict=True)]
     residuals = group_norms(gradients, size)
     return float(np.where(norms > 0, residuals, np.maximum(residuals - thresholds, 0.0)).max())
 

@@ -1,30 +1,35 @@
-"""Take groups away one at a time, always the one that the refitted rest misses least.
+"""Backward elimination of groups: remove, one at a time, the group that the others compensate best.
 
 With R + ε diag(R) in place of R, the error of keeping the groups A is
 
     error(A) = min_M Σ_r ½⟨M_r R_r, M_r⟩ − ⟨C_r, M_r⟩   over M that is zero outside A, for readers r.
 
 With H = (R_AA)⁻¹ and W = C_A H (the refitted weights), losing one more group p of A costs exactly
-½ tr(W_p H_pp⁻¹ W_pᵀ), and H and W of what is left are Schur complements. Reference: Hassibi & Stork 1993
-(OBS), here for groups of inputs and for several readers at once.
+½ tr(W_p H_pp⁻¹ W_pᵀ), and H and W of what is left are Schur complements. This is optimal
+brain surgeon (OBS) for groups of inputs and for several readers at once.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
 from pysolve import _core
-from pysolve.correlations import Array, group_columns
-from pysolve.solve.least_squares import check_ridge, least_squares
-from pysolve.solve.problem import Problem, half_trace, problem_of
-
-Indices = npt.NDArray[np.intp]
-Ridge = float | Literal["auto"]
+from pysolve.correlations import Array, Indices, group_columns
+from pysolve.solve.least_squares import Ridge, check_ridge, least_squares
+from pysolve.solve.problem import (
+    Matrices,
+    Problem,
+    Problems,
+    half_trace,
+    one_or_all,
+    problem_of,
+    takes_problem,
+)
 
 # What "auto" tries. A smaller first one would cost the inverse more digits than the costs can spare.
 RIDGES = (1e-8, 1e-6, 1e-4, 1e-2)
@@ -36,12 +41,12 @@ TRUSTED_INVERSE = 1e4
 
 @dataclass(frozen=True, eq=False)
 class EliminationPath:
-    """What to keep at every size, and what it costs.
+    """The groups to keep at every size, and the error of each size.
 
     Parameters
     ----------
     order : (groups,) int array
-        All groups, the first to go first; groups without any variance lead.
+        All groups in the order of removal; groups without any variance lead.
     error : (groups + 1,) array
         ``error[k]`` is the error with the k groups ``keep(k)`` refitted, summed over readers; ½ E‖y − M x‖²
         when ``r_yy`` was given, otherwise that less ½ E‖y‖², so that ``error[0]`` is 0. Never rises with k.
@@ -55,34 +60,33 @@ class EliminationPath:
     problem: Problem = field(repr=False)
 
     def keep(self, k: int) -> Indices:
-        """The k groups that stay, ascending."""
+        """The k kept groups, ascending."""
         return np.sort(self.order[self.problem.groups - check_size(k, self.problem.groups, least=0) :])
 
-    def refit(self, k: int) -> Any:
+    def refit(self, k: int) -> Matrices:
         """The (h, d) matrix refitted on ``keep(k)``, zero elsewhere; a tuple of one a reader if several."""
         columns = group_columns(self.keep(k), self.problem.group_size)
         readers = zip(self.problem.xx, self.problem.yx, strict=True)
-        M = tuple(least_squares(R, C, columns, self.ridge) for R, C in readers)
-        return M if len(M) > 1 else M[0]
+        return one_or_all([least_squares(R, C, columns, self.ridge) for R, C in readers])
 
 
+@takes_problem
 def elimination_path(
-    r_xx: Any, r_yx: Any = None, *, group_size: int | None = None, r_yy: Any = None, ridge: Ridge = "auto"
+    problem: Problems,
+    *,
+    group_size: int | None = None,
+    r_yy: npt.ArrayLike | Sequence[npt.ArrayLike] | None = None,
+    ridge: Ridge = "auto",
 ) -> EliminationPath:
-    """Which groups to keep at every size, by exact backward elimination (group OBS).
+    """The groups to keep at every size, by exact backward elimination (group OBS).
 
     Removes, again and again, the group p of the least cost ½ Σ_r tr(W_p H_pp⁻¹ W_pᵀ), the exact rise of
     min_M ½ E‖y − M x‖². One inversion, 2 d³ + 3 h d² operations for all sizes together.
 
     Parameters
     ----------
-    r_xx : (d, d) array or CPU tensor, Correlations, or a list of problems
-        E[x xᵀ]; singular is fine. With a Correlations, or a list of Correlations or pairs (r_xx, r_yx) that
-        share their groups (several readers), ``r_yx`` is left out.
-    r_yx : (h, d) array or CPU tensor
-        E[y xᵀ]; or lists of matrices in both.
-    group_size : int
-        Consecutive inputs that form one group; default that of the Correlations, otherwise 1.
+    problem, group_size
+        As in ``solve_linear_reconstruction``; a singular r_xx is no error.
     r_yy : (h, h) array, (h,) diagonal or float trace, optional
         E[y yᵀ], one for each of several readers; adds half its trace to the errors.
     ridge : float or "auto"
@@ -92,10 +96,18 @@ def elimination_path(
     Returns
     -------
     EliminationPath
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that is no such problem.
+
+    References
+    ----------
+    B. Hassibi, D. Stork, Second order derivatives for network pruning: optimal brain surgeon, 1993.
     """
-    problem = problem_of(r_xx, r_yx, group_size)
-    several = len(problem.xx) > 1 and isinstance(r_yy, list | tuple)
-    constant = sum(half_trace(part) for part in r_yy) if several else half_trace(r_yy)
+    problem = problem_of(problem, group_size)
+    constant = half_trace(r_yy, len(problem.xx))
     scaled = scale_to_unit_variance(problem)
     order, path = eliminate(scaled, ridge, 0)
     if path.largest_inverse <= TRUSTED_INVERSE:
@@ -107,7 +119,7 @@ def elimination_path(
     return EliminationPath(np.concatenate([dead, scaled.live[order]]), error, path.ridge, problem)
 
 
-def check_size(k: Any, groups: int, *, least: int = 1) -> int:
+def check_size(k: object, groups: int, *, least: int = 1) -> int:
     """``k`` as an int within least … groups."""
     if isinstance(k, bool) or not isinstance(k, int | np.integer):
         raise TypeError(f"k, the number of groups to keep, must be an integer, got {type(k).__name__}.")

@@ -9,9 +9,9 @@ import numpy as np
 
 from pysolve.plan import Array, Indices
 
-# Steps from all of a site to nothing: of removal, and of putting back (first in coarse ones).
-STEPS, PUT_BACK = 256, (32, 256)
-# Sizes of a site that an exchange tries: all of them up to so many, otherwise near ones and a few far ones.
+# Steps from all of a site to nothing: of removal, and of restoring (first in coarse ones).
+STEPS, RESTORE = 256, (32, 256)
+# Sizes of a site that an exchange tries: all of them up to this number, otherwise near and a few far ones.
 TRIED = 64
 # Searches for an exchange per site; random networks of 150 sites settle within 3.
 ROUNDS = 10
@@ -19,14 +19,14 @@ ROUNDS = 10
 
 @dataclass(frozen=True, eq=False)
 class Knapsack:
-    """min_k Σ_s h_s(k_s)  subject to  constant_t + gradient_t·k + ½ kᵀ hessian_t k ≤ limit_t .
+    """min_k Σ_s D_s(k_s)  subject to  constant_t + gradient_t·k + ½ kᵀ hessian_t k ≤ limit_t .
 
     Parameters
     ----------
     sizes : (S, N) array
-        What k_s may be, ascending; short rows end with their last size repeated.
-    harms : (S, N) array
-        h of each size; does not rise along a row.
+        The values of k_s, ascending; short rows end with their last size repeated.
+    divergences : (S, N) array
+        D of each size; does not rise along a row.
     counts : (S,) int array
         Different sizes in each row.
     limits, constant : (T,) array
@@ -36,16 +36,16 @@ class Knapsack:
     """
 
     sizes: Array
-    harms: Array
+    divergences: Array
     counts: Indices
     limits: Array
     constant: Array
     gradient: Array
     hessian: Array
 
-    def harm(self, chosen: Indices) -> float:
+    def divergence(self, chosen: Indices) -> float:
         """Sum over the sites."""
-        return float(pick(self.harms, chosen).sum())
+        return float(pick(self.divergences, chosen).sum())
 
     def costs(self, k: Array) -> tuple[Array, Array]:
         """(T,) costs and (T, S) derivatives."""
@@ -68,27 +68,27 @@ def pick(table: Array, chosen: Indices) -> Array:
     return table[np.arange(len(table)), chosen]
 
 
-def pack(sizes: Sequence[Array], harms: Sequence[Array]) -> tuple[Array, Array, Indices]:
+def pack(sizes: Sequence[Array], divergences: Sequence[Array]) -> tuple[Array, Array, Indices]:
     """Rows of different lengths as the two tables and the counts of a Knapsack."""
     longest = max(map(len, sizes), default=1)
     tables = [
         np.array([np.pad(row, (0, longest - len(row)), mode="edge") for row in rows], dtype=float)
-        for rows in (sizes, harms)
+        for rows in (sizes, divergences)
     ]
     return tables[0].reshape(-1, longest), tables[1].reshape(-1, longest), np.array([*map(len, sizes)], int)
 
 
 def solve(problem: Knapsack) -> Array:
     """(S,) sizes within the limits, which the smallest sizes must be; none can be raised to the next."""
-    # Removal alone can end up where no exchange of two sites helps; so can putting in, but seldom both.
+    # Removal alone can end up where no exchange of two sites helps; so can raising, but seldom both.
     starts = _remove(problem), np.zeros_like(problem.counts)
-    return pick(problem.sizes, min((_exchange(problem, start) for start in starts), key=problem.harm))
+    return pick(problem.sizes, min((_exchange(problem, start) for start in starts), key=problem.divergence))
 
 
 def _remove(problem: Knapsack) -> Indices:
-    """From all, down the convex hulls, the smallest harm per cost saved first, until the limits hold."""
+    """Down the convex hulls from all, the least divergence per cost saved first, until the limits hold."""
     stops = [_stops(problem, s) for s in range(len(problem.counts))]
-    sizes, harms, counts = pack([s for _, s, _ in stops], [h for *_, h in stops])
+    sizes, divergences, counts = pack([s for _, s, _ in stops], [h for *_, h in stops])
     at, bend = counts - 1, problem.bend
     while True:
         k, below = pick(sizes, at), np.maximum(at - 1, 0)
@@ -96,23 +96,23 @@ def _remove(problem: Knapsack) -> Indices:
         unmet = cost > problem.limits
         step = k - pick(sizes, below)
         saved = np.sum((step * (slope - bend * step) * problem.shares)[unmet], axis=0)
-        rate = _rate(pick(harms, below) - pick(harms, at), saved)
+        rate = _rate(pick(divergences, below) - pick(divergences, at), saved)
         if np.isinf(rate).all():
             return np.array([stops[s][0][i] for s, i in enumerate(at)], dtype=np.intp)
         at[int(np.argmin(rate))] -= 1
 
 
 def _stops(problem: Knapsack, s: int) -> tuple[Indices, Array, Array]:
-    """Up to STEPS + 1 indices of sizes of a site, those sizes, and the convex hull of their harms."""
+    """Up to STEPS + 1 indices of sizes of a site, those sizes, and the convex hull of their divergences."""
     n = int(problem.counts[s])
     chosen = np.unique(np.linspace(0, n - 1, min(n, STEPS + 1)).round().astype(np.intp))
-    k, harm = problem.sizes[s, chosen], problem.harms[s, chosen]
-    x, y, hull = k.tolist(), harm.tolist(), [0]
+    k, divergence = problem.sizes[s, chosen], problem.divergences[s, chosen]
+    x, y, hull = k.tolist(), divergence.tolist(), [0]
     for i in range(1, len(x)):
         while len(hull) > 1 and _above(x, y, hull[-2], hull[-1], i):
             hull.pop()
         hull.append(i)
-    return chosen, k, np.interp(k, k[hull], harm[hull])
+    return chosen, k, np.interp(k, k[hull], divergence[hull])
 
 
 def _above(x: list[float], y: list[float], a: int, b: int, c: int) -> bool:
@@ -120,10 +120,10 @@ def _above(x: list[float], y: list[float], a: int, b: int, c: int) -> bool:
     return (y[b] - y[a]) * (x[c] - x[a]) >= (y[c] - y[a]) * (x[b] - x[a])
 
 
-def _put_in(problem: Knapsack, chosen: Indices) -> Indices:
-    """Raise sizes while one fits, the largest fall of harm per cost first."""
+def _raise_sizes(problem: Knapsack, chosen: Indices) -> Indices:
+    """Raise sizes while one fits, the largest fall of divergence per cost first."""
     chosen, bend = chosen.copy(), problem.bend
-    for unit in (*(np.maximum(problem.counts // steps, 1) for steps in PUT_BACK), np.ones_like(chosen)):
+    for unit in (*(np.maximum(problem.counts // steps, 1) for steps in RESTORE), np.ones_like(chosen)):
         while True:
             above = np.minimum(chosen + unit, problem.counts - 1)
             k = pick(problem.sizes, chosen)
@@ -133,39 +133,39 @@ def _put_in(problem: Knapsack, chosen: Indices) -> Indices:
             fits = (above > chosen) & np.all(cost[:, None] + paid <= problem.limits[:, None], axis=0)
             if not fits.any():
                 break
-            gain = pick(problem.harms, chosen) - pick(problem.harms, above)
+            gain = pick(problem.divergences, chosen) - pick(problem.divergences, above)
             price = np.sum(paid * problem.shares, axis=0)
             s = int(np.argmax(np.where(fits, _rate(gain, price), -1.0)))
             chosen[s] = above[s]
     return chosen
 
 
-def _rate(harm: Array, cost: Array) -> Array:
-    """Harm per cost; infinite where there is no cost."""
-    return np.where(cost > 0, harm / np.where(cost > 0, cost, 1.0), np.inf)
+def _rate(divergence: Array, cost: Array) -> Array:
+    """Divergence per cost; infinite where there is no cost."""
+    return np.where(cost > 0, divergence / np.where(cost > 0, cost, 1.0), np.inf)
 
 
 def _exchange(problem: Knapsack, start: Indices) -> Indices:
-    """Change two sites at a time while that lowers the harm; then no size can be raised any more."""
-    chosen, count = _put_in(problem, start), len(start)
+    """Change two sites at a time while that lowers the divergence; then no size can be raised."""
+    chosen, count = _raise_sizes(problem, start), len(start)
     s = idle = tries = 0
     while idle < count > 1 and tries < ROUNDS * count:
         gain, pair, sizes = _best_pair(problem, chosen, s)
         tries += 1
-        if gain > 1e-9 * problem.harm(chosen):
+        if gain > 1e-9 * problem.divergence(chosen):
             chosen[pair], idle = sizes, 0
         else:
             s, idle = (s + 1) % count, idle + 1
-    return _put_in(problem, chosen)
+    return _raise_sizes(problem, chosen)
 
 
 def _best_pair(problem: Knapsack, chosen: Indices, s: int) -> tuple[float, list[int], list[int]]:
-    """How far the harm falls at most when site s and one other change, the two sites, and their sizes."""
+    """The largest fall of divergence when site s and one other change, the two sites, and their sizes."""
     k, tried = pick(problem.sizes, chosen), _near(int(chosen[s]), int(problem.counts[s]))
     (cost, slope), bend = problem.costs(k), problem.bend
     step = problem.sizes[s, tried] - k[s]
     slack = (problem.limits - cost)[:, None] - step * (slope[:, [s]] + bend[:, [s]] * step)
-    # (T, tried, S): how the cost rises with every other site, once s has moved.
+    # (T, tried, S): slope of the cost in every other site, once s has moved.
     slope = slope[:, None, :] + step[:, None] * problem.hessian[:, None, s, :]
     low = np.full((len(tried), len(k)), -1)
     high = np.broadcast_to(problem.counts - 1, low.shape)
@@ -174,8 +174,8 @@ def _best_pair(problem: Knapsack, chosen: Indices, s: int) -> tuple[float, list[
         move = pick(problem.sizes, middle) - k
         fits = np.all(move * (slope + bend[:, None, :] * move) <= slack[:, :, None], axis=0)
         low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
-    harm = problem.harms[s, tried][:, None] + pick(problem.harms, low)
-    fall = problem.harms[s, chosen[s]] + pick(problem.harms, chosen) - harm
+    divergence = problem.divergences[s, tried][:, None] + pick(problem.divergences, low)
+    fall = problem.divergences[s, chosen[s]] + pick(problem.divergences, chosen) - divergence
     fall[low < 0] = -np.inf
     fall[:, s] = -np.inf
     i, other = np.unravel_index(int(np.argmax(fall)), fall.shape)

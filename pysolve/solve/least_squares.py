@@ -1,41 +1,36 @@
-"""Least squares on the groups that were kept: what the penalty shrank is given back."""
+"""Least squares on the kept groups, without the shrinkage of the penalty."""
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from pysolve.correlations import Array, Correlations, group_columns
-from pysolve.solve.problem import problem_of
+from pysolve.correlations import Array, Correlations, Indices, group_columns
+from pysolve.solve.problem import Matrices, Problems, one_or_all, problem_of, takes_problem
 
-# The ladder of ridges that "auto" tries, relative to the mean diagonal of r_xx on the kept inputs.
+Ridge = float | Literal["auto"]
+
+# Ridges that "auto" tries, relative to each input's own variance.
 AUTO_RIDGES = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
 
 
+@takes_problem
 def debias(
-    r_xx: Any,
-    r_yx: Any = None,
-    keep: npt.ArrayLike | None = None,
-    *,
-    group_size: int | None = None,
-    ridge: float | Literal["auto"] = "auto",
-) -> Any:
+    problem: Problems, keep: npt.ArrayLike, *, group_size: int | None = None, ridge: Ridge = "auto"
+) -> Matrices:
     """Refit on the kept groups alone, without penalty.
 
     Solves  min_M  ½⟨M R, M⟩ − ⟨C, M⟩ + ½ ε Σ_i R_ii ‖M_i‖²   over M that is zero outside ``keep``.
 
     Parameters
     ----------
-    r_xx : (d, d) array, CPU tensor or Correlations
-        E[x xᵀ]; a Correlations or a list of problems comes alone: ``debias(correlations, keep=keep)``.
-    r_yx : (h, d) array or CPU tensor
-        E[y xᵀ].
+    problem, group_size
+        As in ``solve_linear_reconstruction``: ``debias(r_xx, r_yx, keep)`` or ``debias(correlations, keep)``.
     keep : (k,) int array
-        Indices of the groups that stay.
-    group_size : int
+        Indices of the kept groups.
     ridge : float or "auto"
         ε, relative to each input's own variance. "auto" takes the smallest of 1e-10 … 1e-2 that leaves a
         factorisation, so that repeated or dead inputs are no error.
@@ -43,18 +38,20 @@ def debias(
     Returns
     -------
     (h, d) array
-        Zero on the columns of dropped groups. A tuple of one a reader for a list of problems.
+        Zero on the columns of removed groups. A tuple of one a reader for several readers.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that is no such problem, or where r_xx on the kept inputs is singular at ``ridge``.
     """
-    if keep is None:
-        raise TypeError("debias needs keep, the indices of the groups that stay.")
-    problem = problem_of(r_xx, r_yx, group_size)
-    (R,), (C,) = problem.xx, problem.yx
-    return least_squares(R, C, group_columns(_checked_keep(keep, problem.groups), problem.group_size), ridge)
+    problem = problem_of(problem, group_size)
+    columns = group_columns(_checked_keep(keep, problem.groups), problem.group_size)
+    readers = zip(problem.xx, problem.yx, strict=True)
+    return one_or_all([least_squares(R, C, columns, ridge) for R, C in readers])
 
 
-def least_squares(
-    R: Array, C: Array, columns: npt.NDArray[np.intp], ridge: float | Literal["auto"] = "auto"
-) -> Array:
+def least_squares(R: Array, C: Array, columns: Indices, ridge: Ridge = "auto") -> Array:
     """``debias`` on checked matrices; (h, d), zero outside ``columns``."""
     check_ridge(ridge)
     M = np.zeros_like(C)
@@ -65,7 +62,7 @@ def least_squares(
     return M
 
 
-def pull(inputs: int, samples: float) -> float:
+def prior_ridge(inputs: int, samples: float) -> float:
     """Ridge towards known weights, relative to each input's variance, for a fit of k inputs to n samples.
 
     max(1e-4, k / 10 n): with less, a fit to about as many samples as inputs follows their noise (LeNet-5 at a
@@ -76,13 +73,13 @@ def pull(inputs: int, samples: float) -> float:
 
 def refit(
     correlations: Correlations,
-    columns: npt.NDArray[np.intp],
+    columns: Indices,
     prior: Array,
     *,
     ridge: float | None = None,
     intercept: bool = True,
 ) -> tuple[Array, Array | None]:
-    """Least squares on some inputs, held a little to weights that are known to be good.
+    """Least squares on some inputs, with a ridge towards prior weights.
 
     Solves  min_{M, b}  ½ E‖y − M x − b‖² + ½ ε Σ_i R_ii ‖M_i − prior_i‖²   with x the inputs in ``columns``.
 
@@ -95,7 +92,7 @@ def refit(
     prior : (h, k) array
     ridge : float, optional
         ε, relative to each input's own variance; raised tenfold until the matrix can be factored. Default:
-        ``pull``.
+        ``prior_ridge``.
     intercept : bool
         Whether b is free; otherwise it is 0, and None is returned for it.
 
@@ -107,7 +104,7 @@ def refit(
     R, C = used.r_xx[np.ix_(columns, columns)], used.r_yx[:, columns]
     variance = np.diag(R)
     if ridge is None:
-        ridge = pull(len(columns), correlations.count)
+        ridge = prior_ridge(len(columns), correlations.count)
     unit = np.sqrt(np.where(variance > 0, variance, 1.0))
     R, change = R / unit / unit[:, None], (C - prior @ R) / unit
     while True:
@@ -126,13 +123,13 @@ def refit(
     return M, (correlations.y_sum - M @ correlations.x_sum[columns]) / correlations.count
 
 
-def check_ridge(ridge: float | Literal["auto"]) -> None:
+def check_ridge(ridge: Ridge) -> None:
     """ValueError unless ``ridge`` is "auto" or finite and at least 0."""
     if ridge != "auto" and not (np.isfinite(ridge) and ridge >= 0):
         raise ValueError(f'ridge must be "auto" or a number of at least 0, got {ridge!r}.')
 
 
-def _ridge_solve(R: Array, C: Array, ridge: float | Literal["auto"]) -> Array:
+def _ridge_solve(R: Array, C: Array, ridge: Ridge) -> Array:
     unit = np.sqrt(np.diag(R))
     R, C = R / unit / unit[:, None], C / unit
     for epsilon in AUTO_RIDGES if ridge == "auto" else (ridge,):
@@ -144,7 +141,7 @@ def _ridge_solve(R: Array, C: Array, ridge: float | Literal["auto"]) -> Array:
     raise ValueError(f'r_xx on the kept inputs is singular at ridge={ridge}; use a larger one or "auto".')
 
 
-def _checked_keep(keep: npt.ArrayLike, groups: int) -> npt.NDArray[np.intp]:
+def _checked_keep(keep: npt.ArrayLike, groups: int) -> Indices:
     indices = np.asarray(keep)
     if indices.dtype == np.bool_:
         raise TypeError("keep must list indices, got a mask; use np.flatnonzero(mask).")

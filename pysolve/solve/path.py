@@ -1,49 +1,58 @@
-"""Solutions along lam: a whole path, or the lam for a wanted number of groups."""
+"""Solutions along lam: a whole path, or the lam that keeps a given number of groups."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Unpack
 
 import numpy as np
+import numpy.typing as npt
 
 from pysolve.errors import PysolveError
 from pysolve.solve.certificate import lam_max
-from pysolve.solve.problem import Problem, problem_of
+from pysolve.solve.problem import Problem, Problems, problem_of, takes_problem
 from pysolve.solve.solution import Solution
-from pysolve.solve.solvers import solver_named
+from pysolve.solve.solvers import Stopping, solver_named
 
 
+@takes_problem
 def regularization_path(
-    r_xx: Any,
-    r_yx: Any = None,
+    problem: Problems,
     lams: Sequence[float] | None = None,
     *,
     n_lams: int = 50,
     ratio: float = 1e-3,
-    **options: Any,
+    method: str = "newton",
+    group_size: int | None = None,
+    weights: npt.ArrayLike | None = None,
+    **options: Unpack[Stopping],
 ) -> list[Solution]:
     """One solution a lam, from the largest lam down, each started from the one before.
 
     Parameters
     ----------
-    r_xx, r_yx
-        As in ``solve_linear_reconstruction``; or a Correlations or a list of problems, without ``r_yx``.
+    problem, method, group_size, weights, **options
+        As in ``solve_linear_reconstruction``.
     lams : sequence of float, optional
         Default: ``n_lams`` values from lam_max down to ratio · lam_max, evenly spaced in log lam.
     n_lams : int
     ratio : float
         In (0, 1).
-    **options
-        ``method`` and the options of ``solve_linear_reconstruction``.
 
     Returns
     -------
     list of Solution
         In order of falling lam.
+
+    Raises
+    ------
+    PysolveError
+        No penalised group has any effect on the outputs, so there is no lam_max to start from.
+    ValueError, TypeError
+        For input that is no such problem.
     """
-    solve, problem, options = _taken_apart(r_xx, r_yx, options)
+    solve, problem = solver_named(method), problem_of(problem, group_size, weights)
     if lams is None:
         if n_lams < 1 or not 0 < ratio < 1:
             raise ValueError(f"n_lams must be at least 1 and ratio in (0, 1), got {n_lams} and {ratio}.")
@@ -55,24 +64,30 @@ def regularization_path(
     return solutions
 
 
+@takes_problem
 def lam_for_groups(
-    r_xx: Any, r_yx: Any = None, k: int = 1, *, max_solves: int = 60, **options: Any
+    problem: Problems,
+    k: int,
+    *,
+    max_solves: int = 60,
+    method: str = "newton",
+    group_size: int | None = None,
+    weights: npt.ArrayLike | None = None,
+    **options: Unpack[Stopping],
 ) -> tuple[Solution, ...]:
-    """The solution whose lam leaves exactly k groups; where none does, the two next to the jump over k.
+    """The solution whose lam keeps exactly k groups; where none does, the two next to the jump over k.
 
     The number of groups falls in jumps as lam grows, so a given k need not exist. Bisection on log lam with
     warm starts.
 
     Parameters
     ----------
-    r_xx, r_yx
-        As in ``regularization_path``.
+    problem, method, group_size, weights, **options
+        As in ``solve_linear_reconstruction``.
     k : int
         Wanted number of groups, at least 1; unpenalised groups count.
     max_solves : int
         At most this many; the bracket halves with each.
-    **options
-        ``method`` and the options of ``solve_linear_reconstruction``.
 
     Returns
     -------
@@ -84,10 +99,12 @@ def lam_for_groups(
     ------
     PysolveError
         No penalised group has any effect on the outputs, so there is nothing to choose.
+    ValueError, TypeError
+        For input that is no such problem, or a k out of range.
     """
     if k < 1 or max_solves < 1:
         raise ValueError(f"k and max_solves must be at least 1, got {k} and {max_solves}.")
-    solve, problem, options = _taken_apart(r_xx, r_yx, options)
+    solve, problem = solver_named(method), problem_of(problem, group_size, weights)
     highest = lam = _highest(problem)
     fewer, more = solve(problem, highest, **options), None
     if not len(fewer.keep) <= k <= problem.groups:
@@ -110,15 +127,6 @@ def lam_for_groups(
 
 # Below this share of lam_max, rounding decides which groups are zero.
 SMALLEST_LAM = 1e-12
-
-
-def _taken_apart(
-    r_xx: Any, r_yx: Any, options: dict[str, Any]
-) -> tuple[Callable[..., Solution], Problem, dict[str, Any]]:
-    """The solver, the problem checked once for all solves, and the options left for each."""
-    rest = dict(options)
-    problem = problem_of(r_xx, r_yx, rest.pop("group_size", None), rest.pop("weights", None))
-    return solver_named(rest.pop("method", "newton")), problem, rest
 
 
 def _highest(problem: Problem) -> float:

@@ -1,15 +1,20 @@
-"""The problem that the solvers solve, checked once, here."""
+"""The problem that all matrix functions solve, and the one place where what users give is checked."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeGuard, TypeVar, cast, overload
 
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg.lapack
 
-from pysolve.correlations import Array, Correlations
+from pysolve.correlations import Array, Correlations, Mask
+
+P = ParamSpec("P")
+T_co = TypeVar("T_co", covariant=True)
 
 # Negative eigenvalues up to these shares of the trace (of R at unit diagonal) pass as rounding: in float64,
 # and in sums gathered in float32.
@@ -55,20 +60,65 @@ class Problem:
         return self.inputs // self.group_size
 
     @property
-    def penalised(self) -> npt.NDArray[np.bool_]:
+    def penalised(self) -> Mask:
         """Mask over the groups."""
         return self.weights > 0
 
 
-def as_problem(problems: Any, group_size: int | None = None, weights: npt.ArrayLike | None = None) -> Problem:
+Pair = tuple[npt.ArrayLike, npt.ArrayLike]
+Problems = Problem | Correlations | Pair | Sequence[Correlations] | Sequence[Pair]
+# One (h, d) matrix, or for several readers a tuple of one each.
+Matrices = Array | tuple[Array, ...]
+
+
+class Verb(Protocol[P, T_co]):
+    """A function whose problem comes as one argument or as the two matrices r_xx and r_yx."""
+
+    @overload
+    def __call__(self, problem: Problems, /, *args: P.args, **kwargs: P.kwargs) -> T_co: ...
+    @overload
+    def __call__(
+        self, r_xx: npt.ArrayLike, r_yx: npt.ArrayLike, /, *args: P.args, **kwargs: P.kwargs
+    ) -> T_co: ...
+
+
+def takes_problem(function: Callable[Concatenate[Problems, P], T_co]) -> Verb[P, T_co]:
+    """Let the first argument of a function, a problem as for ``problem_of``, also come as r_xx, r_yx."""
+
+    @wraps(function)
+    def verb(r_xx: Any, r_yx: Any = None, *args: Any, **kwargs: Any) -> T_co:
+        if r_yx is None:
+            return function(r_xx, *args, **kwargs)
+        if _stands_alone(r_xx) or np.isscalar(r_yx):
+            return function(r_xx, r_yx, *args, **kwargs)
+        return function((r_xx, r_yx), *args, **kwargs)
+
+    return cast("Verb[P, T_co]", verb)
+
+
+def problem_of(
+    problem: Problems, group_size: int | None = None, weights: npt.ArrayLike | None = None
+) -> Problem:
     """A checked Problem from what users have.
 
-    ``problems`` is a Correlations, a pair (r_xx, r_yx) of arrays or CPU tensors, a list of these (readers
-    that share their groups), or already a Problem.
+    Parameters
+    ----------
+    problem : Correlations, pair (r_xx, r_yx), list of these, or Problem
+        Matrices are (d, d) and (h, d) arrays or CPU tensors. A list, or a pair of lists of matrices, holds
+        one problem a reader; readers share their inputs and groups. A Problem is returned as it is.
+    group_size : int, optional
+        Consecutive inputs of a group; default that of the Correlations, otherwise 1.
+    weights : (groups,) array, optional
+        w_g ≥ 0, default 1.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For what is no such problem: see ``Problem``.
     """
-    if isinstance(problems, Problem):
-        return problems
-    readers = list(problems) if _is_several(problems) else [problems]
+    if isinstance(problem, Problem):
+        return problem
+    readers = _readers(problem)
     if not readers:
         raise ValueError("expected at least one problem, got an empty list.")
     pairs = [(p.r_xx, p.r_yx) if isinstance(p, Correlations) else _pair(p) for p in readers]
@@ -89,24 +139,14 @@ def as_problem(problems: Any, group_size: int | None = None, weights: npt.ArrayL
     return Problem(xx, yx, int(group_size), checked_weights(weights, d // int(group_size)))
 
 
-def problem_of(
-    r_xx: Any, r_yx: Any, group_size: int | None = None, weights: npt.ArrayLike | None = None
-) -> Problem:
-    """A checked Problem from the arguments (r_xx, r_yx) of public functions.
-
-    Two matrices; or two lists of them, one of each a reader; or in ``r_xx`` alone whatever ``as_problem``
-    takes.
-    """
-    if r_yx is None:
-        return as_problem(r_xx, group_size, weights)
-    if is_list_of_matrices(r_xx):
-        return as_problem(list(zip(r_xx, r_yx, strict=True)), group_size, weights)
-    return as_problem((r_xx, r_yx), group_size, weights)
+def one_or_all(M: Sequence[Array]) -> Matrices:
+    """The matrix of a single reader, or a tuple of one a reader."""
+    return tuple(M) if len(M) > 1 else M[0]
 
 
-def is_list_of_matrices(value: Any) -> bool:
-    """Whether it is one matrix a reader, not one matrix."""
-    return isinstance(value, list | tuple) and len(value) > 0 and np.ndim(value[0]) == 2
+def listed(M: npt.ArrayLike) -> Sequence[npt.ArrayLike]:
+    """One matrix a reader, of a matrix or of a list or tuple of them."""
+    return M if _is_listed(M) else [M]
 
 
 def check_lam(lam: float) -> float:
@@ -120,13 +160,9 @@ def check_lam(lam: float) -> float:
     return value
 
 
-def checked_matrix(name: str, value: Any) -> Array:
+def checked_matrix(name: str, value: npt.ArrayLike) -> Array:
     """``value`` (array, nested list or CPU tensor) as a finite float64 matrix; copied only if it must be."""
-    if hasattr(value, "detach"):
-        value = value.detach()
-        if value.device.type != "cpu":
-            raise TypeError(f"{name} is on {value.device}; pass {name}.cpu().")
-    matrix = np.asarray(value)
+    matrix = np.asarray(_detached(name, value))
     if matrix.dtype.kind not in "fiub":
         raise TypeError(f"{name} must hold real numbers, got dtype {matrix.dtype}.")
     if matrix.ndim != 2:
@@ -154,24 +190,52 @@ def checked_weights(weights: npt.ArrayLike | None, groups: int) -> Array:
     return array
 
 
-def half_trace(r_yy: Any) -> float:
-    """½ E‖y‖² from E[y yᵀ], its diagonal, its trace, or nothing (0)."""
+def half_trace(r_yy: npt.ArrayLike | Sequence[npt.ArrayLike] | None, readers: int = 1) -> float:
+    """½ E‖y‖² from E[y yᵀ], its diagonal or its trace; or from a list of one for each of several readers."""
     if r_yy is None:
         return 0.0
-    value = np.asarray(r_yy.detach() if hasattr(r_yy, "detach") else r_yy, dtype=np.float64)
+    if readers > 1 and isinstance(r_yy, list | tuple):
+        return sum(half_trace(part) for part in r_yy)
+    value = np.asarray(_detached("r_yy", r_yy), dtype=np.float64)
     energy = float(np.trace(value) if value.ndim == 2 else value.sum())
     if not (np.isfinite(energy) and energy >= 0):
         raise ValueError(f"r_yy must have a finite trace of at least 0, got {energy}.")
     return 0.5 * energy
 
 
-def _is_several(problems: Any) -> bool:
-    if isinstance(problems, list):
-        return True
-    return isinstance(problems, tuple) and all(isinstance(p, Correlations | tuple) for p in problems)
+def _detached(name: str, value: Any) -> npt.ArrayLike:
+    """The values of a CPU tensor, which may need a gradient; anything else as it is."""
+    if not hasattr(value, "detach"):
+        return value  # type: ignore[no-any-return]
+    if value.device.type != "cpu":
+        raise TypeError(f"{name} is on {value.device}; pass {name}.cpu().")
+    return value.detach()  # type: ignore[no-any-return]
 
 
-def _pair(value: Any) -> tuple[Any, Any]:
+def _stands_alone(problem: object) -> bool:
+    """Whether it is a problem without a second matrix."""
+    if isinstance(problem, list):
+        return not problem or isinstance(problem[0], Correlations | tuple)
+    return isinstance(problem, Problem | Correlations | tuple)
+
+
+def _is_listed(M: object) -> TypeGuard[Sequence[npt.ArrayLike]]:
+    return isinstance(M, list | tuple) and len(M) > 0 and np.ndim(M[0]) == 2
+
+
+def _readers(problem: object) -> list[object]:
+    """One problem a reader."""
+    if isinstance(problem, list):
+        return problem
+    if isinstance(problem, tuple):
+        if all(isinstance(p, Correlations | tuple) for p in problem):
+            return list(problem)
+        if len(problem) == 2 and _is_listed(problem[0]):
+            return list(zip(problem[0], listed(problem[1]), strict=True))
+    return [problem]
+
+
+def _pair(value: object) -> Pair:
     if not isinstance(value, tuple) or len(value) != 2:
         raise TypeError(
             f"a problem is a Correlations or a tuple (r_xx, r_yx), several are a list of those; "
@@ -180,7 +244,7 @@ def _pair(value: Any) -> tuple[Any, Any]:
     return value[0], value[1]
 
 
-def _checked_reader(r_xx: Any, r_yx: Any) -> tuple[Array, Array]:
+def _checked_reader(r_xx: npt.ArrayLike, r_yx: npt.ArrayLike) -> tuple[Array, Array]:
     xx, yx = checked_matrix("r_xx", r_xx), checked_matrix("r_yx", r_yx)
     d = len(xx)
     if xx.shape != (d, d) or d == 0:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
@@ -12,7 +10,9 @@ from pysolve.correlations import Array
 from pysolve.solve.problem import checked_matrix, checked_weights
 
 
-def prox_group_lasso(V: Any, t: float, *, group_size: int = 1, weights: npt.ArrayLike | None = None) -> Array:
+def prox_group_lasso(
+    V: npt.ArrayLike, t: float, *, group_size: int = 1, weights: npt.ArrayLike | None = None
+) -> Array:
     """Group soft-thresholding of the columns of V.
 
     Solves  min_M  ½‖M − V‖_F² + t Σ_g w_g ‖M_g‖_F :  M_g = (1 − t w_g/‖V_g‖)₊ V_g.
@@ -28,6 +28,11 @@ def prox_group_lasso(V: Any, t: float, *, group_size: int = 1, weights: npt.Arra
     Returns
     -------
     (h, d) array
+
+    Raises
+    ------
+    ValueError, TypeError
+        For a V that is no finite real matrix, or options out of range.
     """
     V = checked_matrix("V", V)
     if not (np.isfinite(t) and t >= 0):

@@ -11,13 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from pysolve import _core
-from pysolve.correlations import Array, group_columns, group_norms
+from pysolve.correlations import Array, Indices, group_columns, group_norms
 from pysolve.solve.problem import Problem
-
-Indices = npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,29 +1,26 @@
-"""k channels to keep, by every selector, on the same correlations."""
+"""Selection of k groups to keep, by each of several methods, on the same correlations."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
 from pysolve import _core
-from pysolve.correlations import Array, group_norms
-from pysolve.errors import PysolveError
+from pysolve.correlations import Array, Indices, group_norms
+from pysolve.errors import PysolveError, one_of
 from pysolve.solve.elimination import (
     RIDGES,
-    Indices,
-    Ridge,
     Scaled,
     check_size,
     eliminate,
     nested_errors,
     scale_to_unit_variance,
 )
-from pysolve.solve.least_squares import least_squares
+from pysolve.solve.least_squares import Ridge, least_squares
 from pysolve.solve.path import lam_for_groups
-from pysolve.solve.problem import Problem, problem_of
+from pysolve.solve.problem import Problem, Problems, problem_of, takes_problem
 from pysolve.solve.solution import Solution
 
 # Exchanges, and how many of the cheapest groups to take out are tried before giving up on one more.
@@ -32,35 +29,34 @@ MAX_SWAPS, SWAP_DEPTH = 1000, 10
 LASSO_SOLVES = 25
 
 
+@takes_problem
 def select_channels(
-    r_xx: Any,
-    r_yx: Any = None,
-    k: Any = None,
+    problem: Problems,
+    k: int,
     *,
     method: str = "elimination",
     group_size: int | None = None,
     ridge: Ridge = "auto",
 ) -> Indices:
-    """The k groups that are to stay.
+    """The k groups to keep.
 
     Seeks  min_A min_M ½ E‖y − M x‖²  over sets A of k groups and M that is zero outside A.
 
     Parameters
     ----------
-    r_xx, r_yx : (d, d) and (h, d) arrays or CPU tensors
-        As in ``elimination_path``; with a Correlations or a list of problems, ``r_yx`` is left out.
+    problem, group_size
+        As in ``solve_linear_reconstruction``.
     k : int
         1 … groups.
     method : str
-        "elimination" (group OBS): start from all, take out the group whose loss costs least.
-        "forward": start from none, put in the group that gains most; cheap for small k.
+        "elimination" (group OBS): start from all, remove the group whose loss costs least.
+        "forward": start from none, add the group that gains most; cheap for small k.
         "swap": elimination and, for k up to a quarter of the groups, forward selection, then exchanges of one
         group for another while the error falls; the better of the two.
         "lasso": the lam at which k groups are not zero; where the path jumps over k, the k largest ‖M_g‖ of
         the next larger set. "weighted_lasso": the same with weights 1/‖B_g‖, B the least-squares solution.
         "magnitude": the largest ‖B_g‖_F, where B = C R⁺ is the layer's own weight if y = B x.
         "activation": the largest mean squares Σ_{i∈g} E[x_i²].
-    group_size : int
     ridge : float or "auto"
         As in ``elimination_path``; for "elimination", "forward" and "swap".
 
@@ -68,34 +64,35 @@ def select_channels(
     -------
     (k,) int array
         Ascending.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For input that is no such problem, an unknown method, or a k out of range.
     """
-    try:
-        selector = _SELECTORS[method]
-    except (KeyError, TypeError):
-        names = ", ".join(sorted(_SELECTORS))
-        raise ValueError(f"unknown method {method!r}; choose one of {names}.") from None
-    problem = problem_of(r_xx, r_yx, group_size)
+    selector = _SELECTORS[one_of("method", method, METHODS)]
+    problem = problem_of(problem, group_size)
     problem = replace(problem, weights=np.ones(problem.groups))
     return np.sort(selector(problem, check_size(k, problem.groups), ridge))
 
 
 def _elimination(problem: Problem, k: int, ridge: Ridge) -> Indices:
     scaled = scale_to_unit_variance(problem)
-    gone, _ = eliminate(scaled, ridge, k)
-    return _filled(problem, np.delete(scaled.live, gone), k)
+    removed, _ = eliminate(scaled, ridge, k)
+    return _filled(problem, np.delete(scaled.live, removed), k)
 
 
 def _forward(problem: Problem, k: int, ridge: Ridge) -> Indices:
     scaled = scale_to_unit_variance(problem)
-    return _filled(problem, scaled.live[_put_in(scaled, k, RIDGES[0] if ridge == "auto" else ridge)], k)
+    return _filled(problem, scaled.live[_added(scaled, k, RIDGES[0] if ridge == "auto" else ridge)], k)
 
 
 def _swap(problem: Problem, k: int, ridge: Ridge) -> Indices:
     scaled = scale_to_unit_variance(problem)
-    gone, path = eliminate(scaled, ridge, k)
-    starts = [np.delete(np.arange(len(scaled.live)), gone)]
+    removed, path = eliminate(scaled, ridge, k)
+    starts = [np.delete(np.arange(len(scaled.live)), removed)]
     if 4 * k <= len(scaled.live):
-        starts.append(_put_in(scaled, k, path.ridge))
+        starts.append(_added(scaled, k, path.ridge))
     kept = [polish(scaled, start, path.ridge) for start in starts]
     best = min(kept, key=lambda keep: nested_errors(scaled, keep, path.ridge)[-1])
     return _filled(problem, scaled.live[best], k)
@@ -107,11 +104,11 @@ def polish(scaled: Scaled, keep: Indices, ridge: float) -> Indices:
         scaled.core, keep.tolist(), ridge=ridge, max_swaps=MAX_SWAPS, depth=SWAP_DEPTH
     )
     after = np.array(swapped, dtype=np.intp)
-    # Judged afresh: long chains of updates round.
+    # Errors are computed afresh, since long chains of updates round.
     return min(keep, after, key=lambda groups: nested_errors(scaled, groups, ridge)[-1])
 
 
-def _put_in(scaled: Scaled, k: int, ridge: float) -> Indices:
+def _added(scaled: Scaled, k: int, ridge: float) -> Indices:
     count = min(k, len(scaled.live))
     return np.array(_core.forward(scaled.core, ridge=float(ridge), count=count).order, dtype=np.intp)
 
@@ -123,7 +120,7 @@ def _filled(problem: Problem, keep: Indices, k: int) -> Indices:
 
 
 def lasso_solution(problem: Problem, k: int, *, weighted: bool = False) -> tuple[Problem, Solution] | None:
-    """The problem and its solution that "lasso", or "weighted_lasso", takes k groups from.
+    """The problem and its solution from which "lasso", or "weighted_lasso", takes k groups.
 
     None when no group has any effect on the outputs.
     """
@@ -141,8 +138,7 @@ def _lasso(problem: Problem, k: int, ridge: Ridge, weighted: bool = False) -> In
     found = lasso_solution(problem, k, weighted=weighted)
     if found is None:
         return np.arange(k)
-    M = found[1].M
-    return _largest(group_norms(M if isinstance(M, tuple) else [M], problem.group_size), k)
+    return _largest(group_norms(found[1].readers, problem.group_size), k)
 
 
 def _weighted_lasso(problem: Problem, k: int, ridge: Ridge) -> Indices:
@@ -178,3 +174,4 @@ _SELECTORS: dict[str, Callable[[Problem, int, Ridge], Indices]] = {
     "magnitude": _magnitude,
     "activation": _activation,
 }
+METHODS = tuple(sorted(_SELECTORS))

@@ -1,14 +1,11 @@
-"""What a convex solver returns."""
+"""The result of a convex solver."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from pysolve.correlations import Array
+from pysolve.correlations import Array, Indices
+from pysolve.solve.problem import Matrices
 from pysolve.tables import Table, as_html
 
 
@@ -23,7 +20,7 @@ class History:
 
 @dataclass(frozen=True, eq=False)
 class Solution:
-    """A reconstruction and how good it provably is.
+    """A reconstruction with its proven distance from the optimum.
 
     Parameters
     ----------
@@ -48,8 +45,8 @@ class Solution:
     history : History
     """
 
-    M: Any
-    keep: npt.NDArray[np.intp]
+    M: Matrices
+    keep: Indices
     lam: float
     objective: float
     gap: float
@@ -60,6 +57,11 @@ class Solution:
     seconds: float
     status: str
     history: History = field(repr=False)
+
+    @property
+    def readers(self) -> tuple[Array, ...]:
+        """One matrix a reader, also of a single one."""
+        return self.M if isinstance(self.M, tuple) else (self.M,)
 
     @property
     def converged(self) -> bool:

@@ -1,17 +1,29 @@
-"""The convex solvers: reconstruct a layer from its correlations with as few input channels as lam allows."""
+"""The convex solvers: reconstruct a layer from its correlations through few of its input groups."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
 
 from pysolve import _core
 from pysolve.correlations import Array, group_norms
-from pysolve.solve.problem import as_problem, check_lam, checked_matrix, half_trace
+from pysolve.errors import one_of
+from pysolve.solve.problem import (
+    Matrices,
+    Problems,
+    check_lam,
+    checked_matrix,
+    half_trace,
+    listed,
+    one_or_all,
+    problem_of,
+    takes_problem,
+)
 from pysolve.solve.scaling import Scaled, reduce, restore, scale
 from pysolve.solve.solution import History, Solution
 
@@ -26,19 +38,26 @@ MAX_ITER = {
 }
 
 
+class Stopping(TypedDict, total=False):
+    """Options of a single solve."""
+
+    r_yy: npt.ArrayLike | Sequence[npt.ArrayLike] | None
+    tol: float
+    max_iter: int | None
+    callback: Callback | None
+
+
+class Options(Stopping, total=False):
+    """Options that all solvers share; ``solve_linear_reconstruction`` describes them."""
+
+    group_size: int | None
+    weights: npt.ArrayLike | None
+    M0: npt.ArrayLike | Matrices | None
+
+
+@takes_problem
 def solve_linear_reconstruction(
-    r_xx: Any,
-    r_yx: Any,
-    lam: float,
-    method: str = "newton",
-    *,
-    group_size: int = 1,
-    weights: npt.ArrayLike | None = None,
-    r_yy: Any = None,
-    tol: float = 1e-8,
-    max_iter: int | None = None,
-    M0: Any = None,
-    callback: Callback | None = None,
+    problem: Problems, lam: float, method: str = "newton", **options: Unpack[Options]
 ) -> Solution:
     """Reconstruct y from x through few input groups.
 
@@ -46,25 +65,26 @@ def solve_linear_reconstruction(
 
     Parameters
     ----------
-    r_xx : (d, d) array or CPU tensor
-        E[x xᵀ], symmetric positive semi-definite; singular is fine.
-    r_yx : (h, d) array or CPU tensor
-        E[y xᵀ].
+    problem : Correlations; or r_xx, r_yx : (d, d) and (h, d) arrays or CPU tensors
+        E[x xᵀ], symmetric positive semi-definite and perhaps singular, and E[y xᵀ]: as two arguments or as
+        one tuple. Lists of matrices, or one list of problems, describe several readers of the same inputs,
+        which share their groups: the objective sums over them, and ‖M_g‖ runs over all their matrices.
     lam : float
         > 0. From ``lam_max(r_xx, r_yx)`` on, every penalised group is zero.
     method : {"newton", "alternate_minimization", "fista", "proximal_gradient"}
     group_size : int
-        Consecutive inputs that form one group; divides d.
+        Consecutive inputs that form one group; divides d. Default that of the Correlations, otherwise 1.
     weights : (groups,) array, optional
         w_g ≥ 0, default 1; 0 leaves a group unpenalised (a bias input).
     r_yy : (h, h) array, (h,) diagonal or float trace, optional
-        E[y yᵀ]; adds its half trace to the objective, which then is the penalised reconstruction error.
+        E[y yᵀ], or a list of one for each of several readers; adds its half trace to the objective, which
+        then is the penalised reconstruction error.
     tol : float
-        Stop when the certified relative gap is at most this.
+        Stop when the certified relative gap is at most this; default 1e-8.
     max_iter : int, optional
         Default 1,000 for newton, otherwise 50,000.
     M0 : (h, d) array, optional
-        Warm start.
+        Warm start; one for each of several readers.
     callback : callable(iteration, objective, gap), optional
         Called every iteration; an exception it raises ends the solve.
 
@@ -76,65 +96,68 @@ def solve_linear_reconstruction(
     Raises
     ------
     ValueError, TypeError
-        For input that is no such problem.
+        For input that is no such problem, or an unknown method.
     """
-    return solver_named(method)(
-        (r_xx, r_yx), lam, group_size=group_size, weights=weights, r_yy=r_yy, tol=tol, max_iter=max_iter,
-        M0=M0, callback=callback,
-    )  # fmt: skip
+    return solver_named(method)(problem, lam, **options)
 
 
-def proximal_gradient(problems: Any, lam: float, **options: Any) -> Solution:
+@takes_problem
+def proximal_gradient(problem: Problems, lam: float, **options: Unpack[Options]) -> Solution:
     """Plain forward–backward splitting: M ← prox_{lam/L}(M − (M R − C)/L), L ≥ λ_max(R).
 
-    ``problems`` is one problem or a list of problems that share their groups, each a Correlations or a pair
-    (r_xx, r_yx). Options as in ``solve_linear_reconstruction``.
+    Solves the problem of ``solve_linear_reconstruction``, and takes what that takes.
     """
-    return _solve("proximal_gradient", _fista_core(momentum=False), problems, lam, **options)
+    core = partial(_core.fista, momentum=False, restart=False, q=0.0)
+    return _solve("proximal_gradient", core, problem, lam, **options)
 
 
-def fista(problems: Any, lam: float, *, q: float = 0.0, restart: bool = True, **options: Any) -> Solution:
+@takes_problem
+def fista(
+    problem: Problems, lam: float, *, q: float = 0.0, restart: bool = True, **options: Unpack[Options]
+) -> Solution:
     """Accelerated proximal gradient: look-ahead M + (k − 1)/(k + q + 2) (M − M_previous) before each step.
 
     ``restart`` forgets the momentum whenever it points uphill, and holds it below what the curvature measured
     along the last step allows, which makes the convergence linear on most problems; without it, this is the
-    published look-ahead. Without an ``M0``, the start is one ridge solve. Problems as in
-    ``proximal_gradient``, other options as in ``solve_linear_reconstruction``. Source: Beck & Teboulle 2009;
-    restart: O'Donoghue & Candès 2015.
+    published look-ahead. Without an ``M0``, the start is one ridge solve. Problem and other options as in
+    ``solve_linear_reconstruction``.
+
+    References
+    ----------
+    A. Beck, M. Teboulle, A fast iterative shrinkage-thresholding algorithm, 2009.
+    B. O'Donoghue, E. Candès, Adaptive restart for accelerated gradient schemes, 2015.
     """
     if not q > -2:
         raise ValueError(f"q must be greater than -2, got {q}.")
-    return _solve("fista", _fista_core(momentum=True, restart=restart, q=float(q)), problems, lam, **options)
+    core = partial(_core.fista, momentum=True, restart=restart, q=float(q))
+    return _solve("fista", core, problem, lam, **options)
 
 
+@takes_problem
 def alternate_minimization(
-    problems: Any, lam: float, *, rounds: int = 50, epsilon: float = 1e-10, **options: Any
+    problem: Problems, lam: float, *, rounds: int = 50, epsilon: float = 1e-10, **options: Unpack[Options]
 ) -> Solution:
     """Alternate u_g = sqrt(‖M_g‖² + epsilon) and M (R + lam diag(w/u)) = C, then polish with FISTA.
 
-    ``epsilon`` is relative to the problem scaled to λ_max = 1. Problems as in ``proximal_gradient``, other
-    options as in ``solve_linear_reconstruction``.
+    ``epsilon`` is relative to the problem scaled to λ_max = 1. Problem and other options as in
+    ``solve_linear_reconstruction``.
     """
     if rounds < 1 or not epsilon > 0:
         raise ValueError(f"rounds must be at least 1 and epsilon positive, got {rounds} and {epsilon}.")
-
-    def core(problem: _core.Problem, lam: float, M0: Array, **stopping: Any) -> _core.Result:
-        return _core.alternate_minimization(
-            problem, lam, M0, rounds=int(rounds), epsilon=float(epsilon), **stopping
-        )
-
-    return _solve("alternate_minimization", core, problems, lam, **options)
+    core = partial(_core.alternate_minimization, rounds=int(rounds), epsilon=float(epsilon))
+    return _solve("alternate_minimization", core, problem, lam, **options)
 
 
-def newton(problems: Any, lam: float, **options: Any) -> Solution:
+@takes_problem
+def newton(problem: Problems, lam: float, **options: Unpack[Options]) -> Solution:
     """Newton's method on the variational form: one positive scale for each active group, whatever h is.
 
     Minimises  φ(η) = min_M ½⟨M R, M⟩ − ⟨C, M⟩ + ½ lam Σ_g w_g (‖M_g‖²/η_g + η_g)  over η ≥ 0, with the exact
     Hessian, on a working set of groups. Quadratic convergence, exact zeros; a step costs about
-    4/3 a³ + 3 h a² for a active columns. Problems as in ``proximal_gradient``, options as in
-    ``solve_linear_reconstruction``; an iteration is one round over all groups, of which few are needed.
+    4/3 a³ + 3 h a² for a active columns; an iteration is one round over all groups, of which few are needed.
+    Problem and options as in ``solve_linear_reconstruction``.
     """
-    return _solve("newton", _core.newton, problems, lam, **options)
+    return _solve("newton", _core.newton, problem, lam, **options)
 
 
 _SOLVERS: dict[str, Callable[..., Solution]] = {
@@ -147,41 +170,31 @@ _SOLVERS: dict[str, Callable[..., Solution]] = {
 
 def solver_named(method: str) -> Callable[..., Solution]:
     """The solver function of that name; ValueError naming the choices."""
-    try:
-        return _SOLVERS[method]
-    except (KeyError, TypeError):
-        raise ValueError(f"unknown method {method!r}; choose one of {', '.join(sorted(_SOLVERS))}.") from None
-
-
-def _fista_core(*, momentum: bool, restart: bool = False, q: float = 0.0) -> Core:
-    def core(problem: _core.Problem, lam: float, M0: Array, **stopping: Any) -> _core.Result:
-        return _core.fista(problem, lam, M0, momentum=momentum, restart=restart, q=q, **stopping)
-
-    return core
+    return _SOLVERS[one_of("method", method, sorted(_SOLVERS))]
 
 
 def _solve(
     method: str,
     core: Core,
-    problems: Any,
+    problem: Problems,
     lam: float,
     *,
     group_size: int | None = None,
     weights: npt.ArrayLike | None = None,
-    r_yy: Any = None,
+    r_yy: npt.ArrayLike | Sequence[npt.ArrayLike] | None = None,
     tol: float = 1e-8,
     max_iter: int | None = None,
-    M0: Any = None,
+    M0: npt.ArrayLike | Matrices | None = None,
     callback: Callback | None = None,
 ) -> Solution:
     began = time.perf_counter()
-    problem, lam = as_problem(problems, group_size, weights), check_lam(lam)
+    problem, lam = problem_of(problem, group_size, weights), check_lam(lam)
     if not tol >= 0:
         raise ValueError(f"tol must be at least 0, got {tol}.")
     if max_iter is not None and max_iter < 0:
         raise ValueError(f"max_iter must be at least 0, got {max_iter}.")
     scaled = scale(problem)
-    constant, energy = scaled.constant + half_trace(r_yy), scaled.unit**2
+    constant, energy = scaled.constant + half_trace(r_yy, len(problem.xx)), scaled.unit**2
 
     def report(iteration: int, objective: float, gap: float) -> None:
         assert callback is not None
@@ -218,7 +231,7 @@ def _solution(
     relative_gap = 0.0 if gap == 0 else gap / reference if reference else float("inf")
     seconds, objectives, gaps = result.history.T
     return Solution(
-        M=M if len(M) > 1 else M[0],
+        M=one_or_all(M),
         keep=np.flatnonzero(group_norms(M, scaled.problem.group_size)),
         lam=lam,
         objective=result.objective * energy + constant,
@@ -237,11 +250,11 @@ def _solution(
     )
 
 
-def _start(scaled: Scaled, M0: Any) -> Array:
+def _start(scaled: Scaled, M0: npt.ArrayLike | Matrices | None) -> Array:
     if M0 is None:
         return np.zeros(scaled.shape)
     wanted = [c.shape for c in scaled.problem.yx]
-    start = [checked_matrix("M0", m) for m in (M0 if len(wanted) > 1 else [M0])]
+    start = [checked_matrix("M0", m) for m in listed(M0)]
     shapes = [m.shape for m in start]
     if shapes != wanted:
         raise ValueError(f"M0 has shape {shapes}, but the problem needs {wanted}.")

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.errors import DataError
-from pysolve.layer.lamp import lamp_shares
-from pysolve.layer.masks import count_left, keep_largest
+from pysolve.layer.masks import count_left, keep_largest, lamp_shares
 from pysolve.nn.layers.masking import below, masks_of
 from pysolve.nn.running import as_array, find_layer
 from pysolve.training.options import Step

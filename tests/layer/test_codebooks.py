@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from strategies import seeds
 
 from pysolve.layer.codebooks import SharedValues, share_values
-from pysolve.layer.targets import Target
+from pysolve.layer.rounding import Target
 
 
 @st.composite

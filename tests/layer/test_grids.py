@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from strategies import seeds
 
 from pysolve.layer.grids import Grid, fit_grid
-from pysolve.layer.targets import Target
+from pysolve.layer.rounding import Target
 
 bits_of, groups = st.integers(2, 8), st.sampled_from([None, 1, 3, 100])
 

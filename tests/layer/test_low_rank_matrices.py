@@ -95,14 +95,45 @@ def test_singular_and_dead_inputs_are_normal_input():
         ({"rank": 2, "energy": 0.5}, "either rank or energy"),
         ({"rank": 0}, "within 1 … 6"),
         ({"rank": 7}, "within 1 … 6"),
-        ({"rank": 2.5}, "whole number"),
-        ({"rank": True}, "whole number"),
+        ({"rank": 2.5}, "an integer"),
+        ({"rank": True}, "an integer"),
         ({"energy": 1.5}, "share"),
         ({"rank": 2, "metric": np.eye(5)}, "metric of shape"),
-        ({"rank": 2, "statistics": np.eye(5)}, "shape"),
+        ({"rank": 2, "r_xx": np.eye(5)}, "shape"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options, message):
     W, _, _, found = layer()
     with pytest.raises(ValueError, match=message):
-        ps.reduced_rank(W, **{"statistics": found, **options})
+        ps.reduced_rank(W, **{"r_xx": found, **options})
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.5])
+@pytest.mark.parametrize(
+    "fit",
+    [
+        lambda *given: ps.obs_prune(*given, amount=0.5),
+        lambda *given: ps.quantize_layer(*given, bits=2),
+        lambda *given: ps.reduced_rank(*given, rank=2),
+        lambda *given: ps.reduced_rank(*given, energy=0.6),
+    ],
+)
+def test_two_matrices_say_what_correlations_do_but_for_what_no_weights_explain(fit, noise):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((6000, 6)) @ rng.standard_normal((6, 6))
+    x -= x.mean(0)
+    W = rng.standard_normal((5, 6))
+    y = x @ (W + 0.3 * rng.standard_normal(W.shape)).T + noise * rng.standard_normal((6000, 5))
+    y -= y.mean(0)
+    found, (R, C) = ps.Correlations.from_samples(x, y), (x.T @ x / 6000, y.T @ x / 6000)
+    explained = x @ np.linalg.solve(R, C.T)
+    pair = fit(W, R, C)
+    lost = np.square(explained - x @ pair.weight.T).sum() / np.square(explained).sum()
+    assert pair.error == pytest.approx(lost, rel=1e-6)
+    assert pair.bias is None
+    if not noise:
+        both = fit(W, found)
+        np.testing.assert_allclose(pair.weight, both.weight, rtol=1e-6, atol=1e-9)
+        assert pair.error == pytest.approx(both.error, rel=1e-6)
+    with pytest.raises(ValueError, match="r_yx"):
+        fit(W, R, C[:, :3])

@@ -15,7 +15,7 @@ from pysolve.layer import layer_problem as supports
 from pysolve.layer import obs
 from pysolve.layer.layer_problem import layer_problem, refit_rows
 from pysolve.layer.obs import obs_prune
-from pysolve.layer.row_paths import error_curve, row_paths, rows_left, share_weights
+from pysolve.layer.row_paths import error_curve, row_paths, rows_kept, share_weights
 from pysolve.layer.searches import Zeros, admm, sweep
 
 METHODS = ("admm", "greedy", "sweep", "auto")
@@ -129,11 +129,14 @@ def random_mask(layer, share=0.5):
 
 @given(layers(), st.sampled_from([1e-4, 1e-2]), st.booleans())
 def test_refitted_weights_solve_the_normal_equations_on_their_support(layer, ridge, bare):
-    mask, problem = random_mask(layer), layer_problem(layer.W, layer.R if bare else layer.correlations, ridge)
+    mask, problem = (
+        random_mask(layer),
+        layer_problem(layer.W, layer.R if bare else layer.correlations, ridge=ridge),
+    )
     M = refit_rows(problem, mask)
     C = layer.W @ problem.R if problem.C is None else problem.C
-    pull = ridge * np.diag(problem.R) * (M - layer.W)
-    gradient = np.where(mask, M @ problem.R - C + pull, 0.0)
+    prior = ridge * np.diag(problem.R) * (M - layer.W)
+    gradient = np.where(mask, M @ problem.R - C + prior, 0.0)
     unit = np.sqrt(np.diag(problem.R)) + 1e-300
     assert np.abs(gradient / unit).max() <= 1e-8 * (np.abs(C / unit).max() + 1e-12)
     assert not M[~mask].any()
@@ -148,7 +151,7 @@ def test_a_refit_is_never_worse_than_the_masked_weights(layer):
 
 @given(layers())
 def test_conjugate_gradients_and_direct_solves_agree(layer):
-    mask, problem = random_mask(layer, 0.7), layer_problem(layer.W, layer.correlations, 1e-2)
+    mask, problem = random_mask(layer, 0.7), layer_problem(layer.W, layer.correlations, ridge=1e-2)
     direct = refit_rows(problem, mask)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(supports, "_DIRECT", -1.0)
@@ -162,7 +165,7 @@ def test_conjugate_gradients_and_direct_solves_agree(layer):
 @given(layers(), st.booleans(), st.sampled_from([1e-20, 1.0, 1e20]))
 def test_single_precision_gives_the_same_weights_up_to_its_rounding(layer, bare, scale):
     W, statistics = (scale * layer.W, layer.R) if bare else (layer.W, layer.correlations)
-    mask, problem = random_mask(layer, 0.7), layer_problem(W, statistics, 1e-2)
+    mask, problem = random_mask(layer, 0.7), layer_problem(W, statistics, ridge=1e-2)
     double, start = refit_rows(problem, mask), W.copy()
     single = refit_rows(problem, mask, start, single=True, overwrite=True)
     assert single is start
@@ -185,7 +188,7 @@ def test_large_layers_are_refitted_in_single_precision(layer, amount):
 
 @given(layers(max_d=6, noise=(0.0,), most_dead=0), seeds)
 def test_elimination_in_rows_is_the_one_that_recomputes_everything(layer, seed):
-    problem = layer_problem(layer.W, layer.R, 1e-2)
+    problem = layer_problem(layer.W, layer.R, ridge=1e-2)
     A = problem.metric()
     paths = row_paths(problem)
     for i, w in enumerate(layer.W * problem.unit):
@@ -204,7 +207,7 @@ def test_elimination_of_many_inputs_keeps_its_inverse_up_to_date():
     x = rng.standard_normal((400, d)) @ (np.eye(d) + 0.3 * rng.standard_normal((d, d)))
     problem = layer_problem(rng.standard_normal((3, d)), x.T @ x / 400)
     A, left = problem.metric(), 40
-    mask = rows_left(problem, 3 * left)
+    mask = rows_kept(problem, 3 * left)
     paths = row_paths(problem)
     for i, w in enumerate(problem.optimum()):
         gone, H, m = [], np.linalg.inv(A), w.copy()
@@ -355,7 +358,7 @@ def test_layers_share_weights_so_that_the_sum_of_errors_is_least(seed, left):
         ({}, "exactly one of amount, count, pattern, mask; got none"),
         ({"amount": 0.5, "pattern": "2:4"}, "got amount and pattern"),
         ({"amount": 1.0}, r"amount must be in \[0, 1\), got 1.0"),
-        ({"count": 17}, "count must be a whole number of 0 … 12 weights, got 17"),
+        ({"count": 17}, "count must be an integer within 0 … 12 weights, got 17"),
         ({"pattern": "4:2"}, 'pattern must be like "2:4"'),
         ({"amount": 0.5, "method": "obs"}, "unknown method 'obs'; choose one of auto, admm, greedy, sweep"),
         ({"amount": 0.5, "scope": "global"}, "unknown scope 'global'; choose one of layer, row"),
@@ -378,5 +381,5 @@ def test_statistics_that_do_not_fit_are_refused():
         obs_prune(np.ones((3, 4)), np.eye(5), amount=0.5)
     with pytest.raises(ValueError, match="not positive definite at ridge=1: it is no E"):
         obs_prune(np.ones((1, 2)), np.array([[1.0, 3.0], [3.0, 1.0]]), amount=0.5)
-    with pytest.raises(ValueError, match="left must lie within 0 … 2"):
+    with pytest.raises(ValueError, match="count must lie within 0 … 2"):
         share_weights({"a": np.array([1.0, 0.5, 0.0])}, 3)

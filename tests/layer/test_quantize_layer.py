@@ -114,7 +114,7 @@ def test_singular_correlations_and_dead_inputs_are_normal_input(layer, scheme, b
         W, statistics, bits=3, scheme=scheme, symmetric=symmetric, group=group, method="nearest"
     )
     assert np.isfinite(best.weight).all()
-    # What is minimised includes the pull to the old weights, so not by the last per cent.
+    # What is minimised includes the ridge towards the old weights, so not by the last per cent.
     assert best.error <= 1.01 * near.error + 0.01
 
 
@@ -143,8 +143,8 @@ def test_tensors_are_taken():
     [
         ({"bits": 0}, "1 … 8"),
         ({"bits": 9}, "1 … 8"),
-        ({"bits": 2.0}, "whole number"),
-        ({"bits": True}, "whole number"),
+        ({"bits": 2.0}, "an integer"),
+        ({"bits": True}, "an integer"),
         ({"bits": 1, "scheme": "int"}, "2 … 8"),
         ({"scheme": "float"}, "codebook, int, ternary"),
         ({"method": "up"}, "feedback, nearest"),
@@ -152,14 +152,14 @@ def test_tensors_are_taken():
         ({"rounds": 0}, "rounds"),
         ({"mask": np.ones((2, 2), bool)}, "bool array of shape"),
         ({"mask": np.ones((8, 20))}, "bool array of shape"),
-        ({"statistics": np.eye(3)}, "correlations must be"),
+        ({"r_xx": np.eye(3)}, "correlations must be"),
         ({"ridge": -1.0}, "ridge"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options, message):
     W, _, _, found = layer()
     with pytest.raises(ValueError, match=message):
-        quantize_layer(W, **{"statistics": found, **options})
+        quantize_layer(W, **{"r_xx": found, **options})
 
 
 @pytest.mark.parametrize(

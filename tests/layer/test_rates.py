@@ -6,10 +6,9 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import correlated_samples, seeds
 
+from pysolve.layer.codebooks import PricedValues, code_lengths, spaced_values
 from pysolve.layer.quantize_layer import quantize_layer
-from pysolve.layer.rates import PricedValues, code_lengths, spaced_values
-from pysolve.layer.rounding import descend, round_with_feedback, settle
-from pysolve.layer.targets import Target
+from pysolve.layer.rounding import Target, descend, round_with_feedback, settle
 from pysolve.methods.worth import coded_bits, price_for
 
 lams = st.floats(-6, 2).map(lambda power: 10.0**power)
@@ -34,7 +33,7 @@ def targets(draw, masked=None):
 def priced(rng, k, lam):
     """Any values, zero first, with bits of any codes."""
     centroids = np.concatenate([[0.0], rng.standard_normal(k - 1)])
-    return PricedValues(centroids, True, lam, code_lengths(rng.integers(0, k, 50), k))
+    return PricedValues(centroids, True, lam=lam, bits=code_lengths(rng.integers(0, k, 50), k))
 
 
 @given(seeds, st.integers(1, 9), lams, st.booleans())
@@ -51,7 +50,7 @@ def test_codes_are_the_best_of_all(seed, k, lam, single):
 
 
 def test_an_input_that_does_not_count_takes_the_cheapest_code():
-    levels = PricedValues(np.array([0.0, 1.0, 2.0]), True, 0.1, np.array([3.0, 1.0, 2.0]))
+    levels = PricedValues(np.array([0.0, 1.0, 2.0]), True, lam=0.1, bits=np.array([3.0, 1.0, 2.0]))
     assert levels.codes(np.array([0.0, 2.0, -5.0]), None, 0.0).tolist() == [1, 1, 1]
 
 
@@ -65,7 +64,9 @@ def test_lengths_of_codes_add_up_to_their_entropy(seed, k, n):
     assert coded_bits(codes) == pytest.approx(n * entropy, abs=1e-9)
     # A code that nobody has is dearer than any that is used.
     assert lengths[k] > lengths[codes].max(initial=0.0)
-    assert PricedValues(np.zeros(k + 1), True, 0.5, lengths).price(codes) == pytest.approx(0.5 * n * entropy)
+    assert PricedValues(np.zeros(k + 1), True, lam=0.5, bits=lengths).price(codes) == pytest.approx(
+        0.5 * n * entropy
+    )
 
 
 @given(targets(), st.integers(2, 20), lams)

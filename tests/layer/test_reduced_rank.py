@@ -12,7 +12,7 @@ from pysolve.forms import LowRank
 from pysolve.layer import spatial
 from pysolve.layer.reduced_rank import error_curve, factor_layer, seen_through
 from pysolve.layer.spatial import as_kernels
-from pysolve.solve.least_squares import pull
+from pysolve.solve.least_squares import prior_ridge
 
 KERNELS = [(), (3,), (2, 3), (3, 1), (2, 1, 2)]
 
@@ -75,7 +75,7 @@ def test_data_make_outputs_better_and_weights_worse(seed, kernel, rank):
     W, _, _, known = layer(seed, kernel=kernel)
     blind, seeing = (factor_layer(W, one, rank, kernel=kernel, spatial=bool(kernel)) for one in (None, known))
     own = known.centered()
-    ridge = pull(len(own.xx), own.count) * np.diag(own.r_xx)
+    ridge = prior_ridge(len(own.xx), own.count) * np.diag(own.r_xx)
     errors = [own.error(M) + 0.5 * (ridge * np.square(M - W)).sum() for M in (seeing.weight, blind.weight)]
     assert errors[0] <= errors[1] * (1 + 1e-9)
     assert np.square(W - blind.weight).sum() <= np.square(W - seeing.weight).sum() + 1e-9
@@ -174,7 +174,7 @@ def test_the_curve_says_what_each_rank_loses(seed, kernel, known, weighed):
             e, z = y - x @ found.weight.T - found.bias, y - y.mean(0)
             own = np.eye(4) if S is None else S
             share = np.vdot(e @ own, e) / np.vdot(z @ own, z)
-            # The pull to the old weights counts a little, too.
+            # The ridge towards the old weights counts a little, too.
             assert share == pytest.approx(curve[rank], rel=1e-2, abs=1e-3)
 
 

@@ -11,8 +11,7 @@ from strategies import seeds
 
 from pysolve.layer.codebooks import share_values
 from pysolve.layer.grids import fit_grid
-from pysolve.layer.rounding import descend, round_best, round_nearest, round_with_feedback, settle
-from pysolve.layer.targets import Target
+from pysolve.layer.rounding import Target, descend, round_best, round_nearest, round_with_feedback, settle
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from torch.nn.functional import conv2d
 from pysolve.correlations import Correlations
 from pysolve.layer import spatial
 from pysolve.layer.spatial import as_kernels, plain_spatial, refitted, spatial_spectrum, unfolded
-from pysolve.solve.least_squares import pull
+from pysolve.solve.least_squares import prior_ridge
 
 
 @st.composite
@@ -45,7 +45,7 @@ def matrix_of(form, kernel):
 def objective(form, W, known, kernel):
     """½ E‖y − M x − b‖² + ½ ε Σ_j R_jj ‖M_j − W_j‖²."""
     own, M = known.centered(), matrix_of(form, kernel)
-    ridge = pull(len(own.xx), own.count) * np.diag(own.r_xx)
+    ridge = prior_ridge(len(own.xx), own.count) * np.diag(own.r_xx)
     return own.error(M) + 0.5 * float((ridge * np.square(M - W)).sum())
 
 

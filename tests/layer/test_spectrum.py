@@ -11,7 +11,7 @@ from strategies import correlated_samples, seeds
 from pysolve.correlations import Correlations
 from pysolve.layer import spectrum
 from pysolve.layer.spectrum import activation_spectrum, balanced, plain_spectrum
-from pysolve.solve.least_squares import pull
+from pysolve.solve.least_squares import prior_ridge
 
 
 @st.composite
@@ -51,14 +51,14 @@ def layers(draw, regular=False):
 def objective(M, W, known):
     """½ E‖y − M x − b‖² + ½ ε Σ_j R_jj ‖M_j − W_j‖² with the best b."""
     own = known.centered()
-    ridge = pull(len(own.xx), own.count) * np.diag(own.r_xx)
+    ridge = prior_ridge(len(own.xx), own.count) * np.diag(own.r_xx)
     return own.error(M) + 0.5 * float((ridge * np.square(M - W)).sum())
 
 
 def quadratic(W, known):
     """G and C of the objective: ½ tr(M G Mᵀ) − ⟨C, M⟩ + constant."""
     own = known.centered()
-    ridge = np.diag(pull(len(own.xx), own.count) * np.diag(own.r_xx))
+    ridge = np.diag(prior_ridge(len(own.xx), own.count) * np.diag(own.r_xx))
     return own.r_xx + ridge, own.r_yx + W @ ridge
 
 

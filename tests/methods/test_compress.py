@@ -665,7 +665,7 @@ def test_a_sweep_evaluates_before_and_after_retraining():
         ({"target": {}}, ValueError, "names no measure"),
         ({"target": {"flops": 0.5}}, ValueError, "unknown measure 'flops'"),
         ({"target": {"params": "half"}}, TypeError, "must be a number, got str"),
-        ({"target": {"params": 1.5}}, ValueError, "share in (0, 1] or a whole number"),
+        ({"target": {"params": 1.5}}, ValueError, "share in (0, 1] or an integer"),
         ({"keep": 0}, ValueError, "keep must be positive"),
         ({"keep": True}, TypeError, "keep must be a number, got bool"),
         ({"keep": 2.5}, ValueError, "keep must be a share in (0, 1] or a whole number, got 2.5"),

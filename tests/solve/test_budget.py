@@ -1,4 +1,4 @@
-"""Sizes stay within every target, use it up, and harm little more than the best sizes that there are."""
+"""Sizes stay within every target, use it up, and diverge little more than the best sizes."""
 
 from itertools import product
 
@@ -72,7 +72,7 @@ def problems(draw, sites, most=8):
     return random_problem(np.random.default_rng(draw(seeds)), draw(sites), most)
 
 
-def harm(curves, kept):
+def divergence(curves, kept):
     return sum(curve[k] for curve, k in zip(curves, kept, strict=True))
 
 
@@ -82,9 +82,9 @@ def holds(costs, kept, targets):
 
 
 def exhaustive(costs, curves, targets):
-    """The least harm within the targets, by trying all sizes."""
+    """The least divergence within the targets, by trying all sizes."""
     sizes = product(*(range(1, channels + 1) for channels in costs.channels))
-    return min(harm(curves, kept) for kept in sizes if holds(costs, kept, targets))
+    return min(divergence(curves, kept) for kept in sizes if holds(costs, kept, targets))
 
 
 @given(seeds, st.integers(0, 4))
@@ -128,7 +128,7 @@ def test_no_target_is_broken_and_nothing_more_would_fit(problem, least, round_to
 @given(problems(st.integers(1, 2), most=20))
 def test_up_to_two_sites_get_the_best_sizes_there_are(problem):
     kept = allocate(*problem)
-    assert harm(problem[1], kept) <= exhaustive(*problem) * (1 + 1e-9) + 1e-300
+    assert divergence(problem[1], kept) <= exhaustive(*problem) * (1 + 1e-9) + 1e-300
 
 
 def test_more_sites_come_close_to_the_best_sizes():
@@ -136,7 +136,7 @@ def test_more_sites_come_close_to_the_best_sizes():
     found, best = [], []
     for _ in range(60):
         problem = random_problem(rng, int(rng.integers(3, 5)), 6)
-        found.append(harm(problem[1], allocate(*problem)))
+        found.append(divergence(problem[1], allocate(*problem)))
         best.append(exhaustive(*problem))
     found, best = np.array(found), np.array(best)
     assert np.all(found >= best * (1 - 1e-12))
@@ -145,7 +145,7 @@ def test_more_sites_come_close_to_the_best_sizes():
 
 
 @given(seeds, st.integers(1, 5), st.floats(0.1, 1.0))
-def test_where_channels_cost_the_same_the_most_harmful_stay(seed, sites, share):
+def test_where_channels_cost_the_same_those_of_most_divergence_are_kept(seed, sites, share):
     rng = np.random.default_rng(seed)
     channels = rng.integers(1, 400, sites)
     falls = [np.sort(rng.exponential(size=K))[::-1] * 10.0 ** rng.uniform(-2, 2) for K in channels]
@@ -157,7 +157,7 @@ def test_where_channels_cost_the_same_the_most_harmful_stay(seed, sites, share):
     kept = allocate(costs, curves, {"macs": total}, least=0)
     best = np.concatenate(falls)[np.argsort(-np.concatenate(falls))[total:]].sum()
     assert kept.sum() == min(total, channels.sum())
-    assert harm(curves, kept) == pytest.approx(best, rel=1e-9, abs=1e-12)
+    assert divergence(curves, kept) == pytest.approx(best, rel=1e-9, abs=1e-12)
 
 
 @given(seeds, st.floats(0.15, 0.9))
@@ -195,7 +195,7 @@ def test_all_channels_stay_where_everything_is_allowed():
     assert allocate(costs, [np.zeros(6), np.zeros(7)], {"params": 10**9}).tolist() == [5, 6]
 
 
-def test_sizes_that_are_infinitely_harmful_are_not_used():
+def test_sizes_of_infinite_divergence_are_not_used():
     costs, curve = chain([4, 10, 4]), np.arange(10.0, -1, -1)
     curve[[5, 6, 7]] = np.inf
     assert allocate(costs, [curve], {"macs": 0.7}).tolist() == [4]
@@ -204,7 +204,7 @@ def test_sizes_that_are_infinitely_harmful_are_not_used():
         allocate(costs, [curve], {"macs": 0.7})
 
 
-def test_channels_without_harm_go_first():
+def test_channels_without_divergence_are_removed_first():
     costs = chain([8, 20, 20, 8])
     dead, needed = np.where(np.arange(21) < 8, 5.0, 0.0), np.arange(20.0, -1, -1)
     kept = allocate(costs, [dead, needed], {"macs": 0.6})
@@ -258,7 +258,7 @@ def test_an_impossible_target_is_refused_with_the_least_that_is_possible():
         ({"flops": 0.5}, ValueError, "unknown measure 'flops'.*params, macs, bytes"),
         ({"params": 0}, ValueError, "target for params must be"),
         ({"params": -3}, ValueError, "got -3"),
-        ({"macs": 1.5}, ValueError, "whole number above 1, got 1.5"),
+        ({"macs": 1.5}, ValueError, "an integer above 1, got 1.5"),
         ({"macs": float("nan")}, ValueError, "got nan"),
         ({"macs": float("inf")}, ValueError, "got inf"),
         ({"bytes": True}, TypeError, "got bool"),

@@ -13,7 +13,7 @@ from strategies import correlated_samples, instances, seeds
 import pysolve as ps
 from pysolve import _core
 from pysolve.solve.elimination import nested_errors, scale_to_unit_variance
-from pysolve.solve.problem import as_problem
+from pysolve.solve.problem import problem_of
 from pysolve.solve.selection import polish
 
 METHODS = ("elimination", "swap", "forward", "lasso", "weighted_lasso", "magnitude", "activation")
@@ -168,7 +168,7 @@ def test_takes_correlations():
 
 @given(instances(), st.data())
 def test_swaps_never_raise_the_error(case, data):
-    scaled = scale_to_unit_variance(as_problem((case.r_xx, case.r_yx), case.group_size))
+    scaled = scale_to_unit_variance(problem_of((case.r_xx, case.r_yx), case.group_size))
     live = len(scaled.live)
     keep = np.array(data.draw(st.lists(st.integers(0, live - 1), unique=True)), dtype=np.intp)
     after = polish(scaled, keep, 1e-8)
@@ -252,7 +252,7 @@ def test_a_layer_without_any_input_keeps_what_it_is_told():
 
 def test_control_c_ends_the_elimination():
     d = 2500
-    core = scale_to_unit_variance(as_problem((np.eye(d) + 0.1, np.ones((1, d))))).core
+    core = scale_to_unit_variance(problem_of((np.eye(d) + 0.1, np.ones((1, d))))).core
     killer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
     killer.start()
     with pytest.raises(KeyboardInterrupt):

@@ -42,6 +42,22 @@ def test_takes_correlations():
     np.testing.assert_array_equal(M, ps.debias(correlations.r_xx, correlations.r_yx, [0], group_size=2))
 
 
+def test_several_readers_come_back_as_a_tuple_in_every_form():
+    x = np.random.default_rng(0).standard_normal((50, 6))
+    layers = [ps.Correlations.from_samples(x + h, x[:, :h], group_size=2) for h in (1, 2)]
+    alone = [ps.debias(one, keep=[0, 2]) for one in layers]
+    R, C = [one.r_xx for one in layers], [one.r_yx for one in layers]
+    for M in (
+        ps.debias(layers, [0, 2]),
+        ps.debias(R, C, [0, 2], group_size=2),
+        ps.debias((R, C), keep=[0, 2], group_size=2),
+        ps.debias(list(zip(R, C, strict=True)), [0, 2], group_size=2),
+    ):
+        assert isinstance(M, tuple)
+        for one, wanted in zip(M, alone, strict=True):
+            np.testing.assert_array_equal(one, wanted)
+
+
 def test_keeping_nothing_gives_zero():
     assert not ps.debias(np.eye(3), np.ones((2, 3)), []).any()
 
@@ -62,7 +78,7 @@ def test_bad_values_are_refused(keep, options, message):
 
 
 def test_keep_cannot_be_forgotten():
-    with pytest.raises(TypeError, match="debias needs keep"):
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'keep'"):
         ps.debias(np.eye(3), np.ones((1, 3)))
 
 

@@ -115,3 +115,76 @@ def test_inputs_are_never_written_to():
         ps.solve_linear_reconstruction(R, C, 1.0, method, M0=M0, weights=weights)
     for before, after in zip(kept, (R, C, M0, weights), strict=True):
         np.testing.assert_array_equal(before, after)
+
+
+def of_two_layers():
+    """Two readers of the same inputs, and functions of (problem, options) with their required settings."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((60, 8))
+    layers = [ps.Correlations.from_samples(x, x @ rng.standard_normal((8, h)), group_size=2) for h in (3, 2)]
+    M = [ps.debias(one, keep=[0, 3]) for one in layers]
+    return layers, M
+
+
+VERBS = {
+    "lam_max": lambda *given, M, **options: ps.lam_max(*given, **options),
+    "certify": lambda *given, M, **options: ps.certify(*given, M, 0.3, **options).gap,
+    "debias": lambda *given, M, **options: ps.debias(*given, [1, 2], **options),
+    "path": lambda *given, M, **options: ps.elimination_path(*given, **options).refit(2),
+    "select": lambda *given, M, **options: ps.select_channels(*given, 2, method="swap", **options),
+    "lams": lambda *given, M, **options: ps.regularization_path(*given, [0.5], **options)[0].M,
+    "groups": lambda *given, M, **options: ps.lam_for_groups(*given, 2, **options)[0].M,
+    "solve": lambda *given, M, **options: ps.solve_linear_reconstruction(*given, 0.3, M0=M, **options).M,
+    "newton": lambda *given, M, **options: ps.newton(*given, 0.3, **options).M,
+    "fista": lambda *given, M, **options: ps.fista(*given, 0.3, q=1.0, **options).M,
+    "alternate": lambda *given, M, **options: ps.alternate_minimization(*given, 0.3, **options).M,
+    "plain": lambda *given, M, **options: ps.proximal_gradient(*given, 0.3, max_iter=50, **options).M,
+}
+
+
+def assert_same(one, other):
+    assert type(one) is type(other)
+    for a, b in zip(*((one, other) if isinstance(one, tuple) else ([one], [other])), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_function_takes_correlations_pairs_and_two_matrices(verb):
+    (layer, _), (M, _) = of_two_layers()
+    wanted = VERBS[verb](layer, M=M)
+    R, C = layer.r_xx, layer.r_yx
+    for given, options in [
+        ((layer,), {}),
+        ((R, C), {"group_size": 2}),
+        (((R, C),), {"group_size": 2}),
+        ((torch.from_numpy(R), C.tolist()), {"group_size": 2}),
+    ]:
+        assert_same(VERBS[verb](*given, M=M, **options), wanted)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_function_takes_several_readers_as_a_list_of_problems_or_lists_of_matrices(verb):
+    layers, M = of_two_layers()
+    wanted = VERBS[verb](layers, M=M)
+    R, C = [one.r_xx for one in layers], [one.r_yx for one in layers]
+    assert isinstance(wanted, float | np.ndarray) or [m.shape for m in wanted] == [(3, 8), (2, 8)]
+    for given in [(list(zip(R, C, strict=True)),), (R, C), ((R, C),), (tuple(zip(R, C, strict=True)),)]:
+        assert_same(VERBS[verb](*given, M=M, group_size=2), wanted)
+    single = VERBS[verb](layers[:1], M=M[:1])
+    assert_same(single, VERBS[verb]([R[0]], [C[0]], M=M[0], group_size=2))
+
+
+def test_energies_of_several_readers_add_up_in_every_function():
+    layers, _ = of_two_layers()
+    yy = [one.r_yy for one in layers]
+    half = 0.5 * sum(np.trace(one) for one in yy)
+    assert ps.newton(layers, 0.3, r_yy=yy).objective == pytest.approx(ps.newton(layers, 0.3).objective + half)
+    assert ps.elimination_path(layers, r_yy=yy).error[0] == pytest.approx(half)
+
+
+@pytest.mark.parametrize("verb", [ps.debias, ps.select_channels, ps.lam_for_groups, ps.newton, ps.certify])
+def test_what_is_required_cannot_be_forgotten(verb):
+    with pytest.raises(TypeError, match=r"missing .* required positional argument"):
+        verb(EYE, ROW)
+    with pytest.raises(TypeError, match=r"a problem is a Correlations or a tuple|missing"):
+        verb(EYE)

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pysolve as ps
-from pysolve.layer.lamp import lamp_scores, lamp_shares
+from pysolve.layer.masks import lamp_scores, lamp_shares
 from pysolve.nn.layers.masking import below, mask_weights, masks_of
 from pysolve.nn.zoo import Mlp
 from pysolve.training.finetune import finetune
