@@ -20,7 +20,7 @@ from pysolve.nn.graph.branches import Layer, find_layers, layer_values
 from pysolve.nn.graph.export import Graph, trace
 from pysolve.nn.layer_matrix import LAYERS, groups, matrix
 from pysolve.nn.layers.masking import masks_of
-from pysolve.nn.layers.products import SparseWeight
+from pysolve.nn.layers.sparse import SparseWeight
 from pysolve.nn.lockstep import Sampling, refit
 from pysolve.nn.running import as_array, find_matching
 from pysolve.nn.slicing import WEIGHTED

@@ -13,13 +13,13 @@ from pysolve.methods.quantized import Quantized, plan_of, weight_name
 from pysolve.nn.apply import apply
 from pysolve.nn.layers.sharing import (
     TRAINED,
+    Snapped,
     codebooks_of,
     remove_sharing,
     share_weights,
     shared_of,
     ternary_weights,
 )
-from pysolve.nn.layers.snapping import Snapped
 from pysolve.nn.running import as_array, find_layer
 from pysolve.training.distill import distill
 

@@ -19,7 +19,7 @@ from pysolve.nn.calibration import samples_in, take
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import latency, nbytes
 from pysolve.nn.layers.masking import mask_weights
-from pysolve.nn.layers.sparse import in_form
+from pysolve.nn.layers.runtime import in_form
 from pysolve.nn.profile import layer_inputs
 from pysolve.plan import Plan, weight_name
 from pysolve.report.rows import LayerReport
