@@ -15,7 +15,7 @@ from pysolve.compressed import Compressed
 from pysolve.errors import PysolveError
 from pysolve.forms import Sparse
 from pysolve.nn.layers.dense import without_sparse
-from pysolve.nn.layers.quant_weight import QuantWeight
+from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.plan import Plan, Site
 from pysolve.solve.budget import check_targets
 from pysolve.training.distill import distill as teach

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import Codebook
-from pysolve.nn.layers.sparse import check_form, in_form
+from pysolve.nn.layers.runtime import check_form, in_form, substitute
 from pysolve.nn.running import as_tensor, find_layer
 from pysolve.nn.slicing import (
     ROLES,
@@ -107,17 +107,6 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
             places: Any = getattr(numbered(layers[owner], narrowed[layers[owner]]), leaf)
             tensor.put_(places.long().to(tensor.device), dense.to(tensor))
     return wide
-
-
-def substitute(model: nn.Module, layer: nn.Module, other: nn.Module) -> nn.Module:
-    """Put a layer in another's place in a network, under all its names; the network, or what replaces it."""
-    if layer is model:
-        return other
-    for owner in list(model.modules()):
-        for name, child in list(owner._modules.items()):
-            if child is layer:
-                setattr(owner, name, other)
-    return model
 
 
 def _copy(model: nn.Module, values: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, nn.Module]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.errors import DataError
-from pysolve.nn.layers.quant_weight import QuantWeight
+from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.sharing import unshared
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
 from pysolve.nn.running import Values, as_input, device_of, evaluating, forward, labelled

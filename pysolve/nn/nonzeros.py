@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from pysolve.nn.layers.masking import unmasked
-from pysolve.nn.layers.products import SparseWeight
-from pysolve.nn.layers.quant_weight import QuantWeight
+from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.sharing import unshared
+from pysolve.nn.layers.sparse import SparseWeight
 from pysolve.tables import Table
 
 # Of a column's number and of a row's end.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pysolve.compressed import Compressed
 from pysolve.errors import DataError
 from pysolve.forms import Integers, LowRank, Sparse
-from pysolve.nn.apply import apply, substitute
+from pysolve.nn.apply import apply
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.files.format1 import sparse_layers
 from pysolve.nn.files.plan_json import (
@@ -26,8 +26,8 @@ from pysolve.nn.files.plan_json import (
     typed,
 )
 from pysolve.nn.layers.factored import empty
-from pysolve.nn.layers.quant_weight import QuantWeight
-from pysolve.nn.layers.sparse import in_form
+from pysolve.nn.layers.quantized import QuantWeight
+from pysolve.nn.layers.runtime import in_form, substitute
 from pysolve.nn.running import find_layer
 from pysolve.nn.slicing import inputs, outputs
 from pysolve.plan import Plan, tensor_name, weight_name

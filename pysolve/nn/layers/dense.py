@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from pysolve.nn.apply import substitute
 from pysolve.nn.layers.factored import Factored
-from pysolve.nn.layers.products import SparseWeight
-from pysolve.nn.layers.quantized import QuantConv2d, QuantLinear
-from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
+from pysolve.nn.layers.quantized import QuantLinear, QuantWeight
+from pysolve.nn.layers.runtime import substitute
+from pysolve.nn.layers.sparse import SparseWeight
 
-_KINDS = (SparseLinear, SparseConv2d, Factored, QuantLinear, QuantConv2d)
+_KINDS = (SparseWeight, Factored, QuantWeight)
 
 
 def to_dense(model: nn.Module) -> nn.Module:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import skip_init
 
+from pysolve.correlations import AnyArray
 from pysolve.errors import PysolveError
-from pysolve.forms import Form, LowRank
+from pysolve.forms import LowRank
+from pysolve.nn.layers.base import Dense, check_shape, dense_layer
 from pysolve.nn.running import as_array, as_tensor
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-Dense = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+# A dense layer, or whatever runs in its place.
+Part = Any
 
 
 class Factored(nn.Module):
@@ -28,10 +31,13 @@ class Factored(nn.Module):
     inner, outer : nn.Linear or convolution
     """
 
+    inner: Part
+    outer: Part
+
     def __init__(self, inner: nn.Module, outer: nn.Module) -> None:
         super().__init__()
-        self.inner: Any = inner
-        self.outer: Any = outer
+        self.inner = inner
+        self.outer = outer
 
     @classmethod
     def from_form(cls, layer: Dense, form: LowRank) -> Factored:
@@ -43,16 +49,10 @@ class Factored(nn.Module):
             When the layer is no Linear and no ungrouped convolution, or its weight has another shape.
         """
         check_factors(layer, form)
-        (h, c), r, bias = form.shape[:2], form.rank, layer.bias is not None
         # A dimension of the kernel belongs to the factor that extends along it.
         outside = [size > 1 for size in form.outer.shape[2:]]
-        made = cls(
-            _part(layer, c, r, [not out for out in outside], bias=False),
-            _part(layer, r, h, outside, bias=bias),
-        )
-        _fill(made.inner, as_tensor(form.inner), None, layer)
-        _fill(made.outer, as_tensor(form.outer), layer.bias, layer)
-        return made.train(layer.training)
+        inner = _part(layer, form.inner, None, [not out for out in outside])
+        return cls(inner, _part(layer, form.outer, layer.bias, outside)).train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.outer(self.inner(x))
@@ -78,25 +78,20 @@ class Factored(nn.Module):
         """The two weights."""
         return LowRank(as_array(self.outer.weight), as_array(self.inner.weight))
 
-    def to_dense(self) -> nn.Module:
+    def to_dense(self) -> Dense:
         """One layer with the product as its weight."""
         inner, outer = self.inner, self.outer
-        bias = outer.bias is not None
-        if isinstance(inner, nn.Linear):
-            dense: Any = _made(inner, inner.in_features, outer.out_features, bias=bias)
-        else:
+        channels, width, how = inner.weight.shape[1], len(outer.weight), dict[str, object]()
+        if not isinstance(inner, nn.Linear):
             own = [a > b for a, b in zip(outer.kernel_size, inner.kernel_size, strict=True)]
-            dense = _made(
-                inner,
-                inner.in_channels,
-                outer.out_channels,
-                tuple(map(max, inner.kernel_size, outer.kernel_size)),
-                **{name: _both(own, inner, outer, name) for name in ("stride", "padding", "dilation")},
-                bias=bias,
-                padding_mode=inner.padding_mode,
-            )
-        _fill(dense, self.weight, outer.bias, inner)
-        return dense.train(self.training)  # type: ignore[no-any-return]
+            how = {name: _both(own, inner, outer, name) for name in ("stride", "padding", "dilation")}
+            how["kernel_size"] = tuple(map(max, inner.kernel_size, outer.kernel_size))
+            how["padding_mode"] = inner.padding_mode
+        kind, trained = type(inner), inner.weight.requires_grad
+        dense: Dense = dense_layer(
+            kind, inner.weight, self.weight, outer.bias, (channels, width), how, trained=trained
+        )
+        return dense.train(self.training)
 
     def extra_repr(self) -> str:
         return f"rank={self.rank}"
@@ -115,60 +110,6 @@ def check_factors(layer: nn.Module, form: LowRank) -> None:
         raise PysolveError(f"a weight of shape {form.shape} has a rank of at most {most}, got {form.rank}.")
 
 
-def check_shape(layer: nn.Module, form: Form) -> None:
-    """Refuse a form of another shape than the layer's weight with a PysolveError."""
-    assert isinstance(layer.weight, Tensor)
-    if form.shape != tuple(layer.weight.shape):
-        raise PysolveError(f"expected a form of shape {tuple(layer.weight.shape)}, got {form.shape}.")
-
-
-def _made(like: Any, *args: Any, **kwargs: Any) -> Any:
-    """A layer of the same kind, data type and device with any values; no random number is drawn for them."""
-    home = {"device": like.weight.device, "dtype": like.weight.dtype}
-    return skip_init(type(like), *args, **home, **kwargs)  # type: ignore[no-untyped-call]
-
-
-def _fill(made: Any, weight: Tensor, bias: Tensor | None, like: Any) -> None:
-    """Give a layer its values; it is trained as another one is, and its bias as this bias is."""
-    with torch.no_grad():
-        made.weight.copy_(weight)
-        if bias is not None:
-            made.bias.copy_(bias)
-            made.bias.requires_grad_(bias.requires_grad)
-    made.weight.requires_grad_(like.weight.requires_grad)
-
-
-def _part(layer: Any, channels: int, out: int, own: list[bool], *, bias: bool) -> Any:
-    """A Linear, or a convolution along some of a layer's dimensions."""
-    if isinstance(layer, nn.Linear):
-        return _made(layer, channels, out, bias=bias)
-
-    def along(values: Any, other: int) -> Any:
-        if isinstance(values, str):
-            return values
-        return tuple(value if mine else other for value, mine in zip(values, own, strict=True))
-
-    return _made(
-        layer,
-        channels,
-        out,
-        along(layer.kernel_size, 1),
-        stride=along(layer.stride, 1),
-        padding=along(layer.padding, 0),
-        dilation=along(layer.dilation, 1),
-        bias=bias,
-        padding_mode=layer.padding_mode,
-    )
-
-
-def _both(own: list[bool], inner: Any, outer: Any, name: str) -> Any:
-    """What both have together along their dimensions: an attribute of the whole convolution."""
-    first, second = getattr(inner, name), getattr(outer, name)
-    if isinstance(first, str):
-        return first
-    return tuple(b if mine else a for a, b, mine in zip(first, second, own, strict=True))
-
-
 def empty(layer: Dense, rank: int, *, spatial: bool = False) -> LowRank:
     """Factors of zeros for a layer: with its kernel first, or along height and width."""
     h, c, *kernel = layer.weight.shape
@@ -177,3 +118,32 @@ def empty(layer: Dense, rank: int, *, spatial: bool = False) -> LowRank:
         inside[-1], outside[-1] = 1, kernel[-1]
     rank = min(rank, 1 + min(h * outside[-1] if kernel else h, layer.weight[0].numel()))
     return LowRank(np.zeros((h, rank, *outside), np.float32), np.zeros((rank, c, *inside), np.float32))
+
+
+def _part(layer: Dense, weight: AnyArray, bias: Tensor | None, own: Iterable[bool]) -> Dense:
+    """A Linear, or a convolution along some of a layer's dimensions."""
+    how: dict[str, object] = {}
+    if not isinstance(layer, nn.Linear):
+        how = {name: _along(layer, name, own) for name in ("stride", "padding", "dilation")}
+        how |= {"kernel_size": weight.shape[2:], "padding_mode": layer.padding_mode}
+    out, channels = weight.shape[:2]
+    trained = layer.weight.requires_grad
+    return dense_layer(
+        type(layer), layer.weight, as_tensor(weight), bias, (channels, out), how, trained=trained
+    )
+
+
+def _along(layer: Dense, name: str, own: Iterable[bool]) -> str | tuple[int, ...]:
+    """A convolution's attribute in its own dimensions; in others, that of a kernel of size 1."""
+    values, other = getattr(layer, name), 0 if name == "padding" else 1
+    if isinstance(values, str):
+        return values
+    return tuple(value if mine else other for value, mine in zip(values, own, strict=True))
+
+
+def _both(own: list[bool], inner: Dense, outer: Dense, name: str) -> str | tuple[int, ...]:
+    """The attribute of the whole convolution from those of its two parts."""
+    first, second = getattr(inner, name), getattr(outer, name)
+    if isinstance(first, str):
+        return first
+    return tuple(b if mine else a for a, b, mine in zip(first, second, own, strict=True))

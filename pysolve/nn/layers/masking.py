@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from typing import Any
 
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pysolve.correlations import Mask as BoolArray
 from pysolve.nn.running import as_tensor, find_layer
 
 
@@ -23,7 +22,7 @@ class Mask(nn.Module):
     Parameters
     ----------
     mask : bool tensor
-        True for what stays.
+        True for the kept weights.
     splicing : bool
         Let gradients reach the pruned weights too, as if they were in use: they go on changing under the mask
         and may come back with a later one. So in dynamic network surgery.
@@ -49,7 +48,7 @@ class Mask(nn.Module):
 
 
 def mask_weights(
-    model: nn.Module, masks: Mapping[str, Tensor | npt.NDArray[Any]], *, splicing: bool = False
+    model: nn.Module, masks: Mapping[str, Tensor | BoolArray], *, splicing: bool = False
 ) -> None:
     """Mask the weights of layers, in place; layers that have a mask get another one.
 
@@ -60,7 +59,7 @@ def mask_weights(
     ----------
     model : nn.Module
     masks : {layer: bool array or tensor}
-        Of the weights' shapes; True for what stays.
+        Of the weights' shapes; True for the kept weights.
     splicing : bool
         As ``Mask`` has it.
 
@@ -94,16 +93,23 @@ def masks_of(model: nn.Module) -> dict[str, Mask]:
 
 def mask_of(layer: nn.Module) -> Mask | None:
     """The mask of a layer's weight, if it has one."""
+    return next((one for one in parametrizations(layer) if isinstance(one, Mask)), None)
+
+
+def parametrizations(layer: nn.Module) -> nn.ModuleList:
+    """The modules by which a layer's weight is computed; none where it is a parameter."""
     if not parametrize.is_parametrized(layer, "weight"):
-        return None
-    chain: Any = layer.parametrizations
-    return next((one for one in chain.weight if isinstance(one, Mask)), None)
+        return nn.ModuleList()
+    found = layer.get_submodule("parametrizations.weight")
+    assert isinstance(found, nn.ModuleList)
+    return found
 
 
 def below(layer: nn.Module) -> nn.Parameter:
-    """The parameter of a layer's weight: below the mask, if there is one."""
-    masked: Any = layer
-    return masked.weight if mask_of(layer) is None else masked.parametrizations.weight.original  # type: ignore[no-any-return]
+    """The parameter of a layer's weight: the one below, where the weight is computed."""
+    found = parametrizations(layer).original if len(parametrizations(layer)) else layer.weight
+    assert isinstance(found, nn.Parameter)
+    return found
 
 
 def remove_masks(model: nn.Module) -> None:

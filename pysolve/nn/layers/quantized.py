@@ -1,27 +1,117 @@
-"""Layers whose weight is small whole numbers: decoded once, or multiplied as they are."""
+"""Layers whose weight is small integers: decoded once, or multiplied as they are."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, linear, pad
-from torch.nn.utils import skip_init
+from torch.nn.functional import linear
 
 from pysolve.errors import PysolveError
 from pysolve.forms import Integers
+from pysolve.nn.layers.base import Geometry, TwoWay, check_shape, dense_layer
 from pysolve.nn.layers.integers import can_multiply, multiplied, restored, torchao_tensor
-from pysolve.nn.layers.quant_weight import QuantWeight, check_form, made_dense
+
+
+class QuantWeight(TwoWay):
+    """A weight of (codes − zeros) · scales, and a bias.
+
+    The bias is trained, and the scales only after ``requires_grad_()``: they are so small that a learning
+    rate for weights would undo them. The decoded weight is kept from the first call on, outside of the state
+    dict and of copies; it follows what an optimiser does to the scales. In memory such a layer is then larger
+    than a dense one; in a file it is a quarter of it, or less.
+    """
+
+    codes: Tensor
+    scales: nn.Parameter
+    zeros: Tensor | None
+    bias: nn.Parameter | None
+
+    def __init__(self, layer: nn.Linear | nn.Conv2d, form: Integers) -> None:
+        super().__init__()
+        self.bits, self.group = form.bits, form.group
+        # Plain numbers: sizes that a trace asks tensors for are part of its program.
+        self.shape = form.shape
+        self.columns = math.prod(form.shape[1:])
+        weight = layer.weight
+        self.register_buffer("codes", torch.tensor(form.codes, device=weight.device))
+        zeros = None if form.zeros is None else torch.tensor(form.zeros, device=weight.device)
+        self.register_buffer("zeros", zeros)
+        scales = torch.tensor(form.scales, dtype=weight.dtype, device=weight.device)
+        self.scales = nn.Parameter(scales, requires_grad=False)
+        bias = layer.bias
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
+        self._kept: dict[str, tuple[object, Tensor]] = {}
+        self.train(layer.training)
+
+    def decoded(self) -> Tensor:
+        """The weight in the precision of the scales; gradients go to the scales."""
+        steps = self.codes.flatten(1).to(self.scales.dtype)
+        if self.zeros is not None:
+            steps = steps - self._spread(self.zeros.to(self.scales.dtype))
+        return (steps * self._spread(self.scales)).reshape(self.shape)
+
+    @property
+    def weight(self) -> Tensor:
+        """The decoded weight: kept from call to call, unless gradients are to go through it."""
+        if torch.is_grad_enabled() and self.scales.requires_grad:
+            return self.decoded()
+        return self.kept("weight", self.decoded)
+
+    def nonzeros(self) -> int:
+        """Number of weights that are not zero."""
+        zeros = self.codes.new_zeros(1) if self.zeros is None else self._spread(self.zeros)
+        return int((self.codes.flatten(1) != zeros).sum())
+
+    def form(self) -> Integers:
+        """Codes, scales and zeros."""
+        zeros = None if self.zeros is None else self.zeros.cpu().numpy()
+        scales = self.scales.detach().float().cpu().numpy()
+        return Integers(self.codes.cpu().numpy(), scales, zeros, self.bits, self.group)
+
+    def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor made of codes and scales, made anew when one of them has changed."""
+        key = [
+            (t.data_ptr(), t.dtype, 0 if t.is_inference() else t._version) for t in (self.codes, self.scales)
+        ]
+        if name not in self._kept or self._kept[name][0] != key:
+            # A tensor of inference mode could never take part in a backward pass.
+            with torch.inference_mode(False), torch.no_grad():
+                self._kept[name] = (key, make())
+        return self._kept[name][1]
+
+    def _spread(self, values: Tensor) -> Tensor:
+        """A value for every input, or one for all of a row."""
+        if self.group is None or self.group >= self.columns:
+            return values
+        return values.repeat_interleave(self.group, 1)[:, : self.columns]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._kept = {}
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._kept = {}
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_kept": {}}
+
+    def extra_repr(self) -> str:
+        group = "" if self.group is None else f", group={self.group}"
+        return f"{self.shape}, bits={self.bits}{group}, bias={self.bias is not None}"
 
 
 class QuantLinear(QuantWeight):
-    """y = W x + b with W of small whole numbers: takes the place of an ``nn.Linear``.
+    """y = W x + b with W of small integers: takes the place of an ``nn.Linear``.
 
     With ``dynamic``, the inputs of each row are rounded to 8 bits as well, between the least of them and the
-    greatest, zero included; then whole numbers are multiplied, in float32 on a CPU that does this exactly.
+    greatest, zero included; then integers are multiplied, in float32 on a CPU that does this exactly.
     Elsewhere, and where a gradient goes to the inputs, the rounded inputs are multiplied by the decoded
     weight, which gives the same up to float rounding; the gradient is that of unrounded inputs.
 
@@ -36,17 +126,17 @@ class QuantLinear(QuantWeight):
     @classmethod
     def from_form(cls, layer: nn.Linear, form: Integers) -> QuantLinear:
         """A layer with a dense one's bias. PysolveError if it is of another kind or shape."""
-        check_form(layer, nn.Linear, form)
+        check_integers(layer, form, nn.Linear)
         return cls(layer, form)
 
     def form(self) -> Integers:
         """Codes, scales and zeros."""
-        form = super().form()
-        return Integers(form.codes, form.scales, form.zeros, form.bits, form.group, self.dynamic)
+        return replace(super().form(), dynamic=self.dynamic)
 
     def to_dense(self) -> nn.Linear:
         """The same layer with a dense weight; inputs are no longer rounded."""
-        return made_dense(nn.Linear, self, self.shape[1], self.shape[0], self.bias is not None)  # type: ignore[no-any-return]
+        h, d = self.shape
+        return dense_layer(nn.Linear, self.scales, self.weight, self.bias, (d, h)).train(self.training)
 
     def computed(self, x: Tensor) -> Tensor:
         if not self.dynamic or not self.columns:
@@ -71,10 +161,10 @@ class QuantLinear(QuantWeight):
             raise PysolveError(
                 "only layers whose inputs are rounded have a form in torchao: take to_dense()."
             )
-        layer = skip_init(nn.Linear, self.shape[1], self.shape[0], False, device="meta")  # type: ignore[no-untyped-call]
+        layer = nn.Linear(self.shape[1], self.shape[0], False, device="meta")
         layer.weight = nn.Parameter(torchao_tensor(self.codes, self.scales.detach()), requires_grad=False)
-        layer.bias = self.bias
-        return layer.train(self.training)  # type: ignore[no-any-return]
+        layer.register_parameter("bias", self.bias)
+        return layer.train(self.training)
 
     def _sums(self) -> Tensor:
         return self.codes.sum(1, dtype=torch.int32).float()
@@ -84,61 +174,59 @@ class QuantLinear(QuantWeight):
 
 
 class QuantConv2d(QuantWeight):
-    """A 2-d convolution with a weight of small whole numbers: takes the place of an ``nn.Conv2d``.
+    """A 2-d convolution with a weight of small integers: takes the place of an ``nn.Conv2d``.
 
     Of any stride, padding, dilation and groups; runs by the decoded weight. As ``QuantLinear`` otherwise.
     """
 
     def __init__(self, layer: nn.Conv2d, form: Integers) -> None:
         super().__init__(layer, form)
-        self.groups, self.padding_mode = layer.groups, layer.padding_mode
-        self.stride: Any = layer.stride
-        self.padding: Any = layer.padding
-        self.dilation: Any = layer.dilation
-        self.margins: list[int] = list(layer._reversed_padding_repeated_twice)
+        self.geometry = Geometry.of(layer)
 
     @classmethod
     def from_form(cls, layer: nn.Conv2d, form: Integers) -> QuantConv2d:
         """A layer with a dense one's bias. PysolveError if it is of another kind or shape."""
-        check_form(layer, nn.Conv2d, form)
+        check_integers(layer, form, nn.Conv2d)
         return cls(layer, form)
 
     def to_dense(self) -> nn.Conv2d:
         """The same layer with a dense weight."""
-        h, c, *kernel = self.shape
-        shape = (tuple(kernel), self.stride, self.padding, self.dilation, self.groups)
-        bias = self.bias is not None
-        return made_dense(nn.Conv2d, self, c * self.groups, h, *shape, bias, self.padding_mode)  # type: ignore[no-any-return]
+        sizes, how = (self.shape[1] * self.geometry.groups, self.shape[0]), self.geometry.arguments
+        dense = dense_layer(nn.Conv2d, self.scales, self.weight, self.bias, sizes, how)
+        return dense.train(self.training)
 
     def computed(self, x: Tensor) -> Tensor:
-        return self._convolved(x, self.weight)
+        return self.geometry.convolved(x, self.weight, self.bias)
 
     def traced(self, x: Tensor) -> Tensor:
-        return self._convolved(x, self.decoded())
-
-    def _convolved(self, x: Tensor, weight: Tensor) -> Tensor:
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = pad(x, self.margins, mode=self.padding_mode), 0
-        return conv2d(x, weight, self.bias, self.stride, padding, self.dilation, self.groups)
+        return self.geometry.convolved(x, self.decoded(), self.bias)
 
 
 def quantized(layer: nn.Module, form: Integers) -> QuantLinear | QuantConv2d:
-    """The layer of whole numbers that takes the place of a dense one.
+    """The layer of integers that takes the place of a dense one.
 
     Raises
     ------
     PysolveError
         When the layer is neither a Linear nor a Conv2d, or its weight has another shape.
     """
-    if type(layer) is nn.Conv2d:
-        return QuantConv2d.from_form(layer, form)
-    return QuantLinear.from_form(layer, form)  # type: ignore[arg-type]
+    check_integers(layer, form)
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    return QuantConv2d(layer, form) if isinstance(layer, nn.Conv2d) else QuantLinear(layer, form)
+
+
+def check_integers(layer: nn.Module, form: Integers, *kinds: type[nn.Module]) -> None:
+    """Refuse a layer of another kind, and a form of another shape, with a PysolveError."""
+    if type(layer) not in (kinds or (nn.Linear, nn.Conv2d)):
+        raise PysolveError(f"only Linear and Conv2d have a form of integers, got {type(layer).__name__}.")
+    check_shape(layer, form)
+    if form.dynamic and type(layer) is not nn.Linear:
+        raise PysolveError("only the inputs of a Linear are rounded: give convolutions dynamic=False.")
 
 
 @contextmanager
 def unrounded(model: nn.Module) -> Iterator[None]:
-    """Layers of a network do not round their inputs inside."""
+    """Inside, no layer of a network rounds its inputs."""
     layers = [layer for layer in model.modules() if isinstance(layer, QuantLinear) and layer.dynamic]
     for layer in layers:
         layer.dynamic = False

@@ -1,28 +1,176 @@
-"""Drop-in layers whose weight is a sparse matrix: for inference, and for fine-tuning what is left of it."""
+"""Layers whose weight is a sparse matrix: for inference, and for fine-tuning the entries that are left."""
 
 from __future__ import annotations
 
-import copy
+import math
 from typing import Any
 
+import numpy as np
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, linear, pad, unfold
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import linear, unfold
 
 from pysolve.errors import PysolveError
-from pysolve.forms import Integers, LowRank, RuntimeForm
-from pysolve.nn.layers.factored import Factored, check_factors, check_shape
-from pysolve.nn.layers.products import SparseWeight
-from pysolve.nn.layers.quant_weight import check_form as check_integers
-from pysolve.nn.layers.quantized import QuantConv2d, QuantLinear, quantized
+from pysolve.layer.sparse_matrix import Layout, SparseMatrix
+from pysolve.nn.layers.base import Context, Geometry, TwoWay, dense_layer
+
+
+class _Product(torch.autograd.Function):
+    """Y = X Aᵀ + b or A X + b for a layer's matrix A, whose gradient goes to X, A's entries and b."""
+
+    @staticmethod
+    def forward(
+        ctx: Context, x: Tensor, values: Tensor, bias: Tensor | None, layer: SparseWeight, layout: Layout
+    ) -> Tensor:
+        # The values only so that changing them before the backward pass is an error, as elsewhere in torch.
+        ctx.save_for_backward(x, values)
+        ctx.layer, ctx.layout = layer, layout
+        return layer.product(x, layout)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (x, _), layer, layout = ctx.saved_tensors, ctx.layer, ctx.layout
+        matrix, g = layer.matrix(), gradient.numpy()
+        by_x = by_values = by_bias = None
+        if ctx.needs_input_grad[0]:
+            by_x = torch.from_numpy(layer.flipped().matmul(g, layout))
+        if ctx.needs_input_grad[1]:
+            by_values = torch.from_numpy(matrix.value_gradient(g, x.numpy(), layout))
+        if ctx.needs_input_grad[2]:
+            by_bias = gradient.sum(0 if layout == "batch" else 1)
+        return by_x, by_values, by_bias, None, None
+
+
+class SparseWeight(TwoWay):
+    """An (h, d) matrix whose entries are a parameter, and a bias.
+
+    The matrix that is multiplied shares its memory with ``values``, so any change to them counts. A state
+    dict of another number of entries may be loaded. A trace follows the dense weight, made of the entries.
+    """
+
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    indptr: Tensor
+    indices: Tensor
+
+    def __init__(self, matrix: csr_array, bias: Tensor | None, dense: tuple[int, ...] | None = None) -> None:
+        super().__init__()
+        self.shape: tuple[int, int] = matrix.shape
+        self.dense_shape: tuple[int, ...] = dense or matrix.shape
+        self._matrix: SparseMatrix | None = None
+        self._flipped: tuple[SparseMatrix, Any] | None = None
+        prepared = SparseMatrix.from_csr(matrix)
+        clean = prepared.to_csr()
+        self.values = nn.Parameter(torch.from_numpy(clean.data))
+        self.register_buffer("indptr", torch.from_numpy(clean.indptr.astype(np.int64)))
+        self.register_buffer("indices", torch.from_numpy(clean.indices.astype(np.int32)))
+        self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    @property
+    def density(self) -> float:
+        """Share of the places that have an entry."""
+        return self.values.numel() / max(1, self.shape[0] * self.shape[1])
+
+    @property
+    def weight(self) -> Tensor:
+        """A tensor without values, for code that asks a layer for the type or the shape of its weight.
+
+        On the meta device it keeps torch's encoder layers from multiplying it themselves.
+        """
+        return torch.empty(self.dense_shape, dtype=self.values.dtype, device="meta")
+
+    def matrix(self) -> SparseMatrix:
+        """The prepared matrix; from then on ``values`` lies in its memory."""
+        values = self.values
+        if values.device.type != "cpu" or values.dtype not in (torch.float32, torch.float64):
+            raise PysolveError(
+                "a sparse layer runs on the CPU in float32 or float64, got "
+                f"{values.dtype} on {values.device}: move it there, or take to_dense()."
+            )
+        if self._matrix is None or self._matrix.values.ctypes.data != values.data_ptr() or not values.numel():
+            csr = (values.detach().numpy(), self.indices.numpy(), self.indptr.numpy())
+            self._matrix = SparseMatrix.from_csr(csr_array(csr, shape=self.shape))
+            if self._matrix.nnz != values.numel():
+                raise PysolveError("the indices of each row must differ: this layer's state is damaged.")
+            self._flipped = None
+            values.data = torch.from_numpy(self._matrix.values)
+        return self._matrix
+
+    def flipped(self) -> SparseMatrix:
+        """The transposed matrix with the values as they are now."""
+        matrix = self.matrix()
+        if self._flipped is None:
+            self._flipped = matrix.transposed()
+        flipped, order = self._flipped
+        flipped.values[:] = matrix.values[order]
+        return flipped
+
+    def scattered(self) -> Tensor:
+        """The dense weight; of a matrix of diagonal blocks, as a convolution in groups has, these alone."""
+        size, width = math.prod(self.dense_shape), math.prod(self.dense_shape[1:])
+        n = self.values.numel()
+        # Where the row of each entry begins, by operators whose sizes do not depend on numbers.
+        ends = self.indptr[1:-1]
+        begins = self.indptr.new_zeros(n + 1).index_add(0, ends, torch.full_like(ends, width)).cumsum(0)[:n]
+        places = begins + (self.indices if width == self.shape[1] else self.indices % width)
+        return self.values.new_zeros(size).scatter(0, places, self.values).reshape(self.dense_shape)
+
+    def product(self, x: Tensor, layout: Layout) -> Tensor:
+        """The product and the bias for a matrix of inputs, without gradients."""
+        bias = None if self.bias is None else self.bias.detach().numpy()
+        return torch.from_numpy(self.matrix().matmul(x.detach().numpy(), layout, bias=bias))
+
+    def multiplied(self, x: Tensor, layout: Layout) -> Tensor:
+        """The product and the bias for a matrix of inputs."""
+        if x.dtype != self.values.dtype or x.device != self.values.device:
+            raise PysolveError(
+                f"expected {self.values.dtype} on {self.values.device} as the layer's values are, got "
+                f"{x.dtype} on {x.device}."
+            )
+        if not torch.is_grad_enabled():
+            return self.product(x, layout)
+        self.matrix()
+        result: Tensor = _Product.apply(x, self.values, self.bias, self, layout)  # type: ignore[no-untyped-call]
+        return result
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        """Take the sizes of what is loaded, once it is known to be a matrix of this shape."""
+        given = {name: state_dict.get(prefix + name) for name in ("values", "indices", "indptr")}
+        if all(isinstance(tensor, Tensor) for tensor in given.values()):
+            csr = csr_array(tuple(tensor.cpu().numpy() for tensor in given.values()), shape=self.shape)
+            prepared = SparseMatrix.from_csr(csr)
+            if not np.array_equal(prepared.to_csr().indices, csr.indices):
+                raise ValueError(f"{prefix}indices must increase within each row.")
+            if not self._within_blocks(csr):
+                raise ValueError(f"{prefix}indices must stay within the groups of the convolution.")
+            for name in ("values", "indices"):
+                own = getattr(self, name)
+                own.data = own.new_empty(given[name].shape)
+            self._matrix = None
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _within_blocks(self, csr: csr_array) -> bool:
+        """Whether all entries are on the diagonal blocks that the dense weight consists of."""
+        h, width = self.shape[0], math.prod(self.dense_shape[1:])
+        groups = self.shape[1] // max(1, width)
+        block = np.repeat(np.arange(h), np.diff(csr.indptr)) * groups // max(1, h)
+        return bool(np.array_equal(block, csr.indices // max(1, width)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_matrix": None, "_flipped": None}
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[1]} to {self.shape[0]}, density {self.density:.3g}, bias={self.bias is not None}"
 
 
 class SparseLinear(SparseWeight):
     """y = A x + b with a sparse A: takes the place of an ``nn.Linear``.
 
-    Runs on the CPU, in float32 or float64. Gradients go to the inputs, the entries and the bias, so that what
-    is left of a pruned layer can be fine-tuned; places without an entry stay zero.
+    Runs on the CPU, in float32 or float64. Gradients go to the inputs, the entries and the bias, so that the
+    rest of a pruned layer can be fine-tuned; places without an entry stay zero.
 
     torch.compile runs it as it is, between two graphs, and so not with ``fullgraph=True``. A program of
     torch.export or torch.onnx needs nothing of this package: it holds the entries, and makes the dense weight
@@ -35,15 +183,15 @@ class SparseLinear(SparseWeight):
     """
 
     @classmethod
-    def from_dense(cls, layer: nn.Linear) -> SparseLinear:
-        """A layer with the non-zero weights of a dense one."""
-        return cls(csr_array(layer.weight.detach().numpy()), layer.bias).train(layer.training)
+    def from_dense(cls, layer: nn.Linear, weight: Tensor | None = None) -> SparseLinear:
+        """A layer with the non-zero entries of a dense one's weight, or of another in its place."""
+        weight = layer.weight.detach() if weight is None else weight
+        return cls(csr_array(weight.numpy()), layer.bias).train(layer.training)
 
     def to_dense(self) -> nn.Linear:
         """The same layer with a dense weight."""
-        layer = nn.Linear(self.shape[1], self.shape[0], self.bias is not None)
-        _fill(layer, self)
-        return layer
+        h, d = self.shape
+        return dense_layer(nn.Linear, self.values, self.scattered(), self.bias, (d, h)).train(self.training)
 
     def computed(self, x: Tensor) -> Tensor:
         return self.multiplied(x.reshape(-1, self.shape[1]), "batch").reshape(*x.shape[:-1], self.shape[0])
@@ -61,17 +209,12 @@ class SparseConv2d(SparseWeight):
 
     def __init__(self, matrix: csr_array, bias: Tensor | None, dense: nn.Conv2d) -> None:
         super().__init__(matrix, bias, tuple(dense.weight.shape))
-        self.groups, self.padding_mode = dense.groups, dense.padding_mode
-        self.kernel_size: Any = dense.kernel_size
-        self.stride: Any = dense.stride
-        self.padding: Any = dense.padding
-        self.dilation: Any = dense.dilation
-        self.margins: list[int] = list(dense._reversed_padding_repeated_twice)
+        self.geometry = Geometry.of(dense)
 
     @classmethod
-    def from_dense(cls, layer: nn.Conv2d) -> SparseConv2d:
-        """A layer with the non-zero weights of a dense one."""
-        weight = layer.weight.detach()
+    def from_dense(cls, layer: nn.Conv2d, weight: Tensor | None = None) -> SparseConv2d:
+        """A layer with the non-zero entries of a dense one's weight, or of another in its place."""
+        weight = layer.weight.detach() if weight is None else weight
         rows, columns = len(weight) // layer.groups, weight.shape[1]
         whole = weight.new_zeros(len(weight), layer.in_channels, *layer.kernel_size)
         for g in range(layer.groups):
@@ -81,71 +224,22 @@ class SparseConv2d(SparseWeight):
 
     def to_dense(self) -> nn.Conv2d:
         """The same layer with a dense weight."""
-        channels, bias = self.dense_shape[1] * self.groups, self.bias is not None
-        shape = (self.kernel_size, self.stride, self.padding, self.dilation, self.groups)
-        layer = nn.Conv2d(channels, self.shape[0], *shape, bias, self.padding_mode)
-        _fill(layer, self)
-        return layer
+        sizes, how = (self.dense_shape[1] * self.geometry.groups, self.shape[0]), self.geometry.arguments
+        dense = dense_layer(nn.Conv2d, self.values, self.scattered(), self.bias, sizes, how)
+        return dense.train(self.training)
 
     def computed(self, x: Tensor) -> Tensor:
         if x.ndim == 3:
             return self.computed(x[None])[0]
-        if any(self.margins):
-            x = pad(x, self.margins, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
-        columns = unfold(x, self.kernel_size, self.dilation, stride=self.stride)
+        form = self.geometry
+        x = form.padded(x) if any(form.margins) else x
+        columns = unfold(x, form.kernel_size, form.dilation, stride=form.stride)
         size = [
             (n - d * (k - 1) - 1) // s + 1
-            for n, k, s, d in zip(x.shape[2:], self.kernel_size, self.stride, self.dilation, strict=True)
+            for n, k, s, d in zip(x.shape[2:], form.kernel_size, form.stride, form.dilation, strict=True)
         ]
         together = columns.transpose(0, 1).reshape(self.shape[1], -1)
         return self.multiplied(together, "feature").reshape(self.shape[0], len(x), *size).transpose(0, 1)
 
     def traced(self, x: Tensor) -> Tensor:
-        padding = self.padding
-        if self.padding_mode != "zeros":
-            x, padding = pad(x, self.margins, mode=self.padding_mode), 0
-        return conv2d(x, self.scattered(), self.bias, self.stride, padding, self.dilation, self.groups)
-
-
-def check_form(layer: nn.Module, form: RuntimeForm) -> None:
-    """Refuse a form that a layer's weight cannot take with a PysolveError."""
-    if isinstance(form, LowRank):
-        check_factors(layer, form)
-    elif isinstance(form, Integers):
-        check_integers(layer, nn.Conv2d if type(layer) is nn.Conv2d else nn.Linear, form)
-    elif type(layer) not in (nn.Linear, nn.Conv2d):
-        raise PysolveError(f"only Linear and Conv2d have a sparse form, got {type(layer).__name__}.")
-    else:
-        check_shape(layer, form)
-
-
-def in_form(
-    layer: nn.Module, form: RuntimeForm
-) -> SparseLinear | SparseConv2d | Factored | QuantLinear | QuantConv2d:
-    """The layer in another form that takes the place of a dense one, with a weight of the same shape.
-
-    Raises
-    ------
-    PysolveError
-        When the layer cannot take the form, or its weight has another shape.
-    """
-    if isinstance(form, LowRank):
-        return Factored.from_form(layer, form)  # type: ignore[arg-type]
-    if isinstance(form, Integers):
-        return quantized(layer, form)
-    check_form(layer, form)
-    assert isinstance(layer, nn.Linear | nn.Conv2d)
-    dense = copy.deepcopy(layer)
-    with torch.no_grad():
-        dense.weight.copy_(torch.from_numpy(form.dense()))
-    return SparseLinear.from_dense(dense) if isinstance(dense, nn.Linear) else SparseConv2d.from_dense(dense)
-
-
-def _fill(dense: nn.Linear | nn.Conv2d, sparse: SparseWeight) -> None:
-    """Give a dense layer a sparse one's weight and bias."""
-    dense.to(sparse.values)
-    with torch.no_grad():
-        dense.weight.copy_(sparse.scattered())
-        if sparse.bias is not None and dense.bias is not None:
-            dense.bias.copy_(sparse.bias)
-    dense.train(sparse.training)
+        return self.geometry.convolved(x, self.scattered(), self.bias)

@@ -8,7 +8,7 @@ from strategies import seeds
 from torch import nn
 from torch.nn.utils import parametrize
 
-from pysolve.nn.layers.snapping import Shared, Snapped
+from pysolve.nn.layers.sharing import Shared, Snapped
 
 SHAPES = st.sampled_from([(0, 3), (1, 1), (4, 6), (3, 2, 5), (4, 3, 2, 2), (2, 2, 2, 1, 3)])
 DTYPES = st.sampled_from([torch.float32, torch.float64])

@@ -1,0 +1,140 @@
+"""Common parts of layers that run in another form of their weight."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch._compile import _disable_dynamo
+from torch.nn.functional import conv2d, pad
+from torch.nn.utils import skip_init
+
+from pysolve.errors import PysolveError
+from pysolve.forms import Form
+
+Dense = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+# Torch's context of an autograd function, which holds whatever is kept for the backward pass.
+Context = Any
+T = TypeVar("T", bound=Dense)
+
+
+class TwoWay(nn.Module):
+    """A layer that is computed in one way when it runs, and in another when it is traced.
+
+    ``computed`` is what runs; torch.compile leaves it as it is, between two graphs. ``traced`` is what
+    torch.export and torch.jit.trace follow: a function of the layer's state in torch's own operators, so that
+    exported programs run without this package.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+            return self.traced(x)
+        return _apart(self, x) if torch.compiler.is_compiling() else self.computed(x)
+
+    def computed(self, x: Tensor) -> Tensor:
+        """The layer's output, as it runs."""
+        raise NotImplementedError
+
+    def traced(self, x: Tensor) -> Tensor:
+        """The layer's output in torch's own operators."""
+        raise NotImplementedError
+
+
+# What torch.compiler.disable does, which would import torch's compiler, for a second, with this module.
+@_disable_dynamo
+def _apart(layer: TwoWay, x: Tensor) -> Tensor:
+    return layer.computed(x)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """How a 2-d convolution moves over its inputs; attributes as ``nn.Conv2d`` has them.
+
+    ``margins`` is its padding as ``torch.nn.functional.pad`` takes it.
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    padding_mode: str
+    margins: tuple[int, ...]
+
+    @classmethod
+    def of(cls, layer: nn.Conv2d) -> Geometry:
+        """The geometry of a layer."""
+        sizes = layer.kernel_size, layer.stride, layer.padding, layer.dilation
+        return cls(*sizes, layer.groups, layer.padding_mode, tuple(layer._reversed_padding_repeated_twice))
+
+    @property
+    def arguments(self) -> Mapping[str, object]:
+        """Keyword arguments of a layer that has it."""
+        names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+        return {name: getattr(self, name) for name in names}
+
+    def padded(self, x: Tensor) -> Tensor:
+        """The inputs with their padding around them."""
+        return pad(x, self.margins, mode="constant" if self.padding_mode == "zeros" else self.padding_mode)
+
+    def convolved(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The convolution of the inputs with a weight."""
+        padding = self.padding
+        if self.padding_mode != "zeros":
+            x, padding = self.padded(x), (0, 0)
+        return conv2d(x, weight, bias, self.stride, padding, self.dilation, self.groups)
+
+
+def dense_layer(
+    kind: type[T],
+    home: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    sizes: tuple[int, int],
+    how: Mapping[str, object] | None = None,
+    *,
+    trained: bool = True,
+) -> T:
+    """A layer of torch's own with these values; no random number is drawn for it.
+
+    Parameters
+    ----------
+    kind : type
+    home : tensor
+        Gives its device and data type.
+    weight : tensor
+    bias : tensor, optional
+        The layer's is trained where this one is.
+    sizes : (int, int)
+        Input and output channels.
+    how : {keyword: value}, optional
+        Further arguments of the kind.
+    trained : bool
+        Whether the weight is.
+    """
+    place = {"device": home.device, "dtype": home.dtype}
+    made: T = skip_init(kind, *sizes, bias=bias is not None, **place, **(how or {}))  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        made.weight.copy_(weight)
+        if bias is not None and made.bias is not None:
+            made.bias.copy_(bias)
+            made.bias.requires_grad_(bias.requires_grad)
+    made.weight.requires_grad_(trained)
+    return made
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """The weight of a layer that has one."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def check_shape(layer: nn.Module, form: Form) -> None:
+    """Refuse a form of another shape than the layer's weight with a PysolveError."""
+    shape = tuple(weight_of(layer).shape)
+    if form.shape != shape:
+        raise PysolveError(f"expected a form of shape {shape}, got {form.shape}.")
