@@ -29,13 +29,18 @@ def kl_divergence(original: Output, output: Output) -> Tensor:
     """
     classified = not isinstance(original, Mapping) or "logits" in original
     p, q = main_output(original).double(), main_output(output).double()
-    dim = 1 if p.ndim == 2 or p.ndim >= 4 else -1
+    dim = class_dim(p)
     if classified and p.ndim > 1 and p.shape[dim] > 1:
         log_p, log_q = p.log_softmax(dim), q.log_softmax(dim)
         # A class of logit −∞ adds nothing, where 0 · (∞ − ∞) would be NaN.
         parts = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
         return parts.sum(dim).mean().clamp_min(0.0)
     return 0.5 * (q - p).square().mean() / _spread(p)
+
+
+def class_dim(output: Tensor) -> int:
+    """Dimension of the classes: 1 of outputs with 2 or 4 and more dimensions, the last otherwise."""
+    return 1 if output.ndim == 2 or output.ndim >= 4 else -1
 
 
 def run(

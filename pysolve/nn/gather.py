@@ -16,7 +16,7 @@ from pysolve.correlations import Correlations
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn.layer_matrix import LAYERS, Layer, Sums
-from pysolve.nn.running import Batch, Device, evaluating, find_layer, forward
+from pysolve.nn.running import NO_BATCHES, Batch, Device, check_batches, evaluating, find_layer, forward
 from pysolve.plan import Site
 
 # Called with the name, the layer, the input and the output of one call.
@@ -79,7 +79,10 @@ def gather(
     DataError
         When there are no samples, or inputs or outputs are NaN or infinite.
     """
-    _check_arguments(batches, positions)
+    check_batches(batches)
+    for share in positions.values() if isinstance(positions, Mapping) else (positions,):
+        if not 0 < share <= 1:
+            raise ValueError(f"positions must be a share in (0, 1], got {share}.")
     names = _layer_names(model, sites, layers)
     own = {name: _layer(model, name) for name in names}
     sizes = _group_sizes(own, sites or ())
@@ -98,15 +101,6 @@ def gather(
                 _check_paired(wanted)
     _check_all_ran(names, sums, seen)
     return {name: sums[name].correlations(sizes[name]) for name in names}
-
-
-def _check_arguments(batches: object, positions: float | Mapping[str, float]) -> None:
-    if isinstance(batches, Tensor | Mapping):
-        kind = type(batches).__name__
-        raise TypeError(f"batches must be an iterable of batches, got one {kind}: wrap it in a list.")
-    for share in positions.values() if isinstance(positions, Mapping) else (positions,):
-        if not 0 < share <= 1:
-            raise ValueError(f"positions must be a share in (0, 1], got {share}.")
 
 
 def _layer_names(
@@ -236,7 +230,7 @@ def _places(layer: Layer, y: Tensor) -> tuple[int, ...]:
 
 def _check_all_ran(names: tuple[str, ...], sums: dict[str, Sums], seen: int) -> None:
     if not seen:
-        raise DataError("there are no batches: expected at least one. Was a generator used up before?")
+        raise DataError(NO_BATCHES)
     for name in names:
         if name not in sums:
             raise PysolveError(f"{name} was never called: name the layers that do run with layers=[...].")

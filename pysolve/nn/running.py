@@ -21,6 +21,7 @@ Batch = Any
 Output = Any
 Device = torch.device | str | int | None
 Values = Tensor | AnyArray
+NO_BATCHES = "there are no batches: expected at least one. Was a generator used up before?"
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
@@ -110,6 +111,13 @@ def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
         f"a batch must be a tensor, a tuple or list whose first item is the input, or a mapping of keyword "
         f"arguments, got {type(batch).__name__}."
     )
+
+
+def check_batches(batches: object) -> None:
+    """Refuse a single batch where an iterable of batches is expected."""
+    if isinstance(batches, Tensor | Mapping):
+        kind = type(batches).__name__
+        raise TypeError(f"batches must be an iterable of batches, got one {kind}: wrap it in a list.")
 
 
 def _fresh(value: object, device: Device) -> object:

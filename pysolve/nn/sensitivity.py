@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.correlations import Array
-from pysolve.nn.divergence import main_output
+from pysolve.nn.divergence import class_dim, main_output
 from pysolve.nn.layer_matrix import Layer, channels, outputs
 from pysolve.nn.running import Batch, device_of, evaluating, forward
 
@@ -80,10 +80,8 @@ def _offset(
 
 
 def _without_mean(v: Tensor) -> Tensor:
-    """Remove the mean over classes, whose dimension is that of ``kl_divergence``."""
-    if v.ndim < 2:
-        return v
-    return v - v.mean(1 if v.ndim == 2 or v.ndim >= 4 else -1, keepdim=True)
+    """Remove the mean over classes."""
+    return v if v.ndim < 2 else v - v.mean(class_dim(v), keepdim=True)
 
 
 def _add(

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from pysolve.errors import DataError
-from pysolve.nn.running import Batch, arguments
+from pysolve.nn.running import NO_BATCHES, Batch, arguments, check_batches
 from pysolve.training.finetune import counted, generators, one_by_one
 from pysolve.training.loop import Passes, shuffled
 
@@ -94,8 +94,7 @@ def _from_samples(inputs: Tensor, labels: Tensor | None, size: int, mix: float, 
 
 def _read(batches: Iterable[Batch], seed: int, most: int | None = None) -> list[Batch]:
     """The first ``most`` or all batches, in an order set by the seed; random states are restored."""
-    if isinstance(batches, Tensor | Mapping):
-        counted(batches)
+    check_batches(batches)
     own = generators(batches)
     states = [generator.get_state() for generator in own]
     with torch.random.fork_rng(devices=()):
@@ -108,7 +107,7 @@ def _read(batches: Iterable[Batch], seed: int, most: int | None = None) -> list[
     for generator, state in zip(own, states, strict=True):
         generator.set_state(state)
     if not items:
-        raise DataError("there are no batches: expected at least one. Was a generator used up before?")
+        raise DataError(NO_BATCHES)
     return items
 
 

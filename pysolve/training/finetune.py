@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pysolve.errors import DataError
-from pysolve.nn.running import Batch, Output, device_of, forward, keeping_modes
+from pysolve.nn.running import NO_BATCHES, Batch, Output, check_batches, device_of, forward, keeping_modes
 from pysolve.training.loop import Extras, computing, in_float32, nonfinite_batch, optimise
 from pysolve.training.options import TrainingOptions, run_of
 
@@ -132,9 +132,7 @@ def check_model(name: str, model: object) -> None:
 
 def counted(batches: Iterable[Batch]) -> tuple[Iterable[Batch], int]:
     """Batches that can be iterated again, and their number."""
-    if isinstance(batches, Tensor | Mapping):
-        kind = type(batches).__name__
-        raise TypeError(f"batches must be an iterable of batches, got one {kind}: wrap it in a list.")
+    check_batches(batches)
     try:
         n = len(batches)  # type: ignore[arg-type]
     except TypeError:
@@ -142,7 +140,7 @@ def counted(batches: Iterable[Batch]) -> tuple[Iterable[Batch], int]:
         batches = list(batches)
         n = len(batches)
     if not n:
-        raise DataError("there are no batches: expected at least one. Was a generator used up before?")
+        raise DataError(NO_BATCHES)
     return batches, n
 
 

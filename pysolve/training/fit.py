@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Unpack
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pysolve.nn.running import Values, device_of, keeping_modes, labelled
+from pysolve.training.finetune import Loss
 from pysolve.training.loop import Extras, computing, in_float32, nonfinite_sample, optimise, shuffled
 from pysolve.training.options import TrainingOptions, run_of
-
-Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 def fit(

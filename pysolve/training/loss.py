@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
 from pysolve.errors import DataError, PysolveError
+from pysolve.nn.divergence import class_dim
 from pysolve.nn.running import Batch, Output
 from pysolve.training.finetune import own_loss
 from pysolve.training.loop import in_float32
@@ -102,11 +103,6 @@ def soft_loss(loss: DistillationLoss, output: Tensor, target: Tensor) -> Tensor:
         )
     log_q, log_p = (output / T).log_softmax(dim), (target / T).log_softmax(dim)
     return T * T * kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim).mean()
-
-
-def class_dim(output: Tensor) -> int:
-    """Dimension of the classes, as in ``kl_divergence``."""
-    return 1 if output.ndim == 2 or output.ndim >= 4 else -1
 
 
 def _hard_loss(output: Output, logits: Tensor, batch: Batch, alpha: float) -> Tensor:

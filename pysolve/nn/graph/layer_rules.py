@@ -9,8 +9,8 @@ from pysolve.nn.graph.calls import Call, Labels
 from pysolve.nn.graph.classes import along, lean, others, spread, squashed
 from pysolve.nn.graph.export import where
 from pysolve.nn.graph.operators import Rule
+from pysolve.nn.windows import ORDINARY, TRANSPOSED
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
@@ -23,7 +23,7 @@ def linear(call: Call) -> Labels:
 
 def convolution(call: Call) -> Labels:
     """Reads and writes the channel dimension, or passes whole groups of it."""
-    return _weighted(call, 1 - call.args["weight"].ndim, _CONVOLUTIONS)
+    return _weighted(call, 1 - call.args["weight"].ndim, (*ORDINARY, *TRANSPOSED))
 
 
 def _weighted(call: Call, dim: int, kinds: tuple[type[nn.Module], ...]) -> Labels:
