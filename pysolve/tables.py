@@ -1,4 +1,4 @@
-"""Tables as data, and the three ways to show them: on a terminal, in Markdown, in HTML."""
+"""Tables as data, and their three forms: for a terminal, in Markdown, in HTML."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from html import escape
 from textwrap import wrap
 
-# Columns of a terminal that text fits into, and the least that a column of words is squeezed to.
+# Characters of a terminal's line, and the least width of a column of words.
 WIDTH, NARROW = 110, 24
 
 
@@ -20,8 +20,8 @@ class Table:
     head : (n,) tuple of str
     rows : tuple of (n,) tuples of str
     words : tuple of int
-        Columns of words, aligned to the left; the others hold numbers. The last column wraps if it is one of
-        them, the others are cut short, when there is too little room.
+        Columns of words, aligned to the left; the others hold numbers. In a narrow terminal the last column
+        wraps if it is one of them, and the others are cut.
     bars : {column: tuple of float} as pairs
         Columns that HTML shows with a bar behind the text: a share from 0 to 1 for each row.
     """
@@ -39,14 +39,14 @@ class Table:
 
     @property
     def shown(self) -> list[int]:
-        """Columns that are not empty throughout."""
+        """Columns with any text."""
         return [c for c in range(len(self.head)) if not self.rows or any(row[c] for row in self.rows)]
 
 
 def as_text(table: Table, width: int = WIDTH) -> list[str]:
     """Lines of at most ``width`` characters, as far as numbers allow.
 
-    Where the cells in front of the last one are empty, its words begin there.
+    Words in the last column begin at the empty cells before them.
     """
     shown, rows = table.shown, (table.head, *table.rows)
     cells = [[row[c] for c in shown] for row in rows]
@@ -69,7 +69,7 @@ def as_text(table: Table, width: int = WIDTH) -> list[str]:
 
 
 def _widths(cells: list[list[str]], words: list[bool], width: int) -> list[int]:
-    """Room for each column: words give way to numbers, from the last column on."""
+    """Width of each column: columns of words shrink first, from the last one on."""
     found = [max(map(len, column)) for column in zip(*cells, strict=True)]
     if words[-1] and len(found) > 1:
         found[-1] = max((len(row[-1]) for row in cells if row[-2]), default=0)
@@ -80,7 +80,7 @@ def _widths(cells: list[list[str]], words: list[bool], width: int) -> list[int]:
 
 
 def as_markdown(table: Table) -> list[str]:
-    """A pipe table."""
+    """Lines of a pipe table."""
     shown = table.shown
     rule = ["---" if c in table.words else "---:" for c in shown]
     cells = [[row[c].replace("|", "\\|") for c in shown] for row in (table.head, *table.rows)]
@@ -88,7 +88,7 @@ def as_markdown(table: Table) -> list[str]:
 
 
 def as_html(table: Table) -> str:
-    """A ``<table>`` in a box that scrolls by itself when the window is narrow."""
+    """A ``<table>`` in a box that scrolls in a narrow window."""
     shown, bars = table.shown, dict(table.bars)
     lines = ['<div class="scroll"><table>', f"<caption>{escape(table.title)}</caption>" * bool(table.title)]
     kinds = {c: ' class="words"' if c in table.words else "" for c in shown}

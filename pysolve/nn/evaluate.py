@@ -1,4 +1,4 @@
-"""What a network is worth and what it costs: accuracy, parameters, bytes, MACs, latency."""
+"""Accuracy and costs of a network: parameters, bytes, MACs, latency."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from pysolve.errors import DataError
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.sharing import unshared
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
-from pysolve.nn.running import Values, as_input, device_of, evaluating, forward, labelled
+from pysolve.nn.running import Batch, Values, as_input, device_of, evaluating, forward, labelled
 from pysolve.report.rows import Latency
 
 # Layers whose multiplications count.
@@ -24,7 +23,7 @@ COUNTED = (nn.Linear, nn.modules.conv._ConvNd, SparseLinear, SparseConv2d, Quant
 
 
 def accuracy(model: nn.Module, x: Values, y: Values, *, batch_size: int = 1000) -> float:
-    """Share of inputs whose largest output is at their label, in per cent.
+    """Top-1 accuracy in per cent.
 
     Parameters
     ----------
@@ -33,6 +32,11 @@ def accuracy(model: nn.Module, x: Values, y: Values, *, batch_size: int = 1000) 
     x : (n, …) array or tensor
     y : (n,) integer array or tensor
     batch_size : int
+
+    Raises
+    ------
+    DataError
+        When there is not one class number for each input.
     """
     inputs, labels = labelled(model, x, y)
     if labels.ndim != 1:
@@ -46,7 +50,7 @@ def accuracy(model: nn.Module, x: Values, y: Values, *, batch_size: int = 1000) 
 
 
 def parameters(model: nn.Module) -> int:
-    """Number of parameters, shared ones once; of layers with codes as many as these stand for."""
+    """Number of parameters, shared ones once; codes count as the weights they stand for."""
     model = unshared(model)
     codes = [layer for layer in model.modules() if isinstance(layer, QuantWeight)]
     more = sum(layer.codes.numel() - layer.scales.numel() for layer in codes)
@@ -59,7 +63,7 @@ def nbytes(model: nn.Module) -> int:
     return sum({(t.data_ptr(), t.shape): t.nbytes for t in tensors}.values())
 
 
-def macs(model: nn.Module, example: Any) -> int:
+def macs(model: nn.Module, example: Batch) -> int:
     """Multiply-accumulates of all Linear and convolution calls on one batch; of sparse ones by their entries.
 
     Parameters
@@ -71,17 +75,17 @@ def macs(model: nn.Module, example: Any) -> int:
     return sum(layer_macs(model, example).values())
 
 
-def layer_macs(model: nn.Module, example: Any) -> dict[str, int]:
-    """``macs`` of each layer that has weights, by the name that comes first."""
+def layer_macs(model: nn.Module, example: Batch) -> dict[str, int]:
+    """``macs`` of each layer with weights, by its first name."""
     calls: dict[str, int] = {}
 
-    def count(name: str, module: nn.Module, args: Any, output: Tensor) -> None:
+    def count(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(module, SparseLinear | SparseConv2d):
             calls[name] += output.numel() // module.shape[0] * module.values.numel()
             return
         weight = module.codes if isinstance(module, QuantWeight) else module.weight
         assert isinstance(weight, Tensor)
-        # Every output, or input of a transposed convolution, meets one slice of the weight.
+        # Every output, or input of a transposed convolution, is multiplied with one slice of the weight.
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
         calls[name] += (args[0] if transposed else output).numel() * weight[0].numel()
 
@@ -96,7 +100,7 @@ def layer_macs(model: nn.Module, example: Any) -> dict[str, int]:
 
 
 def latency(model: nn.Module, x: Values, *, repeats: int = 50) -> Latency:
-    """How long the network takes for one batch, after a warm-up of a fifth as many calls.
+    """Seconds of the network for one batch, after a warm-up of a fifth as many calls.
 
     Parameters
     ----------
@@ -104,6 +108,11 @@ def latency(model: nn.Module, x: Values, *, repeats: int = 50) -> Latency:
     x : (n, …) array or tensor
         The batch, moved to the network's device beforehand.
     repeats : int
+
+    Raises
+    ------
+    ValueError
+        When ``repeats`` is below 1.
     """
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
@@ -121,7 +130,7 @@ def summary(times: Sequence[float], batch_size: int) -> Latency:
     return Latency(median, low, high, batch_size, torch.get_num_threads())
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
+def seconds_of(call: Callable[[], object], device: torch.device) -> float:
     """Time of one call, with the accelerator's queue empty before and after."""
     wait(device)
     start = time.perf_counter()
@@ -131,6 +140,6 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def wait(device: torch.device) -> None:
-    """Until an accelerator has done what it was given."""
+    """Wait until an accelerator has finished its work."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)

@@ -1,11 +1,10 @@
-"""Networks and batches to correlations: what each layer reads, and what it should output."""
+"""Correlations of layers' inputs and outputs, gathered from a network and batches."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +16,16 @@ from pysolve.correlations import Correlations
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn.layer_matrix import LAYERS, Layer, Sums
-from pysolve.nn.running import Device, evaluating, find_layer, forward
+from pysolve.nn.running import NO_BATCHES, Batch, Device, check_batches, evaluating, find_layer, forward
 from pysolve.plan import Site
 
-# What happens with the input and output of one call of a layer.
+# Called with the name, the layer, the input and the output of one call.
 Record = Callable[[str, Layer, Tensor, Tensor], None]
 
 
 def gather(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     sites: Sequence[Site] | None = None,
     layers: Sequence[str] | None = None,
     *,
@@ -35,9 +34,9 @@ def gather(
     progress: bool = True,
     positions: float | Mapping[str, float] = 1.0,
 ) -> dict[str, Correlations]:
-    """Run the network over the batches and sum up what its Linear layers and convolutions read and write.
+    """Gather the correlations of the inputs and outputs of Linear layers and convolutions.
 
-    For each layer: Σ x xᵀ, Σ y xᵀ, Σ y yᵀ, Σ x, Σ y over all samples and positions, with x the layer's
+    Sums for each layer  Σ x xᵀ, Σ y xᵀ, Σ y yᵀ, Σ x, Σ y  over all samples and positions, with x the layer's
     input and y its output, bias included. A convolution reads, at each position of its output, the patch of
     the padded input under its kernel: (channels × taps) numbers in the order of ``weight.flatten(1)``, or of
     ``weight.transpose(0, 1).flatten(1)`` for a transposed one. Products and sums are float64, on the layer's
@@ -70,8 +69,20 @@ def gather(
     dict of str to Correlations
         One for each layer, uncentred, over all its calls; ``group_size`` is the taps of its kernel, 1 for a
         Linear, unless a site says more.
+
+    Raises
+    ------
+    TypeError, ValueError
+        When an argument is of the wrong type or out of its range.
+    PysolveError
+        When a layer is of another kind or grouped, never runs, or runs differently in the two networks.
+    DataError
+        When there are no samples, or inputs or outputs are NaN or infinite.
     """
-    _check_arguments(batches, positions)
+    check_batches(batches)
+    for share in positions.values() if isinstance(positions, Mapping) else (positions,):
+        if not 0 < share <= 1:
+            raise ValueError(f"positions must be a share in (0, 1], got {share}.")
     names = _layer_names(model, sites, layers)
     own = {name: _layer(model, name) for name in names}
     sizes = _group_sizes(own, sites or ())
@@ -92,19 +103,10 @@ def gather(
     return {name: sums[name].correlations(sizes[name]) for name in names}
 
 
-def _check_arguments(batches: Any, positions: float | Mapping[str, float]) -> None:
-    if isinstance(batches, Tensor | Mapping):
-        kind = type(batches).__name__
-        raise TypeError(f"batches must be an iterable of batches, got one {kind}: wrap it in a list.")
-    for share in positions.values() if isinstance(positions, Mapping) else (positions,):
-        if not 0 < share <= 1:
-            raise ValueError(f"positions must be a share in (0, 1], got {share}.")
-
-
 def _layer_names(
     model: nn.Module, sites: Sequence[Site] | None, layers: Sequence[str] | None
 ) -> tuple[str, ...]:
-    """Names of the wanted layers, each once, in order."""
+    """Names of the layers to gather for, each once, in order."""
     if sites is None and layers is None:
         # The output projection of torch's attention is a Linear that torch never calls.
         names = [
@@ -149,8 +151,8 @@ def _group_sizes(layers: Mapping[str, Layer], sites: Sequence[Site]) -> dict[str
     return sizes
 
 
-def _run(model: nn.Module, layers: Mapping[str, Layer], batch: Any, device: Device, record: Record) -> None:
-    """Run one batch; every call of one of the layers passes its input and output to ``record``."""
+def _run(model: nn.Module, layers: Mapping[str, Layer], batch: Batch, device: Device, record: Record) -> None:
+    """Run one batch and record every call of the layers."""
 
     def hook_for(name: str) -> Callable[..., None]:
         def hook(module: Layer, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> None:
@@ -165,7 +167,7 @@ def _run(model: nn.Module, layers: Mapping[str, Layer], batch: Any, device: Devi
 
 
 def _summing(sums: dict[str, Sums], shares: Mapping[str, float]) -> Record:
-    """A record that adds the samples of one call to the sums of its layer."""
+    """Record that adds the samples of one call to the sums of its layer."""
     choices: dict[str, torch.Generator] = {}
 
     def record(name: str, layer: Layer, x: Tensor, y: Tensor) -> None:
@@ -186,19 +188,19 @@ def _summing(sums: dict[str, Sums], shares: Mapping[str, float]) -> Record:
 
 
 def _check_finite(name: str, sums: Sums) -> None:
-    """A sum of finite float32 numbers is finite in float64, so the sums tell whether every value was."""
+    """Refuse sums that are not finite: float64 sums of finite float32 values are."""
     for values, what in ((sums.x_sum, "inputs"), (sums.y_sum, "outputs")):
         if not bool(values.isfinite().all()):
             raise DataError(f"the {what} of {name} hold NaN or infinity: check the batches and the weights.")
 
 
 def _keeping(wanted: dict[str, deque[Tensor]]) -> Record:
-    """A record that keeps the outputs, copied: the layer that follows may work in place."""
+    """Record that keeps copies of the outputs: the next layer may work in place."""
     return lambda name, layer, x, y: wanted[name].append(y.clone())
 
 
 def _with_targets(record: Record, wanted: dict[str, deque[Tensor]]) -> Record:
-    """Pair each call in the network with the same call in the target network."""
+    """Record with the output of the same call in the target network."""
 
     def paired(name: str, layer: Layer, x: Tensor, y: Tensor) -> None:
         if not wanted[name]:
@@ -221,14 +223,14 @@ def _check_paired(wanted: dict[str, deque[Tensor]]) -> None:
 
 
 def _places(layer: Layer, y: Tensor) -> tuple[int, ...]:
-    """Sizes of an output but for its channels."""
+    """Sizes of an output except for its channels."""
     channel = y.ndim + 1 - layer.weight.ndim
     return (*y.shape[:channel], *y.shape[channel + 1 :])
 
 
 def _check_all_ran(names: tuple[str, ...], sums: dict[str, Sums], seen: int) -> None:
     if not seen:
-        raise DataError("there are no batches: expected at least one. Was a generator used up before?")
+        raise DataError(NO_BATCHES)
     for name in names:
         if name not in sums:
             raise PysolveError(f"{name} was never called: name the layers that do run with layers=[...].")

@@ -1,4 +1,4 @@
-"""What of a network can shrink and what that could save, before any work starts."""
+"""Sites of a network that can shrink, and their possible savings, before any work starts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from pysolve.nn.costs import cost_model
 from pysolve.nn.graph.sites import find_sites
+from pysolve.nn.running import Batch
 from pysolve.plan import Site
 from pysolve.solve.budget import Costs
 
@@ -31,7 +32,7 @@ class SiteRow:
     writers, readers : tuple of str
         Names of the layers.
     params, macs : float, optional
-        Share of the network's that would be saved if all channels of the site went; None when pinned.
+        Share of the network's that removing all channels of the site would save; None when pinned.
     pinned : str, optional
         Why its channels cannot be removed.
     """
@@ -47,13 +48,13 @@ class SiteRow:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What of a network can shrink; as text, a table.
+    """Sites of a network; prints as a table.
 
     Parameters
     ----------
     rows : tuple of SiteRow
     params, macs, bytes : int
-        Of the network, MACs for one sample.
+        Totals of the network, MACs for one sample.
     """
 
     rows: tuple[SiteRow, ...]
@@ -75,25 +76,36 @@ class Inspection:
 
 
 def inspect(
-    model: nn.Module, example_inputs: Any, *, sites: Sequence[Site] | None = None, ignore: Iterable[str] = ()
+    model: nn.Module,
+    example_inputs: Batch,
+    *,
+    sites: Sequence[Site] | None = None,
+    ignore: Iterable[str] = (),
 ) -> Inspection:
-    """Tell which channels of a network could be removed, what that could save, and why others must stay.
+    """Find which channels of a network can be removed, what that could save, and why others cannot.
 
     Parameters
     ----------
     model : nn.Module
-        Is not changed.
+        Not changed.
     example_inputs : one batch
         A tensor, a tuple or list whose first item is the input, or a mapping of keyword arguments.
     sites : sequence of Site, optional
         By default all that ``find_sites`` finds.
     ignore : iterable of str
-        Layers whose channels must stay, for ``find_sites``.
+        Layers whose channels are kept, for ``find_sites``.
 
     Returns
     -------
     Inspection
         Prints as a table.
+
+    Raises
+    ------
+    PysolveError
+        When torch.export cannot follow the network.
+    LayerNotFoundError
+        When a name or pattern in ``ignore`` belongs to no layer.
     """
     found = list(find_sites(model, example_inputs, ignore=ignore) if sites is None else sites)
     costs = cost_model(model, found, example_inputs)
@@ -124,11 +136,11 @@ def _free_lines(rows: Sequence[SiteRow], width: int) -> list[str]:
     for row in rows:
         shares = "".join(f"{100 * (share or 0.0):>8.1f} %" for share in (row.params, row.macs))
         lines.append(f"{_short(row.name, width):<{width}}  {row.channels:>8,}{shares}")
-    return ["", *lines, "params, MACs: the share that would go with all channels of the site"]
+    return ["", *lines, "params, MACs: the share that removing all channels of the site would save"]
 
 
 def _pinned_lines(rows: Sequence[SiteRow], width: int) -> list[str]:
-    """Sites that cannot shrink, with their reasons wrapped beside them."""
+    """Sites that cannot shrink, with their reasons, wrapped."""
     lines = ["", f"{'cannot shrink':<{width}}  channels  because"] if rows else []
     for row in rows:
         lead = f"{_short(row.name, width):<{width}}  {row.channels:>8,}  "
@@ -138,7 +150,7 @@ def _pinned_lines(rows: Sequence[SiteRow], width: int) -> list[str]:
 
 
 def _short(name: str, width: int) -> str:
-    """A name in at most ``width`` characters: without the blocks that both layers lie in, or only ends."""
+    """A name in at most ``width`` characters: without the blocks that both layers share, or cut in front."""
     if len(name) <= width:
         return name
     writer, _, reader = name.partition(" → ")
@@ -146,7 +158,7 @@ def _short(name: str, width: int) -> str:
     if shared:
         reader = ".".join(["…", *reader.split(".")[shared:]])
     half = (width - 3) // 2
-    # A side that is short leaves its room to the other.
+    # A short side leaves its room to the other.
     room = max(half, width - 3 - len(reader)), max(half, width - 3 - len(writer))
     sides = zip((writer, reader), room, strict=True)
     return " → ".join(side if len(side) <= most else "…" + side[1 - most :] for side, most in sides)

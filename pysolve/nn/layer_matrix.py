@@ -1,4 +1,4 @@
-"""A layer as y = M x + b: its matrix, what it reads and writes as samples in rows, and their sums."""
+"""A layer as y = M x + b: its matrix, its inputs and outputs as rows, and their sums of products."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from pysolve.nn.windows import ORDINARY, TRANSPOSED, Convolution, batched, windo
 LAYERS = (Linear, *ORDINARY, *TRANSPOSED)
 Layer = Linear | Convolution
 
-# Numbers in one piece of the work: the allocator returns larger ones to the system, and gets them zeroed.
+# Numbers in one block: larger ones the allocator returns to the system, and gets back zeroed.
 _ROOM = 2**20
-# Rows of a product made at once, of which only the columns up to the diagonal are wanted.
+# Rows of a product computed at once, of which only the columns up to the diagonal are needed.
 _STRIP = 128
 
 
 def channels(layer: Layer) -> tuple[int, int]:
-    """How many channels the layer reads and how many it writes."""
+    """Numbers of input and output channels."""
     if isinstance(layer, Linear):
         return layer.in_features, layer.out_features
     return layer.in_channels, layer.out_channels
 
 
 def taps(layer: Layer) -> int:
-    """Columns of the layer's matrix that belong to one input channel: 1, or the size of the kernel."""
+    """Columns of the layer's matrix for one input channel: 1, or the size of the kernel."""
     return layer.weight.shape[2:].numel()
 
 
 def groups(layer: Layer) -> int:
-    """Into how many groups the layer's channels fall, each computed from its own inputs alone."""
+    """Number of groups of a convolution, 1 of a Linear."""
     return 1 if isinstance(layer, Linear) else layer.groups
 
 
@@ -70,12 +70,12 @@ def weight_like(layer: Layer, M: Tensor) -> Tensor:
 
 
 def positions(layer: Layer, y: Tensor) -> int:
-    """How many rows ``samples`` and ``outputs`` have for an output ``y``: samples × output positions."""
+    """Rows of ``samples`` and ``outputs`` for an output ``y``: samples × output positions."""
     return y.numel() // max(1, y.shape[1 - layer.weight.ndim])
 
 
 def samples(layer: Layer, x: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """What the layer reads for each of its outputs:  samples Mᵀ + b = outputs.
+    """Inputs of the layer, one row for each row of its outputs:  samples Mᵀ + b = outputs.
 
     Parameters
     ----------
@@ -94,21 +94,21 @@ def samples(layer: Layer, x: Tensor, chosen: Tensor | None = None) -> Tensor:
 
 
 def outputs(layer: Layer, y: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """What the layer writes, (m, h), in the order of ``samples``; parameters as there."""
+    """Outputs of the layer, (m, h), in the order of ``samples``; parameters as there."""
     return _rows(_writes(layer, y), _lead(layer), chosen)
 
 
 def blocks(
     layer: Layer, x: Tensor, y: Tensor, chosen: Tensor | None = None, *, limit: int = _ROOM
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The rows of ``samples`` and ``outputs`` in pieces, in order; of no rows there is one empty piece.
+    """Rows of ``samples`` and ``outputs`` in blocks, in order; of no rows there is one empty block.
 
     Parameters
     ----------
     layer, x, y, chosen
         As in ``samples`` and ``outputs``.
     limit : int
-        How many numbers the samples of one piece may hold; one row at least is in it.
+        Numbers in the samples of one block, at most; it holds one row at least.
     """
     read, written, lead = _reads(layer, x), _writes(layer, y), _lead(layer)
     if read.shape[:lead] != written.shape[:lead]:
@@ -127,7 +127,7 @@ def blocks(
 
 @dataclass(frozen=True, eq=False)
 class Sums:
-    """Running sums over samples, float64, grown in place.
+    """Running sums over samples in float64, updated in place.
 
     Parameters
     ----------
@@ -191,7 +191,7 @@ class Sums:
 
 
 def _turned(layer: Layer, weight: Tensor) -> Tensor:
-    """Outputs first, and back: a transposed convolution stores its inputs first."""
+    """Swap inputs and outputs of a transposed convolution's weight, which stores inputs first."""
     return weight.transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight
 
 
@@ -206,7 +206,7 @@ def _writes(layer: Layer, y: Tensor) -> Tensor:
 
 
 def _reads(layer: Layer, x: Tensor) -> Tensor:
-    """What the layer reads as an (n, *positions, inputs, *kernel) view."""
+    """The input as an (n, *positions, inputs, *kernel) view."""
     return x.reshape(-1, x.shape[-1]) if isinstance(layer, Linear) else windows(layer, x)
 
 
@@ -226,7 +226,7 @@ def _rows(view: Tensor, lead: int, chosen: Tensor | None = None) -> Tensor:
 
 
 def _aligned(layer: Layer, rows: Tensor) -> Tensor:
-    """A transposed convolution meets its kernel from the far end."""
+    """Flip the columns of a transposed convolution: it meets its kernel from the far end."""
     if not isinstance(layer, TRANSPOSED):
         return rows
     d, m = rows.T.shape
@@ -234,7 +234,7 @@ def _aligned(layer: Layer, rows: Tensor) -> Tensor:
 
 
 def _cut(read: Tensor, written: Tensor, limit: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Both views in pieces of at most ``limit`` numbers read, cut along the dimensions that count rows."""
+    """Both views in blocks of at most ``limit`` input numbers, cut along the dimensions that count rows."""
     step = limit // max(1, read[:1].numel())
     if step == 0 and written.ndim > 2:
         for one_read, one_written in zip(read, written, strict=True):

@@ -1,4 +1,4 @@
-"""How sparse a network is, tensor by tensor, and what it would take in bytes, stored in three ways."""
+"""Sparsity of a network, tensor by tensor, and its bytes in three storage formats."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pysolve.nn.layers.sharing import unshared
 from pysolve.nn.layers.sparse import SparseWeight
 from pysolve.tables import Table
 
-# Of a column's number and of a row's end.
+# Bytes of a column index or a row's end.
 _INDEX = 4
 
 
 @dataclass(frozen=True)
 class TensorNonzeros:
-    """One parameter.
+    """Sparsity of one parameter.
 
     Parameters
     ----------
@@ -38,17 +38,17 @@ class TensorNonzeros:
 
     @property
     def size(self) -> int:
-        """How many entries it has."""
+        """Number of entries."""
         return math.prod(self.shape)
 
     @property
     def dense(self) -> int:
-        """Bytes with all its zeros."""
+        """Bytes of all entries."""
         return self.size * self.itemsize
 
     @property
     def bitmask(self) -> int:
-        """Bytes as a bit for every entry and the non-zeros."""
+        """Bytes of a bit for every entry and the non-zeros."""
         return self.nonzeros * self.itemsize + -(-self.size // 8)
 
     @property
@@ -60,23 +60,23 @@ class TensorNonzeros:
 
 @dataclass(frozen=True)
 class Nonzeros:
-    """All parameters of a network, shared ones once."""
+    """Sparsity of all parameters of a network, shared ones once."""
 
     tensors: tuple[TensorNonzeros, ...]
 
     @property
     def nonzeros(self) -> int:
-        """In all of them."""
+        """Non-zeros of all parameters."""
         return sum(one.nonzeros for one in self.tensors)
 
     @property
     def size(self) -> int:
-        """Entries of all of them."""
+        """Entries of all parameters."""
         return sum(one.size for one in self.tensors)
 
     @property
     def rate(self) -> float:
-        """Parameters to each that is not zero; infinite if none is."""
+        """Entries per non-zero; infinite if there is none."""
         return self.size / self.nonzeros if self.nonzeros else math.inf
 
     def bytes(self, layout: str) -> int:
@@ -84,7 +84,7 @@ class Nonzeros:
         return sum(int(getattr(one, layout)) for one in self.tensors)
 
     def table(self, title: str = "") -> Table:
-        """A row for every parameter, and one for all."""
+        """A row for every parameter, and one for the total."""
         rows = [_row(one.name, "x".join(map(str, one.shape)), one.nonzeros, one.size) for one in self.tensors]
         sizes = [(one.dense, one.bitmask, one.csr) for one in self.tensors]
         rows.append(_row("all", f"{self.rate:.2f} x fewer", self.nonzeros, self.size))
@@ -95,10 +95,10 @@ class Nonzeros:
 
 
 def nonzeros(model: nn.Module) -> Nonzeros:
-    """Count what is not zero in every parameter of a network; of masked ones, what is in use.
+    """Count the non-zeros of every parameter of a network, with masks applied.
 
-    Weights of sparse layers count under the name and in the shape that they have as dense matrices; so do
-    those of quantised layers, by their codes and without their scales, and those that share values.
+    Weights of sparse layers count under the name and in the shape of the dense weight; so do those of
+    quantised layers, by their codes and without their scales, and those with a codebook.
 
     Parameters
     ----------
@@ -107,7 +107,7 @@ def nonzeros(model: nn.Module) -> Nonzeros:
     Returns
     -------
     Nonzeros
-        Its ``table()`` has non-zeros, their share, what is pruned, and the bytes dense, as a bitmask, as CSR.
+        ``table()`` shows non-zeros, their share, the pruned, and the bytes dense, as a bitmask and as CSR.
     """
     plain = unshared(unmasked(model))
     owners: dict[int, SparseWeight | QuantWeight] = {}
@@ -120,7 +120,7 @@ def nonzeros(model: nn.Module) -> Nonzeros:
 
 
 def _counted(name: str, parameter: torch.Tensor, layer: SparseWeight | QuantWeight | None) -> TensorNonzeros:
-    """A parameter, or the weight of the layer whose values or scales it is."""
+    """Sparsity of a parameter, or of the weight whose stored values or scales it is."""
     count, size = int(torch.count_nonzero(parameter.detach())), parameter.itemsize
     if layer is None:
         return TensorNonzeros(name, tuple(parameter.shape), count, size)

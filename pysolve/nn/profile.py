@@ -1,41 +1,41 @@
-"""Two networks side by side: how long they take by turns, and what each layer of them weighs."""
+"""Comparison of two networks: latencies, timed alternately, and the costs of each layer."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pysolve.nn.calibration import samples_in, take
 from pysolve.nn.evaluate import COUNTED, layer_macs, parameters, seconds_of, summary, wait
 from pysolve.nn.nonzeros import nonzeros
-from pysolve.nn.running import arguments, device_of, evaluating, forward
+from pysolve.nn.running import Batch, arguments, device_of, evaluating, forward
 from pysolve.report.rows import Latency, LayerMass
 
-# Calls of each network: at least, at most, and as many as go into these seconds.
+# Calls of each network: at least, at most, and otherwise for this many seconds.
 FEWEST, MOST, SECONDS = 7, 100, 0.1
-# Share of all parameters that gives a row to a layer that does not multiply, such as an embedding.
+# Share of all parameters from which a layer without MACs, such as an embedding, has a row of its own.
 LARGE = 0.01
 
 
-def latencies(models: Sequence[nn.Module], batch: Any) -> tuple[Latency, ...]:
-    """How long each network takes for a batch, called by turns: what slows the machine slows all of them."""
+def latencies(models: Sequence[nn.Module], batch: Batch) -> tuple[Latency, ...]:
+    """Latencies of networks on a batch, called alternately, so that disturbances affect all of them."""
     with evaluating(*models):
         calls = [_call(model, batch) for model in models]
         times = _by_turns(calls, [device_of(model) for model in models])
     return tuple(summary(one, samples_in(batch)) for one in times)
 
 
-def masses(before: nn.Module, after: nn.Module, batch: Any) -> tuple[LayerMass, ...]:
+def masses(before: nn.Module, after: nn.Module, batch: Batch) -> tuple[LayerMass, ...]:
     """Parameters, MACs and seconds of the layers with weights, in both networks.
 
-    Of layers that took another's place, names that begin with the other's count as its own.
+    Parts of a replaced layer, whose names begin with its own, count as that layer.
 
     Parameters
     ----------
@@ -59,8 +59,8 @@ def masses(before: nn.Module, after: nn.Module, batch: Any) -> tuple[LayerMass, 
     return (*found, others) if others.params or others.left else tuple(found)
 
 
-def layer_inputs(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:
-    """What each layer reads first when the network runs on a batch; not of layers called by keywords."""
+def layer_inputs(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
+    """Input of each layer's first call on a batch; layers called by keywords are left out."""
     seen: dict[str, Tensor] = {}
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
@@ -70,13 +70,13 @@ def layer_inputs(model: nn.Module, layers: Mapping[str, nn.Module], batch: Any) 
     return seen
 
 
-def _remember(seen: dict[str, Tensor], name: str, layer: nn.Module, args: tuple[Any, ...]) -> None:
+def _remember(seen: dict[str, Tensor], name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
     if args:
         seen.setdefault(name, args[0].clone())
 
 
-def _sizes(model: nn.Module, counted: Mapping[str, Any]) -> dict[str, int]:
-    """Parameters of the layers worth a row: those that multiply, and others that hold much."""
+def _sizes(model: nn.Module, counted: Collection[str]) -> dict[str, int]:
+    """Parameters of the layers with rows of their own: those with MACs, and other large ones."""
     much = LARGE * parameters(model)
     sizes = {}
     for name, module in model.named_modules():
@@ -89,7 +89,7 @@ def _sizes(model: nn.Module, counted: Mapping[str, Any]) -> dict[str, int]:
     return sizes
 
 
-def _nonzeros(model: nn.Module, counted: Mapping[str, Any]) -> dict[str, int]:
+def _nonzeros(model: nn.Module, counted: Collection[str]) -> dict[str, int]:
     """Parameters that are not zero, shared ones once, by the layer that holds them."""
     found: dict[str, int] = {}
     for tensor in nonzeros(model).tensors:
@@ -99,8 +99,8 @@ def _nonzeros(model: nn.Module, counted: Mapping[str, Any]) -> dict[str, int]:
     return found
 
 
-def _call(model: nn.Module, batch: Any) -> Callable[[], Any]:
-    """The network's call on a batch that lies where it needs it, made once to warm up."""
+def _call(model: nn.Module, batch: Batch) -> Callable[[], object]:
+    """The network's call on a batch on its device, made once to warm up."""
     device = device_of(model)
     args, kwargs = pytree.tree_map_only(Tensor, lambda t: t.detach().to(device, copy=True), arguments(batch))
     call = partial(model, *args, **kwargs)
@@ -108,7 +108,7 @@ def _call(model: nn.Module, batch: Any) -> Callable[[], Any]:
     return call
 
 
-def _by_turns(calls: Sequence[Callable[[], Any]], devices: Sequence[Any]) -> list[list[float]]:
+def _by_turns(calls: Sequence[Callable[[], object]], devices: Sequence[torch.device]) -> list[list[float]]:
     times: list[list[float]] = [[] for _ in calls]
     while len(times[0]) < FEWEST or (len(times[0]) < MOST and min(map(sum, times)) < SECONDS):
         for call, device, own in zip(calls, devices, times, strict=True):
@@ -116,8 +116,8 @@ def _by_turns(calls: Sequence[Callable[[], Any]], devices: Sequence[Any]) -> lis
     return times
 
 
-def _layer_seconds(models: Sequence[nn.Module], batch: Any) -> list[dict[str, list[float]]]:
-    """Of each network, the seconds that each of its layers took in each of several runs."""
+def _layer_seconds(models: Sequence[nn.Module], batch: Batch) -> list[dict[str, list[float]]]:
+    """Seconds of each layer of each network, in each of several runs."""
     seconds: list[dict[str, list[float]]] = [{} for _ in models]
     with evaluating(*models):
         calls = [_call(model, batch) for model in models]
@@ -137,19 +137,19 @@ def _layer_seconds(models: Sequence[nn.Module], batch: Any) -> list[dict[str, li
 class _Watch:
     """Hooks that add the seconds of a layer's calls to the last of its times."""
 
-    def __init__(self, times: list[float], device: Any) -> None:
+    def __init__(self, times: list[float], device: torch.device) -> None:
         self.times, self.device, self.started = times, device, 0.0
         times.append(0.0)
 
-    def start(self, *_: Any) -> None:
+    def start(self, *_: object) -> None:
         wait(self.device)
         self.started = time.perf_counter()
 
-    def stop(self, *_: Any) -> None:
+    def stop(self, *_: object) -> None:
         wait(self.device)
         self.times[-1] += time.perf_counter() - self.started
 
 
 def _least(seconds: Mapping[str, list[float]], names: Sequence[str]) -> float | None:
-    """What several layers took together in the fastest run: others were disturbed."""
+    """Seconds of several layers together in the fastest run: others were disturbed."""
     return float(np.min(np.sum([seconds[name] for name in names], axis=0))) if names else None

@@ -10,18 +10,19 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from pysolve.correlations import AnyArray
 from pysolve.errors import DataError, LayerNotFoundError
 
-# What a user's loader gives, and what a network returns: tensors, tuples and lists, mappings.
+# A batch of a user's loader, and a network's output: tensors, tuples and lists, or mappings.
 Batch = Any
 Output = Any
 Device = torch.device | str | int | None
-Values = Tensor | npt.NDArray[Any]
+Values = Tensor | AnyArray
+NO_BATCHES = "there are no batches: expected at least one. Was a generator used up before?"
 
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
@@ -36,7 +37,7 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
 
 
 def find_matching(model: nn.Module, ignore: Iterable[str]) -> set[str]:
-    """Names of the layers that names and patterns, ``re:…``, speak of."""
+    """Names of the layers that names and patterns ``re:…`` match."""
     if isinstance(ignore, str):
         raise TypeError(f"ignore must be a sequence of names, got the string {ignore!r}: pass [{ignore!r}].")
     first = {module: name for name, module in model.named_modules()}
@@ -56,13 +57,13 @@ def find_matching(model: nn.Module, ignore: Iterable[str]) -> set[str]:
 
 
 def devices(model: nn.Module) -> set[torch.device]:
-    """Where the network's parameters and buffers live."""
+    """Devices of the network's parameters and buffers."""
     return {tensor.device for tensor in chain(model.parameters(), model.buffers())}
 
 
 @contextmanager
 def keeping_modes(*models: nn.Module) -> Iterator[None]:
-    """Training or evaluation mode may change inside; every submodule gets its own back, whatever happens."""
+    """Restore the training or evaluation mode of every submodule afterwards, whatever happens."""
     modes = {module: module.training for model in models for module in model.modules()}
     try:
         yield
@@ -80,8 +81,8 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         yield
 
 
-def forward(model: nn.Module, batch: Any, device: Device = None) -> Any:
-    """The network's output for one batch, which is copied first: in-place layers cannot change the caller's.
+def forward(model: nn.Module, batch: Batch, device: Device = None) -> Output:
+    """The network's output for one batch, which is copied so that in-place layers cannot change it.
 
     Parameters
     ----------
@@ -99,8 +100,8 @@ def forward(model: nn.Module, batch: Any, device: Device = None) -> Any:
     return model(*args, **kwargs)
 
 
-def arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments that one batch stands for."""
+def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of the network for one batch."""
     if isinstance(batch, tuple | list) and batch:
         batch = batch[0]
     if isinstance(batch, Tensor):
@@ -126,13 +127,20 @@ def few_samples(batch: Batch, count: int = 2) -> Batch:
     return kwargs if kwargs else args
 
 
-def _fresh(value: Any, device: Device) -> Any:
+def check_batches(batches: object) -> None:
+    """Refuse a single batch where an iterable of batches is expected."""
+    if isinstance(batches, Tensor | Mapping):
+        kind = type(batches).__name__
+        raise TypeError(f"batches must be an iterable of batches, got one {kind}: wrap it in a list.")
+
+
+def _fresh(value: object, device: Device) -> object:
     """A copy of a tensor, on ``device`` if one is given; anything else as it is."""
     return value.detach().to(device=device, copy=True) if isinstance(value, Tensor) else value
 
 
 def _check_devices(model: nn.Module, inputs: list[Tensor], device: Device) -> None:
-    """Refuse a batch that lives on none of the network's devices."""
+    """Refuse a batch on none of the network's devices."""
     homes = devices(model)
     strangers = {str(value.device) for value in inputs if value.device not in homes}
     if not homes or not strangers:
@@ -150,26 +158,31 @@ def as_tensor(values: Values) -> Tensor:
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 
-def as_array(tensor: Tensor) -> npt.NDArray[Any]:
-    """The tensor's values for NumPy, which knows no bfloat16: as float32 then."""
+def as_array(tensor: Tensor) -> AnyArray:
+    """The tensor's values as an array; bfloat16, which NumPy lacks, as float32."""
     values = tensor.detach().cpu()
     return np.asarray(values.float() if values.dtype == torch.bfloat16 else values)
 
 
 def as_input(model: nn.Module, x: Values) -> Tensor:
-    """Floating-point inputs in the network's floating type; others as they are."""
+    """Floating-point inputs in the network's data type; others as they are."""
     inputs = as_tensor(x)
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), inputs.dtype)
     return inputs.to(dtype) if inputs.is_floating_point() else inputs
 
 
 def labelled(model: nn.Module, x: Values, y: Values) -> tuple[Tensor, Tensor]:
-    """Inputs for the network and their labels, checked to be equally many and not none.
+    """Inputs for the network and their labels, checked to be as many and not none.
 
     Parameters
     ----------
     model : nn.Module
     x, y : (n, …) arrays or tensors
+
+    Raises
+    ------
+    DataError
+        When they differ in number or are none.
     """
     inputs, labels = as_input(model, x), as_tensor(y)
     if not len(inputs) or len(labels) != len(inputs):
@@ -178,5 +191,5 @@ def labelled(model: nn.Module, x: Values, y: Values) -> tuple[Tensor, Tensor]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the network's first parameter lives."""
+    """Device of the network's first parameter."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))

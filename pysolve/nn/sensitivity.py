@@ -1,33 +1,32 @@
-"""What an error at a layer's outputs does to the network's."""
+"""Sensitivity of a network's outputs to errors at layers' outputs."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pysolve.correlations import Array
-from pysolve.nn.divergence import main_output
+from pysolve.nn.divergence import class_dim, main_output
 from pysolve.nn.layer_matrix import Layer, channels, outputs
-from pysolve.nn.running import device_of, evaluating, forward
+from pysolve.nn.running import Batch, device_of, evaluating, forward
 
-# Random directions of the network's outputs for each batch.
+# Random directions of the network's outputs per batch.
 PROBES = 8
 
 
 def sensitivities(
-    model: nn.Module, layers: Mapping[str, Layer], batches: Sequence[Any], *, seed: int = 0
+    model: nn.Module, layers: Mapping[str, Layer], batches: Sequence[Batch], *, seed: int = 0
 ) -> dict[str, Array]:
     """E[Jᵀ J] of each layer, J the derivative of the network's outputs by the layer's.
 
-    To first order an error e at the layer's outputs moves the network's by eᵀ Jᵀ J e. Outputs count without
-    their mean over classes, which no softmax sees. Jᵀ J is estimated without bias by the gradients of the
-    outputs in random directions v of signs: E[(Jᵀ v)(Jᵀ v)ᵀ] = E[Jᵀ J]; over positions it is summed.
+    To first order an error e at the layer's outputs changes the network's by J e, of squared norm eᵀ Jᵀ J e.
+    The mean of the outputs over classes is removed, as softmax ignores it. Jᵀ J is estimated without bias
+    from random sign vectors v,  E[(Jᵀ v)(Jᵀ v)ᵀ] = E[Jᵀ J],  and summed over positions.
 
     Parameters
     ----------
@@ -41,8 +40,12 @@ def sensitivities(
     Returns
     -------
     {name: (h, h) array}
-        Scaled to a trace of h. Of layers that have no part in the output, and of networks that allow no
-        gradients: the identity.
+        Scaled to a trace of h; the identity for layers without effect on the output, and for networks that
+        allow no gradients.
+
+    References
+    ----------
+    M. F. Hutchinson, A stochastic estimator of the trace of the influence matrix, 1990.
     """
     sums = {
         name: torch.zeros((channels(layer)[1],) * 2, dtype=torch.float64) for name, layer in layers.items()
@@ -62,23 +65,23 @@ def sensitivities(
                 try:
                     _add(sums, layers, offsets, result, _without_mean(signs))
                 except RuntimeError:
-                    # Something that the gradient needs was changed in place.
+                    # A tensor that the gradient needs was changed in place.
                     return {name: np.eye(len(total)) for name, total in sums.items()}
     return {name: _scaled(total.numpy()) for name, total in sums.items()}
 
 
-def _offset(offsets: list[tuple[str, Tensor]], name: str, layer: nn.Module, args: Any, y: Tensor) -> Tensor:
-    """The layer's output with zeros added whose gradient is the output's."""
+def _offset(
+    offsets: list[tuple[str, Tensor]], name: str, layer: nn.Module, args: object, y: Tensor
+) -> Tensor:
+    """Hook that adds zeros to the layer's output; their gradient is the output's."""
     offset = torch.zeros_like(y).requires_grad_()
     offsets.append((name, offset))
     return y.detach() + offset if not y.requires_grad else y + offset
 
 
 def _without_mean(v: Tensor) -> Tensor:
-    """Along the classes, as ``kl_divergence`` finds them."""
-    if v.ndim < 2:
-        return v
-    return v - v.mean(1 if v.ndim == 2 or v.ndim >= 4 else -1, keepdim=True)
+    """Remove the mean over classes."""
+    return v if v.ndim < 2 else v - v.mean(class_dim(v), keepdim=True)
 
 
 def _add(

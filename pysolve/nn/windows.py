@@ -1,4 +1,4 @@
-"""What each output position of a convolution reads, as a view of its padded input."""
+"""Patches that a convolution reads at each output position, as a view of its padded input."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Convolution = Conv1d | Conv2d | Conv3d | ConvTranspose1d | ConvTranspose2d | Con
 
 
 def windows(layer: Convolution, x: Tensor) -> Tensor:
-    """The numbers that each output position is a weighted sum of.
+    """Inputs under the kernel at each output position.
 
-    A transposed convolution is an ordinary one, of stride 1, of its input with zeros stuffed in between;
-    it meets its kernel from the far end.
+    A transposed convolution is an ordinary one, of stride 1 and with a flipped kernel, of its input with
+    zeros inserted between positions.
 
     Parameters
     ----------
@@ -26,10 +26,15 @@ def windows(layer: Convolution, x: Tensor) -> Tensor:
     -------
     (n, *positions, inputs, *kernel) tensor
         A view of the padded input: no number is stored more than once.
+
+    Raises
+    ------
+    ValueError
+        When x has the wrong number of dimensions.
     """
     x = batched(layer, x)
     if isinstance(layer, TRANSPOSED):
-        x, strides = _stuffed(layer, x), (1,) * len(layer.stride)
+        x, strides = _dilated(layer, x), (1,) * len(layer.stride)
     else:
         x, strides = _padded(layer, x), layer.stride
     for i, (size, step, stride) in enumerate(zip(layer.kernel_size, layer.dilation, strides, strict=True)):
@@ -38,7 +43,7 @@ def windows(layer: Convolution, x: Tensor) -> Tensor:
 
 
 def batched(layer: Convolution, values: Tensor) -> Tensor:
-    """An input or output of the layer, with a dimension of samples in front."""
+    """An input or output of the layer, with a leading dimension of samples."""
     wanted = layer.weight.ndim
     if values.ndim not in (wanted - 1, wanted):
         raise ValueError(
@@ -61,12 +66,12 @@ def _padded(layer: Conv1d | Conv2d | Conv3d, x: Tensor) -> Tensor:
     return pad(x, borders, mode) if any(borders) else x
 
 
-def _stuffed(layer: ConvTranspose1d | ConvTranspose2d | ConvTranspose3d, x: Tensor) -> Tensor:
+def _dilated(layer: ConvTranspose1d | ConvTranspose2d | ConvTranspose3d, x: Tensor) -> Tensor:
     sizes = [(size - 1) * stride + 1 for size, stride in zip(x.shape[2:], layer.stride, strict=True)]
-    wide = x.new_zeros(*x.shape[:2], *sizes)
-    wide[(slice(None), slice(None), *(slice(None, None, stride) for stride in layer.stride))] = x
+    dilated = x.new_zeros(*x.shape[:2], *sizes)
+    dilated[(slice(None), slice(None), *(slice(None, None, stride) for stride in layer.stride))] = x
     borders: list[int] = []
     for i, (size, step) in enumerate(zip(layer.kernel_size, layer.dilation, strict=True)):
         before = step * (size - 1) - int(layer.padding[i])
         borders = [before, before + int(layer.output_padding[i]), *borders]
-    return pad(wide, borders)
+    return pad(dilated, borders)

@@ -1,4 +1,4 @@
-"""The small reference networks of the demo, the examples and the tests."""
+"""Small reference networks of the demo, the examples and the tests."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ class Mlp(nn.Module):
     Parameters
     ----------
     sizes : sequence of int
-        Width of the input, of every hidden layer and of the output.
+        Units of the input, of every hidden layer and of the output.
     """
 
     def __init__(self, sizes: Sequence[int] = (784, 512, 256, 128, 10)) -> None:
@@ -147,7 +147,7 @@ class ResNet(nn.Module):
 
 
 class _Block(nn.Module):
-    """Two convolutions around which the input goes unchanged, or halved and with more channels."""
+    """Residual block of two convolutions, with a shortcut that may halve the image and pad channels."""
 
     def __init__(self, channels: int, out: int) -> None:
         super().__init__()

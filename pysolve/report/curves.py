@@ -1,15 +1,13 @@
-"""The numbers behind the pictures: Pareto fronts, error curves, weights without their zeros."""
+"""Data of the plots: Pareto fronts, error curves, histograms of non-zero weights."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from pysolve.correlations import Array
+from pysolve.correlations import AnyArray, Array, Indices
 from pysolve.report.report import Report
 from pysolve.report.rows import SiteReport
 from pysolve.solve.elimination import EliminationPath
@@ -33,17 +31,17 @@ class Curve:
 
     label: str
     channels: int
-    kept: npt.NDArray[np.intp]
+    kept: Indices
     error: Array
     chosen: int | None = None
 
 
 @dataclass(frozen=True, eq=False)
 class Histogram:
-    """Weights of one layer: those that are not zero, counted between (bins + 1,) edges; zeros in per cent."""
+    """Counts of one layer's non-zero weights between (bins + 1,) edges; its zeros in per cent."""
 
     label: str
-    counts: npt.NDArray[np.intp]
+    counts: Indices
     edges: Array
     zeros: float
 
@@ -51,7 +49,7 @@ class Histogram:
 def front(
     sizes: Sequence[float], scores: Sequence[float | None], lower_is_better: bool = False
 ) -> tuple[Array, Array]:
-    """Points that no other is as small as and at least as good as, by size; and the others.
+    """Pareto-optimal points, by size, and the dominated ones.
 
     Parameters
     ----------
@@ -72,8 +70,10 @@ def front(
     return points[:, best], points[:, ~best]
 
 
-def scored(reports: Any, measure: str) -> dict[str, list[Report]]:
-    """Reports of each method, all with scores and with costs in the measure."""
+def scored(
+    reports: Sequence[Report] | Mapping[str, Sequence[Report]], measure: str
+) -> dict[str, list[Report]]:
+    """Reports of each method, checked to have scores and the measure."""
     if isinstance(reports, Report):
         raise TypeError(
             "reports must be a list of Report, as sweep returns it, got one Report: pass [report]."
@@ -95,8 +95,8 @@ def scored(reports: Any, measure: str) -> dict[str, list[Report]]:
     return methods
 
 
-def histories_of(solves: Any) -> dict[str, History]:
-    """What happened during each solve."""
+def histories_of(solves: object) -> dict[str, History]:
+    """History of each solve."""
     if not isinstance(solves, Mapping):
         raise TypeError(
             f"histories must be {{label: Solution or History}}, got {type(solves).__name__}: pass "
@@ -107,8 +107,8 @@ def histories_of(solves: Any) -> dict[str, History]:
     return {str(label): one.history if isinstance(one, Solution) else one for label, one in solves.items()}
 
 
-def error_curves(curves: Any) -> list[Curve]:
-    """Curves of a report's sites, of one elimination path or of several with labels."""
+def error_curves(curves: object) -> list[Curve]:
+    """Curves of a report's sites, of one elimination path or of several labelled ones."""
     if isinstance(curves, Report):
         found = [_curve_of_site(site) for site in curves.sites if site.curve]
         if not found:
@@ -129,7 +129,7 @@ def error_curves(curves: Any) -> list[Curve]:
 
 
 def _curve_of_site(site: SiteReport) -> Curve:
-    """With the chosen size among the others; its error is known exactly where it is not 0."""
+    """The site's curve with the chosen size added; an error of 0 there is interpolated instead."""
     known = dict(sorted(site.curve))
     between = np.interp(site.kept, [*known], [*known.values()])
     errors = {site.kept: site.error or float(between), **known}
@@ -138,16 +138,16 @@ def _curve_of_site(site: SiteReport) -> Curve:
 
 
 def _curve_of_path(label: str, path: EliminationPath) -> Curve:
-    """Without the outputs' energy, that of what all inputs together explain stands in."""
+    """The path's curve; without ``r_yy`` errors are shares of the energy that all inputs explain."""
     error = path.error if path.error[0] > 0 else path.error - path.error[-1]
     groups = len(path.order)
     return Curve(label, groups, np.arange(groups + 1), error / (error[0] or 1.0))
 
 
 def histograms(
-    weights: Any, thresholds: Any, bins: int
+    weights: object, thresholds: float | Mapping[str, float] | None, bins: int
 ) -> tuple[dict[str, tuple[float, float]], list[Histogram]]:
-    """Where each layer's thresholds lie, under "" those of all; and how its weights are distributed."""
+    """Thresholds by layer, common ones under "", and each layer's histogram of weights."""
     values = _weights(weights)
     limits = _thresholds(thresholds, list(values))
     edges = _edges(values.values(), bins, [high for _, high in limits.values()])
@@ -162,8 +162,8 @@ def histograms(
     ]
 
 
-def _weights(weights: Any) -> dict[str, npt.NDArray[Any]]:
-    """Values of each layer; where there are matrices, biases and the like are left out."""
+def _weights(weights: object) -> dict[str, AnyArray]:
+    """Values of each layer; where there are matrices, vectors are left out."""
     if not isinstance(weights, Mapping):
         raise TypeError(
             f"weights must be {{name: array or tensor}}, got {type(weights).__name__}: pass "
@@ -180,8 +180,10 @@ def _weights(weights: Any) -> dict[str, npt.NDArray[Any]]:
     return {name: value.ravel() for name, value in values.items()}
 
 
-def _thresholds(thresholds: Any, names: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """Each layer's, on both sides of zero."""
+def _thresholds(
+    thresholds: float | Mapping[str, float] | None, names: Sequence[str]
+) -> dict[str, tuple[float, float]]:
+    """Each layer's threshold on both sides of zero."""
     named = thresholds if isinstance(thresholds, Mapping) else {} if thresholds is None else {"": thresholds}
     for name, value in named.items():
         if name and name not in names:
@@ -191,20 +193,20 @@ def _thresholds(thresholds: Any, names: Sequence[str]) -> dict[str, tuple[float,
     return {str(name): (-float(value), float(value)) for name, value in named.items()}
 
 
-def _edges(values: Iterable[npt.NDArray[Any]], bins: int, thresholds: Iterable[float]) -> Array:
-    """Of about so many bins over all values; zero and the smallest threshold lie between two bins.
+def _edges(values: Iterable[AnyArray], bins: int, thresholds: Iterable[float]) -> Array:
+    """Edges of about ``bins`` bins over all values; zero and the smallest threshold are edges.
 
-    A bin that a threshold cuts would look like weights that escaped it.
+    A bin across a threshold would look like weights that escaped it.
     """
     ends = [float(end) for one in values if one.size for end in (one.min(), one.max())]
     width = (max(ends) - min(ends)) / bins or 1.0 / bins
-    wide = [limit for limit in thresholds if limit > width]
-    if wide:
-        width = min(wide) / np.ceil(min(wide) / width)
+    limit = min((one for one in thresholds if one > width), default=0.0)
+    if limit:
+        width = limit / np.ceil(limit / width)
     first, last = np.floor(min(ends) / width), np.ceil(max(ends) / width)
     return np.asarray(width * np.arange(first, max(last, first + 1) + 1))
 
 
-def _array(value: Any) -> npt.NDArray[Any]:
+def _array(value: object) -> AnyArray:
     # NumPy knows no bfloat16.
     return np.asarray(value.detach().cpu().double() if hasattr(value, "detach") else value)

@@ -1,11 +1,10 @@
-"""What all pictures share: colours, axes, ticks that read well, and files."""
+"""Common parts of all plots: colours, axes, ticks, files."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
 from itertools import cycle
-from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -17,32 +16,32 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLoca
 
 Path = str | os.PathLike[str]
 
-# Of text, ticks, spines and, more or less transparent, of everything else that has no colour of its own: in
-# an SVG, replacing this one colour suits a picture to another background.
+# Colour of text, ticks and spines and, more or less transparent, of everything without a colour of its own:
+# replacing this one colour in an SVG adapts a plot to another background.
 INK = "#1f2a30"
-# Told apart with any kind of colour vision, on white and on black.
+# Distinguishable with any kind of colour vision, on white and on black.
 COLORS = ("#0b6e99", "#e0902f", "#a63a50", "#9a9a9a")
 SHADES = ("#b7d3de", "#7fb0c4", "#4387a1", "#064a63")
 MARKERS = ("o", "s", "D", "^", "v")
 
-# More curves than this are coloured in order and are no longer named one by one.
+# More curves than this are coloured in sequence, and only the first and the last are named.
 NAMED = 6
-# From one end of a logarithmic axis to the other: where 1, 2, 5, 10 leave room, and where 1, 10 do.
+# Ratios of a logarithmic axis's ends up to which ticks at 1, 2, 5, 10 and at 1, 10 have room.
 _FINE, _COARSE = 2000, 1e6
 
 
 def new_axes(width: float = 7.0, height: float = 4.2) -> Axes:
-    """Axes in a figure of their own."""
+    """Axes in a new figure."""
     return Figure(figsize=(width, height), layout="constrained").add_subplot()
 
 
 def styles() -> Iterator[tuple[str, str]]:
-    """Colour and marker of one curve after another; 20 differ."""
+    """Colours and markers of successive curves; 20 differ."""
     return zip(cycle(COLORS), cycle(MARKERS), strict=False)
 
 
 def sequence(names: Sequence[str]) -> Iterator[tuple[str, str]]:
-    """Colour and label of each of several curves; of many, a sequential map and labels at its ends alone."""
+    """Colours and labels of curves; of many, a sequential colour map and labels at its ends alone."""
     # Labels that begin with _ would not be shown.
     labels = [f" {name}" if name.startswith("_") else name for name in map(shortened, names)]
     if len(names) <= NAMED:
@@ -54,7 +53,7 @@ def sequence(names: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def log_axis(axis: Axis) -> None:
-    """A logarithmic axis with plain numbers at 1, 2, 5, 10, … or, over many decades, powers of 10 alone."""
+    """Make an axis logarithmic, with plain numbers at 1, 2, 5, 10, … or, over many decades, powers of 10."""
     axis.axes.set(**{f"{axis.axis_name}scale": "log"})  # type: ignore[attr-defined]
     low, high = axis.get_view_interval()
     if high <= _FINE * low:
@@ -67,13 +66,13 @@ def log_axis(axis: Axis) -> None:
 
 
 def shortened(name: str, width: int = 38) -> str:
-    """At most so many characters of a name, none of them a mark of mathematics."""
+    """At most ``width`` characters of a name, with $ escaped for matplotlib."""
     short = name if len(name) <= width else name[: width - 1] + "…"
     return short.replace("$", r"\$")
 
 
-def finish(ax: Axes, path: Path | None = None, *, grid: str | None = "both", **legend: Any) -> Axes:
-    """A legend of what has a label, no boxes, light grid lines, all in one ink; written where asked."""
+def finish(ax: Axes, path: Path | None = None, *, grid: str | None = "both", **legend: object) -> Axes:
+    """Add the legend and a light grid, remove boxes, use one ink, and save the figure if asked."""
     if ax.get_legend_handles_labels()[0]:
         look = {"frameon": False, "labelcolor": INK, "labelspacing": 0.35, "handlelength": 2.4}
         ax.legend(**{**look, **legend})

@@ -1,4 +1,4 @@
-"""Pictures of the demonstration: accuracy at every size, and what is left of each cost."""
+"""Plots of the demonstration: accuracy at every size, and the share of each cost that is left."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def accuracy_curves(
     chosen: int | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Accuracy against the number of neurons that stay, best curve first.
+    """Plot accuracy against the number of neurons kept, best curve first.
 
     Parameters
     ----------
@@ -52,14 +52,14 @@ def cost_bars(
     *,
     ax: Axes | None = None,
 ) -> Axes:
-    """One bar a cost: how much of the original's is left.
+    """Plot the share of each cost of the original that is left, one bar a cost.
 
     Parameters
     ----------
     before, after : {cost: value}
         Values above zero, with the same keys.
     texts : {cost: str}, optional
-        What to write next to the bar, by default the share in per cent.
+        Text next to the bar, by default the share in per cent.
     ax : Axes, optional
         Where to draw; by default in a new figure.
     """

@@ -1,4 +1,4 @@
-"""A report as one HTML file with its pictures inside, for wide and narrow screens, light and dark."""
+"""A report as one HTML file with its plots inside, for wide and narrow screens, light and dark."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ figure { margin: 1rem 0; } figure svg { display: block; max-width: 100%; height:
 figcaption { color: var(--soft); font-size: .9rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dd { margin: 0; }
 """
-_CHANNELS = "Channels that each site keeps, of all it had."
+_CHANNELS = "Channels kept of each site."
 _CURVES = "Error of each site's refitted readers against the channels kept; the chosen size is marked."
 
 
@@ -49,7 +49,7 @@ def page(report: Report, title: str) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>",
         '<div class="cards">',
-        *(f"<div><b>{escape(value)}</b><span>{escape(what)}</span></div>" for value, what in _cards(report)),
+        *(f"<div><b>{escape(value)}</b><span>{escape(name)}</span></div>" for value, name in _cards(report)),
         "</div>",
         *(f'<p class="warning"><b>Warning:</b> {escape(text)}</p>' for text in report.warnings),
         *(f"<p><b>Note:</b> {escape(text)}</p>" for text in report.notes),
@@ -62,7 +62,7 @@ def page(report: Report, title: str) -> str:
 
 
 def _cards(report: Report) -> Iterator[tuple[str, str]]:
-    """The few numbers that most readers want."""
+    """The most important numbers."""
     zeros = report.after.get("nonzeros", report.after.get("params")) != report.after.get("params")
     weights = ("nonzeros", "non-zeros") if zeros else ("params", "parameters")
     for measure, name in (weights, ("macs", "MACs"), ("file", "bytes on disk")):
@@ -77,6 +77,7 @@ def _cards(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def _pictures(report: Report) -> list[str]:
+    """Figures of the sites."""
     found = [(plot_channels(report), _CHANNELS)]
     if any(site.curve for site in report.sites):
         found.append((plot_elimination(report), _CURVES))
@@ -87,8 +88,8 @@ def _pictures(report: Report) -> list[str]:
 
 
 def _svg(ax: Axes, prefix: str, label: str) -> str:
-    """A picture as an element that takes the colour of the text around it."""
-    # Names of parts must differ between the pictures of one page.
+    """A plot as an SVG element in the colour of the surrounding text."""
+    # Ids must differ between the plots of one page.
     settings: Any = {"svg.fonttype": "none", "svg.hashsalt": prefix, "font.family": ["DejaVu Sans"]}
     with matplotlib.rc_context(settings), StringIO() as file:
         ax.figure.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})

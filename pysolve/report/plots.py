@@ -1,4 +1,4 @@
-"""Pictures of networks made smaller, drawn with matplotlib's object interface: no display is needed.
+"""Plots of compressed networks, drawn with matplotlib's object interface: no display is needed.
 
 Every function draws into ``ax``, by default in a new figure, and returns the Axes; ``path`` saves the figure
 in the format that its ending names (png, svg, pdf).
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -50,37 +50,42 @@ def plot_pareto(
     lower_is_better: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
-    """Score against size, and which results are worth having: the Pareto front.
+    """Plot score against size with the Pareto front of each method.
 
-    A solid line joins the results that no smaller one equals, a dashed one those after retraining; the others
-    stay as faint points. The star at 100 % is the dense network.
+    A solid line joins the Pareto-optimal results, a dashed one those after retraining; dominated results are
+    faint points. The star at 100 % is the dense network.
 
     Parameters
     ----------
     reports : list of Report, or {label: list of Report}
-        What ``sweep`` returned with ``evaluate``; of several methods, with a label each.
+        Results of ``sweep`` with ``evaluate``; of several methods, with a label each.
     path, ax : optional
     measure : "params", "macs", "bytes" or another that the reports have
-        The axis is logarithmic where less than an eighth is left.
+        Cost on the axis, which is logarithmic where less than an eighth is left.
     score : str
-        What ``evaluate`` gives, with its unit, to label the axis.
+        Label of the axis: the quantity that ``evaluate`` returns, with its unit.
     lower_is_better : bool
         For scores such as perplexity.
 
+    Returns
+    -------
+    Axes
+
     Raises
     ------
+    TypeError
+        When one Report is passed instead of a list.
     ValueError
-        No reports, a report without a score, or a measure that they lack.
+        When there are no reports, or one has no score or lacks the measure.
     """
     methods = scored(reports, measure)
     ax = ax or new_axes()
     for (label, runs), (color, marker) in zip(methods.items(), styles(), strict=False):
         shares = [100 * one.share(measure) for one in runs]
         plain, retrained = [one.score_after for one in runs], [one.retrained for one in runs]
-        _draw_front(ax, front(shares, plain, lower_is_better), color, marker, label=label)
-        look = {"linestyle": "--", "markerfacecolor": "none"}
-        label = f"{label}, retrained"
-        _draw_front(ax, front(shares, retrained, lower_is_better), color, marker, label=label, **look)
+        _draw_front(ax, front(shares, plain, lower_is_better), color, marker, label)
+        later = front(shares, retrained, lower_is_better)
+        _draw_front(ax, later, color, marker, f"{label}, retrained", dashed=True)
     every = [one for runs in methods.values() for one in runs]
     dense = sorted({one.score_before for one in every if one.score_before is not None})
     ax.plot([100] * len(dense), dense, "*", color=INK, markersize=13, label="dense network", zorder=4)
@@ -91,13 +96,17 @@ def plot_pareto(
     return finish(ax, path)
 
 
-def _draw_front(ax: Axes, points: tuple[Array, Array], color: str, marker: str, **look: Any) -> None:
-    """Points on the front, joined, and faintly the others."""
+def _draw_front(
+    ax: Axes, points: tuple[Array, Array], color: str, marker: str, label: str, dashed: bool = False
+) -> None:
+    """Draw points on the front, joined, and faintly the others."""
     best, rest = points
     if best.size:
-        ax.plot(*best, color=color, marker=marker, markersize=5.5, linewidth=1.8, **look)
-        look = {**look, "linestyle": "none", "label": ""}
-        ax.plot(*rest, color=color, marker=marker, markersize=5.5, alpha=0.35, **look)
+        fill = "none" if dashed else color
+        joined, *_ = ax.plot(*best, "--" if dashed else "-", linewidth=1.8, label=label)
+        others, *_ = ax.plot(*rest, linestyle="none", alpha=0.35)
+        for line in (joined, others):
+            line.set(color=color, marker=marker, markersize=5.5, markerfacecolor=fill)
 
 
 def plot_convergence(
@@ -109,18 +118,29 @@ def plot_convergence(
     lowest: float = 1e-9,
     ax: Axes | None = None,
 ) -> Axes:
-    """How the certified gap of several solves falls, relative to where each objective ended; both axes log.
+    """Plot the certified gap of several solves, relative to each final objective; both axes logarithmic.
 
     Parameters
     ----------
     histories : {label: Solution or History}
-        The start (iteration 0) has no place on a logarithmic axis and is left out.
+        The start (iteration 0) is left out, as the axis is logarithmic.
     path, ax : optional
     against : {"iteration", "seconds"}
     colors : sequence of str
-        One a history, in order; ``SHADES`` suits the values of one parameter.
+        One a history, in order.
     lowest : float
-        Where the picture ends; Newton's gaps fall far below what the other methods are asked for.
+        Lower end of the axis; Newton's gaps fall far below the tolerances of the other methods.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    TypeError
+        When ``histories`` is not a mapping.
+    ValueError
+        When it is empty.
     """
     known = histories_of(histories)
     ax = ax or new_axes()
@@ -143,18 +163,28 @@ def plot_elimination(
     lowest: float = 1e-6,
     ax: Axes | None = None,
 ) -> Axes:
-    """What removing channels costs: error against channels kept, one curve a site.
+    """Plot the error against the channels kept, one curve a site.
 
     Parameters
     ----------
     curves : EliminationPath, {label: EliminationPath} or Report
-        The error is a share of the outputs' energy E‖y‖² or, of a path that was not given it (``r_yy``), of
-        what all inputs together explain. A report's chosen sizes are marked.
+        The error is a share of the outputs' energy E‖y‖² or, for a path computed without ``r_yy``, of the
+        part that all inputs together explain. A report's chosen sizes are marked. More than six curves are
+        drawn over the share of the channels, coloured from the first site to the last.
     path, ax : optional
     lowest : float
-        Where the picture ends, as a share; with all channels kept nothing but rounding is left.
-    ax : Axes, optional
-        With more than six curves, over the share of the channels, coloured from the first site to the last.
+        Lower end of the axis, as a share; with all channels kept only rounding is left.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    TypeError
+        When ``curves`` is none of these.
+    ValueError
+        When there are no curves.
     """
     found = error_curves(curves)
     ax = ax or new_axes()
@@ -173,7 +203,7 @@ def plot_elimination(
 
 
 def _elimination_axes(ax: Axes, found: Sequence[Curve], many: bool, lowest: float) -> float:
-    """Labels, and logarithmic axes; where they end, which is above what is rounding alone."""
+    """Label the axes and make them logarithmic; returns the lower end, above rounding errors."""
     widths = [curve.channels for curve in found]
     errors = np.concatenate([curve.error for curve in found])
     bottom = float(70 * errors[errors >= lowest].min(initial=1))
@@ -187,14 +217,23 @@ def _elimination_axes(ax: Axes, found: Sequence[Curve], many: bool, lowest: floa
 
 
 def plot_channels(report: Report, path: Path | None = None, *, ax: Axes | None = None) -> Axes:
-    """How many channels each site keeps, one bar a site, the network's first on top.
+    """Plot the channels kept of each site, one bar a site, the network's first on top.
 
     Parameters
     ----------
     report : Report
         Sites that cannot shrink are grey.
     path, ax : optional
-        By default in a new figure, the higher the more sites there are.
+        A new figure is the higher the more sites there are.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    ValueError
+        When the report has no sites.
     """
     sites = report.sites
     if not sites:
@@ -217,25 +256,36 @@ def plot_channels(report: Report, path: Path | None = None, *, ax: Axes | None =
 
 
 def plot_weights(
-    weights: Mapping[str, Any],
+    weights: Mapping[str, object],
     path: Path | None = None,
     *,
     thresholds: float | Mapping[str, float] | None = None,
     bins: int = 120,
     ax: Axes | None = None,
 ) -> Axes:
-    """How the weights of layers are distributed; counts on a logarithmic axis.
+    """Plot histograms of the weights of layers; counts on a logarithmic axis.
 
     Parameters
     ----------
     weights : {name: array or tensor}
-        Of layers, or a network's ``state_dict()``, of which biases and the like are left out. Weights that
-        are exactly zero are counted in the label and not in the picture.
+        Of layers, or a network's ``state_dict()``, whose vectors are left out. Weights that are exactly zero
+        are counted in the label and not drawn.
     path, ax : optional
     thresholds : float or {name: float}, optional
-        Magnitudes below which weights go, drawn on both sides of zero.
+        Magnitudes below which weights are removed, drawn on both sides of zero.
     bins : int
         Over the range of all layers.
+
+    Returns
+    -------
+    Axes
+
+    Raises
+    ------
+    TypeError
+        When ``weights`` is not a mapping.
+    ValueError
+        When there are no weights, one is not finite, or a threshold is negative or of an unknown layer.
     """
     limits, layers = histograms(weights, thresholds, bins)
     ax = ax or new_axes()

@@ -1,4 +1,4 @@
-"""What a compression did, in numbers that print and that go into files."""
+"""The report of a compression: numbers to print and to store."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _COSTS = {
 
 @dataclass(frozen=True)
 class Report:
-    """What a compression did; as text, tables, and in a notebook too.
+    """Result of a compression in numbers; prints as text, also in notebooks.
 
     Parameters
     ----------
@@ -31,29 +31,30 @@ class Report:
         state dict, bytes on disk where files were written.
     sites : tuple of SiteReport
     divergence : float
-        Of the compressed network's outputs from the original's, on samples held back.
+        Of the compressed network's outputs from the original's, on held-out samples.
     samples, held : int
-        Samples that the refit used and that the divergence was measured on.
+        Samples used by the refit, and held-out samples that the divergence was measured on.
     score_before, score_after : float, optional
-        What ``evaluate`` gave for the two networks.
+        Results of ``evaluate`` for the two networks.
     retrained : float, optional
-        What it gave after retraining.
+        Its result after retraining.
     seconds : {stage: float}
     notes : tuple of str
-        What else the user should know.
+        Other remarks for the user.
     target : {"params", "macs" or "bytes": number}, optional
-        What was asked for, in the words of ``compress``.
+        The requested size, as ``compress`` takes it.
     layers : tuple of LayerReport
-        Of layers that were pruned weight by weight, factored or quantised.
+        Layers that were pruned weight by weight, factored or quantised.
     stages : tuple of Stage
-        What the network was after each stage of ``deep_compress``.
+        The network after each stage of ``deep_compress``.
     mass : tuple of LayerMass
+        Costs of every layer with weights.
     latencies : tuple of (Latency, Latency)
-        Of the original and the compressed network, taken by turns, for one or more batch sizes.
+        Of the original and the compressed network, timed alternately, for one or more batch sizes.
     solves : tuple of Solve
         Every convex solve whose solution chose channels.
     warnings : tuple of str
-        What may be wrong with the result, and what to do about it.
+        Possible problems of the result, and their remedies.
     made_with : {name: str}
         Versions, the seed and the machine.
     """
@@ -79,7 +80,7 @@ class Report:
     made_with: Mapping[str, str] = field(default_factory=dict)
 
     def share(self, measure: str) -> float:
-        """What is left of a measure, as a share of the original's."""
+        """Cost of the compressed network as a share of the original's."""
         return self.after[measure] / self.before[measure] if self.before[measure] else 1.0
 
     def as_dict(self) -> dict[str, Any]:
@@ -87,35 +88,33 @@ class Report:
         return asdict(self)
 
     def brief(self) -> Report:
-        """Without what fills files and can be measured again: curves, the mass of layers, sizes of files."""
+        """The report without its large and reproducible parts: curves, layers' costs, stages, file sizes."""
         before, after = ({m: v for m, v in one.items() if m != "file"} for one in (self.before, self.after))
         sites = tuple(replace(site, curve=()) for site in self.sites)
         return replace(self, before=before, after=after, mass=(), stages=(), sites=sites)
 
     def tables(self) -> list[Table]:
-        """Costs, stages, sites, changed layers, the mass of layers and convex solves; those with rows."""
+        """Costs, stages, sites, changed layers, costs of layers and convex solves, where there are any."""
         kept = tuple(site.kept / max(1, site.channels) for site in self.sites)
         total = sum(layer.left for layer in self.mass)
         shares = tuple(layer.left / max(1, total) for layer in self.mass)
         dense = tuple(layer.density for layer in self.layers)
+        stages = tuple(stage.cells(self.stages[0].bytes) for stage in self.stages)
+        sites, layers = (tuple(one.cells() for one in rows) for rows in (self.sites, self.layers))
+        mass = tuple(layer.cells(total) for layer in self.mass)
+        solves = tuple(solve.cells() for solve in self.solves)
         found = (
             _costs(self),
-            Table("Stages", Stage.HEAD, _cells(self.stages, *(one.bytes for one in self.stages[:1]))),
-            Table("Sites", SiteReport.HEAD, _cells(self.sites), words=(0, 6), bars=((1, kept),)),
-            Table(
-                "Weights by layer",
-                LayerReport.HEAD,
-                _cells(self.layers),
-                words=(0, 4, 7),
-                bars=((1, dense),),
-            ),
-            Table("Layers", LayerMass.HEAD, _cells(self.mass, total), bars=((4, shares),)),
-            Table("Convex solves", Solve.HEAD, _cells(self.solves), words=(0, 1)),
+            Table("Stages", Stage.HEAD, stages),
+            Table("Sites", SiteReport.HEAD, sites, words=(0, 6), bars=((1, kept),)),
+            Table("Weights by layer", LayerReport.HEAD, layers, words=(0, 4, 7), bars=((1, dense),)),
+            Table("Layers", LayerMass.HEAD, mass, bars=((4, shares),)),
+            Table("Convex solves", Solve.HEAD, solves, words=(0, 1)),
         )
         return [table for table in found if table.rows]
 
     def facts(self) -> dict[str, str]:
-        """What was asked for, how good the result is, and what it took, in words."""
+        """Target, divergence, time and versions, in words."""
         return dict(_facts(self))
 
     def as_markdown(self) -> str:
@@ -128,7 +127,7 @@ class Report:
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """Shown by notebooks."""
+        """The first two tables, for notebooks."""
         return "\n".join(map(as_html, self.tables()[:2]))
 
     def __str__(self) -> str:
@@ -138,7 +137,7 @@ class Report:
         for name, text in self.facts().items():
             lines += _wrapped(f"{name:<{width}}  ", text)
         for table in others:
-            # Of the mass of each layer, files tell.
+            # Costs of every layer are too long for a terminal; files have them.
             lines += ["", *as_text(table)] if table.title != "Layers" else []
         for kind, texts in (("Warning", self.warnings), ("Note", self.notes)):
             for text in texts:
@@ -147,7 +146,7 @@ class Report:
 
 
 def comparison(reports: Iterable[Report]) -> Table:
-    """Several results of one network under each other, as ``sweep`` gives them."""
+    """Table of several results for one network, such as those of ``sweep``."""
     rows = []
     for report in reports:
         asked = ", ".join(f"{measure} {value:g}" for measure, value in (report.target or {}).items())
@@ -156,10 +155,6 @@ def comparison(reports: Iterable[Report]) -> Table:
         rows.append((asked, *shares, f"{report.divergence:.4g}", *scores))
     head = ("target", "parameters", "MACs", "bytes", "divergence", "score", "retrained")
     return Table("Sizes", head, tuple(rows))
-
-
-def _cells(entries: Iterable[Any], *args: Any) -> tuple[tuple[str, ...], ...]:
-    return tuple(entry.cells(*args) for entry in entries)
 
 
 def _wrapped(start: str, text: str) -> list[str]:
@@ -191,7 +186,7 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
         yield "target", ", ".join(asked)
     used = f", refitted on {report.samples:,}" if report.samples else ""
     if report.held:
-        yield "divergence", f"{report.divergence:.4g} on {report.held:,} samples held back{used}"
+        yield "divergence", f"{report.divergence:.4g} on {report.held:,} held-out samples{used}"
     if report.seconds:
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
         yield "seconds", f"{sum(report.seconds.values()):.1f}: {stages}"

@@ -1,4 +1,4 @@
-"""What a report says of one site, one layer, one convex solve: data, and the cells of a table's row."""
+"""Entries of a report (sites, layers, stages, convex solves) and the cells of their rows in tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds that one call takes: the median of repeated calls, and their quartiles ``low`` and ``high``."""
+    """Seconds of one call: median of repeated calls, and their quartiles ``low`` and ``high``."""
 
     median: float
     low: float
@@ -22,7 +22,7 @@ class Latency:
 
 @dataclass(frozen=True)
 class Solve:
-    """A convex solve that chose channels of a site, and its certificate by code that no solver shares.
+    """A convex solve that chose channels of a site, with its independently computed certificate.
 
     Parameters
     ----------
@@ -30,13 +30,21 @@ class Solve:
     method : str
     lam : float
     kept : int
-        Channels that are not zero in its solution.
+        Channels that are non-zero in its solution.
     relative_gap, kkt : float
-        As ``Certificate`` has them.
+        As in ``Certificate``.
     iterations : int
     seconds : float
     """
 
+    site: str
+    method: str
+    lam: float
+    kept: int
+    relative_gap: float
+    kkt: float
+    iterations: int
+    seconds: float
     HEAD: ClassVar = ("site", "method", "lam", "kept", "relative gap", "KKT", "iterations", "seconds")
 
     def cells(self) -> tuple[str, ...]:
@@ -52,19 +60,10 @@ class Solve:
             f"{self.seconds:.3f}",
         )
 
-    site: str
-    method: str
-    lam: float
-    kept: int
-    relative_gap: float
-    kkt: float
-    iterations: int
-    seconds: float
-
 
 @dataclass(frozen=True)
 class SiteReport:
-    """What happened to one site.
+    """Result of compressing one site.
 
     Parameters
     ----------
@@ -73,25 +72,15 @@ class SiteReport:
     error : float
         E‖y − M x‖² / E‖y‖² of its readers, refitted on the original's inputs, mean over readers.
     predicted, measured : float, optional
-        Divergence of the network's outputs with this site alone compressed: from the curve that the budget
-        used, and measured at the size it chose; None where sizes were given.
+        Divergence of the network's outputs with this site alone compressed: on the curve that the sizes were
+        chosen by, and measured at the chosen size; None where sizes were given.
     seconds : float
         Spent on choosing its channels and measuring its curve.
     pinned : str, optional
         Why it could not shrink.
     curve : tuple of (int, float)
-        Channels kept and the error then, at some sizes.
+        Channels kept and the error, at some sizes.
     """
-
-    HEAD: ClassVar = ("site", "kept", "error", "predicted", "measured", "seconds", "cannot shrink, because")
-
-    def cells(self) -> tuple[str, ...]:
-        """A row under ``HEAD``."""
-        count = f"{self.kept}/{self.channels}"
-        if self.pinned is not None:
-            return (self.name, count, "", "", "", "", self.pinned)
-        harms = ("" if one is None else f"{one:.2g}" for one in (self.predicted, self.measured))
-        return (self.name, count, f"{self.error:.2%}", *harms, f"{self.seconds:.2f}", "")
 
     name: str
     channels: int
@@ -102,36 +91,37 @@ class SiteReport:
     seconds: float = 0.0
     pinned: str | None = None
     curve: tuple[tuple[int, float], ...] = ()
+    HEAD: ClassVar = ("site", "kept", "error", "predicted div.", "measured div.", "seconds", "pinned because")
+
+    def cells(self) -> tuple[str, ...]:
+        """A row under ``HEAD``."""
+        count = f"{self.kept}/{self.channels}"
+        if self.pinned is not None:
+            return (self.name, count, "", "", "", "", self.pinned)
+        divergences = ("" if one is None else f"{one:.2g}" for one in (self.predicted, self.measured))
+        return (self.name, count, f"{self.error:.2%}", *divergences, f"{self.seconds:.2f}", "")
 
 
 @dataclass(frozen=True)
 class LayerReport:
-    """What happened to the weight of one layer.
+    """Result of compressing the weight of one layer.
 
     Parameters
     ----------
     name : str
     density : float
-        Share of the weights that are left.
+        Share of the weights that is kept.
     layout : str
-        How the layer runs now: "dense", "csr", "mask", or "rank 20", "rank 20, spatial" as two layers.
+        Runtime layout: "dense", "csr", "mask", or, factored, "rank 20" or "rank 20, spatial".
     why : str
+        Reason for the layout.
     dense_seconds, new_seconds : float, optional
-        Median of its calls on a batch, where both were timed.
+        Median time of its calls on a batch, where both were timed.
     error : float, optional
-        E‖y − M x − b‖² / E‖y − E[y]‖² of a layer that was refitted, on the compressed network's inputs.
+        E‖y − M x − b‖² / E‖y − E[y]‖² of a refitted layer, on the compressed network's inputs.
     bits : float, optional
-        That entropy coding takes for each weight of a layer that was quantised.
+        Entropy-coded bits per weight of a quantised layer.
     """
-
-    HEAD: ClassVar = ("layer", "left", "bits", "error", "runs", "dense ms", "new ms", "why")
-
-    def cells(self) -> tuple[str, ...]:
-        """A row under ``HEAD``."""
-        times = map(_milliseconds, (self.dense_seconds, self.new_seconds))
-        error = "" if self.error is None else f"{self.error:.2%}"
-        bits = "" if self.bits is None else f"{self.bits:.2f}"
-        return (self.name, f"{self.density:.1%}", bits, error, self.layout, *times, self.why)
 
     name: str
     density: float
@@ -141,27 +131,49 @@ class LayerReport:
     new_seconds: float | None = None
     error: float | None = None
     bits: float | None = None
+    HEAD: ClassVar = ("layer", "kept", "bits", "error", "layout", "dense ms", "new ms", "reason")
+
+    def cells(self) -> tuple[str, ...]:
+        """A row under ``HEAD``."""
+        times = map(_milliseconds, (self.dense_seconds, self.new_seconds))
+        error = "" if self.error is None else f"{self.error:.2%}"
+        bits = "" if self.bits is None else f"{self.bits:.2f}"
+        return (self.name, f"{self.density:.1%}", bits, error, self.layout, *times, self.why)
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What a network was after one stage of several.
+    """A network after one stage of several.
 
     Parameters
     ----------
     name : str
     bytes : int
-        That this stage's network takes on a disk as the stage stores it.
+        On disk, as the stage stores the network.
     weights : int
-        Weights of the original's layers: what bits are counted over.
+        Weights of the original's layers, over which bits are counted.
     divergence : float
-        Of its outputs from the original's, on samples held back.
+        Of its outputs from the original's, on held-out samples.
     seconds : float
     score : float, optional
-        What ``evaluate`` gave.
+        Result of ``evaluate``.
     """
 
-    HEAD: ClassVar = ("stage", "bytes", "of the original", "bits a weight", "divergence", "score", "seconds")
+    name: str
+    bytes: int
+    weights: int
+    divergence: float
+    seconds: float = 0.0
+    score: float | None = None
+    HEAD: ClassVar = (
+        "stage",
+        "bytes",
+        "of the original",
+        "bits per weight",
+        "divergence",
+        "score",
+        "seconds",
+    )
 
     def cells(self, whole: int) -> tuple[str, ...]:
         """A row under ``HEAD``, of an original of ``whole`` bytes."""
@@ -171,37 +183,21 @@ class Stage:
         times = f"{self.seconds:.1f}" if self.seconds else ""
         return (self.name, f"{self.bytes:,}", share, bits, f"{self.divergence:.4g}", score, times)
 
-    name: str
-    bytes: int
-    weights: int
-    divergence: float
-    seconds: float = 0.0
-    score: float | None = None
-
 
 @dataclass(frozen=True)
 class LayerMass:
-    """What one layer weighs, before and after.
+    """Costs of one layer, before and after.
 
     Parameters
     ----------
     name : str
     params, left : int
-        Parameters of the original's layer, and those that are left and not zero.
+        Parameters of the original's layer, and those kept that are not zero.
     macs, macs_left : int
         For one sample.
     seconds, seconds_left : float, optional
         Time in the layer in the fastest of several runs of the network, on the largest batch that was timed.
     """
-
-    HEAD: ClassVar = ("layer", "parameters", "left", "share", "of the total", "MACs", "left", "ms", "now")
-
-    def cells(self, total: int) -> tuple[str, ...]:
-        """A row under ``HEAD``, with ``total`` parameters left in the network."""
-        share = f"{self.left / self.params:.1%}" if self.params else ""
-        counts = (f"{self.params:,}", f"{self.left:,}", share, f"{self.left / max(1, total):.1%}")
-        times = map(_milliseconds, (self.seconds, self.seconds_left))
-        return (self.name, *counts, f"{self.macs:,}", f"{self.macs_left:,}", *times)
 
     name: str
     params: int
@@ -210,6 +206,14 @@ class LayerMass:
     macs_left: int
     seconds: float | None = None
     seconds_left: float | None = None
+    HEAD: ClassVar = ("layer", "parameters", "kept", "share", "of the total", "MACs", "kept", "ms", "now")
+
+    def cells(self, total: int) -> tuple[str, ...]:
+        """A row under ``HEAD``, with ``total`` parameters left in the network."""
+        share = f"{self.left / self.params:.1%}" if self.params else ""
+        counts = (f"{self.params:,}", f"{self.left:,}", share, f"{self.left / max(1, total):.1%}")
+        times = map(_milliseconds, (self.seconds, self.seconds_left))
+        return (self.name, *counts, f"{self.macs:,}", f"{self.macs_left:,}", *times)
 
 
 def _milliseconds(seconds: float | None) -> str:

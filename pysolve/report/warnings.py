@@ -1,4 +1,4 @@
-"""What may be wrong with a compressed network, and what to do about it, in one sentence each."""
+"""Warnings about a compressed network: possible problems and their remedies, one sentence each."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from pysolve.correlations import Correlations
 from pysolve.plan import Site
 from pysolve.report.rows import LayerMass
 
-# A layer is called slower when it takes so many times as long, and so much of the network's time longer.
+# A layer is slower when it takes this many times as long, and this share of the network's time longer.
 SLOWER, MATTERS = 1.2, 0.03
-# Share of the parameters in layers that cannot shrink from which that is worth a warning.
+# Share of the parameters in layers that cannot shrink that is worth a warning.
 PINNED = 0.3
-# Samples, and rows (samples × positions) for each input of a layer, of which a fit should have one: with 256
-# images LeNet-5 loses 0.2 points and ResNet-20 1.3 against 2,000, with 512 nothing that can be told.
+# A fit needs this many samples, or this many rows (samples × positions) per input of a layer: with 256 images
+# LeNet-5 loses 0.2 points and ResNet-20 1.3 against 2,000, with 512 nothing measurable.
 SAMPLES, ROWS = 500, 4
 
 
@@ -22,7 +22,7 @@ def slower(mass: Sequence[LayerMass]) -> list[str]:
     total = sum(layer.seconds or 0.0 for layer in mass)
     found = []
     for layer in mass:
-        # What is as it was takes as long as it did, whatever a clock says.
+        # Differences in the times of unchanged layers are noise.
         if layer.seconds is None or layer.seconds_left is None or layer.macs == layer.macs_left:
             continue
         if layer.seconds_left > max(SLOWER * layer.seconds, layer.seconds + MATTERS * total):
@@ -35,7 +35,7 @@ def slower(mass: Sequence[LayerMass]) -> list[str]:
 
 
 def pinned(mass: Sequence[LayerMass], sites: Sequence[Site]) -> list[str]:
-    """Whether much of the network is in layers that no site can make smaller."""
+    """Whether many parameters are in layers that no site can make smaller."""
     free = [site for site in sites if site.pinned is None]
     shrinks = {name for site in free for name in (*site.writers, *site.readers, *site.passed)}
     stuck = [layer for layer in mass if layer.name not in shrinks and layer.macs]
@@ -45,13 +45,13 @@ def pinned(mass: Sequence[LayerMass], sites: Sequence[Site]) -> list[str]:
     largest = sorted(stuck, key=lambda layer: -layer.params)[:3]
     names = ", ".join(layer.name for layer in largest) + ", …" * (len(stuck) > 3)
     return [
-        f"{share:.0%} of the parameters are in layers that cannot shrink ({names}), so the others gave all "
-        "that was asked for; inspect says why."
+        f"{share:.0%} of the parameters are in layers that cannot shrink ({names}), so the others "
+        "account for the whole reduction; inspect says why."
     ]
 
 
 def few_samples(samples: int, correlations: Mapping[str, Correlations]) -> list[str]:
-    """Whether layers were fitted on few samples, and on few rows for their number of inputs."""
+    """Whether layers were fitted on few samples, and on few rows per input."""
     if samples >= SAMPLES:
         return []
     rows = {name: found.count / len(found.xx) for name, found in correlations.items()}

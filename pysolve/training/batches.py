@@ -1,27 +1,27 @@
-"""What a student is taught on: batches as they come, or samples of all of them, shuffled and mixed."""
+"""Batches of distillation: as they come, or samples of all of them, shuffled and mixed."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from pysolve.errors import DataError
-from pysolve.nn.running import arguments
+from pysolve.nn.running import NO_BATCHES, Batch, arguments, check_batches
 from pysolve.training.finetune import counted, generators, one_by_one
 from pysolve.training.loop import Passes, shuffled
 
-# Where a batch is from: its number, or the indices of its samples.
+# Position of a batch, or indices of its samples.
 Key = int | Tensor
+Keyed = tuple[Key, Batch]
 
 
 @dataclass(frozen=True)
-class Lessons:
-    """Batches to teach on.
+class BatchSource:
+    """Batches to train a student on.
 
     Parameters
     ----------
@@ -30,9 +30,9 @@ class Lessons:
     passes : callable
         From the number of an epoch to its batches, each with its weight and key.
     first : callable
-        Gives a batch like all others.
-    held : sequence of batches, or None
-        Everything, where it is in memory; a key speaks of these.
+        Returns one batch, for the shapes.
+    stored : sequence of batches, or None
+        All batches, where they are in memory; keys refer to these.
     samples : tensor, optional
         All inputs, where keys are their indices.
     generators : sequence of torch.Generator
@@ -40,61 +40,61 @@ class Lessons:
     """
 
     steps: int
-    passes: Passes
-    first: Callable[[], Any]
-    held: Sequence[Any] | None
+    passes: Passes[Keyed]
+    first: Callable[[], Batch]
+    stored: Sequence[Batch] | None
     samples: Tensor | None = None
     generators: Sequence[torch.Generator] = ()
 
 
-def lessons_of(
-    batches: Iterable[Any], batch_size: int | None, mix: float, *, hold: bool, labels: bool, seed: int
-) -> Lessons:
-    """Batches as ``distill`` has them; those of a loader are kept with ``hold``, read once."""
-    if batch_size is not None or (hold and not isinstance(batches, list | tuple)):
+def batch_source(
+    batches: Iterable[Batch], batch_size: int | None, mix: float, *, store: bool, labels: bool, seed: int
+) -> BatchSource:
+    """Batches as ``distill`` takes them; with ``store`` those of a loader are read once and kept."""
+    if batch_size is not None or (store and not isinstance(batches, list | tuple)):
         batches = _read(batches, seed)
     loader, steps = counted(batches)
     if batch_size is not None:
         items = list(loader)
         samples = joined(items, labels=labels)
         if samples is not None:
-            return _of_samples(*samples, batch_size, mix, seed)
+            return _from_samples(*samples, batch_size, mix, seed)
         order = shuffled(steps, steps, seed)
 
-        def anew(epoch: int) -> Iterator[tuple[int, Any]]:
+        def reordered(epoch: int) -> Iterator[tuple[int, Keyed]]:
             return ((1, (int(row), items[int(row)])) for _, row in order(epoch))
 
-        return Lessons(steps, anew, lambda: items[0], items)
+        return BatchSource(steps, reordered, lambda: items[0], items)
 
-    def in_order(_: int) -> Iterator[tuple[int, Any]]:
+    def in_order(_: int) -> Iterator[tuple[int, Keyed]]:
         batches = enumerate(one_by_one(loader))
         return ((weight, (i, _mixed_batch(batch, mix))) for i, (weight, batch) in batches)
 
     if isinstance(loader, list | tuple):
-        return Lessons(steps, in_order, lambda: loader[0], loader)
+        return BatchSource(steps, in_order, lambda: loader[0], loader)
     own = generators(loader)
-    return Lessons(steps, in_order, lambda: _read(loader, seed, 1)[0], None, generators=own)
+    return BatchSource(steps, in_order, lambda: _read(loader, seed, 1)[0], None, generators=own)
 
 
-def _of_samples(inputs: Tensor, labels: Tensor | None, size: int, mix: float, seed: int) -> Lessons:
+def _from_samples(inputs: Tensor, labels: Tensor | None, size: int, mix: float, seed: int) -> BatchSource:
+    """Shuffled batches of samples."""
     steps = math.ceil(len(inputs) / size)
     order = shuffled(len(inputs), steps, seed)
 
-    def batch(rows: Any) -> Any:
+    def batch(rows: Tensor | slice) -> Batch:
         return inputs[rows] if labels is None else (inputs[rows], labels[rows])
 
-    def passes(epoch: int) -> Iterator[tuple[int, Any]]:
+    def passes(epoch: int) -> Iterator[tuple[int, Keyed]]:
         for weight, rows in order(epoch):
             yield weight, (rows, mixed(inputs[rows], inputs, mix) if mix else batch(rows))
 
-    held = [batch(slice(start, start + size)) for start in range(0, len(inputs), size)]
-    return Lessons(steps, passes, lambda: held[0], held, inputs)
+    stored = [batch(slice(start, start + size)) for start in range(0, len(inputs), size)]
+    return BatchSource(steps, passes, lambda: stored[0], stored, inputs)
 
 
-def _read(batches: Iterable[Any], seed: int, most: int | None = None) -> list[Any]:
-    """The first or all batches; random states are left as they were, and the order follows the seed."""
-    if isinstance(batches, Tensor | Mapping):
-        counted(batches)
+def _read(batches: Iterable[Batch], seed: int, most: int | None = None) -> list[Batch]:
+    """The first ``most`` or all batches, in an order set by the seed; random states are restored."""
+    check_batches(batches)
     own = generators(batches)
     states = [generator.get_state() for generator in own]
     with torch.random.fork_rng(devices=()):
@@ -107,12 +107,12 @@ def _read(batches: Iterable[Any], seed: int, most: int | None = None) -> list[An
     for generator, state in zip(own, states, strict=True):
         generator.set_state(state)
     if not items:
-        raise DataError("there are no batches: expected at least one. Was a generator used up before?")
+        raise DataError(NO_BATCHES)
     return items
 
 
-def joined(batches: list[Any], *, labels: bool = False) -> tuple[Tensor, Tensor | None] | None:
-    """All samples in one tensor, and all labels, if all batches are alike: of one shape, type and device."""
+def joined(batches: list[Batch], *, labels: bool = False) -> tuple[Tensor, Tensor | None] | None:
+    """All samples in one tensor, and all labels, if shapes, types and devices agree across batches."""
     given = [arguments(batch) for batch in batches]
     inputs = _together([args[0] if not kwargs else None for args, kwargs in given])
     if inputs is None or not labels:
@@ -124,14 +124,14 @@ def joined(batches: list[Any], *, labels: bool = False) -> tuple[Tensor, Tensor 
     return (inputs, targets) if alike else None
 
 
-def _together(parts: list[Any]) -> Tensor | None:
-    if not all(isinstance(part, Tensor) and part.ndim for part in parts):
-        return None
-    return torch.cat(parts) if len({(x.shape[1:], x.dtype, x.device) for x in parts}) == 1 else None
+def _together(parts: list[object]) -> Tensor | None:
+    tensors = [part for part in parts if isinstance(part, Tensor) and part.ndim]
+    alike = len({(x.shape[1:], x.dtype, x.device) for x in tensors}) == 1
+    return torch.cat(tensors) if alike and len(tensors) == len(parts) else None
 
 
 def mixed(batch: Tensor, samples: Tensor, mix: float) -> Tensor:
-    """Floating-point samples, each moved towards a random one by a random share of up to ``mix``."""
+    """Floating-point samples, each moved towards a random one by a random share in [0, mix)."""
     if not mix or not samples.is_floating_point():
         return batch
     others = samples[torch.randint(len(samples), (len(batch),))]
@@ -139,35 +139,31 @@ def mixed(batch: Tensor, samples: Tensor, mix: float) -> Tensor:
     return torch.lerp(batch, others, shares)
 
 
-def _mixed_batch(batch: Any, mix: float) -> Any:
+def _mixed_batch(batch: Batch, mix: float) -> Batch:
     args, kwargs = arguments(batch) if mix else ((), {})
     mixable = bool(args) and not kwargs and isinstance(args[0], Tensor) and args[0].ndim > 0
     return mixed(args[0], args[0], mix) if mixable else batch
 
 
 def cached(
-    lessons: Lessons, ask: Callable[[Key, Any], list[Tensor]], room: float
+    source: BatchSource, ask: Callable[[Key, Batch], list[Tensor]], limit: float
 ) -> Callable[[Key], list[Tensor]] | None:
-    """What a teacher answers about every batch that is held, asked once, if it fits in ``room`` bytes."""
-    assert lessons.held is not None
-    answers: list[list[Tensor]] = []
+    """The teacher's outputs on every stored batch, computed once, if they fit in ``limit`` bytes."""
+    assert source.stored is not None
+    known: list[list[Tensor]] = []
     start = 0
-    for i, batch in enumerate(lessons.held):
+    for i, batch in enumerate(source.stored):
         key: Key = i
-        if lessons.samples is not None:
+        if source.samples is not None:
             size = len(arguments(batch)[0][0])
             key, start = torch.arange(start, start + size), start + size
-        answers.append([tensor.cpu() for tensor in ask(key, batch)])
-        if not i and sum(map(_bytes, answers[0])) * len(lessons.held) > room:
+        known.append([tensor.cpu() for tensor in ask(key, batch)])
+        if not i and sum(tensor.nbytes for tensor in known[0]) * len(source.stored) > limit:
             return None
-        # Outputs without a sample in each row cannot be shared out to other batches.
-        if isinstance(key, Tensor) and any(len(tensor) != len(key) for tensor in answers[-1]):
+        # Outputs without one row a sample cannot be regrouped into other batches.
+        if isinstance(key, Tensor) and any(len(tensor) != len(key) for tensor in known[-1]):
             return None
-    if lessons.samples is None:
-        return lambda key: answers[int(key)]
-    tables = [torch.cat(parts) for parts in zip(*answers, strict=True)]
+    if source.samples is None:
+        return lambda key: known[int(key)]
+    tables = [torch.cat(parts) for parts in zip(*known, strict=True)]
     return lambda rows: [table[rows] for table in tables]
-
-
-def _bytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -1,26 +1,26 @@
-"""Distillation: a network is trained to give another one's outputs, with labels or without."""
+"""Distillation: train a network to reproduce another one's outputs, with labels or without."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Unpack
 
 from torch import nn
 
-from pysolve.nn.running import keeping_modes
-from pysolve.training.batches import lessons_of
+from pysolve.nn.running import Batch, keeping_modes
+from pysolve.training.batches import batch_source
 from pysolve.training.features import layer_pairs, tapped
 from pysolve.training.finetune import check_model
-from pysolve.training.loss import Goal, Soft
-from pysolve.training.options import Training, run_of
-from pysolve.training.teacher import Watched, taught
+from pysolve.training.loss import DistillationLoss, Soft
+from pysolve.training.options import TrainingOptions, run_of
+from pysolve.training.teacher import Tapped, train_student
 
 
 def distill(
     student: nn.Module,
     teacher: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
     temperature: float = 1.0,
     alpha: float = 1.0,
@@ -31,9 +31,9 @@ def distill(
     mix: float = 0.0,
     cache: bool | None = None,
     frozen: bool = False,
-    **training: Unpack[Training],
+    **training: Unpack[TrainingOptions],
 ) -> list[float]:
-    """Train a network in place to give another one's outputs; no labels are needed.
+    """Train a network in place to reproduce another one's outputs; no labels are needed.
 
     Minimises, with the outputs s of the student and t of the teacher, and features s_l and t_l of layers,
 
@@ -49,8 +49,8 @@ def distill(
     teacher : nn.Module
         Never changed; it runs in evaluation mode. It must not share parameters with the student.
     batches : iterable of tensors, of tuples or lists, or of mappings
-        A tuple's or list's first item is the input; a mapping holds keyword arguments. They must be there to
-        go through again, such as those of a list or a DataLoader.
+        A tuple's or list's first item is the input; a mapping holds keyword arguments. They must be iterable
+        again, as a list or a DataLoader is.
     temperature : float
         T. At a high one, the first term is half the squared error of centred logits, over their number.
     alpha : float
@@ -63,9 +63,9 @@ def distill(
         1 of outputs with 2 or 4 and more dimensions, along the last of those with 3.
     features : sequence of str, or {student's layer: teacher's layer}, optional
         Layers whose outputs are matched, too: the squared error over the variance of the teacher's around the
-        mean of each channel. Where channels differ in number, a linear map A_l is learnt beside and dropped
-        afterwards; all else in the shapes must agree. Channels lie along dimension 1; of three dimensions
-        along the last, but for Conv1d and the norms that go with it.
+        mean of each channel. Where channels differ in number, an auxiliary linear map A_l is trained and
+        dropped afterwards; the shapes must agree otherwise. Channels lie along dimension 1; of three
+        dimensions along the last, except for Conv1d and its norms.
     feature_weight : float
         w.
     batch_size : int, optional
@@ -74,12 +74,12 @@ def distill(
         at once. By default batches stay as they come.
     mix : float
         Floating-point inputs are moved towards others, of all samples or of the batch, by a random share of
-        up to so much, and the teacher is asked about the mixture: few samples go further.
+        at most this, and the teacher runs on the mixture: few samples go further.
     cache : bool, optional
-        Ask the teacher about every batch once and keep what it says. By default so if batches are held in
-        memory (a list, a tuple, or with ``batch_size``), nothing is mixed, all of it fits in half of the free
-        memory and, by the clock, takes less than a quarter of the time. True: for a loader too, which is then
-        read once, so in one order. The result is the same, up to rounding where samples are shuffled.
+        Compute the teacher's outputs on every batch once and keep them. By default so if batches are held in
+        memory (a list, a tuple, or with ``batch_size``), nothing is mixed, all outputs fit in half of the
+        free memory and, by the clock, take less than a quarter of the time. True: for a loader too, which is
+        then read once, so in one order. The result is the same, up to rounding where samples are shuffled.
     frozen : bool
         The student runs in evaluation mode: no dropout, and batch norms keep their statistics.
     **training
@@ -106,24 +106,24 @@ def distill(
     patient and consistent, 2022. H. Zhang et al., mixup: Beyond empirical risk minimization, 2018.
     """
     _check_networks(student, teacher)
-    goal = Goal(temperature, alpha, loss, layer_pairs(features), feature_weight, mix)
+    terms = DistillationLoss(temperature, alpha, loss, layer_pairs(features), feature_weight, mix)
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}.")
     if cache and mix:
         raise ValueError("cache=True keeps nothing of use where mix makes new samples: give one of them.")
     run = run_of(1, training)
-    lessons = lessons_of(batches, batch_size, mix, hold=bool(cache), labels=alpha < 1, seed=run.seed)
-    run = replace(run, steps=lessons.steps)
+    source = batch_source(batches, batch_size, mix, store=bool(cache), labels=alpha < 1, seed=run.seed)
+    run = replace(run, steps=source.steps)
     with (
         keeping_modes(student, teacher),
-        tapped(student, [*goal.pairs]) as own,
-        tapped(teacher, [*goal.pairs.values()]) as hints,
+        tapped(student, [*terms.pairs]) as own,
+        tapped(teacher, [*terms.pairs.values()]) as hints,
     ):
         teacher.eval()
         student.train(not frozen)
         settings = {"batch_size": batch_size, "frozen": frozen}
-        pair = Watched(student, own), Watched(teacher, hints)
-        return taught(*pair, goal, run, lessons, cache=cache, settings=settings)
+        pair = Tapped(student, own), Tapped(teacher, hints)
+        return train_student(*pair, terms, run, source, cache=cache, settings=settings)
 
 
 def _check_networks(student: nn.Module, teacher: nn.Module) -> None:

@@ -1,22 +1,21 @@
-"""Features inside two networks, brought together: what layers give, and maps from channels to channels."""
+"""Features inside two networks: outputs of layers, and maps between their channels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pysolve.errors import PysolveError
-from pysolve.nn.running import find_layer
+from pysolve.nn.running import Output, find_layer
 
 _CHANNELS_SECOND = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d, nn.GroupNorm)
 
 
 def layer_pairs(features: Sequence[str] | Mapping[str, str] | None) -> dict[str, str]:
-    """The student's layers, and which of the teacher's each is to be like."""
+    """The student's layers, and the teacher's layer that each is matched with."""
     if isinstance(features, str):
         raise TypeError(
             f"features must be a list of names, got the string {features!r}: pass [{features!r}]."
@@ -28,11 +27,11 @@ def layer_pairs(features: Sequence[str] | Mapping[str, str] | None) -> dict[str,
 
 @contextmanager
 def tapped(model: nn.Module, names: Sequence[str]) -> Iterator[Callable[[], list[Tensor]]]:
-    """Inside, what the layers gave in the last pass can be asked for, once."""
+    """Record the layers' outputs; the function returns those of the last pass, once."""
     seen: dict[str, Tensor] = {}
 
     def hook_of(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
+        def hook(module: nn.Module, args: object, output: Output) -> None:
             output = output[0] if isinstance(output, tuple | list) and output else output
             if not isinstance(output, Tensor) or not output.is_floating_point():
                 kind = type(output).__name__
@@ -60,14 +59,14 @@ def tapped(model: nn.Module, names: Sequence[str]) -> Iterator[Callable[[], list
 
 
 def channel_dim(layer: nn.Module, feature: Tensor) -> int:
-    """Where channels lie: of three dimensions last, but for layers that work along the last."""
+    """Dimension of the channels: the last of three, except for layers that work along positions."""
     return 2 if feature.ndim == 3 and not isinstance(layer, _CHANNELS_SECOND) else 1
 
 
 def maps_between(
     pairs: Mapping[str, str], dims: Sequence[int], own: Sequence[Tensor], wanted: Sequence[Tensor]
 ) -> nn.ModuleList:
-    """For each pair of layers a linear map to the teacher's channels, or none where they are as many."""
+    """For each pair of layers a linear map to the teacher's channels; the identity where shapes agree."""
     maps: list[nn.Module] = []
     for (layer, teacher_layer), dim, feature, target in zip(pairs.items(), dims, own, wanted, strict=True):
         shapes = [list(tensor.shape) for tensor in (feature, target)]
@@ -85,7 +84,7 @@ def maps_between(
 
 
 def unexplained(feature: Tensor, target: Tensor, to_channels: nn.Module, dim: int) -> Tensor:
-    """Mean squared error of a mapped feature over the variance of the target around its channels' means."""
+    """Mean squared error of a mapped feature, divided by the variance of the target around channel means."""
     if not isinstance(to_channels, nn.Identity):
         feature = to_channels(feature.movedim(dim, -1)).movedim(-1, dim)
     others = [i for i in range(target.ndim) if i != dim]

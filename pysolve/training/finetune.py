@@ -1,40 +1,41 @@
-"""Training on with labels: of networks that were made smaller, and of networks that are pruned meanwhile."""
+"""Fine-tuning on labelled batches, also of networks that are pruned meanwhile."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pysolve.errors import DataError
-from pysolve.nn.running import device_of, forward, keeping_modes
-from pysolve.training.loop import Beside, broken_batch, computing, in_full, optimise
-from pysolve.training.options import Training, run_of
+from pysolve.nn.running import NO_BATCHES, Batch, Output, check_batches, device_of, forward, keeping_modes
+from pysolve.training.loop import Extras, computing, in_float32, nonfinite_batch, optimise
+from pysolve.training.options import TrainingOptions, run_of
 
-Loss = Callable[[Any, Any], Tensor]
+# From outputs and labels to the mean loss.
+Loss = Callable[[Output, Tensor], Tensor]
 
 
 def finetune(
     model: nn.Module,
-    batches: Iterable[Any],
+    batches: Iterable[Batch],
     *,
     loss: Loss = cross_entropy,
-    **training: Unpack[Training],
+    **training: Unpack[TrainingOptions],
 ) -> list[float]:
-    """Train a network on labelled batches, in place: Adam on a one-cycle schedule unless told otherwise.
+    """Train a network on labelled batches, in place: by default with Adam on a one-cycle schedule.
 
-    Masked weights stay zero where they are pruned. The same seed and epochs give the same network, and
-    torch's global random state is left alone.
+    Minimises the mean of ``loss`` over batches. Pruned weights of masked layers stay zero. The same seed and
+    epochs give the same network, and torch's global random state is left alone.
 
     Parameters
     ----------
     model : nn.Module
         Its parameters that require a gradient are trained, in training mode; modes are restored afterwards.
-    batches : iterable of batches that can be gone through again, such as a DataLoader
+    batches : iterable of batches that can be iterated again, such as a DataLoader
         Pairs of inputs and labels; or mappings of keyword arguments, labels among them, for a network whose
         output has a ``loss``.
     loss : callable
@@ -59,15 +60,15 @@ def finetune(
         What the network computes in by torch's autocast; parameters stay as they are, and the loss of its
         outputs is taken in float32. ``auto``: bfloat16 where an accelerator has it, else float32.
     evaluate : callable, optional
-        From the network, in evaluation mode, to a score, where higher is better: called after each epoch. The
-        parameters and buffers of the best epoch are put back in the end. Its time counts as training's.
+        From the network, in evaluation mode, to a score, higher is better: called after each epoch. At the
+        end the parameters and buffers of the best epoch are restored. Its time counts as training's.
     patience : int, optional
-        Stop once the score has not risen for so many epochs; a schedule that falls is then cut short.
+        Stop once the score has not risen for this many epochs; a falling schedule is then cut short.
     checkpoint : path, optional
-        A file to keep the training's state in, renewed after each epoch; where it exists, training goes on
-        from it, and one that is finished gives its network at once. With ``epochs`` the result is that of
-        training without a stop, bit for bit, if batches depend on torch's global random state and the
-        loader's generator alone. Such files are safe to load whoever wrote them.
+        File with the training's state, renewed after each epoch; where it exists, training resumes from it,
+        and a finished one returns its network at once. With ``epochs`` the result is bit for bit that of
+        uninterrupted training, if batches depend on torch's global random state and the loader's generator
+        alone. Such files are safe to load whoever wrote them.
     seed : int, default 0
         Of shuffling, of dropout, and of a DataLoader's shuffling that has no generator of its own.
     progress : bool, default True
@@ -97,43 +98,41 @@ def finetune(
     loader, n = counted(batches)
     run, device = replace(run, steps=n), device_of(model)
 
-    def loss_of(batch: Any) -> Tensor:
+    def loss_of(batch: Batch) -> Tensor:
         if not isinstance(batch, Mapping) and (not isinstance(batch, tuple | list) or len(batch) < 2):
             raise DataError(f"expected batches of inputs and labels, got {type(batch).__name__}.")
         with computing(run, device):
             output = forward(model, batch, device)
         if isinstance(batch, Mapping):
-            return in_full(own_loss(output))  # type: ignore[no-any-return]
-        return loss(in_full(output), batch[1].to(device))
+            return in_float32(own_loss(output))
+        return loss(in_float32(output), batch[1].to(device))
 
-    beside = Beside(generators=generators(loader), broken=broken_batch)
+    extras = Extras[Batch](generators=generators(loader), nonfinite=nonfinite_batch)
     with keeping_modes(model):
-        return optimise(model.train(), loss_of, run, lambda _: one_by_one(loader), beside)
+        return optimise(model.train(), loss_of, run, lambda _: one_by_one(loader), extras)
 
 
-def one_by_one(batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """One pass over batches that count alike in the mean loss."""
+def one_by_one(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
+    """One pass over batches, with equal weights in the mean loss."""
     return ((1, batch) for batch in batches)
 
 
-def generators(batches: Any) -> list[torch.Generator]:
+def generators(batches: Iterable[Batch]) -> list[torch.Generator]:
     """The random generators that a loader shuffles with."""
     holders = (batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None))
     found = [getattr(holder, "generator", None) for holder in holders]
     return [*{id(one): one for one in found if isinstance(one, torch.Generator)}.values()]
 
 
-def check_model(name: str, model: Any) -> None:
+def check_model(name: str, model: object) -> None:
     if not isinstance(model, nn.Module):
         kind = type(model).__name__
         raise TypeError(f"{name} must be a torch.nn.Module, such as the model of a Compressed; got {kind}.")
 
 
-def counted(batches: Iterable[Any]) -> tuple[Iterable[Any], int]:
-    """Batches that can be gone through again, and how many they are."""
-    if isinstance(batches, Tensor | Mapping):
-        kind = type(batches).__name__
-        raise TypeError(f"batches must be an iterable of batches, got one {kind}: wrap it in a list.")
+def counted(batches: Iterable[Batch]) -> tuple[Iterable[Batch], int]:
+    """Batches that can be iterated again, and their number."""
+    check_batches(batches)
     try:
         n = len(batches)  # type: ignore[arg-type]
     except TypeError:
@@ -141,11 +140,12 @@ def counted(batches: Iterable[Any]) -> tuple[Iterable[Any], int]:
         batches = list(batches)
         n = len(batches)
     if not n:
-        raise DataError("there are no batches: expected at least one. Was a generator used up before?")
+        raise DataError(NO_BATCHES)
     return batches, n
 
 
-def own_loss(output: Any) -> Tensor:
+def own_loss(output: Output) -> Tensor:
+    """The ``loss`` of a network's output."""
     loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
     if not isinstance(loss, Tensor):
         raise DataError(

@@ -1,19 +1,17 @@
-"""Training on labels that are at hand in one array."""
+"""Training on arrays of inputs and labels."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Unpack
 
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pysolve.nn.running import Values, device_of, keeping_modes, labelled
-from pysolve.training.loop import Beside, broken_sample, computing, in_full, optimise, shuffled
-from pysolve.training.options import Training, run_of
-
-Loss = Callable[[Tensor, Tensor], Tensor]
+from pysolve.training.finetune import Loss
+from pysolve.training.loop import Extras, computing, in_float32, nonfinite_sample, optimise, shuffled
+from pysolve.training.options import TrainingOptions, run_of
 
 
 def fit(
@@ -23,11 +21,12 @@ def fit(
     *,
     batch_size: int = 256,
     loss: Loss = cross_entropy,
-    **training: Unpack[Training],
+    **training: Unpack[TrainingOptions],
 ) -> list[float]:
-    """Train in place, with Adam on a one-cycle schedule unless told otherwise.
+    """Train a network on arrays, in place: by default with Adam on a one-cycle schedule.
 
-    The same seed gives the same network; torch's global random state is left alone.
+    Minimises the mean of ``loss`` over samples. The same seed gives the same network; torch's global random
+    state is left alone.
 
     Parameters
     ----------
@@ -36,7 +35,7 @@ def fit(
     x : (n, …) array or tensor
     y : (n,) array or tensor
     batch_size : int
-        Samples are shuffled in every epoch, and cut into parts of nearly equal size, of so many at most.
+        Samples in a step, at most: they are shuffled in every epoch and cut into nearly equal parts.
     loss : callable
         Of outputs and labels, averaged over the batch.
     **training
@@ -46,6 +45,15 @@ def fit(
     -------
     list of float
         Mean loss of each epoch.
+
+    Raises
+    ------
+    ValueError
+        When an option is out of its range.
+    DataError
+        When inputs and labels differ in number, or a sample is not finite.
+    PysolveError
+        When the loss becomes NaN or infinite.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
@@ -56,8 +64,8 @@ def fit(
     def loss_of(rows: Tensor) -> Tensor:
         with computing(run, device):
             output = model(inputs[rows].to(device))
-        return loss(in_full(output), labels[rows].to(device))
+        return loss(in_float32(output), labels[rows].to(device))
 
-    beside = Beside(settings={"samples": n}, broken=lambda rows, _: broken_sample(inputs, rows))
+    extras = Extras[Tensor](settings={"samples": n}, nonfinite=lambda rows, _: nonfinite_sample(inputs, rows))
     with keeping_modes(model):
-        return optimise(model.train(), loss_of, run, shuffled(n, run.steps, run.seed), beside)
+        return optimise(model.train(), loss_of, run, shuffled(n, run.steps, run.seed), extras)

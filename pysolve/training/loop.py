@@ -1,14 +1,14 @@
-"""The training loop that everything which trains shares: steps, epochs, the clock, checkpoints."""
+"""The loop that all training shares: steps, epochs, the clock, checkpoints."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Generic, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,109 +17,117 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from pysolve.errors import DataError, PysolveError
-from pysolve.nn.running import device_of, evaluating
+from pysolve.nn.running import Batch, device_of, evaluating
 from pysolve.training.optimizers import optimizer_of, schedule_of
 from pysolve.training.options import Run
-from pysolve.training.options import Step as Step
 from pysolve.training.resume import Parts, Progress, copied, plain, put, read, write
 
-# Of an epoch's number: what its steps are taken on, each with its weight in the epoch's mean loss.
-Passes = Callable[[int], Iterable[tuple[int, Any]]]
+# What one step of training takes: rows of an array, a batch, or a batch with its position.
+Item = TypeVar("Item")
+Value = TypeVar("Value")
+# From an epoch's number to the items of its steps, each with its weight in the epoch's mean loss.
+Passes = Callable[[int], Iterable[tuple[int, Item]]]
 
 
 @dataclass(frozen=True)
-class Beside:
-    """What a training has besides the network, its loss and its batches.
+class Extras(Generic[Item]):
+    """Optional parts of a training.
 
     Parameters
     ----------
-    learnt : nn.Module, optional
-        Trained too.
+    auxiliary : nn.Module, optional
+        Trained together with the network.
     generators : sequence of torch.Generator
         Of the batches.
     prepare : callable, optional
         Called before the first step of a training that is not finished yet; its time counts.
     settings : mapping
-        Plain values that must be the same for a training to go on from a checkpoint.
-    broken : callable, optional
-        Of what a step is taken on and its number: which part of that is NaN or infinite, in words, or "".
+        Plain values that a checkpoint must share to be resumed.
+    nonfinite : callable, optional
+        From an item and the number of its step to the part of it that is NaN or infinite, in words, or "".
     """
 
-    learnt: nn.Module | None = None
+    auxiliary: nn.Module | None = None
     generators: Sequence[torch.Generator] = ()
     prepare: Callable[[], None] | None = None
-    settings: Mapping[str, Any] | None = None
-    broken: Callable[[Any, int], str] | None = None
+    settings: Mapping[str, object] | None = None
+    nonfinite: Callable[[Item, int], str] = lambda item, number: ""
 
 
 def optimise(
     model: nn.Module,
-    loss: Callable[[Any], Tensor],
+    loss: Callable[[Item], Tensor],
     run: Run,
-    passes: Passes,
-    beside: Beside | None = None,
+    passes: Passes[Item],
+    extras: Extras[Item] | None = None,
 ) -> list[float]:
-    """Train the parameters that require a gradient, in place; the network's mode is the caller's affair.
+    """Train the parameters that require a gradient, in place; the caller sets the network's mode.
 
     Parameters
     ----------
     model : nn.Module
     loss : callable
-        Mean loss of what a step is taken on.
+        Mean loss of one item.
     run : Run
     passes : callable
-    beside : Beside, optional
+    extras : Extras, optional
 
     Returns
     -------
     list of float
         Mean loss of each epoch; by the clock, the last one may be incomplete.
+
+    Raises
+    ------
+    PysolveError
+        When nothing can be trained, or the loss becomes NaN or infinite.
+    DataError
+        When an epoch has no batches, an item is not finite, or the checkpoint is of another training.
     """
-    beside = beside or Beside()
-    parts = _parts(model, run, beside)
-    settings = {name: plain(value) for name, value in (run.settings() | dict(beside.settings or {})).items()}
+    extras = extras or Extras()
+    parts = _parts(model, run, extras)
+    settings = {name: plain(value) for name, value in (run.settings() | dict(extras.settings or {})).items()}
     path = None if run.checkpoint is None else Path(run.checkpoint)
     with _bar(run) as bar, torch.enable_grad(), _random_state(run.seed, device_of(model)):
         progress = Progress() if path is None else read(path, parts, settings)
         start = time.perf_counter() - progress.elapsed
-        if beside.prepare is not None and not progress.finished:
-            beside.prepare()
+        if extras.prepare is not None and not progress.finished:
+            extras.prepare()
             progress.before += time.perf_counter() - start - progress.elapsed
         while not progress.finished:
-            _epoch(progress, loss, run, passes(len(progress.losses)), parts, beside.broken, start, bar)
+            _epoch(progress, loss, run, passes(len(progress.losses)), parts, extras.nonfinite, start, bar)
             _judge(progress, run, model)
             if path is not None:
                 write(path, progress, parts, settings)
     return progress.losses
 
 
-def _parts(model: nn.Module, run: Run, beside: Beside) -> Parts:
-    modules = [model] if beside.learnt is None else [model, beside.learnt]
+def _parts(model: nn.Module, run: Run, extras: Extras[Item]) -> Parts:
+    modules = [model] if extras.auxiliary is None else [model, extras.auxiliary]
     trained = [value for module in modules for value in module.parameters() if value.requires_grad]
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise PysolveError("no parameter of the network requires a gradient: nothing can be trained.")
     optimizer = optimizer_of(run.optimizer, trained, float(run.lr), float(run.weight_decay))
     schedule = schedule_of(run.schedule, optimizer, run.length, momentum=isinstance(run.optimizer, str))
-    return Parts(modules, optimizer, schedule, beside.generators, run.after_step)
+    return Parts(modules, optimizer, schedule, extras.generators, run.after_step)
 
 
 def _epoch(
     progress: Progress,
-    loss: Callable[[Any], Tensor],
+    loss: Callable[[Item], Tensor],
     run: Run,
-    items: Iterable[tuple[int, Any]],
+    items: Iterable[tuple[int, Item]],
     parts: Parts,
-    broken: Callable[[Any, int], str] | None,
+    nonfinite: Callable[[Item, int], str],
     start: float,
-    bar: tqdm[Any],
+    bar: tqdm[NoReturn],
 ) -> None:
-    """Steps on everything in one pass, or until the training ends."""
+    """Steps on all items of one pass, or until the training ends."""
     epoch, total, seen = len(progress.losses) + 1, 0.0, 0
     for number, (weight, item) in enumerate(items, start=1):
         value = _step(parts, loss(item), run.clip)
         if not math.isfinite(value):
-            why = "" if broken is None else broken(item, number)
-            raise _not_finite(value, epoch, number, run, why)
+            raise _not_finite(value, epoch, number, run, nonfinite(item, number))
         total, seen = total + value * weight, seen + weight
         progress.done += 1
         progress.elapsed = time.perf_counter() - start
@@ -140,7 +148,7 @@ def _epoch(
 
 
 def _step(parts: Parts, loss: Tensor, clip: float | None) -> float:
-    """One step down the gradient, where there is one; the loss before it."""
+    """Take one optimizer step if the loss is finite; return the loss before it."""
     value = loss.item()
     if math.isfinite(value):
         parts.optimizer.zero_grad()
@@ -153,12 +161,12 @@ def _step(parts: Parts, loss: Tensor, clip: float | None) -> float:
 
 
 def _judge(progress: Progress, run: Run, model: nn.Module) -> None:
-    """Score the network after an epoch, and see whether the training is over; then the best comes back."""
+    """Score the network after an epoch; at the end of the training, restore the best epoch."""
     epochs = len(progress.losses)
     progress.finished = progress.position == run.length or epochs == run.epochs
     if run.evaluate is None:
         return
-    # Training goes on as though nobody had looked.
+    # Scoring must not change the course of the training.
     with evaluating(model), _random_state(run.seed, device_of(model)):
         score = float(run.evaluate(model))
     if math.isnan(score):
@@ -181,36 +189,34 @@ def _not_finite(value: float, epoch: int, number: int, run: Run, why: str) -> Py
     return PysolveError(f"{said}: {rate}, or give clip. That was in step {number} of the epoch.")
 
 
-def broken_batch(batch: Any, number: int) -> str:
-    """The batch's name if it holds NaN or infinity."""
+def nonfinite_batch(batch: Batch, number: int) -> str:
+    """Name of the batch if it holds NaN or infinity, else ""."""
     leaves = pytree.tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]
     return "" if all(bool(tensor.isfinite().all()) for tensor in tensors) else f"batch {number}"
 
 
-def broken_sample(samples: Tensor, rows: Tensor) -> str:
-    """The first of some samples that holds NaN or infinity."""
+def nonfinite_sample(samples: Tensor, rows: Tensor) -> str:
+    """Name of the first of some samples that holds NaN or infinity, or ""."""
     finite = samples[rows].flatten(1).isfinite().all(1) if samples.ndim > 1 else samples[rows].isfinite()
     return "" if bool(finite.all()) else f"sample {int(rows[~finite.to(rows.device)][0])}"
 
 
 @contextmanager
 def computing(run: Run, device: torch.device) -> Iterator[None]:
-    """Inside, the network computes in the run's precision."""
-    if run.bfloat16(device):
-        with torch.autocast(device.type, torch.bfloat16):
-            yield
-    else:
+    """Compute in the run's precision inside."""
+    with torch.autocast(device.type, torch.bfloat16) if run.bfloat16(device) else nullcontext():
         yield
 
 
-def in_full(output: Any) -> Any:
-    """The output in float32 where it was computed in less, for the loss."""
+def in_float32(output: Value) -> Value:
+    """An output whose half-precision tensors are float32, for the loss."""
     short = (torch.bfloat16, torch.float16)
-    return pytree.tree_map_only(Tensor, lambda t: t.float() if t.dtype in short else t, output)
+    full: Value = pytree.tree_map_only(Tensor, lambda t: t.float() if t.dtype in short else t, output)
+    return full
 
 
-def shuffled(n: int, steps: int, seed: int) -> Passes:
+def shuffled(n: int, steps: int, seed: int) -> Passes[Tensor]:
     """Indices of n examples, shuffled anew in every epoch, in parts of nearly equal size for its steps."""
     generator, drawn = torch.Generator().manual_seed(int(seed)), 0
 
@@ -225,7 +231,7 @@ def shuffled(n: int, steps: int, seed: int) -> Passes:
     return rows
 
 
-def _bar(run: Run) -> tqdm[Any]:
+def _bar(run: Run) -> tqdm[NoReturn]:
     form = None if run.seconds is None else "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
     off = None if run.progress else True
     return tqdm(total=run.length, desc="train", unit="batch", disable=off, bar_format=form)
@@ -233,7 +239,7 @@ def _bar(run: Run) -> tqdm[Any]:
 
 @contextmanager
 def _random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """A random state of its own inside (for dropout); torch's global one is put back afterwards."""
+    """Seed torch's global random state inside (for dropout) and restore it afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(int(seed))
         yield

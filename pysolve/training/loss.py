@@ -1,26 +1,27 @@
-"""What a student is compared with its teacher in: the loss of distillation."""
+"""The distillation loss: how a student is compared with its teacher."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
 from pysolve.errors import DataError, PysolveError
+from pysolve.nn.divergence import class_dim
+from pysolve.nn.running import Batch, Output
 from pysolve.training.finetune import own_loss
-from pysolve.training.loop import in_full
+from pysolve.training.loop import in_float32
 
 Soft = str | Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Goal:
-    """What a student is to be like; ``distill`` describes it.
+class DistillationLoss:
+    """Terms and weights of the loss; ``distill`` describes them.
 
     Parameters
     ----------
@@ -52,14 +53,14 @@ class Goal:
         if self.mix and self.alpha < 1:
             raise ValueError(f"mixtures have no labels: with alpha={self.alpha}, mix must be 0.")
 
-    def settings(self) -> dict[str, Any]:
-        """What must be the same for a training to go on; functions count as ``own``."""
+    def settings(self) -> dict[str, object]:
+        """Options that a checkpoint must share to be resumed; functions count as ``own``."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {**values, "loss": self.loss if isinstance(self.loss, str) else "own"}
 
 
-def floating(output: Any) -> list[Tensor]:
-    """The tensors in a network's output to compare: its logits, or all that are floating-point."""
+def floating(output: Output) -> list[Tensor]:
+    """The compared tensors of a network's output: its logits, or all that are floating-point."""
     if isinstance(output, Mapping):
         return floating(output["logits"] if "logits" in output else [*output.values()])
     if isinstance(output, tuple | list):
@@ -70,8 +71,10 @@ def floating(output: Any) -> list[Tensor]:
     return [output] if output.is_floating_point() and output.ndim else []
 
 
-def output_loss(goal: Goal, output: Any, outputs: list[Tensor], targets: list[Tensor], batch: Any) -> Tensor:
-    """α · soft + (1 − α) · hard."""
+def output_loss(
+    loss: DistillationLoss, output: Output, outputs: list[Tensor], targets: list[Tensor], batch: Batch
+) -> Tensor:
+    """α · soft + (1 − α) · hard: the loss without its features."""
     shapes, wanted = ([list(tensor.shape) for tensor in tensors] for tensors in (outputs, targets))
     if shapes != wanted or not shapes:
         raise PysolveError(
@@ -79,23 +82,21 @@ def output_loss(goal: Goal, output: Any, outputs: list[Tensor], targets: list[Te
             f"{shapes}, expected {wanted}."
         )
     value = outputs[0].new_zeros(())
-    if goal.alpha:
-        soft = [soft_loss(goal, one, to.to(one.dtype)) for one, to in zip(outputs, targets, strict=True)]
+    if loss.alpha:
+        soft = [soft_loss(loss, one, to.to(one.dtype)) for one, to in zip(outputs, targets, strict=True)]
         value = torch.stack(soft).sum()
-    if goal.alpha == 1:
+    if loss.alpha == 1:
         return value
-    return goal.alpha * value + (1 - goal.alpha) * _hard_loss(output, outputs[0], batch, goal.alpha)
+    return loss.alpha * value + (1 - loss.alpha) * _hard_loss(output, outputs[0], batch, loss.alpha)
 
 
-def soft_loss(goal: Goal, output: Tensor, target: Tensor) -> Tensor:
-    """How far an output is from the teacher's: T² KL(softmax(target / T) ‖ softmax(output / T)), mean over
-    samples and positions, or another loss.
-    """
-    if callable(goal.loss):
-        return goal.loss(output, target)
-    if goal.loss == "mse":
+def soft_loss(loss: DistillationLoss, output: Tensor, target: Tensor) -> Tensor:
+    """T² KL(softmax(target / T) ‖ softmax(output / T)), mean over samples and positions, or another loss."""
+    if callable(loss.loss):
+        return loss.loss(output, target)
+    if loss.loss == "mse":
         return mse_loss(output, target)
-    dim, T = class_dim(output), goal.temperature
+    dim, T = class_dim(output), loss.temperature
     if output.ndim < 2 or output.shape[dim] < 2:
         raise ValueError(
             f"outputs of shape {list(output.shape)} have no classes to compare by kl: give loss='mse'."
@@ -104,14 +105,9 @@ def soft_loss(goal: Goal, output: Tensor, target: Tensor) -> Tensor:
     return T * T * kl_div(log_q, log_p, reduction="none", log_target=True).sum(dim).mean()
 
 
-def class_dim(output: Tensor) -> int:
-    """Where classes lie, as ``kl_divergence`` has it."""
-    return 1 if output.ndim == 2 or output.ndim >= 4 else -1
-
-
-def _hard_loss(output: Any, logits: Tensor, batch: Any, alpha: float) -> Tensor:
+def _hard_loss(output: Output, logits: Tensor, batch: Batch, alpha: float) -> Tensor:
     if isinstance(batch, Mapping):
-        return in_full(own_loss(output))  # type: ignore[no-any-return]
+        return in_float32(own_loss(output))
     if not isinstance(batch, tuple | list) or len(batch) < 2 or not isinstance(batch[1], Tensor):
         raise DataError(
             f"alpha={alpha} needs labels: pairs of inputs and labels, or alpha=1; got {type(batch).__name__}."

@@ -1,16 +1,17 @@
-"""Masks that change while a network is trained: gradual pruning and dynamic surgery."""
+"""Masks that change while a network is trained: gradual pruning and dynamic network surgery."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pysolve.correlations import AnyArray
 from pysolve.errors import DataError
 from pysolve.layer.masks import count_left, keep_largest, lamp_shares
 from pysolve.nn.layers.masking import below, masks_of
@@ -19,8 +20,17 @@ from pysolve.training.options import Step
 
 # Of all layers together, or each layer's own.
 PerLayer = float | Mapping[str, float]
-# Times that thresholds are set anew when a share of the weights is to go.
+# How often thresholds are updated where a share of the weights is pruned.
 _STEPS = 100
+
+
+class MaskState(TypedDict, total=False):
+    """What a checkpoint holds: steps done, thresholds and the random state as JSON."""
+
+    about: str
+    done: int
+    limits: dict[str, float]
+    random: str
 
 
 @dataclass(frozen=True)
@@ -31,33 +41,33 @@ class Masking:
     ----------
     step : callable
     about : str
-        What must be the same for a training to go on.
+        Options that a checkpoint must share to be resumed.
     get, put : callable
         Read and write its state.
     """
 
     step: Step
     about: str
-    get: Callable[[], dict[str, Any]]
-    put: Callable[[dict[str, Any]], None]
+    get: Callable[[], MaskState]
+    put: Callable[[MaskState], None]
 
     def __call__(self, share: float) -> None:
         with torch.no_grad():
             self.step(share)
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"about": self.about, **self.get()}
+    def state_dict(self) -> MaskState:
+        return {**self.get(), "about": self.about}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if (was := state.pop("about")) != self.about:
+    def load_state_dict(self, state: MaskState) -> None:
+        if (was := state["about"]) != self.about:
             raise DataError(f"the checkpoint is of other pruning: it was {was}, now it is {self.about}.")
         self.put(state)
 
 
 def gradually(model: nn.Module, amount: PerLayer, *, steps: int, end: float) -> Masking:
-    """Prune a network's masked weights by magnitude while it is trained, more and more.
+    """Prune a network's masked weights by magnitude while it is trained, along a cubic schedule.
 
-    The share that is pruned follows  s(t) = amount · (1 − (1 − t / end)³)  in equal steps.
+    The pruned share is  s(t) = amount · (1 − (1 − t / end)³)  in equal steps.
 
     Parameters
     ----------
@@ -82,10 +92,10 @@ def gradually(model: nn.Module, amount: PerLayer, *, steps: int, end: float) -> 
         if step > done:
             done = step
             weights = {name: as_array(layer.weight) for name, layer in layers.items()}
-            for name, gone in _shares(weights, amount, _level(step / steps)).items():
-                _keep_largest(masks[name].mask, weights[name], gone)
+            for name, pruned in _shares(weights, amount, _level(step / steps)).items():
+                _keep_largest(masks[name].mask, weights[name], pruned)
 
-    def put(state: dict[str, Any]) -> None:
+    def put(state: MaskState) -> None:
         nonlocal done
         done = state["done"]
 
@@ -101,11 +111,11 @@ def surgery(
     probability: PerLayer,
     seed: int,
 ) -> Masking:
-    """Prune a network's masked weights while it is trained, and put back those that turn out to matter.
+    """Prune a network's masked weights while it is trained, and restore those that grow again.
 
-    With a threshold t of a layer, weights below 0.9 t go, those above 1.1 t come back, and those between stay
-    as they are. Masks are looked at layer by layer, with a probability that falls in a straight line, to a
-    tenth at the end.
+    With a threshold t of a layer, weights below 0.9 t are pruned, those above 1.1 t restored, and those
+    between keep their state. Each layer's mask is updated with a probability that falls linearly, to a tenth
+    at the end.
 
     Parameters
     ----------
@@ -113,7 +123,7 @@ def surgery(
         With splicing masks.
     amount : float or {layer: float}
         Share of each layer's weights, or of all together, as ``gradually`` has it. A layer's t is the
-        quantile of its |w| that the same schedule asks for; in the end exactly that many are zero.
+        quantile of its |w| at the schedule's share; at the end exactly that many are zero.
     rate : float or {layer: float}
         Instead: t = max(0, mean + rate · std) of the |w| that a layer starts with, as published.
     end : float
@@ -121,7 +131,7 @@ def surgery(
     probability : float or {layer: float}
         In the beginning.
     seed : int
-        Of which masks are looked at.
+        Of which masks are updated.
 
     References
     ----------
@@ -138,20 +148,20 @@ def surgery(
             return
         if step > done and amount is not None:
             values = {name: as_array(weight) for name, weight in weights.items()}
-            gone = _shares(values, amount, _level(step / _STEPS))
-            limits = {name: _quantile(values[name], part) for name, part in gone.items()}
+            pruned = _shares(values, amount, _level(step / _STEPS))
+            limits = {name: _quantile(values[name], share) for name, share in pruned.items()}
             if step == _STEPS:
                 for name, value in values.items():
-                    _keep_largest(masks[name].mask, value, gone[name])
+                    _keep_largest(masks[name].mask, value, pruned[name])
         done = max(done, step)
         for name in masks if step < _STEPS else ():
             if random.random() < _of(probability, name) * (1 - 0.9 * share / end):
                 _splice(masks[name].mask, weights[name], limits[name])
 
-    def get() -> dict[str, Any]:
+    def get() -> MaskState:
         return {"done": done, "limits": limits, "random": json.dumps(random.bit_generator.state)}
 
-    def put(state: dict[str, Any]) -> None:
+    def put(state: MaskState) -> None:
         nonlocal done, limits
         done, limits = state["done"], state["limits"]
         random.bit_generator.state = json.loads(state["random"])
@@ -164,34 +174,36 @@ def _of(each: PerLayer, name: str) -> float:
 
 
 def _splice(mask: Tensor, weight: Tensor, limit: float) -> None:
+    """Prune weights clearly below the limit, restore those clearly above."""
     size = weight.abs()
     mask &= size >= 0.9 * limit
     mask |= size > 1.1 * limit
 
 
 def _level(t: float) -> float:
-    """Share of the pruning that is done at t of its time: fast at first."""
+    """Share of the pruning done at a share t of its time: fast at first."""
     return float(1 - (1 - t) ** 3)
 
 
-def _shares(weights: Mapping[str, Any], amount: PerLayer, level: float) -> dict[str, float]:
-    """Share of each layer's weights that is to be zero now."""
+def _shares(weights: Mapping[str, AnyArray], amount: PerLayer, level: float) -> dict[str, float]:
+    """Share of each layer's weights to prune now."""
     if isinstance(amount, Mapping):
         return {name: level * amount[name] for name in weights}
     return lamp_shares(weights, level * amount)
 
 
-def _keep_largest(mask: Tensor, weight: Any, gone: float) -> None:
-    kept = keep_largest(np.abs(weight), count_left(gone, weight.size))
+def _keep_largest(mask: Tensor, weight: AnyArray, pruned: float) -> None:
+    kept = keep_largest(np.abs(weight), count_left(pruned, weight.size))
     mask.copy_(torch.from_numpy(kept))
 
 
-def _quantile(weight: Any, gone: float) -> float:
-    """The size below which so large a share of the weights lies."""
-    k = weight.size - count_left(gone, weight.size)
+def _quantile(weight: AnyArray, pruned: float) -> float:
+    """Magnitude below which that share of the weights lies."""
+    k = weight.size - count_left(pruned, weight.size)
     return float(np.partition(np.abs(weight), k - 1, axis=None)[k - 1]) if k else 0.0
 
 
 def _threshold(weight: Tensor, c: float) -> float:
+    """max(0, mean + c · std) of the magnitudes."""
     size = weight.detach().abs().double()
     return max(0.0, float(size.mean() + c * size.std(correction=0)))

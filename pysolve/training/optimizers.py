@@ -1,10 +1,9 @@
-"""Optimizers and learning-rate schedules by name, or of one's own."""
+"""Optimizers and learning-rate schedules by name or the user's own."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
 
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -29,17 +28,17 @@ SCHEDULES: dict[str, Callable[[float], float] | None] = {
 def optimizer_of(
     choice: Optimizing, parameters: list[nn.Parameter], lr: float, weight_decay: float
 ) -> Optimizer:
-    """The optimizer of a name, or what an own function makes of the parameters, which then sets lr itself."""
+    """The named optimizer, or the result of the user's own function, which then sets ``lr`` itself."""
     if isinstance(choice, str):
         return OPTIMIZERS[choice](parameters, lr=lr, weight_decay=weight_decay)
-    made: Any = choice(parameters)
+    made: object = choice(parameters)
     if not isinstance(made, Optimizer):
         raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(made).__name__}.")
     return made
 
 
 def schedule_of(choice: Scheduling, optimizer: Optimizer, length: int, *, momentum: bool) -> LRScheduler:
-    """A schedule of so many steps, which scales each group's learning rate; one-cycle also the momentum."""
+    """A schedule of ``length`` steps for each group's learning rate; one-cycle moves the momentum, too."""
     if choice == "one-cycle":
         highest = [float(group["lr"]) for group in optimizer.param_groups]
         return OneCycleLR(optimizer, highest, total_steps=length, cycle_momentum=momentum)
@@ -57,7 +56,7 @@ def schedule_of(choice: Scheduling, optimizer: Optimizer, length: int, *, moment
     return LambdaLR(optimizer, scaled)
 
 
-def check_choice(name: str, choice: Any, known: dict[str, Any]) -> None:
-    """Refuse what is neither a known name nor callable."""
+def check_choice(name: str, choice: object, known: Mapping[str, object]) -> None:
+    """Refuse a choice that is neither a known name nor callable."""
     if not callable(choice) and (not isinstance(choice, str) or choice not in known):
         raise ValueError(f"{name} must be one of {', '.join(known)} or a callable, got {choice!r}.")

@@ -1,13 +1,13 @@
-"""How, and how long, to train: the options that everything which trains shares."""
+"""The options that all training shares: how, and how long."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import Any, TypedDict
+from typing import TypedDict
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ PRECISIONS = ("float32", "bfloat16", "auto")
 TICKS = 1000
 
 
-class Course(TypedDict, total=False):
+class BaseOptions(TypedDict, total=False):
     """Options of all training, as ``finetune`` describes them."""
 
     epochs: int | None
@@ -38,8 +38,8 @@ class Course(TypedDict, total=False):
     progress: bool
 
 
-class Training(Course, total=False):
-    """The same, and those of training that ends with its best weights or is watched step by step."""
+class TrainingOptions(BaseOptions, total=False):
+    """Also those of training that returns its best epoch or calls a function after each step."""
 
     evaluate: Callable[[nn.Module], float] | None
     patience: int | None
@@ -48,7 +48,7 @@ class Training(Course, total=False):
 
 @dataclass(frozen=True)
 class Run:
-    """A training of some steps an epoch, and its options, checked; ``finetune`` describes them.
+    """A training with ``steps`` steps an epoch, and its validated options; ``finetune`` describes them.
 
     Parameters
     ----------
@@ -93,13 +93,13 @@ class Run:
 
     @property
     def length(self) -> int:
-        """How many learning rates the schedule has."""
+        """Number of learning rates of the schedule."""
         return TICKS if self.epochs is None else int(self.epochs) * self.steps
 
     def position(self, done: int, elapsed: float, before: float = 0.0) -> int:
-        """Where on the schedule the next step is; it is not taken when that is the end, ``length``.
+        """Position of the next step on the schedule; training ends where that is ``length``.
 
-        Of the seconds elapsed, those ``before`` the first step tell nothing about the next one.
+        ``before`` is the part of the elapsed seconds in which no step was taken.
         """
         if self.seconds is None:
             return min(done, self.length)
@@ -108,37 +108,40 @@ class Run:
         return min(int(self.length * after / self.seconds), self.length)
 
     def bfloat16(self, device: torch.device) -> bool:
-        """Whether the network is to compute in bfloat16 on a device."""
+        """Whether the network computes in bfloat16 on a device."""
         known = getattr(getattr(torch, device.type, None), "is_bf16_supported", None)
         able = device.type != "cpu" and known is not None and bool(known())
         return self.precision == "bfloat16" or (self.precision == "auto" and able)
 
-    def settings(self) -> dict[str, Any]:
-        """What must be the same for a training to go on from a checkpoint; functions count as ``own``."""
+    def settings(self) -> dict[str, object]:
+        """Options that a checkpoint must share to be resumed; functions count as ``own``."""
         names = ("steps", "epochs", "seconds", "lr", "weight_decay", "optimizer", "schedule", "clip")
         values = {name: getattr(self, name) for name in (*names, "precision", "patience", "seed")}
         values = {name: "own" if callable(value) else value for name, value in values.items()}
         return {**values, "evaluate": self.evaluate is not None}
 
 
-def run_of(steps: int, training: Mapping[str, Any], known: type = Training) -> Run:
-    """The run of some options, whose names must be known."""
+def run_of(steps: int, options: BaseOptions, known: type[BaseOptions] = TrainingOptions) -> Run:
+    """The run of some options.
+
+    Raises
+    ------
+    TypeError
+        When an option's name is not one of ``known``.
+    ValueError
+        When a value is out of its range.
+    """
     names = [field.name for field in fields(Run) if field.name in known.__annotations__]
-    check_names(training, names)
-    return Run(steps, **training)
-
-
-def check_names(training: Mapping[str, Any], names: list[str]) -> None:
-    """Refuse options of other names."""
-    if unknown := [name for name in training if name not in names]:
+    if unknown := [name for name in options if name not in names]:
         raise TypeError(f"unknown option {', '.join(unknown)}; options of training are {', '.join(names)}.")
+    return Run(steps, **options)
 
 
-def _check_count(name: str, value: Any) -> None:
+def _check_count(name: str, value: object) -> None:
     if value is not None and not (isinstance(value, Integral) and int(value) >= 1):
-        raise ValueError(f"{name} must be positive, a whole number of at least 1, got {value}.")
+        raise ValueError(f"{name} must be positive, an integer of at least 1, got {value}.")
 
 
-def _check_positive(name: str, value: Any) -> None:
+def _check_positive(name: str, value: object) -> None:
     if value is not None and not (isinstance(value, Real) and 0 < float(value) < math.inf):
         raise ValueError(f"{name} must be a positive number, got {value}.")

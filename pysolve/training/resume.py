@@ -1,4 +1,4 @@
-"""Where a training stands, in a file: to go on from after a stop as though there had been none."""
+"""Checkpoints of a training, from which it resumes as though it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -17,24 +17,25 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pysolve.errors import DataError
+from pysolve.training.options import Step
 
 _VERSION = 1
 
 
 @dataclass
 class Progress:
-    """How far a training is.
+    """Progress of a training, updated in place.
 
     Parameters
     ----------
     done, position : int
-        Steps, and the place on the schedule.
+        Steps, and the position on the schedule.
     elapsed, before : float
-        Seconds, and how many of them no step was taken in.
+        Seconds, and those of them before the first step.
     losses : list of float
-        Of the epochs that are done.
+        Of the finished epochs.
     score : float
-        The best so far, of ``best``, and ``stale`` epochs ago.
+        The best so far, of the values in ``best``, from ``stale`` epochs ago.
     best : dict of tensors
     finished : bool
     """
@@ -52,38 +53,39 @@ class Progress:
 
 @dataclass(frozen=True)
 class Parts:
-    """All that training changes.
+    """Everything that training changes.
 
     Parameters
     ----------
     modules : sequence of nn.Module
-        The network, and what is learnt beside it.
+        The network and its auxiliary modules.
     optimizer : Optimizer
     schedule : LRScheduler
     generators : sequence of torch.Generator
-        That the batches come from, beside torch's global random state.
+        Of the batches, besides torch's global random state.
     after_step : callable, optional
-        What is called after each step; with ``state_dict`` and ``load_state_dict`` its state is kept, too.
+        Called after each step; with ``state_dict`` and ``load_state_dict`` its state is kept, too.
     """
 
     modules: Sequence[nn.Module]
     optimizer: Optimizer
     schedule: LRScheduler
     generators: Sequence[torch.Generator]
-    after_step: Any = None
+    after_step: Step | None = None
 
 
-def plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, which files may hold."""
+def plain(value: object) -> object:
+    """A NumPy number as a Python one, which files may hold."""
     return value.item() if hasattr(value, "item") else value
 
 
 def tensors_of(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers, those too that no state dict holds; each under its first name."""
+    """Parameters and all buffers, persistent or not, each under its first name."""
     return dict(chain(model.named_parameters(), model.named_buffers()))
 
 
 def copied(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of a network's tensors."""
     return {name: tensor.detach().clone() for name, tensor in tensors_of(model).items()}
 
 
@@ -94,8 +96,8 @@ def put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
             tensor.copy_(values[name])
 
 
-def write(path: Path, progress: Progress, parts: Parts, settings: Mapping[str, Any]) -> None:
-    """Write a training's state, complete or not at all."""
+def write(path: Path, progress: Progress, parts: Parts, settings: Mapping[str, object]) -> None:
+    """Write a training's state, completely or not at all."""
     own = getattr(parts.after_step, "state_dict", None)
     state = {
         "pysolve training": _VERSION,
@@ -111,15 +113,13 @@ def write(path: Path, progress: Progress, parts: Parts, settings: Mapping[str, A
     os.replace(part, path)
 
 
-def read(path: Path, parts: Parts, settings: Mapping[str, Any]) -> Progress:
-    """Put a training's state in place, of the file if there is one, and say how far it was."""
+def read(path: Path, parts: Parts, settings: Mapping[str, object]) -> Progress:
+    """Restore a training's state from a file, if it exists, and return its progress."""
     if not path.parent.is_dir():
         raise DataError(f"checkpoint {path} cannot be written: there is no folder {path.parent}.")
     if not path.exists():
         return Progress()
     state = _loaded(path)
-    if not isinstance(state, dict) or state.get("pysolve training") != _VERSION:
-        raise DataError(f"{path} is no checkpoint of a training that this pysolve knows: give another path.")
     _check_same(path, state["settings"], {**settings, **_layout(parts)})
     for module, values in zip(parts.modules, state["modules"], strict=True):
         put(module, values)
@@ -130,50 +130,53 @@ def read(path: Path, parts: Parts, settings: Mapping[str, Any]) -> Progress:
     _set_random(parts, state["random"])
     known = {one.name for one in fields(Progress)}
     progress = Progress(**{name: value for name, value in state["progress"].items() if name in known})
-    # Learning rates are the optimizer's state; the schedules know them from their place alone.
+    # Learning rates are in the optimizer's state; a schedule needs its position alone.
     parts.schedule.last_epoch = progress.position
     return progress
 
 
-def _loaded(path: Path) -> Any:
-    """The content of a file that may be anything."""
+def _loaded(path: Path) -> dict[str, Any]:
+    """The state in a file that may hold anything."""
     broken = DataError(f"{path} is damaged, or no checkpoint: give another path, or remove it.")
     # Other files torch would take for its older format, and warn.
     if not zipfile.is_zipfile(path):
         raise broken
     try:
         # Plain tensors and numbers alone: such files are safe whoever wrote them.
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state: object = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:
         raise broken from error
+    if not isinstance(state, dict) or state.get("pysolve training") != _VERSION:
+        raise DataError(f"{path} is no checkpoint of a training that this pysolve knows: give another path.")
+    return state
 
 
-def _layout(parts: Parts) -> dict[str, Any]:
-    """Names, shapes, types of all tensors, and which of them are trained."""
-    layout = {}
+def _layout(parts: Parts) -> dict[str, object]:
+    """Names, shapes and types of all tensors, and which of them are trained."""
+    layout: dict[str, object] = {}
     for i, module in enumerate(parts.modules):
         for name, tensor in tensors_of(module).items():
             kind = f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-            where = name if i == 0 else f"beside it, {name}"
+            where = name if i == 0 else f"auxiliary {name}"
             layout[where] = f"{kind}, trained" if tensor.requires_grad else kind
     return {**layout, "random generators of the batches": len(parts.generators)}
 
 
-def _check_same(path: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _check_same(path: Path, saved: Mapping[str, object], now: Mapping[str, object]) -> None:
     """Refuse a file of another training, naming the first few differences."""
     names = [name for name in {**saved, **now} if saved.get(name) != now.get(name)]
     if names:
-        told = "; ".join(f"{name} was {saved.get(name)}, now it is {now.get(name)}" for name in names[:3])
+        said = "; ".join(f"{name} was {saved.get(name)}, now it is {now.get(name)}" for name in names[:3])
         more = f"; and {len(names) - 3} more" if len(names) > 3 else ""
         raise DataError(
-            f"{path} is of another training: {told}{more}. Train as then, or give another checkpoint."
+            f"{path} is of another training: {said}{more}. Train as then, or give another checkpoint."
         )
 
 
-def _random(parts: Parts) -> dict[str, Any]:
-    """Random states: torch's, that of an accelerator that is used, and those of the batches."""
+def _random(parts: Parts) -> dict[str, object]:
+    """Random states of torch, of the accelerator in use and of the batches."""
     device = _accelerator(parts)
     return {
         "global": torch.get_rng_state(),

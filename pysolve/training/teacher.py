@@ -1,4 +1,4 @@
-"""The training of a student by its teacher's answers, which are kept where that is worth it."""
+"""Training a student on its teacher's outputs, which are cached where that pays."""
 
 from __future__ import annotations
 
@@ -6,152 +6,137 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pysolve.errors import DataError
 from pysolve.nn.calibration import free_memory
-from pysolve.nn.running import device_of, evaluating, find_layer, forward
-from pysolve.training.batches import Key, Lessons, cached
+from pysolve.nn.running import Batch, Output, device_of, evaluating, find_layer, forward
+from pysolve.training.batches import BatchSource, Key, Keyed, cached
 from pysolve.training.features import channel_dim, maps_between, unexplained
-from pysolve.training.loop import Beside, broken_batch, broken_sample, computing, in_full, optimise
-from pysolve.training.loss import Goal, floating, output_loss
+from pysolve.training.loop import (
+    Extras,
+    computing,
+    in_float32,
+    nonfinite_batch,
+    nonfinite_sample,
+    optimise,
+)
+from pysolve.training.loss import DistillationLoss, floating, output_loss
 from pysolve.training.options import Run
 
-# By the clock, asking the teacher about everything beforehand may take this share of the time.
+# With a limit in seconds, computing the teacher's outputs beforehand may take this share of them.
 _SHARE = 0.25
 
 
 @dataclass(frozen=True)
-class Watched:
-    """A network, and what its layers to be matched gave in the last pass."""
+class Tapped:
+    """A network, and the features of its matched layers in the last pass."""
 
     model: nn.Module
     features: Callable[[], list[Tensor]]
 
-    def answers(self, batch: Any, run: Run) -> tuple[Any, list[Tensor], list[Tensor]]:
-        """The output, its tensors to compare, and features, both in full precision."""
+    def outputs(self, batch: Batch, run: Run) -> tuple[Output, list[Tensor], list[Tensor]]:
+        """The output, its compared tensors and the features, the latter two in float32 at least."""
         device = device_of(self.model)
         with computing(run, device):
             output = forward(self.model, batch, device)
-        return output, in_full(floating(output)), in_full(self.features())
+        return output, in_float32(floating(output)), in_float32(self.features())
 
 
-@dataclass
-class Answers:
-    """A teacher's answers, asked for batch by batch or, if they are ``known``, looked up.
-
-    Parameters
-    ----------
-    teacher : Watched
-    run : Run
-    known : callable, optional
-        From a batch's key.
-    """
-
-    teacher: Watched
-    run: Run
-    known: Callable[[Key], list[Tensor]] | None = None
-
-    def __call__(self, key: Key, batch: Any) -> list[Tensor]:
-        """Outputs, then features."""
-        if self.known is not None:
-            return self.known(key)
-        with torch.no_grad():
-            _, outputs, features = self.teacher.answers(batch, self.run)
-        return _finite([*outputs, *features], key)
-
-    def learn(self, lessons: Lessons, cache: bool | None) -> None:
-        """Ask about everything now, if that is wanted, possible, and worth it."""
-        room = math.inf if cache else 0 if cache is False else self._room(lessons)
-        if lessons.held is not None and room:
-            self.known = cached(lessons, self, room)
-
-    def _room(self, lessons: Lessons) -> float:
-        """How many bytes of answers may be kept where nobody said."""
-        if self.run.epochs == 1 or lessons.held is None:
-            return 0
-        if self.run.seconds is not None:
-            start = time.perf_counter()
-            self(0, lessons.held[0])
-            if (time.perf_counter() - start) * len(lessons.held) > _SHARE * self.run.seconds:
-                return 0
-        return free_memory()
-
-
-def taught(
-    student: Watched,
-    teacher: Watched,
-    goal: Goal,
+def train_student(
+    student: Tapped,
+    teacher: Tapped,
+    terms: DistillationLoss,
     run: Run,
-    lessons: Lessons,
+    source: BatchSource,
     *,
     cache: bool | None,
-    settings: Mapping[str, Any],
+    settings: Mapping[str, object],
 ) -> list[float]:
     """Train a student, in the modes that the networks are in."""
-    answers = Answers(teacher, run)
-    maps, dims = _maps(student, teacher, goal, run, lessons)
+    maps, dims = _maps(student, teacher, terms, run, source)
+    known: Callable[[Key], list[Tensor]] | None = None
 
-    def loss_of(item: tuple[Key, Any]) -> Tensor:
+    def ask(key: Key, batch: Batch) -> list[Tensor]:
+        """The teacher's outputs, then its features."""
+        with torch.no_grad():
+            _, outputs, features = teacher.outputs(batch, run)
+        return _finite([*outputs, *features], key)
+
+    def fill_cache() -> None:
+        nonlocal known
+        if source.stored is not None and cache is not False and not terms.mix:
+            known = cached(source, ask, math.inf if cache else _cache_limit(source, run, ask))
+
+    def loss_of(item: Keyed) -> Tensor:
         key, batch = item
-        given = answers(key, batch)
-        output, outputs, features = student.answers(batch, run)
+        given = ask(key, batch) if known is None else known(key)
+        output, outputs, features = student.outputs(batch, run)
         wanted = [one.to(outputs[0].device) for one in given] if outputs else given
         count = len(wanted) - len(features)
-        value = output_loss(goal, output, outputs, wanted[:count], batch)
+        value = output_loss(terms, output, outputs, wanted[:count], batch)
         together = zip(features, wanted[count:], maps, dims, strict=True)
-        return value + goal.feature_weight * sum(unexplained(*one) for one in together) if dims else value
+        return value + terms.feature_weight * sum(unexplained(*one) for one in together) if dims else value
 
-    beside = Beside(
-        learnt=maps if any(True for _ in maps.parameters()) else None,
-        generators=lessons.generators,
-        prepare=lambda: answers.learn(lessons, False if goal.mix else cache),
-        settings={**settings, **goal.settings()},
-        broken=lambda item, number: _broken(lessons, item, number),
+    def nonfinite(item: Keyed, number: int) -> str:
+        key, batch = item
+        if isinstance(key, Tensor) and source.samples is not None:
+            return nonfinite_sample(source.samples, key)
+        return nonfinite_batch(batch, number)
+
+    extras = Extras[Keyed](
+        auxiliary=maps if any(True for _ in maps.parameters()) else None,
+        generators=source.generators,
+        prepare=fill_cache,
+        settings={**settings, **terms.settings()},
+        nonfinite=nonfinite,
     )
-    return optimise(student.model, loss_of, run, lessons.passes, beside)
+    return optimise(student.model, loss_of, run, source.passes, extras)
 
 
-def _broken(lessons: Lessons, item: tuple[Key, Any], number: int) -> str:
-    """Which part of a lesson is NaN or infinite."""
-    key, batch = item
-    if isinstance(key, Tensor) and lessons.samples is not None:
-        return broken_sample(lessons.samples, key)
-    return broken_batch(batch, number)
+def _cache_limit(source: BatchSource, run: Run, ask: Callable[[Key, Batch], list[Tensor]]) -> float:
+    """Bytes of the teacher's outputs that may be cached by default."""
+    if run.epochs == 1 or source.stored is None:
+        return 0
+    if run.seconds is not None:
+        start = time.perf_counter()
+        ask(0, source.stored[0])
+        if (time.perf_counter() - start) * len(source.stored) > _SHARE * run.seconds:
+            return 0
+    return free_memory()
 
 
 def _maps(
-    student: Watched, teacher: Watched, goal: Goal, run: Run, lessons: Lessons
+    student: Tapped, teacher: Tapped, terms: DistillationLoss, run: Run, source: BatchSource
 ) -> tuple[nn.ModuleList, list[int]]:
-    """Maps between the channels of the layers to match, and where these channels lie."""
-    if not goal.pairs:
+    """Maps between the channels of the matched layers, and the dimensions of these channels."""
+    if not terms.pairs:
         return nn.ModuleList(), []
-    batch = lessons.first()
+    batch = source.first()
     with evaluating(student.model, teacher.model):
-        (_, _, own), (_, _, hints) = (one.answers(batch, run) for one in (student, teacher))
-    layers = [find_layer(student.model, name) for name in goal.pairs]
+        (_, _, own), (_, _, hints) = (one.outputs(batch, run) for one in (student, teacher))
+    layers = [find_layer(student.model, name) for name in terms.pairs]
     dims = [channel_dim(layer, feature) for layer, feature in zip(layers, own, strict=True)]
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(int(run.seed))
-        return maps_between(goal.pairs, dims, own, hints), dims
+        return maps_between(terms.pairs, dims, own, hints), dims
 
 
-def _finite(answers: list[Tensor], key: Key) -> list[Tensor]:
-    """The teacher's answers, checked to be numbers."""
-    for answer in answers:
-        if not bool(answer.isfinite().all()):
-            where = f"batch {key + 1}" if isinstance(key, int) else _broken_among(answer, key)
+def _finite(outputs: list[Tensor], key: Key) -> list[Tensor]:
+    """The teacher's outputs, checked to be finite."""
+    for output in outputs:
+        if not bool(output.isfinite().all()):
+            where = f"batch {key + 1}" if isinstance(key, int) else _nonfinite_rows(output, key)
             raise DataError(
                 f"the teacher's outputs hold NaN or infinity in {where}: check the batches and its weights."
             )
-    return answers
+    return outputs
 
 
-def _broken_among(answer: Tensor, rows: Tensor) -> str:
-    if len(answer) != len(rows):
+def _nonfinite_rows(output: Tensor, rows: Tensor) -> str:
+    if len(output) != len(rows):
         return f"samples {rows.tolist()}"
-    finite = answer.reshape(len(answer), -1).isfinite().all(1).cpu()
+    finite = output.reshape(len(output), -1).isfinite().all(1).cpu()
     return f"sample {int(rows[~finite][0])}"

@@ -55,7 +55,7 @@ def test_the_table_reads_like_this():
         "can shrink     channels    params      MACs",
         "conv1 → conv2        16     3.4 %    38.3 %",
         "conv2 → fc1          32    97.8 %    94.6 %",
-        "params, MACs: the share that would go with all channels of the site",
+        "params, MACs: the share that removing all channels of the site would save",
         "",
         "cannot shrink  channels  because",
         "fc2 → nothing        10  the network's output",

@@ -143,7 +143,7 @@ def test_a_report_prints_costs_divergence_sites_and_seconds():
     text = str(EXAMPLE)
     for part in (
         "parameters      1,000    250   25.0%",
-        "divergence  0.25 on 100 samples held back, refitted on 900",
+        "divergence  0.25 on 100 held-out samples, refitted on 900",
         "4/8",
         "12.50%",
         "it is read",
@@ -223,5 +223,5 @@ def test_pruned_layers_are_listed_with_what_they_run_as():
     assert lines[start + 2].split(maxsplit=3) == ["fc2", "100.0%", "dense", "nothing was pruned"]
 
 
-def test_without_samples_held_back_no_divergence_is_claimed():
+def test_without_held_out_samples_no_divergence_is_claimed():
     assert "divergence" not in str(replace(EXAMPLE, held=0, divergence=float("nan")))

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pysolve.errors import DataError, PysolveError
 from pysolve.training.distill import distill
-from pysolve.training.loss import Goal, soft_loss
+from pysolve.training.loss import DistillationLoss, soft_loss
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -317,7 +317,7 @@ def logits_of(seed, shape, scale=1.0):
 
 def goal(**options):
     given = {"temperature": 1.0, "alpha": 1.0, "loss": "kl", "pairs": {}, "feature_weight": 1.0, "mix": 0.0}
-    return Goal(**{**given, **options})
+    return DistillationLoss(**{**given, **options})
 
 
 class Table(nn.Module):

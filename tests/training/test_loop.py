@@ -9,7 +9,15 @@ from torch import nn
 
 from pysolve.errors import PysolveError
 from pysolve.training import loop, optimizers
-from pysolve.training.loop import Beside, broken_batch, broken_sample, computing, in_full, optimise, shuffled
+from pysolve.training.loop import (
+    Extras,
+    computing,
+    in_float32,
+    nonfinite_batch,
+    nonfinite_sample,
+    optimise,
+    shuffled,
+)
 from pysolve.training.options import Run
 
 
@@ -240,7 +248,7 @@ def test_time_that_is_spent_before_the_first_step_counts_but_is_no_step(monkeypa
     monkeypatch.setattr(loop, "time", Clock(40.0, *[1.0] * 1000))
     steps = []
     run = Run(10, seconds=100.0, after_step=steps.append)
-    distances(*centre(), run, beside=Beside(prepare=lambda: None))
+    distances(*centre(), run, extras=Extras(prepare=lambda: None))
     assert len(steps) in (59, 60)
 
 
@@ -261,15 +269,15 @@ def test_the_network_computes_in_the_precision_and_the_loss_in_float32(precision
         output = model(torch.ones(2, 1))
     seen.append(output.dtype)
     assert seen == [torch.bfloat16 if precision == "bfloat16" else torch.float32]
-    assert in_full({"a": [output]})["a"][0].dtype == torch.float32
-    assert in_full(output.double()).dtype == torch.float64
+    assert in_float32({"a": [output]})["a"][0].dtype == torch.float32
+    assert in_float32(output.double()).dtype == torch.float64
 
 
 def test_what_broke_is_named():
     x = torch.zeros(5, 2)
     x[3, 1] = float("nan")
-    assert broken_sample(x, torch.tensor([4, 3, 0])) == "sample 3"
-    assert broken_sample(x, torch.tensor([4, 2])) == ""
-    assert broken_sample(x[:, 1], torch.tensor([0, 3])) == "sample 3"
-    assert broken_batch({"x": x, "n": 3}, 7) == "batch 7"
-    assert broken_batch((x[:3], torch.ones(3, dtype=torch.long)), 7) == ""
+    assert nonfinite_sample(x, torch.tensor([4, 3, 0])) == "sample 3"
+    assert nonfinite_sample(x, torch.tensor([4, 2])) == ""
+    assert nonfinite_sample(x[:, 1], torch.tensor([0, 3])) == "sample 3"
+    assert nonfinite_batch({"x": x, "n": 3}, 7) == "batch 7"
+    assert nonfinite_batch((x[:3], torch.ones(3, dtype=torch.long)), 7) == ""

@@ -7,7 +7,7 @@ from torch import nn
 
 import pysolve as ps
 from pysolve.training.optimizers import optimizer_of, schedule_of
-from pysolve.training.options import Course, Run, run_of
+from pysolve.training.options import BaseOptions, Run, run_of
 
 NAN = float("nan")
 
@@ -17,8 +17,8 @@ NAN = float("nan")
     [
         ({}, "either epochs or seconds, got epochs=None and seconds=None"),
         ({"epochs": 1, "seconds": 2.0}, "either epochs or seconds"),
-        ({"epochs": 0}, "epochs must be positive, a whole number of at least 1, got 0"),
-        ({"epochs": 1.5}, "epochs must be positive, a whole number of at least 1, got 1.5"),
+        ({"epochs": 0}, "epochs must be positive, an integer of at least 1, got 0"),
+        ({"epochs": 1.5}, "epochs must be positive, an integer of at least 1, got 1.5"),
         ({"seconds": 0}, "seconds must be a positive number"),
         ({"seconds": NAN}, "seconds must be a positive number"),
         ({"epochs": 1, "lr": -1}, "lr must be a positive number"),
@@ -53,9 +53,9 @@ def test_unknown_names_are_told_with_the_known_ones():
 
 
 def test_options_of_pruning_are_those_without_a_best_epoch():
-    assert run_of(2, {"epochs": 3}, Course).length == 6
+    assert run_of(2, {"epochs": 3}, BaseOptions).length == 6
     with pytest.raises(TypeError, match="unknown option evaluate"):
-        run_of(2, {"epochs": 3, "evaluate": len}, Course)
+        run_of(2, {"epochs": 3, "evaluate": len}, BaseOptions)
 
 
 def test_numbers_of_numpy_are_numbers():

@@ -1,8 +1,8 @@
-"""What can shrink in a network, and how that is known.
+"""Sites of a network: which channels can be removed together, and how that is known.
 
 export       the network as a graph of tensor operators
 labels       channel labels run through that graph, by the rules in calls, operators and layer_rules
 classes      labels that belong together
-sites        classes to sites; trial proves them by really cutting
+sites        classes to sites; trial tests them by removing channels
 branches     the layers of the graph and what follows them
 """

@@ -1,4 +1,4 @@
-"""The layers of a network's graph: what follows each of them, and how new weights are given to them."""
+"""Layers of a network's graph: the operators that follow them, and values that give them new weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pysolve.nn import layer_matrix as rows
 from pysolve.nn.graph.export import Graph
 from pysolve.plan import Indices
 
-# What a branch may pass on its way to a sum: it keeps its shape and does nothing in evaluation mode.
+# Operators that a branch may pass before a sum: in evaluation mode they are the identity.
 _PLAIN = {"dropout", "dropout_", "contiguous", "clone", "alias", "detach"}
 _CALLS = {"linear", *(f"conv{turned}{n}d" for turned in ("", "_transpose") for n in (1, 2, 3))}
 _SUMS, _POOLS, _RELUS = {"add", "add_"}, {"max_pool1d", "max_pool2d", "max_pool3d"}, {"relu", "relu_"}
@@ -23,22 +23,22 @@ _SUMS, _POOLS, _RELUS = {"add", "add_"}, {"max_pool1d", "max_pool2d", "max_pool3
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """A Linear or an ungrouped convolution, and what its outputs meet.
+    """A Linear or an ungrouped convolution, and the operators that follow it.
 
     Parameters
     ----------
     name : str
     module : nn.Module
     calls : int
-        Times that the graph uses its weight; what follows is for one call. 0: out of the graph's sight.
+        Uses of its weight in the graph; the fields below are for a single call. 0: not in the graph.
     norm : Node, optional
-        The batch norm that alone reads it.
+        Batch norm that is its only reader.
     mean : str, optional
-        State-dict name of that norm's running mean, which can hold the layer's bias.
+        State-dict name of that norm's running mean, which can absorb the layer's bias.
     shortcut : Node, optional
-        What the layer's branch is added to.
+        Node that the layer's branch is added to.
     rectified : bool
-        Whether only the positive part of the result is read: a ReLU follows, max-pooling may lie between.
+        Whether a ReLU follows, possibly after max-pooling.
     """
 
     name: str
@@ -51,13 +51,13 @@ class Layer:
 
     @property
     def takes_bias(self) -> bool:
-        """Whether a bias costs no new parameter."""
+        """Whether a bias needs no new parameter."""
         return self.module.bias is not None or self.mean is not None
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Input and output channels of a layer that stay."""
+    """Kept input and output channels of a layer."""
 
     inputs: Indices
     outputs: Indices
@@ -77,7 +77,7 @@ def find_layers(graph: Graph, model: nn.Module) -> dict[Node, Layer]:
 
 
 def _is_call_of(graph: Graph, node: Node, name: str, module: rows.Layer, weight: Node) -> bool:
-    """Whether a node computes what a layer does, with its own weight and bias."""
+    """Whether a node is a call of a layer with its own weight and bias."""
     if operator_of(node) not in _CALLS or node.args[1] is not weight:
         return False
     bias = node.args[2] if len(node.args) > 2 else None
@@ -86,7 +86,7 @@ def _is_call_of(graph: Graph, node: Node, name: str, module: rows.Layer, weight:
 
 
 def _as_called(module: rows.Layer) -> rows.Layer:
-    """The layer as its operator sees it: padding that is not of zeros comes before."""
+    """The layer as its operator runs: without padding other than zeros, which an operator before adds."""
     if isinstance(module, nn.Linear) or module.padding_mode == "zeros":
         return module
     plain = copy(module)
@@ -114,7 +114,7 @@ def _layer(graph: Graph, node: Node, name: str, module: rows.Layer, calls: int) 
 
 
 def _is_norm_of(graph: Graph, norm: Node, node: Node, module: rows.Layer) -> bool:
-    """Whether a node is a batch norm with fixed statistics over the channels that a layer makes."""
+    """Whether a node is a batch norm with fixed statistics over a layer's output channels."""
     if operator_of(norm) != "batch_norm" or norm.args[0] is not node or not isinstance(norm.args[3], Node):
         return False
     fixed = all(part is None or part in graph.parameters for part in norm.args[1:5])
@@ -129,7 +129,7 @@ def _own_mean(graph: Graph, norm: Node | None) -> str | None:
 
 
 def kept_channels(layer: Layer, cut: Cut | None) -> tuple[Tensor, Tensor]:
-    """Input and output channels that stay, all without a cut, as tensors on the layer's device."""
+    """Kept input and output channels, all without a cut, as tensors on the layer's device."""
     inputs, outputs = map(range, rows.channels(layer.module))
     device = layer.module.weight.device
     return (
@@ -149,9 +149,9 @@ def layer_values(
         The original's.
     layer : Layer
     cut : Cut, optional
-        What stays of the layer; None: everything. Columns of inputs that go become zero.
+        Kept channels of the layer; None: all. Columns of removed inputs become zero.
     M : (h, d) array
-        On the inputs and outputs that stay.
+        On the kept inputs and outputs.
     bias : (h,) array, optional
         A layer without one leaves it to its batch norm, whose running mean falls by as much; without a batch
         norm, the layer is given a new one.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.fx import Node
@@ -12,10 +12,15 @@ from torch.fx import Node
 from pysolve.nn.graph.classes import Ledger, complete, labelled, squashed
 from pysolve.nn.graph.export import where
 
+# Labels of an operator's result: one tensor of them or several.
+Labels: TypeAlias = Tensor | list[Tensor]
+# An operator's argument or result: labels where the network has tensors, otherwise any value of its graph.
+Value: TypeAlias = Any
+
 
 @dataclass(frozen=True, eq=False)
 class Network:
-    """What rules need to know about the network, and what they find out.
+    """Data about the network that rules read, and their findings.
 
     Parameters
     ----------
@@ -28,9 +33,9 @@ class Network:
     ties : {Module: str}
         For a module that shares values with another one, their name there.
     parameters : {Node: str}
-        State-dict names of the nodes that stand for parameters and buffers; grows with inner graphs.
+        State-dict names of the nodes of parameters and buffers; grows with inner graphs.
     opaque : {Node: str}
-        Operators that have no rule, and their names.
+        Operators without a rule, and their names.
     elsewhere : {layer: str}
         Layers whose parameters are used outside of them, and where.
     ledger : Ledger
@@ -54,8 +59,8 @@ class Call:
     ----------
     node : Node
     args, sources : {name: value}
-        Arguments by the names of the operator's schema, defaults included, and the nodes or values that the
-        graph has in their places.
+        Arguments by the names of the operator's schema, defaults included, and the graph's nodes or values in
+        their places.
     given : (tuple, dict)
         Positional and keyword arguments as they were given.
     result : Tensor or list of Tensor
@@ -64,15 +69,15 @@ class Call:
     """
 
     node: Node
-    args: Mapping[str, Any]
-    sources: Mapping[str, Any]
-    given: tuple[tuple[Any, ...], Mapping[str, Any]]
-    result: Any
+    args: Mapping[str, Value]
+    sources: Mapping[str, Value]
+    given: tuple[tuple[Value, ...], Mapping[str, Value]]
+    result: Value
     network: Network
 
     @property
     def name(self) -> str:
-        """The operator's name; in-place ones have that of the others."""
+        """The operator's name, without the underscore of in-place ones."""
         return operator_name(self.node)
 
     @property
@@ -83,6 +88,7 @@ class Call:
 
     @property
     def ledger(self) -> Ledger:
+        """The network's ledger of labels."""
         return self.network.ledger
 
     @property
@@ -105,12 +111,13 @@ class Call:
         """A reason: what the operator does, and the line of the network's code."""
         return f"{self.name} {text} ({where(self.node)})"
 
-    def opaque(self, reason: str) -> Any:
-        """Pin whatever goes in; what comes out has no channels."""
+    def opaque(self, reason: str) -> Labels:
+        """Pin all channels of the arguments; the result has none."""
         self.network.opaque[self.node] = self.name
         for value, _ in self.tensors:
             self.ledger.pin(value, reason)
-        return self.result
+        result: Labels = self.result
+        return result
 
 
 def operator_name(node: Node) -> str:
@@ -126,12 +133,12 @@ def pointwise(call: Call) -> Tensor:
 
 
 def meet(call: Call, operands: list[tuple[Tensor, Node]]) -> Tensor:
-    """Labels that meet become one; channels that meet values of none are free where these are broadcast."""
+    """Unite labels that meet, and pin those that meet values without channels, unless these are broadcast."""
     ndim = max((value.ndim for value, _ in operands), default=0)
-    wide = [value[(None,) * (ndim - value.ndim)] for value, _ in operands]
-    for fixed, (_, node) in zip(wide, operands, strict=True):
+    aligned = [value[(None,) * (ndim - value.ndim)] for value, _ in operands]
+    for fixed, (_, node) in zip(aligned, operands, strict=True):
         if not complete(fixed):
-            for value in wide:
+            for value in aligned:
                 if value is not fixed and labelled(value):
                     _pin_fixed(call, value, fixed, node)
     return call.ledger.unite(*(value for value, _ in operands), reason=call.says("mixes these channels"))
@@ -149,7 +156,7 @@ def _pin_fixed(call: Call, value: Tensor, fixed: Tensor, node: Node) -> None:
 
 
 def origin(call: Call, node: Node) -> str:
-    """What a value of no channel is, in words: the nearest parameter or operator without a rule before it."""
+    """Name of a value without channels: the nearest parameter or operator without a rule before it."""
     queue, seen = [node], {node}
     for one in queue:
         if one in call.network.parameters:

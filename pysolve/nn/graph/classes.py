@@ -1,4 +1,4 @@
-"""Labels of channels, what makes several of them one, and the classes that come of it.
+"""Labels of channels, unions of them, and the resulting classes.
 
 A label is an integer that stands for one channel of one layer; −1 stands for no channel. Every value of a
 network gets a tensor of labels in its own shape. Where labels do not vary along a dimension, that dimension
@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
+
+from pysolve.correlations import Indices
 
 ROLES = ("writers", "passed", "readers")
 
@@ -31,7 +32,7 @@ class Member:
 
 @dataclass(frozen=True, eq=False)
 class Classes:
-    """What the labels come to.
+    """Classes of united labels.
 
     Parameters
     ----------
@@ -42,18 +43,18 @@ class Classes:
     pinned : {class: str}
         Why its channels cannot be removed.
     first : {class: str}
-        The first thing on the way that pins these channels or makes several of them one.
+        First operator that pins these channels or unites several of them.
     """
 
     members: tuple[Member, ...]
-    roots: npt.NDArray[np.intp]
+    roots: Indices
     pinned: Mapping[int, str]
     first: Mapping[int, str]
 
 
 @dataclass(frozen=True, eq=False)
 class _Remark:
-    """Something about labels; with ``dims`` only about classes that vary along these, where ``among``."""
+    """A reason about labels; with ``dims`` only about classes that vary along these, where ``among``."""
 
     labels: Tensor
     reason: str
@@ -64,7 +65,7 @@ class _Remark:
 
 
 class Ledger:
-    """All that is known about labels so far; grows while a network is walked through."""
+    """Labels, unions and reasons, collected while a network's graph is run."""
 
     def __init__(self) -> None:
         self.members: dict[tuple[str, str], Member] = {}
@@ -86,7 +87,7 @@ class Ledger:
         return self.members[key].labels
 
     def unite(self, *values: Tensor, reason: str = "") -> Tensor:
-        """Broadcast label tensors against each other; labels that meet become one.
+        """Broadcast label tensors against each other and unite labels that meet.
 
         ``reason`` is for channels of one value that all meet those of another.
         """
@@ -102,7 +103,7 @@ class Ledger:
         return result.expand(shape)
 
     def mix(self, labels: Tensor, dims: Sequence[int], reason: str) -> Tensor:
-        """Make labels that vary along ``dims`` one; the result has size 1 along these.
+        """Unite labels along ``dims``; the result has size 1 along these.
 
         Labels that are mixed with values of no channel are pinned.
         """
@@ -119,7 +120,7 @@ class Ledger:
         return top.expand(sizes)
 
     def pin(self, labels: Tensor, reason: str) -> None:
-        """These channels cannot be removed."""
+        """Mark channels as not removable."""
         core = squashed(labels)
         if bool((core >= 0).any()):
             self._remarks.append(_Remark(core, reason))
@@ -133,7 +134,7 @@ class Ledger:
         among: Tensor | None = None,
         wildcard: bool = False,
     ) -> None:
-        """Channels whose classes turn out to vary along one of ``dims`` cannot be removed.
+        """Mark channels whose classes turn out to vary along one of ``dims`` as not removable.
 
         ``among`` narrows this to where it is true; ``wildcard`` says that no channel goes with any.
         """
@@ -143,7 +144,7 @@ class Ledger:
             self._remarks.append(_Remark(core, reason, True, dims, among, wildcard))
 
     def resolve(self) -> Classes:
-        """Classes of labels that became one, and what pins them, all unions known."""
+        """Classes of labels after all unions, and the reasons that pin them."""
         roots = self._roots()
         table = torch.from_numpy(roots)
         pinned: dict[int, str] = {}
@@ -156,14 +157,14 @@ class Ledger:
         return Classes(tuple(self.members.values()), roots, pinned, first)
 
     def _join(self, a: Tensor, b: Tensor, where: Tensor) -> bool:
-        """Make labels one with those at the same places; whether any two were different."""
+        """Unite labels at the same places; returns whether any two differed."""
         where = where & (a != b)
         if not bool(where.any()):
             return False
         self._edges.append(torch.stack([a[where], b[where]]))
         return True
 
-    def _roots(self) -> npt.NDArray[np.intp]:
+    def _roots(self) -> Indices:
         n = sum(self._sizes)
         if not self._edges:
             return np.arange(n)
@@ -188,7 +189,7 @@ def complete(labels: Tensor) -> bool:
 
 
 def squashed(labels: Tensor) -> Tensor:
-    """Labels with size 1 along the broadcast dimensions."""
+    """Labels with size 1 along broadcast dimensions."""
     for dim, (size, stride) in enumerate(zip(labels.shape, labels.stride(), strict=True)):
         if size > 1 and not stride:
             labels = labels.narrow(dim, 0, 1)
@@ -225,7 +226,7 @@ def others(labels: Tensor, dim: int) -> tuple[int, ...]:
 
 
 def _touched(remark: _Remark, table: Tensor) -> list[int]:
-    """Classes that a remark is about, once all unions are known."""
+    """Classes that a remark applies to, once all unions are known."""
     roots = torch.where(remark.labels >= 0, table[remark.labels.clamp(min=0)], -1)
     where = roots >= 0
     if remark.dims:

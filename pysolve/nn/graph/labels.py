@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from pysolve.nn.graph import layer_rules, operators
-from pysolve.nn.graph.calls import Call, Network, operator_name, pointwise
+from pysolve.nn.graph.calls import Call, Network, Value, operator_name, pointwise
 from pysolve.nn.graph.classes import Classes, labelled, lean, none
 from pysolve.nn.graph.export import Graph, where
 from pysolve.nn.graph.operators import Rule
@@ -27,9 +26,8 @@ _WRAPPERS = {"wrap_with_autocast", "wrap_with_set_grad_enabled", "tag_activation
 def label_channels(model: nn.Module, graph: Graph) -> Classes:
     """Give every channel that a layer makes a label, and run the graph's operators on the labels.
 
-    Operators that move values move labels; elementwise ones make labels that meet one; what sums over
-    channels, or normalises them, makes all of these one; and what has no rule here pins the channels that
-    it reads.
+    Operators that move values move labels; elementwise ones unite labels that meet; sums over channels and
+    norms unite all of these; operators without a rule pin the channels that they read.
 
     Parameters
     ----------
@@ -49,7 +47,7 @@ def label_channels(model: nn.Module, graph: Graph) -> Classes:
 
 
 def _network(model: nn.Module, graph: Graph) -> Network:
-    """What rules need to know about the network."""
+    """Data about the network that rules read."""
     state = {
         **dict(model.named_parameters(remove_duplicate=False)),
         **dict(model.named_buffers(remove_duplicate=False)),
@@ -68,7 +66,7 @@ def _network(model: nn.Module, graph: Graph) -> Network:
     return Network(modules, names, state, ties, dict(graph.parameters))
 
 
-def _run(module: GraphModule, env: dict[Node, Any], network: Network) -> Any:
+def _run(module: GraphModule, env: dict[Node, Value], network: Network) -> Value:
     """Labels of a graph's output, from those of the placeholders that are known."""
     for node in module.graph.nodes:
         if node.op == "output":
@@ -80,8 +78,8 @@ def _run(module: GraphModule, env: dict[Node, Any], network: Network) -> Any:
     return None
 
 
-def _evaluate(node: Node, env: Mapping[Node, Any], network: Network) -> Any:
-    """Labels of one operator's result; numbers and other things are themselves."""
+def _evaluate(node: Node, env: Mapping[Node, Value], network: Network) -> Value:
+    """Labels of one operator's result; other values stay as they are."""
     result = pytree.tree_map(_unlabelled, node.meta.get("val"))
     result = list(result) if isinstance(result, tuple) else result
     args, kwargs = map_arg((node.args, node.kwargs), env.__getitem__)
@@ -90,7 +88,7 @@ def _evaluate(node: Node, env: Mapping[Node, Any], network: Network) -> Any:
     if operator_name(node) in _WRAPPERS:
         return _inside(node, args, network)
     if operator_name(node) == "getitem" and isinstance(args[0], list | tuple):
-        position: Any = args[1]
+        position: Value = args[1]
         return args[0][position]
     if isinstance(node.target, HigherOrderOperator):
         for value in pytree.tree_leaves((args, kwargs)):
@@ -103,8 +101,8 @@ def _evaluate(node: Node, env: Mapping[Node, Any], network: Network) -> Any:
     return _checked(call)
 
 
-def _checked(call: Call) -> Any:
-    """What the operator's rule says, if it says something of the right shape; pinned if not."""
+def _checked(call: Call) -> Value:
+    """Labels by the operator's rule if they have the right shape; otherwise the channels are pinned."""
     rule = _rule(call)
     if rule not in _OF_LAYERS and not any(labelled(value) for value, _ in call.tensors):
         return call.result
@@ -125,25 +123,25 @@ def _checked(call: Call) -> Any:
 
 
 def _rule(call: Call) -> Rule | None:
-    target: Any = call.node.target
+    target: Value = call.node.target
     functional = getattr(torch.ops.aten, call.name, None)
-    same: Any = getattr(functional, target._overloadname, target)
+    same: Value = getattr(functional, target._overloadname, target)
     if torch.Tag.pointwise in {*target.tags, *same.tags}:
         return pointwise
     return _RULES.get(call.name)
 
 
-def _call(node: Node, args: Any, kwargs: Any, result: Any, network: Network) -> Call:
+def _call(node: Node, args: Value, kwargs: Value, result: Value, network: Network) -> Call:
     schema = node.target._schema.arguments  # type: ignore[union-attr]
 
-    def bound(given: Any, named: Any) -> dict[str, Any]:
+    def bound(given: Value, named: Value) -> dict[str, Value]:
         rest = {a.name: named.get(a.name, a.default_value) for a in schema[len(given) :]}
         return {**{a.name: value for a, value in zip(schema, given, strict=False)}, **rest}
 
     return Call(node, bound(args, kwargs), bound(node.args, node.kwargs), (args, kwargs), result, network)
 
 
-def _inside(node: Node, args: tuple[Any, ...], network: Network) -> Any:
+def _inside(node: Node, args: tuple[Value, ...], network: Network) -> Value:
     """Labels of what a block of code under autocast or without gradients returns."""
     position = next(i for i, one in enumerate(args) if isinstance(one, GraphModule))
     inner: GraphModule = args[position]
@@ -155,7 +153,7 @@ def _inside(node: Node, args: tuple[Any, ...], network: Network) -> Any:
 
 
 def _note_uses(call: Call) -> None:
-    """Remember layers whose parameters are used outside of them."""
+    """Record layers whose parameters are used outside of them."""
     for node in call.node.all_input_nodes:
         name = call.network.parameters.get(node)
         owner = call.network.modules[name.rpartition(".")[0]] if name else None
@@ -164,18 +162,18 @@ def _note_uses(call: Call) -> None:
             call.network.elsewhere[layer] = f"`{name}` is used outside of its layer ({where(call.node)})"
 
 
-def _unlabelled(value: Any) -> Any:
-    """No labels, in the shape that a traced value has on the example."""
+def _unlabelled(value: Value) -> Value:
+    """A traced value without labels, in its shape on the example."""
     return none([_hint(size) for size in value.shape]) if isinstance(value, Tensor) else _hint(value)
 
 
-def _hint(value: Any) -> Any:
-    """A traced number on the example; 0 where it depends on data, which no rule can follow."""
+def _hint(value: Value) -> Value:
+    """A traced number's value on the example; 0 where it depends on data, which no rule can follow."""
     symbolic = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
     return value.node.hint or 0 if symbolic else value
 
 
-def _shapes(value: Any) -> Any:
+def _shapes(value: Value) -> object:
     if isinstance(value, list | tuple):
         return [_shapes(one) for one in value]
     return tuple(value.shape) if isinstance(value, Tensor) else None

@@ -1,34 +1,32 @@
-"""What layers do to labels: Linear layers and convolutions read and write them, norms pass them on."""
+"""Label rules of layers: Linear layers and convolutions read and write labels, norms pass them on."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pysolve.nn.graph.calls import Call
+from pysolve.nn.graph.calls import Call, Labels
 from pysolve.nn.graph.classes import along, lean, others, spread, squashed
 from pysolve.nn.graph.export import where
 from pysolve.nn.graph.operators import Rule
+from pysolve.nn.windows import ORDINARY, TRANSPOSED
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 
 
-def linear(call: Call) -> Any:
+def linear(call: Call) -> Labels:
     """Reads the last dimension and writes it."""
     return _weighted(call, -1, (nn.Linear,))
 
 
-def convolution(call: Call) -> Any:
-    """Reads and writes the channel dimension, or passes whole groups of it on."""
-    return _weighted(call, 1 - call.args["weight"].ndim, _CONVOLUTIONS)
+def convolution(call: Call) -> Labels:
+    """Reads and writes the channel dimension, or passes whole groups of it."""
+    return _weighted(call, 1 - call.args["weight"].ndim, (*ORDINARY, *TRANSPOSED))
 
 
-def _weighted(call: Call, dim: int, kinds: tuple[type[nn.Module], ...]) -> Any:
+def _weighted(call: Call, dim: int, kinds: tuple[type[nn.Module], ...]) -> Labels:
     layer = call.module
     if not isinstance(layer, kinds):
         return call.opaque(_stranger(call, layer))
@@ -57,7 +55,7 @@ def _read(call: Call, x: Tensor, dim: int) -> Tensor:
 
 
 def _stranger(call: Call, layer: nn.Module | None) -> str:
-    """Why nothing can be narrowed where a layer's operator runs in a module of another kind."""
+    """Reason to pin the channels of a layer's operator that runs in a module of another kind."""
     if layer is None or layer is call.network.modules[""]:
         return call.says("runs outside of a layer of its own")
     reader = f"`{call.network.names[layer]}`, a {type(layer).__name__},"
@@ -65,7 +63,7 @@ def _stranger(call: Call, layer: nn.Module | None) -> str:
 
 
 def _pin_problem(call: Call, layer: nn.Module, kinds: tuple[type[nn.Module], ...], labels: Tensor) -> None:
-    """Pin a layer that cannot be narrowed, and whatever its weight is made of."""
+    """Pin the labels of a layer that cannot be narrowed, and those that its weight is computed from."""
     name = call.network.names[layer]
     for value, _ in call.tensors[1:]:
         call.ledger.pin(value, call.says("takes them for weights or positions"))
@@ -82,7 +80,7 @@ def _pin_problem(call: Call, layer: nn.Module, kinds: tuple[type[nn.Module], ...
         call.ledger.pin(labels, f"`{name}` shares its values with `{tied}`")
 
 
-def embedding(call: Call) -> Any:
+def embedding(call: Call) -> Labels:
     """Writes the last dimension."""
     layer = call.module
     if not isinstance(layer, nn.Embedding):
@@ -92,7 +90,7 @@ def embedding(call: Call) -> Any:
     return spread(rows, -1, call.result.shape)
 
 
-def channel_norm(call: Call) -> Any:
+def channel_norm(call: Call) -> Labels:
     """Batch and instance norms, and PReLU: channel by channel."""
     kinds = {"batch_norm": _BATCH_NORMS, "instance_norm": _INSTANCE_NORMS, "prelu": (nn.PReLU,)}[call.name]
     if call.name == "prelu" and call.args["weight"].numel() == 1:
@@ -101,7 +99,7 @@ def channel_norm(call: Call) -> Any:
     return call.first
 
 
-def group_norm(call: Call) -> Any:
+def group_norm(call: Call) -> Labels:
     """Mixes the channels of each group."""
     x = call.first
     blocks = _read(call, x, 1).reshape(call.args["num_groups"], -1)
@@ -121,8 +119,8 @@ def _passed(call: Call, x: Tensor, kinds: tuple[type[nn.Module], ...]) -> None:
         call.ledger.pin(x, _stranger(call, layer))
 
 
-def pad(call: Call) -> Any:
-    """New positions belong to the channels beside them; new channels are channels of their own."""
+def pad(call: Call) -> Labels:
+    """New positions take the labels of their neighbours; new channels get labels of their own."""
     labels, sizes = call.first, call.args["pad"]
     plain = call.args.get("mode", "constant") == "constant"
     for i, pair in enumerate(zip(sizes[::2], sizes[1::2], strict=True)):

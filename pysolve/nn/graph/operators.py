@@ -1,44 +1,45 @@
-"""What operators on tensors do to labels: keep them, move them, make them one, or pin them."""
+"""Label rules of tensor operators: keep labels, move them, unite them, or pin them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from pysolve.nn.graph.calls import Call, meet, pointwise
+from pysolve.nn.graph.calls import Call, Labels, meet, pointwise
 from pysolve.nn.graph.classes import labelled, lean, squashed
 
-Rule = Callable[[Call], Any]
+Rule = Callable[[Call], Labels]
 
 
-def shape(call: Call) -> Any:
+def shape(call: Call) -> Labels:
     """Labels move as the values do."""
     args, kwargs = call.given
-    return getattr(torch.ops.aten, call.name)(*args, **kwargs)
+    moved: Labels = getattr(torch.ops.aten, call.name)(*args, **kwargs)
+    return moved
 
 
 def view(call: Call) -> Tensor:
-    """Labels need not lie in memory as the values do."""
+    """Labels are reshaped: their strides need not allow a view."""
     return call.first.reshape(call.args["size"] if "size" in call.args else call.args["other"].shape)
 
 
 def keep(call: Call) -> Tensor:
-    """Nothing happens to the first argument's labels."""
+    """The first argument's labels."""
     return call.first
 
 
-def unlabelled(call: Call) -> Any:
+def unlabelled(call: Call) -> Labels:
     """Only the type of the first argument matters."""
-    return call.result
+    result: Labels = call.result
+    return result
 
 
 def cat(call: Call) -> Tensor:
-    """Side by side; values that only vary across the seam must stay equally wide."""
+    """Concatenation; values that vary only along other dimensions must keep equal channels there."""
     tensors = [(value, node) for value, node in call.tensors if value.ndim > 1 or value.numel()]
     values = [value for value, _ in tensors]
     dim = call.args["dim"] % values[0].ndim
@@ -50,13 +51,13 @@ def cat(call: Call) -> Tensor:
 
 
 def stack(call: Call) -> Tensor:
-    """Values that are stacked must stay equally wide."""
+    """Stacked values must keep equal channels."""
     meet(call, call.tensors)
     return torch.stack(call.args["tensors"], call.args["dim"])
 
 
-def split(call: Call) -> Any:
-    """Equal pieces must stay equal: the first channels of all become one, the second ones, and so on."""
+def split(call: Call) -> list[Tensor]:
+    """Equal pieces must stay equally large: unite their first channels, their second ones, and so on."""
     pieces = list(shape(call))
     varied = squashed(call.first).shape[call.args["dim"]] > 1
     if varied and len({piece.shape for piece in pieces}) == 1:
@@ -70,8 +71,8 @@ def glu(call: Call) -> Tensor:
     return meet(call, [(half, call.sources["self"]) for half in halves])
 
 
-def reduction(call: Call) -> Any:
-    """Channels that are summed up are one."""
+def reduction(call: Call) -> Labels:
+    """Channels that are summed are united."""
     dims = _dims(call)
     top = call.ledger.mix(call.first, dims, call.says("mixes these channels"))
     if dims and not call.args.get("keepdim", False):
@@ -79,14 +80,14 @@ def reduction(call: Call) -> Any:
     return [top] * len(call.result) if isinstance(call.result, list) else top
 
 
-def mixture(call: Call) -> Any:
-    """Channels that are normalised, summed or sorted along a dimension are one."""
+def mixture(call: Call) -> Labels:
+    """Channels that are normalised, accumulated or sorted along a dimension are united."""
     call.ledger.mix(call.first, _dims(call), call.says("mixes these channels"))
     return [call.first] * len(call.result) if isinstance(call.result, list) else call.first
 
 
 def topk(call: Call) -> list[Tensor]:
-    """Any of the channels may end up anywhere."""
+    """Every channel may end up at every place."""
     top = call.ledger.mix(call.first, _dims(call), call.says("mixes these channels"))
     return [top.expand(result.shape) for result in call.result]
 
@@ -100,14 +101,14 @@ def _dims(call: Call) -> tuple[int, ...]:
 
 
 def last_norm(call: Call) -> Tensor:
-    """Layer and RMS norms: the last dimensions are one."""
+    """Layer and RMS norms unite the last dimensions."""
     dims = range(-len(call.args["normalized_shape"]), 0)
     call.ledger.mix(call.first, tuple(dims), call.says("mixes these channels"))
     return call.first
 
 
-def index(call: Call) -> Any:
-    """Positions may be picked by number; channels would be picked by the numbers that they have now."""
+def index(call: Call) -> Labels:
+    """Positions may be picked by index; channels may not, as their indices change."""
     indices = call.args["indices"]
     if any(map(_is_mask, call.sources["indices"])):
         return call.opaque(call.says("picks by a mask"))
@@ -115,7 +116,8 @@ def index(call: Call) -> Any:
     call.ledger.pin_varying(call.first, dims, call.says("picks channels by number"))
     _pin_others(call)
     zeros = [None if one is None else torch.zeros_like(one) for one in indices]
-    return torch.ops.aten.index(call.first, zeros)
+    picked: Tensor = torch.ops.aten.index(call.first, zeros)
+    return picked
 
 
 def _pin_others(call: Call) -> None:
@@ -123,7 +125,7 @@ def _pin_others(call: Call) -> None:
         call.ledger.pin(value, call.says("takes them for positions"))
 
 
-def _is_mask(source: Any) -> bool:
+def _is_mask(source: object) -> bool:
     return isinstance(source, Node) and source.meta["val"].dtype in (torch.bool, torch.uint8)
 
 
@@ -138,7 +140,7 @@ def gather(call: Call) -> Tensor:
     return call.first.gather(dim, numbers)
 
 
-def pool(call: Call) -> Any:
+def pool(call: Call) -> Labels:
     """Pooling and resampling work along the last dimensions, where labels do not vary."""
     digit = re.search("[123](?=d)", call.name)
     dims = tuple(range(-int(digit[0]) if digit else 2 - call.first.ndim, 0))
@@ -151,7 +153,7 @@ def pool(call: Call) -> Any:
 
 
 def matmul(call: Call) -> Tensor:
-    """Rows times columns; what is summed over becomes one, in each row and column."""
+    """Rows times columns; summed channels are united in each row and column."""
     (a, first), (b, second) = call.tensors
     left = a[None] if a.ndim == 1 else a
     right = b[:, None] if b.ndim == 1 else b
@@ -185,7 +187,7 @@ def attention(call: Call) -> Tensor:
     return _contract(call, (scores, call.sources["query"]), (value.mT, call.sources["value"]))
 
 
-def einsum(call: Call) -> Any:
+def einsum(call: Call) -> Labels:
     """As ``matmul``, for equations that name every dimension of every operand once."""
     terms, arrow, output = call.args["equation"].replace(" ", "").partition("->")
     inputs = terms.split(",")

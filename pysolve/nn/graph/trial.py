@@ -1,11 +1,10 @@
-"""Sites put to the proof: remove random channels, and see whether the network still works."""
+"""Trial of sites: remove random channels, and compare the network with the masked one."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,16 +14,16 @@ from torch.utils import _pytree as pytree
 from pysolve.errors import CollapseError
 from pysolve.nn.apply import apply, masked
 from pysolve.nn.graph.export import code_line
-from pysolve.nn.running import evaluating, forward
+from pysolve.nn.running import Batch, evaluating, forward
 from pysolve.nn.verify import mismatch
 from pysolve.plan import Collapse, Plan, Site
 
 
-def prove(model: nn.Module, sites: Sequence[Site], batch: Any) -> list[Site]:
-    """Pin sites whose removal breaks the network, with what went wrong.
+def prove(model: nn.Module, sites: Sequence[Site], batch: Batch) -> list[Site]:
+    """Pin sites whose removal breaks the network, with the reason.
 
-    Twice, a random half of the channels of every free site is removed: in the network as it is, and in one
-    of the same build with random weights of unit gain, in which nothing is too small to be seen.
+    A random half of the channels of every free site is removed twice: in the network itself, and in a copy
+    with random weights of unit gain, in which no effect is too small to be measured.
 
     Parameters
     ----------
@@ -58,9 +57,9 @@ def _half(site: Site, rng: np.random.Generator) -> Collapse:
 
 
 def _faults(
-    model: nn.Module, steps: Mapping[int, Collapse], sound: Mapping[int, Collapse], batch: Any
+    model: nn.Module, steps: Mapping[int, Collapse], sound: Mapping[int, Collapse], batch: Batch
 ) -> tuple[dict[int, Collapse], dict[int, str]]:
-    """Steps that work together with sound ones, and what is wrong with the others, by bisection."""
+    """Steps that work together with sound ones, and the problems of the others, by bisection."""
     problem = _problem(model, [*sound.values(), *steps.values()], batch) if steps else None
     if problem is None:
         return dict(steps), {}
@@ -73,8 +72,8 @@ def _faults(
     return {**left, **right}, {**wrong, **more}
 
 
-def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Any) -> str | None:
-    """What happens when these channels are removed; None when all is well."""
+def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Batch) -> str | None:
+    """Problem when these channels are removed; None if there is none."""
     plan = Plan(tuple(steps))
     try:
         smaller = apply(model, plan)
@@ -93,7 +92,7 @@ def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Any) -> str | N
     return f"a width is written into the code: without some of these channels {difference}"
 
 
-def _randomized(model: nn.Module, batch: Any) -> nn.Module:
+def _randomized(model: nn.Module, batch: Batch) -> nn.Module:
     """A copy with random weights of unit gain; the model itself where that gives no finite output."""
     network = copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
