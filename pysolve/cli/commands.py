@@ -6,10 +6,9 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from io import BytesIO
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -18,36 +17,47 @@ from safetensors.torch import save as tensors
 from torch import nn
 
 import pysolve as ps
-from pysolve.cli.inputs import Samples, network, samples
+from pysolve.cli.inputs import load_network, load_samples
+from pysolve.cli.options import Value
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.evaluate import accuracy, latency, macs, nbytes, parameters
 from pysolve.nn.files.plan_json import plain, plan_record
+from pysolve.nn.running import Batch
 from pysolve.report.page import page
 from pysolve.report.plots import plot_pareto
 from pysolve.report.report import Report, comparison
 from pysolve.tables import Table, as_text
 
+# Titles of reports: what became of the network.
+_DONE = {
+    "compress": "compressed",
+    "prune": "pruned",
+    "low_rank": "factored",
+    "quantize": "quantized",
+    "deep_compress": "compressed deeply",
+}
+
 
 def show_sites(
-    name: str, data: str, weights: Path | None, ignore: Sequence[str], device: str, as_json: bool
+    network: str, data: str, weights: Path | None, ignore: Sequence[str], device: str, as_json: bool
 ) -> None:
-    """Print what of a network can shrink."""
-    model = network(name, weights, device)
-    batch = next(iter(samples(data).batches(1, device)), None)
+    """Print which channels of a network can be removed."""
+    model = load_network(network, weights, device)
+    batch = next(iter(load_samples(data).batches(1, device)), None)
     if batch is None:
         raise DataError("the data hold no batch.")
-    found = ps.inspect(model, batch, ignore=ignore)
+    found = ps.inspect(model, batch, ignore=ignore or ())
     _print(json.dumps(asdict(found), indent=1, default=str) if as_json else str(found))
 
 
 @dataclass(frozen=True)
 class Job:
-    """What to compress, on what, and where to write: the arguments that compress and sweep share.
+    """What a command compresses, on what, and where it writes.
 
     Parameters
     ----------
-    name, data : str
-        Network and calibration data, as the user names them.
+    network, data : str
+        As the user names them.
     weights : Path, optional
     test : str, optional
         Labelled data.
@@ -58,7 +68,7 @@ class Job:
     as_json, quiet : bool
     """
 
-    name: str
+    network: str
     data: str
     weights: Path | None
     test: str | None
@@ -73,25 +83,52 @@ class Job:
         """Whether to show progress bars."""
         return not (self.quiet or self.as_json)
 
-    def inputs(self) -> tuple[nn.Module, Iterable[Any], Callable[[nn.Module], float] | None]:
-        """The network, batches, and how good a network is."""
-        model = network(self.name, self.weights, self.device)
-        score = None if self.test is None else _scoring(samples(self.test, train=False))
-        return model, samples(self.data).batches(self.limit, self.device), score
+    def inputs(self) -> tuple[nn.Module, Iterable[Batch], Callable[[nn.Module], float] | None]:
+        """Network, batches, and a score of a network."""
+        model = load_network(self.network, self.weights, self.device)
+        score = None if self.test is None else _scoring(self.test)
+        return model, load_samples(self.data).batches(self.limit, self.device), score
 
-    def show(self, as_text: str, as_data: Any, written: Sequence[str]) -> None:
-        """Print the result, and what was written."""
+    def show(self, as_text: str, as_data: object, written: Sequence[str]) -> None:
+        """Print the result, and which files were written."""
         if self.as_json:
             _print(json.dumps(as_data, indent=1))
         elif not self.quiet:
             _print(f"{as_text}\nWrote {', '.join(written)} to {self.out}/")
 
 
-def shrink_to(job: Job, way: str, done: str, *, state_dict: bool, **options: Any) -> None:
+def _parted(given: Mapping[str, Value]) -> tuple[Job, dict[str, Value]]:
+    """The job, and the other options that were given, as arguments of a verb."""
+    names = {field.name for field in fields(Job)}
+    options = {name: value for name, value in given.items() if name not in names and value not in (None, [])}
+    for name, parse in (("target", targets_of), ("distill", duration_of)):
+        if name in options:
+            options[name] = parse(options[name])
+    return Job(**{name: given[name] for name in names}), options
+
+
+def write_compressed(verb: str, given: Mapping[str, Value]) -> None:
     """Make a network smaller by a function of pysolve, and write it with its report."""
+    job, options = _parted(given)
+    state_dict = options.pop("state_dict")
     model, batches, score = job.inputs()
-    result = getattr(ps, way)(model, batches, evaluate=score, progress=job.progress, **options)
-    _write_all(job, model, result, f"{job.name}, {done}", state_dict)
+    run = getattr(ps, verb)
+    result = run(model, batches, evaluate=score, progress=job.progress, **_as_today(verb, options))
+    _write_all(job, model, result, f"{job.network}, {_DONE[verb]}", state_dict)
+
+
+def _as_today(verb: str, options: dict[str, Value]) -> dict[str, Value]:
+    """Arguments as the verbs take them until they share one grammar."""
+    layouts = {"sparse": "csr", "masked": "mask"}
+    if "layout" in options:
+        options["layout"] = layouts.get(options["layout"], options["layout"])
+    if verb in ("quantize", "deep_compress"):
+        options["retrain"] = options.pop("distill")
+    elif verb != "compress" and not options["distill"]:
+        del options["distill"]
+    if verb == "deep_compress":
+        options |= {f"target_{name}": value for name, value in options.pop("target", {}).items()}
+    return options
 
 
 def _write_all(job: Job, model: nn.Module, result: ps.Compressed, title: str, state_dict: bool) -> None:
@@ -112,17 +149,12 @@ def _write_all(job: Job, model: nn.Module, result: ps.Compressed, title: str, st
     job.show(str(report), plain(report.as_dict()), written)
 
 
-def sweep_to(job: Job, *, targets: Sequence[Mapping[str, float]], **options: Any) -> None:
-    """Compress a network to many sizes after one pass over the data, and write what that cost."""
+def write_sweep(given: Mapping[str, Value]) -> None:
+    """Compress a network to many sizes after one pass over the data, and write the reports."""
+    targets = [targets_of([one]) for one in given["target"]]
+    job, options = _parted({**given, "target": None})
     model, batches, score = job.inputs()
-    reports = ps.sweep(
-        model,
-        batches,
-        targets=targets,
-        evaluate=score,
-        progress=job.progress,
-        **options,
-    )
+    reports = ps.sweep(model, batches, targets=targets, evaluate=score, progress=job.progress, **options)
     job.out.mkdir(parents=True, exist_ok=True)
     rows = [plain(report.as_dict()) for report in reports]
     _write(job.out / "sweep.json", json.dumps(rows, indent=1))
@@ -133,7 +165,7 @@ def sweep_to(job: Job, *, targets: Sequence[Mapping[str, float]], **options: Any
 
 
 def evaluate_network(
-    name: str,
+    network: str,
     data: str,
     weights: Path | None,
     compressed: Path | None,
@@ -142,10 +174,10 @@ def evaluate_network(
     as_json: bool,
 ) -> None:
     """Print a network's accuracy on labelled data, its costs, and how long a batch takes."""
-    model = network(name, weights, device)
+    model = load_network(network, weights, device)
     if compressed is not None:
         model = ps.load(compressed, model)
-    x, y = samples(data, train=False).labelled()
+    x, y = load_samples(data, train=False).labelled()
     time = latency(model, x[:batch])
     found = {
         "accuracy": accuracy(model, x, y),
@@ -169,15 +201,15 @@ def evaluate_network(
 
 
 def solve_file(
-    path: Path, lam: float, relative: bool, method: str, group_size: int, out: Path | None, as_json: bool
+    file: Path, lam: float, relative: bool, method: str, group_size: int, out: Path | None, as_json: bool
 ) -> None:
     """Solve the reconstruction problem in an .npz file."""
     try:
-        with path.open("rb") as file:
-            arrays = np.load(file, allow_pickle=False)
+        with file.open("rb") as opened:
+            arrays = np.load(opened, allow_pickle=False)
             r_xx, r_yx = arrays["r_xx"], arrays["r_yx"]
     except (KeyError, ValueError, EOFError, OSError, IndexError, BadZipFile) as error:
-        raise DataError(f"{path} must be an .npz file with r_xx and r_yx: {error}") from error
+        raise DataError(f"{file} must be an .npz file with r_xx and r_yx: {error}") from error
     if relative:
         lam = lam * ps.lam_max(r_xx, r_yx, group_size=group_size)
     solution = ps.solve_linear_reconstruction(r_xx, r_yx, lam, method, group_size=group_size)
@@ -198,8 +230,9 @@ def solve_file(
     _print(json.dumps(found, indent=1) if as_json else str(solution))
 
 
-def _scoring(test: Samples) -> Callable[[nn.Module], float]:
-    x, y = test.labelled()
+def _scoring(test: str) -> Callable[[nn.Module], float]:
+    """Accuracy on labelled data, as a function of the network."""
+    x, y = load_samples(test, train=False).labelled()
     return lambda model: accuracy(model, x, y)
 
 
@@ -215,31 +248,28 @@ def _print(text: str) -> None:
 
 
 def _write(path: Path, content: str | bytes) -> None:
-    """Never half a file."""
+    """Write a whole file or none."""
     part = path.with_name(path.name + ".part")
     part.write_bytes(content if isinstance(content, bytes) else f"{content}\n".encode())
     os.replace(part, path)
 
 
 def targets_of(given: Sequence[str]) -> dict[str, float]:
-    """``params=0.25`` as {"params": 0.25}."""
+    """Parse ``params=0.25`` into {"params": 0.25}."""
     found: dict[str, float] = {}
     for item in given:
-        measure, _, value = item.partition("=")
+        measure, _, text = item.partition("=")
         try:
-            found[measure] = float(value)
+            value = float(text)
         except ValueError:
             raise PysolveError(f"expected a target such as params=0.25 or macs=0.5, got {item!r}.") from None
-    return {measure: number_of(value) for measure, value in found.items()}
-
-
-def number_of(value: float) -> float:
-    """A share up to 1, or else a whole number."""
-    return int(value) if 1 < value < np.inf else value
+        # A share up to 1, or else an integer.
+        found[measure] = int(value) if 1 < value < np.inf else value
+    return found
 
 
 def duration_of(given: str) -> float | dict[str, float]:
-    """``60s``, ``2m`` or ``60`` as seconds, ``5e`` as epochs."""
+    """Parse ``60s``, ``2m`` or ``60`` into seconds, ``5e`` into epochs."""
     number, unit = (given[:-1], given[-1]) if given[-1:] in ("s", "m", "e") else (given, "s")
     try:
         value = float(number)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
@@ -21,8 +20,9 @@ from torch.utils import _pytree as pytree
 
 from pysolve.cli.datasets import mnist
 from pysolve.errors import DataError, PysolveError
+from pysolve.nn.running import Batch
 
-Values = npt.NDArray[Any]
+Values = npt.NDArray[np.generic]
 
 # Samples of a batch that is cut from an array.
 _BATCH = 250
@@ -41,9 +41,9 @@ class Samples:
 
     x: Values | None = None
     y: Values | None = None
-    made: Iterable[Any] | None = None
+    made: Iterable[Batch] | None = None
 
-    def batches(self, limit: int, device: str = "cpu") -> Iterable[Any]:
+    def batches(self, limit: int, device: str = "cpu") -> Iterable[Batch]:
         """Batches of at most ``limit`` samples of an array; all that a function made."""
         if self.x is None:
             made = [] if self.made is None else self.made
@@ -53,14 +53,14 @@ class Samples:
         return [part.to(device) for part in parts]
 
     def labelled(self) -> tuple[Values, Values]:
-        """Inputs and labels, or an error that says where they could come from."""
+        """Inputs and labels; else DataError."""
         if self.x is None or self.y is None:
             raise DataError("labels are needed: give an .npz file with x and y, or a folder of IDX files.")
         return self.x, self.y
 
 
-def network(name: str, weights: Path | None = None, device: str = "cpu") -> nn.Module:
-    """The network that ``package.module:factory`` makes, in evaluation mode, with weights from a file.
+def load_network(name: str, weights: Path | None = None, device: str = "cpu") -> nn.Module:
+    """Make the network of ``package.module:factory``, in evaluation mode, with weights from a file.
 
     Parameters
     ----------
@@ -82,8 +82,8 @@ def network(name: str, weights: Path | None = None, device: str = "cpu") -> nn.M
     return model.to(checked_device(device)).eval()
 
 
-def samples(name: str, *, train: bool = True) -> Samples:
-    """The data that an argument names.
+def load_samples(name: str, *, train: bool = True) -> Samples:
+    """Read or make the data that an argument names.
 
     Parameters
     ----------
@@ -106,6 +106,8 @@ def samples(name: str, *, train: bool = True) -> Samples:
         return Samples(_inputs(np.asarray(made[0])), np.asarray(made[1]))
     if isinstance(made, torch.Tensor | np.ndarray):
         return Samples(_inputs(np.asarray(made)))
+    if not isinstance(made, Iterable):
+        raise DataError(f"{name} must return batches, got {type(made).__name__}.")
     return Samples(made=made)
 
 
@@ -118,28 +120,30 @@ def checked_device(name: str) -> str:
     return name
 
 
-def _moved(batch: Any, device: str) -> Any:
+def _moved(batch: Batch, device: str) -> Batch:
+    """The batch with its tensors on a device."""
     return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), batch)
 
 
-def _called(name: str, what: str) -> Any:
-    """What the function that ``package.module:function`` names returns."""
+def _called(name: str, what: str) -> object:
+    """Result of the function that ``package.module:function`` names."""
     module, _, function = name.partition(":")
     if not module or not function:
         raise PysolveError(f"expected package.module:{what}, got {name!r}.")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    found: Any = import_module(module)
+    found: object = import_module(module)
     for part in function.split("."):
         if not hasattr(found, part):
             raise PysolveError(f"{module} has no {function!r}.")
         found = getattr(found, part)
-    if not isinstance(found, Callable):  # type: ignore[arg-type]
+    if not callable(found):
         raise PysolveError(f"{name} must be callable, got {type(found).__name__}.")
     return found()
 
 
 def _state(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name, from a file that is never executed."""
     if not path.is_file():
         raise DataError(f"there is no file {path}.")
     try:
@@ -158,6 +162,7 @@ def _state(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _arrays(path: Path) -> Samples:
+    """Inputs, and labels if there are some, of a NumPy file."""
     try:
         with path.open("rb") as file:
             content = np.load(file, allow_pickle=False)

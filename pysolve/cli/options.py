@@ -1,47 +1,141 @@
-"""Arguments and options that several commands share."""
+"""Every argument and option of the command line, in one table: its type, help and default."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from inspect import Parameter
 from pathlib import Path
-from typing import Annotated
+from typing import Any
 
 import typer
 
-Network = Annotated[
-    str, typer.Argument(metavar="NETWORK", help="package.module:factory, a function that makes the network.")
-]
-Weights = Annotated[Path | None, typer.Option(help="Its state dict: .safetensors, or .pt read as tensors.")]
-Data = Annotated[
-    str,
-    typer.Option(help=".npy, .npz (x, y), a folder of IDX files, or package.module:function."),
-]
-Test = Annotated[str | None, typer.Option(help="Labelled data, as --data, to give the accuracy on.")]
-Out = Annotated[Path, typer.Option(help="Folder to write to.")]
-Ignore = Annotated[
-    list[str] | None, typer.Option(help="Layer to leave alone, or re:pattern; may be repeated.")
-]
-Select = Annotated[str, typer.Option(help="How channels are chosen.")]
-Limit = Annotated[int, typer.Option("--samples", min=1, help="Most inputs of an array to use.")]
-Rounded = Annotated[int, typer.Option(min=1, help="Widths in multiples of so many channels.")]
-StateDict = Annotated[
-    bool, typer.Option("--state-dict", help="Write the tensors alone, too, in their new shapes.")
-]
-Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ….")]
-Seed = Annotated[int, typer.Option(help="Of all random choices.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
-Quiet = Annotated[bool, typer.Option(help="Print nothing but errors.")]
-Method = Annotated[
-    str,
-    typer.Option(
-        help="Of weights: obs, magnitude, wanda, std, random; of channels: elimination, lasso, ln, "
-        "activation, nisp."
+# A parsed argument: str, int, float, bool, Path, list of str, or None.
+Value = Any
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a command.
+
+    Parameters
+    ----------
+    kind : type
+        Of its value; list[str] may be given several times.
+    help : str
+    default : value
+        ``...`` where it must be given; None where the called function has a default of its own.
+    flag : str, optional
+        How it is typed, if not as its name.
+    shown : str, optional
+        The default in words.
+    least, most : int, optional
+    argument : bool
+        Without a flag.
+    """
+
+    kind: object
+    help: str
+    default: object = None
+    flag: str = ""
+    shown: str | None = None
+    least: int | None = None
+    most: int | None = None
+    argument: bool = False
+
+    def parameter(self, name: str, default: object) -> Parameter:
+        """The option as a parameter of a function that typer makes a command of."""
+        if self.argument:
+            info = typer.Argument(default, metavar=name.upper(), help=self.help)
+        else:
+            info = typer.Option(
+                default,
+                self.flag or f"--{name.replace('_', '-')}",
+                help=self.help,
+                show_default=self.shown or default is not False,
+                min=self.least,
+                max=self.most,
+            )
+        return Parameter(name, Parameter.KEYWORD_ONLY, default=info, annotation=self.kind)
+
+
+# By name, as the called functions have it; "command.name" where one command has an option of its own.
+OPTIONS = {
+    "network": Option(str, "package.module:factory, a function that makes the network.", ..., argument=True),
+    "data": Option(str, ".npy, .npz (x, y), a folder of IDX files, or package.module:function.", ...),
+    "weights": Option(Path, "Its state dict: .safetensors, or .pt read as tensors."),
+    "test": Option(str, "Labelled data, as --data, to give the accuracy on."),
+    "sweep.test": Option(str, "Labelled data, as --data, to give accuracies on.", ...),
+    "target": Option(
+        list[str], "params, macs or bytes = share or number; may be repeated.", shown="params=0.25"
     ),
-]
-Amount = Annotated[float | None, typer.Option(help="Share of them that goes.")]
-Left = Annotated[list[str] | None, typer.Option("--target", help="Instead: what may be left.")]
-Pattern = Annotated[str | None, typer.Option(help="Instead, of weights: 2:4 and the like.")]
-Scope = Annotated[str, typer.Option(help="The share of each layer, local, or of all, global.")]
-Refit = Annotated[
-    str | None, typer.Option(help="none, bias or sequential.", show_default="what suits the method")
-]
-Layout = Annotated[str, typer.Option(help="How pruned layers run: auto, dense or csr.")]
+    "prune.target": Option(list[str], "Instead: params, macs or bytes = share or number; may be repeated."),
+    "quantize.target": Option(list[str], "Of a codebook, instead: bytes = share or number, of the file."),
+    "sweep.target": Option(
+        list[str],
+        "As in compress; may be repeated, one result for each.",
+        ["params=0.5", "params=0.25", "params=0.1"],
+    ),
+    "deep_compress.target": Option(
+        list[str], "bytes or params = share or number; params=1 keeps all channels; may be repeated."
+    ),
+    "bytes": Option(str, "Short for --target bytes=…: size of the file, a number or a share."),
+    "amount": Option(float, "Share of the weights or channels that is removed."),
+    "pattern": Option(str, "Instead, of weights: 2:4 and the like."),
+    "rank": Option(int, "Instead: of every layer where it pays.", least=1),
+    "energy": Option(float, "Instead: share of the outputs' energy kept."),
+    "zeros": Option(float, "Share of the weights pruned before the rest."),
+    "bits": Option(int, "Of a code; with a target, the most.", shown="by scheme", least=1, most=8),
+    "group": Option(int, "Of int8: so many inputs share a scale.", shown="all", least=1),
+    "select": Option(str, "How channels are chosen.", "elimination"),
+    "scheme": Option(str, "int8-dynamic, int8, codebook or ternary.", "int8-dynamic"),
+    "scope": Option(str, "The share of each layer, local, or of all, global.", "local"),
+    "structure": Option(str, "Of convolutions: auto, channel or spatial.", "auto"),
+    "prune.method": Option(
+        str,
+        "Of weights: obs, magnitude, wanda, std, random; of channels: elimination, lasso, ln, activation, "
+        "nisp.",
+        "obs",
+    ),
+    "low_rank.method": Option(str, "By a layer's outputs, activation, or weights, svd.", "activation"),
+    "quantize.method": Option(str, "Errors compensate each other, feedback, or do not, nearest.", "feedback"),
+    "solve.method": Option(str, "newton, alternate_minimization, fista or …", "newton"),
+    "prune": Option(bool, "Remove channels as well.", False),
+    "refit": Option(
+        str, "Of the weights kept: sequential, independent, bias or none.", shown="what suits the method"
+    ),
+    "layout": Option(
+        str,
+        "How layers run: auto, dense, sparse, factored, shared or masked.",
+        shown="what suits the method",
+    ),
+    "distill": Option(str, "Match the original's outputs afterwards: 60s, 2m, or 5e for epochs.", "0"),
+    "round_to": Option(int, "Widths in multiples of so many channels.", 1, least=1),
+    "ignore": Option(list[str], "Layer to leave alone, or re:pattern; may be repeated."),
+    "out": Option(Path, "Folder to write to.", ...),
+    "solve.out": Option(Path, ".npz file for M, keep and lam."),
+    "state_dict": Option(bool, "Write the tensors alone, too, in their new shapes.", False),
+    "limit": Option(int, "Most inputs of an array to use.", 2000, "--samples", least=1),
+    "device": Option(str, "Where to compute: cpu, cuda, cuda:1, ….", "cpu"),
+    "seed": Option(int, "Of all random choices.", 0),
+    "as_json": Option(bool, "Print JSON instead of tables.", False, "--json"),
+    "quiet": Option(bool, "Print nothing but errors.", False),
+    "compressed": Option(Path, "A file that compress wrote: the network is made as small first."),
+    "batch": Option(int, "Samples that are timed together.", 64, least=1),
+    "file": Option(Path, "An .npz file with r_xx (d x d) and r_yx (h x d).", ..., argument=True),
+    "lam": Option(float, "The penalty of the group lasso.", 0.1),
+    "relative": Option(bool, "lam as a share of the one that keeps nothing.", True, "--relative/--absolute"),
+    "group_size": Option(int, "Columns that are kept or removed together.", 1, least=1),
+    "demo.data": Option(
+        Path, "Folder with the four MNIST files: train LeNet-5 on them instead of the digits."
+    ),
+    "epochs": Option(int, "How long to train.", shown="20 for digits, 8 for MNIST", least=1),
+}
+
+
+def parameters(command: str, names: tuple[str, ...], defaults: dict[str, object]) -> list[Parameter]:
+    """Parameters of a command from the table, with defaults of its own."""
+    found = []
+    for name in names:
+        option = OPTIONS.get(f"{command}.{name}") or OPTIONS[name]
+        found.append(option.parameter(name, defaults.get(name, option.default)))
+    return found

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import pysolve as ps
 from pysolve.cli.commands import duration_of, targets_of
-from pysolve.cli.inputs import network, samples
+from pysolve.cli.inputs import load_network, load_samples
 from pysolve.cli.main import app
 from pysolve.errors import PysolveError
 from pysolve.nn.evaluate import parameters
@@ -54,6 +54,9 @@ MODULE = """
         return endless()
 
     number = 3
+
+    def score():
+        return 0.5
     """
 
 
@@ -66,7 +69,7 @@ def home(tmp_path, monkeypatch):
     monkeypatch.delitem(sys.modules, "mine", raising=False)
     x = np.random.default_rng(0).standard_normal((300, 12))
     np.save("inputs.npy", x)
-    model = network("mine:make")
+    model = load_network("mine:make")
     with torch.no_grad():
         np.savez("labelled.npz", x=x, y=model(torch.from_numpy(x).float()).argmax(1).numpy())
     save_file({name: 2 * value for name, value in model.state_dict().items()}, "doubled.safetensors")
@@ -106,7 +109,7 @@ def test_compress_writes_a_network_that_loads_and_its_report(home, data):
     assert report["after"]["params"] <= 0.5 * report["before"]["params"]
     assert report["after"]["file"] == os.path.getsize("compressed/network.safetensors")
     assert "# mine:make, compressed" in (home / "compressed/report.md").read_text()
-    smaller = ps.load("compressed/network.safetensors", network("mine:make"))
+    smaller = ps.load("compressed/network.safetensors", load_network("mine:make"))
     assert sum(p.numel() for p in smaller.parameters()) == report["after"]["params"]
 
 
@@ -126,7 +129,7 @@ def test_the_json_report_has_the_fields_and_types_that_are_documented(home):
 
 def test_the_plain_tensors_are_written_on_request(home):
     run("compress", "mine:make", "--data", "mine:batches", "--state-dict", "--quiet")
-    smaller = ps.load("compressed/network.safetensors", network("mine:make"))
+    smaller = ps.load("compressed/network.safetensors", load_network("mine:make"))
     state = load_file("compressed/state_dict.safetensors")
     assert {*state} == {*smaller.state_dict()}
     assert all(torch.equal(state[name], value) for name, value in smaller.state_dict().items())
@@ -153,7 +156,7 @@ def test_labels_may_come_from_a_function(home):
 @pytest.mark.parametrize("weights", ["doubled.safetensors", "same.pt"])
 def test_weights_come_from_files(home, weights):
     factor = 2 if weights.startswith("doubled") else 1
-    model, plain = network("mine:make", home / weights), network("mine:make")
+    model, plain = load_network("mine:make", home / weights), load_network("mine:make")
     assert torch.equal(model[0].weight, factor * plain[0].weight)
     assert run("evaluate", "mine:make", "--data", "labelled.npz", "--weights", weights).exit_code == 0
 
@@ -176,7 +179,7 @@ def test_prune_writes_a_network_that_loads_and_its_report(home, method):
     assert result.exit_code == 0, result.output
     report = json.loads((home / "pruned/report.json").read_text())
     assert report["after"]["nonzeros"] < 0.6 * report["before"]["nonzeros"]
-    smaller = ps.load("pruned/network.safetensors", network("mine:make"))
+    smaller = ps.load("pruned/network.safetensors", load_network("mine:make"))
     assert sum(int(p.count_nonzero()) for p in smaller.parameters()) == report["after"]["nonzeros"]
     assert bool(report["layers"]) == (method != "ln")
 
@@ -190,7 +193,7 @@ def test_low_rank_writes_a_network_that_loads_and_its_report(home, how):
     result = run(*arguments, "--test", "labelled.npz")
     assert result.exit_code == 0, result.output
     report = json.loads((home / "factored/report.json").read_text())
-    smaller = ps.load("factored/network.safetensors", network("mine:make"))
+    smaller = ps.load("factored/network.safetensors", load_network("mine:make"))
     assert parameters(smaller) == report["after"]["params"] < report["before"]["params"]
     assert "--prune" in how or any("rank" in layer["layout"] for layer in report["layers"])
 
@@ -201,7 +204,7 @@ def test_low_rank_writes_a_network_that_loads_and_its_report(home, how):
         (),
         ("--scheme", "int8", "--bits", "6", "--group", "4"),
         ("--scheme", "codebook", "--bits", "3", "--layout", "shared"),
-        ("--scheme", "codebook", "--target", "bytes=0.4", "--retrain", "1e"),
+        ("--scheme", "codebook", "--target", "bytes=0.4", "--distill", "1e"),
         ("--scheme", "ternary", "--method", "nearest", "--ignore", "4"),
     ],
     ids=str,
@@ -222,7 +225,7 @@ def test_quantize_writes_a_network_that_loads_and_its_report(home, how):
     assert report["after"]["file"] == os.path.getsize("quantized/network.safetensors")
     assert report["before"]["file"] == report["before"]["bytes"]
     assert all(layer["bits"] <= 8 for layer in report["layers"])
-    smaller = ps.load("quantized/network.safetensors", network("mine:make"))
+    smaller = ps.load("quantized/network.safetensors", load_network("mine:make"))
     assert {*load_file("quantized/state_dict.safetensors")} == {*smaller.state_dict()}
     assert parameters(smaller) == report["after"]["params"] == report["before"]["params"]
     assert "## Weights by layer" in (home / "quantized/report.md").read_text()
@@ -233,10 +236,10 @@ def test_quantize_writes_a_network_that_loads_and_its_report(home, how):
 @pytest.mark.parametrize(
     ("how", "stages"),
     [
-        (("--bytes", "1500", "--params", "1"), ["original", "shared", "coded"]),
-        (("--bytes", "0.35"), None),
+        (("--bytes", "1500", "--target", "params=1"), ["original", "shared", "coded"]),
+        (("--target", "bytes=0.35"), None),
         (
-            ("--params", "0.6", "--zeros", "0.5", "--bits", "4", "--retrain", "2e"),
+            ("--target", "params=0.6", "--zeros", "0.5", "--bits", "4", "--distill", "2e"),
             ["original", "collapsed", "retrained", "sparse", "shared, retrained", "coded"],
         ),
     ],
@@ -252,7 +255,7 @@ def test_deep_compress_writes_a_network_that_loads_and_its_stages(home, how, sta
     size = os.path.getsize("deep/network.safetensors")
     assert report["after"]["file"] == report["stages"][-1]["bytes"] == size
     assert size <= report["target"].get("bytes", size) * (report["before"]["file"] if stages is None else 1)
-    smaller = ps.load("deep/network.safetensors", network("mine:make"))
+    smaller = ps.load("deep/network.safetensors", load_network("mine:make"))
     assert parameters(smaller) == report["after"]["params"]
     assert "## Stages" in (home / "deep/report.md").read_text()
     assert "<h2>Stages</h2>" in (home / "deep/report.html").read_text()
@@ -293,6 +296,7 @@ def test_solve_certifies_and_writes_the_solution(home):
         (("inspect", "mine:nothing", "--data", "inputs.npy"), "mine has no 'nothing'"),
         (("inspect", "mine:number", "--data", "inputs.npy"), "must be callable, got int"),
         (("inspect", "mine:batches", "--data", "inputs.npy"), "must return a torch.nn.Module, got list"),
+        (("inspect", "mine:make", "--data", "mine:score"), "must return batches, got float"),
         (("inspect", "not_there:make", "--data", "inputs.npy"), "No module named 'not_there'"),
         (("inspect", "mine:make", "--data", "nothing.npy"), "no file nothing.npy"),
         (("inspect", "mine:make", "--data", "nothing"), "no folder, no .npy or .npz file"),
@@ -314,8 +318,8 @@ def test_solve_certifies_and_writes_the_solution(home):
         (("prune", "mine:make", "--data", "inputs.npy", "--pattern", "3"), 'must be like "2:4"'),
         (("quantize", "mine:make", "--data", "inputs.npy", "--scheme", "float"), "unknown scheme 'float'"),
         (("quantize", "mine:make", "--data", "inputs.npy", "--target", "bytes=0.1"), "a target is for"),
-        (("quantize", "mine:make", "--data", "inputs.npy", "--retrain", "long"), "such as 60s, 2m or 5e"),
-        (("deep-compress", "mine:make", "--data", "inputs.npy"), "give --bytes, --params, --zeros or --bits"),
+        (("quantize", "mine:make", "--data", "inputs.npy", "--distill", "long"), "such as 60s, 2m or 5e"),
+        (("deep-compress", "mine:make", "--data", "inputs.npy"), "zeros and bits"),
         (
             ("deep-compress", "mine:make", "--data", "inputs.npy", "--bytes", "-1"),
             "must be a positive number",
@@ -373,6 +377,6 @@ def test_times_are_seconds_minutes_or_epochs(given, expected):
 
 
 def test_a_folder_has_a_part_to_learn_from_and_one_to_test_on(mnist_folder):
-    assert len(samples(str(mnist_folder)).labelled()[0]) == 60_000
-    assert len(samples(str(mnist_folder), train=False).labelled()[0]) == 10_000
-    assert [len(batch) for batch in samples(str(mnist_folder)).batches(600)] == [250, 250, 100]
+    assert len(load_samples(str(mnist_folder)).labelled()[0]) == 60_000
+    assert len(load_samples(str(mnist_folder), train=False).labelled()[0]) == 10_000
+    assert [len(batch) for batch in load_samples(str(mnist_folder)).batches(600)] == [250, 250, 100]
