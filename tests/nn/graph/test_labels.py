@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import Net, vectors
+from small import Net, vectors
 from torch import nn
 from torch.nn import functional as F
 
