@@ -21,7 +21,7 @@ from pysolve.nn.zoo import LeNet5
 from pysolve.solve.path import lam_for_groups
 from pysolve.training.fit import fit
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")

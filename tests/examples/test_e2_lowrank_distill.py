@@ -17,7 +17,7 @@ from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import accuracy, parameters
 from pysolve.nn.zoo import Mlp
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")

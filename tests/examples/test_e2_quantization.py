@@ -14,7 +14,7 @@ from pysolve.cli.datasets import Dataset
 from pysolve.nn import QuantLinear
 from pysolve.nn.zoo import Mlp
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from pysolve.cli import demo
 from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import accuracy, parameters
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from pysolve.nn.zoo import Mlp
 from pysolve.tables import Table
 from pysolve.training.fit import fit
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES = (196, 24, 10)
 
 

@@ -16,7 +16,7 @@ from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.zoo import LeNet5, LeNetC5
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PLAIN = ("threads", "csr", "csr_levels", "csr_multiply", "csr_plain")
 LEVELS = {
     "csr_avx2": ["-mavx2", "-mfma"],
@@ -25,7 +25,7 @@ def test_no_kernel_leaves_its_arrays(tmp_path):
     core = ROOT / "csrc" / "src"
     sources = {core / f"{name}.cpp": [] for name in PLAIN}
     sources |= {core / f"{name}.cpp": own for name, own in LEVELS.items() if x86}
-    sources[ROOT / "tests" / "csr_test.cpp"] = []
+    sources[Path(__file__).with_name("csr_test.cpp")] = []
     objects = []
     for source, own in sources.items():
         objects.append(str(tmp_path / f"{source.stem}.o"))

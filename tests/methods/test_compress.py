@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from networks import Net, images, network
+from small import Net, images, network
 from torch import nn
 from torch.nn.functional import relu
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset

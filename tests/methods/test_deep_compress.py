@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import network
+from small import network
 from torch import nn
 
 import pysolve as ps
@@ -26,14 +26,6 @@ from pysolve.nn.slicing import WEIGHTED
 def _few_runs(monkeypatch):
     """Reports hold times; nobody looks at them here."""
     monkeypatch.setattr(profile, "SECONDS", 0.0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def convolutional():

@@ -21,14 +21,6 @@ from pysolve.training.fit import fit
 BOTH = pytest.mark.parametrize("prune", [prune_gradually, network_surgery])
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def network():
     torch.manual_seed(0)
     layers = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(288, 40), nn.ReLU())

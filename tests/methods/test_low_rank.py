@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from networks import Net, network
+from small import Net, network
 from torch import nn
 from torch.nn import functional as F
 

@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from networks import Net, network, vectors
+from small import Net, network, vectors
 from torch import nn
 from torch.nn.functional import relu
 

@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import NETWORKS, network
 from torch import nn
 
 import pysolve as ps
 from pysolve.layer.scores import propagated_importance
 from pysolve.methods.channels import activations, importances, norms
 from pysolve.nn.evaluate import parameters
-from tests.networks import NETWORKS, network
 
 WEIGHTS = ("magnitude", "random", "std", "wanda", "obs")
 CHANNELS = ("ln", "activation", "nisp", "elimination", "lasso")

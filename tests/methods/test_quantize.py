@@ -11,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from networks import chains, network
+from small import chains, network
 from torch import nn
 
 import pysolve as ps
@@ -35,14 +35,6 @@ SCHEMES = {"int8": 8, "int8-dynamic": 8, "codebook": 4, "ternary": 4}
 def _few_runs(monkeypatch):
     """Reports hold times; nobody looks at them here."""
     monkeypatch.setattr(profile, "SECONDS", 0.0)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def mlp(seed=0):

@@ -19,14 +19,6 @@ from pysolve.nn.zoo import LeNet5, Mlp
 from pysolve.plan import Collapse, Plan, Site
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def mlp(sizes=(5, 7, 3), seed=0):
     torch.manual_seed(seed)
     return Mlp(sizes)

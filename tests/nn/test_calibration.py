@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import Net, network
+from small import Net, network
 from torch import nn
 
 from pysolve.errors import DataError

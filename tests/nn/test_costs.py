@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import seeds
 from torch import nn
 from torch.nn.functional import relu
 
@@ -14,15 +15,6 @@ from pysolve.nn.costs import cost_model
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.zoo import DigitsNet, LeNet5, Mlp, ResNet
 from pysolve.plan import Collapse, Plan, Site
-from tests.strategies import seeds
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Everything(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import Net, network, vectors
+from small import Net, network, vectors
 from torch import nn
 from torch.nn.functional import kl_div
 

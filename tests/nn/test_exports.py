@@ -6,7 +6,7 @@ import io
 
 import pytest
 import torch
-from networks import Net, network
+from small import Net, network
 from torch import nn
 from torch.export import Dim
 

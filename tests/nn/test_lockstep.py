@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from networks import Net, images, network, vectors
+from small import Net, images, network, vectors
 from torch import nn
 from torch.nn.functional import max_pool2d, relu
 

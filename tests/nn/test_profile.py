@@ -6,12 +6,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small import NETWORKS, network
 from torch import nn
 
 import pysolve as ps
 from pysolve.nn.evaluate import macs, parameters
 from pysolve.nn.profile import FEWEST, latencies, masses
-from tests.networks import NETWORKS, network
 
 
 def mlp(widths):

@@ -5,7 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
-from networks import NETWORKS, Net, network, vectors
+from small import NETWORKS, Net, network, vectors
 from torch import nn
 
 from pysolve.nn import sensitivity

@@ -17,14 +17,6 @@ from pysolve.plan import Site
 seeds = st.integers(0, 2**32 - 1)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def close(a, b):
     torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
 

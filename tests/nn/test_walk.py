@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from networks import NETWORKS, Net, network, vectors
+from small import NETWORKS, Net, network, vectors
 from torch import nn
 from torch.utils import _pytree as pytree
 

@@ -21,7 +21,7 @@ from pysolve.solve.elimination import elimination_path
 from pysolve.solve.solution import History
 from pysolve.solve.solvers import newton
 
-DOCS = Path(__file__).parent.parent / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 HISTORY = History(np.array([0.1, 0.2, 0.3]), np.array([0.0, -3.0, -4.0]), np.array([4.0, 2.0, 0.4]))
 CURVE = ((1, 0.5), (2, 0.1), (4, 0.01), (8, 0.0))
 SITES = (

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strategies import seeds
 
 from pysolve.errors import PysolveError
 from pysolve.solve.budget import MEASURES, Costs, allocate
-from tests.strategies import seeds
 
 
 def chain(sizes, macs=1, bias=True):

@@ -15,15 +15,6 @@ from pysolve.errors import DataError, PysolveError
 from pysolve.training.distill import distill
 from pysolve.training.loss import DistillationLoss, soft_loss
 
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # As compressed networks are brought back to the original's outputs.
 MATCHING = {"loss": "mse", "batch_size": 32, "mix": 0.5, "frozen": True, "progress": False}
 

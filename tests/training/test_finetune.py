@@ -20,14 +20,6 @@ from pysolve.training.finetune import finetune
 from pysolve.training.moving_masks import gradually, surgery
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def mlp(seed=0):
     torch.manual_seed(seed)
     return Mlp((6, 20, 3))

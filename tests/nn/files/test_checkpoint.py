@@ -15,12 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cuts import SITES
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import NETWORKS, network
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_nn_sites import SITES
+from small import NETWORKS, network
 from torch import nn
 from torch.utils import _pytree as pytree
 
@@ -43,14 +43,6 @@ from pysolve.plan import Collapse, Plan, Site
 from pysolve.report.report import Report
 
 REPORT = Report({"params": 10}, {"params": 5}, (), float("nan"), np.int64(3), 4, notes=("a → b",))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def other_values(model, seed=1):

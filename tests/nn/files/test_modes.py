@@ -20,14 +20,6 @@ from pysolve.nn.layers.sharing import codebooks_of, share_weights, shared_of, te
 from pysolve.nn.zoo import Mlp
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def mlp(sizes=(6, 20, 4)):
     torch.manual_seed(0)
     return Mlp(sizes).eval()

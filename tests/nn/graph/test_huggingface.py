@@ -3,22 +3,13 @@
 import numpy as np
 import pytest
 import torch
-from test_nn_sites import assert_cuts_cleanly, assert_poison_stays_inside, free
+from cuts import assert_cuts_cleanly, assert_poison_stays_inside, free
 
 from pysolve.nn.graph.sites import find_sites
 
 transformers = pytest.importorskip("transformers")
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 12}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Threads of tiny products only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def bert():

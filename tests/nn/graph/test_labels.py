@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from networks import Net, vectors
+from small import Net, vectors
 from torch import nn
 from torch.nn import functional as F
 
@@ -159,7 +159,7 @@ def test_what_works_on_several_channels_at_once_pins_them(name):
     site = sites_between(function, width)[0]
     assert site.writers == ("a",)
     assert reason in site.pinned
-    assert "test_nn_labels.py" in site.pinned or "networks.py" in site.pinned
+    assert "test_labels.py" in site.pinned or "small.py" in site.pinned
 
 
 def test_pixels_may_be_pooled_and_padded_but_not_shuffled():

@@ -35,14 +35,6 @@ OPTIMIZERS = {
 WAYS = ("values", "both", "zeros kept", "ternary")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def mlp():
     torch.manual_seed(0)
     return Mlp((6, 8, 3))

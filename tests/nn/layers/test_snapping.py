@@ -1,6 +1,5 @@
 """Values and gradients of shared weights are those that slow, obvious formulas give."""
 
-import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,14 +11,6 @@ from pysolve.nn.layers.sharing import Shared, Snapped
 
 SHAPES = st.sampled_from([(0, 3), (1, 1), (4, 6), (3, 2, 5), (4, 3, 2, 2), (2, 2, 2, 1, 3)])
 DTYPES = st.sampled_from([torch.float32, torch.float64])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def drawn(seed, shape, k, dtype=torch.float64):

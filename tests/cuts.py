@@ -1,0 +1,186 @@
+"""The sites of every small network, and what holds of a network whose sites are cut."""
+
+import copy
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from pysolve.nn.apply import apply, masked
+from pysolve.nn.running import forward
+from pysolve.plan import Collapse, Plan
+
+# Each site as "channels: writers → readers | passed ! words of the reason why it is pinned".
+SITES = {
+    "residual": ["6: stem conv2 → conv1 fc | bn", "5: conv1 → conv2", "4: fc → ! output"],
+    "two_residuals": ["6: stem b1 b2 → a1 a2 fc", "5: a1 → b1", "7: a2 → b2", "3: fc → ! output"],
+    "projection_shortcut": ["4: stem → conv shortcut", "6: conv shortcut → fc | bn", "3: fc → ! output"],
+    "padded_shortcut_in_code": [
+        "4: stem conv2 → conv1 fc",
+        "5: conv1 → conv2",
+        "4: conv2 → fc ! zero channels are padded in",
+        "3: fc → ! output",
+    ],
+    "padded_shortcut_by_a_layer": [
+        "4: stem conv2 → conv1 fc",
+        "5: conv1 → conv2",
+        "4: conv2 → fc | shortcut.pad",
+        "3: fc → ! output",
+    ],
+    "depthwise": ["6: 0 → 5 | 1 3 4", "4: 5 → ! output"],
+    "depth_multiplier": ["4: 0 → 2 | 1", "2: 2 → ! output"],
+    "grouped": ["4: 0 → 3 | 2", "2: 3 → ! output"],
+    "depthwise_on_the_input": ["5: 1 → 2", "2: 2 → ! output"],
+    "transposed": ["5: 0 → 2", "6: 2 → 4", "2: 4 → ! output"],
+    "dilated": ["5: 0 → 2", "2: 2 → ! output"],
+    "concat": ["4: a → c", "5: b → c", "2: c → ! output"],
+    "sliced": [
+        "3: a → b ! a width is written into the code",
+        "5: a → c ! a width is written into the code",
+        "2: b c → ! output",
+    ],
+    "chunked_swiglu": ["7: a → b", "4: b → ! output"],
+    "swiglu": ["7: gate up → down", "4: down → ! output"],
+    "flattened_by_view": ["5: conv → fc", "3: fc → ! output"],
+    "adaptive_pool": ["5: 0 → 4", "3: 4 → ! output"],
+    "upsampled": ["5: 0 → 2", "2: 2 → ! output"],
+    "shared_layer": ["6: stem twice → twice out", "2: out → ! output"],
+    "unused_layer": ["6: a → b", "2: b → ! output"],
+    "single_channel": ["1: 0 → 2 ! it is a single channel", "2: 2 → ! output"],
+    "norm_without_affine": ["5: 0 → 3 | 1", "2: 3 → ! output"],
+    "instance_norm": ["5: 0 → 3 | 1 2", "2: 3 → ! output"],
+    "group_norm": ["3: 0 → 3 | 1", "2: 3 → ! output"],
+    "one_group_norm": ["1: 0 → 2 | 1 ! group_norm mixes the channels of a group", "2: 2 → ! output"],
+    "squeeze_and_excite": ["8: conv up → down out", "4: down → up", "2: out → ! output"],
+    "attention": ["3: q k v → o", "4: o → ! output"],
+    "hard_coded_attention": ["3: q k v → o ! a width is written into the code", "4: o → ! output"],
+    "attention_by_products": ["3: q k v → o", "4: o → ! output"],
+    "grouped_queries": ["2: q k v → o", "4: o → ! output"],
+    "multihead_attention": [
+        "6: stem → ! `attention`, a MultiheadAttention, works on them as a whole",
+        "7: fc1 → fc2",
+        "3: fc2 → ! output",
+    ],
+    "transformer_layer": ["7: linear1 → linear2", "1: linear2 → ! layer_norm mixes these channels"],
+    "layer_norm_stream": [
+        "1: stem fc2 → fc1 out ! layer_norm mixes these channels",
+        "7: fc1 → fc2",
+        "3: out → ! output",
+    ],
+    "rms_norm_stream": [
+        "1: stem fc2 → fc1 out ! rms_norm mixes these channels",
+        "7: fc1 → fc2",
+        "3: out → ! output",
+    ],
+    "handmade_norm_stream": [
+        "1: stem fc2 → fc1 out ! mean mixes these channels",
+        "7: fc1 → fc2",
+        "3: out → ! output",
+    ],
+    "hard_coded_reshape": ["8: a → b ! a width is written into the code", "2: b → ! output"],
+    "conv1d": ["5: 0 → 3 | 1", "2: 3 → ! output"],
+    "conv3d": ["5: 0 → 4", "3: 4 → ! output"],
+    "embedding_stream": ["6: words places fc2 → fc1 out", "7: fc1 → fc2", "3: out → ! output"],
+    "keywords": ["6: words → fc1", "7: fc1 → fc2", "3: fc2 → ! output"],
+    "input_shortcut": [
+        "4: stem → fc ! an input or constant meets these channels directly",
+        "2: fc → ! output",
+    ],
+    "scaled_by_a_parameter": [
+        "6: stem → fc ! the parameter `scale` meets these channels directly",
+        "2: fc → ! output",
+    ],
+    "unknown_operator": ["8: 0 → ! pixel_shuffle is not understood", "5: 2 → 4", "2: 4 → ! output"],
+    "computed_weight": [
+        "6: a → b ! the weight of `a` is computed from other values",
+        "5: b → c",
+        "2: c → ! output",
+    ],
+    "tied_weights": [
+        "6: a → b ! `a` shares its values with `c.weight`",
+        "4: b → c ! `c` shares its values with `a.weight`",
+        "6: c → ! `c` shares its values with `a.weight`",
+    ],
+    "borrowed_weight": ["6: a → b ! `a.weight` is used outside of its layer", "2: b → ! output"],
+    "autocast": ["6: a → b", "2: b → ! output"],
+    "dead_end": ["5: unread → ! nothing reads these channels", "6: a → b", "2: b → ! output"],
+    "in_place": ["6: a b → b c", "2: c → ! output"],
+    "noisy": ["6: a → b ! outputs are random", "3: b → c ! outputs are random", "2: c → ! output"],
+    "softmax_between": ["1: 0 → 2 ! softmax mixes these channels", "2: 2 → ! output"],
+}
+LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+def shown(site):
+    passed = f" | {' '.join(site.passed)}" if site.passed else ""
+    return f"{site.channels}: {' '.join(site.writers)} → {' '.join(site.readers)}{passed}".strip()
+
+
+def outputs(model, batch):
+    """All tensors that a network returns, the same random numbers given."""
+    with torch.no_grad(), torch.random.fork_rng():
+        torch.manual_seed(0)
+        return [leaf for leaf in pytree.tree_leaves(forward(model, batch)) if isinstance(leaf, torch.Tensor)]
+
+
+def assert_same(model, other, batch):
+    for a, b in zip(outputs(model, batch), outputs(other, batch), strict=True):
+        assert a.shape == b.shape
+        scale = a.abs().max().item() if a.is_floating_point() else 0
+        assert (a - b).abs().max().item() <= (2e-2 if a.dtype == torch.bfloat16 else 1e-5) * scale
+
+
+def free(sites):
+    return [site for site in sites if site.pinned is None]
+
+
+def random_plan(sites, seed):
+    rng = np.random.default_rng(seed)
+
+    def keep(site):
+        return np.sort(rng.choice(site.channels, rng.integers(1, site.channels), replace=False))
+
+    return Plan(tuple(Collapse(site, keep(site)) for site in free(sites)))
+
+
+def assert_cuts_cleanly(model, batch, sites, seed):
+    """The cut network equals the masked one, in which the channels that go are silent already."""
+    plan = random_plan(sites, seed)
+    silenced = masked(model, plan)
+    for smaller in (apply(model, plan), apply(silenced, plan)):
+        assert_same(silenced, smaller, batch)
+
+
+def poisoned_columns(model, batch, site, channel):
+    """Which input channels of which layers see that one channel of a site is not a number.
+
+    Layers that read channels pass no poison on; grouped convolutions read none.
+    """
+    model, seen = copy.deepcopy(model), {}
+    rows = {name: site.rows[name][channel] for name in site.writers}
+
+    def hook(name, layer):
+        def changed(_, args, y):
+            dim = 1 if isinstance(layer, nn.modules.conv._ConvNd) else -1
+            if isinstance(layer, LAYERS) and getattr(layer, "groups", 1) == 1:
+                bad = args[0].isnan().movedim(dim, 0).flatten(1).any(1).nonzero().flatten()
+                if len(bad):
+                    seen.setdefault(name, set()).update(bad.tolist())
+                y = torch.zeros_like(y)
+            return y.index_fill(dim, torch.tensor(rows[name]), torch.nan) if name in rows else y
+
+        return changed
+
+    for name, layer in model.named_modules():
+        if isinstance(layer, (*LAYERS, nn.Embedding)):
+            layer.register_forward_hook(hook(name, layer))
+    assert not any(y.isnan().any() for y in outputs(model, batch))
+    return seen
+
+
+def assert_poison_stays_inside(model, batch, sites):
+    for site in free(sites):
+        for channel in range(site.channels):
+            expected = {name: set(site.columns[name][channel].tolist()) for name in site.readers}
+            assert poisoned_columns(model, batch, site, channel) == expected, shown(site)
