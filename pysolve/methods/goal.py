@@ -19,7 +19,7 @@ from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.plan import Plan, Site
 from pysolve.solve.budget import check_targets
 from pysolve.training.distill import distill as teach
-from pysolve.training.options import Course
+from pysolve.training.options import BaseOptions
 
 Target = Mapping[str, float]
 # For all sites, or by a site or the name of a writer of it.
@@ -135,7 +135,7 @@ def check_distill(model: nn.Module, distill: Length, extra: Collection[str] = ()
             return {}
         distill = {"seconds": distill}
     options = dict(distill)
-    known = {*signature(teach).parameters, *Course.__annotations__, *extra} - {
+    known = {*signature(teach).parameters, *BaseOptions.__annotations__, *extra} - {
         "student",
         "teacher",
         "batches",

@@ -31,7 +31,7 @@ from pysolve.nn.slicing import WEIGHTED
 from pysolve.plan import Plan
 from pysolve.training.finetune import Loss, counted, finetune
 from pysolve.training.moving_masks import PerLayer, gradually, surgery
-from pysolve.training.options import Course, Step, run_of
+from pysolve.training.options import BaseOptions, Step, run_of
 
 # Share of the training after which the masks stay as they are.
 _END = 0.6
@@ -47,7 +47,7 @@ def prune_gradually(
     ignore: Sequence[str] = (),
     layout: str = "auto",
     evaluate: Evaluate | None = None,
-    **training: Unpack[Course],
+    **training: Unpack[BaseOptions],
 ) -> Compressed:
     """Train a network while its smallest weights are set to zero, more and more of them.
 
@@ -89,7 +89,7 @@ def prune_gradually(
     M. Zhu, S. Gupta, To prune, or not to prune, 2017. J. Lee et al., Layer-adaptive sparsity for the
     magnitude-based pruning, 2021.
     """
-    run_of(1, training, Course)
+    run_of(1, training, BaseOptions)
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}.")
     prepared = _prepared(model, amount, "amount", ignore, layout)
@@ -111,7 +111,7 @@ def network_surgery(
     ignore: Sequence[str] = (),
     layout: str = "auto",
     evaluate: Evaluate | None = None,
-    **training: Unpack[Course],
+    **training: Unpack[BaseOptions],
 ) -> Compressed:
     """Train a network while weights are cut out, and spliced in again where they turn out to matter.
 
@@ -147,7 +147,7 @@ def network_surgery(
     ----------
     Y. Guo, A. Yao, Y. Chen, Dynamic network surgery for efficient DNNs, 2016.
     """
-    seed = run_of(1, training, Course).seed
+    seed = run_of(1, training, BaseOptions).seed
     if (amount is None) == (rate is None):
         raise ValueError(f"give either amount or rate, got {amount=} and {rate=}.")
     chances = probability.values() if isinstance(probability, Mapping) else [probability]
@@ -201,7 +201,7 @@ def _trained(
     batches: Iterable[Batch],
     step_of: Callable[[nn.Module], Step],
     loss: Loss,
-    training: Course,
+    training: BaseOptions,
     layout: str,
     evaluate: Evaluate | None,
     *,

@@ -22,8 +22,8 @@ from pysolve.nn.calibration import samples_in, take
 from pysolve.nn.evaluate import latency, nbytes
 from pysolve.nn.layers.factored import Factored, empty
 from pysolve.nn.layers.masking import mask_weights
+from pysolve.nn.layers.runtime import in_form
 from pysolve.nn.layers.sharing import share_weights
-from pysolve.nn.layers.sparse import in_form
 from pysolve.nn.profile import latencies, layer_inputs
 from pysolve.nn.running import as_array, find_layer
 from pysolve.plan import Collapse, Plan

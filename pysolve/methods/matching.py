@@ -18,13 +18,13 @@ from pysolve.methods.study import weight_name
 from pysolve.nn.apply import apply
 from pysolve.nn.layers.sharing import (
     TRAINED,
+    Snapped,
     codebooks_of,
     remove_sharing,
     share_weights,
     shared_of,
     ternary_weights,
 )
-from pysolve.nn.layers.snapping import Snapped
 from pysolve.nn.running import find_layer
 from pysolve.nn.slicing import TRANSPOSED
 from pysolve.training.distill import distill as teach

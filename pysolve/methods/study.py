@@ -21,7 +21,7 @@ from pysolve.nn.graph.export import Graph, trace_once
 from pysolve.nn.graph.sites import sites_in
 from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix
 from pysolve.nn.layers.masking import masks_of
-from pysolve.nn.layers.products import SparseWeight
+from pysolve.nn.layers.sparse import SparseWeight
 from pysolve.nn.running import Batch, as_array, find_matching
 from pysolve.nn.slicing import WEIGHTED
 from pysolve.plan import Site

@@ -5,10 +5,10 @@ import platform
 import numpy as np
 import pytest
 import torch
+from pysolve.methods.account import account, costs, distance, scored
 from torch import nn
 
 import pysolve as ps
-from pysolve.methods.account import account, costs, distance, scored
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.zoo import LeNet5
 

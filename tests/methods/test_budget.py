@@ -7,13 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pysolve.methods.account import costs as counted
+from pysolve.methods.ranks import Candidate, most_useful
 from strategies import seeds
 from torch import nn
 
 import pysolve as ps
-from pysolve.methods.account import costs as counted
 from pysolve.methods.budget import share
-from pysolve.methods.ranks import Candidate, most_useful
 from pysolve.nn.costs import cost_model
 from pysolve.nn.evaluate import layer_macs
 from pysolve.nn.layers.factored import Factored, empty

@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pysolve.methods.choice import FLOOR, choose, harm_curve, reader_columns, site_problem
 from strategies import correlated_samples, seeds
 
 from pysolve.correlations import Correlations
-from pysolve.methods.choice import FLOOR, choose, harm_curve, reader_columns, site_problem
 from pysolve.nn.layer_matrix import matrix, samples
 from pysolve.plan import Site
 from pysolve.solve.least_squares import refit

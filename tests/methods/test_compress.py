@@ -7,13 +7,13 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from pysolve.methods.shrink import shrink
 from small import Net, images, network
 from torch import nn
 from torch.nn.functional import relu
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pysolve as ps
-from pysolve.methods.shrink import shrink
 from pysolve.methods.sizes import channels_to_keep
 from pysolve.methods.study import study
 from pysolve.nn.divergence import kl_divergence, mean_divergence, run

@@ -8,13 +8,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pysolve.methods.account import distance
+from pysolve.methods.pipeline import Width, _least
 from small import network
 from torch import nn
 
 import pysolve as ps
 from pysolve.methods import account
-from pysolve.methods.account import distance
-from pysolve.methods.pipeline import Width, _least
 from pysolve.nn import profile
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.files.storage import bits as raw

@@ -7,13 +7,13 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from pysolve.methods.account import costs
 from small import Net, network
 from torch import nn
 from torch.nn import functional as F
 
 import pysolve as ps
 from pysolve.methods import choose_ranks as choose
-from pysolve.methods.account import costs
 from pysolve.nn import profile
 from pysolve.nn.layers.factored import Factored
 from pysolve.nn.layers.masking import mask_weights

@@ -5,12 +5,12 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from pysolve.methods.offline import cuts_of, reader_values, refit_readers
 from small import Net, network, vectors
 from torch import nn
 from torch.nn.functional import relu
 
 from pysolve.correlations import group_columns
-from pysolve.methods.offline import cuts_of, reader_values, refit_readers
 from pysolve.nn.apply import apply, masked
 from pysolve.nn.divergence import run
 from pysolve.nn.gather import gather

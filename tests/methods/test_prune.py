@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pysolve.methods.channels import activations, importances, norms
 from small import NETWORKS, network
 from torch import nn
 
 import pysolve as ps
 from pysolve.layer.scores import propagated_importance
-from pysolve.methods.channels import activations, importances, norms
 from pysolve.nn.evaluate import parameters
 
 WEIGHTS = ("magnitude", "random", "std", "wanda", "obs")

@@ -11,14 +11,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pysolve.methods.account import distance
+from pysolve.methods.layerwise import study_layers
+from pysolve.methods.quantized import plan_of, quantized
 from small import chains, network
 from torch import nn
 
 import pysolve as ps
 from pysolve.layer.quantize_layer import quantize_layer
-from pysolve.methods.account import distance
-from pysolve.methods.layerwise import study_layers
-from pysolve.methods.quantized import plan_of, quantized
 from pysolve.nn import QuantConv2d, QuantLinear, SparseLinear, profile, to_dense
 from pysolve.nn.apply import apply
 from pysolve.nn.divergence import kl_divergence

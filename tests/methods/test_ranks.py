@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import seeds
-
 from pysolve.methods.choice import FLOOR
 from pysolve.methods.ranks import Candidate, most_useful, probed_ranks
+from strategies import seeds
 
 
 @st.composite

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from pysolve.methods.offline import cuts_of
 from small import Net, images, network, vectors
 from torch import nn
 from torch.nn.functional import max_pool2d, relu
 
 from pysolve.correlations import group_columns
-from pysolve.methods.offline import cuts_of
 from pysolve.nn import lockstep
 from pysolve.nn.apply import apply, masked
 from pysolve.nn.gather import gather

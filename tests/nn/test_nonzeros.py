@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pysolve.methods.account import costs
 from scipy.sparse import csr_array
 from torch import nn
 
 import pysolve as ps
 from pysolve.forms import Integers
-from pysolve.methods.account import costs
 from pysolve.nn import QuantLinear, to_dense
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.layers.sharing import unshared

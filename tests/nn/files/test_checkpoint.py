@@ -18,6 +18,7 @@ import torch
 from cuts import SITES
 from hypothesis import given
 from hypothesis import strategies as st
+from pysolve.methods.account import after
 from safetensors import safe_open
 from safetensors.torch import save_file
 from small import NETWORKS, network
@@ -27,7 +28,6 @@ from torch.utils import _pytree as pytree
 import pysolve as ps
 from pysolve.compressed import Compressed
 from pysolve.forms import Codebook, Integers, LowRank, Sparse
-from pysolve.methods.account import after
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.files import storage
 from pysolve.nn.files.architecture import fingerprint

@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pysolve.methods.account import made_with
 from strategies import seeds
 from torch import nn
 
 import pysolve as ps
 from pysolve.compressed import Compressed
-from pysolve.methods.account import made_with
 from pysolve.nn.files import storage
 from pysolve.nn.files.architecture import fingerprint
 from pysolve.nn.files.checkpoint import CODINGS, file_bytes, stored_bytes

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from pysolve.methods.account import account
 from torch import nn
 
 import pysolve as ps
 from pysolve.compressed import Compressed
 from pysolve.forms import Integers
-from pysolve.methods.account import account
 from pysolve.nn import QuantConv2d, QuantLinear, to_dense, to_torchao
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.files.architecture import architecture, fingerprint, rebuilt
