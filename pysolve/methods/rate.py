@@ -30,13 +30,15 @@ from pysolve.nn.running import Batch, find_matching
 from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
 from pysolve.plan import Site
 
-# The share of the file's bytes that may be left unused, walks to come so close, and to come near.
-_CLOSE, _WALKS, _ROUGH = 0.03, 6, 2
+# The share of the file's bytes that may be left unused, and walks to come so close.
+_CLOSE, _WALKS = 0.03, 6
 # Bytes of a file's record and tables, about.
 _RECORD = 1000
 # Logarithms of the least factors of a price that a search tries, at first and later, and of the greatest; the
 # least power of a price by which sizes fall; the factor from the start after which equal sizes are the most.
 _NEAREST, _FARTHEST, _FLAT, _TELLING = (0.06, 0.18), 3.4, 0.02, 16.0
+# The power of a price by which bytes fall, before anything is known of it.
+_POWER = 0.5
 # Calls of a search at least after the first one that gave few enough bytes.
 _SINCE = 2
 
@@ -69,11 +71,14 @@ class Coded:
         What a bit cost.
     bytes : int, optional
         What its file was found to take.
+    power : float
+        Of the price, by which the bytes fall about there.
     """
 
     rebuilt: Rebuilt
     lam: float | None = None
     bytes: int | None = None
+    power: float = _POWER
 
 
 def subject_of(
@@ -156,24 +161,31 @@ def within_bytes(
         done = start
         if done is None or done.lam != lam:
             made = rebuild(subject.study, channels | subject.kind.at(lam, names))
-            done = Coded(shortened(subject, made), lam)
+            done = Coded(shortened(subject, made), lam, power=power)
         bytes = measure(done.rebuilt)
         found[bytes] = replace(done, bytes=bytes)
         return bytes
 
-    guess = None if start is None else start.lam
+    guess, power = (None, _POWER) if start is None else (start.lam, start.power)
     if guess is None:
         tasks = tasks_of(subject.study, channels | subject.kind.at(1.0, names))
         tasks = {name: subject.kind.prepared(task) for name, task in tasks.items()}
         kind = replace(subject.kind, pruned={})
 
+        seen: list[tuple[float, float]] = []
+
         def about(lam: float) -> float:
-            return sum(estimate(task, kind.at(lam, [name]).fits[name]) for name, task in tasks.items())
+            seen.append((lam, sum(estimate(t, kind.at(lam, [n]).fits[n]) for n, t in tasks.items())))
+            return seen[-1][1]
 
         guess = price_for(max(target - beside(subject), 0.2 * target), about) or 1.0
-    price_for(target, size, guess, steps=_ROUGH if rough else _WALKS, close=_CLOSE)
+        power = _power(seen)
     if rough:
+        first = size(guess)
+        if abs(first / target - 1) > _CLOSE:
+            size(_next(target, [(guess, first)], power))
         return found[min(found, key=lambda bytes: abs(bytes - target))]
+    price_for(target, size, guess, steps=_WALKS, close=_CLOSE, power=power)
     small = [bytes for bytes in found if bytes <= target]
     if not small:
         raise PysolveError(
@@ -202,6 +214,7 @@ def price_for(
     *,
     steps: int = 12,
     close: float = 0.02,
+    power: float = _POWER,
 ) -> float | None:
     """The price of a bit at which weights take ``wanted`` bytes or a little less; None where none does.
 
@@ -216,6 +229,8 @@ def price_for(
         Calls of ``size``; up to as many again where few enough bytes were found late or never.
     close : float
         Share of the bytes that may be left.
+    power : float
+        Of the price, by which the bytes fall where it begins.
     """
     seen: list[tuple[float, float]] = []
     best: tuple[float, float] | None = None
@@ -233,7 +248,7 @@ def price_for(
             best = (lam, found)
             if full or found >= (1 - close) * wanted:
                 break
-        lam = _next((1 - close / 2) * wanted, seen)
+        lam = _next((1 - close / 2) * wanted, seen, power)
     return None if best is None else best[0]
 
 
@@ -257,7 +272,15 @@ def beside(subject: Subject) -> float:
     return (nbytes(subject.study.model) - weights) / 2 + _RECORD
 
 
-def _next(wanted: float, seen: Sequence[tuple[float, float]]) -> float:
+def _power(seen: Sequence[tuple[float, float]]) -> float:
+    """The power of the price by which bytes fell between the last two calls of a search."""
+    if len(seen) < 2 or seen[-1][0] == seen[-2][0]:
+        return _POWER
+    (lam, size), (other, before) = seen[-1], seen[-2]
+    return math.log(max(before, 1.0) / max(size, 1.0)) / math.log(lam / other)
+
+
+def _next(wanted: float, seen: Sequence[tuple[float, float]], power: float) -> float:
     """A price between those that are known, or beyond them, the farther the more were tried."""
     large, small = ([point for point in seen if (point[1] > wanted) == more] for more in (True, False))
     if large and small:
@@ -268,10 +291,7 @@ def _next(wanted: float, seen: Sequence[tuple[float, float]]) -> float:
         share = 0.5 if bent else min(0.9, max(0.1, math.log(low[1] / wanted) / span))
         return float(low[0] * (high[0] / low[0]) ** share)
     (lam, size), tries = seen[-1], len(seen)
-    power = 0.5
-    if tries > 1:
-        before = seen[-2]
-        power = math.log(max(before[1], 1.0) / max(size, 1.0)) / math.log(lam / before[0])
+    power = power if tries < 2 else _power(seen)
     # Much of a file may be of one size at any price.
     step = abs(math.log(max(size, 1.0) / wanted)) / max(power, _FLAT)
     step = max(step, _NEAREST[min(tries - 1, 1)]) * (1 << min(max(tries - 2, 0), 4))
