@@ -242,6 +242,7 @@ def made(
         solves=sized.solves,
         notes=(*sized.notes, *rebuilt.notes),
         distill=distill,
+        selected=sized.predicted is not None,
         evaluate=evaluate,
     )
 

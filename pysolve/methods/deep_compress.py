@@ -152,6 +152,7 @@ def deep_compress(
         samples=rebuilt.samples,
         sites=[*site_reports(line.study, width.sized)] if width else [],
         notes=(*notes, *rebuilt.notes),
+        selected=width is not None,
         evaluate=evaluate,
         file=True,
     )

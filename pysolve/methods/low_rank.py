@@ -174,6 +174,7 @@ def low_rank(
         lines=[_line(table, rebuilt, laid, name) for name in weights],
         notes=rebuilt.notes,
         distill=how,
+        selected=target is not None,
         evaluate=evaluate,
     )
 

@@ -60,6 +60,7 @@ def finish(
     notes: Sequence[str] = (),
     distill: Mapping[str, object] | None = None,
     zeros: Sequence[str] = (),
+    selected: bool = False,
     evaluate: Evaluate | None = None,
     file: bool = False,
 ) -> Compressed:
@@ -80,6 +81,8 @@ def finish(
         Of ``check_distill``; undone where it harmed on held-out samples.
     zeros : sequence of str
         Dense layers whose zeros stay zero meanwhile.
+    selected : bool
+        Whether sizes were chosen on the selection set.
     evaluate : callable, optional
     file : bool
         Whether the report gives the bytes of the file that ``save`` writes.
@@ -90,14 +93,18 @@ def finish(
         notes = (*notes, *more)
         clock.stage("distill")
     report = account(original, model, study)
-    sites = tuple(sites)
+    if selected and study.apart is study.held:
+        notes = (
+            *notes,
+            "the divergence is measured on the samples that sizes were chosen on; with 2,200 there are others",
+        )
     few = few_samples(_given(study), study.correlations)
     stuck = pinned(report.mass, study.sites) if any(site.pinned is None for site in study.sites) else []
     report = replace(
         report,
         target=plain_target(target),
         samples=samples,
-        sites=sites,
+        sites=tuple(sites),
         layers=laid.lines if lines is None else tuple(lines),
         solves=tuple(solves),
         warnings=(*few, *stuck, *report.warnings),
@@ -153,7 +160,6 @@ def account(original: nn.Module, smaller: nn.Module, study: Study) -> Report:
     """
     first = study.held[0] if study.held else None
     mass = () if first is None else masses(original, smaller, take(first, 0, BATCHES[-1]))
-    same = study.apart is study.held
     return Report(
         before=costs(original, first),
         after=costs(smaller, first),
@@ -166,9 +172,6 @@ def account(original: nn.Module, smaller: nn.Module, study: Study) -> Report:
         mass=mass,
         latencies=() if first is None else _latencies(original, smaller, first),
         warnings=tuple(slower(mass)),
-        notes=("too few samples to hold some out from choosing sizes: divergence is that of the choice",)
-        if same and study.held
-        else (),
         made_with=made_with(study.options.seed),
     )
 

@@ -22,9 +22,9 @@ from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.running import Batch, arguments
 from pysolve.nn.walk import last_uses
 
-# Of each batch this share is held out, until there are so many samples to choose sizes by, and half as many more
-# that nothing is chosen or fitted on, for the report.
-HELD_SHARE, HELD_SAMPLES = 1 / 8, 256
+# Of each batch this share is held out, until there are so many samples to choose sizes by; then as many again as
+# the last number, that nothing is chosen or fitted on, for the report.
+HELD_SHARE, HELD_SAMPLES, APART_SAMPLES = 1 / 8, 256, 128
 # Rows (samples × positions) to gather for a layer, as a multiple of its inputs.
 ROWS_PER_INPUT = 60
 
@@ -58,9 +58,8 @@ class Calibration:
         room = self.limit
         for batch in batches:
             n, given = samples_in(batch), _count(self.held) + _count(self.apart)
-            out = min(max(1, int(n * HELD_SHARE)), HELD_SAMPLES * 3 // 2 - given) if n > 1 else 0
-            # Of three samples one is for the report.
-            split = out - min(out, max(0, (given + out) // 3 - _count(self.apart)))
+            out = min(max(1, int(n * HELD_SHARE)), HELD_SAMPLES + APART_SAMPLES - given) if n > 1 else 0
+            split = min(out, max(0, HELD_SAMPLES - given))
             for samples, start, stop in ((self.held, 0, split), (self.apart, split, out)):
                 if stop > start:
                     samples.append(take(batch, start, stop))
