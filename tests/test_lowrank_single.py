@@ -91,8 +91,8 @@ def test_singular_and_dead_inputs_are_normal_input():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "either rank or energy"),
-        ({"rank": 2, "energy": 0.5}, "either rank or energy"),
+        ({}, "exactly one of rank, energy"),
+        ({"rank": 2, "energy": 0.5}, "exactly one of rank, energy"),
         ({"rank": 0}, "within 1 … 6"),
         ({"rank": 7}, "within 1 … 6"),
         ({"rank": 2.5}, "an integer"),

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import scipy.linalg
 
 from pysolve.correlations import AnyArray, Array, Correlations, Indices, Mask
+from pysolve.layer.masks import checked_mask
 from pysolve.solve.least_squares import Ridge, check_ridge, least_squares, prior_ridge
 from pysolve.solve.problem import checked_matrix, problem_of
 
@@ -170,11 +171,7 @@ def refit_rows(
     gradients, in single precision, for few iterations on large layers. ``overwrite``: the result takes the
     place of ``start``.
     """
-    keep = np.asarray(mask)
-    if keep.shape != problem.W.shape or keep.dtype != np.bool_:
-        raise ValueError(
-            f"mask must be a bool array of shape {problem.W.shape}, got {keep.dtype} of {keep.shape}."
-        )
+    keep = checked_mask(mask, problem.W.shape)
     first = problem.W if start is None else start
     A: AnyArray = problem.metric()
     if single:

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import scipy.linalg
 
 from pysolve.correlations import Array, Correlations
+from pysolve.errors import exactly_one
 from pysolve.forms import LowRank
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.layer.layer_problem import explained
@@ -74,8 +75,7 @@ def reduced_rank(
     W = checked_matrix("W", W)
     known = _correlations(W, r_xx, r_yx)
     S = None if metric is None else checked_matrix("metric", metric)
-    if (rank is None) == (energy is None):
-        raise ValueError(f"give either rank or energy, got {rank=} and {energy=}.")
+    exactly_one(rank=rank, energy=energy)
     if S is not None and (known is None or S.shape != (len(W), len(W))):
         raise ValueError(f"a metric of shape {(len(W), len(W))} goes with r_xx, got shape {S.shape}.")
     most = min(W.shape)
