@@ -137,3 +137,5 @@ def test_two_matrices_say_what_correlations_do_but_for_what_no_weights_explain(f
         assert pair.error == pytest.approx(both.error, rel=1e-6)
     with pytest.raises(ValueError, match="r_yx"):
         fit(W, R, C[:, :3])
+    with pytest.raises(TypeError, match="a Correlations comes alone"):
+        fit(W, found, C)
