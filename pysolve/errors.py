@@ -27,3 +27,11 @@ def one_of(what: str, given: object, known: Iterable[str]) -> str:
     if isinstance(given, str) and given in words:
         return given
     raise ValueError(f"unknown {what} {given!r}; choose one of {', '.join(words)}.")
+
+
+def exactly_one(**given: object) -> str:
+    """The name of the only argument that is not None; ValueError that names those given otherwise."""
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) != 1:
+        raise ValueError(f"give exactly one of {', '.join(given)}; got {' and '.join(names) or 'none'}.")
+    return names[0]

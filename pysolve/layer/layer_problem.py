@@ -18,6 +18,7 @@ import numpy.typing as npt
 import scipy.linalg
 
 from pysolve.correlations import AnyArray, Array, Correlations, Indices, Mask
+from pysolve.layer.masks import checked_mask
 from pysolve.solve.least_squares import Ridge, check_ridge, least_squares, prior_ridge
 from pysolve.solve.problem import checked_matrix, problem_of
 
@@ -124,6 +125,7 @@ def layer_problem(
     E[y xᵀ] are taken as they are, y as far as x explains it; without ``r_yx``, y = W x.
     """
     W = checked_matrix("W", W)
+    check_alone(r_xx, r_yx)
     check_ridge(ridge)
     correlations = r_xx if isinstance(r_xx, Correlations) else None
     if isinstance(r_xx, Correlations):
@@ -145,6 +147,12 @@ def layer_problem(
     unit[dead] = 1e-20 * (live or 1.0) / (most or 1.0)
     least = RIDGES[0] if correlations is None else prior_ridge(len(R), correlations.count)
     return _with_ridge(LayerProblem(W, R, C, energy, 0.0, unit, dead, correlations), ridge, least)
+
+
+def check_alone(r_xx: object, r_yx: object) -> None:
+    """TypeError when r_yx comes with a Correlations or without any r_xx."""
+    if r_yx is not None and (r_xx is None or isinstance(r_xx, Correlations)):
+        raise TypeError("r_yx goes with a matrix r_xx; a Correlations comes alone.")
 
 
 def explained(R: Array, C: Array) -> Array:
@@ -170,11 +178,7 @@ def refit_rows(
     gradients, in single precision, for few iterations on large layers. ``overwrite``: the result takes the
     place of ``start``.
     """
-    keep = np.asarray(mask)
-    if keep.shape != problem.W.shape or keep.dtype != np.bool_:
-        raise ValueError(
-            f"mask must be a bool array of shape {problem.W.shape}, got {keep.dtype} of {keep.shape}."
-        )
+    keep = checked_mask(mask, problem.W.shape)
     first = problem.W if start is None else start
     A: AnyArray = problem.metric()
     if single:

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pysolve.correlations import AnyArray, Array, Mask
-from pysolve.errors import one_of
+from pysolve.errors import exactly_one, one_of
 
 Scores = AnyArray
 Weights = Mapping[str, AnyArray]
@@ -127,6 +127,14 @@ def keep_pattern(scores: Scores, n: int, m: int) -> Mask:
     keep[:, :whole] = keep_in_rows(rows[:, :whole].reshape(-1, m), n).reshape(len(rows), whole)
     keep[:, whole:] = keep_in_rows(rows[:, whole:], n)
     return keep.reshape(scores.shape)
+
+
+def checked_mask(mask: npt.ArrayLike, shape: tuple[int, ...]) -> Mask:
+    """``mask`` as an array; ValueError unless it is of bool and of that shape."""
+    keep = np.asarray(mask)
+    if keep.shape != shape or keep.dtype != np.bool_:
+        raise ValueError(f"mask must be a bool array of shape {shape}, got {keep.dtype} of {keep.shape}.")
+    return keep
 
 
 def parse_pattern(pattern: str) -> tuple[int, int]:
@@ -260,13 +268,10 @@ def _check(
 ) -> None:
     one_of("method", method, METHODS)
     one_of("scope", scope, SCOPES)
-    given = {"amount": amount, "threshold": threshold, "sensitivity": sensitivity, "pattern": pattern}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) != 1:
-        raise ValueError(f"give exactly one of {', '.join(given)}; got {' and '.join(names) or 'none'}.")
-    for name, wanted in (("threshold", "magnitude"), ("sensitivity", "std")):
-        if given[name] is not None and method != wanted:
-            raise ValueError(f"{name} goes with method={wanted!r}, got method={method!r}.")
+    name = exactly_one(amount=amount, threshold=threshold, sensitivity=sensitivity, pattern=pattern)
+    wanted = {"threshold": "magnitude", "sensitivity": "std"}.get(name, method)
+    if method != wanted:
+        raise ValueError(f"{name} goes with method={wanted!r}, got method={method!r}.")
     if scope == "global" and (pattern is not None or isinstance(amount, Mapping)):
         got = "a pattern" if pattern is not None else "one for each"
         raise ValueError(f"scope='global' takes one amount for all layers together, got {got}.")
@@ -274,7 +279,7 @@ def _check(
         parse_pattern(pattern)
     for value in (amount, threshold, sensitivity):
         if value is not None:
-            _check_numbers(weights, names[0], value)
+            _check_numbers(weights, name, value)
 
 
 def _check_numbers(weights: Weights, what: str, value: PerLayer) -> None:

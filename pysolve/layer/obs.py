@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pysolve.correlations import Array, Correlations, Mask
-from pysolve.errors import one_of
+from pysolve.errors import exactly_one, one_of
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.layer.layer_problem import ITERATIONS, LayerProblem, layer_problem, refit_rows
 from pysolve.layer.masks import count_left, parse_pattern
@@ -163,10 +163,7 @@ def _check(
 ) -> None:
     one_of("method", method, METHODS)
     one_of("scope", scope, SCOPES)
-    given = {"amount": amount, "count": count, "pattern": pattern, "mask": mask}
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) != 1:
-        raise ValueError(f"give exactly one of {', '.join(given)}; got {' and '.join(names) or 'none'}.")
+    exactly_one(amount=amount, count=count, pattern=pattern, mask=mask)
     if amount is not None and not 0 <= amount < 1:
         raise ValueError(f"amount must be in [0, 1), got {amount}.")
     if method == "greedy" and (scope == "row" or pattern is not None):

@@ -8,13 +8,14 @@ from numbers import Integral, Real
 import numpy as np
 import numpy.typing as npt
 
-from pysolve.correlations import AnyArray, Array, Correlations, Mask
+from pysolve.correlations import AnyArray, Array, Correlations
 from pysolve.errors import one_of
 from pysolve.forms import QuantForm
 from pysolve.layer.codebooks import share_values, spaced_values
 from pysolve.layer.grids import fit_grid
 from pysolve.layer.layer_fit import LayerFit
-from pysolve.layer.layer_problem import layer_problem
+from pysolve.layer.layer_problem import check_alone, layer_problem
+from pysolve.layer.masks import checked_mask
 from pysolve.layer.rounding import Codes, Levels, Target, round_best, round_nearest, target_of
 from pysolve.solve.least_squares import Ridge
 from pysolve.solve.problem import checked_matrix
@@ -70,7 +71,7 @@ def quantize_layer(
     ----------
     W : (h, d) array or CPU tensor
         The layer's weights; a convolution's as ``weight.flatten(1)``.
-    r_xx, r_yx : optional
+    r_xx, r_yx : Correlations, or (d, d) and (h, d) arrays or CPU tensors, optional
         As in ``obs_prune``; r_xx may be singular.
     bits : int
         Of a code: 1 … 8, or 2 … 8 for "int". Not for "ternary".
@@ -110,7 +111,8 @@ def quantize_layer(
     W = checked_matrix("W", W)
     _check(scheme, method, bits, group, rounds, lam, outputs)
     rows = None if outputs is None else _checked_rows(outputs, len(W))
-    keep = None if mask is None else _checked_mask(mask, W.shape)
+    keep = None if mask is None else checked_mask(mask, W.shape)
+    check_alone(r_xx, r_yx)
     problem = None if r_xx is None else layer_problem(W, r_xx, r_yx, ridge=ridge)
     if problem is None:
         target = Target(W if keep is None else np.where(keep, W, 0.0), None, keep, rows)
@@ -175,10 +177,3 @@ def _checked_rows(outputs: npt.ArrayLike, h: int) -> Array:
     if rows.shape != (h,) or not np.all(np.isfinite(rows) & (rows > 0)):
         raise ValueError(f"outputs must be {h} positive numbers, got an array of shape {rows.shape}.")
     return rows
-
-
-def _checked_mask(mask: npt.ArrayLike, shape: tuple[int, ...]) -> Mask:
-    keep = np.asarray(mask)
-    if keep.shape != shape or keep.dtype != np.bool_:
-        raise ValueError(f"mask must be a bool array of shape {shape}, got {keep.dtype} of {keep.shape}.")
-    return keep

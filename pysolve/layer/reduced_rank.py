@@ -10,9 +10,10 @@ import numpy.typing as npt
 import scipy.linalg
 
 from pysolve.correlations import Array, Correlations
+from pysolve.errors import exactly_one
 from pysolve.forms import LowRank
 from pysolve.layer.layer_fit import LayerFit
-from pysolve.layer.layer_problem import explained
+from pysolve.layer.layer_problem import check_alone, explained
 from pysolve.layer.spatial import as_kernels, plain_spatial, refitted, spatial_spectrum, spatial_start
 from pysolve.layer.spectrum import activation_spectrum, plain_spectrum
 from pysolve.solve.problem import checked_matrix, problem_of
@@ -48,7 +49,7 @@ def reduced_rank(
     ----------
     W : (h, d) array or CPU tensor
         The layer's weights; a convolution's as ``weight.flatten(1)``.
-    r_xx, r_yx : optional
+    r_xx, r_yx : Correlations, or (d, d) and (h, d) arrays or CPU tensors, optional
         As in ``obs_prune``; r_xx may be singular.
     rank : int
         r. Give this or ``energy``.
@@ -74,8 +75,7 @@ def reduced_rank(
     W = checked_matrix("W", W)
     known = _correlations(W, r_xx, r_yx)
     S = None if metric is None else checked_matrix("metric", metric)
-    if (rank is None) == (energy is None):
-        raise ValueError(f"give either rank or energy, got {rank=} and {energy=}.")
+    exactly_one(rank=rank, energy=energy)
     if S is not None and (known is None or S.shape != (len(W), len(W))):
         raise ValueError(f"a metric of shape {(len(W), len(W))} goes with r_xx, got shape {S.shape}.")
     most = min(W.shape)
@@ -181,6 +181,7 @@ def _correlations(
     W: Array, r_xx: Correlations | npt.ArrayLike | None, r_yx: npt.ArrayLike | None
 ) -> Correlations | None:
     """Correlations of the layer with weights W, also from matrices alone."""
+    check_alone(r_xx, r_yx)
     if r_xx is None:
         return None
     d = W.shape[1]

@@ -91,8 +91,8 @@ def test_singular_and_dead_inputs_are_normal_input():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "either rank or energy"),
-        ({"rank": 2, "energy": 0.5}, "either rank or energy"),
+        ({}, "exactly one of rank, energy"),
+        ({"rank": 2, "energy": 0.5}, "exactly one of rank, energy"),
         ({"rank": 0}, "within 1 … 6"),
         ({"rank": 7}, "within 1 … 6"),
         ({"rank": 2.5}, "an integer"),
@@ -137,3 +137,5 @@ def test_two_matrices_say_what_correlations_do_but_for_what_no_weights_explain(f
         assert pair.error == pytest.approx(both.error, rel=1e-6)
     with pytest.raises(ValueError, match="r_yx"):
         fit(W, R, C[:, :3])
+    with pytest.raises(TypeError, match="a Correlations comes alone"):
+        fit(W, found, C)
