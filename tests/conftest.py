@@ -7,7 +7,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from exported import share_exports
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None, max_examples=40, print_blob=True)
@@ -19,14 +18,6 @@ settings.load_profile(os.environ.get("PYSOLVE_HYPOTHESIS", "default"))
 def _one_thread() -> None:
     """Threads of tiny products only wait for each other."""
     torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _shared_exports():
-    """torch.export takes most of the time of small networks."""
-    with pytest.MonkeyPatch.context() as patch:
-        share_exports(patch)
-        yield
 
 
 @pytest.fixture(scope="session")
