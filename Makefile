@@ -4,7 +4,7 @@
 #     python3 -m venv .venv
 #     .venv/bin/pip install -c constraints.txt '.[demo,test]'
 #     .venv/bin/pysolve demo              (make demo)
-#     .venv/bin/python -m pytest          (make test)
+#     .venv/bin/python -m pytest -n 2     (make test; `-m ''` runs the slow ones as well)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	$(VENV)/bin/pysolve demo
 
 test: $(VENV)/.installed
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2
 
 lint: $(VENV)/.installed
 	$(VENV)/bin/pip install -q -c constraints.txt '.[dev]'

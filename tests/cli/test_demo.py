@@ -48,6 +48,7 @@ def test_threads_come_back():
     assert torch.get_num_threads() == before
 
 
+@pytest.mark.slow
 @pytest.mark.mnist
 def test_lenet_keeps_its_accuracy_on_a_ninth_of_its_neurons(mnist_folder):
     full = mnist(mnist_folder)

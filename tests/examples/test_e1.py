@@ -21,6 +21,7 @@ from pysolve.nn.zoo import LeNet5
 from pysolve.solve.path import lam_for_groups
 from pysolve.training.fit import fit
 
+pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

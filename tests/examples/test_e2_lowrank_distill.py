@@ -17,6 +17,7 @@ from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import accuracy, parameters
 from pysolve.nn.zoo import Mlp
 
+pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

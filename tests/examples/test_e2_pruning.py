@@ -17,6 +17,7 @@ from pysolve.cli.datasets import Dataset, mnist
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.zoo import Mlp
 
+pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

@@ -14,6 +14,7 @@ from pysolve.cli.datasets import Dataset
 from pysolve.nn import QuantLinear
 from pysolve.nn.zoo import Mlp
 
+pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

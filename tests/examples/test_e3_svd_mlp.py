@@ -16,6 +16,7 @@ from pysolve.nn.evaluate import accuracy, parameters
 from pysolve.nn.layers.factored import Factored
 from pysolve.nn.zoo import Mlp
 
+pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES = (100, 48, 48, 48, 10)
 

@@ -14,6 +14,7 @@ from pysolve.cli import demo
 from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import accuracy, parameters
 
+pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

@@ -20,6 +20,7 @@ from pysolve.nn.zoo import Mlp
 from pysolve.tables import Table
 from pysolve.training.fit import fit
 
+pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES = (196, 24, 10)
 

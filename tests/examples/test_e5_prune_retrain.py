@@ -16,6 +16,7 @@ from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.zoo import LeNet5, LeNetC5
 
+pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

@@ -16,6 +16,7 @@ LEVELS = {
 COMPILER = shutil.which("c++")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="needs a C++ compiler")
 @pytest.mark.skipif(platform.system() != "Linux", reason="needs the sanitizers' libraries")
 def test_no_kernel_leaves_its_arrays(tmp_path):

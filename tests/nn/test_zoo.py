@@ -144,6 +144,7 @@ def test_the_mnist_network_is_two_chains_with_a_flatten_between():
     assert kinds == [nn.Conv2d, nn.ReLU, nn.MaxPool2d] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.data
 def test_real_networks_fit_the_published_weights_and_reach_their_accuracy(data_folder):
     resnet, cnn = ResNet(20), MnistCnn()
