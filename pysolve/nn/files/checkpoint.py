@@ -30,7 +30,7 @@ _DIGITS = 5
 
 
 def save(
-    compressed: Compressed, path: str | os.PathLike[str], *, coding: str = "auto", report: bool = True
+    compressed: Compressed, path: str | os.PathLike[str], *, coding: str = "auto", report: bool = False
 ) -> None:
     """Write a compressed network to one ``.safetensors`` file, from which ``load`` makes it again.
 
@@ -55,7 +55,8 @@ def save(
         of them that is installed. "none" writes format 1: all tensors are the file's own, some without their
         zeros, and the record is plain.
     report : bool
-        Without, files are some hundred bytes smaller.
+        Whether the record holds the report, too: some hundred bytes more, and, as a report has timings, other
+        bytes in each run. Without, the same network makes the same file.
 
     Raises
     ------
@@ -67,7 +68,7 @@ def save(
     write(Path(path), *_content(compressed, coding, report))
 
 
-def file_bytes(compressed: Compressed, *, coding: str = "auto", report: bool = True) -> int:
+def file_bytes(compressed: Compressed, *, coding: str = "auto", report: bool = False) -> int:
     """Bytes of the file that ``save`` would write, exactly; parameters and errors as there."""
     return size(*_content(compressed, coding, report))
 

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from pysolve.errors import DataError
 from pysolve.forms import Sparse
-from pysolve.nn.files.coded import Row, fitted, gapped, written
-from pysolve.nn.files.decoded import Stream, gapped_of, row_of
 from pysolve.nn.files.format1 import (
     SparseLayer,
     Wanted,
@@ -28,6 +26,15 @@ from pysolve.nn.files.format1 import (
     wanted,
 )
 from pysolve.nn.files.plan_json import typed
+from pysolve.nn.files.row_coder import (
+    Row,
+    Stream,
+    fitted,
+    gapped,
+    gapped_of,
+    row_of,
+    written,
+)
 from pysolve.nn.files.storage import bits
 
 # Raw bytes from which on a tensor is one of the file's own.
@@ -44,7 +51,7 @@ class Compact:
         The bytes of all rows, one tensor after the other.
     rows : {name: [str, description]}
         Of the tensors in the stream, in its order: data type and shape, as in "float32 20x1x5x5", and how
-        the row of their bits is written, see ``files.coded``. Of a sparse layer's values, the shape of
+        the row of their bits is written, see ``files.row_coder``. Of a sparse layer's values, the shape of
         its matrix.
     tensors : {name: tensor}
         Large ones that no way makes smaller.
