@@ -1,10 +1,8 @@
-"""What of a compressed network its tensors do not tell: as a record, and the network made from it again."""
+"""The layers of a compressed network as a record, and the network made from it again."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import zip_longest
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -25,6 +23,7 @@ from pysolve.nn.files.plan_json import (
     strings,
     typed,
 )
+from pysolve.nn.files.storage import type_and_shape
 from pysolve.nn.layers.factored import empty
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import in_form, substitute
@@ -39,13 +38,13 @@ _GROWTH = 4
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """Data type and shape of every tensor in a network's state dict, by name: ``float32 20x1x5x5``."""
     return {
-        name: f"{str(value.dtype).removeprefix('torch.')} {'x'.join(map(str, value.shape))}".strip()
+        name: type_and_shape(value.dtype, value.shape)
         for name, value in model.state_dict().items()
         if isinstance(value, Tensor)
     }
 
 
-def architecture(compressed: Compressed) -> dict[str, Any]:
+def architecture(compressed: Compressed) -> dict[str, object]:
     """Stages, new biases, sparse and quantised layers of a compressed network, as ``save`` has them."""
     plans = (*compressed.earlier, compressed.plan)
     return {
@@ -61,15 +60,15 @@ def architecture(compressed: Compressed) -> dict[str, Any]:
     }
 
 
-def rebuilt(record: Mapping[str, Any], model: nn.Module) -> nn.Module:
+def rebuilt(record: Mapping[str, object], model: nn.Module) -> nn.Module:
     """A copy of the original with the compressed network's layers, and any values."""
     biases = {*strings(field(record, "biases"), "biases")} - model.state_dict().keys()
     network = _with_biases(model, biases)
     stages = typed(field(record, "stages"), list, "stages")
     # Files of before layers were factored have no such field.
     factored = typed(record.get("factored", []), list, "factored")
-    pairs: Any = zip_longest(stages, factored[: len(stages)], fillvalue={})
-    for stage, ranks in pairs:
+    factored = [*factored[: len(stages)], *[{}] * (len(stages) - len(factored))]
+    for stage, ranks in zip(stages, factored, strict=True):
         steps = steps_of(stage, _widths(network))
         network = apply(network, Plan(steps)) if steps else network
         if forms := _factors(network, ranks):
@@ -103,7 +102,7 @@ def _new_biases(compressed: Compressed) -> list[str]:
     return [name for name in biases if name in given]
 
 
-def _factored(plan: Plan) -> dict[str, Any]:
+def _factored(plan: Plan) -> dict[str, object]:
     """Records of a plan's factors, by layer."""
     factors = {name: form for name, form in plan.forms.items() if isinstance(form, LowRank)}
     return {name.rpartition(".")[0]: form_record(form) for name, form in factors.items()}
@@ -127,8 +126,8 @@ def _with_biases(network: nn.Module, biases: set[str]) -> nn.Module:
     )
 
 
-def _factors(network: nn.Module, ranks: Any) -> dict[str, LowRank]:
-    """Forms of zeros for the layers that became two."""
+def _factors(network: nn.Module, ranks: object) -> dict[str, LowRank]:
+    """Factors of zeros, by weight."""
     forms = {}
     for name, (rank, spatial) in factors_of(ranks).items():
         layer = find_layer(network, name)
@@ -168,7 +167,7 @@ def _bits(layer: QuantWeight) -> list[int]:
     return [layer.bits, group, int(layer.zeros is not None), int(getattr(layer, "dynamic", False))]
 
 
-def _codes(name: str, layer: nn.Module, bits: Any) -> Integers:
+def _codes(name: str, layer: nn.Module, bits: object) -> Integers:
     """A form of zeros for a layer; one scale for each weight at most."""
     if not isinstance(layer, nn.Linear | nn.Conv2d):
         raise DataError(f"{name} is a {type(layer).__name__}, which has no form of integers.")

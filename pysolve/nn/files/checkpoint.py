@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from pysolve.nn.files.modes import modes_record, ordinary, restore_modes
 from pysolve.nn.files.plan_json import field, plain, typed
 from pysolve.nn.files.storage import STREAM, bits, read, size, write
 
+Record = dict[str, object]
 # Format versions: with each tensor for itself, and in one coded stream.
 PLAIN, CODED = 1, 2
 CODINGS = ("auto", "ans", "huffman", "none")
@@ -74,7 +74,7 @@ def file_bytes(compressed: Compressed, *, coding: str = "auto", report: bool = F
 
 
 def stored_bytes(model: nn.Module, coding: str = "auto") -> dict[str, int]:
-    """What each tensor of a network takes in a file that ``save`` writes.
+    """Bytes of each tensor of a network in a file that ``save`` writes.
 
     Parameters
     ----------
@@ -85,8 +85,8 @@ def stored_bytes(model: nn.Module, coding: str = "auto") -> dict[str, int]:
     Returns
     -------
     {state-dict name: int}
-        Bytes of tables and data, without what the record tells: 0 for a tensor of one value, for further
-        names of a tensor, and for what follows from where the entries of a sparse layer are.
+        Bytes of tables and data, without the record: 0 for a tensor of one value, for further
+        names of a tensor, and for the indices of a sparse layer.
     """
     model, kind = ordinary(model), _kind(coding)
     sizes = dict.fromkeys(model.state_dict(), 0)
@@ -136,13 +136,13 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     return network
 
 
-def _content(compressed: Compressed, coding: str, report: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _content(compressed: Compressed, coding: str, report: bool) -> tuple[dict[str, Tensor], Record]:
     """Tensors and record of a file."""
     _check_kind("compressed", compressed, Compressed, "what compress or prune returned")
     model, kind = ordinary(compressed.model), _kind(coding)
     modes = modes_record(compressed.model, model)
     compressed = replace(compressed, model=model)
-    record = {
+    record: Record = {
         "version": CODED if kind else PLAIN,
         "pysolve": __version__,
         "original": compressed.fingerprint,
@@ -158,18 +158,19 @@ def _content(compressed: Compressed, coding: str, report: bool) -> tuple[dict[st
         tensors = packed.tensors
         record |= {"shapes": packed.shapes, "aliases": packed.aliases}
     if report:
-        told = plain(compressed.report.brief().as_dict())
-        record["report"] = _rounded(told) if kind else told
+        rows = plain(compressed.report.brief().as_dict())
+        record["report"] = _rounded(rows) if kind else rows
     return tensors, record
 
 
-def _values(record: Mapping[str, Any], tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+def _values(record: Record, tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """The state dict that a file holds for a network."""
-    aliases = field(record, "aliases")
-    if record["version"] == PLAIN:
-        return unpack(Packed(tensors, field(record, "shapes"), aliases), network)
+    plain = record["version"] == PLAIN
+    table, aliases = (typed(field(record, n), dict, n) for n in ("shapes" if plain else "rows", "aliases"))
+    if plain:
+        return unpack(Packed(tensors, table, aliases), network)
     others = {name: tensor for name, tensor in tensors.items() if name != STREAM}
-    return expanded(Compact(tensors[STREAM], field(record, "rows"), others, aliases), network)
+    return expanded(Compact(tensors[STREAM], table, others, aliases), network)
 
 
 def _kind(coding: str) -> str:
@@ -181,7 +182,7 @@ def _kind(coding: str) -> str:
     return "" if coding == "none" else coding
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: object) -> object:
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -189,12 +190,12 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
 
 
-def _check_kind(name: str, value: Any, kind: type, what: str) -> None:
+def _check_kind(name: str, value: object, kind: type, what: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {what}, got {type(value).__name__}.")
 
 
-def _check_original(record: Mapping[str, Any], model: nn.Module) -> None:
+def _check_original(record: Record, model: nn.Module) -> None:
     """Refuse a network that is not the original, naming the first difference."""
     if field(record, "original") is None:
         return
