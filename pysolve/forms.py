@@ -30,6 +30,10 @@ class Sparse:
     values : (nnz,) array
     gaps : (≥ nnz,) uint8 or uint16 array
         The last one belongs to the last entry.
+
+    References
+    ----------
+    S. Han, H. Mao, W. J. Dally, Deep compression, 2016.
     """
 
     shape: tuple[int, ...]
@@ -98,6 +102,11 @@ class LowRank:
     outer : (h, r, …) array
     inner : (r, c, …) array
         Along each dimension of the kernel, one of the two has size 1.
+
+    References
+    ----------
+    M. Jaderberg, A. Vedaldi, A. Zisserman, Speeding up convolutional neural networks with low rank
+    expansions, 2014.
     """
 
     outer: AnyArray
@@ -140,7 +149,33 @@ class LowRank:
 
 
 @dataclass(frozen=True, eq=False)
-class Codebook:
+class _Coded:
+    """A weight as small integers that stand for its entries."""
+
+    codes: AnyArray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.codes.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is stored."""
+        raise NotImplementedError
+
+    def with_codes(self, codes: AnyArray) -> Self:
+        """The same with other codes, or with these in another shape."""
+        return replace(self, codes=codes)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all that is stored, over the entries of the weight."""
+        return 8 * self.nbytes / max(1, self.codes.size)
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook(_Coded):
     """A weight as codes of the values that its entries share: W = centroids[codes].
 
     Parameters
@@ -164,11 +199,6 @@ class Codebook:
             raise DataError(f"there is a code {most}, but only {len(self.centroids)} centroids.")
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        return self.codes.shape
-
-    @property
     def bits(self) -> int:
         """Bits of a code."""
         return max(1, (len(self.centroids) - 1).bit_length())
@@ -182,18 +212,9 @@ class Codebook:
         """Bytes of the packed codes and of the centroids."""
         return _packed_bytes(self.codes.size, self.bits) + self.centroids.nbytes
 
-    def with_codes(self, codes: AnyArray) -> Self:
-        """The same with other codes, or with these in another shape."""
-        return replace(self, codes=codes)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits of all that is stored, over the entries of the weight."""
-        return 8 * self.nbytes / max(1, self.codes.size)
-
 
 @dataclass(frozen=True, eq=False)
-class Integers:
+class Integers(_Coded):
     """A weight as small integers: (codes − zeros) · scales.
 
     Parameters
@@ -236,11 +257,6 @@ class Integers:
                 raise DataError(f"there are codes beyond −{top} … {top - 1}, what {self.bits} bits hold.")
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Shape of the weight."""
-        return self.codes.shape
-
-    @property
     def _columns(self) -> int:
         return int(np.prod(self.codes.shape[1:], dtype=np.int64))
 
@@ -261,15 +277,6 @@ class Integers:
         """Bytes of the packed codes, of scales and zeros."""
         zeros = 0 if self.zeros is None else self.zeros.nbytes
         return _packed_bytes(self.codes.size, self.bits) + self.scales.nbytes + zeros
-
-    def with_codes(self, codes: AnyArray) -> Self:
-        """The same with other codes, or with these in another shape."""
-        return replace(self, codes=codes)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits of all that is stored, over the entries of the weight."""
-        return 8 * self.nbytes / max(1, self.codes.size)
 
 
 QuantForm = Codebook | Integers

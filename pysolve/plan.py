@@ -131,7 +131,7 @@ class Plan:
     Parameters
     ----------
     steps : tuple of Collapse
-        All speak of the original network, so a layer may read one site and write another.
+        All refer to the original network, so a layer may read one site and write another.
     values : {state-dict name: array}
         New parameters and buffers in the shapes that they have in the original network; what belongs to
         removed channels is dropped with them. A bias may be given to a layer that has none.

@@ -38,7 +38,7 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     """Make the smaller network that a plan describes; the original is never changed.
 
     New values come first; then readers lose the columns of the removed channels, writers and passed layers
-    the rows; then tensors take other forms, in their narrowed shapes. All steps speak of the original
+    the rows; then tensors take other forms, in their narrowed shapes. All steps refer to the original
     network: a layer may read and write several sites, or one site both ways; a layer under several names is
     cut once.
 
@@ -199,7 +199,7 @@ def _cut(name: str, layer: nn.Module, uses: list[tuple[str, Collapse]]) -> Cut:
     for what, parts in tables.items():
         if parts and len(np.unique(np.concatenate(parts))) < sum(map(len, parts)):
             raise CollapseError(
-                f"several steps speak of the same channels of {name}: say in the sites' {what} which are "
+                f"several steps cut the same channels of {name}: say in the sites' {what} which are "
                 "whose, or apply one plan after the other."
             )
     return Cut(kept["writers"], kept["passed"], kept["readers"])

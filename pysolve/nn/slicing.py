@@ -144,7 +144,7 @@ def check_cut(name: str, layer: nn.Module, cut: Cut) -> None:
 
 
 def narrow(layer: nn.Module, cut: Cut) -> None:
-    """Cut a layer in place; parameters stay parameters and buffers buffers."""
+    """Cut a layer in place; its parameters and buffers are replaced by narrower ones."""
     if type(layer) in PADS:
         _narrow_padding(layer, cut.passed)
     elif type(layer) in WEIGHTED:

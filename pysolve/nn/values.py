@@ -111,7 +111,7 @@ def _expected(
 
 
 def closest(name: str, state: Mapping[str, object]) -> str:
-    """Which names of a state dict may have been meant."""
+    """Names of a state dict that may have been meant."""
     close = difflib.get_close_matches(name, state, n=3)
     return f"did you mean {' or '.join(map(repr, close))}?" if close else "see model.state_dict()."
 

@@ -60,7 +60,7 @@ def _watched(model: nn.Module) -> Iterator[list[bool]]:
 
 
 def _difference(wanted: Tensor, got: Tensor, *, rounded: bool) -> str | None:
-    """How far one output is off, in words; None within tolerance."""
+    """The error of one output, in words; None within tolerance."""
     tolerance = 0.0
     if wanted.is_floating_point():
         tolerance = _HALF_TOLERANCE if rounded else _TOLERANCE.get(wanted.dtype, _HALF_TOLERANCE)

@@ -45,7 +45,7 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def architecture(compressed: Compressed) -> dict[str, object]:
-    """Stages, new biases, sparse and quantised layers of a compressed network, as ``save`` has them."""
+    """Stages, new biases, sparse and quantised layers of a compressed network, as ``save`` writes them."""
     plans = (*compressed.earlier, compressed.plan)
     return {
         "stages": [[step_record(step) for step in plan.steps] for plan in plans],
@@ -162,7 +162,7 @@ def _empty(name: str, layer: nn.Module) -> Sparse:
 
 
 def _bits(layer: QuantWeight) -> list[int]:
-    """Of a quantised layer: bits, inputs of a group or 0 for all, whether it has zeros and rounds inputs."""
+    """Bits, inputs of a group or 0 for all, and whether a quantised layer has zeros and rounds inputs."""
     group = layer.group if layer.group and layer.scales.shape[1] > 1 else 0
     return [layer.bits, group, int(layer.zeros is not None), int(getattr(layer, "dynamic", False))]
 

@@ -45,8 +45,8 @@ def save(
     Parameters
     ----------
     compressed : Compressed
-        What ``compress`` or ``prune`` gave. Without a fingerprint, ``load`` can tell a wrong original only by
-        shapes that do not fit.
+        From ``compress``, ``prune`` or another method. Without a fingerprint, ``load`` recognises a wrong
+        original only by shapes that do not fit.
     path : str or path
         An existing file is replaced once the new one is complete.
     coding : "auto", "ans", "huffman" or "none"
@@ -64,6 +64,8 @@ def save(
         When the network holds what such files cannot, for example tensors without values.
     ImportError
         "ans" without constriction.
+    TypeError, ValueError
+        For anything but a ``Compressed``; for an unknown coding.
     """
     write(Path(path), *_content(compressed, coding, report))
 
@@ -113,6 +115,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     DataError
         When the file is damaged, of another version or no such file at all, or made from another network:
         names the first difference. Files are safe to load whoever wrote them.
+    ImportError
+        When the file needs constriction, which is not installed.
     """
     _check_kind("model", model, nn.Module, "the original network, a torch.nn.Module")
     record, tensors = read(Path(path))

@@ -136,7 +136,7 @@ def _chain(
     begins: npt.NDArray[np.uint64],
     sizes: npt.NDArray[np.int32],
 ) -> tuple[npt.NDArray[np.int32], int, AnyArray, npt.NDArray[np.intp]]:
-    """Where codes begin among the bits of a part, and in the next part, given where the first one does.
+    """Beginnings of codes among the bits of a part, and in the next part, from the beginning of the first.
 
     Every bit's code, if one began there, says where the next begins. Those steps are doubled four times, a
     loop takes every sixteenth, and the ones between follow.
@@ -163,7 +163,7 @@ def _chain(
 
 
 def _long_ranks(part: Bytes, places: AnyArray, begins: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
-    """Which codes begin at some bits, from the 56 bits that follow."""
+    """Ranks of the codes that begin at some bits, from the 56 bits that follow."""
     value = np.zeros(len(places), np.uint64)
     for i in range(8):
         value = value << np.uint64(8) | part[places // 8 + i]

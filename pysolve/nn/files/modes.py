@@ -38,7 +38,7 @@ def restore_modes(network: nn.Module, record: Mapping[str, object]) -> None:
     """Bring a network of ordinary weights into the modes of a record, in place.
 
     Masks are where weights are not zero. Values that a layer shares are those that it has, zero first; they
-    can be trained, and codes stay.
+    can be trained, codes cannot.
 
     Raises
     ------

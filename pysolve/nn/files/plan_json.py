@@ -133,7 +133,7 @@ def factors_of(records: object) -> dict[str, tuple[int, bool]]:
 def steps_of(records: object, width: Width) -> tuple[Collapse, ...]:
     """Steps from their records, for a network whose layers have these widths.
 
-    Together the steps may speak of each channel of a layer once, so that no more is made of a file than the
+    Together the steps may cut each channel of a layer once, so that no more is made of a file than the
     network is wide.
 
     Raises
@@ -141,9 +141,9 @@ def steps_of(records: object, width: Width) -> tuple[Collapse, ...]:
     DataError
         When a record is not one of a step of this network.
     """
-    spoken: dict[tuple[str, str], int] = {}
+    spent: dict[tuple[str, str], int] = {}
     return tuple(
-        _step(typed(record, dict, "a step"), width, spoken) for record in typed(records, list, "steps")
+        _step(typed(record, dict, "a step"), width, spent) for record in typed(records, list, "steps")
     )
 
 
@@ -170,7 +170,7 @@ def _shown(value: object) -> str:
     return _KINDS.get(type(value), "null" if value is None else "a number")
 
 
-def _step(record: dict[str, object], width: Width, spoken: dict[tuple[str, str], int]) -> Collapse:
+def _step(record: dict[str, object], width: Width, spent: dict[tuple[str, str], int]) -> Collapse:
     channels = typed(field(record, "channels"), int, "channels")
     writers, readers, passed = (
         tuple(strings(field(record, role), role)) for role in ("writers", "readers", "passed")
@@ -185,7 +185,7 @@ def _step(record: dict[str, object], width: Width, spoken: dict[tuple[str, str],
             limit = width(what, name)
             size = tables[what][name].size if name in given else limit
             most = max(most, size)
-            _spend(spoken, (what, name), size, limit)
+            _spend(spent, (what, name), size, limit)
     if not 1 <= channels <= most:
         raise DataError(f"expected a site of 1 … {most} channels, got {channels}.")
     keep = indices_of(field(record, "keep"), channels, "keep")
@@ -202,7 +202,7 @@ def _table(text: object, channels: int, limit: int, what: str) -> Indices:
     return table.reshape(channels, len(table) // channels)
 
 
-def _spend(spoken: dict[tuple[str, str], int], key: tuple[str, str], size: int, limit: int) -> None:
-    spoken[key] = spoken.get(key, 0) + size
-    if spoken[key] > limit:
-        raise DataError(f"several steps speak of the same {key[0]} of {key[1]}.")
+def _spend(spent: dict[tuple[str, str], int], key: tuple[str, str], size: int, limit: int) -> None:
+    spent[key] = spent.get(key, 0) + size
+    if spent[key] > limit:
+        raise DataError(f"several steps cut the same {key[0]} of {key[1]}.")

@@ -199,7 +199,7 @@ def _sealed(
 
 
 def _opened(metadata: str, tensors: dict[str, Tensor], size: int) -> tuple[dict[str, object], set[str]]:
-    """The record, and which tensors have their checksum already; of what holds it only the rest stays."""
+    """The record, and the names of tensors whose checksum is verified; ``:coded`` loses the record."""
     plain, version = _SEALED.fullmatch(metadata), _VERSION.match(metadata)
     if plain is None and version is None:
         raise DataError("it has no record of a compressed network.")

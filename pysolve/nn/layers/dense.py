@@ -17,7 +17,7 @@ _KINDS = (SparseWeight, Factored, QuantWeight)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """A copy of a network with one dense layer for each sparse or quantised one, and each that became two.
+    """A copy of a network with one dense layer for each sparse, quantised or factored one.
 
     For other devices and half precision, and for exporting. A network with sparse layers can be exported,
     too: at 90 % zeros such a program takes a fifth of a dense one's space, but makes the dense weights anew

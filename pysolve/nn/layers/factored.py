@@ -70,7 +70,7 @@ class Factored(nn.Module):
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """Of the outer layer."""
+        """The outer layer's."""
         bias: nn.Parameter | None = self.outer.bias
         return bias
 

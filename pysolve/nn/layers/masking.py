@@ -1,4 +1,4 @@
-"""Weights that are masked: pruned places are zero, and stay zero while the others are trained."""
+"""Masked weights: pruned ones are zero, and remain zero while the others are trained."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Mask(nn.Module):
         return weight + (masked - weight).detach() if self.splicing else masked
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """What lies below a weight that is put in place."""
+        """The parameter below, for a weight that is put in place."""
         return weight if self.splicing else torch.where(self.mask, weight, 0.0)
 
 
