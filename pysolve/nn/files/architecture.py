@@ -164,7 +164,7 @@ def _empty(name: str, layer: nn.Module) -> Sparse:
 def _bits(layer: QuantWeight) -> list[int]:
     """Bits, inputs of a group or 0 for all, and whether a quantised layer has zeros and rounds inputs."""
     group = layer.group if layer.group and layer.scales.shape[1] > 1 else 0
-    return [layer.bits, group, int(layer.zeros is not None), int(getattr(layer, "dynamic", False))]
+    return [layer.bits, group, int(layer.zeros is not None), int(layer.dynamic)]
 
 
 def _codes(name: str, layer: nn.Module, bits: object) -> Integers:
