@@ -1,4 +1,4 @@
-"""Forms of one weight beside the dense one, and what each costs in bytes."""
+"""Forms of one weight besides the dense one, and their bytes."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ class Integers(_Coded):
         top = 1 << (self.bits - 1)
         for codes in (self.codes, zeros):
             if codes.min(initial=0) < -top or codes.max(initial=0) >= top:
-                raise DataError(f"there are codes beyond −{top} … {top - 1}, what {self.bits} bits hold.")
+                raise DataError(f"there are codes beyond −{top} … {top - 1}, the range of {self.bits} bits.")
 
     @property
     def _columns(self) -> int:

@@ -18,7 +18,7 @@ class Site:
     """A set of channels that can shrink: which layers make them, pass them on and read them.
 
     A channel here is whatever must be removed together: one feature map, one neuron, one attention head, one
-    group of a grouped convolution. ``rows`` and ``columns`` say what it is in each layer; a layer that they
+    group of a grouped convolution. ``rows`` and ``columns`` give its indices in each layer; a layer that they
     do not name has its channels in order, in equal consecutive blocks.
 
     Parameters

@@ -40,7 +40,7 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "passed": (*CONVOLUTIONS, *_NORMS, nn.GroupNorm, nn.PReLU, *PADS),
 }
 ROLES = tuple(_KINDS)
-_DOES = {"writers": "the writer makes", "readers": "the reader reads", "passed": "what lies between has"}
+_DOES = {"writers": "the writer makes", "readers": "the reader reads", "passed": "the layer between has"}
 # What holds one number a channel in all other layers.
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 

@@ -22,8 +22,8 @@ _HALF_TOLERANCE = 5e-2
 def mismatch(wide: nn.Module, smaller: nn.Module, probe: Batch) -> str | None:
     """The difference of two networks on one batch, in words; None when there is none.
 
-    Quantised layers that round their inputs do not do so here: what rounding changes is no mistake, and
-    would hide those that are.
+    Quantised layers do not round their inputs here: a difference by rounding is no mistake, and would hide
+    those that are.
     """
     with evaluating(wide, smaller), unrounded(wide), unrounded(smaller), _watched(smaller) as coarse:
         wanted = list(_tensors(forward(wide, probe)))

@@ -65,7 +65,7 @@ def rebuilt(record: Mapping[str, object], model: nn.Module) -> nn.Module:
     biases = {*strings(field(record, "biases"), "biases")} - model.state_dict().keys()
     network = _with_biases(model, biases)
     stages = typed(field(record, "stages"), list, "stages")
-    # Files of before layers were factored have no such field.
+    # Older files have no such field.
     factored = typed(record.get("factored", []), list, "factored")
     factored = [*factored[: len(stages)], *[{}] * (len(stages) - len(factored))]
     for stage, ranks in zip(stages, factored, strict=True):
@@ -81,7 +81,7 @@ def rebuilt(record: Mapping[str, object], model: nn.Module) -> nn.Module:
     for name in strings(field(record, "sparse"), "sparse"):
         layer = find_layer(network, name)
         network = substitute(network, layer, in_form(layer, _empty(name, layer)))
-    # Files of before layers were quantised have no such field.
+    # Older files have no such field.
     for name, bits in typed(record.get("quantized", {}), dict, "quantized").items():
         layer = find_layer(network, name)
         network = substitute(network, layer, in_form(layer, _codes(name, layer, bits)))
@@ -149,7 +149,7 @@ def _widths(network: nn.Module) -> Width:
             return outputs(layers[name]) if what == "rows" else inputs(layers[name])
         except KeyError:
             kind = type(layers[name]).__name__
-            raise DataError(f"{name} is a {kind}, which has no channels that could go.") from None
+            raise DataError(f"{name} is a {kind}, which has no channels that can be removed.") from None
 
     return width
 

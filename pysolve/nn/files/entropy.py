@@ -19,7 +19,7 @@ KINDS = ("ans", "huffman")
 _ALPHABET = 1 << 16
 # Numbers that are counted at a time: NumPy makes 64-bit integers of them first.
 _COUNT = 1 << 16
-# Bytes that a stream of asymmetric numeral systems takes beside what it says; symbols of a tree.
+# Bytes that a stream of asymmetric numeral systems takes besides its entropy; symbols of a tree.
 _WORDS, _TREE = 6, 4096
 
 
@@ -101,7 +101,7 @@ def encode(codes: npt.ArrayLike, kind: str = "ans") -> Coded:
         symbols = _symbols(flat, low)
         table: AnyArray = huffman_lengths(counted(symbols, high - low + 1))
         return Coded(huffman_encode(symbols, table), table, flat.size, kind, low)
-    # Of bytes, what they stand for is looked up at once.
+    # Bytes index the tables as they are.
     symbols = flat if flat.dtype == np.uint8 else _symbols(flat, low)
     first = low if symbols is flat else 0
     table = _frequencies(counted(symbols, first + high - low + 1)[first:])

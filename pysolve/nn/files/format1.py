@@ -127,7 +127,7 @@ def unpack(packed: Packed, network: nn.Module) -> dict[str, Tensor]:
     Raises
     ------
     DataError
-        When what was packed is not such a network's; sizes are checked before they are used.
+        When the file is not such a network's; sizes are checked before they are used.
     """
     need, shapes = wanted(network, packed.aliases), typed(packed.shapes, dict, "shapes")
     check_names({*need.keys.values(), *(name + _GAPS for name in shapes)}, packed.tensors)
@@ -149,7 +149,7 @@ def unpack(packed: Packed, network: nn.Module) -> dict[str, Tensor]:
 def coded(tensor: Tensor) -> Sparse | None:
     """A form of the tensor's bytes, as integers, that takes less space without zeros; None when none does.
 
-    Only what has no bit set is left out: −0.0 is an entry.
+    Only entries without a bit set are left out: −0.0 is kept.
     """
     whole = bits(tensor).numpy()
     if np.count_nonzero(whole) * (whole.itemsize + 1) + _ENTRY >= whole.nbytes:
@@ -213,7 +213,7 @@ def check_names(expected: Iterable[str], got: Iterable[str]) -> None:
 
 
 def check_shape(name: str, given: object, shape: tuple[int, ...]) -> None:
-    """Raise DataError unless what a file gives is the shape that a network has."""
+    """Raise DataError unless a file's shape is the network's."""
     if given != [*shape]:
         raise DataError(f"expected {name} of shape {[*shape]}, got {str(given)[:80]}.")
 

@@ -108,7 +108,7 @@ def expanded(made: Compact, network: nn.Module) -> dict[str, Tensor]:
     Raises
     ------
     DataError
-        When what was written is not such a network's; sizes are checked before they are used.
+        When the file is not such a network's; sizes are checked before they are used.
     ImportError
         When it needs constriction, which is not installed.
     """

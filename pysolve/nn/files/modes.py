@@ -46,7 +46,7 @@ def restore_modes(network: nn.Module, record: Mapping[str, object]) -> None:
         When the record does not fit.
     """
     _set_training(network, field(record, "training"))
-    # Files of before there were masks, or shared values, have no such fields.
+    # Older files have no such fields.
     masked = {name: _weight(network, name, "mask") for name in _names(record, "masked")}
     mask_weights(network, {name: weight != 0 for name, weight in masked.items()})
     shared = {name: _weight(network, name, "share") for name in _names(record, "shared")}

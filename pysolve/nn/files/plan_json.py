@@ -68,7 +68,7 @@ def indices_of(text: object, limit: int, what: str) -> Indices:
 
 
 def step_record(step: Collapse) -> dict[str, object]:
-    """A step without its values: its site and what it keeps."""
+    """A step without its values: its site and its kept channels."""
     site = step.site
     return {
         "keep": ranges(step.keep),

@@ -74,9 +74,9 @@ class Part:
     size : float
         About how many bytes.
     head : number, "r" or list
-        The description, but for what follows from ``parts`` and coding.
+        The description, without those of ``parts`` and the coder's numbers.
     row : array, optional
-        What is written raw ("r") or entropy-coded ("a", "h", "z").
+        The numbers that are written raw ("r") or entropy-coded ("a", "h", "z").
     parts : tuple of Part
         The rows within.
     """
@@ -132,7 +132,7 @@ def _ways(row: Row, kind: str, ways: str) -> Iterator[Part]:
     short = len(row) <= _LONG
     if row.itemsize <= 2 and (short or _hopeful(row, kind)):
         yield Part(_coded_size(row, kind), kind[0], row)
-    # Of bytes, a table saves only what is left free between them in the other one.
+    # For bytes, a table of values saves no more than the unused entries of the coder's table.
     few = distinct(row) if "t" in ways and (short or row.itemsize > 1) else None
     if few is not None:
         yield _table_part(*few, kind, ways)

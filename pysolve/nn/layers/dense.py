@@ -63,7 +63,7 @@ def to_torchao(model: nn.Module) -> nn.Module:
 def _replaced(model: nn.Module, kinds: tuple[type, ...], make: Callable[[Any], nn.Module]) -> nn.Module:
     """A copy of a network with other layers in the place of those of some kinds."""
     other = copy.deepcopy(model)
-    # Inside out: what a factored layer is made of may be sparse or factored itself.
+    # Inside out: the parts of a factored layer may be sparse or factored themselves.
     for layer in [one for one in reversed([*other.modules()]) if isinstance(one, kinds)]:
         other = substitute(other, layer, make(layer))
     return other

@@ -116,7 +116,7 @@ def torchao_tensor(codes: Tensor, scales: Tensor) -> Tensor:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Silence what torchao logs of kernels for other machines when it is imported."""
+    """Silence torchao's log of kernels for other machines when it is imported."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:

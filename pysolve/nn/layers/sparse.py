@@ -137,7 +137,7 @@ class SparseWeight(TwoWay):
         return result
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Take the sizes of what is loaded, once it is known to be a matrix of this shape."""
+        """Take the sizes of the loaded tensors, once they are known to be a matrix of this shape."""
         given = {name: state_dict.get(prefix + name) for name in ("values", "indices", "indptr")}
         if all(isinstance(tensor, Tensor) for tensor in given.values()):
             csr = csr_array(tuple(tensor.cpu().numpy() for tensor in given.values()), shape=self.shape)
