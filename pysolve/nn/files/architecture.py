@@ -24,6 +24,7 @@ from pysolve.nn.files.plan_json import (
     typed,
 )
 from pysolve.nn.files.storage import type_and_shape
+from pysolve.nn.layers.base import Dense
 from pysolve.nn.layers.factored import empty
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import in_form, substitute
@@ -79,11 +80,12 @@ def rebuilt(record: Mapping[str, object], model: nn.Module) -> nn.Module:
     if biases:
         raise DataError(f"it has no layer {min(biases).rpartition('.')[0]!r}.")
     for name in strings(field(record, "sparse"), "sparse"):
-        layer = find_layer(network, name)
-        network = substitute(network, layer, in_form(layer, _empty(name, layer)))
+        layer = _dense(network, name, "has no sparse form")
+        nothing = Sparse(tuple(layer.weight.shape), np.zeros(0, np.float32), np.zeros(0, np.uint8))
+        network = substitute(network, layer, in_form(layer, nothing))
     # Older files have no such field.
     for name, bits in typed(record.get("quantized", {}), dict, "quantized").items():
-        layer = find_layer(network, name)
+        layer = _dense(network, name, "has no form of integers")
         network = substitute(network, layer, in_form(layer, _codes(name, layer, bits)))
     return network
 
@@ -130,9 +132,7 @@ def _factors(network: nn.Module, ranks: object) -> dict[str, LowRank]:
     """Factors of zeros, by weight."""
     forms = {}
     for name, (rank, spatial) in factors_of(ranks).items():
-        layer = find_layer(network, name)
-        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            raise DataError(f"{name} is a {type(layer).__name__}, which cannot be factored.")
+        layer = _dense(network, name, "cannot be factored")
         if rank > layer.weight.numel():
             raise DataError(f"{name} cannot have rank {rank}.")
         forms[weight_name(name)] = empty(layer, rank, spatial=spatial)
@@ -154,11 +154,12 @@ def _widths(network: nn.Module) -> Width:
     return width
 
 
-def _empty(name: str, layer: nn.Module) -> Sparse:
-    """A form without entries for a layer."""
-    if not isinstance(layer, nn.Linear | nn.Conv2d):
-        raise DataError(f"{name} is a {type(layer).__name__}, which has no sparse form.")
-    return Sparse(tuple(layer.weight.shape), np.zeros(0, np.float32), np.zeros(0, np.uint8))
+def _dense(network: nn.Module, name: str, why: str) -> Dense:
+    """A layer of a network that can take another form."""
+    layer = find_layer(network, name)
+    if not isinstance(layer, Dense):
+        raise DataError(f"{name} is a {type(layer).__name__}, which {why}.")
+    return layer
 
 
 def _bits(layer: QuantWeight) -> list[int]:
@@ -167,10 +168,8 @@ def _bits(layer: QuantWeight) -> list[int]:
     return [layer.bits, group, int(layer.zeros is not None), int(layer.dynamic)]
 
 
-def _codes(name: str, layer: nn.Module, bits: object) -> Integers:
+def _codes(name: str, layer: Dense, bits: object) -> Integers:
     """A form of zeros for a layer; one scale for each weight at most."""
-    if not isinstance(layer, nn.Linear | nn.Conv2d):
-        raise DataError(f"{name} is a {type(layer).__name__}, which has no form of integers.")
     numbers = [
         typed(number, int, f"{name}'s bits, group, zeros and rounding") for number in typed(bits, list, name)
     ]

@@ -70,11 +70,11 @@ class Geometry:
         sizes = layer.kernel_size, layer.stride, layer.padding, layer.dilation
         return cls(*sizes, layer.groups, layer.padding_mode, tuple(layer._reversed_padding_repeated_twice))
 
-    @property
-    def arguments(self) -> Mapping[str, object]:
-        """Keyword arguments of a layer that has it."""
+    def dense(self, home: Tensor, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+        """A layer with this geometry and these values; see ``dense_layer``."""
         names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-        return {name: getattr(self, name) for name in names}
+        how = {name: getattr(self, name) for name in names}
+        return dense_layer(nn.Conv2d, home, weight, bias, (weight.shape[1] * self.groups, len(weight)), how)
 
     def padded(self, x: Tensor) -> Tensor:
         """The inputs with their padding around them."""

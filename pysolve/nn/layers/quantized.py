@@ -190,9 +190,7 @@ class QuantConv2d(QuantWeight):
 
     def to_dense(self) -> nn.Conv2d:
         """The same layer with a dense weight."""
-        sizes, how = (self.shape[1] * self.geometry.groups, self.shape[0]), self.geometry.arguments
-        dense = dense_layer(nn.Conv2d, self.scales, self.weight, self.bias, sizes, how)
-        return dense.train(self.training)
+        return self.geometry.dense(self.scales, self.weight, self.bias).train(self.training)
 
     def computed(self, x: Tensor) -> Tensor:
         return self.geometry.convolved(x, self.weight, self.bias)

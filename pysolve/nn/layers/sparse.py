@@ -224,9 +224,7 @@ class SparseConv2d(SparseWeight):
 
     def to_dense(self) -> nn.Conv2d:
         """The same layer with a dense weight."""
-        sizes, how = (self.dense_shape[1] * self.geometry.groups, self.shape[0]), self.geometry.arguments
-        dense = dense_layer(nn.Conv2d, self.values, self.scattered(), self.bias, sizes, how)
-        return dense.train(self.training)
+        return self.geometry.dense(self.values, self.scattered(), self.bias).train(self.training)
 
     def computed(self, x: Tensor) -> Tensor:
         if x.ndim == 3:
