@@ -139,7 +139,7 @@ class QuantLinear(QuantWeight):
     def to_dense(self) -> nn.Linear:
         """The same layer with a dense weight; inputs are no longer rounded."""
         h, d = self.shape
-        return dense_layer(nn.Linear, self.scales, self.weight, self.bias, (d, h)).train(self.training)
+        return dense_layer(nn.Linear, self.weight, self.bias, (d, h)).train(self.training)
 
     def computed(self, x: Tensor) -> Tensor:
         if not self.dynamic or not self.columns:
@@ -190,7 +190,7 @@ class QuantConv2d(QuantWeight):
 
     def to_dense(self) -> nn.Conv2d:
         """The same layer with a dense weight."""
-        return self.geometry.dense(self.scales, self.weight, self.bias).train(self.training)
+        return self.geometry.dense(self.weight, self.bias).train(self.training)
 
     def computed(self, x: Tensor) -> Tensor:
         return self.geometry.convolved(x, self.weight, self.bias)

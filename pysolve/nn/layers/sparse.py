@@ -191,7 +191,7 @@ class SparseLinear(SparseWeight):
     def to_dense(self) -> nn.Linear:
         """The same layer with a dense weight."""
         h, d = self.shape
-        return dense_layer(nn.Linear, self.values, self.scattered(), self.bias, (d, h)).train(self.training)
+        return dense_layer(nn.Linear, self.scattered(), self.bias, (d, h)).train(self.training)
 
     def computed(self, x: Tensor) -> Tensor:
         return self.multiplied(x.reshape(-1, self.shape[1]), "batch").reshape(*x.shape[:-1], self.shape[0])
@@ -224,7 +224,7 @@ class SparseConv2d(SparseWeight):
 
     def to_dense(self) -> nn.Conv2d:
         """The same layer with a dense weight."""
-        return self.geometry.dense(self.values, self.scattered(), self.bias).train(self.training)
+        return self.geometry.dense(self.scattered(), self.bias).train(self.training)
 
     def computed(self, x: Tensor) -> Tensor:
         if x.ndim == 3:
