@@ -1,4 +1,4 @@
-"""What every compression returns: the smaller network, and what is needed to make it again."""
+"""The result of every compression: the smaller network, its plan and its report."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Compressed:
-    """A smaller network, what was done to get there, and what that cost.
+    """A smaller network, the plan that makes it, and the report.
 
     Parameters
     ----------
     model : nn.Module
     plan : Plan
-        Applied to the network that was given it makes ``model``, but for what distillation changed.
+        Applied to the given network it makes ``model``, but for the changes of distillation.
     report : Report
     earlier : tuple of Plan
-        What was done before, first to last, where the network that was given came from a compression itself.
+        Earlier plans, first to last, where the given network came from a compression itself.
     fingerprint : {state-dict name: str}, optional
         Data types and shapes of the very first network, for ``load`` to know it by.
     """

@@ -1,14 +1,15 @@
-"""Forms of one weight beside the dense one, and what each costs in bytes."""
+"""Forms of one weight besides the dense one, and their bytes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array
 
+from pysolve.correlations import AnyArray
 from pysolve.errors import DataError
 
 Gaps = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
@@ -29,10 +30,14 @@ class Sparse:
     values : (nnz,) array
     gaps : (≥ nnz,) uint8 or uint16 array
         The last one belongs to the last entry.
+
+    References
+    ----------
+    S. Han, H. Mao, W. J. Dally, Deep compression, 2016.
     """
 
     shape: tuple[int, ...]
-    values: npt.NDArray[Any]
+    values: AnyArray
     gaps: Gaps
 
     def __post_init__(self) -> None:
@@ -46,19 +51,19 @@ class Sparse:
             raise DataError(f"the gaps reach beyond the {places} places of a weight of shape {self.shape}.")
 
     @classmethod
-    def from_dense(cls, weight: npt.NDArray[Any]) -> Sparse:
+    def from_dense(cls, weight: AnyArray) -> Sparse:
         """The non-zero entries of a weight."""
         flat = weight.ravel()
         places = np.flatnonzero(flat)
         return cls.at(places, flat[places], weight.shape)
 
     @classmethod
-    def at(cls, places: npt.NDArray[np.int64], values: npt.NDArray[Any], shape: tuple[int, ...]) -> Sparse:
+    def at(cls, places: npt.NDArray[np.int64], values: AnyArray, shape: tuple[int, ...]) -> Sparse:
         """Entries at ascending places, counted along the rows; gaps in the type that needs fewer bytes."""
-        forms = [_gaps(places, np.dtype(kind)) for kind in (np.uint8, np.uint16)]
+        forms = [_gaps(places, kind) for kind in (np.uint8, np.uint16)]
         return cls(shape, values, min(forms, key=lambda gaps: gaps.nbytes))
 
-    def dense(self) -> npt.NDArray[Any]:
+    def dense(self) -> AnyArray:
         """The weight again, exactly."""
         flat = np.zeros(int(np.prod(self.shape, dtype=np.int64)), self.values.dtype)
         flat[self.places()] = self.values
@@ -79,7 +84,7 @@ class Sparse:
         return len(self.values) / max(1, int(np.prod(self.shape, dtype=np.int64)))
 
     def places(self) -> npt.NDArray[np.int64]:
-        """Where the entries stand, counted along the rows."""
+        """Flat indices of the entries."""
         reached = np.cumsum(self.gaps, dtype=np.int64)[self.gaps < _top(self.gaps.dtype)]
         return reached + np.arange(len(reached))
 
@@ -97,10 +102,15 @@ class LowRank:
     outer : (h, r, …) array
     inner : (r, c, …) array
         Along each dimension of the kernel, one of the two has size 1.
+
+    References
+    ----------
+    M. Jaderberg, A. Vedaldi, A. Zisserman, Speeding up convolutional neural networks with low rank
+    expansions, 2014.
     """
 
-    outer: npt.NDArray[Any]
-    inner: npt.NDArray[Any]
+    outer: AnyArray
+    inner: AnyArray
 
     def __post_init__(self) -> None:
         shapes = f"{self.outer.shape} and {self.inner.shape}"
@@ -111,19 +121,19 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """r."""
+        """Numbers between the two factors."""
         return len(self.inner)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
+        """Shape of the weight."""
         return (len(self.outer), self.inner.shape[1], *map(max, self._kernels))
 
     @property
     def _kernels(self) -> list[tuple[int, int]]:
         return [*zip(self.outer.shape[2:], self.inner.shape[2:], strict=True)]
 
-    def dense(self) -> npt.NDArray[Any]:
+    def dense(self) -> AnyArray:
         """The weight, multiplied out."""
         return np.asarray(np.einsum("hk...,kc...->hc...", self.outer, self.inner, optimize=True))
 
@@ -139,8 +149,34 @@ class LowRank:
 
 
 @dataclass(frozen=True, eq=False)
-class Codebook:
-    """A weight as numbers of the values that its entries share.
+class _Coded:
+    """A weight as small integers that stand for its entries."""
+
+    codes: AnyArray
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the weight."""
+        return self.codes.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that is stored."""
+        raise NotImplementedError
+
+    def with_codes(self, codes: AnyArray) -> Self:
+        """The same with other codes, or with these in another shape."""
+        return replace(self, codes=codes)
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits of all that is stored, over the entries of the weight."""
+        return 8 * self.nbytes / max(1, self.codes.size)
+
+
+@dataclass(frozen=True, eq=False)
+class Codebook(_Coded):
+    """A weight as codes of the values that its entries share: W = centroids[codes].
 
     Parameters
     ----------
@@ -151,7 +187,7 @@ class Codebook:
     """
 
     codes: npt.NDArray[np.uint8]
-    centroids: npt.NDArray[Any]
+    centroids: AnyArray
 
     def __post_init__(self) -> None:
         if self.codes.dtype != np.uint8:
@@ -163,16 +199,11 @@ class Codebook:
             raise DataError(f"there is a code {most}, but only {len(self.centroids)} centroids.")
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
-        return self.codes.shape
-
-    @property
     def bits(self) -> int:
-        """Of a code."""
+        """Bits of a code."""
         return max(1, (len(self.centroids) - 1).bit_length())
 
-    def dense(self) -> npt.NDArray[Any]:
+    def dense(self) -> AnyArray:
         """The weight again."""
         return np.asarray(self.centroids[self.codes])
 
@@ -181,19 +212,10 @@ class Codebook:
         """Bytes of the packed codes and of the centroids."""
         return _packed_bytes(self.codes.size, self.bits) + self.centroids.nbytes
 
-    def with_codes(self, codes: npt.NDArray[Any]) -> Self:
-        """The same with other codes, or with these in another shape."""
-        return replace(self, codes=codes)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits of all that is stored, over the entries of the weight."""
-        return 8 * self.nbytes / max(1, self.codes.size)
-
 
 @dataclass(frozen=True, eq=False)
-class Integers:
-    """A weight as small whole numbers: (codes − zeros) · scales.
+class Integers(_Coded):
+    """A weight as small integers: (codes − zeros) · scales.
 
     Parameters
     ----------
@@ -212,7 +234,7 @@ class Integers:
     """
 
     codes: npt.NDArray[np.int8]
-    scales: npt.NDArray[Any]
+    scales: AnyArray
     zeros: npt.NDArray[np.int8] | None = None
     bits: int = 8
     group: int | None = None
@@ -232,12 +254,7 @@ class Integers:
         top = 1 << (self.bits - 1)
         for codes in (self.codes, zeros):
             if codes.min(initial=0) < -top or codes.max(initial=0) >= top:
-                raise DataError(f"there are codes beyond −{top} … {top - 1}, what {self.bits} bits hold.")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the weight."""
-        return self.codes.shape
+                raise DataError(f"there are codes beyond −{top} … {top - 1}, the range of {self.bits} bits.")
 
     @property
     def _columns(self) -> int:
@@ -247,7 +264,7 @@ class Integers:
     def _group(self) -> int:
         return self.group or max(1, self._columns)
 
-    def dense(self) -> npt.NDArray[Any]:
+    def dense(self) -> AnyArray:
         """The weight again, exactly: in double precision."""
         part = np.arange(self._columns) // self._group
         steps = self.codes.reshape(len(self.codes), self._columns).astype(np.float64)
@@ -261,15 +278,6 @@ class Integers:
         zeros = 0 if self.zeros is None else self.zeros.nbytes
         return _packed_bytes(self.codes.size, self.bits) + self.scales.nbytes + zeros
 
-    def with_codes(self, codes: npt.NDArray[Any]) -> Self:
-        """The same with other codes, or with these in another shape."""
-        return replace(self, codes=codes)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits of all that is stored, over the entries of the weight."""
-        return 8 * self.nbytes / max(1, self.codes.size)
-
 
 QuantForm = Codebook | Integers
 # Forms that a layer runs in; a codebook's values are decoded once.
@@ -277,8 +285,8 @@ RuntimeForm = Sparse | LowRank | Integers
 Form = Sparse | LowRank | Codebook | Integers
 
 
-def pack(codes: npt.NDArray[Any], bits: int) -> npt.NDArray[np.uint8]:
-    """The lowest bits of whole numbers, one number after the other."""
+def pack(codes: AnyArray, bits: int) -> npt.NDArray[np.uint8]:
+    """The lowest bits of integers, one number after the other."""
     rows = np.unpackbits(codes.astype(np.uint8).ravel()[:, None], axis=1)
     return np.packbits(rows[:, 8 - bits :])
 
@@ -296,12 +304,12 @@ def _packed_bytes(size: int, bits: int) -> int:
     return -(-size * bits // 8)
 
 
-def _top(kind: np.dtype[Any]) -> int:
-    """The number that means: so many zeros, and no entry yet."""
-    return int(np.iinfo(kind).max)
+def _top(kind: npt.DTypeLike) -> int:
+    """The gap that stands for so many zeros without an entry."""
+    return int(np.iinfo(np.dtype(kind)).max)
 
 
-def _gaps(places: npt.NDArray[np.int64], kind: np.dtype[Any]) -> Gaps:
+def _gaps(places: npt.NDArray[np.int64], kind: npt.DTypeLike) -> Gaps:
     gaps, top = np.diff(places, prepend=-1) - 1, _top(kind)
     whole = gaps // top
     ends = np.cumsum(whole + 1) - 1

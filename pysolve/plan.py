@@ -1,27 +1,25 @@
-"""What to do to a network, worked out before anything is touched."""
+"""Plans: the channels to remove from a network, its new values, and the forms of its tensors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from pysolve.correlations import AnyArray
+from pysolve.correlations import Array as Array
+from pysolve.correlations import Indices as Indices
 from pysolve.forms import Form
-
-Array = npt.NDArray[np.float64]
-Indices = npt.NDArray[np.intp]
 
 
 @dataclass(frozen=True, eq=False)
 class Site:
     """A set of channels that can shrink: which layers make them, pass them on and read them.
 
-    A channel here is whatever must go together: one feature map, one neuron, one attention head, one group
-    of a grouped convolution. ``rows`` and ``columns`` say what it is in each layer; a layer that they do not
-    name has its channels in order, in equal consecutive blocks.
+    A channel here is whatever must be removed together: one feature map, one neuron, one attention head, one
+    group of a grouped convolution. ``rows`` and ``columns`` give its indices in each layer; a layer that they
+    do not name has its channels in order, in equal consecutive blocks.
 
     Parameters
     ----------
@@ -64,7 +62,7 @@ class Site:
 
     @property
     def name(self) -> str:
-        """What to call it in tables and errors: its writers → its readers, only the first of many."""
+        """Its name in tables and errors: writers → readers, only the first of many."""
         return f"{_first(self.writers)} → {_first(self.readers)}"
 
     def rows_of(self, layer: str, width: int) -> Indices:
@@ -93,7 +91,7 @@ class Collapse:
     ----------
     site : Site
     keep : (k,) int array
-        Channels that stay, ascending.
+        Kept channels, ascending.
     weights : {reader: (h, k) array}
         New weights of a reader on the kept channels, as a matrix of one row an output; a reader not named
         keeps its old columns. For readers all of whose inputs belong to the site; a channel of c inputs, or
@@ -122,18 +120,18 @@ class Collapse:
 
     @property
     def removed(self) -> Indices:
-        """Channels that go, ascending."""
+        """Removed channels, ascending."""
         return np.setdiff1d(np.arange(self.site.channels), self.keep)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What turns a network into its smaller version.
+    """Everything that turns a network into its smaller version.
 
     Parameters
     ----------
     steps : tuple of Collapse
-        All speak of the original network, so a layer may read one site and write another.
+        All refer to the original network, so a layer may read one site and write another.
     values : {state-dict name: array}
         New parameters and buffers in the shapes that they have in the original network; what belongs to
         removed channels is dropped with them. A bias may be given to a layer that has none.
@@ -144,7 +142,7 @@ class Plan:
     """
 
     steps: tuple[Collapse, ...] = ()
-    values: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
+    values: Mapping[str, AnyArray] = field(default_factory=dict)
     forms: Mapping[str, Form] = field(default_factory=dict)
 
 

@@ -6,7 +6,6 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, islice
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import Codebook
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
-from pysolve.nn.running import as_tensor, find_layer
+from pysolve.nn.running import Batch, as_tensor, find_layer
 from pysolve.nn.slicing import (
     ROLES,
     Cut,
@@ -31,21 +30,21 @@ from pysolve.nn.values import checked, closest, load, new_values
 from pysolve.nn.verify import mismatch
 from pysolve.plan import Collapse, Indices, Plan
 
-# Guilty steps that an error names at most; finding each takes about 2 log2(steps) runs of the network.
+# Most steps that an error names; finding each takes about 2 log2(steps) runs of the network.
 _NAMED = 5
 
 
-def apply(model: nn.Module, plan: Plan, *, probe: Any = None) -> nn.Module:
+def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     """Make the smaller network that a plan describes; the original is never changed.
 
     New values come first; then readers lose the columns of the removed channels, writers and passed layers
-    the rows; then tensors take other forms, in their narrowed shapes. All steps speak of the original
+    the rows; then tensors take other forms, in their narrowed shapes. All steps refer to the original
     network: a layer may read and write several sites, or one site both ways; a layer under several names is
     cut once.
 
     Writers may be Linear, convolutions of any kind and Embedding; readers all of these but Embedding; passed
     layers grouped and depthwise convolutions, batch, instance and group norms, PReLU, and constant padding
-    of the channel dimension. Of grouped layers whole groups go, or as many channels from each.
+    of the channel dimension. From grouped layers whole groups are removed, or as many channels from each.
 
     Parameters
     ----------
@@ -86,7 +85,7 @@ def apply(model: nn.Module, plan: Plan, *, probe: Any = None) -> nn.Module:
 
 
 def masked(model: nn.Module, plan: Plan) -> nn.Module:
-    """A copy as wide as the original that ignores the channels a plan removes: what ``apply`` must equal.
+    """A copy as wide as the original that ignores the channels a plan removes; ``apply`` must equal it.
 
     The plan's new values are in place, and the weights of all readers are zero for the removed channels;
     writers and passed layers stay as they are. Forms are multiplied out, and those of narrowed layers put
@@ -104,8 +103,8 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
         if layers[owner] not in narrowed:
             tensor.copy_(dense)
         else:
-            places: Any = getattr(numbered(layers[owner], narrowed[layers[owner]]), leaf)
-            tensor.put_(places.long().to(tensor.device), dense.to(tensor))
+            places = getattr(numbered(layers[owner], narrowed[layers[owner]]), leaf).long()
+            tensor.put_(places.to(tensor.device), dense.to(tensor))
     return wide
 
 
@@ -117,7 +116,7 @@ def _copy(model: nn.Module, values: Mapping[str, Tensor]) -> tuple[nn.Module, di
 
 
 def _checked(model: nn.Module, plan: Plan) -> tuple[dict[str, Cut], dict[str, Tensor]]:
-    """Everything that can be told without running the network: the cuts of all layers, the new values."""
+    """The cuts of all layers and the new values, with every check that does not run the network."""
     for step in plan.steps:
         _check_step(step)
     cuts = _cuts(model, plan)
@@ -129,7 +128,7 @@ def _checked(model: nn.Module, plan: Plan) -> tuple[dict[str, Cut], dict[str, Te
 
 
 def _cuts(model: nn.Module, plan: Plan) -> dict[str, Cut]:
-    """What all steps together leave of each layer, under the first name of a layer that has several."""
+    """The kept channels of each layer after all steps, under the first name of a layer that has several."""
     uses: dict[str, list[tuple[str, Collapse]]] = {}
     for step in plan.steps:
         for role in ROLES:
@@ -188,7 +187,7 @@ def _check_forms(model: nn.Module, plan: Plan, cuts: Mapping[nn.Module, Cut]) ->
 
 
 def _cut(name: str, layer: nn.Module, uses: list[tuple[str, Collapse]]) -> Cut:
-    """What the steps leave of one layer."""
+    """The kept channels of one layer."""
     for role, _ in uses:
         check_kind(name, layer, role)
     kept = {role: np.ones(inputs(layer) if role == "readers" else outputs(layer), bool) for role in ROLES}
@@ -200,7 +199,7 @@ def _cut(name: str, layer: nn.Module, uses: list[tuple[str, Collapse]]) -> Cut:
     for what, parts in tables.items():
         if parts and len(np.unique(np.concatenate(parts))) < sum(map(len, parts)):
             raise CollapseError(
-                f"several steps speak of the same channels of {name}: say in the sites' {what} which are "
+                f"several steps cut the same channels of {name}: say in the sites' {what} which are "
                 "whose, or apply one plan after the other."
             )
     return Cut(kept["writers"], kept["passed"], kept["readers"])
@@ -223,7 +222,7 @@ def _check_untied(model: nn.Module, touched: set[nn.Module]) -> None:
             )
 
 
-def _verify(model: nn.Module, smaller: nn.Module, plan: Plan, probe: Any) -> None:
+def _verify(model: nn.Module, smaller: nn.Module, plan: Plan, probe: Batch) -> None:
     """Refuse a result that differs from the masked network, naming the steps that make the difference."""
     wide = masked(model, plan)
     problem = mismatch(wide, smaller, probe)
@@ -248,7 +247,7 @@ def _verify(model: nn.Module, smaller: nn.Module, plan: Plan, probe: Any) -> Non
     )
 
 
-def _guilty(model: nn.Module, plan: Plan, probe: Any) -> Iterator[Collapse]:
+def _guilty(model: nn.Module, plan: Plan, probe: Batch) -> Iterator[Collapse]:
     """The steps of a failing plan that fail without the others, by bisection; all, when only together."""
     middle = len(plan.steps) // 2
     halves = [replace(plan, steps=plan.steps[:middle]), replace(plan, steps=plan.steps[middle:])]
@@ -259,7 +258,7 @@ def _guilty(model: nn.Module, plan: Plan, probe: Any) -> Iterator[Collapse]:
         yield from _guilty(model, half, probe)
 
 
-def _fails(model: nn.Module, plan: Plan, probe: Any) -> bool:
+def _fails(model: nn.Module, plan: Plan, probe: Batch) -> bool:
     try:
         return mismatch(masked(model, plan), apply(model, plan), probe) is not None
     except CollapseError:

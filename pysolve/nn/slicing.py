@@ -1,22 +1,21 @@
-"""Layers that lose channels: which kinds can, how wide they are, and the cut itself."""
+"""Narrowing one layer: which kinds can be narrowed, how wide they are, and the cut itself."""
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from pysolve.correlations import Indices, Mask
 from pysolve.errors import CollapseError
-from pysolve.plan import Indices, Site
-
-Mask = npt.NDArray[np.bool_]
+from pysolve.nn.layers.base import weight_of
+from pysolve.plan import Site
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
@@ -41,23 +40,23 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "passed": (*CONVOLUTIONS, *_NORMS, nn.GroupNorm, nn.PReLU, *PADS),
 }
 ROLES = tuple(_KINDS)
-_DOES = {"writers": "the writer makes", "readers": "the reader reads", "passed": "what lies between has"}
+_DOES = {"writers": "the writer makes", "readers": "the reader reads", "passed": "the layer between has"}
 # What holds one number a channel in all other layers.
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 
 
 @dataclass(frozen=True, eq=False)
 class Cut:
-    """Which channels of one layer stay.
+    """The kept channels of one layer.
 
     Parameters
     ----------
     rows : (outputs,) bool array
-        Output channels that stay of those that the layer writes.
+        Kept output channels of those that the layer writes.
     passed : (outputs,) bool array
-        Output channels that stay of those that the layer passes on; their inputs go with the others.
+        Kept output channels of those that the layer passes on; with the others their inputs are removed.
     columns : (inputs,) bool array
-        Input channels that stay.
+        Kept input channels.
     """
 
     rows: Mask
@@ -74,7 +73,8 @@ class Cut:
 def outputs(layer: nn.Module) -> int:
     """Output channels of a layer that can be narrowed; of a padding layer, the channels that it adds."""
     if type(layer) in PADS:
-        return sum(layer.padding[_channel_pair(layer)])  # type: ignore[index]
+        padding, channels = _padding(layer)
+        return sum(padding[channels])
     return int(getattr(layer, _WIDTHS[type(layer)]))
 
 
@@ -117,8 +117,9 @@ def check_kind(name: str, layer: nn.Module, role: str) -> None:
             f"{name} rescales its rows to max_norm={layer.max_norm}, which mixes channels: renormalise its "
             "weight once and set max_norm to None first."
         )
-    if type(layer) in PADS and min(layer.padding[_channel_pair(layer)]) < 0:  # type: ignore[index]
-        raise CollapseError(f"{name} crops channels with padding {layer.padding}: use slicing instead.")
+    padding, channels = _padding(layer) if type(layer) in PADS else ([0], slice(1))
+    if min(padding[channels]) < 0:
+        raise CollapseError(f"{name} crops channels with padding {padding}: use slicing instead.")
 
 
 def check_cut(name: str, layer: nn.Module, cut: Cut) -> None:
@@ -143,7 +144,7 @@ def check_cut(name: str, layer: nn.Module, cut: Cut) -> None:
 
 
 def narrow(layer: nn.Module, cut: Cut) -> None:
-    """Cut a layer in place; parameters stay parameters and buffers buffers."""
+    """Cut a layer in place; its parameters and buffers are replaced by narrower ones."""
     if type(layer) in PADS:
         _narrow_padding(layer, cut.passed)
     elif type(layer) in WEIGHTED:
@@ -170,15 +171,14 @@ def numbered(layer: nn.Module, cut: Cut) -> nn.Module:
 
 
 def silence(layer: nn.Module, columns: Mask) -> None:
-    """Set to zero, in place, what a Linear or a convolution makes of the input channels that go."""
-    weight: Any = layer.weight
-    groups = getattr(layer, "groups", 1)
+    """Set a Linear's or a convolution's weight of the removed input channels to zero, in place."""
+    weight, groups = weight_of(layer), getattr(layer, "groups", 1)
     first = weight.detach() if type(layer) in TRANSPOSED else _swapped(weight.detach(), groups)
     first = first.index_fill(0, _index(~columns, weight), 0)
     weight.data.copy_(first if type(layer) in TRANSPOSED else _swapped(first, groups))
 
 
-def _narrow_weighted(layer: Any, cut: Cut) -> None:
+def _narrow_weighted(layer: nn.Module, cut: Cut) -> None:
     groups = getattr(layer, "groups", 1)
     whole = np.asarray(cut.passed.reshape(groups, -1).all(1))
     rows, columns = (
@@ -196,11 +196,10 @@ def _narrow_weighted(layer: Any, cut: Cut) -> None:
 
     _replace(layer, "weight", cut_weight)
     _replace(layer, "bias", lambda bias: bias.index_select(0, _index(rows, bias)))
-    names = ("out_features", "in_features") if type(layer) is nn.Linear else ("out_channels", "in_channels")
-    for name, kept in zip(names, (rows, columns), strict=True):
-        setattr(layer, name, int(kept.sum()))
-    if type(layer) in CONVOLUTIONS:
-        layer.groups = int(whole.sum())
+    kind = "features" if type(layer) is nn.Linear else "channels"
+    sizes = {f"out_{kind}": rows.sum(), f"in_{kind}": columns.sum()}
+    for name, size in (sizes if type(layer) is nn.Linear else sizes | {"groups": whole.sum()}).items():
+        setattr(layer, name, int(size))
 
 
 def _swapped(weight: Tensor, groups: int) -> Tensor:
@@ -208,18 +207,20 @@ def _swapped(weight: Tensor, groups: int) -> Tensor:
     return weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
-def _narrow_padding(layer: Any, kept: Mask) -> None:
-    pair, padding = _channel_pair(layer), list(layer.padding)
-    front = padding[pair][0]
-    padding[pair] = [int(kept[:front].sum()), int(kept[front:].sum())]
-    layer.padding = tuple(padding)
+def _narrow_padding(layer: nn.Module, kept: Mask) -> None:
+    padding, channels = _padding(layer)
+    front = padding[channels.start]
+    padding[channels] = [int(kept[:front].sum()), int(kept[front:].sum())]
+    layer.__dict__["padding"] = tuple(padding)
 
 
-def _channel_pair(layer: Any) -> slice:
-    """Where a padding layer says how many channels it adds: its only sizes that are not zero, or its last."""
-    pairs = [slice(i, i + 2) for i in range(0, len(layer.padding), 2)]
-    used = [pair for pair in pairs if any(layer.padding[pair])]
-    return used[-1] if used else pairs[-1]
+def _padding(layer: nn.Module) -> tuple[list[int], slice]:
+    """A padding layer's sizes, and where the channels' are: the only ones that are not zero, or the last."""
+    assert isinstance(layer, PADS)
+    padding = [*layer.padding]
+    pairs = [slice(i, i + 2) for i in range(0, len(padding), 2)]
+    used = [pair for pair in pairs if any(padding[pair])]
+    return padding, used[-1] if used else pairs[-1]
 
 
 def _groups(layer: nn.Module) -> int | None:
@@ -228,7 +229,7 @@ def _groups(layer: nn.Module) -> int | None:
     return layer.num_groups if isinstance(layer, nn.GroupNorm) else None
 
 
-def _replace(layer: nn.Module, name: str, change: Any) -> None:
+def _replace(layer: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
     """Put a changed parameter or buffer in place of the old one, if there is one."""
     old = getattr(layer, name, None)
     if old is None:

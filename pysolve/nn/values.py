@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pysolve.correlations import AnyArray, Array
 from pysolve.errors import CollapseError
+from pysolve.nn.layers.base import weight_of
 from pysolve.nn.running import find_layer
 from pysolve.nn.slicing import TRANSPOSED, WEIGHTED, channels_of, inputs, outputs
-from pysolve.plan import Collapse, Plan
+from pysolve.plan import Collapse, Plan, tensor_name, weight_name
 
 
 def new_values(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
@@ -29,7 +30,7 @@ def new_values(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
     -------
     {state-dict name: tensor}
         In the shapes and data types of the network's own; a new weight from a step has zeros for the
-        channels that go.
+        removed channels.
 
     Raises
     ------
@@ -59,34 +60,33 @@ def load(model: nn.Module, values: Mapping[str, Tensor]) -> None:
         if name in state:
             state[name].data.copy_(value)
         else:
-            layer: Any = find_layer(model, name.rpartition(".")[0])
-            bias = value.to(device=layer.weight.device, copy=True)
-            layer.bias = nn.Parameter(bias, requires_grad=layer.weight.requires_grad)
+            layer = find_layer(model, name.rpartition(".")[0])
+            weight = weight_of(layer)
+            bias = value.to(device=weight.device, copy=True)
+            layer.bias = nn.Parameter(bias, requires_grad=weight.requires_grad)
 
 
-def _given(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Any]]:
+def _given(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor | AnyArray]]:
     """Names and new values, those of the steps in the shapes of the original network."""
     yield from plan.values.items()
     for step in plan.steps:
         for name, matrix in step.weights.items():
-            yield f"{name}.weight", _full_weight(name, find_layer(model, name), step, matrix)
+            yield weight_name(name), _full_weight(name, find_layer(model, name), step, matrix)
         for name, bias in step.biases.items():
-            layer: Any = find_layer(model, name)
-            yield (
-                f"{name}.bias",
-                checked(f"new biases of {name}", bias, (outputs(layer),), layer.weight.dtype),
-            )
+            layer = find_layer(model, name)
+            shape, dtype = (outputs(layer),), weight_of(layer).dtype
+            yield tensor_name(name, "bias"), checked(f"new biases of {name}", bias, shape, dtype)
 
 
-def _full_weight(name: str, layer: Any, step: Collapse, matrix: npt.ArrayLike) -> Tensor:
-    """A step's new weight of a reader in its original shape, with zeros for the channels that go."""
+def _full_weight(name: str, layer: nn.Module, step: Collapse, matrix: Array) -> Tensor:
+    """A step's new weight of a reader in its original shape, with zeros for the removed channels."""
     columns = channels_of(step.site, "readers", name, layer)
     if columns.size < inputs(layer) or type(layer) in TRANSPOSED or getattr(layer, "groups", 1) > 1:
         raise CollapseError(
             f"new weights of {name} cannot be given in a step, as it has groups, is transposed or reads "
             f"other channels too: give {name}.weight in the plan's values."
         )
-    kept, old = columns[step.keep].ravel(), layer.weight.detach()
+    kept, old = columns[step.keep].ravel(), weight_of(layer).detach()
     shape = (len(old), len(kept) * old[0, 0].numel())
     given = checked(f"new weights of {name}", matrix, shape, old.dtype)
     full = torch.zeros(old.shape, dtype=old.dtype)
@@ -94,26 +94,29 @@ def _full_weight(name: str, layer: Any, step: Collapse, matrix: npt.ArrayLike) -
     return full
 
 
-def _expected(model: nn.Module, state: Mapping[str, Any], name: str) -> tuple[tuple[int, ...], torch.dtype]:
+def _expected(
+    model: nn.Module, state: Mapping[str, object], name: str
+) -> tuple[tuple[int, ...], torch.dtype]:
     """Shape and data type that a new value must have."""
-    if isinstance(state.get(name), Tensor):
-        return tuple(state[name].shape), state[name].dtype
+    own = state.get(name)
+    if isinstance(own, Tensor):
+        return tuple(own.shape), own.dtype
     owner, _, leaf = name.rpartition(".")
-    layer: Any = dict(model.named_modules(remove_duplicate=False)).get(owner)
-    if leaf == "bias" and type(layer) in WEIGHTED and layer.bias is None:
+    layer = dict(model.named_modules(remove_duplicate=False)).get(owner)
+    if leaf == "bias" and isinstance(layer, WEIGHTED) and type(layer) in WEIGHTED and layer.bias is None:
         return (outputs(layer),), layer.weight.dtype
     raise CollapseError(
         f"{type(model).__name__} has no {name!r} that could get new values: {closest(name, state)}"
     )
 
 
-def closest(name: str, state: Mapping[str, Any]) -> str:
-    """Which names of a state dict may have been meant."""
+def closest(name: str, state: Mapping[str, object]) -> str:
+    """Names of a state dict that may have been meant."""
     close = difflib.get_close_matches(name, state, n=3)
     return f"did you mean {' or '.join(map(repr, close))}?" if close else "see model.state_dict()."
 
 
-def checked(what: str, value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def checked(what: str, value: Tensor | npt.ArrayLike, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """A new value in the wanted data type; CollapseError where shape or numbers do not fit."""
     given = value.detach().cpu() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
     if given.shape != shape:

@@ -1,10 +1,9 @@
-"""Whether two networks compute the same, tried out on one batch."""
+"""Comparing two networks' outputs on one batch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from pysolve.errors import PysolveError
 from pysolve.nn.layers.factored import Factored
 from pysolve.nn.layers.quantized import unrounded
-from pysolve.nn.running import evaluating, forward
+from pysolve.nn.running import Batch, Output, evaluating, forward
 
 # How far the outputs of two equal networks may differ, in units of the largest output. Dropping zero
 # columns only reorders sums: LeNet-5 differs by about 1e-7 in float32. Half precisions round each layer.
@@ -20,11 +19,11 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _HALF_TOLERANCE = 5e-2
 
 
-def mismatch(wide: nn.Module, smaller: nn.Module, probe: Any) -> str | None:
-    """What tells two networks apart on one batch, in words; None when nothing does.
+def mismatch(wide: nn.Module, smaller: nn.Module, probe: Batch) -> str | None:
+    """The difference of two networks on one batch, in words; None when there is none.
 
-    Quantised layers that round their inputs do not do so here: what rounding changes is no mistake, and
-    would hide those that are.
+    Quantised layers do not round their inputs here: a difference by rounding is no mistake, and would hide
+    those that are.
     """
     with evaluating(wide, smaller), unrounded(wide), unrounded(smaller), _watched(smaller) as coarse:
         wanted = list(_tensors(forward(wide, probe)))
@@ -49,7 +48,7 @@ def _watched(model: nn.Module) -> Iterator[list[bool]]:
     """
     coarse: list[bool] = []
 
-    def note(layer: Factored, args: Any, output: Tensor) -> None:
+    def note(layer: Factored, args: object, output: Tensor) -> None:
         tf32 = not isinstance(layer.inner, nn.Linear) or torch.get_float32_matmul_precision() != "highest"
         coarse.append(output.dtype not in _TOLERANCE or (output.device.type == "cuda" and tf32))
 
@@ -61,7 +60,7 @@ def _watched(model: nn.Module) -> Iterator[list[bool]]:
 
 
 def _difference(wanted: Tensor, got: Tensor, *, rounded: bool) -> str | None:
-    """How far one output is off, in words; None within tolerance."""
+    """The error of one output, in words; None within tolerance."""
     tolerance = 0.0
     if wanted.is_floating_point():
         tolerance = _HALF_TOLERANCE if rounded else _TOLERANCE.get(wanted.dtype, _HALF_TOLERANCE)
@@ -75,7 +74,7 @@ def _difference(wanted: Tensor, got: Tensor, *, rounded: bool) -> str | None:
     return f"the outputs differ by {worst:.1e}, where {tolerance * scale:.1e} is allowed"
 
 
-def _tensors(output: Any) -> Iterator[Tensor]:
+def _tensors(output: Output) -> Iterator[Tensor]:
     """All tensors in a network's output, in order."""
     if isinstance(output, Tensor):
         yield output

@@ -746,6 +746,13 @@ def test_one_bad_step_among_many_is_found_in_few_runs():
     assert len(runs) <= 4 + 2 * 2 * np.log2(32)
 
 
+def test_a_bad_step_is_named_whatever_forms_come_with_it():
+    model, plan = many(4, bad=[1])
+    forms = {"4.weight": Sparse.from_dense(np.eye(3))}
+    with pytest.raises(CollapseError, match="channels of 2 → 4 changes"):
+        apply(model, replace(plan, forms=forms), probe=inputs().double())
+
+
 def test_a_few_of_many_bad_steps_are_named():
     model, plan = many(8, bad=range(8))
     with pytest.raises(CollapseError, match="of 0 → 2, 2 → 4, 4 → 6, 6 → 8, 8 → 10 and others change"):

@@ -287,7 +287,7 @@ def test_layers_that_cannot_be_narrowed_say_why(layer, role, message):
     [
         ("writers", r"w → r: the site has 3 channels, but the writer makes 4 \(w\).*rows"),
         ("readers", r"the reader reads 8 \(r\).*columns"),
-        ("passed", r"what lies between has 5 \(p\).*rows"),
+        ("passed", r"the layer between has 5 \(p\).*rows"),
     ],
 )
 def test_channels_that_cannot_be_shared_out_ask_for_a_table(role, message):

@@ -1,10 +1,8 @@
-"""What of a compressed network its tensors do not tell: as a record, and the network made from it again."""
+"""The layers of a compressed network as a record, and the network made from it again."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import zip_longest
-from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
@@ -25,6 +23,8 @@ from pysolve.nn.files.plan_json import (
     strings,
     typed,
 )
+from pysolve.nn.files.storage import type_and_shape
+from pysolve.nn.layers.base import Dense
 from pysolve.nn.layers.factored import empty
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import in_form, substitute
@@ -39,14 +39,14 @@ _GROWTH = 4
 def fingerprint(model: nn.Module) -> dict[str, str]:
     """Data type and shape of every tensor in a network's state dict, by name: ``float32 20x1x5x5``."""
     return {
-        name: f"{str(value.dtype).removeprefix('torch.')} {'x'.join(map(str, value.shape))}".strip()
+        name: type_and_shape(value.dtype, value.shape)
         for name, value in model.state_dict().items()
         if isinstance(value, Tensor)
     }
 
 
-def architecture(compressed: Compressed) -> dict[str, Any]:
-    """Stages, new biases, sparse and quantised layers of a compressed network, as ``save`` has them."""
+def architecture(compressed: Compressed) -> dict[str, object]:
+    """Stages, new biases, sparse and quantised layers of a compressed network, as ``save`` writes them."""
     plans = (*compressed.earlier, compressed.plan)
     return {
         "stages": [[step_record(step) for step in plan.steps] for plan in plans],
@@ -61,15 +61,15 @@ def architecture(compressed: Compressed) -> dict[str, Any]:
     }
 
 
-def rebuilt(record: Mapping[str, Any], model: nn.Module) -> nn.Module:
+def rebuilt(record: Mapping[str, object], model: nn.Module) -> nn.Module:
     """A copy of the original with the compressed network's layers, and any values."""
     biases = {*strings(field(record, "biases"), "biases")} - model.state_dict().keys()
     network = _with_biases(model, biases)
     stages = typed(field(record, "stages"), list, "stages")
-    # Files of before layers were factored have no such field.
+    # Older files have no such field.
     factored = typed(record.get("factored", []), list, "factored")
-    pairs: Any = zip_longest(stages, factored[: len(stages)], fillvalue={})
-    for stage, ranks in pairs:
+    factored = [*factored[: len(stages)], *[{}] * (len(stages) - len(factored))]
+    for stage, ranks in zip(stages, factored, strict=True):
         steps = steps_of(stage, _widths(network))
         network = apply(network, Plan(steps)) if steps else network
         if forms := _factors(network, ranks):
@@ -80,11 +80,12 @@ def rebuilt(record: Mapping[str, Any], model: nn.Module) -> nn.Module:
     if biases:
         raise DataError(f"it has no layer {min(biases).rpartition('.')[0]!r}.")
     for name in strings(field(record, "sparse"), "sparse"):
-        layer = find_layer(network, name)
-        network = substitute(network, layer, in_form(layer, _empty(name, layer)))
-    # Files of before layers were quantised have no such field.
+        layer = _dense(network, name, "has no sparse form")
+        nothing = Sparse(tuple(layer.weight.shape), np.zeros(0, np.float32), np.zeros(0, np.uint8))
+        network = substitute(network, layer, in_form(layer, nothing))
+    # Older files have no such field.
     for name, bits in typed(record.get("quantized", {}), dict, "quantized").items():
-        layer = find_layer(network, name)
+        layer = _dense(network, name, "has no form of integers")
         network = substitute(network, layer, in_form(layer, _codes(name, layer, bits)))
     return network
 
@@ -103,7 +104,7 @@ def _new_biases(compressed: Compressed) -> list[str]:
     return [name for name in biases if name in given]
 
 
-def _factored(plan: Plan) -> dict[str, Any]:
+def _factored(plan: Plan) -> dict[str, object]:
     """Records of a plan's factors, by layer."""
     factors = {name: form for name, form in plan.forms.items() if isinstance(form, LowRank)}
     return {name.rpartition(".")[0]: form_record(form) for name, form in factors.items()}
@@ -127,13 +128,11 @@ def _with_biases(network: nn.Module, biases: set[str]) -> nn.Module:
     )
 
 
-def _factors(network: nn.Module, ranks: Any) -> dict[str, LowRank]:
-    """Forms of zeros for the layers that became two."""
+def _factors(network: nn.Module, ranks: object) -> dict[str, LowRank]:
+    """Factors of zeros, by weight."""
     forms = {}
     for name, (rank, spatial) in factors_of(ranks).items():
-        layer = find_layer(network, name)
-        if not isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
-            raise DataError(f"{name} is a {type(layer).__name__}, which cannot be factored.")
+        layer = _dense(network, name, "cannot be factored")
         if rank > layer.weight.numel():
             raise DataError(f"{name} cannot have rank {rank}.")
         forms[weight_name(name)] = empty(layer, rank, spatial=spatial)
@@ -150,28 +149,27 @@ def _widths(network: nn.Module) -> Width:
             return outputs(layers[name]) if what == "rows" else inputs(layers[name])
         except KeyError:
             kind = type(layers[name]).__name__
-            raise DataError(f"{name} is a {kind}, which has no channels that could go.") from None
+            raise DataError(f"{name} is a {kind}, which has no channels that can be removed.") from None
 
     return width
 
 
-def _empty(name: str, layer: nn.Module) -> Sparse:
-    """A form without entries for a layer."""
-    if not isinstance(layer, nn.Linear | nn.Conv2d):
-        raise DataError(f"{name} is a {type(layer).__name__}, which has no sparse form.")
-    return Sparse(tuple(layer.weight.shape), np.zeros(0, np.float32), np.zeros(0, np.uint8))
+def _dense(network: nn.Module, name: str, why: str) -> Dense:
+    """A layer of a network that can take another form."""
+    layer = find_layer(network, name)
+    if not isinstance(layer, Dense):
+        raise DataError(f"{name} is a {type(layer).__name__}, which {why}.")
+    return layer
 
 
 def _bits(layer: QuantWeight) -> list[int]:
-    """Of a quantised layer: bits, inputs of a group or 0 for all, whether it has zeros and rounds inputs."""
+    """Bits, inputs of a group or 0 for all, and whether a quantised layer has zeros and rounds inputs."""
     group = layer.group if layer.group and layer.scales.shape[1] > 1 else 0
-    return [layer.bits, group, int(layer.zeros is not None), int(getattr(layer, "dynamic", False))]
+    return [layer.bits, group, int(layer.zeros is not None), int(layer.dynamic)]
 
 
-def _codes(name: str, layer: nn.Module, bits: Any) -> Integers:
+def _codes(name: str, layer: Dense, bits: object) -> Integers:
     """A form of zeros for a layer; one scale for each weight at most."""
-    if not isinstance(layer, nn.Linear | nn.Conv2d):
-        raise DataError(f"{name} is a {type(layer).__name__}, which has no form of integers.")
     numbers = [
         typed(number, int, f"{name}'s bits, group, zeros and rounding") for number in typed(bits, list, name)
     ]

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from pysolve.nn.files.modes import modes_record, ordinary, restore_modes
 from pysolve.nn.files.plan_json import field, plain, typed
 from pysolve.nn.files.storage import STREAM, bits, read, size, write
 
+Record = dict[str, object]
 # Format versions: with each tensor for itself, and in one coded stream.
 PLAIN, CODED = 1, 2
 CODINGS = ("auto", "ans", "huffman", "none")
@@ -30,7 +30,7 @@ _DIGITS = 5
 
 
 def save(
-    compressed: Compressed, path: str | os.PathLike[str], *, coding: str = "auto", report: bool = True
+    compressed: Compressed, path: str | os.PathLike[str], *, coding: str = "auto", report: bool = False
 ) -> None:
     """Write a compressed network to one ``.safetensors`` file, from which ``load`` makes it again.
 
@@ -45,8 +45,8 @@ def save(
     Parameters
     ----------
     compressed : Compressed
-        What ``compress`` or ``prune`` gave. Without a fingerprint, ``load`` can tell a wrong original only by
-        shapes that do not fit.
+        From ``compress``, ``prune`` or another method. Without a fingerprint, ``load`` recognises a wrong
+        original only by shapes that do not fit.
     path : str or path
         An existing file is replaced once the new one is complete.
     coding : "auto", "ans", "huffman" or "none"
@@ -55,7 +55,8 @@ def save(
         of them that is installed. "none" writes format 1: all tensors are the file's own, some without their
         zeros, and the record is plain.
     report : bool
-        Without, files are some hundred bytes smaller.
+        Whether the record holds the report, too: some hundred bytes more, and, as a report has timings, other
+        bytes in each run. Without, the same network makes the same file.
 
     Raises
     ------
@@ -63,17 +64,19 @@ def save(
         When the network holds what such files cannot, for example tensors without values.
     ImportError
         "ans" without constriction.
+    TypeError, ValueError
+        For anything but a ``Compressed``; for an unknown coding.
     """
     write(Path(path), *_content(compressed, coding, report))
 
 
-def file_bytes(compressed: Compressed, *, coding: str = "auto", report: bool = True) -> int:
+def file_bytes(compressed: Compressed, *, coding: str = "auto", report: bool = False) -> int:
     """Bytes of the file that ``save`` would write, exactly; parameters and errors as there."""
     return size(*_content(compressed, coding, report))
 
 
 def stored_bytes(model: nn.Module, coding: str = "auto") -> dict[str, int]:
-    """What each tensor of a network takes in a file that ``save`` writes.
+    """Bytes of each tensor of a network in a file that ``save`` writes.
 
     Parameters
     ----------
@@ -84,8 +87,8 @@ def stored_bytes(model: nn.Module, coding: str = "auto") -> dict[str, int]:
     Returns
     -------
     {state-dict name: int}
-        Bytes of tables and data, without what the record tells: 0 for a tensor of one value, for further
-        names of a tensor, and for what follows from where the entries of a sparse layer are.
+        Bytes of tables and data, without the record: 0 for a tensor of one value, for further
+        names of a tensor, and for the indices of a sparse layer.
     """
     model, kind = ordinary(model), _kind(coding)
     sizes = dict.fromkeys(model.state_dict(), 0)
@@ -112,6 +115,8 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     DataError
         When the file is damaged, of another version or no such file at all, or made from another network:
         names the first difference. Files are safe to load whoever wrote them.
+    ImportError
+        When the file needs constriction, which is not installed.
     """
     _check_kind("model", model, nn.Module, "the original network, a torch.nn.Module")
     record, tensors = read(Path(path))
@@ -135,13 +140,13 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     return network
 
 
-def _content(compressed: Compressed, coding: str, report: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _content(compressed: Compressed, coding: str, report: bool) -> tuple[dict[str, Tensor], Record]:
     """Tensors and record of a file."""
     _check_kind("compressed", compressed, Compressed, "what compress or prune returned")
     model, kind = ordinary(compressed.model), _kind(coding)
     modes = modes_record(compressed.model, model)
     compressed = replace(compressed, model=model)
-    record = {
+    record: Record = {
         "version": CODED if kind else PLAIN,
         "pysolve": __version__,
         "original": compressed.fingerprint,
@@ -157,18 +162,19 @@ def _content(compressed: Compressed, coding: str, report: bool) -> tuple[dict[st
         tensors = packed.tensors
         record |= {"shapes": packed.shapes, "aliases": packed.aliases}
     if report:
-        told = plain(compressed.report.brief().as_dict())
-        record["report"] = _rounded(told) if kind else told
+        rows = plain(compressed.report.brief().as_dict())
+        record["report"] = _rounded(rows) if kind else rows
     return tensors, record
 
 
-def _values(record: Mapping[str, Any], tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+def _values(record: Record, tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """The state dict that a file holds for a network."""
-    aliases = field(record, "aliases")
-    if record["version"] == PLAIN:
-        return unpack(Packed(tensors, field(record, "shapes"), aliases), network)
+    plain = record["version"] == PLAIN
+    table, aliases = (typed(field(record, n), dict, n) for n in ("shapes" if plain else "rows", "aliases"))
+    if plain:
+        return unpack(Packed(tensors, table, aliases), network)
     others = {name: tensor for name, tensor in tensors.items() if name != STREAM}
-    return expanded(Compact(tensors[STREAM], field(record, "rows"), others, aliases), network)
+    return expanded(Compact(tensors[STREAM], table, others, aliases), network)
 
 
 def _kind(coding: str) -> str:
@@ -180,7 +186,7 @@ def _kind(coding: str) -> str:
     return "" if coding == "none" else coding
 
 
-def _rounded(value: Any) -> Any:
+def _rounded(value: object) -> object:
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -188,12 +194,12 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
 
 
-def _check_kind(name: str, value: Any, kind: type, what: str) -> None:
+def _check_kind(name: str, value: object, kind: type, what: str) -> None:
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be {what}, got {type(value).__name__}.")
 
 
-def _check_original(record: Mapping[str, Any], model: nn.Module) -> None:
+def _check_original(record: Record, model: nn.Module) -> None:
     """Refuse a network that is not the original, naming the first difference."""
     if field(record, "original") is None:
         return

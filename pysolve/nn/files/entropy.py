@@ -1,4 +1,4 @@
-"""Entropy coding of arrays of small whole numbers: codes of weights, and gaps between them."""
+"""Entropy coding of arrays of small integers: codes of weights, and gaps between them."""
 
 from __future__ import annotations
 
@@ -8,21 +8,24 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from pysolve.correlations import AnyArray
 from pysolve.errors import DataError
 from pysolve.nn.files.huffman import huffman_decode, huffman_encode, huffman_lengths
 
+# Objects of constriction, which has no types.
+Coder = Any
 KINDS = ("ans", "huffman")
 # Different numbers that one array may span.
 _ALPHABET = 1 << 16
 # Numbers that are counted at a time: NumPy makes 64-bit integers of them first.
 _COUNT = 1 << 16
-# Bytes that a stream of asymmetric numeral systems takes beside what it says; symbols of a tree.
+# Bytes that a stream of asymmetric numeral systems takes besides its entropy; symbols of a tree.
 _WORDS, _TREE = 6, 4096
 
 
 @dataclass(frozen=True, eq=False)
 class Coded:
-    """An array of whole numbers in few bytes.
+    """An array of integers in few bytes.
 
     Parameters
     ----------
@@ -39,8 +42,8 @@ class Coded:
         The smallest number.
     """
 
-    data: npt.NDArray[Any] = field(repr=False)
-    table: npt.NDArray[Any] = field(repr=False)
+    data: AnyArray = field(repr=False)
+    table: AnyArray = field(repr=False)
     length: int
     kind: str
     low: int = 0
@@ -65,7 +68,7 @@ class Coded:
 
 
 def encode(codes: npt.ArrayLike, kind: str = "ans") -> Coded:
-    """Code an array of whole numbers that lie within 65,536 of each other.
+    """Code an array of integers that lie within 65,536 of each other.
 
     Parameters
     ----------
@@ -88,7 +91,7 @@ def encode(codes: npt.ArrayLike, kind: str = "ans") -> Coded:
         raise ValueError(f"unknown kind {kind!r}; choose one of {', '.join(KINDS)}.")
     flat = np.asarray(codes).ravel()
     if flat.size and flat.dtype.kind not in "iu":
-        raise TypeError(f"codes must be whole numbers, got dtype {flat.dtype}.")
+        raise TypeError(f"codes must be integers, got dtype {flat.dtype}.")
     low, high = (int(flat.min()), int(flat.max())) if flat.size else (0, 0)
     if high - low >= _ALPHABET or max(abs(low), abs(high)) >= 1 << 31:
         raise ValueError(f"codes must lie within {_ALPHABET} of each other, got {low} … {high}.")
@@ -96,23 +99,23 @@ def encode(codes: npt.ArrayLike, kind: str = "ans") -> Coded:
         return Coded(np.zeros(0, np.uint32 if kind == "ans" else np.uint8), np.zeros(0, np.uint8), 0, kind)
     if kind == "huffman":
         symbols = _symbols(flat, low)
-        table: npt.NDArray[Any] = huffman_lengths(counted(symbols, high - low + 1))
+        table: AnyArray = huffman_lengths(counted(symbols, high - low + 1))
         return Coded(huffman_encode(symbols, table), table, flat.size, kind, low)
-    # Of bytes, what they stand for is looked up at once.
+    # Bytes index the tables as they are.
     symbols = flat if flat.dtype == np.uint8 else _symbols(flat, low)
     first = low if symbols is flat else 0
     table = _frequencies(counted(symbols, first + high - low + 1)[first:])
     return Coded(_ans_encode(symbols, table, first), table, flat.size, kind, low)
 
 
-def _symbols(flat: npt.NDArray[Any], low: int) -> npt.NDArray[np.int32]:
+def _symbols(flat: AnyArray, low: int) -> npt.NDArray[np.int32]:
     symbols = flat.astype(np.int32)
     if low:
         symbols -= np.int32(low)
     return symbols
 
 
-def counted(symbols: npt.NDArray[Any], span: int) -> npt.NDArray[np.int64]:
+def counted(symbols: AnyArray, span: int) -> npt.NDArray[np.int64]:
     """(span,) how often each of the numbers 0 … span − 1 occurs."""
     if symbols.dtype == np.uint8 and len(symbols) > 4 * _COUNT:
         # Two at a time.
@@ -128,7 +131,7 @@ def counted(symbols: npt.NDArray[Any], span: int) -> npt.NDArray[np.int64]:
 
 
 def coded_bytes(counts: npt.NDArray[np.int64], kind: str) -> float:
-    """About how many bytes ``encode`` makes of numbers that occur so often, the table's included."""
+    """About how many bytes ``encode`` makes of numbers with these counts, the table included."""
     used = counts[counts > 0]
     if len(used) <= 1:
         return float(len(counts))
@@ -173,24 +176,24 @@ def decode(coded: Coded, *, most: int) -> npt.NDArray[np.int32]:
     return symbols
 
 
-def _frequencies(counts: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
+def _frequencies(counts: npt.NDArray[np.int64]) -> AnyArray:
     """The counts in 8 or 16 bits, whichever makes table and data smaller together."""
     return min((_scaled(counts, kind) for kind in (np.uint8, np.uint16)), key=lambda t: _bits(counts, t))
 
 
-def _scaled(counts: npt.NDArray[np.int64], kind: type[np.uint8 | np.uint16]) -> npt.NDArray[Any]:
+def _scaled(counts: npt.NDArray[np.int64], kind: type[np.uint8 | np.uint16]) -> AnyArray:
     share = min(1.0, np.iinfo(kind).max / max(1, counts.max(initial=0)))
     return np.where(counts > 0, np.maximum(1, np.rint(counts * share)), 0).astype(kind)
 
 
-def _bits(counts: npt.NDArray[np.int64], table: npt.NDArray[Any]) -> float:
+def _bits(counts: npt.NDArray[np.int64], table: AnyArray) -> float:
     """Bits of the table, and of the numbers when coded by it."""
     used = table > 0
     chances = table[used] / table.sum(dtype=np.int64)
     return float(8 * table.nbytes - counts[used] @ np.log2(chances))
 
 
-def _ans_encode(symbols: npt.NDArray[Any], table: npt.NDArray[Any], first: int) -> npt.NDArray[np.uint32]:
+def _ans_encode(symbols: AnyArray, table: AnyArray, first: int) -> npt.NDArray[np.uint32]:
     used = np.flatnonzero(table)
     if len(used) <= 1:
         return np.zeros(0, np.uint32)
@@ -203,9 +206,7 @@ def _ans_encode(symbols: npt.NDArray[Any], table: npt.NDArray[Any], first: int) 
     return np.asarray(coder.get_compressed(), np.uint32)
 
 
-def _ans_decode(
-    data: npt.NDArray[np.uint32], frequencies: npt.NDArray[Any], length: int
-) -> npt.NDArray[np.int32]:
+def _ans_decode(data: npt.NDArray[np.uint32], frequencies: AnyArray, length: int) -> npt.NDArray[np.int32]:
     try:
         coder, model = _ans(frequencies, np.ascontiguousarray(data))
     except ValueError as error:
@@ -216,7 +217,7 @@ def _ans_decode(
     return symbols
 
 
-def _ans(frequencies: npt.NDArray[Any], *data: npt.NDArray[np.uint32]) -> tuple[Any, Any]:
+def _ans(frequencies: AnyArray, *data: npt.NDArray[np.uint32]) -> tuple[Coder, Coder]:
     """A coder, and the model of numbers of these frequencies."""
     try:
         import constriction

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,15 +19,15 @@ from pysolve.plan import tensor_name
 
 SparseLayer = SparseLinear | SparseConv2d
 _GAPS = ":gaps"
-# What of a sparse layer follows from where its entries are.
+# Tensors of a sparse layer that follow from where its entries are.
 _DERIVED = ("indices", "indptr")
-# What a second tensor adds to the header of a file, in bytes.
+# Bytes that a second tensor adds to the header of a file.
 _ENTRY = 200
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """What a state dict can be made from again.
+    """A state dict as tensors of a file.
 
     Parameters
     ----------
@@ -74,11 +73,11 @@ def pack(model: nn.Module) -> Packed:
 
 
 def stored(model: nn.Module, aliases: dict[str, str]) -> Iterator[tuple[str, Tensor, SparseLayer | None]]:
-    """What of a state dict a file holds: names, tensors, and the sparse layers whose values they are.
+    """Names and tensors of a state dict to be stored, and the sparse layers whose values they are.
 
     Further names of a tensor go into ``aliases``; errors as of ``pack``.
     """
-    first: dict[Any, str] = {}
+    first: dict[object, str] = {}
     sparse = sparse_layers(model)
     for name, tensor in model.state_dict().items():
         owner, _, leaf = name.rpartition(".")
@@ -95,7 +94,7 @@ def stored(model: nn.Module, aliases: dict[str, str]) -> Iterator[tuple[str, Ten
 
 @dataclass(frozen=True, eq=False)
 class Wanted:
-    """What a network needs of a file.
+    """The tensors that a network needs from a file.
 
     Parameters
     ----------
@@ -112,8 +111,8 @@ class Wanted:
     layers: dict[str, str]
 
 
-def wanted(network: nn.Module, aliases: Any) -> Wanted:
-    """What of a file goes where in a network; DataError when the aliases are none."""
+def wanted(network: nn.Module, aliases: object) -> Wanted:
+    """The tensors that a network needs; DataError when the aliases are none."""
     sparse, aliases = sparse_layers(network), typed(aliases, dict, "aliases")
     derived = {tensor_name(name, leaf) for name in sparse for leaf in _DERIVED}
     shapes = {k: tuple(v.shape) for k, v in network.state_dict().items() if k not in derived}
@@ -128,7 +127,7 @@ def unpack(packed: Packed, network: nn.Module) -> dict[str, Tensor]:
     Raises
     ------
     DataError
-        When what was packed is not such a network's; sizes are checked before they are used.
+        When the file is not such a network's; sizes are checked before they are used.
     """
     need, shapes = wanted(network, packed.aliases), typed(packed.shapes, dict, "shapes")
     check_names({*need.keys.values(), *(name + _GAPS for name in shapes)}, packed.tensors)
@@ -150,7 +149,7 @@ def unpack(packed: Packed, network: nn.Module) -> dict[str, Tensor]:
 def coded(tensor: Tensor) -> Sparse | None:
     """A form of the tensor's bytes, as integers, that takes less space without zeros; None when none does.
 
-    Only what has no bit set is left out: −0.0 is an entry.
+    Only entries without a bit set are left out: −0.0 is kept.
     """
     whole = bits(tensor).numpy()
     if np.count_nonzero(whole) * (whole.itemsize + 1) + _ENTRY >= whole.nbytes:
@@ -177,7 +176,7 @@ def sparse_layers(model: nn.Module, *, remove_duplicate: bool = False) -> dict[s
     return {name: layer for name, layer in layers if isinstance(layer, SparseLayer)}
 
 
-def _check_storable(name: str, tensor: Any) -> None:
+def _check_storable(name: str, tensor: object) -> None:
     what = None
     if not isinstance(tensor, Tensor):
         what = "no tensor"
@@ -213,14 +212,14 @@ def check_names(expected: Iterable[str], got: Iterable[str]) -> None:
         raise DataError(f"only one of them has {min(strangers)}.")
 
 
-def check_shape(name: str, given: Any, shape: tuple[int, ...]) -> None:
-    """Raise DataError unless what a file gives is the shape that a network has."""
+def check_shape(name: str, given: object, shape: tuple[int, ...]) -> None:
+    """Raise DataError unless a file's shape is the network's."""
     if given != [*shape]:
         raise DataError(f"expected {name} of shape {[*shape]}, got {str(given)[:80]}.")
 
 
 def filled(name: str, form: Sparse, dtype: torch.dtype, owner: str | None) -> dict[str, Tensor]:
-    """A tensor with its zeros, or what a sparse layer of this name makes of the form."""
+    """A tensor with its zeros, or the tensors of the sparse layer of this name."""
     if owner is None:
         return {name: torch.from_numpy(form.dense()).view(dtype)}
     h, d = form.shape

@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
+from pysolve.correlations import AnyArray
 from pysolve.errors import DataError
 from pysolve.forms import Sparse
-from pysolve.nn.files.coded import Row, fitted, gapped, written
-from pysolve.nn.files.decoded import Stream, gapped_of, row_of
 from pysolve.nn.files.format1 import (
     SparseLayer,
     Wanted,
@@ -28,7 +24,18 @@ from pysolve.nn.files.format1 import (
     wanted,
 )
 from pysolve.nn.files.plan_json import typed
-from pysolve.nn.files.storage import bits
+from pysolve.nn.files.row_coder import (
+    Bytes,
+    Description,
+    Row,
+    Stream,
+    fitted,
+    gapped,
+    gapped_of,
+    row_of,
+    written,
+)
+from pysolve.nn.files.storage import bits, type_and_shape
 
 # Raw bytes from which on a tensor is one of the file's own.
 _LARGE = 1 << 16
@@ -36,7 +43,7 @@ _LARGE = 1 << 16
 
 @dataclass(frozen=True, eq=False)
 class Compact:
-    """What a state dict can be made from again.
+    """A state dict as one stream of bytes, and tensors of a file.
 
     Parameters
     ----------
@@ -44,7 +51,7 @@ class Compact:
         The bytes of all rows, one tensor after the other.
     rows : {name: [str, description]}
         Of the tensors in the stream, in its order: data type and shape, as in "float32 20x1x5x5", and how
-        the row of their bits is written, see ``files.coded``. Of a sparse layer's values, the shape of
+        the row of their bits is written, see ``files.row_coder``. Of a sparse layer's values, the shape of
         its matrix.
     tensors : {name: tensor}
         Large ones that no way makes smaller.
@@ -55,7 +62,7 @@ class Compact:
     """
 
     stream: Tensor
-    rows: dict[str, list[Any]]
+    rows: dict[str, list[Description]]
     tensors: dict[str, Tensor]
     aliases: dict[str, str]
     sizes: dict[str, int] = field(default_factory=dict)
@@ -76,8 +83,8 @@ def compact(model: nn.Module, kind: str) -> Compact:
     ImportError
         "ans" without constriction.
     """
-    out: list[npt.NDArray[np.uint8]] = []
-    rows: dict[str, list[Any]] = {}
+    out: list[Bytes] = []
+    rows: dict[str, list[Description]] = {}
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     sizes: dict[str, int] = {}
@@ -89,7 +96,7 @@ def compact(model: nn.Module, kind: str) -> Compact:
             continue
         before = len(out)
         shape = tuple(tensor.shape) if layer is None else layer.shape
-        rows[name] = [_told(tensor.dtype, shape), written(part, out)]
+        rows[name] = [type_and_shape(tensor.dtype, shape), written(part, out)]
         sizes[name] = sum(len(one) for one in out[before:])
     stream = torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *out]))
     return Compact(stream, rows, tensors, aliases, sizes)
@@ -101,17 +108,19 @@ def expanded(made: Compact, network: nn.Module) -> dict[str, Tensor]:
     Raises
     ------
     DataError
-        When what was written is not such a network's; sizes are checked before they are used.
+        When the file is not such a network's; sizes are checked before they are used.
     ImportError
         When it needs constriction, which is not installed.
     """
     need, rows = wanted(network, made.aliases), typed(made.rows, dict, "rows")
     check_names(need.keys.values(), [*rows, *made.tensors])
     stream, values = Stream(made.stream.numpy()), dict[str, Tensor]()
-    for key, told in rows.items():
+    for key, entry in rows.items():
         names = [name for name, first in need.keys.items() if first == key]
-        dtype = _dtype(key, told, [need.shapes[name] for name in names])
-        values |= _read(names, told[1], stream, dtype, need)
+        if len(typed(entry, list, key)) != 2:
+            raise DataError(f"expected data type and row of {key}, got {str(entry)[:40]}.")
+        dtype = _dtype(key, typed(entry[0], str, key), [need.shapes[name] for name in names])
+        values |= _read(names, entry[1], stream, dtype, need)
     if stream.at < len(stream.data):
         raise DataError(f"{len(stream.data) - stream.at} bytes belong to no tensor.")
     for name, key in need.keys.items():
@@ -123,33 +132,29 @@ def expanded(made: Compact, network: nn.Module) -> dict[str, Tensor]:
     return values
 
 
-def _read(names: list[str], told: Any, stream: Stream, dtype: torch.dtype, need: Wanted) -> dict[str, Tensor]:
+def _read(
+    names: list[str], description: object, stream: Stream, dtype: torch.dtype, need: Wanted
+) -> dict[str, Tensor]:
     """The tensors of these names, which are one in the file."""
     shape, kind, found = need.shapes[names[0]], f"u{dtype.itemsize}", dict[str, Tensor]()
     if need.layers.keys().isdisjoint(names):
-        row = torch.from_numpy(row_of(told, stream, math.prod(shape), kind))
+        row = torch.from_numpy(row_of(description, stream, math.prod(shape), kind))
         tensor = row.view(dtype).reshape(shape)
         return dict.fromkeys(names, tensor)
-    form = gapped_of(told, stream, shape, kind)
+    form = gapped_of(description, stream, shape, kind)
     for name in names:
         found |= filled(name, form, dtype, need.layers.get(name))
     return found
 
 
-def _told(dtype: torch.dtype, shape: Sequence[int]) -> str:
-    return f"{str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}".strip()
-
-
-def _dtype(key: str, told: Any, shapes: list[tuple[int, ...]]) -> torch.dtype:
-    """The data type of a tensor, from what the record says of it; the shapes are checked."""
-    if len(typed(told, list, key)) != 2:
-        raise DataError(f"expected data type and row of {key}, got {str(told)[:40]}.")
-    kind, _, sizes = typed(told[0], str, key).partition(" ")
+def _dtype(key: str, given: str, shapes: list[tuple[int, ...]]) -> torch.dtype:
+    """The data type of a tensor from a record's "float32 20x1x5x5", whose shape is checked."""
+    kind, _, sizes = given.partition(" ")
     dtype = getattr(torch, kind, None)
     if not isinstance(dtype, torch.dtype) or dtype.itemsize > 8:
         raise DataError(f"{key} is of an unknown data type {kind[:20]!r}.")
     for shape in shapes:
-        if told[0] != _told(dtype, shape):
+        if given != type_and_shape(dtype, shape):
             raise DataError(f"expected {key} of shape {[*shape]}, got [{sizes[:80].replace('x', ', ')}].")
     return dtype
 
@@ -163,5 +168,5 @@ def _row(tensor: Tensor) -> Row:
     return _unsigned(bits(tensor).numpy().ravel())
 
 
-def _unsigned(values: npt.NDArray[Any]) -> Row:
+def _unsigned(values: AnyArray) -> Row:
     return values.view(f"u{values.itemsize}")

@@ -7,11 +7,10 @@ beginning that is not above.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
 
+from pysolve.correlations import AnyArray
 from pysolve.errors import DataError
 
 Bytes = npt.NDArray[np.uint8]
@@ -51,7 +50,7 @@ def huffman_lengths(counts: npt.NDArray[np.int64]) -> Bytes:
     return lengths
 
 
-def huffman_encode(symbols: Symbols, lengths: npt.NDArray[Any]) -> Bytes:
+def huffman_encode(symbols: Symbols, lengths: AnyArray) -> Bytes:
     """The codes of the symbols, one after the other; nothing where there is only one symbol."""
     if np.count_nonzero(lengths) <= 1:
         return np.zeros(0, np.uint8)
@@ -68,7 +67,7 @@ def huffman_encode(symbols: Symbols, lengths: npt.NDArray[Any]) -> Bytes:
     return np.concatenate([*pieces, np.packbits(left)])
 
 
-def huffman_decode(data: Bytes, lengths: npt.NDArray[Any], count: int) -> Symbols:
+def huffman_decode(data: Bytes, lengths: AnyArray, count: int) -> Symbols:
     """``count`` symbols. Raises DataError where the lengths are no code, or the data is not of that many."""
     _check(data, lengths, count)
     order, begins = _canonical(lengths)
@@ -97,7 +96,7 @@ def huffman_decode(data: Bytes, lengths: npt.NDArray[Any], count: int) -> Symbol
     return found
 
 
-def _check(data: Bytes, lengths: npt.NDArray[Any], count: int) -> None:
+def _check(data: Bytes, lengths: AnyArray, count: int) -> None:
     if lengths.max() > _LONGEST:
         raise DataError(f"Huffman codes of {lengths.max()} bits; at most {_LONGEST} are possible.")
     # In Python's integers, for many short codes overflow any other.
@@ -108,7 +107,7 @@ def _check(data: Bytes, lengths: npt.NDArray[Any], count: int) -> None:
         raise DataError(f"{len(data)} bytes cannot hold {count} Huffman codes.")
 
 
-def _canonical(lengths: npt.NDArray[Any]) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.uint64]]:
+def _canonical(lengths: AnyArray) -> tuple[npt.NDArray[np.intp], npt.NDArray[np.uint64]]:
     """Symbols in the order of their codes, and where those begin."""
     used = np.flatnonzero(lengths)
     order = used[np.argsort(lengths[used], kind="stable")]
@@ -136,8 +135,8 @@ def _chain(
     short: npt.NDArray[np.int32],
     begins: npt.NDArray[np.uint64],
     sizes: npt.NDArray[np.int32],
-) -> tuple[npt.NDArray[np.int32], int, npt.NDArray[Any], npt.NDArray[np.intp]]:
-    """Where codes begin among the bits of a part, and in the next part, given where the first one does.
+) -> tuple[npt.NDArray[np.int32], int, AnyArray, npt.NDArray[np.intp]]:
+    """Beginnings of codes among the bits of a part, and in the next part, from the beginning of the first.
 
     Every bit's code, if one began there, says where the next begins. Those steps are doubled four times, a
     loop takes every sixteenth, and the ones between follow.
@@ -163,10 +162,8 @@ def _chain(
     return places[places < n], cursor, windows, long
 
 
-def _long_ranks(
-    part: Bytes, places: npt.NDArray[Any], begins: npt.NDArray[np.uint64]
-) -> npt.NDArray[np.intp]:
-    """Which codes begin at some bits, from the 56 bits that follow."""
+def _long_ranks(part: Bytes, places: AnyArray, begins: npt.NDArray[np.uint64]) -> npt.NDArray[np.intp]:
+    """Ranks of the codes that begin at some bits, from the 56 bits that follow."""
     value = np.zeros(len(places), np.uint64)
     for i in range(8):
         value = value << np.uint64(8) | part[places // 8 + i]

@@ -1,9 +1,8 @@
-"""What neither tensors nor layers tell of a network: its masks, shared values and modes."""
+"""Masks, shared values and modes of a network, which neither its tensors nor its layers record."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ def ordinary(model: nn.Module) -> nn.Module:
     return unshared(unmasked(model))
 
 
-def modes_record(model: nn.Module, plain: nn.Module) -> dict[str, Any]:
+def modes_record(model: nn.Module, plain: nn.Module) -> dict[str, object]:
     """Names of layers that are masked, share values, or are in training mode; ``plain`` is it as ordinary."""
     shared = [*shared_of(model)]
     training = {name: module.training for name, module in plain.named_modules()}
@@ -35,11 +34,11 @@ def modes_record(model: nn.Module, plain: nn.Module) -> dict[str, Any]:
     }
 
 
-def restore_modes(network: nn.Module, record: Mapping[str, Any]) -> None:
+def restore_modes(network: nn.Module, record: Mapping[str, object]) -> None:
     """Bring a network of ordinary weights into the modes of a record, in place.
 
     Masks are where weights are not zero. Values that a layer shares are those that it has, zero first; they
-    can be trained, and codes stay.
+    can be trained, codes cannot.
 
     Raises
     ------
@@ -47,14 +46,14 @@ def restore_modes(network: nn.Module, record: Mapping[str, Any]) -> None:
         When the record does not fit.
     """
     _set_training(network, field(record, "training"))
-    # Files of before there were masks, or shared values, have no such fields.
+    # Older files have no such fields.
     masked = {name: _weight(network, name, "mask") for name in _names(record, "masked")}
     mask_weights(network, {name: weight != 0 for name, weight in masked.items()})
     shared = {name: _weight(network, name, "share") for name in _names(record, "shared")}
     share_weights(network, {name: _book(name, weight) for name, weight in shared.items()})
 
 
-def _names(record: Mapping[str, Any], what: str) -> dict[str, None]:
+def _names(record: Mapping[str, object], what: str) -> dict[str, None]:
     return dict.fromkeys(strings(record.get(what, []), what))
 
 
@@ -79,7 +78,7 @@ def _book(name: str, weight: Tensor) -> Codebook:
     return Codebook(np.argsort(order)[codes].reshape(weight.shape).astype(np.uint8), as_array(values))
 
 
-def _set_training(network: nn.Module, training: Any) -> None:
+def _set_training(network: nn.Module, training: object) -> None:
     modules = dict(network.named_modules())
     names = training if isinstance(training, bool) else {*strings(training, "training")}
     if not isinstance(names, bool) and not names <= modules.keys():

@@ -1,4 +1,4 @@
-"""Plans as plain values that JSON can hold, and back from JSON that nobody vouches for."""
+"""Plans as JSON, and back from untrusted JSON."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from numbers import Integral, Real
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from pysolve.correlations import Indices
 from pysolve.errors import DataError
 from pysolve.forms import Codebook, Form, Integers, LowRank
-from pysolve.plan import Collapse, Indices, Plan, Site
+from pysolve.plan import Collapse, Plan, Site
 
 # From "rows" or "columns" and a layer's name to how many output or input channels it has.
 Width = Callable[[str, str], int]
@@ -22,7 +23,7 @@ _RANGES = re.compile(r"[0-9]{1,10}(-[0-9]{1,10})?( [0-9]{1,10}(-[0-9]{1,10})?)*"
 _KINDS = {dict: "an object", list: "a list", str: "a string", int: "an integer", bool: "true or false"}
 
 
-def plain(value: Any) -> Any:
+def plain(value: object) -> object:
     """Numbers, strings, lists and dictionaries that JSON can hold; numbers that are not finite are None."""
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
@@ -48,7 +49,7 @@ def ranges(indices: npt.ArrayLike) -> str:
     return " ".join(str(first) if first == last else f"{first}-{last}" for first, last in pairs)
 
 
-def indices_of(text: Any, limit: int, what: str) -> Indices:
+def indices_of(text: object, limit: int, what: str) -> Indices:
     """Indices from "0-2 7 4-5": at most ``limit`` of them, all below it, counted before any is made.
 
     Raises
@@ -66,8 +67,8 @@ def indices_of(text: Any, limit: int, what: str) -> Indices:
     return np.concatenate([np.arange(*part) for part in parts]) if parts else np.zeros(0, np.intp)
 
 
-def step_record(step: Collapse) -> dict[str, Any]:
-    """A step without its values: its site and what it keeps."""
+def step_record(step: Collapse) -> dict[str, object]:
+    """A step without its values: its site and its kept channels."""
     site = step.site
     return {
         "keep": ranges(step.keep),
@@ -80,8 +81,8 @@ def step_record(step: Collapse) -> dict[str, Any]:
     }
 
 
-def plan_record(plan: Plan) -> dict[str, Any]:
-    """A plan without its numbers: what stays of each site, names of new values, forms of tensors."""
+def plan_record(plan: Plan) -> dict[str, object]:
+    """A plan without its numbers: kept channels of each site, names of new values, forms of tensors."""
     return {
         "steps": [step_record(step) for step in plan.steps],
         "values": [*plan.values],
@@ -89,13 +90,13 @@ def plan_record(plan: Plan) -> dict[str, Any]:
     }
 
 
-def form_record(form: Form) -> dict[str, Any]:
+def form_record(form: Form) -> dict[str, object]:
     """A form without its numbers.
 
     Raises
     ------
     DataError
-        Of factors that share the kernel out in a way that no record tells.
+        When the factors divide the kernel in a way that no record can describe.
     """
     if isinstance(form, LowRank):
         *before, spatial = [False, *(size > 1 for size in form.outer.shape[2:])]
@@ -112,7 +113,7 @@ def form_record(form: Form) -> dict[str, Any]:
     return {"kind": "csr", "density": form.density}
 
 
-def factors_of(records: Any) -> dict[str, tuple[int, bool]]:
+def factors_of(records: object) -> dict[str, tuple[int, bool]]:
     """Rank of each factored layer, and whether it lies along height and width, from their records.
 
     Raises
@@ -129,10 +130,10 @@ def factors_of(records: Any) -> dict[str, tuple[int, bool]]:
     return found
 
 
-def steps_of(records: Any, width: Width) -> tuple[Collapse, ...]:
+def steps_of(records: object, width: Width) -> tuple[Collapse, ...]:
     """Steps from their records, for a network whose layers have these widths.
 
-    Together the steps may speak of each channel of a layer once, so that no more is made of a file than the
+    Together the steps may cut each channel of a layer once, so that no more is made of a file than the
     network is wide.
 
     Raises
@@ -140,42 +141,42 @@ def steps_of(records: Any, width: Width) -> tuple[Collapse, ...]:
     DataError
         When a record is not one of a step of this network.
     """
-    spoken: dict[tuple[str, str], int] = {}
+    spent: dict[tuple[str, str], int] = {}
     return tuple(
-        _step(typed(record, dict, "a step"), width, spoken) for record in typed(records, list, "steps")
+        _step(typed(record, dict, "a step"), width, spent) for record in typed(records, list, "steps")
     )
 
 
-def typed(value: Any, kind: type[T], what: str) -> T:
+def typed(value: object, kind: type[T], what: str) -> T:
     """The value, if it is of exactly this type; else DataError."""
     if type(value) is not kind:
         raise DataError(f"expected {what} to be {_KINDS[kind]}, got {_shown(value)}.")
     return value
 
 
-def strings(value: Any, what: str) -> list[str]:
+def strings(value: object, what: str) -> list[str]:
     """The value, if it is a list of strings; else DataError."""
     return [typed(item, str, f"every part of {what}") for item in typed(value, list, what)]
 
 
-def field(record: Mapping[str, Any], name: str) -> Any:
+def field(record: Mapping[str, object], name: str) -> object:
     """A field that must be there; else DataError."""
     if name not in record:
         raise DataError(f"expected a field {name!r}, got {', '.join(record)[:80] or 'none'}.")
     return record[name]
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     return _KINDS.get(type(value), "null" if value is None else "a number")
 
 
-def _step(record: dict[str, Any], width: Width, spoken: dict[tuple[str, str], int]) -> Collapse:
+def _step(record: dict[str, object], width: Width, spent: dict[tuple[str, str], int]) -> Collapse:
     channels = typed(field(record, "channels"), int, "channels")
     writers, readers, passed = (
         tuple(strings(field(record, role), role)) for role in ("writers", "readers", "passed")
     )
     members = {"rows": {*writers, *passed}, "columns": {*readers}}
-    tables: dict[str, Any] = {}
+    tables: dict[str, dict[str, Indices]] = {}
     most = 0
     for what, layers in members.items():
         given = typed(field(record, what), dict, what)
@@ -184,24 +185,24 @@ def _step(record: dict[str, Any], width: Width, spoken: dict[tuple[str, str], in
             limit = width(what, name)
             size = tables[what][name].size if name in given else limit
             most = max(most, size)
-            _spend(spoken, (what, name), size, limit)
+            _spend(spent, (what, name), size, limit)
     if not 1 <= channels <= most:
         raise DataError(f"expected a site of 1 … {most} channels, got {channels}.")
     keep = indices_of(field(record, "keep"), channels, "keep")
     try:
-        return Collapse(Site(channels, writers, readers, passed, **tables), keep)
+        return Collapse(Site(channels, writers, readers, passed, tables["rows"], tables["columns"]), keep)
     except ValueError as error:
         raise DataError(str(error)) from error
 
 
-def _table(text: Any, channels: int, limit: int, what: str) -> Indices:
+def _table(text: object, channels: int, limit: int, what: str) -> Indices:
     table = indices_of(text, limit, what)
     if channels < 1 or len(table) % channels:
         raise DataError(f"expected {what} of as many indices for each of {channels} channels.")
     return table.reshape(channels, len(table) // channels)
 
 
-def _spend(spoken: dict[tuple[str, str], int], key: tuple[str, str], size: int, limit: int) -> None:
-    spoken[key] = spoken.get(key, 0) + size
-    if spoken[key] > limit:
-        raise DataError(f"several steps speak of the same {key[0]} of {key[1]}.")
+def _spend(spent: dict[tuple[str, str], int], key: tuple[str, str], size: int, limit: int) -> None:
+    spent[key] = spent.get(key, 0) + size
+    if spent[key] > limit:
+        raise DataError(f"several steps cut the same {key[0]} of {key[1]}.")

@@ -8,9 +8,8 @@ import os
 import re
 import secrets
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,8 +18,37 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pysolve.errors import DataError
-from pysolve.nn.files.zipped import unzipped, zipped
 
+# Dictionary of deflate, so that short records are compressed, too. Part of format 2, never to be changed.
+WORDS = (
+    '"measure","method":"relative_gap":"objective":"kkt":"iterations":"lam":"site":"density":"layout":'
+    '"dense","csr","why":"dense_seconds":"new_seconds":"error":"pruned","kind":"low-rank","rank":'
+    '"spatial":true,"params_left":"macs_left":few samples: 256 were given, and was fitted on rows for '
+    'its inputs. Give 500 or better 1,000.the network\'s output → nothing","pinned":"the network\'s '
+    'output","curve":[]}],"divergence":0.0layer1.0.conv1.weight.bn1.running_mean.running_var.'
+    'num_batches_tracked":["int64",downsample.0.features.classifier.bfloat16 float16 float64 128 '
+    "256x512x3x3 64 uint8 1024 2048 4096 768 3072 layers.encoder.self_attn.attention.query.key.value."
+    'proj.dense.embeddings.LayerNorm.norm1.linear1.mlp.codes.scales.zeros.int8 values.centroids.["g",1,'
+    '["a",0,255,1,["h",0,16,1,"r"]],["t",16,["p",0,0,"r",["a",0,["p","r","r","r",["t",13,"r",["a",0,13,'
+    '1,{"version":2,"pysolve":"0.1.0","original":{"conv1.weight":"float32 32x3x5x5","conv1.bias":'
+    '"float32 32","conv2.weight":"float32 64x32x3x3","conv2.bias":"float32 64","fc1.weight":"float32 '
+    '512x1024","fc1.bias":"float32 512","fc2.weight":"float32 10x512","fc2.bias":"float32 10"},'
+    '"stages":[[{"keep":"0-1 3-4","channels":32,"writers":["conv1"],"readers":["conv2"],"passed":[],'
+    '"rows":{"conv1":"0-31"},"columns":{"conv2":"0-31"}},{"keep":""}}]],"factored":[{}],"biases":[],'
+    '"sparse":[],"quantized":{},"masked":[],"training":false,"rows":{"conv1.weight":["float32 '
+    '16x3x5x5",["t",16,"r",["a",0,16,1,]]],"conv1.bias":["float32 16","r"],"fc1.weight":["float32 ",'
+    '"fc3.bias":["float32 10",["p",0,0,"r","r"]]},"aliases":{},"report":{"before":{"params":10,'
+    '"nonzeros":10,"bytes":40,"macs":200},"after":{"params":,"nonzeros":,"bytes":,"macs":0},"sites":'
+    '[{"name":"conv1 → conv2","channels":32,"kept":,"error":0.0,"predicted":0.000,"measured":0.000,'
+    '"seconds":0.0,"pinned":null,"curve":[]},{"name":"fc1 → fc2","channels":512,"kept":,"error":0.0,'
+    '"predicted":0.0,"measured":0.0,"seconds":0.0,"pinned":null,"curve":[]}],"divergence":0.0,'
+    '"samples":,"held":,"score_before":null,"score_after":null,"retrained":null,"seconds":{"find":,'
+    '"gather":0.,"measure":0.,"refit":0.,"apply":0.0,"report":0.},"notes":[],"target":null,"layers":[],'
+    '"mass":[],"latencies":[[{"median":0.000,"low":0.000,"high":0.000,"batch_size":1,"threads":1},'
+    '{"median":0.00,"low":0.00,"high":0.00,"batch_size":32,"threads":2}]],"solves":[],"warnings":[],'
+    '"made_with":{"pysolve":"0.1.0","torch":"2.13.0+cpu","numpy":"2.4.6","scipy":"1.17.1","python":"3.'
+    '11.7","machine":"x86_64","seed":"0"}},"checksums":{}}'
+).encode()
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _KEY = "pysolve"
 _SEALED = re.compile(r'\{"checksum":(\d{1,10}),"record":(.*)\}', re.DOTALL)
@@ -32,17 +60,17 @@ STREAM = ":coded"
 _PARTS = 1_000_000
 # Reading a header takes some four times its size: of a file it may be a quarter, and so much more.
 _HEADER, _HEADER_SHARE = 2_000_000, 4
-# What comes of data types that torch does not have.
+# Errors that data types raise which torch does not have.
 _LACKING = (AttributeError, KeyError, TypeError)
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> None:
+def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, object]) -> None:
     """Write a ``.safetensors`` file with a record, in the form of the record's ``version``.
 
     1: the metadata has one entry, ``pysolve``: JSON of ``{"checksum": n, "record": {…}}`` with the CRC-32 of
-    the record's text. 2: it says ``2 c n`` of a tensor of bytes ``:coded``: its CRC-32, and that its first n
-    bytes are the record, ``zipped``; the rest is the ``:coded`` that
-    was given. To the record belong the ``checksums`` of all other tensors, which are added here.
+    the record's text. 2: the entry is ``2 c n``, of a tensor of bytes ``:coded``: its CRC-32, and that its
+    first n bytes are the record, ``zipped``; the rest is the ``:coded`` that was given. To the record belong
+    the ``checksums`` of all other tensors, which are added here.
 
     An existing file is replaced only once the new one is complete and on the disk.
 
@@ -69,14 +97,14 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, Any]) 
         raise
 
 
-def size(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> int:
+def size(tensors: Mapping[str, Tensor], record: Mapping[str, object]) -> int:
     """Bytes of the file that ``write`` would write."""
     content, metadata = _sealed(tensors, record)
     # One of the same header, without the tensors' bytes, would need the format written out once more.
     return len(save_bytes(content, metadata))
 
 
-def read(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
     """The record and the tensors, whose checksums are right, of a file that ``write`` wrote.
 
     Raises
@@ -105,9 +133,33 @@ def bits(tensor: Tensor) -> Tensor:
     return in_order(tensor).view(_BITS[tensor.itemsize])
 
 
+def type_and_shape(dtype: torch.dtype, shape: Sequence[int]) -> str:
+    """Data type and shape as records have them: "float32 20x1x5x5"."""
+    return f"{str(dtype).removeprefix('torch.')} {'x'.join(map(str, shape))}".strip()
+
+
 def in_order(tensor: Tensor) -> Tensor:
     """On the CPU, as a file has it; conjugates and negatives, which torch only marks as such, carried out."""
     return tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
+
+
+def zipped(text: bytes) -> bytes:
+    """The text in raw deflate with the dictionary ``WORDS``."""
+    packer = zlib.compressobj(9, wbits=-zlib.MAX_WBITS, zdict=WORDS)
+    return packer.compress(text) + packer.flush()
+
+
+def unzipped(data: bytes, most: int) -> bytes:
+    """The text again, never more than ``most`` bytes; DataError when it is longer, or damaged."""
+    return _unpacked(zlib.decompressobj(-zlib.MAX_WBITS, WORDS), data, most)
+
+
+def inflated(data: bytes, size: int) -> bytes:
+    """``size`` bytes from raw deflate; DataError when they are more or fewer."""
+    found = _unpacked(zlib.decompressobj(-zlib.MAX_WBITS), data, size)
+    if len(found) != size:
+        raise DataError(f"expected {size} bytes, got {len(found)}.")
+    return found
 
 
 def _check_header(path: Path) -> None:
@@ -130,9 +182,9 @@ def _limit(size: int) -> int:
 
 
 def _sealed(
-    tensors: Mapping[str, Tensor], record: Mapping[str, Any]
+    tensors: Mapping[str, Tensor], record: Mapping[str, object]
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What the file holds: tensors and metadata."""
+    """Tensors and metadata of the file."""
     short = record.get("version") == 2
     others = {name: tensor for name, tensor in tensors.items() if not (short and name == STREAM)}
     record = {**record, "checksums": {name: _checksum(tensor) for name, tensor in others.items()}}
@@ -146,12 +198,12 @@ def _sealed(
     return {STREAM: whole, **others}, {_KEY: f"2 {_checksum(whole)} {len(packed)}"}
 
 
-def _opened(told: str, tensors: dict[str, Tensor], size: int) -> tuple[dict[str, Any], set[str]]:
-    """The record, and which tensors have their checksum already; of what holds it only the rest stays."""
-    plain, version = _SEALED.fullmatch(told), _VERSION.match(told)
+def _opened(metadata: str, tensors: dict[str, Tensor], size: int) -> tuple[dict[str, object], set[str]]:
+    """The record, and the names of tensors whose checksum is verified; ``:coded`` loses the record."""
+    plain, version = _SEALED.fullmatch(metadata), _VERSION.match(metadata)
     if plain is None and version is None:
         raise DataError("it has no record of a compressed network.")
-    if plain is None and (short := _SHORT.fullmatch(told)) is not None and STREAM in tensors:
+    if plain is None and (short := _SHORT.fullmatch(metadata)) is not None and STREAM in tensors:
         whole, length = tensors[STREAM], int(short[2])
         _check_seal(whole.dtype == torch.uint8 and _checksum(whole) == int(short[1]))
         text = unzipped(whole[:length].numpy().tobytes(), _limit(size))
@@ -161,7 +213,7 @@ def _opened(told: str, tensors: dict[str, Tensor], size: int) -> tuple[dict[str,
         _check_seal(zlib.crc32(text) == int(plain[1]))
     else:
         raise DataError(
-            f"it has format version {told[:9]!r}, but this pysolve reads 1 and 2: update pysolve."
+            f"it has format version {metadata[:9]!r}, but this pysolve reads 1 and 2: update pysolve."
         )
     if sum(map(text.count, (b",", b"[", b"{"))) > _PARTS:
         raise DataError(f"its record has more than {_PARTS} parts.")
@@ -176,7 +228,7 @@ def _check_seal(right: bool) -> None:
         raise DataError("the checksum of its record is wrong.")
 
 
-def _check_sums(tensors: Mapping[str, Tensor], checksums: Any) -> None:
+def _check_sums(tensors: Mapping[str, Tensor], checksums: object) -> None:
     if not isinstance(checksums, dict) or set(checksums) != set(tensors):
         raise DataError("its tensors are not those that its record names.")
     for name, tensor in tensors.items():
@@ -187,5 +239,16 @@ def _check_sums(tensors: Mapping[str, Tensor], checksums: Any) -> None:
 def _checksum(tensor: Tensor) -> int:
     """CRC-32 of data type, shape and bytes."""
     start = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-    content: Any = bits(tensor).numpy()
-    return zlib.crc32(content, start)
+    return zlib.crc32(bits(tensor).numpy().data, start)
+
+
+def _unpacked(unpacker: zlib._Decompress, data: bytes, most: int) -> bytes:
+    try:
+        found = unpacker.decompress(data, most + 1)
+    except zlib.error as error:
+        raise DataError(f"its packed bytes are damaged: {error}.") from error
+    if len(found) > most:
+        raise DataError(f"packed bytes take more than the {most} that they may.")
+    if not unpacker.eof or unpacker.unused_data:
+        raise DataError("its packed bytes end too early, or too late.")
+    return found

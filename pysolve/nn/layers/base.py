@@ -70,11 +70,11 @@ class Geometry:
         sizes = layer.kernel_size, layer.stride, layer.padding, layer.dilation
         return cls(*sizes, layer.groups, layer.padding_mode, tuple(layer._reversed_padding_repeated_twice))
 
-    @property
-    def arguments(self) -> Mapping[str, object]:
-        """Keyword arguments of a layer that has it."""
+    def dense(self, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+        """A layer with this geometry and these values; see ``dense_layer``."""
         names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-        return {name: getattr(self, name) for name in names}
+        how = {name: getattr(self, name) for name in names}
+        return dense_layer(nn.Conv2d, weight, bias, (weight.shape[1] * self.groups, len(weight)), how)
 
     def padded(self, x: Tensor) -> Tensor:
         """The inputs with their padding around them."""
@@ -90,7 +90,6 @@ class Geometry:
 
 def dense_layer(
     kind: type[T],
-    home: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     sizes: tuple[int, int],
@@ -98,24 +97,12 @@ def dense_layer(
     *,
     trained: bool = True,
 ) -> T:
-    """A layer of torch's own with these values; no random number is drawn for it.
+    """A layer of torch's own with copies of these values, where and of the type that the weight is.
 
-    Parameters
-    ----------
-    kind : type
-    home : tensor
-        Gives its device and data type.
-    weight : tensor
-    bias : tensor, optional
-        The layer's is trained where this one is.
-    sizes : (int, int)
-        Input and output channels.
-    how : {keyword: value}, optional
-        Further arguments of the kind.
-    trained : bool
-        Whether the weight is.
+    No random number is drawn for it. ``sizes`` are input and output channels, ``how`` further arguments of
+    the kind; its bias is trained where this one is.
     """
-    place = {"device": home.device, "dtype": home.dtype}
+    place = {"device": weight.device, "dtype": weight.dtype}
     made: T = skip_init(kind, *sizes, bias=bias is not None, **place, **(how or {}))  # type: ignore[no-untyped-call]
     with torch.no_grad():
         made.weight.copy_(weight)

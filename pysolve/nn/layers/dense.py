@@ -17,7 +17,7 @@ _KINDS = (SparseWeight, Factored, QuantWeight)
 
 
 def to_dense(model: nn.Module) -> nn.Module:
-    """A copy of a network with one dense layer for each sparse or quantised one, and each that became two.
+    """A copy of a network with one dense layer for each sparse, quantised or factored one.
 
     For other devices and half precision, and for exporting. A network with sparse layers can be exported,
     too: at 90 % zeros such a program takes a fifth of a dense one's space, but makes the dense weights anew
@@ -63,7 +63,7 @@ def to_torchao(model: nn.Module) -> nn.Module:
 def _replaced(model: nn.Module, kinds: tuple[type, ...], make: Callable[[Any], nn.Module]) -> nn.Module:
     """A copy of a network with other layers in the place of those of some kinds."""
     other = copy.deepcopy(model)
-    # Inside out: what a factored layer is made of may be sparse or factored itself.
+    # Inside out: the parts of a factored layer may be sparse or factored themselves.
     for layer in [one for one in reversed([*other.modules()]) if isinstance(one, kinds)]:
         other = substitute(other, layer, make(layer))
     return other

@@ -70,7 +70,7 @@ class Factored(nn.Module):
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """Of the outer layer."""
+        """The outer layer's."""
         bias: nn.Parameter | None = self.outer.bias
         return bias
 
@@ -87,10 +87,10 @@ class Factored(nn.Module):
             how = {name: _both(own, inner, outer, name) for name in ("stride", "padding", "dilation")}
             how["kernel_size"] = tuple(map(max, inner.kernel_size, outer.kernel_size))
             how["padding_mode"] = inner.padding_mode
-        kind, trained = type(inner), inner.weight.requires_grad
-        dense: Dense = dense_layer(
-            kind, inner.weight, self.weight, outer.bias, (channels, width), how, trained=trained
-        )
+        trained, sizes = inner.weight.requires_grad, (channels, width)
+        # Under autocast the product has another type.
+        weight = self.weight.to(inner.weight)
+        dense: Dense = dense_layer(type(inner), weight, outer.bias, sizes, how, trained=trained)
         return dense.train(self.training)
 
     def extra_repr(self) -> str:
@@ -126,11 +126,9 @@ def _part(layer: Dense, weight: AnyArray, bias: Tensor | None, own: Iterable[boo
     if not isinstance(layer, nn.Linear):
         how = {name: _along(layer, name, own) for name in ("stride", "padding", "dilation")}
         how |= {"kernel_size": weight.shape[2:], "padding_mode": layer.padding_mode}
-    out, channels = weight.shape[:2]
-    trained = layer.weight.requires_grad
-    return dense_layer(
-        type(layer), layer.weight, as_tensor(weight), bias, (channels, out), how, trained=trained
-    )
+    (out, channels), trained = weight.shape[:2], layer.weight.requires_grad
+    own_weight = as_tensor(weight).to(layer.weight)
+    return dense_layer(type(layer), own_weight, bias, (channels, out), how, trained=trained)
 
 
 def _along(layer: Dense, name: str, own: Iterable[bool]) -> str | tuple[int, ...]:

@@ -16,7 +16,7 @@ _STEPS = 255
 
 
 def rounded(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows of inputs as whole numbers: x ≈ steps · width + middle.
+    """Rows of inputs as integers: x ≈ steps · width + middle.
 
     The steps lie within −128 … 127, which stand for the least and the greatest of the row and of zero; they
     are off by half a width at most. A row with an entry that is not finite has a width that is not, either.
@@ -45,7 +45,7 @@ def restored(x: Tensor) -> Tensor:
 
 
 def multiplied(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Tensor | None) -> Tensor:
-    """W x + b for rounded rows x, as products of whole numbers; gradients go to scales and bias.
+    """W x + b for rounded rows x, as products of integers; gradients go to scales and bias.
 
     y_h = scales_h · (width Σ_j steps_j codes_hj + middle · sums_h) + b_h
 
@@ -53,7 +53,7 @@ def multiplied(x: Tensor, codes: Tensor, scales: Tensor, sums: Tensor, bias: Ten
     ----------
     x : (n, d) float32 tensor
     codes : (h, d) int8 tensor
-        Of W, which is codes · scales.
+        W is codes · scales.
     scales, sums : (h,) float32 tensors
         ``sums`` are those of the codes.
     bias : (h,) float32 tensor, optional
@@ -116,7 +116,7 @@ def torchao_tensor(codes: Tensor, scales: Tensor) -> Tensor:
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """What torchao says of kernels for other machines when it is imported is kept to ourselves."""
+    """Silence torchao's log of kernels for other machines when it is imported."""
     before = logging.root.manager.disable
     logging.disable(max(before, logging.WARNING))
     try:

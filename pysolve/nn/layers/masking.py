@@ -1,4 +1,4 @@
-"""Weights that are masked: pruned places are zero, and stay zero while the others are trained."""
+"""Masked weights: pruned ones are zero, and remain zero while the others are trained."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Mask(nn.Module):
     """The parametrisation  w ↦ w ∘ m.
 
     The mask is a buffer and so part of the state dict. Pruned weights get no gradient, hence no momentum;
-    whatever an optimiser does to the values below, what is in use is zero.
+    whatever an optimiser does to the values below, the weight in use is zero there.
 
     Parameters
     ----------
@@ -43,7 +43,7 @@ class Mask(nn.Module):
         return weight + (masked - weight).detach() if self.splicing else masked
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """What lies below a weight that is put in place."""
+        """The parameter below, for a weight that is put in place."""
         return weight if self.splicing else torch.where(self.mask, weight, 0.0)
 
 
@@ -52,8 +52,8 @@ def mask_weights(
 ) -> None:
     """Mask the weights of layers, in place; layers that have a mask get another one.
 
-    The weights stay the same parameters, so an optimiser goes on; after another mask, what the one before
-    pruned is zero. A layer under several names has one mask.
+    The weights stay the same parameters, so an optimiser goes on; after another mask, the weights
+    that the earlier one pruned are zero. A layer under several names has one mask.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ def mask_weights(
 
 
 def masks_of(model: nn.Module) -> dict[str, Mask]:
-    """The masks of a network's weights, by the layers' first names; changing one changes what is in use."""
+    """The masks of a network's weights, by the layers' first names; changes to them take effect."""
     found = {name: mask_of(layer) for name, layer in model.named_modules()}
     return {name: mask for name, mask in found.items() if mask is not None}
 

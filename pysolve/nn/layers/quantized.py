@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +31,12 @@ class QuantWeight(TwoWay):
     zeros: Tensor | None
     bias: nn.Parameter | None
 
+    # The dense layer that it replaces.
+    kind: type[nn.Linear] | type[nn.Conv2d]
+
     def __init__(self, layer: nn.Linear | nn.Conv2d, form: Integers) -> None:
         super().__init__()
-        self.bits, self.group = form.bits, form.group
+        self.bits, self.group, self.dynamic = form.bits, form.group, form.dynamic
         # Plain numbers: sizes that a trace asks tensors for are part of its program.
         self.shape = form.shape
         self.columns = math.prod(form.shape[1:])
@@ -48,6 +50,19 @@ class QuantWeight(TwoWay):
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
         self._kept: dict[str, tuple[object, Tensor]] = {}
         self.train(layer.training)
+
+    @classmethod
+    def from_form(cls, layer: nn.Module, form: Integers) -> Self:
+        """A layer with a dense one's bias.
+
+        Raises
+        ------
+        PysolveError
+            When the layer is of another kind, or its weight of another shape.
+        """
+        check_integers(layer, form, cls.kind)
+        assert isinstance(layer, nn.Linear | nn.Conv2d)
+        return cls(layer, form)
 
     def decoded(self) -> Tensor:
         """The weight in the precision of the scales; gradients go to the scales."""
@@ -72,7 +87,7 @@ class QuantWeight(TwoWay):
         """Codes, scales and zeros."""
         zeros = None if self.zeros is None else self.zeros.cpu().numpy()
         scales = self.scales.detach().float().cpu().numpy()
-        return Integers(self.codes.cpu().numpy(), scales, zeros, self.bits, self.group)
+        return Integers(self.codes.cpu().numpy(), scales, zeros, self.bits, self.group, self.dynamic)
 
     def kept(self, name: str, make: Callable[[], Tensor]) -> Tensor:
         """A tensor made of codes and scales, made anew when one of them has changed."""
@@ -119,24 +134,12 @@ class QuantLinear(QuantWeight):
     of this package: it holds the codes, and decodes them in each call.
     """
 
-    def __init__(self, layer: nn.Linear, form: Integers) -> None:
-        super().__init__(layer, form)
-        self.dynamic = form.dynamic
-
-    @classmethod
-    def from_form(cls, layer: nn.Linear, form: Integers) -> QuantLinear:
-        """A layer with a dense one's bias. PysolveError if it is of another kind or shape."""
-        check_integers(layer, form, nn.Linear)
-        return cls(layer, form)
-
-    def form(self) -> Integers:
-        """Codes, scales and zeros."""
-        return replace(super().form(), dynamic=self.dynamic)
+    kind = nn.Linear
 
     def to_dense(self) -> nn.Linear:
         """The same layer with a dense weight; inputs are no longer rounded."""
         h, d = self.shape
-        return dense_layer(nn.Linear, self.scales, self.weight, self.bias, (d, h)).train(self.training)
+        return dense_layer(nn.Linear, self.weight, self.bias, (d, h)).train(self.training)
 
     def computed(self, x: Tensor) -> Tensor:
         if not self.dynamic or not self.columns:
@@ -179,21 +182,15 @@ class QuantConv2d(QuantWeight):
     Of any stride, padding, dilation and groups; runs by the decoded weight. As ``QuantLinear`` otherwise.
     """
 
+    kind = nn.Conv2d
+
     def __init__(self, layer: nn.Conv2d, form: Integers) -> None:
         super().__init__(layer, form)
         self.geometry = Geometry.of(layer)
 
-    @classmethod
-    def from_form(cls, layer: nn.Conv2d, form: Integers) -> QuantConv2d:
-        """A layer with a dense one's bias. PysolveError if it is of another kind or shape."""
-        check_integers(layer, form, nn.Conv2d)
-        return cls(layer, form)
-
     def to_dense(self) -> nn.Conv2d:
         """The same layer with a dense weight."""
-        sizes, how = (self.shape[1] * self.geometry.groups, self.shape[0]), self.geometry.arguments
-        dense = dense_layer(nn.Conv2d, self.scales, self.weight, self.bias, sizes, how)
-        return dense.train(self.training)
+        return self.geometry.dense(self.weight, self.bias).train(self.training)
 
     def computed(self, x: Tensor) -> Tensor:
         return self.geometry.convolved(x, self.weight, self.bias)
@@ -210,9 +207,8 @@ def quantized(layer: nn.Module, form: Integers) -> QuantLinear | QuantConv2d:
     PysolveError
         When the layer is neither a Linear nor a Conv2d, or its weight has another shape.
     """
-    check_integers(layer, form)
-    assert isinstance(layer, nn.Linear | nn.Conv2d)
-    return QuantConv2d(layer, form) if isinstance(layer, nn.Conv2d) else QuantLinear(layer, form)
+    kind = QuantConv2d if type(layer) is nn.Conv2d else QuantLinear
+    return kind.from_form(layer, form)
 
 
 def check_integers(layer: nn.Module, form: Integers, *kinds: type[nn.Module]) -> None:

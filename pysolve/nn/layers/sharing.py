@@ -51,7 +51,7 @@ class Shared(nn.Module):
         return _looked_up(*self.in_use(centroids))
 
     def in_use(self, centroids: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes, and what they stand for."""
+        """Codes and values."""
         return self.codes, _with_zero(centroids, self.zero)
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -76,7 +76,7 @@ class Snapped(nn.Module):
         For three values 0, n, p: trained ternary quantisation. In use is p where v > t max|v|, n where
         v < −t max|v|, and else 0; gradients reach v times p and −n where it is not 0.
     fixed : bool tensor, optional
-        Of the weight's shape: what is of code 0 for good.
+        Of the weight's shape: true where the code is always 0.
 
     References
     ----------
@@ -119,7 +119,7 @@ class Snapped(nn.Module):
         return codes if self.fixed is None else codes.masked_fill_(self.fixed, 0)
 
     def in_use(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes, and what they stand for."""
+        """Codes and values."""
         return self.codes_of(weight), _with_zero(self.centroids, self.zero)
 
 
@@ -198,13 +198,13 @@ def ternary_weights(
 
 
 def shared_of(model: nn.Module) -> dict[str, Sharing]:
-    """What makes a network's weights share their values, by the layers' first names."""
+    """The parametrisations by which weights share values, by the layers' first names."""
     found = {name: sharing_of(layer) for name, layer in model.named_modules()}
     return {name: one for name, one in found.items() if one is not None}
 
 
 def sharing_of(layer: nn.Module) -> Sharing | None:
-    """What makes a layer's weights share their values, if something does."""
+    """The parametrisation by which a layer's weights share values, if there is one."""
     return next((one for one in parametrizations(layer) if isinstance(one, Sharing)), None)
 
 

@@ -137,7 +137,7 @@ class SparseWeight(TwoWay):
         return result
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
-        """Take the sizes of what is loaded, once it is known to be a matrix of this shape."""
+        """Take the sizes of the loaded tensors, once they are known to be a matrix of this shape."""
         given = {name: state_dict.get(prefix + name) for name in ("values", "indices", "indptr")}
         if all(isinstance(tensor, Tensor) for tensor in given.values()):
             csr = csr_array(tuple(tensor.cpu().numpy() for tensor in given.values()), shape=self.shape)
@@ -191,7 +191,7 @@ class SparseLinear(SparseWeight):
     def to_dense(self) -> nn.Linear:
         """The same layer with a dense weight."""
         h, d = self.shape
-        return dense_layer(nn.Linear, self.values, self.scattered(), self.bias, (d, h)).train(self.training)
+        return dense_layer(nn.Linear, self.scattered(), self.bias, (d, h)).train(self.training)
 
     def computed(self, x: Tensor) -> Tensor:
         return self.multiplied(x.reshape(-1, self.shape[1]), "batch").reshape(*x.shape[:-1], self.shape[0])
@@ -224,9 +224,7 @@ class SparseConv2d(SparseWeight):
 
     def to_dense(self) -> nn.Conv2d:
         """The same layer with a dense weight."""
-        sizes, how = (self.dense_shape[1] * self.geometry.groups, self.shape[0]), self.geometry.arguments
-        dense = dense_layer(nn.Conv2d, self.values, self.scattered(), self.bias, sizes, how)
-        return dense.train(self.training)
+        return self.geometry.dense(self.scattered(), self.bias).train(self.training)
 
     def computed(self, x: Tensor) -> Tensor:
         if x.ndim == 3:

@@ -32,8 +32,7 @@ from pysolve.nn.evaluate import parameters
 from pysolve.nn.files import storage
 from pysolve.nn.files.architecture import fingerprint
 from pysolve.nn.files.format1 import Packed, coded, decoded, pack, unpack
-from pysolve.nn.files.storage import bits
-from pysolve.nn.files.zipped import WORDS, zipped
+from pysolve.nn.files.storage import WORDS, bits, zipped
 from pysolve.nn.layers.factored import Factored
 from pysolve.nn.layers.masking import masks_of, unmasked
 from pysolve.nn.running import forward
@@ -310,9 +309,20 @@ def test_paths_may_be_strings_and_files_are_the_same_each_time(tmp_path):
     assert_same_state(ps.load(str(tmp_path / "b.safetensors"), model), result.model)
 
 
+@pytest.mark.parametrize("coding", ["auto", "none"])
+def test_what_a_report_says_changes_no_byte_unless_it_is_asked_for(coding, tmp_path):
+    result, _ = small()
+    slower = replace(result, report=replace(REPORT, seconds={"find": 1.5}))
+    for report in (False, True):
+        for name, one in (("a", result), ("b", slower)):
+            ps.save(one, tmp_path / name, coding=coding, report=report)
+        same = (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+        assert same is not report
+
+
 def test_the_record_is_plain_json(tmp_path):
     result, _ = small()
-    ps.save(result, tmp_path / "a.safetensors", coding="none")
+    ps.save(result, tmp_path / "a.safetensors", coding="none", report=True)
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         record = json.loads(file.metadata()["pysolve"])["record"]
     assert_is_of_small(record, 1)
@@ -320,7 +330,7 @@ def test_the_record_is_plain_json(tmp_path):
 
 def test_the_record_of_a_coded_file_is_json_that_zlib_unpacks(tmp_path):
     result, _ = small()
-    ps.save(result, tmp_path / "a.safetensors")
+    ps.save(result, tmp_path / "a.safetensors", report=True)
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         version, checksum, length = map(int, file.metadata()["pysolve"].split())
         data = file.get_tensor(":coded").numpy().tobytes()

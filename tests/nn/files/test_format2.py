@@ -21,8 +21,7 @@ from pysolve.nn.files import storage
 from pysolve.nn.files.architecture import fingerprint
 from pysolve.nn.files.checkpoint import CODINGS, file_bytes, stored_bytes
 from pysolve.nn.files.format2 import _LARGE, compact, expanded
-from pysolve.nn.files.storage import bits
-from pysolve.nn.files.zipped import WORDS
+from pysolve.nn.files.storage import WORDS, bits
 from pysolve.nn.layers.masking import unmasked
 from pysolve.nn.zoo import LeNet5
 from pysolve.plan import Collapse, Plan, Site
@@ -164,9 +163,9 @@ def collapsed():
 def test_little_but_the_weights_is_in_the_file_of_a_small_network(collapsed, tmp_path):
     result, model = collapsed
     payload = sum(stored_bytes(result.model).values())
-    assert file_bytes(result) <= payload + 1200
-    assert file_bytes(result, report=False) <= payload + 800
-    ps.save(result, tmp_path / "a.safetensors", report=False)
+    assert file_bytes(result, report=True) <= payload + 1200
+    assert file_bytes(result) <= payload + 800
+    ps.save(result, tmp_path / "a.safetensors")
     assert_same(ps.load(tmp_path / "a.safetensors", model).state_dict(), result.model.state_dict())
     record, _ = storage.read(tmp_path / "a.safetensors")
     assert "report" not in record
@@ -174,7 +173,7 @@ def test_little_but_the_weights_is_in_the_file_of_a_small_network(collapsed, tmp
 
 def test_numbers_of_the_report_have_five_digits_in_coded_files(tmp_path):
     for coding, divergence in (("ans", 0.12346), ("none", 0.123456789)):
-        ps.save(saved(nn.Linear(2, 2)), tmp_path / "a.safetensors", coding=coding)
+        ps.save(saved(nn.Linear(2, 2)), tmp_path / "a.safetensors", coding=coding, report=True)
         assert storage.read(tmp_path / "a.safetensors")[0]["report"]["divergence"] == divergence
 
 

@@ -72,7 +72,7 @@ def test_layers_share_their_values_again_and_compute_the_same(coding, dtype, tmp
 def test_files_of_shared_values_are_as_small_as_those_of_dense_layers(tmp_path):
     model = mlp((6, 300, 200, 4))
     for layout in ("dense", "shared"):
-        ps.save(quantized(model, layout=layout), tmp_path / layout, report=False)
+        ps.save(quantized(model, layout=layout), tmp_path / layout)
     dense, shared = ((tmp_path / layout).stat().st_size for layout in ("dense", "shared"))
     # The names of three layers.
     assert dense < shared < dense + 40

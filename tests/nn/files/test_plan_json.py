@@ -143,7 +143,7 @@ def test_steps_may_share_a_layer_but_not_its_channels():
         for start, table in ((0, np.arange(3).repeat(2)[:0].reshape(6, 0)), (6, np.arange(6)[:, None]))
     ]
     assert len(steps_of([*map(step_record, halves)], width)) == 2
-    with pytest.raises(DataError, match="several steps speak of the same rows of a"):
+    with pytest.raises(DataError, match="several steps cut the same rows of a"):
         steps_of([*map(step_record, halves), step_record(halves[1])], width)
 
 

@@ -11,10 +11,8 @@ from strategies import seeds
 
 from pysolve.errors import DataError
 from pysolve.forms import Sparse
-from pysolve.nn.files import coded as module
-from pysolve.nn.files.coded import Part, fitted, gapped, written
-from pysolve.nn.files.decoded import Stream, gapped_of, row_of
-from pysolve.nn.files.distinct import distinct
+from pysolve.nn.files import row_coder as module
+from pysolve.nn.files.row_coder import Part, Stream, distinct, fitted, gapped, gapped_of, row_of, written
 
 kinds = st.sampled_from(["ans", "huffman"])
 dtypes = st.sampled_from([np.uint8, np.uint16, np.uint32, np.uint64])
@@ -80,9 +78,9 @@ def part_shape(part):
 @given(rows(), kinds)
 def test_long_rows_are_found_out_by_samples(row, kind):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pysolve.nn.files.distinct._SAMPLE", 64)
-        patch.setattr("pysolve.nn.files.distinct._CHUNK", 100)
-        patch.setattr("pysolve.nn.files.distinct._HASHED", 20)
+        patch.setattr(module, "_SAMPLE", 64)
+        patch.setattr(module, "_CHUNK", 100)
+        patch.setattr(module, "_HASHED", 20)
         patch.setattr(module, "_LONG", 256)
         size, _ = there_and_back(row, kind)
     assert size <= row.nbytes
@@ -91,9 +89,9 @@ def test_long_rows_are_found_out_by_samples(row, kind):
 @given(rows(), st.sampled_from([20, 384]))
 def test_distinct_entries_and_their_codes_make_the_row(row, hashed):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pysolve.nn.files.distinct._SAMPLE", 64)
-        patch.setattr("pysolve.nn.files.distinct._CHUNK", 100)
-        patch.setattr("pysolve.nn.files.distinct._HASHED", hashed)
+        patch.setattr(module, "_SAMPLE", 64)
+        patch.setattr(module, "_CHUNK", 100)
+        patch.setattr(module, "_HASHED", hashed)
         found = distinct(row) if row.size else None
     if found is not None:
         table, codes = found
