@@ -21,7 +21,7 @@ SEEDS = (0,)
 
 PUBLISHED = {"optimizer": "sgd", "lr": 1e-3, "schedule": "constant"}
 OURS = {"optimizer": "adam", "lr": 2e-3}
-LESSON = {"temperature": 5.0, "alpha": 0.5}
+DISTILLED = {"temperature": 5.0, "alpha": 0.5}
 PUBLISHED_TEACHER, PUBLISHED_STUDENT = "44.8 MB", "1.09 MB"
 
 
@@ -35,9 +35,9 @@ class Way:
 
 WAYS = (
     Way("student, labels alone, SGD as published", {**PUBLISHED, "alpha": 0.0}),
-    Way("student, distilled as published", {**PUBLISHED, **LESSON}),
+    Way("student, distilled as published", {**PUBLISHED, **DISTILLED}),
     Way("student, labels alone, Adam on one cycle", {**OURS, "alpha": 0.0}),
-    Way("student, distilled, Adam on one cycle (ours)", {**OURS, **LESSON}),
+    Way("student, distilled, Adam on one cycle (ours)", {**OURS, **DISTILLED}),
 )
 
 
