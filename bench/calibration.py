@@ -126,7 +126,7 @@ def matching(
     data: DataOption = DATA,
     out: OutOption = Path("results"),
 ) -> None:
-    """What distillation adds on ResNet-20, by the number of calibration images."""
+    """Gain of distillation on ResNet-20, by the number of calibration images."""
     torch.set_num_threads(threads)
     subject, pool = found("resnet20", data, out), pool_of("resnet20", data)
     rows: list[Row] = []

@@ -77,7 +77,7 @@ class Trial:
     def judged(
         self, method: str, run: Callable[[nn.Module], Compressed | int], smaller: float | None = None
     ) -> Compressed | int:
-        """What a method makes of a copy of the network, once measured; of ints the copy is the network."""
+        """Result of a method on a copy of the network, once measured; with ints the copy is the network."""
         model = copy.deepcopy(self.subject.model)
         start, cpu = time.perf_counter(), time.process_time()
         result = run(model)
@@ -91,7 +91,7 @@ class Trial:
 
 @app.command(help=__doc__)
 def main(
-    only: Annotated[str, typer.Option(help="What to measure.")] = ",".join((*SMALLER, "speed")),
+    only: Annotated[str, typer.Option(help="Networks, and speed.")] = ",".join((*SMALLER, "speed")),
     retrain: Annotated[float, typer.Option(help="Seconds; 0: not at all.")] = 0.0,
     threads: ThreadsOption = 1,
     data: DataOption = DATA,

@@ -1,4 +1,4 @@
-"""Distillation: what a compressed network regains without labels, students, and the loop's own speed.
+"""Distillation: accuracy that a compressed network regains without labels, students, and the loop's speed.
 
 python bench/distill.py match [--share 0.5] [--seconds 60,600]
 python bench/distill.py students [--seconds 20,60]
@@ -60,7 +60,7 @@ def training_batches(x: Tensor, seconds: float) -> list[Tensor]:
 
 @app.command()
 def match(
-    share: Annotated[float, typer.Option(help="Of the multiply-accumulates that may stay.")] = 0.5,
+    share: Annotated[float, typer.Option(help="Of the multiply-accumulates that may be left.")] = 0.5,
     seconds: Annotated[str, typer.Option(help="How long to teach.")] = "60,600",
     threads: ThreadsOption = 1,
     data: DataOption = DATA,
@@ -186,7 +186,7 @@ def ours(student: nn.Module, teacher: nn.Module, x: Tensor, batch_size: int, epo
 def by_hand(
     student: nn.Module, teacher: nn.Module, x: Tensor, batch_size: int, epochs: int, kept: bool
 ) -> None:
-    """What one would write: shuffled batches, KL of the outputs, Adam."""
+    """A loop as one would write it: shuffled batches, KL of the outputs, Adam."""
     adam = torch.optim.Adam(student.parameters(), lr=1e-3)
     teacher.eval()
     student.train()

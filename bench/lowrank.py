@@ -73,7 +73,7 @@ class Row:
 @app.command("networks")
 def compare(
     only: Annotated[str, typer.Option(help="Networks to factor.")] = "lenet,mnist-cnn,resnet20",
-    shares: Annotated[str, typer.Option(help="That may stay.")] = "0.5,0.25",
+    shares: Annotated[str, typer.Option(help="That may be left.")] = "0.5,0.25",
     of: Annotated[str, typer.Option("--costs", help="Of what.")] = "params,macs",
     methods: Annotated[str, typer.Option(help="What their names start with.")] = "channels,svd,activation",
     layout: Annotated[str, typer.Option(help="factored: whether or not it is faster; or auto.")] = "factored",

@@ -130,7 +130,7 @@ def comparison(subject: Subject, rows: list[Row]) -> Table:
 @app.command()
 def depth(
     depths: Annotated[str, typer.Option(help="Of the residual networks.")] = "20,32,56",
-    share: Annotated[float, typer.Option(help="Of the multiply-accumulates that may stay.")] = 0.5,
+    share: Annotated[float, typer.Option(help="Of the multiply-accumulates that may be left.")] = 0.5,
     threads: ThreadsOption = 1,
     data: DataOption = DATA,
     out: OutOption = Path("results"),

@@ -17,7 +17,7 @@ from pysolve.compressed import Compressed
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.graph.sites import find_sites
 
-# From a trained network and a share, of the weights that go or of the parameters that stay, to another one.
+# From a trained network and a share, of the weights removed or of the parameters left, to another one.
 Run = Callable[[Subject, float], nn.Module | Compressed]
 
 
@@ -30,7 +30,7 @@ class Way:
 
 
 def of_weights() -> list[Way]:
-    """Single weights: the share that goes."""
+    """Single weights: the share removed."""
     found = []
     for method, scope in (
         *((method, scope) for method in ("magnitude", "std") for scope in ("local", "global")),
@@ -59,7 +59,7 @@ def of_patterns() -> list[Way]:
 
 
 def of_channels(subject: Subject) -> list[Way]:
-    """Whole channels: the share of the parameters that stays."""
+    """Whole channels: the share of the parameters left."""
     found = []
     for method in ("ln", "activation", "nisp"):
         for refit in ("none", "sequential"):

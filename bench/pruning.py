@@ -37,7 +37,7 @@ from pysolve.layer.searches import Zeros, sweep
 from pysolve.nn.nonzeros import nonzeros
 from pysolve.tables import Table
 
-# Shares of the weights that go, and of the parameters that stay.
+# Shares of the weights that are removed, and of the parameters that are left.
 GONE, LEFT = (0.5, 0.8, 0.9, 0.95), (0.5, 0.25)
 # At which files are compared.
 FILES = {"weights": 0.9, "patterns": 0.5, "channels": 0.25}
@@ -53,7 +53,7 @@ class Row:
     ----------
     network, kind, method : str
     share : float
-        Of the weights that go, or of the parameters that stay.
+        Of the weights that are removed, or of the parameters that are left.
     accuracy : float
         Per cent of the test images.
     nonzeros : int
@@ -79,7 +79,7 @@ class Row:
 @app.command()
 def methods(
     only: Annotated[str, typer.Option(help="Networks to prune.")] = "lenet,mlp",
-    kinds: Annotated[str, typer.Option(help="What to prune.")] = ",".join(FILES),
+    kinds: Annotated[str, typer.Option(help="Weights, patterns, channels.")] = ",".join(FILES),
     threads: ThreadsOption = 1,
     data: DataOption = DATA,
     out: OutOption = Path("results"),
@@ -198,7 +198,7 @@ def memory(what: str) -> int:
 
 @app.command()
 def surgery(
-    amount: Annotated[float, typer.Option(help="Share of the weights that goes.")] = 0.985,
+    amount: Annotated[float, typer.Option(help="Share of the weights that is removed.")] = 0.985,
     seconds: Annotated[float, typer.Option(help="How long to train.")] = 840.0,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 3e-3,
     threads: ThreadsOption = 2,

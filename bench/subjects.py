@@ -20,7 +20,7 @@ from pysolve.nn.evaluate import accuracy, macs, parameters
 from pysolve.nn.running import keeping_modes
 from pysolve.nn.zoo import LeNet5, Mlp, MnistCnn, ResNet
 
-# Share of the network's parameters or multiply-accumulates that may stay.
+# Share of the network's parameters or multiply-accumulates that may be left.
 Target = dict[str, float]
 
 DATA = experiment.DATA

@@ -44,7 +44,7 @@ def operations(sizes: Sequence[int]) -> int:
     for step in order[1:]:
         several = [terms.pop(i) for i in sorted(step, reverse=True)]
         total += int(np.prod([size[label] for label in set("".join(several))]))
-        # What appears once stays.
+        # Labels that appear once are kept.
         terms.append("".join(set.symmetric_difference(*map(set, several))))
     return total
 
@@ -71,7 +71,7 @@ def ranks_table(
 
 
 def accuracies(model: nn.Module, dataset: Dataset, rank: int, counts: Sequence[int]) -> list[float]:
-    """Of the truncated singular value decomposition, and by so many images each where the rank pays."""
+    """Accuracies of the truncated SVD, and by so many images each where the rank pays."""
     layer = model.get_submodule(LAYER)
     plain = factor_layer(as_array(layer.weight).astype(float), None, rank).form
     networks = [ps.apply(model, ps.Plan(forms={LAYER: plain}))]

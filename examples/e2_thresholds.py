@@ -57,7 +57,7 @@ class Outcome:
     Parameters
     ----------
     threshold : float
-    gone : float
+    removed : float
         Per cent of the weights that are zero, or of the parameters that are removed.
     left : str
         Bytes as compressed rows, or widths of the hidden layers.
@@ -66,7 +66,7 @@ class Outcome:
     """
 
     threshold: float
-    gone: float
+    removed: float
     left: str
     pruned: float
     refitted: float
@@ -105,8 +105,8 @@ def without_neurons(model: nn.Module, dataset: Dataset, limit: float, few: int) 
         prune(many, method="elimination", amount=amount).model,
         prune(unlabelled(dataset, few, 500), method="elimination", amount=amount).model,
     )
-    gone = 1 - parameters(pruned) / parameters(model)
-    return Outcome(limit, 100 * gone, " ".join(map(str, widths.values())), *scores(networks, dataset))
+    removed = 1 - parameters(pruned) / parameters(model)
+    return Outcome(limit, 100 * removed, " ".join(map(str, widths.values())), *scores(networks, dataset))
 
 
 def scores(networks: Sequence[nn.Module], dataset: Dataset) -> list[float]:
@@ -130,12 +130,12 @@ def neurons_table(outcomes: Sequence[Outcome], few: int) -> Table:
 
 def cells(one: Outcome, published: tuple[float, float] | None) -> tuple[str, ...]:
     theirs = ("", "") if published is None else (f"{published[1]:.1f}", f"{published[0]:.2f}")
-    ours = (f"{one.gone:.1f}", f"{one.pruned:.2f}", one.left, f"{one.refitted:.2f}")
+    ours = (f"{one.removed:.1f}", f"{one.pruned:.2f}", one.left, f"{one.refitted:.2f}")
     return (f"{one.threshold:g}", *theirs, *ours, f"{one.ours:.2f}", f"{one.few:.2f}")
 
 
 def draw(weights: Sequence[Outcome], neurons: Sequence[Outcome], path: Path) -> None:
-    """Both experiments side by side: accuracy against what is gone."""
+    """Both experiments side by side: accuracy against what is removed."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.set(xlabel="zeros (% of the weights)", title="Single weights")
@@ -152,14 +152,15 @@ def draw_outcomes(
     names: tuple[str, str],
 ) -> None:
     """The published points, and a curve for each way."""
-    accuracies, gone = zip(*(pair for pair in published if pair is not None), strict=True)
-    ax.plot(gone, accuracies, "*--", color="0.5", label="published")
+    accuracies, shares = zip(*(pair for pair in published if pair is not None), strict=True)
+    ax.plot(shares, accuracies, "*--", color="0.5", label="published")
     curves: dict[str, Callable[[Outcome], float]] = {
         names[0]: lambda one: one.pruned,
         f"{names[0]}, others refitted": lambda one: one.refitted,
         names[1]: lambda one: one.ours,
     }
     for (label, curve), color in zip(curves.items(), COLORS, strict=False):
-        ax.plot([one.gone for one in outcomes], [*map(curve, outcomes)], "o-", ms=4, color=color, label=label)
+        shares = [one.removed for one in outcomes]
+        ax.plot(shares, [*map(curve, outcomes)], "o-", ms=4, color=color, label=label)
     ax.set(ylabel="test accuracy (%)")
     finish(ax, loc="lower left")

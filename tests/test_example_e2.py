@@ -82,7 +82,7 @@ def test_zeros_are_the_weights_below_the_threshold(thresholds, model, data, tau)
     one = thresholds.without_weights(model, data, tau, few=20)
     weights = torch.cat([layer.weight.detach().flatten() for layer in model.children()])
     gone = weights.abs() < tau
-    assert one.gone == pytest.approx(100 * float(gone.double().mean()))
+    assert one.removed == pytest.approx(100 * float(gone.double().mean()))
     # Values and columns of the weights and the biases that stay, and where each row ends.
     rows = 24 + 20 + 16 + 10
     stay = len(weights) - int(gone.sum()) + rows
@@ -104,7 +104,7 @@ def test_neurons_of_low_mean_activation_are_gone(thresholds, model, data):
     assert one.left == " ".join(map(str, widths))
     sizes = [100, *widths, 10]
     left = sum((n + 1) * m for n, m in pairwise(sizes))
-    assert one.gone == pytest.approx(100 * (1 - left / sum(p.numel() for p in model.parameters())))
+    assert one.removed == pytest.approx(100 * (1 - left / sum(p.numel() for p in model.parameters())))
 
 
 def test_published_and_ours_stand_side_by_side(thresholds):
@@ -151,8 +151,8 @@ def test_refitting_compensates_most_of_what_thresholds_cost(experiment, threshol
         dense = accuracy(model, data.x_test, data.y_test)
         weights = thresholds.without_weights(model, data, 0.08, few=500)
         neurons = thresholds.without_neurons(model, data, 0.9, few=500)
-    assert weights.gone > 60
-    assert neurons.gone > 30
+    assert weights.removed > 60
+    assert neurons.removed > 30
     for one in (weights, neurons):
         assert one.pruned < one.refitted
         # Noise: 1 % of 2,000 images are 20.
