@@ -1,4 +1,7 @@
-"""Shared by the benchmarks: options, networks by name, and files of rows. Import it first."""
+"""Shared by the benchmarks: options, networks by name, and files of rows.
+
+Imported first, it limits the threads of BLAS, as ``experiment`` does.
+"""
 
 import json
 import os

@@ -19,11 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
+import common
 import torch
 import typer
 from coded_peers import BITS, coded, make_sparse, zeros_of, zipped
 from coded_speed import speed_table, speeds
-from common import DATA, DataOption, OutOption, ThreadsOption, found, write
+from common import DATA, DataOption, OutOption, ThreadsOption, found
 from experiment import file_bytes, show
 from subjects import Subject
 from torch import nn
@@ -116,7 +117,7 @@ def measure(name: str, threads: int, retrain: float, data: Path, out: Path) -> N
         parts = tried(found(name, data, out), name, retrain)
         path = out / "deep" / f"{name}{'-retrained' if retrain else ''}.json"
     for title, rows in parts:
-        write(path, title, threads, rows)
+        common.write(path, title, threads, rows)
     show(speed_table(rows) if name == "speed" else table(title, rows))
 
 

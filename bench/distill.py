@@ -17,9 +17,10 @@ from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
+import common
 import torch
 import typer
-from common import DATA, DataOption, OutOption, ThreadsOption, found, write
+from common import DATA, DataOption, OutOption, ThreadsOption, found
 from experiment import fitted, labelled, seeded, show
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, softmax
@@ -74,7 +75,7 @@ def match(
     def note(what: str, model: nn.Module, taken: float, steps: int) -> None:
         row = {"network": what, "accuracy (%)": subject.accuracy(model), "MACs": subject.cost("macs", model)}
         rows.append({**row, "seconds": taken, "steps": steps})
-        write(out / "distill" / "match.json", subject.title, threads, rows)
+        common.write(out / "distill" / "match.json", subject.title, threads, rows)
 
     note("original", subject.model, 0.0, 0)
     start = time.perf_counter()
@@ -122,7 +123,7 @@ def students(
                 ps.distill(student, subject.model, labelled(images, 500), **options, **how)
             row[f"after {limit:g} s (%)"] = subject.accuracy(student)
         rows.append(row)
-        write(out / "distill" / "students.json", "784–128–10 taught by LeNet-5", threads, rows)
+        common.write(out / "distill" / "students.json", "784–128–10 taught by LeNet-5", threads, rows)
     score = subject.accuracy(subject.model)
     show(table(f"784–128–10 taught by LeNet-5 ({score:.2f} %) on MNIST, {threads} threads", rows))
 
@@ -149,7 +150,9 @@ def speed(
         few = max(2, round(share * steps / 4))
         x = torch.cat(subject.calibration)[: few * batch_size]
         rows += compared(subject.title, student, subject.model, x, batch_size, 4)
-        write(out / "distill" / "speed.json", f"Steps per second, batches of {batch_size}", threads, rows)
+        common.write(
+            out / "distill" / "speed.json", f"Steps per second, batches of {batch_size}", threads, rows
+        )
     show(table(f"Steps per processor second in batches of {batch_size}, {threads} threads", rows))
 
 

@@ -15,12 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import common
 import torch
 import typer
-from common import DATA, TIMED_BATCH, DataOption, OutOption, ThreadsOption, found, write
-from experiment import console, terminal_table
+from common import DATA, TIMED_BATCH, DataOption, OutOption, ThreadsOption, found
+from experiment import terminal_table
 from pruners import Compressor
 from pruners import contenders as peers
+from rich.console import Console
 from rich.table import Table
 from subjects import CALIBRATION, Subject, Target, with_norms
 from torch import nn
@@ -32,6 +34,7 @@ from pysolve.nn.running import evaluating
 from pysolve.nn.zoo import ResNet
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console(highlight=False, width=120)
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def compare(
         rows: list[Row] = []
         for row in measured(subject, tuple(methods.split(",")), match_seconds):
             rows.append(row)
-            write(path, subject.title, threads, rows)
+            common.write(path, subject.title, threads, rows)
             console.out(f"  {subject.title}: {row.method}, {row.accuracy:.2f} %, {row.seconds:.1f} s")
         console.print(comparison(subject, rows))
         console.out(f"Wrote {path}")
@@ -143,7 +146,7 @@ def depth(
     rows: list[dict[str, object]] = []
     for number in map(int, depths.split(",")):
         rows.append(timed_compression(number, list(images), share))
-        write(out / "networks" / "depth.json", str(table.title), threads, rows)
+        common.write(out / "networks" / "depth.json", str(table.title), threads, rows)
         table.add_row(
             *(f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" for value in rows[-1].values())
         )
