@@ -143,6 +143,7 @@ def speed(
     """Steps per processor second, teacher and all, beside a bare loop of torch; medians of runs by turns."""
     torch.set_num_threads(threads)
     rows = list[dict[str, Any]]()
+    title = f"Steps per processor second in batches of {batch_size}"
     for name, share in (("lenet", 1.0), ("resnet20", 0.05)):
         subject = found(name, data, out)
         student = new_student() if name == "lenet" else copy.deepcopy(subject.model)
