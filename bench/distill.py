@@ -151,10 +151,8 @@ def speed(
         few = max(2, round(share * steps / 4))
         x = torch.cat(subject.calibration)[: few * batch_size]
         rows += compared(subject.title, student, subject.model, x, batch_size, 4)
-        common.write(
-            out / "distill" / "speed.json", f"Steps per second, batches of {batch_size}", threads, rows
-        )
-    show(table(f"Steps per processor second in batches of {batch_size}, {threads} threads", rows))
+        common.write(out / "distill" / "speed.json", title, threads, rows)
+    show(table(f"{title}, {threads} threads", rows))
 
 
 def compared(
