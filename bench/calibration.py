@@ -10,20 +10,17 @@ LeNet-5. Matching: ResNet-20, with and without distillation on the same number o
 more often when there are fewer. Every command prints a table in Markdown and writes its rows to a JSON file.
 """
 
-import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-# Two BLAS threads on two busy cores wait for each other.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
+import common
 import numpy as np
 import torch
 import typer
-from networks import DATA, DataOption, OutOption, ThreadsOption, found, write
-from rich.console import Console
+from common import DATA, DataOption, OutOption, ThreadsOption, found
+from experiment import console, show
 from subjects import CALIBRATION, Subject
 
 from pysolve.cli.datasets import Images, cifar, mnist
@@ -32,9 +29,8 @@ from pysolve.methods.offline import cuts_of
 from pysolve.methods.shrink import shrink
 from pysolve.methods.sizes import Sizes, channels_to_keep
 from pysolve.methods.study import Study, study
-from pysolve.nn.evaluate import accuracy
 from pysolve.nn.layer_matrix import channels, taps
-from pysolve.tables import Table, as_markdown
+from pysolve.tables import Table
 
 TARGETS = {"lenet": {"params": 0.1}, "resnet20": {"macs": 0.5}}
 # Training images that subsets are drawn from.
@@ -44,12 +40,11 @@ SMALL = 1000
 BATCH = 250
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-console = Console(highlight=False, width=150)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One compression: what it was given, and what became of the network.
+    """One compression: its calibration data, and the compressed network.
 
     Parameters
     ----------
@@ -62,10 +57,10 @@ class Row:
         Per cent of the test images.
     divergence : float
         Of the outputs for the test images from the original's.
-    told : float
-        The same as the report has it, on the samples held back.
+    reported : float
+        The same as the report has it, on held-out samples.
     samples, held : int
-        That layers were fitted on, and that were held back.
+        That layers were fitted on, and that were held out.
     rows : float
         Rows (samples × positions) for each input that a layer keeps, of the layer that loses inputs and has
         the fewest.
@@ -80,7 +75,7 @@ class Row:
     draw: int
     accuracy: float
     divergence: float
-    told: float
+    reported: float
     samples: int
     held: int
     rows: float
@@ -107,7 +102,7 @@ def counts(
                 images = drawn(pool, count, draw)
                 rows.append(compressed(subject, images, name, f"{count:,} images", draw))
                 record(out / "calibration" / "counts.json", threads, rows)
-    console.print("\n".join(as_markdown(table(rows))))
+    show(table(rows))
 
 
 @app.command()
@@ -119,7 +114,7 @@ def kinds(threads: ThreadsOption = 1, data: DataOption = DATA, out: OutOption = 
     for given, images in wrong_kinds(data):
         rows.append(compressed(subject, images, "lenet", given, 0))
         record(out / "calibration" / "kinds.json", threads, rows)
-    console.print("\n".join(as_markdown(table(rows))))
+    show(table(rows))
 
 
 @app.command()
@@ -131,7 +126,7 @@ def matching(
     data: DataOption = DATA,
     out: OutOption = Path("results"),
 ) -> None:
-    """What distillation adds on ResNet-20, by the number of calibration images."""
+    """Gain of distillation on ResNet-20, by the number of calibration images."""
     torch.set_num_threads(threads)
     subject, pool = found("resnet20", data, out), pool_of("resnet20", data)
     rows: list[Row] = []
@@ -142,7 +137,7 @@ def matching(
                 images = drawn(pool, count, draw)
                 rows.append(compressed(subject, images, "resnet20", given, draw, epochs))
                 record(out / "calibration" / "matching.json", threads, rows)
-    console.print("\n".join(as_markdown(table(rows))))
+    show(table(rows))
 
 
 def pool_of(name: str, data: Path) -> Images:
@@ -187,9 +182,9 @@ def compressed(subject: Subject, images: Images, name: str, given: str, draw: in
         network=name,
         given=given,
         draw=draw,
-        accuracy=accuracy(result.model, subject.x_test, subject.y_test),
+        accuracy=subject.accuracy(result.model),
         divergence=distance(subject.model, result.model, test),
-        told=report.divergence,
+        reported=report.divergence,
         samples=report.samples,
         held=report.held,
         rows=rows[worst],
@@ -213,7 +208,7 @@ def rows_per_input(known: Study, sizes: Sizes) -> dict[str, float]:
 
 def record(path: Path, threads: int, rows: Sequence[Row]) -> None:
     """All rows so far in a JSON file."""
-    write(path, str(__doc__).partition("\n")[0], threads, [asdict(row) for row in rows])
+    common.write(path, str(__doc__).partition("\n")[0], threads, rows)
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -221,18 +216,8 @@ def table(rows: Sequence[Row]) -> Table:
     together: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         together.setdefault((row.network, row.given), []).append(row)
-    head = (
-        "network",
-        "given",
-        "accuracy",
-        "lowest",
-        "highest",
-        "divergence",
-        "told",
-        "fitted on",
-        "held back",
-    )
-    more = ("rows a kept input", "warned")
+    head = ("network", "given", "accuracy", "lowest", "highest", "divergence", "reported", "fitted on")
+    more = ("held out", "rows a kept input", "warned")
     return Table("", (*head, *more), tuple(map(cells, together.values())), words=(0, 1, 10))
 
 
@@ -246,7 +231,7 @@ def cells(draws: Sequence[Row]) -> tuple[str, ...]:
         f"{np.mean(scores):.2f}",
         *([f"{end:.2f}" for end in ends] or ["", ""]),
         f"{np.mean([row.divergence for row in draws]):.4f}",
-        f"{np.mean([row.told for row in draws]):.4f}",
+        f"{np.mean([row.reported for row in draws]):.4f}",
         f"{first.samples:,}",
         f"{first.held:,}",
         f"{first.rows:.2f} ({first.layer})",

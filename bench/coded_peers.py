@@ -2,11 +2,9 @@
 
 import io
 import zlib
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
-from pruned import layers_of
+from subjects import layers_of
 from torch import Tensor, nn
 from torch.nn.utils import prune as peer
 
@@ -16,14 +14,6 @@ from pysolve.compressed import Compressed
 # Of a weight: 16 values.
 BITS = 4
 ROUNDS = 60
-
-
-def file_bytes(result: Compressed) -> int:
-    """Bytes on disk."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "network.safetensors")
-        ps.save(result, path)
-        return path.stat().st_size
 
 
 def zipped(model: nn.Module, bits: int = BITS) -> int:

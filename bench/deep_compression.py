@@ -11,42 +11,29 @@ prints tables in Markdown and writes rows to JSON files.
 """
 
 import copy
-import json
 import os
-import platform
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-# Two BLAS threads on two busy cores wait for each other.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# What is trained once is kept as there.
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-
+import common
 import torch
 import typer
-from coded_peers import BITS, coded, file_bytes, make_sparse, zeros_of, zipped
+from coded_peers import BITS, coded, make_sparse, zeros_of, zipped
 from coded_speed import speed_table, speeds
-from kept import kept_or_trained
-from networks import DATA, DataOption, OutOption, ThreadsOption
-from pruning import show
-from subjects import CALIBRATION, Subject, lenet, resnet20
+from common import DATA, DataOption, OutOption, ThreadsOption, found
+from experiment import file_bytes, show
+from subjects import Subject
 from torch import nn
 
 import pysolve as ps
-from pysolve.cli.datasets import mnist
 from pysolve.compressed import Compressed
-from pysolve.nn.evaluate import accuracy, nbytes
-from pysolve.nn.zoo import Mlp
+from pysolve.nn.evaluate import nbytes
 from pysolve.tables import Table
-from pysolve.training.fit import fit
 
-MLP = (784, 300, 100, 10)
-RECIPE = {"epochs": 10, "batch_size": 128, "lr": 2e-3}
 # How many times smaller than the tensors.
 SMALLER = {"lenet": (39, 100, 200), "lenet-300-100": (40, 100, 200), "resnet20": (8, 16)}
 
@@ -91,13 +78,13 @@ class Trial:
     def judged(
         self, method: str, run: Callable[[nn.Module], Compressed | int], smaller: float | None = None
     ) -> Compressed | int:
-        """What a method makes of a copy of the network, once measured; of ints the copy is the network."""
+        """Result of a method on a copy of the network, once measured; with ints the copy is the network."""
         model = copy.deepcopy(self.subject.model)
         start, cpu = time.perf_counter(), time.process_time()
         result = run(model)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
         network, size = (model, result) if isinstance(result, int) else (result.model, file_bytes(result))
-        score = accuracy(network, self.subject.x_test, self.subject.y_test)
+        score = self.subject.accuracy(network)
         ratio = nbytes(self.subject.model) / size
         self.rows.append(Row(method, smaller, size, ratio, score, seconds, cpu))
         return result
@@ -105,7 +92,7 @@ class Trial:
 
 @app.command(help=__doc__)
 def main(
-    only: Annotated[str, typer.Option(help="What to measure.")] = ",".join((*SMALLER, "speed")),
+    only: Annotated[str, typer.Option(help="Networks, and speed.")] = ",".join((*SMALLER, "speed")),
     retrain: Annotated[float, typer.Option(help="Seconds; 0: not at all.")] = 0.0,
     threads: ThreadsOption = 1,
     data: DataOption = DATA,
@@ -117,24 +104,20 @@ def main(
     if unknown := set(names) - {*SMALLER, "speed"}:
         raise typer.BadParameter(f"{', '.join(sorted(unknown))}; there are {', '.join(SMALLER)}, speed.")
     print(f"Threads: {threads}. Load of the machine: {os.getloadavg()[0]:.1f}.")
-    try:
-        for name in names:
-            measure(name, threads, retrain, data, out)
-    except (ps.PysolveError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
+    for name in names:
+        measure(name, threads, retrain, data, out)
 
 
 def measure(name: str, threads: int, retrain: float, data: Path, out: Path) -> None:
     """Print and keep one part."""
-    load, title, rows = os.getloadavg(), "", list[Any]()
+    title, rows = "", list[Any]()
     if name == "speed":
-        found, path = speeds(lenet(data, out).model), out / "deep" / "speed.json"
+        parts, path = speeds(found("lenet", data, out).model), out / "deep" / "speed.json"
     else:
-        found = tried(SUBJECTS[name](data, out), name, retrain)
+        parts = tried(found(name, data, out), name, retrain)
         path = out / "deep" / f"{name}{'-retrained' if retrain else ''}.json"
-    for title, rows in found:
-        write(path, title, threads, load, rows)
+    for title, rows in parts:
+        common.write(path, title, threads, rows)
     show(speed_table(rows) if name == "speed" else table(title, rows))
 
 
@@ -169,36 +152,6 @@ def in_metric(subject: Subject, model: nn.Module) -> Compressed:
 def by_magnitude(zeros: dict[str, float], model: nn.Module) -> Compressed:
     make_sparse(model, zeros)
     return coded(model)
-
-
-def lenet_300_100(data: Path, out: Path) -> Subject:
-    """784–300–100–10 on MNIST, with labels once."""
-    images, path = mnist(data / "mnist"), out / "deep" / "lenet-300-100.safetensors"
-    path.parent.mkdir(parents=True, exist_ok=True)
-
-    def train(model: nn.Module) -> None:
-        fit(model, images.x_train, images.y_train, progress=False, **RECIPE)
-
-    model = kept_or_trained(lambda: Mlp(MLP), train, path, dataset=images, seed=0, recipe=RECIPE)
-    calibration = torch.from_numpy(images.x_train[:CALIBRATION].copy()).split(250)
-    title = "LeNet-300-100 on MNIST"
-    return Subject(title, model.eval(), list(calibration), images.x_test, images.y_test, (), ("fc3",))
-
-
-SUBJECTS = {"lenet": lenet, "lenet-300-100": lenet_300_100, "resnet20": resnet20}
-
-
-def write(path: Path, title: str, threads: int, load: Sequence[float], rows: Sequence[object]) -> None:
-    """All rows so far, with what they were measured on; never half a file."""
-    machine = {"torch": torch.__version__, "threads": threads, "machine": platform.machine(), "load": load}
-    shown = [asdict(row) if isinstance(row, Row) else row for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part, command = (
-        path.with_suffix(".part"),
-        " ".join(["python", "bench/deep_compression.py", *sys.argv[1:]]),
-    )
-    part.write_text(json.dumps({"title": title, "command": command, **machine, "rows": shown}, indent=1))
-    os.replace(part, path)
 
 
 def table(title: str, rows: Sequence[Row]) -> Table:

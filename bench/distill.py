@@ -1,4 +1,4 @@
-"""Distillation: what a compressed network regains without labels, students, and the loop's own speed.
+"""Distillation: accuracy that a compressed network regains without labels, students, and the loop's speed.
 
 python bench/distill.py match [--share 0.5] [--seconds 60,600]
 python bench/distill.py students [--seconds 20,60]
@@ -11,29 +11,24 @@ PYSOLVE_DATA or --data names. Every command prints a table in Markdown and write
 """
 
 import copy
-import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
 
-# Two BLAS threads on two busy cores wait for each other.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
+import common
 import torch
 import typer
-from networks import DATA, DataOption, OutOption, ThreadsOption, found, write
-from pruning import show
+from common import DATA, DataOption, OutOption, ThreadsOption, found
+from experiment import fitted, labelled, seeded, show
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax, softmax
 
 import pysolve as ps
 from pysolve.cli.datasets import cifar, mnist
-from pysolve.nn.evaluate import accuracy
 from pysolve.nn.zoo import Mlp
 from pysolve.tables import Table
-from pysolve.training.fit import fit
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 
@@ -41,7 +36,7 @@ ROUNDS = 3
 # Time from which on it is worth to ask the teacher about all images, mirrored too.
 LONG = 300
 # Options of ``ps.distill``; None: labels alone, without a teacher.
-LESSONS: dict[str, dict[str, float] | None] = {
+WAYS: dict[str, dict[str, float] | None] = {
     "labels alone": None,
     "outputs, T = 1": {},
     "outputs, T = 4": {"temperature": 4.0},
@@ -56,7 +51,7 @@ def recipe(seconds: float) -> dict[str, Any]:
     return {"loss": "mse", "frozen": True, "seconds": seconds, **steps}
 
 
-def lessons(x: Tensor, seconds: float) -> list[Tensor]:
+def training_batches(x: Tensor, seconds: float) -> list[Tensor]:
     """As many images as there is time for, in batches."""
     long = seconds >= LONG
     images = x if long else x[:10_000]
@@ -66,7 +61,7 @@ def lessons(x: Tensor, seconds: float) -> list[Tensor]:
 
 @app.command()
 def match(
-    share: Annotated[float, typer.Option(help="Of the multiply-accumulates that may stay.")] = 0.5,
+    share: Annotated[float, typer.Option(help="Of the multiply-accumulates that may be left.")] = 0.5,
     seconds: Annotated[str, typer.Option(help="How long to teach.")] = "60,600",
     threads: ThreadsOption = 1,
     data: DataOption = DATA,
@@ -78,10 +73,9 @@ def match(
     x = torch.from_numpy(cifar(data / "cifar10_jpeg").x_train)
 
     def note(what: str, model: nn.Module, taken: float, steps: int) -> None:
-        score = accuracy(model, subject.x_test, subject.y_test)
-        row = {"network": what, "accuracy (%)": score, "MACs": subject.cost("macs", model)}
+        row = {"network": what, "accuracy (%)": subject.accuracy(model), "MACs": subject.cost("macs", model)}
         rows.append({**row, "seconds": taken, "steps": steps})
-        write(out / "distill" / "match.json", subject.title, threads, rows)
+        common.write(out / "distill" / "match.json", subject.title, threads, rows)
 
     note("original", subject.model, 0.0, 0)
     start = time.perf_counter()
@@ -92,7 +86,7 @@ def match(
         student, count = copy.deepcopy(smaller).to(memory_format=torch.channels_last), Counter()
         start = time.perf_counter()
         how = {**recipe(limit), "progress": False, "after_step": count}
-        ps.distill(student, subject.model, lessons(x, limit), **how)
+        ps.distill(student, subject.model, training_batches(x, limit), **how)
         note(f"taught for {limit:g} s", student, time.perf_counter() - start, count.steps)
     show(table(f"{subject.title}, taught without labels, {threads} threads", rows))
 
@@ -118,28 +112,24 @@ def students(
     torch.set_num_threads(threads)
     subject, rows = found("lenet", data, out), list[dict[str, Any]]()
     images = mnist(data / "mnist")
-    x, y = torch.from_numpy(images.x_train), torch.from_numpy(images.y_train)
-    pairs = [*zip(x.split(500), y.split(500), strict=True)]
-    for name, options in LESSONS.items():
+    for name, options in WAYS.items():
         row: dict[str, Any] = {"taught by": name}
         for limit in map(float, seconds.split(",")):
             student = new_student()
             how = {"batch_size": 64, "lr": 5e-3, "seconds": limit, "progress": False}
             if options is None:
-                fit(student, x, y, **how)
+                fitted(student, images, **how)
             else:
-                ps.distill(student, subject.model, pairs, **options, **how)
-            row[f"after {limit:g} s (%)"] = accuracy(student, subject.x_test, subject.y_test)
+                ps.distill(student, subject.model, labelled(images, 500), **options, **how)
+            row[f"after {limit:g} s (%)"] = subject.accuracy(student)
         rows.append(row)
-        write(out / "distill" / "students.json", "784–128–10 taught by LeNet-5", threads, rows)
-    score = accuracy(subject.model, subject.x_test, subject.y_test)
+        common.write(out / "distill" / "students.json", "784–128–10 taught by LeNet-5", threads, rows)
+    score = subject.accuracy(subject.model)
     show(table(f"784–128–10 taught by LeNet-5 ({score:.2f} %) on MNIST, {threads} threads", rows))
 
 
 def new_student() -> Mlp:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return Mlp((784, 128, 10))
+    return seeded(lambda: Mlp((784, 128, 10)))
 
 
 @app.command()
@@ -153,6 +143,7 @@ def speed(
     """Steps per processor second, teacher and all, beside a bare loop of torch; medians of runs by turns."""
     torch.set_num_threads(threads)
     rows = list[dict[str, Any]]()
+    title = f"Steps per processor second in batches of {batch_size}"
     for name, share in (("lenet", 1.0), ("resnet20", 0.05)):
         subject = found(name, data, out)
         student = new_student() if name == "lenet" else copy.deepcopy(subject.model)
@@ -160,8 +151,8 @@ def speed(
         few = max(2, round(share * steps / 4))
         x = torch.cat(subject.calibration)[: few * batch_size]
         rows += compared(subject.title, student, subject.model, x, batch_size, 4)
-        write(out / "distill" / "speed.json", f"Steps per second, batches of {batch_size}", threads, rows)
-    show(table(f"Steps per processor second in batches of {batch_size}, {threads} threads", rows))
+        common.write(out / "distill" / "speed.json", title, threads, rows)
+    show(table(f"{title}, {threads} threads", rows))
 
 
 def compared(
@@ -197,7 +188,7 @@ def ours(student: nn.Module, teacher: nn.Module, x: Tensor, batch_size: int, epo
 def by_hand(
     student: nn.Module, teacher: nn.Module, x: Tensor, batch_size: int, epochs: int, kept: bool
 ) -> None:
-    """What one would write: shuffled batches, KL of the outputs, Adam."""
+    """A loop as one would write it: shuffled batches, KL of the outputs, Adam."""
     adam = torch.optim.Adam(student.parameters(), lr=1e-3)
     teacher.eval()
     student.train()

@@ -10,28 +10,25 @@ torch.svd_lowrank in the same run. Images come from the folder that PYSOLVE_DATA
 command prints tables in Markdown and writes its rows to a JSON file.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Annotated
 
-# Two BLAS threads on two busy cores wait for each other.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
+import common
 import numpy as np
 import torch
 import typer
+from common import DATA, TIMED_BATCH, DataOption, OutOption, ThreadsOption, found
 from decompositions import decomposed
-from networks import DATA, TIMED_BATCH, DataOption, OutOption, ThreadsOption, found, write
-from pruning import perceptron, show
+from experiment import show
 from subjects import Subject, Target
 from torch import nn
 
 import pysolve as ps
-from pysolve.nn.evaluate import accuracy, latency
+from pysolve.nn.evaluate import latency
 from pysolve.tables import Table
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
@@ -76,7 +73,7 @@ class Row:
 @app.command("networks")
 def compare(
     only: Annotated[str, typer.Option(help="Networks to factor.")] = "lenet,mnist-cnn,resnet20",
-    shares: Annotated[str, typer.Option(help="That may stay.")] = "0.5,0.25",
+    shares: Annotated[str, typer.Option(help="That may be left.")] = "0.5,0.25",
     of: Annotated[str, typer.Option("--costs", help="Of what.")] = "params,macs",
     methods: Annotated[str, typer.Option(help="What their names start with.")] = "channels,svd,activation",
     layout: Annotated[str, typer.Option(help="factored: whether or not it is faster; or auto.")] = "factored",
@@ -93,7 +90,7 @@ def compare(
         subject, rows = found(name, data, out), list[Row]()
         for row in measured(subject, name, chosen, targets, layout):
             rows.append(row)
-            write(out / "lowrank" / f"{name}.json", subject.title, threads, [asdict(row) for row in rows])
+            common.write(out / "lowrank" / f"{name}.json", subject.title, threads, rows)
         for table in tables(subject, rows, targets):
             show(table)
 
@@ -128,7 +125,7 @@ def judged(
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     if model is None:
         return Row(network, method, target, None, 0, 0, 0.0, seconds, cpu)
-    score = accuracy(model, subject.x_test, subject.y_test)
+    score = subject.accuracy(model)
     costs = (subject.cost("params", model), subject.cost("macs", model))
     median = latency(model, subject.x_test[:TIMED_BATCH], repeats=20).median
     return Row(network, method, target, score, *costs, median, seconds, cpu)
@@ -168,7 +165,7 @@ def ranks(
 ) -> None:
     """Layers of the perceptron, one at a time: accuracy by weights alone and by what they read."""
     torch.set_num_threads(threads)
-    subject, rows = perceptron(data, out), list[dict[str, object]]()
+    subject, rows = found("mlp", data, out), list[dict[str, object]]()
     for layer in [name for name, _ in subject.model.named_children()][:-1]:
         for rank in map(int, wanted.split(",")):
             row: dict[str, object] = {"layer": layer, "rank": rank}
@@ -178,14 +175,14 @@ def ranks(
                 start = time.process_time()
                 model = ps.low_rank(subject.model, batches, **how).model
                 row[f"{method} CPU seconds"] = time.process_time() - start
-                row[method] = accuracy(model, subject.x_test, subject.y_test)
+                row[method] = subject.accuracy(model)
             rows.append(row)
-            write(out / "lowrank" / "ranks.json", subject.title, threads, rows)
+            common.write(out / "lowrank" / "ranks.json", subject.title, threads, rows)
     heads = ("layer", "rank", "svd", "activation", "svd CPU seconds", "activation CPU seconds")
     lines = [
         (str(row["layer"]), str(row["rank"]), *(f"{row[head]:.2f}" for head in heads[2:])) for row in rows
     ]
-    dense = accuracy(subject.model, subject.x_test, subject.y_test)
+    dense = subject.accuracy(subject.model)
     show(
         Table(
             f"{subject.title}, {dense:.2f} %: one layer at low rank, test accuracy (%)", heads, tuple(lines)
@@ -205,7 +202,7 @@ def layers(
     rows = list[dict[str, object]]()
     for size in map(int, sizes.split(",")):
         rows.append(decomposed(size, max(1, round(share * size))))
-        write(out / "lowrank" / "layers.json", f"Layers at {share:.3g} of full rank", threads, rows)
+        common.write(out / "lowrank" / "layers.json", f"Layers at {share:.3g} of full rank", threads, rows)
     heads = tuple(rows[0])
     lines = [tuple(f"{value:,.4g}" for value in row.values()) for row in rows]
     show(

@@ -9,41 +9,32 @@ original's outputs on the same images. One JSON file is written a network, row b
 """
 
 import copy
-import json
-import os
-import platform
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-# Two BLAS threads on two busy cores wait for each other.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
+import common
 import torch
 import typer
-from pruners import Compressor, contenders
+from common import DATA, TIMED_BATCH, DataOption, OutOption, ThreadsOption, found
+from experiment import terminal_table
+from pruners import Compressor
+from pruners import contenders as peers
 from rich.console import Console
 from rich.table import Table
-from subjects import CALIBRATION, SUBJECTS, Subject, Target, with_norms
+from subjects import CALIBRATION, Subject, Target, with_norms
 from torch import nn
 
 import pysolve as ps
 from pysolve.cli.datasets import cifar
-from pysolve.nn.evaluate import accuracy, latency, macs
+from pysolve.nn.evaluate import latency, macs
 from pysolve.nn.running import evaluating
 from pysolve.nn.zoo import ResNet
 
-DATA = Path(os.environ.get("PYSOLVE_DATA", "data"))
-TIMED_BATCH = 100
-
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 console = Console(highlight=False, width=120)
-
-DataOption = Annotated[Path, typer.Option(help="Folder with the networks and the images.")]
-OutOption = Annotated[Path, typer.Option(help="Folder for the JSON files and LeNet-5's weights.")]
-ThreadsOption = Annotated[int, typer.Option(help="Of torch.")]
 
 
 @dataclass(frozen=True)
@@ -61,7 +52,7 @@ class Row:
 
 @app.command()
 def compare(
-    only: Annotated[str, typer.Option(help="Networks to compress.")] = ",".join(SUBJECTS),
+    only: Annotated[str, typer.Option(help="Networks to compress.")] = "lenet,resnet20,mnist-cnn",
     methods: Annotated[
         str, typer.Option(help="Contenders: what their names start with.")
     ] = "pysolve,torch-pruning",
@@ -72,33 +63,23 @@ def compare(
 ) -> None:
     """Accuracy, size, speed and time of each contender on each network."""
     torch.set_num_threads(threads)
-    names = only.split(",")
-    if unknown := set(names) - set(SUBJECTS):
-        raise typer.BadParameter(f"{', '.join(unknown)}; there are {', '.join(SUBJECTS)}.")
-    for name in names:
+    for name in only.split(","):
         subject = found(name, data, out)
         path = out / "networks" / f"{name}.json"
         rows: list[Row] = []
         for row in measured(subject, tuple(methods.split(",")), match_seconds):
             rows.append(row)
-            write(path, subject.title, threads, [asdict(row) for row in rows])
+            common.write(path, subject.title, threads, rows)
             console.out(f"  {subject.title}: {row.method}, {row.accuracy:.2f} %, {row.seconds:.1f} s")
         console.print(comparison(subject, rows))
         console.out(f"Wrote {path}")
 
 
-def found(name: str, data: Path, out: Path) -> Subject:
-    try:
-        return SUBJECTS[name](data, out)
-    except (ps.PysolveError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
-
-
 def measured(subject: Subject, methods: tuple[str, ...], match_seconds: float) -> Iterator[Row]:
     """The whole network, then what every contender makes of it at every target."""
     yield judged(subject, "original", None, subject.model, 0.0)
-    runs = {name: run for name, run in all_contenders(subject).items() if name.startswith(methods)}
+    contenders: dict[str, Compressor] = {"pysolve": compressed, **peers(subject)}
+    runs = {name: run for name, run in contenders.items() if name.startswith(methods)}
     for target in subject.targets:
         for name, run in runs.items():
             start = time.perf_counter()
@@ -112,10 +93,6 @@ def measured(subject: Subject, methods: tuple[str, ...], match_seconds: float) -
                 yield judged(subject, f"{name}, then matched", target, student, seconds + match_seconds)
 
 
-def all_contenders(subject: Subject) -> dict[str, Compressor]:
-    return {"pysolve": compressed, **contenders(subject)}
-
-
 def compressed(subject: Subject, target: Target) -> nn.Module:
     return ps.compress(subject.model, subject.calibration, target=target, progress=False).model
 
@@ -124,7 +101,7 @@ def judged(subject: Subject, method: str, target: Target | None, model: nn.Modul
     return Row(
         method=method,
         target=target,
-        accuracy=accuracy(model, subject.x_test, subject.y_test),
+        accuracy=subject.accuracy(model),
         parameters=subject.cost("params", model),
         macs=subject.cost("macs", model),
         batch_seconds=latency(model, subject.x_test[:TIMED_BATCH], repeats=20).median,
@@ -132,21 +109,10 @@ def judged(subject: Subject, method: str, target: Target | None, model: nn.Modul
     )
 
 
-def write(path: Path, title: str, threads: int, rows: list[dict[str, object]]) -> None:
-    """All rows so far, with what they were measured on; never half a file."""
-    machine = {"torch": torch.__version__, "threads": threads, "machine": platform.machine()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps({"title": title, **machine, "rows": rows}, indent=1))
-    os.replace(part, path)
-
-
 def comparison(subject: Subject, rows: list[Row]) -> Table:
     whole = rows[0]
-    table = Table(title=subject.title, show_edge=False, pad_edge=False)
-    table.add_column("")
-    for head in ("accuracy (%)", "parameters", "MACs", f"ms for {TIMED_BATCH} images", "seconds taken"):
-        table.add_column(head, justify="right")
+    head = ("", "accuracy (%)", "parameters", "MACs", f"ms for {TIMED_BATCH} images", "seconds taken")
+    table = terminal_table(subject.title, head)
     before: Target | None = None
     for one in rows:
         if one.target is not None and one.target != before:
@@ -167,7 +133,7 @@ def comparison(subject: Subject, rows: list[Row]) -> Table:
 @app.command()
 def depth(
     depths: Annotated[str, typer.Option(help="Of the residual networks.")] = "20,32,56",
-    share: Annotated[float, typer.Option(help="Of the multiply-accumulates that may stay.")] = 0.5,
+    share: Annotated[float, typer.Option(help="Of the multiply-accumulates that may be left.")] = 0.5,
     threads: ThreadsOption = 1,
     data: DataOption = DATA,
     out: OutOption = Path("results"),
@@ -175,14 +141,12 @@ def depth(
     """How the time of a compression grows with the network: residual networks of random weights."""
     torch.set_num_threads(threads)
     images = torch.from_numpy(cifar(data / "cifar10_jpeg", train=CALIBRATION).x_train).split(250)
-    table = Table(title=f"Residual networks of random weights to {share:.0%} of their MACs", show_edge=False)
-    heads = ("depth", "MACs", "one pass over the images (s)", "compression (s)", "passes", "s a million MACs")
-    for head in heads:
-        table.add_column(head, justify="right")
+    head = ("depth", "MACs", "one pass over the images (s)", "compression (s)", "passes", "s a million MACs")
+    table = terminal_table(f"Residual networks of random weights to {share:.0%} of their MACs", head)
     rows: list[dict[str, object]] = []
     for number in map(int, depths.split(",")):
         rows.append(timed_compression(number, list(images), share))
-        write(out / "networks" / "depth.json", str(table.title), threads, rows)
+        common.write(out / "networks" / "depth.json", str(table.title), threads, rows)
         table.add_row(
             *(f"{value:,.4g}" if isinstance(value, float) else f"{value:,}" for value in rows[-1].values())
         )

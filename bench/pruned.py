@@ -4,13 +4,11 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from pruners import contenders
-from subjects import Subject
+from subjects import Subject, layers_of
 from torch import nn
 from torch.nn.utils import prune as peer
 
@@ -19,9 +17,7 @@ from pysolve.compressed import Compressed
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.graph.sites import find_sites
 
-LAYERS = (nn.Linear, nn.Conv2d)
-
-# From a trained network and a share, of the weights that go or of the parameters that stay, to another one.
+# From a trained network and a share, of the weights removed or of the parameters left, to another one.
 Run = Callable[[Subject, float], nn.Module | Compressed]
 
 
@@ -34,7 +30,7 @@ class Way:
 
 
 def of_weights() -> list[Way]:
-    """Single weights: the share that goes."""
+    """Single weights: the share removed."""
     found = []
     for method, scope in (
         *((method, scope) for method in ("magnitude", "std") for scope in ("local", "global")),
@@ -63,7 +59,7 @@ def of_patterns() -> list[Way]:
 
 
 def of_channels(subject: Subject) -> list[Way]:
-    """Whole channels: the share of the parameters that stays."""
+    """Whole channels: the share of the parameters left."""
     found = []
     for method in ("ln", "activation", "nisp"):
         for refit in ("none", "sequential"):
@@ -86,10 +82,6 @@ def patterned(subject: Subject, share: float, **how: str) -> Compressed:
 
 def narrowed(subject: Subject, share: float, **how: str) -> Compressed:
     return ps.prune(subject.model, subject.calibration, target={"params": share}, progress=False, **how)
-
-
-def layers_of(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if isinstance(module, LAYERS)]
 
 
 def by_layer(subject: Subject, share: float) -> nn.Module:
@@ -137,14 +129,3 @@ def make_permanent(model: nn.Module) -> None:
     for layer in layers_of(model):
         if peer.is_pruned(layer):
             peer.remove(layer, "weight")
-
-
-def file_size(result: nn.Module | Compressed) -> int:
-    """Bytes on disk."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "network")
-        if isinstance(result, Compressed):
-            ps.save(result, path)
-        else:
-            torch.save(result.state_dict(), path)
-        return path.stat().st_size

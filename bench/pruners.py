@@ -39,7 +39,7 @@ def pruned(
 
 
 def renormed(subject: Subject, target: Target, *, compress: Compressor) -> nn.Module:
-    """What another contender leaves, with the batch norms' statistics measured anew."""
+    """Result of another contender, with the batch norms' statistics measured anew."""
     return with_norms(compress(subject, target), subject.calibration)
 
 

@@ -16,34 +16,28 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-# Two BLAS threads on two busy cores wait for each other.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-# The perceptron's recipe lives there.
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
-
+import common
 import numpy as np
 import torch
 import typer
-from e2_pruning import RECIPE, trained
-from networks import DATA, DataOption, OutOption, ThreadsOption, found, write
-from pruned import Way, file_size, make_permanent, of_channels, of_patterns, of_weights
-from subjects import CALIBRATION, Subject
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
+from common import DATA, DataOption, OutOption, ThreadsOption, found
+from experiment import file_bytes, loader, show
+from pruned import Way, make_permanent, of_channels, of_patterns, of_weights
+from subjects import Subject
 
 import pysolve as ps
 from pysolve.cli.datasets import mnist
 from pysolve.compressed import Compressed
 from pysolve.layer.layer_problem import layer_problem
 from pysolve.layer.searches import Zeros, sweep
-from pysolve.nn.evaluate import accuracy
 from pysolve.nn.nonzeros import nonzeros
-from pysolve.tables import Table, as_markdown
+from pysolve.tables import Table
 
-# Shares of the weights that go, and of the parameters that stay.
+# Shares of the weights that are removed, and of the parameters that are left.
 GONE, LEFT = (0.5, 0.8, 0.9, 0.95), (0.5, 0.25)
 # At which files are compared.
 FILES = {"weights": 0.9, "patterns": 0.5, "channels": 0.25}
@@ -59,7 +53,7 @@ class Row:
     ----------
     network, kind, method : str
     share : float
-        Of the weights that go, or of the parameters that stay.
+        Of the weights that are removed, or of the parameters that are left.
     accuracy : float
         Per cent of the test images.
     nonzeros : int
@@ -85,7 +79,7 @@ class Row:
 @app.command()
 def methods(
     only: Annotated[str, typer.Option(help="Networks to prune.")] = "lenet,mlp",
-    kinds: Annotated[str, typer.Option(help="What to prune.")] = ",".join(FILES),
+    kinds: Annotated[str, typer.Option(help="Weights, patterns, channels.")] = ",".join(FILES),
     threads: ThreadsOption = 1,
     data: DataOption = DATA,
     out: OutOption = Path("results"),
@@ -94,23 +88,13 @@ def methods(
     torch.set_num_threads(threads)
     print(f"Threads: {threads}.")
     for name in only.split(","):
-        subject = perceptron(data, out) if name == "mlp" else found(name, data, out)
+        subject = found(name, data, out)
         rows: list[Row] = []
         for kind in kinds.split(","):
             for row in measured(subject, name, kind):
                 rows.append(row)
-                write(out / "pruning" / f"{name}.json", subject.title, threads, [asdict(row) for row in rows])
+                common.write(out / "pruning" / f"{name}.json", subject.title, threads, rows)
             show(table(subject, [row for row in rows if row.kind == kind], kind))
-
-
-def perceptron(data: Path, out: Path) -> Subject:
-    """The perceptron of examples/e2_pruning.py on MNIST."""
-    images = mnist(data / "mnist", mean=0.5, std=0.5)
-    (out / "e2").mkdir(parents=True, exist_ok=True)
-    model = trained(images, out / "e2" / "mlp.safetensors", RECIPE, 0)
-    calibration = torch.from_numpy(images.x_train[:CALIBRATION].copy()).split(250)
-    title = "784–512–256–128–10 on MNIST"
-    return Subject(title, model.eval(), list(calibration), images.x_test, images.y_test, (), ("fc4",))
 
 
 def measured(subject: Subject, network: str, kind: str) -> Iterator[Row]:
@@ -131,10 +115,10 @@ def judged(subject: Subject, network: str, kind: str, way: Way, share: float) ->
     start, cpu = time.perf_counter(), time.process_time()
     result = way.run(subject, share)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
-    model, first = result.model if isinstance(result, Compressed) else result, file_size(result)
+    model, first = result.model if isinstance(result, Compressed) else result, file_bytes(result)
     make_permanent(model)
-    score = accuracy(model, subject.x_test, subject.y_test)
-    files = (first, file_size(result))
+    score = subject.accuracy(model)
+    files = (first, file_bytes(result))
     return Row(network, kind, way.name, share, score, nonzeros(model).nonzeros, seconds, cpu, *files)
 
 
@@ -160,10 +144,6 @@ def table(subject: Subject, rows: Sequence[Row], kind: str) -> Table:
     return Table(f"{subject.title}: {kind}, test accuracy (%) at shares of {what}", head, tuple(lines))
 
 
-def show(table: Table) -> None:
-    print("\n".join(["", f"**{table.title}**", "", *as_markdown(table)]), flush=True)
-
-
 @app.command("sweep")
 def sweeps(
     size: Annotated[int, typer.Option(help="Inputs and outputs of the layer.")] = 4096,
@@ -177,7 +157,7 @@ def sweeps(
         environment = {**os.environ, "OPENBLAS_NUM_THREADS": str(threads)}
         answer = subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True)
         rows.append({"threads": threads, **json.loads(answer.stdout)})
-        write(out / "pruning" / "sweep.json", f"{size} x {size}, half of it zero", threads, rows)
+        common.write(out / "pruning" / "sweep.json", f"{size} x {size}, half of it zero", threads, rows)
     lines = tuple(tuple(f"{value:.3g}" for value in row.values()) for row in rows)
     heads = tuple(name.replace("_", " ") for name in rows[0])
     show(Table(f"{size} x {size} at 50 % zeros, method='sweep'", heads, lines, words=()))
@@ -218,7 +198,7 @@ def memory(what: str) -> int:
 
 @app.command()
 def surgery(
-    amount: Annotated[float, typer.Option(help="Share of the weights that goes.")] = 0.985,
+    amount: Annotated[float, typer.Option(help="Share of the weights that is removed.")] = 0.985,
     seconds: Annotated[float, typer.Option(help="How long to train.")] = 840.0,
     lr: Annotated[float, typer.Option(help="The highest learning rate.")] = 3e-3,
     threads: ThreadsOption = 2,
@@ -228,18 +208,15 @@ def surgery(
     """Dynamic network surgery on LeNet-5, with labels."""
     torch.set_num_threads(threads)
     subject, images = found("lenet", data, out), mnist(data / "mnist")
-    pairs = TensorDataset(torch.from_numpy(images.x_train), torch.from_numpy(images.y_train))
-    # Whole batches are looked up at once.
-    loader = DataLoader(pairs, sampler=BatchSampler(RandomSampler(pairs), 256, False), batch_size=None)
     start = time.perf_counter()
     result = ps.network_surgery(
-        subject.model, loader, amount=amount, seconds=seconds, lr=lr, layout="dense", progress=False
+        subject.model, loader(images), amount=amount, seconds=seconds, lr=lr, layout="dense", progress=False
     )
     taken, counts = time.perf_counter() - start, nonzeros(result.model)
-    score = accuracy(result.model, subject.x_test, subject.y_test)
+    score = subject.accuracy(result.model)
     row = {"amount": amount, "accuracy": score, "parameters": counts.nonzeros}
-    row |= {"times_fewer": counts.rate, "seconds": taken, "kilobytes": file_size(result) / 1e3}
-    write(out / "pruning" / "surgery.json", "Dynamic network surgery, LeNet-5", threads, [row])
+    row |= {"times_fewer": counts.rate, "seconds": taken, "kilobytes": file_bytes(result) / 1e3}
+    common.write(out / "pruning" / "surgery.json", "Dynamic network surgery, LeNet-5", threads, [row])
     lines = (tuple(f"{value:,.4g}" for value in row.values()),)
     title = f"Dynamic network surgery of LeNet-5 on MNIST, {threads} threads"
     show(Table(title, tuple(name.replace("_", " ") for name in row), lines, words=()))

@@ -1,28 +1,34 @@
 """The trained networks and real images that whole-network compression is measured on."""
 
-import json
-import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+# Networks are trained once and kept as by the examples.
+sys.path.append(str(Path(__file__).parent.parent / "examples"))
+
+import experiment
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pysolve.cli.datasets import Dataset, cifar, mnist
-from pysolve.nn.evaluate import macs, parameters
+from pysolve.nn.evaluate import accuracy, macs, parameters
 from pysolve.nn.running import keeping_modes
-from pysolve.nn.zoo import LeNet5, MnistCnn, ResNet
-from pysolve.training.fit import fit
+from pysolve.nn.zoo import LeNet5, Mlp, MnistCnn, ResNet
 
-# Share of the network's parameters or multiply-accumulates that may stay.
+# Share of the network's parameters or multiply-accumulates that may be left.
 Target = dict[str, float]
 
-# The recipe of examples/e1_linear_reconstruction.py, whose weights file is used when it is there.
+DATA = experiment.DATA
+# Recipes of the examples e1_linear_reconstruction, e5_deep_compression and e2_pruning, whose weights are used
+# when they are there.
 LENET_RECIPE = {"epochs": 8, "batch_size": 256, "lr": 3e-3}
+LENET_300_RECIPE = {"epochs": 10, "batch_size": 128, "lr": 2e-3}
+PERCEPTRON_RECIPE = {"epochs": 5, "batch_size": 64, "lr": 1e-3}
 CALIBRATION = 2000
 
 
@@ -54,6 +60,10 @@ class Subject:
     def example(self) -> Tensor:
         return self.calibration[0][:1]
 
+    def accuracy(self, model: nn.Module) -> float:
+        """Per cent of the test images."""
+        return accuracy(model, self.x_test, self.y_test)
+
     def cost(self, what: str, model: nn.Module | None = None) -> int:
         """Parameters, or multiply-accumulates of one image, of the network or of a smaller one."""
         model = self.model if model is None else model
@@ -64,7 +74,7 @@ def lenet(data: Path, out: Path) -> Subject:
     """LeNet-5 on MNIST."""
     images = mnist(data / "mnist")
     targets = ({"params": 0.093}, {"params": 0.042}, {"params": 0.025})
-    model = trained_lenet(images, out / "e1" / "lenet5.safetensors")
+    model = experiment.kept(LeNet5, images, out / "e1" / "lenet5.safetensors", LENET_RECIPE)
     return _subject("LeNet-5 on MNIST", model, images, targets, ("fc2",))
 
 
@@ -85,10 +95,26 @@ def mnist_cnn(data: Path, out: Path) -> Subject:
     return _subject("MnistCnn on MNIST", model, images, ({"params": 0.25},), ("fc_layers.2",))
 
 
+def lenet_300_100(data: Path, out: Path) -> Subject:
+    """784–300–100–10 on MNIST."""
+    images, make = mnist(data / "mnist"), partial(Mlp, (784, 300, 100, 10))
+    model = experiment.kept(make, images, out / "deep" / "lenet-300-100.safetensors", LENET_300_RECIPE)
+    return _subject("LeNet-300-100 on MNIST", model, images, (), ("fc3",))
+
+
+def perceptron(data: Path, out: Path) -> Subject:
+    """784–512–256–128–10 on MNIST."""
+    images, path = mnist(data / "mnist", mean=0.5, std=0.5), out / "e2" / "mlp.safetensors"
+    model = experiment.kept(Mlp, images, path, PERCEPTRON_RECIPE, train=experiment.adam)
+    return _subject("784–512–256–128–10 on MNIST", model, images, (), ("fc4",))
+
+
 SUBJECTS: dict[str, Callable[[Path, Path], Subject]] = {
     "lenet": lenet,
     "resnet20": resnet20,
     "mnist-cnn": mnist_cnn,
+    "lenet-300-100": lenet_300_100,
+    "mlp": perceptron,
 }
 
 
@@ -106,30 +132,9 @@ def residual_stream(model: ResNet) -> tuple[str, ...]:
     return ("conv1", *inner, "linear")
 
 
-def trained_lenet(images: Dataset, path: Path, seed: int = 0) -> LeNet5:
-    """LeNet-5 from ``path`` if this recipe made it from these images, else trained and written there."""
-    recipe = {"data": images.name, "images": len(images.x_train), "seed": seed, **LENET_RECIPE}
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        model = LeNet5()
-    if recipe_of(path) == json.dumps(recipe):
-        model.load_state_dict(load_file(path))
-        return model
-    fit(model, images.x_train, images.y_train, seed=seed, **LENET_RECIPE)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    save_file(model.state_dict(), part, metadata={"recipe": json.dumps(recipe)})
-    os.replace(part, path)
-    return model
-
-
-def recipe_of(path: Path) -> str | None:
-    """How the weights in a file were made; None when it is absent or damaged."""
-    try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("recipe")
-    except (OSError, SafetensorError):
-        return None
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """Linear layers and convolutions."""
+    return [module for module in model.modules() if isinstance(module, nn.Linear | nn.Conv2d)]
 
 
 def with_norms(model: nn.Module, batches: list[Tensor]) -> nn.Module:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from e1_solvers import Problem
+from experiment import score, terminal_table
 from rich.console import RenderableType
 from rich.table import Table
 from torch import nn
@@ -55,7 +56,7 @@ def gather_readers(model: LeNet5, dataset: Dataset) -> dict[str, ps.Correlations
 
 @dataclass(frozen=True)
 class Outcome:
-    """What is left of a layer at one lam, and of the network; accuracies in per cent of the test set."""
+    """One layer and the network at one lam; accuracies in per cent of the test set."""
 
     lam: float
     kept: int
@@ -80,7 +81,7 @@ def compress(
     bias: Bias = None,
 ) -> Outcome:
     """Put a solution into the site's reader, collapse the site, debias; ``bias``: of the reader, given M."""
-    x, y, keep = torch.from_numpy(dataset.x_test), dataset.y_test, solution.keep
+    x, keep = torch.from_numpy(dataset.x_test), solution.keep
     refitted = ps.debias(*problem, keep)
     solved = masked(model, plan_of(model, site, keep, solution.M, bias))
     collapsed = ps.apply(model, plan_of(model, site, keep, solution.M, bias), probe=x[:256])
@@ -89,10 +90,10 @@ def compress(
         lam=solution.lam,
         kept=len(keep),
         channels=site.channels,
-        solved=accuracy(solved, x, y),
-        collapsed=accuracy(collapsed, x, y),
+        solved=score(solved, dataset),
+        collapsed=score(collapsed, dataset),
         change=largest_change(solved, collapsed, x),
-        debiased=accuracy(debiased, x, y),
+        debiased=score(debiased, dataset),
         masses=masses(debiased, site, keep),
     )
 
@@ -164,11 +165,10 @@ def compress_fc2(model: LeNet5, dataset: Dataset, correlations: ps.Correlations)
 
     table = layer_table("fc2 of LeNet-5 on MNIST")
     on_train = accuracy(model, dataset.x_train, dataset.y_train)
-    on_test = accuracy(model, dataset.x_test, dataset.y_test)
     table.add_row("[bold]dense network")
     table.add_row("parameters", "431,080", f"{parameters(model):,}")
     table.add_row("accuracy, training", "99.69", f"{on_train:.2f}")
-    table.add_row("accuracy", "99.07", f"{on_test:.2f}", end_section=True)
+    table.add_row("accuracy", "99.07", f"{score(model, dataset):.2f}", end_section=True)
     add_rows(table, "no bias", NO_BIAS, no_bias, parameters(model))
     add_rows(table, "unpenalised bias", WITH_BIAS, with_bias, parameters(model))
     yield table
@@ -184,11 +184,7 @@ def layer_table(title: str) -> Table:
         "Accuracies in per cent of the test set. Largest change: of any output by the collapse. "
         "Layers: conv1, conv2, fc1, fc2."
     )
-    table = Table(title=title, caption=caption, show_edge=False, pad_edge=False)
-    table.add_column("")
-    for column in ("published", f"ours, λ = {LAM}", "ours, same size"):
-        table.add_column(column, justify="right")
-    return table
+    return terminal_table(title, ("", "published", f"ours, λ = {LAM}", "ours, same size"), caption)
 
 
 def add_rows(
@@ -225,15 +221,12 @@ def compare_selectors(
 ) -> Table:
     """Accuracy along the lasso's path, bias unpenalised, beside elimination at the same numbers kept."""
     (reader,), (writer,), problem = site.readers, site.writers, correlations.centered()
-    table = Table(
-        title=f"{reader} of LeNet-5: which of the {site.channels} channels of {writer} it needs",
-        caption=f"Columns a channel: {correlations.group_size}. Accuracies in per cent of the test set.\n"
+    table = terminal_table(
+        f"{reader} of LeNet-5: which of the {site.channels} channels of {writer} it needs",
+        ("λ/λ_max", "kept", "lasso", "debiased", "elimination", "parameters left"),
+        f"Columns a channel: {correlations.group_size}. Accuracies in per cent of the test set.\n"
         f"With 0 kept, {reader} gives its bias alone.",
-        show_edge=False,
-        pad_edge=False,
     )
-    for column in ("λ/λ_max", "kept", "lasso", "debiased", "elimination", "parameters left"):
-        table.add_column(column, justify="right")
     eliminated, highest = ps.elimination_path(problem), ps.lam_max(problem)
     for one in ps.regularization_path(problem, lams=[share * highest for share in shares]):
         keep, k = one.keep, len(one.keep)
@@ -241,7 +234,7 @@ def compare_selectors(
         choices = [(keep, one.M), (keep, refitted), (eliminated.keep(k), eliminated.refit(k))]
         plans = [plan_of(model, site, *choice, correlations.bias) for choice in choices]
         networks = [ps.apply(model, plan, probe=torch.from_numpy(dataset.x_test[:256])) for plan in plans]
-        accuracies = [accuracy(network, dataset.x_test, dataset.y_test) for network in networks]
+        accuracies = [score(network, dataset) for network in networks]
         left = sum(masses(networks[0], site, keep).values())
         table.add_row(f"{one.lam / highest:g}", f"{k}", *(f"{a:.2f}" for a in accuracies), f"{left:,}")
     return table

@@ -7,20 +7,18 @@ from pathlib import Path
 
 import torch
 from e1_layers import CONV2, FC1, FC2
+from experiment import dense_line, error_axis, errors, fitted, score, terminal_table, unlabelled
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullLocator, StrMethodFormatter
+from matplotlib.ticker import StrMethodFormatter
 from rich.table import Table
 from torch import nn
 
 import pysolve as ps
 from pysolve.cli.datasets import Dataset
-from pysolve.nn.evaluate import accuracy
 from pysolve.nn.zoo import LeNet5
 from pysolve.report import drawing
-from pysolve.training.fit import fit
 
-IMAGES, BATCH = 2000, 250
+IMAGES = 2000
 RETRAINING = {"epochs": 1, "batch_size": 256, "lr": 1e-3}
 # Of each site's lam_max; above 1 nothing of a layer is left.
 SHARES = (1.1, 0.5, 0.3, 0.2, 0.1, 0.05, 0.02, 0.01, 0.003)
@@ -32,7 +30,7 @@ Evaluate = Callable[[nn.Module], float]
 
 @dataclass(frozen=True)
 class Pair:
-    """Both methods at one size: what one share of every site's lam_max leaves, or the published size."""
+    """Both methods at one size: that of one share of every site's lam_max, or the published one."""
 
     share: float | None
     lasso: ps.Report | None
@@ -41,14 +39,13 @@ class Pair:
 
 def compare_sizes(model: LeNet5, dataset: Dataset, shares: Sequence[float] = SHARES) -> list[Pair]:
     """Compress on unlabelled images by the lasso, and by elimination to as many parameters; retrain both."""
-    images = torch.from_numpy(dataset.x_train[:IMAGES]).split(BATCH)
-    dense = accuracy(model, dataset.x_test, dataset.y_test)
+    images, dense = unlabelled(dataset, IMAGES), score(model, dataset)
 
     def evaluate(network: nn.Module) -> float:
-        return dense if network is model else accuracy(network, dataset.x_test, dataset.y_test)
+        return dense if network is model else score(network, dataset)
 
     def retrain(network: nn.Module) -> None:
-        fit(network, dataset.x_train, dataset.y_train, **RETRAINING, progress=False)
+        fitted(network, dataset, **RETRAINING, progress=False)
 
     highest = largest_penalties(model, images)
     lasso: list[ps.Report] = []
@@ -72,7 +69,7 @@ def largest_penalties(model: LeNet5, images: Sequence[torch.Tensor]) -> dict[str
 
 
 def sizes_table(pairs: Sequence[Pair]) -> Table:
-    """Both methods at every size; below, what the lasso says where it leaves nothing of a layer."""
+    """Both methods at every size; below, the notes of the lasso where it leaves nothing of a layer."""
     notes = [f"λ/λ_max = {one.share:g}: {note}" for one in pairs if one.lasso for note in one.lasso.notes]
     share, published = PUBLISHED
     caption = (
@@ -80,14 +77,9 @@ def sizes_table(pairs: Sequence[Pair]) -> Table:
         f"500. Dense network: {pairs[0].elimination.score_before:.2f} %. "
         f"Published: {published} % at {share} %."
     )
-    table = Table(
-        title="LeNet-5 on MNIST: accuracy against size",
-        caption="\n".join([caption, *notes]),
-        show_edge=False,
-        pad_edge=False,
-    )
-    for column in ("λ/λ_max", "method", "parameters", "share", "kept", "accuracy", "+1 epoch"):
-        table.add_column(column, justify="left" if column == "method" else "right")
+    columns = ("λ/λ_max", "method", "parameters", "share", "kept", "accuracy", "+1 epoch")
+    title, caption = "LeNet-5 on MNIST: accuracy against size", "\n".join([caption, *notes])
+    table = terminal_table(title, columns, caption, words=("method",))
     for pair in pairs:
         if pair.lasso is not None:
             table.add_row(f"{pair.share:g}", "lasso", *figures(pair.lasso))
@@ -105,23 +97,18 @@ def figures(one: ps.Report) -> tuple[str, ...]:
 def draw_sizes(pairs: Sequence[Pair], path: Path) -> None:
     """Accuracy against the share of parameters left; the axis is logarithmic in what is misclassified."""
     blue, orange, red, _ = drawing.COLORS
-    figure = Figure(figsize=(8.5, 5.2), layout="constrained")
-    ax = figure.add_subplot()
-    dense = pairs[0].elimination.score_before
-    ax.axhline(
-        errors(dense),
-        color="0.35",
-        linewidth=1,
-        linestyle=(0, (4, 3)),
-        label=f"original network, {dense:.2f} %",
-    )
+    ax, dense = drawing.new_axes(8.5, 5.2), pairs[0].elimination.score_before
+    dense_line(ax, dense, f"original network, {dense:.2f} %")
     draw_method(ax, "elimination", blue, [pair.elimination for pair in pairs])
     draw_method(ax, "group lasso", orange, [pair.lasso for pair in pairs if pair.lasso])
     share, published = PUBLISHED
     label = f"published, {published} % with {share} % left"
     ax.plot(share, errors(published), "*", color=red, markersize=15, linestyle="none", label=label)
-    finish(ax)
-    figure.savefig(path, dpi=130)
+    ax.set(xscale="log", xlabel="parameters left (%)")
+    ax.set_title(f"LeNet-5 on MNIST, all layers compressed on {IMAGES:,} unlabelled images")
+    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    error_axis(ax, (0.42, 95))
+    drawing.finish(ax, path, loc="lower right")
 
 
 def draw_method(ax: Axes, label: str, color: str, reports: Sequence[ps.Report]) -> None:
@@ -136,23 +123,3 @@ def draw_method(ax: Axes, label: str, color: str, reports: Sequence[ps.Report]) 
     ax.plot(
         shares, after, label=f"{label}, retrained for one epoch", linestyle="--", fillstyle="none", **style
     )
-
-
-def finish(ax: Axes) -> None:
-    """Axes labelled in plain per cent."""
-    ticks = (90, 50, 20, 10, 5, 2, 1, 0.5)
-    ax.set(xscale="log", yscale="log", ylim=(95, 0.42))
-    ax.set(xlabel="parameters left (%)", ylabel="test accuracy (%)")
-    ax.set_title(f"LeNet-5 on MNIST, all layers compressed on {IMAGES:,} unlabelled images")
-    ax.set_yticks(ticks, [f"{100 - tick:g}" for tick in ticks])
-    ax.yaxis.set_minor_locator(NullLocator())
-    ax.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(color="0.9")
-    ax.set_axisbelow(True)
-    ax.legend(loc="lower right", edgecolor="none", framealpha=1)
-
-
-def errors(score: float) -> float:
-    """Per cent misclassified; 0 has no place on a logarithmic axis."""
-    return max(100 - score, 0.01)

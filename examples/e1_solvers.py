@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from experiment import terminal_table
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.table import Table
@@ -50,10 +51,9 @@ def median_of_3(solve: Callable[[], ps.Solution]) -> ps.Solution:
 def solver_table(title: str, published: dict[str, str], solutions: dict[str, ps.Solution]) -> Table:
     objectives = [one.objective for one in solutions.values()]
     spread = (max(objectives) - min(objectives)) / abs(objectives[0])
-    table = Table(title=title, caption=f"The objectives agree to {spread:.0e} of their size.")
-    table.add_column("method")
-    for column in ("published", "ours", "iterations", "relative gap"):
-        table.add_column(column, justify="right")
+    columns = ("method", "published", "ours", "iterations", "relative gap")
+    caption = f"The objectives agree to {spread:.0e} of their size."
+    table = terminal_table(title, columns, caption, words=("method",))
     for name, one in solutions.items():
         ours = (f"{one.seconds:.3f} s", str(one.iterations), f"{one.relative_gap:.1e}")
         table.add_row(name, published.get(name, ""), *ours)

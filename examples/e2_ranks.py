@@ -5,13 +5,12 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-from e2_thresholds import images
+from experiment import score, unlabelled
 from torch import nn
 
 import pysolve as ps
 from pysolve.cli.datasets import Dataset
 from pysolve.layer.reduced_rank import factor_layer
-from pysolve.nn.evaluate import accuracy
 from pysolve.nn.running import as_array
 from pysolve.report.drawing import COLORS, finish, log_axis, new_axes
 from pysolve.tables import Table
@@ -45,7 +44,7 @@ def operations(sizes: Sequence[int]) -> int:
     for step in order[1:]:
         several = [terms.pop(i) for i in sorted(step, reverse=True)]
         total += int(np.prod([size[label] for label in set("".join(several))]))
-        # What appears once stays.
+        # Labels that appear once are kept.
         terms.append("".join(set.symmetric_difference(*map(set, several))))
     return total
 
@@ -72,15 +71,15 @@ def ranks_table(
 
 
 def accuracies(model: nn.Module, dataset: Dataset, rank: int, counts: Sequence[int]) -> list[float]:
-    """Of the truncated singular value decomposition, and by so many images each where the rank pays."""
+    """Accuracies of the truncated SVD, and by so many images each where the rank pays."""
     layer = model.get_submodule(LAYER)
     plain = factor_layer(as_array(layer.weight).astype(float), None, rank).form
     networks = [ps.apply(model, ps.Plan(forms={f"{LAYER}.weight": plain}))]
     h, d = layer.weight.shape
     if rank * (h + d) < h * d:
         how = {"rank": {LAYER: rank}, "layout": "factored", "progress": False}
-        networks += [ps.low_rank(model, images(dataset, n), **how).model for n in counts]
-    return [accuracy(network, dataset.x_test, dataset.y_test) for network in networks]
+        networks += [ps.low_rank(model, unlabelled(dataset, n, 500), **how).model for n in counts]
+    return [score(network, dataset) for network in networks]
 
 
 def draw(scores: Mapping[int, Sequence[float]], path: Path) -> None:

@@ -3,18 +3,16 @@
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from statistics import mean, median
 
 import torch
-from e2_pruning import train
-from kept import kept_or_trained, seeded
+from experiment import adam, kept, labelled, score, seeded
 from torch import Tensor, nn
 
 import pysolve as ps
 from pysolve.cli.datasets import Dataset
-from pysolve.nn.evaluate import accuracy, parameters
+from pysolve.nn.evaluate import parameters
 from pysolve.nn.running import evaluating
 from pysolve.nn.zoo import Mlp
 from pysolve.tables import Table
@@ -27,7 +25,7 @@ TEACHER, STUDENT = ("98.53", "1.61"), ("96.34", "1.09")
 
 @dataclass(frozen=True)
 class Way:
-    """One way to train the student: what it is called, the published accuracy, and options of ``distill``."""
+    """One way to train the student: its name, the published accuracy, and options of ``distill``."""
 
     name: str
     published: str
@@ -57,8 +55,7 @@ def small_student() -> Mlp:
 
 def trained_teacher(dataset: Dataset, path: Path, recipe: Mapping[str, float], seed: int) -> nn.Module:
     """The teacher, trained with labels as published, or from ``path``."""
-    fit = partial(train, dataset=dataset, seed=seed, **recipe)
-    return kept_or_trained(conv_teacher, fit, path, dataset=dataset, seed=seed, recipe=recipe)
+    return kept(conv_teacher, dataset, path, recipe, seed, train=adam)
 
 
 def distilled(
@@ -70,9 +67,8 @@ def distilled(
 ) -> nn.Module:
     """A new student, trained for as many epochs and in batches as large as the recipe says."""
     student = seeded(small_student, seed)
-    pairs = zip(*(torch.from_numpy(a).split(500) for a in (dataset.x_train, dataset.y_train)), strict=True)
     how = {"epochs": recipe["epochs"], "batch_size": recipe["batch_size"], "seed": seed}
-    ps.distill(student, teacher, [*pairs], progress=False, **{**how, **options})
+    ps.distill(student, teacher, labelled(dataset, 500), progress=False, **{**how, **options})
     return student
 
 
@@ -81,11 +77,11 @@ def students_table(
 ) -> Table:
     """The teacher, and a row for every way; accuracies are means over the seeds."""
     x = torch.from_numpy(dataset.x_test)
-    first = (TEACHER[0], f"{accuracy(teacher, x, dataset.y_test):.2f}", "", f"{parameters(teacher):,}")
+    first = (TEACHER[0], f"{score(teacher, dataset):.2f}", "", f"{parameters(teacher):,}")
     rows = [("teacher", *first, TEACHER[1], f"{seconds_of_all(teacher, x):.2f}")]
     for way in WAYS:
         networks = [distilled(teacher, dataset, way.options, recipe, seed) for seed in seeds]
-        scores = [accuracy(network, x, dataset.y_test) for network in networks]
+        scores = [score(network, dataset) for network in networks]
         known = bool(way.published)
         ours = (f"{mean(scores):.2f}", f"{min(scores):.2f} to {max(scores):.2f}")
         times = (STUDENT[1], f"{seconds_of_all(networks[0], x):.2f}") if known else ("", "")

@@ -1,4 +1,4 @@
-"""Weights and neurons of an MLP that lie below a threshold: gone as published, and ours at the same size."""
+"""Weights and neurons of an MLP below a threshold: removed as published, and ours at the same size."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -6,13 +6,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from experiment import score, unlabelled
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from torch import Tensor, nn
+from torch import nn
 
 import pysolve as ps
 from pysolve.cli.datasets import Dataset
-from pysolve.nn.evaluate import accuracy, parameters
+from pysolve.nn.evaluate import parameters
 from pysolve.nn.nonzeros import nonzeros
 from pysolve.report.drawing import COLORS, finish
 from pysolve.tables import Table
@@ -51,12 +52,12 @@ NEURONS_TITLE = "Neurons of a mean activation below a threshold removed: accurac
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one threshold leaves: accuracies in per cent of the test set.
+    """Networks at one threshold: accuracies in per cent of the test set.
 
     Parameters
     ----------
     threshold : float
-    gone : float
+    removed : float
         Per cent of the weights that are zero, or of the parameters that are removed.
     left : str
         Bytes as compressed rows, or widths of the hidden layers.
@@ -65,7 +66,7 @@ class Outcome:
     """
 
     threshold: float
-    gone: float
+    removed: float
     left: str
     pruned: float
     refitted: float
@@ -73,49 +74,44 @@ class Outcome:
     few: float
 
 
-def images(dataset: Dataset, n: int) -> tuple[Tensor, ...]:
-    """The first unlabelled training images, in batches."""
-    return torch.from_numpy(dataset.x_train[:n]).split(500)
-
-
 def without_weights(model: nn.Module, dataset: Dataset, tau: float, few: int) -> Outcome:
-    """Weights below ``tau`` set to zero, and two ways to make up for as many zeros."""
+    """Weights below ``tau`` set to zero, and two ways to compensate as many zeros."""
     prune = partial(ps.prune, model, layout="dense", progress=False)
     pruned = prune(method="magnitude", threshold=tau).model
     weights = [layer.weight for layer in pruned.children()]
     share = sum(int((weight == 0).sum()) for weight in weights) / sum(map(torch.numel, weights))
-    many = images(dataset, IMAGES)
+    many = unlabelled(dataset, IMAGES, 500)
     networks = (
         pruned,
         prune(many, method="magnitude", threshold=tau, refit="sequential").model,
         prune(many, method="obs", amount=share, scope="global").model,
-        prune(images(dataset, few), method="obs", amount=share, scope="global").model,
+        prune(unlabelled(dataset, few, 500), method="obs", amount=share, scope="global").model,
     )
     stored = f"{nonzeros(pruned).bytes('csr'):,}"
     return Outcome(tau, 100 * share, stored, *scores(networks, dataset))
 
 
 def without_neurons(model: nn.Module, dataset: Dataset, limit: float, few: int) -> Outcome:
-    """Neurons whose mean activation is below ``limit`` removed, and two ways to make up for as many."""
+    """Neurons whose mean activation is below ``limit`` removed, and two ways to compensate as many."""
     prune = partial(ps.prune, model, progress=False)
-    pruned = prune(images(dataset, len(dataset.x_train)), method="activation", threshold=limit).model
+    pruned = prune(unlabelled(dataset, None, 500), method="activation", threshold=limit).model
     hidden = [name for name, _ in model.named_children()][:-1]
     widths = {name: len(pruned.get_submodule(name).weight) for name in hidden}
     amount = {name: 1 - width / len(model.get_submodule(name).weight) for name, width in widths.items()}
-    many = images(dataset, IMAGES)
+    many = unlabelled(dataset, IMAGES, 500)
     networks = (
         pruned,
         prune(many, method="activation", amount=amount, refit="sequential").model,
         prune(many, method="elimination", amount=amount).model,
-        prune(images(dataset, few), method="elimination", amount=amount).model,
+        prune(unlabelled(dataset, few, 500), method="elimination", amount=amount).model,
     )
-    gone = 1 - parameters(pruned) / parameters(model)
-    return Outcome(limit, 100 * gone, " ".join(map(str, widths.values())), *scores(networks, dataset))
+    removed = 1 - parameters(pruned) / parameters(model)
+    return Outcome(limit, 100 * removed, " ".join(map(str, widths.values())), *scores(networks, dataset))
 
 
 def scores(networks: Sequence[nn.Module], dataset: Dataset) -> list[float]:
     """Accuracies on the test set."""
-    return [accuracy(network, dataset.x_test, dataset.y_test) for network in networks]
+    return [score(network, dataset) for network in networks]
 
 
 def zeros_table(outcomes: Sequence[Outcome], few: int) -> Table:
@@ -134,12 +130,12 @@ def neurons_table(outcomes: Sequence[Outcome], few: int) -> Table:
 
 def cells(one: Outcome, published: tuple[float, float] | None) -> tuple[str, ...]:
     theirs = ("", "") if published is None else (f"{published[1]:.1f}", f"{published[0]:.2f}")
-    ours = (f"{one.gone:.1f}", f"{one.pruned:.2f}", one.left, f"{one.refitted:.2f}")
+    ours = (f"{one.removed:.1f}", f"{one.pruned:.2f}", one.left, f"{one.refitted:.2f}")
     return (f"{one.threshold:g}", *theirs, *ours, f"{one.ours:.2f}", f"{one.few:.2f}")
 
 
 def draw(weights: Sequence[Outcome], neurons: Sequence[Outcome], path: Path) -> None:
-    """Both experiments side by side: accuracy against what is gone."""
+    """Both experiments side by side: accuracy against what is removed."""
     figure = Figure(figsize=(11, 4.4), layout="constrained")
     left, right = figure.subplots(1, 2)
     left.set(xlabel="zeros (% of the weights)", title="Single weights")
@@ -156,14 +152,15 @@ def draw_outcomes(
     names: tuple[str, str],
 ) -> None:
     """The published points, and a curve for each way."""
-    accuracies, gone = zip(*(pair for pair in published if pair is not None), strict=True)
-    ax.plot(gone, accuracies, "*--", color="0.5", label="published")
+    accuracies, shares = zip(*(pair for pair in published if pair is not None), strict=True)
+    ax.plot(shares, accuracies, "*--", color="0.5", label="published")
     curves: dict[str, Callable[[Outcome], float]] = {
         names[0]: lambda one: one.pruned,
         f"{names[0]}, others refitted": lambda one: one.refitted,
         names[1]: lambda one: one.ours,
     }
-    for (label, score), color in zip(curves.items(), COLORS, strict=False):
-        ax.plot([one.gone for one in outcomes], [*map(score, outcomes)], "o-", ms=4, color=color, label=label)
+    for (label, curve), color in zip(curves.items(), COLORS, strict=False):
+        shares = [one.removed for one in outcomes]
+        ax.plot(shares, [*map(curve, outcomes)], "o-", ms=4, color=color, label=label)
     ax.set(ylabel="test accuracy (%)")
     finish(ax, loc="lower left")

@@ -12,27 +12,17 @@ Every figure is printed next to the published one, in Markdown, and drawn (ranks
 """
 
 import copy
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated
 
-# Two BLAS threads on two busy cores wait for each other.
-os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-
-import torch
-import typer
-from e2_pruning import first_images, show, train
-from e2_thresholds import images
-from kept import kept_or_trained
+import experiment
+from experiment import first_images, loader, score, show, unlabelled
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import pysolve as ps
 from pysolve.cli.datasets import Dataset, mnist
-from pysolve.cli.demo import threads
-from pysolve.nn.evaluate import accuracy, parameters
+from pysolve.nn.evaluate import parameters
 from pysolve.nn.zoo import Mlp
 from pysolve.report.drawing import COLORS, finish, new_axes
 from pysolve.tables import Table
@@ -53,61 +43,25 @@ QUICK = {"images": 600, "few": 200, "epochs": 1, "ranks": (10, 20)}
 # Batches of the size trained with, to time an epoch by.
 TIMED = 40
 
-DATA = Path(os.environ.get("PYSOLVE_DATA", "data"), "mnist")
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-
-
-@app.command(help=__doc__)
-def main(
-    data: Annotated[Path, typer.Option(help="Folder with the four MNIST files.")] = DATA,
-    out: Annotated[Path, typer.Option(help="Folder for the weights and the picture.")] = Path("results/e3"),
-    seed: Annotated[int, typer.Option(help="Of the initial weights and the shuffling.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Few images and ranks, one epoch.")] = False,
-) -> None:
-    """The whole experiment."""
-    try:
-        dataset = mnist(data)
-        # More threads wait for each other on a busy machine.
-        with threads(1):
-            run(first_images(dataset, QUICK["images"]) if quick else dataset, out, seed, quick=quick)
-    except (ps.PysolveError, OSError) as error:
-        typer.echo(f"Error: {error}", err=True)
-        raise typer.Exit(2) from error
-
 
 def run(dataset: Dataset, out: Path, seed: int, *, quick: bool) -> None:
     """Train once, factor at every rank, train on, print and draw."""
-    start, cpu = time.perf_counter(), time.process_time()
-    out.mkdir(parents=True, exist_ok=True)
     shorter = {"epochs": QUICK["epochs"]} if quick else {}
-    epochs = (RECIPE | shorter)["epochs"]
-    typer.echo(f"Trained for {epochs} epochs instead of 53: all of it is to fit 20 minutes on two cores.")
-    model = kept_or_trained(
-        lambda: Mlp(SIZES),
-        lambda network: train(network, dataset, seed=seed, **RECIPE | shorter),
-        out / "mlp.safetensors",
-        dataset=dataset,
-        seed=seed,
-        recipe=RECIPE | shorter,
-    )
+    recipe = RECIPE | shorter
+    show(f"Trained for {recipe['epochs']} epochs instead of 53, to fit 20 minutes on two cores.")
+    path = out / "mlp.safetensors"
+    model = experiment.kept(lambda: Mlp(SIZES), dataset, path, recipe, seed, train=experiment.adam)
     counts = (QUICK["few"], len(dataset.x_train)) if quick else (FEW, len(dataset.x_train))
     networks = {
         rank: factored(model, dataset, rank, counts if rank in LARGE_RANKS else counts[:1])
         for rank in (QUICK["ranks"] if quick else PUBLISHED)
     }
-    scores = {rank: [accuracy_of(one, dataset) for one in row] for rank, row in networks.items()}
-    dense = accuracy_of(model, dataset)
+    scores = {rank: [score(one, dataset) for one in row] for rank, row in networks.items()}
+    dense = score(model, dataset)
     show(ranks_table(dense, scores, networks, model, counts))
     show(trained_table(model, networks[TRAINED][-1], dataset, ON | shorter, seed))
     draw(scores, dense, counts, out / "ranks.png")
-    minutes = (time.perf_counter() - start) / 60, (time.process_time() - cpu) / 60
-    typer.echo(f"Wrote {out / 'ranks.png'}")
-    typer.echo(f"{minutes[0]:.1f} minutes in all, {minutes[1]:.1f} of one processor.")
-
-
-def accuracy_of(model: nn.Module, dataset: Dataset) -> float:
-    return accuracy(model, dataset.x_test, dataset.y_test)
+    show(f"Wrote {out / 'ranks.png'}")
 
 
 def factored(model: Mlp, dataset: Dataset, rank: int, counts: Sequence[int]) -> list[nn.Module]:
@@ -115,26 +69,19 @@ def factored(model: Mlp, dataset: Dataset, rank: int, counts: Sequence[int]) -> 
     *hidden, _ = dict(model.named_children())
     how = {"rank": dict.fromkeys(hidden, rank), "layout": "factored", "progress": False}
     plain = ps.low_rank(model, method="svd", **how).model
-    return [plain, *(ps.low_rank(model, images(dataset, n), **how).model for n in counts)]
+    return [plain, *(ps.low_rank(model, unlabelled(dataset, n, 500), **how).model for n in counts)]
 
 
 def trained_on(
     model: nn.Module, smaller: nn.Module, dataset: Dataset, on: Mapping[str, float], seed: int
 ) -> dict[str, nn.Module]:
     """Two copies of the factored network: trained on with labels, and by the original's outputs."""
-    labelled, unlabelled = copy.deepcopy(smaller), copy.deepcopy(smaller)
+    supervised, distilled = copy.deepcopy(smaller), copy.deepcopy(smaller)
     training = {"epochs": on["epochs"], "lr": on["lr"], "seed": seed, "progress": False}
-    ps.finetune(labelled, loader(dataset, on["batch_size"]), **training)
+    ps.finetune(supervised, loader(dataset, on["batch_size"]), **training)
     how = {"batch_size": on["batch_size"], **WITHOUT_LABELS}
-    ps.distill(unlabelled, model, images(dataset, len(dataset.x_train)), **how, **training)
-    return {"with labels": labelled, "without labels, by the original's outputs": unlabelled}
-
-
-def loader(dataset: Dataset, batch_size: int) -> DataLoader:
-    """Shuffled training images with their labels."""
-    pairs = TensorDataset(torch.from_numpy(dataset.x_train), torch.from_numpy(dataset.y_train))
-    # Whole batches are looked up at once.
-    return DataLoader(pairs, sampler=BatchSampler(RandomSampler(pairs), batch_size, False), batch_size=None)
+    ps.distill(distilled, model, unlabelled(dataset, None, 500), **how, **training)
+    return {"with labels": supervised, "without labels, by the original's outputs": distilled}
 
 
 def epoch_seconds(model: nn.Module, dataset: Dataset, batch_size: int) -> float:
@@ -157,7 +104,7 @@ def ranks_table(
     head = ("D", "published", "ours: weights alone", *(f"by what is read, {n:,} images" for n in counts))
     rows = [("dense", PUBLISHED_DENSE, f"{dense:.2f}", *[""] * len(counts), f"{parameters(model):,}")]
     for rank, row in scores.items():
-        cells = [f"{score:.2f}" for score in row] + [""] * (1 + len(counts) - len(row))
+        cells = [f"{one:.2f}" for one in row] + [""] * (1 + len(counts) - len(row))
         rows.append((str(rank), PUBLISHED[rank], *cells, f"{parameters(networks[rank][0]):,}"))
     title = "Five layers at D singular values, not trained: accuracy on the test set (%)"
     return Table(title, (*head, "parameters"), tuple(rows))
@@ -169,13 +116,12 @@ def trained_table(
     """The network of one rank trained on, and what an epoch costs."""
     seconds = [epoch_seconds(one, dataset, on["batch_size"]) for one in (model, smaller)]
     rows = [
-        ("dense", PUBLISHED_DENSE, f"{accuracy_of(model, dataset):.2f}", f"{seconds[0]:.1f}"),
-        ("factored, not trained", "94.0", f"{accuracy_of(smaller, dataset):.2f}", ""),
+        ("dense", PUBLISHED_DENSE, f"{score(model, dataset):.2f}", f"{seconds[0]:.1f}"),
+        ("factored, not trained", "94.0", f"{score(smaller, dataset):.2f}", ""),
     ]
     for name, network in trained_on(model, smaller, dataset, on, seed).items():
-        score = f"{accuracy_of(network, dataset):.2f}"
-        labelled = name == "with labels"
-        rows.append((name, PUBLISHED_TRAINED * labelled, score, f"{seconds[1]:.1f}" * labelled))
+        ours, labelled = f"{score(network, dataset):.2f}", name == "with labels"
+        rows.append((name, PUBLISHED_TRAINED * labelled, ours, f"{seconds[1]:.1f}" * labelled))
     title = f"D = {TRAINED} trained on for {on['epochs']} epochs: accuracy on the test set (%)"
     return Table(title, ("network", "published", "ours", "CPU seconds an epoch with labels"), tuple(rows))
 
@@ -190,6 +136,9 @@ def draw(scores: Mapping[int, Sequence[float]], dense: float, counts: Sequence[i
     ax.axhline(dense, color="0.5", ls="--", lw=1, label="dense")
     ax.set(xlabel="singular values of every layer", ylabel="test accuracy (%)")
     finish(ax, path, loc="lower right")
+
+
+app = experiment.script(run, lambda data: mnist(data), out="e3", few=QUICK["images"])
 
 
 if __name__ == "__main__":

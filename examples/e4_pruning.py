@@ -5,18 +5,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
-from e2_thresholds import images
+from experiment import measured, score, unlabelled
 from torch import nn
 from torch.nn.utils import prune as by_torch
 
 import pysolve as ps
 from pysolve.cli.datasets import Dataset
 from pysolve.compressed import Compressed
-from pysolve.nn.evaluate import accuracy, parameters
+from pysolve.nn.evaluate import parameters
 from pysolve.report.drawing import COLORS, finish, new_axes
 from pysolve.tables import Table
 
@@ -27,7 +26,7 @@ PUBLISHED_FILE = "488"
 
 @dataclass(frozen=True)
 class Cut:
-    """What is pruned: in words, as published by ``torch.nn.utils.prune``, and as ours.
+    """One pruning: in words, as published by ``torch.nn.utils.prune``, and as ours.
 
     Parameters
     ----------
@@ -35,7 +34,7 @@ class Cut:
     mask : callable
         Of a layer and a share: sets a mask.
     amount : {layer: float}
-        Share of the layer's weights, or of its channels, that goes.
+        Share of the layer's weights, or of its channels, that is removed.
     options : {str: object}
         Of ``prune``.
     """
@@ -68,11 +67,7 @@ CUTS = (
 
 def pruning_table(model: nn.Module, dataset: Dataset, seed: int, count: int = COUNT) -> Table:
     """A row for every way to prune: as published, and ours without and with the other weights refitted."""
-
-    def score(network: nn.Module) -> str:
-        return f"{accuracy(network, dataset.x_test, dataset.y_test):.2f}"
-
-    whole = (kilobytes(model), score(model))
+    whole = measured(model, model, dataset)
     rows = [("nothing", PUBLISHED_FILE, *whole, "", "", f"{parameters(model):,}", "")]
     for cut in CUTS:
         masked = as_published(model, cut, seed)
@@ -80,9 +75,8 @@ def pruning_table(model: nn.Module, dataset: Dataset, seed: int, count: int = CO
             by_prune(model, dataset, cut, refit, seed, count) for refit in ("none", "sequential")
         )
         left = f"{ps.nonzeros(plain.model).nonzeros:,}"
-        theirs = (PUBLISHED_FILE, kilobytes(masked), score(masked))
-        scores = (score(plain.model), score(refitted.model))
-        rows.append((cut.name, *theirs, kilobytes(plain), scores[0], left, scores[1]))
+        theirs, ours = measured(masked, masked, dataset), measured(plain, plain.model, dataset)
+        rows.append((cut.name, PUBLISHED_FILE, *theirs, *ours, left, f"{score(refitted.model, dataset):.2f}"))
     head = ("pruned", "published: kB", "as published: kB", "accuracy", "ours: kB", "accuracy")
     title = "Pruned, not trained again: files, and accuracy on the test set (%)"
     return Table(title, (*head, "parameters left", "others refitted"), tuple(rows))
@@ -101,20 +95,9 @@ def as_published(model: nn.Module, cut: Cut, seed: int) -> nn.Module:
 
 
 def by_prune(model: nn.Module, dataset: Dataset, cut: Cut, refit: str, seed: int, count: int) -> Compressed:
-    """The same by ``prune``, with unlabelled images: zeros are not stored, channels are gone."""
+    """The same by ``prune``, with unlabelled images: zeros are not stored, channels are removed."""
     how = {"amount": cut.amount, "layout": "dense", "refit": refit, "seed": seed, "progress": False}
-    return ps.prune(model, images(dataset, count), **cut.options, **how)
-
-
-def kilobytes(what: nn.Module | Compressed) -> str:
-    """Size of its file, as torch or as we write it."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "network")
-        if isinstance(what, Compressed):
-            ps.save(what, path)
-        else:
-            torch.save(what.state_dict(), path)
-        return f"{path.stat().st_size / 1e3:,.1f}"
+    return ps.prune(model, unlabelled(dataset, count, 500), **cut.options, **how)
 
 
 def draw(table: Table, path: Path) -> None:

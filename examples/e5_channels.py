@@ -4,16 +4,15 @@ import copy
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from e1_layers import CONV2, FC1, FC2
-from e5_weights import loader
+from experiment import loader, score, terminal_table, unlabelled
 from rich.table import Table
 from torch import nn
 
 import pysolve as ps
 from pysolve.cli.datasets import Dataset
 from pysolve.layer.scores import channel_norms, propagated_importance
-from pysolve.nn.evaluate import accuracy, parameters
+from pysolve.nn.evaluate import parameters
 from pysolve.training.finetune import finetune
 
 SITES = (CONV2, FC1, FC2)
@@ -33,22 +32,21 @@ def compare_rankings(model: nn.Module, dataset: Dataset, *, sizes: Sequence[floa
         f"Importance: propagated back from the outputs. Elimination: {IMAGES:,} unlabelled images, weights "
         "refitted. +1 epoch: trained on labels."
     )
-    table = Table(title=title, caption=caption, show_edge=False, pad_edge=False)
-    for column in ("share", "score", "ranked", "kept", "parameters", "accuracy", "+1 epoch"):
-        table.add_column(column, justify="left" if column in ("score", "ranked") else "right")
+    columns = ("share", "score", "ranked", "kept", "parameters", "accuracy", "+1 epoch")
+    table = terminal_table(title, columns, caption, words=("score", "ranked"))
     for size in sizes:
-        for score, values in scores(model).items():
+        for name, values in scores(model).items():
             for ranked in ("by layer", "over all"):
                 kept = fitting(model, values, size, together=ranked == "over all")
                 network = ps.apply(model, ps.Plan(tuple(map(ps.Collapse, SITES, kept))))
-                table.add_row(f"{size:.0%}", score, ranked, *figures(network, dataset))
+                table.add_row(f"{size:.0%}", name, ranked, *figures(network, dataset))
         eliminated = by_elimination(model, dataset, size)
         table.add_row(f"{size:.0%}", "elimination", "", *figures(eliminated, dataset), end_section=True)
     return table
 
 
 def scores(model: nn.Module) -> dict[str, tuple[np.ndarray, ...]]:
-    """Of the channels of every site: norms of their own weights, and importance for the outputs."""
+    """Scores of the channels of every site: norms of their own weights, and importance for the outputs."""
     weights = [model.get_submodule(name).weight.detach().numpy() for name in LAYERS]
     return {
         "norm": tuple(channel_norms(weight) for weight in weights[:-1]),
@@ -86,9 +84,8 @@ def left(kept: Kept) -> int:
 
 
 def by_elimination(model: nn.Module, dataset: Dataset, size: float) -> nn.Module:
-    """What ``compress`` makes of the network on unlabelled images."""
-    images = torch.from_numpy(dataset.x_train[:IMAGES]).split(250)
-    return ps.compress(model, images, target={"params": size}, progress=False).model
+    """The network as ``compress`` shrinks it on unlabelled images."""
+    return ps.compress(model, unlabelled(dataset, IMAGES), target={"params": size}, progress=False).model
 
 
 def figures(network: nn.Module, dataset: Dataset) -> tuple[str, ...]:
@@ -96,5 +93,5 @@ def figures(network: nn.Module, dataset: Dataset) -> tuple[str, ...]:
     trained = copy.deepcopy(network)
     finetune(trained, loader(dataset), epochs=1, lr=1e-3, progress=False)
     widths = " ".join(str(len(network.get_submodule(name).weight)) for name in LAYERS[:-1])
-    accuracies = (f"{accuracy(one, dataset.x_test, dataset.y_test):.2f}" for one in (network, trained))
+    accuracies = (f"{score(one, dataset):.2f}" for one in (network, trained))
     return widths, f"{parameters(network):,}", *accuracies

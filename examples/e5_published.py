@@ -4,18 +4,13 @@ import copy
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
-import torch
-from e5_weights import loader
-from torch import Tensor, nn
+from experiment import file_bytes, loader, score
+from torch import nn
 
 import pysolve as ps
 from pysolve.cli.datasets import Dataset
-from pysolve.compressed import Compressed
-from pysolve.nn.evaluate import accuracy
 from pysolve.training.finetune import finetune
 
 # Bits of a published gap between weights that are not zero.
@@ -26,7 +21,7 @@ HUFFMAN, ANS = "coded by Huffman's codes", "coded by numeral systems"
 
 @dataclass(frozen=True)
 class Published:
-    """What a network's weights are cut to, and how it comes out.
+    """Published shares, bits, sizes and accuracies of a network.
 
     Parameters
     ----------
@@ -77,8 +72,7 @@ def as_published(model: nn.Module, dataset: Dataset, published: Published, epoch
     """The published stages, each trained on labels."""
 
     def entry(stage: str, network: nn.Module, size: int) -> Entry:
-        score = accuracy(network, dataset.x_test, dataset.y_test)
-        return Entry(WAY, stage, size, score, time.perf_counter() - start)
+        return Entry(WAY, stage, size, score(network, dataset), time.perf_counter() - start)
 
     start = time.perf_counter()
     amount = {name: 1 - share for name, share in published.kept.items()}
@@ -96,19 +90,6 @@ def as_published(model: nn.Module, dataset: Dataset, published: Published, epoch
     for stage, coding in ((HUFFMAN, "huffman"), (ANS, "ans")):
         start = time.perf_counter()
         yield entry(stage, shared.model, file_bytes(shared, coding))
-
-
-def unlabelled(dataset: Dataset, count: int) -> tuple[Tensor, ...]:
-    """The first training images."""
-    return torch.from_numpy(dataset.x_train[:count]).split(250)
-
-
-def file_bytes(result: Compressed, coding: str) -> int:
-    """Bytes on disk."""
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "network.safetensors")
-        ps.save(result, path, coding=coding)
-        return path.stat().st_size
 
 
 def packed_bytes(model: nn.Module, published: Published) -> int:

@@ -2,27 +2,18 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
-from e1_network import errors
-from e5_published import (
-    ANS,
-    HUFFMAN,
-    WAY,
-    Entry,
-    Published,
-    as_published,
-    file_bytes,
-    packed_bytes,
-    unlabelled,
-)
+from e5_published import ANS, HUFFMAN, WAY, Entry, Published, as_published, packed_bytes
+from experiment import dense_line, error_axis, errors, file_bytes, score, unlabelled
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import pysolve as ps
 from pysolve.cli.datasets import Dataset
-from pysolve.nn.evaluate import accuracy, nbytes, parameters
+from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.report import drawing
 from pysolve.tables import Table
 
@@ -42,7 +33,6 @@ HEAD = (
     "ours",
     "seconds",
 )
-TICKS = (95, 90, 80, 70, 50, 30, 20, 10, 5, 4, 3, 2, 1.5, 1, 0.9, 0.8, 0.7, 0.6, 0.5)
 
 
 def all_stages(
@@ -55,8 +45,7 @@ def all_stages(
     epochs: int,
 ) -> list[Entry]:
     """The network as it is, and after every stage of every way."""
-    score = accuracy(model, dataset.x_test, dataset.y_test)
-    found = [Entry("", "as trained", nbytes(model), score, 0.0)]
+    found = [Entry("", "as trained", nbytes(model), score(model, dataset), 0.0)]
     found += as_published(model, dataset, published, epochs)
     images = unlabelled(dataset, count)
     found += by_zeros(model, dataset, images, published)
@@ -72,9 +61,7 @@ def by_zeros(
     sizes = {name: model.get_submodule(name).weight.numel() for name in published.kept}
     kept = sum(share * sizes[name] for name, share in published.kept.items()) / sum(sizes.values())
     options = {"zeros": 1 - kept, "bits": published.bits, "progress": False}
-    result = ps.deep_compress(
-        model, images, evaluate=lambda network: accuracy(network, dataset.x_test, dataset.y_test), **options
-    )
+    result = ps.deep_compress(model, images, evaluate=partial(score, dataset=dataset), **options)
     stages = {stage.name: stage for stage in result.report.stages}
     sparse, shared = stages["sparse"], stages["shared"]
     yield Entry(ZEROS, "pruned", sparse.bytes, sparse.score, sparse.seconds)
@@ -89,9 +76,9 @@ def by_bytes(model: nn.Module, dataset: Dataset, images: Sequence[Tensor], times
     start = time.perf_counter()
     result = ps.deep_compress(model, images, target_bytes=1 / times, progress=False)
     seconds = time.perf_counter() - start
-    score = accuracy(result.model, dataset.x_test, dataset.y_test)
+    right = score(result.model, dataset)
     for (name, coding), taken in zip(CODERS, (0.0, seconds), strict=True):
-        yield Entry(TARGET, f"1/{times:g}, {name}", file_bytes(result, coding), score, taken)
+        yield Entry(TARGET, f"1/{times:g}, {name}", file_bytes(result, coding), right, taken)
 
 
 def stages_table(title: str, model: nn.Module, found: Sequence[Entry], published: Published) -> Table:
@@ -100,7 +87,7 @@ def stages_table(title: str, model: nn.Module, found: Sequence[Entry], published
     for one in found:
         stated = published.rates.get(one.stage) if one.way == WAY else None
         scores = {"as trained": published.scores[0], HUFFMAN: published.scores[1]}
-        score = scores.get(one.stage) if one.way in ("", WAY) else None
+        known = scores.get(one.stage) if one.way in ("", WAY) else None
         rows.append(
             (
                 one.way,
@@ -109,7 +96,7 @@ def stages_table(title: str, model: nn.Module, found: Sequence[Entry], published
                 f"{whole / one.bytes:.1f}",
                 f"{one.bytes:,}",
                 f"{8 * one.bytes / weights:.2f}",
-                "" if score is None else f"{score:.2f}",
+                "" if known is None else f"{known:.2f}",
                 f"{one.accuracy:.2f}",
                 f"{one.seconds:.1f}" if one.seconds else "",
             )
@@ -130,8 +117,7 @@ def draw(networks: Mapping[str, tuple[Sequence[Entry], Published]], path: Path) 
 def draw_network(ax: Axes, found: Sequence[Entry], published: Published) -> None:
     """One curve for each way; files are those of the shorter code."""
     dense = found[0]
-    label = f"dense, {dense.accuracy:.2f} %"
-    ax.axhline(errors(dense.accuracy), color="0.35", linewidth=1, linestyle=(0, (4, 3)), label=label)
+    dense_line(ax, dense.accuracy, f"dense, {dense.accuracy:.2f} %")
     for way, (color, marker) in zip((WAY, ZEROS, TARGET), drawing.styles(), strict=False):
         shown = [one for one in found if one.way == way and not one.stage.endswith(HUFFMAN)]
         wrong = [errors(one.accuracy) for one in shown]
@@ -139,11 +125,8 @@ def draw_network(ax: Axes, found: Sequence[Entry], published: Published) -> None
         ax.plot(sizes, wrong, color=color, marker=marker, markersize=5, linewidth=1.8, label=way)
     size, wrong = dense.bytes / published.rates[HUFFMAN] / 1e3, errors(published.scores[1])
     ax.plot(size, wrong, "*", color="0.2", markersize=11, linestyle="none", label="published")
-    ax.set(yscale="log", xlabel="kB", ylabel="test accuracy (%)")
+    ax.set(xlabel="kB")
     drawing.log_axis(ax.xaxis)
-    low, high = ax.get_ylim()
-    ticks = [tick for tick in TICKS if low <= tick <= high]
-    ax.set_yticks(ticks, [f"{100 - tick:g}" for tick in ticks])
+    error_axis(ax)
     ax.minorticks_off()
-    ax.set_ylim(high, low)
     drawing.finish(ax)

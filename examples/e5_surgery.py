@@ -5,20 +5,18 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from e5_weights import loader
-from matplotlib.figure import Figure
+from experiment import loader, score, terminal_table
 from rich.console import RenderableType
 from rich.table import Table
 from torch import nn
 
 from pysolve.cli.datasets import Dataset
 from pysolve.methods.gradual import network_surgery, prune_gradually
-from pysolve.nn.evaluate import accuracy
 from pysolve.nn.nonzeros import Nonzeros, nonzeros
 from pysolve.report import drawing
 from pysolve.tables import as_text
 
-# Shares of all weights that go; biases, 580 of 431,080 parameters, stay.
+# Shares of all weights that are removed; biases, 580 of 431,080 parameters, stay.
 AMOUNTS = (0.9925,)
 EPOCHS, LR = 8, 3e-3
 PUBLISHED = 108
@@ -46,7 +44,7 @@ def compare_surgery(
     epochs: int = EPOCHS,
 ) -> Iterator[RenderableType]:
     """Both methods at every size."""
-    before = accuracy(model, dataset.x_test, dataset.y_test)
+    before = score(model, dataset)
     outcomes = [train(model, dataset, method, amount, epochs) for amount in amounts for method in METHODS]
     yield surgery_table(before, outcomes, epochs)
     yield "\n".join(["", *as_text(outcomes[0].counts.table()), ""])
@@ -60,18 +58,14 @@ def train(model: nn.Module, dataset: Dataset, method: str, amount: float, epochs
         model, loader(dataset), amount=amount, epochs=epochs, lr=LR, layout="dense"
     ).model
     seconds = time.perf_counter() - start
-    score = accuracy(pruned, dataset.x_test, dataset.y_test)
-    return Outcome(method, amount, score, nonzeros(pruned), seconds)
+    return Outcome(method, amount, score(pruned, dataset), nonzeros(pruned), seconds)
 
 
 def surgery_table(before: float, outcomes: Sequence[Outcome], epochs: int) -> Table:
     """Published and ours."""
     caption = f"Dense network: {before:.2f} %. {epochs} epochs on labels; parameters: weights and biases."
-    table = Table(
-        title="LeNet-5 on MNIST: pruned while trained", caption=caption, show_edge=False, pad_edge=False
-    )
-    for column in ("", "weights pruned", "parameters left", "times fewer", "accuracy", "seconds"):
-        table.add_column(column, justify="right" if column else "left")
+    columns = ("", "weights pruned", "parameters left", "times fewer", "accuracy", "seconds")
+    table = terminal_table("LeNet-5 on MNIST: pruned while trained", columns, caption)
     table.add_row("published, dynamic surgery", "", "", f"{PUBLISHED}", "", "")
     for one in outcomes:
         shown = (f"{one.counts.nonzeros:,}", f"{one.counts.rate:.1f}", f"{one.accuracy:.2f}")
@@ -80,15 +74,14 @@ def surgery_table(before: float, outcomes: Sequence[Outcome], epochs: int) -> Ta
 
 
 def draw(before: float, outcomes: Sequence[Outcome], path: Path) -> None:
-    """What is left of each layer's weights, by method."""
+    """Share of each layer's weights that is left, by method."""
     bars = {}
     for one in outcomes:
         sizes = {tensor.name: tensor for tensor in one.counts.tensors}
         weights = {name: sizes[f"{name}.weight"] for name in LAYERS}
         shares = {name: 100 * weight.nonzeros / weight.size for name, weight in weights.items()}
         bars[f"{one.method}: {one.counts.rate:.0f} times fewer, {one.accuracy:.2f} %"] = shares
-    figure = Figure(figsize=(7.5, 4.2), layout="constrained")
-    ax = figure.add_subplot()
+    ax = drawing.new_axes(7.5)
     width = 0.8 / len(bars)
     for i, (label, shares) in enumerate(bars.items()):
         places = [layer + (i - (len(bars) - 1) / 2) * width for layer in range(len(LAYERS))]
@@ -97,6 +90,4 @@ def draw(before: float, outcomes: Sequence[Outcome], path: Path) -> None:
         ax.bar_label(shown, fmt="%.2g", fontsize=8)
     ax.set(yscale="log", ylabel="weights left (%)", title=f"LeNet-5 on MNIST, dense {before:.2f} %")
     ax.set_xticks(range(len(LAYERS)), LAYERS)
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(edgecolor="none")
-    figure.savefig(path, dpi=130)
+    drawing.finish(ax, path, grid=None)

@@ -2,14 +2,13 @@
 
 import time
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-from e5_published import file_bytes, unlabelled
+from experiment import file_bytes, score, unlabelled
 from torch import nn
 
 import pysolve as ps
 from pysolve.cli.datasets import Dataset
-from pysolve.nn.evaluate import accuracy, nbytes
+from pysolve.nn.evaluate import nbytes
 from pysolve.tables import Table
 
 # Trained ternary quantisation of ResNet-32, 44 and 56 on CIFAR-10: files, and changes of accuracy.
@@ -26,9 +25,9 @@ def ternary_table(
     """Each network as it is, with its weights rounded, and trained for so many seconds."""
     rows = [("ResNet-32, 44, 56, published", "labels", "", f"{PUBLISHED_RATE}", "", PUBLISHED, "")]
     for (name, (model, dataset)), limit in zip(networks.items(), seconds, strict=True):
-        before = accuracy(model, dataset.x_test, dataset.y_test)
+        before = score(model, dataset)
         rows.append((name, "", f"{nbytes(model):,}", "1", f"{before:.2f}", "", ""))
-        ways: dict[str, dict[str, Any]] = {
+        ways = {
             "nothing": {},
             f"outputs, {limit:g} s": {"retrain": {"seconds": limit}},
         }
@@ -39,12 +38,12 @@ def ternary_table(
 
 
 def ternary(
-    model: nn.Module, dataset: Dataset, before: float, count: int, options: Mapping[str, Any]
+    model: nn.Module, dataset: Dataset, before: float, count: int, options: Mapping[str, object]
 ) -> tuple[str, ...]:
     """Cells of a table's row."""
     start = time.perf_counter()
     result = ps.quantize(model, unlabelled(dataset, count), scheme="ternary", progress=False, **options)
     seconds, size = time.perf_counter() - start, file_bytes(result, "auto")
-    score = accuracy(result.model, dataset.x_test, dataset.y_test)
+    right = score(result.model, dataset)
     rate = nbytes(model) / size
-    return f"{size:,}", f"{rate:.1f}", f"{score:.2f}", f"{score - before:+.2f}", f"{seconds:.0f}"
+    return f"{size:,}", f"{rate:.1f}", f"{right:.2f}", f"{right - before:+.2f}", f"{seconds:.0f}"

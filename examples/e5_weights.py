@@ -5,24 +5,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from e1_network import errors
-from matplotlib.figure import Figure
+from experiment import dense_line, error_axis, errors, loader, score, terminal_table, unlabelled
 from matplotlib.ticker import NullLocator
 from rich.console import RenderableType
 from rich.table import Table
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 import pysolve as ps
 from pysolve.cli.datasets import Dataset
-from pysolve.nn.evaluate import accuracy
 from pysolve.nn.nonzeros import Nonzeros, nonzeros
 from pysolve.report import drawing
 from pysolve.tables import as_text
 from pysolve.training.finetune import finetune
 
-# Shares of the weights that stay, as published, and multiples of them for the curves.
+# Shares of the weights that are kept, as published, and multiples of them for the curves.
 KEPT = {"fc1": 0.0712, "fc2": 0.0477}
 SHARES = (4.0, 2.0, 1.0, 0.5, 0.25)
 EPOCHS, LR = 4, 1e-3
@@ -46,7 +42,7 @@ def compare_weights(
     model: nn.Module, dataset: Dataset, path: Path, *, shares: Sequence[float] = SHARES, epochs: int = EPOCHS
 ) -> Iterator[RenderableType]:
     """Prune at every size, with and without training; tables at the published one, a picture of all."""
-    before = accuracy(model, dataset.x_test, dataset.y_test)
+    before = score(model, dataset)
     outcomes = [prune_and_retrain(model, dataset, share, epochs) for share in shares]
     published = min(outcomes, key=lambda one: abs(one.share - 1))
     yield results_table(before, published, epochs)
@@ -62,32 +58,20 @@ def prune_and_retrain(model: nn.Module, dataset: Dataset, share: float, epochs: 
     retrained = copy.deepcopy(masked)
     finetune(retrained, loader(dataset), epochs=epochs, lr=LR)
     networks = (masked, retrained, by_surgeon(model, dataset, amount))
-    scores = [accuracy(network, dataset.x_test, dataset.y_test) for network in networks]
-    return Outcome(share, *scores, nonzeros(retrained))
+    return Outcome(share, *(score(network, dataset) for network in networks), nonzeros(retrained))
 
 
 def by_surgeon(model: nn.Module, dataset: Dataset, amount: dict[str, float]) -> nn.Module:
     """Optimal brain surgeon in every layer, its other weights refitted: no labels, no training."""
-    images = torch.from_numpy(dataset.x_train[:IMAGES]).split(250)
-    return ps.prune(model, images, method="obs", amount=amount, layout="dense", progress=False).model
-
-
-def loader(dataset: Dataset, batch_size: int = 256) -> DataLoader:
-    """Labelled training images, shuffled, a whole batch looked up at once."""
-    images = TensorDataset(torch.from_numpy(dataset.x_train), torch.from_numpy(dataset.y_train).long())
-    return DataLoader(images, sampler=BatchSampler(RandomSampler(images), batch_size, False), batch_size=None)
+    how = {"method": "obs", "amount": amount, "layout": "dense", "progress": False}
+    return ps.prune(model, unlabelled(dataset, IMAGES), **how).model
 
 
 def results_table(before: float, ours: Outcome, epochs: int) -> Table:
     """Published and ours, side by side."""
-    table = Table(
-        title="LeNet-5 with C5 on MNIST: Linear layers pruned by standard deviation",
-        caption=f"Optimal brain surgeon: {IMAGES:,} unlabelled images, nothing trained.",
-        show_edge=False,
-        pad_edge=False,
-    )
-    for column in ("", "published", "ours"):
-        table.add_column(column, justify="right" if column else "left")
+    title = "LeNet-5 with C5 on MNIST: Linear layers pruned by standard deviation"
+    caption = f"Optimal brain surgeon: {IMAGES:,} unlabelled images, nothing trained."
+    table = terminal_table(title, ("", "published", "ours"), caption)
     rate = ours.counts.size / PUBLISHED["left"]
     kept = " and ".join(f"{100 * ours.share * kept:.2f} %" for kept in KEPT.values())
     rows = (
@@ -115,31 +99,23 @@ def sensitivities(model: nn.Module) -> str:
 
 
 def draw(before: float, outcomes: Sequence[Outcome], path: Path) -> None:
-    """Accuracy against what is left of the Linear layers' weights."""
-    figure = Figure(figsize=(7.5, 4.6), layout="constrained")
-    ax = figure.add_subplot()
+    """Accuracy against the share of the Linear layers' weights that is left."""
+    ax = drawing.new_axes(7.5, 4.6)
     shares = [100 * one.share * KEPT["fc1"] for one in outcomes]
-    label = f"dense, {before:.2f} %"
-    ax.axhline(errors(before), color="0.35", linewidth=1, linestyle=(0, (4, 3)), label=label)
+    dense_line(ax, before, f"dense, {before:.2f} %")
     curves = {
         "pruned, retrained on labels": [one.retrained for one in outcomes],
         "optimal brain surgeon, no labels": [one.surgeon for one in outcomes],
         "pruned": [one.pruned for one in outcomes],
     }
     for (label, scores), color in zip(curves.items(), drawing.COLORS, strict=False):
-        wrong = [errors(score) for score in scores]
+        wrong = [errors(one) for one in scores]
         ax.plot(shares, wrong, color=color, marker="o", markersize=5, linewidth=1.8, label=label)
     stars = {"published: pruned": PUBLISHED["pruned"], "published: retrained": PUBLISHED["retrained"]}
-    for (label, score), marker in zip(stars.items(), "v*", strict=True):
-        ax.plot(7.12, errors(score), marker, color="0.2", markersize=10, linestyle="none", label=label)
-    ticks = (90, 50, 20, 10, 5, 2, 1, 0.5)
-    ax.set(xscale="log", yscale="log", ylim=(95, 0.5), ylabel="test accuracy (%)")
-    ax.set_yticks(ticks, [f"{100 - tick:g}" for tick in ticks])
-    ax.set_xlabel("weights left in fc1 (%); two thirds of that in fc2")
-    for axis in (ax.xaxis, ax.yaxis):
-        axis.set_minor_locator(NullLocator())
+    for (label, right), marker in zip(stars.items(), "v*", strict=True):
+        ax.plot(7.12, errors(right), marker, color="0.2", markersize=10, linestyle="none", label=label)
+    ax.set(xscale="log", xlabel="weights left in fc1 (%); two thirds of that in fc2")
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.set_xticks(shares, [f"{share:.3g}" for share in shares])
-    ax.spines[["top", "right"]].set_visible(False)
-    ax.grid(color="0.9")
-    ax.legend(edgecolor="none")
-    figure.savefig(path, dpi=130)
+    error_axis(ax, (0.5, 95))
+    drawing.finish(ax, path)

@@ -1,4 +1,4 @@
-"""What the commands do, once torch may be imported."""
+"""Work of the commands, where torch may be imported."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def show_sites(
 
 @dataclass(frozen=True)
 class Job:
-    """What a command compresses, on what, and where it writes.
+    """One compression: network, data, and where the result is written.
 
     Parameters
     ----------

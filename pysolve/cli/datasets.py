@@ -114,7 +114,7 @@ def _idx_folder(folder: Path) -> Path:
 
 
 def _idx_names(place: Path, part: str, kind: str) -> list[Path]:
-    """Which spellings of one file's name exist."""
+    """Existing spellings of one file's name."""
     dims = {"images": 3, "labels": 1}[kind]
     paths = [place / f"{part}-{kind}{dot}idx{dims}-ubyte{end}" for dot in "-." for end in ("", ".gz")]
     return [path for path in paths if path.is_file()]

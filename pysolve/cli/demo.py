@@ -41,7 +41,7 @@ Network = DigitsNet | LeNet5
 
 @dataclass(frozen=True)
 class Setting:
-    """What to train and how, which share of the neurons of ``fc1`` to keep, and on how many threads."""
+    """Network and training, share of the neurons of ``fc1`` to keep, and number of threads."""
 
     network: Callable[[], Network]
     epochs: int
@@ -69,7 +69,7 @@ MNIST = Setting(LeNet5, epochs=8, batch_size=256, lr=3e-3, share=0.112, threads=
 
 
 def run(data: Path | None, out: Path, *, seed: int = 0, epochs: int | None = None) -> None:
-    """Everything from data to picture; ``data`` is a folder of MNIST files, None means embedded digits."""
+    """Run all steps from data to picture; ``data`` is a folder of MNIST files, None means embedded digits."""
     console = Console(highlight=False)
     dataset, setting = (digits(seed), DIGITS) if data is None else (mnist(data), MNIST)
     out.mkdir(parents=True, exist_ok=True)
@@ -174,7 +174,7 @@ def table(before: Costs, after: Costs) -> Table:
 def picture(
     model: Network, dataset: Dataset, correlations: Correlations, solution: Solution, costs: list[Costs]
 ) -> Figure:
-    """Accuracy at every size on the left, what the compressed network costs on the right."""
+    """Accuracy at every size on the left, costs of the compressed network on the right."""
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
     kept, curves = sweep(model, dataset, correlations, solution)
@@ -211,7 +211,7 @@ def sweep(
 
 
 def head_accuracy(model: Network, dataset: Dataset) -> Callable[[Array, Array], float]:
-    """Accuracy as a function of fc2's weight and bias; all that comes before is computed once."""
+    """Accuracy as a function of fc2's weight and bias; the layers before it are computed once."""
     headless = copy.deepcopy(model)
     headless.fc2 = nn.Identity()  # type: ignore[assignment]
     with evaluating(headless):

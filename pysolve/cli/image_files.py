@@ -22,7 +22,7 @@ from pysolve.errors import DataError
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _PIECE = 1 << 24
 
-# What NumPy and zipfile raise for files that are no archive of arrays, or not any more.
+# NumPy and zipfile raise these for files that are no archive of arrays, or damaged ones.
 _DAMAGED = (ValueError, EOFError, TypeError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 Bytes = npt.NDArray[np.uint8]
@@ -30,7 +30,7 @@ Integers = npt.NDArray[np.int64]
 
 
 def read_idx(path: str | os.PathLike[str]) -> npt.NDArray[np.generic]:
-    """Read one IDX file, plain or gzipped (told by its content, not its name).
+    """Read one IDX file, plain or gzipped (recognised by its content, not its name).
 
     Raises DataError when the file is not one, or holds more or less than its header says.
 

@@ -153,7 +153,7 @@ def _state(path: Path) -> dict[str, torch.Tensor]:
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
         raise DataError(f"{path} holds no state dict that can be read: {error}") from error
     except Exception as error:
-        # What torch.load raises for a file that is no checkpoint is not part of its contract.
+        # The contract of torch.load does not name its errors for files that are no checkpoints.
         raise DataError(f"{path} is not a file of tensors alone: {error}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):

@@ -172,10 +172,12 @@ def test_json_and_quiet_print_nothing_else(home):
     assert all(site["kept"] % 4 == 0 for site in report["sites"] if site["pinned"] is None)
 
 
-@pytest.mark.parametrize("method", ["obs", "magnitude", "ln"])
-def test_prune_writes_a_network_that_loads_and_its_report(home, method):
+@pytest.mark.parametrize(
+    ("method", "layout"), [("obs", "dense"), ("magnitude", "dense"), ("magnitude", "sparse"), ("ln", "dense")]
+)
+def test_prune_writes_a_network_that_loads_and_its_report(home, method, layout):
     arguments = ("prune", "mine:make", "--data", "mine:batches", "--method", method, "--amount", "0.5")
-    result = run(*arguments, "--test", "labelled.npz", "--layout", "dense")
+    result = run(*arguments, "--test", "labelled.npz", "--layout", layout)
     assert result.exit_code == 0, result.output
     report = json.loads((home / "pruned/report.json").read_text())
     assert report["after"]["nonzeros"] < 0.6 * report["before"]["nonzeros"]

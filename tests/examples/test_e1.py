@@ -1,16 +1,12 @@
 """The published experiments: their command lines, their steps on a stand-in, and their claims in small."""
 
-import importlib
-import os
-import sys
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from rich.console import Console
+from scripts import check_command, imported, stand_in, text_of
 from typer.testing import CliRunner
 
 import pysolve as ps
@@ -21,58 +17,31 @@ from pysolve.nn.zoo import LeNet5
 from pysolve.solve.path import lam_for_groups
 from pysolve.training.fit import fit
 
-pytestmark = pytest.mark.slow
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
 
 @pytest.fixture(scope="module")
 def modules():
-    """The example's script and the modules beside it, by the ends of their names."""
-    names = ("linear_reconstruction", "solvers", "layers", "network")
-    sys.path.insert(0, str(EXAMPLES))
-    yield {name: importlib.import_module(f"e1_{name}") for name in names}
-    sys.path.remove(str(EXAMPLES))
-    for name in names:
-        del sys.modules[f"e1_{name}"]
+    with imported("e1_linear_reconstruction", "e1_solvers", "e1_layers", "e1_network") as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
 def e1(modules):
-    return modules["linear_reconstruction"]
+    return modules["e1_linear_reconstruction"]
 
 
 @pytest.fixture(scope="module")
 def solvers(modules):
-    return modules["solvers"]
+    return modules["e1_solvers"]
 
 
 @pytest.fixture(scope="module")
 def layers(modules):
-    return modules["layers"]
+    return modules["e1_layers"]
 
 
 @pytest.fixture(scope="module")
 def network(modules):
-    return modules["network"]
-
-
-@pytest.fixture
-def printed(e1, monkeypatch):
-    """What the example prints, as a console that records it."""
-    console = Console(record=True, file=open(os.devnull, "w"), width=100)  # noqa: SIM115
-    monkeypatch.setattr(e1, "console", console)
-    yield console
-    console.file.close()
-
-
-def stand_in(n=40):
-    """Images of ten classes that differ in where they are bright."""
-    rng = np.random.default_rng(0)
-    y = np.arange(n) % 10
-    x = 0.3 * rng.standard_normal((n, 1, 28, 28)).astype(np.float32)
-    for image, label in zip(x, y, strict=True):
-        image[0, 5 * (label // 2) + 2 : 5 * (label // 2) + 7, 14 * (label % 2) : 14 * (label % 2) + 14] += 2
-    return Dataset("stand-in", x, y, x[::2], y[::2])
+    return modules["e1_network"]
 
 
 @pytest.fixture
@@ -80,7 +49,7 @@ def small(e1, monkeypatch):
     monkeypatch.setattr(e1, "RECIPE", {"epochs": 1, "batch_size": 20, "lr": 2e-3})
     # One thread: on a busy machine two wait for each other.
     with demo.threads(1):
-        yield stand_in()
+        yield stand_in(40)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +57,7 @@ def trained():
     """A LeNet-5 that has seen the stand-in."""
     with demo.threads(1), torch.random.fork_rng():
         torch.manual_seed(0)
-        model, dataset = LeNet5(), stand_in()
+        model, dataset = LeNet5(), stand_in(40)
         fit(model, dataset.x_train, dataset.y_train, epochs=5, batch_size=20, lr=2e-3, progress=False)
         return model
 
@@ -99,51 +68,24 @@ def fc2_problems(model, correlations):
     return plain, (correlations.centered().r_xx, correlations.centered().r_yx)
 
 
-def text_of(*parts):
-    console = Console(record=True, file=open(os.devnull, "w"), width=80)  # noqa: SIM115
-    for part in parts:
-        console.print(part)
-    console.file.close()
-    return console.export_text()
-
-
 def column(table, header):
     return next(list(one.cells) for one in table.columns if one.header == header)
 
 
-def test_help_names_the_options(e1):
-    result = CliRunner().invoke(e1.app, ["--help"], env={"COLUMNS": "100", "NO_COLOR": "1"})
-    assert result.exit_code == 0
-    for option in ("--data", "--out", "--seed", "--retrain", "--quick"):
-        assert option in result.output
+def test_help_names_the_options_and_missing_data_are_one_sentence(e1, tmp_path):
+    check_command(e1.app, tmp_path, "--retrain", "--threads")
 
 
-def test_missing_data_are_one_sentence_and_exit_status_2(e1, tmp_path):
-    result = CliRunner().invoke(e1.app, ["--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
-    assert result.exit_code == 2
-    assert "is not a folder" in result.output
-    assert not (tmp_path / "out").exists()
-
-
-def test_weights_are_trained_once_and_again_when_anything_differs(e1, small, tmp_path, printed):
-    path = tmp_path / "lenet5.safetensors"
-    first = e1.trained(small, path)
-    again = e1.trained(small, path)
-    other = e1.trained(small, path, seed=1)
-    path.write_bytes(b"damaged")
-    mended = e1.trained(small, path)
-    said = [line.split()[0] for line in printed.export_text().splitlines()]
+def test_it_says_whether_weights_were_trained_or_read(e1, small, tmp_path, monkeypatch):
+    monkeypatch.setattr(e1, "mnist", lambda folder: small)
+    monkeypatch.setattr(e1, "compare_solvers", lambda path: iter([]))
+    for part in ("compress_layers", "compress_network"):
+        monkeypatch.setattr(e1, part, lambda *args, **options: None)
+    said = []
+    for options in ((), (), ("--seed", "1"), ("--retrain",)):
+        output = CliRunner().invoke(e1.app, ["--out", str(tmp_path), *options]).output
+        said += [line.split()[0] for line in output.splitlines() if "lenet5.safetensors" in line]
     assert said == ["Trained", "Loaded", "Trained", "Trained"]
-    assert torch.equal(first.fc2.weight, again.fc2.weight)
-    assert torch.equal(first.fc2.weight, mended.fc2.weight)
-    assert not torch.equal(first.fc2.weight, other.fc2.weight)
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-
-
-def test_retraining_is_on_request(e1, small, tmp_path, printed):
-    for _ in range(2):
-        e1.trained(small, tmp_path / "lenet5.safetensors", retrain=True)
-    assert "Loaded" not in printed.export_text()
 
 
 def test_the_published_scaling_has_the_same_minimiser(e1):
@@ -216,7 +158,7 @@ def test_nothing_left_is_the_networks_answer_to_a_bias(layers, small, trained):
 @pytest.fixture(scope="module")
 def pairs(network, trained):
     with demo.threads(1):
-        return network.compare_sizes(trained, stand_in(), shares=(1.1, 0.2))
+        return network.compare_sizes(trained, stand_in(40), shares=(1.1, 0.2))
 
 
 def test_both_methods_meet_at_every_size(pairs):

@@ -1,65 +1,39 @@
 """Distillation and low rank of small networks: the example's steps on a stand-in."""
 
-import importlib
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scripts import check_command, imported, stand_in
 from typer.testing import CliRunner
 
 from pysolve.cli import demo
-from pysolve.cli.datasets import Dataset
+from pysolve.cli.datasets import mnist
 from pysolve.nn.evaluate import accuracy, parameters
 from pysolve.nn.zoo import Mlp
-
-pytestmark = pytest.mark.slow
-EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.fixture(scope="module")
 def modules():
-    """The example's script and the modules beside it, by the ends of their names."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(EXAMPLES))
-    yield {name: importlib.import_module(f"e2_{name}") for name in ("lowrank_distill", "student", "ranks")}
-    sys.path.remove(str(EXAMPLES))
-    for name in set(sys.modules) - before:
-        if name.startswith(("e1_", "e2_", "kept")):
-            del sys.modules[name]
+    with imported("experiment", "e2_pruning", "e2_lowrank_distill", "e2_student", "e2_ranks") as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
 def operations(modules):
-    return modules["ranks"].operations
+    return modules["e2_ranks"].operations
 
 
 @pytest.fixture(scope="module")
 def data():
-    """Images of ten classes that differ in where they are bright."""
-    rng = np.random.default_rng(0)
-    y = np.arange(60) % 10
-    x = 0.3 * rng.standard_normal((60, 1, 28, 28)).astype(np.float32)
-    for image, label in zip(x, y, strict=True):
-        image[0, 5 * (label // 2) + 2 : 5 * (label // 2) + 7, 14 * (label % 2) : 14 * (label % 2) + 14] += 2
     with demo.threads(1):
-        yield Dataset("stand-in", x, y, x[::2], y[::2])
+        yield stand_in()
 
 
 def test_help_names_the_options_and_missing_data_are_one_sentence(modules, tmp_path):
-    app = modules["lowrank_distill"].app
-    result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "100", "NO_COLOR": "1"})
-    assert result.exit_code == 0
-    assert all(option in result.output for option in ("--data", "--out", "--seed", "--quick"))
-    out = tmp_path / "out"
-    result = CliRunner().invoke(app, ["--data", str(tmp_path / "none"), "--out", str(out)])
-    assert result.exit_code == 2
-    assert "is not a folder" in result.output
-    assert not out.exists()
+    check_command(modules["e2_lowrank_distill"].app, tmp_path)
 
 
 def test_operations_are_the_published_ones(operations):
@@ -80,14 +54,14 @@ def test_operations_are_the_least_of_any_order(operations, sizes):
 
 
 def test_teacher_and_student_are_the_published_networks(modules):
-    student = modules["student"]
+    student = modules["e2_student"]
     assert parameters(student.conv_teacher()) == 832 + 65_664 + 1_290
     assert parameters(student.small_student()) == 785 * 128 + 129 * 10
     assert student.conv_teacher()(torch.zeros(2, 1, 28, 28)).shape == (2, 10)
 
 
 def test_a_student_learns_from_its_teacher_or_from_labels(modules, data, tmp_path):
-    student, recipe = modules["student"], {"epochs": 12, "batch_size": 10, "lr": 1e-3}
+    student, recipe = modules["e2_student"], {"epochs": 12, "batch_size": 10, "lr": 1e-3}
     teacher = student.trained_teacher(data, tmp_path / "teacher.safetensors", recipe, 0)
     before = {name: value.clone() for name, value in teacher.state_dict().items()}
     for way in student.WAYS:
@@ -97,7 +71,7 @@ def test_a_student_learns_from_its_teacher_or_from_labels(modules, data, tmp_pat
 
 
 def test_full_rank_is_the_layer_itself_and_ranks_that_do_not_pay_have_no_fit(modules, data):
-    ranks = modules["ranks"]
+    ranks = modules["e2_ranks"]
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = Mlp((784, 24, 20, 16, 10))
@@ -109,7 +83,7 @@ def test_full_rank_is_the_layer_itself_and_ranks_that_do_not_pay_have_no_fit(mod
 
 
 def test_published_and_ours_stand_side_by_side(modules):
-    ranks = modules["ranks"]
+    ranks = modules["e2_ranks"]
     table = ranks.ranks_table(Mlp(), {128: [97.0], 60: [97.0, 96.5, 96.6]}, (10, 60), 97.1)
     dense, full, some = table.rows
     assert dense == ("dense", "", "97.10", "", "", *["1,048,576"] * 3)
@@ -118,8 +92,8 @@ def test_published_and_ours_stand_side_by_side(modules):
 
 
 def test_the_whole_script_prints_both_tables_and_writes_its_files(modules, data, tmp_path, monkeypatch):
-    script = modules["lowrank_distill"]
-    monkeypatch.setattr(script, "mnist", lambda folder, **scale: data)
+    script = modules["e2_lowrank_distill"]
+    monkeypatch.setattr(modules["e2_pruning"], "mnist", lambda folder, **scale: data)
     monkeypatch.setattr(script, "RANKS", (128, 20, 5, 2))
     result = CliRunner().invoke(script.app, ["--out", str(tmp_path), "--quick"])
     assert result.exit_code == 0, result.output
@@ -137,14 +111,14 @@ def test_the_whole_script_prints_both_tables_and_writes_its_files(modules, data,
 
 @pytest.mark.mnist
 def test_by_what_it_reads_a_layer_needs_fewer_directions(modules, mnist_folder):
-    script = modules["lowrank_distill"]
-    data = script.first_images(script.mnist(mnist_folder, mean=0.5, std=0.5), 2000)
+    experiment = modules["experiment"]
+    data = experiment.first_images(mnist(mnist_folder, mean=0.5, std=0.5), 2000)
     # Every second pixel of every second row.
     data = replace(data, x_train=data.x_train[..., ::2, ::2], x_test=data.x_test[..., ::2, ::2])
     with demo.threads(1), torch.random.fork_rng():
         torch.manual_seed(0)
         model = Mlp((196, 64, 48, 32, 10))
-        script.e2_pruning.train(model, data, epochs=6, batch_size=64, lr=2e-3)
-        plain, ours = modules["ranks"].accuracies(model, data, 3, (2000,))
+        experiment.adam(model, data, epochs=6, batch_size=64, lr=2e-3)
+        plain, ours = modules["e2_ranks"].accuracies(model, data, 3, (2000,))
     # Of 2,000 images, 5 % are 100.
     assert ours > plain + 5

@@ -1,47 +1,35 @@
 """A deep MLP by singular values: the example's steps on a stand-in."""
 
-import importlib
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
+from scripts import check_command, imported, stand_in
 from typer.testing import CliRunner
 
 from pysolve.cli import demo
-from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import accuracy, parameters
 from pysolve.nn.layers.factored import Factored
 from pysolve.nn.zoo import Mlp
 
-pytestmark = pytest.mark.slow
-EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES = (100, 48, 48, 48, 10)
 
 
 @pytest.fixture(scope="module")
-def script():
-    before = set(sys.modules)
-    sys.path.insert(0, str(EXAMPLES))
-    yield importlib.import_module("e3_svd_mlp")
-    sys.path.remove(str(EXAMPLES))
-    for name in set(sys.modules) - before:
-        if name.startswith(("e1_", "e2_", "e3_", "kept")):
-            del sys.modules[name]
+def modules():
+    with imported("experiment", "e3_svd_mlp") as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def script(modules):
+    return modules["e3_svd_mlp"]
 
 
 @pytest.fixture(scope="module")
 def data():
-    """Images of ten classes that differ in where they are bright."""
-    rng = np.random.default_rng(0)
-    y = np.arange(120) % 10
-    x = 0.3 * rng.standard_normal((120, 1, 10, 10)).astype(np.float32)
-    for image, label in zip(x, y, strict=True):
-        image[0, 2 * (label // 2) : 2 * (label // 2) + 2, 5 * (label % 2) : 5 * (label % 2) + 5] += 2
     with demo.threads(1):
-        yield Dataset("stand-in", x, y, x[::2], y[::2])
+        yield stand_in(120, side=10)
 
 
 @pytest.fixture(scope="module")
@@ -50,19 +38,12 @@ def model(script, data):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         network = Mlp(SIZES)
-    script.train(network, data, epochs=10, batch_size=10, lr=1e-3)
+    script.experiment.adam(network, data, epochs=10, batch_size=10, lr=1e-3)
     return network
 
 
 def test_help_names_the_options_and_missing_data_are_one_sentence(script, tmp_path):
-    result = CliRunner().invoke(script.app, ["--help"], env={"COLUMNS": "100", "NO_COLOR": "1"})
-    assert result.exit_code == 0
-    assert all(option in result.output for option in ("--data", "--out", "--seed", "--quick"))
-    result = CliRunner().invoke(
-        script.app, ["--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
-    )
-    assert result.exit_code == 2
-    assert "is not a folder" in result.output
+    check_command(script.app, tmp_path)
 
 
 def test_the_published_network_is_factored_but_for_its_last_layer(script, model, data):
@@ -123,11 +104,11 @@ def test_factors_by_what_is_read_lose_less_and_gain_when_trained_on(script, mnis
     with demo.threads(1), torch.random.fork_rng():
         torch.manual_seed(0)
         model = Mlp((196, 96, 96, 96, 10))
-        script.train(model, data, epochs=8, batch_size=64, lr=1e-3)
+        script.experiment.adam(model, data, epochs=8, batch_size=64, lr=1e-3)
         plain, ours = script.factored(model, data, 5, (2000,))
         on = {"epochs": 6, "lr": 3e-3, "batch_size": 64}
         labelled, unlabelled = script.trained_on(model, ours, data, on, 0).values()
-    scores = [script.accuracy_of(network, data) for network in (plain, ours, labelled, unlabelled)]
+    scores = [script.score(network, data) for network in (plain, ours, labelled, unlabelled)]
     # Of 2,000 images, 1 % are 20.
     assert scores[1] > scores[0] + 8
     assert min(scores[2:]) > scores[1]

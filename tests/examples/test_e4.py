@@ -1,12 +1,9 @@
 """Pruning and distillation of small convolutional networks: the example's steps on a stand-in."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
+from scripts import check_command, imported
 from torch import nn
 from typer.testing import CliRunner
 
@@ -14,21 +11,12 @@ from pysolve.cli import demo
 from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import accuracy, parameters
 
-pytestmark = pytest.mark.slow
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
 
 @pytest.fixture(scope="module")
 def modules():
-    """The example's script and the modules beside it, by the ends of their names."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(EXAMPLES))
-    names = ("efficiency", "networks", "pruning", "quantization", "distillation")
-    yield {name: importlib.import_module(f"e4_{name}") for name in names}
-    sys.path.remove(str(EXAMPLES))
-    for name in set(sys.modules) - before:
-        if name.startswith(("e1_", "e2_", "e4_", "kept")):
-            del sys.modules[name]
+    names = ("e4_efficiency", "e4_networks", "e4_pruning", "e4_quantization", "e4_distillation")
+    with imported(*names) as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
@@ -56,21 +44,15 @@ class Tiny(nn.Sequential):
 def model(modules, data, tmp_path_factory):
     recipe = {"epochs": 8, "batch_size": 10, "lr": 2e-3}
     path = tmp_path_factory.mktemp("kept") / "simple.safetensors"
-    return modules["efficiency"].trained(data, path, recipe, 0)
+    return modules["e4_efficiency"].kept(modules["e4_networks"].SimpleCnn, data, path, recipe)
 
 
 def test_help_names_the_options_and_missing_data_are_one_sentence(modules, tmp_path):
-    app = modules["efficiency"].app
-    result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "100", "NO_COLOR": "1"})
-    assert result.exit_code == 0
-    assert all(option in result.output for option in ("--data", "--out", "--seed", "--quick"))
-    result = CliRunner().invoke(app, ["--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
-    assert result.exit_code == 2
-    assert "is not a folder" in result.output
+    check_command(modules["e4_efficiency"].app, tmp_path)
 
 
 def test_networks_are_as_large_as_the_published_ones(modules):
-    networks, megabytes = modules["networks"], modules["distillation"].megabytes
+    networks, megabytes = modules["e4_networks"], modules["e4_distillation"].megabytes
     made = (networks.SimpleCnn(), networks.SimpleCnn(padding=2), networks.ResNet18())
     assert [f"{megabytes(network):.3g}" for network in made] == ["0.488", "1.09", "44.8"]
     assert [parameters(network) for network in made] == [121_182, 270_942, 11_181_642]
@@ -79,7 +61,7 @@ def test_networks_are_as_large_as_the_published_ones(modules):
 
 
 def test_published_files_keep_their_size_and_ours_shrink(modules, model, data, monkeypatch):
-    pruning = modules["pruning"]
+    pruning = modules["e4_pruning"]
     monkeypatch.setattr(pruning, "CUTS", (pruning.CUTS[1], pruning.CUTS[-1]))
     table = pruning.pruning_table(model, data, 0, 40)
     assert [row[2] for row in table.rows] == ["488.3"] * 3
@@ -93,7 +75,7 @@ def test_published_files_keep_their_size_and_ours_shrink(modules, model, data, m
 
 
 def test_files_at_8_bits_are_a_third(modules, model, data):
-    table = modules["quantization"].int8_table(model, data, 40)
+    table = modules["e4_quantization"].int8_table(model, data, 40)
     whole, dynamic, plain = ([float(row[2]), float(row[4])] for row in table.rows)
     assert [row[1] for row in table.rows] == ["488", "170", ""]
     # Published files keep the convolutions as they are.
@@ -104,7 +86,7 @@ def test_files_at_8_bits_are_a_third(modules, model, data):
 
 
 def test_masks_by_torch_are_the_same_weights(modules, model, data):
-    pruning = modules["pruning"]
+    pruning = modules["e4_pruning"]
     masked = pruning.as_published(model, pruning.CUTS[2], 0)
     pruned = pruning.by_prune(model, data, pruning.CUTS[2], "none", 0, 40).model
     assert torch.equal(masked.fc1.weight, pruned.fc1.weight)
@@ -115,7 +97,7 @@ def test_masks_by_torch_are_the_same_weights(modules, model, data):
 
 
 def test_every_way_trains_the_padded_student(modules, model, data):
-    distillation = modules["distillation"]
+    distillation = modules["e4_distillation"]
     labels, published, alone, ours = (
         distillation.distilled(model, data, way.options, {"epochs": 3, "batch_size": 10}, 0)
         for way in distillation.WAYS
@@ -128,10 +110,10 @@ def test_every_way_trains_the_padded_student(modules, model, data):
 
 
 def test_the_whole_script_prints_both_tables_and_writes_its_files(modules, data, tmp_path, monkeypatch):
-    script = modules["efficiency"]
+    script = modules["e4_efficiency"]
     monkeypatch.setattr(script, "cifar", lambda folder: data)
-    monkeypatch.setattr(modules["distillation"], "ResNet18", Tiny)
-    monkeypatch.setattr(modules["pruning"], "CUTS", modules["pruning"].CUTS[-1:])
+    monkeypatch.setattr(modules["e4_distillation"], "ResNet18", Tiny)
+    monkeypatch.setattr(modules["e4_pruning"], "CUTS", modules["e4_pruning"].CUTS[-1:])
     result = CliRunner().invoke(script.app, ["--out", str(tmp_path), "--quick"])
     assert result.exit_code == 0, result.output
     lines = result.output.splitlines()

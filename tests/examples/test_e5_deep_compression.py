@@ -1,53 +1,35 @@
 """Deep compression of small networks: the example's steps on a stand-in."""
 
-import importlib
 import re
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scripts import check_command, imported, stand_in
 from torch import nn
 from typer.testing import CliRunner
 
 from pysolve.cli import demo
-from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import nbytes
 from pysolve.nn.zoo import Mlp
 from pysolve.tables import Table
 from pysolve.training.fit import fit
 
-pytestmark = pytest.mark.slow
-EXAMPLES = Path(__file__).parents[2] / "examples"
 SIZES = (196, 24, 10)
 
 
 @pytest.fixture(scope="module")
 def modules():
-    """The example's script and the modules beside it, by the ends of their names."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(EXAMPLES))
-    names = ("deep_compression", "stages", "published", "ternary")
-    yield {name: importlib.import_module(f"e5_{name}") for name in names}
-    sys.path.remove(str(EXAMPLES))
-    for name in set(sys.modules) - before:
-        if name.startswith(("e1_", "e2_", "e5_", "kept")):
-            del sys.modules[name]
+    with imported("e5_deep_compression", "e5_stages", "e5_published", "e5_ternary") as found:
+        yield found
 
 
 @pytest.fixture(scope="module")
 def data():
-    """Images of ten classes that differ in where they are bright."""
-    rng = np.random.default_rng(0)
-    y = np.arange(120) % 10
-    x = 0.3 * rng.standard_normal((120, 1, 14, 14)).astype(np.float32)
-    for image, label in zip(x, y, strict=True):
-        image[0, 2 * (label // 2) + 2 : 2 * (label // 2) + 4, 7 * (label % 2) : 7 * (label % 2) + 7] += 2
     with demo.threads(1):
-        yield Dataset("stand-in", x, y, x[::2], y[::2])
+        yield stand_in(120, side=14)
 
 
 @pytest.fixture(scope="module")
@@ -60,28 +42,22 @@ def model(data):
 
 @pytest.fixture(scope="module")
 def published(modules):
-    rates = {"pruned": 7, "shared": 11, modules["published"].HUFFMAN: 13}
-    return modules["published"].Published({"fc1": 0.1, "fc2": 0.4}, 3, rates, (91.25, 92.5))
+    rates = {"pruned": 7, "shared": 11, modules["e5_published"].HUFFMAN: 13}
+    return modules["e5_published"].Published({"fc1": 0.1, "fc2": 0.4}, 3, rates, (91.25, 92.5))
 
 
 @pytest.fixture(scope="module")
 def stages(modules, model, data, published):
     options = {"smaller": (12,), "count": 100, "epochs": 2}
-    return modules["stages"].all_stages(model, data, published, **options)
+    return modules["e5_stages"].all_stages(model, data, published, **options)
 
 
 def test_help_names_the_options_and_missing_data_are_one_sentence(modules, tmp_path):
-    app = modules["deep_compression"].app
-    result = CliRunner().invoke(app, ["--help"], env={"COLUMNS": "100", "NO_COLOR": "1"})
-    assert result.exit_code == 0
-    assert all(option in result.output for option in ("--data", "--out", "--seed", "--ternary", "--quick"))
-    result = CliRunner().invoke(app, ["--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")])
-    assert result.exit_code == 2
-    assert "is not a folder" in result.output
+    check_command(modules["e5_deep_compression"].app, tmp_path, "--ternary")
 
 
 def test_networks_are_those_of_the_publication(modules):
-    networks = modules["deep_compression"].NETWORKS
+    networks = modules["e5_deep_compression"].NETWORKS
     # 1,720 and 1,070 kB.
     for name, size in (("LeNet-5", 1720), ("LeNet-300-100", 1070)):
         model, published = networks[name].make(), networks[name].published
@@ -98,7 +74,7 @@ def test_packed_bytes_count_codes_gaps_and_fillers(modules, gaps, end):
     layer = nn.Linear(len(weights), 1)
     with torch.no_grad():
         layer.weight.copy_(torch.tensor([weights]))
-    published = modules["published"].Published({"0": 0.5}, 4, {}, (0, 0))
+    published = modules["e5_published"].Published({"0": 0.5}, 4, {}, (0, 0))
     codes, run = 0, 0
     for value in weights:
         # 31 zeros and a value fit; the 32nd zero needs a code of its own.
@@ -108,16 +84,16 @@ def test_packed_bytes_count_codes_gaps_and_fillers(modules, gaps, end):
     run = len(weights) - 1 - int(np.flatnonzero(weights)[-1])
     codes -= run // 32
     bits = codes * (4 + 5) + 32 * len(set(weights)) + 32
-    assert modules["published"].packed_bytes(nn.Sequential(layer), published) == -(-bits // 8)
+    assert modules["e5_published"].packed_bytes(nn.Sequential(layer), published) == -(-bits // 8)
 
 
 def test_published_stages_keep_so_many_weights_and_values(modules, model, data, published, monkeypatch):
     kept = []
-    count = modules["published"].accuracy
+    score = modules["e5_published"].score
     monkeypatch.setattr(
-        modules["published"], "accuracy", lambda net, *xy: kept.append(net) or count(net, *xy)
+        modules["e5_published"], "score", lambda net, images: kept.append(net) or score(net, images)
     )
-    ways = list(modules["published"].as_published(model, data, published, 1))
+    ways = list(modules["e5_published"].as_published(model, data, published, 1))
     assert [one.stage for one in ways][:2] == ["pruned", "shared"]
     pruned, shared = kept[:2]
     for name, share in published.kept.items():
@@ -130,7 +106,7 @@ def test_published_stages_keep_so_many_weights_and_values(modules, model, data, 
 
 def test_every_way_gets_smaller_from_stage_to_stage(modules, stages, model):
     assert stages[0].bytes == nbytes(model)
-    module = modules["stages"]
+    module = modules["e5_stages"]
     for way in (module.WAY, module.ZEROS):
         sizes = [one.bytes for one in stages if one.way == way]
         assert len(sizes) == 4
@@ -143,9 +119,9 @@ def test_every_way_gets_smaller_from_stage_to_stage(modules, stages, model):
 
 
 def test_published_figures_stand_beside_ours(modules, stages, model, published):
-    table = modules["stages"].stages_table("Title", model, stages, published)
+    table = modules["e5_stages"].stages_table("Title", model, stages, published)
     rows = {(row[0], row[1]): row for row in table.rows}
-    names = modules["published"]
+    names = modules["e5_published"]
     assert rows["", "as trained"][6] == "91.25"
     coded = rows[names.WAY, names.HUFFMAN]
     assert (coded[2], coded[6]) == ("13", "92.50")
@@ -159,12 +135,12 @@ def test_published_figures_stand_beside_ours(modules, stages, model, published):
 
 def test_the_picture_has_a_panel_for_each_network(modules, stages, published, tmp_path):
     path = tmp_path / "deep.png"
-    modules["stages"].draw({"one": (stages, published), "two": (stages, published)}, path)
+    modules["e5_stages"].draw({"one": (stages, published), "two": (stages, published)}, path)
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_ternary_networks_have_rows_with_and_without_training(modules, model, data):
-    table = modules["ternary"].ternary_table({"small": (model, data)}, (0.3,), count=100)
+    table = modules["e5_ternary"].ternary_table({"small": (model, data)}, (0.3,), count=100)
     assert [row[:2] for row in table.rows] == [
         ("ResNet-32, 44, 56, published", "labels"),
         ("small", ""),
@@ -178,7 +154,7 @@ def test_ternary_networks_have_rows_with_and_without_training(modules, model, da
 def test_the_whole_script_prints_its_tables_and_writes_its_files(
     modules, data, published, stages, tmp_path, monkeypatch
 ):
-    script = modules["deep_compression"]
+    script = modules["e5_deep_compression"]
     recipe = {"epochs": 1, "batch_size": 20, "lr": 2e-3}
     network = script.Network(lambda: Mlp(SIZES), recipe, "small.safetensors", published, 1)
     monkeypatch.setattr(script, "mnist", lambda folder: data)
