@@ -113,22 +113,8 @@ def write_compressed(verb: str, given: Mapping[str, Value]) -> None:
     state_dict = options.pop("state_dict")
     model, batches, score = job.inputs()
     run = getattr(ps, verb)
-    result = run(model, batches, evaluate=score, progress=job.progress, **_as_today(verb, options))
+    result = run(model, batches, evaluate=score, progress=job.progress, **options)
     _write_all(job, model, result, f"{job.network}, {_DONE[verb]}", state_dict)
-
-
-def _as_today(verb: str, options: dict[str, Value]) -> dict[str, Value]:
-    """Arguments as the verbs take them until they share one grammar."""
-    layouts = {"sparse": "csr", "masked": "mask"}
-    if "layout" in options:
-        options["layout"] = layouts.get(options["layout"], options["layout"])
-    if verb in ("quantize", "deep_compress"):
-        options["retrain"] = options.pop("distill")
-    elif verb != "compress" and not options["distill"]:
-        del options["distill"]
-    if verb == "deep_compress":
-        options |= {f"target_{name}": value for name, value in options.pop("target", {}).items()}
-    return options
 
 
 def _write_all(job: Job, model: nn.Module, result: ps.Compressed, title: str, state_dict: bool) -> None:

@@ -17,6 +17,8 @@ from pysolve.nn.zoo import LeNet5
 from pysolve.solve.path import lam_for_groups
 from pysolve.training.fit import fit
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def modules():

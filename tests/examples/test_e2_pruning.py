@@ -14,6 +14,8 @@ from pysolve.cli.datasets import mnist
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.zoo import Mlp
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def modules():

@@ -9,6 +9,8 @@ from pysolve.cli import demo
 from pysolve.nn import QuantLinear
 from pysolve.nn.zoo import Mlp
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def modules():

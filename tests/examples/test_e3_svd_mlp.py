@@ -12,6 +12,8 @@ from pysolve.nn.evaluate import accuracy, parameters
 from pysolve.nn.layers.factored import Factored
 from pysolve.nn.zoo import Mlp
 
+pytestmark = pytest.mark.slow
+
 SIZES = (100, 48, 48, 48, 10)
 
 

@@ -11,6 +11,8 @@ from pysolve.cli import demo
 from pysolve.cli.datasets import Dataset
 from pysolve.nn.evaluate import accuracy, parameters
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def modules():

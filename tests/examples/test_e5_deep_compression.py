@@ -17,6 +17,8 @@ from pysolve.nn.zoo import Mlp
 from pysolve.tables import Table
 from pysolve.training.fit import fit
 
+pytestmark = pytest.mark.slow
+
 SIZES = (196, 24, 10)
 
 

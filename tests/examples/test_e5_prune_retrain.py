@@ -8,6 +8,8 @@ from pysolve.cli import demo
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.zoo import LeNet5, LeNetC5
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def modules():
