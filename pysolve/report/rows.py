@@ -112,7 +112,7 @@ class LayerReport:
     density : float
         Share of the weights that is kept.
     layout : str
-        Runtime layout: "dense", "csr", "mask", or, factored, "rank 20" or "rank 20, spatial".
+        Runtime layout: "dense", "sparse", "masked", "shared", or, factored, "rank 20" or "rank 20, spatial".
     why : str
         Reason for the layout.
     dense_seconds, new_seconds : float, optional

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from pysolve.methods.worth import coded_bits, price_for
+from pysolve.methods.kinds.codes import coded_bits
+from pysolve.methods.rate import price_for
 from strategies import correlated_samples, seeds
 
 from pysolve.layer.codebooks import PricedValues, code_lengths, spaced_values
