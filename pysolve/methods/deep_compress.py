@@ -26,7 +26,7 @@ from pysolve.methods.price import Probe, price, probe
 from pysolve.methods.quantize import LAYOUTS, coded, in_bytes
 from pysolve.methods.rate import Coded, Subject, about_bytes, subject_of, within_bytes
 from pysolve.methods.rebuild import rebuild
-from pysolve.methods.result import MATCHING, NO_REPORT, Evaluate, distance, finish, following
+from pysolve.methods.result import NO_REPORT, Evaluate, distance, finish, following, matched
 from pysolve.methods.sizes import Sized, site_reports
 from pysolve.methods.study import Clock, Options, Study
 from pysolve.nn.apply import apply
@@ -36,7 +36,6 @@ from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.running import Batch
 from pysolve.plan import Plan, Site
 from pysolve.report.rows import Stage
-from pysolve.training.distill import distill as teach
 
 # Bits a weight at which the search for a width begins, the factor between widths, and how many are tried.
 _BITS, _WIDER, _WIDTHS = 2.0, 1.6, 5
@@ -118,19 +117,20 @@ def deep_compress(
     size = in_bytes(asked["bytes"], network) if "bytes" in asked else None
     share = _share(asked.get("params", None if size else 1.0), network)
     kind = Codes(bits=bits)
-    subject, notes = _studied(network, batches, options, kind, size, zeros, share)
+    make = partial(subject_of, priced=size is not None, gather=bool(zeros))
+    subject, notes = _studied(partial(make, network, batches, options, kind), share)
     line = _Line(network, subject.study, evaluate)
     line.note("original", network, nbytes(network), 0.0)
     width = _width(subject, size, share) if subject.study.free else None
     if width is not None and width.keep:
-        line.rebuilt("collapsed", Chosen(width.keep), width.seconds)
+        line.rebuilt("collapsed", subject.study, Chosen(width.keep), width.seconds)
         if how:
-            before, subject = _matched_first(before, subject, width.keep, batches, how, line, size)
+            before, subject = _matched_first(before, subject, width.keep, batches, how, line, make)
             width = replace(width, start=None, cut=True)
     keep = {} if width is None or width.cut else width.keep
     if zeros:
         subject = replace(subject, kind=replace(subject.kind, pruned=_pruned(subject, zeros)))
-        line.rebuilt("sparse", Chosen(keep, subject.kind.pruned), 0.0)
+        line.rebuilt("sparse", subject.study, Chosen(keep, subject.kind.pruned))
     start, part = time.perf_counter(), _part(how, 1 - _BEFORE if width and width.cut else 1.0)
     rebuilt, laid = coded(
         before, subject, network, size, layout, part, keep=keep, start=width.start if width else None
@@ -151,7 +151,7 @@ def deep_compress(
         target=asked or None,
         samples=rebuilt.samples,
         sites=[*site_reports(line.study, width.sized)] if width else [],
-        notes=(*notes, *rebuilt.notes),
+        notes=(*notes, *line.notes, *rebuilt.notes),
         selected=width is not None,
         evaluate=evaluate,
         file=True,
@@ -170,12 +170,14 @@ class _Line:
     study : Study
     evaluate : callable, optional
     stages : list of Stage
+    notes : list of str
     """
 
     original: nn.Module
     study: Study
     evaluate: Evaluate | None
     stages: list[Stage] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
     def note(self, name: str, network: nn.Module, size: int, seconds: float) -> None:
         """Write down what a stage left."""
@@ -183,11 +185,10 @@ class _Line:
         lost = distance(self.original, network, self.study.apart, self.study.options.divergence)
         self.stages.append(Stage(name, size, parameters(self.original), lost, seconds, score))
 
-    def rebuilt(self, name: str, chosen: Chosen, seconds: float) -> None:
-        """Write down what the network is with no more than this chosen."""
+    def rebuilt(self, name: str, study: Study, chosen: Chosen, seconds: float = 0.0) -> None:
+        """Write down what a network is with no more than this chosen."""
         start = time.perf_counter()
-        plan = plan_of(self.study, rebuild(self.study, chosen), {})
-        network = apply(self.study.model, plan)
+        network = apply(study.model, plan_of(study, rebuild(study, chosen), {}))
         self.note(name, network, nbytes(network), seconds + time.perf_counter() - start)
 
 
@@ -221,18 +222,9 @@ class _Width:
         return self.sized.keep
 
 
-def _studied(
-    network: nn.Module,
-    batches: Iterable[Batch],
-    options: Options,
-    kind: Codes,
-    size: int | None,
-    zeros: float | None,
-    share: float | None,
-) -> tuple[Subject, list[str]]:
-    """One study for channels and codes; without channels where these are only searched for and cannot be found."""
+def _studied(make: Callable[..., Subject], share: float | None) -> tuple[Subject, list[str]]:
+    """One study for channels and codes; without channels where these are searched for and cannot be found."""
     wide = share is not None and share >= 1
-    make = partial(subject_of, network, batches, options, kind, priced=size is not None, gather=bool(zeros))
     if wide:
         return make(), []
     try:
@@ -309,21 +301,17 @@ def _matched_first(
     batches: Iterable[Batch],
     distill: Mapping[str, object],
     line: _Line,
-    size: int | None,
+    make: Callable[..., Subject],
 ) -> tuple[Compressed, Subject]:
     """Remove the channels, match the original's outputs, and study what that is."""
     study, start = subject.study, time.perf_counter()
     plan = plan_of(study, rebuild(study, Chosen(keep)), {})
-    student = apply(study.model, plan)
-    run = {"seed": study.options.seed, "progress": study.options.progress, **MATCHING}
-    options = {**run, **{n: v for n, v in _part(distill, _BEFORE).items() if n != "trained"}}
-    assert study.calibration is not None
-    teach(student, study.model, study.calibration.kept, **options)  # type: ignore[arg-type]
+    options = {name: value for name, value in _part(distill, _BEFORE).items() if name != "trained"}
+    student, notes = matched(study, study.model, apply(study.model, plan), options)
+    line.notes.extend(notes)
     line.note("matched", student, nbytes(student), time.perf_counter() - start)
     smaller = following(before, Compressed(student, plan, NO_REPORT))
-    gather = bool(subject.kind.pruned)
-    kind = Codes(bits=subject.kind.bits)
-    return smaller, subject_of(student, batches, study.options, kind, priced=size is not None, gather=gather)
+    return smaller, make(student, batches, study.options, Codes(bits=subject.kind.bits))
 
 
 def _pruned(subject: Subject, zeros: float) -> Mapping[str, Fit]:

@@ -164,7 +164,8 @@ def _walked(
     weights: bool,
 ) -> Rebuilt:
     """The lockstep walk: every layer on what the rebuilt network reads by now."""
-    assert study.graph is not None and study.calibration is not None
+    assert study.graph is not None
+    assert study.calibration is not None
     state, cuts, fits = study.model.state_dict(), cuts_of(chosen.keep, study.layers), dict[str, LayerFit]()
     # What cannot be refitted on the way, and where refits of readers begin.
     apart = {name: fit for name, fit in chosen.fits.items() if not study.walks(name)}
@@ -303,7 +304,8 @@ def _shaped(study: Study, name: str, form: Form) -> Form | None:
 
 def _batches(study: Study) -> tuple[list[Batch], str]:
     """Batches for the refit, and why they are not all that were seen."""
-    assert study.graph is not None and study.calibration is not None
+    assert study.graph is not None
+    assert study.calibration is not None
     kept = study.calibration.kept
     batches = usable(study.graph, kept)
     if batches is kept:
