@@ -229,7 +229,7 @@ def _ranks_as_told(
         ranks, against = dict[str, int](), dict(table.against)
         for name, menu in table.menus.items():
             if energy is not None:
-                wanted: int | None = rank_keeping(menu.error[:-1], energy)
+                wanted: int | None = rank_keeping(menu.lost, energy)
             else:
                 wanted = rank.get(name) if isinstance(rank, Mapping) else rank
             if wanted is None:

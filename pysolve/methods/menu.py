@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -100,9 +100,9 @@ class Menu:
         """The size of the unit as it is."""
         return len(self.error) - 1
 
-    def probes(self) -> list[int]:
+    def probes(self, shares: Sequence[float] = PROBED_ERRORS) -> list[int]:
         """Sizes whose errors are next to those at which divergence is measured."""
-        found = (int(np.searchsorted(-self.error, -share)) for share in PROBED_ERRORS)
+        found = (int(np.searchsorted(-self.error, -share)) for share in shares)
         return sorted({max(1, min(size, self.whole - 1)) for size in found})
 
     @property
@@ -112,7 +112,7 @@ class Menu:
         return divergence_curve(self.error, [k for k, _ in known], [value for _, value in known])
 
 
-def divergence_curve(error: Array, sizes: list[int], divergences: list[float]) -> Array:
+def divergence_curve(error: Array, sizes: Sequence[int], divergences: Sequence[float]) -> Array:
     """The divergence that every size causes, from measurements at a few sizes.
 
     Divergence is taken for a power of the error between neighbouring measurements, log-linear, and for the
@@ -122,7 +122,7 @@ def divergence_curve(error: Array, sizes: list[int], divergences: list[float]) -
     ----------
     error : (n + 1,) array
         Positive; of size 0 … n.
-    sizes, divergences : lists
+    sizes, divergences : sequences
         Where it was measured, and what was found.
 
     Returns

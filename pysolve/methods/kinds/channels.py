@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
@@ -42,28 +42,27 @@ class Channels:
         """
         start = time.perf_counter()
         problem, left = site_problem(site, study.correlations, widths(study, site))
-        keep, error = self._path(site, problem, left)
-        method = self.select if isinstance(self.select, str) else "scores"
-        spent = time.perf_counter() - start
-        return Menu(site, error, lambda size: Chosen({site: keep(size)}), seconds=spent, method=method)
+        select = self.select if isinstance(self.select, str) else self.select[site]
+        return replace(site_menu(site, problem, left, select), seconds=time.perf_counter() - start)
 
     def fit(self, task: Task) -> LayerFit:
         """Least squares, held a little to the weights that are known to be good."""
         return ridge_fit(task)
 
-    def _path(
-        self, site: Site, problem: Problem, left: Sequence[float]
-    ) -> tuple[Callable[[int], Indices], Array]:
-        """Channels that stay at every size, and the error then."""
-        if not isinstance(self.select, str):
-            order = np.argsort(-np.asarray(self.select[site], dtype=np.float64), kind="stable")
-            return _sampled(site, problem, left, lambda k: np.sort(order[:k]))
-        if self.select == "elimination":
-            path = elimination_path(problem, r_yy=left if len(left) > 1 else left[0])
-            return path.keep, np.maximum(2 * path.error / len(left), FLOOR)
-        K, method = site.channels, self.select
-        select = cache(lambda k: select_channels(problem, k=k, method=method) if 0 < k < K else np.arange(k))
-        return _sampled(site, problem, left, select)
+
+def site_menu(
+    site: Site, problem: Problem, left: Sequence[float], select: str | Array = "elimination"
+) -> Menu:
+    """The menu of a site from its readers' problem, as ``site_problem`` gives it; of scores the largest stay."""
+    if not isinstance(select, str):
+        order = np.argsort(-np.asarray(select, dtype=np.float64), kind="stable")
+        return _sampled(site, problem, left, lambda k: np.sort(order[:k]), "scores")
+    if select == "elimination":
+        path = elimination_path(problem, r_yy=left if len(left) > 1 else left[0])
+        return _menu(site, path.keep, np.maximum(2 * path.error / len(left), FLOOR), select)
+    K = site.channels
+    keep = cache(lambda k: select_channels(problem, k=k, method=select) if 0 < k < K else np.arange(k))
+    return _sampled(site, problem, left, keep, select)
 
 
 def ridge_fit(task: Task) -> LayerFit:
@@ -113,14 +112,18 @@ def reader_columns(site: Site, correlations: Correlations, reader: str, width: i
     return (table[:, :, None] * taps + np.arange(taps)).reshape(site.channels, -1)
 
 
+def _menu(site: Site, keep: Callable[[int], Indices], error: Array, method: str) -> Menu:
+    return Menu(site, error, lambda size: Chosen({site: keep(size)}), method=method)
+
+
 def _sampled(
-    site: Site, problem: Problem, left: Sequence[float], keep: Callable[[int], Indices]
-) -> tuple[Callable[[int], Indices], Array]:
-    """A selection, and its error from a few sizes."""
+    site: Site, problem: Problem, left: Sequence[float], keep: Callable[[int], Indices], method: str
+) -> Menu:
+    """A menu whose error is taken at a few sizes."""
     K = site.channels
     sizes = np.unique([0, *np.geomspace(1, K, 9).round().astype(int)])
     error = np.minimum.accumulate([max(_error(problem, left, keep(int(k))), FLOOR) for k in sizes])
-    return keep, np.exp(np.interp(np.arange(K + 1), sizes, np.log(error)))
+    return _menu(site, keep, np.exp(np.interp(np.arange(K + 1), sizes, np.log(error))), method)
 
 
 def _reader(

@@ -36,12 +36,15 @@ class RankMenu(Menu):
 
     Parameters
     ----------
+    lost : (most + 1,) array
+        The error at rank 0 … most, where zero may be zero.
     spatial : bool
         Whether the factors lie along height and width.
     inner, outer, dense : {"params", "macs", "bytes": number}
         What one rank costs in each factor, and what the layer's weight costs now.
     """
 
+    lost: Array = field(default_factory=lambda: np.zeros(0))
     spatial: bool = False
     inner: Costs = field(default_factory=dict)
     outer: Costs = field(default_factory=dict)
@@ -94,16 +97,16 @@ class Ranks:
         """What a layer loses at every rank, from one decomposition, and what it costs."""
         layer, kernel = find_layer(study.model, name), tuple(study.weights[name].shape[2:])
         inner, outer, dense = _costs(layer, spatial, self.counts.get(name, 0.0), self.inputs.get(name))
-        most = min(int(np.ceil(dense[what] / (inner[what] + outer[what]))) - 1 for what in dense)
+        most = most_useful(inner, outer, dense)
         known, metric = self._correlations(study, name), self.metrics.get(name)
-        error = error_curve(study.matrix(name), known, most, kernel=kernel, spatial=spatial, metric=metric)
-        error = np.minimum.accumulate(np.append(np.maximum(error, FLOOR), FLOOR))
+        lost = error_curve(study.matrix(name), known, most, kernel=kernel, spatial=spatial, metric=metric)
+        error = np.minimum.accumulate(np.append(np.maximum(lost, FLOOR), FLOOR))
         fit = partial(self.fit, kernel=kernel, spatial=spatial)
 
         def at(rank: int) -> Chosen:
             return Chosen(fits={name: partial(fit, rank=rank)})
 
-        return RankMenu(name, error, at, spatial=spatial, inner=inner, outer=outer, dense=dense)
+        return RankMenu(name, error, at, lost=lost, spatial=spatial, inner=inner, outer=outer, dense=dense)
 
     def fit(self, task: Task, *, rank: int, kernel: tuple[int, ...] = (), spatial: bool = False) -> LayerFit:
         """The best layer of a rank, or as it is where that would be no smaller than the layer became."""
@@ -135,6 +138,11 @@ def ranks_of(study: Study, structure: str, plain: bool) -> tuple[Ranks, dict[str
     return replace(
         kind, inputs=layer_inputs(study.model, layers, take(held, 0, TIMED)), counts=counts
     ), against
+
+
+def most_useful(inner: Costs, outer: Costs, dense: Costs) -> int:
+    """The largest rank that costs less than the layer does, in parameters, MACs and bytes."""
+    return min(int(np.ceil(dense[what] / (inner[what] + outer[what]))) - 1 for what in dense)
 
 
 def _reason_against(name: str, layer: nn.Module) -> str | None:

@@ -5,10 +5,12 @@ import platform
 import numpy as np
 import pytest
 import torch
-from pysolve.methods.account import account, costs, distance, scored
 from torch import nn
 
 import pysolve as ps
+from pysolve.methods.result import account, costs, distance, scored
+from pysolve.methods.study import Options, Study
+from pysolve.nn.calibration import Calibration
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.zoo import LeNet5
 
@@ -22,10 +24,16 @@ def networks():
     return before, after
 
 
+def known(model, held=(), apart=None, **options):
+    """A study of a network by samples that are held out."""
+    seen = Calibration(0, [*held], [*held] if apart is None else apart) if held else None
+    return Study(model, Options(**options), calibration=seen)
+
+
 def test_costs_are_those_of_the_networks():
     before, after = networks()
     x = torch.randn(70, 6)
-    report = account(before, after, [x])
+    report = account(before, after, known(before, [x], [x[:50]]))
     assert report.after == {
         "params": parameters(after),
         "nonzeros": parameters(after) - 1,
@@ -34,7 +42,7 @@ def test_costs_are_those_of_the_networks():
     }
     assert report.before == costs(before, x)
     assert [one.batch_size for one, _ in report.latencies] == [1, 64]
-    assert report.held == 70
+    assert report.held == 50
 
 
 def test_divergence_is_the_mean_over_all_samples():
@@ -49,7 +57,8 @@ def test_divergence_is_the_mean_over_all_samples():
 
 
 def test_without_a_batch_nothing_is_timed():
-    report = account(*networks(), [])
+    before, after = networks()
+    report = account(before, after, known(before))
     assert (report.latencies, report.mass, report.held) == ((), (), 0)
     assert np.isnan(report.divergence)
     assert "macs" not in report.before
@@ -60,20 +69,22 @@ def test_a_network_for_one_batch_size_is_timed_on_what_it_takes():
         def forward(self, x):
             return super().forward(x.view(2, 1, 28, 28))
 
-    report = account(Fixed(), Fixed(), [torch.zeros(2, 1, 28, 28)])
+    model = Fixed()
+    report = account(model, Fixed(), known(model, [torch.zeros(2, 1, 28, 28)]))
     assert [one.batch_size for one, _ in report.latencies] == [2]
 
 
 def test_scores_are_of_the_original_and_the_result():
     before, after = networks()
-    report = account(before, after, [])
+    report = account(before, after, known(before))
     assert scored(report, before, after, None) is report
     found = scored(report, before, after, parameters)
     assert (found.score_before, found.score_after) == (parameters(before), parameters(after))
 
 
 def test_versions_and_the_seed_are_told():
-    made = account(*networks(), [], seed=7).made_with
+    before, after = networks()
+    made = account(before, after, known(before, seed=7)).made_with
     assert made["seed"] == "7"
     assert made["torch"] == torch.__version__
     assert made["pysolve"] == ps.__version__
