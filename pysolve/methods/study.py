@@ -162,8 +162,8 @@ def study(
     clock = Clock()
     first, batches = peek(batches)
     if not trace:
-        seen = Calibration(0, [first], [first])
-        return Study(model, options, weights=weights, calibration=seen, notes=tuple(notes))
+        only = Calibration(0, [first], [first])
+        return Study(model, options, weights=weights, calibration=only, notes=tuple(notes))
     graph, nodes, found, why = _traced(model, first, sites, options.ignore)
     seen = {layer.name: layer for layer in nodes.values()}
     named = [name for site in found for name in (*site.readers, *site.writers)]
