@@ -21,12 +21,12 @@ import torch
 import typer
 from common import DATA, DataOption, OutOption, ThreadsOption, found
 from experiment import console, show
-from subjects import CALIBRATION, Subject
-
-from pysolve.cli.datasets import Images, cifar, mnist
 from pysolve.methods.account import distance
 from pysolve.methods.offline import cuts_of
 from pysolve.methods.shrink import shrink
+from subjects import CALIBRATION, Subject
+
+from pysolve.cli.datasets import Images, cifar, mnist
 from pysolve.methods.sizes import Sizes, channels_to_keep
 from pysolve.methods.study import Study, study
 from pysolve.nn.layer_matrix import channels, taps

@@ -1,3 +1,6 @@
+from .cli.datasets import cifar as cifar
+from .cli.datasets import digits as digits
+from .cli.datasets import mnist as mnist
 from .compressed import Compressed as Compressed
 from .correlations import Correlations as Correlations
 from .errors import CollapseError as CollapseError
@@ -20,6 +23,7 @@ from .methods.low_rank import low_rank as low_rank
 from .methods.prune import prune as prune
 from .methods.quantize import quantize as quantize
 from .nn.apply import apply as apply
+from .nn.evaluate import accuracy as accuracy
 from .nn.files.checkpoint import file_bytes as file_bytes
 from .nn.files.checkpoint import load as load
 from .nn.files.checkpoint import save as save
@@ -38,6 +42,7 @@ from .nn.nonzeros import nonzeros as nonzeros
 from .plan import Collapse as Collapse
 from .plan import Plan as Plan
 from .plan import Site as Site
+from .report.page import page as page
 from .report.plots import plot_channels as plot_channels
 from .report.plots import plot_convergence as plot_convergence
 from .report.plots import plot_elimination as plot_elimination
@@ -63,5 +68,6 @@ from .solve.solvers import proximal_gradient as proximal_gradient
 from .solve.solvers import solve_linear_reconstruction as solve_linear_reconstruction
 from .training.distill import distill as distill
 from .training.finetune import finetune as finetune
+from .training.fit import fit as fit
 
 __version__: str
