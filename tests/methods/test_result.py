@@ -5,12 +5,21 @@ import platform
 import numpy as np
 import pytest
 import torch
-from pysolve.methods.account import account, costs, distance, scored
 from torch import nn
 
 import pysolve as ps
+from pysolve.methods.result import account, costs, distance, scored
+from pysolve.methods.study import Options, Study
+from pysolve.nn.calibration import Calibration
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.zoo import LeNet5
+
+
+def studied(model, held=(), apart=None, seed=0):
+    """A study of which only the held-out samples count."""
+    held = [*held]
+    shared = Calibration(0, held, held if apart is None else apart) if held else None
+    return Study(model, Options(seed=seed), calibration=shared)
 
 
 def networks():
@@ -25,7 +34,7 @@ def networks():
 def test_costs_are_those_of_the_networks():
     before, after = networks()
     x = torch.randn(70, 6)
-    report = account(before, after, [x])
+    report = account(before, after, studied(before, [x]))
     assert report.after == {
         "params": parameters(after),
         "nonzeros": parameters(after) - 1,
@@ -48,8 +57,19 @@ def test_divergence_is_the_mean_over_all_samples():
     assert together == pytest.approx(float(np.mean(np.sum(np.exp(p) * (p - q), axis=1))), rel=1e-4)
 
 
+def test_the_divergence_is_that_on_the_samples_apart_from_the_choice():
+    before, after = networks()
+    held, apart = torch.randn(70, 6), torch.randn(9, 6)
+    report = account(before, after, studied(before, [held], [apart]))
+    assert report.divergence == pytest.approx(distance(before, after, [apart]))
+    assert report.held == 9
+    assert report.notes == ()
+    assert len(account(before, after, studied(before, [held])).notes) == 1
+
+
 def test_without_a_batch_nothing_is_timed():
-    report = account(*networks(), [])
+    before, after = networks()
+    report = account(before, after, studied(before))
     assert (report.latencies, report.mass, report.held) == ((), (), 0)
     assert np.isnan(report.divergence)
     assert "macs" not in report.before
@@ -60,20 +80,21 @@ def test_a_network_for_one_batch_size_is_timed_on_what_it_takes():
         def forward(self, x):
             return super().forward(x.view(2, 1, 28, 28))
 
-    report = account(Fixed(), Fixed(), [torch.zeros(2, 1, 28, 28)])
+    report = account(Fixed(), Fixed(), studied(Fixed(), [torch.zeros(2, 1, 28, 28)]))
     assert [one.batch_size for one, _ in report.latencies] == [2]
 
 
 def test_scores_are_of_the_original_and_the_result():
     before, after = networks()
-    report = account(before, after, [])
+    report = account(before, after, studied(before))
     assert scored(report, before, after, None) is report
     found = scored(report, before, after, parameters)
     assert (found.score_before, found.score_after) == (parameters(before), parameters(after))
 
 
 def test_versions_and_the_seed_are_told():
-    made = account(*networks(), [], seed=7).made_with
+    before, after = networks()
+    made = account(before, after, studied(before, seed=7)).made_with
     assert made["seed"] == "7"
     assert made["torch"] == torch.__version__
     assert made["pysolve"] == ps.__version__
