@@ -545,7 +545,9 @@ def test_blocks_of_code_that_the_graph_hides_are_compressed_too():
 @pytest.mark.parametrize("name", ["softmax_between", "single_channel", "tied_weights"])
 def test_without_anything_to_shrink_the_reasons_are_named(name):
     model, batch = network(name)
-    with pytest.raises(ps.PysolveError, match=r"no channel of this network can be removed: .*(mixes|single|shares)"):
+    with pytest.raises(
+        ps.PysolveError, match=r"no channel of this network can be removed: .*(mixes|single|shares)"
+    ):
         compressed(model, [batch])
     with pytest.raises(ps.PysolveError, match="it has no sites"):
         compressed(sites=[])
