@@ -27,11 +27,13 @@ from rich.console import Console
 from subjects import CALIBRATION, Subject
 
 from pysolve.cli.datasets import Images, cifar, mnist
-from pysolve.methods.account import distance
-from pysolve.methods.offline import cuts_of
-from pysolve.methods.shrink import shrink
-from pysolve.methods.sizes import Sizes, channels_to_keep
-from pysolve.methods.study import Study, study
+from pysolve.methods.compress import made
+from pysolve.methods.kinds.channels import Channels
+from pysolve.methods.price import price, probe
+from pysolve.methods.rebuild import cuts_of
+from pysolve.methods.result import distance
+from pysolve.methods.sizes import Sized, within
+from pysolve.methods.study import Clock, Options, Study, study
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.tables import Table, as_markdown
@@ -63,9 +65,9 @@ class Row:
     divergence : float
         Of the outputs for the test images from the original's.
     told : float
-        The same as the report has it, on the samples held back.
+        The same as the report has it, on samples held out from all choices.
     samples, held : int
-        That layers were fitted on, and that were held back.
+        That layers were fitted on, and that the report is measured on.
     rows : float
         Rows (samples × positions) for each input that a layer keeps, of the layer that loses inputs and has
         the fewest.
@@ -173,13 +175,14 @@ def wrong_kinds(data: Path) -> Iterator[tuple[str, Images]]:
 
 
 def compressed(subject: Subject, images: Images, name: str, given: str, draw: int, epochs: int = 0) -> Row:
-    """``ps.compress`` in its three steps, to see what layers were fitted on."""
+    """``ps.compress`` in its steps, to see what layers were fitted on."""
     batches = torch.from_numpy(images).split(BATCH)
     target = TARGETS[name]
-    known = study(subject.model, batches, progress=False)
-    sizes = channels_to_keep(known, target, None, None, 1)
-    length = {"epochs": epochs} if epochs else 0
-    result = shrink(known, sizes, target=target, distill=length, progress=False)
+    clock, known = Clock(), study(subject.model, batches, Options(progress=False), sites=True)
+    where = probe(known, len(known.free))
+    sizes = within(known, price(known, [Channels().menu(known, s) for s in known.free], where), target, where)
+    length: dict[str, object] = {"epochs": epochs} if epochs else {}
+    result = made(subject.model, known, sizes, clock, target, "sequential", length, None)
     rows = rows_per_input(known, sizes)
     worst = min(rows, key=rows.__getitem__)
     report, test = result.report, torch.from_numpy(subject.x_test).split(BATCH)
@@ -200,13 +203,13 @@ def compressed(subject: Subject, images: Images, name: str, given: str, draw: in
     return row
 
 
-def rows_per_input(known: Study, sizes: Sizes) -> dict[str, float]:
+def rows_per_input(known: Study, sizes: Sized) -> dict[str, float]:
     """Rows for each input that is kept, of all layers that lose some."""
-    cuts = cuts_of(known.free, sizes.kept, known.layers)
+    cuts = cuts_of(sizes.keep, known.layers)
     found = {}
     for name, sums in known.correlations.items():
         layer = known.layers[name].module
-        if len(cuts[name].inputs) < channels(layer)[0]:
+        if name in cuts and len(cuts[name].inputs) < channels(layer)[0]:
             found[name] = sums.count / (len(cuts[name].inputs) * taps(layer))
     return found
 
@@ -230,7 +233,7 @@ def table(rows: Sequence[Row]) -> Table:
         "divergence",
         "told",
         "fitted on",
-        "held back",
+        "held out",
     )
     more = ("rows a kept input", "warned")
     return Table("", (*head, *more), tuple(map(cells, together.values())), words=(0, 1, 10))

@@ -215,7 +215,7 @@ def calls(network: str) -> dict[str, Call]:
     for parts in (10, 16):
         found[f"quantize codebook 1/{parts}"] = partial(ps.quantize, target={"bytes": 1 / parts}, **book)
     for share in files:
-        found[f"deep_compress {share:.3g}"] = partial(ps.deep_compress, target_bytes=share)
+        found[f"deep_compress {share:.3g}"] = partial(ps.deep_compress, target={"bytes": share})
     return found
 
 

@@ -82,7 +82,7 @@ def as_published(model: nn.Module, dataset: Dataset, published: Published, epoch
 
     start = time.perf_counter()
     amount = {name: 1 - share for name, share in published.kept.items()}
-    pruned = ps.prune(model, method="magnitude", amount=amount, layout="mask")
+    pruned = ps.prune(model, method="magnitude", amount=amount, layout="masked")
     finetune(pruned.model, loader(dataset), epochs=epochs, lr=LR)
     # Positions and float32 values; nothing is entropy-coded.
     yield entry("pruned", pruned.model, file_bytes(pruned, "none"))

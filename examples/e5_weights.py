@@ -58,7 +58,7 @@ def compare_weights(
 def prune_and_retrain(model: nn.Module, dataset: Dataset, share: float, epochs: int) -> Outcome:
     """The published way, and without labels, at one size."""
     amount = {name: 1 - share * kept for name, kept in KEPT.items()}
-    masked = ps.prune(model, method="std", amount=amount, layout="mask").model
+    masked = ps.prune(model, method="std", amount=amount, layout="masked").model
     retrained = copy.deepcopy(masked)
     finetune(retrained, loader(dataset), epochs=epochs, lr=LR)
     networks = (masked, retrained, by_surgeon(model, dataset, amount))

@@ -4,12 +4,13 @@ import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from pysolve.methods.worth import coded_bits, price_for
 from strategies import correlated_samples, seeds
 
 from pysolve.layer.codebooks import PricedValues, code_lengths, spaced_values
 from pysolve.layer.quantize_layer import quantize_layer
 from pysolve.layer.rounding import Target, descend, round_with_feedback, settle
+from pysolve.methods.kinds.codes import coded_bits
+from pysolve.methods.rate import price_for
 
 lams = st.floats(-6, 2).map(lambda power: 10.0**power)
 

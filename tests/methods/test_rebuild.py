@@ -1,17 +1,20 @@
-"""Cuts say what stays of every layer, and readers refitted alone lose nothing that the kept inputs hold."""
+"""Cuts say what is kept of every layer, and readers refitted alone lose nothing that the kept inputs hold."""
 
 from functools import cache
 
 import numpy as np
 import pytest
 import torch
-from pysolve.methods.offline import cuts_of, reader_values, refit_readers
 from small import Net, network, vectors
 from torch import nn
 from torch.nn.functional import relu
 
 from pysolve.correlations import group_columns
+from pysolve.methods.menu import Chosen
+from pysolve.methods.rebuild import cuts_of, independent
+from pysolve.methods.study import Options, Study
 from pysolve.nn.apply import apply, masked
+from pysolve.nn.calibration import Calibration
 from pysolve.nn.divergence import run
 from pysolve.nn.gather import gather
 from pysolve.nn.graph.branches import Layer
@@ -29,7 +32,14 @@ def studied(name):
     sites = [site for site in find_sites(model, batch) if site.pinned is None]
     names = dict.fromkeys(name for site in sites for name in (*site.readers, *site.writers))
     found = {name: find_layer(model, name) for name in names}
-    return model, batch, sites, {n: Layer(n, m) for n, m in found.items() if isinstance(m, LAYERS)}
+    layers = {n: Layer(n, m) for n, m in found.items() if isinstance(m, LAYERS)}
+    return model, batch, sites, layers
+
+
+def refitted(model, sites, kept, layers, found):
+    """Every layer concerned, on the original's inputs."""
+    known = Study(model, Options(), None, layers, {}, sites, found, Calibration(0))
+    return independent(known, Chosen(dict(zip(sites, kept, strict=True))))
 
 
 def some(sites, seed=0):
@@ -54,7 +64,7 @@ def test_a_cut_is_what_surgery_leaves_of_a_layer(name):
     kept = some(sites)
     steps = tuple(Collapse(site, keep) for site, keep in zip(sites, kept, strict=True))
     smaller = apply(model, Plan(steps))
-    cuts = cuts_of(sites, kept, layers)
+    cuts = cuts_of(dict(zip(sites, kept, strict=True)), layers)
     assert set(cuts) == set(layers)
     for layer, cut in cuts.items():
         module, left = model.get_submodule(layer), smaller.get_submodule(layer)
@@ -65,7 +75,7 @@ def test_a_cut_is_what_surgery_leaves_of_a_layer(name):
 
 def test_whole_sites_cut_nothing():
     _, _, sites, layers = studied("residual")
-    cuts = cuts_of(sites, [np.arange(site.channels) for site in sites], layers)
+    cuts = cuts_of({site: np.arange(site.channels) for site in sites}, layers)
     for name, cut in cuts.items():
         inputs, outputs = channels(layers[name].module)
         np.testing.assert_array_equal(cut.inputs, np.arange(inputs))
@@ -77,32 +87,32 @@ def test_every_reader_that_loses_inputs_is_refitted_on_the_rest(name):
     model, batch, sites, layers = studied(name)
     kept = some(sites)
     found = gather(model, [batch], sites, progress=False)
-    fits = refit_readers(sites, kept, layers, found)
-    cuts = cuts_of(sites, kept, layers)
+    fits = refitted(model, sites, kept, layers, found).fits
+    cuts = cuts_of(dict(zip(sites, kept, strict=True)), layers)
     assert set(fits) == {reader for site in sites for reader in site.readers}
-    for reader, (M, bias) in fits.items():
+    for reader, fit in fits.items():
         module = layers[reader].module
         columns = group_columns(cuts[reader].inputs, taps(module))
         prior = matrix(module).double().numpy()[:, columns]
         wanted, own = refit(found[reader], columns, prior, intercept=module.bias is not None)
-        np.testing.assert_array_equal(M, wanted)
-        assert (bias is None) == (own is None) == (module.bias is None)
+        np.testing.assert_array_equal(fit.weight, wanted[cuts[reader].outputs])
+        assert (fit.bias is None) == (own is None) == (module.bias is None)
 
 
 def test_readers_that_keep_all_inputs_are_left_alone():
     model, batch, sites, layers = studied("residual")
     found = gather(model, [batch], sites, progress=False)
-    assert refit_readers(sites, [np.arange(site.channels) for site in sites], layers, found) == {}
+    everything = [np.arange(site.channels) for site in sites]
+    assert refitted(model, sites, everything, layers, found).fits == {}
     kept = [np.arange(site.channels - (site.writers == ("conv1",))) for site in sites]
-    assert set(refit_readers(sites, kept, layers, found)) == {"conv2"}
+    assert set(refitted(model, sites, kept, layers, found).fits) == {"conv2"}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_new_values_are_those_of_the_smaller_network(name):
     model, batch, sites, layers = studied(name)
     kept = some(sites)
-    fits = refit_readers(sites, kept, layers, gather(model, [batch], sites, progress=False))
-    values = reader_values(model.state_dict(), cuts_of(sites, kept, layers), layers, fits)
+    values = refitted(model, sites, kept, layers, gather(model, [batch], sites, progress=False)).values
     steps = tuple(Collapse(site, keep) for site, keep in zip(sites, kept, strict=True))
     plan = Plan(steps, {key: value.numpy() for key, value in values.items()})
     (wide,) = run(model, [batch], values)
@@ -112,7 +122,7 @@ def test_new_values_are_those_of_the_smaller_network(name):
         torch.testing.assert_close(output, wide, rtol=1e-4, atol=1e-5)
 
 
-def test_inputs_that_others_make_up_for_cost_nothing():
+def test_inputs_that_others_compensate_cost_nothing():
     torch.manual_seed(0)
 
     def hidden(net, x):
@@ -122,8 +132,8 @@ def test_inputs_that_others_make_up_for_cost_nothing():
     model = Net(lambda net, x: net.b(hidden(net, x)), a=nn.Linear(5, 8), b=nn.Linear(12, 3))
     batch, site = vectors(5000, 5), Site(12, ("a",), ("b",))
     layers = {"b": Layer("b", model.b)}
-    fits = refit_readers([site], [np.arange(8)], layers, gather(model, [batch], layers=["b"], progress=False))
-    values = reader_values(model.state_dict(), cuts_of([site], [np.arange(8)], layers), layers, fits)
+    found = gather(model, [batch], layers=["b"], progress=False)
+    values = refitted(model, [site], [np.arange(8)], layers, found).values
     assert not values["b.weight"][:, 8:].any()
     (output,), (wanted,) = run(model, [batch], values), run(model, [batch])
     torch.testing.assert_close(output, wanted, rtol=1e-2, atol=1e-3)

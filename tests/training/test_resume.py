@@ -115,7 +115,7 @@ def test_a_training_that_stopped_after_any_step_goes_on_bit_for_bit(
 @pytest.mark.parametrize("prune", [ps.prune_gradually, ps.network_surgery])
 @pytest.mark.parametrize("epoch", [1, 2, 3])
 def test_pruning_goes_on_with_the_same_masks(prune, epoch, tmp_path, monkeypatch):
-    how = {"amount": 0.6, "epochs": 4, "lr": 0.05, "layout": "mask", "progress": False}
+    how = {"amount": 0.6, "epochs": 4, "lr": 0.05, "layout": "masked", "progress": False}
     whole = prune(network(), loader(3), **how).model
 
     write, written = resume.write, []

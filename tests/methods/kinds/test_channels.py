@@ -5,10 +5,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pysolve.methods.choice import FLOOR, choose, harm_curve, reader_columns, site_problem
 from strategies import correlated_samples, seeds
 
 from pysolve.correlations import Correlations
+from pysolve.methods.kinds.channels import Channels, reader_columns, site_problem
+from pysolve.methods.menu import FLOOR
+from pysolve.methods.study import Options, Study
+from pysolve.nn.graph.branches import Layer
 from pysolve.nn.layer_matrix import matrix, samples
 from pysolve.plan import Site
 from pysolve.solve.least_squares import refit
@@ -22,6 +25,14 @@ def draws(seed, n=200, d=6, h=4, noise=0.3):
     turn = np.linalg.qr(rng.standard_normal((d, d)))[0]
     x = rng.standard_normal((n, d)) * 10 ** rng.uniform(-1, 1, d) @ turn + rng.standard_normal(d)
     return x, x @ rng.standard_normal((d, h)) + noise * rng.standard_normal((n, h)) + rng.standard_normal(h)
+
+
+def menu_of(site, found, widths, select="elimination"):
+    """The menu of a site whose readers have these correlations, and the channels that it keeps at a size."""
+    layers = {name: Layer(name, torch.nn.Linear(width, 1)) for name, width in widths.items()}
+    known = Study(torch.nn.Module(), Options(), layers=layers, sites=[site], correlations=found)
+    menu = Channels(select).menu(known, site)
+    return menu, lambda size: menu.at(size).keep[site]
 
 
 def centred(values):
@@ -54,13 +65,12 @@ def test_errors_of_every_size_are_those_of_a_fit_in_which_other_inputs_stay_free
     place = np.random.default_rng(seed).permutation(x.shape[1])
     columns = place[: 4 * each].reshape(4, each)
     site = Site(4, ("a",), ("b",), columns={"b": columns})
-    problem, left = site_problem(site, {"b": Correlations.from_samples(x, y)}, {"b": x.shape[1]})
-    choice = choose(site, problem, left)
+    menu, kept = menu_of(site, {"b": Correlations.from_samples(x, y)}, {"b": x.shape[1]})
     for k in range(5):
-        keep = choice.keep(k)
+        keep = kept(k)
         used = np.concatenate([columns[keep].ravel(), place[4 * each :]])
         wanted = residual(x[:, used], y) / energy(y)
-        assert choice.error[k] == pytest.approx(max(wanted, FLOOR), rel=1e-4, abs=1e-6)
+        assert menu.error[k] == pytest.approx(max(wanted, FLOOR), rel=1e-4, abs=1e-6)
 
 
 @given(seeds)
@@ -70,16 +80,16 @@ def test_readers_with_different_numbers_of_inputs_add_up(seed):
     small, z = rng.standard_normal((150, 4)), rng.standard_normal((150, 2))
     site = Site(4, ("a",), ("b", "c"))
     found = {"b": Correlations.from_samples(x, y), "c": Correlations.from_samples(small, z)}
-    problem, left = site_problem(site, found, {"b": 4, "c": 4})
+    problem, _ = site_problem(site, found, {"b": 4, "c": 4})
     assert problem.group_size == 2
-    choice = choose(site, problem, left)
+    menu, kept = menu_of(site, found, {"b": 4, "c": 4})
     for k in range(5):
-        keep = choice.keep(k)
+        keep = kept(k)
         shares = (
             residual(x.reshape(-1, 4, 2)[:, keep].reshape(len(x), -1), y) / energy(y),
             residual(small[:, keep], z) / energy(z),
         )
-        assert choice.error[k] == pytest.approx(np.mean(shares), rel=1e-4, abs=1e-6)
+        assert menu.error[k] == pytest.approx(np.mean(shares), rel=1e-4, abs=1e-6)
 
 
 def test_not_normalised_the_problem_has_the_layers_own_units():
@@ -104,27 +114,41 @@ def test_columns_of_a_convolution_are_all_taps_of_the_sites_channels():
 def test_every_method_chooses_what_select_channels_does(method):
     x, y = draws(1, d=12, noise=0.0)
     site = Site(12, ("a",), ("b",))
-    problem, left = site_problem(site, {"b": Correlations.from_samples(x, y)}, {"b": 12})
-    choice = choose(site, problem, left, method)
-    assert list(choice.keep(0)) == []
+    found = {"b": Correlations.from_samples(x, y)}
+    problem, _ = site_problem(site, found, {"b": 12})
+    menu, kept = menu_of(site, found, {"b": 12}, method)
+    assert list(kept(0)) == []
     for k in (1, 5, 12):
-        np.testing.assert_array_equal(choice.keep(k), select_channels(problem, k=k, method=method))
-        wanted = max(residual(x[:, choice.keep(k)], y) / energy(y), FLOOR)
+        np.testing.assert_array_equal(kept(k), select_channels(problem, k=k, method=method))
+        wanted = max(residual(x[:, kept(k)], y) / energy(y), FLOOR)
         # Others than elimination are measured at a few sizes, 5 not among them.
         rtol = 1e-4 if method == "elimination" or k != 5 else 1.0
-        assert choice.error[k] == pytest.approx(wanted, rel=rtol, abs=1e-6)
-    assert np.all(np.diff(choice.error) <= 0)
-    assert choice.error[0] == pytest.approx(1.0)
+        assert menu.error[k] == pytest.approx(wanted, rel=rtol, abs=1e-6)
+    assert np.all(np.diff(menu.error) <= 0)
+    assert menu.error[0] == pytest.approx(1.0)
+
+
+def test_scores_are_looked_up_by_site_and_the_largest_stay():
+    x, y = draws(1, d=6)
+    found, scores = {"b": Correlations.from_samples(x, y)}, np.array([3.0, 5.0, 1.0, 0.0, 5.0, 4.0])
+    one, other = (Site(6, ("a",), ("b",), passed=passed) for passed in ((), ("bn",)))
+    assert one.name == other.name
+    select = {one: scores, other: -scores}
+    for site, wanted in ((one, [1, 4]), (other, [2, 3])):
+        menu, kept = menu_of(site, found, {"b": 6}, select)
+        np.testing.assert_array_equal(kept(2), wanted)
+        assert menu.error[1] == pytest.approx(residual(x[:, kept(1)], y) / energy(y), rel=1e-4)
+        assert menu.method == "scores"
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_site_that_nothing_depends_on_is_chosen_from_too(method):
     x, _ = draws(2)
     site = Site(6, ("a",), ("b",))
-    problem, left = site_problem(site, {"b": Correlations.from_samples(x, np.ones((len(x), 3)))}, {"b": 6})
-    choice = choose(site, problem, left, method)
-    np.testing.assert_allclose(choice.error, FLOOR)
-    assert len(choice.keep(2)) == 2
+    found = {"b": Correlations.from_samples(x, np.ones((len(x), 3)))}
+    menu, kept = menu_of(site, found, {"b": 6}, method)
+    np.testing.assert_allclose(menu.error, FLOOR)
+    assert len(kept(2)) == 2
 
 
 def test_channels_that_never_change_go_first_however_large_they_are():
@@ -134,47 +158,9 @@ def test_channels_that_never_change_go_first_however_large_they_are():
     x[:, 4] *= 1 + 1e-7 * rng.standard_normal(len(x))
     y = x @ rng.standard_normal((6, 3))
     site = Site(6, ("a",), ("b",))
-    problem, left = site_problem(site, {"b": Correlations.from_samples(x, y)}, {"b": 6})
-    choice = choose(site, problem, left)
-    np.testing.assert_array_equal(choice.keep(4), [0, 2, 3, 5])
-    assert choice.error[4] < 1e-6
-
-
-CURVES = st.lists(st.floats(1e-8, 1.0), min_size=3, max_size=12).map(lambda e: np.sort([*e, FLOOR])[::-1])
-
-
-@given(CURVES, st.data())
-def test_a_curve_never_rises_is_infinite_at_none_and_zero_at_all(error, data):
-    channels = len(error) - 1
-    sizes = data.draw(st.lists(st.integers(1, channels), min_size=1, max_size=4, unique=True))
-    harms = data.draw(st.lists(st.floats(0, 10.0), min_size=len(sizes), max_size=len(sizes)))
-    curve = harm_curve(error, sizes, harms)
-    assert curve.shape == (channels + 1,)
-    assert np.all(curve[:-1] >= curve[1:])
-    assert curve[0] == np.inf
-    assert curve[-1] == 0.0
-    assert np.isfinite(curve[1:]).all()
-
-
-@given(seeds, st.integers(1, 4))
-def test_a_curve_passes_through_measurements_that_do_not_contradict_it(seed, count):
-    rng = np.random.default_rng(seed)
-    error = np.concatenate([np.cumprod([1.0, *rng.uniform(0.3, 0.95, 9)]), [FLOOR]])
-    sizes = np.sort(rng.permutation(np.arange(1, 10))[:count])
-    harms = np.sort(10 ** rng.uniform(-6, 1, count))[::-1]
-    curve = harm_curve(error, sizes, harms)
-    np.testing.assert_allclose(curve[sizes], harms, rtol=1e-9)
-
-
-def test_between_measurements_harm_is_a_power_of_the_error():
-    error = np.geomspace(1, 1e-6, 13)
-    curve = harm_curve(error, [2, 6, 9], 5 * error[[2, 6, 9]] ** 1.5)
-    np.testing.assert_allclose(curve[1:-1], 5 * error[1:-1] ** 1.5, rtol=1e-9)
-
-
-def test_a_single_channel_has_a_curve_without_measurements():
-    curve = harm_curve(np.array([1.0, FLOOR]), [], [])
-    np.testing.assert_array_equal(curve, [np.inf, 0.0])
+    menu, kept = menu_of(site, {"b": Correlations.from_samples(x, y)}, {"b": 6})
+    np.testing.assert_array_equal(kept(4), [0, 2, 3, 5])
+    assert menu.error[4] < 1e-6
 
 
 @st.composite
