@@ -9,7 +9,6 @@ from torch import nn
 
 from pysolve.compressed import Compressed
 from pysolve.errors import PysolveError, one_of
-from pysolve.layer.reduced_rank import rank_keeping
 from pysolve.methods.budget import choose, costs_of
 from pysolve.methods.goal import (
     Length,
@@ -228,7 +227,7 @@ def _ranks_as_told(
         ranks, against = dict[str, int](), dict(table.against)
         for name, menu in table.menus.items():
             if energy is not None:
-                wanted: int | None = rank_keeping(menu.error[:-1], energy)
+                wanted: int | None = menu.rank_for(energy)
             else:
                 wanted = rank.get(name) if isinstance(rank, Mapping) else rank
             if wanted is None:

@@ -12,7 +12,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pysolve.correlations import Array, Correlations
 from pysolve.layer.layer_fit import LayerFit
-from pysolve.layer.reduced_rank import error_curve, factor_layer
+from pysolve.layer.reduced_rank import error_curve, factor_layer, rank_keeping
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
 from pysolve.methods.study import Study
 from pysolve.nn.calibration import first_samples, samples_in, take
@@ -38,11 +38,14 @@ class RankMenu(Menu):
     ----------
     spatial : bool
         Whether the factors lie along height and width.
+    lost : (most + 1,) array
+        The error at rank 0 … most without a floor, so that an exact rank shows.
     inner, outer, dense : {"params", "macs", "bytes": number}
         What one rank costs in each factor, and what the layer's weight costs now.
     """
 
     spatial: bool = False
+    lost: Array = field(default_factory=lambda: np.ones(1))
     inner: Costs = field(default_factory=dict)
     outer: Costs = field(default_factory=dict)
     dense: Costs = field(default_factory=dict)
@@ -56,6 +59,10 @@ class RankMenu(Menu):
     def each(self) -> dict[str, float]:
         """What one rank costs."""
         return {measure: self.inner[measure] + self.outer[measure] for measure in self.dense}
+
+    def rank_for(self, energy: float) -> int:
+        """The smallest rank that keeps this share of the energy; most + 1 when none does."""
+        return rank_keeping(self.lost, energy)
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,16 +101,17 @@ class Ranks:
         """What a layer loses at every rank, from one decomposition, and what it costs."""
         layer, kernel = find_layer(study.model, name), tuple(study.weights[name].shape[2:])
         inner, outer, dense = _costs(layer, spatial, self.counts.get(name, 0.0), self.inputs.get(name))
-        most = min(int(np.ceil(dense[what] / (inner[what] + outer[what]))) - 1 for what in dense)
+        most = most_useful(inner, outer, dense)
         known, metric = self._correlations(study, name), self.metrics.get(name)
-        error = error_curve(study.matrix(name), known, most, kernel=kernel, spatial=spatial, metric=metric)
-        error = np.minimum.accumulate(np.append(np.maximum(error, FLOOR), FLOOR))
+        lost = error_curve(study.matrix(name), known, most, kernel=kernel, spatial=spatial, metric=metric)
         fit = partial(self.fit, kernel=kernel, spatial=spatial)
 
         def at(rank: int) -> Chosen:
             return Chosen(fits={name: partial(fit, rank=rank)})
 
-        return RankMenu(name, error, at, spatial=spatial, inner=inner, outer=outer, dense=dense)
+        return RankMenu(
+            name, _floored(lost), at, spatial=spatial, lost=lost, inner=inner, outer=outer, dense=dense
+        )
 
     def fit(self, task: Task, *, rank: int, kernel: tuple[int, ...] = (), spatial: bool = False) -> LayerFit:
         """The best layer of a rank, or as it is where that would be no smaller than the layer became."""
@@ -114,6 +122,11 @@ class Ranks:
 
     def _correlations(self, study: Study, name: str) -> Correlations | None:
         return None if self.plain else study.correlations.get(name)
+
+
+def most_useful(inner: Costs, outer: Costs, dense: Costs) -> int:
+    """The largest rank that costs less than the layer does, in parameters, MACs and bytes."""
+    return min(int(np.ceil(dense[what] / (inner[what] + outer[what]))) - 1 for what in dense)
 
 
 def ranks_of(study: Study, structure: str, plain: bool) -> tuple[Ranks, dict[str, str]]:
@@ -135,6 +148,11 @@ def ranks_of(study: Study, structure: str, plain: bool) -> tuple[Ranks, dict[str
     return replace(
         kind, inputs=layer_inputs(study.model, layers, take(held, 0, TIMED)), counts=counts
     ), against
+
+
+def _floored(lost: Array) -> Array:
+    """The error at every size of a menu, of which the last is the layer as it is."""
+    return np.asarray(np.minimum.accumulate(np.append(np.maximum(lost, FLOOR), FLOOR)))
 
 
 def _reason_against(name: str, layer: nn.Module) -> str | None:
