@@ -1,19 +1,20 @@
 """Ranks under one budget: within it on the real network, nothing left to spend, as good as trying all."""
 
 import itertools
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pysolve.methods.account import costs as counted
-from pysolve.methods.ranks import Candidate, most_useful
 from strategies import seeds
 from torch import nn
 
 import pysolve as ps
-from pysolve.methods.budget import share
+from pysolve.methods.budget import choose
+from pysolve.methods.kinds.ranks import RankMenu, most_useful
+from pysolve.methods.result import costs as counted
 from pysolve.nn.costs import cost_model
 from pysolve.nn.evaluate import layer_macs
 from pysolve.nn.layers.factored import Factored, empty
@@ -49,6 +50,17 @@ def mlp():
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Given(RankMenu):
+    """A layer whose curve is given, not found from measurements."""
+
+    values: np.ndarray | None = None
+
+    @property
+    def curve(self):
+        return self.values
+
+
 def candidates(model, batch, spatial=()):
     """Layers of a network with what they really cost, and curves that fall strictly."""
     found, calls = [], layer_macs(model, batch)
@@ -67,8 +79,9 @@ def candidates(model, batch, spatial=()):
         )
         most = most_useful(inner, outer, dense)
         if most:
-            kernel = tuple(layer.weight.shape[2:])
-            found.append(Candidate(name, kernel, along, np.zeros(most + 1), inner, outer, dense))
+            found.append(
+                Given(name, np.ones(most + 2), None, spatial=along, inner=inner, outer=outer, dense=dense)
+            )
     return found
 
 
@@ -76,30 +89,30 @@ def falling(found, seed):
     rng = np.random.default_rng(seed)
     curves = []
     for one in found:
-        harm = np.sort(rng.random(one.most) ** 3 * 10 ** rng.uniform(-2, 1) + 1e-6)[::-1]
-        curves.append(np.array([np.inf, *harm, 0.0]))
+        falls = np.sort(rng.random(one.most) ** 3 * 10 ** rng.uniform(-2, 1) + 1e-6)[::-1]
+        curves.append(np.array([np.inf, *falls, 0.0]))
     return curves
 
 
 def shared(model, batch, found, curves, targets):
-    names = [one.name for one in found]
-    costs = cost_model(model, [], batch, also=names)
-    sizes, ranks = share(costs, [], found, curves, targets)
+    costs = cost_model(model, [], batch, also=[one.unit for one in found])
+    menus = [replace(one, values=curve) for one, curve in zip(found, curves, strict=True)]
+    sizes, ranks = choose(costs, [], menus, targets)
     assert not len(sizes)
     return ranks
 
 
 def factored(model, found, ranks):
     forms = {
-        f"{one.name}.weight": empty(model.get_submodule(one.name), ranks[one.name], spatial=one.spatial)
+        f"{one.unit}.weight": empty(model.get_submodule(one.unit), ranks[one.unit], spatial=one.spatial)
         for one in found
-        if one.name in ranks
+        if one.unit in ranks
     }
     return ps.apply(model, Plan(forms=forms))
 
 
-def harm(found, curves, ranks):
-    return sum(curve[ranks.get(one.name, -1)] for one, curve in zip(found, curves, strict=True))
+def divergence(found, curves, ranks):
+    return sum(curve[ranks.get(one.unit, -1)] for one, curve in zip(found, curves, strict=True))
 
 
 def within(now, before, targets):
@@ -124,18 +137,18 @@ def test_the_network_that_is_made_costs_no_more_than_the_target_and_no_rank_more
     try:
         ranks = shared(model, batch, found, curves, wanted)
     except ps.PysolveError:
-        smallest = counted(factored(model, found, {one.name: 1 for one in found}), batch)
+        smallest = counted(factored(model, found, {one.unit: 1 for one in found}), batch)
         assert not within(smallest, before, wanted)
         return
     assert within(counted(factored(model, found, ranks), batch), before, wanted)
     for one in found:
-        if one.name not in ranks or ranks[one.name] == one.most:
+        if one.unit not in ranks or ranks[one.unit] == one.most:
             continue
-        more = ranks | {one.name: ranks[one.name] + 1}
+        more = ranks | {one.unit: ranks[one.unit] + 1}
         assert not within(counted(factored(model, found, more), batch), before, wanted)
     for one in found:
-        if one.name in ranks:
-            less = {name: rank for name, rank in ranks.items() if name != one.name}
+        if one.unit in ranks:
+            less = {name: rank for name, rank in ranks.items() if name != one.unit}
             # Of several measures the one counts that a whole layer costs most of.
             assert len(wanted) > 1 or not within(counted(factored(model, found, less), batch), before, wanted)
 
@@ -163,7 +176,7 @@ def test_one_measure_is_shared_out_nearly_as_well_as_by_trying_all_ranks(case, s
         assert best == np.inf
         return
     # Two sites of up to 64 sizes are searched whole.
-    assert harm(found, curves, ranks) == pytest.approx(best)
+    assert divergence(found, curves, ranks) == pytest.approx(best)
 
 
 def test_nothing_is_factored_where_nothing_has_to_be_saved():
@@ -177,28 +190,28 @@ def test_nothing_is_factored_where_nothing_has_to_be_saved():
         assert shared(model, batch, found, curves, {"params": 10**9}) == {}
 
 
-def test_a_layer_that_harms_nobody_is_factored_first():
+def test_a_layer_whose_factoring_changes_nothing_is_factored_first():
     model, batch = mlp()
     found = candidates(model, batch)
     curves = falling(found, 0)
     for i, one in enumerate(found):
-        harms = [*curves]
-        harms[i] = np.array([np.inf, *[1e-9] * one.most, 0.0])
-        ranks = shared(model, batch, found, harms, {"params": 0.9})
-        assert one.name in ranks
+        changed = [*curves]
+        changed[i] = np.array([np.inf, *[1e-9] * one.most, 0.0])
+        ranks = shared(model, batch, found, changed, {"params": 0.9})
+        assert one.unit in ranks
 
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_a_target_out_of_reach_is_refused_and_the_smallest_cost_named(measure):
     model, batch = images()
     found = candidates(model, batch)
-    smallest = counted(factored(model, found, {one.name: 1 for one in found}), batch)
+    smallest = counted(factored(model, found, {one.unit: 1 for one in found}), batch)
     before = counted(model, batch)
     share_left = smallest[measure] / before[measure]
     with pytest.raises(ps.PysolveError, match=rf"{measure}.*{smallest[measure]:,}"):
         shared(model, batch, found, falling(found, 0), {measure: 0.99 * share_left})
     ranks = shared(model, batch, found, falling(found, 0), {measure: int(smallest[measure])})
-    assert ranks == {one.name: 1 for one in found}
+    assert ranks == {one.unit: 1 for one in found}
 
 
 def test_without_candidates_only_a_target_that_holds_already_is_met():
@@ -213,8 +226,8 @@ def test_the_costs_of_a_candidate_are_those_of_the_two_layers():
     for spatial in ((), ("a", "b")):
         for one in candidates(model, batch, spatial):
             for rank in (1, one.most):
-                two = factored(model, [one], {one.name: rank})
-                assert isinstance(two.get_submodule(one.name), Factored)
+                two = factored(model, [one], {one.unit: rank})
+                assert isinstance(two.get_submodule(one.unit), Factored)
                 now, before = counted(two, batch), counted(model, batch)
                 for measure in MEASURES:
                     assert before[measure] - now[measure] == pytest.approx(

@@ -559,7 +559,7 @@ def test_without_anything_to_shrink_the_reasons_are_named(name):
 # --- what the result is worth
 
 
-# Of the first four samples of each of the usual batches, so many are for choosing sizes; the rest for the report.
+# Of the first four samples of each usual batch, so many are for choosing sizes; the rest for the report.
 CHOOSING = (3, 3, 2, 3)
 
 
