@@ -10,27 +10,33 @@ LeNet-5. Matching: ResNet-20, with and without distillation on the same number o
 more often when there are fewer. Every command prints a table in Markdown and writes its rows to a JSON file.
 """
 
+import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
-import common
+# Two BLAS threads on two busy cores wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import numpy as np
 import torch
 import typer
-from common import DATA, DataOption, OutOption, ThreadsOption, found
-from experiment import console, show
-from pysolve.methods.account import distance
-from pysolve.methods.offline import cuts_of
-from pysolve.methods.shrink import shrink
+from networks import DATA, DataOption, OutOption, ThreadsOption, found, write
+from rich.console import Console
 from subjects import CALIBRATION, Subject
 
 from pysolve.cli.datasets import Images, cifar, mnist
-from pysolve.methods.sizes import Sizes, channels_to_keep
-from pysolve.methods.study import Study, study
+from pysolve.methods.compress import made
+from pysolve.methods.kinds.channels import Channels
+from pysolve.methods.price import price, probe
+from pysolve.methods.rebuild import cuts_of
+from pysolve.methods.result import distance
+from pysolve.methods.sizes import Sized, within
+from pysolve.methods.study import Clock, Options, Study, study
+from pysolve.nn.evaluate import accuracy
 from pysolve.nn.layer_matrix import channels, taps
-from pysolve.tables import Table
+from pysolve.tables import Table, as_markdown
 
 TARGETS = {"lenet": {"params": 0.1}, "resnet20": {"macs": 0.5}}
 # Training images that subsets are drawn from.
@@ -40,11 +46,12 @@ SMALL = 1000
 BATCH = 250
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+console = Console(highlight=False, width=150)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One compression: its calibration data, and the compressed network.
+    """One compression: what it was given, and what became of the network.
 
     Parameters
     ----------
@@ -57,10 +64,10 @@ class Row:
         Per cent of the test images.
     divergence : float
         Of the outputs for the test images from the original's.
-    reported : float
-        The same as the report has it, on held-out samples.
+    told : float
+        The same as the report has it, on samples held out from all choices.
     samples, held : int
-        That layers were fitted on, and that were held out.
+        That layers were fitted on, and that the report is measured on.
     rows : float
         Rows (samples × positions) for each input that a layer keeps, of the layer that loses inputs and has
         the fewest.
@@ -75,7 +82,7 @@ class Row:
     draw: int
     accuracy: float
     divergence: float
-    reported: float
+    told: float
     samples: int
     held: int
     rows: float
@@ -102,7 +109,7 @@ def counts(
                 images = drawn(pool, count, draw)
                 rows.append(compressed(subject, images, name, f"{count:,} images", draw))
                 record(out / "calibration" / "counts.json", threads, rows)
-    show(table(rows))
+    console.print("\n".join(as_markdown(table(rows))))
 
 
 @app.command()
@@ -114,7 +121,7 @@ def kinds(threads: ThreadsOption = 1, data: DataOption = DATA, out: OutOption = 
     for given, images in wrong_kinds(data):
         rows.append(compressed(subject, images, "lenet", given, 0))
         record(out / "calibration" / "kinds.json", threads, rows)
-    show(table(rows))
+    console.print("\n".join(as_markdown(table(rows))))
 
 
 @app.command()
@@ -126,7 +133,7 @@ def matching(
     data: DataOption = DATA,
     out: OutOption = Path("results"),
 ) -> None:
-    """Gain of distillation on ResNet-20, by the number of calibration images."""
+    """What distillation adds on ResNet-20, by the number of calibration images."""
     torch.set_num_threads(threads)
     subject, pool = found("resnet20", data, out), pool_of("resnet20", data)
     rows: list[Row] = []
@@ -137,7 +144,7 @@ def matching(
                 images = drawn(pool, count, draw)
                 rows.append(compressed(subject, images, "resnet20", given, draw, epochs))
                 record(out / "calibration" / "matching.json", threads, rows)
-    show(table(rows))
+    console.print("\n".join(as_markdown(table(rows))))
 
 
 def pool_of(name: str, data: Path) -> Images:
@@ -168,13 +175,14 @@ def wrong_kinds(data: Path) -> Iterator[tuple[str, Images]]:
 
 
 def compressed(subject: Subject, images: Images, name: str, given: str, draw: int, epochs: int = 0) -> Row:
-    """``ps.compress`` in its three steps, to see what layers were fitted on."""
+    """``ps.compress`` in its steps, to see what layers were fitted on."""
     batches = torch.from_numpy(images).split(BATCH)
     target = TARGETS[name]
-    known = study(subject.model, batches, progress=False)
-    sizes = channels_to_keep(known, target, None, None, 1)
-    length = {"epochs": epochs} if epochs else 0
-    result = shrink(known, sizes, target=target, distill=length, progress=False)
+    clock, known = Clock(), study(subject.model, batches, Options(progress=False), sites=True)
+    where = probe(known, len(known.free))
+    sizes = within(known, price(known, [Channels().menu(known, s) for s in known.free], where), target, where)
+    length: dict[str, object] = {"epochs": epochs} if epochs else {}
+    result = made(subject.model, known, sizes, clock, target, "sequential", length, None)
     rows = rows_per_input(known, sizes)
     worst = min(rows, key=rows.__getitem__)
     report, test = result.report, torch.from_numpy(subject.x_test).split(BATCH)
@@ -182,9 +190,9 @@ def compressed(subject: Subject, images: Images, name: str, given: str, draw: in
         network=name,
         given=given,
         draw=draw,
-        accuracy=subject.accuracy(result.model),
+        accuracy=accuracy(result.model, subject.x_test, subject.y_test),
         divergence=distance(subject.model, result.model, test),
-        reported=report.divergence,
+        told=report.divergence,
         samples=report.samples,
         held=report.held,
         rows=rows[worst],
@@ -195,20 +203,20 @@ def compressed(subject: Subject, images: Images, name: str, given: str, draw: in
     return row
 
 
-def rows_per_input(known: Study, sizes: Sizes) -> dict[str, float]:
+def rows_per_input(known: Study, sizes: Sized) -> dict[str, float]:
     """Rows for each input that is kept, of all layers that lose some."""
-    cuts = cuts_of(known.free, sizes.kept, known.layers)
+    cuts = cuts_of(sizes.keep, known.layers)
     found = {}
     for name, sums in known.correlations.items():
         layer = known.layers[name].module
-        if len(cuts[name].inputs) < channels(layer)[0]:
+        if name in cuts and len(cuts[name].inputs) < channels(layer)[0]:
             found[name] = sums.count / (len(cuts[name].inputs) * taps(layer))
     return found
 
 
 def record(path: Path, threads: int, rows: Sequence[Row]) -> None:
     """All rows so far in a JSON file."""
-    common.write(path, str(__doc__).partition("\n")[0], threads, rows)
+    write(path, str(__doc__).partition("\n")[0], threads, [asdict(row) for row in rows])
 
 
 def table(rows: Sequence[Row]) -> Table:
@@ -216,8 +224,18 @@ def table(rows: Sequence[Row]) -> Table:
     together: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         together.setdefault((row.network, row.given), []).append(row)
-    head = ("network", "given", "accuracy", "lowest", "highest", "divergence", "reported", "fitted on")
-    more = ("held out", "rows a kept input", "warned")
+    head = (
+        "network",
+        "given",
+        "accuracy",
+        "lowest",
+        "highest",
+        "divergence",
+        "told",
+        "fitted on",
+        "held out",
+    )
+    more = ("rows a kept input", "warned")
     return Table("", (*head, *more), tuple(map(cells, together.values())), words=(0, 1, 10))
 
 
@@ -231,7 +249,7 @@ def cells(draws: Sequence[Row]) -> tuple[str, ...]:
         f"{np.mean(scores):.2f}",
         *([f"{end:.2f}" for end in ends] or ["", ""]),
         f"{np.mean([row.divergence for row in draws]):.4f}",
-        f"{np.mean([row.reported for row in draws]):.4f}",
+        f"{np.mean([row.told for row in draws]):.4f}",
         f"{first.samples:,}",
         f"{first.held:,}",
         f"{first.rows:.2f} ({first.layer})",

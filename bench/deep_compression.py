@@ -142,7 +142,7 @@ def tried(subject: Subject, name: str, retrain: float) -> Iterator[tuple[str, li
 
 def within(subject: Subject, smaller: float, retrain: float, model: nn.Module) -> Compressed:
     batches, target = subject.calibration, 1 / smaller
-    return ps.deep_compress(model, batches, target_bytes=target, retrain=retrain, progress=False)
+    return ps.deep_compress(model, batches, target={"bytes": target}, distill=retrain, progress=False)
 
 
 def in_metric(subject: Subject, model: nn.Module) -> Compressed:

@@ -74,7 +74,7 @@ def by_zeros(
 def by_bytes(model: nn.Module, dataset: Dataset, images: Sequence[Tensor], times: float) -> Iterator[Entry]:
     """Channels, zeros and bits under one number of bytes."""
     start = time.perf_counter()
-    result = ps.deep_compress(model, images, target_bytes=1 / times, progress=False)
+    result = ps.deep_compress(model, images, target={"bytes": 1 / times}, progress=False)
     seconds = time.perf_counter() - start
     right = score(result.model, dataset)
     for (name, coding), taken in zip(CODERS, (0.0, seconds), strict=True):

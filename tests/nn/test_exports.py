@@ -36,7 +36,7 @@ def _made(name, kind):
     if kind != "pruned":
         model = ps.compress(model, [samples(batch, 8, seed) for seed in range(3)], keep=0.5, progress=False)
     if kind != "compressed":
-        model = ps.prune(model, amount=0.5, layout="csr")
+        model = ps.prune(model, amount=0.5, layout="sparse")
     return model.model, batch
 
 
@@ -165,7 +165,7 @@ def counted(monkeypatch):
 @pytest.mark.usefixtures("fresh_compiler")
 def test_what_surrounds_a_sparse_layer_is_compiled():
     model = Net(lambda net, x: nn.functional.gelu(net.a(x)) * x, a=nn.Linear(6, 6))
-    model, batch = ps.prune(model, amount=0.5, layout="csr").model, torch.randn(3, 6)
+    model, batch = ps.prune(model, amount=0.5, layout="sparse").model, torch.randn(3, 6)
     torch._dynamo.utils.counters.clear()
     with torch.no_grad():
         torch.testing.assert_close(torch.compile(model, backend="aot_eager")(batch), model(batch))
@@ -195,7 +195,7 @@ def test_an_onnx_model_holds_entries_alone_or_one_tensor_a_weight_once_the_netwo
     pytest.importorskip("onnxscript")
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(150, 150), nn.ReLU(), nn.Linear(150, 150)).eval()
-    model, batch = ps.prune(model, amount=0.95, layout="csr").model, torch.randn(2, 150)
+    model, batch = ps.prune(model, amount=0.95, layout="sparse").model, torch.randn(2, 150)
     sparse, dense = exported(model, batch), exported(to_dense(model), batch)
     assert [node.op_type for node in dense.graph.node] == ["Gemm", "Relu", "Gemm"]
     state = to_dense(model).state_dict()
@@ -239,7 +239,7 @@ PINNED = {
 @pytest.mark.parametrize(("name", "ignore"), PINNED)
 def test_channels_that_meet_a_sparse_layer_stay_and_the_reason_says_so(name, ignore):
     model, batch = network(name)
-    pruned = ps.prune(model, amount=0.5, layout="csr", ignore=ignore).model
+    pruned = ps.prune(model, amount=0.5, layout="sparse", ignore=ignore).model
     reasons = {writer: site.pinned for site in ps.find_sites(pruned, batch) for writer in site.writers}
     assert None not in reasons.values()
     assert not any("layers.py" in reason or "products.py" in reason for reason in reasons.values())
@@ -253,7 +253,7 @@ def test_layers_apart_from_sparse_ones_can_be_compressed():
     torch.manual_seed(0)
     layers = nn.Linear(5, 12), nn.ReLU(), nn.Linear(12, 9), nn.ReLU(), nn.Linear(9, 8), nn.ReLU()
     model = nn.Sequential(*layers, nn.Linear(8, 3)).eval()
-    pruned = ps.prune(model, amount=0.3, layout="csr", ignore=["0", "2"])
+    pruned = ps.prune(model, amount=0.3, layout="sparse", ignore=["0", "2"])
     assert len(sparse_layers(pruned.model)) == 2
     free = [site.name for site in ps.find_sites(pruned.model, torch.randn(2, 5)) if site.pinned is None]
     assert free == ["0 → 2"]
@@ -269,7 +269,7 @@ def test_layers_apart_from_sparse_ones_can_be_compressed():
 @pytest.mark.parametrize("role", ["writers", "readers"])
 def test_a_site_written_by_hand_cannot_cut_a_sparse_layer(role):
     model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
-    pruned = ps.prune(model, amount=0.5, layout="csr", ignore=["0" if role == "readers" else "2"]).model
+    pruned = ps.prune(model, amount=0.5, layout="sparse", ignore=["0" if role == "readers" else "2"]).model
     plan = Plan((Collapse(Site(6, ("0",), ("2",)), [0, 2]),))
     with pytest.raises(CollapseError, match="SparseLinear"):
         apply(pruned, plan)
@@ -284,7 +284,7 @@ def _factored(name, pruned):
     data = [samples(batch, 24, seed) for seed in range(2)]
     result = ps.low_rank(model, data, rank=1, layout="factored", progress=False)
     if pruned:
-        result = ps.prune(result, amount=0.5, layout="csr")
+        result = ps.prune(result, amount=0.5, layout="sparse")
     return result.model, batch
 
 

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pysolve.methods.offline import cuts_of
 from small import Net, images, network, vectors
 from torch import nn
 from torch.nn.functional import max_pool2d, relu
 
 from pysolve.correlations import group_columns
+from pysolve.methods.rebuild import cuts_of
 from pysolve.nn import lockstep
 from pysolve.nn.apply import apply, masked
 from pysolve.nn.gather import gather
@@ -48,7 +48,7 @@ def refitted(model, batches, sites, kept, *, passes=1, rows=ALL_ROWS, seed=0, **
     """New values, and the plan that they belong to."""
     graph = graph_of(model, batches[0]) if len(batches) == 1 else trace(model, batches[0])
     layers = {layer.name: layer for layer in find_layers(graph, model).values()}
-    cuts = cuts_of(sites, kept, layers)
+    cuts = cuts_of(dict(zip(sites, kept, strict=True)), layers)
     fit = options.pop("fit", nearly(model, cuts))
     sampling = Sampling(rows_per_input=rows, passes=passes, seed=seed)
     given = {"values": {}, "progress": False, **options}

@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pysolve.methods.account import costs
 from scipy.sparse import csr_array
 from torch import nn
 
 import pysolve as ps
 from pysolve.forms import Integers
+from pysolve.methods.result import costs
 from pysolve.nn import QuantLinear, to_dense
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.layers.sharing import unshared
@@ -36,7 +36,7 @@ def test_bytes_are_those_of_real_formats(seed, dtype, density):
     assert one.dense == dense.nbytes
 
 
-@pytest.mark.parametrize("layout", ["dense", "mask", "csr"])
+@pytest.mark.parametrize("layout", ["dense", "masked", "sparse"])
 def test_a_pruned_network_counts_the_same_however_its_layers_run(layout):
     model = ps.prune(network(), amount=0.75, layout=layout).model
     counted = {one.name: one for one in nonzeros(model).tensors}

@@ -51,7 +51,7 @@ def test_zeros_and_layers_that_took_anothers_place_count_as_its_own():
 
 def test_sparse_layers_count_their_entries():
     model = mlp((40, 30, 5))
-    small = ps.prune(model, amount=0.9, layout="csr").model
+    small = ps.prune(model, amount=0.9, layout="sparse").model
     row = masses(model, small, torch.zeros(2, 40))[0]
     assert (row.left, row.macs, row.macs_left) == (120 + 30, 1200, 120)
 

@@ -18,7 +18,6 @@ import torch
 from cuts import SITES
 from hypothesis import given
 from hypothesis import strategies as st
-from pysolve.methods.account import after
 from safetensors import safe_open
 from safetensors.torch import save_file
 from small import NETWORKS, network
@@ -28,6 +27,7 @@ from torch.utils import _pytree as pytree
 import pysolve as ps
 from pysolve.compressed import Compressed
 from pysolve.forms import Codebook, Integers, LowRank, Sparse
+from pysolve.methods.result import following
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.files import storage
 from pysolve.nn.files.architecture import fingerprint
@@ -173,11 +173,11 @@ def test_compressions_remember_what_a_file_needs(tmp_path, monkeypatch):
     def untraced(model, batch):
         raise ps.PysolveError("tracing takes longer than all the rest")
 
-    monkeypatch.setattr("pysolve.methods.study.trace", untraced)
+    monkeypatch.setattr("pysolve.methods.study.trace_once", untraced)
     model, batches = mlp(), [vectors(40)]
     first = ps.compress(model, batches, keep=0.6, progress=False, sites=[narrowed(1, 12, [0]).site])
     second = ps.compress(first, batches, keep=0.7, progress=False, sites=[narrowed(2, 9, [0]).site])
-    third = ps.prune(second, amount=0.5, layout="csr")
+    third = ps.prune(second, amount=0.5, layout="sparse")
     fourth = ps.prune(third, amount=0.2)
     assert first.earlier == ()
     # What was sparse is dense to be pruned again, so it is in the plan before.
@@ -195,13 +195,13 @@ def test_compressions_remember_what_a_file_needs(tmp_path, monkeypatch):
 
 def test_a_network_that_runs_sparse_may_lose_channels_elsewhere(tmp_path):
     model = mlp()
-    first = ps.prune(model, amount={"fc1": 0.5}, layout="csr", ignore=["fc2", "fc3"])
+    first = ps.prune(model, amount={"fc1": 0.5}, layout="sparse", ignore=["fc2", "fc3"])
     plan = Plan((narrowed(2, 9, [1, 5]),), {"fc3.bias": np.ones(4)})
-    second = after(first, Compressed(ps.apply(first.model, plan), plan, REPORT))
+    second = following(first, Compressed(ps.apply(first.model, plan), plan, REPORT))
     assert_restored(second, model, tmp_path / "a.safetensors", vectors())
 
 
-@pytest.mark.parametrize("layout", ["dense", "csr"])
+@pytest.mark.parametrize("layout", ["dense", "sparse"])
 def test_pruned_networks_come_back_small(layout, tmp_path):
     torch.manual_seed(0)
     conv = nn.Conv2d(4, 6, 3, padding=1, groups=2)
@@ -219,7 +219,7 @@ def test_a_sparse_layer_under_two_names_comes_back_as_one(tmp_path):
     shared = nn.Linear(6, 6)
     model = nn.Sequential(shared, nn.ReLU(), shared)
     for amount in (0.5, 0.99):
-        result = ps.prune(model, amount=amount, layout="csr")
+        result = ps.prune(model, amount=amount, layout="sparse")
         loaded = assert_restored(result, model, tmp_path / "a.safetensors", vectors())
         assert loaded[0] is loaded[2]
 
@@ -227,7 +227,7 @@ def test_a_sparse_layer_under_two_names_comes_back_as_one(tmp_path):
 def test_fine_tuned_values_count_also_entries_that_became_zero(tmp_path):
     model = mlp()
     cut = made(model, Plan((narrowed(1, 12, [0, 5]),)))
-    sparse = ps.prune(model, amount=0.5, layout="csr")
+    sparse = ps.prune(model, amount=0.5, layout="sparse")
     for result in (cut, sparse):
         with torch.no_grad():
             for i, parameter in enumerate(result.model.parameters()):
@@ -459,7 +459,7 @@ class Whole:
 def whole_file(folder, coding):
     model = mlp((6, 40, 30, 4))
     result = ps.prune(made(model, Plan((narrowed(1, 40, np.arange(0, 40, 2)),))), amount={"fc2": 0.9})
-    result = ps.prune(result, amount={"fc1": 0.9}, layout="csr")
+    result = ps.prune(result, amount={"fc1": 0.9}, layout="sparse")
     ps.save(result, folder / "a.safetensors", coding=coding)
     return Whole((folder / "a.safetensors").read_bytes(), model, result, folder / "a.safetensors")
 
@@ -877,7 +877,7 @@ def covered(tmp_path_factory):
     model = mlp((6, 40, 30, 4))
     model.again = model.fc2
     model.eval()
-    result = ps.prune(model, amount={"fc1": 0.5, "fc2": 0.9}, layout="mask")
+    result = ps.prune(model, amount={"fc1": 0.5, "fc2": 0.9}, layout="masked")
     path = tmp_path_factory.mktemp("covered") / "a.safetensors"
     ps.save(result, path)
     return Whole(path.read_bytes(), model, result, path)
@@ -917,7 +917,7 @@ def test_masked_networks_go_on_with_what_training_made_of_them(covered):
 def test_files_of_masked_networks_are_smaller_than_dense_ones(amount, tmp_path):
     model = mlp((40, 300, 10))
     save_file(model.state_dict(), tmp_path / "dense")
-    ps.save(ps.prune(model, amount=amount, layout="mask"), tmp_path / "masked")
+    ps.save(ps.prune(model, amount=amount, layout="masked"), tmp_path / "masked")
     dense, masked = ((tmp_path / name).stat().st_size for name in ("dense", "masked"))
     # Entries take a byte more than weights; the record is the rest.
     assert masked < (1 - amount) * 1.25 * dense + 8000
@@ -1027,7 +1027,7 @@ def test_biases_that_come_to_layers_within_factored_ones_come_back(known, tmp_pa
         values={"0.inner.bias": np.ones(3), "0.outer.bias": np.arange(5.0)},
         forms={"0.outer.weight": low(first.model[0].outer, 2)},
     )
-    second = after(first, Compressed(ps.apply(first.model, plan), plan, REPORT))
+    second = following(first, Compressed(ps.apply(first.model, plan), plan, REPORT))
     second = second if known else replace(second, fingerprint=None)
     loaded = assert_restored(second, model, tmp_path / "a.safetensors", vectors())
     assert loaded[0].inner.bias.tolist() == [1, 1, 1]
@@ -1071,7 +1071,7 @@ def test_chains_of_low_rank_and_everything_else_come_back_at_every_step(tmp_path
     inner = chain[-1].model.fc1.inner
     most = inner.weight.numel() // sum(inner.weight.shape) - 1
     chain.append(ps.low_rank(chain[-1], batches, rank={"fc1.inner": max(1, most)}, **quick))
-    chain.append(ps.prune(chain[-1], amount=0.5, layout="csr"))
+    chain.append(ps.prune(chain[-1], amount=0.5, layout="sparse"))
     assert isinstance(chain[2].model.fc1.inner, Factored)
     for result in chain:
         loaded = assert_restored(result, model, tmp_path / "a.safetensors", vectors(3, 20))

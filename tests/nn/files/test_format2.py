@@ -11,12 +11,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pysolve.methods.account import made_with
 from strategies import seeds
 from torch import nn
 
 import pysolve as ps
 from pysolve.compressed import Compressed
+from pysolve.methods.result import made_with
 from pysolve.nn.files import storage
 from pysolve.nn.files.architecture import fingerprint
 from pysolve.nn.files.checkpoint import CODINGS, file_bytes, stored_bytes
@@ -189,7 +189,7 @@ def test_large_tensors_that_cannot_be_made_smaller_are_the_files_own():
 def test_bytes_of_further_names_and_of_places_in_sparse_layers_are_those_of_the_first(coding):
     model = nn.Sequential(nn.Linear(40, 30), nn.ReLU(), nn.Linear(30, 40))
     model.append(model[0])
-    sizes = stored_bytes(ps.prune(model, amount=0.8, layout="csr").model, coding)
+    sizes = stored_bytes(ps.prune(model, amount=0.8, layout="sparse").model, coding)
     assert sizes["0.indices"] == sizes["0.indptr"] == sizes["3.values"] == 0
     entries = 240
     assert 3 * entries < sizes["0.values"] <= 5 * entries + 40
@@ -200,7 +200,7 @@ def test_bytes_of_further_names_and_of_places_in_sparse_layers_are_those_of_the_
 def test_masked_networks_count_without_what_is_masked():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(100, 100))
-    masked = ps.prune(model, amount=0.9, layout="mask").model
+    masked = ps.prune(model, amount=0.9, layout="masked").model
     assert stored_bytes(masked) == stored_bytes(unmasked(masked))
     assert stored_bytes(masked)["0.weight"] < 5500
 

@@ -206,7 +206,7 @@ def chained():
     for name, rank in (("0", 4), ("0.inner", 2)):
         layer = model.get_submodule(name)
         model = ps.apply(model, ps.Plan(forms={f"{name}.weight": factors(layer, [], rank)}))
-    return ps.prune(model, amount={"0.outer": 0.5}, layout="csr").model
+    return ps.prune(model, amount={"0.outer": 0.5}, layout="sparse").model
 
 
 def test_a_network_becomes_dense_again_however_deep_it_was_factored():

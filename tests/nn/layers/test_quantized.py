@@ -9,13 +9,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from pysolve.methods.account import account
 from torch import nn
 
 import pysolve as ps
 from pysolve.compressed import Compressed
 from pysolve.forms import Integers
+from pysolve.methods.result import account
+from pysolve.methods.study import Options, Study
 from pysolve.nn import QuantConv2d, QuantLinear, to_dense, to_torchao
+from pysolve.nn.calibration import Calibration
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.files.architecture import architecture, fingerprint, rebuilt
 from pysolve.nn.layers import integers
@@ -59,7 +61,8 @@ def compressed():
     model = network()
     plan, batch = plan_for(model), images()
     smaller = ps.apply(model, plan, probe=batch)
-    return Compressed(smaller, plan, account(model, smaller, [batch]), (), fingerprint(model))
+    known = Study(model, Options(), calibration=Calibration(0, [batch], [batch]))
+    return Compressed(smaller, plan, account(model, smaller, known), (), fingerprint(model))
 
 
 @st.composite
