@@ -24,7 +24,7 @@ from pysolve.methods.matching import check_trained
 from pysolve.methods.menu import Chosen, Fit, Menu
 from pysolve.methods.price import Probe, price, probe
 from pysolve.methods.quantize import LAYOUTS, coded, in_bytes
-from pysolve.methods.rate import Coded, Subject, about_bytes, subject_of, within_bytes
+from pysolve.methods.rate import Coded, Subject, about_bytes, priced, subject_of, within_bytes
 from pysolve.methods.rebuild import rebuild
 from pysolve.methods.result import NO_REPORT, Evaluate, distance, finish, following, matched
 from pysolve.methods.sizes import Sized, site_reports
@@ -117,7 +117,7 @@ def deep_compress(
     size = in_bytes(asked["bytes"], network) if "bytes" in asked else None
     share = _share(asked.get("params", None if size else 1.0), network)
     kind = Codes(bits=bits)
-    make = partial(subject_of, priced=size is not None, gather=bool(zeros))
+    make = partial(subject_of, to_bytes=size is not None, gather=bool(zeros))
     subject, notes = _studied(partial(make, network, batches, options, kind), share)
     line = _Line(network, subject.study, evaluate)
     line.note("original", network, nbytes(network), 0.0)
@@ -128,6 +128,9 @@ def deep_compress(
             before, subject = _matched_first(before, subject, width.keep, batches, how, line, make)
             width = replace(width, start=None, cut=True)
     keep = {} if width is None or width.cut else width.keep
+    if width is not None and keep and size is not None:
+        subject = priced(subject, keep)
+        width = replace(width, start=replace(width.start, rebuilt=None) if width.start else None)
     if zeros:
         subject = replace(subject, kind=replace(subject.kind, pruned=_pruned(subject, zeros)))
         line.rebuilt("sparse", subject.study, Chosen(keep, subject.kind.pruned))
@@ -271,6 +274,7 @@ def _drafted(subject: Subject, size: int, at: Callable[[float], Sized], share: f
     except PysolveError:
         return _Width(share, Sized((), ()))
     done = within_bytes(subject, size, partial(about_bytes, subject), keep=sized.keep, rough=True)
+    assert done.rebuilt is not None
     network = apply(study.model, plan_of(study, done.rebuilt))
     assert study.calibration is not None
     # Those of the selection set alone are too few to tell widths apart.

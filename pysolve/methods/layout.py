@@ -107,7 +107,7 @@ def plan_of(study: Study, rebuilt: Rebuilt, forms: Mapping[str, Form] | None = N
     return Plan(steps, values, forms)
 
 
-def is_slower(study: Study, menu: RankMenu, rank: int, x: Tensor | None) -> tuple[float, float] | None:
+def seconds_of_both(study: Study, menu: RankMenu, rank: int, x: Tensor | None) -> tuple[float, float] | None:
     """Seconds of a layer for its inputs as it is and factored, medians of calls by turns; None where not seen."""
     if x is None:
         return None

@@ -22,7 +22,7 @@ from pysolve.methods.goal import (
 )
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.kinds.ranks import STRUCTURES, RankMenu, Ranks, ranks_of
-from pysolve.methods.layout import LaidOut, check_layout, is_slower, lay_out
+from pysolve.methods.layout import LaidOut, check_layout, lay_out, seconds_of_both
 from pysolve.methods.menu import Chosen, Menu
 from pysolve.methods.price import Probe, price, probe
 from pysolve.methods.rebuild import Rebuilt, rebuild
@@ -287,7 +287,7 @@ def _without_slower(table: _Table, ranks: Mapping[str, int]) -> _Table:
     against, seconds = dict(table.against), dict(table.seconds)
     for name, rank in ranks.items():
         if rank > seconds.get(name, (0, 0.0, 0.0))[0]:
-            times = is_slower(table.study, menus[name], rank, table.kind.inputs.get(name))
+            times = seconds_of_both(table.study, menus[name], rank, table.kind.inputs.get(name))
             if times is None:
                 continue
             seconds[name] = (rank, *times)

@@ -217,7 +217,13 @@ def _weights(
     zeros = Zeros(goal.method, scope=goal.scope, seed=options.seed, **wanted)  # type: ignore[arg-type]
     gather = goal.method == "wanda" or (goal.method == "obs" and goal.scope == "global")
     found = study(
-        network, batches, options, weights=weights, gather=gather, trace=goal.needs_data, notes=notes
+        network,
+        batches,
+        options,
+        weights=weights,
+        gather=gather,
+        trace=goal.needs_data or bool(goal.distill),
+        notes=notes,
     )
     clock = Clock()
     chosen = zeros.choose(found)

@@ -121,7 +121,7 @@ def quantize(
     _check(scheme, bits, target, group, method, how, layout, batches is None)
     options = Options(ignore, divergence, memory, seed, progress)
     kind = Codes(scheme, bits, group, method)
-    subject = subject_of(network, batches, options, kind, priced=target is not None)
+    subject = subject_of(network, batches, options, kind, to_bytes=target is not None)
     clock, size = Clock(), None if target is None else in_bytes(target["bytes"], network)
     rebuilt, laid = coded(before, subject, network, size, layout, how)
     clock.stage("quantize")
@@ -182,6 +182,7 @@ def coded(
         else:
             done = within_bytes(subject, aim, partial(_file, before, subject), keep=keep, start=start)
         start, rebuilt = done, done.rebuilt
+        assert rebuilt is not None
         if distill:
             rebuilt = matched_codes(subject, rebuilt, teacher, distill)
         laid = lay_out(subject.study, rebuilt, layout)

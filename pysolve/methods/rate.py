@@ -22,9 +22,19 @@ from pysolve.methods.kinds.codes import (
     rounded,
 )
 from pysolve.methods.menu import Chosen
-from pysolve.methods.price import measured, probe_of_codes
-from pysolve.methods.rebuild import Rebuilt, independent, rebuild, tasks_of
+from pysolve.methods.price import probe_of_codes
+from pysolve.methods.rebuild import (
+    Rebuilt,
+    cuts_of,
+    independent,
+    rebuild,
+    task_of,
+    tasks_of,
+    values_of,
+)
 from pysolve.methods.study import Options, Study, study, weights_of
+from pysolve.nn.calibration import samples_in
+from pysolve.nn.divergence import mean_divergence, run
 from pysolve.nn.evaluate import nbytes
 from pysolve.nn.running import Batch, find_matching
 from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
@@ -66,7 +76,8 @@ class Coded:
 
     Parameters
     ----------
-    rebuilt : Rebuilt
+    rebuilt : Rebuilt, optional
+        None where only the price is known.
     lam : float, optional
         What a bit cost.
     bytes : int, optional
@@ -75,7 +86,7 @@ class Coded:
         Of the price, by which the bytes fall about there.
     """
 
-    rebuilt: Rebuilt
+    rebuilt: Rebuilt | None
     lam: float | None = None
     bytes: int | None = None
     power: float = _POWER
@@ -87,7 +98,7 @@ def subject_of(
     options: Options,
     kind: Codes,
     *,
-    priced: bool,
+    to_bytes: bool,
     gather: bool = False,
     sites: bool = False,
 ) -> Subject:
@@ -116,12 +127,12 @@ def subject_of(
         options,
         weights={**weights, **many},
         sites=sites,
-        gather=priced or gather,
+        gather=to_bytes or gather,
         notes=notes,
     )
-    kind = replace(kind, bare=frozenset(many))
     small = {name: value for name, value in bare.items() if name not in many}
-    return Subject(found, small, _priced(found, kind) if priced else kind)
+    subject = Subject(found, small, replace(kind, bare=frozenset(many)))
+    return priced(replace(subject, kind=codes_for(found, subject.kind))) if to_bytes else subject
 
 
 def within_bytes(
@@ -159,9 +170,10 @@ def within_bytes(
 
     def size(lam: float) -> float:
         done = start
-        if done is None or done.lam != lam:
+        if done is None or done.rebuilt is None or done.lam != lam:
             made = rebuild(subject.study, channels | subject.kind.at(lam, names))
             done = Coded(shortened(subject, made), lam, power=power)
+        assert done.rebuilt is not None
         bytes = measure(done.rebuilt)
         found[bytes] = replace(done, bytes=bytes)
         return bytes
@@ -252,17 +264,30 @@ def price_for(
     return None if best is None else best[0]
 
 
-def _priced(found: Study, kind: Codes) -> Codes:
-    """The kind with the divergence of the network's outputs for a unit of every weight's objective."""
-    kind = codes_for(found, kind)
-    if found.calibration is None:
-        return kind
-    where, losses, divergences = probe_of_codes(found, len(found.weights)), {}, {}
-    for name in found.weights:
-        menu = kind.menu(found, name)
-        losses[name] = kind.loss(found, name, independent(found, menu.at(1)).fits[name])
-        divergences[name] = measured(found, menu, [1], where).measured[1]
-    return kind.priced(losses, divergences)
+def priced(subject: Subject, keep: Mapping[Site, Indices] | None = None) -> Subject:
+    """The subject with the divergence of the outputs for a unit of every weight's objective, measured.
+
+    Parameters
+    ----------
+    subject : Subject
+    keep : {Site: (k,) int array}, optional
+        Channels that stay: what errors do depends on how many there are.
+    """
+    study, kind = subject.study, subject.kind
+    if study.calibration is None:
+        return subject
+    base, cuts = independent(study, Chosen(keep or {})), cuts_of(keep or {}, study.layers)
+    where, state = probe_of_codes(study, len(study.weights)), study.model.state_dict()
+    sizes, losses, divergences = [*map(samples_in, where.batches)], {}, {}
+    originals = [*run(study.model, where.batches, base.values)] if keep else where.outputs
+    for name in study.weights:
+        task = task_of(study, cuts, name, prior=base.fits.get(name))
+        fit = kind.trial(task)
+        losses[name] = kind.loss(task, fit)
+        values = {**base.values, **values_of(study, state, cuts, name, fit)}
+        outputs = run(study.model, where.batches, values)
+        divergences[name] = mean_divergence(originals, outputs, sizes, study.options.divergence)
+    return replace(subject, kind=kind.priced(losses, divergences))
 
 
 def beside(subject: Subject) -> float:

@@ -94,7 +94,7 @@ def independent(study: Study, chosen: Chosen) -> Rebuilt:
     fits = {name: _offline(study, cuts, name, fit) for name, fit in _concerned(study, chosen, cuts).items()}
     values: dict[str, Tensor] = {}
     for name, found in fits.items():
-        values |= _values(study, state, cuts, name, found)
+        values |= values_of(study, state, cuts, name, found)
     assert study.calibration is not None
     return Rebuilt(chosen, values, fits, study.calibration.seen)
 
@@ -129,7 +129,7 @@ def cuts_of(keep: Mapping[Site, Indices], layers: Mapping[str, Layer]) -> dict[s
 def tasks_of(study: Study, chosen: Chosen) -> dict[str, Task]:
     """Every weight that takes another form, on the channels that stay and the original's inputs."""
     cuts = cuts_of(chosen.keep, study.layers)
-    return {name: _task(study, cuts, name) for name in chosen.fits}
+    return {name: task_of(study, cuts, name) for name in chosen.fits}
 
 
 def forms_of(study: Study, rebuilt: Rebuilt) -> dict[str, Form]:
@@ -148,8 +148,8 @@ def _plain(study: Study, chosen: Chosen, values: dict[str, Tensor]) -> Rebuilt:
     cuts, fits = cuts_of(chosen.keep, study.layers), {}
     state = study.model.state_dict()
     for name, fit in chosen.fits.items():
-        fits[name] = fit(_task(study, cuts, name).without_data())
-        values |= _values(study, state, cuts, name, replace(fits[name], bias=None))
+        fits[name] = fit(task_of(study, cuts, name).without_data())
+        values |= values_of(study, state, cuts, name, replace(fits[name], bias=None))
     note = "nothing was refitted; errors and divergences of single sites are those with refits"
     return Rebuilt(chosen, values, fits, 0, (note,) if chosen.keep else ())
 
@@ -172,14 +172,14 @@ def _walked(
     known = independent(study, Chosen(chosen.keep))
     for name, found in known.fits.items():
         if not study.walks(name):
-            values |= _values(study, state, cuts, name, found)
+            values |= values_of(study, state, cuts, name, found)
     for name, fit in apart.items():
-        fits[name] = fit(_task(study, cuts, name).without_data())
-        values |= _values(study, state, cuts, name, replace(fits[name], bias=None))
+        fits[name] = fit(task_of(study, cuts, name).without_data())
+        values |= values_of(study, state, cuts, name, replace(fits[name], bias=None))
 
     def fitted(name: str, correlations: Correlations, intercept: bool) -> tuple[Array, Array | None]:
         own = study.layers[name]
-        task = _task(study, cuts, name, prior=known.fits.get(name), previous=fits.get(name))
+        task = task_of(study, cuts, name, prior=known.fits.get(name), previous=fits.get(name))
         found = _fit_layer(
             own, replace(task, correlations=correlations), chosen.fits.get(name), intercept, weights
         )
@@ -227,7 +227,7 @@ def _fit_layer(layer: Layer, task: Task, fit: Fit | None, intercept: bool, weigh
 
 def _offline(study: Study, cuts: Mapping[str, Cut], name: str, fit: Fit) -> LayerFit:
     """A layer on the original's inputs, with a bias only where it has one."""
-    task, layer = _task(study, cuts, name), study.layers.get(name)
+    task, layer = task_of(study, cuts, name), study.layers.get(name)
     if task.correlations is None or layer is None or layer.takes_bias:
         return fit(task)
     return replace(fit(replace(task, correlations=_without_sums(task.correlations))), bias=None)
@@ -242,7 +242,7 @@ def _concerned(study: Study, chosen: Chosen, cuts: Mapping[str, Cut]) -> dict[st
     return {**found, **chosen.fits}
 
 
-def _task(
+def task_of(
     study: Study,
     cuts: Mapping[str, Cut],
     name: str,
@@ -276,7 +276,7 @@ def _restricted(found: Correlations, columns: Indices, rows: Indices) -> Correla
     )
 
 
-def _values(
+def values_of(
     study: Study, state: Mapping[str, Tensor], cuts: Mapping[str, Cut], name: str, found: LayerFit
 ) -> dict[str, Tensor]:
     """New parameters of a layer, or a bare parameter, in their original shapes."""

@@ -148,7 +148,7 @@ def study(
     gather : bool
         Whether the correlations of the weights' layers are needed beforehand; those of the sites' readers are.
     trace : bool
-        Without, samples are only shared out, and nothing is known of the layers.
+        Without, the network does not run, and the first batch is there to measure on.
     notes : sequence of str
 
     Raises
@@ -162,8 +162,8 @@ def study(
     clock = Clock()
     first, batches = peek(batches)
     if not trace:
-        shared, _ = calibrate(model, batches, first, None, {}, [], memory=options.memory)
-        return Study(model, options, weights=weights, calibration=shared, notes=tuple(notes))
+        only = Calibration(0, [first], [first])
+        return Study(model, options, weights=weights, calibration=only, notes=tuple(notes))
     graph, nodes, found, why = _traced(model, first, sites, options.ignore)
     seen = {layer.name: layer for layer in nodes.values()}
     named = [name for site in found for name in (*site.readers, *site.writers)]

@@ -43,7 +43,7 @@ def same(a, b):
 
 
 @BOTH
-@pytest.mark.parametrize("layout", ["dense", "mask", "auto"])
+@pytest.mark.parametrize("layout", ["dense", "masked", "auto"])
 def test_the_amount_is_met_exactly_and_the_original_is_not_changed(prune, layout):
     model = network()
     before, state = copy.deepcopy(model), torch.get_rng_state()
@@ -58,11 +58,11 @@ def test_the_amount_is_met_exactly_and_the_original_is_not_changed(prune, layout
     assert {line.name for line in result.report.layers} == {"0", "4", "6"}
     assert result.report.score_after == 1.0
     assert "trained on labels for 2 epochs" in str(result.report)
-    assert bool(masks_of(result.model)) is (layout == "mask")
+    assert bool(masks_of(result.model)) is (layout == "masked")
 
 
 @BOTH
-@pytest.mark.parametrize("layout", ["dense", "csr", "mask"])
+@pytest.mark.parametrize("layout", ["dense", "sparse", "masked"])
 def test_the_plan_and_the_file_make_the_same_network(prune, layout, tmp_path):
     model = network()
     result = prune(model, loader(), amount=0.8, epochs=1, layout=layout)
@@ -93,8 +93,8 @@ def test_the_same_seed_gives_the_same_network(prune):
 @BOTH
 def test_stages_chain_also_after_a_masked_one(prune, tmp_path):
     model = network()
-    first = ps.prune(model, amount={"4": 0.5}, layout="mask")
-    result = prune(first, loader(), amount=0.8, epochs=1, layout="mask")
+    first = ps.prune(model, amount={"4": 0.5}, layout="masked")
+    result = prune(first, loader(), amount=0.8, epochs=1, layout="masked")
     assert masks_of(first.model)
     again = model
     for plan in (*result.earlier, result.plan):
@@ -106,7 +106,7 @@ def test_stages_chain_also_after_a_masked_one(prune, tmp_path):
 
 @BOTH
 def test_a_masked_network_can_be_the_first(prune, tmp_path):
-    masked = ps.prune(network(), amount=0.5, layout="mask").model
+    masked = ps.prune(network(), amount=0.5, layout="masked").model
     result = prune(masked, loader(), amount=0.8, epochs=1)
     ps.save(result, tmp_path / "a.safetensors")
     assert same(ps.load(tmp_path / "a.safetensors", masked), result.model)
@@ -114,7 +114,7 @@ def test_a_masked_network_can_be_the_first(prune, tmp_path):
 
 @BOTH
 def test_batches_may_be_a_generator_and_layers_sparse_already(prune):
-    sparse = ps.prune(network(), amount={"4": 0.9}, ignore=["0", "6"], layout="csr")
+    sparse = ps.prune(network(), amount={"4": 0.9}, ignore=["0", "6"], layout="sparse")
     assert isinstance(sparse.model[4], SparseLinear)
     result = prune(sparse, (batch for batch in loader()), amount={"0": 0.5}, epochs=1, layout="dense")
     assert zeros(result.model)["0.weight"] == 108
@@ -136,7 +136,7 @@ def test_a_layer_under_two_names_is_pruned_once():
     model = Mlp((6, 8, 8, 3))
     model.again = model.fc2
     x = torch.randn(40, 6)
-    result = prune_gradually(model, [(x, x[:, :3].argmax(1))], amount=0.5, epochs=2, layout="mask")
+    result = prune_gradually(model, [(x, x[:, :3].argmax(1))], amount=0.5, epochs=2, layout="masked")
     assert [line.name for line in result.report.layers] == ["fc1", "fc2", "fc3"]
     assert result.model.again is result.model.fc2
     assert same(ps.apply(model, result.plan), result.model)
@@ -221,6 +221,6 @@ def test_networks_with_a_loss_of_their_own_are_pruned_on_mappings(prune):
 
     torch.manual_seed(0)
     model, x = Scored(), torch.randn(16, 6)
-    result = prune(model, [{"x": x, "labels": x[:, :3].argmax(1)}], amount=0.5, epochs=2, layout="csr")
+    result = prune(model, [{"x": x, "labels": x[:, :3].argmax(1)}], amount=0.5, epochs=2, layout="sparse")
     assert nonzeros(result.model).tensors[0].nonzeros == 9
     assert result.report.divergence >= 0

@@ -7,12 +7,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pysolve.methods.channels import activations, importances, norms
 from small import NETWORKS, network
 from torch import nn
 
 import pysolve as ps
 from pysolve.layer.scores import propagated_importance
+from pysolve.methods.channel_scores import activations, importances, norms
+from pysolve.methods.study import Options, study
 from pysolve.nn.evaluate import parameters
 
 WEIGHTS = ("magnitude", "random", "std", "wanda", "obs")
@@ -152,12 +153,12 @@ def test_obs_and_wanda_take_every_network(name):
 
 
 def test_masked_layers_stay_masked_in_training():
-    result = pruned(amount=0.8, layout="mask")
+    result = pruned(amount=0.8, layout="masked")
     before = zeros(result.model)
     labelled = [(x, x.sum(1).gt(0).long()) for x in batches()]
     ps.finetune(result.model, labelled, epochs=2, progress=False)
     assert zeros(result.model) == before
-    assert [line.layout for line in result.report.layers] == ["mask"] * 3
+    assert [line.layout for line in result.report.layers] == ["masked"] * 3
 
 
 def test_a_network_that_cannot_be_exported_is_fitted_on_the_originals_inputs():
@@ -236,11 +237,12 @@ def test_the_channels_that_stay_are_those_of_the_largest_scores():
 def test_mean_activations_are_those_of_the_network():
     model = mlp()
     x = torch.cat(batches())
-    with torch.no_grad():
-        wanted = model[:2](x).mean(0).numpy()
     sites = [site for site in ps.find_sites(model, x) if site.pinned is None]
-    found = activations(model, batches(), sites, progress=False)
-    np.testing.assert_allclose(found[sites[0].name], wanted, atol=1e-5)
+    known = study(model, batches(), Options(progress=False), sites=sites)
+    seen = torch.cat(known.calibration.kept)
+    with torch.no_grad():
+        wanted = model[:2](seen).mean(0).numpy()
+    np.testing.assert_allclose(activations(known)[sites[0]], wanted, atol=1e-5)
     limit = float(np.median(wanted))
     (step, *_) = pruned(model, method="activation", threshold={"0": limit}).plan.steps
     assert step.keep.tolist() == np.flatnonzero(wanted >= limit).tolist()
@@ -252,7 +254,7 @@ def test_importance_in_a_chain_is_what_was_published():
     found = importances(model, sites)
     wanted = propagated_importance([model[i].weight.detach().numpy() for i in (0, 2, 4)])
     for site, scores in zip(sites, wanted, strict=True):
-        np.testing.assert_allclose(found[site.name], scores, rtol=1e-6)
+        np.testing.assert_allclose(found[site], scores, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -260,12 +262,13 @@ def test_importance_in_a_chain_is_what_was_published():
 )
 def test_scores_exist_for_every_channel_of_every_site(name):
     model, batch = network(name)
-    sites = [site for site in ps.find_sites(model, batch) if site.pinned is None]
-    for found in (norms(model, sites), importances(model, ps.find_sites(model, batch))):
+    every = ps.find_sites(model, batch)
+    sites = [site for site in every if site.pinned is None]
+    for found in (norms(model, sites), importances(model, every)):
         for site in sites:
-            assert found[site.name].shape == (site.channels,)
-            assert (found[site.name] >= 0).all()
-    assert all(found[site.name].any() for site in sites)
+            assert found[site].shape == (site.channels,)
+            assert (found[site] >= 0).all()
+    assert all(found[site].any() for site in sites)
 
 
 def test_one_amount_for_all_sites_takes_the_least_of_all():
@@ -286,18 +289,29 @@ def test_channels_go_to_a_target(method):
         ({"amount": 0.5, "target": {"params": 0.5}}, "got amount and target"),
         ({"amount": 0.5, "refit": "all"}, "unknown refit 'all'"),
         ({"amount": 0.5, "method": "obs", "refit": "none"}, "refits by itself"),
-        ({"amount": 0.5, "method": "ln", "refit": "bias"}, "for single weights"),
         ({"amount": 1.0, "method": "ln"}, "amount must be in"),
-        ({"amount": 0.5, "method": "ln", "layout": "csr"}, "layout='csr' is for single weights"),
-        ({"pattern": "2:4", "method": "lasso"}, "take an amount or a target"),
-        ({"target": {"macs": 0.5}}, "target of params alone"),
-        ({"threshold": 0.1, "method": "std"}, "threshold goes with"),
-        ({"threshold": 0.1, "method": "obs"}, "obs takes an amount, a pattern or a target"),
+        ({"amount": 0.5, "method": "ln", "layout": "sparse"}, "layout=.sparse. is not for"),
+        ({"pattern": "2:4", "method": "lasso"}, "takes amount or target, got pattern"),
+        ({"target": {"macs": 0.5}}, "may name params, got macs"),
+        ({"threshold": 0.1, "method": "std"}, "got threshold"),
+        ({"threshold": 0.1, "method": "obs"}, "takes amount or pattern or target, got threshold"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
         pruned(**options)
+
+
+@pytest.mark.parametrize("method", ["elimination", "lasso"])
+def test_a_share_of_all_channels_together_needs_scores(method):
+    with pytest.raises(ValueError, match="scope"):
+        pruned(method=method, amount=0.5, scope="global")
+
+
+@pytest.mark.parametrize("method", ["magnitude", "obs", "ln", "elimination"])
+def test_an_unknown_scope_is_refused_by_name(method):
+    with pytest.raises(ValueError, match="unknown scope 'Global'"):
+        pruned(method=method, amount=0.5, scope="Global")
 
 
 @pytest.mark.parametrize("options", [{"method": "obs"}, {"method": "ln"}, {"refit": "bias"}])

@@ -11,14 +11,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pysolve.methods.account import distance
-from pysolve.methods.layerwise import study_layers
-from pysolve.methods.quantized import plan_of, quantized
 from small import chains, network
 from torch import nn
 
 import pysolve as ps
 from pysolve.layer.quantize_layer import quantize_layer
+from pysolve.methods.layout import plan_of
+from pysolve.methods.menu import Chosen
+from pysolve.methods.rebuild import rebuild
+from pysolve.methods.result import distance
+from pysolve.methods.study import Options, study
 from pysolve.nn import QuantConv2d, QuantLinear, SparseLinear, profile, to_dense
 from pysolve.nn.apply import apply
 from pysolve.nn.divergence import kl_divergence
@@ -213,7 +215,7 @@ def test_data_help():
 @pytest.mark.parametrize("how", [{"epochs": 8}, {"epochs": 8, "trained": "both"}])
 def test_training_brings_outputs_closer_with_no_more_values(how):
     plain = usual(scheme="codebook", bits=2)
-    taught = quantize(data=batches(), scheme="codebook", bits=2, retrain=how)
+    taught = quantize(data=batches(), scheme="codebook", bits=2, distill=how)
     lost = [distance(mlp(), one.model, batches()) for one in (plain, taught)]
     assert lost[1] < lost[0]
     for name, weight in weights_of(taught.model).items():
@@ -222,7 +224,7 @@ def test_training_brings_outputs_closer_with_no_more_values(how):
 
 
 def test_ternary_training_leaves_two_values_and_zero():
-    result = quantize(data=batches(), scheme="ternary", retrain={"epochs": 3})
+    result = quantize(data=batches(), scheme="ternary", distill={"epochs": 3})
     for name in ("2", "4"):
         values = weights_of(result.model)[name].unique()
         assert len(values) == 3
@@ -241,9 +243,9 @@ def test_ternary_training_leaves_two_values_and_zero():
         {"scheme": "codebook"},
         {"scheme": "ternary"},
         {"scheme": "codebook", "target": {"bytes": 0.2}},
-        {"scheme": "codebook", "retrain": {"epochs": 3}},
-        {"scheme": "codebook", "retrain": {"epochs": 3, "trained": "both", "lr": 0.1}},
-        {"scheme": "ternary", "retrain": {"epochs": 3, "lr": 0.1}},
+        {"scheme": "codebook", "distill": {"epochs": 3}},
+        {"scheme": "codebook", "distill": {"epochs": 3, "trained": "both", "lr": 0.1}},
+        {"scheme": "ternary", "distill": {"epochs": 3, "lr": 0.1}},
     ],
     ids=str,
 )
@@ -267,19 +269,19 @@ def test_layers_compute_the_same_however_they_run(target):
     options = {"scheme": "codebook", "target": target, "seed": 0}
     found = {
         layout: quantize(data=batches(), layout=layout, **options)
-        for layout in ("dense", "auto", "csr", "shared")
+        for layout in ("dense", "auto", "sparse", "shared")
     }
     weights = {layout: weights_of(one.model) for layout, one in found.items() if layout != "shared"}
     if target is None:
         assert same(found["dense"].model, found["shared"].model, batches())
         for x in batches():
-            torch.testing.assert_close(found["csr"].model(x), found["dense"].model(x))
-        assert all(torch.equal(weights["csr"][name], weight) for name, weight in weights["dense"].items())
-    assert {type(one) for one in found["csr"].model[::2]} == {ps.nn.SparseLinear}
+            torch.testing.assert_close(found["sparse"].model(x), found["dense"].model(x))
+        assert all(torch.equal(weights["sparse"][name], weight) for name, weight in weights["dense"].items())
+    assert {type(one) for one in found["sparse"].model[::2]} == {ps.nn.SparseLinear}
     assert len(shared_of(found["shared"].model)) == 4
     assert all(isinstance(one, Shared) for one in shared_of(found["shared"].model).values())
     for layout, one in found.items():
-        assert one.report.after["params"] == one.report.before["params"] or layout in ("auto", "csr")
+        assert one.report.after["params"] == one.report.before["params"] or layout in ("auto", "sparse")
         assert one.report.after["nonzeros"] <= one.report.before["nonzeros"]
         if layout != "auto":
             assert {line.layout for line in one.report.layers} == {layout}
@@ -289,19 +291,19 @@ def test_layers_compute_the_same_however_they_run(target):
 
 
 @pytest.mark.parametrize(
-    ("target", "layout", "retrain"),
+    ("target", "layout", "distill"),
     [
         (1100, "dense", 0),
         (0.4, "dense", {"epochs": 2}),
         (1100, "dense", {"epochs": 2, "trained": "both"}),
-        (1300, "csr", 0),
-        (0.4, "csr", {"epochs": 2}),
+        (1300, "sparse", 0),
+        (0.4, "sparse", {"epochs": 2}),
         (1100, "shared", 0),
     ],
     ids=str,
 )
-def test_the_file_has_no_more_bytes_than_asked_and_few_less(layout, retrain, target, tmp_path):
-    options = {"scheme": "codebook", "layout": layout, "retrain": retrain, "evaluate": lambda _: 12.345}
+def test_the_file_has_no_more_bytes_than_asked_and_few_less(layout, distill, target, tmp_path):
+    options = {"scheme": "codebook", "layout": layout, "distill": distill, "evaluate": lambda _: 12.345}
     result = quantize(data=batches(), target={"bytes": target}, **options)
     ps.save(result, tmp_path / "a")
     size = os.path.getsize(tmp_path / "a")
@@ -372,7 +374,7 @@ def test_a_target_out_of_reach_names_the_smallest_file():
         {"scheme": "int8", "group": 4, "bits": 4},
         {"scheme": "int8-dynamic"},
         {"scheme": "codebook"},
-        {"scheme": "codebook", "layout": "csr"},
+        {"scheme": "codebook", "layout": "sparse"},
         {"scheme": "codebook", "target": {"bytes": 0.3}},
         {"scheme": "ternary"},
     ],
@@ -426,7 +428,7 @@ def test_a_divergence_of_one_s_own_is_what_is_reported():
 
 
 def test_batches_may_come_once():
-    result = quantize(data=iter(batches()), scheme="codebook", target={"bytes": 0.4}, retrain={"epochs": 1})
+    result = quantize(data=iter(batches()), scheme="codebook", target={"bytes": 0.4}, distill={"epochs": 1})
     assert result.report.after["file"] <= 0.4 * nbytes(mlp())
 
 
@@ -455,22 +457,22 @@ def test_a_network_that_cannot_be_exported_is_quantised_all_the_same():
     [
         ({"scheme": "float"}, "unknown scheme 'float'"),
         ({"scheme": "codebook", "method": "up"}, "unknown method 'up'"),
-        ({"scheme": "codebook", "layout": "mask"}, "unknown layout 'mask'"),
+        ({"scheme": "codebook", "layout": "masked"}, "layout=.masked. is not for"),
         ({"bits": 4}, "bits are for int8 and codebook"),
         ({"scheme": "ternary", "bits": 2}, "bits are for int8 and codebook"),
         ({"scheme": "codebook", "bits": 9}, "bits must be a whole number of 1 … 8"),
         ({"scheme": "codebook", "bits": 2.5}, "bits must be a whole number of 1 … 8"),
         ({"scheme": "int8", "bits": 1}, "bits must be a whole number of 2 … 8"),
-        ({"target": {"bytes": 0.1}}, 'a target is for scheme="codebook"'),
-        ({"scheme": "codebook", "target": {"params": 0.1}}, "to a target of bytes alone, got params"),
+        ({"target": {"bytes": 0.1}}, "a target needs"),
+        ({"scheme": "codebook", "target": {"params": 0.1}}, "may name bytes, got params"),
         ({"scheme": "codebook", "target": {"bytes": -1}}, "bytes"),
-        ({"scheme": "codebook", "target": {"bytes": 0.1}, "method": "nearest"}, 'needs method="feedback"'),
+        ({"scheme": "codebook", "target": {"bytes": 0.1}, "method": "nearest"}, "got codebook, nearest"),
         ({"scheme": "codebook", "group": 8}, "groups of inputs are for int8"),
         ({"scheme": "int8", "group": 0}, "group must be a whole number of at least 1"),
-        ({"scheme": "int8", "layout": "csr"}, "layout and retrain are for codebook and ternary"),
-        ({"scheme": "int8", "retrain": 1.0}, "layout and retrain are for codebook and ternary"),
-        ({"scheme": "codebook", "retrain": {"lr": 0.1}}, "retrain must name seconds or epochs"),
-        ({"scheme": "codebook", "retrain": {"epochs": 1, "trained": "all"}}, "trained must be one of"),
+        ({"scheme": "int8", "layout": "sparse"}, "layout=.sparse. is not for"),
+        ({"scheme": "int8", "distill": 1.0}, "distill is for codebook and ternary"),
+        ({"scheme": "codebook", "distill": {"lr": 0.1}}, "distill must name seconds or epochs"),
+        ({"scheme": "codebook", "distill": {"epochs": 1, "trained": "all"}}, "unknown trained 'all'"),
     ],
     ids=str,
 )
@@ -485,8 +487,8 @@ def test_what_cannot_be_meant_is_refused_before_any_work(options, message):
 
 
 def test_training_needs_data_and_networks_something_to_quantise():
-    with pytest.raises(ValueError, match="retrain needs batches"):
-        quantize(scheme="codebook", retrain=1.0)
+    with pytest.raises(ValueError, match="distill needs batches"):
+        quantize(scheme="codebook", distill=1.0)
     with pytest.raises(ps.PysolveError, match="nothing to quantise"):
         quantize(nn.Sequential(nn.ReLU()))
     with pytest.raises(ps.PysolveError, match="nothing to quantise"):
@@ -510,14 +512,14 @@ def test_training_needs_data_and_networks_something_to_quantise():
 def test_layers_of_whole_numbers_are_not_passed_over_in_silence(again):
     result = usual(scheme="int8")
     for one in (result, result.model):
-        with pytest.raises(ps.PysolveError, match=r"0 is a layer of whole numbers.*nn\.dense\.to_dense"):
+        with pytest.raises(ps.PysolveError, match=r"0 is a layer of integers.*nn\.to_dense"):
             again(one)
     assert quantize(to_dense(result.model), scheme="codebook").report.layers
 
 
 def test_sparse_layers_are_quantised_too_and_keep_their_zeros(tmp_path):
-    pruned = ps.prune(mlp(), batches(), amount=0.8, layout="csr", progress=False)
-    for layout in ("dense", "csr"):
+    pruned = ps.prune(mlp(), batches(), amount=0.8, layout="sparse", progress=False)
+    for layout in ("dense", "sparse"):
         result = quantize(pruned, batches(), scheme="codebook", layout=layout)
         assert [line.name for line in result.report.layers] == ["0", "2", "4", "6"]
         old, new = weights_of(pruned.model), weights_of(result.model)
@@ -525,7 +527,7 @@ def test_sparse_layers_are_quantised_too_and_keep_their_zeros(tmp_path):
             assert not weight[old[name] == 0].any()
             assert len(weight.unique()) <= 16
         assert type(pruned.model[0]) is SparseLinear
-        assert type(result.model[0]) is (SparseLinear if layout == "csr" else nn.Linear)
+        assert type(result.model[0]) is (SparseLinear if layout == "sparse" else nn.Linear)
         assert same(reduce(ps.apply, (*result.earlier, result.plan), mlp()), result.model, batches())
         ps.save(result, tmp_path / "a")
         assert same(ps.load(tmp_path / "a", mlp()), result.model, batches())
@@ -556,8 +558,8 @@ def sentences(n=3):
     [
         {"scheme": "codebook"},
         {"scheme": "codebook", "layout": "shared"},
-        {"scheme": "codebook", "layout": "auto", "retrain": {"epochs": 2}},
-        {"scheme": "ternary", "retrain": {"epochs": 2}},
+        {"scheme": "codebook", "layout": "auto", "distill": {"epochs": 2}},
+        {"scheme": "ternary", "distill": {"epochs": 2}},
     ],
     ids=str,
 )
@@ -588,17 +590,17 @@ def test_bytes_are_shared_out_to_embeddings(tmp_path):
         assert 0.8 * 1800 < os.path.getsize(tmp_path / "a") <= 1800 < 0.4 * nbytes(model)
 
 
-def test_what_follows_makes_up_for_what_embeddings_lost():
+def test_what_follows_compensates_what_embeddings_lost():
     model, data = words(), sentences()
-    material = study_layers(model, data, ["0", "1", "3"], gathered=False, progress=False)
+    weights = {name: model.get_submodule(name).weight for name in ("0", "1", "3")}
+    known = study(model, data, Options(progress=False), weights=weights, gather=False)
 
-    def fit(name, W, known):
-        return quantize_layer(W, known, bits=1 if name == "0" else 8)
+    def fit(task):
+        return quantize_layer(task.weight, task.correlations, bits=1 if task.name == "0" else 8)
 
-    layers = {name: model.get_submodule(name) for name in ("0", "1", "3")}
-    done = quantized(layers, material, fit, progress=False)
-    alone = replace(done, forms={"0": done.forms["0"]}, values={})
-    lost = [distance(model, apply(model, plan_of(one)), data, kl_divergence) for one in (done, alone)]
+    done = rebuild(known, Chosen(fits=dict.fromkeys(weights, fit)))
+    alone = replace(done, values={"0.weight": done.values["0.weight"]}, fits={"0": done.fits["0"]})
+    lost = [distance(model, apply(model, plan_of(known, one)), data, kl_divergence) for one in (done, alone)]
     assert lost[0] < 0.8 * lost[1]
 
 
@@ -657,15 +659,15 @@ def test_other_parameters_take_8_bits_or_16_and_buffers_stay(options, tmp_path):
     assert same(ps.load(tmp_path / "a", recurrent()), result.model, data)
 
 
-@pytest.mark.parametrize("retrain", [0, {"epochs": 1}])
-def test_recurrent_weights_have_few_values_trained_or_not(retrain):
+@pytest.mark.parametrize("distill", [0, {"epochs": 1}])
+def test_recurrent_weights_have_few_values_trained_or_not(distill):
     model = recurrent()
     with torch.no_grad():
         model[2].gru.weight_hh_l0[::2] = 0
-    result = quantize(model, sentences(), scheme="codebook", retrain=retrain)
+    result = quantize(model, sentences(), scheme="codebook", distill=distill)
     weight = result.model[2].gru.weight_hh_l0
     assert 100 < len(weight.unique()) <= 256
-    assert retrain or not weight[::2].any()
+    assert distill or not weight[::2].any()
 
 
 def test_what_is_ignored_keeps_every_bit():

@@ -1,4 +1,4 @@
-"""Every sample is held back or given on, once and in order, whatever form the batches have."""
+"""Every sample is held out or given on, once and in order, whatever form the batches have."""
 
 import pytest
 import torch
@@ -53,12 +53,18 @@ SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
 
 @given(SIZES.filter(lambda sizes: max(sizes) > 1), st.sampled_from(sorted(FORMS)))
-def test_held_back_and_given_on_are_all_samples_once_and_in_order(sizes, form):
+def test_held_out_and_given_on_are_all_samples_once_and_in_order(sizes, form):
     calibration = Calibration(limit=10**6)
     given_on = all_numbers(calibration.stream(iter(numbered(sizes, form))))
-    held, kept = all_numbers(calibration.held), all_numbers(calibration.kept)
-    assert sorted(held + given_on) == list(range(sum(sizes)))
+    held, apart, kept = map(all_numbers, (calibration.held, calibration.apart, calibration.kept))
+    if calibration.apart is calibration.held:
+        # Too few samples for a third of them.
+        assert len(held) < 3
+        apart = []
+    assert sorted(held + apart + given_on) == list(range(sum(sizes)))
     assert held == sorted(held)
+    assert apart == sorted(apart)
+    assert len(apart) == (len(held) + len(apart)) // 3
     assert kept == given_on == sorted(given_on)
     assert calibration.seen == calibration.used == len(given_on)
     assert held
@@ -74,13 +80,15 @@ def test_no_more_is_kept_than_may_be(sizes, limit):
 
 
 @given(st.lists(st.integers(2, 2000), min_size=1, max_size=6))
-def test_about_an_eighth_is_held_back_up_to_a_limit(sizes):
+def test_about_an_eighth_is_held_out_up_to_a_limit(sizes):
     calibration = Calibration(limit=1)
     for _ in calibration.stream(numbered(sizes)):
         pass
-    held = len(all_numbers(calibration.held))
-    assert held <= HELD_SAMPLES
-    assert held == min(HELD_SAMPLES, sum(max(1, size // 8) for size in sizes))
+    chosen_on = len(all_numbers(calibration.held))
+    apart = 0 if calibration.apart is calibration.held else len(all_numbers(calibration.apart))
+    assert chosen_on <= HELD_SAMPLES
+    assert apart == (chosen_on + apart) // 3
+    assert chosen_on + apart == min(HELD_SAMPLES * 3 // 2, sum(max(1, size // 8) for size in sizes))
 
 
 def test_single_samples_are_all_given_on_and_measured_with_as_well():
@@ -89,9 +97,10 @@ def test_single_samples_are_all_given_on_and_measured_with_as_well():
     assert given_on == list(range(300))
     # In one batch: statistics over its samples would be none over one.
     assert [numbers(batch) for batch in calibration.held] == [given_on[:HELD_SAMPLES]]
+    assert calibration.apart is calibration.held
 
 
-def test_a_batch_that_is_held_back_keeps_its_form():
+def test_a_batch_that_is_held_out_keeps_its_form():
     calibration = Calibration(limit=10**6)
     (batch,) = calibration.stream(numbered([16], "mapping"))
     assert batch["scale"] == 2.0

@@ -1,4 +1,4 @@
-"""Weights in few bits: the menu of a price of a bit, integers, codebooks, and what is no layer's weight."""
+"""Weights in few bits: integers, codebooks at a price of a bit, and parameters that are no layer's weight."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pysolve.correlations import AnyArray, Array, Correlations
 from pysolve.forms import Codebook, Integers, QuantForm
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.layer.quantize_layer import quantize_layer
-from pysolve.methods.menu import Chosen, Fit, Menu, Task
+from pysolve.methods.menu import Chosen, Fit, Task
 from pysolve.methods.study import Study
 from pysolve.nn.sensitivity import sensitivities
 from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
@@ -86,18 +86,12 @@ class Codes:
             return replace(found, form=replace(found.form, dynamic=True))
         return found
 
-    def menu(self, study: Study, name: str) -> Menu:
-        """One size, a price at which little is lost: what the sensitivity of the weight is measured with."""
-        W, known = study.matrix(name), study.correlations.get(name)
-        energy = (
-            float(np.square(W).mean()) if known is None else float(np.trace(known.centered().r_yy)) / W.size
-        )
-        lam = _TRIED * energy
-
-        def at(size: int) -> Chosen:
-            return Chosen(fits={name: partial(self.fit_priced, lam=lam)} if size else {})
-
-        return Menu(name, np.ones(3), at)
+    def trial(self, task: Task) -> LayerFit:
+        """A layer's weights at a price at which little is lost, to measure what that does to the network."""
+        W, known = task.weight, task.correlations
+        if known is None:
+            return self.fit_priced(task, lam=_TRIED * float(np.square(W).mean()))
+        return self.fit_priced(task, lam=_TRIED * float(np.trace(known.centered().r_yy)) / W.size)
 
     def at(self, lam: float, names: Collection[str]) -> Chosen:
         """Every weight where a bit costs ``lam`` of divergence."""
@@ -121,16 +115,16 @@ class Codes:
         fit = self.pruned.get(task.name)
         return task if fit is None else replace(task, weight=fit(task).weight)
 
-    def loss(self, study: Study, name: str, fit: LayerFit) -> float:
-        """The objective that a fit of a weight on the original's correlations has lost."""
-        change, known = fit.weight - study.matrix(name), study.correlations.get(name)
+    def loss(self, task: Task, fit: LayerFit) -> float:
+        """The objective that a fit has lost against the task's own weights."""
+        change, known = fit.weight - task.weight, task.correlations
         if known is None:
             return 0.5 * float(np.square(change).sum())
         lost = np.einsum("ij,ij->i", change @ known.centered().r_xx, change)
-        return 0.5 * float(self.outputs[name] @ lost)
+        return 0.5 * float(self.outputs[task.name][task.outputs] @ lost)
 
     def priced(self, losses: Mapping[str, float], divergences: Mapping[str, float]) -> Codes:
-        """With sensitivities from what every weight's menu lost and did."""
+        """With sensitivities from what every weight's trial lost and did."""
         found = {name: divergences[name] / loss if loss > 0 else 0.0 for name, loss in losses.items()}
         least = _LEAST * float(np.median([value for value in found.values() if value > 0] or [1.0]))
         return replace(self, sensitivity={name: max(one, least) for name, one in found.items()})

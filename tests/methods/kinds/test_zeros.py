@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import pysolve as ps
-from pysolve.methods import sparse_layout as layouts
+from pysolve.methods import layout as layouts
 from pysolve.nn import to_dense
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
 from pysolve.report.rows import Latency
@@ -45,7 +45,7 @@ def timing(monkeypatch, dense, sparse):
     monkeypatch.setattr(layouts, "latency", latency)
 
 
-@pytest.mark.parametrize("layout", ["dense", "csr"])
+@pytest.mark.parametrize("layout", ["dense", "sparse"])
 @pytest.mark.parametrize("scope", ["local", "global"])
 def test_the_smallest_weights_are_zero_however_the_layers_run(layout, scope):
     model = network()
@@ -63,12 +63,12 @@ def test_the_smallest_weights_are_zero_however_the_layers_run(layout, scope):
         assert torch.equal(new[~gone], old[~gone])
         assert old[gone].abs().max() <= old[~gone].abs().min()
     sparse = ["SparseConv2d", "SparseLinear", "SparseLinear"]
-    assert kinds(result.model) == (sparse if layout == "csr" else ["Conv2d", "Linear", "Linear"])
+    assert kinds(result.model) == (sparse if layout == "sparse" else ["Conv2d", "Linear", "Linear"])
 
 
 def test_sparse_and_dense_layouts_compute_the_same():
     x = batches()[0]
-    dense, sparse = (ps.prune(network(), amount=0.7, layout=layout).model for layout in ("dense", "csr"))
+    dense, sparse = (ps.prune(network(), amount=0.7, layout=layout).model for layout in ("dense", "sparse"))
     with torch.no_grad():
         torch.testing.assert_close(sparse(x), dense(x))
 
@@ -77,7 +77,7 @@ def test_layers_run_sparse_where_that_is_faster(monkeypatch):
     timing(monkeypatch, dense=3e-3, sparse=1e-3)
     result = ps.prune(network(), batches(), amount={"3": 0.9, "5": 0.9})
     assert kinds(result.model) == ["Conv2d", "SparseLinear", "SparseLinear"]
-    assert [line.layout for line in result.report.layers] == ["dense", "csr", "csr"]
+    assert [line.layout for line in result.report.layers] == ["dense", "sparse", "sparse"]
     assert [line.why for line in result.report.layers] == [
         "nothing was pruned",
         "3.0 times as fast on 20 samples",
@@ -114,7 +114,7 @@ def test_without_batches_nothing_is_timed_and_that_is_said():
 def test_layers_without_a_sparse_form_are_pruned_dense():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv1d(2, 4, 3), nn.ConvTranspose1d(4, 3, 2))
-    result = ps.prune(model, amount=0.5, layout="csr")
+    result = ps.prune(model, amount=0.5, layout="sparse")
     assert [line.why for line in result.report.layers] == [
         "a Conv1d has no sparse form",
         "a ConvTranspose1d has no sparse form",
@@ -123,8 +123,8 @@ def test_layers_without_a_sparse_form_are_pruned_dense():
 
 
 def test_sparse_layers_are_pruned_further_and_keep_their_zeros(tmp_path):
-    first = ps.prune(network(), batches(), amount=0.5, layout="csr")
-    again = ps.prune(first, batches(), amount=0.8, layout="csr")
+    first = ps.prune(network(), batches(), amount=0.5, layout="sparse")
+    again = ps.prune(first, batches(), amount=0.8, layout="sparse")
     assert kinds(first.model) == kinds(again.model) == ["SparseConv2d", "SparseLinear", "SparseLinear"]
     old, new = (to_dense(one.model).state_dict() for one in (first, again))
     for name in ("0.weight", "3.weight", "5.weight"):
@@ -142,14 +142,14 @@ def test_sparse_layers_are_pruned_further_and_keep_their_zeros(tmp_path):
 
 def test_a_network_that_is_one_layer_is_pruned_dense():
     model = nn.Linear(6, 4)
-    result = ps.prune(model, amount=0.5, layout="csr")
+    result = ps.prune(model, amount=0.5, layout="sparse")
     assert type(result.model) is nn.Linear
     assert int((result.model.weight == 0).sum()) == 12
     assert "put it into an nn.Sequential" in result.report.layers[0].why
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["auto", "csr"])
+@pytest.mark.parametrize("layout", ["auto", "sparse"])
 def test_half_precision_is_pruned_dense(dtype, layout):
     model = nn.Sequential(nn.Linear(8, 4)).to(dtype)
     result = ps.prune(model, [torch.randn(5, 8, dtype=dtype)], amount=0.5, layout=layout)
@@ -175,7 +175,7 @@ def test_a_layer_called_by_keywords_is_pruned_but_not_timed():
 
 def test_the_report_counts_what_is_left():
     model = network()
-    result = ps.prune(model, batches(), amount=0.75, layout="csr", evaluate=lambda m: float(len(list(m))))
+    result = ps.prune(model, batches(), amount=0.75, layout="sparse", evaluate=lambda m: float(len(list(m))))
     entries = sum(w.numel() - int(0.75 * w.numel()) for w in (model[i].weight for i in (0, 3, 5)))
     report = result.report
     assert report.after["nonzeros"] == report.after["params"] == entries + 8 + 40 + 5
@@ -198,7 +198,11 @@ def test_layers_can_be_left_alone_and_stages_chain(monkeypatch):
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"layout": "coo"}, ValueError, "unknown layout 'coo'; choose one of auto, dense, csr, mask"),
+        (
+            {"layout": "coo"},
+            ValueError,
+            "unknown layout 'coo'; choose one of auto, dense, sparse, factored, shared, masked",
+        ),
         ({"method": "norm"}, ValueError, "unknown method"),
         ({"ignore": ["6"]}, ps.LayerNotFoundError, "no layer '6'"),
         ({"ignore": ["re:fc"]}, ps.LayerNotFoundError, "matches 're:fc'"),
@@ -212,7 +216,7 @@ def test_what_cannot_be_meant_is_refused(options, kind, message):
 
 
 def test_forms_in_a_plan_must_fit_the_network():
-    form = ps.prune(network(), amount=0.5, layout="csr").plan.forms["3.weight"]
+    form = ps.prune(network(), amount=0.5, layout="sparse").plan.forms["3.weight"]
     with pytest.raises(ps.CollapseError, match=r"5\.weight cannot take this form: .* shape \(5, 40\)"):
         ps.apply(network(), ps.Plan(forms={"5.weight": form}))
     with pytest.raises(ps.CollapseError, match=r"has no tensor '1\.weight'"):
@@ -233,7 +237,7 @@ def test_a_shared_layer_is_replaced_under_all_its_names():
     torch.manual_seed(0)
     shared = nn.Linear(6, 6)
     model = nn.Sequential(shared, nn.ReLU(), shared)
-    result = ps.prune(model, amount=0.5, layout="csr").model
+    result = ps.prune(model, amount=0.5, layout="sparse").model
     assert result[0] is result[2]
     x = torch.randn(3, 6)
     expected = ps.prune(model, amount=0.5, layout="dense").model(x)
