@@ -13,6 +13,7 @@ import torch
 
 import pysolve as ps
 from pysolve.methods import goal, layout, menu, price, rebuild, result, study
+from pysolve.methods.kinds import codes
 
 ROOT = Path(__file__).parent.parent
 PAGES = {p.relative_to(ROOT).as_posix(): p.read_text() for p in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}

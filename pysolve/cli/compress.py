@@ -7,12 +7,13 @@ from pysolve.cli.options import Value
 
 _INPUTS = ("network", "data", "weights")
 _OUTPUTS = (
-    *("refit", "layout", "distill", "ignore", "test", "out"),
+    *("distill", "ignore", "test", "out"),
     *("state_dict", "limit", "device", "seed", "as_json", "quiet"),
 )
+_REFITTED = ("refit", "layout", *_OUTPUTS)
 
 
-@command(*_INPUTS, "target", "select", "round_to", *_OUTPUTS, out="compressed")
+@command(*_INPUTS, "target", "select", "round_to", "refit", *_OUTPUTS, out="compressed")
 def compress(**given: Value) -> None:
     """Make a network smaller, without labels and without training; write it with a report."""
     from pysolve.cli.commands import write_compressed
@@ -20,7 +21,7 @@ def compress(**given: Value) -> None:
     write_compressed("compress", given)
 
 
-@command(*_INPUTS, "method", "amount", "target", "pattern", "scope", *_OUTPUTS, out="pruned")
+@command(*_INPUTS, "method", "amount", "target", "pattern", "scope", *_REFITTED, out="pruned")
 def prune(**given: Value) -> None:
     """Prune single weights or channels by any method, without training; write the network with a report."""
     from pysolve.cli.commands import write_compressed
@@ -28,7 +29,7 @@ def prune(**given: Value) -> None:
     write_compressed("prune", given)
 
 
-@command(*_INPUTS, "target", "rank", "energy", "prune", "method", "structure", *_OUTPUTS, out="factored")
+@command(*_INPUTS, "target", "rank", "energy", "prune", "method", "structure", *_REFITTED, out="factored")
 def low_rank(**given: Value) -> None:
     """Factor layers into two smaller ones, without training; write the network with a report."""
     from pysolve.cli.commands import write_compressed
@@ -38,7 +39,7 @@ def low_rank(**given: Value) -> None:
     write_compressed("low_rank", given)
 
 
-@command(*_INPUTS, "scheme", "bits", "target", "group", "method", *_OUTPUTS, out="quantized")
+@command(*_INPUTS, "scheme", "bits", "target", "group", "method", "layout", *_OUTPUTS, out="quantized")
 def quantize(**given: Value) -> None:
     """Store the weights of a network in few bits; write it with a report."""
     from pysolve.cli.commands import write_compressed
@@ -46,7 +47,7 @@ def quantize(**given: Value) -> None:
     write_compressed("quantize", given)
 
 
-@command(*_INPUTS, "bytes", "target", "zeros", "bits", *_OUTPUTS, out="deep")
+@command(*_INPUTS, "bytes", "target", "zeros", "bits", "layout", *_OUTPUTS, out="deep")
 def deep_compress(**given: Value) -> None:
     """Make a network's file as small as asked: fewer channels, zeros, few values, coded; write it."""
     from pysolve.cli.commands import write_compressed

@@ -9,6 +9,7 @@ import sys
 import textwrap
 import time
 from dataclasses import fields
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 import pysolve as ps
-from pysolve.cli.commands import duration_of, targets_of
+from pysolve.cli.commands import Job, duration_of, targets_of
 from pysolve.cli.inputs import load_network, load_samples
 from pysolve.cli.main import app
 from pysolve.errors import PysolveError
@@ -382,3 +383,10 @@ def test_a_folder_has_a_part_to_learn_from_and_one_to_test_on(mnist_folder):
     assert len(load_samples(str(mnist_folder)).labelled()[0]) == 60_000
     assert len(load_samples(str(mnist_folder), train=False).labelled()[0]) == 10_000
     assert [len(batch) for batch in load_samples(str(mnist_folder)).batches(600)] == [250, 250, 100]
+
+
+@pytest.mark.parametrize("verb", ["compress", "prune", "low_rank", "quantize", "deep_compress"])
+def test_options_of_a_command_are_arguments_of_its_function(verb):
+    command = next(one for one in app.registered_commands if one.callback.__name__ == verb)
+    options = {*signature(command.callback).parameters} - {field.name for field in fields(Job)}
+    assert options - {"state_dict", "bytes"} <= {*signature(getattr(ps, verb)).parameters}
