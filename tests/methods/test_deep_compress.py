@@ -310,7 +310,7 @@ def test_networks_of_other_kinds_are_compressed(name):
         ({}, "give target, zeros or bits"),
         ({"target_bytes": 0}, "target for bytes must be"),
         ({"target_bytes": float("inf")}, "target for bytes must be"),
-        ({"target_params": "half"}, "target for params must be"),
+        ({"target_params": float("nan")}, "target for params must be"),
         ({"target_params": -0.5}, "target for params must be"),
         ({"zeros": -0.1}, "zeros must be"),
         ({"zeros": 1.0}, r"zeros must be in \[0, 1\)"),

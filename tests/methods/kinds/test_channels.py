@@ -9,7 +9,7 @@ from strategies import correlated_samples, seeds
 
 from pysolve.correlations import Correlations
 from pysolve.methods.kinds.channels import reader_columns, site_menu, site_problem
-from pysolve.methods.menu import FLOOR, divergence_curve
+from pysolve.methods.menu import FLOOR
 from pysolve.nn.layer_matrix import matrix, samples
 from pysolve.plan import Site
 from pysolve.solve.least_squares import refit
@@ -144,43 +144,6 @@ def test_channels_that_never_change_go_first_however_large_they_are():
     menu = site_menu(site, problem, left)
     np.testing.assert_array_equal(kept(menu, 4), [0, 2, 3, 5])
     assert menu.error[4] < 1e-6
-
-
-CURVES = st.lists(st.floats(1e-8, 1.0), min_size=3, max_size=12).map(lambda e: np.sort([*e, FLOOR])[::-1])
-
-
-@given(CURVES, st.data())
-def test_a_curve_never_rises_is_infinite_at_none_and_zero_at_all(error, data):
-    channels = len(error) - 1
-    sizes = data.draw(st.lists(st.integers(1, channels), min_size=1, max_size=4, unique=True))
-    divergences = data.draw(st.lists(st.floats(0, 10.0), min_size=len(sizes), max_size=len(sizes)))
-    curve = divergence_curve(error, sizes, divergences)
-    assert curve.shape == (channels + 1,)
-    assert np.all(curve[:-1] >= curve[1:])
-    assert curve[0] == np.inf
-    assert curve[-1] == 0.0
-    assert np.isfinite(curve[1:]).all()
-
-
-@given(seeds, st.integers(1, 4))
-def test_a_curve_passes_through_measurements_that_do_not_contradict_it(seed, count):
-    rng = np.random.default_rng(seed)
-    error = np.concatenate([np.cumprod([1.0, *rng.uniform(0.3, 0.95, 9)]), [FLOOR]])
-    sizes = np.sort(rng.permutation(np.arange(1, 10))[:count])
-    divergences = np.sort(10 ** rng.uniform(-6, 1, count))[::-1]
-    curve = divergence_curve(error, sizes, divergences)
-    np.testing.assert_allclose(curve[sizes], divergences, rtol=1e-9)
-
-
-def test_between_measurements_divergence_is_a_power_of_the_error():
-    error = np.geomspace(1, 1e-6, 13)
-    curve = divergence_curve(error, [2, 6, 9], 5 * error[[2, 6, 9]] ** 1.5)
-    np.testing.assert_allclose(curve[1:-1], 5 * error[1:-1] ** 1.5, rtol=1e-9)
-
-
-def test_a_single_channel_has_a_curve_without_measurements():
-    curve = divergence_curve(np.array([1.0, FLOOR]), [], [])
-    np.testing.assert_array_equal(curve, [np.inf, 0.0])
 
 
 @st.composite
