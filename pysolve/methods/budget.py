@@ -55,12 +55,12 @@ def costs_of(study: Study, *, also: Sequence[str] = ()) -> Costs:
 def choose(
     costs: Costs, sites: Sequence[Menu], layers: Sequence[RankMenu], target: Target, *, round_to: int = 1
 ) -> tuple[list[int], dict[str, int]]:
-    """How many channels each site keeps, and which layers are factored at which rank, for the least divergence.
+    """Channels that each site keeps, and ranks of the layers that are factored, for the least divergence.
 
     Divergences add up. What a layer costs as two, r (a · inputs + b · outputs), and as one, inputs · outputs,
     both depend on the channels that the sites around it keep. For a set of layers that may be factored,
-    channels and ranks are shared out together; the set itself is found by leaving out what stays as it is, and
-    by trying the layers one by one.
+    channels and ranks are shared out together; the set itself is found by leaving out what stays as it is,
+    and by trying the layers one by one.
 
     Parameters
     ----------

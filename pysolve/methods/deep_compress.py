@@ -78,10 +78,10 @@ def deep_compress(
     batches : iterable of batches
         As ``compress`` takes them, unlabelled.
     target : {"bytes" and/or "params": number}, optional
-        "bytes": what the file may take, a number or a share of the original's tensors. Zeros and values follow
-        from one price of a bit for all weights; of several widths that one is taken whose outputs are closest to
-        the original's. "params": parameters after channels were removed, a number or a share; 1 keeps all
-        channels. By default searched for with "bytes", and otherwise 1.
+        "bytes": what the file may take, a number or a share of the original's tensors. Zeros and values
+        follow from one price of a bit for all weights; of several widths that one is taken whose outputs are
+        closest to the original's. "params": parameters after channels were removed, a number or a share; 1
+        keeps all channels. By default searched for with "bytes", and otherwise 1.
     zeros : float, optional
         Share of the weights that is pruned before the rest is quantised; by default none by itself.
     bits : int, optional
@@ -130,7 +130,6 @@ def deep_compress(
     keep = {} if width is None or width.cut else width.keep
     if width is not None and keep and size is not None:
         subject = priced(subject, keep)
-        width = replace(width, start=replace(width.start, rebuilt=None) if width.start else None)
     if zeros:
         subject = replace(subject, kind=replace(subject.kind, pruned=_pruned(subject, zeros)))
         line.rebuilt("sparse", subject.study, Chosen(keep, subject.kind.pruned))
@@ -266,25 +265,28 @@ def _sized(study: Study, menus: Sequence[Menu], where: Probe, share: float) -> S
     return Sized(known, kept, predicted)
 
 
-def _drafted(subject: Subject, size: int, at: Callable[[float], Sized], share: float) -> _Width:
+def _drafted(
+    subject: Subject, size: int, at: Callable[[float], Sized], share: float, near: Coded | None = None
+) -> _Width:
     """What channels for a share of the parameters leave within about the bytes."""
     study = subject.study
     try:
         sized = at(share)
     except PysolveError:
         return _Width(share, Sized((), ()))
-    done = within_bytes(subject, size, partial(about_bytes, subject), keep=sized.keep, rough=True)
+    done = within_bytes(subject, size, partial(about_bytes, subject), keep=sized.keep, start=near, rough=True)
     assert done.rebuilt is not None
     network = apply(study.model, plan_of(study, done.rebuilt))
     assert study.calibration is not None
     # Those of the selection set alone are too few to tell widths apart.
     seen = [*first_samples(study.calibration.kept, _SAMPLES), *study.held]
-    return _Width(share, sized, distance(study.model, network, seen, study.options.divergence), done)
+    lost = distance(study.model, network, seen, study.options.divergence)
+    return _Width(share, sized, lost, replace(done, rebuilt=None))
 
 
-def _least(width: Callable[[float], _Width], start: float) -> _Width:
+def _least(width: Callable[[float, Coded | None], _Width], start: float) -> _Width:
     """The width of least divergence: up, or else down, as long as that gains."""
-    best = width(start if start < _WHOLE else 1.0)
+    best = width(start if start < _WHOLE else 1.0, None)
     tried = {best.share: best.divergence}
     for factor in (_WIDER, 1 / _WIDER):
         share = next(iter(tried))
@@ -292,7 +294,7 @@ def _least(width: Callable[[float], _Width], start: float) -> _Width:
             share = share * factor if share * factor < _WHOLE else 1.0
             if share in tried:
                 break
-            new = width(share)
+            new = width(share, best.start)
             tried[share] = new.divergence
             best = new if new.divergence < best.divergence else best
     return best

@@ -1,4 +1,4 @@
-"""How the layers of a rebuilt network run: dense, sparse, factored, shared, masked or as integers, by their times."""
+"""How the layers of a rebuilt network run: dense, sparse, factored, shared, masked or as integers."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def lay_out(study: Study, rebuilt: Rebuilt, layout: str = "auto") -> LaidOut:
     study : Study
     rebuilt : Rebuilt
     layout : str
-        Of ``LAYOUTS``. "auto" takes another layout where that was measured to be faster and takes fewer bytes.
+        Of ``LAYOUTS``. "auto": sparse where that was measured to be faster and takes fewer bytes.
     """
     forms = forms_of(study, rebuilt)
     names = {name: weight_name(study.model, name) for name in rebuilt.chosen.fits if name in rebuilt.fits}
@@ -108,7 +108,7 @@ def plan_of(study: Study, rebuilt: Rebuilt, forms: Mapping[str, Form] | None = N
 
 
 def seconds_of_both(study: Study, menu: RankMenu, rank: int, x: Tensor | None) -> tuple[float, float] | None:
-    """Seconds of a layer for its inputs as it is and factored, medians of calls by turns; None where not seen."""
+    """Median seconds of a layer for its inputs, as it is and factored, by turns; None where not seen."""
     if x is None:
         return None
     layer = find_layer(study.model, str(menu.unit))

@@ -1,4 +1,4 @@
-"""``low_rank``: layers that are factored into two smaller ones, and channels removed under the same target."""
+"""``low_rank``: layers that are factored into two smaller ones, and channels under the same target."""
 
 from __future__ import annotations
 
@@ -84,8 +84,8 @@ def low_rank(
         Of 2-d convolutions: the kernel to r channels and 1 × 1 behind, or k × 1 and 1 × k; by default
         whichever loses less at half the cost.
     prune : bool
-        With a target: channels may be removed as well, as ``compress`` does it. Each layer is pruned, factored,
-        both, or left alone, for the least divergence together, and refitted once.
+        With a target: channels may be removed as well, as ``compress`` does it. Each layer is pruned,
+        factored, both, or left alone, for the least divergence together, and refitted once.
     refit : "sequential", "independent" or "none"
         As ``compress`` has it; "none" where only weights are approximated.
     layout : "auto" or "factored"
@@ -113,8 +113,8 @@ def low_rank(
     Raises
     ------
     PysolveError
-        When a layer named by ``rank`` cannot be factored, or would not be smaller; no layer can be factored; a
-        target out of reach.
+        When a layer named by ``rank`` cannot be factored, or would not be smaller; no layer can be factored;
+        a target out of reach.
     TypeError, ValueError
         Arguments that make no sense, before any work.
 

@@ -1,4 +1,4 @@
-"""What one unit of a network may become: its menu of sizes, what a size means, and the task of fitting a layer."""
+"""What one unit of a network may become: its menu of sizes, and the task of fitting a layer."""
 
 from __future__ import annotations
 

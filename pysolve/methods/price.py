@@ -16,9 +16,9 @@ from pysolve.nn.calibration import first_samples, samples_in
 from pysolve.nn.divergence import mean_divergence, run
 from pysolve.nn.running import Batch, Output
 
-# Work for measuring divergences, in samples through the whole network; shared by all units, so that it does not
-# grow with the square of the depth. Fewer samples than the least tell too little: of codes, with 250, those of one
-# layer were off by factors of three to seven.
+# Work for measuring divergences, in samples through the whole network; shared by all units, so that it does
+# not grow with the square of the depth. Fewer samples than the least tell too little: of codes, with 250,
+# those of one layer were off by factors of three to seven.
 PROBE_SAMPLES, LEAST_SAMPLES, LEAST_OF_CODES = 16384, 48, 256
 
 

@@ -1,4 +1,4 @@
-"""``prune``: every pruning method of the field by one function, one vocabulary: single weights or channels."""
+"""``prune``: every pruning method of the field by one function: single weights or channels."""
 
 from __future__ import annotations
 
@@ -147,9 +147,9 @@ def prune(
     norm : float
         n of "ln": 1, 2 or infinity.
     refit : "none", "bias", "independent" or "sequential"
-        What becomes of the other weights: nothing; biases that restore each output's mean; or least squares on
-        the original's outputs, each layer on the original's inputs, or layer after layer from the front on the
-        pruned network's. Default: "sequential" for "obs", "elimination" and "lasso", otherwise "none".
+        What becomes of the other weights: nothing; biases that restore each output's mean; or least squares
+        on the original's outputs, each layer on the original's inputs, or layer after layer from the front on
+        the pruned network's. Default: "sequential" for "obs", "elimination" and "lasso", otherwise "none".
     layout : "auto", "dense", "sparse" or "masked"
         "dense": zeros are stored and multiplied. "sparse": each Linear and Conv2d becomes a ``SparseLinear``
         or ``SparseConv2d``. "auto": only where that takes fewer bytes and at most nine tenths of the dense
@@ -206,7 +206,7 @@ def _weights(
     options: Options,
     evaluate: Evaluate | None,
 ) -> Compressed:
-    """Single weights become zero, the others are refitted, layers run sparse where that is faster and smaller."""
+    """Single weights become zero, others are refitted, layers run sparse where that is faster and smaller."""
     weights, notes = weights_of(network, options.ignore)
     if not weights:
         raise PysolveError("there is nothing to prune: no Linear layer or convolution has its own weight.")

@@ -28,7 +28,7 @@ from pysolve.nn.running import Batch
 from pysolve.plan import Site
 
 LAYOUTS = ("dense", "auto", "sparse", "shared")
-# Share of a target, and least bytes, left for what layouts and training change; how often it is tried to hold it.
+# Share of a target, and least bytes, left for what layouts and training change; tries to hold it.
 _SPARE, _FEWEST, _TRIES = 0.01, 24, 4
 
 

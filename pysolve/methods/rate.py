@@ -40,8 +40,8 @@ from pysolve.nn.running import Batch, find_matching
 from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
 from pysolve.plan import Site
 
-# The share of the file's bytes that may be left unused, and walks to come so close.
-_CLOSE, _WALKS = 0.03, 6
+# The share of the file's bytes that may be left unused, walks to come so close, and the share that is near.
+_CLOSE, _WALKS, _NEAR = 0.03, 6, 0.05
 # Bytes of a file's record and tables, about.
 _RECORD = 1000
 # Logarithms of the least factors of a price that a search tries, at first and later, and of the greatest; the
@@ -102,7 +102,7 @@ def subject_of(
     gather: bool = False,
     sites: bool = False,
 ) -> Subject:
-    """Study a network whose weights are to take few bits; with a target, what errors of each do to its outputs.
+    """Study a network whose weights are to take few bits; for bytes, what errors of each do to its outputs.
 
     Raises
     ------
@@ -159,7 +159,7 @@ def within_bytes(
     start : Coded, optional
         What came near the target.
     rough : bool
-        Come near the target from either side, in few walks.
+        Come near the target from either side, in one or two walks without second fits.
 
     Raises
     ------
@@ -171,7 +171,7 @@ def within_bytes(
     def size(lam: float) -> float:
         done = start
         if done is None or done.rebuilt is None or done.lam != lam:
-            made = rebuild(subject.study, channels | subject.kind.at(lam, names))
+            made = rebuild(subject.study, channels | subject.kind.at(lam, names), passes=int(not rough))
             done = Coded(shortened(subject, made), lam, power=power)
         assert done.rebuilt is not None
         bytes = measure(done.rebuilt)
@@ -194,7 +194,7 @@ def within_bytes(
         power = _power(seen)
     if rough:
         first = size(guess)
-        if abs(first / target - 1) > _CLOSE:
+        if abs(first / target - 1) > _NEAR:
             size(_next(target, [(guess, first)], power))
         return found[min(found, key=lambda bytes: abs(bytes - target))]
     price_for(target, size, guess, steps=_WALKS, close=_CLOSE, power=power)

@@ -1,4 +1,4 @@
-"""New weights of a network of which channels, forms or both were chosen: the lockstep walk, or layer by layer."""
+"""New weights of a network of which channels or forms were chosen: the lockstep walk, or layer by layer."""
 
 from __future__ import annotations
 
@@ -51,9 +51,7 @@ class Rebuilt:
     notes: tuple[str, ...] = ()
 
 
-def rebuild(
-    study: Study, chosen: Chosen, refit: str = "sequential", *, values: Mapping[str, Tensor] | None = None
-) -> Rebuilt:
+def rebuild(study: Study, chosen: Chosen, refit: str = "sequential", *, passes: int = 1) -> Rebuilt:
     """Refit a network to what the original computes.
 
     Parameters
@@ -61,14 +59,13 @@ def rebuild(
     study : Study
     chosen : Chosen
     refit : "sequential", "independent", "bias" or "none"
-        Layer after layer from the front, on the rebuilt network's inputs; every layer on the original's; biases
-        alone, so that outputs keep their means; or weights that are left stay as they are.
-    values : {state-dict name: tensor}, optional
-        What changes besides.
+        Layer after layer from the front, on the rebuilt network's inputs; every layer on the original's;
+        biases alone, so that outputs keep their means; or weights that are left stay as they are.
+    passes : int
+        Further fits of layers that a ReLU follows, with targets that it leaves free.
     """
-    given = dict(values or {})
     if refit == "none" or study.calibration is None:
-        return _plain(study, chosen, given)
+        return _plain(study, chosen)
     if refit == "independent" or study.graph is None:
         found = independent(study, chosen)
         why = (
@@ -76,7 +73,7 @@ def rebuild(
             if refit == "independent" or chosen.fits
             else (_why_independent("the network cannot be exported"),)
         )
-        return replace(found, values={**given, **found.values}, notes=why)
+        return replace(found, notes=why)
     batches, reason = _batches(study)
     if not batches and chosen.fits:
         raise PysolveError(
@@ -85,7 +82,8 @@ def rebuild(
         )
     if not batches:
         return replace(independent(study, chosen), notes=(_why_independent(reason),))
-    return _walked(study, chosen, given, batches, reason, weights=refit == "sequential")
+    moves = Sampling(passes=passes if refit == "sequential" else 0, seed=study.options.seed)
+    return _walked(study, chosen, batches, reason, moves, weights=refit == "sequential")
 
 
 def independent(study: Study, chosen: Chosen) -> Rebuilt:
@@ -143,9 +141,9 @@ def forms_of(study: Study, rebuilt: Rebuilt) -> dict[str, Form]:
     return found
 
 
-def _plain(study: Study, chosen: Chosen, values: dict[str, Tensor]) -> Rebuilt:
+def _plain(study: Study, chosen: Chosen) -> Rebuilt:
     """Forms of the weights alone; nothing is refitted."""
-    cuts, fits = cuts_of(chosen.keep, study.layers), {}
+    cuts, fits, values = cuts_of(chosen.keep, study.layers), dict[str, LayerFit](), dict[str, Tensor]()
     state = study.model.state_dict()
     for name, fit in chosen.fits.items():
         fits[name] = fit(task_of(study, cuts, name).without_data())
@@ -155,18 +153,13 @@ def _plain(study: Study, chosen: Chosen, values: dict[str, Tensor]) -> Rebuilt:
 
 
 def _walked(
-    study: Study,
-    chosen: Chosen,
-    values: dict[str, Tensor],
-    batches: Sequence[Batch],
-    reason: str,
-    *,
-    weights: bool,
+    study: Study, chosen: Chosen, batches: Sequence[Batch], reason: str, sampling: Sampling, *, weights: bool
 ) -> Rebuilt:
     """The lockstep walk: every layer on what the rebuilt network reads by now."""
     assert study.graph is not None
     assert study.calibration is not None
-    state, cuts, fits = study.model.state_dict(), cuts_of(chosen.keep, study.layers), dict[str, LayerFit]()
+    state, cuts = study.model.state_dict(), cuts_of(chosen.keep, study.layers)
+    fits, values = dict[str, LayerFit](), dict[str, Tensor]()
     # What cannot be refitted on the way, and where refits of readers begin.
     apart = {name: fit for name, fit in chosen.fits.items() if not study.walks(name)}
     known = independent(study, Chosen(chosen.keep))
@@ -196,7 +189,7 @@ def _walked(
         new_biases=study.new_biases if chosen.keep else (),
         only=None if chosen.keep else {name for name in study.weights if study.walks(name)},
         always={name for name in chosen.fits if study.walks(name)},
-        sampling=Sampling(passes=int(weights), seed=study.options.seed),
+        sampling=sampling,
         progress=study.options.progress,
     )
     used, seen = sum(map(samples_in, batches)), study.calibration.seen
@@ -234,7 +227,7 @@ def _offline(study: Study, cuts: Mapping[str, Cut], name: str, fit: Fit) -> Laye
 
 
 def _concerned(study: Study, chosen: Chosen, cuts: Mapping[str, Cut]) -> dict[str, Fit]:
-    """How to fit every layer that loses inputs or takes another form, where the original's inputs are known."""
+    """Fits of the layers that lose inputs, where the original's are known, or take another form."""
     found: dict[str, Fit] = {}
     for name, cut in cuts.items():
         if name in study.correlations and len(cut.inputs) < channels(study.layers[name].module)[0]:

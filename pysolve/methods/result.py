@@ -96,7 +96,7 @@ def finish(
     if selected and study.apart is study.held:
         notes = (
             *notes,
-            "the divergence is measured on the samples that sizes were chosen on; with 2,200 there are others",
+            "the divergence is that of the samples that sizes were chosen on; with 3,100 there are others",
         )
     few = few_samples(_given(study), study.correlations)
     stuck = pinned(report.mass, study.sites) if any(site.pinned is None for site in study.sites) else []

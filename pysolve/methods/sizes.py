@@ -1,4 +1,4 @@
-"""How many channels every site keeps: within a target, as told, or by a penalty; and what the report says of it."""
+"""How many channels every site keeps: within a target, as told, or by a penalty; and the report of it."""
 
 from __future__ import annotations
 

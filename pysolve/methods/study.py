@@ -106,12 +106,12 @@ class Study:
         return frozenset(layer.name for layer in readers if layer.calls == 1 and not layer.takes_bias)
 
     def walks(self, name: str) -> bool:
-        """Whether a layer can be refitted on the way through the graph, or without one on what was gathered."""
+        """Whether a layer can be refitted on the way through the graph, or without one on what is known."""
         layer = self.layers.get(name)
         return layer is not None and (layer.calls == 1 if self.graph else name in self.correlations)
 
     def matrix(self, name: str) -> Array:
-        """A weight as the matrix M of  y = M x + b, in double precision; of what has no such, ``flatten(1)``."""
+        """A weight as the matrix M of  y = M x + b, in double precision; else its ``flatten(1)``."""
         if name in self.layers:
             return np.asarray(matrix(self.layers[name].module).double().cpu().numpy())
         return np.asarray(as_array(self.weights[name].flatten(1)), np.float64)
@@ -146,7 +146,7 @@ def study(
     sites : sequence of Site, or bool
         Whether channels may go: those of these sites, or of all that are found.
     gather : bool
-        Whether the correlations of the weights' layers are needed beforehand; those of the sites' readers are.
+        Whether correlations of the weights' layers are needed beforehand, beside those of sites' readers.
     trace : bool
         Without, the network does not run, and the first batch is there to measure on.
     notes : sequence of str
@@ -198,7 +198,7 @@ def study(
 def weights_of(
     model: nn.Module, ignore: Sequence[str] = (), kinds: tuple[type[nn.Module], ...] = WEIGHTED
 ) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights of layers of some kinds that can be changed, by the layers' names, and notes of those that cannot.
+    """Weights of layers that can be changed, by the layers' names, and notes of those that cannot.
 
     Raises
     ------

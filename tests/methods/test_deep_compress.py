@@ -343,7 +343,7 @@ def test_what_is_no_network_is_refused():
 def test_the_best_width_near_the_start_is_found(best, start):
     calls = []
 
-    def width(share):
+    def width(share, near):
         calls.append(share)
         return _Width(share, NOTHING, abs(share - best))
 
@@ -356,7 +356,8 @@ def test_the_best_width_near_the_start_is_found(best, start):
 def test_widths_that_cannot_be_are_passed_over():
     assert (
         _least(
-            lambda share: _Width(share, NOTHING) if share < 0.3 else _Width(share, NOTHING, 1 / share), 0.2
+            lambda share, near: _Width(share, NOTHING) if share < 0.3 else _Width(share, NOTHING, 1 / share),
+            0.2,
         ).share
         > 0.3
     )

@@ -53,7 +53,7 @@ class Channels:
 def site_menu(
     site: Site, problem: Problem, left: Sequence[float], select: str | Array = "elimination"
 ) -> Menu:
-    """The menu of a site from its readers' problem, as ``site_problem`` gives it; of scores the largest stay."""
+    """The menu of a site from the problem that ``site_problem`` gives; of scores the largest stay."""
     if not isinstance(select, str):
         order = np.argsort(-np.asarray(select, dtype=np.float64), kind="stable")
         return _sampled(site, problem, left, lambda k: np.sort(order[:k]), "scores")

@@ -23,8 +23,8 @@ from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
 SCHEMES = {"int8-dynamic": "int", "int8": "int", "codebook": "codebook", "ternary": "ternary"}
 # Entries of a parameter from which on a table of values is small beside it.
 MANY = 4096
-# Error of a weight, as a share of its part of the outputs' energy, that a bit costs when divergence is measured;
-# the least sensitivity that counts, as a share of the median; what an output's error counts at least.
+# Error of a weight, as a share of its part of the outputs' energy, that a bit costs when divergence is
+# measured; the least sensitivity that counts, as a share of the median; what an output counts at least.
 _TRIED, _LEAST, _OUTPUT = 3e-3, 1e-2, 1e-3
 # Bytes of a file for each value that a layer shares, and how often it occurs.
 _VALUE = 5
@@ -63,7 +63,7 @@ class Codes:
     pruned: Mapping[str, Fit] = field(default_factory=dict)
 
     def choose(self, study: Study) -> Chosen:
-        """Every weight in as many bits as asked for; of ternary networks the first and the last in sixteen values."""
+        """Every weight in as many bits as asked for; of ternary networks the first and last in 16 values."""
         names = [*study.weights]
         layers = [name for name in names if name not in self.bare]
         edges = {layers[0], layers[-1]} if self.scheme == "ternary" and len(layers) > 2 else set()
@@ -131,7 +131,7 @@ class Codes:
 
 
 def codes_for(study: Study, kind: Codes) -> Codes:
-    """Codebooks whose outputs count by what they do to the network's; without data, by weights' own energy."""
+    """Codes of outputs that count by what they do to the network's; without data, by weights' own energy."""
     if study.calibration is None:
         energy = {name: float(np.square(study.matrix(name)).sum()) for name in study.weights}
         return replace(kind, sensitivity={name: 1.0 / (whole or 1.0) for name, whole in energy.items()})

@@ -32,7 +32,7 @@ Costs = Mapping[str, float]
 
 @dataclass(frozen=True, eq=False)
 class RankMenu(Menu):
-    """Every rank at which a layer's two factors are smaller than the layer; the last size is the layer as it is.
+    """Every rank at which a layer's factors are smaller than the layer; the last size is the layer as it is.
 
     Parameters
     ----------
@@ -85,7 +85,7 @@ class Ranks:
     counts: Mapping[str, float] = field(default_factory=dict)
 
     def menus(self, study: Study, name: str) -> list[RankMenu]:
-        """A layer in both structures, that first which loses less at half the cost; none where no rank pays."""
+        """A layer in both structures, first the one that loses less at half the cost; none where no rank pays."""
         kernel = tuple(study.weights[name].shape[2:])
         flat = len(kernel) != 2 or min(kernel) == 1
         ways = {"channel": [False], "spatial": [True], "auto": [False, True]}[self.structure]
@@ -171,7 +171,7 @@ def _metrics(study: Study, layers: Mapping[str, Layer]) -> dict[str, Array]:
 def _costs(
     layer: nn.Module, spatial: bool, count: float, x: Tensor | None
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
-    """What one rank costs in the inner and the outer layer, and what the weight costs now; ``count``: its MACs."""
+    """Costs of one rank in the inner and the outer layer, and of the weight now; ``count``: its MACs."""
     assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
     form, weight = empty(layer, 1, spatial=spatial), layer.weight
     sizes = [form.inner.size, form.outer.size, weight.numel()]

@@ -1,4 +1,4 @@
-"""Single weights that are removed: which ones, by scores or by optimal brain surgeon, and what the others become."""
+"""Single weights that are removed, by scores or by optimal brain surgeon, and what the others become."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Zeros:
         return Chosen(fits={**fits, **self._by_losses(study, walked)})
 
     def _by_losses(self, study: Study, weights: Mapping[str, AnyArray]) -> dict[str, Fit]:
-        """Optimal brain surgeon; of an amount of all weights together, each layer's part by its curve of error."""
+        """Optimal brain surgeon; of an amount of all weights together, each layer's part by its error curve."""
         if self.scope == "global" and self.amount is not None and not isinstance(self.amount, Mapping):
             curves = {
                 n: error_curve(w, study.correlations[n])
