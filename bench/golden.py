@@ -187,7 +187,7 @@ def character_loss(outputs: Tensor, labels: Tensor) -> Tensor:
 
 NETWORKS: dict[str, Callable[[Path, Path], Network]] = {
     "lenet": lambda data, weights: images(lenet(data, weights), 8, 10_000),
-    "resnet20": lambda data, weights: images(resnet20(data, weights), 2, 2_000),
+    "resnet20": lambda data, weights: images(resnet20(data, weights), 4, 2_000),
     "transformer": transformer,
 }
 ALL = ",".join(NETWORKS)

@@ -42,7 +42,7 @@ def keep_by_share(scores: Mapping[Site, Array], amount: float) -> dict[str | Sit
 def keep_above(
     scores: Mapping[Site, Array], threshold: float | Mapping[str, float]
 ) -> dict[str | Site, float]:
-    """How many channels reach a threshold, at least one a site; all where a mapping names none of its writers."""
+    """How many channels reach a threshold, at least one a site; all where a mapping has no writer of it."""
     found: dict[str | Site, float] = {}
     for site, own in scores.items():
         limit = threshold

@@ -72,7 +72,7 @@ def exactly_one(given: Mapping[str, object]) -> str:
 
 
 def check_target(target: object, measures: Collection[str] | None = None, why: str = "") -> None:
-    """Refuse a target that is no mapping of measures to shares or numbers, or names others than ``measures``."""
+    """Refuse a target that is no mapping of measures to numbers, or names others than ``measures``."""
     check_targets(target)
     assert isinstance(target, Mapping)
     if measures is not None and not set(target) <= set(measures):

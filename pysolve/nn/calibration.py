@@ -22,8 +22,8 @@ from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.running import Batch, arguments
 from pysolve.nn.walk import last_uses
 
-# Of each batch this share is held out, until there are so many samples to choose sizes by; then as many more as
-# the last number says, that nothing is chosen or fitted on, for the report.
+# Of each batch this share is held out, until there are so many samples to choose sizes by; then as many more
+# as the last number says, that nothing is chosen or fitted on, for the report.
 HELD_SHARE, HELD_SAMPLES, APART_SAMPLES = 1 / 8, 256, 128
 # Rows (samples × positions) to gather for a layer, as a multiple of its inputs.
 ROWS_PER_INPUT = 60

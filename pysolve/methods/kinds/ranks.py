@@ -85,7 +85,7 @@ class Ranks:
     counts: Mapping[str, float] = field(default_factory=dict)
 
     def menus(self, study: Study, name: str) -> list[RankMenu]:
-        """A layer in both structures, first the one that loses less at half the cost; none where no rank pays."""
+        """A layer in both structures, the better one at half the cost first; none where no rank pays."""
         kernel = tuple(study.weights[name].shape[2:])
         flat = len(kernel) != 2 or min(kernel) == 1
         ways = {"channel": [False], "spatial": [True], "auto": [False, True]}[self.structure]

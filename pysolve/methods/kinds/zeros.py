@@ -57,7 +57,7 @@ class Zeros:
         return Chosen(fits={**fits, **self._by_losses(study, walked)})
 
     def _by_losses(self, study: Study, weights: Mapping[str, AnyArray]) -> dict[str, Fit]:
-        """Optimal brain surgeon; of an amount of all weights together, each layer's part by its error curve."""
+        """Optimal brain surgeon; an amount of all weights is shared out by the layers' error curves."""
         if self.scope == "global" and self.amount is not None and not isinstance(self.amount, Mapping):
             curves = {
                 n: error_curve(w, study.correlations[n])
