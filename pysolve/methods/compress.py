@@ -74,7 +74,7 @@ def compress(
         What users have: tensors, tuples or lists whose first item is the input, or mappings of keyword
         arguments; labels are ignored. Any amount of them.
     target : {"params", "macs" or "bytes": number}
-        What the result may cost: a share of the original up to 1, or a whole number above. Default
+        What the result may cost: a share of the original up to 1, or an integer above. Default
         {"params": 0.25}, unless ``keep`` or ``lam`` is given.
     keep : float or {writer or Site: number}
         Instead of a target: the share (a float up to 1) or number of channels that each site keeps; sites

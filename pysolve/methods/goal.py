@@ -84,7 +84,7 @@ def check_whole(what: str, value: object, least: int = 1, most: int | None = Non
     good = isinstance(value, Integral) and not isinstance(value, bool)
     if not good or not least <= int(value) <= (most or math.inf):  # type: ignore[call-overload]
         span = f"{least} … {most}" if most else f"at least {least}"
-        raise ValueError(f"{what} must be a whole number of {span}, got {value!r}.")
+        raise ValueError(f"{what} must be an integer of {span}, got {value!r}.")
 
 
 def check_positive(what: str, value: object) -> None:
@@ -110,7 +110,7 @@ def check_keep(keep: Values | None, lam: Values | None) -> None:
             full = f"{what} of {_shown(name)}" if name else what
             check_positive(full, value)
             if what == "keep" and float(value) > 1 and float(value) != int(value):
-                raise ValueError(f"{full} must be a share in (0, 1] or a whole number, got {value}.")
+                raise ValueError(f"{full} must be a share in (0, 1] or an integer, got {value}.")
 
 
 def check_sites(sites: Sequence[Site], ignore: Collection[str]) -> None:
@@ -147,7 +147,7 @@ def check_distill(model: nn.Module, distill: Length, extra: Collection[str] = ()
     unit = "seconds" if "seconds" in options else "epochs"
     check_positive(f"distill in {unit}", options[unit])
     if unit == "epochs" and options[unit] != int(options[unit]):  # type: ignore[call-overload]
-        raise ValueError(f"distill must be a whole number of epochs, got {options[unit]}.")
+        raise ValueError(f"distill must be an integer number of epochs, got {options[unit]}.")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ValueError(
             "distill trains the parameters that require a gradient, but none does: call "

@@ -1,4 +1,4 @@
-"""Pruning with training: single weights go, some come back, and the others learn to make up for them."""
+"""Pruning with training: single weights go, some come back, and the others learn to compensate them."""
 
 from __future__ import annotations
 

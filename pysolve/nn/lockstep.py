@@ -4,7 +4,7 @@ Every operator runs on all batches before the next one does. At a layer, the com
 and the original's outputs y of all samples are at hand: its correlations are summed, it is refitted, and the
 walk goes on with its new outputs. Cost: two forward passes and the correlations, whatever the depth.
 
-Two things make the target of a layer better than y. Where its branch is added to a shortcut, it makes up for
+Two things make the target of a layer better than y. Where its branch is added to a shortcut, it compensates
 what the shortcut has lost, so that the error which a stream has gathered is repaired at every sum:
 
     y + (s − ŝ)     s: the original shortcut, ŝ: the compressed one.
@@ -145,17 +145,17 @@ class _Task:
     def shortcut(self) -> Node | None:
         """What the layer's branch is added to, if that is known already."""
         shortcut = self.layer.shortcut
-        if shortcut is None or shortcut not in self.walk.wide:
+        if shortcut is None or shortcut not in self.walk.original:
             return None
-        same = self.walk.wide[shortcut][0].shape == self.walk.wide[self.node][0].shape
+        same = self.walk.original[shortcut][0].shape == self.walk.original[self.node][0].shape
         return shortcut if same else None
 
 
 def _is_touched(walk: Walk, node: Node, layer: Layer, cuts: Mapping[str, Cut]) -> bool:
-    """Whether a layer lost inputs, reads anything new, or can make up for what its shortcut lost."""
+    """Whether a layer lost inputs, reads anything new, or can compensate what its shortcut lost."""
     if layer.name in cuts and len(cuts[layer.name].inputs) < rows.channels(layer.module)[0]:
         return True
-    shortcut = layer.shortcut if layer.shortcut in walk.wide else None
+    shortcut = layer.shortcut if layer.shortcut in walk.original else None
     return walk.differs(node.all_input_nodes[0]) or (shortcut is not None and walk.differs(shortcut))
 
 
@@ -170,18 +170,18 @@ def _fitted(task: _Task, fit: Fit, intercept: bool) -> tuple[Array, Array | None
     M, bias = fit(task.layer.name, correlations, intercept)
     if task.layer.rectified and task.shortcut is task.layer.shortcut:
         for _ in range(task.sampling.passes):
-            M, bias = fit(task.layer.name, _freed(task, correlations, M, bias), intercept)
+            M, bias = fit(task.layer.name, _relu_adjusted(task, correlations, M, bias), intercept)
     return M, bias
 
 
-def _freed(task: _Task, correlations: Correlations, M: Array, bias: Array | None) -> Correlations:
+def _relu_adjusted(task: _Task, correlations: Correlations, M: Array, bias: Array | None) -> Correlations:
     """Correlations with targets moved to the fitted values wherever both lie below zero.
 
     In the layer's own units zero is  −(shift + ŝ) / gain  of its norm and shortcut. Σ y yᵀ is diagonal.
     """
     # Sums of what moves, in double precision: inputs that hardly vary around a mean far from zero turn the
     # rounding of single precision into weights of thousands.
-    gain, shift, audible = (part[task.outputs] for part in _norm(task))
+    gain, shift, active = (part[task.outputs] for part in _norm(task))
     weight = torch.as_tensor(M).to(gain)
     offset = torch.as_tensor(0.0 if bias is None else bias).to(gain)
     yx = torch.zeros_like(weight, dtype=torch.float64)
@@ -190,7 +190,7 @@ def _freed(task: _Task, correlations: Correlations, M: Array, bias: Array | None
         zero = -(shift if s is None else shift + s) / gain
         fitted = torch.addmm(offset, x, weight.T) if offset.ndim else x @ weight.T
         below = torch.where(gain > 0, fitted.minimum(zero), fitted.maximum(zero))
-        target = torch.where(audible & ((y - zero) * gain <= 0), below, y)
+        target = torch.where(active & ((y - zero) * gain <= 0), below, y)
         change = target.double() - y.double()
         yx += change.T @ x.double()
         y_sum += change.sum(0)
@@ -203,19 +203,19 @@ def _samples(task: _Task) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Rows of inputs x̂, targets y corrected for the shortcut, and compressed shortcuts ŝ; always the same."""
     layer, walk, shortcut = task.layer, task.walk, task.shortcut
     dim = _channel_dim(layer)
-    total = sum(rows.positions(layer.module, y) for y in walk.wide[task.node])
+    total = sum(rows.positions(layer.module, y) for y in walk.original[task.node])
     share = task.sampling.rows_per_input * len(task.inputs) * rows.taps(layer.module) / total
     random = torch.Generator().manual_seed(task.sampling.seed)
-    gain, _, audible = _norm(task)
-    for b, y in enumerate(walk.wide[task.node]):
-        x = walk.slim[task.read][b]
+    gain, _, active = _norm(task)
+    for b, y in enumerate(walk.original[task.node]):
+        x = walk.compressed[task.read][b]
         if len(task.inputs) < x.shape[dim]:
             x = x.index_select(dim, task.inputs)
         target = y
         if shortcut is not None:
-            lost = walk.wide[shortcut][b] - walk.slim[shortcut][b]
-            scale = _along(dim, torch.where(audible, 1 / gain, 0.0), y)
-            target = torch.cat([y + lost * scale, walk.slim[shortcut][b].expand_as(y)], dim)
+            lost = walk.original[shortcut][b] - walk.compressed[shortcut][b]
+            scale = _along(dim, torch.where(active, 1 / gain, 0.0), y)
+            target = torch.cat([y + lost * scale, walk.compressed[shortcut][b].expand_as(y)], dim)
         chosen = _choice(rows.positions(layer.module, y), share, random)
         for read, wanted in rows.blocks(layer.module, x, target, chosen):
             own, other = wanted[:, : y.shape[dim]], wanted[:, y.shape[dim] :]
@@ -233,15 +233,15 @@ def _norm(task: _Task) -> tuple[Tensor, Tensor, Tensor]:
     gain = gain if scale is None else gain * task.walk.fixed[scale]  # type: ignore[index]
     shift = -task.walk.fixed[mean] * gain  # type: ignore[index]
     shift = shift if offset is None else shift + task.walk.fixed[offset]  # type: ignore[index]
-    audible = gain.abs() > _SILENT * gain.abs().max()
-    return torch.where(audible, gain, 1.0), shift, audible
+    active = gain.abs() > _SILENT * gain.abs().max()
+    return torch.where(active, gain, 1.0), shift, active
 
 
 def _show_new_bias(walk: Walk, node: Node, layer: Layer) -> None:
     """Let the walk add a bias that the graph does not know of."""
     new = walk.values.get(f"{layer.name}.bias")
     if layer.module.bias is None and new is not None:
-        walk.added[node] = _along(_channel_dim(layer), new, walk.wide[node][0])
+        walk.added[node] = _along(_channel_dim(layer), new, walk.original[node][0])
 
 
 def _channel_dim(layer: Layer) -> int:

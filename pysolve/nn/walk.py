@@ -40,44 +40,44 @@ class Walk:
         self.added: dict[Node, Tensor] = {}
         self.batches = range(len(batches))
         bound = [graph.bind(batch) for batch in batches]
-        self.wide: dict[Node, list[Any]] = {node: [one[node] for one in bound] for node in graph.inputs}
-        self.slim = dict(self.wide)
+        self.original: dict[Node, list[Any]] = {node: [one[node] for one in bound] for node in graph.inputs}
+        self.compressed = dict(self.original)
 
     def run_original(self, node: Node) -> None:
         """The operator's results in the original network."""
-        self.wide[node] = [self._run(node, self._of_original(b)) for b in self.batches]
+        self.original[node] = [self._run(node, self._of_original(b)) for b in self.batches]
 
     def run_compressed(self, node: Node) -> None:
         """The operator's results in the compressed network, after ``run_original``."""
         if node in self.added or any(map(self.differs, node.all_input_nodes)):
             added = self.added.get(node, 0)
-            self.slim[node] = [self._run(node, self._of_compressed(b)) for b in self.batches]
+            self.compressed[node] = [self._run(node, self._of_compressed(b)) for b in self.batches]
             if node in self.added:
-                self.slim[node] = [result + added for result in self.slim[node]]
+                self.compressed[node] = [result + added for result in self.compressed[node]]
         else:
-            self.slim[node] = self.wide[node]
+            self.compressed[node] = self.original[node]
         if _in_place(node):
             self._show_written(node)
 
     def differs(self, node: Node) -> bool:
         """Whether a value is not the same in the two networks."""
-        if node in self.wide:
-            return self.slim[node] is not self.wide[node]
+        if node in self.original:
+            return self.compressed[node] is not self.original[node]
         return self.graph.parameters.get(node) in self.values
 
     def forget(self, nodes: Sequence[Node]) -> None:
         """Free values that nothing needs any more."""
         for node in nodes:
-            self.wide.pop(node, None)
-            self.slim.pop(node, None)
+            self.original.pop(node, None)
+            self.compressed.pop(node, None)
 
     def _of_original(self, b: int) -> Callable[[Node], Any]:
-        return lambda node: self.wide[node][b] if node in self.wide else self.fixed[node]
+        return lambda node: self.original[node][b] if node in self.original else self.fixed[node]
 
     def _of_compressed(self, b: int) -> Callable[[Node], Any]:
         def value(node: Node) -> Any:
-            if node in self.slim:
-                return self.slim[node][b]
+            if node in self.compressed:
+                return self.compressed[node][b]
             return self.values.get(self.graph.parameters.get(node, ""), self.fixed[node])
 
         return value
@@ -87,7 +87,7 @@ class Walk:
         operand = node.all_input_nodes[0]
         before = [[of(b)(operand) for b in self.batches] for of in (self._of_original, self._of_compressed)]
         seen: dict[tuple[int, int], list[Any]] = {}
-        for side, old in zip((self.wide, self.slim), before, strict=True):
+        for side, old in zip((self.original, self.compressed), before, strict=True):
             new = side[node]
             for other, values in list(side.items()):
                 # What the two networks shared stays shared if they wrote the same.

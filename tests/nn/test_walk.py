@@ -34,7 +34,7 @@ def walked(model, batches, values=None, *, added=None, graph=None, at=lambda wal
     leaves = [node for node in output.args[0] if isinstance(node, torch.fx.Node)]
     return [
         [[values[node][b] for node in leaves] for b in range(len(batches))]
-        for values in (walk.wide, walk.slim)
+        for values in (walk.original, walk.compressed)
     ]
 
 
@@ -185,7 +185,7 @@ def test_a_value_is_kept_until_its_last_use_and_not_longer(name):
     order = {node: i for i, node in enumerate([*nodes, output])}
 
     def check(walk, node):
-        for held in walk.wide:
+        for held in walk.original:
             if node.op != "placeholder" and held not in graph.inputs:
                 later = [user for user in held.users if order[user] >= order[node]]
                 assert later or held is node
