@@ -3,6 +3,8 @@
 import functools
 import operator
 import re
+import subprocess
+import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -98,3 +100,8 @@ def test_the_kind_of_the_architecture_page_goes_through_the_pipeline():
     powers = np.log2(np.abs(weights[weights != 0]))
     assert np.array_equal(powers, np.rint(powers))
     assert found.report.divergence < 0.1
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import sys, pysolve; assert not {'torch', 'numpy', 'scipy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
