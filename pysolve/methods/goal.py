@@ -164,7 +164,9 @@ def plain_target(target: Target | None) -> dict[str, float] | None:
 
 
 def _with_values(plan: Plan) -> Plan:
-    """The plan with dense weights instead of sparse forms."""
+    """The plan with dense weights instead of sparse forms, as far as these have the shapes before any cut."""
+    if plan.steps:
+        return plan
     sparse = {name: form for name, form in plan.forms.items() if isinstance(form, Sparse)}
     forms = {name: form for name, form in plan.forms.items() if name not in sparse}
     return replace(plan, values={**plan.values, **{n: f.dense() for n, f in sparse.items()}}, forms=forms)
