@@ -75,7 +75,8 @@ def lay_out(study: Study, rebuilt: Rebuilt, layout: str = "auto") -> LaidOut:
     inputs = _inputs(study, names, layout)
     lines, kept = {}, dict[str, Form]()
     for name, tensor in names.items():
-        form, weight = forms.get(tensor), as_array(rebuilt.values[tensor])
+        # Integers of a transposed layer have no place in a plan; the report still counts their bits.
+        form, weight = forms.get(tensor, rebuilt.fits[name].form), as_array(rebuilt.values[tensor])
         dense = weight if form is None else form.dense()
         line, chosen = _line(study, name, form, dense, layout, inputs.get(name))
         lines[name] = replace(line, error=rebuilt.fits[name].error)

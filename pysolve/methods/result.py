@@ -38,6 +38,11 @@ Evaluate = Callable[[nn.Module], float]
 PARTS = 16
 # Samples that are timed together.
 BATCHES = (1, 64)
+# 3,072 samples of which an eighth is held out fill the selection set and the one for the report.
+CHOSEN_ON = (
+    "the divergence is that of the samples that sizes were chosen on; of 3,100 samples or more, others are "
+    "set apart for it"
+)
 # Of what is not measured yet.
 NO_REPORT = Report(before={}, after={}, sites=(), divergence=float("nan"), samples=0, held=0)
 # Options of matching the original's outputs, unless others are given.
@@ -94,10 +99,7 @@ def finish(
         clock.stage("distill")
     report = account(original, model, study)
     if selected and study.apart is study.held:
-        notes = (
-            *notes,
-            "the divergence is that of the samples that sizes were chosen on; with 3,100 there are others",
-        )
+        notes = (*notes, CHOSEN_ON)
     few = few_samples(_given(study), study.correlations)
     stuck = pinned(report.mass, study.sites) if any(site.pinned is None for site in study.sites) else []
     report = replace(

@@ -16,8 +16,10 @@ import pysolve as ps
 from pysolve.methods.compress import made
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.price import price, probe
+from pysolve.methods.result import CHOSEN_ON
 from pysolve.methods.sizes import by_keep, by_lam, within
 from pysolve.methods.study import Clock, Options, study
+from pysolve.nn import calibration
 from pysolve.nn.divergence import kl_divergence, mean_divergence, run
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.graph.export import trace_once
@@ -332,9 +334,9 @@ def test_code_that_fixes_the_batch_size_uses_whole_batches():
     report = compressed(model, samples(n=8)).report
     assert report.notes == (
         "the refit used 24 of 28 samples: the network's code takes batches of one size alone",
+        CHOSEN_ON,
     )
     assert report.samples == 24
-    # And of one sample held out, none is left for the report.
     notes = compressed(model, samples(n=8, batches=1)).report.notes
     assert len(notes) == 2
     assert (
@@ -346,8 +348,9 @@ def test_code_that_fixes_the_batch_size_uses_whole_batches():
 def test_little_memory_means_fewer_samples_and_a_note():
     report = compressed(memory=3000).report
     assert report.samples < 112
-    assert report.notes == (f"the refit used {report.samples} of 112 samples: more would not fit in memory",)
-    assert default().report.notes == ()
+    too_many = f"the refit used {report.samples} of 112 samples: more would not fit in memory"
+    assert report.notes == (too_many, CHOSEN_ON)
+    assert default().report.notes == (CHOSEN_ON,)
 
 
 def test_batch_norms_that_need_several_samples_are_no_hindrance():
@@ -500,8 +503,10 @@ def test_a_network_that_cannot_be_exported_needs_sites_by_hand():
     assert result.report.share("params") <= 0.6
     assert result.report.notes == (
         "the network cannot be exported, so its readers were refitted independently",
+        CHOSEN_ON,
     )
-    assert compressed(branching(), sites=[Site(12, ("a",), ("b",))], refit="independent").report.notes == ()
+    alone = compressed(branching(), sites=[Site(12, ("a",), ("b",))], refit="independent")
+    assert alone.report.notes == (CHOSEN_ON,)
 
 
 def test_sites_by_hand_are_the_only_ones():
@@ -559,24 +564,34 @@ def test_without_anything_to_shrink_the_reasons_are_named(name):
 # --- what the result is worth
 
 
-# Of the first four samples of each usual batch, so many are for choosing sizes; the rest for the report.
-CHOOSING = (3, 3, 2, 3)
+def held_out():
+    return [torch.cat([x[:4] for x in samples()])]
 
 
-def selection_set():
-    return [torch.cat([x[:n] for x, n in zip(samples(), CHOOSING, strict=True)])]
+@pytest.fixture
+def eleven_to_choose_on(monkeypatch):
+    """Of the sixteen samples held out, the last five are for the report alone."""
+    monkeypatch.setattr(calibration, "HELD_SAMPLES", 11)
+    monkeypatch.setattr(calibration, "APART_SAMPLES", 5)
 
 
-def for_the_report():
-    return [torch.cat([x[n:4] for x, n in zip(samples(), CHOOSING, strict=True)])]
-
-
+@pytest.mark.usefixtures("eleven_to_choose_on")
 def test_the_divergence_reported_is_that_of_the_outputs_on_samples_that_no_fit_and_no_choice_saw():
-    result = default()
-    pairs = [run(model, for_the_report()) for model in (mlp(), result.model)]
+    result = compressed()
+    pairs = [run(model, [held_out()[0][11:]]) for model in (mlp(), result.model)]
     wanted = mean_divergence(list(pairs[0]), pairs[1], [5], kl_divergence)
     assert result.report.divergence == pytest.approx(wanted)
     assert (result.report.held, result.report.samples) == (5, 112)
+    assert result.report.notes == ()
+
+
+def test_with_few_samples_the_divergence_reported_is_that_of_those_that_sizes_were_chosen_on():
+    result = default()
+    pairs = [run(model, held_out()) for model in (mlp(), result.model)]
+    wanted = mean_divergence(list(pairs[0]), pairs[1], [16], kl_divergence)
+    assert result.report.divergence == pytest.approx(wanted)
+    assert (result.report.held, result.report.samples) == (16, 112)
+    assert result.report.notes == (CHOSEN_ON,)
 
 
 def test_held_out_samples_have_no_part_in_the_result():
@@ -586,14 +601,17 @@ def test_held_out_samples_have_no_part_in_the_result():
     assert_equal(state(first.model), state(again.model))
 
 
+@pytest.mark.usefixtures("eleven_to_choose_on")
 def test_samples_for_the_report_have_no_part_in_the_sizes():
     """Sizes chosen under a target, with the samples apart replaced by others."""
-    others = [torch.cat([x[:n], 3 * x[n:4] + 1, x[4:]]) for x, n in zip(samples(), CHOOSING, strict=True)]
-    changed = compressed(batches=others)
-    assert_equal(state(changed.model), state(default().model))
-    assert changed.report.divergence != default().report.divergence
+    given = samples()
+    given[2] = torch.cat([given[2][:3], 3 * given[2][3:4] + 1, given[2][4:]])
+    given[3] = torch.cat([3 * given[3][:4] + 1, given[3][4:]])
+    first, changed = compressed(), compressed(batches=given)
+    assert_equal(state(changed.model), state(first.model))
+    assert changed.report.divergence != first.report.divergence
     assert [(s.predicted, s.measured) for s in changed.report.sites] == [
-        (s.predicted, s.measured) for s in default().report.sites
+        (s.predicted, s.measured) for s in first.report.sites
     ]
 
 
@@ -630,7 +648,7 @@ def test_another_divergence_is_measured_with():
         return (original - output).square().mean()
 
     result = compressed(divergence=squares)
-    pairs = zip(run(mlp(), for_the_report()), run(result.model, for_the_report()), strict=True)
+    pairs = zip(run(mlp(), held_out()), run(result.model, held_out()), strict=True)
     assert result.report.divergence == pytest.approx(np.mean([squares(a, b).item() for a, b in pairs]))
     assert len(seen) > 5
 
@@ -871,7 +889,7 @@ def test_a_layer_is_gathered_over_as_many_rows_as_its_inputs_need(n):
 
 
 def test_a_sensitivity_is_the_divergence_with_one_site_shrunk_alone():
-    (_, menu), found, batches = priced()[0], studied(), selection_set()
+    (_, menu), found, batches = priced()[0], studied(), held_out()
     assert menu.measured
     assert menu.measured.keys() <= set(range(1, 10))
     for k, divergence in menu.measured.items():
@@ -880,7 +898,7 @@ def test_a_sensitivity_is_the_divergence_with_one_site_shrunk_alone():
             readers = found.correlations["fc3"]
             M, bias = refitted(readers, step.keep, mlp().fc3.weight.detach().double().numpy()[:, step.keep])
             smaller = ps.apply(mlp(), ps.Plan((replace(step, weights={"fc3": M}, biases={"fc3": bias}),)))
-            wanted = mean_divergence([*run(mlp(), batches)], run(smaller, batches), [11], kl_divergence)
+            wanted = mean_divergence([*run(mlp(), batches)], run(smaller, batches), [16], kl_divergence)
             assert divergence == pytest.approx(wanted, rel=1e-3)
 
 

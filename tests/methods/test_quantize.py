@@ -648,13 +648,14 @@ def test_other_parameters_take_8_bits_or_16_and_buffers_stay(options, tmp_path):
     assert len(others) == 5
     for name in others:
         if name == "2.gru.weight_hh_l0":
-            assert 100 < len(new[name].unique()) <= 256
-            assert (new[name] - old[name]).norm() < 0.01 * old[name].norm()
+            few = 2 if "target" in options else 100
+            assert few <= len(new[name].unique()) <= 256
+            assert (new[name] - old[name]).norm() < (0.5 if "target" in options else 0.01) * old[name].norm()
         else:
             torch.testing.assert_close(new[name], short(old[name]), rtol=0, atol=0)
     assert torch.equal(new["1.fixed"], old["1.fixed"])
-    notes = [note for note in result.report.notes if note.startswith("in 256 values")]
-    assert notes == ["in 256 values, for they are no layer's weight: 2.gru.weight_hh_l0"]
+    notes = [note for note in result.report.notes if note.startswith("shared values")]
+    assert notes == ["shared values of their own, for they are no layer's weight: 2.gru.weight_hh_l0"]
     ps.save(result, tmp_path / "a")
     assert same(ps.load(tmp_path / "a", recurrent()), result.model, data)
 
