@@ -29,7 +29,7 @@ def ternary_table(
         rows.append((name, "", f"{nbytes(model):,}", "1", f"{before:.2f}", "", ""))
         ways = {
             "nothing": {},
-            f"outputs, {limit:g} s": {"retrain": {"seconds": limit}},
+            f"outputs, {limit:g} s": {"distill": {"seconds": limit}},
         }
         for way, options in ways.items():
             rows.append((name, way, *ternary(model, dataset, before, count, options)))

@@ -22,8 +22,9 @@ from pysolve.errors import DataError
 _IDX_TYPES = {0x08: ">u1", 0x09: ">i1", 0x0B: ">i2", 0x0C: ">i4", 0x0D: ">f4", 0x0E: ">f8"}
 _PIECE = 1 << 24
 
-# NumPy and zipfile raise these for files that are no archive of arrays, or damaged ones.
-_DAMAGED = (ValueError, EOFError, TypeError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
+# NumPy and zipfile raise these for files that are no archive of arrays, or damaged ones; OSError where a
+# damaged one points before its own beginning.
+_DAMAGED = (OSError, ValueError, EOFError, TypeError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
@@ -107,13 +108,14 @@ def read_jpegs(path: str | os.PathLike[str], *, limit: int | None = None) -> tup
 
 def _packed(path: Path) -> tuple[Bytes, Integers, Integers]:
     """The bytes, offsets and labels of a file of packed images, checked to belong together."""
-    try:
-        with open(path, "rb") as file, np.load(file) as arrays:
-            content, offsets, labels = (arrays[name] for name in ("jpeg", "offsets", "labels"))
-    except KeyError as error:
-        raise DataError(f"{path} must hold jpeg, offsets and labels: {error.args[0]}.") from error
-    except _DAMAGED as error:
-        raise DataError(f"{path} is no .npz file, or a damaged one: {error}. Fetch it again.") from error
+    with open(path, "rb") as file:
+        try:
+            with np.load(file) as arrays:
+                content, offsets, labels = (arrays[name] for name in ("jpeg", "offsets", "labels"))
+        except KeyError as error:
+            raise DataError(f"{path} must hold jpeg, offsets and labels: {error.args[0]}.") from error
+        except _DAMAGED as error:
+            raise DataError(f"{path} is no .npz file, or a damaged one: {error}. Fetch it again.") from error
     if content.dtype != np.uint8 or content.ndim != 1:
         raise DataError(f"jpeg in {path} must be a row of bytes, got {content.dtype} of {content.shape}.")
     if any(a.dtype.kind not in "iu" or a.ndim != 1 for a in (offsets, labels)) or not len(labels):

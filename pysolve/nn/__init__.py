@@ -2,7 +2,7 @@
 
 zoo                     reference networks of the demo, the examples and the tests
 running                 finding layers, running a network without changing it
-calibrate, calibration  calibration samples, kept while the batches stream by
+calibration             calibration samples, kept while the batches stream by
 graph/                  the network as a graph, and the sites whose channels can be removed
 layer_matrix, windows   a layer as y = M x + b
 gather, walk, lockstep  correlations of layers; the original and the smaller network side by side

@@ -159,6 +159,16 @@ def test_damage_anywhere_is_read_or_refused_but_never_crashes(tmp_path_factory, 
         read_jpegs(path)
 
 
+def test_an_archive_that_points_before_its_beginning_is_a_data_error(tmp_path):
+    path = write_jpegs(tmp_path / "set.npz")
+    content = bytearray(path.read_bytes())
+    # The directory of a zip file ends with its own place in it: 16 bytes into a record of 22.
+    content[-6:-2] = b"\xff\xff\xff\x7f"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match="damaged one"):
+        read_jpegs(path)
+
+
 def test_a_missing_archive_stays_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_jpegs(tmp_path / "set.npz")

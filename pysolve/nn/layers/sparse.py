@@ -174,7 +174,7 @@ class SparseLinear(SparseWeight):
 
     torch.compile runs it as it is, between two graphs, and so not with ``fullgraph=True``. A program of
     torch.export or torch.onnx needs nothing of this package: it holds the entries, and makes the dense weight
-    of them in each call. ``pysolve.nn.layers.dense.to_dense`` has it made once and for all.
+    of them in each call. ``pysolve.nn.to_dense`` has it made once and for all.
 
     Parameters
     ----------
