@@ -24,7 +24,16 @@ _PIECE = 1 << 24
 
 # NumPy and zipfile raise these for files that are no archive of arrays, or damaged ones; OSError where a
 # damaged one points before its own beginning.
-_DAMAGED = (OSError, ValueError, EOFError, TypeError, MemoryError, RuntimeError, zipfile.BadZipFile, zlib.error)
+_DAMAGED = (
+    OSError,
+    ValueError,
+    EOFError,
+    TypeError,
+    MemoryError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
 
 Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
