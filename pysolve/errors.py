@@ -33,5 +33,7 @@ def exactly_one(**given: object) -> str:
     """The name of the only argument that is not None; ValueError that names those given otherwise."""
     names = [name for name, value in given.items() if value is not None]
     if len(names) != 1:
-        raise ValueError(f"give exactly one of {', '.join(given)}; got {' and '.join(names) or 'none'}.")
+        *words, last = given
+        known = f"{', '.join(words)} and {last}"
+        raise ValueError(f"give exactly one of {known}; got {' and '.join(names) or 'none'}.")
     return names[0]

@@ -61,16 +61,6 @@ def network_of(
     return before, before.model
 
 
-def exactly_one(given: Mapping[str, object]) -> str:
-    """The name of the one setting that is given; ValueError unless it is one."""
-    names = [name for name, value in given.items() if value is not None]
-    if len(names) != 1:
-        words = [*given]
-        known = f"{', '.join(words[:-1])} and {words[-1]}"
-        raise ValueError(f"give exactly one of {known}; got {' and '.join(names) or 'none'}.")
-    return names[0]
-
-
 def check_target(target: object, measures: Collection[str] | None = None, why: str = "") -> None:
     """Refuse a target that is no mapping of measures to numbers, or names others than ``measures``."""
     check_targets(target)

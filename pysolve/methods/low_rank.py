@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from pysolve.compressed import Compressed
-from pysolve.errors import PysolveError, one_of
+from pysolve.errors import PysolveError, exactly_one, one_of
 from pysolve.layer.reduced_rank import rank_keeping
 from pysolve.methods.budget import choose, costs_of
 from pysolve.methods.goal import (
@@ -17,7 +17,6 @@ from pysolve.methods.goal import (
     check_distill,
     check_target,
     check_whole,
-    exactly_one,
     network_of,
 )
 from pysolve.methods.kinds.channels import Channels
@@ -351,7 +350,7 @@ def _check(
     one_of("structure", structure, STRUCTURES)
     one_of("refit", refit, REFITS)
     check_layout(layout, LAYOUTS, "factored layers")
-    exactly_one({"rank": rank, "energy": energy, "target": target})
+    exactly_one(rank=rank, energy=energy, target=target)
     if target is not None:
         check_target(target)
     elif prune:

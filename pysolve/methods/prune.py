@@ -9,7 +9,7 @@ from torch import nn
 
 from pysolve.compressed import Compressed
 from pysolve.correlations import Array
-from pysolve.errors import PysolveError, one_of
+from pysolve.errors import PysolveError, exactly_one, one_of
 from pysolve.layer.masks import PerLayer, count_left
 from pysolve.methods.channel_scores import SCORES as OF_CHANNELS
 from pysolve.methods.channel_scores import keep_above, keep_by_share, scores_of
@@ -20,7 +20,6 @@ from pysolve.methods.goal import (
     check_distill,
     check_share,
     check_target,
-    exactly_one,
     network_of,
 )
 from pysolve.methods.kinds.channels import Channels
@@ -185,7 +184,7 @@ def prune(
     """
     before, network = network_of(model)
     given = {"amount": amount, "threshold": threshold, "sensitivity": sensitivity, "pattern": pattern}
-    what = exactly_one({**given, "target": target})
+    what = exactly_one(**given, target=target)
     value = {**given, "target": target}[what]
     assert value is not None
     refit = refit or ("sequential" if method in _REFITTING else "none")

@@ -91,8 +91,8 @@ def test_singular_and_dead_inputs_are_normal_input():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "exactly one of rank, energy"),
-        ({"rank": 2, "energy": 0.5}, "exactly one of rank, energy"),
+        ({}, "exactly one of rank and energy"),
+        ({"rank": 2, "energy": 0.5}, "exactly one of rank and energy"),
         ({"rank": 0}, "within 1 … 6"),
         ({"rank": 7}, "within 1 … 6"),
         ({"rank": 2.5}, "an integer"),

@@ -153,7 +153,7 @@ def test_of_equal_scores_the_first_stay_in_a_layer_and_in_a_row(scores, count):
         ({"amount": {"a": 0.1}, "scope": "global"}, "one amount for all layers"),
         ({"amount": 0.1, "scope": "layer"}, "unknown scope 'layer'; choose one of local, global"),
         ({"amount": 0.1, "method": "norm"}, "unknown method 'norm'; choose one of magnitude, random"),
-        ({}, "exactly one of amount, threshold, sensitivity, pattern; got none"),
+        ({}, "exactly one of amount, threshold, sensitivity and pattern; got none"),
         ({"amount": 0.1, "pattern": "2:4"}, "got amount and pattern"),
         ({"threshold": 0.1, "method": "std"}, "threshold goes with method='magnitude', got method='std'"),
         ({"sensitivity": 1.0}, "sensitivity goes with method='std', got method='magnitude'"),

@@ -355,7 +355,7 @@ def test_layers_share_weights_so_that_the_sum_of_errors_is_least(seed, left):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "exactly one of amount, count, pattern, mask; got none"),
+        ({}, "exactly one of amount, count, pattern and mask; got none"),
         ({"amount": 0.5, "pattern": "2:4"}, "got amount and pattern"),
         ({"amount": 1.0}, r"amount must be in \[0, 1\), got 1.0"),
         ({"count": 17}, "count must be an integer within 0 … 12 weights, got 17"),
