@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -25,26 +25,59 @@ TRIED = 32
 Target = Mapping[str, float]
 
 
-def settle(
-    study: Study, costs: Costs, menus: Sequence[Menu], target: Target, where: Probe, *, round_to: int = 1
-) -> tuple[list[int], list[float], list[Menu]]:
-    """Sizes of sites within the target, measured, and chosen anew until no prediction is far off.
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """Sizes of all units within a target.
 
-    Returns
-    -------
-    list of int, list of float, list of Menu
-        Sizes, the divergence predicted of each, and the menus with all that was measured.
+    Parameters
+    ----------
+    sites, layers : sequences of Menu and RankMenu
+        With all that was measured.
+    sizes : list of int
+        Channels that each site keeps.
+    ranks : {layer: int}
+        Of the layers that are factored.
+    predicted : list of float
+        Divergence that was expected of each site.
     """
-    menus = [*menus]
+
+    sites: Sequence[Menu]
+    layers: Sequence[RankMenu]
+    sizes: list[int]
+    ranks: dict[str, int]
+    predicted: list[float]
+
+
+def settle(
+    study: Study,
+    costs: Costs,
+    sites: Sequence[Menu],
+    layers: Sequence[RankMenu],
+    target: Target,
+    where: Probe,
+    *,
+    round_to: int = 1,
+) -> Settled:
+    """Sizes within the target, measured, and chosen anew until no prediction is far off.
+
+    Raises
+    ------
+    PysolveError
+        As ``choose``.
+    """
+    sites, layers = [*sites], [*layers]
     for _ in range(MAX_ROUNDS):
-        sizes, _ = choose(costs, menus, (), target, round_to=round_to)
-        predicted = [float(menu.curve[k]) for menu, k in zip(menus, sizes, strict=True)]
-        menus = [measured(study, menu, [k], where) for menu, k in zip(menus, sizes, strict=True)]
-        if sum(menu.measured[k] for menu, k in zip(menus, sizes, strict=True)) <= TRUSTED_RATIO * sum(
-            predicted
-        ):
+        sizes, ranks = choose(costs, sites, layers, target, round_to=round_to)
+        wanted = [ranks.get(str(menu.unit), menu.whole) for menu in layers]
+        expected = [
+            float(menu.curve[k]) for menu, k in zip([*sites, *layers], [*sizes, *wanted], strict=True)
+        ]
+        sites = [measured(study, menu, [k], where) for menu, k in zip(sites, sizes, strict=True)]
+        layers = [measured(study, menu, [k], where) for menu, k in zip(layers, wanted, strict=True)]
+        found = [menu.measured[k] for menu, k in zip([*sites, *layers], [*sizes, *wanted], strict=True)]
+        if sum(found) <= TRUSTED_RATIO * sum(expected):
             break
-    return sizes, predicted, menus
+    return Settled(sites, layers, sizes, ranks, expected[: len(sites)])
 
 
 def costs_of(study: Study, *, also: Sequence[str] = ()) -> Costs:

@@ -14,8 +14,15 @@ from pysolve.compressed import Compressed
 from pysolve.correlations import Indices
 from pysolve.errors import PysolveError
 from pysolve.forms import Codebook, Sparse
-from pysolve.methods.budget import Target, costs_of, settle
-from pysolve.methods.goal import Length, check_distill, check_share, check_target, check_whole, network_of
+from pysolve.methods.goal import (
+    Length,
+    Target,
+    check_distill,
+    check_share,
+    check_target,
+    check_whole,
+    network_of,
+)
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.kinds.codes import Codes
 from pysolve.methods.kinds.zeros import Zeros
@@ -27,7 +34,7 @@ from pysolve.methods.quantize import LAYOUTS, coded, in_bytes
 from pysolve.methods.rate import Coded, Subject, about_bytes, priced, subject_of, within_bytes
 from pysolve.methods.rebuild import rebuild
 from pysolve.methods.result import NO_REPORT, Evaluate, distance, finish, following, matched
-from pysolve.methods.sizes import Sized, site_reports
+from pysolve.methods.sizes import Sized, site_reports, sized, within
 from pysolve.methods.study import Clock, Options, Study
 from pysolve.nn.apply import apply
 from pysolve.nn.calibration import first_samples
@@ -259,10 +266,8 @@ def _width(subject: Subject, size: int | None, share: float | None) -> _Width | 
 def _sized(study: Study, menus: Sequence[Menu], where: Probe, share: float) -> Sized:
     """Channels for a share of the parameters."""
     if share >= 1:
-        return Sized(menus, [np.arange(site.channels) for site in study.free], [0.0] * len(menus))
-    sizes, predicted, known = settle(study, costs_of(study), menus, {"params": share}, where)
-    kept = [menu.at(k).keep[site] for site, menu, k in zip(study.free, known, sizes, strict=True)]
-    return Sized(known, kept, predicted)
+        return sized(study, menus, [site.channels for site in study.free], [0.0] * len(menus))
+    return within(study, menus, {"params": share}, where)
 
 
 def _drafted(
@@ -271,17 +276,17 @@ def _drafted(
     """What channels for a share of the parameters leave within about the bytes."""
     study = subject.study
     try:
-        sized = at(share)
+        wide = at(share)
     except PysolveError:
         return _Width(share, Sized((), ()))
-    done = within_bytes(subject, size, partial(about_bytes, subject), keep=sized.keep, start=near, rough=True)
+    done = within_bytes(subject, size, partial(about_bytes, subject), keep=wide.keep, start=near, rough=True)
     assert done.rebuilt is not None
     network = apply(study.model, plan_of(study, done.rebuilt))
     assert study.calibration is not None
     # Those of the selection set alone are too few to tell widths apart.
     seen = [*first_samples(study.calibration.kept, _SAMPLES), *study.held]
     lost = distance(study.model, network, seen, study.options.divergence)
-    return _Width(share, sized, lost, replace(done, rebuilt=None))
+    return _Width(share, wide, lost, replace(done, rebuilt=None))
 
 
 def _least(width: Callable[[float, Coded | None], _Width], start: float) -> _Width:

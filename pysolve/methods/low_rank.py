@@ -10,7 +10,7 @@ from torch import nn
 from pysolve.compressed import Compressed
 from pysolve.errors import PysolveError, exactly_one, one_of
 from pysolve.layer.reduced_rank import rank_keeping
-from pysolve.methods.budget import choose, costs_of
+from pysolve.methods.budget import costs_of, settle
 from pysolve.methods.goal import (
     Length,
     Target,
@@ -23,10 +23,10 @@ from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.kinds.ranks import STRUCTURES, RankMenu, Ranks, ranks_of
 from pysolve.methods.layout import LaidOut, check_layout, lay_out, seconds_of_both
 from pysolve.methods.menu import Chosen, Menu
-from pysolve.methods.price import Probe, price, probe
+from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import Rebuilt, rebuild
 from pysolve.methods.result import Evaluate, finish
-from pysolve.methods.sizes import Sized, site_reports
+from pysolve.methods.sizes import Sized, site_reports, sized
 from pysolve.methods.study import Clock, Options, Study, study, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.running import Batch, find_layer
@@ -148,13 +148,13 @@ def low_rank(
         raise PysolveError(
             f"no layer can be factored: {_reasons(table.against) or 'none has its own weight'}."
         )
-    sized = None
+    widths = None
     if target is None:
         ranks, table = _ranks_as_told(table, rank, energy)
     else:
-        sized, ranks, table = _ranks_within(found, table, target)
+        widths, ranks, table = _ranks_within(found, table, target)
     clock.stage("choose")
-    chosen = Chosen(sized.keep if sized else {})
+    chosen = Chosen(widths.keep if widths else {})
     for name, size in ranks.items():
         chosen |= table.menus[name].at(size)
     unfitted = plain or refit == "none" or not (ranks or chosen.keep)
@@ -169,7 +169,7 @@ def low_rank(
         clock,
         target=target,
         samples=rebuilt.samples,
-        sites=[*site_reports(found, sized)] if sized else [],
+        sites=[*site_reports(found, widths)] if widths else [],
         lines=[_line(table, rebuilt, laid, name) for name in weights],
         notes=rebuilt.notes,
         distill=how,
@@ -246,36 +246,26 @@ def _ranks_as_told(
 
 def _ranks_within(found: Study, table: _Table, target: Target) -> tuple[Sized | None, dict[str, int], _Table]:
     """Channels and ranks within a target, for the least divergence."""
-    sites: list[Menu] = [Channels().menu(found, site) for site in found.free]
-    sites = price(found, sites, probe(found, len(sites))) if sites else []
+    sites: Sequence[Menu] = [Channels().menu(found, site) for site in found.free]
     names, costs = [*table.menus], costs_of(found, also=[*table.menus])
     while True:
-        where = probe(found, len(table.menus))
-        table = replace(table, menus=_priced(found, table.menus, where))
+        where = probe(found, max(len(sites), len(table.menus)))
+        sites, layers = price(found, sites, where), price(found, [*table.menus.values()], where)
         try:
-            sizes, ranks = choose(costs, sites, [*table.menus.values()], target)
+            done = settle(found, costs, sites, layers, target, where)
         except PysolveError as error:
             gone = [name for name in names if name not in table.menus]
             hint = f" Left as they are, since they would take longer as two: {', '.join(gone)}; with "
             raise PysolveError(
                 f"{error}{hint}layout='factored' they count." if gone else str(error)
             ) from None
-        faster = _without_slower(table, ranks)
+        sites, table = done.sites, replace(table, menus={str(menu.unit): menu for menu in done.layers})
+        faster = _without_slower(table, done.ranks)
         if faster.menus == table.menus:
-            table = faster
             break
         table = faster
-    if not sites:
-        return None, ranks, table
-    pairs = [*zip(found.free, sites, sizes, strict=True)]
-    kept = [menu.at(k).keep[site] for site, menu, k in pairs]
-    return Sized(sites, kept, [float(menu.curve[k]) for _, menu, k in pairs]), ranks, table
-
-
-def _priced(found: Study, menus: Mapping[str, RankMenu], where: Probe) -> dict[str, RankMenu]:
-    """Menus with their divergences; what was measured before is not again."""
-    new = price(found, [menu for menu in menus.values() if not menu.measured], where)
-    return {**menus, **{str(menu.unit): menu for menu in new}}
+    chosen = sized(found, done.sites, done.sizes, done.predicted) if sites else None
+    return chosen, done.ranks, faster
 
 
 def _without_slower(table: _Table, ranks: Mapping[str, int]) -> _Table:

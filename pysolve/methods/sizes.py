@@ -65,15 +65,24 @@ def check_free(found: Study) -> None:
 
 def within(found: Study, menus: Sequence[Menu], target: Target, where: Probe, round_to: int = 1) -> Sized:
     """The sizes of least divergence within a target."""
-    sizes, predicted, menus = settle(found, costs_of(found), menus, target, where, round_to=round_to)
-    return _sized(found, menus, sizes, predicted)
+    done = settle(found, costs_of(found), menus, (), target, where, round_to=round_to)
+    return sized(found, done.sites, done.sizes, done.predicted)
+
+
+def sized(
+    found: Study, menus: Sequence[Menu], sizes: Sequence[int], predicted: Sequence[float] | None = None
+) -> Sized:
+    """Channels of every free site at its size, with the solves that a lasso took them from."""
+    sites = zip(found.free, menus, sizes, strict=True)
+    kept = [np.arange(k) if k == site.channels else menu.at(k).keep[site] for site, menu, k in sites]
+    return Sized(menus, kept, predicted, (), tuple(_lasso_solves(found, menus, sizes)))
 
 
 def by_keep(found: Study, menus: Sequence[Menu], keep: Values, round_to: int = 1) -> Sized:
     """As many channels as told."""
     _check_names(found, "keep", keep)
     sizes = [_size(site, _entry(site, keep), round_to) for site in found.free]
-    return _sized(found, menus, sizes, None)
+    return sized(found, menus, sizes)
 
 
 def by_lam(found: Study, menus: Sequence[Menu], lam: Values) -> Sized:
@@ -114,14 +123,6 @@ def site_reports(found: Study, sized: Sized) -> Iterator[SiteReport]:
             seconds=menu.seconds,
             curve=tuple((int(n), float(f"{menu.error[n]:.4g}")) for n in shown),
         )
-
-
-def _sized(
-    found: Study, menus: Sequence[Menu], sizes: Sequence[int], predicted: Sequence[float] | None
-) -> Sized:
-    sites = zip(found.free, menus, sizes, strict=True)
-    kept = [np.arange(k) if k == site.channels else menu.at(k).keep[site] for site, menu, k in sites]
-    return Sized(menus, kept, predicted, (), tuple(_lasso_solves(found, menus, sizes)))
 
 
 def _lasso_solves(found: Study, menus: Sequence[Menu], sizes: Sequence[int]) -> Iterator[Solve]:
