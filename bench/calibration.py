@@ -28,12 +28,13 @@ from subjects import CALIBRATION, Subject
 
 from pysolve.cli.datasets import Images, cifar, mnist
 from pysolve.methods.compress import made
+from pysolve.methods.goal import Options
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import cuts_of
 from pysolve.methods.result import distance
 from pysolve.methods.sizes import Sized, within
-from pysolve.methods.study import Clock, Options, Study, study
+from pysolve.methods.study import Clock, Study, study
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.tables import Table, as_markdown

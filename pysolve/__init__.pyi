@@ -7,6 +7,7 @@ from .errors import CollapseError as CollapseError
 from .errors import DataError as DataError
 from .errors import LayerNotFoundError as LayerNotFoundError
 from .errors import PysolveError as PysolveError
+from .errors import PysolveWarning as PysolveWarning
 from .layer.obs import obs_prune as obs_prune
 from .layer.quantize_layer import quantize_layer as quantize_layer
 from .layer.reduced_rank import reduced_rank as reduced_rank

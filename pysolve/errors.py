@@ -21,6 +21,10 @@ class DataError(PysolveError):
     """A data file or a batch that is missing, empty or malformed."""
 
 
+class PysolveWarning(UserWarning):
+    """A possible problem of a result, and its remedy; also among the ``warnings`` of its report."""
+
+
 def one_of(what: str, given: object, known: Iterable[str]) -> str:
     """``given``, one of the ``known`` words; ValueError that names them otherwise."""
     words = tuple(known)

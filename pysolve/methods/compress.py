@@ -12,24 +12,25 @@ from pysolve.compressed import Compressed
 from pysolve.correlations import Array
 from pysolve.errors import one_of
 from pysolve.methods.goal import (
+    Evaluate,
     Length,
     Target,
     check_distill,
     check_keep,
-    check_positive,
     check_sites,
     check_target,
     check_whole,
     network_of,
+    options_for,
 )
 from pysolve.methods.kinds.channels import Channels, Select
 from pysolve.methods.layout import lay_out
 from pysolve.methods.menu import Chosen
 from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import REFITS, rebuild
-from pysolve.methods.result import Evaluate, finish
+from pysolve.methods.result import finish, later_score
 from pysolve.methods.sizes import Sized, by_keep, by_lam, check_free, site_reports, within
-from pysolve.methods.study import Clock, Options, Study, study
+from pysolve.methods.study import Clock, Study, study
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.running import Batch
 from pysolve.plan import Site
@@ -128,11 +129,10 @@ def compress(
     if len(given) > 1:
         raise ValueError(f"give one of target, keep and lam, got {' and '.join(given)}.")
     wanted = DEFAULT if not given else target
-    options = Options(ignore, divergence, memory, seed, progress)
-    how = _checked(
-        network, [] if wanted is None else [wanted], select, refit, distill, sites, round_to, options
-    )
+    targets = [] if wanted is None else [wanted]
+    how = _checked(network, targets, select, refit, distill, sites, ignore, round_to)
     check_keep(keep, lam)
+    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate)
     found = study(network, batches, options, sites=True if sites is None else sites)
     check_free(found)
     clock, channels = Clock(), Channels(_by_site(found, select))
@@ -146,7 +146,7 @@ def compress(
         where = probe(found, len(menus))
         sized = within(found, price(found, menus, where), wanted, where, round_to)
     clock.stage("measure")
-    return made(before, found, sized, clock, wanted, refit, how, evaluate)
+    return made(before, found, sized, clock, wanted, refit, how)
 
 
 def sweep(
@@ -194,8 +194,9 @@ def sweep(
         raise ValueError("retrain needs evaluate, which says how good the network is afterwards.")
     if isinstance(targets, Mapping):
         raise TypeError(f"targets must be a list of targets, got one: pass [{dict(targets)}].")
-    options, wanted = Options(ignore, divergence, memory, seed, progress), list(targets)
-    how = _checked(network, wanted, select, refit, distill, sites, round_to, options)
+    wanted = list(targets)
+    how = _checked(network, wanted, select, refit, distill, sites, ignore, round_to)
+    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate)
     found = study(network, batches, options, sites=True if sites is None else sites)
     check_free(found)
     clock, channels = Clock(), Channels(_by_site(found, select))
@@ -207,11 +208,12 @@ def sweep(
         clock = Clock()
         sized = within(found, menus, target, where, round_to)
         clock.stage("choose")
-        result = made(before, found, sized, clock, target, refit, how, evaluate)
+        result = made(before, found, sized, clock, target, refit, how)
         report = result.report
-        if retrain is not None and evaluate is not None:
+        if retrain is not None:
             retrain(result.model)
-            report = replace(report, retrained=float(evaluate(result.model)))
+            score, notes = later_score(options, result.model)
+            report = replace(report, retrained=score, notes=(*report.notes, *notes))
         reports.append(report)
     return reports
 
@@ -224,7 +226,6 @@ def made(
     target: Target | None,
     refit: str,
     distill: Mapping[str, object],
-    evaluate: Evaluate | None,
 ) -> Compressed:
     """A studied network, refitted with some channels kept, cut, checked and reported."""
     rebuilt = rebuild(found, Chosen(sized.keep), refit)
@@ -243,7 +244,6 @@ def made(
         notes=(*sized.notes, *rebuilt.notes),
         distill=distill,
         selected=sized.predicted is not None,
-        evaluate=evaluate,
     )
 
 
@@ -254,8 +254,8 @@ def _checked(
     refit: str,
     distill: Length,
     sites: Sequence[Site] | None,
+    ignore: Sequence[str],
     round_to: int,
-    options: Options,
 ) -> dict[str, object]:
     """Refuse what can be told to be wrong without running the network; options of distillation."""
     for target in targets:
@@ -265,10 +265,8 @@ def _checked(
         select_channels(np.eye(1), np.eye(1), 1, method=select)
     one_of("refit", refit, REFITS)
     if sites is not None:
-        check_sites(sites, options.ignore)
+        check_sites(sites, ignore)
     check_whole("round_to", round_to)
-    if options.memory is not None:
-        check_positive("memory", options.memory)
     return check_distill(network, distill)
 
 

@@ -15,6 +15,7 @@ from pysolve.correlations import Indices
 from pysolve.errors import PysolveError
 from pysolve.forms import Codebook, Sparse
 from pysolve.methods.goal import (
+    Evaluate,
     Length,
     Target,
     check_distill,
@@ -22,6 +23,7 @@ from pysolve.methods.goal import (
     check_target,
     check_whole,
     network_of,
+    options_for,
 )
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.kinds.codes import Codes
@@ -33,9 +35,9 @@ from pysolve.methods.price import Probe, price, probe
 from pysolve.methods.quantize import LAYOUTS, coded, in_bytes
 from pysolve.methods.rate import Coded, Subject, about_bytes, priced, subject_of, within_bytes
 from pysolve.methods.rebuild import rebuild
-from pysolve.methods.result import NO_REPORT, Evaluate, distance, finish, following, matched
+from pysolve.methods.result import NO_REPORT, distance, finish, following, later_score, matched
 from pysolve.methods.sizes import Sized, site_reports, sized, within
-from pysolve.methods.study import Clock, Options, Study
+from pysolve.methods.study import Clock, Study
 from pysolve.nn.apply import apply
 from pysolve.nn.calibration import first_samples
 from pysolve.nn.divergence import Divergence, kl_divergence
@@ -120,13 +122,14 @@ def deep_compress(
     _check(asked, zeros, bits, how, layout)
     if iter(batches) is batches:
         batches = list(batches)
-    options, clock = Options(ignore, divergence, memory, seed, progress), Clock()
+    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate)
+    clock = Clock()
     size = in_bytes(asked["bytes"], network) if "bytes" in asked else None
     share = _share(asked.get("params", None if size else 1.0), network)
     kind = Codes(bits=bits)
     make = partial(subject_of, to_bytes=size is not None, gather=bool(zeros))
     subject, notes = _studied(partial(make, network, batches, options, kind), share)
-    line = _Line(network, subject.study, evaluate)
+    line = _Line(network, subject.study)
     line.note("original", network, nbytes(network), 0.0)
     width = _width(subject, size, share) if subject.study.free else None
     if width is not None and width.keep:
@@ -162,7 +165,6 @@ def deep_compress(
         sites=[*site_reports(line.study, width.sized)] if width else [],
         notes=(*notes, *line.notes, *rebuilt.notes),
         selected=width is not None,
-        evaluate=evaluate,
         file=True,
     )
     line.note("coded", result.model, result.report.after["file"], 0.0)
@@ -177,20 +179,20 @@ class _Line:
     ----------
     original : nn.Module
     study : Study
-    evaluate : callable, optional
     stages : list of Stage
     notes : list of str
     """
 
     original: nn.Module
     study: Study
-    evaluate: Evaluate | None
     stages: list[Stage] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def note(self, name: str, network: nn.Module, size: int, seconds: float) -> None:
         """Write down what a stage left."""
-        score = None if self.evaluate is None else float(self.evaluate(network))
+        options = self.study.options
+        score, notes = (options.score, ()) if not self.stages else later_score(options, network)
+        self.notes.extend(notes)
         lost = distance(self.original, network, self.study.apart, self.study.options.divergence)
         self.stages.append(Stage(name, size, parameters(self.original), lost, seconds, score))
 

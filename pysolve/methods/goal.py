@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from inspect import signature
 from numbers import Integral, Real
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from pysolve.compressed import Compressed
 from pysolve.errors import PysolveError
 from pysolve.forms import Sparse
+from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.layers.dense import without_sparse
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.plan import Plan, Site
@@ -26,6 +27,76 @@ Target = Mapping[str, float]
 Values = float | Mapping[str | Site, float]
 # Seconds, or options of ``distill`` with seconds or epochs among them.
 Length = float | Mapping[str, object]
+
+
+Evaluate = Callable[[nn.Module], float]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every verb takes, besides its own arguments; ``options_for`` checks them.
+
+    Parameters
+    ----------
+    ignore : sequence of str
+        Layers to leave alone: names, or patterns as ``re:…``.
+    divergence : callable
+        From the original's and another output to how far they are apart, averaged over samples.
+    memory : int, optional
+        Bytes that the refit may hold in activations; by default half of what is free.
+    seed : int
+    progress : bool
+    evaluate : callable, optional
+        From a network to a score.
+    score : float, optional
+        The original's.
+    """
+
+    ignore: Sequence[str] = ()
+    divergence: Divergence = kl_divergence
+    memory: int | None = None
+    seed: int = 0
+    progress: bool = True
+    evaluate: Evaluate | None = None
+    score: float | None = None
+
+
+def options_for(
+    network: nn.Module,
+    ignore: Sequence[str],
+    divergence: Divergence,
+    memory: int | None,
+    seed: int,
+    progress: bool,
+    evaluate: Evaluate | None,
+) -> Options:
+    """Options of a verb, checked; the original is evaluated before any other work.
+
+    Raises
+    ------
+    TypeError, ValueError
+        ``memory`` is no positive number; ``evaluate`` returns none.
+    """
+    if memory is not None:
+        check_positive("memory", memory)
+    score = None if evaluate is None else score_of(evaluate, network)
+    return Options(ignore, divergence, memory, seed, progress, evaluate, score)
+
+
+def score_of(evaluate: Evaluate, network: nn.Module) -> float:
+    """What the user's function says of a network.
+
+    Raises
+    ------
+    TypeError
+        It returns no single number.
+    """
+    score: object = evaluate(network)
+    if isinstance(score, Tensor | np.ndarray) and score.reshape(-1).shape == (1,):
+        score = score.item()
+    if isinstance(score, bool) or not isinstance(score, Real | np.number):
+        raise TypeError(f"evaluate must return a number, the network's score, got {type(score).__name__}.")
+    return float(score)
 
 
 def network_of(

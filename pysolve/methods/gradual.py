@@ -14,16 +14,17 @@ from torch.nn.functional import cross_entropy
 
 from pysolve.compressed import Compressed
 from pysolve.layer.layer_fit import LayerFit
-from pysolve.methods.goal import network_of
+from pysolve.methods.goal import Evaluate, network_of, options_for
 from pysolve.methods.kinds.channels import ridge_fit
 from pysolve.methods.layout import check_layout, lay_out
 from pysolve.methods.menu import Chosen
 from pysolve.methods.prune import LAYOUTS
 from pysolve.methods.rebuild import Rebuilt
-from pysolve.methods.result import Evaluate, finish
-from pysolve.methods.study import Clock, Options, Study, weight_name
+from pysolve.methods.result import finish
+from pysolve.methods.study import Clock, Study, weight_name
 from pysolve.nn.apply import apply
 from pysolve.nn.calibration import Calibration
+from pysolve.nn.divergence import kl_divergence
 from pysolve.nn.files.format1 import sparse_layers
 from pysolve.nn.layers.masking import mask_weights, remove_masks, unmasked
 from pysolve.nn.running import Batch, as_array, find_layer, find_matching
@@ -208,6 +209,7 @@ def _trained(
     splicing: bool = False,
 ) -> Compressed:
     """Train with masks that change after every step, and lay out what that makes of the network."""
+    options = options_for(base, (), kl_divergence, None, training.get("seed", 0), True, evaluate)
     clock = Clock()
     loader, _ = counted(batches)
     network = copy.deepcopy(base)
@@ -225,7 +227,7 @@ def _trained(
     ]
     if sparse := [*sparse_layers(base, remove_duplicate=True)]:
         notes.append(f"sparse layers got no more zeros: {', '.join(sparse)}; nn.to_dense changes that")
-    options, seen = Options(seed=training.get("seed", 0)), Calibration(0, [first], [first])
+    seen = Calibration(0, [first], [first])
     study = Study(base, options, weights={n: weight_of(find_layer(base, n)) for n in names}, calibration=seen)
     fits = {name: LayerFit(np.zeros((0, 0)), None, np.nan) for name in names}
     values = {
@@ -236,7 +238,7 @@ def _trained(
     laid = replace(laid, lines=tuple(replace(line, error=None) for line in laid.lines))
     clock.stage("layout")
     before = model if isinstance(model, Compressed) else base
-    return finish(before, study, laid, clock, notes=notes, evaluate=evaluate)
+    return finish(before, study, laid, clock, notes=notes)
 
 
 def weight_of(layer: nn.Module) -> Tensor:

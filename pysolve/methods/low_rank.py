@@ -12,12 +12,14 @@ from pysolve.errors import PysolveError, exactly_one, one_of
 from pysolve.layer.reduced_rank import rank_keeping
 from pysolve.methods.budget import costs_of, settle
 from pysolve.methods.goal import (
+    Evaluate,
     Length,
     Target,
     check_distill,
     check_target,
     check_whole,
     network_of,
+    options_for,
 )
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.kinds.ranks import STRUCTURES, RankMenu, Ranks, ranks_of
@@ -25,9 +27,9 @@ from pysolve.methods.layout import LaidOut, check_layout, lay_out, seconds_of_bo
 from pysolve.methods.menu import Chosen, Menu
 from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import Rebuilt, rebuild
-from pysolve.methods.result import Evaluate, finish
+from pysolve.methods.result import finish
 from pysolve.methods.sizes import Sized, site_reports, sized
-from pysolve.methods.study import Clock, Options, Study, study, weights_of
+from pysolve.methods.study import Clock, Study, reasons, study, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.running import Batch, find_layer
 from pysolve.report.rows import LayerReport
@@ -35,6 +37,9 @@ from pysolve.report.rows import LayerReport
 METHODS = ("activation", "svd")
 LAYOUTS = ("auto", "factored")
 REFITS = ("sequential", "independent", "none")
+# Further fits of layers that a ReLU follows: of LeNet-5's factors, a second and third lower the divergence by
+# 2.5 to 9 %.
+PASSES = 3
 
 
 def low_rank(
@@ -136,18 +141,18 @@ def low_rank(
         prune=prune,
         distill=how,
     )
-    weights, notes = weights_of(network, ignore)
-    options, plain = Options(ignore, divergence, memory, seed, progress), method == "svd"
-    found = study(network, batches, options, weights=weights, sites=prune, gather=not plain, notes=notes)
+    weights, left = weights_of(network, ignore)
+    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate)
+    plain = method == "svd"
+    found = study(network, batches, options, weights=weights, sites=prune, gather=not plain, left=left)
     clock = Clock()
     kind, against = ranks_of(found, structure, plain)
     table = _table(found, kind, against, timed=layout == "auto")
     if isinstance(rank, Mapping):
         _check_named(found, table, rank)
     if not table.menus and not found.free:
-        raise PysolveError(
-            f"no layer can be factored: {_reasons(table.against) or 'none has its own weight'}."
-        )
+        why = _reasons(table.against) or f"none has its own weight{reasons(left)}"
+        raise PysolveError(f"no layer can be factored: {why}.")
     widths = None
     if target is None:
         ranks, table = _ranks_as_told(table, rank, energy)
@@ -158,7 +163,7 @@ def low_rank(
     for name, size in ranks.items():
         chosen |= table.menus[name].at(size)
     unfitted = plain or refit == "none" or not (ranks or chosen.keep)
-    rebuilt = rebuild(found, chosen, "none" if unfitted else refit)
+    rebuilt = rebuild(found, chosen, "none" if unfitted else refit, passes=PASSES)
     clock.stage("refit")
     laid = lay_out(found, rebuilt, "factored")
     clock.stage("apply")
@@ -174,7 +179,6 @@ def low_rank(
         notes=rebuilt.notes,
         distill=how,
         selected=target is not None,
-        evaluate=evaluate,
     )
 
 

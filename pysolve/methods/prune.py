@@ -15,12 +15,15 @@ from pysolve.methods.channel_scores import SCORES as OF_CHANNELS
 from pysolve.methods.channel_scores import keep_above, keep_by_share, scores_of
 from pysolve.methods.compress import made
 from pysolve.methods.goal import (
+    Evaluate,
     Length,
+    Options,
     Target,
     check_distill,
     check_share,
     check_target,
     network_of,
+    options_for,
 )
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.kinds.zeros import SCORES as OF_WEIGHTS
@@ -28,9 +31,9 @@ from pysolve.methods.kinds.zeros import Zeros
 from pysolve.methods.layout import check_layout, lay_out
 from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import REFITS, rebuild
-from pysolve.methods.result import Evaluate, finish
+from pysolve.methods.result import finish
 from pysolve.methods.sizes import by_keep, check_free, within
-from pysolve.methods.study import Clock, Options, study, weights_of
+from pysolve.methods.study import Clock, reasons, study, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.running import Batch
@@ -190,11 +193,11 @@ def prune(
     refit = refit or ("sequential" if method in _REFITTING else "none")
     goal = _Goal(method, what, value, scope, refit, layout, norm, check_distill(network, distill))
     _check(goal, batches is None)
-    options = Options(ignore, divergence, memory, seed, progress)
+    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate)
     if goal.of_channels:
         assert batches is not None
-        return _channels(before, network, batches, goal, options, evaluate)
-    return _weights(before, network, batches, goal, options, evaluate)
+        return _channels(before, network, batches, goal, options)
+    return _weights(before, network, batches, goal, options)
 
 
 def _weights(
@@ -203,12 +206,13 @@ def _weights(
     batches: Iterable[Batch] | None,
     goal: _Goal,
     options: Options,
-    evaluate: Evaluate | None,
 ) -> Compressed:
     """Single weights become zero, others are refitted, layers run sparse where that is faster and smaller."""
-    weights, notes = weights_of(network, options.ignore)
+    weights, left = weights_of(network, options.ignore)
     if not weights:
-        raise PysolveError("there is nothing to prune: no Linear layer or convolution has its own weight.")
+        raise PysolveError(
+            f"there is nothing to prune: no Linear layer or convolution has its own weight{reasons(left)}."
+        )
     wanted = {goal.what: goal.value}
     if goal.what == "target":
         wanted = {"amount": _amount(network, [w.numel() for w in weights.values()], goal)}
@@ -222,7 +226,7 @@ def _weights(
         weights=weights,
         gather=gather,
         trace=goal.needs_data or bool(goal.distill),
-        notes=notes,
+        left=left,
     )
     clock = Clock()
     chosen = zeros.choose(found)
@@ -242,7 +246,6 @@ def _weights(
         notes=(*rebuilt.notes, *([f"{', '.join(apart)}: not refitted"] if apart else [])),
         distill=goal.distill,
         zeros=dense,
-        evaluate=evaluate,
     )
 
 
@@ -252,7 +255,6 @@ def _channels(
     batches: Iterable[Batch],
     goal: _Goal,
     options: Options,
-    evaluate: Evaluate | None,
 ) -> Compressed:
     """Whole channels, physically, through the same steps as ``compress``."""
     found = study(network, batches, options, sites=True)
@@ -267,7 +269,7 @@ def _channels(
     else:
         sized = by_keep(found, menus, _kept(goal, scores))
     clock.stage("measure")
-    return made(before, found, sized, clock, target, goal.refit, goal.distill, evaluate)
+    return made(before, found, sized, clock, target, goal.refit, goal.distill)
 
 
 def _kept(goal: _Goal, scores: Mapping[Site, Array] | None) -> float | Mapping[str | Site, float]:

@@ -11,15 +11,24 @@ from pysolve.compressed import Compressed
 from pysolve.correlations import Indices
 from pysolve.errors import PysolveError, one_of
 from pysolve.layer.quantize_layer import METHODS
-from pysolve.methods.goal import Length, Target, check_distill, check_target, check_whole, network_of
+from pysolve.methods.goal import (
+    Evaluate,
+    Length,
+    Target,
+    check_distill,
+    check_target,
+    check_whole,
+    network_of,
+    options_for,
+)
 from pysolve.methods.kinds.codes import SCHEMES, Codes
 from pysolve.methods.layout import LaidOut, check_layout, lay_out, plan_of
 from pysolve.methods.matching import check_trained, matched_codes
 from pysolve.methods.menu import Chosen
 from pysolve.methods.rate import Coded, Subject, shortened, subject_of, within_bytes
 from pysolve.methods.rebuild import Rebuilt, rebuild
-from pysolve.methods.result import Evaluate, assembled, finish
-from pysolve.methods.study import Clock, Options
+from pysolve.methods.result import assembled, finish
+from pysolve.methods.study import Clock
 from pysolve.nn.apply import apply
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes
@@ -119,7 +128,7 @@ def quantize(
     before, network = network_of(model)
     how = check_distill(network, distill, ("trained",))
     _check(scheme, bits, target, group, method, how, layout, batches is None)
-    options = Options(ignore, divergence, memory, seed, progress)
+    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate)
     kind = Codes(scheme, bits, group, method)
     subject = subject_of(network, batches, options, kind, to_bytes=target is not None)
     clock, size = Clock(), None if target is None else in_bytes(target["bytes"], network)
@@ -133,7 +142,6 @@ def quantize(
         target=None if size is None else {"bytes": size},
         samples=rebuilt.samples,
         notes=rebuilt.notes,
-        evaluate=evaluate,
         file=True,
     )
 

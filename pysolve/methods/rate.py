@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pysolve.correlations import Indices
 from pysolve.errors import PysolveError
 from pysolve.forms import Codebook, Integers
+from pysolve.methods.goal import Options
 from pysolve.methods.kinds.codes import (
     SCHEMES,
     Codes,
@@ -32,7 +33,7 @@ from pysolve.methods.rebuild import (
     tasks_of,
     values_of,
 )
-from pysolve.methods.study import Options, Study, study, weights_of
+from pysolve.methods.study import Skipped, Study, reasons, study, weights_of
 from pysolve.nn.calibration import samples_in
 from pysolve.nn.divergence import mean_divergence, run
 from pysolve.nn.evaluate import nbytes
@@ -111,16 +112,18 @@ def subject_of(
     """
     # Rows of integers would have no place in a file: each row has its own values.
     integers = SCHEMES[kind.scheme] == "int"
-    weights, notes = weights_of(model, options.ignore, WEIGHTED if integers else (*WEIGHTED, *EMBEDDINGS))
+    weights, left = weights_of(model, options.ignore, WEIGHTED if integers else (*WEIGHTED, *EMBEDDINGS))
     if kind.scheme == "int8-dynamic":
         modules = dict(model.named_modules())
-        weights = {name: weight for name, weight in weights.items() if type(modules[name]) is nn.Linear}
+        for name in [name for name in weights if type(modules[name]) is not nn.Linear]:
+            kind_of = type(modules[name]).__name__
+            left.append(Skipped(name, f"a weight of {kind_of}", weights.pop(name).numel()))
     if not weights:
-        raise PysolveError(f"there is nothing to quantise: no layer for {kind.scheme} has its own weight.")
+        why = f"no layer for {kind.scheme} has its own weight{reasons(left)}"
+        raise PysolveError(f"there is nothing to quantise: {why}.")
     bare = {} if integers else dict(bare_parameters(model, find_matching(model, options.ignore)))
     many = {name: value for name, value in bare.items() if is_many(value)}
-    if many:
-        notes.append(f"shared values of their own, for they are no layer's weight: {', '.join(many)}")
+    own = f"shared values of their own, for they are no layer's weight: {', '.join(many)}"
     found = study(
         model,
         batches,
@@ -128,7 +131,8 @@ def subject_of(
         weights={**weights, **many},
         sites=sites,
         gather=to_bytes or gather,
-        notes=notes,
+        left=[one for one in left if one.name not in bare],
+        notes=[own] if many else [],
     )
     small = {name: value for name, value in bare.items() if name not in many}
     subject = Subject(found, small, replace(kind, bare=frozenset(many)))

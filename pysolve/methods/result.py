@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import logging
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import sys
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,10 +17,11 @@ from torch import nn
 
 import pysolve
 from pysolve.compressed import Compressed
-from pysolve.methods.goal import Target, plain_target
+from pysolve.errors import PysolveWarning
+from pysolve.methods.goal import Options, Target, plain_target, score_of
 from pysolve.methods.layout import LaidOut
-from pysolve.methods.study import Clock, Study
-from pysolve.nn.calibration import samples_in, take
+from pysolve.methods.study import Clock, Skipped, Study, reasons
+from pysolve.nn.calibration import HELD_OF, LEAST_APART, samples_in, take
 from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, run
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.files.architecture import fingerprint
@@ -32,16 +36,18 @@ from pysolve.report.rows import Latency, LayerReport, SiteReport, Solve, Stage
 from pysolve.report.warnings import few_samples, pinned, slower
 from pysolve.training.distill import distill as teach
 
-Evaluate = Callable[[nn.Module], float]
-
+LOGGER = logging.getLogger("pysolve")
 # Parts of a batch that are compared by themselves.
 PARTS = 16
 # Samples that are timed together.
 BATCHES = (1, 64)
-# 3,072 samples of which an eighth is held out fill the selection set and the one for the report.
 CHOSEN_ON = (
-    "the divergence is that of the samples that sizes were chosen on; of 3,100 samples or more, others are "
-    "set apart for it"
+    "the divergence is that of the samples that sizes were chosen on; of "
+    f"{HELD_OF * 3 * LEAST_APART} samples or more, others are set apart for it"
+)
+FITTED_ON = (
+    "the divergence is that of samples that layers were fitted on; of "
+    f"{HELD_OF} samples or more, some are held out"
 )
 # Of what is not measured yet.
 NO_REPORT = Report(before={}, after={}, sites=(), divergence=float("nan"), samples=0, held=0)
@@ -66,7 +72,6 @@ def finish(
     distill: Mapping[str, object] | None = None,
     zeros: Sequence[str] = (),
     selected: bool = False,
-    evaluate: Evaluate | None = None,
     file: bool = False,
 ) -> Compressed:
     """Match the original's outputs where asked for, measure, and report.
@@ -88,7 +93,6 @@ def finish(
         Dense layers whose zeros stay zero meanwhile.
     selected : bool
         Whether sizes were chosen on the selection set.
-    evaluate : callable, optional
     file : bool
         Whether the report gives the bytes of the file that ``save`` writes.
     """
@@ -98,7 +102,9 @@ def finish(
         notes = (*notes, *more)
         clock.stage("distill")
     report = account(original, model, study)
-    if selected and study.apart is study.held:
+    if study.calibration is not None and study.calibration.fitted_on:
+        notes = (*notes, FITTED_ON)
+    elif selected and study.apart is study.held:
         notes = (*notes, CHOSEN_ON)
     few = few_samples(_given(study), study.correlations)
     stuck = pinned(report.mass, study.sites) if any(site.pinned is None for site in study.sites) else []
@@ -107,20 +113,28 @@ def finish(
         target=plain_target(target),
         samples=samples,
         sites=tuple(sites),
-        layers=laid.lines if lines is None else tuple(lines),
+        layers=(*(laid.lines if lines is None else lines), *map(_skipped, study.left)),
         solves=tuple(solves),
         warnings=(*few, *stuck, *report.warnings),
-        notes=tuple(dict.fromkeys((*study.notes, *notes, *report.notes))),
+        notes=tuple(dict.fromkeys((*_left_alone(study), *study.notes, *notes, *report.notes))),
     )
     result = following(before, Compressed(model, laid.plan, report))
     if file:
         result = with_file(result, original)
     clock.stage("report")
-    if evaluate is not None:
-        result = replace(result, report=scored(result.report, original, model, evaluate))
+    score, failed = later_score(study.options, model)
+    if study.options.evaluate is not None:
         clock.stage("evaluate")
-    seconds = {**study.seconds, **clock.seconds}
-    return replace(result, report=replace(result.report, seconds=seconds, stages=tuple(stages)))
+    report = replace(
+        result.report,
+        score_before=study.options.score,
+        score_after=score,
+        notes=(*result.report.notes, *failed),
+        seconds={**study.seconds, **clock.seconds},
+        stages=tuple(stages),
+    )
+    tell(report)
+    return replace(result, report=report)
 
 
 def following(before: nn.Module | Compressed, result: Compressed) -> Compressed:
@@ -170,7 +184,7 @@ def account(original: nn.Module, smaller: nn.Module, study: Study) -> Report:
         if study.apart
         else float("nan"),
         samples=0,
-        held=sum(map(samples_in, study.apart)),
+        held=0 if study.calibration and study.calibration.fitted_on else sum(map(samples_in, study.apart)),
         mass=mass,
         latencies=() if first is None else _latencies(original, smaller, first),
         warnings=tuple(slower(mass)),
@@ -178,11 +192,25 @@ def account(original: nn.Module, smaller: nn.Module, study: Study) -> Report:
     )
 
 
-def scored(report: Report, original: nn.Module, smaller: nn.Module, evaluate: Evaluate | None) -> Report:
-    """The report with what the user's function says of both networks, if there is one."""
-    if evaluate is None:
-        return report
-    return replace(report, score_before=float(evaluate(original)), score_after=float(evaluate(smaller)))
+def later_score(options: Options, network: nn.Module) -> tuple[float | None, tuple[str, ...]]:
+    """The score of a result, if there is a function for it; where that fails, a note: work is not lost."""
+    if options.evaluate is None:
+        return None, ()
+    try:
+        return score_of(options.evaluate, network), ()
+    except Exception as error:
+        return None, (f"evaluate failed on the smaller network: {type(error).__name__}: {error}",)
+
+
+def tell(report: Report) -> None:
+    """Pass warnings on to Python's, as from the user's own line, and notes to the logger ``pysolve``."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pysolve."):
+        frame, level = frame.f_back, level + 1
+    for text in report.warnings:
+        warnings.warn(text, PysolveWarning, stacklevel=level)
+    for text in report.notes:
+        LOGGER.info(text)
 
 
 def with_file(result: Compressed, original: nn.Module) -> Compressed:
@@ -245,12 +273,19 @@ def made_with(seed: int) -> dict[str, str]:
     }
 
 
+def _skipped(one: Skipped) -> LayerReport:
+    return LayerReport(one.name, 1.0, "dense", f"left alone: {one.why}")
+
+
+def _left_alone(study: Study) -> list[str]:
+    """Which weights no form was found for, and what share of the parameters these are."""
+    share = sum(one.params for one in study.left) / max(1, parameters(study.model))
+    return [f"left alone, {share:.1%} of the parameters{reasons(study.left)}"] if study.left else []
+
+
 def _given(study: Study) -> int:
     """Samples that the user gave."""
-    if study.calibration is None:
-        return 0
-    held = study.held if study.apart is study.held else [*study.held, *study.apart]
-    return study.calibration.seen + sum(map(samples_in, held))
+    return study.calibration.seen + study.calibration.out if study.calibration else 0
 
 
 def _parts(batches: Sequence[Batch]) -> Iterator[Batch]:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import PysolveError
+from pysolve.methods.goal import Options
 from pysolve.nn.calibration import Calibration, calibrate, peek
-from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.nn.evaluate import parameters
 from pysolve.nn.graph.branches import Layer, find_layers
 from pysolve.nn.graph.export import Graph, trace_once
 from pysolve.nn.graph.sites import sites_in
@@ -23,31 +25,17 @@ from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix
 from pysolve.nn.layers.masking import masks_of
 from pysolve.nn.layers.sparse import SparseWeight
 from pysolve.nn.running import Batch, as_array, find_matching
-from pysolve.nn.slicing import WEIGHTED
+from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
 from pysolve.plan import Site
 
 
 @dataclass(frozen=True)
-class Options:
-    """What every verb takes, besides its own arguments.
+class Skipped:
+    """A weight that is left alone: its name, why, and its number of parameters."""
 
-    Parameters
-    ----------
-    ignore : sequence of str
-        Layers to leave alone: names, or patterns as ``re:…``.
-    divergence : callable
-        From the original's and another output to how far they are apart, averaged over samples.
-    memory : int, optional
-        Bytes that the refit may hold in activations; by default half of what is free.
-    seed : int
-    progress : bool
-    """
-
-    ignore: Sequence[str] = ()
-    divergence: Divergence = kl_divergence
-    memory: int | None = None
-    seed: int = 0
-    progress: bool = True
+    name: str
+    why: str
+    params: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,6 +57,8 @@ class Study:
     correlations : {layer: Correlations}
     calibration : Calibration, optional
         None without data.
+    left : tuple of Skipped
+        Weights that take no other form.
     notes : tuple of str
     seconds : {stage: float}
     """
@@ -81,6 +71,7 @@ class Study:
     sites: Sequence[Site] = ()
     correlations: Mapping[str, Correlations] = field(default_factory=dict)
     calibration: Calibration | None = None
+    left: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
 
@@ -132,6 +123,7 @@ def study(
     sites: Sequence[Site] | bool = False,
     gather: bool = True,
     trace: bool = True,
+    left: Sequence[Skipped] = (),
     notes: Sequence[str] = (),
 ) -> Study:
     """Trace the network, find its sites, and gather correlations while the data stream by once.
@@ -149,6 +141,7 @@ def study(
         Whether correlations of the weights' layers are needed beforehand, beside those of sites' readers.
     trace : bool
         Without, the network does not run, and the first batch is there to measure on.
+    left : sequence of Skipped
     notes : sequence of str
 
     Raises
@@ -157,13 +150,13 @@ def study(
         Sites are looked for in a network that cannot be traced.
     """
     weights = weights or {}
+    base = Study(model, options, weights=weights, left=tuple(left), notes=tuple(notes))
     if batches is None:
-        return Study(model, options, weights=weights, notes=tuple(notes))
+        return base
     clock = Clock()
     first, batches = peek(batches)
     if not trace:
-        only = Calibration(0, [first], [first])
-        return Study(model, options, weights=weights, calibration=only, notes=tuple(notes))
+        return replace(base, calibration=Calibration(0, [first], [first]))
     graph, nodes, found, why = _traced(model, first, sites, options.ignore)
     seen = {layer.name: layer for layer in nodes.values()}
     named = [name for site in found for name in (*site.readers, *site.writers)]
@@ -186,19 +179,23 @@ def study(
     )
     clock.stage("gather")
     if why and weights:
-        notes = (
-            *notes,
-            f"layers were fitted on the original's inputs, for the network cannot be exported: {why}",
-        )
-    return Study(
-        model, options, graph, layers, weights, found, correlations, calibration, tuple(notes), clock.seconds
+        more = f"layers were fitted on the original's inputs, for the network cannot be exported: {why}"
+        base = replace(base, notes=(*base.notes, more))
+    return replace(
+        base,
+        graph=graph,
+        layers=layers,
+        sites=found,
+        correlations=correlations,
+        calibration=calibration,
+        seconds=clock.seconds,
     )
 
 
 def weights_of(
     model: nn.Module, ignore: Sequence[str] = (), kinds: tuple[type[nn.Module], ...] = WEIGHTED
-) -> tuple[dict[str, Tensor], list[str]]:
-    """Weights of layers that can be changed, by the layers' names, and notes of those that cannot.
+) -> tuple[dict[str, Tensor], list[Skipped]]:
+    """Weights of layers of some kinds, by the layers' names, and all other matrices, which are left alone.
 
     Raises
     ------
@@ -207,25 +204,39 @@ def weights_of(
     """
     if masks_of(model):
         raise PysolveError("the network's weights are masked: call remove_masks on it first.")
-    ignored = find_matching(model, ignore)
-    owners = Counter(id(p) for module in model.modules() for p in module._parameters.values())
+    ignored, modules = find_matching(model, ignore), dict(model.named_modules())
+    owned = [p for module in modules.values() for _, p in module.named_parameters(recurse=False)]
+    owners = Counter(map(id, owned))
     found: dict[str, Tensor] = {}
-    notes: list[str] = []
-    for name, module in model.named_modules():
-        if name in ignored:
-            continue
-        if isinstance(module, SparseWeight):
-            notes.append(f"{name} is left alone: it is sparse; nn.to_dense changes that")
-        if not isinstance(module, kinds):
+    left: list[Skipped] = []
+    for name, module in modules.items():
+        if name in ignored or isinstance(module, ParametrizationList):
             continue
         own = module._parameters.get("weight")
-        if own is None:
-            notes.append(f"{name} is left alone: its weight is computed from others")
-        elif owners[id(own)] > 1:
-            notes.append(f"{name} is left alone: another layer shares its weight")
-        else:
-            found[name] = own
-    return found, notes
+        if isinstance(module, SparseWeight):
+            left.append(Skipped(name, "it is sparse; nn.to_dense changes that", parameters(module)))
+            continue
+        if is_parametrized(module) or (isinstance(module, (*WEIGHTED, *EMBEDDINGS)) and own is None):
+            left.append(Skipped(name, "its weight is computed from others", parameters(module)))
+            continue
+        for leaf, value in module.named_parameters(recurse=False):
+            full = name if leaf == "weight" else f"{name}.{leaf}".lstrip(".")
+            if value.ndim < 2 or not value.is_floating_point():
+                continue
+            if value is not own or not isinstance(module, kinds):
+                left.append(Skipped(full, f"a weight of {type(module).__name__}", value.numel()))
+            elif owners[id(value)] > 1:
+                left.append(Skipped(full, "another layer shares its weight", value.numel()))
+            else:
+                found[name] = value
+    return found, left
+
+
+def reasons(left: Sequence[Skipped], shown: int = 5) -> str:
+    """Names of weights that are left alone, and why, to go on after a sentence; "" where there are none."""
+    names = [f"{one.name or 'the network'} ({one.why})" for one in left]
+    more = [f"{len(names) - shown} more"] if len(names) > shown else []
+    return f": {', '.join([*names[:shown], *more])}" if left else ""
 
 
 def _is_gathered(layer: Layer | None, graph: Graph | None) -> bool:

@@ -22,9 +22,10 @@ from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.running import Batch, arguments
 from pysolve.nn.walk import last_uses
 
-# Of each batch this share is held out, until there are so many samples to choose sizes by; then as many more
-# as the last number says, that nothing is chosen or fitted on, for the report.
-HELD_SHARE, HELD_SAMPLES, APART_SAMPLES = 1 / 8, 256, 128
+# One sample of so many is held out, up to so many to choose sizes by and so many for the report.
+HELD_OF, HELD_SAMPLES, APART_SAMPLES = 8, 256, 128
+# Fewer samples than these tell too little to set them apart for the report.
+LEAST_APART = 16
 # Rows (samples × positions) to gather for a layer, as a multiple of its inputs.
 ROWS_PER_INPUT = 60
 
@@ -40,11 +41,14 @@ class Calibration:
     held : list of batches
         Held out from every fit: the selection set, on which sizes are chosen.
     apart : list of batches
-        Held out from every fit and every choice, for the report; ``held`` where there are too few samples.
+        Held out from every fit and every choice, for the report: a third of what is held out; ``held`` where
+        that is too few.
     kept : list of batches
         For the refit.
     seen : int
         Samples that were given on to be gathered.
+    out : int
+        Samples that were held out. Of fewer than eight samples none are: ``held`` are then some of ``kept``.
     """
 
     limit: int
@@ -52,26 +56,34 @@ class Calibration:
     apart: list[Batch] = field(default_factory=list)
     kept: list[Batch] = field(default_factory=list)
     seen: int = 0
+    out: int = 0
 
     def stream(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches without what is held out, keeping what may be kept."""
-        room = self.limit
+        room, out = self.limit, list[Batch]()
         for batch in batches:
-            n, given = samples_in(batch), _count(self.held) + _count(self.apart)
-            out = min(max(1, int(n * HELD_SHARE)), HELD_SAMPLES + APART_SAMPLES - given) if n > 1 else 0
-            split = min(out, max(0, HELD_SAMPLES - given))
-            for samples, start, stop in ((self.held, 0, split), (self.apart, split, out)):
-                if stop > start:
-                    samples.append(take(batch, start, stop))
-            rest = take(batch, out, n)
+            n = samples_in(batch)
+            due = (self.seen + self.out + n) // HELD_OF - self.out
+            held = max(0, min(n, due, HELD_SAMPLES + APART_SAMPLES - self.out))
+            out += [take(batch, 0, held)] if held else []
+            self.out += held
+            if held == n:
+                continue
+            rest = take(batch, held, n) if held else batch
             if room > 0:
-                self.kept.append(take(rest, 0, min(room, n - out)))
-                room -= n - out
-            self.seen += n - out
+                self.kept.append(take(rest, 0, min(room, n - held)))
+                room -= n - held
+            self.seen += n - held
             yield rest
-        # Single samples cannot be shared out: measurements then see what the fits saw.
-        self.held = joined(self.held or self.kept[:HELD_SAMPLES])
-        self.apart = joined(self.apart) or self.held
+        apart = min(APART_SAMPLES, self.out // 3)
+        chosen_on = self.out - (apart if apart >= LEAST_APART else 0)
+        self.held = joined(first_samples(out or self.kept, chosen_on or HELD_SAMPLES))
+        self.apart = joined(later_samples(out, chosen_on)) or self.held
+
+    @property
+    def fitted_on(self) -> bool:
+        """Whether there were too few samples to hold any out."""
+        return self.seen > 0 and not self.out
 
     @property
     def used(self) -> int:
@@ -112,6 +124,16 @@ def first_samples(batches: list[Batch], count: int) -> list[Batch]:
             taken.append(take(batch, 0, count))
             count -= samples_in(taken[-1])
     return taken
+
+
+def later_samples(batches: list[Batch], count: int) -> list[Batch]:
+    """The samples behind the first ones of several batches, still in batches."""
+    later = []
+    for batch in batches:
+        n = samples_in(batch)
+        later += [take(batch, count, n)] if count < n else []
+        count = max(0, count - n)
+    return later
 
 
 def joined(batches: list[Batch]) -> list[Batch]:

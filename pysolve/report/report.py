@@ -187,6 +187,8 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
     used = f", refitted on {report.samples:,}" if report.samples else ""
     if report.held:
         yield "divergence", f"{report.divergence:.4g} on {report.held:,} held-out samples{used}"
+    elif report.divergence == report.divergence:
+        yield "divergence", f"{report.divergence:.4g} on samples that layers were fitted on{used}"
     if report.seconds:
         stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
         yield "seconds", f"{sum(report.seconds.values()):.1f}: {stages}"

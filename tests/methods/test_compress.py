@@ -14,11 +14,12 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pysolve as ps
 from pysolve.methods.compress import made
+from pysolve.methods.goal import Options
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.price import price, probe
 from pysolve.methods.result import CHOSEN_ON
 from pysolve.methods.sizes import by_keep, by_lam, within
-from pysolve.methods.study import Clock, Options, study
+from pysolve.methods.study import Clock, study
 from pysolve.nn import calibration
 from pysolve.nn.divergence import kl_divergence, mean_divergence, run
 from pysolve.nn.evaluate import macs, nbytes, parameters

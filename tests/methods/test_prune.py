@@ -13,7 +13,8 @@ from torch import nn
 import pysolve as ps
 from pysolve.layer.scores import propagated_importance
 from pysolve.methods.channel_scores import activations, importances, norms
-from pysolve.methods.study import Options, study
+from pysolve.methods.goal import Options
+from pysolve.methods.study import study
 from pysolve.nn.evaluate import parameters
 
 WEIGHTS = ("magnitude", "random", "std", "wanda", "obs")

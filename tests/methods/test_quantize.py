@@ -16,11 +16,12 @@ from torch import nn
 
 import pysolve as ps
 from pysolve.layer.quantize_layer import quantize_layer
+from pysolve.methods.goal import Options
 from pysolve.methods.layout import plan_of
 from pysolve.methods.menu import Chosen
 from pysolve.methods.rebuild import rebuild
 from pysolve.methods.result import distance
-from pysolve.methods.study import Options, study
+from pysolve.methods.study import study
 from pysolve.nn import QuantConv2d, QuantLinear, SparseLinear, profile, to_dense
 from pysolve.nn.apply import apply
 from pysolve.nn.divergence import kl_divergence

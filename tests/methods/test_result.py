@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import pysolve as ps
-from pysolve.methods.result import account, costs, distance, scored
-from pysolve.methods.study import Options, Study
+from pysolve.methods.goal import Options
+from pysolve.methods.result import account, costs, distance
+from pysolve.methods.study import Study
 from pysolve.nn.calibration import Calibration
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.zoo import LeNet5
@@ -74,12 +75,70 @@ def test_a_network_for_one_batch_size_is_timed_on_what_it_takes():
     assert [one.batch_size for one, _ in report.latencies] == [2]
 
 
-def test_scores_are_of_the_original_and_the_result():
-    before, after = networks()
-    report = account(before, after, known(before))
-    assert scored(report, before, after, None) is report
-    found = scored(report, before, after, parameters)
-    assert (found.score_before, found.score_after) == (parameters(before), parameters(after))
+BATCHES = [torch.randn(32, 6) for _ in range(3)]
+VERBS = {
+    "compress": lambda model, **options: ps.compress(model, BATCHES, keep=0.5, **options),
+    "prune": lambda model, **options: ps.prune(model, amount=0.5, **options),
+    "prune channels": lambda model, **options: ps.prune(model, BATCHES, method="ln", amount=0.5, **options),
+    "low_rank": lambda model, **options: ps.low_rank(model, rank=1, **options),
+    "quantize": lambda model, **options: ps.quantize(model, scheme="codebook", **options),
+    "deep_compress": lambda model, **options: ps.deep_compress(model, BATCHES, bits=4, **options),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_evaluator_is_tried_before_any_work_and_a_later_failure_costs_a_note(verb):
+    model, seen = networks()[0], []
+
+    def fails_later(network):
+        seen.append(network)
+        if network is not model:
+            raise RuntimeError("no test data left")
+        return np.float32(87.5)
+
+    report = VERBS[verb](model, evaluate=fails_later, progress=False).report
+    assert seen[0] is model
+    assert (report.score_before, report.score_after) == (87.5, None)
+    assert any("no test data left" in note for note in report.notes)
+    with pytest.raises(ZeroDivisionError):
+        VERBS[verb](model, evaluate=lambda network: 1 / 0, progress=False)
+    with pytest.raises(TypeError, match=r"number.*dict"):
+        VERBS[verb](model, evaluate=lambda network: {"accuracy": 1.0}, progress=False)
+
+
+def test_warnings_are_python_s_too_and_notes_are_logged(caplog):
+    model, _ = networks()
+    with caplog.at_level("INFO", "pysolve"), pytest.warns(ps.PysolveWarning, match="few samples") as caught:
+        report = ps.compress(model, BATCHES, keep=0.5, progress=False).report
+    assert [str(one.message) for one in caught] == list(report.warnings)
+    assert {one.filename for one in caught} == {__file__}
+    assert [record.getMessage() for record in caplog.records] == list(report.notes)
+
+
+class Mixed(nn.Module):
+    """A layer that verbs handle, and weights that they do not."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 8)
+        self.rnn = nn.GRU(8, 4, batch_first=True)
+        self.scale = nn.Parameter(torch.randn(4, 5))
+
+    def forward(self, x):
+        return self.rnn(self.a(x)[:, None])[0][:, 0] @ self.scale
+
+
+@pytest.mark.parametrize("method", ["magnitude", "obs"])
+def test_weights_that_are_left_alone_are_named_with_their_share(method):
+    torch.manual_seed(0)
+    model = Mixed()
+    report = ps.prune(model, BATCHES, method=method, amount=0.5, scope="global", progress=False).report
+    left = {line.name: line.why for line in report.layers if line.why.startswith("left alone")}
+    assert {*left} == {"rnn.weight_ih_l0", "rnn.weight_hh_l0", "scale"}
+    share = (3 * 4 * 8 + 3 * 4 * 4 + 4 * 5) / parameters(model)
+    assert any(f"{share:.1%}" in note and "rnn.weight_ih_l0" in note for note in report.notes)
+    with pytest.raises(ps.PysolveError, match="scale"):
+        ps.prune(Mixed(), BATCHES, method=method, amount=0.5, ignore=["a"], progress=False)
 
 
 def test_versions_and_the_seed_are_told():

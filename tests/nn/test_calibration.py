@@ -11,6 +11,7 @@ from pysolve.errors import DataError
 from pysolve.nn.calibration import (
     APART_SAMPLES,
     HELD_SAMPLES,
+    LEAST_APART,
     Calibration,
     first_samples,
     fits,
@@ -53,20 +54,22 @@ def all_numbers(batches):
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=8)
 
 
-@given(SIZES.filter(lambda sizes: max(sizes) > 1), st.sampled_from(sorted(FORMS)))
+@given(SIZES, st.sampled_from(sorted(FORMS)))
 def test_held_out_and_given_on_are_all_samples_once_and_in_order(sizes, form):
     calibration = Calibration(limit=10**6)
     given_on = all_numbers(calibration.stream(iter(numbered(sizes, form))))
     held, apart, kept = map(all_numbers, (calibration.held, calibration.apart, calibration.kept))
+    assert kept == given_on == sorted(given_on)
+    assert calibration.seen == calibration.used == len(given_on)
+    if calibration.fitted_on:
+        assert sum(sizes) < 8
+        assert held == apart == given_on
+        return
     if calibration.apart is calibration.held:
-        # Too few samples to choose sizes by leave none for the report.
-        assert len(held) <= HELD_SAMPLES
+        assert len(held) // 3 < LEAST_APART
         apart = []
     assert held + apart == sorted(held + apart)
     assert sorted(held + apart + given_on) == list(range(sum(sizes)))
-    assert not apart or len(held) == HELD_SAMPLES
-    assert kept == given_on == sorted(given_on)
-    assert calibration.seen == calibration.used == len(given_on)
     assert held
 
 
@@ -79,25 +82,28 @@ def test_no_more_is_kept_than_may_be(sizes, limit):
     assert calibration.seen == len(given_on)
 
 
-@given(st.lists(st.integers(2, 2000), min_size=1, max_size=6))
-def test_about_an_eighth_is_held_out_up_to_a_limit(sizes):
+@given(st.lists(st.integers(1, 2000), min_size=1, max_size=6))
+def test_an_eighth_of_the_stream_is_held_out_up_to_a_limit_whatever_the_batches(sizes):
     calibration = Calibration(limit=1)
     for _ in calibration.stream(numbered(sizes)):
         pass
-    chosen_on = len(all_numbers(calibration.held))
+    out = min(sum(sizes) // 8, HELD_SAMPLES + APART_SAMPLES)
+    assert (calibration.out, calibration.seen) == (out, sum(sizes) - out)
     apart = 0 if calibration.apart is calibration.held else len(all_numbers(calibration.apart))
-    wanted = sum(max(1, size // 8) for size in sizes)
-    assert chosen_on == min(HELD_SAMPLES, wanted)
-    assert apart == min(APART_SAMPLES, wanted - chosen_on)
+    assert apart == (out // 3 if out // 3 >= LEAST_APART else 0)
+    assert len(all_numbers(calibration.held)) == (out - apart if out else 1)
 
 
-def test_single_samples_are_all_given_on_and_measured_with_as_well():
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7, 8, 100])
+def test_batches_of_any_size_hold_back_the_same_share(size):
     calibration = Calibration(limit=10**6)
-    given_on = all_numbers(calibration.stream(numbered([1] * 300)))
-    assert given_on == list(range(300))
+    given_on = all_numbers(calibration.stream(numbered([size] * (1200 // size))))
+    total = size * (1200 // size)
     # In one batch: statistics over its samples would be none over one.
-    assert [numbers(batch) for batch in calibration.held] == [given_on[:HELD_SAMPLES]]
-    assert calibration.apart is calibration.held
+    assert len(calibration.held) == len(calibration.apart) == 1
+    held, apart = (all_numbers(batches) for batches in (calibration.held, calibration.apart))
+    assert len(held) + len(apart) == total // 8
+    assert sorted(held + apart + given_on) == list(range(total))
 
 
 def test_a_batch_that_is_held_out_keeps_its_form():

@@ -14,8 +14,9 @@ from torch import nn
 import pysolve as ps
 from pysolve.compressed import Compressed
 from pysolve.forms import Integers
+from pysolve.methods.goal import Options
 from pysolve.methods.result import account
-from pysolve.methods.study import Options, Study
+from pysolve.methods.study import Study
 from pysolve.nn import QuantConv2d, QuantLinear, to_dense, to_torchao
 from pysolve.nn.calibration import Calibration
 from pysolve.nn.evaluate import macs, nbytes, parameters
