@@ -155,11 +155,9 @@ def pool(call: Call) -> Labels:
 def matmul(call: Call) -> Tensor:
     """Rows times columns; summed channels are united in each row and column."""
     (a, first), (b, second) = call.tensors
-    left = a[None] if a.ndim == 1 else a
-    right = b[:, None] if b.ndim == 1 else b
-    product = _contract(call, (left, first), (right.mT, second))
-    product = product.squeeze(-1) if b.ndim == 1 else product
-    return product.squeeze(-1 if b.ndim == 1 else -2) if a.ndim == 1 else product
+    left, right = a[None] if a.ndim == 1 else a, b[None] if b.ndim == 1 else b.mT
+    product = _contract(call, (left, first), (right, second))
+    return product.squeeze(tuple(dim for dim, factor in ((-2, a), (-1, b)) if factor.ndim == 1))
 
 
 def _contract(call: Call, left: tuple[Tensor, Node], right: tuple[Tensor, Node]) -> Tensor:
