@@ -118,9 +118,8 @@ class Report:
         """Target, divergence, time and versions, in words."""
         found = {}
         if self.target is not None:
-            found["target"] = ", ".join(
-                f"{m} {v:.4g}" if v <= 1 else f"{m} {v:,}" for m, v in self.target.items()
-            )
+            asked = (f"{m} {v:.4g}" if v <= 1 else f"{m} {v:,}" for m, v in self.target.items())
+            found["target"] = ", ".join(asked)
         if self.held:
             used = f", refitted on {self.samples:,}" if self.samples else ""
             found["divergence"] = f"{self.divergence:.4g} on {self.held:,} held-out samples{used}"

@@ -131,12 +131,9 @@ def _own_mean(graph: Graph, norm: Node | None) -> str | None:
 
 def kept_channels(layer: Layer, cut: Cut | None) -> tuple[Tensor, Tensor]:
     """Kept input and output channels, all without a cut, as tensors on the layer's device."""
-    inputs, outputs = map(range, rows.channels(layer.module))
-    device = layer.module.weight.device
-    return (
-        torch.as_tensor(inputs if cut is None else cut.inputs, device=device),
-        torch.as_tensor(outputs if cut is None else cut.outputs, device=device),
-    )
+    kept = map(range, rows.channels(layer.module)) if cut is None else (cut.inputs, cut.outputs)
+    inputs, outputs = (torch.as_tensor(one, device=layer.module.weight.device) for one in kept)
+    return inputs, outputs
 
 
 def layer_values(
