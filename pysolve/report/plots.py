@@ -299,8 +299,7 @@ def accuracy_curves(
         The original's accuracy, drawn as a dashed line.
     chosen : int, optional
         A number of neurons to mark on the first curve.
-    ax : Axes, optional
-        Where to draw; by default in a new figure.
+    ax : optional
     """
     ax = ax or drawing.new_axes()
     ax.axhline(dense, color=INK, linewidth=1, linestyle=_DASHES, label="original network")
@@ -331,8 +330,7 @@ def cost_bars(
         Values above zero, with the same keys.
     texts : {cost: str}, optional
         Text next to the bar, by default the share in per cent.
-    ax : Axes, optional
-        Where to draw; by default in a new figure.
+    ax : optional
     """
     ax = ax or drawing.new_axes()
     names = list(before)
