@@ -11,13 +11,7 @@ Report = Callable[[int, float, float], None]
 
 class Problem:
     def __init__(
-        self,
-        *,
-        xx: Sequence[Array],
-        outputs: Sequence[int],
-        yx: Array,
-        group_size: int,
-        weights: Array,
+        self, *, xx: Sequence[Array], outputs: Sequence[int], yx: Array, group_size: int, weights: Array
     ) -> None: ...
 
 class Result:
@@ -62,13 +56,7 @@ def alternate_minimization(
     callback: Report | None,
 ) -> Result: ...
 def newton(
-    problem: Problem,
-    lam: float,
-    M0: Array,
-    *,
-    tol: float,
-    max_iter: int,
-    callback: Report | None,
+    problem: Problem, lam: float, M0: Array, *, tol: float, max_iter: int, callback: Report | None
 ) -> Result: ...
 def variational(problem: Problem, lam: float, scales: Array) -> tuple[float, Array, Array]: ...
 

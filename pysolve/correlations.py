@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import tempfile
 import zipfile
@@ -84,10 +83,8 @@ class Correlations:
         if self.yx.ndim != 2:
             raise ValueError(f"yx must be a matrix (outputs x inputs), got shape {self.yx.shape}.")
         h, d = self.yx.shape
-        wanted = {"xx": (d, d), "yy": (h, h), "x_sum": (d,), "y_sum": (h,)}
-        for name, shape in wanted.items():
-            got = getattr(self, name).shape
-            if got != shape:
+        for name, shape in {"xx": (d, d), "yy": (h, h), "x_sum": (d,), "y_sum": (h,)}.items():
+            if (got := getattr(self, name).shape) != shape:
                 raise ValueError(
                     f"{name} has shape {got}, but yx is {h} x {d}, so {name} must be {shape}. "
                     "Were they gathered from the same layer?"
@@ -156,9 +153,8 @@ class Correlations:
         # The variance of a constant is rounding alone, of either sign.
         constant_x = np.diag(xx) <= _CONSTANT * np.diag(self.xx)
         constant_y = np.diag(yy) <= _CONSTANT * np.diag(self.yy)
-        xx[constant_x] = xx[:, constant_x] = yx[:, constant_x] = yx[constant_y] = yy[constant_y] = yy[
-            :, constant_y
-        ] = 0.0
+        xx[constant_x] = xx[:, constant_x] = yx[:, constant_x] = 0.0
+        yy[constant_y] = yy[:, constant_y] = yx[constant_y] = 0.0
         x_sum, y_sum = np.zeros_like(self.x_sum), np.zeros_like(self.y_sum)
         return replace(self, xx=xx, yx=yx, yy=yy, x_sum=x_sum, y_sum=y_sum)
 
@@ -189,15 +185,11 @@ class Correlations:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one ``.npz`` file; an existing file is replaced only once the new one is complete."""
         path = Path(path)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-        try:
-            with os.fdopen(handle, "wb") as file:
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name, suffix=".part") as folder:
+            part = Path(folder, path.name)
+            with part.open("wb") as file:
                 np.savez(file, **{f.name: getattr(self, f.name) for f in fields(self)})
-            os.replace(name, path)
-        except BaseException:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(name)
-            raise
+            os.replace(part, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Correlations:
@@ -211,9 +203,7 @@ class Correlations:
         except FileNotFoundError:
             raise
         except _DAMAGED as error:
-            raise DataError(
-                f"{os.fspath(path)} is not a file written by Correlations.save: {error}"
-            ) from error
+            raise DataError(f"{path!s} is not a file written by Correlations.save: {error}") from error
 
     def __repr__(self) -> str:
         h, d = self.yx.shape

@@ -159,19 +159,9 @@ class _Coded:
         """Shape of the weight."""
         return self.codes.shape
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of everything that is stored."""
-        raise NotImplementedError
-
     def with_codes(self, codes: AnyArray) -> Self:
         """The same with other codes, or with these in another shape."""
         return replace(self, codes=codes)
-
-    @property
-    def bits_per_weight(self) -> float:
-        """Bits of all that is stored, over the entries of the weight."""
-        return 8 * self.nbytes / max(1, self.codes.size)
 
 
 @dataclass(frozen=True, eq=False)

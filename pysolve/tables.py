@@ -92,9 +92,8 @@ def as_html(table: Table) -> str:
     shown, bars = table.shown, dict(table.bars)
     lines = ['<div class="scroll"><table>', f"<caption>{escape(table.title)}</caption>" * bool(table.title)]
     kinds = {c: ' class="words"' if c in table.words else "" for c in shown}
-    lines.append("<thead><tr>")
-    lines += [f'<th scope="col"{kinds[c]}>{escape(table.head[c])}</th>' for c in shown]
-    lines.append("</tr></thead><tbody>")
+    heads = [f'<th scope="col"{kinds[c]}>{escape(table.head[c])}</th>' for c in shown]
+    lines += ["<thead><tr>", *heads, "</tr></thead><tbody>"]
     for r, row in enumerate(table.rows):
         lines.append("<tr>")
         for c in shown:

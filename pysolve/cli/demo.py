@@ -27,7 +27,7 @@ from pysolve.nn.gather import gather
 from pysolve.nn.running import evaluating, forward
 from pysolve.nn.zoo import DigitsNet, LeNet5
 from pysolve.plan import Collapse, Plan, Site
-from pysolve.report import figures
+from pysolve.report import plots
 from pysolve.report.rows import Latency
 from pysolve.solve.certificate import lam_max
 from pysolve.solve.least_squares import debias
@@ -179,11 +179,11 @@ def picture(
     left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
     kept, curves = sweep(model, dataset, correlations, solution)
     before, after = costs
-    figures.accuracy_curves(kept, curves, dense=before.accuracy, chosen=len(solution.keep), ax=left)
+    plots.accuracy_curves(kept, curves, dense=before.accuracy, chosen=len(solution.keep), ax=left)
     left.set_title(f"{type(model).__name__} on {dataset.name}: removing neurons of fc1")
     names = {"parameters": "parameters", "bytes on disk": "disk", "MACs": "macs"}
     old, new = ({label: getattr(one, name) for label, name in names.items()} for one in costs)
-    figures.cost_bars(old, new, {label: f"{new[label]:,} of {old[label]:,}" for label in names}, ax=right)
+    plots.cost_bars(old, new, {label: f"{new[label]:,} of {old[label]:,}" for label in names}, ax=right)
     share = f"{len(solution.keep)} of {correlations.groups} neurons"
     right.set_title(f"{share}: {before.accuracy:.2f} → {after.accuracy:.2f} % accuracy")
     return figure

@@ -49,18 +49,9 @@ class Histogram:
 def front(
     sizes: Sequence[float], scores: Sequence[float | None], lower_is_better: bool = False
 ) -> tuple[Array, Array]:
-    """Pareto-optimal points, by size, and the dominated ones.
+    """Sizes and scores of the (2, k) Pareto-optimal points, by size, and of the (2, m) dominated ones.
 
-    Parameters
-    ----------
-    sizes, scores : (n,) sequences
-        Points whose score is None are left out.
-    lower_is_better : bool
-
-    Returns
-    -------
-    (2, k) and (2, n − k) arrays
-        Sizes and scores.
+    Points whose score is None are left out.
     """
     sign = -1 if lower_is_better else 1
     pairs = [(size, score) for size, score in zip(sizes, scores, strict=True) if score is not None]
@@ -151,15 +142,11 @@ def histograms(
     values = _weights(weights)
     limits = _thresholds(thresholds, list(values))
     edges = _edges(values.values(), bins, [high for _, high in limits.values()])
-    return limits, [
-        Histogram(
-            name,
-            np.histogram(one[one != 0], edges)[0],
-            edges,
-            100 * (1 - np.count_nonzero(one) / max(one.size, 1)),
-        )
-        for name, one in values.items()
-    ]
+    found = []
+    for name, one in values.items():
+        zeros = 100 * (1 - np.count_nonzero(one) / max(one.size, 1))
+        found.append(Histogram(name, np.histogram(one[one != 0], edges)[0], edges, zeros))
+    return limits, found
 
 
 def _weights(weights: object) -> dict[str, AnyArray]:

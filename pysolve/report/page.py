@@ -38,8 +38,6 @@ figure { margin: 1rem 0; } figure svg { display: block; max-width: 100%; height:
 figcaption { color: var(--soft); font-size: .9rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dd { margin: 0; }
 """
-_CHANNELS = "Channels kept of each site."
-_CURVES = "Error of each site's refitted readers against the channels kept; the chosen size is marked."
 
 
 def page(report: Report, title: str) -> str:
@@ -78,9 +76,10 @@ def _cards(report: Report) -> Iterator[tuple[str, str]]:
 
 def _pictures(report: Report) -> list[str]:
     """Figures of the sites."""
-    found = [(plot_channels(report), _CHANNELS)]
+    found = [(plot_channels(report), "Channels kept of each site.")]
     if any(site.curve for site in report.sites):
-        found.append((plot_elimination(report), _CURVES))
+        text = "Error of each site's refitted readers against the channels kept; the chosen size is marked."
+        found.append((plot_elimination(report), text))
     return [
         f"<figure>{_svg(ax, f'p{n}-', text)}<figcaption>{escape(text)}</figcaption></figure>"
         for n, (ax, text) in enumerate(found)

@@ -14,19 +14,9 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from pysolve.correlations import Array
+from pysolve.report import drawing
 from pysolve.report.curves import Curve, error_curves, front, histograms, histories_of, scored
-from pysolve.report.drawing import (
-    COLORS,
-    INK,
-    NAMED,
-    Path,
-    finish,
-    log_axis,
-    new_axes,
-    sequence,
-    shortened,
-    styles,
-)
+from pysolve.report.drawing import COLORS, INK, NAMED, Path
 from pysolve.report.report import Report
 from pysolve.solve.elimination import EliminationPath
 from pysolve.solve.solution import History, Solution
@@ -50,7 +40,7 @@ def plot_pareto(
     lower_is_better: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
-    """Plot score against size with the Pareto front of each method.
+    """Plot score against size with the Pareto front of each method; returns the Axes.
 
     A solid line joins the Pareto-optimal results, a dashed one those after retraining; dominated results are
     faint points. The star at 100 % is the dense network.
@@ -67,10 +57,6 @@ def plot_pareto(
     lower_is_better : bool
         For scores such as perplexity.
 
-    Returns
-    -------
-    Axes
-
     Raises
     ------
     TypeError
@@ -79,8 +65,8 @@ def plot_pareto(
         When there are no reports, or one has no score or lacks the measure.
     """
     methods = scored(reports, measure)
-    ax = ax or new_axes()
-    for (label, runs), (color, marker) in zip(methods.items(), styles(), strict=False):
+    ax = ax or drawing.new_axes()
+    for (label, runs), (color, marker) in zip(methods.items(), drawing.styles(), strict=False):
         shares = [100 * one.share(measure) for one in runs]
         plain, retrained = [one.score_after for one in runs], [one.retrained for one in runs]
         _draw_front(ax, front(shares, plain, lower_is_better), color, marker, label)
@@ -91,9 +77,9 @@ def plot_pareto(
     ax.plot([100] * len(dense), dense, "*", color=INK, markersize=13, label="dense network", zorder=4)
     smallest = min(one.share(measure) for one in every)
     if 0 < smallest < 1 / 8:
-        log_axis(ax.xaxis)
+        drawing.log_axis(ax.xaxis)
     ax.set(xlabel=f"{_MEASURES.get(measure, measure)} left (%)", ylabel=score)
-    return finish(ax, path)
+    return drawing.finish(ax, path)
 
 
 def _draw_front(
@@ -118,22 +104,18 @@ def plot_convergence(
     lowest: float = 1e-9,
     ax: Axes | None = None,
 ) -> Axes:
-    """Plot the certified gap of several solves, relative to each final objective; both axes logarithmic.
+    """Plot the certified gap of several solves, relative to each final objective; returns the Axes.
 
     Parameters
     ----------
     histories : {label: Solution or History}
-        The start (iteration 0) is left out, as the axis is logarithmic.
+        The start (iteration 0) is left out, as both axes are logarithmic.
     path, ax : optional
     against : {"iteration", "seconds"}
     colors : sequence of str
         One a history, in order.
     lowest : float
         Lower end of the axis; Newton's gaps fall far below the tolerances of the other methods.
-
-    Returns
-    -------
-    Axes
 
     Raises
     ------
@@ -143,17 +125,17 @@ def plot_convergence(
         When it is empty.
     """
     known = histories_of(histories)
-    ax = ax or new_axes()
+    ax = ax or drawing.new_axes()
     for (label, history), color in zip(known.items(), cycle(colors), strict=False):
         x = history.seconds if against == "seconds" else np.arange(len(history.gap))
         gaps = history.gap[1:] / (abs(history.objective[-1]) or 1.0)
         ax.plot(x[1:], gaps, color=color, linewidth=1.8, label=label)
     xlabel = "time (s)" if against == "seconds" else "iteration"
     ax.set(xlabel=xlabel, ylabel="relative gap", ylim=(lowest, 1))
-    log_axis(ax.xaxis)
-    log_axis(ax.yaxis)
+    drawing.log_axis(ax.xaxis)
+    drawing.log_axis(ax.yaxis)
     # Every curve falls from 1 or below: the upper right corner is free.
-    return finish(ax, path, grid="y", loc="upper right", borderaxespad=0.1)
+    return drawing.finish(ax, path, grid="y", loc="upper right", borderaxespad=0.1)
 
 
 def plot_elimination(
@@ -163,7 +145,7 @@ def plot_elimination(
     lowest: float = 1e-6,
     ax: Axes | None = None,
 ) -> Axes:
-    """Plot the error against the channels kept, one curve a site.
+    """Plot the error against the channels kept, one curve a site; returns the Axes.
 
     Parameters
     ----------
@@ -175,10 +157,6 @@ def plot_elimination(
     lowest : float
         Lower end of the axis, as a share; with all channels kept only rounding is left.
 
-    Returns
-    -------
-    Axes
-
     Raises
     ------
     TypeError
@@ -187,10 +165,10 @@ def plot_elimination(
         When there are no curves.
     """
     found = error_curves(curves)
-    ax = ax or new_axes()
+    ax = ax or drawing.new_axes()
     many = len(found) > NAMED
     bottom = _elimination_axes(ax, found, many, lowest)
-    for curve, (color, label) in zip(found, sequence([one.label for one in found]), strict=False):
+    for curve, (color, label) in zip(found, drawing.sequence([one.label for one in found]), strict=False):
         x = 100 * curve.kept / curve.channels if many else curve.kept
         # No error, or rounding, would fall straight down from the last size before.
         y = 100 * np.maximum(curve.error, lowest)
@@ -199,7 +177,7 @@ def plot_elimination(
         ax.plot(x[here], np.maximum(y[here], bottom), "o", color=color, ms=4 if many else 7, clip_on=False)
     if any(curve.chosen is not None for curve in found):
         ax.plot([], [], "o", color=INK, markersize=5, label="chosen")
-    return finish(ax, path)
+    return drawing.finish(ax, path)
 
 
 def _elimination_axes(ax: Axes, found: Sequence[Curve], many: bool, lowest: float) -> float:
@@ -209,15 +187,15 @@ def _elimination_axes(ax: Axes, found: Sequence[Curve], many: bool, lowest: floa
     bottom = float(70 * errors[errors >= lowest].min(initial=1))
     ax.set(xlabel=f"channels kept{' (%)' * many}", ylabel="error (% of the outputs' energy)")
     ax.set_ylim(bottom, 130)
-    log_axis(ax.yaxis)
+    drawing.log_axis(ax.yaxis)
     if not many and max(widths) > 3 * min(widths):
         ax.set_xlim(0.9, 1.15 * max(widths))
-        log_axis(ax.xaxis)
+        drawing.log_axis(ax.xaxis)
     return bottom
 
 
 def plot_channels(report: Report, path: Path | None = None, *, ax: Axes | None = None) -> Axes:
-    """Plot the channels kept of each site, one bar a site, the network's first on top.
+    """Plot the channels kept of each site, one bar a site, the network's first on top; returns the Axes.
 
     Parameters
     ----------
@@ -225,10 +203,6 @@ def plot_channels(report: Report, path: Path | None = None, *, ax: Axes | None =
         Sites that cannot shrink are grey.
     path, ax : optional
         A new figure is the higher the more sites there are.
-
-    Returns
-    -------
-    Axes
 
     Raises
     ------
@@ -239,7 +213,7 @@ def plot_channels(report: Report, path: Path | None = None, *, ax: Axes | None =
     if not sites:
         raise ValueError("the report has no sites to draw: those of compress and sweep have.")
     size = 10 if len(sites) <= 24 else 8
-    ax = ax or new_axes(height=1.1 + 0.025 * (size + 2) * len(sites))
+    ax = ax or drawing.new_axes(height=1.1 + 0.025 * (size + 2) * len(sites))
     rows = np.arange(len(sites))
     free = np.array([one.pinned is None for one in sites])
     kept = np.array([100 * one.kept / one.channels for one in sites])
@@ -250,9 +224,10 @@ def plot_channels(report: Report, path: Path | None = None, *, ax: Axes | None =
     for row, one in enumerate(sites):
         text = f"{one.kept:,} of {one.channels:,}"
         ax.text(101.5, row, text, va="center", fontsize=size, color=INK, alpha=0.6 if one.pinned else 1)
-    ax.set_yticks(rows, [shortened(one.name) for one in sites], fontsize=size)
+    ax.set_yticks(rows, [drawing.shortened(one.name) for one in sites], fontsize=size)
     ax.set(xlabel="channels kept (%)", xlim=(0, 100), ylim=(len(sites) - 0.4, -0.6))
-    return finish(ax, path, grid=None, loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2)
+    legend = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "borderaxespad": 0.2}
+    return drawing.finish(ax, path, grid=None, **legend)
 
 
 def plot_weights(
@@ -263,7 +238,7 @@ def plot_weights(
     bins: int = 120,
     ax: Axes | None = None,
 ) -> Axes:
-    """Plot histograms of the weights of layers; counts on a logarithmic axis.
+    """Plot histograms of the weights of layers, counts on a logarithmic axis; returns the Axes.
 
     Parameters
     ----------
@@ -276,10 +251,6 @@ def plot_weights(
     bins : int
         Over the range of all layers.
 
-    Returns
-    -------
-    Axes
-
     Raises
     ------
     TypeError
@@ -288,7 +259,7 @@ def plot_weights(
         When there are no weights, one is not finite, or a threshold is negative or of an unknown layer.
     """
     limits, layers = histograms(weights, thresholds, bins)
-    ax = ax or new_axes()
+    ax = ax or drawing.new_axes()
     width = layers[0].edges[1] - layers[0].edges[0]
     # Above the highest bin there is room for the legend.
     highest = max(one.counts.max() for one in layers)
@@ -296,7 +267,7 @@ def plot_weights(
         yscale="log", ylim=(0.7, 6 * highest + 1), xlabel="weight", ylabel=f"weights per bin of {width:.2g}"
     )
     few = len(layers) <= NAMED
-    for one, (color, label) in zip(layers, sequence([one.label for one in layers]), strict=False):
+    for one, (color, label) in zip(layers, drawing.sequence([one.label for one in layers]), strict=False):
         note = f" ({one.zeros:.3g} % zeros)" if one.zeros and label else ""
         ax.stairs(one.counts, one.edges, color=color, linewidth=1.4 if few else 1, label=label + note)
         if few:
@@ -306,4 +277,73 @@ def plot_weights(
     for limit in limits.get("", ()):
         label = "" if limit < 0 else f"threshold ±{limit:.2g}"
         ax.axvline(limit, color=INK, linewidth=1, linestyle=_DASHES, label=label)
-    return finish(ax, path, loc="upper right")
+    return drawing.finish(ax, path, loc="upper right")
+
+
+def accuracy_curves(
+    kept: Sequence[int],
+    curves: Mapping[str, Sequence[float]],
+    *,
+    dense: float,
+    chosen: int | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """Plot accuracy against the number of neurons kept, best curve first.
+
+    Parameters
+    ----------
+    kept : (n,) ints
+    curves : {label: (n,) floats}
+        Accuracy in per cent at each number of neurons.
+    dense : float
+        The original's accuracy, drawn as a dashed line.
+    chosen : int, optional
+        A number of neurons to mark on the first curve.
+    ax : optional
+    """
+    ax = ax or drawing.new_axes()
+    ax.axhline(dense, color=INK, linewidth=1, linestyle=_DASHES, label="original network")
+    blue, orange, _, grey = COLORS
+    for above, (label, values), color in zip((5, 4, 3), curves.items(), (blue, orange, grey), strict=False):
+        ax.plot(kept, values, color=color, marker="o", markersize=4, linewidth=1.8, label=label, zorder=above)
+    if chosen is not None:
+        first = next(iter(curves.values()))
+        height = first[list(kept).index(chosen)]
+        ax.plot(chosen, height, "o", markersize=11, markeredgewidth=1.8, color=blue, fillstyle="none")
+    drawing.log_axis(ax.xaxis)
+    ax.set(xlabel="neurons kept", ylabel="test accuracy (%)", ylim=(0, 104))
+    return drawing.finish(ax, grid="y", loc="lower right")
+
+
+def cost_bars(
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+    texts: Mapping[str, str] | None = None,
+    *,
+    ax: Axes | None = None,
+) -> Axes:
+    """Plot the share of each cost of the original that is left, one bar a cost.
+
+    Parameters
+    ----------
+    before, after : {cost: value}
+        Values above zero, with the same keys.
+    texts : {cost: str}, optional
+        Text next to the bar, by default the share in per cent.
+    ax : optional
+    """
+    ax = ax or drawing.new_axes()
+    names = list(before)
+    shares = [100 * after[name] / before[name] for name in names]
+    rows = range(len(names))
+    ax.barh(rows, [100] * len(names), color=INK, alpha=0.2, height=0.62)
+    ax.barh(rows, shares, color=COLORS[0], height=0.62)
+    for row, name, share in zip(rows, names, shares, strict=True):
+        text = (texts or {}).get(name, f"{share:.0f} %")
+        # Inside the bar when it is long enough to hold the text.
+        x, side, color = (share - 2, "right", "white") if share > 60 else (share + 2, "left", INK)
+        ax.text(x, row, text, va="center", ha=side, color=color)
+    ax.set_yticks(list(rows), names)
+    ax.invert_yaxis()
+    ax.set(xlabel="left of the original (%)", xlim=(0, max(102.0, *shares)))
+    return drawing.finish(ax, grid=None)

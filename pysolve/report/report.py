@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from textwrap import wrap
 from typing import Any
 
-from pysolve.report.rows import Latency, LayerMass, LayerReport, SiteReport, Solve, Stage
+from pysolve.report.rows import Latency, LayerMass, LayerReport, SiteReport, Solve, Stage, formatted
 from pysolve.tables import WIDTH, Table, as_html, as_markdown, as_text
 
 # Measures in the order of the table, with their names.
@@ -96,13 +96,14 @@ class Report:
     def tables(self) -> list[Table]:
         """Costs, stages, sites, changed layers, costs of layers and convex solves, where there are any."""
         kept = tuple(site.kept / max(1, site.channels) for site in self.sites)
+        dense = tuple(layer.density for layer in self.layers)
         total = sum(layer.left for layer in self.mass)
         shares = tuple(layer.left / max(1, total) for layer in self.mass)
-        dense = tuple(layer.density for layer in self.layers)
         stages = tuple(stage.cells(self.stages[0].bytes) for stage in self.stages)
-        sites, layers = (tuple(one.cells() for one in rows) for rows in (self.sites, self.layers))
         mass = tuple(layer.cells(total) for layer in self.mass)
-        solves = tuple(solve.cells() for solve in self.solves)
+        sites, layers, solves = (
+            tuple(one.cells() for one in rows) for rows in (self.sites, self.layers, self.solves)
+        )
         found = (
             _costs(self),
             Table("Stages", Stage.HEAD, stages),
@@ -115,7 +116,20 @@ class Report:
 
     def facts(self) -> dict[str, str]:
         """Target, divergence, time and versions, in words."""
-        return dict(_facts(self))
+        found = {}
+        if self.target is not None:
+            asked = (f"{m} {v:.4g}" if v <= 1 else f"{m} {v:,}" for m, v in self.target.items())
+            found["target"] = ", ".join(asked)
+        if self.held or self.divergence == self.divergence:
+            used = f", refitted on {self.samples:,}" if self.samples else ""
+            on = f"{self.held:,} held-out samples" if self.held else "samples that layers were fitted on"
+            found["divergence"] = f"{self.divergence:.4g} on {on}{used}"
+        if self.seconds:
+            stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in self.seconds.items())
+            found["seconds"] = f"{sum(self.seconds.values()):.1f}: {stages}"
+        if self.made_with:
+            found["made with"] = ", ".join(f"{name} {version}" for name, version in self.made_with.items())
+        return found
 
     def as_markdown(self) -> str:
         """The whole report as Markdown."""
@@ -132,9 +146,9 @@ class Report:
 
     def __str__(self) -> str:
         costs, *others = self.tables()
-        lines = as_text(costs)
-        width = max((len(name) for name in self.facts()), default=0)
-        for name, text in self.facts().items():
+        lines, facts = as_text(costs), self.facts()
+        width = max(map(len, facts), default=0)
+        for name, text in facts.items():
             lines += _wrapped(f"{name:<{width}}  ", text)
         for table in others:
             # Costs of every layer are too long for a terminal; files have them.
@@ -151,7 +165,7 @@ def comparison(reports: Iterable[Report]) -> Table:
     for report in reports:
         asked = ", ".join(f"{measure} {value:g}" for measure, value in (report.target or {}).items())
         shares = [f"{report.share(measure):.1%}" for measure in ("params", "macs", "bytes")]
-        scores = ["" if score is None else f"{score:.2f}" for score in (report.score_after, report.retrained)]
+        scores = (formatted(score, ".2f") for score in (report.score_after, report.retrained))
         rows.append((asked, *shares, f"{report.divergence:.4g}", *scores))
     head = ("target", "parameters", "MACs", "bytes", "divergence", "score", "retrained")
     return Table("Sizes", head, tuple(rows))
@@ -178,19 +192,3 @@ def _costs(report: Report) -> Table:
         label = f"latency of {fast.batch_size} on {fast.threads} thread{'s' * (fast.threads > 1)}"
         rows.append((label, str(slow), str(fast), f"{fast.median / slow.median:.1%}" if slow.median else ""))
     return Table("Before and after", ("", "before", "after", "left"), tuple(rows))
-
-
-def _facts(report: Report) -> Iterator[tuple[str, str]]:
-    if report.target is not None:
-        asked = [f"{m} {v:.4g}" if v <= 1 else f"{m} {v:,}" for m, v in report.target.items()]
-        yield "target", ", ".join(asked)
-    used = f", refitted on {report.samples:,}" if report.samples else ""
-    if report.held:
-        yield "divergence", f"{report.divergence:.4g} on {report.held:,} held-out samples{used}"
-    elif report.divergence == report.divergence:
-        yield "divergence", f"{report.divergence:.4g} on samples that layers were fitted on{used}"
-    if report.seconds:
-        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in report.seconds.items())
-        yield "seconds", f"{sum(report.seconds.values()):.1f}: {stages}"
-    if report.made_with:
-        yield "made with", ", ".join(f"{name} {version}" for name, version in report.made_with.items())

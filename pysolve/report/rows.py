@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 
 @dataclass(frozen=True)
@@ -26,8 +25,7 @@ class Solve:
 
     Parameters
     ----------
-    site : str
-    method : str
+    site, method : str
     lam : float
     kept : int
         Channels that are non-zero in its solution.
@@ -45,20 +43,12 @@ class Solve:
     kkt: float
     iterations: int
     seconds: float
-    HEAD: ClassVar = ("site", "method", "lam", "kept", "relative gap", "KKT", "iterations", "seconds")
+    HEAD = ("site", "method", "lam", "kept", "relative gap", "KKT", "iterations", "seconds")
 
     def cells(self) -> tuple[str, ...]:
         """A row under ``HEAD``."""
-        return (
-            self.site,
-            self.method,
-            f"{self.lam:.3g}",
-            f"{self.kept:,}",
-            f"{self.relative_gap:.1e}",
-            f"{self.kkt:.1e}",
-            f"{self.iterations}",
-            f"{self.seconds:.3f}",
-        )
+        found = (f"{self.lam:.3g}", f"{self.kept:,}", f"{self.relative_gap:.1e}", f"{self.kkt:.1e}")
+        return (self.site, self.method, *found, f"{self.iterations}", f"{self.seconds:.3f}")
 
 
 @dataclass(frozen=True)
@@ -91,14 +81,14 @@ class SiteReport:
     seconds: float = 0.0
     pinned: str | None = None
     curve: tuple[tuple[int, float], ...] = ()
-    HEAD: ClassVar = ("site", "kept", "error", "predicted div.", "measured div.", "seconds", "pinned because")
+    HEAD = ("site", "kept", "error", "predicted div.", "measured div.", "seconds", "pinned because")
 
     def cells(self) -> tuple[str, ...]:
         """A row under ``HEAD``."""
         count = f"{self.kept}/{self.channels}"
         if self.pinned is not None:
             return (self.name, count, "", "", "", "", self.pinned)
-        divergences = ("" if one is None else f"{one:.2g}" for one in (self.predicted, self.measured))
+        divergences = (formatted(self.predicted, ".2g"), formatted(self.measured, ".2g"))
         return (self.name, count, f"{self.error:.2%}", *divergences, f"{self.seconds:.2f}", "")
 
 
@@ -131,13 +121,12 @@ class LayerReport:
     new_seconds: float | None = None
     error: float | None = None
     bits: float | None = None
-    HEAD: ClassVar = ("layer", "kept", "bits", "error", "layout", "dense ms", "new ms", "reason")
+    HEAD = ("layer", "kept", "bits", "error", "layout", "dense ms", "new ms", "reason")
 
     def cells(self) -> tuple[str, ...]:
         """A row under ``HEAD``."""
         times = map(_milliseconds, (self.dense_seconds, self.new_seconds))
-        error = "" if self.error is None else f"{self.error:.2%}"
-        bits = "" if self.bits is None else f"{self.bits:.2f}"
+        bits, error = formatted(self.bits, ".2f"), formatted(self.error, ".2%")
         return (self.name, f"{self.density:.1%}", bits, error, self.layout, *times, self.why)
 
 
@@ -165,7 +154,7 @@ class Stage:
     divergence: float
     seconds: float = 0.0
     score: float | None = None
-    HEAD: ClassVar = (
+    HEAD = (
         "stage",
         "bytes",
         "of the original",
@@ -179,9 +168,12 @@ class Stage:
         """A row under ``HEAD``, of an original of ``whole`` bytes."""
         bits = f"{8 * self.bytes / max(1, self.weights):.2f}"
         share = f"1/{whole / self.bytes:.1f}" if self.bytes < whole else f"{self.bytes / whole:.3g}"
-        score = "" if self.score is None else f"{self.score:.2f}"
-        times = f"{self.seconds:.1f}" if self.seconds else ""
-        return (self.name, f"{self.bytes:,}", share, bits, f"{self.divergence:.4g}", score, times)
+        last = (
+            f"{self.divergence:.4g}",
+            formatted(self.score, ".2f"),
+            formatted(self.seconds or None, ".1f"),
+        )
+        return (self.name, f"{self.bytes:,}", share, bits, *last)
 
 
 @dataclass(frozen=True)
@@ -206,7 +198,7 @@ class LayerMass:
     macs_left: int
     seconds: float | None = None
     seconds_left: float | None = None
-    HEAD: ClassVar = ("layer", "parameters", "kept", "share", "of the total", "MACs", "kept", "ms", "now")
+    HEAD = ("layer", "parameters", "kept", "share", "of the total", "MACs", "kept", "ms", "now")
 
     def cells(self, total: int) -> tuple[str, ...]:
         """A row under ``HEAD``, with ``total`` parameters left in the network."""
@@ -216,5 +208,10 @@ class LayerMass:
         return (self.name, *counts, f"{self.macs:,}", f"{self.macs_left:,}", *times)
 
 
+def formatted(value: float | None, spec: str) -> str:
+    """A number, or an empty cell where there is none."""
+    return "" if value is None else format(value, spec)
+
+
 def _milliseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{1e3 * seconds:.3f}"
+    return formatted(seconds and 1e3 * seconds, ".3f")

@@ -3,6 +3,6 @@
 export       the network as a graph of tensor operators
 labels       channel labels run through that graph, by the rules in calls, operators and layer_rules
 classes      labels that belong together
-sites        classes to sites; trial tests them by removing channels
+sites        classes to sites, which are tested by removing channels
 branches     the layers of the graph and what follows them
 """

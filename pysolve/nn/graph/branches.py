@@ -12,13 +12,14 @@ from torch.fx import Node
 
 from pysolve.correlations import Array, group_columns
 from pysolve.nn import layer_matrix as rows
+from pysolve.nn.graph.calls import operator_name
 from pysolve.nn.graph.export import Graph
 from pysolve.plan import Indices
 
 # Operators that a branch may pass before a sum: in evaluation mode they are the identity.
-_PLAIN = {"dropout", "dropout_", "contiguous", "clone", "alias", "detach"}
+_PLAIN = {"dropout", "contiguous", "clone", "alias", "detach"}
 _CALLS = {"linear", *(f"conv{turned}{n}d" for turned in ("", "_transpose") for n in (1, 2, 3))}
-_SUMS, _POOLS, _RELUS = {"add", "add_"}, {"max_pool1d", "max_pool2d", "max_pool3d"}, {"relu", "relu_"}
+_POOLS = {"max_pool1d", "max_pool2d", "max_pool3d"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,7 +79,7 @@ def find_layers(graph: Graph, model: nn.Module) -> dict[Node, Layer]:
 
 def _is_call_of(graph: Graph, node: Node, name: str, module: rows.Layer, weight: Node) -> bool:
     """Whether a node is a call of a layer with its own weight and bias."""
-    if operator_of(node) not in _CALLS or node.args[1] is not weight:
+    if operator_name(node) not in _CALLS or node.args[1] is not weight:
         return False
     bias = node.args[2] if len(node.args) > 2 else None
     own = None if module.bias is None else f"{name}.bias"
@@ -100,22 +101,22 @@ def _layer(graph: Graph, node: Node, name: str, module: rows.Layer, calls: int) 
     norm = _only_user(node)
     norm = norm if norm is not None and _is_norm_of(graph, norm, node, module) else None
     last, user = node, _only_user(node)
-    while user is not None and (user is norm or operator_of(user) in _PLAIN):
+    while user is not None and (user is norm or operator_name(user) in _PLAIN):
         last, user = user, _only_user(user)
     shortcut = None
-    if user is not None and operator_of(user) in _SUMS and not user.kwargs:
+    if user is not None and operator_name(user) == "add" and not user.kwargs:
         others = [operand for operand in user.args if isinstance(operand, Node) and operand is not last]
         shortcut = others[0] if len(others) == 1 else None
         user = None if shortcut is None else _only_user(user)
-    while user is not None and operator_of(user) in _POOLS:
+    while user is not None and operator_name(user) in _POOLS:
         user = _only_user(user)
-    rectified = user is not None and operator_of(user) in _RELUS
+    rectified = user is not None and operator_name(user) == "relu"
     return Layer(name, module, calls, norm, _own_mean(graph, norm), shortcut, rectified)
 
 
 def _is_norm_of(graph: Graph, norm: Node, node: Node, module: rows.Layer) -> bool:
     """Whether a node is a batch norm with fixed statistics over a layer's output channels."""
-    if operator_of(norm) != "batch_norm" or norm.args[0] is not node or not isinstance(norm.args[3], Node):
+    if operator_name(norm) != "batch_norm" or norm.args[0] is not node or not isinstance(norm.args[3], Node):
         return False
     fixed = all(part is None or part in graph.parameters for part in norm.args[1:5])
     # Of a Linear that runs over positions these are not the batch norm's channels.
@@ -130,12 +131,9 @@ def _own_mean(graph: Graph, norm: Node | None) -> str | None:
 
 def kept_channels(layer: Layer, cut: Cut | None) -> tuple[Tensor, Tensor]:
     """Kept input and output channels, all without a cut, as tensors on the layer's device."""
-    inputs, outputs = map(range, rows.channels(layer.module))
-    device = layer.module.weight.device
-    return (
-        torch.as_tensor(inputs if cut is None else cut.inputs, device=device),
-        torch.as_tensor(outputs if cut is None else cut.outputs, device=device),
-    )
+    kept = map(range, rows.channels(layer.module)) if cut is None else (cut.inputs, cut.outputs)
+    inputs, outputs = (torch.as_tensor(one, device=layer.module.weight.device) for one in kept)
+    return inputs, outputs
 
 
 def layer_values(
@@ -169,11 +167,6 @@ def layer_values(
         return {**values, layer.mean: state[layer.mean].index_add(0, outputs, change, alpha=-1)}
     old = state[own] if own in state else new.new_zeros(len(new))
     return {**values, own: old.index_copy(0, outputs, change)}
-
-
-def operator_of(node: Node) -> str:
-    """An operator's name without namespace and overload: add, relu_, batch_norm."""
-    return str(node.target).removeprefix("aten.").partition(".")[0]
 
 
 def _only_user(node: Node) -> Node | None:

@@ -121,9 +121,8 @@ class Ledger:
 
     def pin(self, labels: Tensor, reason: str) -> None:
         """Mark channels as not removable."""
-        core = squashed(labels)
-        if bool((core >= 0).any()):
-            self._remarks.append(_Remark(core, reason))
+        if labelled(labels):
+            self._remarks.append(_Remark(squashed(labels), reason))
 
     def pin_varying(
         self,
@@ -140,7 +139,7 @@ class Ledger:
         """
         core = squashed(labels)
         dims = tuple(d % core.ndim for d in dims if core.shape[d] > 1)
-        if dims and bool((core >= 0).any()):
+        if dims and labelled(core):
             self._remarks.append(_Remark(core, reason, True, dims, among, wildcard))
 
     def resolve(self) -> Classes:
@@ -218,11 +217,6 @@ def along(labels: Tensor, dim: int) -> Tensor:
     if not core.numel():
         return none(labels.shape[dim : dim + 1])
     return core.reshape(len(core), -1).amax(1).expand(labels.shape[dim])
-
-
-def others(labels: Tensor, dim: int) -> tuple[int, ...]:
-    """All dimensions but one."""
-    return tuple(d for d in range(labels.ndim) if d != dim % labels.ndim)
 
 
 def _touched(remark: _Remark, table: Tensor) -> list[int]:

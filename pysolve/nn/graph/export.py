@@ -8,7 +8,7 @@ import re
 import traceback
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,11 @@ from torch.utils import _pytree as pytree
 from pysolve.errors import PysolveError
 from pysolve.nn.running import Batch, arguments, evaluating, few_samples
 
-_TORCH = Path(torch.__file__).parent
+_TORCH, _NN = Path(torch.__file__).parent, Path(__file__).parents[1]
 # Where networks are called from, which is not where their errors come from.
-_CALLERS = {
-    __file__,
-    *(str(Path(__file__).parents[i] / name) for i, name in ((0, "trial.py"), (1, "running.py"))),
-}
+_CALLERS = {str(_NN / name) for name in ("graph/export.py", "graph/sites.py", "running.py")}
 # Layers of this package that stand for torch's.
-_LAYERS = {str(Path(__file__).parents[1] / "layers" / f"{name}.py") for name in ("sparse", "products")}
+_LAYERS = {str(_NN / "layers" / name) for name in ("sparse.py", "products.py")}
 # A frame of a stack trace: file, line, and its code where that is known.
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*(?:\n(?!\s*File ")(.*))?')
 
@@ -93,8 +90,10 @@ def trace(model: nn.Module, batch: Batch, *, free_sizes: bool = True, fixed_size
         When torch.export cannot follow the network: names the line.
     """
     args, kwargs = arguments(batch)
-    if free_sizes:
-        args, kwargs = pytree.tree_map(_at_least_two(batch), (args, kwargs))
+    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    if free_sizes and all(t.ndim and len(t) == 1 for t in tensors):
+        # torch.export takes a size of 1 for fixed.
+        args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.repeat_interleave(2, 0), (args, kwargs))
     with evaluating(model), _without_cache(model):
         program = _export(model, args, kwargs, free_sizes, fixed_sizes)
     signature = program.graph_signature
@@ -158,8 +157,7 @@ def _export(model: nn.Module, args: Any, kwargs: Any, free_sizes: bool, fixed_si
     def free(value: Any) -> Any:
         return dict.fromkeys(range(value.ndim), Dim.AUTO) if isinstance(value, Tensor) else None
 
-    shapes = pytree.tree_map(free, {**{f"*{i}": a for i, a in enumerate(args)}, **kwargs})
-    dynamic = (*(shapes.pop(f"*{i}") for i in range(len(args))),) if args and not kwargs else shapes
+    dynamic = pytree.tree_map(free, args or kwargs)
     problem: Exception | None = None
     for attempt in [dynamic] * free_sizes + [None] * fixed_sizes:
         try:
@@ -189,22 +187,12 @@ def _quiet() -> Iterator[None]:
         logging.disable(level)
 
 
-def _at_least_two(batch: Any) -> Any:
-    """torch.export takes a size of 1 for fixed, so a batch of one sample is doubled."""
-    tensors = [leaf for leaf in pytree.tree_leaves(arguments(batch)) if isinstance(leaf, Tensor)]
-    single = bool(tensors) and all(t.ndim and len(t) == 1 for t in tensors)
-    return lambda leaf: leaf.repeat_interleave(2, 0) if single and isinstance(leaf, Tensor) else leaf
-
-
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """Hugging Face decoders return a cache object, which torch.export cannot; they run without it here."""
     config: Any = getattr(model, "config", None)
-    before = getattr(config, "use_cache", None)
-    if before:
-        config.use_cache = False
-    try:
+    with ExitStack() as stack:
+        if getattr(config, "use_cache", False):
+            stack.callback(setattr, config, "use_cache", config.use_cache)
+            config.use_cache = False
         yield
-    finally:
-        if before:
-            config.use_cache = before

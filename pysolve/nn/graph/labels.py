@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -28,12 +29,6 @@ def label_channels(model: nn.Module, graph: Graph) -> Classes:
 
     Operators that move values move labels; elementwise ones unite labels that meet; sums over channels and
     norms unite all of these; operators without a rule pin the channels that they read.
-
-    Parameters
-    ----------
-    model : nn.Module
-    graph : Graph
-        Of the model.
     """
     network = _network(model, graph)
     output = _run(graph.module, {}, network)
@@ -48,10 +43,8 @@ def label_channels(model: nn.Module, graph: Graph) -> Classes:
 
 def _network(model: nn.Module, graph: Graph) -> Network:
     """Data about the network that rules read."""
-    state = {
-        **dict(model.named_parameters(remove_duplicate=False)),
-        **dict(model.named_buffers(remove_duplicate=False)),
-    }
+    tensors = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
+    state = dict(chain(*tensors))
     modules = dict(model.named_modules(remove_duplicate=False))
     ties: dict[nn.Module, str] = {}
     owners: dict[int, str] = {}

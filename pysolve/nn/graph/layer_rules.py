@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.nn.graph.calls import Call, Labels
-from pysolve.nn.graph.classes import along, lean, others, spread, squashed
+from pysolve.nn.graph.classes import along, lean, spread, squashed
 from pysolve.nn.graph.export import where
 from pysolve.nn.graph.operators import Rule
 from pysolve.nn.windows import ORDINARY, TRANSPOSED
@@ -50,7 +50,8 @@ def _weighted(call: Call, dim: int, kinds: tuple[type[nn.Module], ...]) -> Label
 def _read(call: Call, x: Tensor, dim: int) -> Tensor:
     """(n,) labels along one dimension of a value in which they must not vary otherwise."""
     reason = f"channel labels differ across positions ({where(call.node)})"
-    call.ledger.pin_varying(x, others(x, dim), reason, wildcard=True)
+    others = [d for d in range(x.ndim) if d != dim % x.ndim]
+    call.ledger.pin_varying(x, others, reason, wildcard=True)
     return along(x, dim)
 
 
@@ -156,12 +157,12 @@ def _channels_added(call: Call, labels: Tensor, dim: int, pair: tuple[int, int])
     return torch.cat([first, labels, spread(rows[front:], dim, shape)], dim)
 
 
-_NAMES: tuple[tuple[Rule, str], ...] = (
-    (linear, "linear"),
-    (convolution, "convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d"),
-    (embedding, "embedding"),
-    (channel_norm, "batch_norm instance_norm prelu"),
-    (group_norm, "group_norm"),
-    (pad, "pad constant_pad_nd"),
-)
-RULES: dict[str, Rule] = {name: rule for rule, names in _NAMES for name in names.split()}
+_NAMES: dict[Rule, str] = {
+    linear: "linear",
+    convolution: "convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
+    embedding: "embedding",
+    channel_norm: "batch_norm instance_norm prelu",
+    group_norm: "group_norm",
+    pad: "pad constant_pad_nd",
+}
+RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}

@@ -155,11 +155,9 @@ def pool(call: Call) -> Labels:
 def matmul(call: Call) -> Tensor:
     """Rows times columns; summed channels are united in each row and column."""
     (a, first), (b, second) = call.tensors
-    left = a[None] if a.ndim == 1 else a
-    right = b[:, None] if b.ndim == 1 else b
-    product = _contract(call, (left, first), (right.mT, second))
-    product = product.squeeze(-1) if b.ndim == 1 else product
-    return product.squeeze(-1 if b.ndim == 1 else -2) if a.ndim == 1 else product
+    left, right = a[None] if a.ndim == 1 else a, b[None] if b.ndim == 1 else b.mT
+    product = _contract(call, (left, first), (right, second))
+    return product.squeeze(tuple(dim for dim, factor in ((-2, a), (-1, b)) if factor.ndim == 1))
 
 
 def _contract(call: Call, left: tuple[Tensor, Node], right: tuple[Tensor, Node]) -> Tensor:
@@ -204,48 +202,51 @@ def einsum(call: Call) -> Labels:
     return mixed.squeeze(summed) if summed else mixed
 
 
-_NAMES: tuple[tuple[Rule, str], ...] = (
-    (
-        shape,
-        "permute transpose t numpy_T movedim moveaxis swapaxes swapdims flatten unflatten unsqueeze squeeze",
-    ),
-    (
-        shape,
-        "slice select narrow expand broadcast_to repeat repeat_interleave tile unbind diagonal flip roll",
-    ),
-    (shape, "unfold reshape atleast_1d atleast_2d atleast_3d"),
-    (view, "view _unsafe_view view_as reshape_as"),
-    (unlabelled, "new_ones new_zeros new_full new_empty"),
-    (
-        keep,
-        "dropout feature_dropout alpha_dropout feature_alpha_dropout contiguous clone to _to_copy type_as",
-    ),
-    (keep, "detach alias lift_fresh lift_fresh_copy positive requires_grad fill zero bernoulli tril triu"),
-    (keep, "zeros_like ones_like full_like rand_like randn_like empty_like"),
+_NAMES: dict[Rule, str] = {
+    shape: """
+        permute transpose t numpy_T movedim moveaxis swapaxes swapdims flatten unflatten unsqueeze squeeze
+        slice select narrow expand broadcast_to repeat repeat_interleave tile unbind diagonal flip roll unfold
+        reshape atleast_1d atleast_2d atleast_3d
+    """,
+    view: "view _unsafe_view view_as reshape_as",
+    unlabelled: "new_ones new_zeros new_full new_empty",
+    keep: """
+        dropout feature_dropout alpha_dropout feature_alpha_dropout contiguous clone to _to_copy type_as
+        detach alias lift_fresh lift_fresh_copy positive requires_grad fill zero bernoulli tril triu
+        zeros_like ones_like full_like rand_like randn_like empty_like
+    """,
     # Elementwise, though torch does not tag them so.
-    (pointwise, "hardswish log_sigmoid where masked_fill relu6 threshold mish copy expand_as rsub negative"),
-    (pointwise, "absolute multiply subtract divide true_divide floor_divide __and__ __or__ __xor__"),
-    (
-        reduction,
-        "mean sum nansum nanmean amax amin max min prod var std var_mean std_mean norm any all median",
-    ),
-    (reduction, "linalg_vector_norm logsumexp argmax argmin count_nonzero nanmedian mode"),
-    (
-        mixture,
-        "softmax _softmax log_softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort",
-    ),
-    (last_norm, "layer_norm rms_norm"),
-    (split, "chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split"),
-    *(
-        (pool, f"max_pool{n}d max_pool{n}d_with_indices avg_pool{n}d fractional_max_pool{n}d")
-        for n in (1, 2, 3)
-    ),
-    *((pool, f"adaptive_max_pool{n}d adaptive_avg_pool{n}d upsample_nearest{n}d") for n in (1, 2, 3)),
-    (pool, "_upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d"),
-    (pool, "upsample_linear1d upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d grid_sampler"),
-    (pool, "_upsample_bilinear2d_aa _upsample_bicubic2d_aa"),
-    *((matmul, "matmul bmm mm mv dot"), (biased_matmul, "addmm baddbmm"), (gather, "gather index_select")),
-    *((cat, "cat"), (stack, "stack"), (glu, "glu"), (topk, "topk"), (index, "index"), (einsum, "einsum")),
-    (attention, "scaled_dot_product_attention"),
-)
-RULES: dict[str, Rule] = {name: rule for rule, names in _NAMES for name in names.split()}
+    pointwise: """
+        hardswish log_sigmoid where masked_fill relu6 threshold mish copy expand_as rsub negative absolute
+        multiply subtract divide true_divide floor_divide __and__ __or__ __xor__
+    """,
+    reduction: """
+        mean sum nansum nanmean amax amin max min prod var std var_mean std_mean norm any all median
+        linalg_vector_norm logsumexp argmax argmin count_nonzero nanmedian mode
+    """,
+    mixture: """
+        softmax _softmax log_softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort
+    """,
+    last_norm: "layer_norm rms_norm",
+    split: "chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split",
+    pool: """
+        max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_max_pool1d
+        adaptive_max_pool2d adaptive_max_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+        max_pool1d_with_indices max_pool2d_with_indices max_pool3d_with_indices fractional_max_pool1d
+        fractional_max_pool2d fractional_max_pool3d upsample_nearest1d upsample_nearest2d upsample_nearest3d
+        _upsample_nearest_exact1d _upsample_nearest_exact2d _upsample_nearest_exact3d upsample_linear1d
+        upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa
+        _upsample_bicubic2d_aa grid_sampler
+    """,
+    matmul: "matmul bmm mm mv dot",
+    biased_matmul: "addmm baddbmm",
+    gather: "gather index_select",
+    cat: "cat",
+    stack: "stack",
+    glu: "glu",
+    topk: "topk",
+    index: "index",
+    einsum: "einsum",
+    attention: "scaled_dot_product_attention",
+}
+RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}

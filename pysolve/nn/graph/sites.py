@@ -1,22 +1,26 @@
-"""Every set of channels of a network that can shrink, and why the others cannot."""
+"""Every set of channels of a network that can shrink, tested by removing some, and why the others cannot."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import copy
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from pysolve.errors import PysolveError
+from pysolve.errors import CollapseError, PysolveError
+from pysolve.nn.apply import apply, masked
 from pysolve.nn.graph.classes import ROLES, Classes, Member
-from pysolve.nn.graph.export import Graph, trace
+from pysolve.nn.graph.export import Graph, code_line, trace
 from pysolve.nn.graph.labels import label_channels
-from pysolve.nn.graph.trial import prove
-from pysolve.nn.running import Batch, few_samples, find_matching
-from pysolve.plan import Indices, Site
+from pysolve.nn.running import Batch, evaluating, few_samples, find_matching, forward
+from pysolve.nn.verify import mismatch
+from pysolve.plan import Collapse, Indices, Plan, Site
 
 
 def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[str] = ()) -> list[Site]:
@@ -62,7 +66,7 @@ def sites_in(model: nn.Module, graph: Graph, batch: Batch, *, ignore: Iterable[s
     """``find_sites`` of a network that has been traced with this batch."""
     ignored = find_matching(model, ignore)
     sites = sites_of(label_channels(model, graph))
-    return prove(model, [_ignoring(site, ignored) for site in sites], batch)
+    return _proven(model, [_ignoring(site, ignored) for site in sites], batch)
 
 
 def sites_of(classes: Classes) -> list[Site]:
@@ -119,3 +123,88 @@ def _site(layers: Sequence[Member], table: Indices, pinned: str | None) -> Site:
 def _ignoring(site: Site, ignored: set[str]) -> Site:
     named = [name for name in (*site.writers, *site.passed, *site.readers) if name in ignored]
     return replace(site, pinned=f"`{named[0]}` is to be ignored") if named else site
+
+
+def _proven(model: nn.Module, sites: Sequence[Site], batch: Batch) -> list[Site]:
+    """The same sites, with those pinned whose removal breaks the network.
+
+    A random half of the channels of every free site is removed twice: in the network itself, and in a copy
+    with random weights of unit gain, in which no effect is too small to be measured.
+    """
+    rng = np.random.default_rng(0)
+    proven = list(sites)
+    for network in (model, _randomized(model, batch)):
+        steps = {i: _half(site, rng) for i, site in enumerate(proven) if site.pinned is None}
+        if not steps or _problem(network, [*steps.values()], batch) is None:
+            continue
+        if mismatch(copy.deepcopy(model), copy.deepcopy(model), batch):
+            problems = dict.fromkeys(steps, "the network's outputs are random, so nothing can be tried out")
+        else:
+            problems = _faults(network, steps, {}, batch)[1]
+        for i, problem in problems.items():
+            proven[i] = replace(proven[i], pinned=problem)
+    return proven
+
+
+def _half(site: Site, rng: np.random.Generator) -> Collapse:
+    keep = rng.choice(site.channels, max(1, site.channels // 2), replace=False)
+    return Collapse(site, np.sort(keep))
+
+
+def _faults(
+    model: nn.Module, steps: Mapping[int, Collapse], sound: Mapping[int, Collapse], batch: Batch
+) -> tuple[dict[int, Collapse], dict[int, str]]:
+    """Steps that work together with sound ones, and the problems of the others, by bisection."""
+    problem = _problem(model, [*sound.values(), *steps.values()], batch) if steps else None
+    if problem is None:
+        return dict(steps), {}
+    if len(steps) == 1:
+        return {}, dict.fromkeys(steps, problem)
+    items = list(steps.items())
+    middle = len(items) // 2
+    left, wrong = _faults(model, dict(items[:middle]), sound, batch)
+    right, more = _faults(model, dict(items[middle:]), {**sound, **left}, batch)
+    return {**left, **right}, {**wrong, **more}
+
+
+def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Batch) -> str | None:
+    """Problem when these channels are removed; None if there is none."""
+    plan = Plan(tuple(steps))
+    try:
+        smaller = apply(model, plan)
+    except CollapseError as error:
+        return str(error)
+    difference = mismatch(masked(model, plan), smaller, batch)
+    if difference is None:
+        return None
+    try:
+        with evaluating(smaller):
+            forward(smaller, batch)
+    # Whatever the network's own code raises when its layers are narrower.
+    except Exception as error:
+        message = next(iter(str(error).splitlines()), repr(error))
+        return f"a width is written into the code{code_line(error)}: {message}"
+    return f"a width is written into the code: without some of these channels {difference}"
+
+
+def _randomized(model: nn.Module, batch: Batch) -> nn.Module:
+    """A copy with random weights of unit gain; the model itself where that gives no finite output."""
+    network = copy.deepcopy(model)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        if parameter.is_floating_point():
+            values = torch.rand(parameter.shape, generator=generator) + 0.5
+            if parameter.ndim > 1:
+                values = torch.randn(parameter.shape, generator=generator)
+                values *= (len(parameter) / parameter.numel()) ** 0.5
+            parameter.data.copy_(values)
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase):
+            module.reset_running_stats()
+    try:
+        with evaluating(network):
+            outputs = pytree.tree_leaves(forward(network, batch))
+    except Exception:
+        return model
+    finite = all(bool(o.isfinite().all()) for o in outputs if isinstance(o, Tensor))
+    return network if finite else model
