@@ -30,6 +30,14 @@ def _shared_graphs() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _few_runs() -> Iterator[None]:
+    """Reports hold times, which hardly any test looks at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pysolve.nn.profile.SECONDS", 0.0)
+        yield
+
+
 @pytest.fixture(scope="session")
 def mnist_folder() -> Path:
     """Folder of the four MNIST files, or a skip that says how to get them."""
