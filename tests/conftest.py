@@ -1,4 +1,5 @@
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 # Thousands of tiny products: threads only wait for each other, badly so on a busy machine.
@@ -7,6 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from graphs import traced_once
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None, max_examples=40, print_blob=True)
@@ -18,6 +20,22 @@ settings.load_profile(os.environ.get("PYSOLVE_HYPOTHESIS", "default"))
 def _one_thread() -> None:
     """Threads of tiny products only wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_graphs() -> Iterator[None]:
+    """Verbs trace networks of one structure once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pysolve.methods.study.trace_once", traced_once)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _few_runs() -> Iterator[None]:
+    """Reports hold times, which hardly any test looks at."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pysolve.nn.profile.SECONDS", 0.0)
+        yield
 
 
 @pytest.fixture(scope="session")

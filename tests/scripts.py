@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from pysolve.cli import demo
 from pysolve.cli.datasets import Dataset
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -26,6 +28,38 @@ def imported(*names: str) -> Iterator[dict]:
     for name in set(sys.modules) - before:
         if Path(getattr(sys.modules[name], "__file__", None) or "").parent == EXAMPLES:
             del sys.modules[name]
+
+
+def modules_of(*names: str) -> object:
+    """A fixture: example modules by their names."""
+
+    @pytest.fixture(scope="module")
+    def modules() -> Iterator[dict]:
+        with imported(*names) as found:
+            yield found
+
+    return modules
+
+
+def one_of(name: str) -> object:
+    """A fixture: one of the ``modules``."""
+
+    @pytest.fixture(scope="module")
+    def module(modules: dict) -> object:
+        return modules[name]
+
+    return module
+
+
+def images_of(*size: int, **options: int) -> object:
+    """A fixture: ``stand_in`` with these options, and one thread meanwhile."""
+
+    @pytest.fixture(scope="module")
+    def data() -> Iterator[Dataset]:
+        with demo.threads(1):
+            yield stand_in(*size, **options)
+
+    return data
 
 
 def stand_in(n: int = 60, side: int = 28) -> Dataset:

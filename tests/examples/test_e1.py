@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from scripts import check_command, imported, stand_in, text_of
+from scripts import check_command, modules_of, one_of, stand_in, text_of
 from typer.testing import CliRunner
 
 import pysolve as ps
@@ -20,30 +20,11 @@ from pysolve.training.fit import fit
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def modules():
-    with imported("e1_linear_reconstruction", "e1_solvers", "e1_layers", "e1_network") as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def e1(modules):
-    return modules["e1_linear_reconstruction"]
-
-
-@pytest.fixture(scope="module")
-def solvers(modules):
-    return modules["e1_solvers"]
-
-
-@pytest.fixture(scope="module")
-def layers(modules):
-    return modules["e1_layers"]
-
-
-@pytest.fixture(scope="module")
-def network(modules):
-    return modules["e1_network"]
+modules = modules_of("e1_linear_reconstruction", "e1_solvers", "e1_layers", "e1_network")
+e1 = one_of("e1_linear_reconstruction")
+solvers = one_of("e1_solvers")
+layers = one_of("e1_layers")
+network = one_of("e1_network")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scripts import check_command, imported, stand_in
+from scripts import check_command, images_of, modules_of
 from typer.testing import CliRunner
 
 from pysolve.cli import demo
@@ -17,10 +17,7 @@ from pysolve.nn.zoo import Mlp
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def modules():
-    with imported("experiment", "e2_pruning", "e2_lowrank_distill", "e2_student", "e2_ranks") as found:
-        yield found
+modules = modules_of("experiment", "e2_pruning", "e2_lowrank_distill", "e2_student", "e2_ranks")
 
 
 @pytest.fixture(scope="module")
@@ -28,10 +25,7 @@ def operations(modules):
     return modules["e2_ranks"].operations
 
 
-@pytest.fixture(scope="module")
-def data():
-    with demo.threads(1):
-        yield stand_in()
+data = images_of()
 
 
 def test_help_names_the_options_and_missing_data_are_one_sentence(modules, tmp_path):

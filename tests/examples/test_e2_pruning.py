@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from scripts import check_command, imported, stand_in
+from scripts import check_command, images_of, modules_of, one_of
 from torch.nn.functional import relu
 from typer.testing import CliRunner
 
@@ -17,31 +17,11 @@ from pysolve.nn.zoo import Mlp
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def modules():
-    with imported("experiment", "e2_pruning", "e2_thresholds") as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def experiment(modules):
-    return modules["experiment"]
-
-
-@pytest.fixture(scope="module")
-def script(modules):
-    return modules["e2_pruning"]
-
-
-@pytest.fixture(scope="module")
-def thresholds(modules):
-    return modules["e2_thresholds"]
-
-
-@pytest.fixture(scope="module")
-def data():
-    with demo.threads(1):
-        yield stand_in(side=10)
+modules = modules_of("experiment", "e2_pruning", "e2_thresholds")
+experiment = one_of("experiment")
+script = one_of("e2_pruning")
+thresholds = one_of("e2_thresholds")
+data = images_of(side=10)
 
 
 @pytest.fixture(scope="module")

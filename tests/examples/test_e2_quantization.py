@@ -2,31 +2,18 @@
 
 import pytest
 import torch
-from scripts import check_command, imported, stand_in
+from scripts import check_command, images_of, modules_of, one_of
 from typer.testing import CliRunner
 
-from pysolve.cli import demo
 from pysolve.nn import QuantLinear
 from pysolve.nn.zoo import Mlp
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def modules():
-    with imported("e2_pruning", "e2_quantization") as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def script(modules):
-    return modules["e2_quantization"]
-
-
-@pytest.fixture(scope="module")
-def data():
-    with demo.threads(1):
-        yield stand_in()
+modules = modules_of("e2_pruning", "e2_quantization")
+script = one_of("e2_quantization")
+data = images_of()
 
 
 def test_help_names_the_options_and_missing_data_are_one_sentence(script, tmp_path):

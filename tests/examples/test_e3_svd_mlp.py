@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from scripts import check_command, imported, stand_in
+from scripts import check_command, images_of, modules_of, one_of
 from typer.testing import CliRunner
 
 from pysolve.cli import demo
@@ -17,21 +17,9 @@ pytestmark = pytest.mark.slow
 SIZES = (100, 48, 48, 48, 10)
 
 
-@pytest.fixture(scope="module")
-def modules():
-    with imported("experiment", "e3_svd_mlp") as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def script(modules):
-    return modules["e3_svd_mlp"]
-
-
-@pytest.fixture(scope="module")
-def data():
-    with demo.threads(1):
-        yield stand_in(120, side=10)
+modules = modules_of("experiment", "e3_svd_mlp")
+script = one_of("e3_svd_mlp")
+data = images_of(120, side=10)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from scripts import check_command, imported
+from scripts import check_command, modules_of
 from torch import nn
 from typer.testing import CliRunner
 
@@ -14,11 +14,7 @@ from pysolve.nn.evaluate import accuracy, parameters
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def modules():
-    names = ("e4_efficiency", "e4_networks", "e4_pruning", "e4_quantization", "e4_distillation")
-    with imported(*names) as found:
-        yield found
+modules = modules_of("e4_efficiency", "e4_networks", "e4_pruning", "e4_quantization", "e4_distillation")
 
 
 @pytest.fixture(scope="module")

@@ -7,11 +7,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scripts import check_command, imported, stand_in
+from scripts import check_command, images_of, modules_of
 from torch import nn
 from typer.testing import CliRunner
 
-from pysolve.cli import demo
 from pysolve.nn.evaluate import nbytes
 from pysolve.nn.zoo import Mlp
 from pysolve.tables import Table
@@ -22,16 +21,8 @@ pytestmark = pytest.mark.slow
 SIZES = (196, 24, 10)
 
 
-@pytest.fixture(scope="module")
-def modules():
-    with imported("e5_deep_compression", "e5_stages", "e5_published", "e5_ternary") as found:
-        yield found
-
-
-@pytest.fixture(scope="module")
-def data():
-    with demo.threads(1):
-        yield stand_in(120, side=14)
+modules = modules_of("e5_deep_compression", "e5_stages", "e5_published", "e5_ternary")
+data = images_of(120, side=14)
 
 
 @pytest.fixture(scope="module")

@@ -2,19 +2,15 @@
 
 import numpy as np
 import pytest
-from scripts import check_command, imported, stand_in, text_of
+from scripts import check_command, images_of, modules_of, text_of
 
-from pysolve.cli import demo
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.zoo import LeNet5, LeNetC5
 
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(scope="module")
-def modules():
-    with imported("experiment", "e5_prune_retrain", "e5_weights", "e5_channels", "e5_surgery") as found:
-        yield found
+modules = modules_of("experiment", "e5_prune_retrain", "e5_weights", "e5_channels", "e5_surgery")
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +18,7 @@ def seeded(modules):
     return modules["experiment"].seeded
 
 
-@pytest.fixture(scope="module")
-def data():
-    with demo.threads(1):
-        yield stand_in()
+data = images_of()
 
 
 def test_help_names_the_options_and_missing_data_are_one_sentence(modules, tmp_path):

@@ -23,31 +23,9 @@ from pysolve.methods.study import Clock, study
 from pysolve.nn import calibration
 from pysolve.nn.divergence import kl_divergence, mean_divergence, run
 from pysolve.nn.evaluate import macs, nbytes, parameters
-from pysolve.nn.graph.export import trace_once
-from pysolve.nn.running import arguments
 from pysolve.nn.zoo import Mlp
 from pysolve.plan import Site
 from pysolve.solve.least_squares import refit as refitted
-
-
-@pytest.fixture(autouse=True)
-def _shared_graphs(monkeypatch):
-    """Tracing takes most of the time, and networks of one structure have one graph."""
-
-    def traced(model, batch):
-        args, kwargs = arguments(batch)
-        if not isinstance(model, Mlp):
-            return trace_once(model, batch)
-        (x,) = (*args, *kwargs.values())
-        key = (*(p.shape for p in model.parameters()), x.dtype, x.shape, *kwargs)
-        if key not in GRAPHS:
-            GRAPHS[key] = trace_once(model, batch)
-        return GRAPHS[key]
-
-    monkeypatch.setattr("pysolve.methods.study.trace_once", traced)
-
-
-GRAPHS = {}
 
 
 def samples(n=32, d=6, batches=4, seed=0):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refusals import assert_refused_unread
 from small import network
 from torch import nn
 
@@ -16,18 +17,10 @@ from pysolve.methods import result as ending
 from pysolve.methods.deep_compress import _least, _Width
 from pysolve.methods.result import distance
 from pysolve.methods.sizes import Sized
-from pysolve.nn import profile
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.files.storage import bits as raw
 from pysolve.nn.layers.sharing import shared_of
 from pysolve.nn.slicing import WEIGHTED
-
-
-@pytest.fixture(autouse=True)
-def _few_runs(monkeypatch):
-    """Reports hold times; nobody looks at them here."""
-    monkeypatch.setattr(profile, "SECONDS", 0.0)
-
 
 NOTHING = Sized((), ())
 
@@ -322,13 +315,7 @@ def test_networks_of_other_kinds_are_compressed(name):
     ids=str,
 )
 def test_what_cannot_be_meant_is_refused_before_any_work(options, message):
-    def never():
-        raise AssertionError("data were read")
-        yield
-
-    with pytest.raises(ValueError, match=message) as caught:
-        deep(data=never(), **options)
-    assert "\n" not in str(caught.value)
+    assert_refused_unread(deep, message, **options)
 
 
 def test_what_is_no_network_is_refused():

@@ -7,6 +7,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from mixtures import batches, convolutional, images
 from small import Net, network
 from torch import nn
 from torch.nn import functional as F
@@ -14,7 +15,6 @@ from torch.nn import functional as F
 import pysolve as ps
 from pysolve.methods import low_rank as verb
 from pysolve.methods.result import costs
-from pysolve.nn import profile
 from pysolve.nn.layers.factored import Factored
 from pysolve.nn.layers.masking import mask_weights
 
@@ -22,27 +22,6 @@ from pysolve.nn.layers.masking import mask_weights
 def mlp():
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(10, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
-
-
-def batches(n=3, shape=(10,), size=40):
-    random = torch.Generator().manual_seed(1)
-    mix = torch.randn(shape[0], shape[0], generator=random)
-    rows = [torch.randn(size, *shape, generator=random) for _ in range(n)]
-    return [torch.einsum("nc...,cd->nd...", x, mix / shape[0] ** 0.5) for x in rows]
-
-
-def convolutional():
-    torch.manual_seed(0)
-    layers = (nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU())
-    layers += (nn.Conv2d(12, 10, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(90, 5))
-    model = nn.Sequential(*layers).eval()
-    model[1].running_mean.normal_()
-    model[1].running_var.uniform_(0.5, 1.5)
-    return model
-
-
-def images():
-    return batches(2, (3, 8, 8), 24)
 
 
 def low(model=None, data=None, **options):
@@ -73,12 +52,6 @@ def ranks(result):
 
 def lines(result):
     return {line.name: line for line in result.report.layers}
-
-
-@pytest.fixture(autouse=True)
-def _few_runs(monkeypatch):
-    """Reports hold times; nobody looks at them here."""
-    monkeypatch.setattr(profile, "SECONDS", 0.0)
 
 
 # --- how far

@@ -11,6 +11,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mixtures import batches, convolutional, images
+from refusals import assert_refused_unread
 from small import chains, network
 from torch import nn
 
@@ -22,7 +24,7 @@ from pysolve.methods.menu import Chosen
 from pysolve.methods.rebuild import rebuild
 from pysolve.methods.result import distance
 from pysolve.methods.study import study
-from pysolve.nn import QuantConv2d, QuantLinear, SparseLinear, profile, to_dense
+from pysolve.nn import QuantConv2d, QuantLinear, SparseLinear, to_dense
 from pysolve.nn.apply import apply
 from pysolve.nn.divergence import kl_divergence
 from pysolve.nn.evaluate import nbytes
@@ -34,37 +36,10 @@ from pysolve.nn.slicing import WEIGHTED
 SCHEMES = {"int8": 8, "int8-dynamic": 8, "codebook": 4, "ternary": 4}
 
 
-@pytest.fixture(autouse=True)
-def _few_runs(monkeypatch):
-    """Reports hold times; nobody looks at them here."""
-    monkeypatch.setattr(profile, "SECONDS", 0.0)
-
-
 def mlp(seed=0):
     torch.manual_seed(seed)
     layers = (nn.Linear(10, 24), nn.ReLU(), nn.Linear(24, 16), nn.ReLU(), nn.Linear(16, 12), nn.ReLU())
     return nn.Sequential(*layers, nn.Linear(12, 4)).eval()
-
-
-def convolutional():
-    torch.manual_seed(0)
-    layers = (nn.Conv2d(3, 12, 3, padding=1, bias=False), nn.BatchNorm2d(12), nn.ReLU())
-    layers += (nn.Conv2d(12, 10, 3, stride=2), nn.ReLU(), nn.Flatten(), nn.Linear(90, 5))
-    model = nn.Sequential(*layers).eval()
-    model[1].running_mean.normal_()
-    model[1].running_var.uniform_(0.5, 1.5)
-    return model
-
-
-def batches(n=3, shape=(10,), size=40):
-    random = torch.Generator().manual_seed(1)
-    mix = torch.randn(shape[0], shape[0], generator=random)
-    rows = [torch.randn(size, *shape, generator=random) for _ in range(n)]
-    return [torch.einsum("nc...,cd->nd...", x, mix / shape[0] ** 0.5) for x in rows]
-
-
-def images():
-    return batches(2, (3, 8, 8), 24)
 
 
 def quantize(model=None, data=None, **options):
@@ -478,13 +453,7 @@ def test_a_network_that_cannot_be_exported_is_quantised_all_the_same():
     ids=str,
 )
 def test_what_cannot_be_meant_is_refused_before_any_work(options, message):
-    def never():
-        raise AssertionError("data were read")
-        yield
-
-    with pytest.raises(ValueError, match=message) as caught:
-        quantize(data=never(), **options)
-    assert "\n" not in str(caught.value)
+    assert_refused_unread(quantize, message, **options)
 
 
 def test_training_needs_data_and_networks_something_to_quantise():

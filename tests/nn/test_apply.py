@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import Net
 from torch import nn
 
 from pysolve.errors import CollapseError, LayerNotFoundError, PysolveError
@@ -393,19 +394,6 @@ def test_the_same_channels_may_be_in_one_step_only():
     step = collapse([0, 1]).steps[0]
     with pytest.raises(CollapseError, match="one plan after the other"):
         apply(mlp(), Plan((step, step)))
-
-
-class Net(nn.Module):
-    """Named layers and a function that runs them."""
-
-    def __init__(self, run, **layers):
-        super().__init__()
-        self.run = run
-        for name, layer in layers.items():
-            setattr(self, name, layer)
-
-    def forward(self, x):
-        return self.run(self, x)
 
 
 def interleaved(channels, blocks):

@@ -10,6 +10,7 @@ from small import NETWORKS, network
 from torch import nn
 
 import pysolve as ps
+from pysolve.nn import profile
 from pysolve.nn.evaluate import macs, parameters
 from pysolve.nn.profile import FEWEST, latencies, masses
 
@@ -72,7 +73,9 @@ def test_hooks_and_modes_are_left_as_they_were():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_latencies_are_taken_by_turns():
+@pytest.mark.parametrize("seconds", [0.0, 0.1])
+def test_latencies_are_taken_by_turns(seconds, monkeypatch):
+    monkeypatch.setattr(profile, "SECONDS", seconds)
     calls = []
 
     class Named(nn.Module):

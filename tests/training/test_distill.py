@@ -5,6 +5,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from clouds import clouds, network, weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -21,22 +22,6 @@ MATCHING = {"loss": "mse", "batch_size": 32, "mix": 0.5, "frozen": True, "progre
 
 def match(student, teacher, batches, **options):
     return distill(student, teacher, batches, **{**MATCHING, **options})
-
-
-def clouds(n=120):
-    """Three clouds of points, one a class."""
-    rng = np.random.default_rng(0)
-    y = rng.integers(0, 3, n)
-    return (rng.standard_normal((n, 4)) + 3 * np.eye(3, 4)[y]).astype(np.float32), y
-
-
-def network(dropout=0.0):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3))
-
-
-def weights(model):
-    return torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
 
 
 def pair():
@@ -147,8 +132,8 @@ def inputs_seen(batches, **options):
     """What student and teacher are asked about in one epoch of three batches."""
     seen = [], []
     networks = [nn.Embedding(9, 3) if batches[0].dtype == torch.long else nn.Linear(4, 3) for _ in seen]
-    for network, inputs in zip(networks, seen, strict=True):
-        network.register_forward_pre_hook(lambda module, args, to=inputs: to.append(args[0]))
+    for one, inputs in zip(networks, seen, strict=True):
+        one.register_forward_pre_hook(lambda module, args, to=inputs: to.append(args[0]))
     match(*networks, batches, epochs=1, batch_size=16, progress=False, **options)
     return seen
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from clouds import clouds, network, weights
 from torch import nn
 from torch.nn.functional import mse_loss
 
@@ -10,22 +11,6 @@ from pysolve.errors import DataError, PysolveError
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.zoo import Mlp
 from pysolve.training.fit import fit
-
-
-def clouds(n=120):
-    """Three clouds of points, one a class."""
-    rng = np.random.default_rng(0)
-    y = rng.integers(0, 3, n)
-    return (rng.standard_normal((n, 4)) + 3 * np.eye(3, 4)[y]).astype(np.float32), y
-
-
-def network(dropout=0.0):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Dropout(dropout), nn.Linear(16, 3))
-
-
-def weights(model):
-    return torch.cat([parameter.detach().flatten().clone() for parameter in model.parameters()])
 
 
 def test_training_learns_and_returns_a_falling_loss():

@@ -815,18 +815,24 @@ JSON = st.recursive(
 )
 
 
-@given(data=st.data())
-def test_any_value_anywhere_in_the_record_is_refused_or_does_no_harm(whole, data):
+def assert_refused_or_harmless(file, data, first, deeper):
+    """With another value at one place of its record, from a ``first`` key on and as long as ``deeper``."""
+
     def change(record, _):
-        place, key = record, data.draw(st.sampled_from(sorted(record)))
-        while isinstance(place[key], dict | list) and place[key] and data.draw(st.booleans()):
+        place, key = record, data.draw(first(sorted(record)))
+        while isinstance(place[key], dict | list) and place[key] and data.draw(deeper):
             place = place[key]
             key = data.draw(st.sampled_from(range(len(place)) if isinstance(place, list) else sorted(place)))
         place[key] = data.draw(JSON)
 
-    forged(whole, change)
+    forged(file, change)
     with suppress(ps.DataError):
-        assert_same_state(ps.load(whole.path, whole.model), whole.result.model)
+        assert_same_state(ps.load(file.path, file.model), file.result.model)
+
+
+@given(data=st.data())
+def test_any_value_anywhere_in_the_record_is_refused_or_does_no_harm(whole, data):
+    assert_refused_or_harmless(whole, data, st.sampled_from, st.booleans())
 
 
 # --- whole or not at all
@@ -1197,13 +1203,4 @@ def test_records_that_factor_other_layers_are_refused(layer, halved):
 
 @given(data=st.data())
 def test_any_value_in_a_record_of_ranks_is_refused_or_does_no_harm(halved, data):
-    def change(record, _):
-        place, key = record, "factored"
-        while isinstance(place[key], dict | list) and place[key] and data.draw(st.integers(0, 3)):
-            place = place[key]
-            key = data.draw(st.sampled_from(range(len(place)) if isinstance(place, list) else sorted(place)))
-        place[key] = data.draw(JSON)
-
-    forged(halved, change)
-    with suppress(ps.DataError):
-        assert_same_state(ps.load(halved.path, halved.model), halved.result.model)
+    assert_refused_or_harmless(halved, data, lambda _: st.just("factored"), st.integers(0, 3))
