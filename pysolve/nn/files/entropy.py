@@ -25,21 +25,12 @@ _WORDS, _TREE = 6, 4096
 
 @dataclass(frozen=True, eq=False)
 class Coded:
-    """An array of integers in few bytes.
+    """An array of ``length`` integers from ``low`` on in few bytes.
 
-    Parameters
-    ----------
-    data : array
-        32-bit words of asymmetric numeral systems, or bytes of Huffman's codes; empty where all numbers are
-        the same.
-    table : (≤ 65,536,) uint8 or uint16 array
-        For low, low + 1, …: how often each occurs, relative to each other ("ans"), or how many bits its code
-        has ("huffman"); 0 for those that do not occur.
-    length : int
-        How many numbers.
-    kind : "ans" or "huffman"
-    low : int
-        The smallest number.
+    ``data`` are 32-bit words of asymmetric numeral systems, or bytes of Huffman's codes; empty where all
+    numbers are the same. ``table`` says of low, low + 1, … how often each occurs, relative to each other
+    ("ans"), or how many bits its code has ("huffman"); 0 for those that do not occur. It is a row of at most
+    65,536 uint8 or uint16.
     """
 
     data: AnyArray = field(repr=False)
@@ -61,26 +52,12 @@ class Coded:
         if self.length < 0 or bool(self.length) != bool(self.table.any()):
             raise DataError(f"{self.length} numbers do not go with a table of {len(self.table)}.")
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data and table."""
-        return self.data.nbytes + self.table.nbytes
-
 
 def encode(codes: npt.ArrayLike, kind: str = "ans") -> Coded:
-    """Code an array of integers that lie within 65,536 of each other.
+    """Code an array of integers that lie within 65,536 of each other; its shape is not kept.
 
-    Parameters
-    ----------
-    codes : array of int
-        Its shape is not kept.
-    kind : "ans" or "huffman"
-        Asymmetric numeral systems: within a few bytes of the entropy. Huffman: whole bits a number.
-
-    Raises
-    ------
-    ImportError
-        "ans" without constriction.
+    "ans", asymmetric numeral systems: within a few bytes of the entropy; ImportError without constriction.
+    "huffman": whole bits a number.
 
     References
     ----------
@@ -144,19 +121,9 @@ def coded_bytes(counts: npt.NDArray[np.int64], kind: str) -> float:
 
 
 def decode(coded: Coded, *, most: int) -> npt.NDArray[np.int32]:
-    """The numbers again, exactly.
+    """The numbers again, exactly; DataError when there are more than ``most``, or no array was coded to them.
 
-    Parameters
-    ----------
-    coded : Coded
-    most : int
-        How many numbers are believed: as many as the weight has places.
-
-    Raises
-    ------
-    DataError
-        More numbers than ``most``, or data that no array was coded to. Nothing larger than ``length`` numbers
-        and the data is held.
+    Nothing larger than ``length`` numbers and the data is held.
     """
     if coded.length > most:
         raise DataError(f"{coded.length} coded numbers where at most {most} can be.")

@@ -38,31 +38,25 @@ def restore_modes(network: nn.Module, record: Mapping[str, object]) -> None:
     """Bring a network of ordinary weights into the modes of a record, in place.
 
     Masks are where weights are not zero. Values that a layer shares are those that it has, zero first; they
-    can be trained, codes cannot.
-
-    Raises
-    ------
-    DataError
-        When the record does not fit.
+    can be trained, codes cannot. Raises DataError when the record does not fit.
     """
     _set_training(network, field(record, "training"))
-    # Older files have no such fields.
-    masked = {name: _weight(network, name, "mask") for name in _names(record, "masked")}
+    masked = _weights(network, record, "masked", "mask")
     mask_weights(network, {name: weight != 0 for name, weight in masked.items()})
-    shared = {name: _weight(network, name, "share") for name in _names(record, "shared")}
+    shared = _weights(network, record, "shared", "share")
     share_weights(network, {name: _book(name, weight) for name, weight in shared.items()})
 
 
-def _names(record: Mapping[str, object], what: str) -> dict[str, None]:
-    return dict.fromkeys(strings(record.get(what, []), what))
-
-
-def _weight(network: nn.Module, name: str, verb: str) -> Tensor:
-    layer = find_layer(network, name)
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, nn.Parameter):
-        raise DataError(f"{name} is a {type(layer).__name__}, which has no weight to {verb}.")
-    return weight.detach()
+def _weights(network: nn.Module, record: Mapping[str, object], what: str, verb: str) -> dict[str, Tensor]:
+    """Weights of the layers that a field of the record names; older files have no such fields."""
+    weights = {}
+    for name in dict.fromkeys(strings(record.get(what, []), what)):
+        layer = find_layer(network, name)
+        weight = getattr(layer, "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            raise DataError(f"{name} is a {type(layer).__name__}, which has no weight to {verb}.")
+        weights[name] = weight.detach()
+    return weights
 
 
 def _book(name: str, weight: Tensor) -> Codebook:
