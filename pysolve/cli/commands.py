@@ -191,17 +191,12 @@ def solve_file(
         part = out.with_name(out.name + ".part.npz")
         np.savez(part, M=solution.M, keep=solution.keep, lam=solution.lam)
         os.replace(part, out)
-    found = {
-        "lam": solution.lam,
-        "kept": len(solution.keep),
-        "groups": r_xx.shape[0] // group_size,
-        "objective": solution.objective,
-        "relative_gap": solution.relative_gap,
-        "kkt": solution.kkt,
-        "iterations": solution.iterations,
-        "seconds": solution.seconds,
-    }
-    typer.echo(json.dumps(found, indent=1) if as_json else str(solution))
+    if not as_json:
+        typer.echo(str(solution))
+        return
+    found = {"lam": solution.lam, "kept": len(solution.keep), "groups": r_xx.shape[0] // group_size}
+    names = ("objective", "relative_gap", "kkt", "iterations", "seconds")
+    typer.echo(json.dumps(found | {name: getattr(solution, name) for name in names}, indent=1))
 
 
 def _write(path: Path, content: str | bytes) -> None:

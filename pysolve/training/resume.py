@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pysolve.errors import DataError
+from pysolve.nn.running import device_of
 from pysolve.training.options import Step
 
 _VERSION = 1
@@ -178,5 +179,5 @@ def _set_random(parts: Parts, saved: Mapping[str, Any]) -> None:
 
 
 def _accelerator(parts: Parts) -> torch.device | None:
-    device = next((tensor.device for tensor in parts.modules[0].parameters()), torch.device("cpu"))
+    device = device_of(parts.modules[0])
     return device if device.type == "cuda" else None

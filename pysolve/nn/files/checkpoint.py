@@ -14,10 +14,16 @@ from torch import Tensor, nn
 from pysolve import __version__
 from pysolve.compressed import Compressed
 from pysolve.errors import DataError, PysolveError
-from pysolve.nn.files.architecture import architecture, fingerprint, rebuilt
+from pysolve.nn.files.architecture import (
+    architecture,
+    fingerprint,
+    modes_record,
+    ordinary,
+    rebuilt,
+    restore_modes,
+)
 from pysolve.nn.files.format1 import Packed, pack, unpack
 from pysolve.nn.files.format2 import compact, expanded
-from pysolve.nn.files.modes import modes_record, ordinary, restore_modes
 from pysolve.nn.files.plan_json import field, plain, typed
 from pysolve.nn.files.storage import bits, read, size, write
 
