@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from io import BytesIO
@@ -13,6 +12,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 import torch
+import typer
 from safetensors.torch import save as tensors
 from torch import nn
 
@@ -25,7 +25,7 @@ from pysolve.nn.files.plan_json import plain, plan_record
 from pysolve.nn.running import Batch
 from pysolve.report.page import page
 from pysolve.report.plots import plot_pareto
-from pysolve.report.report import Report, comparison
+from pysolve.report.report import comparison
 from pysolve.tables import Table, as_text
 
 # Titles of reports: what became of the network.
@@ -47,26 +47,12 @@ def show_sites(
     if batch is None:
         raise DataError("the data hold no batch.")
     found = ps.inspect(model, batch, ignore=ignore or ())
-    _print(json.dumps(asdict(found), indent=1, default=str) if as_json else str(found))
+    typer.echo(json.dumps(asdict(found), indent=1, default=str) if as_json else str(found))
 
 
 @dataclass(frozen=True)
 class Job:
-    """One compression: network, data, and where the result is written.
-
-    Parameters
-    ----------
-    network, data : str
-        As the user names them.
-    weights : Path, optional
-    test : str, optional
-        Labelled data.
-    out : Path
-    device : str
-    limit : int
-        Most inputs of an array to use.
-    as_json, quiet : bool
-    """
+    """One compression: network, data, and where the result is written; ``limit`` is of an array's inputs."""
 
     network: str
     data: str
@@ -86,15 +72,18 @@ class Job:
     def inputs(self) -> tuple[nn.Module, Iterable[Batch], Callable[[nn.Module], float] | None]:
         """Network, batches, and a score of a network."""
         model = load_network(self.network, self.weights, self.device)
-        score = None if self.test is None else _scoring(self.test)
-        return model, load_samples(self.data).batches(self.limit, self.device), score
+        batches = load_samples(self.data).batches(self.limit, self.device)
+        if self.test is None:
+            return model, batches, None
+        x, y = load_samples(self.test, train=False).labelled()
+        return model, batches, lambda network: accuracy(network, x, y)
 
     def show(self, as_text: str, as_data: object, written: Sequence[str]) -> None:
         """Print the result, and which files were written."""
         if self.as_json:
-            _print(json.dumps(as_data, indent=1))
+            typer.echo(json.dumps(as_data, indent=1))
         elif not self.quiet:
-            _print(f"{as_text}\nWrote {', '.join(written)} to {self.out}/")
+            typer.echo(f"{as_text}\nWrote {', '.join(written)} to {self.out}/")
 
 
 def _parted(given: Mapping[str, Value]) -> tuple[Job, dict[str, Value]]:
@@ -112,27 +101,26 @@ def write_compressed(verb: str, given: Mapping[str, Value]) -> None:
     job, options = _parted(given)
     state_dict = options.pop("state_dict")
     model, batches, score = job.inputs()
-    run = getattr(ps, verb)
-    result = run(model, batches, evaluate=score, progress=job.progress, **options)
-    _write_all(job, model, result, f"{job.network}, {_DONE[verb]}", state_dict)
-
-
-def _write_all(job: Job, model: nn.Module, result: ps.Compressed, title: str, state_dict: bool) -> None:
+    result = getattr(ps, verb)(model, batches, evaluate=score, progress=job.progress, **options)
     job.out.mkdir(parents=True, exist_ok=True)
-    ps.save(result, job.out / "network.safetensors")
-    report = _with_files(result.report, model, job.out / "network.safetensors")
     written = ["network.safetensors", "plan.json", "report.json", "report.md", "report.html"]
+    ps.save(result, job.out / written[0])
     if state_dict:
         written.append("state_dict.safetensors")
         _write(job.out / written[-1], tensors(result.model.state_dict()))
+    # Sizes of the network's file, and of one for the original where it has none.
+    before = dict(result.report.before)
+    before.setdefault("file", len(tensors(model.state_dict())))
+    after = {**result.report.after, "file": (job.out / written[0]).stat().st_size}
+    report, title = replace(result.report, before=before, after=after), f"{job.network}, {_DONE[verb]}"
     # Channels and ranks are two stages.
-    stages = [plan_record(plan) for plan in (*result.earlier, result.plan)]
-    plan = {**stages[-1], "earlier": stages[:-1]} if stages[:-1] else stages[-1]
-    _write(job.out / "plan.json", json.dumps(plan, indent=1))
-    _write(job.out / "report.json", json.dumps(plain(report.as_dict()), indent=1))
+    *earlier, plan = map(plan_record, (*result.earlier, result.plan))
+    record = plain(report.as_dict())
+    _write(job.out / "plan.json", json.dumps({**plan, "earlier": earlier} if earlier else plan, indent=1))
+    _write(job.out / "report.json", json.dumps(record, indent=1))
     _write(job.out / "report.md", f"# {title}\n\n{report.as_markdown()}")
     _write(job.out / "report.html", page(report, title))
-    job.show(str(report), plain(report.as_dict()), written)
+    job.show(str(report), record, written)
 
 
 def write_sweep(given: Mapping[str, Value]) -> None:
@@ -175,7 +163,7 @@ def evaluate_network(
         "threads": time.threads,
     }
     if as_json:
-        _print(json.dumps(found, indent=1))
+        typer.echo(json.dumps(found, indent=1))
         return
     threads = f"{time.threads} thread{'s' * (time.threads > 1)}"
     rows = (
@@ -183,7 +171,7 @@ def evaluate_network(
         *((name, f"{found[name]:,}") for name in ("params", "macs", "bytes")),
         ("latency", f"{time} for {time.batch_size} samples on {threads}"),
     )
-    _print("\n".join(as_text(Table("", ("", ""), rows, words=(0, 1)))).strip("\n"))
+    typer.echo("\n".join(as_text(Table("", ("", ""), rows, words=(0, 1)))).strip("\n"))
 
 
 def solve_file(
@@ -203,34 +191,12 @@ def solve_file(
         part = out.with_name(out.name + ".part.npz")
         np.savez(part, M=solution.M, keep=solution.keep, lam=solution.lam)
         os.replace(part, out)
-    found = {
-        "lam": solution.lam,
-        "kept": len(solution.keep),
-        "groups": r_xx.shape[0] // group_size,
-        "objective": solution.objective,
-        "relative_gap": solution.relative_gap,
-        "kkt": solution.kkt,
-        "iterations": solution.iterations,
-        "seconds": solution.seconds,
-    }
-    _print(json.dumps(found, indent=1) if as_json else str(solution))
-
-
-def _scoring(test: str) -> Callable[[nn.Module], float]:
-    """Accuracy on labelled data, as a function of the network."""
-    x, y = load_samples(test, train=False).labelled()
-    return lambda model: accuracy(model, x, y)
-
-
-def _with_files(report: Report, model: nn.Module, path: Path) -> Report:
-    """The report with the sizes of the network's file, and of one for the original where it has none."""
-    before, after = dict(report.before), {**report.after, "file": path.stat().st_size}
-    before.setdefault("file", len(tensors(model.state_dict())))
-    return replace(report, before=before, after=after)
-
-
-def _print(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    if not as_json:
+        typer.echo(str(solution))
+        return
+    found = {"lam": solution.lam, "kept": len(solution.keep), "groups": r_xx.shape[0] // group_size}
+    names = ("objective", "relative_gap", "kkt", "iterations", "seconds")
+    typer.echo(json.dumps(found | {name: getattr(solution, name) for name in names}, indent=1))
 
 
 def _write(path: Path, content: str | bytes) -> None:

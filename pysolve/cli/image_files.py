@@ -7,11 +7,11 @@ import io
 import math
 import os
 import struct
-import zipfile
 import zlib
 from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
+from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -24,16 +24,7 @@ _PIECE = 1 << 24
 
 # NumPy and zipfile raise these for files that are no archive of arrays, or damaged ones; OSError where a
 # damaged one points before its own beginning.
-_DAMAGED = (
-    OSError,
-    ValueError,
-    EOFError,
-    TypeError,
-    MemoryError,
-    RuntimeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
+_DAMAGED = (OSError, ValueError, EOFError, TypeError, MemoryError, RuntimeError, BadZipFile, zlib.error)
 
 Bytes = npt.NDArray[np.uint8]
 Integers = npt.NDArray[np.int64]
@@ -86,22 +77,10 @@ def _read_at_most(file: BinaryIO | gzip.GzipFile, size: int) -> bytearray:
 
 
 def read_jpegs(path: str | os.PathLike[str], *, limit: int | None = None) -> tuple[Bytes, Integers]:
-    """Read JPEG images of one size, and their labels, from one .npz file.
+    """The first ``limit`` RGB images (n, height, width, 3), of one size, and labels (n,) of an .npz file.
 
     It holds ``jpeg``, the bytes of all images one after another; ``offsets``, the n + 1 places among them
     where an image begins or ends; and ``labels``, one integer an image. Raises DataError when it does not.
-
-    Parameters
-    ----------
-    path : path
-    limit : int, optional
-        How many images to read at most, from the first on; all by default.
-
-    Returns
-    -------
-    images : (n, height, width, 3) uint8 array
-        RGB.
-    labels : (n,) int64 array
     """
     path = Path(path)
     content, offsets, labels = _packed(path)

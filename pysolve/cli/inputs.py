@@ -30,24 +30,18 @@ _BATCH = 250
 
 @dataclass(frozen=True, eq=False)
 class Samples:
-    """Inputs, with labels if there are some; or batches that a function made.
-
-    Parameters
-    ----------
-    x : (n, …) array, optional
-    y : (n,) array, optional
-    made : iterable of batches, optional
-    """
+    """Inputs (n, …), with labels (n,) if there are some; or batches that a function made."""
 
     x: Values | None = None
     y: Values | None = None
-    made: Iterable[Batch] | None = None
+    made: Iterable[Batch] = ()
 
     def batches(self, limit: int, device: str = "cpu") -> Iterable[Batch]:
         """Batches of at most ``limit`` samples of an array; all that a function made."""
         if self.x is None:
-            made = [] if self.made is None else self.made
-            return made if device == "cpu" else (_moved(batch, device) for batch in made)
+            if device == "cpu":
+                return self.made
+            return (pytree.tree_map_only(torch.Tensor, lambda t: t.to(device), batch) for batch in self.made)
         x = self.x[:limit]
         parts = (torch.from_numpy(x[i : i + _BATCH].copy()) for i in range(0, len(x), _BATCH))
         return [part.to(device) for part in parts]
@@ -62,14 +56,8 @@ class Samples:
 def load_network(name: str, weights: Path | None = None, device: str = "cpu") -> nn.Module:
     """Make the network of ``package.module:factory``, in evaluation mode, with weights from a file.
 
-    Parameters
-    ----------
-    name : str
-        Looked for as Python does, and in the current folder.
-    weights : Path, optional
-        A state dict: .safetensors, or what ``torch.save`` wrote, of which only tensors are read.
-    device : str
-        Where to put it.
+    The module is looked for as Python does, and in the current folder. Weights are a state dict:
+    .safetensors, or what ``torch.save`` wrote, of which only tensors are read.
     """
     model = _called(name, "factory")
     if not isinstance(model, nn.Module):
@@ -83,15 +71,10 @@ def load_network(name: str, weights: Path | None = None, device: str = "cpu") ->
 
 
 def load_samples(name: str, *, train: bool = True) -> Samples:
-    """Read or make the data that an argument names.
+    """Read or make the data that an argument names, of a folder with two parts the one to train on or not.
 
-    Parameters
-    ----------
-    name : str
-        A .npy file of inputs; an .npz file with x and perhaps y; a folder with MNIST-style IDX files; or
-        ``package.module:function``, which returns an iterable of batches, inputs x, or a pair (x, y).
-    train : bool
-        Which part of a folder that has two.
+    A .npy file of inputs; an .npz file with x and perhaps y; a folder with MNIST-style IDX files; or
+    ``package.module:function``, which returns an iterable of batches, inputs x, or a pair (x, y).
     """
     path = Path(name)
     if path.is_dir():
@@ -118,11 +101,6 @@ def checked_device(name: str) -> str:
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DataError(f"cannot compute on {name!r}: {str(error).splitlines()[0]}.") from error
     return name
-
-
-def _moved(batch: Batch, device: str) -> Batch:
-    """The batch with its tensors on a device."""
-    return pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), batch)
 
 
 def _called(name: str, what: str) -> object:

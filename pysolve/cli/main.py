@@ -2,16 +2,134 @@
 
 from __future__ import annotations
 
-from pysolve.cli import compress as _  # noqa: F401  (registers its commands)
-from pysolve.cli.app import app, command
-from pysolve.cli.options import Value
+from collections.abc import Callable
+from inspect import Signature
+from typing import Annotated, Any
 
-__all__ = ["app", "main"]
+import typer
+from rich.console import Console
+from typer.core import TyperGroup
+
+from pysolve import __version__
+from pysolve.cli.options import Value, parameters
+from pysolve.errors import PysolveError
+
+Run = Callable[..., None]
+_INPUTS = ("network", "data", "weights")
+_OUTPUTS = (
+    *("distill", "ignore", "test", "out"),
+    *("state_dict", "limit", "device", "seed", "as_json", "quiet"),
+)
+_REFITTED = ("refit", "layout", *_OUTPUTS)
+_SWEPT = ("test", "target", "out", "select", "ignore", "limit", "device", "seed", "as_json", "quiet")
+
+
+class _Plain(TyperGroup):
+    """One red line and exit status 2 for what the user can mend, 130 for Ctrl-C; bugs keep their trace."""
+
+    def invoke(self, ctx: Any) -> object:
+        try:
+            return super().invoke(ctx)
+        except (PysolveError, ImportError, OSError, ValueError, TypeError, RuntimeError) as error:
+            # Typer's own ways to end a command are RuntimeErrors.
+            if ctx.params["debug"] or isinstance(error, (typer.Exit, typer.Abort)):
+                raise
+            message = " ".join(str(error).split())
+            Console(stderr=True, highlight=False).print(
+                f"Error: {message}", style="red", markup=False, soft_wrap=True
+            )
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Plain,
+    help="Make trained neural networks smaller without retraining them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
 
 
 def main() -> None:
     """Entry point of the ``pysolve`` command."""
     app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"pysolve {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
+    ] = False,
+) -> None:
+    """Options in front of a command."""
+
+
+def command(*names: str, **defaults: object) -> Callable[[Run], Run]:
+    """Make a function a command with these options of the table, in this order; ``defaults`` override its."""
+
+    def made(run: Run) -> Run:
+        run.__signature__ = Signature(parameters(run.__name__, names, defaults))  # type: ignore[attr-defined]
+        return app.command()(run)
+
+    return made
+
+
+@command(*_INPUTS, "target", "select", "round_to", "refit", *_OUTPUTS, out="compressed")
+def compress(**given: Value) -> None:
+    """Make a network smaller, without labels and without training; write it with a report."""
+    _write("compress", given)
+
+
+@command(*_INPUTS, "method", "amount", "target", "pattern", "scope", *_REFITTED, out="pruned")
+def prune(**given: Value) -> None:
+    """Prune single weights or channels by any method, without training; write the network with a report."""
+    _write("prune", given)
+
+
+@command(*_INPUTS, "target", "rank", "energy", "prune", "method", "structure", *_REFITTED, out="factored")
+def low_rank(**given: Value) -> None:
+    """Factor layers into two smaller ones, without training; write the network with a report."""
+    if given["rank"] is None and given["energy"] is None:
+        given["target"] = given["target"] or ["params=0.25"]
+    _write("low_rank", given)
+
+
+@command(*_INPUTS, "scheme", "bits", "target", "group", "method", "layout", *_OUTPUTS, out="quantized")
+def quantize(**given: Value) -> None:
+    """Store the weights of a network in few bits; write it with a report."""
+    _write("quantize", given)
+
+
+@command(*_INPUTS, "bytes", "target", "zeros", "bits", "layout", *_OUTPUTS, out="deep")
+def deep_compress(**given: Value) -> None:
+    """Make a network's file as small as asked: fewer channels, zeros, few values, coded; write it."""
+    if (size := given.pop("bytes")) is not None:
+        given["target"] = [f"bytes={size}", *(given["target"] or ())]
+    _write("deep_compress", given)
+
+
+def _write(verb: str, given: dict[str, Value]) -> None:
+    from pysolve.cli.commands import write_compressed
+
+    write_compressed(verb, given)
+
+
+@command(*_INPUTS, *_SWEPT, out="compressed")
+def sweep(**given: Value) -> None:
+    """Try many sizes after one pass over the data, and show what each costs."""
+    from pysolve.cli.commands import write_sweep
+
+    write_sweep(given)
 
 
 @command("data", "out", "seed", "epochs", out="demo")
@@ -22,7 +140,7 @@ def demo(**given: Value) -> None:
     run(**given)
 
 
-@command("network", "data", "weights", "ignore", "device", "as_json")
+@command(*_INPUTS, "ignore", "device", "as_json")
 def inspect(**given: Value) -> None:
     """Show what of a network can shrink, and what cannot and why, before any work."""
     from pysolve.cli.commands import show_sites
@@ -30,7 +148,7 @@ def inspect(**given: Value) -> None:
     show_sites(**given)
 
 
-@command("network", "data", "weights", "compressed", "batch", "device", "as_json")
+@command(*_INPUTS, "compressed", "batch", "device", "as_json")
 def evaluate(**given: Value) -> None:
     """Show a network's accuracy on labelled data, its size, and how long it takes."""
     from pysolve.cli.commands import evaluate_network

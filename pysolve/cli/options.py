@@ -15,22 +15,10 @@ Value = Any
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a command.
+    """One option of a command, of values of a ``kind`` between ``least`` and ``most``.
 
-    Parameters
-    ----------
-    kind : type
-        Of its value; list[str] may be given several times.
-    help : str
-    default : value
-        ``...`` where it must be given; None where the called function has a default of its own.
-    flag : str, optional
-        How it is typed, if not as its name.
-    shown : str, optional
-        The default in words.
-    least, most : int, optional
-    argument : bool
-        Without a flag.
+    The default is ``...`` where it must be given, None where the called function has one of its own, and
+    ``shown`` in other words. It is typed by its ``flag``, if not by its name; an argument is one without.
     """
 
     kind: object
@@ -134,8 +122,5 @@ OPTIONS = {
 
 def parameters(command: str, names: tuple[str, ...], defaults: dict[str, object]) -> list[Parameter]:
     """Parameters of a command from the table, with defaults of its own."""
-    found = []
-    for name in names:
-        option = OPTIONS.get(f"{command}.{name}") or OPTIONS[name]
-        found.append(option.parameter(name, defaults.get(name, option.default)))
-    return found
+    options = {name: OPTIONS.get(f"{command}.{name}") or OPTIONS[name] for name in names}
+    return [one.parameter(name, defaults.get(name, one.default)) for name, one in options.items()]

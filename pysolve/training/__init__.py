@@ -5,16 +5,13 @@ finetune      ``finetune``: a network and labelled batches
 distill       ``distill``: a student and a teacher, with labels or without
 
 The loop
-    options       how, and how long: the options that all training shares
+    options       how, and how long: the options that all training shares, optimizers and schedules
     loop          steps, epochs, the clock
-    optimizers    optimizers and schedules, by name or the user's own
     resume        checkpoints, from which an interrupted training continues exactly
 
 A student and its teacher
-    loss          the distillation loss
-    features      layers inside both networks, and maps between their channels
+    loss          the distillation loss: outputs, labels, and layers inside both networks
     batches       batches as they come, or samples of all of them, shuffled and mixed
-    teacher       the training itself, and the teacher's outputs where they are cached
 
 Pruning while training
     moving_masks  gradual pruning and dynamic network surgery, as steps of the loop

@@ -21,22 +21,10 @@ Keyed = tuple[Key, Batch]
 
 @dataclass(frozen=True)
 class BatchSource:
-    """Batches to train a student on.
+    """Batches to train a student on: ``steps`` in an epoch, each with its weight and key.
 
-    Parameters
-    ----------
-    steps : int
-        Batches in an epoch.
-    passes : callable
-        From the number of an epoch to its batches, each with its weight and key.
-    first : callable
-        Returns one batch, for the shapes.
-    stored : sequence of batches, or None
-        All batches, where they are in memory; keys refer to these.
-    samples : tensor, optional
-        All inputs, where keys are their indices.
-    generators : sequence of torch.Generator
-        Of a loader.
+    ``first`` returns one of them, for the shapes. ``stored`` are all batches where they are in memory, to
+    which keys refer; ``samples`` all inputs where keys are their indices; ``generators`` those of a loader.
     """
 
     steps: int

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Unpack
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from pysolve.nn.running import Batch, keeping_modes
-from pysolve.training.batches import batch_source
-from pysolve.training.features import layer_pairs, tapped
+from pysolve.errors import DataError
+from pysolve.nn.calibration import free_memory
+from pysolve.nn.running import Batch, evaluating, find_layer, keeping_modes
+from pysolve.training import loss as losses
+from pysolve.training.batches import BatchSource, Key, Keyed, batch_source, cached
 from pysolve.training.finetune import check_model
-from pysolve.training.loss import DistillationLoss, Soft
-from pysolve.training.options import TrainingOptions, run_of
-from pysolve.training.teacher import Tapped, train_student
+from pysolve.training.loop import Extras, nonfinite_batch, nonfinite_sample, optimise
+from pysolve.training.options import Run, TrainingOptions, run_of
+
+# With a limit in seconds, computing the teacher's outputs beforehand may take this share of them.
+_SHARE = 0.25
 
 
 def distill(
@@ -24,7 +32,7 @@ def distill(
     *,
     temperature: float = 1.0,
     alpha: float = 1.0,
-    loss: Soft = "kl",
+    loss: losses.Soft = "kl",
     features: Sequence[str] | Mapping[str, str] | None = None,
     feature_weight: float = 1.0,
     batch_size: int | None = None,
@@ -106,7 +114,9 @@ def distill(
     patient and consistent, 2022. H. Zhang et al., mixup: Beyond empirical risk minimization, 2018.
     """
     _check_networks(student, teacher)
-    terms = DistillationLoss(temperature, alpha, loss, layer_pairs(features), feature_weight, mix)
+    terms = losses.DistillationLoss(
+        temperature, alpha, loss, losses.layer_pairs(features), feature_weight, mix
+    )
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size must be positive, got {batch_size}.")
     if cache and mix:
@@ -116,14 +126,31 @@ def distill(
     run = replace(run, steps=source.steps)
     with (
         keeping_modes(student, teacher),
-        tapped(student, [*terms.pairs]) as own,
-        tapped(teacher, [*terms.pairs.values()]) as hints,
+        losses.tapped(student, [*terms.pairs], run) as answer,
+        losses.tapped(teacher, [*terms.pairs.values()], run) as wanted,
     ):
         teacher.eval()
         student.train(not frozen)
-        settings = {"batch_size": batch_size, "frozen": frozen}
-        pair = Tapped(student, own), Tapped(teacher, hints)
-        return train_student(*pair, terms, run, source, cache=cache, settings=settings)
+        maps, dims = _maps(student, answer, wanted, terms.pairs, run, source)
+        ask, fill_cache = _asking(wanted, source, run, False if mix else cache)
+
+        def loss_of(item: Keyed) -> Tensor:
+            given = ask(*item)
+            output, outputs, own = answer(item[1])
+            given = [one.to(outputs[0].device) for one in given] if outputs else given
+            count = len(given) - len(own)
+            value = losses.output_loss(terms, output, outputs, given[:count], item[1])
+            matched = zip(own, given[count:], maps, dims, strict=True)
+            return value + feature_weight * sum(losses.unexplained(*one) for one in matched)
+
+        extras = Extras[Keyed](
+            auxiliary=maps if any(True for _ in maps.parameters()) else None,
+            generators=source.generators,
+            prepare=fill_cache,
+            settings={"batch_size": batch_size, "frozen": frozen, **terms.settings()},
+            nonfinite=partial(_nonfinite, source.samples),
+        )
+        return optimise(student, loss_of, run, source.passes, extras)
 
 
 def _check_networks(student: nn.Module, teacher: nn.Module) -> None:
@@ -136,3 +163,83 @@ def _check_networks(student: nn.Module, teacher: nn.Module) -> None:
         raise ValueError(
             f"student and teacher {what}: the teacher would change, too. Make the student of a copy.deepcopy."
         )
+
+
+def _maps(
+    student: nn.Module,
+    answer: losses.Answering,
+    wanted: losses.Answering,
+    pairs: Mapping[str, str],
+    run: Run,
+    source: BatchSource,
+) -> tuple[nn.ModuleList, list[int]]:
+    """Maps between the channels of the matched layers, and the dimensions of these channels."""
+    if not pairs:
+        return nn.ModuleList(), []
+    batch = source.first()
+    with evaluating(student):
+        (_, _, own), (_, _, hints) = answer(batch), wanted(batch)
+    layers = [find_layer(student, name) for name in pairs]
+    dims = [losses.channel_dim(layer, feature) for layer, feature in zip(layers, own, strict=True)]
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(int(run.seed))
+        return losses.maps_between(pairs, dims, own, hints), dims
+
+
+def _asking(
+    wanted: losses.Answering, source: BatchSource, run: Run, cache: bool | None
+) -> tuple[Callable[[Key, Batch], list[Tensor]], Callable[[], None]]:
+    """A function that gives the teacher's outputs, then its features; and one that caches all of them."""
+    known: Callable[[Key], list[Tensor]] | None = None
+
+    def ask(key: Key, batch: Batch) -> list[Tensor]:
+        if known is not None:
+            return known(key)
+        with torch.no_grad():
+            _, outputs, hints = wanted(batch)
+        return _finite([*outputs, *hints], key)
+
+    def fill_cache() -> None:
+        nonlocal known
+        if source.stored is not None and cache is not False:
+            known = cached(source, ask, math.inf if cache else _cache_limit(source, run, ask))
+
+    return ask, fill_cache
+
+
+def _cache_limit(source: BatchSource, run: Run, ask: Callable[[Key, Batch], list[Tensor]]) -> float:
+    """Bytes of the teacher's outputs that may be cached by default."""
+    if run.epochs == 1 or source.stored is None:
+        return 0
+    if run.seconds is not None:
+        start = time.perf_counter()
+        ask(0, source.stored[0])
+        if (time.perf_counter() - start) * len(source.stored) > _SHARE * run.seconds:
+            return 0
+    return free_memory()
+
+
+def _finite(outputs: list[Tensor], key: Key) -> list[Tensor]:
+    """The teacher's outputs, checked to be finite."""
+    for output in outputs:
+        if not bool(output.isfinite().all()):
+            where = f"batch {key + 1}" if isinstance(key, int) else _nonfinite_rows(output, key)
+            raise DataError(
+                f"the teacher's outputs hold NaN or infinity in {where}: check the batches and its weights."
+            )
+    return outputs
+
+
+def _nonfinite_rows(output: Tensor, rows: Tensor) -> str:
+    if len(output) != len(rows):
+        return f"samples {rows.tolist()}"
+    finite = output.reshape(len(output), -1).isfinite().all(1).cpu()
+    return f"sample {int(rows[~finite][0])}"
+
+
+def _nonfinite(samples: Tensor | None, item: Keyed, number: int) -> str:
+    """What of an item is NaN or infinite, in words."""
+    key, batch = item
+    if isinstance(key, Tensor) and samples is not None:
+        return nonfinite_sample(samples, key)
+    return nonfinite_batch(batch, number)

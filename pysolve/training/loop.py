@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, NoReturn, TypeVar
@@ -18,8 +18,7 @@ from tqdm.auto import tqdm
 
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.running import Batch, device_of, evaluating
-from pysolve.training.optimizers import optimizer_of, schedule_of
-from pysolve.training.options import Run
+from pysolve.training.options import Run, optimizer_of, schedule_of
 from pysolve.training.resume import Parts, Progress, copied, plain, put, read, write
 
 # What one step of training takes: rows of an array, a batch, or a batch with its position.
@@ -33,18 +32,10 @@ Passes = Callable[[int], Iterable[tuple[int, Item]]]
 class Extras(Generic[Item]):
     """Optional parts of a training.
 
-    Parameters
-    ----------
-    auxiliary : nn.Module, optional
-        Trained together with the network.
-    generators : sequence of torch.Generator
-        Of the batches.
-    prepare : callable, optional
-        Called before the first step of a training that is not finished yet; its time counts.
-    settings : mapping
-        Plain values that a checkpoint must share to be resumed.
-    nonfinite : callable, optional
-        From an item and the number of its step to the part of it that is NaN or infinite, in words, or "".
+    ``auxiliary`` is trained together with the network; ``generators`` are the batches'; ``prepare`` is called
+    before the first step of a training that is not finished yet, and its time counts; a checkpoint must share
+    the ``settings`` to be resumed; ``nonfinite`` goes from an item and the number of its step to the part of
+    it that is NaN or infinite, in words, or "".
     """
 
     auxiliary: nn.Module | None = None
@@ -61,28 +52,11 @@ def optimise(
     passes: Passes[Item],
     extras: Extras[Item] | None = None,
 ) -> list[float]:
-    """Train the parameters that require a gradient, in place; the caller sets the network's mode.
+    """Train the parameters that require a gradient, in place; return the mean loss of each epoch.
 
-    Parameters
-    ----------
-    model : nn.Module
-    loss : callable
-        Mean loss of one item.
-    run : Run
-    passes : callable
-    extras : Extras, optional
-
-    Returns
-    -------
-    list of float
-        Mean loss of each epoch; by the clock, the last one may be incomplete.
-
-    Raises
-    ------
-    PysolveError
-        When nothing can be trained, or the loss becomes NaN or infinite.
-    DataError
-        When an epoch has no batches, an item is not finite, or the checkpoint is of another training.
+    ``loss`` is that of one item; the caller sets the network's mode. Raises PysolveError when nothing can be
+    trained or the loss becomes NaN or infinite; DataError when an epoch has no batches, an item is not
+    finite, or the checkpoint is of another training.
     """
     extras = extras or Extras()
     parts = _parts(model, run, extras)
@@ -202,11 +176,9 @@ def nonfinite_sample(samples: Tensor, rows: Tensor) -> str:
     return "" if bool(finite.all()) else f"sample {int(rows[~finite.to(rows.device)][0])}"
 
 
-@contextmanager
-def computing(run: Run, device: torch.device) -> Iterator[None]:
+def computing(run: Run, device: torch.device) -> AbstractContextManager[object]:
     """Compute in the run's precision inside."""
-    with torch.autocast(device.type, torch.bfloat16) if run.bfloat16(device) else nullcontext():
-        yield
+    return torch.autocast(device.type, torch.bfloat16) if run.bfloat16(device) else nullcontext()
 
 
 def in_float32(output: Value) -> Value:

@@ -1,37 +1,32 @@
-"""The distillation loss: how a student is compared with its teacher."""
+"""How a student is compared with its teacher: outputs, labels, and features of layers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.divergence import class_dim
-from pysolve.nn.running import Batch, Output
+from pysolve.nn.running import Batch, Output, device_of, find_layer, forward
 from pysolve.training.finetune import own_loss
-from pysolve.training.loop import in_float32
+from pysolve.training.loop import computing, in_float32
+from pysolve.training.options import Run
 
 Soft = str | Callable[[Tensor, Tensor], Tensor]
+# From a batch to the output, its compared tensors and the features of layers; the latter two in float32.
+Answering = Callable[[Batch], tuple[Output, list[Tensor], list[Tensor]]]
+_CHANNELS_SECOND = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.InstanceNorm1d, nn.GroupNorm)
 
 
 @dataclass(frozen=True)
 class DistillationLoss:
-    """Terms and weights of the loss; ``distill`` describes them.
-
-    Parameters
-    ----------
-    temperature, alpha : float
-    loss : "kl", "mse" or callable
-    pairs : dict
-        From the student's layers to the teacher's.
-    feature_weight : float
-    mix : float
-    """
+    """Terms and weights of the loss, as ``distill`` describes them; ``pairs`` are layers."""
 
     temperature: float
     alpha: float
@@ -113,3 +108,86 @@ def _hard_loss(output: Output, logits: Tensor, batch: Batch, alpha: float) -> Te
             f"alpha={alpha} needs labels: pairs of inputs and labels, or alpha=1; got {type(batch).__name__}."
         )
     return cross_entropy(logits.movedim(class_dim(logits), 1), batch[1].to(logits.device))
+
+
+def layer_pairs(features: Sequence[str] | Mapping[str, str] | None) -> dict[str, str]:
+    """The student's layers, and the teacher's layer that each is matched with."""
+    if isinstance(features, str):
+        raise TypeError(
+            f"features must be a list of names, got the string {features!r}: pass [{features!r}]."
+        )
+    if isinstance(features, Mapping):
+        return dict(features)
+    return {name: name for name in features or ()}
+
+
+@contextmanager
+def tapped(model: nn.Module, names: Sequence[str], run: Run) -> Iterator[Answering]:
+    """A function that runs a network in the run's precision, and keeps what these layers give."""
+    seen: dict[str, Tensor] = {}
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: Output) -> None:
+            output = output[0] if isinstance(output, tuple | list) and output else output
+            if not isinstance(output, Tensor) or not output.is_floating_point():
+                kind = type(output).__name__
+                raise PysolveError(f"layer {name} gives a {kind}, not numbers to match: choose another.")
+            # A layer that follows may work in place.
+            seen[name] = output.clone()
+
+        return hook
+
+    def answer(batch: Batch) -> tuple[Output, list[Tensor], list[Tensor]]:
+        device = device_of(model)
+        with computing(run, device):
+            output = forward(model, batch, device)
+        if missing := layers.keys() - seen.keys():
+            raise PysolveError(f"layer {min(missing)} was not run, so it has no features to match.")
+        features = [seen[name] for name in names]
+        seen.clear()
+        return output, in_float32(floating(output)), in_float32(features)
+
+    layers = {name: find_layer(model, name) for name in names}
+    handles = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]
+    try:
+        yield answer
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def channel_dim(layer: nn.Module, feature: Tensor) -> int:
+    """Dimension of the channels: the last of three, except for layers that work along positions."""
+    return 2 if feature.ndim == 3 and not isinstance(layer, _CHANNELS_SECOND) else 1
+
+
+def maps_between(
+    pairs: Mapping[str, str], dims: Sequence[int], own: Sequence[Tensor], wanted: Sequence[Tensor]
+) -> nn.ModuleList:
+    """For each pair of layers a linear map to the teacher's channels; the identity where shapes agree."""
+    maps: list[nn.Module] = []
+    for (layer, teacher_layer), dim, feature, target in zip(pairs.items(), dims, own, wanted, strict=True):
+        shapes = [list(tensor.shape) for tensor in (feature, target)]
+        rest = [[size for i, size in enumerate(shape) if i != dim] for shape in shapes]
+        if rest[0] != rest[1] or len(shapes[0]) != len(shapes[1]):
+            raise PysolveError(
+                f"features of {layer} have shape {shapes[0]}, those of the teacher's {teacher_layer} "
+                f"{shapes[1]}: they must agree but for the channels, dimension {dim}. Choose other layers."
+            )
+        if shapes[0] == shapes[1]:
+            maps.append(nn.Identity())
+        else:
+            maps.append(nn.Linear(shapes[0][dim], shapes[1][dim], device=feature.device, dtype=feature.dtype))
+    return nn.ModuleList(maps)
+
+
+def unexplained(feature: Tensor, target: Tensor, to_channels: nn.Module, dim: int) -> Tensor:
+    """Mean squared error of a mapped feature, divided by the variance of the target around channel means."""
+    if not isinstance(to_channels, nn.Identity):
+        feature = to_channels(feature.movedim(dim, -1)).movedim(-1, dim)
+    others = [i for i in range(target.ndim) if i != dim]
+    target = target.to(feature.dtype)
+    around = (target - target.mean(others, keepdim=True)).square().mean()
+    whole = target.square().mean()
+    scale = torch.where(around > 0, around, torch.where(whole > 0, whole, 1.0))
+    return (feature - target).square().mean() / scale

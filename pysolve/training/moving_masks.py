@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,30 +20,17 @@ from pysolve.training.options import Step
 
 # Of all layers together, or each layer's own.
 PerLayer = float | Mapping[str, float]
+# What a checkpoint holds: steps done, and for surgery thresholds and the random state as JSON.
+MaskState = dict[str, Any]
 # How often thresholds are updated where a share of the weights is pruned.
 _STEPS = 100
-
-
-class MaskState(TypedDict, total=False):
-    """What a checkpoint holds: steps done, thresholds and the random state as JSON."""
-
-    about: str
-    done: int
-    limits: dict[str, float]
-    random: str
 
 
 @dataclass(frozen=True)
 class Masking:
     """A step that changes masks, called with the share of the training done; checkpoints hold its state.
 
-    Parameters
-    ----------
-    step : callable
-    about : str
-        Options that a checkpoint must share to be resumed.
-    get, put : callable
-        Read and write its state.
+    ``about`` are options that a checkpoint must share to be resumed; ``get`` and ``put`` its state.
     """
 
     step: Step
@@ -67,21 +54,8 @@ class Masking:
 def gradually(model: nn.Module, amount: PerLayer, *, steps: int, end: float) -> Masking:
     """Prune a network's masked weights by magnitude while it is trained, along a cubic schedule.
 
-    The pruned share is  s(t) = amount · (1 − (1 − t / end)³)  in equal steps.
-
-    Parameters
-    ----------
-    model : nn.Module
-        With masks on the layers to prune.
-    amount : float or {layer: float}
-        Share of each layer's weights that is zero in the end; or of all together, by ``lamp_shares``.
-    steps : int
-    end : float
-        Share of the training after which the masks stay as they are.
-
-    References
-    ----------
-    M. Zhu, S. Gupta, To prune, or not to prune, 2017.
+    The pruned share is  s(t) = amount · (1 − (1 − t / end)³)  in equal steps, up to the share ``end`` of the
+    training; of each layer's weights, or by ``lamp_shares`` of all together. See ``prune_gradually``.
     """
     masks, done = masks_of(model), 0
     layers: dict[str, Any] = {name: find_layer(model, name) for name in masks}
@@ -92,7 +66,7 @@ def gradually(model: nn.Module, amount: PerLayer, *, steps: int, end: float) -> 
         if step > done:
             done = step
             weights = {name: as_array(layer.weight) for name, layer in layers.items()}
-            for name, pruned in _shares(weights, amount, _level(step / steps)).items():
+            for name, pruned in _shares(weights, amount, step / steps).items():
                 _keep_largest(masks[name].mask, weights[name], pruned)
 
     def put(state: MaskState) -> None:
@@ -114,28 +88,10 @@ def surgery(
     """Prune a network's masked weights while it is trained, and restore those that grow again.
 
     With a threshold t of a layer, weights below 0.9 t are pruned, those above 1.1 t restored, and those
-    between keep their state. Each layer's mask is updated with a probability that falls linearly, to a tenth
-    at the end.
-
-    Parameters
-    ----------
-    model : nn.Module
-        With splicing masks.
-    amount : float or {layer: float}
-        Share of each layer's weights, or of all together, as ``gradually`` has it. A layer's t is the
-        quantile of its |w| at the schedule's share; at the end exactly that many are zero.
-    rate : float or {layer: float}
-        Instead: t = max(0, mean + rate · std) of the |w| that a layer starts with, as published.
-    end : float
-        Share of the training after which the masks stay as they are.
-    probability : float or {layer: float}
-        In the beginning.
-    seed : int
-        Of which masks are updated.
-
-    References
-    ----------
-    Y. Guo, A. Yao, Y. Chen, Dynamic network surgery for efficient DNNs, 2016.
+    between keep their state. Each layer's mask, which must be a splicing one, is updated with a probability
+    that falls linearly, to a tenth at ``end``. With ``amount`` t is the quantile of the layer's |w| at the
+    share that ``gradually`` has, and at the end exactly that many are zero; with ``rate``, as published,
+    t = max(0, mean + rate · std) of the |w| that it starts with. See ``network_surgery``.
     """
     masks, random, done = masks_of(model), np.random.default_rng(seed), -1
     weights = {name: below(find_layer(model, name)) for name in masks}
@@ -148,7 +104,7 @@ def surgery(
             return
         if step > done and amount is not None:
             values = {name: as_array(weight) for name, weight in weights.items()}
-            pruned = _shares(values, amount, _level(step / _STEPS))
+            pruned = _shares(values, amount, step / _STEPS)
             limits = {name: _quantile(values[name], share) for name, share in pruned.items()}
             if step == _STEPS:
                 for name, value in values.items():
@@ -156,7 +112,9 @@ def surgery(
         done = max(done, step)
         for name in masks if step < _STEPS else ():
             if random.random() < _of(probability, name) * (1 - 0.9 * share / end):
-                _splice(masks[name].mask, weights[name], limits[name])
+                mask, size = masks[name].mask, weights[name].abs()
+                mask &= size >= 0.9 * limits[name]
+                mask |= size > 1.1 * limits[name]
 
     def get() -> MaskState:
         return {"done": done, "limits": limits, "random": json.dumps(random.bit_generator.state)}
@@ -173,28 +131,16 @@ def _of(each: PerLayer, name: str) -> float:
     return each[name] if isinstance(each, Mapping) else each
 
 
-def _splice(mask: Tensor, weight: Tensor, limit: float) -> None:
-    """Prune weights clearly below the limit, restore those clearly above."""
-    size = weight.abs()
-    mask &= size >= 0.9 * limit
-    mask |= size > 1.1 * limit
-
-
-def _level(t: float) -> float:
-    """Share of the pruning done at a share t of its time: fast at first."""
-    return float(1 - (1 - t) ** 3)
-
-
-def _shares(weights: Mapping[str, AnyArray], amount: PerLayer, level: float) -> dict[str, float]:
-    """Share of each layer's weights to prune now."""
+def _shares(weights: Mapping[str, AnyArray], amount: PerLayer, t: float) -> dict[str, float]:
+    """Share of each layer's weights to prune at a share t of the time: fast at first."""
+    level = float(1 - (1 - t) ** 3)
     if isinstance(amount, Mapping):
         return {name: level * amount[name] for name in weights}
     return lamp_shares(weights, level * amount)
 
 
 def _keep_largest(mask: Tensor, weight: AnyArray, pruned: float) -> None:
-    kept = keep_largest(np.abs(weight), count_left(pruned, weight.size))
-    mask.copy_(torch.from_numpy(kept))
+    mask.copy_(torch.from_numpy(keep_largest(np.abs(weight), count_left(pruned, weight.size))))
 
 
 def _quantile(weight: AnyArray, pruned: float) -> float:

@@ -1,4 +1,4 @@
-"""The options that all training shares: how, and how long."""
+"""The options that all training shares, and the optimizers and schedules that they name."""
 
 from __future__ import annotations
 
@@ -11,8 +11,22 @@ from typing import TypedDict
 
 import torch
 from torch import nn
+from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
-from pysolve.training.optimizers import OPTIMIZERS, SCHEDULES, Optimizing, Scheduling, check_choice
+Optimizing = str | Callable[[list[nn.Parameter]], Optimizer]
+Scheduling = str | Callable[[float], float]
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    "adam": Adam,
+    "adamw": AdamW,
+    "sgd": lambda parameters, **options: SGD(parameters, momentum=0.9, **options),
+}
+# Factor of the learning rate at a share of the training; besides one-cycle, which moves the momentum, too.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda share: 0.5 * (1 + math.cos(math.pi * share)),
+    "constant": lambda share: 1.0,
+}
 
 # Called after each step with the share of the training that is done.
 Step = Callable[[float], None]
@@ -48,14 +62,7 @@ class TrainingOptions(BaseOptions, total=False):
 
 @dataclass(frozen=True)
 class Run:
-    """A training with ``steps`` steps an epoch, and its validated options; ``finetune`` describes them.
-
-    Parameters
-    ----------
-    steps : int
-    epochs, seconds, lr, weight_decay, optimizer, schedule, clip, precision : optional
-    evaluate, patience, checkpoint, seed, progress, after_step : optional
-    """
+    """A training with ``steps`` steps an epoch, and its validated options; ``finetune`` describes them."""
 
     steps: int
     epochs: int | None = None
@@ -79,13 +86,19 @@ class Run:
                 f"expected either epochs or seconds, got epochs={self.epochs} and seconds={self.seconds}."
             )
         for name in ("epochs", "patience"):
-            _check_count(name, getattr(self, name))
+            count = getattr(self, name)
+            if count is not None and not (isinstance(count, Integral) and int(count) >= 1):
+                raise ValueError(f"{name} must be positive, an integer of at least 1, got {count}.")
         for name in ("seconds", "lr", "clip"):
-            _check_positive(name, getattr(self, name))
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, Real) and 0 < float(value) < math.inf):
+                raise ValueError(f"{name} must be a positive number, got {value}.")
         if not 0 <= self.weight_decay < math.inf:
             raise ValueError(f"weight_decay must be a number of 0 and above, got {self.weight_decay}.")
-        check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        check_choice("schedule", self.schedule, SCHEDULES)
+        for name, known in (("optimizer", [*OPTIMIZERS]), ("schedule", ["one-cycle", *SCHEDULES])):
+            choice = getattr(self, name)
+            if not callable(choice) and choice not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)} or a callable, got {choice!r}.")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
         if self.patience is not None and self.evaluate is None:
@@ -122,26 +135,38 @@ class Run:
 
 
 def run_of(steps: int, options: BaseOptions, known: type[BaseOptions] = TrainingOptions) -> Run:
-    """The run of some options.
-
-    Raises
-    ------
-    TypeError
-        When an option's name is not one of ``known``.
-    ValueError
-        When a value is out of its range.
-    """
+    """The run of some options: TypeError for names that are not ``known``, ValueError for values."""
     names = [field.name for field in fields(Run) if field.name in known.__annotations__]
     if unknown := [name for name in options if name not in names]:
         raise TypeError(f"unknown option {', '.join(unknown)}; options of training are {', '.join(names)}.")
     return Run(steps, **options)
 
 
-def _check_count(name: str, value: object) -> None:
-    if value is not None and not (isinstance(value, Integral) and int(value) >= 1):
-        raise ValueError(f"{name} must be positive, an integer of at least 1, got {value}.")
+def optimizer_of(
+    choice: Optimizing, parameters: list[nn.Parameter], lr: float, weight_decay: float
+) -> Optimizer:
+    """The named optimizer, or the result of the user's own function, which then sets ``lr`` itself."""
+    if isinstance(choice, str):
+        return OPTIMIZERS[choice](parameters, lr=lr, weight_decay=weight_decay)
+    made: object = choice(parameters)
+    if not isinstance(made, Optimizer):
+        raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(made).__name__}.")
+    return made
 
 
-def _check_positive(name: str, value: object) -> None:
-    if value is not None and not (isinstance(value, Real) and 0 < float(value) < math.inf):
-        raise ValueError(f"{name} must be a positive number, got {value}.")
+def schedule_of(choice: Scheduling, optimizer: Optimizer, length: int, *, momentum: bool) -> LRScheduler:
+    """A schedule of ``length`` steps for each group's learning rate; one-cycle moves the momentum, too."""
+    if choice == "one-cycle":
+        highest = [float(group["lr"]) for group in optimizer.param_groups]
+        return OneCycleLR(optimizer, highest, total_steps=length, cycle_momentum=momentum)
+    factor = SCHEDULES[choice] if isinstance(choice, str) else choice
+
+    def scaled(position: int) -> float:
+        value = float(factor(position / length))
+        if not 0 <= value < math.inf:
+            raise ValueError(
+                f"schedule must give factors of 0 and above, got {value} at {position / length:.3g}."
+            )
+        return value
+
+    return LambdaLR(optimizer, scaled)

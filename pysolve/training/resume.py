@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pysolve.errors import DataError
+from pysolve.nn.running import device_of
 from pysolve.training.options import Step
 
 _VERSION = 1
@@ -26,18 +27,9 @@ _VERSION = 1
 class Progress:
     """Progress of a training, updated in place.
 
-    Parameters
-    ----------
-    done, position : int
-        Steps, and the position on the schedule.
-    elapsed, before : float
-        Seconds, and those of them before the first step.
-    losses : list of float
-        Of the finished epochs.
-    score : float
-        The best so far, of the values in ``best``, from ``stale`` epochs ago.
-    best : dict of tensors
-    finished : bool
+    Steps ``done`` and the position on the schedule; seconds ``elapsed``, and those of them ``before`` the
+    first step; mean losses of the finished epochs; the best ``score`` so far, of the values in ``best``, from
+    ``stale`` epochs ago.
     """
 
     done: int = 0
@@ -53,18 +45,10 @@ class Progress:
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything that training changes.
+    """Everything that training changes: ``modules`` are the network and its auxiliary ones.
 
-    Parameters
-    ----------
-    modules : sequence of nn.Module
-        The network and its auxiliary modules.
-    optimizer : Optimizer
-    schedule : LRScheduler
-    generators : sequence of torch.Generator
-        Of the batches, besides torch's global random state.
-    after_step : callable, optional
-        Called after each step; with ``state_dict`` and ``load_state_dict`` its state is kept, too.
+    ``generators`` are those of the batches, besides torch's global random state. Where ``after_step`` has
+    ``state_dict`` and ``load_state_dict``, its state is kept, too.
     """
 
     modules: Sequence[nn.Module]
@@ -195,5 +179,5 @@ def _set_random(parts: Parts, saved: Mapping[str, Any]) -> None:
 
 
 def _accelerator(parts: Parts) -> torch.device | None:
-    device = next((tensor.device for tensor in parts.modules[0].parameters()), torch.device("cpu"))
+    device = device_of(parts.modules[0])
     return device if device.type == "cuda" else None

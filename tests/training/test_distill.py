@@ -468,7 +468,7 @@ def test_a_loader_is_read_each_epoch_unless_it_is_to_be_kept():
 
 
 def test_answers_that_do_not_fit_are_asked_for_again(monkeypatch):
-    monkeypatch.setattr("pysolve.training.teacher.free_memory", lambda: 100)
+    monkeypatch.setattr("pysolve.training.distill.free_memory", lambda: 100)
     student, teacher, x = pair()
     calls = counting(teacher)
     distill(student, teacher, x.split(30), epochs=3, progress=False)

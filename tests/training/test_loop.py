@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pysolve.errors import PysolveError
-from pysolve.training import loop, optimizers
+from pysolve.training import loop, options
 from pysolve.training.loop import (
     Extras,
     computing,
@@ -47,7 +47,7 @@ def trained(run, monkeypatch=None, clock=None, n=10):
             return super().step(closure)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(optimizers.OPTIMIZERS, "adam", Spy)
+        patch.setitem(options.OPTIMIZERS, "adam", Spy)
         passes = shuffled(n, run.steps, run.seed)
         history = optimise(model, lambda rows: model(x[rows]).square().mean(), run, passes)
     return rates, history

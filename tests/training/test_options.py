@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 import pysolve as ps
-from pysolve.training.optimizers import optimizer_of, schedule_of
-from pysolve.training.options import BaseOptions, Run, run_of
+from pysolve.training.options import BaseOptions, Run, optimizer_of, run_of, schedule_of
 
 NAN = float("nan")
 

@@ -1,15 +1,16 @@
-"""The layers of a compressed network as a record, and the network made from it again."""
+"""What a record says of a network beside its tensors, and the network made from it again."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from pysolve.compressed import Compressed
 from pysolve.errors import DataError
-from pysolve.forms import Integers, LowRank, Sparse
+from pysolve.forms import Codebook, Integers, LowRank, Sparse
 from pysolve.nn.apply import apply
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.files.format1 import sparse_layers
@@ -23,12 +24,14 @@ from pysolve.nn.files.plan_json import (
     strings,
     typed,
 )
-from pysolve.nn.files.storage import type_and_shape
+from pysolve.nn.files.storage import bits, type_and_shape
 from pysolve.nn.layers.base import Dense
 from pysolve.nn.layers.factored import empty
+from pysolve.nn.layers.masking import mask_weights, masks_of, unmasked
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import in_form, substitute
-from pysolve.nn.running import find_layer
+from pysolve.nn.layers.sharing import share_weights, shared_of, unshared
+from pysolve.nn.running import as_array, find_layer
 from pysolve.nn.slicing import inputs, outputs
 from pysolve.plan import Plan, tensor_name, weight_name
 
@@ -84,9 +87,9 @@ def rebuilt(record: Mapping[str, object], model: nn.Module) -> nn.Module:
         nothing = Sparse(tuple(layer.weight.shape), np.zeros(0, np.float32), np.zeros(0, np.uint8))
         network = substitute(network, layer, in_form(layer, nothing))
     # Older files have no such field.
-    for name, bits in typed(record.get("quantized", {}), dict, "quantized").items():
+    for name, numbers in typed(record.get("quantized", {}), dict, "quantized").items():
         layer = _dense(network, name, "has no form of integers")
-        network = substitute(network, layer, in_form(layer, _codes(name, layer, bits)))
+        network = substitute(network, layer, in_form(layer, _codes(name, layer, numbers)))
     return network
 
 
@@ -168,11 +171,10 @@ def _bits(layer: QuantWeight) -> list[int]:
     return [layer.bits, group, int(layer.zeros is not None), int(layer.dynamic)]
 
 
-def _codes(name: str, layer: Dense, bits: object) -> Integers:
+def _codes(name: str, layer: Dense, given: object) -> Integers:
     """A form of zeros for a layer; one scale for each weight at most."""
-    numbers = [
-        typed(number, int, f"{name}'s bits, group, zeros and rounding") for number in typed(bits, list, name)
-    ]
+    what = f"{name}'s bits, group, zeros and rounding"
+    numbers = [typed(number, int, what) for number in typed(given, list, name)]
     if len(numbers) != 4:
         raise DataError(f"expected bits, group, zeros and rounding of {name}, got {len(numbers)} numbers.")
     shape, (width, group, zeros, dynamic) = tuple(layer.weight.shape), numbers
@@ -183,3 +185,67 @@ def _codes(name: str, layer: Dense, bits: object) -> Integers:
     parts = (len(codes), -(-columns // (group or max(1, columns))))
     own = np.zeros(parts, np.int8) if zeros else None
     return Integers(codes, np.zeros(parts, np.float32), own, width, group or None, bool(dynamic))
+
+
+def ordinary(model: nn.Module) -> nn.Module:
+    """The network if no weights are masked or share values, else a copy with those in use."""
+    return unshared(unmasked(model))
+
+
+def modes_record(model: nn.Module, plain: nn.Module) -> dict[str, object]:
+    """Names of layers that are masked, share values, or are in training mode; ``plain`` is it as ordinary."""
+    shared = [*shared_of(model)]
+    training = {name: module.training for name, module in plain.named_modules()}
+    one = len({*training.values()}) == 1
+    return {
+        "masked": [*masks_of(model)],
+        **({"shared": shared} if shared else {}),
+        "training": training[""] if one else [name for name in training if training[name]],
+    }
+
+
+def restore_modes(network: nn.Module, record: Mapping[str, object]) -> None:
+    """Bring a network of ordinary weights into the modes of a record, in place.
+
+    Masks are where weights are not zero. Values that a layer shares are those that it has, zero first; they
+    can be trained, codes cannot. Raises DataError when the record does not fit.
+    """
+    _set_training(network, field(record, "training"))
+    masked = _weights(network, record, "masked", "mask")
+    mask_weights(network, {name: weight != 0 for name, weight in masked.items()})
+    shared = _weights(network, record, "shared", "share")
+    share_weights(network, {name: _book(name, weight) for name, weight in shared.items()})
+
+
+def _weights(network: nn.Module, record: Mapping[str, object], what: str, verb: str) -> dict[str, Tensor]:
+    """Weights of the layers that a field of the record names; older files have no such fields."""
+    weights = {}
+    for name in dict.fromkeys(strings(record.get(what, []), what)):
+        layer = find_layer(network, name)
+        weight = getattr(layer, "weight", None)
+        if not isinstance(weight, nn.Parameter):
+            raise DataError(f"{name} is a {type(layer).__name__}, which has no weight to {verb}.")
+        weights[name] = weight.detach()
+    return weights
+
+
+def _book(name: str, weight: Tensor) -> Codebook:
+    """The values of a weight, different to the bit, and where they are."""
+    found, codes = np.unique(bits(weight).numpy(), return_inverse=True)
+    if len(found) > 256:
+        raise DataError(f"{name} has {len(found)} values to share, more than 256.")
+    # All bits of zero are 0; a first value of −0 would become one.
+    found = found if len(found) else np.zeros(1, found.dtype)
+    order = np.argsort(found)[::-1]
+    order = np.concatenate([order[found[order] == 0], order[found[order] != 0]])
+    values = torch.from_numpy(found[order]).view(weight.dtype)
+    return Codebook(np.argsort(order)[codes].reshape(weight.shape).astype(np.uint8), as_array(values))
+
+
+def _set_training(network: nn.Module, training: object) -> None:
+    modules = dict(network.named_modules())
+    names = training if isinstance(training, bool) else {*strings(training, "training")}
+    if not isinstance(names, bool) and not names <= modules.keys():
+        raise DataError(f"it has no layer {min(names - modules.keys())!r}.")
+    for name, module in modules.items():
+        module.training = names if isinstance(names, bool) else name in names

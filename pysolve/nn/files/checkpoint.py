@@ -14,12 +14,18 @@ from torch import Tensor, nn
 from pysolve import __version__
 from pysolve.compressed import Compressed
 from pysolve.errors import DataError, PysolveError
-from pysolve.nn.files.architecture import architecture, fingerprint, rebuilt
+from pysolve.nn.files.architecture import (
+    architecture,
+    fingerprint,
+    modes_record,
+    ordinary,
+    rebuilt,
+    restore_modes,
+)
 from pysolve.nn.files.format1 import Packed, pack, unpack
-from pysolve.nn.files.format2 import Compact, compact, expanded
-from pysolve.nn.files.modes import modes_record, ordinary, restore_modes
+from pysolve.nn.files.format2 import compact, expanded
 from pysolve.nn.files.plan_json import field, plain, typed
-from pysolve.nn.files.storage import STREAM, bits, read, size, write
+from pysolve.nn.files.storage import bits, read, size, write
 
 Record = dict[str, object]
 # Format versions: with each tensor for itself, and in one coded stream.
@@ -91,8 +97,8 @@ def stored_bytes(model: nn.Module, coding: str = "auto") -> dict[str, int]:
         names of a tensor, and for the indices of a sparse layer.
     """
     model, kind = ordinary(model), _kind(coding)
-    sizes = dict.fromkeys(model.state_dict(), 0)
-    return sizes | (compact(model, kind).sizes if kind else pack(model).sizes())
+    packed = compact(model, kind) if kind else pack(model)
+    return dict.fromkeys(model.state_dict(), 0) | packed.sizes
 
 
 def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
@@ -153,28 +159,19 @@ def _content(compressed: Compressed, coding: str, report: bool) -> tuple[dict[st
         **architecture(compressed),
         **modes,
     }
-    if kind:
-        made = compact(model, kind)
-        tensors = {STREAM: made.stream, **made.tensors}
-        record |= {"rows": made.rows, "aliases": made.aliases}
-    else:
-        packed = pack(model)
-        tensors = packed.tensors
-        record |= {"shapes": packed.shapes, "aliases": packed.aliases}
+    packed = compact(model, kind) if kind else pack(model)
+    record |= {"rows" if kind else "shapes": packed.table, "aliases": packed.aliases}
     if report:
         rows = plain(compressed.report.brief().as_dict())
         record["report"] = _rounded(rows) if kind else rows
-    return tensors, record
+    return packed.tensors, record
 
 
 def _values(record: Record, tensors: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
     """The state dict that a file holds for a network."""
-    plain = record["version"] == PLAIN
-    table, aliases = (typed(field(record, n), dict, n) for n in ("shapes" if plain else "rows", "aliases"))
-    if plain:
-        return unpack(Packed(tensors, table, aliases), network)
-    others = {name: tensor for name, tensor in tensors.items() if name != STREAM}
-    return expanded(Compact(tensors[STREAM], table, others, aliases), network)
+    what, made = ("shapes", unpack) if record["version"] == PLAIN else ("rows", expanded)
+    table, aliases = (typed(field(record, name), dict, name) for name in (what, "aliases"))
+    return made(Packed(tensors, table, aliases), network)
 
 
 def _kind(coding: str) -> str:

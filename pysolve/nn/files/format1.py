@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -27,38 +28,32 @@ _ENTRY = 200
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A state dict as tensors of a file.
+    """A state dict as tensors of a file, and what its record says of them.
 
     Parameters
     ----------
     tensors : {name: tensor}
-        Of a tensor that is stored without its zeros the entries, and as ``NAME:gaps`` the numbers of zeros
-        before them, as ``Sparse`` counts them.
-    shapes : {name: list of int}
-        Of the tensors that are stored so; of a sparse layer's values, the shape of its matrix.
+        In format 1, of a tensor that is stored without its zeros the entries, and as ``NAME:gaps`` the
+        numbers of zeros before them, as ``Sparse`` counts them. In format 2 ``:coded``, the bytes of all
+        rows one after the other, and large tensors that no way makes smaller.
+    table : {name: list}
+        In format 1 the shapes of tensors without zeros. In format 2, of the tensors in ``:coded``, in its
+        order, data type and shape, as in "float32 20x1x5x5", and how the row of their bits is written, see
+        ``files.row_coder``. Of a sparse layer's values, the shape is that of its matrix.
     aliases : {name: name}
         From further names of a tensor to its first.
+    sizes : {name: int}
+        Bytes of each tensor, without its description.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    shapes: dict[str, list[int]] = field(default_factory=dict)
+    table: dict[str, Any] = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
-
-    def sizes(self) -> dict[str, int]:
-        """Bytes of each tensor, with its gaps."""
-        parts = {name: self.tensors.get(name + _GAPS) for name in self.tensors if not name.endswith(_GAPS)}
-        gaps = {name: 0 if part is None else part.nbytes for name, part in parts.items()}
-        return {name: self.tensors[name].nbytes + gaps[name] for name in parts}
+    sizes: dict[str, int] = field(default_factory=dict)
 
 
 def pack(model: nn.Module) -> Packed:
-    """A network's state dict in little space.
-
-    Raises
-    ------
-    PysolveError
-        When it holds something that is no tensor with values.
-    """
+    """A network's state dict in little space; PysolveError when something in it is no tensor with values."""
     packed = Packed()
     storages: set[int] = set()
     for name, tensor, layer in stored(model, packed.aliases):
@@ -68,7 +63,8 @@ def pack(model: nn.Module) -> Packed:
         else:
             packed.tensors[name] = torch.from_numpy(form.values).view(tensor.dtype)
             packed.tensors[name + _GAPS] = torch.from_numpy(form.gaps)
-            packed.shapes[name] = [*form.shape]
+            packed.table[name] = [*form.shape]
+        packed.sizes[name] = tensor.nbytes if form is None else form.nbytes
     return packed
 
 
@@ -92,57 +88,53 @@ def stored(model: nn.Module, aliases: dict[str, str]) -> Iterator[tuple[str, Ten
         yield name, tensor, sparse.get(owner) if leaf == "values" else None
 
 
-@dataclass(frozen=True, eq=False)
-class Wanted:
-    """The tensors that a network needs from a file.
+class Wanted(NamedTuple):
+    """A tensor that a network needs: its name and shape in a file, and the sparse layer of its values."""
 
-    Parameters
-    ----------
-    keys : {name: name}
-        For each tensor of its state dict the name under which it is stored.
-    shapes : {name: tuple of int}
-        Of a sparse layer's values, the shape of its matrix.
-    layers : {name: str}
-        For the values of sparse layers the layer's name.
-    """
+    key: str
+    shape: tuple[int, ...]
+    layer: str | None
 
-    keys: dict[str, str]
-    shapes: dict[str, tuple[int, ...]]
-    layers: dict[str, str]
+    def as_stored(self, name: str, tensor: Tensor) -> Tensor:
+        """A file's tensor, which is stored as it is, checked to be the one of this name."""
+        self.check_shape(name, [*tensor.shape])
+        if self.layer is not None:
+            raise DataError(f"expected gaps between the entries of {name}, got none.")
+        return tensor
+
+    def check_shape(self, name: str, given: object) -> None:
+        """Raise DataError unless a file's shape is the network's."""
+        if given != [*self.shape]:
+            raise DataError(f"expected {name} of shape {[*self.shape]}, got {str(given)[:80]}.")
 
 
-def wanted(network: nn.Module, aliases: object) -> Wanted:
-    """The tensors that a network needs; DataError when the aliases are none."""
-    sparse, aliases = sparse_layers(network), typed(aliases, dict, "aliases")
+def wanted(network: nn.Module, aliases: dict[str, str]) -> dict[str, Wanted]:
+    """The tensors that a network needs, by their names; DataError when the aliases are none."""
+    sparse = sparse_layers(network)
     derived = {tensor_name(name, leaf) for name in sparse for leaf in _DERIVED}
-    shapes = {k: tuple(v.shape) for k, v in network.state_dict().items() if k not in derived}
-    keys = {name: typed(aliases.get(name, name), str, "aliases") for name in shapes}
-    layers = {tensor_name(name, "values"): name for name in sparse}
-    return Wanted(keys, shapes | {key: sparse[name].shape for key, name in layers.items()}, layers)
+    owners = {tensor_name(name, "values"): name for name in sparse}
+    need = {}
+    for name, tensor in network.state_dict().items():
+        if name not in derived:
+            owner = owners.get(name)
+            shape = tuple(tensor.shape) if owner is None else sparse[owner].shape
+            need[name] = Wanted(typed(aliases.get(name, name), str, "aliases"), shape, owner)
+    return need
 
 
 def unpack(packed: Packed, network: nn.Module) -> dict[str, Tensor]:
-    """The state dict for a network of the layers that were packed.
-
-    Raises
-    ------
-    DataError
-        When the file is not such a network's; sizes are checked before they are used.
-    """
-    need, shapes = wanted(network, packed.aliases), typed(packed.shapes, dict, "shapes")
-    check_names({*need.keys.values(), *(name + _GAPS for name in shapes)}, packed.tensors)
+    """The state dict for a network of the layers that were packed; DataError when it is of another one."""
+    need = wanted(network, packed.aliases)
+    check_names([*(one.key for one in need.values()), *(n + _GAPS for n in packed.table)], packed.tensors)
     values: dict[str, Tensor] = {}
-    for name, key in need.keys.items():
-        shape, owner = need.shapes[name], need.layers.get(name)
-        tensor = packed.tensors[key]
-        check_shape(name, shapes.get(key, [*tensor.shape]), shape)
-        if key in shapes:
-            form = decoded(tensor, packed.tensors[key + _GAPS], shape)
-            values |= filled(name, form, tensor.dtype, owner)
-        elif owner is None:
-            values[name] = tensor
+    for name, one in need.items():
+        tensor = packed.tensors[one.key]
+        if one.key in packed.table:
+            one.check_shape(name, packed.table[one.key])
+            form = decoded(tensor, packed.tensors[one.key + _GAPS], one.shape)
+            values |= filled(name, form, tensor.dtype, one.layer)
         else:
-            raise DataError(f"expected gaps between the entries of {name}, got none.")
+            values[name] = one.as_stored(name, tensor)
     return values
 
 
@@ -210,12 +202,6 @@ def check_names(expected: Iterable[str], got: Iterable[str]) -> None:
     strangers = {*expected} ^ {*got}
     if strangers:
         raise DataError(f"only one of them has {min(strangers)}.")
-
-
-def check_shape(name: str, given: object, shape: tuple[int, ...]) -> None:
-    """Raise DataError unless a file's shape is the network's."""
-    if given != [*shape]:
-        raise DataError(f"expected {name} of shape {[*shape]}, got {str(given)[:80]}.")
 
 
 def filled(name: str, form: Sparse, dtype: torch.dtype, owner: str | None) -> dict[str, Tensor]:

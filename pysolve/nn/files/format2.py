@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -11,139 +11,76 @@ from torch import Tensor, nn
 
 from pysolve.correlations import AnyArray
 from pysolve.errors import DataError
-from pysolve.forms import Sparse
-from pysolve.nn.files.format1 import (
-    SparseLayer,
-    Wanted,
-    check_names,
-    check_shape,
-    entries,
-    filled,
-    own,
-    stored,
-    wanted,
-)
+from pysolve.nn.files import format1, row_coder
+from pysolve.nn.files.format1 import Packed, Wanted
 from pysolve.nn.files.plan_json import typed
-from pysolve.nn.files.row_coder import (
-    Bytes,
-    Description,
-    Row,
-    Stream,
-    fitted,
-    gapped,
-    gapped_of,
-    row_of,
-    written,
-)
-from pysolve.nn.files.storage import bits, type_and_shape
+from pysolve.nn.files.storage import STREAM, bits, type_and_shape
 
 # Raw bytes from which on a tensor is one of the file's own.
 _LARGE = 1 << 16
 
 
-@dataclass(frozen=True, eq=False)
-class Compact:
-    """A state dict as one stream of bytes, and tensors of a file.
+def compact(model: nn.Module, kind: str) -> Packed:
+    """A network's state dict in the fewest bytes, coded by "ans" or "huffman".
 
-    Parameters
-    ----------
-    stream : uint8 tensor
-        The bytes of all rows, one tensor after the other.
-    rows : {name: [str, description]}
-        Of the tensors in the stream, in its order: data type and shape, as in "float32 20x1x5x5", and how
-        the row of their bits is written, see ``files.row_coder``. Of a sparse layer's values, the shape of
-        its matrix.
-    tensors : {name: tensor}
-        Large ones that no way makes smaller.
-    aliases : {name: name}
-        From further names of a tensor to its first.
-    sizes : {name: int}
-        Bytes of each tensor, without its description.
+    Raises PysolveError when something in it is no tensor with values; ImportError for "ans" without
+    constriction.
     """
-
-    stream: Tensor
-    rows: dict[str, list[Description]]
-    tensors: dict[str, Tensor]
-    aliases: dict[str, str]
-    sizes: dict[str, int] = field(default_factory=dict)
-
-
-def compact(model: nn.Module, kind: str) -> Compact:
-    """A network's state dict in the fewest bytes.
-
-    Parameters
-    ----------
-    model : nn.Module
-    kind : "ans" or "huffman"
-
-    Raises
-    ------
-    PysolveError
-        When it holds something that is no tensor with values.
-    ImportError
-        "ans" without constriction.
-    """
-    out: list[Bytes] = []
-    rows: dict[str, list[Description]] = {}
-    tensors: dict[str, Tensor] = {}
-    aliases: dict[str, str] = {}
-    sizes: dict[str, int] = {}
+    out: list[row_coder.Bytes] = []
+    packed = Packed()
     storages: set[int] = set()
-    for name, tensor, layer in stored(model, aliases):
-        part = fitted(_row(tensor), kind) if layer is None else gapped(_entries(layer), kind)
+    for name, tensor, layer in format1.stored(model, packed.aliases):
+        if layer is None:
+            shape, part = tuple(tensor.shape), row_coder.fitted(_unsigned(bits(tensor).numpy().ravel()), kind)
+        else:
+            form = format1.entries(layer)
+            part = row_coder.gapped(replace(form, values=_unsigned(form.values)), kind)
+            shape = form.shape
         if part.head == "r" and tensor.nbytes >= _LARGE:
-            tensors[name], sizes[name] = own(tensor, storages), tensor.nbytes
+            packed.tensors[name], packed.sizes[name] = format1.own(tensor, storages), tensor.nbytes
             continue
         before = len(out)
-        shape = tuple(tensor.shape) if layer is None else layer.shape
-        rows[name] = [type_and_shape(tensor.dtype, shape), written(part, out)]
-        sizes[name] = sum(len(one) for one in out[before:])
-    stream = torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *out]))
-    return Compact(stream, rows, tensors, aliases, sizes)
+        packed.table[name] = [type_and_shape(tensor.dtype, shape), row_coder.written(part, out)]
+        packed.sizes[name] = sum(len(one) for one in out[before:])
+    packed.tensors[STREAM] = torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *out]))
+    return packed
 
 
-def expanded(made: Compact, network: nn.Module) -> dict[str, Tensor]:
+def expanded(packed: Packed, network: nn.Module) -> dict[str, Tensor]:
     """The state dict for a network of the layers that were written.
 
-    Raises
-    ------
-    DataError
-        When the file is not such a network's; sizes are checked before they are used.
-    ImportError
-        When it needs constriction, which is not installed.
+    Raises DataError when the file is not such a network's; ImportError when it needs constriction, which is
+    not installed. Sizes are checked before they are used.
     """
-    need, rows = wanted(network, made.aliases), typed(made.rows, dict, "rows")
-    check_names(need.keys.values(), [*rows, *made.tensors])
-    stream, values = Stream(made.stream.numpy()), dict[str, Tensor]()
+    need, rows = format1.wanted(network, packed.aliases), packed.table
+    whole = {name: tensor for name, tensor in packed.tensors.items() if name != STREAM}
+    format1.check_names([one.key for one in need.values()], [*rows, *whole])
+    stream, values = row_coder.Stream(packed.tensors[STREAM].numpy()), dict[str, Tensor]()
     for key, entry in rows.items():
-        names = [name for name, first in need.keys.items() if first == key]
+        same = {name: one for name, one in need.items() if one.key == key}
         if len(typed(entry, list, key)) != 2:
             raise DataError(f"expected data type and row of {key}, got {str(entry)[:40]}.")
-        dtype = _dtype(key, typed(entry[0], str, key), [need.shapes[name] for name in names])
-        values |= _read(names, entry[1], stream, dtype, need)
+        dtype = _dtype(key, typed(entry[0], str, key), [one.shape for one in same.values()])
+        values |= _read(same, entry[1], stream, dtype)
     if stream.at < len(stream.data):
         raise DataError(f"{len(stream.data) - stream.at} bytes belong to no tensor.")
-    for name, key in need.keys.items():
-        if key in made.tensors and key not in rows:
-            check_shape(name, [*made.tensors[key].shape], need.shapes[name])
-            if name in need.layers:
-                raise DataError(f"expected gaps between the entries of {name}, got none.")
-            values[name] = made.tensors[key]
+    for name, one in need.items():
+        if one.key not in rows:
+            values[name] = one.as_stored(name, whole[one.key])
     return values
 
 
 def _read(
-    names: list[str], description: object, stream: Stream, dtype: torch.dtype, need: Wanted
+    same: dict[str, Wanted], description: object, stream: row_coder.Stream, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """The tensors of these names, which are one in the file."""
-    shape, kind, found = need.shapes[names[0]], f"u{dtype.itemsize}", dict[str, Tensor]()
-    if need.layers.keys().isdisjoint(names):
-        row = torch.from_numpy(row_of(description, stream, math.prod(shape), kind))
-        tensor = row.view(dtype).reshape(shape)
-        return dict.fromkeys(names, tensor)
-    form = gapped_of(description, stream, shape, kind)
-    for name in names:
-        found |= filled(name, form, dtype, need.layers.get(name))
+    (shape, *_), kind = [one.shape for one in same.values()], f"u{dtype.itemsize}"
+    if all(one.layer is None for one in same.values()):
+        row = torch.from_numpy(row_coder.row_of(description, stream, math.prod(shape), kind))
+        return dict.fromkeys(same, row.view(dtype).reshape(shape))
+    form, found = row_coder.gapped_of(description, stream, shape, kind), dict[str, Tensor]()
+    for name, one in same.items():
+        found |= format1.filled(name, form, dtype, one.layer)
     return found
 
 
@@ -159,14 +96,5 @@ def _dtype(key: str, given: str, shapes: list[tuple[int, ...]]) -> torch.dtype:
     return dtype
 
 
-def _entries(layer: SparseLayer) -> Sparse:
-    form = entries(layer)
-    return replace(form, values=_unsigned(form.values))
-
-
-def _row(tensor: Tensor) -> Row:
-    return _unsigned(bits(tensor).numpy().ravel())
-
-
-def _unsigned(values: AnyArray) -> Row:
+def _unsigned(values: AnyArray) -> row_coder.Row:
     return values.view(f"u{values.itemsize}")

@@ -50,12 +50,7 @@ def ranges(indices: npt.ArrayLike) -> str:
 
 
 def indices_of(text: object, limit: int, what: str) -> Indices:
-    """Indices from "0-2 7 4-5": at most ``limit`` of them, all below it, counted before any is made.
-
-    Raises
-    ------
-    DataError
-    """
+    """At most ``limit`` indices below it from "0-2 7 4-5", counted before any is made; else DataError."""
     # Matching takes memory for every part, so there may not be more than the indices that could be meant.
     if not isinstance(text, str) or text.count(" ") > limit or (text and not _RANGES.fullmatch(text)):
         raise DataError(f'expected {what} as indices such as "0-2 7", got {str(text)[:40]!r}.')
@@ -91,13 +86,7 @@ def plan_record(plan: Plan) -> dict[str, object]:
 
 
 def form_record(form: Form) -> dict[str, object]:
-    """A form without its numbers.
-
-    Raises
-    ------
-    DataError
-        When the factors divide the kernel in a way that no record can describe.
-    """
+    """A form without its numbers; DataError for factors that divide the kernel as no record can describe."""
     if isinstance(form, LowRank):
         *before, spatial = [False, *(size > 1 for size in form.outer.shape[2:])]
         if any(before):
@@ -114,12 +103,7 @@ def form_record(form: Form) -> dict[str, object]:
 
 
 def factors_of(records: object) -> dict[str, tuple[int, bool]]:
-    """Rank of each factored layer, and whether it lies along height and width, from their records.
-
-    Raises
-    ------
-    DataError
-    """
+    """Rank of each factored layer, and whether it lies along height and width, from their records."""
     found = {}
     for name, record in typed(records, dict, "factored").items():
         given = typed(record, dict, "a factored layer")
@@ -131,15 +115,10 @@ def factors_of(records: object) -> dict[str, tuple[int, bool]]:
 
 
 def steps_of(records: object, width: Width) -> tuple[Collapse, ...]:
-    """Steps from their records, for a network whose layers have these widths.
+    """Steps from their records, for a network whose layers have these widths; else DataError.
 
     Together the steps may cut each channel of a layer once, so that no more is made of a file than the
     network is wide.
-
-    Raises
-    ------
-    DataError
-        When a record is not one of a step of this network.
     """
     spent: dict[tuple[str, str], int] = {}
     return tuple(
@@ -150,7 +129,8 @@ def steps_of(records: object, width: Width) -> tuple[Collapse, ...]:
 def typed(value: object, kind: type[T], what: str) -> T:
     """The value, if it is of exactly this type; else DataError."""
     if type(value) is not kind:
-        raise DataError(f"expected {what} to be {_KINDS[kind]}, got {_shown(value)}.")
+        got = _KINDS.get(type(value), "null" if value is None else "a number")
+        raise DataError(f"expected {what} to be {_KINDS[kind]}, got {got}.")
     return value
 
 
@@ -164,10 +144,6 @@ def field(record: Mapping[str, object], name: str) -> object:
     if name not in record:
         raise DataError(f"expected a field {name!r}, got {', '.join(record)[:80] or 'none'}.")
     return record[name]
-
-
-def _shown(value: object) -> str:
-    return _KINDS.get(type(value), "null" if value is None else "a number")
 
 
 def _step(record: dict[str, object], width: Width, spent: dict[tuple[str, str], int]) -> Collapse:
@@ -185,7 +161,9 @@ def _step(record: dict[str, object], width: Width, spent: dict[tuple[str, str], 
             limit = width(what, name)
             size = tables[what][name].size if name in given else limit
             most = max(most, size)
-            _spend(spent, (what, name), size, limit)
+            spent[what, name] = spent.get((what, name), 0) + size
+            if spent[what, name] > limit:
+                raise DataError(f"several steps cut the same {what} of {name}.")
     if not 1 <= channels <= most:
         raise DataError(f"expected a site of 1 … {most} channels, got {channels}.")
     keep = indices_of(field(record, "keep"), channels, "keep")
@@ -200,9 +178,3 @@ def _table(text: object, channels: int, limit: int, what: str) -> Indices:
     if channels < 1 or len(table) % channels:
         raise DataError(f"expected {what} of as many indices for each of {channels} channels.")
     return table.reshape(channels, len(table) // channels)
-
-
-def _spend(spent: dict[tuple[str, str], int], key: tuple[str, str], size: int, limit: int) -> None:
-    spent[key] = spent.get(key, 0) + size
-    if spent[key] > limit:
-        raise DataError(f"several steps cut the same {key[0]} of {key[1]}.")

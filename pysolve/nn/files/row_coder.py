@@ -20,7 +20,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +36,8 @@ Bytes = npt.NDArray[np.uint8]
 # What JSON holds of a row.
 Description = int | str | list["Description"]
 Kind = np.dtype[Any]
+# Factor and shift of v ↦ v · factor >> shift, in the type of the values.
+Hash = tuple[np.unsignedinteger, np.unsignedinteger]
 # Ways that are open to a row, and to the rows within it.
 ALL = "tpg"
 # About what a description takes in the file, in bytes.
@@ -67,18 +69,10 @@ _KINDS = {"a": "ans", "h": "huffman"}
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """A way to write a row.
+    """A way to write a row, in about ``size`` bytes.
 
-    Parameters
-    ----------
-    size : float
-        About how many bytes.
-    head : number, "r" or list
-        The description, without those of ``parts`` and the coder's numbers.
-    row : array, optional
-        The numbers that are written raw ("r") or entropy-coded ("a", "h", "z").
-    parts : tuple of Part
-        The rows within.
+    ``head`` is the description, without those of ``parts``, the rows within, and the coder's numbers; ``row``
+    are the numbers that are written raw ("r") or entropy-coded ("a", "h", "z").
     """
 
     size: float
@@ -88,15 +82,7 @@ class Part:
 
 
 def fitted(row: Row, kind: str, ways: str = ALL) -> Part:
-    """The way to write a row that takes the fewest bytes.
-
-    Parameters
-    ----------
-    row : (n,) array of unsigned integers
-    kind : "ans" or "huffman"
-    ways : str
-        Which of "t", "p" and "g" are open.
-    """
+    """The way to write a row of unsigned integers in the fewest bytes, of the ``ways`` that are open."""
     if not row.size or row.min() == row.max():
         value = int(row[0]) if row.size else 0
         return Part(len(str(value)), value)
@@ -246,27 +232,20 @@ def _searched(row: Row, table: Row) -> Row:
     return codes
 
 
-class _Hash(NamedTuple):
-    """v ↦ v · factor >> shift, in the type of the values."""
-
-    factor: np.unsignedinteger
-    shift: np.unsignedinteger
-
-
-def _hashing(table: Row) -> _Hash | None:
+def _hashing(table: Row) -> Hash | None:
     """A hash that takes all values of the table to different numbers below 65,536."""
     kind, rng = table.dtype.type, np.random.default_rng(0)
     if table.itemsize <= 2:
-        return _Hash(kind(1), kind(0))
+        return kind(1), kind(0)
     shift = kind(8 * table.itemsize - 16)
     for _ in range(_TRIES):
         factor = rng.integers(0, np.iinfo(kind).max, dtype=kind) | kind(1)
         if len(np.unique(table * factor >> shift)) == len(table):
-            return _Hash(factor, shift)
+            return factor, shift
     return None
 
 
-def _hashed(row: Row, table: Row, by: _Hash) -> tuple[Row, Row]:
+def _hashed(row: Row, table: Row, by: Hash) -> tuple[Row, Row]:
     """Codes of the entries, and the entries that the table lacks."""
     factor, shift = by
     places: Row = np.zeros(1 << 16, _code_type(table))
@@ -305,12 +284,8 @@ class Stream:
 def row_of(description: object, stream: Stream, size: int, kind: npt.DTypeLike, depth: int = _DEEPEST) -> Row:
     """A row of ``size`` unsigned integers from its description and the next bytes.
 
-    Raises
-    ------
-    DataError
-        When it is not the description of such a row. Nothing larger than it and the bytes is held before.
-    ImportError
-        When it needs constriction, which is not installed.
+    Raises DataError when it is not the description of such a row; nothing larger than it and the bytes is
+    held before. ImportError when it needs constriction, which is not installed.
     """
     dtype = np.dtype(kind)
     if type(description) is int:

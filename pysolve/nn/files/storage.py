@@ -72,12 +72,8 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, object
     first n bytes are the record, ``zipped``; the rest is the ``:coded`` that was given. To the record belong
     the ``checksums`` of all other tensors, which are added here.
 
-    An existing file is replaced only once the new one is complete and on the disk.
-
-    Raises
-    ------
-    DataError
-        When there would be more record than ``read`` takes.
+    An existing file is replaced only once the new one is complete and on the disk. Raises DataError when
+    there would be more record than ``read`` takes.
     """
     content, metadata = _sealed(tensors, record)
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
@@ -107,10 +103,7 @@ def size(tensors: Mapping[str, Tensor], record: Mapping[str, object]) -> int:
 def read(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
     """The record and the tensors, whose checksums are right, of a file that ``write`` wrote.
 
-    Raises
-    ------
-    DataError
-        When the file is another one, or damaged. Nothing larger than the file is allocated before.
+    Raises DataError when it is another one, or damaged; nothing larger than the file is allocated before.
     """
     try:
         _check_header(path)

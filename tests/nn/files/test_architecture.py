@@ -13,7 +13,7 @@ from torch import nn
 import pysolve as ps
 from pysolve.forms import Codebook
 from pysolve.nn.files import storage
-from pysolve.nn.files.modes import modes_record, ordinary, restore_modes
+from pysolve.nn.files.architecture import modes_record, ordinary, restore_modes
 from pysolve.nn.files.storage import bits
 from pysolve.nn.layers.masking import mask_weights, masks_of
 from pysolve.nn.layers.sharing import codebooks_of, share_weights, shared_of, ternary_weights
