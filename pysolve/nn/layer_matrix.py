@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import Linear
+from torch.nn import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear
+from torch.nn.functional import pad
 
 from pysolve.correlations import Correlations
-from pysolve.nn.windows import ORDINARY, TRANSPOSED, Convolution, batched, windows
 
+ORDINARY = (Conv1d, Conv2d, Conv3d)
+TRANSPOSED = (ConvTranspose1d, ConvTranspose2d, ConvTranspose3d)
 LAYERS = (Linear, *ORDINARY, *TRANSPOSED)
+Convolution = Conv1d | Conv2d | Conv3d | ConvTranspose1d | ConvTranspose2d | ConvTranspose3d
 Layer = Linear | Convolution
 
 # Numbers in one block: larger ones the allocator returns to the system, and gets back zeroed.
@@ -202,12 +205,12 @@ def _lead(layer: Layer) -> int:
 
 def _writes(layer: Layer, y: Tensor) -> Tensor:
     """The output as an (n, *positions, h) view."""
-    return y.reshape(-1, y.shape[-1]) if isinstance(layer, Linear) else batched(layer, y).movedim(1, -1)
+    return y.reshape(-1, y.shape[-1]) if isinstance(layer, Linear) else _batched(layer, y).movedim(1, -1)
 
 
 def _reads(layer: Layer, x: Tensor) -> Tensor:
     """The input as an (n, *positions, inputs, *kernel) view."""
-    return x.reshape(-1, x.shape[-1]) if isinstance(layer, Linear) else windows(layer, x)
+    return x.reshape(-1, x.shape[-1]) if isinstance(layer, Linear) else _windows(layer, x)
 
 
 def _rows(view: Tensor, lead: int, chosen: Tensor | None = None) -> Tensor:
@@ -243,3 +246,54 @@ def _cut(read: Tensor, written: Tensor, limit: int) -> Iterator[tuple[Tensor, Te
     for start in range(0, max(1, len(read)), max(1, step)):
         some = slice(start, start + max(1, step))
         yield read[some], written[some]
+
+
+def _windows(layer: Convolution, x: Tensor) -> Tensor:
+    """Inputs under the kernel at each output position: a view of the padded input.
+
+    A transposed convolution is an ordinary one, of stride 1 and with a flipped kernel, of its input with
+    zeros inserted between positions.
+    """
+    x = _batched(layer, x)
+    if isinstance(layer, TRANSPOSED):
+        x, strides = _dilated(layer, x), (1,) * len(layer.stride)
+    else:
+        x, strides = _padded(layer, x), layer.stride
+    for i, (size, step, stride) in enumerate(zip(layer.kernel_size, layer.dilation, strides, strict=True)):
+        x = x.unfold(2 + i, step * (size - 1) + 1, stride)[..., ::step]
+    return x.movedim(1, 1 + len(strides))
+
+
+def _batched(layer: Convolution, values: Tensor) -> Tensor:
+    """An input or output of the layer, with a leading dimension of samples."""
+    wanted = layer.weight.ndim
+    if values.ndim not in (wanted - 1, wanted):
+        raise ValueError(
+            f"{layer} reads and writes tensors of {wanted} dimensions, or {wanted - 1} for one sample, "
+            f"got shape {tuple(values.shape)}."
+        )
+    return values if values.ndim == wanted else values[None]
+
+
+def _padded(layer: Conv1d | Conv2d | Conv3d, x: Tensor) -> Tensor:
+    borders: list[int] = []
+    for i, (size, step) in enumerate(zip(layer.kernel_size, layer.dilation, strict=True)):
+        if isinstance(layer.padding, str):
+            both = step * (size - 1) if layer.padding == "same" else 0
+            before, after = both // 2, both - both // 2
+        else:
+            before = after = int(layer.padding[i])
+        borders = [before, after, *borders]  # torch counts them from the last dimension on
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    return pad(x, borders, mode) if any(borders) else x
+
+
+def _dilated(layer: ConvTranspose1d | ConvTranspose2d | ConvTranspose3d, x: Tensor) -> Tensor:
+    sizes = [(size - 1) * stride + 1 for size, stride in zip(x.shape[2:], layer.stride, strict=True)]
+    dilated = x.new_zeros(*x.shape[:2], *sizes)
+    dilated[(slice(None), slice(None), *(slice(None, None, stride) for stride in layer.stride))] = x
+    borders: list[int] = []
+    for i, (size, step) in enumerate(zip(layer.kernel_size, layer.dilation, strict=True)):
+        before = step * (size - 1) - int(layer.padding[i])
+        borders = [before, before + int(layer.output_padding[i]), *borders]
+    return pad(dilated, borders)
