@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import Codebook
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
-from pysolve.nn.running import Batch, as_tensor, find_layer
+from pysolve.nn.running import Batch, as_tensor, closest, find_layer
 from pysolve.nn.slicing import (
     ROLES,
     Cut,
@@ -26,7 +26,7 @@ from pysolve.nn.slicing import (
     outputs,
     silence,
 )
-from pysolve.nn.values import checked, closest, load, new_values
+from pysolve.nn.values import checked, load, new_values
 from pysolve.nn.verify import mismatch
 from pysolve.plan import Collapse, Indices, Plan
 
@@ -169,8 +169,9 @@ def _check_forms(model: nn.Module, plan: Plan, cuts: Mapping[nn.Module, Cut]) ->
     for name, form in plan.forms.items():
         owner, _, leaf = name.rpartition(".")
         if not isinstance(state.get(name), Tensor):
-            close = closest(f"{name}.weight" if leaf != "weight" else name, state)
-            raise CollapseError(f"{type(model).__name__} has no tensor {name!r}: {close}")
+            meant = f"{name}.weight" if leaf != "weight" else name
+            hint = closest(meant, state, "see model.state_dict().")
+            raise CollapseError(f"{type(model).__name__} has no tensor {name!r}: {hint}")
         layer = find_layer(model, owner)
         if first.setdefault((layer, leaf), name) != name:
             raise CollapseError(f"{first[layer, leaf]} and {name} are one tensor, which can have one form.")
