@@ -14,8 +14,8 @@ from torch import nn
 from pysolve.compressed import Compressed
 from pysolve.errors import PysolveError
 from pysolve.forms import Sparse
-from pysolve.nn.layers.dense import without_sparse
 from pysolve.nn.layers.quantized import QuantWeight
+from pysolve.nn.layers.runtime import without_sparse
 from pysolve.plan import Plan, Site
 from pysolve.solve.budget import check_targets
 from pysolve.training.distill import distill as teach

@@ -14,9 +14,9 @@ layers/                 layers that run sparse, factored, in integers, masked or
 files/                  save and load
 """
 
-from pysolve.nn.layers.dense import to_dense, to_torchao
 from pysolve.nn.layers.factored import Factored
 from pysolve.nn.layers.quantized import QuantConv2d, QuantLinear
+from pysolve.nn.layers.runtime import to_dense, to_torchao
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
 
 __all__ = [

@@ -16,6 +16,8 @@ from pysolve.nn.layers.base import Dense, check_shape, dense_layer
 from pysolve.nn.running import as_array, as_tensor
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Attributes for each dimension, and what they are along a kernel of size 1.
+_ALONG = {"stride": 1, "padding": 0, "dilation": 1}
 # A dense layer, or whatever runs in its place.
 Part = Any
 
@@ -84,7 +86,7 @@ class Factored(nn.Module):
         channels, width, how = inner.weight.shape[1], len(outer.weight), dict[str, object]()
         if not isinstance(inner, nn.Linear):
             own = [a > b for a, b in zip(outer.kernel_size, inner.kernel_size, strict=True)]
-            how = {name: _both(own, inner, outer, name) for name in ("stride", "padding", "dilation")}
+            how = {name: _mixed(own, getattr(outer, name), getattr(inner, name)) for name in _ALONG}
             how["kernel_size"] = tuple(map(max, inner.kernel_size, outer.kernel_size))
             how["padding_mode"] = inner.padding_mode
         trained, sizes = inner.weight.requires_grad, (channels, width)
@@ -120,28 +122,20 @@ def empty(layer: Dense, rank: int, *, spatial: bool = False) -> LowRank:
     return LowRank(np.zeros((h, rank, *outside), np.float32), np.zeros((rank, c, *inside), np.float32))
 
 
-def _part(layer: Dense, weight: AnyArray, bias: Tensor | None, own: Iterable[bool]) -> Dense:
+def _part(layer: Dense, weight: AnyArray, bias: Tensor | None, own: list[bool]) -> Dense:
     """A Linear, or a convolution along some of a layer's dimensions."""
     how: dict[str, object] = {}
     if not isinstance(layer, nn.Linear):
-        how = {name: _along(layer, name, own) for name in ("stride", "padding", "dilation")}
+        each = _ALONG.items()
+        how = {name: _mixed(own, getattr(layer, name), [single] * len(own)) for name, single in each}
         how |= {"kernel_size": weight.shape[2:], "padding_mode": layer.padding_mode}
     (out, channels), trained = weight.shape[:2], layer.weight.requires_grad
     own_weight = as_tensor(weight).to(layer.weight)
     return dense_layer(type(layer), own_weight, bias, (channels, out), how, trained=trained)
 
 
-def _along(layer: Dense, name: str, own: Iterable[bool]) -> str | tuple[int, ...]:
-    """A convolution's attribute in its own dimensions; in others, that of a kernel of size 1."""
-    values, other = getattr(layer, name), 0 if name == "padding" else 1
+def _mixed(own: list[bool], values: Any, others: Iterable[int]) -> str | tuple[int, ...]:
+    """A convolution's attribute: some values in its own dimensions, others elsewhere; words as they are."""
     if isinstance(values, str):
         return values
-    return tuple(value if mine else other for value, mine in zip(values, own, strict=True))
-
-
-def _both(own: list[bool], inner: Dense, outer: Dense, name: str) -> str | tuple[int, ...]:
-    """The attribute of the whole convolution from those of its two parts."""
-    first, second = getattr(inner, name), getattr(outer, name)
-    if isinstance(first, str):
-        return first
-    return tuple(b if mine else a for a, b, mine in zip(first, second, own, strict=True))
+    return tuple(a if mine else b for a, b, mine in zip(values, others, own, strict=True))
