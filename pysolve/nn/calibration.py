@@ -19,7 +19,7 @@ from pysolve.nn.gather import gather
 from pysolve.nn.graph.branches import Layer
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.layer_matrix import channels, taps
-from pysolve.nn.running import Batch, arguments
+from pysolve.nn.running import NO_BATCHES, Batch, arguments, check_batches
 from pysolve.nn.walk import last_uses
 
 # Of each batch this share is held out, until there are so many samples to choose sizes by; then as many more
@@ -86,7 +86,7 @@ def _count(batches: Iterable[Batch]) -> int:
 
 def samples_in(batch: Batch) -> int:
     """How many samples a batch holds: the common first dimension of its tensors."""
-    sizes = {len(leaf) for leaf in _tensors(batch) if leaf.ndim}
+    sizes = {len(leaf) for leaf in pytree.tree_leaves(arguments(batch)) if _has_samples(leaf)}
     if len(sizes) != 1:
         raise DataError(
             f"the tensors of a batch must share their first dimension, the samples; got {sorted(sizes)}."
@@ -96,12 +96,10 @@ def samples_in(batch: Batch) -> int:
 
 def take(batch: Batch, start: int, stop: int) -> Any:
     """Samples start … stop − 1 of a batch, in the same form; views."""
-    args, kwargs = arguments(batch)
-
-    def cut(leaf: Any) -> Any:
-        return leaf[start:stop] if isinstance(leaf, Tensor) and leaf.ndim else leaf
-
-    return {key: pytree.tree_map(cut, value) for key, value in kwargs.items()} if kwargs else cut(args[0])
+    args, kwargs = pytree.tree_map(
+        lambda leaf: leaf[start:stop] if _has_samples(leaf) else leaf, arguments(batch)
+    )
+    return kwargs if kwargs else args[0]
 
 
 def first_samples(batches: list[Batch], count: int) -> list[Batch]:
@@ -193,13 +191,12 @@ def free_memory(share: float = 0.5) -> int:
 
 def _live_bytes(graph: Graph) -> int:
     """Most bytes of results that are alive at once for the example that was traced; views count too."""
-    nodes = list(graph.module.graph.nodes)
-    finished, alive, most = last_uses(nodes), 0, 0
-    for node in nodes:
-        if node not in graph.parameters:
-            alive += _bytes(node)
-            most = max(most, alive)
-        alive -= sum(_bytes(done) for done in finished[node] if done not in graph.parameters)
+    sizes = {node: 0 if node in graph.parameters else _bytes(node) for node in graph.module.graph.nodes}
+    finished, alive, most = last_uses([*sizes]), 0, 0
+    for node, size in sizes.items():
+        alive += size
+        most = max(most, alive)
+        alive -= sum(sizes[done] for done in finished[node])
     return most
 
 
@@ -211,12 +208,6 @@ def _bytes(node: Node) -> int:
 def hint(size: Any) -> int:
     """A size as the example had it."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    args, kwargs = arguments(batch)
-    leaves: Mapping[str, Any] = kwargs
-    return [leaf for leaf in pytree.tree_leaves((args, dict(leaves))) if isinstance(leaf, Tensor)]
 
 
 def calibrate(
@@ -234,7 +225,6 @@ def calibrate(
 
     Parameters
     ----------
-    model : nn.Module
     batches, first
         What ``peek`` gave.
     graph : Graph, optional
@@ -245,7 +235,6 @@ def calibrate(
         Whose correlations to gather; without any, the network does not run.
     memory : int, optional
         Bytes that samples may take when they walk through the graph; by default half of what is free.
-    progress : bool
     """
     limit = room_for(graph, free_memory() if memory is None else memory) if graph else samples_in(first)
     calibration = Calibration(limit)
@@ -262,18 +251,12 @@ def calibrate(
 
 def peek(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
     """The first batch, and all of them."""
-    if isinstance(batches, Tensor | Mapping):
-        kind = type(batches).__name__
-        raise TypeError(f"batches must be an iterable of batches, got one {kind}: wrap it in a list.")
-    if isinstance(batches, Sequence):
-        if not batches:
-            raise DataError("there are no batches: expected at least one.")
-        return batches[0], batches
+    check_batches(batches)
     iterator = iter(batches)
     for first in iterator:
         # An iterator is used up by looking at it; a loader begins again.
         return first, chain([first], iterator) if iterator is batches else batches
-    raise DataError("there are no batches: expected at least one. Was a generator used up before?")
+    raise DataError(NO_BATCHES)
 
 
 def _shares(

@@ -77,6 +77,13 @@ def positions(layer: Layer, y: Tensor) -> int:
     return y.numel() // max(1, y.shape[1 - layer.weight.ndim])
 
 
+def choice(n: int, share: float, random: torch.Generator) -> Tensor | None:
+    """A random share of n rows, ascending: in order they are read several times as fast; None for all."""
+    if share >= 1:
+        return None
+    return torch.randperm(n, generator=random)[: max(1, round(share * n))].sort().values
+
+
 def samples(layer: Layer, x: Tensor, chosen: Tensor | None = None) -> Tensor:
     """Inputs of the layer, one row for each row of its outputs:  samples Mᵀ + b = outputs.
 
@@ -106,12 +113,7 @@ def blocks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of ``samples`` and ``outputs`` in blocks, in order; of no rows there is one empty block.
 
-    Parameters
-    ----------
-    layer, x, y, chosen
-        As in ``samples`` and ``outputs``.
-    limit : int
-        Numbers in the samples of one block, at most; it holds one row at least.
+    The samples of a block are at most ``limit`` numbers, but one row at least.
     """
     read, written, lead = _reads(layer, x), _writes(layer, y), _lead(layer)
     if read.shape[:lead] != written.shape[:lead]:

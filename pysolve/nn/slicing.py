@@ -51,12 +51,9 @@ class Cut:
 
     Parameters
     ----------
-    rows : (outputs,) bool array
-        Kept output channels of those that the layer writes.
-    passed : (outputs,) bool array
-        Kept output channels of those that the layer passes on; with the others their inputs are removed.
+    rows, passed : (outputs,) bool arrays
+        Outputs that the layer writes, and that it passes on; with the others of these their inputs go, too.
     columns : (inputs,) bool array
-        Kept input channels.
     """
 
     rows: Mask
@@ -64,10 +61,7 @@ class Cut:
     columns: Mask
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Cut) and all(
-            np.array_equal(getattr(self, part), getattr(other, part))
-            for part in ("rows", "passed", "columns")
-        )
+        return isinstance(other, Cut) and all(map(np.array_equal, vars(self).values(), vars(other).values()))
 
 
 def outputs(layer: nn.Module) -> int:
@@ -124,7 +118,7 @@ def check_kind(name: str, layer: nn.Module, role: str) -> None:
 
 def check_cut(name: str, layer: nn.Module, cut: Cut) -> None:
     """Refuse a cut that would leave groups of different sizes, or pieces of them."""
-    groups = _groups(layer)
+    groups = getattr(layer, "num_groups", None) or getattr(layer, "groups", None)
     if groups is None:
         return
     passed = cut.passed.reshape(groups, -1)
@@ -221,12 +215,6 @@ def _padding(layer: nn.Module) -> tuple[list[int], slice]:
     pairs = [slice(i, i + 2) for i in range(0, len(padding), 2)]
     used = [pair for pair in pairs if any(padding[pair])]
     return padding, used[-1] if used else pairs[-1]
-
-
-def _groups(layer: nn.Module) -> int | None:
-    if type(layer) in CONVOLUTIONS:
-        return int(layer.groups)  # type: ignore[arg-type]
-    return layer.num_groups if isinstance(layer, nn.GroupNorm) else None
 
 
 def _replace(layer: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:

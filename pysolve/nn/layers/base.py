@@ -51,10 +51,7 @@ def _apart(layer: TwoWay, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a 2-d convolution moves over its inputs; attributes as ``nn.Conv2d`` has them.
-
-    ``margins`` is its padding as ``torch.nn.functional.pad`` takes it.
-    """
+    """Attributes of an ``nn.Conv2d``; ``margins`` is its padding as ``torch.nn.functional.pad`` takes it."""
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]

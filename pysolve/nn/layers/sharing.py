@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import TypeVar
 
@@ -13,8 +12,9 @@ from torch.nn.functional import pad
 from torch.nn.utils import parametrize
 
 from pysolve.forms import Codebook
+from pysolve.nn.layers import masking
 from pysolve.nn.layers.base import Context, weight_of
-from pysolve.nn.layers.masking import below, check_own_weight, make_ordinary, mask_of, parametrizations
+from pysolve.nn.layers.masking import below, parametrizations
 from pysolve.nn.running import as_array, as_tensor, find_layer
 
 TRAINED = ("values", "both")
@@ -199,8 +199,8 @@ def ternary_weights(
 
 def shared_of(model: nn.Module) -> dict[str, Sharing]:
     """The parametrisations by which weights share values, by the layers' first names."""
-    found = {name: sharing_of(layer) for name, layer in model.named_modules()}
-    return {name: one for name, one in found.items() if one is not None}
+    layers = model.named_modules()
+    return {name: one for name, layer in layers if (one := sharing_of(layer)) is not None}
 
 
 def sharing_of(layer: nn.Module) -> Sharing | None:
@@ -225,11 +225,7 @@ def remove_sharing(model: nn.Module) -> None:
 
 def unshared(model: nn.Module) -> nn.Module:
     """The network if no weights share values by parametrisation, else a copy in which they are ordinary."""
-    if not shared_of(model):
-        return model
-    plain = copy.deepcopy(model)
-    remove_sharing(plain)
-    return plain
+    return masking.changed_copy(model, remove_sharing) if shared_of(model) else model
 
 
 def _change(model: nn.Module, given: Mapping[str, T], change: Callable[[nn.Module, T], None]) -> None:
@@ -237,10 +233,10 @@ def _change(model: nn.Module, given: Mapping[str, T], change: Callable[[nn.Modul
     first: dict[nn.Module, tuple[str, T]] = {}
     for name, how in given.items():
         layer = find_layer(model, name)
-        if mask_of(layer) is not None:
+        if masking.mask_of(layer) is not None:
             raise ValueError(f"{name} is masked: remove its mask first; shared values have their own zero.")
         if sharing_of(layer) is None:
-            check_own_weight(model, name, layer)
+            masking.check_own_weight(model, name, layer)
         earlier, same = first.setdefault(layer, (name, how))
         if same != how:
             raise ValueError(f"{earlier} and {name} are one layer, but got different values to share.")
@@ -254,9 +250,8 @@ def _change(model: nn.Module, given: Mapping[str, T], change: Callable[[nn.Modul
 
 def _remove(layer: nn.Module) -> None:
     if sharing_of(layer) is not None:
-        make_ordinary(layer)
-        weight = weight_of(layer)
-        weight.grad = None
+        masking.make_ordinary(layer)
+        weight_of(layer).grad = None
 
 
 def _check_book(name: str, layer: nn.Module, book: Codebook, *, zero: bool) -> None:
