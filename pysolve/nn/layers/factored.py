@@ -38,17 +38,13 @@ class Factored(nn.Module):
 
     def __init__(self, inner: nn.Module, outer: nn.Module) -> None:
         super().__init__()
-        self.inner = inner
-        self.outer = outer
+        self.inner, self.outer = inner, outer
 
     @classmethod
     def from_form(cls, layer: Dense, form: LowRank) -> Factored:
         """A layer with a dense one's bias, strides and padding, and a weight of low rank.
 
-        Raises
-        ------
-        PysolveError
-            When the layer is no Linear and no ungrouped convolution, or its weight has another shape.
+        PysolveError when the layer is no Linear and no ungrouped convolution, or of another shape.
         """
         check_factors(layer, form)
         # A dimension of the kernel belongs to the factor that extends along it.
@@ -57,8 +53,7 @@ class Factored(nn.Module):
         return cls(inner, _part(layer, form.outer, layer.bias, outside)).train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.outer(self.inner(x))
-        return y
+        return self.outer(self.inner(x))  # type: ignore[no-any-return]
 
     @property
     def rank(self) -> int:
@@ -73,8 +68,7 @@ class Factored(nn.Module):
     @property
     def bias(self) -> nn.Parameter | None:
         """The outer layer's."""
-        bias: nn.Parameter | None = self.outer.bias
-        return bias
+        return self.outer.bias  # type: ignore[no-any-return]
 
     def form(self) -> LowRank:
         """The two weights."""
@@ -83,13 +77,13 @@ class Factored(nn.Module):
     def to_dense(self) -> Dense:
         """One layer with the product as its weight."""
         inner, outer = self.inner, self.outer
-        channels, width, how = inner.weight.shape[1], len(outer.weight), dict[str, object]()
+        how: dict[str, object] = {}
         if not isinstance(inner, nn.Linear):
             own = [a > b for a, b in zip(outer.kernel_size, inner.kernel_size, strict=True)]
             how = {name: _mixed(own, getattr(outer, name), getattr(inner, name)) for name in _ALONG}
             how["kernel_size"] = tuple(map(max, inner.kernel_size, outer.kernel_size))
             how["padding_mode"] = inner.padding_mode
-        trained, sizes = inner.weight.requires_grad, (channels, width)
+        trained, sizes = inner.weight.requires_grad, (inner.weight.shape[1], len(outer.weight))
         # Under autocast the product has another type.
         weight = self.weight.to(inner.weight)
         dense: Dense = dense_layer(type(inner), weight, outer.bias, sizes, how, trained=trained)
@@ -101,11 +95,9 @@ class Factored(nn.Module):
 
 def check_factors(layer: nn.Module, form: LowRank) -> None:
     """Refuse a layer that cannot be factored, and factors of another shape, with a PysolveError."""
-    kind = type(layer)
-    if kind not in (nn.Linear, *CONVOLUTIONS) or getattr(layer, "groups", 1) > 1:
-        raise PysolveError(
-            f"only Linear layers and convolutions without groups can be factored, got {kind.__name__}."
-        )
+    if type(layer) not in (nn.Linear, *CONVOLUTIONS) or getattr(layer, "groups", 1) > 1:
+        kinds = "only Linear layers and convolutions without groups"
+        raise PysolveError(f"{kinds} can be factored, got {type(layer).__name__}.")
     check_shape(layer, form)
     most = min(form.outer[:, 0].size, form.inner[0].size)
     if form.rank > most:

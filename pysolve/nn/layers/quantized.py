@@ -58,13 +58,7 @@ class QuantWeight(TwoWay):
 
     @classmethod
     def from_form(cls, layer: nn.Module, form: Integers) -> Self:
-        """A layer with a dense one's bias.
-
-        Raises
-        ------
-        PysolveError
-            When the layer is of another kind, or its weight of another shape.
-        """
+        """A layer with a dense one's bias; PysolveError when that is of another kind or shape."""
         check_integers(layer, form, cls.kind)
         assert isinstance(layer, nn.Linear | nn.Conv2d)
         return cls(layer, form)
@@ -167,9 +161,7 @@ class QuantLinear(QuantWeight):
         Raises ImportError without torchao, and PysolveError where ``dynamic`` is off.
         """
         if not self.dynamic:
-            raise PysolveError(
-                "only layers whose inputs are rounded have a form in torchao: take to_dense()."
-            )
+            raise PysolveError("only layers that round their inputs have a form in torchao: take to_dense().")
         layer = nn.Linear(self.shape[1], self.shape[0], False, device="meta")
         layer.weight = nn.Parameter(torchao_tensor(self.codes, self.scales.detach()), requires_grad=False)
         layer.register_parameter("bias", self.bias)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -43,8 +44,7 @@ class Shared(nn.Module):
     def __init__(self, codes: Tensor, k: int, *, zero: bool = False) -> None:
         super().__init__()
         self.register_buffer("codes", codes)
-        self.k = k
-        self.zero = zero
+        self.k, self.zero = k, zero
 
     def forward(self, centroids: Tensor) -> Tensor:
         """The weight in use."""
@@ -95,8 +95,7 @@ class Snapped(nn.Module):
     ) -> None:
         super().__init__()
         self.centroids = nn.Parameter(centroids)
-        self.zero = zero
-        self.threshold = threshold
+        self.zero, self.threshold = zero, threshold
         self.register_buffer("fixed", fixed)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -157,14 +156,7 @@ def share_weights(
         raise ValueError(f"trained must be one of {', '.join(TRAINED)}, got {trained!r}.")
     for name, book in books.items():
         _check_book(name, find_layer(model, name), book, zero=keep_zeros and trained == "both")
-
-    def share(layer: nn.Module, book: Codebook) -> None:
-        if trained == "values":
-            _share(layer, book)
-        else:
-            _snap(layer, book, keep_zeros)
-
-    _change(model, books, share)
+    _change(model, books, _share if trained == "values" else partial(_snap, keep_zeros=keep_zeros))
 
 
 def ternary_weights(
@@ -264,18 +256,16 @@ def _check_book(name: str, layer: nn.Module, book: Codebook, *, zero: bool) -> N
 
 
 def _share(layer: nn.Module, book: Codebook) -> None:
-    weight = weight_of(layer)
+    weight, zero = weight_of(layer), bool(book.centroids[0] == 0)
     codes = as_tensor(book.codes).to(weight.device, copy=True)
-    zero = bool(book.centroids[0] == 0)
-    parametrize.register_parametrization(
-        layer, "weight", Shared(codes, len(book.centroids), zero=zero), unsafe=True
-    )
+    sharing = Shared(codes, len(book.centroids), zero=zero)
+    parametrize.register_parametrization(layer, "weight", sharing, unsafe=True)
     with torch.no_grad():
         # The same parameter, which is (k,) now: torch has put means in place.
         weight.set_(as_tensor(book.centroids).to(weight, copy=True))  # type: ignore[call-overload]
 
 
-def _snap(layer: nn.Module, book: Codebook, keep_zeros: bool) -> None:
+def _snap(layer: nn.Module, book: Codebook, *, keep_zeros: bool) -> None:
     weight = weight_of(layer)
     codes = as_tensor(book.codes).to(weight.device)
     values = as_tensor(book.centroids).to(weight, copy=True)
@@ -299,8 +289,7 @@ def _make_ternary(layer: nn.Module, threshold: float) -> None:
 
 
 def _register(layer: nn.Module, sharing: Snapped) -> None:
-    weight = weight_of(layer)
-    sharing.centroids.requires_grad_(weight.requires_grad)
+    sharing.centroids.requires_grad_(weight_of(layer).requires_grad)
     parametrize.register_parametrization(layer, "weight", sharing)
 
 
