@@ -44,13 +44,9 @@ def groups(layer: Layer) -> int:
 def matrix(layer: Layer) -> Tensor:
     """The layer's weight as the matrix M of  y = M x + b.
 
-    Input channel j owns the columns j·taps … (j + 1)·taps − 1, one for each place of the kernel in the
-    weight's own order. A grouped convolution's matrix is block diagonal.
-
-    Returns
-    -------
-    (h, d) tensor
-        Detached; h output channels, d = input channels × taps.
+    It is (h, d), with h output channels and d = input channels × taps. Input channel j owns the columns
+    j·taps … (j + 1)·taps − 1, one for each place of the kernel in the weight's own order. A grouped
+    convolution's matrix is block diagonal.
     """
     parts = [_turned(layer, part).flatten(1) for part in layer.weight.detach().chunk(groups(layer))]
     return parts[0] if len(parts) == 1 else torch.block_diag(*parts)  # type: ignore[no-untyped-call]
@@ -62,10 +58,8 @@ def weight_like(layer: Layer, M: Tensor) -> Tensor:
     Of a grouped convolution's matrix, what lies outside the diagonal blocks is ignored.
     """
     (inputs, h), count = channels(layer), groups(layer)
-    if M.shape != (h, inputs * taps(layer)):
-        raise ValueError(
-            f"the matrix of {layer} is {h} x {inputs * taps(layer)}, got one of shape {tuple(M.shape)}."
-        )
+    if M.shape != (h, d := inputs * taps(layer)):
+        raise ValueError(f"the matrix of {layer} is {h} x {d}, got one of shape {tuple(M.shape)}.")
     blocks = [strip.chunk(count, 1)[g] for g, strip in enumerate(M.chunk(count))]
     kernel = layer.weight.shape[2:]
     parts = [_turned(layer, block.reshape(len(block), inputs // count, *kernel)) for block in blocks]
@@ -85,7 +79,7 @@ def choice(n: int, share: float, random: torch.Generator) -> Tensor | None:
 
 
 def samples(layer: Layer, x: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """Inputs of the layer, one row for each row of its outputs:  samples Mᵀ + b = outputs.
+    """Inputs of the layer, one (d,) row for each row of its outputs:  samples Mᵀ + b = outputs.
 
     Parameters
     ----------
@@ -94,11 +88,6 @@ def samples(layer: Layer, x: Tensor, chosen: Tensor | None = None) -> Tensor:
         May have fewer channels than the layer reads; the columns are then those of these channels.
     chosen : (m,) tensor of integers, optional
         Rows to form, counted over samples × output positions. By default all.
-
-    Returns
-    -------
-    (m, d) tensor
-        In the dtype of x, on its device; a convolution's is stored by columns.
     """
     return _aligned(layer, _rows(_reads(layer, x), _lead(layer), chosen))
 

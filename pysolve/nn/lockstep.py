@@ -43,16 +43,9 @@ _SILENT = 1e-3
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which samples and positions of a layer to fit on, and how often to move its targets.
+    """How many rows to fit on, as a multiple of a layer's inputs, chosen at random by a seed.
 
-    Parameters
-    ----------
-    rows_per_input : int
-        How many, as a multiple of the layer's inputs.
-    passes : int
-        Further fits of a layer that a ReLU follows.
-    seed : int
-        Of the choice, which is random.
+    ``passes`` are further fits of a layer that a ReLU follows, with moved targets.
     """
 
     rows_per_input: int = 60
@@ -130,11 +123,6 @@ class _Task:
     sampling: Sampling
 
     @property
-    def read(self) -> Node:
-        """What the layer reads."""
-        return self.node.all_input_nodes[0]
-
-    @property
     def shortcut(self) -> Node | None:
         """What the layer's branch is added to, if that is known already."""
         shortcut = self.layer.shortcut
@@ -201,7 +189,7 @@ def _samples(task: _Task) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     random = torch.Generator().manual_seed(task.sampling.seed)
     gain, _, active = _norm(task)
     for b, y in enumerate(walk.original[task.node]):
-        x = walk.compressed[task.read][b]
+        x = walk.compressed[task.node.all_input_nodes[0]][b]
         if len(task.inputs) < x.shape[dim]:
             x = x.index_select(dim, task.inputs)
         target = y

@@ -31,8 +31,6 @@ def sensitivities(
     ----------
     model : nn.Module
         Runs in evaluation mode.
-    layers : {name: layer}
-    batches : sequence of batches
     seed : int
         Of the directions.
 

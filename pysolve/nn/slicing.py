@@ -22,10 +22,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 WEIGHTED = (nn.Linear, *CONVOLUTIONS)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
-_NORMS = (
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
-    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS = (*_BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _WIDTHS: dict[type[nn.Module], str] = {
     nn.Linear: "out_features",
     **dict.fromkeys(CONVOLUTIONS, "out_channels"),
@@ -140,7 +138,10 @@ def check_cut(name: str, layer: nn.Module, cut: Cut) -> None:
 def narrow(layer: nn.Module, cut: Cut) -> None:
     """Cut a layer in place; its parameters and buffers are replaced by narrower ones."""
     if type(layer) in PADS:
-        _narrow_padding(layer, cut.passed)
+        padding, channels = _padding(layer)
+        front, back = np.split(cut.passed, [padding[channels.start]])
+        padding[channels] = [int(front.sum()), int(back.sum())]
+        layer.__dict__["padding"] = tuple(padding)
     elif type(layer) in WEIGHTED:
         _narrow_weighted(layer, cut)
     else:
@@ -201,13 +202,6 @@ def _swapped(weight: Tensor, groups: int) -> Tensor:
     return weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
-def _narrow_padding(layer: nn.Module, kept: Mask) -> None:
-    padding, channels = _padding(layer)
-    front = padding[channels.start]
-    padding[channels] = [int(kept[:front].sum()), int(kept[front:].sum())]
-    layer.__dict__["padding"] = tuple(padding)
-
-
 def _padding(layer: nn.Module) -> tuple[list[int], slice]:
     """A padding layer's sizes, and where the channels' are: the only ones that are not zero, or the last."""
     assert isinstance(layer, PADS)
@@ -219,11 +213,9 @@ def _padding(layer: nn.Module) -> tuple[list[int], slice]:
 
 def _replace(layer: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
     """Put a changed parameter or buffer in place of the old one, if there is one."""
-    old = getattr(layer, name, None)
-    if old is None:
-        return
-    new = change(old.detach()).contiguous()
-    setattr(layer, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    if (old := getattr(layer, name, None)) is not None:
+        new = change(old.detach()).contiguous()
+        setattr(layer, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
 
 
 def _index(kept: Mask, values: Tensor) -> Tensor:

@@ -60,8 +60,8 @@ def _given(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor | AnyArra
             yield weight_name(name), _full_weight(name, find_layer(model, name), step, matrix)
         for name, bias in step.biases.items():
             layer = find_layer(model, name)
-            shape, dtype = (outputs(layer),), weight_of(layer).dtype
-            yield tensor_name(name, "bias"), checked(f"new biases of {name}", bias, shape, dtype)
+            new = checked(f"new biases of {name}", bias, (outputs(layer),), weight_of(layer).dtype)
+            yield tensor_name(name, "bias"), new
 
 
 def _full_weight(name: str, layer: nn.Module, step: Collapse, matrix: Array) -> Tensor:
@@ -102,9 +102,7 @@ def checked(what: str, value: Tensor | npt.ArrayLike, shape: tuple[int, ...], dt
         raise CollapseError(f"the {what} must have shape {shape}, got {tuple(given.shape)}.")
     rounded = given.to(dtype)
     # The two extremes are NaN where any number is; they need no second array as large as the weight.
-    extremes = (
-        torch.stack((rounded if dtype.is_floating_point else given).aminmax()) if given.numel() else given
-    )
-    if not bool(extremes.isfinite().all()):
+    numbers = rounded if dtype.is_floating_point else given
+    if numbers.numel() and not bool(torch.stack(numbers.aminmax()).isfinite().all()):
         raise CollapseError(f"the {what} are not finite in {dtype}.")
     return rounded
