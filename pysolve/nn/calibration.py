@@ -57,7 +57,7 @@ class Calibration:
         """The batches without what is held out, keeping what may be kept."""
         room = self.limit
         for batch in batches:
-            n, given = samples_in(batch), _count(self.held) + _count(self.apart)
+            n, given = samples_in(batch), sum(map(samples_in, (*self.held, *self.apart)))
             out = min(max(1, int(n * HELD_SHARE)), HELD_SAMPLES + APART_SAMPLES - given) if n > 1 else 0
             split = min(out, max(0, HELD_SAMPLES - given))
             for samples, start, stop in ((self.held, 0, split), (self.apart, split, out)):
@@ -72,16 +72,6 @@ class Calibration:
         # Single samples cannot be shared out: measurements then see what the fits saw.
         self.held = joined(self.held or self.kept[:HELD_SAMPLES])
         self.apart = joined(self.apart) or self.held
-
-    @property
-    def used(self) -> int:
-        """Samples kept for the refit."""
-        return _count(self.kept)
-
-
-def _count(batches: Iterable[Batch]) -> int:
-    """Samples in several batches."""
-    return sum(map(samples_in, batches))
 
 
 def samples_in(batch: Batch) -> int:
@@ -116,9 +106,7 @@ def joined(batches: list[Batch]) -> list[Batch]:
     """One batch instead of several, if all have the same form and sample shapes; otherwise as they are."""
     flat = [pytree.tree_flatten(arguments(batch)) for batch in batches]
     columns = [*zip(*(leaves for leaves, _ in flat), strict=False)]
-    if len({len(leaves) for leaves, _ in flat}) != 1 or not all(map(_alike, columns)):
-        return batches
-    if any(structure != flat[0][1] for _, structure in flat):
+    if not flat or any(form != flat[0][1] for _, form in flat) or not all(map(_alike, columns)):
         return batches
     leaves = [torch.cat(column) if _has_samples(column[0]) else column[0] for column in columns]
     args, kwargs = pytree.tree_unflatten(leaves, flat[0][1])

@@ -66,7 +66,7 @@ def test_held_out_and_given_on_are_all_samples_once_and_in_order(sizes, form):
     assert sorted(held + apart + given_on) == list(range(sum(sizes)))
     assert not apart or len(held) == HELD_SAMPLES
     assert kept == given_on == sorted(given_on)
-    assert calibration.seen == calibration.used == len(given_on)
+    assert calibration.seen == sum(map(samples_in, calibration.kept)) == len(given_on)
     assert held
 
 
@@ -75,7 +75,7 @@ def test_no_more_is_kept_than_may_be(sizes, limit):
     calibration = Calibration(limit)
     given_on = all_numbers(calibration.stream(numbered(sizes)))
     assert all_numbers(calibration.kept) == given_on[:limit]
-    assert calibration.used == min(limit, len(given_on))
+    assert sum(map(samples_in, calibration.kept)) == min(limit, len(given_on))
     assert calibration.seen == len(given_on)
 
 
