@@ -266,7 +266,10 @@ def _batched(layer: Convolution, values: Tensor) -> Tensor:
     return values if values.ndim == wanted else values[None]
 
 
-def _padded(layer: Conv1d | Conv2d | Conv3d, x: Tensor) -> Tensor:
+def margins(layer: Conv1d | Conv2d | Conv3d) -> tuple[int, ...]:
+    """Padding as ``torch.nn.functional.pad`` takes it, and as torch applies it now."""
+    if layer.padding_mode != "zeros":
+        return tuple(layer._reversed_padding_repeated_twice)
     borders: list[int] = []
     for i, (size, step) in enumerate(zip(layer.kernel_size, layer.dilation, strict=True)):
         if isinstance(layer.padding, str):
@@ -275,7 +278,12 @@ def _padded(layer: Conv1d | Conv2d | Conv3d, x: Tensor) -> Tensor:
         else:
             before = after = int(layer.padding[i])
         borders = [before, after, *borders]  # torch counts them from the last dimension on
+    return tuple(borders)
+
+
+def _padded(layer: Conv1d | Conv2d | Conv3d, x: Tensor) -> Tensor:
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    borders = margins(layer)
     return pad(x, borders, mode) if any(borders) else x
 
 

@@ -14,6 +14,7 @@ from torch.nn.utils import skip_init
 
 from pysolve.errors import PysolveError
 from pysolve.forms import Form
+from pysolve.nn.layer_matrix import margins
 
 Dense = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 # Torch's context of an autograd function, which holds whatever is kept for the backward pass.
@@ -63,8 +64,7 @@ class Geometry:
     @classmethod
     def of(cls, layer: nn.Conv2d) -> Geometry:
         """The geometry of a layer."""
-        margins = tuple(layer._reversed_padding_repeated_twice)
-        return cls(**{name: getattr(layer, name) for name in _HOW}, margins=margins)
+        return cls(**{name: getattr(layer, name) for name in _HOW}, margins=margins(layer))
 
     def dense(self, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
         """A layer with this geometry and these values; see ``dense_layer``."""
