@@ -15,8 +15,8 @@ from pysolve.compressed import Compressed
 from pysolve.errors import PysolveError
 from pysolve.forms import Sparse
 from pysolve.nn.divergence import Divergence, kl_divergence
-from pysolve.nn.layers.dense import without_sparse
 from pysolve.nn.layers.quantized import QuantWeight
+from pysolve.nn.layers.runtime import without_sparse
 from pysolve.plan import Plan, Site
 from pysolve.solve.budget import check_targets
 from pysolve.training.distill import distill as teach

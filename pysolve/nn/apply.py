@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import Codebook
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
-from pysolve.nn.running import Batch, as_tensor, find_layer
+from pysolve.nn.running import Batch, as_tensor, closest, find_layer
 from pysolve.nn.slicing import (
     ROLES,
     Cut,
@@ -26,7 +26,7 @@ from pysolve.nn.slicing import (
     outputs,
     silence,
 )
-from pysolve.nn.values import checked, closest, load, new_values
+from pysolve.nn.values import checked, load, new_values
 from pysolve.nn.verify import mismatch
 from pysolve.plan import Collapse, Indices, Plan
 
@@ -69,8 +69,7 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     LayerNotFoundError
         When the network has no layer of a name in the plan.
     """
-    cuts, values = _checked(model, plan)
-    smaller, layers = _copy(model, values)
+    smaller, layers, cuts = _prepared(model, plan)
     for name, cut in cuts.items():
         narrow(layers[name], cut)
     decoded = {name: form for name, form in plan.forms.items() if isinstance(form, Codebook)}
@@ -91,8 +90,7 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     writers and passed layers stay as they are. Forms are multiplied out, and those of narrowed layers put
     where the kept entries are. Raises what ``apply`` does, but runs nothing.
     """
-    cuts, values = _checked(model, plan)
-    wide, layers = _copy(model, values)
+    wide, layers, cuts = _prepared(model, plan)
     for name, cut in cuts.items():
         if not cut.columns.all():
             silence(layers[name], cut.columns)
@@ -108,23 +106,22 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     return wide
 
 
-def _copy(model: nn.Module, values: Mapping[str, Tensor]) -> tuple[nn.Module, dict[str, nn.Module]]:
-    """A copy of the network with new values in their original shapes, and its layers by name."""
-    copied = copy.deepcopy(model)
-    load(copied, values)
-    return copied, dict(copied.named_modules(remove_duplicate=False))
-
-
-def _checked(model: nn.Module, plan: Plan) -> tuple[dict[str, Cut], dict[str, Tensor]]:
-    """The cuts of all layers and the new values, with every check that does not run the network."""
+def _prepared(model: nn.Module, plan: Plan) -> tuple[nn.Module, dict[str, nn.Module], dict[str, Cut]]:
+    """A copy with new values in their original shapes, its layers and their cuts; checks come first."""
     for step in plan.steps:
-        _check_step(step)
+        if step.site.pinned is not None:
+            raise CollapseError(f"the channels of {step.site.name} cannot be removed: {step.site.pinned}.")
+        if not len(step.keep):
+            remedy = "solve with lam below lam_max(r_xx, r_yx) instead"
+            raise CollapseError(f"no channel of {step.site.name} would be left: {remedy}.")
     cuts = _cuts(model, plan)
     values = new_values(model, plan)
     _check_forms(model, plan, _by_layer(model, cuts))
     names = {*cuts, *(name.rpartition(".")[0] for name in (*values, *plan.forms))}
     _check_untied(model, {find_layer(model, name) for name in names})
-    return cuts, values
+    copied = copy.deepcopy(model)
+    load(copied, values)
+    return copied, dict(copied.named_modules(remove_duplicate=False)), cuts
 
 
 def _cuts(model: nn.Module, plan: Plan) -> dict[str, Cut]:
@@ -149,15 +146,6 @@ def _cuts(model: nn.Module, plan: Plan) -> dict[str, Cut]:
     return cuts
 
 
-def _check_step(step: Collapse) -> None:
-    if step.site.pinned is not None:
-        raise CollapseError(f"the channels of {step.site.name} cannot be removed: {step.site.pinned}.")
-    if not len(step.keep):
-        raise CollapseError(
-            f"no channel of {step.site.name} would be left: solve with lam below lam_max(r_xx, r_yx) instead."
-        )
-
-
 def _by_layer(model: nn.Module, cuts: Mapping[str, Cut]) -> dict[nn.Module, Cut]:
     return {find_layer(model, name): cut for name, cut in cuts.items()}
 
@@ -169,8 +157,9 @@ def _check_forms(model: nn.Module, plan: Plan, cuts: Mapping[nn.Module, Cut]) ->
     for name, form in plan.forms.items():
         owner, _, leaf = name.rpartition(".")
         if not isinstance(state.get(name), Tensor):
-            close = closest(f"{name}.weight" if leaf != "weight" else name, state)
-            raise CollapseError(f"{type(model).__name__} has no tensor {name!r}: {close}")
+            meant = f"{name}.weight" if leaf != "weight" else name
+            hint = closest(meant, state, "see model.state_dict().")
+            raise CollapseError(f"{type(model).__name__} has no tensor {name!r}: {hint}")
         layer = find_layer(model, owner)
         if first.setdefault((layer, leaf), name) != name:
             raise CollapseError(f"{first[layer, leaf]} and {name} are one tensor, which can have one form.")

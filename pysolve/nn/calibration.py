@@ -19,7 +19,7 @@ from pysolve.nn.gather import gather
 from pysolve.nn.graph.branches import Layer
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.layer_matrix import channels, taps
-from pysolve.nn.running import Batch, arguments
+from pysolve.nn.running import NO_BATCHES, Batch, arguments, check_batches
 from pysolve.nn.walk import last_uses
 
 # One sample of so many is held out, up to so many to choose sizes by and so many for the report.
@@ -85,20 +85,10 @@ class Calibration:
         """Whether there were too few samples to hold any out."""
         return self.seen > 0 and not self.out
 
-    @property
-    def used(self) -> int:
-        """Samples kept for the refit."""
-        return _count(self.kept)
-
-
-def _count(batches: Iterable[Batch]) -> int:
-    """Samples in several batches."""
-    return sum(map(samples_in, batches))
-
 
 def samples_in(batch: Batch) -> int:
     """How many samples a batch holds: the common first dimension of its tensors."""
-    sizes = {len(leaf) for leaf in _tensors(batch) if leaf.ndim}
+    sizes = {len(leaf) for leaf in pytree.tree_leaves(arguments(batch)) if _has_samples(leaf)}
     if len(sizes) != 1:
         raise DataError(
             f"the tensors of a batch must share their first dimension, the samples; got {sorted(sizes)}."
@@ -108,12 +98,10 @@ def samples_in(batch: Batch) -> int:
 
 def take(batch: Batch, start: int, stop: int) -> Any:
     """Samples start … stop − 1 of a batch, in the same form; views."""
-    args, kwargs = arguments(batch)
-
-    def cut(leaf: Any) -> Any:
-        return leaf[start:stop] if isinstance(leaf, Tensor) and leaf.ndim else leaf
-
-    return {key: pytree.tree_map(cut, value) for key, value in kwargs.items()} if kwargs else cut(args[0])
+    args, kwargs = pytree.tree_map(
+        lambda leaf: leaf[start:stop] if _has_samples(leaf) else leaf, arguments(batch)
+    )
+    return kwargs if kwargs else args[0]
 
 
 def first_samples(batches: list[Batch], count: int) -> list[Batch]:
@@ -140,9 +128,7 @@ def joined(batches: list[Batch]) -> list[Batch]:
     """One batch instead of several, if all have the same form and sample shapes; otherwise as they are."""
     flat = [pytree.tree_flatten(arguments(batch)) for batch in batches]
     columns = [*zip(*(leaves for leaves, _ in flat), strict=False)]
-    if len({len(leaves) for leaves, _ in flat}) != 1 or not all(map(_alike, columns)):
-        return batches
-    if any(structure != flat[0][1] for _, structure in flat):
+    if not flat or any(form != flat[0][1] for _, form in flat) or not all(map(_alike, columns)):
         return batches
     leaves = [torch.cat(column) if _has_samples(column[0]) else column[0] for column in columns]
     args, kwargs = pytree.tree_unflatten(leaves, flat[0][1])
@@ -215,13 +201,12 @@ def free_memory(share: float = 0.5) -> int:
 
 def _live_bytes(graph: Graph) -> int:
     """Most bytes of results that are alive at once for the example that was traced; views count too."""
-    nodes = list(graph.module.graph.nodes)
-    finished, alive, most = last_uses(nodes), 0, 0
-    for node in nodes:
-        if node not in graph.parameters:
-            alive += _bytes(node)
-            most = max(most, alive)
-        alive -= sum(_bytes(done) for done in finished[node] if done not in graph.parameters)
+    sizes = {node: 0 if node in graph.parameters else _bytes(node) for node in graph.module.graph.nodes}
+    finished, alive, most = last_uses([*sizes]), 0, 0
+    for node, size in sizes.items():
+        alive += size
+        most = max(most, alive)
+        alive -= sum(sizes[done] for done in finished[node])
     return most
 
 
@@ -233,12 +218,6 @@ def _bytes(node: Node) -> int:
 def hint(size: Any) -> int:
     """A size as the example had it."""
     return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
-
-
-def _tensors(batch: Batch) -> list[Tensor]:
-    args, kwargs = arguments(batch)
-    leaves: Mapping[str, Any] = kwargs
-    return [leaf for leaf in pytree.tree_leaves((args, dict(leaves))) if isinstance(leaf, Tensor)]
 
 
 def calibrate(
@@ -256,7 +235,6 @@ def calibrate(
 
     Parameters
     ----------
-    model : nn.Module
     batches, first
         What ``peek`` gave.
     graph : Graph, optional
@@ -267,7 +245,6 @@ def calibrate(
         Whose correlations to gather; without any, the network does not run.
     memory : int, optional
         Bytes that samples may take when they walk through the graph; by default half of what is free.
-    progress : bool
     """
     limit = room_for(graph, free_memory() if memory is None else memory) if graph else samples_in(first)
     calibration = Calibration(limit)
@@ -284,18 +261,12 @@ def calibrate(
 
 def peek(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
     """The first batch, and all of them."""
-    if isinstance(batches, Tensor | Mapping):
-        kind = type(batches).__name__
-        raise TypeError(f"batches must be an iterable of batches, got one {kind}: wrap it in a list.")
-    if isinstance(batches, Sequence):
-        if not batches:
-            raise DataError("there are no batches: expected at least one.")
-        return batches[0], batches
+    check_batches(batches)
     iterator = iter(batches)
     for first in iterator:
         # An iterator is used up by looking at it; a loader begins again.
         return first, chain([first], iterator) if iterator is batches else batches
-    raise DataError("there are no batches: expected at least one. Was a generator used up before?")
+    raise DataError(NO_BATCHES)
 
 
 def _shares(

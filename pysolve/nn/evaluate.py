@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -15,7 +14,7 @@ from pysolve.errors import DataError
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.sharing import unshared
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
-from pysolve.nn.running import Batch, Values, as_input, device_of, evaluating, forward, labelled
+from pysolve.nn.running import Batch, Values, as_input, device_of, evaluating, forward, hooked, labelled
 from pysolve.report.rows import Latency
 
 # Layers whose multiplications count.
@@ -66,18 +65,15 @@ def nbytes(model: nn.Module) -> int:
 def macs(model: nn.Module, example: Batch) -> int:
     """Multiply-accumulates of all Linear and convolution calls on one batch; of sparse ones by their entries.
 
-    Parameters
-    ----------
-    model : nn.Module
-    example : one batch
-        In the forms that ``gather`` takes; with one sample in it, the result is per sample.
+    With one sample in the batch, the result is per sample.
     """
     return sum(layer_macs(model, example).values())
 
 
 def layer_macs(model: nn.Module, example: Batch) -> dict[str, int]:
     """``macs`` of each layer with weights, by its first name."""
-    calls: dict[str, int] = {}
+    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, COUNTED)}
+    calls = dict.fromkeys(layers, 0)
 
     def count(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         if isinstance(module, SparseLinear | SparseConv2d):
@@ -89,31 +85,14 @@ def layer_macs(model: nn.Module, example: Batch) -> dict[str, int]:
         transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
         calls[name] += (args[0] if transposed else output).numel() * weight[0].numel()
 
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        for name, module in model.named_modules():
-            if isinstance(module, COUNTED):
-                calls[name] = 0
-                stack.callback(module.register_forward_hook(partial(count, name)).remove)
+    hooks = (layer.register_forward_hook(partial(count, name)) for name, layer in layers.items())
+    with evaluating(model), hooked(hooks):
         forward(model, example, device_of(model))
     return calls
 
 
 def latency(model: nn.Module, x: Values, *, repeats: int = 50) -> Latency:
-    """Seconds of the network for one batch, after a warm-up of a fifth as many calls.
-
-    Parameters
-    ----------
-    model : nn.Module
-    x : (n, …) array or tensor
-        The batch, moved to the network's device beforehand.
-    repeats : int
-
-    Raises
-    ------
-    ValueError
-        When ``repeats`` is below 1.
-    """
+    """Seconds of the network for a batch ``x``, (n, …), on its device; a fifth as many calls warm up."""
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
     batch = as_input(model, x).to(device_of(model))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +16,9 @@ from tqdm.auto import tqdm
 from pysolve.correlations import Correlations
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn import layer_matrix as rows
+from pysolve.nn import running
 from pysolve.nn.layer_matrix import LAYERS, Layer, Sums
-from pysolve.nn.running import NO_BATCHES, Batch, Device, check_batches, evaluating, find_layer, forward
+from pysolve.nn.running import Batch, Device, evaluating, forward, hooked
 from pysolve.plan import Site
 
 # Called with the name, the layer, the input and the output of one call.
@@ -79,7 +81,7 @@ def gather(
     DataError
         When there are no samples, or inputs or outputs are NaN or infinite.
     """
-    check_batches(batches)
+    running.check_batches(batches)
     for share in positions.values() if isinstance(positions, Mapping) else (positions,):
         if not 0 < share <= 1:
             raise ValueError(f"positions must be a share in (0, 1], got {share}.")
@@ -96,9 +98,12 @@ def gather(
             if target_model is None:
                 _run(model, own, batch, device, record)
             else:
-                _run(target_model, targets, batch, device, _keeping(wanted))
+                # Copies: the next layer may work in place.
+                _run(target_model, targets, batch, device, lambda n, layer, x, y: wanted[n].append(y.clone()))
                 _run(model, own, batch, device, _with_targets(record, wanted))
-                _check_paired(wanted)
+                for name in filter(wanted.get, wanted):
+                    where = "in the target network than in the network"
+                    raise PysolveError(f"{name} is called more often {where}.")
     _check_all_ran(names, sums, seen)
     return {name: sums[name].correlations(sizes[name]) for name in names}
 
@@ -127,7 +132,7 @@ def _layer_names(
 
 
 def _layer(model: nn.Module, name: str) -> Layer:
-    module = find_layer(model, name)
+    module = running.find_layer(model, name)
     if not isinstance(module, LAYERS):
         kind = type(module).__name__
         raise PysolveError(f"{name} is a {kind}; gather handles Linear layers and convolutions.")
@@ -154,15 +159,10 @@ def _group_sizes(layers: Mapping[str, Layer], sites: Sequence[Site]) -> dict[str
 def _run(model: nn.Module, layers: Mapping[str, Layer], batch: Batch, device: Device, record: Record) -> None:
     """Run one batch and record every call of the layers."""
 
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(module: Layer, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> None:
-            record(name, module, (args[0] if args else kwargs["input"]).detach(), y.detach())
+    def called(name: str, layer: Layer, args: Sequence[Tensor], named: Any, y: Tensor) -> None:
+        record(name, layer, (args[0] if args else named["input"]).detach(), y.detach())
 
-        return hook
-
-    with ExitStack() as stack:
-        for name, module in layers.items():
-            stack.callback(module.register_forward_hook(hook_for(name), with_kwargs=True).remove)
+    with hooked(one.register_forward_hook(partial(called, n), with_kwargs=True) for n, one in layers.items()):
         forward(model, batch, device)
 
 
@@ -173,30 +173,18 @@ def _summing(sums: dict[str, Sums], shares: Mapping[str, float]) -> Record:
     def record(name: str, layer: Layer, x: Tensor, y: Tensor) -> None:
         chosen, share = None, shares.get(name, 1.0)
         if share < 1 and (x.ndim > 2 or not isinstance(layer, nn.Linear)):
-            generator = choices.setdefault(name, torch.Generator().manual_seed(0))
-            count = rows.positions(layer, y)
-            chosen = torch.randperm(count, generator=generator)[: max(1, round(share * count))]
-            # In order they are read several times as fast.
-            chosen = chosen.sort().values
+            random = choices.setdefault(name, torch.Generator().manual_seed(0))
+            chosen = rows.choice(rows.positions(layer, y), share, random)
         for some_x, some_y in rows.blocks(layer, x, y, chosen):
             if name not in sums:
                 sums[name] = Sums.zeros(some_x.shape[1], some_y.shape[1], x.device)
             sums[name].add(some_x, some_y)
-        _check_finite(name, sums[name])
+        # Float64 sums of finite float32 values are finite.
+        for total, what in ((sums[name].x_sum, "inputs"), (sums[name].y_sum, "outputs")):
+            if not bool(total.isfinite().all()):
+                raise DataError(f"the {what} of {name} hold NaN or infinity: check batches and weights.")
 
     return record
-
-
-def _check_finite(name: str, sums: Sums) -> None:
-    """Refuse sums that are not finite: float64 sums of finite float32 values are."""
-    for values, what in ((sums.x_sum, "inputs"), (sums.y_sum, "outputs")):
-        if not bool(values.isfinite().all()):
-            raise DataError(f"the {what} of {name} hold NaN or infinity: check the batches and the weights.")
-
-
-def _keeping(wanted: dict[str, deque[Tensor]]) -> Record:
-    """Record that keeps copies of the outputs: the next layer may work in place."""
-    return lambda name, layer, x, y: wanted[name].append(y.clone())
 
 
 def _with_targets(record: Record, wanted: dict[str, deque[Tensor]]) -> Record:
@@ -216,12 +204,6 @@ def _with_targets(record: Record, wanted: dict[str, deque[Tensor]]) -> Record:
     return paired
 
 
-def _check_paired(wanted: dict[str, deque[Tensor]]) -> None:
-    for name, left in wanted.items():
-        if left:
-            raise PysolveError(f"{name} is called more often in the target network than in the network.")
-
-
 def _places(layer: Layer, y: Tensor) -> tuple[int, ...]:
     """Sizes of an output except for its channels."""
     channel = y.ndim + 1 - layer.weight.ndim
@@ -230,7 +212,7 @@ def _places(layer: Layer, y: Tensor) -> tuple[int, ...]:
 
 def _check_all_ran(names: tuple[str, ...], sums: dict[str, Sums], seen: int) -> None:
     if not seen:
-        raise DataError(NO_BATCHES)
+        raise DataError(running.NO_BATCHES)
     for name in names:
         if name not in sums:
             raise PysolveError(f"{name} was never called: name the layers that do run with layers=[...].")

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import Linear
+from torch.nn import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear
+from torch.nn.functional import pad
 
 from pysolve.correlations import Correlations
-from pysolve.nn.windows import ORDINARY, TRANSPOSED, Convolution, batched, windows
 
+ORDINARY = (Conv1d, Conv2d, Conv3d)
+TRANSPOSED = (ConvTranspose1d, ConvTranspose2d, ConvTranspose3d)
 LAYERS = (Linear, *ORDINARY, *TRANSPOSED)
+Convolution = Conv1d | Conv2d | Conv3d | ConvTranspose1d | ConvTranspose2d | ConvTranspose3d
 Layer = Linear | Convolution
 
 # Numbers in one block: larger ones the allocator returns to the system, and gets back zeroed.
@@ -41,13 +44,9 @@ def groups(layer: Layer) -> int:
 def matrix(layer: Layer) -> Tensor:
     """The layer's weight as the matrix M of  y = M x + b.
 
-    Input channel j owns the columns j·taps … (j + 1)·taps − 1, one for each place of the kernel in the
-    weight's own order. A grouped convolution's matrix is block diagonal.
-
-    Returns
-    -------
-    (h, d) tensor
-        Detached; h output channels, d = input channels × taps.
+    It is (h, d), with h output channels and d = input channels × taps. Input channel j owns the columns
+    j·taps … (j + 1)·taps − 1, one for each place of the kernel in the weight's own order. A grouped
+    convolution's matrix is block diagonal.
     """
     parts = [_turned(layer, part).flatten(1) for part in layer.weight.detach().chunk(groups(layer))]
     return parts[0] if len(parts) == 1 else torch.block_diag(*parts)  # type: ignore[no-untyped-call]
@@ -59,10 +58,8 @@ def weight_like(layer: Layer, M: Tensor) -> Tensor:
     Of a grouped convolution's matrix, what lies outside the diagonal blocks is ignored.
     """
     (inputs, h), count = channels(layer), groups(layer)
-    if M.shape != (h, inputs * taps(layer)):
-        raise ValueError(
-            f"the matrix of {layer} is {h} x {inputs * taps(layer)}, got one of shape {tuple(M.shape)}."
-        )
+    if M.shape != (h, d := inputs * taps(layer)):
+        raise ValueError(f"the matrix of {layer} is {h} x {d}, got one of shape {tuple(M.shape)}.")
     blocks = [strip.chunk(count, 1)[g] for g, strip in enumerate(M.chunk(count))]
     kernel = layer.weight.shape[2:]
     parts = [_turned(layer, block.reshape(len(block), inputs // count, *kernel)) for block in blocks]
@@ -74,8 +71,15 @@ def positions(layer: Layer, y: Tensor) -> int:
     return y.numel() // max(1, y.shape[1 - layer.weight.ndim])
 
 
+def choice(n: int, share: float, random: torch.Generator) -> Tensor | None:
+    """A random share of n rows, ascending: in order they are read several times as fast; None for all."""
+    if share >= 1:
+        return None
+    return torch.randperm(n, generator=random)[: max(1, round(share * n))].sort().values
+
+
 def samples(layer: Layer, x: Tensor, chosen: Tensor | None = None) -> Tensor:
-    """Inputs of the layer, one row for each row of its outputs:  samples Mᵀ + b = outputs.
+    """Inputs of the layer, one (d,) row for each row of its outputs:  samples Mᵀ + b = outputs.
 
     Parameters
     ----------
@@ -84,11 +88,6 @@ def samples(layer: Layer, x: Tensor, chosen: Tensor | None = None) -> Tensor:
         May have fewer channels than the layer reads; the columns are then those of these channels.
     chosen : (m,) tensor of integers, optional
         Rows to form, counted over samples × output positions. By default all.
-
-    Returns
-    -------
-    (m, d) tensor
-        In the dtype of x, on its device; a convolution's is stored by columns.
     """
     return _aligned(layer, _rows(_reads(layer, x), _lead(layer), chosen))
 
@@ -103,12 +102,7 @@ def blocks(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of ``samples`` and ``outputs`` in blocks, in order; of no rows there is one empty block.
 
-    Parameters
-    ----------
-    layer, x, y, chosen
-        As in ``samples`` and ``outputs``.
-    limit : int
-        Numbers in the samples of one block, at most; it holds one row at least.
+    The samples of a block are at most ``limit`` numbers, but one row at least.
     """
     read, written, lead = _reads(layer, x), _writes(layer, y), _lead(layer)
     if read.shape[:lead] != written.shape[:lead]:
@@ -202,12 +196,12 @@ def _lead(layer: Layer) -> int:
 
 def _writes(layer: Layer, y: Tensor) -> Tensor:
     """The output as an (n, *positions, h) view."""
-    return y.reshape(-1, y.shape[-1]) if isinstance(layer, Linear) else batched(layer, y).movedim(1, -1)
+    return y.reshape(-1, y.shape[-1]) if isinstance(layer, Linear) else _batched(layer, y).movedim(1, -1)
 
 
 def _reads(layer: Layer, x: Tensor) -> Tensor:
     """The input as an (n, *positions, inputs, *kernel) view."""
-    return x.reshape(-1, x.shape[-1]) if isinstance(layer, Linear) else windows(layer, x)
+    return x.reshape(-1, x.shape[-1]) if isinstance(layer, Linear) else _windows(layer, x)
 
 
 def _rows(view: Tensor, lead: int, chosen: Tensor | None = None) -> Tensor:
@@ -243,3 +237,62 @@ def _cut(read: Tensor, written: Tensor, limit: int) -> Iterator[tuple[Tensor, Te
     for start in range(0, max(1, len(read)), max(1, step)):
         some = slice(start, start + max(1, step))
         yield read[some], written[some]
+
+
+def _windows(layer: Convolution, x: Tensor) -> Tensor:
+    """Inputs under the kernel at each output position: a view of the padded input.
+
+    A transposed convolution is an ordinary one, of stride 1 and with a flipped kernel, of its input with
+    zeros inserted between positions.
+    """
+    x = _batched(layer, x)
+    if isinstance(layer, TRANSPOSED):
+        x, strides = _dilated(layer, x), (1,) * len(layer.stride)
+    else:
+        x, strides = _padded(layer, x), layer.stride
+    for i, (size, step, stride) in enumerate(zip(layer.kernel_size, layer.dilation, strides, strict=True)):
+        x = x.unfold(2 + i, step * (size - 1) + 1, stride)[..., ::step]
+    return x.movedim(1, 1 + len(strides))
+
+
+def _batched(layer: Convolution, values: Tensor) -> Tensor:
+    """An input or output of the layer, with a leading dimension of samples."""
+    wanted = layer.weight.ndim
+    if values.ndim not in (wanted - 1, wanted):
+        raise ValueError(
+            f"{layer} reads and writes tensors of {wanted} dimensions, or {wanted - 1} for one sample, "
+            f"got shape {tuple(values.shape)}."
+        )
+    return values if values.ndim == wanted else values[None]
+
+
+def margins(layer: Conv1d | Conv2d | Conv3d) -> tuple[int, ...]:
+    """Padding as ``torch.nn.functional.pad`` takes it, and as torch applies it now."""
+    if layer.padding_mode != "zeros":
+        return tuple(layer._reversed_padding_repeated_twice)
+    borders: list[int] = []
+    for i, (size, step) in enumerate(zip(layer.kernel_size, layer.dilation, strict=True)):
+        if isinstance(layer.padding, str):
+            both = step * (size - 1) if layer.padding == "same" else 0
+            before, after = both // 2, both - both // 2
+        else:
+            before = after = int(layer.padding[i])
+        borders = [before, after, *borders]  # torch counts them from the last dimension on
+    return tuple(borders)
+
+
+def _padded(layer: Conv1d | Conv2d | Conv3d, x: Tensor) -> Tensor:
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    borders = margins(layer)
+    return pad(x, borders, mode) if any(borders) else x
+
+
+def _dilated(layer: ConvTranspose1d | ConvTranspose2d | ConvTranspose3d, x: Tensor) -> Tensor:
+    sizes = [(size - 1) * stride + 1 for size, stride in zip(x.shape[2:], layer.stride, strict=True)]
+    dilated = x.new_zeros(*x.shape[:2], *sizes)
+    dilated[(slice(None), slice(None), *(slice(None, None, stride) for stride in layer.stride))] = x
+    borders: list[int] = []
+    for i, (size, step) in enumerate(zip(layer.kernel_size, layer.dilation, strict=True)):
+        before = step * (size - 1) - int(layer.padding[i])
+        borders = [before, before + int(layer.output_padding[i]), *borders]
+    return pad(dilated, borders)

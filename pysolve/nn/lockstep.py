@@ -33,8 +33,8 @@ from pysolve.nn.graph.export import Graph
 from pysolve.nn.running import evaluating
 from pysolve.nn.walk import Walk, last_uses
 
-# New weight and bias (None: it needs none) of a layer, from its name, the correlations of its kept inputs and
-# outputs, and whether it can have a bias.
+# New (h, d) weight and (h,) bias (None: it needs none) of a layer, from its name, the correlations of its
+# kept inputs and outputs, and whether it can have a bias.
 Fit = Callable[[str, Correlations, bool], tuple[Array, Array | None]]
 
 # A norm's factor below this share of its largest one silences the channel: nothing can be corrected there.
@@ -43,16 +43,9 @@ _SILENT = 1e-3
 
 @dataclass(frozen=True)
 class Sampling:
-    """Which samples and positions of a layer to fit on, and how often to move its targets.
+    """How many rows to fit on, as a multiple of a layer's inputs, chosen at random by a seed.
 
-    Parameters
-    ----------
-    rows_per_input : int
-        How many, as a multiple of the layer's inputs.
-    passes : int
-        Further fits of a layer that a ReLU follows.
-    seed : int
-        Of the choice, which is random.
+    ``passes`` are further fits of a layer that a ReLU follows, with moved targets.
     """
 
     rows_per_input: int = 60
@@ -79,25 +72,18 @@ def refit(
     Parameters
     ----------
     graph : Graph
-        Of ``model``.
-    model : nn.Module
-        The original; nothing in it is changed.
-    batches : sequence of batches
+        Of ``model``, the original; nothing in it is changed.
     cuts : {layer: Cut}
         What stays of each layer; a layer not named stays whole.
-    fit : callable
-        From a layer's name, the correlations of its kept inputs with its kept outputs and whether it may
-        have a bias, to its new (h, d) weight and its (h,) bias or None.
+    fit : Fit
     values : {state-dict name: tensor}
         What layers that cannot be refitted here (those called several times) take instead.
     new_biases : collection of str
         Layers without a bias that may be given one; a batch norm right behind a layer always takes one.
-    sampling : Sampling
     only : collection of str, optional
         Fit none but these layers.
     always : collection of str
         Layers to fit whether or not anything in front of them changed.
-    progress : bool
 
     Returns
     -------
@@ -135,11 +121,6 @@ class _Task:
     inputs: Tensor
     outputs: Tensor
     sampling: Sampling
-
-    @property
-    def read(self) -> Node:
-        """What the layer reads."""
-        return self.node.all_input_nodes[0]
 
     @property
     def shortcut(self) -> Node | None:
@@ -208,7 +189,7 @@ def _samples(task: _Task) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     random = torch.Generator().manual_seed(task.sampling.seed)
     gain, _, active = _norm(task)
     for b, y in enumerate(walk.original[task.node]):
-        x = walk.compressed[task.read][b]
+        x = walk.compressed[task.node.all_input_nodes[0]][b]
         if len(task.inputs) < x.shape[dim]:
             x = x.index_select(dim, task.inputs)
         target = y
@@ -216,7 +197,7 @@ def _samples(task: _Task) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
             lost = walk.original[shortcut][b] - walk.compressed[shortcut][b]
             scale = _along(dim, torch.where(active, 1 / gain, 0.0), y)
             target = torch.cat([y + lost * scale, walk.compressed[shortcut][b].expand_as(y)], dim)
-        chosen = _choice(rows.positions(layer.module, y), share, random)
+        chosen = rows.choice(rows.positions(layer.module, y), share, random)
         for read, wanted in rows.blocks(layer.module, x, target, chosen):
             own, other = wanted[:, : y.shape[dim]], wanted[:, y.shape[dim] :]
             yield read, own[:, task.outputs], other[:, task.outputs] if shortcut is not None else None
@@ -246,13 +227,6 @@ def _show_new_bias(walk: Walk, node: Node, layer: Layer) -> None:
 
 def _channel_dim(layer: Layer) -> int:
     return -1 if layer.module.weight.ndim == 2 else 1
-
-
-def _choice(n: int, share: float, random: torch.Generator) -> Tensor | None:
-    """A random share of n rows, ascending: in order they are read several times as fast."""
-    if share >= 1:
-        return None
-    return torch.randperm(n, generator=random)[: max(1, round(share * n))].sort().values
 
 
 def _along(dim: int, values: Tensor, like: Tensor) -> Tensor:

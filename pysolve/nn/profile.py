@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch.utils import _pytree as pytree
 from pysolve.nn.calibration import samples_in, take
 from pysolve.nn.evaluate import COUNTED, layer_macs, parameters, seconds_of, summary, wait
 from pysolve.nn.nonzeros import nonzeros
-from pysolve.nn.running import Batch, arguments, device_of, evaluating, forward
+from pysolve.nn.running import Batch, arguments, device_of, evaluating, forward, hooked
 from pysolve.report.rows import Latency, LayerMass
 
 # Calls of each network: at least, at most, and otherwise for this many seconds.
@@ -35,13 +34,8 @@ def latencies(models: Sequence[nn.Module], batch: Batch) -> tuple[Latency, ...]:
 def masses(before: nn.Module, after: nn.Module, batch: Batch) -> tuple[LayerMass, ...]:
     """Parameters, MACs and seconds of the layers with weights, in both networks.
 
-    Parts of a replaced layer, whose names begin with its own, count as that layer.
-
-    Parameters
-    ----------
-    before, after : nn.Module
-    batch : one batch
-        Seconds are taken on it, MACs on its first samples.
+    Parts of a replaced layer, whose names begin with its own, count as that layer. Seconds are taken on the
+    batch, MACs on its first samples.
     """
     seconds = _layer_seconds((before, after), batch)
     example = take(batch, 0, 2)
@@ -62,17 +56,15 @@ def masses(before: nn.Module, after: nn.Module, batch: Batch) -> tuple[LayerMass
 def layer_inputs(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
     """Input of each layer's first call on a batch; layers called by keywords are left out."""
     seen: dict[str, Tensor] = {}
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_pre_hook(partial(_remember, seen, name)).remove)
+
+    def remember(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args and name not in seen:
+            seen[name] = args[0].clone()
+
+    hooks = (layer.register_forward_pre_hook(partial(remember, name)) for name, layer in layers.items())
+    with evaluating(model), hooked(hooks):
         forward(model, batch)
     return seen
-
-
-def _remember(seen: dict[str, Tensor], name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-    if args:
-        seen.setdefault(name, args[0].clone())
 
 
 def _sizes(model: nn.Module, counted: Collection[str]) -> dict[str, int]:
@@ -123,13 +115,12 @@ def _layer_seconds(models: Sequence[nn.Module], batch: Batch) -> list[dict[str, 
         calls = [_call(model, batch) for model in models]
         for _ in range(FEWEST):
             for model, call, own in zip(models, calls, seconds, strict=True):
+                layers = {name: one for name, one in model.named_modules() if isinstance(one, COUNTED)}
+                watches = {name: _Watch(own.setdefault(name, []), device_of(model)) for name in layers}
+                starts = (layers[name].register_forward_pre_hook(watches[name].start) for name in layers)
+                stops = (layers[name].register_forward_hook(watches[name].stop) for name in layers)
                 # Anew for each run: the networks may share layers.
-                with ExitStack() as stack:
-                    for name, module in model.named_modules():
-                        if isinstance(module, COUNTED):
-                            watch = _Watch(own.setdefault(name, []), device_of(model))
-                            stack.callback(module.register_forward_pre_hook(watch.start).remove)
-                            stack.callback(module.register_forward_hook(watch.stop).remove)
+                with hooked(starts), hooked(stops):
                     call()
     return seconds
 

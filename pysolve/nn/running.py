@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import chain
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.hooks import RemovableHandle
 
 from pysolve.correlations import AnyArray
 from pysolve.errors import DataError, LayerNotFoundError
@@ -31,9 +32,14 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
     layers: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     if name in layers:
         return layers[name]
-    close = difflib.get_close_matches(name, layers, n=3, cutoff=0.5)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "see model.named_modules()."
-    raise LayerNotFoundError(f"{type(model).__name__} has no layer {name!r}: {hint}")
+    meant = closest(name, layers, "see model.named_modules().")
+    raise LayerNotFoundError(f"{type(model).__name__} has no layer {name!r}: {meant}")
+
+
+def closest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """Which of the known names may have been meant."""
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else otherwise
 
 
 def find_matching(model: nn.Module, ignore: Iterable[str]) -> set[str]:
@@ -56,11 +62,6 @@ def find_matching(model: nn.Module, ignore: Iterable[str]) -> set[str]:
     return found
 
 
-def devices(model: nn.Module) -> set[torch.device]:
-    """Devices of the network's parameters and buffers."""
-    return {tensor.device for tensor in chain(model.parameters(), model.buffers())}
-
-
 @contextmanager
 def keeping_modes(*models: nn.Module) -> Iterator[None]:
     """Restore the training or evaluation mode of every submodule afterwards, whatever happens."""
@@ -81,17 +82,19 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are removed afterwards; they may be registered while they are listed."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle)
+        yield
+
+
 def forward(model: nn.Module, batch: Batch, device: Device = None) -> Output:
     """The network's output for one batch, which is copied so that in-place layers cannot change it.
 
-    Parameters
-    ----------
-    model : nn.Module
-    batch : tensor, tuple or list, or mapping
-        A tuple's or list's first item is the input (the rest, such as labels, is ignored); a mapping holds
-        keyword arguments.
-    device : torch.device, optional
-        Where to move the batch; by default it must be on one of the network's devices already.
+    ``device`` is where to move the batch; by default it must be on one of the network's devices already.
     """
     args, kwargs = arguments(batch)
     args = tuple(_fresh(value, device) for value in args)
@@ -101,7 +104,11 @@ def forward(model: nn.Module, batch: Batch, device: Device = None) -> Output:
 
 
 def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of the network for one batch."""
+    """Positional and keyword arguments of the network for one batch.
+
+    A tuple's or list's first item is the input (the rest, such as labels, is ignored); a mapping holds
+    keyword arguments.
+    """
     if isinstance(batch, tuple | list) and batch:
         batch = batch[0]
     if isinstance(batch, Tensor):
@@ -115,10 +122,7 @@ def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def few_samples(batch: Batch, count: int = 2) -> Batch:
-    """The first samples of a batch, enough to see what a network does; the batch itself where it has no more.
-
-    A batch whose tensors do not share their first dimension is left as it is.
-    """
+    """The first samples of a batch, or the batch itself where its tensors do not share a longer dimension."""
     tensors = [leaf for leaf in pytree.tree_leaves(arguments(batch)) if isinstance(leaf, Tensor)]
     lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
     if len(lengths) != 1 or lengths.pop() <= count:
@@ -141,7 +145,7 @@ def _fresh(value: object, device: Device) -> object:
 
 def _check_devices(model: nn.Module, inputs: list[Tensor], device: Device) -> None:
     """Refuse a batch on none of the network's devices."""
-    homes = devices(model)
+    homes = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
     strangers = {str(value.device) for value in inputs if value.device not in homes}
     if not homes or not strangers:
         return
@@ -172,18 +176,7 @@ def as_input(model: nn.Module, x: Values) -> Tensor:
 
 
 def labelled(model: nn.Module, x: Values, y: Values) -> tuple[Tensor, Tensor]:
-    """Inputs for the network and their labels, checked to be as many and not none.
-
-    Parameters
-    ----------
-    model : nn.Module
-    x, y : (n, …) arrays or tensors
-
-    Raises
-    ------
-    DataError
-        When they differ in number or are none.
-    """
+    """Inputs for the network and their labels; DataError where they differ in number or are none."""
     inputs, labels = as_input(model, x), as_tensor(y)
     if not len(inputs) or len(labels) != len(inputs):
         raise DataError(f"expected one label for each input, got {len(labels)} for {len(inputs)} inputs.")

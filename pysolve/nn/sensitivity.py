@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from pysolve.correlations import Array
 from pysolve.nn.divergence import class_dim, main_output
 from pysolve.nn.layer_matrix import Layer, channels, outputs
-from pysolve.nn.running import Batch, device_of, evaluating, forward
+from pysolve.nn.running import Batch, device_of, evaluating, forward, hooked
 
 # Random directions of the network's outputs per batch.
 PROBES = 8
@@ -32,8 +31,6 @@ def sensitivities(
     ----------
     model : nn.Module
         Runs in evaluation mode.
-    layers : {name: layer}
-    batches : sequence of batches
     seed : int
         Of the directions.
 
@@ -52,11 +49,8 @@ def sensitivities(
     }
     random = torch.Generator().manual_seed(seed)
     offsets: list[tuple[str, Tensor]] = []
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        stack.enter_context(torch.enable_grad())
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(partial(_offset, offsets, name)).remove)
+    hooks = (layer.register_forward_hook(partial(_offset, offsets, name)) for name, layer in layers.items())
+    with evaluating(model), torch.enable_grad(), hooked(hooks):
         for batch in batches:
             offsets.clear()
             result = main_output(forward(model, batch, device_of(model)))

@@ -22,10 +22,8 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 WEIGHTED = (nn.Linear, *CONVOLUTIONS)
 EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
-_NORMS = (
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
-    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_NORMS = (*_BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _WIDTHS: dict[type[nn.Module], str] = {
     nn.Linear: "out_features",
     **dict.fromkeys(CONVOLUTIONS, "out_channels"),
@@ -51,12 +49,9 @@ class Cut:
 
     Parameters
     ----------
-    rows : (outputs,) bool array
-        Kept output channels of those that the layer writes.
-    passed : (outputs,) bool array
-        Kept output channels of those that the layer passes on; with the others their inputs are removed.
+    rows, passed : (outputs,) bool arrays
+        Outputs that the layer writes, and that it passes on; with the others of these their inputs go, too.
     columns : (inputs,) bool array
-        Kept input channels.
     """
 
     rows: Mask
@@ -64,10 +59,7 @@ class Cut:
     columns: Mask
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Cut) and all(
-            np.array_equal(getattr(self, part), getattr(other, part))
-            for part in ("rows", "passed", "columns")
-        )
+        return isinstance(other, Cut) and all(map(np.array_equal, vars(self).values(), vars(other).values()))
 
 
 def outputs(layer: nn.Module) -> int:
@@ -124,7 +116,7 @@ def check_kind(name: str, layer: nn.Module, role: str) -> None:
 
 def check_cut(name: str, layer: nn.Module, cut: Cut) -> None:
     """Refuse a cut that would leave groups of different sizes, or pieces of them."""
-    groups = _groups(layer)
+    groups = getattr(layer, "num_groups", None) or getattr(layer, "groups", None)
     if groups is None:
         return
     passed = cut.passed.reshape(groups, -1)
@@ -146,7 +138,10 @@ def check_cut(name: str, layer: nn.Module, cut: Cut) -> None:
 def narrow(layer: nn.Module, cut: Cut) -> None:
     """Cut a layer in place; its parameters and buffers are replaced by narrower ones."""
     if type(layer) in PADS:
-        _narrow_padding(layer, cut.passed)
+        padding, channels = _padding(layer)
+        front, back = np.split(cut.passed, [padding[channels.start]])
+        padding[channels] = [int(front.sum()), int(back.sum())]
+        layer.__dict__["padding"] = tuple(padding)
     elif type(layer) in WEIGHTED:
         _narrow_weighted(layer, cut)
     else:
@@ -207,13 +202,6 @@ def _swapped(weight: Tensor, groups: int) -> Tensor:
     return weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
 
 
-def _narrow_padding(layer: nn.Module, kept: Mask) -> None:
-    padding, channels = _padding(layer)
-    front = padding[channels.start]
-    padding[channels] = [int(kept[:front].sum()), int(kept[front:].sum())]
-    layer.__dict__["padding"] = tuple(padding)
-
-
 def _padding(layer: nn.Module) -> tuple[list[int], slice]:
     """A padding layer's sizes, and where the channels' are: the only ones that are not zero, or the last."""
     assert isinstance(layer, PADS)
@@ -223,19 +211,11 @@ def _padding(layer: nn.Module) -> tuple[list[int], slice]:
     return padding, used[-1] if used else pairs[-1]
 
 
-def _groups(layer: nn.Module) -> int | None:
-    if type(layer) in CONVOLUTIONS:
-        return int(layer.groups)  # type: ignore[arg-type]
-    return layer.num_groups if isinstance(layer, nn.GroupNorm) else None
-
-
 def _replace(layer: nn.Module, name: str, change: Callable[[Tensor], Tensor]) -> None:
     """Put a changed parameter or buffer in place of the old one, if there is one."""
-    old = getattr(layer, name, None)
-    if old is None:
-        return
-    new = change(old.detach()).contiguous()
-    setattr(layer, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    if (old := getattr(layer, name, None)) is not None:
+        new = change(old.detach()).contiguous()
+        setattr(layer, name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
 
 
 def _index(kept: Mask, values: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -13,30 +12,17 @@ from torch import Tensor, nn
 from pysolve.correlations import AnyArray, Array
 from pysolve.errors import CollapseError
 from pysolve.nn.layers.base import weight_of
-from pysolve.nn.running import find_layer
+from pysolve.nn.running import closest, find_layer
 from pysolve.nn.slicing import TRANSPOSED, WEIGHTED, channels_of, inputs, outputs
 from pysolve.plan import Collapse, Plan, tensor_name, weight_name
 
 
 def new_values(model: nn.Module, plan: Plan) -> dict[str, Tensor]:
-    """All new values of a plan, those of its steps included, as the network would hold them.
+    """All new values of a plan by state-dict name, in the shapes and data types of the network's own.
 
-    Parameters
-    ----------
-    model : nn.Module
-    plan : Plan
-
-    Returns
-    -------
-    {state-dict name: tensor}
-        In the shapes and data types of the network's own; a new weight from a step has zeros for the
-        removed channels.
-
-    Raises
-    ------
-    CollapseError
-        When the network has no such value, or one of another shape; when a value is not finite in its data
-        type; when two values are given for one parameter.
+    Those of its steps are among them, with zeros in the weights for the removed channels. CollapseError when
+    the network has no such value, or one of another shape; when a value is not finite in its data type; when
+    two values are given for one parameter.
     """
     state = model.state_dict(keep_vars=True)
     values: dict[str, Tensor] = {}
@@ -74,8 +60,8 @@ def _given(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor | AnyArra
             yield weight_name(name), _full_weight(name, find_layer(model, name), step, matrix)
         for name, bias in step.biases.items():
             layer = find_layer(model, name)
-            shape, dtype = (outputs(layer),), weight_of(layer).dtype
-            yield tensor_name(name, "bias"), checked(f"new biases of {name}", bias, shape, dtype)
+            new = checked(f"new biases of {name}", bias, (outputs(layer),), weight_of(layer).dtype)
+            yield tensor_name(name, "bias"), new
 
 
 def _full_weight(name: str, layer: nn.Module, step: Collapse, matrix: Array) -> Tensor:
@@ -105,15 +91,8 @@ def _expected(
     layer = dict(model.named_modules(remove_duplicate=False)).get(owner)
     if leaf == "bias" and isinstance(layer, WEIGHTED) and type(layer) in WEIGHTED and layer.bias is None:
         return (outputs(layer),), layer.weight.dtype
-    raise CollapseError(
-        f"{type(model).__name__} has no {name!r} that could get new values: {closest(name, state)}"
-    )
-
-
-def closest(name: str, state: Mapping[str, object]) -> str:
-    """Names of a state dict that may have been meant."""
-    close = difflib.get_close_matches(name, state, n=3)
-    return f"did you mean {' or '.join(map(repr, close))}?" if close else "see model.state_dict()."
+    meant = closest(name, state, "see model.state_dict().")
+    raise CollapseError(f"{type(model).__name__} has no {name!r} that could get new values: {meant}")
 
 
 def checked(what: str, value: Tensor | npt.ArrayLike, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -123,9 +102,7 @@ def checked(what: str, value: Tensor | npt.ArrayLike, shape: tuple[int, ...], dt
         raise CollapseError(f"the {what} must have shape {shape}, got {tuple(given.shape)}.")
     rounded = given.to(dtype)
     # The two extremes are NaN where any number is; they need no second array as large as the weight.
-    extremes = (
-        torch.stack((rounded if dtype.is_floating_point else given).aminmax()) if given.numel() else given
-    )
-    if not bool(extremes.isfinite().all()):
+    numbers = rounded if dtype.is_floating_point else given
+    if numbers.numel() and not bool(torch.stack(numbers.aminmax()).isfinite().all()):
         raise CollapseError(f"the {what} are not finite in {dtype}.")
     return rounded

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pysolve.errors import PysolveError
 from pysolve.nn.layers.factored import Factored
 from pysolve.nn.layers.quantized import unrounded
-from pysolve.nn.running import Batch, Output, evaluating, forward
+from pysolve.nn.running import Batch, Output, evaluating, forward, hooked
 
 # How far the outputs of two equal networks may differ, in units of the largest output. Dropping zero
 # columns only reorders sums: LeNet-5 differs by about 1e-7 in float32. Half precisions round each layer.
@@ -52,10 +52,8 @@ def _watched(model: nn.Module) -> Iterator[list[bool]]:
         tf32 = not isinstance(layer.inner, nn.Linear) or torch.get_float32_matmul_precision() != "highest"
         coarse.append(output.dtype not in _TOLERANCE or (output.device.type == "cuda" and tf32))
 
-    with ExitStack() as stack:
-        for layer in model.modules():
-            if isinstance(layer, Factored):
-                stack.callback(layer.register_forward_hook(note).remove)
+    factored = [layer for layer in model.modules() if isinstance(layer, Factored)]
+    with hooked(layer.register_forward_hook(note) for layer in factored):
         yield coarse
 
 

@@ -9,7 +9,7 @@ from pysolve.nn.graph.calls import Call, Labels
 from pysolve.nn.graph.classes import along, lean, spread, squashed
 from pysolve.nn.graph.export import where
 from pysolve.nn.graph.operators import Rule
-from pysolve.nn.windows import ORDINARY, TRANSPOSED
+from pysolve.nn.layer_matrix import ORDINARY, TRANSPOSED
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)

@@ -14,20 +14,17 @@ from torch.nn.utils import skip_init
 
 from pysolve.errors import PysolveError
 from pysolve.forms import Form
+from pysolve.nn.layer_matrix import margins
 
 Dense = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
 # Torch's context of an autograd function, which holds whatever is kept for the backward pass.
 Context = Any
 T = TypeVar("T", bound=Dense)
+_HOW = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
 
 
 class TwoWay(nn.Module):
-    """A layer that is computed in one way when it runs, and in another when it is traced.
-
-    ``computed`` is what runs; torch.compile leaves it as it is, between two graphs. ``traced`` is what
-    torch.export and torch.jit.trace follow: a function of the layer's state in torch's own operators, so that
-    exported programs run without this package.
-    """
+    """A layer that is computed in one way when it runs, and in another when it is traced."""
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
@@ -35,11 +32,14 @@ class TwoWay(nn.Module):
         return _apart(self, x) if torch.compiler.is_compiling() else self.computed(x)
 
     def computed(self, x: Tensor) -> Tensor:
-        """The layer's output, as it runs."""
+        """The layer's output as it runs; torch.compile leaves this as it is, between two graphs."""
         raise NotImplementedError
 
     def traced(self, x: Tensor) -> Tensor:
-        """The layer's output in torch's own operators."""
+        """What torch.export and torch.jit.trace follow: torch's own operators on the layer's state.
+
+        So exported programs run without this package.
+        """
         raise NotImplementedError
 
 
@@ -51,10 +51,7 @@ def _apart(layer: TwoWay, x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a 2-d convolution moves over its inputs; attributes as ``nn.Conv2d`` has them.
-
-    ``margins`` is its padding as ``torch.nn.functional.pad`` takes it.
-    """
+    """Attributes of an ``nn.Conv2d``; ``margins`` is its padding as ``torch.nn.functional.pad`` takes it."""
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -67,13 +64,11 @@ class Geometry:
     @classmethod
     def of(cls, layer: nn.Conv2d) -> Geometry:
         """The geometry of a layer."""
-        sizes = layer.kernel_size, layer.stride, layer.padding, layer.dilation
-        return cls(*sizes, layer.groups, layer.padding_mode, tuple(layer._reversed_padding_repeated_twice))
+        return cls(**{name: getattr(layer, name) for name in _HOW}, margins=margins(layer))
 
     def dense(self, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
         """A layer with this geometry and these values; see ``dense_layer``."""
-        names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-        how = {name: getattr(self, name) for name in names}
+        how = {name: getattr(self, name) for name in _HOW}
         return dense_layer(nn.Conv2d, weight, bias, (weight.shape[1] * self.groups, len(weight)), how)
 
     def padded(self, x: Tensor) -> Tensor:
@@ -99,8 +94,7 @@ def dense_layer(
 ) -> T:
     """A layer of torch's own with copies of these values, where and of the type that the weight is.
 
-    No random number is drawn for it. ``sizes`` are input and output channels, ``how`` further arguments of
-    the kind; its bias is trained where this one is.
+    No random number is drawn. ``sizes`` are input and output channels; its bias is trained where this one is.
     """
     place = {"device": weight.device, "dtype": weight.dtype}
     made: T = skip_init(kind, *sizes, bias=bias is not None, **place, **(how or {}))  # type: ignore[no-untyped-call]
@@ -121,7 +115,6 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 
 def check_shape(layer: nn.Module, form: Form) -> None:
-    """Refuse a form of another shape than the layer's weight with a PysolveError."""
-    shape = tuple(weight_of(layer).shape)
-    if form.shape != shape:
+    """Refuse a form of another shape than the layer's weight."""
+    if form.shape != (shape := tuple(weight_of(layer).shape)):
         raise PysolveError(f"expected a form of shape {shape}, got {form.shape}.")

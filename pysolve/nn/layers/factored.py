@@ -16,6 +16,8 @@ from pysolve.nn.layers.base import Dense, check_shape, dense_layer
 from pysolve.nn.running import as_array, as_tensor
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+# Attributes for each dimension, and what they are along a kernel of size 1.
+_ALONG = {"stride": 1, "padding": 0, "dilation": 1}
 # A dense layer, or whatever runs in its place.
 Part = Any
 
@@ -36,17 +38,13 @@ class Factored(nn.Module):
 
     def __init__(self, inner: nn.Module, outer: nn.Module) -> None:
         super().__init__()
-        self.inner = inner
-        self.outer = outer
+        self.inner, self.outer = inner, outer
 
     @classmethod
     def from_form(cls, layer: Dense, form: LowRank) -> Factored:
         """A layer with a dense one's bias, strides and padding, and a weight of low rank.
 
-        Raises
-        ------
-        PysolveError
-            When the layer is no Linear and no ungrouped convolution, or its weight has another shape.
+        PysolveError when the layer is no Linear and no ungrouped convolution, or of another shape.
         """
         check_factors(layer, form)
         # A dimension of the kernel belongs to the factor that extends along it.
@@ -55,8 +53,7 @@ class Factored(nn.Module):
         return cls(inner, _part(layer, form.outer, layer.bias, outside)).train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.outer(self.inner(x))
-        return y
+        return self.outer(self.inner(x))  # type: ignore[no-any-return]
 
     @property
     def rank(self) -> int:
@@ -71,8 +68,7 @@ class Factored(nn.Module):
     @property
     def bias(self) -> nn.Parameter | None:
         """The outer layer's."""
-        bias: nn.Parameter | None = self.outer.bias
-        return bias
+        return self.outer.bias  # type: ignore[no-any-return]
 
     def form(self) -> LowRank:
         """The two weights."""
@@ -81,13 +77,13 @@ class Factored(nn.Module):
     def to_dense(self) -> Dense:
         """One layer with the product as its weight."""
         inner, outer = self.inner, self.outer
-        channels, width, how = inner.weight.shape[1], len(outer.weight), dict[str, object]()
+        how: dict[str, object] = {}
         if not isinstance(inner, nn.Linear):
             own = [a > b for a, b in zip(outer.kernel_size, inner.kernel_size, strict=True)]
-            how = {name: _both(own, inner, outer, name) for name in ("stride", "padding", "dilation")}
+            how = {name: _mixed(own, getattr(outer, name), getattr(inner, name)) for name in _ALONG}
             how["kernel_size"] = tuple(map(max, inner.kernel_size, outer.kernel_size))
             how["padding_mode"] = inner.padding_mode
-        trained, sizes = inner.weight.requires_grad, (channels, width)
+        trained, sizes = inner.weight.requires_grad, (inner.weight.shape[1], len(outer.weight))
         # Under autocast the product has another type.
         weight = self.weight.to(inner.weight)
         dense: Dense = dense_layer(type(inner), weight, outer.bias, sizes, how, trained=trained)
@@ -99,11 +95,9 @@ class Factored(nn.Module):
 
 def check_factors(layer: nn.Module, form: LowRank) -> None:
     """Refuse a layer that cannot be factored, and factors of another shape, with a PysolveError."""
-    kind = type(layer)
-    if kind not in (nn.Linear, *CONVOLUTIONS) or getattr(layer, "groups", 1) > 1:
-        raise PysolveError(
-            f"only Linear layers and convolutions without groups can be factored, got {kind.__name__}."
-        )
+    if type(layer) not in (nn.Linear, *CONVOLUTIONS) or getattr(layer, "groups", 1) > 1:
+        kinds = "only Linear layers and convolutions without groups"
+        raise PysolveError(f"{kinds} can be factored, got {type(layer).__name__}.")
     check_shape(layer, form)
     most = min(form.outer[:, 0].size, form.inner[0].size)
     if form.rank > most:
@@ -120,28 +114,20 @@ def empty(layer: Dense, rank: int, *, spatial: bool = False) -> LowRank:
     return LowRank(np.zeros((h, rank, *outside), np.float32), np.zeros((rank, c, *inside), np.float32))
 
 
-def _part(layer: Dense, weight: AnyArray, bias: Tensor | None, own: Iterable[bool]) -> Dense:
+def _part(layer: Dense, weight: AnyArray, bias: Tensor | None, own: list[bool]) -> Dense:
     """A Linear, or a convolution along some of a layer's dimensions."""
     how: dict[str, object] = {}
     if not isinstance(layer, nn.Linear):
-        how = {name: _along(layer, name, own) for name in ("stride", "padding", "dilation")}
+        each = _ALONG.items()
+        how = {name: _mixed(own, getattr(layer, name), [single] * len(own)) for name, single in each}
         how |= {"kernel_size": weight.shape[2:], "padding_mode": layer.padding_mode}
     (out, channels), trained = weight.shape[:2], layer.weight.requires_grad
     own_weight = as_tensor(weight).to(layer.weight)
     return dense_layer(type(layer), own_weight, bias, (channels, out), how, trained=trained)
 
 
-def _along(layer: Dense, name: str, own: Iterable[bool]) -> str | tuple[int, ...]:
-    """A convolution's attribute in its own dimensions; in others, that of a kernel of size 1."""
-    values, other = getattr(layer, name), 0 if name == "padding" else 1
+def _mixed(own: list[bool], values: Any, others: Iterable[int]) -> str | tuple[int, ...]:
+    """A convolution's attribute: some values in its own dimensions, others elsewhere; words as they are."""
     if isinstance(values, str):
         return values
-    return tuple(value if mine else other for value, mine in zip(values, own, strict=True))
-
-
-def _both(own: list[bool], inner: Dense, outer: Dense, name: str) -> str | tuple[int, ...]:
-    """The attribute of the whole convolution from those of its two parts."""
-    first, second = getattr(inner, name), getattr(outer, name)
-    if isinstance(first, str):
-        return first
-    return tuple(b if mine else a for a, b, mine in zip(first, second, own, strict=True))
+    return tuple(a if mine else b for a, b, mine in zip(values, others, own, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -72,23 +72,28 @@ def mask_weights(
     layers = {name: find_layer(model, name) for name in masks}
     given: dict[nn.Module, tuple[str, Tensor]] = {}
     for name, layer in layers.items():
-        mask = as_tensor(masks[name])
-        _check(model, name, layer, mask)
+        mask, weight = as_tensor(masks[name]), getattr(layer, "weight", None)
+        if not isinstance(weight, Tensor) or mask.dtype != torch.bool or mask.shape != weight.shape:
+            wanted = None if weight is None else tuple(weight.shape)
+            raise ValueError(
+                f"the mask of {name} must be of booleans in its weight's shape {wanted}, got {mask.dtype} of "
+                f"{tuple(mask.shape)}."
+            )
+        if mask_of(layer) is None:
+            check_own_weight(model, name, layer)
         first, earlier = given.setdefault(layer, (name, mask))
         if not torch.equal(earlier, mask):
             raise ValueError(f"{first} and {name} are one layer and need one mask, got two different ones.")
     for layer, (_, mask) in given.items():
         remove_mask(layer)
-        weight = layer.weight
-        assert isinstance(weight, Tensor)
-        kept = mask.to(weight.device, copy=True)
+        kept = mask.to(below(layer).device, copy=True)
         parametrize.register_parametrization(layer, "weight", Mask(kept, splicing=splicing))
 
 
 def masks_of(model: nn.Module) -> dict[str, Mask]:
     """The masks of a network's weights, by the layers' first names; changes to them take effect."""
-    found = {name: mask_of(layer) for name, layer in model.named_modules()}
-    return {name: mask for name, mask in found.items() if mask is not None}
+    layers = model.named_modules()
+    return {name: mask for name, layer in layers if (mask := mask_of(layer)) is not None}
 
 
 def mask_of(layer: nn.Module) -> Mask | None:
@@ -143,24 +148,14 @@ def make_ordinary(layer: nn.Module) -> None:
 
 def unmasked(model: nn.Module) -> nn.Module:
     """The network if it has no masks, else a copy without them."""
-    if not masks_of(model):
-        return model
-    plain = copy.deepcopy(model)
-    remove_masks(plain)
-    return plain
+    return changed_copy(model, remove_masks) if masks_of(model) else model
 
 
-def _check(model: nn.Module, name: str, layer: nn.Module, mask: Tensor) -> None:
-    """Refuse a mask that does not fit its layer's weight, and a weight that is not the layer's alone."""
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor) or mask.dtype != torch.bool or mask.shape != weight.shape:
-        wanted = None if weight is None else tuple(weight.shape)
-        raise ValueError(
-            f"the mask of {name} must be of booleans in its weight's shape {wanted}, got {mask.dtype} of "
-            f"{tuple(mask.shape)}."
-        )
-    if mask_of(layer) is None:
-        check_own_weight(model, name, layer)
+def changed_copy(model: nn.Module, change: Callable[[nn.Module], None]) -> nn.Module:
+    """A copy of a network, changed in place."""
+    copied = copy.deepcopy(model)
+    change(copied)
+    return copied
 
 
 def check_own_weight(model: nn.Module, name: str, layer: nn.Module) -> None:

@@ -1,6 +1,10 @@
-"""A layer in the form in which its weight runs."""
+"""A layer in the form in which its weight runs, and networks in which all are torch's own again."""
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
 
 from torch import nn
 
@@ -8,8 +12,8 @@ from pysolve.errors import PysolveError
 from pysolve.forms import Integers, LowRank, RuntimeForm
 from pysolve.nn.layers.base import check_shape
 from pysolve.nn.layers.factored import Factored, check_factors
-from pysolve.nn.layers.quantized import QuantConv2d, QuantLinear, check_integers, quantized
-from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
+from pysolve.nn.layers.quantized import QuantConv2d, QuantLinear, QuantWeight, check_integers
+from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear, SparseWeight
 from pysolve.nn.running import as_tensor
 
 
@@ -28,19 +32,13 @@ def check_form(layer: nn.Module, form: RuntimeForm) -> None:
 def in_form(
     layer: nn.Module, form: RuntimeForm
 ) -> SparseLinear | SparseConv2d | Factored | QuantLinear | QuantConv2d:
-    """The layer in another form that takes the place of a dense one, with a weight of the same shape.
-
-    Raises
-    ------
-    PysolveError
-        When the layer cannot take the form, or its weight has another shape.
-    """
+    """The layer that takes the place of a dense one; PysolveError when its weight cannot take the form."""
     check_form(layer, form)
     if isinstance(form, LowRank):
         assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
         return Factored.from_form(layer, form)
     if isinstance(form, Integers):
-        return quantized(layer, form)
+        return (QuantLinear if type(layer) is nn.Linear else QuantConv2d).from_form(layer, form)
     assert isinstance(layer, nn.Linear | nn.Conv2d)
     weight = as_tensor(form.dense()).to(layer.weight)
     if isinstance(layer, nn.Linear):
@@ -57,3 +55,56 @@ def substitute(model: nn.Module, layer: nn.Module, other: nn.Module) -> nn.Modul
             if child is layer:
                 setattr(owner, name, other)
     return model
+
+
+def to_dense(model: nn.Module) -> nn.Module:
+    """A copy of a network with one dense layer for each sparse, quantised or factored one.
+
+    For other devices and half precision, and for exporting. A network with sparse layers can be exported,
+    too: at 90 % zeros such a program takes a fifth of a dense one's space, but makes the dense weights anew
+    in each call, for single samples several times as long as the products take. ONNX Runtime makes them
+    once, when it loads the model. The same holds of codes of quantised layers. Inputs that these round are
+    no longer rounded.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Not changed.
+    """
+    return _replaced(model, (SparseWeight, Factored, QuantWeight), lambda layer: layer.to_dense())
+
+
+def without_sparse(model: nn.Module) -> nn.Module:
+    """A copy of a network with a dense layer for each sparse one; the network itself where none is sparse."""
+    found = any(isinstance(layer, SparseWeight) for layer in model.modules())
+    return _replaced(model, (SparseWeight,), lambda layer: layer.to_dense()) if found else model
+
+
+def to_torchao(model: nn.Module) -> nn.Module:
+    """A copy of a network whose layers that round their inputs are run by torchao.
+
+    Each becomes an ``nn.Linear`` whose weight is torchao's ``Int8Tensor`` of the same codes and scales: for
+    GPUs and torch.compile. On a CPU without torch.compile the layers are faster as they are: torchao calls
+    the same kernel, with more around it. It rounds inputs symmetrically about zero, in wider steps; on a
+    CPU without VNNI its sums of large products overflow, which those of the layers as they are never do.
+
+    Parameters
+    ----------
+    model : nn.Module
+        Not changed.
+
+    Raises
+    ------
+    ImportError
+        Without torchao: pip install 'pysolve[quant]'.
+    """
+    return _replaced(model, (QuantLinear,), lambda layer: layer.to_torchao() if layer.dynamic else layer)
+
+
+def _replaced(model: nn.Module, kinds: tuple[type, ...], make: Callable[[Any], nn.Module]) -> nn.Module:
+    """A copy of a network with other layers in the place of those of some kinds."""
+    other = copy.deepcopy(model)
+    # Inside out: the parts of a factored layer may be sparse or factored themselves.
+    for layer in [one for one in reversed([*other.modules()]) if isinstance(one, kinds)]:
+        other = substitute(other, layer, make(layer))
+    return other

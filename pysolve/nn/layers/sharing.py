@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -13,8 +13,9 @@ from torch.nn.functional import pad
 from torch.nn.utils import parametrize
 
 from pysolve.forms import Codebook
+from pysolve.nn.layers import masking
 from pysolve.nn.layers.base import Context, weight_of
-from pysolve.nn.layers.masking import below, check_own_weight, make_ordinary, mask_of, parametrizations
+from pysolve.nn.layers.masking import below, parametrizations
 from pysolve.nn.running import as_array, as_tensor, find_layer
 
 TRAINED = ("values", "both")
@@ -43,8 +44,7 @@ class Shared(nn.Module):
     def __init__(self, codes: Tensor, k: int, *, zero: bool = False) -> None:
         super().__init__()
         self.register_buffer("codes", codes)
-        self.k = k
-        self.zero = zero
+        self.k, self.zero = k, zero
 
     def forward(self, centroids: Tensor) -> Tensor:
         """The weight in use."""
@@ -95,8 +95,7 @@ class Snapped(nn.Module):
     ) -> None:
         super().__init__()
         self.centroids = nn.Parameter(centroids)
-        self.zero = zero
-        self.threshold = threshold
+        self.zero, self.threshold = zero, threshold
         self.register_buffer("fixed", fixed)
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -157,14 +156,7 @@ def share_weights(
         raise ValueError(f"trained must be one of {', '.join(TRAINED)}, got {trained!r}.")
     for name, book in books.items():
         _check_book(name, find_layer(model, name), book, zero=keep_zeros and trained == "both")
-
-    def share(layer: nn.Module, book: Codebook) -> None:
-        if trained == "values":
-            _share(layer, book)
-        else:
-            _snap(layer, book, keep_zeros)
-
-    _change(model, books, share)
+    _change(model, books, _share if trained == "values" else partial(_snap, keep_zeros=keep_zeros))
 
 
 def ternary_weights(
@@ -199,8 +191,8 @@ def ternary_weights(
 
 def shared_of(model: nn.Module) -> dict[str, Sharing]:
     """The parametrisations by which weights share values, by the layers' first names."""
-    found = {name: sharing_of(layer) for name, layer in model.named_modules()}
-    return {name: one for name, one in found.items() if one is not None}
+    layers = model.named_modules()
+    return {name: one for name, layer in layers if (one := sharing_of(layer)) is not None}
 
 
 def sharing_of(layer: nn.Module) -> Sharing | None:
@@ -225,11 +217,7 @@ def remove_sharing(model: nn.Module) -> None:
 
 def unshared(model: nn.Module) -> nn.Module:
     """The network if no weights share values by parametrisation, else a copy in which they are ordinary."""
-    if not shared_of(model):
-        return model
-    plain = copy.deepcopy(model)
-    remove_sharing(plain)
-    return plain
+    return masking.changed_copy(model, remove_sharing) if shared_of(model) else model
 
 
 def _change(model: nn.Module, given: Mapping[str, T], change: Callable[[nn.Module, T], None]) -> None:
@@ -237,10 +225,10 @@ def _change(model: nn.Module, given: Mapping[str, T], change: Callable[[nn.Modul
     first: dict[nn.Module, tuple[str, T]] = {}
     for name, how in given.items():
         layer = find_layer(model, name)
-        if mask_of(layer) is not None:
+        if masking.mask_of(layer) is not None:
             raise ValueError(f"{name} is masked: remove its mask first; shared values have their own zero.")
         if sharing_of(layer) is None:
-            check_own_weight(model, name, layer)
+            masking.check_own_weight(model, name, layer)
         earlier, same = first.setdefault(layer, (name, how))
         if same != how:
             raise ValueError(f"{earlier} and {name} are one layer, but got different values to share.")
@@ -254,9 +242,8 @@ def _change(model: nn.Module, given: Mapping[str, T], change: Callable[[nn.Modul
 
 def _remove(layer: nn.Module) -> None:
     if sharing_of(layer) is not None:
-        make_ordinary(layer)
-        weight = weight_of(layer)
-        weight.grad = None
+        masking.make_ordinary(layer)
+        weight_of(layer).grad = None
 
 
 def _check_book(name: str, layer: nn.Module, book: Codebook, *, zero: bool) -> None:
@@ -269,18 +256,16 @@ def _check_book(name: str, layer: nn.Module, book: Codebook, *, zero: bool) -> N
 
 
 def _share(layer: nn.Module, book: Codebook) -> None:
-    weight = weight_of(layer)
+    weight, zero = weight_of(layer), bool(book.centroids[0] == 0)
     codes = as_tensor(book.codes).to(weight.device, copy=True)
-    zero = bool(book.centroids[0] == 0)
-    parametrize.register_parametrization(
-        layer, "weight", Shared(codes, len(book.centroids), zero=zero), unsafe=True
-    )
+    sharing = Shared(codes, len(book.centroids), zero=zero)
+    parametrize.register_parametrization(layer, "weight", sharing, unsafe=True)
     with torch.no_grad():
         # The same parameter, which is (k,) now: torch has put means in place.
         weight.set_(as_tensor(book.centroids).to(weight, copy=True))  # type: ignore[call-overload]
 
 
-def _snap(layer: nn.Module, book: Codebook, keep_zeros: bool) -> None:
+def _snap(layer: nn.Module, book: Codebook, *, keep_zeros: bool) -> None:
     weight = weight_of(layer)
     codes = as_tensor(book.codes).to(weight.device)
     values = as_tensor(book.centroids).to(weight, copy=True)
@@ -304,8 +289,7 @@ def _make_ternary(layer: nn.Module, threshold: float) -> None:
 
 
 def _register(layer: nn.Module, sharing: Snapped) -> None:
-    weight = weight_of(layer)
-    sharing.centroids.requires_grad_(weight.requires_grad)
+    sharing.centroids.requires_grad_(weight_of(layer).requires_grad)
     parametrize.register_parametrization(layer, "weight", sharing)
 
 

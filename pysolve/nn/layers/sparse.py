@@ -133,8 +133,7 @@ class SparseWeight(TwoWay):
         if not torch.is_grad_enabled():
             return self.product(x, layout)
         self.matrix()
-        result: Tensor = _Product.apply(x, self.values, self.bias, self, layout)  # type: ignore[no-untyped-call]
-        return result
+        return _Product.apply(x, self.values, self.bias, self, layout)  # type: ignore[no-any-return, no-untyped-call]
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         """Take the sizes of the loaded tensors, once they are known to be a matrix of this shape."""
@@ -215,12 +214,9 @@ class SparseConv2d(SparseWeight):
     def from_dense(cls, layer: nn.Conv2d, weight: Tensor | None = None) -> SparseConv2d:
         """A layer with the non-zero entries of a dense one's weight, or of another in its place."""
         weight = layer.weight.detach() if weight is None else weight
-        rows, columns = len(weight) // layer.groups, weight.shape[1]
-        whole = weight.new_zeros(len(weight), layer.in_channels, *layer.kernel_size)
-        for g in range(layer.groups):
-            own = slice(g * rows, (g + 1) * rows)
-            whole[own, g * columns : (g + 1) * columns] = weight[own]
-        return cls(csr_array(whole.flatten(1).numpy()), layer.bias, layer).train(layer.training)
+        blocks = [block.flatten(1) for block in weight.chunk(layer.groups)]
+        matrix = torch.block_diag(*blocks)  # type: ignore[no-untyped-call]
+        return cls(csr_array(matrix.numpy()), layer.bias, layer).train(layer.training)
 
     def to_dense(self) -> nn.Conv2d:
         """The same layer with a dense weight."""

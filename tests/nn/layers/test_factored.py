@@ -12,8 +12,8 @@ from torch import nn
 import pysolve as ps
 from pysolve.errors import PysolveError
 from pysolve.forms import LowRank
-from pysolve.nn.layers.dense import to_dense
 from pysolve.nn.layers.factored import Factored, empty
+from pysolve.nn.layers.runtime import to_dense
 
 # What torch says once of even kernels.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")

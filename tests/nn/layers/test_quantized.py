@@ -21,9 +21,9 @@ from pysolve.nn import QuantConv2d, QuantLinear, to_dense, to_torchao
 from pysolve.nn.calibration import Calibration
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.files.architecture import architecture, fingerprint, rebuilt
-from pysolve.nn.layers import integers
-from pysolve.nn.layers.integers import multiplies_exactly, restored
-from pysolve.nn.layers.quantized import quantized
+from pysolve.nn.layers import quantized
+from pysolve.nn.layers.quantized import multiplies_exactly, restored
+from pysolve.nn.layers.runtime import in_form
 
 CONVOLUTIONS = {
     "plain": {"kernel_size": 3},
@@ -161,7 +161,7 @@ def test_it_runs_the_same_where_small_numbers_are_not_multiplied_exactly(case):
     rows = torch.from_numpy(x)
     with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
         fast = layer(rows)
-        patch.setattr(integers, "multiplies_exactly", lambda: False)
+        patch.setattr(quantized, "multiplies_exactly", lambda: False)
         slow = layer(rows)
         traced = layer.traced(rows)
     size = float(rows.abs().max() * layer.weight.abs().sum(1).max())
@@ -185,7 +185,7 @@ def test_products_of_small_numbers_are_found_inexact_where_pairs_overflow(monkey
 
 
 def test_a_row_of_zeros_gives_the_bias_and_zeros_stay_zeros():
-    layer = quantized(nn.Linear(30, 4), nearest(nn.Linear(30, 4), dynamic=True))
+    layer = in_form(nn.Linear(30, 4), nearest(nn.Linear(30, 4), dynamic=True))
     with torch.no_grad():
         assert torch.equal(layer(torch.zeros(2, 30)), layer.bias.expand(2, 4))
     x = torch.randn(5, 30).relu()
@@ -194,7 +194,7 @@ def test_a_row_of_zeros_gives_the_bias_and_zeros_stay_zeros():
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 def test_what_is_not_finite_stays_so_in_its_row_alone(value):
-    layer = quantized(nn.Linear(8, 3), nearest(nn.Linear(8, 3), dynamic=True))
+    layer = in_form(nn.Linear(8, 3), nearest(nn.Linear(8, 3), dynamic=True))
     x = torch.randn(3, 8)
     with torch.no_grad():
         clean = layer(x)
@@ -210,14 +210,14 @@ def test_what_is_not_finite_stays_so_in_its_row_alone(value):
 def test_inputs_of_any_shape_are_taken(shape, dynamic):
     d = shape[-1]
     codes = np.arange(3 * d, dtype=np.int8).reshape(3, d)
-    layer = quantized(nn.Linear(d, 3), Integers(codes, np.ones((3, int(d > 0)), np.float32), dynamic=dynamic))
+    layer = in_form(nn.Linear(d, 3), Integers(codes, np.ones((3, int(d > 0)), np.float32), dynamic=dynamic))
     for x in (torch.randn(shape), torch.randn(shape, requires_grad=True)):
         assert layer(x).shape == (*shape[:-1], 3)
 
 
 def test_inputs_and_codes_of_any_strides_are_taken():
     dense = nn.Linear(16, 3)
-    layer, x = quantized(dense, nearest(dense, dynamic=True)), torch.randn(4, 16)
+    layer, x = in_form(dense, nearest(dense, dynamic=True)), torch.randn(4, 16)
     with torch.no_grad():
         y = layer(x)
         torch.testing.assert_close(layer(x.t().contiguous().t()), y)
@@ -232,7 +232,7 @@ def test_inputs_and_codes_of_any_strides_are_taken():
 def test_a_convolution_is_the_dense_one(options):
     dense = nn.Conv2d(4, 8, **options)
     form = nearest(dense)
-    layer, x = quantized(dense, form), torch.randn(3, 4, 9, 8)
+    layer, x = in_form(dense, form), torch.randn(3, 4, 9, 8)
     with torch.no_grad():
         dense.weight.copy_(torch.from_numpy(form.dense()))
     for other in (layer, to_dense(layer), layer.traced):
@@ -242,7 +242,7 @@ def test_a_convolution_is_the_dense_one(options):
 
 
 def test_gradients_go_to_inputs_scales_and_biases_as_through_the_dense_weight():
-    layer = quantized(nn.Linear(12, 5), nearest(nn.Linear(12, 5), dynamic=True)).requires_grad_()
+    layer = in_form(nn.Linear(12, 5), nearest(nn.Linear(12, 5), dynamic=True)).requires_grad_()
     x, g = torch.randn(4, 12), torch.randn(4, 5)
     layer(x).backward(g)
     by_kernel = [layer.scales.grad.clone(), layer.bias.grad.clone()]
@@ -260,7 +260,7 @@ def test_gradients_go_to_inputs_scales_and_biases_as_through_the_dense_weight():
 
 def test_training_scales_moves_the_weight_that_is_kept():
     torch.manual_seed(0)
-    layer = quantized(nn.Linear(6, 4), nearest(nn.Linear(6, 4))).requires_grad_()
+    layer = in_form(nn.Linear(6, 4), nearest(nn.Linear(6, 4))).requires_grad_()
     x, target = torch.randn(50, 6), torch.randn(50, 4)
     optimizer = torch.optim.SGD([layer.scales], lr=1e-6)
     losses = []
@@ -277,14 +277,14 @@ def test_training_scales_moves_the_weight_that_is_kept():
 def test_only_the_bias_is_trained_unless_asked(trained):
     dense = nn.Linear(6, 4).train(trained)
     dense.bias.requires_grad_(trained)
-    layer = quantized(dense, nearest(dense))
+    layer = in_form(dense, nearest(dense))
     assert layer.training == trained
     assert [name for name, one in layer.named_parameters() if one.requires_grad] == ["bias"] * trained
     assert to_dense(layer).bias.requires_grad == trained
 
 
 def test_the_decoded_weight_is_kept_and_follows_the_state():
-    layer, other = (quantized(nn.Linear(6, 4), nearest(nn.Linear(6, 4))) for _ in range(2))
+    layer, other = (in_form(nn.Linear(6, 4), nearest(nn.Linear(6, 4))) for _ in range(2))
     with torch.no_grad():
         first = layer.weight
         assert layer.weight is first
@@ -298,7 +298,7 @@ def test_the_decoded_weight_is_kept_and_follows_the_state():
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
 def test_copies_and_states_hold_codes_alone(copied):
-    layer = quantized(nn.Linear(60, 40), nearest(nn.Linear(60, 40), dynamic=True))
+    layer = in_form(nn.Linear(60, 40), nearest(nn.Linear(60, 40), dynamic=True))
     with torch.no_grad():
         y = layer(torch.ones(1, 60))
         assert layer.weight.any()
@@ -316,7 +316,7 @@ def test_copies_and_states_hold_codes_alone(copied):
 
 
 def test_a_weight_decoded_in_inference_mode_can_take_part_in_training():
-    layer = quantized(nn.Linear(6, 4), nearest(nn.Linear(6, 4), dynamic=True)).requires_grad_(False)
+    layer = in_form(nn.Linear(6, 4), nearest(nn.Linear(6, 4), dynamic=True)).requires_grad_(False)
     with torch.inference_mode():
         layer(torch.randn(2, 6))
         assert layer.weight.any()
@@ -371,7 +371,7 @@ def test_what_cannot_take_the_form_is_told():
     with pytest.raises(ps.CollapseError, match="only Linear and Conv2d have a form of integers, got Conv1d"):
         ps.apply(nn.Sequential(nn.Conv1d(2, 3, 1)), ps.Plan(forms={"0.weight": nearest(nn.Conv1d(2, 3, 1))}))
     with pytest.raises(ps.PysolveError, match="dynamic=False"):
-        quantized(conv, nearest(conv, dynamic=True))
+        in_form(conv, nearest(conv, dynamic=True))
     with pytest.raises(ps.DataError, match="one scale for each output"):
         Integers(np.zeros((2, 4), np.int8), np.ones((2, 2), np.float32), group=2, dynamic=True)
 
@@ -457,7 +457,7 @@ def test_torchao_runs_the_same_codes():
 
 def test_torchao_takes_only_layers_that_round():
     with pytest.raises(ps.PysolveError, match="to_dense"):
-        quantized(nn.Linear(6, 4), nearest(nn.Linear(6, 4))).to_torchao()
+        in_form(nn.Linear(6, 4), nearest(nn.Linear(6, 4))).to_torchao()
 
 
 def test_without_torchao_an_error_says_how_to_get_it(monkeypatch):

@@ -256,3 +256,10 @@ def test_a_sparse_layer_costs_its_entries():
     assert macs(layer, x) == 36 * entries
     assert nbytes(layer) == 4 * entries + 4 * entries + 8 * (8 + 1) + 4 * 8
     assert "27 to 8, density" in repr(layer)
+
+
+def test_a_convolution_whose_padding_was_changed_later_is_padded_as_it_is_now():
+    conv, x = nn.Conv2d(2, 3, 3, padding=1), torch.randn(2, 2, 8, 8)
+    conv.dilation, conv.padding = (2, 2), (2, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(SparseConv2d.from_dense(conv)(x), conv(x))
