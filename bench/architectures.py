@@ -148,6 +148,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "NemotronForCausalLM": {"num_key_value_heads": 2},
     "DeepseekV2ForCausalLM": {"num_key_value_heads": 4, "num_experts_per_tok": 2},
     "DeepseekV3ForCausalLM": {"num_key_value_heads": 4, "n_group": 2, "topk_group": 1},
+    "MobileBertForMaskedLM": {"embedding_size": 16, "intra_bottleneck_size": 16},
     "EsmForMaskedLM": {"vocab_size": VOCABULARY, "mask_token_id": 5},
     "FunnelForMaskedLM": {"block_sizes": [1, 1], "d_head": 8},
     "Mamba2ForCausalLM": {"num_heads": 8, "head_dim": 8, "n_groups": 2},

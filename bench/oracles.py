@@ -36,6 +36,8 @@ class Snapshot:
 
 def snapshot(model: nn.Module, batch: Any) -> Snapshot:
     """State dict, modes, hooks, attributes and outputs of a network."""
+    # Some networks settle on their first call: they choose a kind of attention, or keep tables.
+    found = outputs(model, batch)
     state = {name: value.clone() for name, value in model.state_dict().items() if torch.is_tensor(value)}
     rest: dict[str, Any] = {}
     for name, module in model.named_modules():
@@ -45,7 +47,7 @@ def snapshot(model: nn.Module, batch: Any) -> Snapshot:
     rest |= {f"{name}.requires_grad": value.requires_grad for name, value in model.named_parameters()}
     if hasattr(model, "config"):
         rest["config"] = repr(model.config)
-    return Snapshot(state, rest, outputs(model, batch))
+    return Snapshot(state, rest, found)
 
 
 def mistakes(
