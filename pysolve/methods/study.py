@@ -221,7 +221,7 @@ def weights_of(
             continue
         for leaf, value in module.named_parameters(recurse=False):
             full = name if leaf == "weight" else f"{name}.{leaf}".lstrip(".")
-            if value.ndim < 2 or not value.is_floating_point():
+            if value.ndim < 2 or not value.numel() or not value.is_floating_point():
                 continue
             if value is not own or not isinstance(module, kinds):
                 left.append(Skipped(full, f"a weight of {type(module).__name__}", value.numel()))

@@ -196,7 +196,7 @@ def _randomized(model: nn.Module, batch: Batch) -> nn.Module:
             values = torch.rand(parameter.shape, generator=generator) + 0.5
             if parameter.ndim > 1:
                 values = torch.randn(parameter.shape, generator=generator)
-                values *= (len(parameter) / parameter.numel()) ** 0.5
+                values *= (len(parameter) / max(1, parameter.numel())) ** 0.5
             parameter.data.copy_(values)
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._NormBase):
