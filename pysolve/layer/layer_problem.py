@@ -34,27 +34,11 @@ _DIRECT, ITERATIONS, _BLOCK = 32.0, 100, 256
 
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
-    """The least-squares problem of one layer.
+    """The least-squares problem of a layer with own weights W (h, d).
 
-    Parameters
-    ----------
-    W : (h, d) array
-        The layer's own weights.
-    R : (d, d) array
-        E[x xᵀ].
-    C : (h, d) array, optional
-        E[y xᵀ]; None where y = W x.
-    energy : float
-        E‖y‖².
-    ridge : float
-        ε.
-    unit : (d,) array
-        Deviation of every input; of one that never varies, a number so small that its weights are removed
-        first.
-    dead : (d,) bool array
-        Inputs that never vary.
-    correlations : Correlations, optional
-        The means of x and y, where they are known.
+    R is E[x xᵀ], C is E[y xᵀ] (None where y = W x), ``energy`` E‖y‖², ``ridge`` ε. ``unit`` (d,) has the
+    deviation of every input; of the ``dead`` ones, which never vary, a number so small that their weights are
+    removed first. ``correlations`` has the means of x and y, where they are known.
     """
 
     W: Array = field(repr=False)

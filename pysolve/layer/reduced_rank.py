@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
 from pysolve.correlations import Array, Correlations
-from pysolve.errors import exactly_one
+from pysolve.errors import exactly_one, whole
 from pysolve.forms import LowRank
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.layer.layer_problem import check_alone, explained
@@ -83,7 +82,7 @@ def reduced_rank(
         if not 0 < energy <= 1:
             raise ValueError(f"energy must be a share in (0, 1], got {energy}.")
         rank = min(most, rank_keeping(error_curve(W, known, most, metric=S), energy))
-    found = factor_layer(W, known, _checked_rank(rank, most), metric=S)
+    found = factor_layer(W, known, whole("rank, up to the smaller side of W,", rank, 1, most), metric=S)
     return found if isinstance(r_xx, Correlations) else replace(found, bias=None)
 
 
@@ -96,21 +95,10 @@ def factor_layer(
     spatial: bool = False,
     metric: Array | None = None,
 ) -> FactoredLayer:
-    """The best layer of a rank:  min E (y − M x − b)ᵀ S (y − M x − b) .
+    """The best layer of a rank:  min E (y − M x − b)ᵀ S (y − M x − b); without correlations, min ‖W − M‖.
 
-    Parameters
-    ----------
-    W : (h, d) array
-        Its weights as a matrix.
-    correlations : Correlations, optional
-        Correlations of its inputs with the outputs wanted; without them the weights are approximated.
-    rank : int
-    kernel : tuple of int
-        Size of a convolution's kernel.
-    spatial : bool
-        Factor along height and width, instead of the kernel first and 1 × 1 behind.
-    metric : (h, h) array, optional
-        S, positive definite; by default all outputs count alike. Only with correlations.
+    ``kernel`` is the size of a convolution's kernel; ``spatial`` factors along its height and width, instead
+    of the kernel first and 1 × 1 behind. ``metric`` is S, which goes with correlations.
     """
     if metric is None or correlations is None:
         form = _factors(W, correlations, rank, kernel, spatial)
@@ -169,12 +157,6 @@ def rank_keeping(error: Array, energy: float) -> int:
     # Errors as small as rounding count as none.
     enough = np.flatnonzero(error <= max(1 - energy, 1e-12))
     return max(1, int(enough[0])) if len(enough) else len(error)
-
-
-def _checked_rank(rank: object, most: int) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, Integral) or not 1 <= int(rank) <= most:
-        raise ValueError(f"rank must be an integer within 1 … {most}, the smaller side of W, got {rank!r}.")
-    return int(rank)
 
 
 def _correlations(

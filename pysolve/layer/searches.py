@@ -25,16 +25,7 @@ _BLOCKS = 32
 
 @dataclass(frozen=True)
 class Zeros:
-    """The number of weights to keep, and which of them compete.
-
-    Parameters
-    ----------
-    kept : int
-        Weights to keep in the layer, or in every row.
-    by_row : bool
-    pattern : (int, int), optional
-        Keep n of every m consecutive weights of a row, instead.
-    """
+    """``kept`` weights in the layer or in every row; or a pattern, n of every m consecutive ones of a row."""
 
     kept: int
     by_row: bool = False

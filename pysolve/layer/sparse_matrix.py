@@ -10,7 +10,7 @@ from scipy.sparse import csr_array, csr_matrix, issparse
 
 from pysolve import _core
 from pysolve.correlations import AnyArray
-from pysolve.errors import one_of
+from pysolve.errors import one_of, whole
 
 Layout = Literal["feature", "batch"]
 
@@ -214,12 +214,10 @@ def set_num_threads(threads: int) -> None:
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         For anything but an integer of at least 1.
     """
-    if isinstance(threads, bool) or not isinstance(threads, int | np.integer) or threads < 1:
-        raise ValueError(f"threads must be an integer of at least 1, got {threads!r}.")
-    _core.set_num_threads(int(threads))
+    _core.set_num_threads(whole("threads", threads))
 
 
 def get_num_threads() -> int:

@@ -83,22 +83,8 @@ def refit(
 
     Solves  min_{M, b}  ½ E‖y − M x − b‖² + ½ ε Σ_i R_ii ‖M_i − prior_i‖²   with x the inputs in ``columns``.
 
-    Parameters
-    ----------
-    correlations : Correlations
-        Of all d inputs.
-    columns : (k,) int array
-        The inputs to use.
-    prior : (h, k) array
-    ridge : float, optional
-        ε, relative to each input's own variance; raised tenfold until the matrix can be factored. Default:
-        ``prior_ridge``.
-    intercept : bool
-        Whether b is free; otherwise it is 0, and None is returned for it.
-
-    Returns
-    -------
-    (h, k) array, (h,) array or None
+    ε, relative to each input's own variance (default ``prior_ridge``), is raised tenfold until the matrix can
+    be factored. Returns M (h, k) and b (h,); without ``intercept``, b is 0 and None is returned for it.
     """
     used = correlations.centered() if intercept else correlations
     R, C = used.r_xx[np.ix_(columns, columns)], used.r_yx[:, columns]

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import scipy.linalg.lapack
 
 from pysolve.correlations import Array, Correlations, Mask
+from pysolve.errors import whole
 
 P = ParamSpec("P")
 T_co = TypeVar("T_co", covariant=True)
@@ -25,25 +26,10 @@ ROUNDING_SHARES = (1e-14, 1e-12, 1e-10, 1e-8, 1e-7)
 class Problem:
     """min_M  Σ_r ( ½⟨M_r R_r, M_r⟩ − ⟨C_r, M_r⟩ ) + lam Σ_g w_g ‖M_g‖_F, one or several readers r.
 
-    The readers read the same d inputs and share their groups: ‖M_g‖ runs over the columns of group g in
-    every M_r.
-
-    Parameters
-    ----------
-    xx : tuple of (d, d) arrays
-        R_r = E[x xᵀ] of each reader's inputs; symmetric positive semi-definite.
-    yx : tuple of (h_r, d) arrays
-        C_r = E[y xᵀ].
-    group_size : int
-        Groups are consecutive blocks of this many inputs.
-    weights : (groups,) array
-        w_g ≥ 0; a group of weight 0 is not penalised.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Shapes that do not fit, entries that are not finite, a matrix that is not symmetric positive
-        semi-definite.
+    The readers read the same d inputs and share their groups, consecutive blocks of ``group_size`` inputs:
+    ‖M_g‖ runs over the columns of group g in every M_r. ``xx`` has R_r = E[x xᵀ] (d, d) of each reader,
+    symmetric positive semi-definite, ``yx`` C_r = E[y xᵀ] (h_r, d), ``weights`` w_g ≥ 0: a group of weight 0
+    is not penalised. ``problem_of`` makes and checks it.
     """
 
     xx: tuple[Array, ...]
@@ -99,22 +85,9 @@ def takes_problem(function: Callable[Concatenate[Problems, P], T_co]) -> Verb[P,
 def problem_of(
     problem: Problems, group_size: int | None = None, weights: npt.ArrayLike | None = None
 ) -> Problem:
-    """A checked Problem from what users have.
+    """A checked Problem from a Correlations, a pair (r_xx, r_yx), a list of these, or a Problem.
 
-    Parameters
-    ----------
-    problem : Correlations, pair (r_xx, r_yx), list of these, or Problem
-        Matrices are (d, d) and (h, d) arrays or CPU tensors. A list, or a pair of lists of matrices, holds
-        one problem a reader; readers share their inputs and groups. A Problem is returned as it is.
-    group_size : int, optional
-        Consecutive inputs of a group; default that of the Correlations, otherwise 1.
-    weights : (groups,) array, optional
-        w_g ≥ 0, default 1.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For what is no such problem: see ``Problem``.
+    A list, or a pair of lists of matrices, holds one problem a reader. A Problem is returned as it is.
     """
     if isinstance(problem, Problem):
         return problem
@@ -132,11 +105,8 @@ def problem_of(
         if len(sizes) > 1:
             raise ValueError(f"readers must share their groups, got group sizes {sorted(sizes)}.")
         group_size = sizes.pop() if sizes else 1
-    if isinstance(group_size, bool) or not isinstance(group_size, int | np.integer):
-        raise TypeError(f"group_size must be an integer, got {type(group_size).__name__}.")
-    if group_size < 1 or d % group_size:
-        raise ValueError(f"group_size must divide the {d} inputs, got {group_size}.")
-    return Problem(xx, yx, int(group_size), checked_weights(weights, d // int(group_size)))
+    group_size = checked_group_size(group_size, d)
+    return Problem(xx, yx, group_size, checked_weights(weights, d // group_size))
 
 
 def one_or_all(M: Sequence[Array]) -> Matrices:
@@ -144,7 +114,16 @@ def one_or_all(M: Sequence[Array]) -> Matrices:
     return tuple(M) if len(M) > 1 else M[0]
 
 
-def listed(M: npt.ArrayLike) -> Sequence[npt.ArrayLike]:
+def answers_of(name: str, M: npt.ArrayLike | Matrices, problem: Problem) -> list[Array]:
+    """One checked matrix a reader, in the shapes of the problem's outputs."""
+    answers = [checked_matrix(name, m) for m in _listed(M)]
+    got, wanted = [m.shape for m in answers], [c.shape for c in problem.yx]
+    if got != wanted:
+        raise ValueError(f"{name} has shape {got}, but the problem needs {wanted}.")
+    return answers
+
+
+def _listed(M: npt.ArrayLike) -> Sequence[npt.ArrayLike]:
     """One matrix a reader, of a matrix or of a list or tuple of them."""
     return M if _is_listed(M) else [M]
 
@@ -174,6 +153,14 @@ def checked_matrix(name: str, value: npt.ArrayLike) -> Array:
             f"{name} has {bad} entries that are not finite; look for NaN or infinity in the data."
         )
     return matrix
+
+
+def checked_group_size(group_size: int, columns: int) -> int:
+    """``group_size`` as an int that divides the columns."""
+    size = whole("group_size", group_size)
+    if columns % size:
+        raise ValueError(f"group_size must divide the {columns} inputs, got {size}.")
+    return size
 
 
 def checked_weights(weights: npt.ArrayLike | None, groups: int) -> Array:
@@ -231,7 +218,7 @@ def _readers(problem: object) -> list[object]:
         if all(isinstance(p, Correlations | tuple) for p in problem):
             return list(problem)
         if len(problem) == 2 and _is_listed(problem[0]):
-            return list(zip(problem[0], listed(problem[1]), strict=True))
+            return list(zip(problem[0], _listed(problem[1]), strict=True))
     return [problem]
 
 

@@ -32,7 +32,7 @@ def with_entry(matrix, value):
         (EYE, ROW, {"lam": np.nan}, "lam must be positive and finite, got nan"),
         (EYE, ROW, {"lam": np.inf}, "lam must be positive"),
         (EYE, ROW, {"group_size": 3}, "group_size must divide the 4 inputs, got 3"),
-        (EYE, ROW, {"group_size": 0}, "group_size must divide"),
+        (EYE, ROW, {"group_size": 0}, "group_size must be an integer of at least 1, got 0"),
         (EYE, ROW, {"weights": [1, 1, 1, -1]}, "weights must be finite and at least 0"),
         (EYE, ROW, {"weights": [1, 1]}, "one number for each of the 4 groups"),
         (EYE, ROW, {"M0": np.ones((2, 3))}, r"M0 has shape .*\(2, 3\).* needs .*\(2, 4\)"),
@@ -55,7 +55,7 @@ def test_bad_values_are_refused(r_xx, r_yx, options, message):
         (EYE.astype(complex), ROW, {}, "r_xx must hold real numbers, got dtype complex128"),
         (EYE, ROW.astype(object), {}, "r_yx must hold real numbers"),
         (EYE, ROW, {"lam": "large"}, "lam must be a number, got 'large'"),
-        (EYE, ROW, {"group_size": 2.0}, "group_size must be an integer, got float"),
+        (EYE, ROW, {"group_size": 2.0}, "group_size must be an integer of at least 1, got 2.0"),
         (torch.eye(4, device="meta"), ROW, {}, "r_xx is on meta"),
     ],
 )
