@@ -18,6 +18,7 @@ class Problem:
         yx: Array,
         group_size: int,
         weights: Array,
+        constant: float = 0.0,
     ) -> None: ...
 
 class Result:

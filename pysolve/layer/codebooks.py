@@ -70,7 +70,10 @@ class SharedValues:
             if size <= _SOLVED**2 * first:
                 break
             product = gathered(target.product(step[codes]))
-            length = size / float(step @ product)
+            curvature = float(step @ product)
+            if not curvature > 0:
+                break
+            length = size / curvature
             change += length * step
             residual -= length * product
             last, size = size, float(residual @ (scale * residual))

@@ -203,6 +203,8 @@ def _rows_left(scores: Scores, share: float) -> Mask:
 
 def _together(scored: Mapping[str, Scores], share: float, *, wanda: bool) -> dict[str, Mask]:
     if wanda:
+        # Squares of very small or large scores would be 0 or infinite; powers of two change no other bit.
+        scored = {name: np.ldexp(s, -np.frexp(s.max(initial=0.0))[1]) for name, s in scored.items()}
         scored = {name: score / (np.linalg.norm(score) or 1.0) for name, score in scored.items()}
     together = np.concatenate([np.zeros(0), *(score.ravel() for score in scored.values())])
     ends = np.cumsum([score.size for score in scored.values()])

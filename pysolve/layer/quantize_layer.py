@@ -113,6 +113,10 @@ def quantize_layer(
     rows = None if outputs is None else _checked_rows(outputs, len(W))
     keep = None if mask is None else checked_mask(mask, W.shape)
     check_alone(r_xx, r_yx)
+    if np.abs(W).max(initial=0.0) > np.finfo(np.float32).max:
+        raise ValueError(
+            "W has entries beyond single precision, in which values are stored; scale the layer."
+        )
     problem = None if r_xx is None else layer_problem(W, r_xx, r_yx, ridge=ridge)
     if problem is None:
         target = Target(W if keep is None else np.where(keep, W, 0.0), None, keep, rows)

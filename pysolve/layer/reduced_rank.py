@@ -12,10 +12,10 @@ from pysolve.correlations import Array, Correlations
 from pysolve.errors import exactly_one, whole
 from pysolve.forms import LowRank
 from pysolve.layer.layer_fit import LayerFit
-from pysolve.layer.layer_problem import check_alone, explained
+from pysolve.layer.layer_problem import check_alone, checked_layer, explained
 from pysolve.layer.spatial import as_kernels, plain_spatial, refitted, spatial_spectrum, spatial_start
 from pysolve.layer.spectrum import activation_spectrum, plain_spectrum
-from pysolve.solve.problem import checked_matrix, problem_of
+from pysolve.solve.problem import checked_correlations, checked_matrix
 
 Kernel = tuple[int, ...]
 
@@ -73,10 +73,8 @@ def reduced_rank(
     """
     W = checked_matrix("W", W)
     known = _correlations(W, r_xx, r_yx)
-    S = None if metric is None else checked_matrix("metric", metric)
+    S = None if metric is None else _checked_metric(metric, len(W), known)
     exactly_one(rank=rank, energy=energy)
-    if S is not None and (known is None or S.shape != (len(W), len(W))):
-        raise ValueError(f"a metric of shape {(len(W), len(W))} goes with r_xx, got shape {S.shape}.")
     most = min(W.shape)
     if energy is not None:
         if not 0 < energy <= 1:
@@ -166,23 +164,24 @@ def _correlations(
     check_alone(r_xx, r_yx)
     if r_xx is None:
         return None
-    d = W.shape[1]
+    R, C = checked_layer(W, r_xx, r_yx)
     if isinstance(r_xx, Correlations):
-        if r_xx.yx.shape != W.shape:
-            raise ValueError(f"W is {W.shape}, but the correlations are of a layer of {r_xx.yx.shape}.")
         return r_xx
-    R = checked_matrix("r_xx", r_xx)
-    if R.shape != (d, d):
-        raise ValueError(f"E[x xᵀ] must be of shape {(d, d)} for W of {W.shape}, got {R.shape}.")
-    if r_yx is None:
-        xx, yx = _MANY * R, _MANY * (W @ R)
-        yy = yx @ W.T
-    else:
-        (R,), (C,) = (pair := problem_of((R, r_yx))).xx, pair.yx
-        if C.shape != W.shape:
-            raise ValueError(f"W is {W.shape}, but r_yx is {C.shape}; they must have the same shape.")
-        xx, yx, yy = _MANY * R, _MANY * C, _MANY * explained(R, C)
-    return Correlations(xx, yx, yy, _MANY, np.zeros(d), np.zeros(len(W)))
+    yx = W @ R if C is None else C
+    yy = yx @ W.T if C is None else explained(R, C)
+    zero = np.zeros(W.shape[1]), np.zeros(len(W))
+    return Correlations(_MANY * R, _MANY * yx, _MANY * yy, _MANY, *zero)
+
+
+def _checked_metric(metric: npt.ArrayLike, h: int, known: Correlations | None) -> Array:
+    S = checked_correlations("metric", metric)
+    if known is None or S.shape != (h, h):
+        raise ValueError(f"a metric of shape {(h, h)} goes with r_xx, got shape {S.shape}.")
+    try:
+        scipy.linalg.cholesky(S, check_finite=False)
+    except scipy.linalg.LinAlgError as error:
+        raise ValueError(f"metric must be positive definite: {error}.") from error
+    return S
 
 
 def _factors(

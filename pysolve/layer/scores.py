@@ -52,6 +52,8 @@ def propagated_importance(
                 "weights must be a plain chain of layers, front to back."
             )
         found.append((found[-1] @ following).reshape(len(own), -1).sum(1))
+    if not all(np.isfinite(importance).all() for importance in found):
+        raise ValueError("the products of these weights are no finite numbers: scale the layers' weights.")
     return tuple(reversed(found))
 
 

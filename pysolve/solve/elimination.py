@@ -167,7 +167,7 @@ def nested_errors(scaled: Scaled, order: Indices, ridge: float) -> Array:
     explained = np.zeros(len(order))
     for R, C in zip(scaled.xx, scaled.yx, strict=True):
         ordered = R[np.ix_(columns, columns)]
-        ordered.ravel()[:: len(ordered) + 1] += ridge
+        ordered.flat[:: len(ordered) + 1] += ridge
         G = scipy.linalg.cholesky(ordered, lower=True, overwrite_a=True, check_finite=False)
         Z = scipy.linalg.solve_triangular(G, C[:, columns].T, lower=True, check_finite=False)
         explained += np.square(Z).sum(1).reshape(-1, scaled.group_size).sum(1)

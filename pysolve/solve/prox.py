@@ -34,7 +34,7 @@ def prox_group_lasso(
     ValueError, TypeError
         For a V that is no finite real matrix, or options out of range.
     """
-    V = checked_matrix("V", V)
+    V = checked_matrix("V", V, largest=np.inf)
     if not (np.isfinite(t) and t >= 0):
         raise ValueError(f"t must be finite and at least 0, got {t}.")
     group_size = checked_group_size(group_size, V.shape[1])

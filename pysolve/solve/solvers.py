@@ -14,6 +14,7 @@ from pysolve import _core
 from pysolve.correlations import group_norms
 from pysolve.errors import one_of
 from pysolve.solve.problem import (
+    LARGEST,
     Matrices,
     Problems,
     answers_of,
@@ -72,7 +73,8 @@ def solve_linear_reconstruction(
         w_g ≥ 0, default 1; 0 leaves a group unpenalised (a bias input).
     r_yy : (h, h) array, (h,) diagonal or float trace, optional
         E[y yᵀ], or a list of one for each of several readers; adds its half trace to the objective, which
-        then is the penalised reconstruction error.
+        then is the penalised reconstruction error, and to which ``tol`` is relative then: give it where lam
+        is small and the fit nearly perfect, for otherwise tol · ½ E‖y‖² may exceed the whole penalty.
     tol : float
         Stop when the certified relative gap is at most this; default 1e-8.
     max_iter : int, optional
@@ -187,14 +189,17 @@ def _solve(
         raise ValueError(f"tol must be at least 0, got {tol}.")
     if max_iter is not None and max_iter < 0:
         raise ValueError(f"max_iter must be at least 0, got {max_iter}.")
-    scaled = scale(problem)
-    constant, energy = scaled.constant + half_trace(r_yy, len(problem.xx)), scaled.unit**2
+    known = half_trace(r_yy, len(problem.xx))
+    scaled = scale(problem, known)
+    constant, energy = scaled.constant + known, scaled.unit**2
 
     def report(iteration: int, objective: float, gap: float) -> None:
         assert callback is not None
         callback(iteration, objective * energy + constant, gap * energy)
 
-    start = np.zeros(scaled.shape) if M0 is None else reduce(scaled, answers_of("M0", M0, problem))
+    start = np.zeros(scaled.shape)
+    if M0 is not None:
+        start = reduce(scaled, answers_of("M0", M0, problem, largest=LARGEST**2))
     scaled_lam = lam / scaled.unit
     if lam >= scaled.lam_max * (1 - 1e-13):
         # Zero is the solution; rounding in the scaled C must not make the core doubt it.
@@ -208,7 +213,7 @@ def _solve(
         callback=None if callback is None else report,
     )
     M = restore(scaled, result.M.reshape(scaled.shape))
-    gap, reference = result.gap * energy, abs(result.objective * energy + scaled.constant)
+    gap, reference = result.gap * energy, abs(result.objective * energy + constant)
     relative_gap = 0.0 if gap == 0 else gap / reference if reference else float("inf")
     reached = relative_gap <= tol
     seconds, objectives, gaps = result.history.T

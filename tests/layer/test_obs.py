@@ -379,7 +379,9 @@ def test_what_cannot_be_meant_is_refused(options, message):
 def test_statistics_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"W is 3 x 4, so .* must be \(4, 4\), got \(5, 5\)"):
         obs_prune(np.ones((3, 4)), np.eye(5), amount=0.5)
-    with pytest.raises(ValueError, match="not positive definite at ridge=1: it is no E"):
+    with pytest.raises(
+        ValueError, match="r_xx is not positive semi-definite, so it is no correlation matrix E"
+    ):
         obs_prune(np.ones((1, 2)), np.array([[1.0, 3.0], [3.0, 1.0]]), amount=0.5)
     with pytest.raises(ValueError, match=r"count, of the weights .* within 0 … 2"):
         share_weights({"a": np.array([1.0, 0.5, 0.0])}, 3)
