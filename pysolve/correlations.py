@@ -48,9 +48,19 @@ def as_numpy(name: str, values: Any) -> AnyArray:
     return array.astype(np.float64) if array.dtype.name.startswith(("bfloat", "float8")) else array
 
 
+def group_indices(keep: npt.ArrayLike) -> Indices:
+    """``keep`` as indices; TypeError for a mask and for numbers that are no integers."""
+    indices = np.asarray(keep)
+    if indices.dtype == np.bool_:
+        raise TypeError("keep must list indices, got a mask; use np.flatnonzero(mask).")
+    if indices.size and indices.dtype.kind not in "iu":
+        raise TypeError(f"keep must hold integers, got dtype {indices.dtype}; convert with .astype(int).")
+    return indices.astype(np.intp)
+
+
 def group_columns(keep: npt.ArrayLike, group_size: int) -> Indices:
     """Column indices of the groups in ``keep``: group g owns columns g·group_size … (g+1)·group_size − 1."""
-    groups = np.asarray(keep, dtype=np.intp)
+    groups = group_indices(keep)
     return np.asarray((groups[:, None] * group_size + np.arange(group_size)).ravel())
 
 

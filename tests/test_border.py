@@ -220,3 +220,12 @@ def test_energies_of_impossible_shape_are_refused(given_yy):
 def test_what_is_no_array_is_refused_by_name(value):
     with pytest.raises(TypeError, match="r_xx cannot be read as an array of numbers"):
         ps.debias(value, np.ones((1, 2)), [0])
+
+
+@pytest.mark.parametrize("keep", [[0.0, 1.0], np.array([0.5, 1]), np.array([True, False, True, True])])
+def test_groups_are_named_by_integers_alone(keep):
+    known = ps.Correlations.from_samples(np.eye(4), np.ones((4, 2)))
+    for function in (known.restrict, lambda keep: ps.debias(known, keep)):
+        with pytest.raises(TypeError, match=r"flatnonzero|convert with .astype\(int\)"):
+            function(keep)
+    assert known.restrict([]).groups == 0

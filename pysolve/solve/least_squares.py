@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from pysolve.correlations import Array, Correlations, Indices, group_columns
+from pysolve.correlations import Array, Correlations, Indices, group_columns, group_indices
 from pysolve.solve.problem import Matrices, Problems, one_or_all, problem_of, takes_problem
 
 Ridge = float | Literal["auto"]
@@ -128,13 +128,9 @@ def _ridge_solve(R: Array, C: Array, ridge: Ridge) -> Array:
 
 
 def _checked_keep(keep: npt.ArrayLike, groups: int) -> Indices:
-    indices = np.asarray(keep)
-    if indices.dtype == np.bool_:
-        raise TypeError("keep must list indices, got a mask; use np.flatnonzero(mask).")
-    if indices.size and indices.dtype.kind not in "iu":
-        raise TypeError(f"keep must hold integers, got dtype {indices.dtype}.")
+    indices = group_indices(keep)
     if indices.ndim != 1 or len(np.unique(indices)) != len(indices):
         raise ValueError("keep must be a list of group indices, each once.")
     if indices.size and not 0 <= indices.min() <= indices.max() < groups:
         raise ValueError(f"keep must lie within 0 … {groups - 1}, got {indices.min()} … {indices.max()}.")
-    return indices.astype(np.intp)
+    return indices
