@@ -46,7 +46,7 @@ struct BoundProblem {
     Problem problem;
 
     BoundProblem(std::vector<Array> xx_, const std::vector<Index>& outputs, Array yx_, Index group_size,
-                 Array weights_)
+                 Array weights_, double constant)
         : xx(std::move(xx_)), yx(std::move(yx_)), weights(std::move(weights_)) {
         if (yx.ndim() != 2) throw py::value_error("yx must be a matrix (inputs x outputs)");
         const Index inputs = yx.shape(0);
@@ -55,7 +55,7 @@ struct BoundProblem {
                                   std::to_string(inputs) + " inputs");
         if (outputs.size() != xx.size()) throw py::value_error("one number of outputs a reader is needed");
         expect_shape("weights", weights, {inputs / group_size});
-        problem = {inputs, group_size, yx.shape(1), {}, yx.data(), weights.data()};
+        problem = {inputs, group_size, yx.shape(1), {}, yx.data(), weights.data(), constant};
         Index total = 0;
         for (std::size_t r = 0; r < xx.size(); ++r) {
             expect_shape("xx", xx[r], {inputs, inputs});
@@ -101,9 +101,9 @@ auto run(const py::object& callback, const Solve& solve) {
 
 void register_problem(py::module_& m) {
     py::class_<BoundProblem>(m, "Problem")
-        .def(py::init<std::vector<Array>, std::vector<Index>, Array, Index, Array>(), py::kw_only(),
+        .def(py::init<std::vector<Array>, std::vector<Index>, Array, Index, Array, double>(), py::kw_only(),
              py::arg("xx").noconvert(), py::arg("outputs"), py::arg("yx").noconvert(), py::arg("group_size"),
-             py::arg("weights").noconvert());
+             py::arg("weights").noconvert(), py::arg("constant") = 0.0);
 
     py::class_<Result>(m, "Result")
         .def_property_readonly("kkt", [](const Result& r) { return to_array(r.kkt, r.kkt.size()); })

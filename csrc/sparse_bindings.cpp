@@ -54,7 +54,7 @@ Sparse<T> from_arrays(Index rows, Index columns, const py::array& indptr, const 
                       const py::array_t<T, py::array::c_style>& values, Index block) {
     const auto starts = py::array_t<I, py::array::c_style>::ensure(indptr);
     const auto positions = py::array_t<I, py::array::c_style>::ensure(indices);
-    if (!starts || !positions) throw py::error_already_set();
+    if (!starts || !positions) throw py::type_error("indptr and indices must hold integers");
     const py::gil_scoped_release unlock;
     return prepare(CsrView<T, I>{rows, columns, starts.data(), positions.data(), values.data()},
                    values.size(), block);

@@ -11,7 +11,14 @@ Report = Callable[[int, float, float], None]
 
 class Problem:
     def __init__(
-        self, *, xx: Sequence[Array], outputs: Sequence[int], yx: Array, group_size: int, weights: Array
+        self,
+        *,
+        xx: Sequence[Array],
+        outputs: Sequence[int],
+        yx: Array,
+        group_size: int,
+        weights: Array,
+        constant: float = 0.0,
     ) -> None: ...
 
 class Result:

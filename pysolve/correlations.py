@@ -30,9 +30,36 @@ _CONSTANT = 1e-10
 _DAMAGED = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
+def as_numpy(name: str, values: Any) -> AnyArray:
+    """Numbers of an array, a nested list or a CPU tensor of any dtype, one that needs a gradient included."""
+    if hasattr(values, "detach"):
+        if values.device.type != "cpu":
+            raise TypeError(f"{name} is on {values.device}; pass {name}.cpu().")
+        values = values.detach()
+        # NumPy knows no such types.
+        if str(values.dtype).startswith(("torch.bfloat", "torch.float8")):
+            values = values.double()
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"{name} cannot be read as an array of numbers: {error}") from error
+    # Half types of other packages have kinds of their own.
+    return array.astype(np.float64) if array.dtype.name.startswith(("bfloat", "float8")) else array
+
+
+def group_indices(keep: npt.ArrayLike) -> Indices:
+    """``keep`` as indices; TypeError for a mask and for numbers that are no integers."""
+    indices = np.asarray(keep)
+    if indices.dtype == np.bool_:
+        raise TypeError("keep must list indices, got a mask; use np.flatnonzero(mask).")
+    if indices.size and indices.dtype.kind not in "iu":
+        raise TypeError(f"keep must hold integers, got dtype {indices.dtype}; convert with .astype(int).")
+    return indices.astype(np.intp)
+
+
 def group_columns(keep: npt.ArrayLike, group_size: int) -> Indices:
     """Column indices of the groups in ``keep``: group g owns columns g·group_size … (g+1)·group_size − 1."""
-    groups = np.asarray(keep, dtype=np.intp)
+    groups = group_indices(keep)
     return np.asarray((groups[:, None] * group_size + np.arange(group_size)).ravel())
 
 
@@ -79,7 +106,8 @@ class Correlations:
 
     def __post_init__(self) -> None:
         for name in ("xx", "yx", "yy", "x_sum", "y_sum"):
-            object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=np.float64))
+            values = as_numpy(name, getattr(self, name))
+            object.__setattr__(self, name, np.ascontiguousarray(values, dtype=np.float64))
         if self.yx.ndim != 2:
             raise ValueError(f"yx must be a matrix (outputs x inputs), got shape {self.yx.shape}.")
         h, d = self.yx.shape
@@ -97,7 +125,7 @@ class Correlations:
     @classmethod
     def from_samples(cls, x: npt.ArrayLike, y: npt.ArrayLike, *, group_size: int = 1) -> Correlations:
         """Correlations of samples in rows: ``x`` (n, d) and ``y`` (n, h)."""
-        x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+        x, y = as_numpy("x", x).astype(np.float64), as_numpy("y", y).astype(np.float64)
         if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
             raise ValueError(f"x and y must be matrices with one row a sample, got {x.shape} and {y.shape}.")
         return cls(x.T @ x, y.T @ x, y.T @ y, len(x), x.sum(0), y.sum(0), group_size)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from numbers import Integral
 
 
 class PysolveError(Exception):
@@ -41,3 +42,14 @@ def exactly_one(**given: object) -> str:
         known = f"{', '.join(words)} and {last}"
         raise ValueError(f"give exactly one of {known}; got {' and '.join(names) or 'none'}.")
     return names[0]
+
+
+def whole(what: str, value: object, least: int = 1, most: int | None = None) -> int:
+    """``value`` as an int; TypeError unless it is an integer, ValueError unless within least … most."""
+    span = f"of at least {least}" if most is None else f"within {least} … {most}"
+    message = f"{what} must be an integer {span}, got {value!r}."
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(message)
+    if not least <= (number := int(value)) <= (number if most is None else most):
+        raise ValueError(message)
+    return number

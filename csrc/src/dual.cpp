@@ -93,6 +93,7 @@ Certificate DualBound::operator()(double lam, const Vector& M, const Vector& T) 
     }
     Certificate certificate;
     certificate.objective = 0.5 * quadratic - linear + penalty;
+    certificate.reference = std::abs(certificate.objective + p.constant);
     const double scale = 0.5 * quadratic + std::abs(linear) + penalty;
     // ⟨R(B − M), M⟩ and ⟨R(B − M), B − M⟩, with ⟨R B, M⟩ = ⟨C, M⟩ + ⟨E, M⟩.
     const double slope = linear + inexact - quadratic;

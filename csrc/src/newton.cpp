@@ -109,7 +109,7 @@ Result newton(const Problem& problem, double lam, Vector M, const Stopping& stop
         if (found.empty()) {
             sound = sound && tol > finest;
             // The gap falls with the square of the errors p_g − 1: ask for what the precision wanted takes.
-            const double wanted = 0.1 * stopping.tol * std::abs(certificate.objective) / certificate.gap;
+            const double wanted = 0.1 * stopping.tol * certificate.reference / certificate.gap;
             tol = std::clamp(std::min(0.5, std::sqrt(wanted)) * worst(model.ratios()), finest, 1e-2);
         } else {
             const auto& [excess, group] = found.front();

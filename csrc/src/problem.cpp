@@ -53,7 +53,7 @@ bool bounds_spectrum(MatrixView<const double> R, double bound, Vector& work) {
 }  // namespace
 
 bool Certificate::within(double tol) const {
-    return gap <= std::max(tol * std::abs(objective), floor);
+    return gap <= std::max(tol * reference, floor);
 }
 
 Vector kkt_residuals(const Problem& problem, double lam, const Vector& M, const Vector& T) {

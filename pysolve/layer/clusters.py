@@ -17,18 +17,8 @@ def k_means(values: AnyArray, k: int, weights: AnyArray | None = None) -> Array:
     Solves  min_c  Σ_i w_i min_a (v_i − c_a)²  exactly where there are at most 4,096 different values. More
     are gathered in as many bins first, and Lloyd's iterations on the values themselves follow.
 
-    Parameters
-    ----------
-    values : array of numbers
-    k : int
-        At least 1.
-    weights : array of numbers ≥ 0, broadcastable to the values
-        All 1 by default, and where all are 0.
-
-    Returns
-    -------
-    (≤ k,) array
-        Ascending; fewer where there are fewer different values that count.
+    Weights ≥ 0 are broadcast to the values, and all 1 where all are 0. Centres ascend; they are fewer than k
+    where there are fewer different values that count.
 
     References
     ----------

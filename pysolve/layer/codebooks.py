@@ -25,15 +25,7 @@ _FLAT = 1e-300
 
 @dataclass(frozen=True, eq=False)
 class SharedValues:
-    """The values that codes 0, 1, … stand for.
-
-    Parameters
-    ----------
-    centroids : (k,) array
-        In single precision.
-    zero : bool
-        Whether the first one is zero, and remains so.
-    """
+    """The values, of single precision, that codes 0, 1, … stand for; ``zero``: the first remains zero."""
 
     centroids: Array
     zero: bool = False
@@ -78,7 +70,10 @@ class SharedValues:
             if size <= _SOLVED**2 * first:
                 break
             product = gathered(target.product(step[codes]))
-            length = size / float(step @ product)
+            curvature = float(step @ product)
+            if not curvature > 0:
+                break
+            length = size / curvature
             change += length * step
             residual -= length * product
             last, size = size, float(residual @ (scale * residual))
@@ -94,14 +89,7 @@ class SharedValues:
 class PricedValues(SharedValues):
     """Shared values that each cost ``lam`` times −log₂ of their share of the weights, beside their error.
 
-    Parameters
-    ----------
-    centroids, zero
-        As in ``SharedValues``.
-    lam : float
-        Price of a bit, in units of the loss.
-    bits : (k,) array
-        Length of each value's code.
+    ``lam`` is the price of a bit, in units of the loss, ``bits`` (k,) the length of each value's code.
     """
 
     lam: float
@@ -140,19 +128,10 @@ def share_values(
     zero: bool | None = None,
     weights: Array | None = None,
 ) -> SharedValues:
-    """At most ``size`` values for the weights W (h, d): k-means, optimal for nearest rounding.
+    """At most ``size`` ≥ 2 values for the weights W (h, d): k-means, optimal for nearest rounding.
 
-    Parameters
-    ----------
-    W : (h, d) array
-    size : int
-        At least 2.
-    mask : (h, d) bool array, optional
-        Weights that differ from zero; the others have the first value, which is zero.
-    zero : bool, optional
-        Whether the first value is zero; by default, where there is a mask.
-    weights : (d,) or (h, d) array, optional
-        Weights of the square errors.
+    Weights outside the mask have the first value, which is zero then, and otherwise where ``zero`` says so.
+    ``weights``, (d,) or (h, d), are those of the square errors.
     """
     zero = mask is not None if zero is None else zero or mask is not None
     inside = np.ones(W.shape, bool) if mask is None else mask

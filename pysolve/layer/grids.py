@@ -20,15 +20,8 @@ _SHARES = np.concatenate([np.linspace(1.0, 0.3, 29), np.geomspace(0.2, 0.001, 12
 class Grid:
     """The values scale · (code − zero) for codes −2^(bits − 1) … 2^(bits − 1) − 1.
 
-    Parameters
-    ----------
-    scales : (h, groups) array
-        Positive numbers of single precision, one for every output and group of inputs.
-    zeros : (h, groups) array
-        The codes of zero, integers; all 0 for a symmetric grid.
-    bits : int
-    group : int
-        Consecutive inputs that share a scale.
+    ``scales`` (h, groups), positive and of single precision, has one for every output and ``group`` of
+    consecutive inputs; ``zeros`` (h, groups) the codes of zero, all 0 for a symmetric grid.
     """
 
     scales: Array = field(repr=False)
@@ -86,20 +79,11 @@ class Grid:
 def fit_grid(
     W: Array, bits: int, *, symmetric: bool = True, group: int | None = None, weights: Array | None = None
 ) -> Grid:
-    """A grid for weights W (h, d) under nearest rounding.
+    """A grid for weights W (h, d) under nearest rounding; one scale a row where there is no ``group``.
 
-    Parameters
-    ----------
-    W : (h, d) array
-    bits : int
-        2 … 8.
-    symmetric : bool
-        Zero is code 0; else the grid spans least to greatest weight, with zero among its values.
-    group : int, optional
-        Consecutive inputs that share a scale; all of a row by default.
-    weights : (d,) or (h, d) array, optional
-        Weights of the square errors. The range of the grid is then the best share of the range of W, of 41
-        from 1 to 0.001, 29 of them down to 0.3; without, the range of W itself.
+    Symmetric, zero is code 0; else the grid spans least to greatest weight, with zero among its values. With
+    ``weights`` of the square errors, (d,) or (h, d), its range is the best share of that of W, of 41 from 1
+    to 0.001, 29 of them down to 0.3; without, the range of W itself.
     """
     d = W.shape[1]
     group = max(1, min(group or d, d))

@@ -20,7 +20,7 @@ import scipy.linalg
 from pysolve.correlations import AnyArray, Array, Correlations, Indices, Mask
 from pysolve.layer.masks import checked_mask
 from pysolve.solve.least_squares import Ridge, check_ridge, least_squares, prior_ridge
-from pysolve.solve.problem import checked_matrix, problem_of
+from pysolve.solve.problem import checked_correlations, checked_matrix, checked_reader, half_trace
 
 Single = npt.NDArray[np.float32]
 
@@ -34,27 +34,11 @@ _DIRECT, ITERATIONS, _BLOCK = 32.0, 100, 256
 
 @dataclass(frozen=True, eq=False)
 class LayerProblem:
-    """The least-squares problem of one layer.
+    """The least-squares problem of a layer with own weights W (h, d).
 
-    Parameters
-    ----------
-    W : (h, d) array
-        The layer's own weights.
-    R : (d, d) array
-        E[x xᵀ].
-    C : (h, d) array, optional
-        E[y xᵀ]; None where y = W x.
-    energy : float
-        E‖y‖².
-    ridge : float
-        ε.
-    unit : (d,) array
-        Deviation of every input; of one that never varies, a number so small that its weights are removed
-        first.
-    dead : (d,) bool array
-        Inputs that never vary.
-    correlations : Correlations, optional
-        The means of x and y, where they are known.
+    R is E[x xᵀ], C is E[y xᵀ] (None where y = W x), ``energy`` E‖y‖², ``ridge`` ε. ``unit`` (d,) has the
+    deviation of every input; of the ``dead`` ones, which never vary, a number so small that their weights are
+    removed first. ``correlations`` has the means of x and y, where they are known.
     """
 
     W: Array = field(repr=False)
@@ -73,7 +57,7 @@ class LayerProblem:
         A /= unit
         A /= unit[:, None]
         A[dead] = A[:, dead] = 0.0
-        A.ravel()[:: len(A) + 1] = np.where(dead, 1.0, np.diag(A)) + self.ridge
+        A.flat[:: len(A) + 1] = np.where(dead, 1.0, np.diag(A)) + self.ridge
         return A
 
     def target(self, A: AnyArray, rows: slice = slice(None)) -> Array:
@@ -125,19 +109,15 @@ def layer_problem(
     E[y xᵀ] are taken as they are, y as far as x explains it; without ``r_yx``, y = W x.
     """
     W = checked_matrix("W", W)
-    check_alone(r_xx, r_yx)
+    R, C = checked_layer(W, r_xx, r_yx)
     check_ridge(ridge)
     correlations = r_xx if isinstance(r_xx, Correlations) else None
     if isinstance(r_xx, Correlations):
         own = r_xx.centered()
         R, C, energy = own.r_xx, own.r_yx, float(np.trace(own.r_yy))
-    elif r_yx is not None:
-        (R,), (C,) = (pair := problem_of((r_xx, r_yx))).xx, pair.yx
+    elif C is not None:
         energy = float(np.trace(explained(R, C)))
     else:
-        R, C, energy = checked_matrix("r_xx", r_xx), None, 0.0
-    _check_shapes(W, R, C)
-    if C is None:
         energy = sum(float(np.vdot(W[part] @ R, W[part])) for part in blocks(len(W)))
     variance = np.diag(R)
     dead = variance <= 0
@@ -153,6 +133,24 @@ def check_alone(r_xx: object, r_yx: object) -> None:
     """TypeError when r_yx comes with a Correlations or without any r_xx."""
     if r_yx is not None and (r_xx is None or isinstance(r_xx, Correlations)):
         raise TypeError("r_yx goes with a matrix r_xx; a Correlations comes alone.")
+
+
+def checked_layer(
+    W: Array, r_xx: Correlations | npt.ArrayLike, r_yx: npt.ArrayLike | None
+) -> tuple[Array, Array | None]:
+    """E[x xᵀ] and E[y xᵀ] (None: y = W x) of a layer with weights W, as far as data can have them."""
+    check_alone(r_xx, r_yx)
+    if isinstance(r_xx, Correlations):
+        half_trace(r_xx.r_yy)
+        r_yx, r_xx = r_xx.r_yx, r_xx.r_xx
+    R, C = (checked_correlations("r_xx", r_xx), None) if r_yx is None else checked_reader(r_xx, r_yx)
+    if R.shape != (W.shape[1],) * 2 or (C is not None and C.shape != W.shape):
+        got = f"{R.shape}" + ("" if C is None else f" and yx of {C.shape}")
+        raise ValueError(
+            f"W is {W.shape[0]} x {W.shape[1]}, so its inputs' correlations must be {(W.shape[1],) * 2}, "
+            f"got {got}. A convolution's weights come as weight.flatten(1)."
+        )
+    return R, C
 
 
 def explained(R: Array, C: Array) -> Array:
@@ -262,12 +260,3 @@ def _with_ridge(problem: LayerProblem, ridge: Ridge, least: float) -> LayerProbl
         f"r_xx is not positive definite at ridge={problem.ridge:g}: it is no E[x xᵀ]"
         + (", or gathered in too low a precision." if ridge == "auto" else ', or singular; use "auto".')
     )
-
-
-def _check_shapes(W: Array, R: Array, C: Array | None) -> None:
-    if R.shape != (W.shape[1],) * 2 or (C is not None and C.shape != W.shape):
-        got = f"{R.shape}" + ("" if C is None else f" and yx of {C.shape}")
-        raise ValueError(
-            f"W is {W.shape[0]} x {W.shape[1]}, so its inputs' correlations must be {(W.shape[1],) * 2}, "
-            f"got {got}. A convolution's weights come as weight.flatten(1)."
-        )

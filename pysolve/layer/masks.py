@@ -157,15 +157,7 @@ def lamp_scores(sizes: npt.ArrayLike) -> Array:
     The share that this weight has in the squares of those not smaller. That of the largest is 1, so that of
     every layer that is not all zeros one weight is kept longer than anything else.
 
-    Parameters
-    ----------
-    sizes : (n,) array
-        |w|, ascending.
-
-    Returns
-    -------
-    (n,) array
-        Not descending; of zeros, 0.
+    From |w|, ascending; never descends, and is 0 for zeros.
 
     References
     ----------
@@ -179,18 +171,7 @@ def lamp_scores(sizes: npt.ArrayLike) -> Array:
 
 
 def lamp_shares(weights: Mapping[str, AnyArray], amount: float) -> dict[str, float]:
-    """Share of each layer's weights to remove when ``amount`` of all are, those of the lowest scores.
-
-    Parameters
-    ----------
-    weights : {layer: array}
-    amount : float
-        In [0, 1).
-
-    Returns
-    -------
-    {layer: float}
-    """
+    """Share of each layer's weights to remove when ``amount`` of all are, those of the lowest scores."""
     scores = {name: lamp_scores(np.sort(np.abs(w), axis=None)) for name, w in weights.items()}
     together = np.concatenate([np.zeros(0), *scores.values()])
     removed = int(amount * together.size)
@@ -222,6 +203,8 @@ def _rows_left(scores: Scores, share: float) -> Mask:
 
 def _together(scored: Mapping[str, Scores], share: float, *, wanda: bool) -> dict[str, Mask]:
     if wanda:
+        # Squares of very small or large scores would be 0 or infinite; powers of two change no other bit.
+        scored = {name: np.ldexp(s, -np.frexp(s.max(initial=0.0))[1]) for name, s in scored.items()}
         scored = {name: score / (np.linalg.norm(score) or 1.0) for name, score in scored.items()}
     together = np.concatenate([np.zeros(0), *(score.ravel() for score in scored.values())])
     ends = np.cumsum([score.size for score in scored.values()])

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pysolve.correlations import Array, Correlations, Mask
-from pysolve.errors import exactly_one, one_of
+from pysolve.errors import exactly_one, one_of, whole
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.layer.layer_problem import ITERATIONS, LayerProblem, layer_problem, refit_rows
 from pysolve.layer.masks import count_left, parse_pattern
@@ -123,7 +123,7 @@ def obs_prune(
     if mask is not None:
         return _pruned(problem, "mask", np.asarray(mask), problem.W)
     h, d = problem.W.shape
-    left = _checked_count(count, h * d) if count is not None else count_left(amount or 0.0, h * d)
+    left = whole("count", count, 0, h * d) if count is not None else count_left(amount or 0.0, h * d)
     zeros = Zeros(
         left // max(h, 1) if scope == "row" else left,
         scope == "row",
@@ -168,9 +168,3 @@ def _check(
         raise ValueError(f"amount must be in [0, 1), got {amount}.")
     if method == "greedy" and (scope == "row" or pattern is not None):
         raise ValueError('method="greedy" takes an amount or a count of the whole layer; use "admm".')
-
-
-def _checked_count(count: int, size: int) -> int:
-    if isinstance(count, bool) or not isinstance(count, int | np.integer) or not 0 <= count <= size:
-        raise ValueError(f"count must be an integer within 0 … {size} weights, got {count!r}.")
-    return int(count)

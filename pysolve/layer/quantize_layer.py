@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from numbers import Integral, Real
+from numbers import Real
 
 import numpy as np
 import numpy.typing as npt
 
 from pysolve.correlations import AnyArray, Array, Correlations
-from pysolve.errors import one_of
+from pysolve.errors import one_of, whole
 from pysolve.forms import QuantForm
 from pysolve.layer.codebooks import share_values, spaced_values
 from pysolve.layer.grids import fit_grid
@@ -113,6 +113,10 @@ def quantize_layer(
     rows = None if outputs is None else _checked_rows(outputs, len(W))
     keep = None if mask is None else checked_mask(mask, W.shape)
     check_alone(r_xx, r_yx)
+    if np.abs(W).max(initial=0.0) > np.finfo(np.float32).max:
+        raise ValueError(
+            "W has entries beyond single precision, in which values are stored; scale the layer."
+        )
     problem = None if r_xx is None else layer_problem(W, r_xx, r_yx, ridge=ridge)
     if problem is None:
         target = Target(W if keep is None else np.where(keep, W, 0.0), None, keep, rows)
@@ -158,14 +162,10 @@ def _check(
 ) -> None:
     one_of("scheme", scheme, SCHEMES)
     one_of("method", method, METHODS)
-    least = 2 if scheme == "int" else 1
-    if isinstance(bits, bool) or not isinstance(bits, Integral) or not least <= int(bits) <= 8:
-        raise ValueError(f'bits must be an integer within {least} … 8 for scheme="{scheme}", got {bits!r}.')
+    whole(f'bits for scheme="{scheme}"', bits, 2 if scheme == "int" else 1, 8)
     for name, value in (("group", group), ("rounds", rounds)):
-        if value is not None and (
-            isinstance(value, bool) or not isinstance(value, Integral) or int(value) < 1
-        ):
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}.")
+        if value is not None:
+            whole(name, value)
     if scheme != "codebook" and not (lam is None and outputs is None):
         raise ValueError(f'lam and outputs are for scheme="codebook", got scheme="{scheme}".')
     if lam is not None and not (isinstance(lam, Real) and 0 < float(lam) < np.inf):

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from numbers import Integral
 
 import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
 from pysolve.correlations import Array, Correlations
-from pysolve.errors import exactly_one
+from pysolve.errors import exactly_one, whole
 from pysolve.forms import LowRank
 from pysolve.layer.layer_fit import LayerFit
-from pysolve.layer.layer_problem import check_alone, explained
+from pysolve.layer.layer_problem import check_alone, checked_layer, explained
 from pysolve.layer.spatial import as_kernels, plain_spatial, refitted, spatial_spectrum, spatial_start
 from pysolve.layer.spectrum import activation_spectrum, plain_spectrum
-from pysolve.solve.problem import checked_matrix, problem_of
+from pysolve.solve.problem import checked_correlations, checked_matrix
 
 Kernel = tuple[int, ...]
 
@@ -74,16 +73,14 @@ def reduced_rank(
     """
     W = checked_matrix("W", W)
     known = _correlations(W, r_xx, r_yx)
-    S = None if metric is None else checked_matrix("metric", metric)
+    S = None if metric is None else _checked_metric(metric, len(W), known)
     exactly_one(rank=rank, energy=energy)
-    if S is not None and (known is None or S.shape != (len(W), len(W))):
-        raise ValueError(f"a metric of shape {(len(W), len(W))} goes with r_xx, got shape {S.shape}.")
     most = min(W.shape)
     if energy is not None:
         if not 0 < energy <= 1:
             raise ValueError(f"energy must be a share in (0, 1], got {energy}.")
         rank = min(most, rank_keeping(error_curve(W, known, most, metric=S), energy))
-    found = factor_layer(W, known, _checked_rank(rank, most), metric=S)
+    found = factor_layer(W, known, whole("rank, up to the smaller side of W,", rank, 1, most), metric=S)
     return found if isinstance(r_xx, Correlations) else replace(found, bias=None)
 
 
@@ -96,21 +93,10 @@ def factor_layer(
     spatial: bool = False,
     metric: Array | None = None,
 ) -> FactoredLayer:
-    """The best layer of a rank:  min E (y − M x − b)ᵀ S (y − M x − b) .
+    """The best layer of a rank:  min E (y − M x − b)ᵀ S (y − M x − b); without correlations, min ‖W − M‖.
 
-    Parameters
-    ----------
-    W : (h, d) array
-        Its weights as a matrix.
-    correlations : Correlations, optional
-        Correlations of its inputs with the outputs wanted; without them the weights are approximated.
-    rank : int
-    kernel : tuple of int
-        Size of a convolution's kernel.
-    spatial : bool
-        Factor along height and width, instead of the kernel first and 1 × 1 behind.
-    metric : (h, h) array, optional
-        S, positive definite; by default all outputs count alike. Only with correlations.
+    ``kernel`` is the size of a convolution's kernel; ``spatial`` factors along its height and width, instead
+    of the kernel first and 1 × 1 behind. ``metric`` is S, which goes with correlations.
     """
     if metric is None or correlations is None:
         form = _factors(W, correlations, rank, kernel, spatial)
@@ -171,12 +157,6 @@ def rank_keeping(error: Array, energy: float) -> int:
     return max(1, int(enough[0])) if len(enough) else len(error)
 
 
-def _checked_rank(rank: object, most: int) -> int:
-    if isinstance(rank, bool) or not isinstance(rank, Integral) or not 1 <= int(rank) <= most:
-        raise ValueError(f"rank must be an integer within 1 … {most}, the smaller side of W, got {rank!r}.")
-    return int(rank)
-
-
 def _correlations(
     W: Array, r_xx: Correlations | npt.ArrayLike | None, r_yx: npt.ArrayLike | None
 ) -> Correlations | None:
@@ -184,23 +164,24 @@ def _correlations(
     check_alone(r_xx, r_yx)
     if r_xx is None:
         return None
-    d = W.shape[1]
+    R, C = checked_layer(W, r_xx, r_yx)
     if isinstance(r_xx, Correlations):
-        if r_xx.yx.shape != W.shape:
-            raise ValueError(f"W is {W.shape}, but the correlations are of a layer of {r_xx.yx.shape}.")
         return r_xx
-    R = checked_matrix("r_xx", r_xx)
-    if R.shape != (d, d):
-        raise ValueError(f"E[x xᵀ] must be of shape {(d, d)} for W of {W.shape}, got {R.shape}.")
-    if r_yx is None:
-        xx, yx = _MANY * R, _MANY * (W @ R)
-        yy = yx @ W.T
-    else:
-        (R,), (C,) = (pair := problem_of((R, r_yx))).xx, pair.yx
-        if C.shape != W.shape:
-            raise ValueError(f"W is {W.shape}, but r_yx is {C.shape}; they must have the same shape.")
-        xx, yx, yy = _MANY * R, _MANY * C, _MANY * explained(R, C)
-    return Correlations(xx, yx, yy, _MANY, np.zeros(d), np.zeros(len(W)))
+    yx = W @ R if C is None else C
+    yy = yx @ W.T if C is None else explained(R, C)
+    zero = np.zeros(W.shape[1]), np.zeros(len(W))
+    return Correlations(_MANY * R, _MANY * yx, _MANY * yy, _MANY, *zero)
+
+
+def _checked_metric(metric: npt.ArrayLike, h: int, known: Correlations | None) -> Array:
+    S = checked_correlations("metric", metric)
+    if known is None or S.shape != (h, h):
+        raise ValueError(f"a metric of shape {(h, h)} goes with r_xx, got shape {S.shape}.")
+    try:
+        scipy.linalg.cholesky(S, check_finite=False)
+    except scipy.linalg.LinAlgError as error:
+        raise ValueError(f"metric must be positive definite: {error}.") from error
+    return S
 
 
 def _factors(

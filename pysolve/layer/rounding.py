@@ -34,18 +34,10 @@ _WILD = 2.0
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    """The objective ½ Σ_i w_i ‖M_i − V_i‖²_A of rounded weights M, with some of them held at zero.
+    """The objective ½ Σ_i w_i ‖M_i − V_i‖²_A of rounded weights M, zero outside the mask (None: all free).
 
-    Parameters
-    ----------
-    V : (h, d) array
-        The best weights of any value; zero outside the mask.
-    A : (d, d) array or None
-        The metric of a row, positive definite; None for the identity.
-    mask : (h, d) bool array or None
-        Weights that may differ from zero; None for all.
-    outputs : (h,) array, optional
-        w, the weight of each output's error; 1 by default.
+    V (h, d) are the best weights of any value, zero outside the mask; A (d, d), positive definite, is the
+    metric of a row (None: the identity); ``outputs`` (h,) is w, the weight of each output's error.
     """
 
     V: Array = field(repr=False)

@@ -11,25 +11,7 @@ from pysolve.correlations import Array
 
 
 def channel_norms(weight: npt.ArrayLike, *, n: float = 2, axis: int = 0) -> Array:
-    """‖w_c‖_n of every channel of a weight array.
-
-    Parameters
-    ----------
-    weight : array
-    n : float
-        1, 2 or infinity, or any other positive number.
-    axis : int
-        The channels' axis: 0 for a layer's outputs, 1 for its inputs.
-
-    Returns
-    -------
-    (channels,) array
-
-    Raises
-    ------
-    ValueError
-        When n is not positive.
-    """
+    """‖w_c‖_n of every channel of a weight array, n > 0; axis 0 has a layer's outputs, 1 its inputs."""
     if not n > 0:
         raise ValueError(f"n, the order of the norm, must be positive, got {n}.")
     w = np.moveaxis(np.asarray(weight, dtype=np.float64), axis, 0)
@@ -46,25 +28,8 @@ def propagated_importance(
     """Importance of every output channel of a chain of layers, from the last layer back.
 
     s_l = |W_{l+1}|ᵀ s_{l+1}, summed over the inputs of the next layer that belong to one channel: taps of a
-    convolution, positions after a flatten.
-
-    Parameters
-    ----------
-    weights : sequence of (h_l, …) arrays
-        In the order of the network; each layer's inputs, flattened, are h of the one before, times the
-        same number for each channel.
-    final : (h_last,) array, optional
-        Importance of the network's outputs; 1 for all by default.
-
-    Returns
-    -------
-    tuple of (h_l,) arrays
-        One for each layer, the last one ``final``.
-
-    Raises
-    ------
-    ValueError
-        When the weights are no chain of layers, or ``final`` is not one number ≥ 0 an output.
+    convolution, positions after a flatten. Weights (h_l, …) come in the order of the network, each with h of
+    the one before times a whole number of inputs; ``final`` is the importance of the last outputs (1).
 
     References
     ----------
@@ -87,6 +52,8 @@ def propagated_importance(
                 "weights must be a plain chain of layers, front to back."
             )
         found.append((found[-1] @ following).reshape(len(own), -1).sum(1))
+    if not all(np.isfinite(importance).all() for importance in found):
+        raise ValueError("the products of these weights are no finite numbers: scale the layers' weights.")
     return tuple(reversed(found))
 
 

@@ -25,16 +25,7 @@ _BLOCKS = 32
 
 @dataclass(frozen=True)
 class Zeros:
-    """The number of weights to keep, and which of them compete.
-
-    Parameters
-    ----------
-    kept : int
-        Weights to keep in the layer, or in every row.
-    by_row : bool
-    pattern : (int, int), optional
-        Keep n of every m consecutive weights of a row, instead.
-    """
+    """``kept`` weights in the layer or in every row; or a pattern, n of every m consecutive ones of a row."""
 
     kept: int
     by_row: bool = False
@@ -55,7 +46,11 @@ def admm(problem: LayerProblem, zeros: Zeros) -> tuple[Mask, Array]:
     """
     h, d = problem.W.shape
     stages, each, _ = next(schedule for schedule in _SCHEDULES if 2.0 * h * d * d <= schedule[2])
-    peak = float(np.abs(problem.W * problem.unit).max(initial=0.0)) or 1.0
+    peak = float(np.abs(problem.W * problem.unit).max(initial=0.0))
+    if problem.C is not None:
+        # Weights next to nothing beside what the outputs want must not take B beyond single precision.
+        peak = max(peak, 1e-20 * float(np.abs(problem.C / problem.unit)[:, ~problem.dead].max(initial=0.0)))
+    peak = peak or 1.0
     Z = (problem.W * (problem.unit / peak)).astype(np.float32)
     B, U, last = _single_target(problem, peak), np.zeros_like(Z), _RHO[0]
     mask = np.ones(Z.shape, bool)
@@ -94,6 +89,9 @@ def sweep(problem: LayerProblem, zeros: Zeros) -> tuple[Mask, Array]:
     d = problem.W.shape[1]
     group = zeros.pattern[1] if zeros.pattern else 1
     M = problem.optimum()
+    # Scores are compared in single precision: bring them into its range, exactly.
+    exponent = int(np.frexp(np.abs(M).max(initial=0.0))[1])
+    np.ldexp(M, -exponent, out=M)
     order = _ascending(np.einsum("ij,ij->j", M, M), group)
     for rows in blocks(len(M)):
         M[rows] = M[rows][:, order]
@@ -107,7 +105,7 @@ def sweep(problem: LayerProblem, zeros: Zeros) -> tuple[Mask, Array]:
     back = np.argsort(order)
     for rows in blocks(len(M)):
         M[rows], mask[rows] = M[rows][:, back] / problem.unit, mask[rows][:, back]
-    return mask, M
+    return mask, np.ldexp(M, exponent, out=M)
 
 
 def _decide(M: Array, scale: Array, mask: Mask, block: slice, zeros: Zeros) -> None:
@@ -180,7 +178,7 @@ def _single_target(problem: LayerProblem, peak: float) -> npt.NDArray[np.float32
 def _shifted_inverse(problem: LayerProblem, rho: float) -> npt.NDArray[np.float32]:
     """(A + ρ I)⁻¹"""
     A = problem.metric()
-    A.ravel()[:: len(A) + 1] += rho
+    A.flat[:: len(A) + 1] += rho
     factor, _ = scipy.linalg.lapack.dpotrf(A.T, lower=1, overwrite_a=1)
     factor, _ = scipy.linalg.lapack.dpotri(factor, lower=1, overwrite_c=1)
     inverse = factor.astype(np.float32)

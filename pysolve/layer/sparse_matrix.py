@@ -9,8 +9,8 @@ import numpy.typing as npt
 from scipy.sparse import csr_array, csr_matrix, issparse
 
 from pysolve import _core
-from pysolve.correlations import AnyArray
-from pysolve.errors import one_of
+from pysolve.correlations import AnyArray, as_numpy
+from pysolve.errors import one_of, whole
 
 Layout = Literal["feature", "batch"]
 
@@ -62,8 +62,19 @@ class SparseMatrix:
             raise TypeError(f"expected a scipy.sparse CSR matrix, got {kind}: convert it with .tocsr().")
         if csr.dtype not in _CORES:
             raise TypeError(f"expected float32 or float64 values, got {csr.dtype}: convert with .astype(…).")
-        core = _CORES[csr.dtype](*csr.shape, csr.indptr, csr.indices, np.ascontiguousarray(csr.data))
-        return cls(core)
+        index = {"indptr": csr.indptr, "indices": csr.indices}
+        for name, array in index.items():
+            if array.dtype.kind not in "iu":
+                raise TypeError(
+                    f"{name} must hold integers, got {array.dtype}: convert with .astype(np.int64)."
+                )
+            if array.dtype not in (np.int32, np.int64):
+                index[name] = array.astype(np.int64)
+        return cls(_CORES[csr.dtype](*csr.shape, *index.values(), np.ascontiguousarray(csr.data)))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copies and pickles are prepared anew from the matrix for SciPy."""
+        return type(self).from_csr, (self.to_csr(),)
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -169,7 +180,7 @@ class SparseMatrix:
         return SparseMatrix(core), order_of_entries
 
     def _checked(self, name: str, values: npt.ArrayLike) -> AnyArray:
-        array = np.asarray(values)
+        array = as_numpy(name, values)
         if array.dtype != self.dtype:
             raise TypeError(f"{name} must be {self.dtype} as the sparse matrix is, got {array.dtype}.")
         return array
@@ -214,12 +225,10 @@ def set_num_threads(threads: int) -> None:
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         For anything but an integer of at least 1.
     """
-    if isinstance(threads, bool) or not isinstance(threads, int | np.integer) or threads < 1:
-        raise ValueError(f"threads must be an integer of at least 1, got {threads!r}.")
-    _core.set_num_threads(int(threads))
+    _core.set_num_threads(whole("threads", threads))
 
 
 def get_num_threads() -> int:

@@ -27,18 +27,10 @@ _LARGE, _FEW = 1024, 1 / 32
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """A matrix and the directions of its outputs, those with most energy first.
+    """A matrix B (h, d) and the directions of its outputs, those with most energy first.
 
-    Parameters
-    ----------
-    matrix : (h, d) array
-        B.
-    directions : (h, q) array
-        Orthonormal eigenvectors of B G Bᵀ.
-    energies : (q,) array
-        Their eigenvalues, falling.
-    total : float
-        Sum of all eigenvalues, those that are not among the q too.
+    ``directions`` (h, q) are orthonormal eigenvectors of B G Bᵀ, ``energies`` (q,) their eigenvalues,
+    falling; ``total`` is the sum of all eigenvalues, those that are not among the q too.
     """
 
     matrix: Array
@@ -61,29 +53,14 @@ class Spectrum:
 
 
 def plain_spectrum(W: Array, rank: int | None = None) -> Spectrum:
-    """Spectrum of a matrix by itself: truncated singular value decomposition.
-
-    Parameters
-    ----------
-    W : (h, d) array
-    rank : int, optional
-        The largest rank needed; saves time on large matrices.
-    """
+    """Spectrum of a matrix W (h, d) by itself; ``rank``, the largest needed, saves time on large ones."""
     return _spectrum(np.asarray(W, dtype=np.float64), None, rank)
 
 
 def activation_spectrum(W: Array, correlations: Correlations, rank: int | None = None) -> Spectrum:
-    """Spectrum of a layer on its inputs: reduced-rank regression with a ridge towards W.
+    """Spectrum of a layer on its inputs: reduced-rank regression with a ridge towards its weights W (h, d).
 
-    Parameters
-    ----------
-    W : (h, d) array
-        The layer's weights.
-    correlations : Correlations
-        Correlations of its inputs with the outputs wanted; centred here, for the bias is free:
-        ``correlations.bias(M)``.
-    rank : int, optional
-        The largest rank needed; saves time on large layers.
+    The correlations, of its inputs with the outputs wanted, are centred here, for the bias is free.
 
     References
     ----------

@@ -1,4 +1,4 @@
-"""Number of channels that each site keeps under a limit on the cost of the whole network."""
+"""What a network costs as a function of the channels that its sites keep, and the sizes to choose from."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pysolve.errors import PysolveError, one_of
+from pysolve.errors import one_of, whole
 from pysolve.plan import Array, Indices
-from pysolve.solve.knapsack import Knapsack, pack, solve
 
 MEASURES = ("params", "macs", "bytes")
 
@@ -27,21 +26,10 @@ class Costs:
 
         cost_m(k) = constant_m + Σ_l (product_ml out_l in_l + per_output_ml out_l + per_input_ml in_l) .
 
-    Parameters
-    ----------
-    channels : (S,) int array
-        K.
-    outputs, inputs : (L,) array
-        Widths of the layers now.
-    rows, columns : (L, S) array
-        Output and input channels of a layer that belong to one channel of a site.
-    product, per_output, per_input : (3, L) array
-        One row a measure, in the order of ``MEASURES``.
-    constant : (3,) array
-    added : (3,) array
-        The part of this that the network does not have yet, such as biases that it will be given.
-    layers : tuple of str
-        Names of the layers.
+    ``channels`` (S,) is K; ``rows`` and ``columns`` (L, S) are the output and input channels of a layer that
+    belong to one channel of a site; ``product``, ``per_output`` and ``per_input`` (3, L) have a row a
+    measure, in the order of ``MEASURES``. ``added`` (3,) is the part of ``constant`` (3,) that the network
+    does not have yet, such as biases that it will be given; ``layers`` are the layers' names.
     """
 
     channels: Indices
@@ -81,62 +69,6 @@ class Costs:
         )
 
 
-def allocate(
-    costs: Costs,
-    curves: Sequence[npt.ArrayLike],
-    targets: Mapping[str, float],
-    *,
-    least: int = 1,
-    round_to: int = 1,
-) -> Indices:
-    """Number of channels that each site keeps, for the least divergence of a network within its targets.
-
-    Seeks  min_k Σ_s curves[s][k_s]  subject to  cost_m(k) ≤ target_m  for each measure m of the targets.
-
-    Channels are removed where the divergence, on the lower convex hulls of the curves, rises least per cost
-    saved at the widths reached so far (a channel saves in its writers and in its readers, so sites interact),
-    and restored while they fit; then sites exchange channels in pairs while the sum falls. Optimal for up to
-    two sites of up to 64 sizes; on random networks of 3 or 4 small sites less than 1 % above the optimum on
-    average.
-
-    Parameters
-    ----------
-    costs : Costs
-    curves : sequence of (K_s + 1,) arrays
-        Divergence increase with 0 … K_s kept channels of site s; infinite where that is not allowed. Taken as
-        not rising with k: fewer channels have at least the divergence of more.
-    targets : {"params", "macs" or "bytes": number}
-        Up to 1: a share of the original network's; above: the integer itself. All of them hold.
-    least : int
-        Channels that every site keeps at least, or all that it has.
-    round_to : int
-        Sizes are multiples of this, or all channels of a site.
-
-    Returns
-    -------
-    (S,) int array
-        No site can have its next size without breaking a target. So one target is used to within 1 % when
-        no such step costs more than 1 % of any; a step is ``round_to`` channels where curves are finite.
-
-    Raises
-    ------
-    PysolveError
-        When even the smallest allowed sizes cost more than a target: tells how much.
-    ValueError, TypeError
-        For targets, curves or options that are not as described.
-    """
-    rows, limits = limits_of(costs, targets)
-    least, round_to = _integer("least", least, 0), _integer("round_to", round_to, 1)
-    sizes, divergences = site_sizes(costs, curves, least, round_to)
-    smallest = costs.cost([row[0] for row in sizes])
-    for measure, limit in zip(rows, limits, strict=True):
-        if smallest[measure] > limit:
-            raise PysolveError(unreachable(measure, limit, smallest[measure], costs.original[measure]))
-    which = [MEASURES.index(measure) for measure in rows]
-    parts = (part[which] for part in costs.expansion())
-    return solve(Knapsack(*pack(sizes, divergences), limits, *parts)).astype(np.intp)
-
-
 def check_targets(targets: object) -> None:
     """TypeError or ValueError unless targets name measures, and for each a share or an integer."""
     if not isinstance(targets, Mapping):
@@ -164,7 +96,13 @@ def limits_of(costs: Costs, targets: Mapping[str, float]) -> tuple[list[str], Ar
 def site_sizes(
     costs: Costs, curves: Sequence[npt.ArrayLike], least: int = 1, round_to: int = 1
 ) -> tuple[list[Array], list[Array]]:
-    """Sizes that each site may have, and their divergences."""
+    """Sizes that each site may have, and their divergences.
+
+    ``curves[s]`` (K_s + 1,) has the divergence increase with 0 … K_s kept channels of site s, infinite where
+    that is not allowed; taken as not rising with k. Sizes are multiples of ``round_to`` from ``least`` on, or
+    all channels of a site.
+    """
+    least, round_to = whole("least", least, 0), whole("round_to", round_to)
     if len(curves) != len(costs.channels):
         raise ValueError(f"expected one curve for each of {len(costs.channels)} sites, got {len(curves)}.")
     sizes, divergences = [], []
@@ -181,14 +119,6 @@ def site_sizes(
         sizes.append(k[fine].astype(float))
         divergences.append(np.maximum.accumulate(curve[fine][::-1])[::-1])
     return sizes, divergences
-
-
-def _integer(name: str, value: object, smallest: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}.")
-    if value < smallest:
-        raise ValueError(f"{name} must be at least {smallest}, got {value}.")
-    return int(value)
 
 
 def unreachable(measure: str, limit: float, smallest: float, original: float) -> str:

@@ -24,9 +24,8 @@ from pysolve.solve.problem import (
     Matrices,
     Problem,
     Problems,
+    answers_of,
     check_lam,
-    checked_matrix,
-    listed,
     problem_of,
     takes_problem,
 )
@@ -98,12 +97,8 @@ def certify(
         For input that is no such problem, or an M of another shape.
     """
     problem, lam = problem_of(problem, group_size, weights), check_lam(lam)
-    answers = [checked_matrix("M", m) for m in listed(M)]
-    for m, c in zip(answers, problem.yx, strict=True):
-        if m.shape != c.shape:
-            raise ValueError(f"M is {m.shape} but r_yx is {c.shape}; they must have the same shape.")
-    objective = _objective(problem, answers, lam)
-    gap = _gap(problem, answers, lam)
+    answers = answers_of("M", M, problem)
+    objective, gap = _objective(problem, answers, lam), _gap(problem, answers, lam)
     relative = 0.0 if gap == 0.0 else gap / abs(objective) if objective else float("inf")
     return Certificate(objective, gap, relative, _kkt(problem, answers, lam))
 

@@ -20,16 +20,11 @@ import scipy.linalg
 
 from pysolve import _core
 from pysolve.correlations import Array, Indices, group_columns
-from pysolve.solve.least_squares import Ridge, check_ridge, least_squares
-from pysolve.solve.problem import (
-    Matrices,
-    Problem,
-    Problems,
-    half_trace,
-    one_or_all,
-    problem_of,
-    takes_problem,
-)
+from pysolve.errors import whole
+from pysolve.solve.least_squares import Ridge, check_ridge, debias
+from pysolve.solve.problem import Matrices, Problem, Problems, half_trace, problem_of, takes_problem
+
+SIZE = "k, the number of groups to keep,"
 
 # What "auto" tries. A smaller first one would cost the inverse more digits than the costs can spare.
 RIDGES = (1e-8, 1e-6, 1e-4, 1e-2)
@@ -61,13 +56,12 @@ class EliminationPath:
 
     def keep(self, k: int) -> Indices:
         """The k kept groups, ascending."""
-        return np.sort(self.order[self.problem.groups - check_size(k, self.problem.groups, least=0) :])
+        groups = self.problem.groups
+        return np.sort(self.order[groups - whole(SIZE, k, 0, groups) :])
 
     def refit(self, k: int) -> Matrices:
         """The (h, d) matrix refitted on ``keep(k)``, zero elsewhere; a tuple of one a reader if several."""
-        columns = group_columns(self.keep(k), self.problem.group_size)
-        readers = zip(self.problem.xx, self.problem.yx, strict=True)
-        return one_or_all([least_squares(R, C, columns, self.ridge) for R, C in readers])
+        return debias(self.problem, self.keep(k), ridge=self.ridge)
 
 
 @takes_problem
@@ -117,15 +111,6 @@ def elimination_path(
     dead = np.setdiff1d(np.arange(problem.groups), scaled.live)
     error = scaled.energy * np.concatenate([error, np.full(len(dead), error[-1])]) + constant
     return EliminationPath(np.concatenate([dead, scaled.live[order]]), error, path.ridge, problem)
-
-
-def check_size(k: object, groups: int, *, least: int = 1) -> int:
-    """``k`` as an int within least … groups."""
-    if isinstance(k, bool) or not isinstance(k, int | np.integer):
-        raise TypeError(f"k, the number of groups to keep, must be an integer, got {type(k).__name__}.")
-    if not least <= k <= groups:
-        raise ValueError(f"k, the number of groups to keep, must lie within {least} … {groups}, got {k}.")
-    return int(k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -182,7 +167,7 @@ def nested_errors(scaled: Scaled, order: Indices, ridge: float) -> Array:
     explained = np.zeros(len(order))
     for R, C in zip(scaled.xx, scaled.yx, strict=True):
         ordered = R[np.ix_(columns, columns)]
-        ordered.ravel()[:: len(ordered) + 1] += ridge
+        ordered.flat[:: len(ordered) + 1] += ridge
         G = scipy.linalg.cholesky(ordered, lower=True, overwrite_a=True, check_finite=False)
         Z = scipy.linalg.solve_triangular(G, C[:, columns].T, lower=True, check_finite=False)
         explained += np.square(Z).sum(1).reshape(-1, scaled.group_size).sum(1)

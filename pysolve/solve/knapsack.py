@@ -21,18 +21,9 @@ ROUNDS = 10
 class Knapsack:
     """min_k Σ_s D_s(k_s)  subject to  constant_t + gradient_t·k + ½ kᵀ hessian_t k ≤ limit_t .
 
-    Parameters
-    ----------
-    sizes : (S, N) array
-        The values of k_s, ascending; short rows end with their last size repeated.
-    divergences : (S, N) array
-        D of each size; does not rise along a row.
-    counts : (S,) int array
-        Different sizes in each row.
-    limits, constant : (T,) array
-    gradient : (T, S) array
-    hessian : (T, S, S) array
-        Symmetric. The cost rises with every k_s.
+    A row of ``sizes`` (S, N) has the values of k_s, ascending; short ones end with their last size repeated,
+    ``counts`` (S,) are different. ``divergences`` (S, N) has D of each, which does not rise along a row. The
+    costs, of (T,) constants, (T, S) gradients and symmetric (T, S, S) hessians, rise with every k_s.
     """
 
     sizes: Array
@@ -79,7 +70,13 @@ def pack(sizes: Sequence[Array], divergences: Sequence[Array]) -> tuple[Array, A
 
 
 def solve(problem: Knapsack) -> Array:
-    """(S,) sizes within the limits, which the smallest sizes must be; none can be raised to the next."""
+    """(S,) sizes within the limits, which the smallest sizes must be; none can be raised to the next.
+
+    Sizes fall where the divergence, on the lower convex hulls of the curves, rises least per cost saved at
+    the widths reached so far, and are restored while they fit; then sites exchange channels in pairs while
+    the sum falls. Optimal for up to two sites of up to 64 sizes; on random networks of 3 or 4 small sites
+    less than 1 % above the optimum on average.
+    """
     # Removal alone can end up where no exchange of two sites helps; so can raising, but seldom both.
     starts = _remove(problem), np.zeros_like(problem.counts)
     return pick(problem.sizes, min((_exchange(problem, start) for start in starts), key=problem.divergence))

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from pysolve.correlations import Array, Correlations, Indices, group_columns
+from pysolve.correlations import Array, Correlations, Indices, group_columns, group_indices
 from pysolve.solve.problem import Matrices, Problems, one_or_all, problem_of, takes_problem
 
 Ridge = float | Literal["auto"]
@@ -83,22 +83,8 @@ def refit(
 
     Solves  min_{M, b}  ½ E‖y − M x − b‖² + ½ ε Σ_i R_ii ‖M_i − prior_i‖²   with x the inputs in ``columns``.
 
-    Parameters
-    ----------
-    correlations : Correlations
-        Of all d inputs.
-    columns : (k,) int array
-        The inputs to use.
-    prior : (h, k) array
-    ridge : float, optional
-        ε, relative to each input's own variance; raised tenfold until the matrix can be factored. Default:
-        ``prior_ridge``.
-    intercept : bool
-        Whether b is free; otherwise it is 0, and None is returned for it.
-
-    Returns
-    -------
-    (h, k) array, (h,) array or None
+    ε, relative to each input's own variance (default ``prior_ridge``), is raised tenfold until the matrix can
+    be factored. Returns M (h, k) and b (h,); without ``intercept``, b is 0 and None is returned for it.
     """
     used = correlations.centered() if intercept else correlations
     R, C = used.r_xx[np.ix_(columns, columns)], used.r_yx[:, columns]
@@ -142,13 +128,9 @@ def _ridge_solve(R: Array, C: Array, ridge: Ridge) -> Array:
 
 
 def _checked_keep(keep: npt.ArrayLike, groups: int) -> Indices:
-    indices = np.asarray(keep)
-    if indices.dtype == np.bool_:
-        raise TypeError("keep must list indices, got a mask; use np.flatnonzero(mask).")
-    if indices.size and indices.dtype.kind not in "iu":
-        raise TypeError(f"keep must hold integers, got dtype {indices.dtype}.")
+    indices = group_indices(keep)
     if indices.ndim != 1 or len(np.unique(indices)) != len(indices):
         raise ValueError("keep must be a list of group indices, each once.")
     if indices.size and not 0 <= indices.min() <= indices.max() < groups:
         raise ValueError(f"keep must lie within 0 … {groups - 1}, got {indices.min()} … {indices.max()}.")
-    return indices.astype(np.intp)
+    return indices

@@ -9,7 +9,7 @@ from typing import Unpack
 import numpy as np
 import numpy.typing as npt
 
-from pysolve.errors import PysolveError
+from pysolve.errors import PysolveError, whole
 from pysolve.solve.certificate import lam_max
 from pysolve.solve.problem import Problem, Problems, problem_of, takes_problem
 from pysolve.solve.solution import Solution
@@ -102,8 +102,7 @@ def lam_for_groups(
     ValueError, TypeError
         For input that is no such problem, or a k out of range.
     """
-    if k < 1 or max_solves < 1:
-        raise ValueError(f"k and max_solves must be at least 1, got {k} and {max_solves}.")
+    k, max_solves = whole("k", k), whole("max_solves", max_solves)
     solve, problem = solver_named(method), problem_of(problem, group_size, weights)
     highest = lam = _highest(problem)
     fewer, more = solve(problem, highest, **options), None

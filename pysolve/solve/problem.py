@@ -11,7 +11,8 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg.lapack
 
-from pysolve.correlations import Array, Correlations, Mask
+from pysolve.correlations import Array, Correlations, Mask, as_numpy
+from pysolve.errors import whole
 
 P = ParamSpec("P")
 T_co = TypeVar("T_co", covariant=True)
@@ -20,30 +21,18 @@ T_co = TypeVar("T_co", covariant=True)
 # and in sums gathered in float32.
 ROUNDING_SHARES = (1e-14, 1e-12, 1e-10, 1e-8, 1e-7)
 
+# Products of three numbers up to this are finite, and so are sums of them.
+LARGEST = 1e75
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
     """min_M  Σ_r ( ½⟨M_r R_r, M_r⟩ − ⟨C_r, M_r⟩ ) + lam Σ_g w_g ‖M_g‖_F, one or several readers r.
 
-    The readers read the same d inputs and share their groups: ‖M_g‖ runs over the columns of group g in
-    every M_r.
-
-    Parameters
-    ----------
-    xx : tuple of (d, d) arrays
-        R_r = E[x xᵀ] of each reader's inputs; symmetric positive semi-definite.
-    yx : tuple of (h_r, d) arrays
-        C_r = E[y xᵀ].
-    group_size : int
-        Groups are consecutive blocks of this many inputs.
-    weights : (groups,) array
-        w_g ≥ 0; a group of weight 0 is not penalised.
-
-    Raises
-    ------
-    ValueError, TypeError
-        Shapes that do not fit, entries that are not finite, a matrix that is not symmetric positive
-        semi-definite.
+    The readers read the same d inputs and share their groups, consecutive blocks of ``group_size`` inputs:
+    ‖M_g‖ runs over the columns of group g in every M_r. ``xx`` has R_r = E[x xᵀ] (d, d) of each reader,
+    symmetric positive semi-definite, ``yx`` C_r = E[y xᵀ] (h_r, d), ``weights`` w_g ≥ 0: a group of weight 0
+    is not penalised. ``problem_of`` makes and checks it.
     """
 
     xx: tuple[Array, ...]
@@ -99,22 +88,9 @@ def takes_problem(function: Callable[Concatenate[Problems, P], T_co]) -> Verb[P,
 def problem_of(
     problem: Problems, group_size: int | None = None, weights: npt.ArrayLike | None = None
 ) -> Problem:
-    """A checked Problem from what users have.
+    """A checked Problem from a Correlations, a pair (r_xx, r_yx), a list of these, or a Problem.
 
-    Parameters
-    ----------
-    problem : Correlations, pair (r_xx, r_yx), list of these, or Problem
-        Matrices are (d, d) and (h, d) arrays or CPU tensors. A list, or a pair of lists of matrices, holds
-        one problem a reader; readers share their inputs and groups. A Problem is returned as it is.
-    group_size : int, optional
-        Consecutive inputs of a group; default that of the Correlations, otherwise 1.
-    weights : (groups,) array, optional
-        w_g ≥ 0, default 1.
-
-    Raises
-    ------
-    ValueError, TypeError
-        For what is no such problem: see ``Problem``.
+    A list, or a pair of lists of matrices, holds one problem a reader. A Problem is returned as it is.
     """
     if isinstance(problem, Problem):
         return problem
@@ -122,8 +98,12 @@ def problem_of(
     if not readers:
         raise ValueError("expected at least one problem, got an empty list.")
     pairs = [(p.r_xx, p.r_yx) if isinstance(p, Correlations) else _pair(p) for p in readers]
-    xx, yx = zip(*(_checked_reader(*pair) for pair in pairs), strict=True)
+    xx, yx = zip(*(checked_reader(*pair) for pair in pairs), strict=True)
     d = len(xx[0])
+    if d == 0:
+        raise ValueError("r_xx must not be empty; a problem needs at least one input.")
+    if any(len(c) == 0 for c in yx):
+        raise ValueError("r_yx has no rows; a problem needs at least one output.")
     for r in xx[1:]:
         if len(r) != d:
             raise ValueError(f"readers must share their inputs, got {d} and {len(r)} inputs.")
@@ -132,11 +112,8 @@ def problem_of(
         if len(sizes) > 1:
             raise ValueError(f"readers must share their groups, got group sizes {sorted(sizes)}.")
         group_size = sizes.pop() if sizes else 1
-    if isinstance(group_size, bool) or not isinstance(group_size, int | np.integer):
-        raise TypeError(f"group_size must be an integer, got {type(group_size).__name__}.")
-    if group_size < 1 or d % group_size:
-        raise ValueError(f"group_size must divide the {d} inputs, got {group_size}.")
-    return Problem(xx, yx, int(group_size), checked_weights(weights, d // int(group_size)))
+    group_size = checked_group_size(group_size, d)
+    return Problem(xx, yx, group_size, checked_weights(weights, d // group_size))
 
 
 def one_or_all(M: Sequence[Array]) -> Matrices:
@@ -144,7 +121,18 @@ def one_or_all(M: Sequence[Array]) -> Matrices:
     return tuple(M) if len(M) > 1 else M[0]
 
 
-def listed(M: npt.ArrayLike) -> Sequence[npt.ArrayLike]:
+def answers_of(
+    name: str, M: npt.ArrayLike | Matrices, problem: Problem, *, largest: float = LARGEST
+) -> list[Array]:
+    """One checked matrix a reader, in the shapes of the problem's outputs."""
+    answers = [checked_matrix(name, m, largest=largest) for m in _listed(M)]
+    got, wanted = [m.shape for m in answers], [c.shape for c in problem.yx]
+    if got != wanted:
+        raise ValueError(f"{name} has shape {got}, but the problem needs {wanted}.")
+    return answers
+
+
+def _listed(M: npt.ArrayLike) -> Sequence[npt.ArrayLike]:
     """One matrix a reader, of a matrix or of a list or tuple of them."""
     return M if _is_listed(M) else [M]
 
@@ -155,38 +143,72 @@ def check_lam(lam: float) -> float:
         value = float(lam)
     except (TypeError, ValueError):
         raise TypeError(f"lam must be a number, got {lam!r}.") from None
-    if not (np.isfinite(value) and value > 0):
-        raise ValueError(f"lam must be positive and finite, got {lam}. For no penalty at all, use debias.")
+    if not 0 < value <= LARGEST:
+        raise ValueError(
+            f"lam must be positive and finite, at most {LARGEST:g}, got {lam}. "
+            "For no penalty at all, use debias."
+        )
     return value
 
 
-def checked_matrix(name: str, value: npt.ArrayLike) -> Array:
-    """``value`` (array, nested list or CPU tensor) as a finite float64 matrix; copied only if it must be."""
-    matrix = np.asarray(_detached(name, value))
+def checked_matrix(name: str, value: npt.ArrayLike, *, largest: float = LARGEST) -> Array:
+    """``value`` (array, nested list or CPU tensor) as a finite float64 matrix, row after row in memory."""
+    matrix = as_numpy(name, value)
     if matrix.dtype.kind not in "fiub":
         raise TypeError(f"{name} must hold real numbers, got dtype {matrix.dtype}.")
     if matrix.ndim != 2:
         raise ValueError(f"{name} must be a matrix, got an array of shape {matrix.shape}.")
-    matrix = matrix.astype(np.float64, copy=False)
+    matrix = np.ascontiguousarray(matrix, dtype=np.float64)
     bad = matrix.size - np.count_nonzero(np.isfinite(matrix))
     if bad:
         raise ValueError(
             f"{name} has {bad} entries that are not finite; look for NaN or infinity in the data."
         )
+    peak = max(matrix.max(initial=0.0), -matrix.min(initial=0.0))
+    if peak > largest:
+        raise ValueError(f"{name} has entries up to {peak:.3g}, whose products overflow: scale it down.")
     return matrix
+
+
+def checked_correlations(name: str, value: npt.ArrayLike) -> Array:
+    """``value`` as a symmetric positive semi-definite matrix, up to what rounding in float32 takes."""
+    xx = checked_matrix(name, value)
+    if xx.shape[0] != xx.shape[1]:
+        raise ValueError(f"{name} must be square, got {xx.shape[0]} x {xx.shape[1]}.")
+    if 0 < (peak := np.abs(xx).max(initial=0.0)) < 1 / LARGEST:
+        raise ValueError(f"{name} has no entry above {peak:.3g}, so that products vanish: scale it up.")
+    asymmetry = _asymmetry(xx)
+    if asymmetry > 1e-6:
+        raise ValueError(
+            f"{name} is not symmetric: mirrored entries differ by up to {asymmetry:.3g} of the largest."
+        )
+    if asymmetry > 1e-13:
+        xx = (xx + xx.T) / 2
+    return _semidefinite(name, xx)
+
+
+def checked_group_size(group_size: int, columns: int) -> int:
+    """``group_size`` as an int that divides the columns."""
+    size = whole("group_size", group_size)
+    if columns % size:
+        raise ValueError(f"group_size must divide the {columns} inputs, got {size}.")
+    return size
 
 
 def checked_weights(weights: npt.ArrayLike | None, groups: int) -> Array:
     """One finite weight ≥ 0 a group; all 1 when not given."""
     if weights is None:
         return np.ones(groups)
-    array = np.array(weights, dtype=np.float64)
+    array = as_numpy("weights", weights).astype(np.float64)
     if array.shape != (groups,):
         raise ValueError(
             f"weights must hold one number for each of the {groups} groups, got shape {array.shape}."
         )
-    if not np.all(np.isfinite(array)) or array.min() < 0:
-        raise ValueError("weights must be finite and at least 0 (0: that group is not penalised).")
+    if not np.all((array == 0) | ((array >= 1 / LARGEST) & (array <= LARGEST))):
+        raise ValueError(
+            f"weights must be finite and at least 0 (0: that group is not penalised), from {1 / LARGEST:g} "
+            f"to {LARGEST:g} otherwise."
+        )
     return array
 
 
@@ -196,20 +218,13 @@ def half_trace(r_yy: npt.ArrayLike | Sequence[npt.ArrayLike] | None, readers: in
         return 0.0
     if readers > 1 and isinstance(r_yy, list | tuple):
         return sum(half_trace(part) for part in r_yy)
-    value = np.asarray(_detached("r_yy", r_yy), dtype=np.float64)
+    value = as_numpy("r_yy", r_yy).astype(np.float64)
+    if value.ndim > 2 or (value.ndim == 2 and value.shape[0] != value.shape[1]):
+        raise ValueError(f"r_yy must be E[y yᵀ], its diagonal or its trace, got shape {value.shape}.")
     energy = float(np.trace(value) if value.ndim == 2 else value.sum())
-    if not (np.isfinite(energy) and energy >= 0):
+    if not 0 <= energy <= LARGEST**2:
         raise ValueError(f"r_yy must have a finite trace of at least 0, got {energy}.")
     return 0.5 * energy
-
-
-def _detached(name: str, value: Any) -> npt.ArrayLike:
-    """The values of a CPU tensor, which may need a gradient; anything else as it is."""
-    if not hasattr(value, "detach"):
-        return value  # type: ignore[no-any-return]
-    if value.device.type != "cpu":
-        raise TypeError(f"{name} is on {value.device}; pass {name}.cpu().")
-    return value.detach()  # type: ignore[no-any-return]
 
 
 def _stands_alone(problem: object) -> bool:
@@ -231,7 +246,7 @@ def _readers(problem: object) -> list[object]:
         if all(isinstance(p, Correlations | tuple) for p in problem):
             return list(problem)
         if len(problem) == 2 and _is_listed(problem[0]):
-            return list(zip(problem[0], listed(problem[1]), strict=True))
+            return list(zip(problem[0], _listed(problem[1]), strict=True))
     return [problem]
 
 
@@ -244,27 +259,17 @@ def _pair(value: object) -> Pair:
     return value[0], value[1]
 
 
-def _checked_reader(r_xx: npt.ArrayLike, r_yx: npt.ArrayLike) -> tuple[Array, Array]:
-    xx, yx = checked_matrix("r_xx", r_xx), checked_matrix("r_yx", r_yx)
+def checked_reader(r_xx: npt.ArrayLike, r_yx: npt.ArrayLike) -> tuple[Array, Array]:
+    """E[x xᵀ] and E[y xᵀ] of one reader, as far as data can have them."""
+    xx, yx = checked_correlations("r_xx", r_xx), checked_matrix("r_yx", r_yx)
     d = len(xx)
-    if xx.shape != (d, d) or d == 0:
-        raise ValueError(f"r_xx must be square and not empty, got {xx.shape[0]} x {xx.shape[1]}.")
-    if len(yx) == 0:
-        raise ValueError("r_yx has no rows; a problem needs at least one output.")
     if yx.shape[1] != d:
         raise ValueError(
             f"r_yx has {yx.shape[1]} columns but r_xx is {d} x {d}; both must describe the same inputs. "
             "Were they gathered from the same layer?"
         )
-    asymmetry = _asymmetry(xx)
-    if asymmetry > 1e-6:
-        raise ValueError(
-            f"r_xx is not symmetric: mirrored entries differ by up to {asymmetry:.3g} of the largest."
-        )
-    if asymmetry > 1e-13:
-        xx = (xx + xx.T) / 2
-    xx = _semidefinite(xx)
-    impossible = np.count_nonzero((np.diag(xx) == 0) & np.any(yx != 0, axis=0))
+    # C² ≤ R E[y²]: beyond this, E[y²] could be no number.
+    impossible = np.count_nonzero(np.any(np.abs(yx) > LARGEST * np.sqrt(np.abs(np.diag(xx))), axis=0))
     if impossible:
         raise ValueError(
             f"r_yx is not zero for {impossible} inputs whose r_xx is zero; an input that is always 0 "
@@ -277,15 +282,15 @@ def _asymmetry(xx: Array) -> float:
     """Largest difference of an entry from its mirror, as a share of the largest entry."""
     # In strips, so that no temporary is large: fresh memory costs more than the arithmetic.
     strips = (slice(i, i + 128) for i in range(0, len(xx), 128))
-    difference = max(float(np.abs(xx[rows] - xx[:, rows].T).max()) for rows in strips)
+    difference = max((float(np.abs(xx[rows] - xx[:, rows].T).max()) for rows in strips), default=0.0)
     return difference / max(float(xx.max()), -float(xx.min())) if difference else 0.0
 
 
-def _semidefinite(xx: Array) -> Array:
+def _semidefinite(name: str, xx: Array) -> Array:
     """xx, its diagonal raised by a share as small as what rounding in float32 takes; ValueError beyond."""
     diagonal, d = np.diag(xx), len(xx)
-    if diagonal.min() < -1e-9 * diagonal.max():
-        raise ValueError(f"r_xx has a negative diagonal entry, {diagonal.min():.3g}; E[x xᵀ] cannot.")
+    if diagonal.min(initial=0.0) < -1e-9 * diagonal.max(initial=0.0):
+        raise ValueError(f"{name} has a negative diagonal entry, {diagonal.min():.3g}; E[x xᵀ] cannot.")
     unit = np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
     for share in ROUNDING_SHARES:
         scaled = xx / unit[:, None]
@@ -294,14 +299,14 @@ def _semidefinite(xx: Array) -> Array:
             # At the first, smallest share the factorisation may only have met its own rounding.
             return xx if share == ROUNDING_SHARES[0] else xx + np.diag(share * d * diagonal)
     raise ValueError(
-        "r_xx is not positive semi-definite, so it is no correlation matrix E[x xᵀ]. "
-        "Was a centred or approximate matrix computed with too few digits?"
+        f"{name} is not positive semi-definite, so it is no correlation matrix E[x xᵀ]. Was a centred or "
+        "approximate matrix computed with too few digits? Sum it up, and centre it, in float64."
     )
 
 
 def _factors(matrix: Array, shift: float) -> bool:
     """Whether matrix + shift is positive definite; overwrites the matrix."""
-    matrix.ravel()[:: len(matrix) + 1] += shift
+    matrix.flat[:: len(matrix) + 1] += shift
     # LAPACK wants columns contiguous: the transpose of a symmetric matrix is itself, and no copy.
     _, info = scipy.linalg.lapack.dpotrf(matrix.T, lower=True, clean=False, overwrite_a=True)
     return bool(info == 0)

@@ -7,7 +7,7 @@ import numpy.typing as npt
 
 from pysolve import _core
 from pysolve.correlations import Array
-from pysolve.solve.problem import checked_matrix, checked_weights
+from pysolve.solve.problem import checked_group_size, checked_matrix, checked_weights
 
 
 def prox_group_lasso(
@@ -34,10 +34,9 @@ def prox_group_lasso(
     ValueError, TypeError
         For a V that is no finite real matrix, or options out of range.
     """
-    V = checked_matrix("V", V)
+    V = checked_matrix("V", V, largest=np.inf)
     if not (np.isfinite(t) and t >= 0):
         raise ValueError(f"t must be finite and at least 0, got {t}.")
-    if group_size < 1 or V.shape[1] % group_size:
-        raise ValueError(f"group_size must divide the {V.shape[1]} columns of V, got {group_size}.")
+    group_size = checked_group_size(group_size, V.shape[1])
     thresholds = float(t) * checked_weights(weights, V.shape[1] // group_size)
     return np.ascontiguousarray(_core.prox_group_lasso(np.ascontiguousarray(V.T), group_size, thresholds).T)

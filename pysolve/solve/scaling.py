@@ -59,8 +59,8 @@ class Scaled:
         return len(self.columns), sum(len(reader.yx) for reader in self.readers)
 
 
-def scale(problem: Problem) -> Scaled:
-    """The problem in the core's variables."""
+def scale(problem: Problem, energy: float = 0.0) -> Scaled:
+    """The problem in the core's variables; precision is relative to its objective plus ``energy``, if any."""
     size, penalised = problem.group_size, problem.penalised
     p, u = group_columns(np.flatnonzero(penalised), size), group_columns(np.flatnonzero(~penalised), size)
     readers = [_reader(r, c, p, u) for r, c in zip(problem.xx, problem.yx, strict=True)]
@@ -70,15 +70,17 @@ def scale(problem: Problem) -> Scaled:
     spread = np.repeat(spread, size)
     yx = np.concatenate([reader.yx for reader in readers]) / spread
     lam_max = float((group_norms([yx], size) / weights).max(initial=0.0))
+    gains = [np.vdot(reader.base, c[:, u]) for reader, c in zip(readers, problem.yx, strict=True)]
+    constant = -0.5 * float(sum(gains))
     core = _core.Problem(
         xx=[_divided(reader.xx, spread) for reader in readers],
         outputs=[len(reader.yx) for reader in readers],
         yx=np.ascontiguousarray(yx.T / (lam_max or 1.0)),
         group_size=size,
         weights=np.ascontiguousarray(weights),
+        constant=(energy + constant) / (lam_max or 1.0) ** 2 if energy else 0.0,
     )
-    gains = [np.vdot(reader.base, c[:, u]) for reader, c in zip(readers, problem.yx, strict=True)]
-    return Scaled(problem, readers, core, p, u, spread, lam_max, -0.5 * float(sum(gains)))
+    return Scaled(problem, readers, core, p, u, spread, lam_max, constant)
 
 
 def restore(scaled: Scaled, answer: Array) -> tuple[Array, ...]:

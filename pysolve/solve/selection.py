@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 
 from pysolve import _core
 from pysolve.correlations import Array, Indices, group_norms
-from pysolve.errors import PysolveError, one_of
+from pysolve.errors import PysolveError, one_of, whole
 from pysolve.solve.elimination import (
     RIDGES,
+    SIZE,
     Scaled,
-    check_size,
     eliminate,
     nested_errors,
     scale_to_unit_variance,
@@ -73,7 +74,7 @@ def select_channels(
     selector = _SELECTORS[one_of("method", method, METHODS)]
     problem = problem_of(problem, group_size)
     problem = replace(problem, weights=np.ones(problem.groups))
-    return np.sort(selector(problem, check_size(k, problem.groups), ridge))
+    return np.sort(selector(problem, whole(SIZE, k, 1, problem.groups), ridge))
 
 
 def _elimination(problem: Problem, k: int, ridge: Ridge) -> Indices:
@@ -141,10 +142,6 @@ def _lasso(problem: Problem, k: int, ridge: Ridge, weighted: bool = False) -> In
     return _largest(group_norms(found[1].readers, problem.group_size), k)
 
 
-def _weighted_lasso(problem: Problem, k: int, ridge: Ridge) -> Indices:
-    return _lasso(problem, k, ridge, weighted=True)
-
-
 def _magnitude(problem: Problem, k: int, ridge: Ridge) -> Indices:
     return _largest(_fit_norms(problem), k)
 
@@ -170,7 +167,7 @@ _SELECTORS: dict[str, Callable[[Problem, int, Ridge], Indices]] = {
     "swap": _swap,
     "forward": _forward,
     "lasso": _lasso,
-    "weighted_lasso": _weighted_lasso,
+    "weighted_lasso": partial(_lasso, weighted=True),
     "magnitude": _magnitude,
     "activation": _activation,
 }

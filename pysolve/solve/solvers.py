@@ -11,31 +11,26 @@ import numpy as np
 import numpy.typing as npt
 
 from pysolve import _core
-from pysolve.correlations import Array, group_norms
+from pysolve.correlations import group_norms
 from pysolve.errors import one_of
 from pysolve.solve.problem import (
+    LARGEST,
     Matrices,
     Problems,
+    answers_of,
     check_lam,
-    checked_matrix,
     half_trace,
-    listed,
     one_or_all,
     problem_of,
     takes_problem,
 )
-from pysolve.solve.scaling import Scaled, reduce, restore, scale
+from pysolve.solve.scaling import reduce, restore, scale
 from pysolve.solve.solution import History, Solution
 
 Callback = Callable[[int, float, float], None]
 Core = Callable[..., _core.Result]
 
-MAX_ITER = {
-    "newton": 1_000,
-    "alternate_minimization": 50_000,
-    "fista": 50_000,
-    "proximal_gradient": 50_000,
-}
+MAX_ITER = {"newton": 1_000, "alternate_minimization": 50_000, "fista": 50_000, "proximal_gradient": 50_000}
 
 
 class Stopping(TypedDict, total=False):
@@ -78,7 +73,8 @@ def solve_linear_reconstruction(
         w_g ≥ 0, default 1; 0 leaves a group unpenalised (a bias input).
     r_yy : (h, h) array, (h,) diagonal or float trace, optional
         E[y yᵀ], or a list of one for each of several readers; adds its half trace to the objective, which
-        then is the penalised reconstruction error.
+        then is the penalised reconstruction error, and to which ``tol`` is relative then: give it where lam
+        is small and the fit nearly perfect, for otherwise tol · ½ E‖y‖² may exceed the whole penalty.
     tol : float
         Stop when the certified relative gap is at most this; default 1e-8.
     max_iter : int, optional
@@ -193,14 +189,18 @@ def _solve(
         raise ValueError(f"tol must be at least 0, got {tol}.")
     if max_iter is not None and max_iter < 0:
         raise ValueError(f"max_iter must be at least 0, got {max_iter}.")
-    scaled = scale(problem)
-    constant, energy = scaled.constant + half_trace(r_yy, len(problem.xx)), scaled.unit**2
+    known = half_trace(r_yy, len(problem.xx))
+    scaled = scale(problem, known)
+    constant, energy = scaled.constant + known, scaled.unit**2
 
     def report(iteration: int, objective: float, gap: float) -> None:
         assert callback is not None
         callback(iteration, objective * energy + constant, gap * energy)
 
-    start, scaled_lam = _start(scaled, M0), lam / scaled.unit
+    start = np.zeros(scaled.shape)
+    if M0 is not None:
+        start = reduce(scaled, answers_of("M0", M0, problem, largest=LARGEST**2))
+    scaled_lam = lam / scaled.unit
     if lam >= scaled.lam_max * (1 - 1e-13):
         # Zero is the solution; rounding in the scaled C must not make the core doubt it.
         start, scaled_lam = np.zeros_like(start), max(scaled_lam, 1.0) * (1 + 1e-12)
@@ -212,23 +212,10 @@ def _solve(
         max_iter=MAX_ITER[method] if max_iter is None else int(max_iter),
         callback=None if callback is None else report,
     )
-    return _solution(scaled, result, method=method, lam=lam, tol=tol, constant=constant, began=began)
-
-
-def _solution(
-    scaled: Scaled,
-    result: _core.Result,
-    *,
-    method: str,
-    lam: float,
-    tol: float,
-    constant: float,
-    began: float,
-) -> Solution:
-    energy = scaled.unit**2
     M = restore(scaled, result.M.reshape(scaled.shape))
-    gap, reference = result.gap * energy, abs(result.objective * energy + scaled.constant)
+    gap, reference = result.gap * energy, abs(result.objective * energy + constant)
     relative_gap = 0.0 if gap == 0 else gap / reference if reference else float("inf")
+    reached = relative_gap <= tol
     seconds, objectives, gaps = result.history.T
     return Solution(
         M=one_or_all(M),
@@ -241,21 +228,6 @@ def _solution(
         iterations=result.iterations,
         method=method,
         seconds=time.perf_counter() - began,
-        status="converged"
-        if relative_gap <= tol
-        else "precision"
-        if result.gap <= result.floor
-        else "max_iter",
+        status="converged" if reached else "precision" if result.gap <= result.floor else "max_iter",
         history=History(seconds, objectives * energy + constant, gaps * energy),
     )
-
-
-def _start(scaled: Scaled, M0: npt.ArrayLike | Matrices | None) -> Array:
-    if M0 is None:
-        return np.zeros(scaled.shape)
-    wanted = [c.shape for c in scaled.problem.yx]
-    start = [checked_matrix("M0", m) for m in listed(M0)]
-    shapes = [m.shape for m in start]
-    if shapes != wanted:
-        raise ValueError(f"M0 has shape {shapes}, but the problem needs {wanted}.")
-    return reduce(scaled, start)

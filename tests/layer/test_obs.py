@@ -358,7 +358,7 @@ def test_layers_share_weights_so_that_the_sum_of_errors_is_least(seed, left):
         ({}, "exactly one of amount, count, pattern and mask; got none"),
         ({"amount": 0.5, "pattern": "2:4"}, "got amount and pattern"),
         ({"amount": 1.0}, r"amount must be in \[0, 1\), got 1.0"),
-        ({"count": 17}, "count must be an integer within 0 … 12 weights, got 17"),
+        ({"count": 17}, "count must be an integer within 0 … 12, got 17"),
         ({"pattern": "4:2"}, 'pattern must be like "2:4"'),
         ({"amount": 0.5, "method": "obs"}, "unknown method 'obs'; choose one of auto, admm, greedy, sweep"),
         ({"amount": 0.5, "scope": "global"}, "unknown scope 'global'; choose one of layer, row"),
@@ -379,7 +379,9 @@ def test_what_cannot_be_meant_is_refused(options, message):
 def test_statistics_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"W is 3 x 4, so .* must be \(4, 4\), got \(5, 5\)"):
         obs_prune(np.ones((3, 4)), np.eye(5), amount=0.5)
-    with pytest.raises(ValueError, match="not positive definite at ridge=1: it is no E"):
+    with pytest.raises(
+        ValueError, match="r_xx is not positive semi-definite, so it is no correlation matrix E"
+    ):
         obs_prune(np.ones((1, 2)), np.array([[1.0, 3.0], [3.0, 1.0]]), amount=0.5)
-    with pytest.raises(ValueError, match="count must lie within 0 … 2"):
+    with pytest.raises(ValueError, match=r"count, of the weights .* within 0 … 2"):
         share_weights({"a": np.array([1.0, 0.5, 0.0])}, 3)

@@ -44,6 +44,11 @@ def test_importance_of_a_channel_is_that_of_all_its_taps_and_positions():
     assert first.tolist() == [80.0, 80.0]
 
 
+def test_products_that_are_no_finite_numbers_are_refused():
+    with np.errstate(over="ignore"), pytest.raises(ValueError, match="no finite numbers"):
+        propagated_importance([np.full((2, 2), 1e200)] * 3)
+
+
 def test_layers_that_are_no_chain_are_refused():
     with pytest.raises(ValueError, match="3 outputs is followed by one of 4 inputs"):
         propagated_importance([np.ones((3, 2)), np.ones((2, 4))])

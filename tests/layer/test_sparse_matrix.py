@@ -1,6 +1,8 @@
 """Sparse products against SciPy, at every level of instructions and number of threads."""
 
+import copy
 import multiprocessing
+import pickle
 import threading
 from contextlib import contextmanager
 
@@ -309,9 +311,40 @@ def test_bytes_are_those_of_values_indices_and_bounds():
     assert repr(matrix) == f"SparseMatrix(100 x 50, float32, density {csr.nnz / 5000:.3g})"
 
 
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+@given(products())
+def test_copies_and_pickles_are_the_same_matrix_apart_from_it(copied, product):
+    csr, x = product[:2]
+    matrix = ps.SparseMatrix.from_csr(csr)
+    again = copied(matrix)
+    assert (again.shape, again.dtype, again.nnz) == (matrix.shape, matrix.dtype, matrix.nnz)
+    np.testing.assert_array_equal(again @ x, matrix @ x)
+    again.values[:] = 0.0
+    np.testing.assert_array_equal(matrix.values, ps.SparseMatrix.from_csr(csr).values)
+
+
+@pytest.mark.parametrize("name", ["indptr", "indices"])
+@pytest.mark.parametrize("kind", [np.float64, np.float32, bool, complex, object])
+def test_index_arrays_that_are_no_integers_are_refused_with_the_way_out(name, kind):
+    csr = random_csr(4, 5, 0.5)
+    setattr(csr, name, getattr(csr, name).astype(kind))
+    with pytest.raises(TypeError, match=rf"{name} must hold integers, got .*astype\(np.int64\)"):
+        ps.SparseMatrix.from_csr(csr)
+    with pytest.raises(TypeError, match=f"{name} must hold integers"):
+        ps.csr_matmul(csr, np.ones((5, 2), np.float32))
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int16, np.uint32, np.uint64, ">i4"])
+def test_every_integer_indexes(kind):
+    csr, x = random_csr(4, 5, 0.5), random_dense(5, 3)
+    wanted = csr @ x
+    csr.indptr, csr.indices = csr.indptr.astype(kind), csr.indices.astype(kind)
+    np.testing.assert_allclose(ps.SparseMatrix.from_csr(csr) @ x, wanted, rtol=1e-6)
+
+
 @pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2"])
 def test_the_number_of_threads_must_be_one_at_least(threads):
-    with pytest.raises(ValueError, match="an integer of at least 1"):
+    with pytest.raises(ValueError if threads in (0, -1) else TypeError, match="an integer of at least 1"):
         set_num_threads(threads)
 
 

@@ -9,7 +9,20 @@ from hypothesis import strategies as st
 from strategies import seeds
 
 from pysolve.errors import PysolveError
-from pysolve.solve.budget import MEASURES, Costs, allocate
+from pysolve.solve.budget import MEASURES, Costs, limits_of, site_sizes, unreachable
+from pysolve.solve.knapsack import Knapsack, pack, solve
+
+
+def allocate(costs, curves, targets, **sizes_allowed):
+    """Channels that each site keeps: the least divergence within the targets."""
+    rows, limits = limits_of(costs, targets)
+    sizes, divergences = site_sizes(costs, curves, **sizes_allowed)
+    smallest = costs.cost([row[0] for row in sizes])
+    for measure, limit in zip(rows, limits, strict=True):
+        if smallest[measure] > limit:
+            raise PysolveError(unreachable(measure, limit, smallest[measure], costs.original[measure]))
+    parts = (part[[MEASURES.index(measure) for measure in rows]] for part in costs.expansion())
+    return solve(Knapsack(*pack(sizes, divergences), limits, *parts)).astype(int)
 
 
 def chain(sizes, macs=1, bias=True):
@@ -277,8 +290,8 @@ def test_targets_must_be_shares_or_numbers_of_a_known_measure(targets, error, me
         ([np.zeros(6)], {}, ValueError, r"curve 0 must have 7 values, for 0 … 6 .* shape \(6,\)"),
         ([np.full(7, np.nan)], {}, ValueError, "curve 0 must hold numbers"),
         ([np.full(7, np.inf)], {}, ValueError, "a finite one for all"),
-        ([np.zeros(7)], {"least": -1}, ValueError, "least must be at least 0"),
-        ([np.zeros(7)], {"round_to": 0}, ValueError, "round_to must be at least 1"),
+        ([np.zeros(7)], {"least": -1}, ValueError, "least must be an integer of at least 0"),
+        ([np.zeros(7)], {"round_to": 0}, ValueError, "round_to must be an integer of at least 1"),
         ([np.zeros(7)], {"round_to": 2.0}, TypeError, "round_to must be an integer"),
     ],
 )

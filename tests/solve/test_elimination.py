@@ -262,11 +262,11 @@ def test_control_c_ends_the_elimination():
 @pytest.mark.parametrize(
     ("k", "options", "error", "message"),
     [
-        (0, {}, ValueError, "k, the number of groups to keep, must lie within 1 … 3, got 0"),
+        (0, {}, ValueError, "k, the number of groups to keep, must be an integer within 1 … 3, got 0"),
         (4, {}, ValueError, "within 1 … 3, got 4"),
-        (None, {}, TypeError, "must be an integer, got NoneType"),
-        (1.0, {}, TypeError, "must be an integer, got float"),
-        (True, {}, TypeError, "must be an integer, got bool"),
+        (None, {}, TypeError, "must be an integer within 1 … 3, got None"),
+        (1.0, {}, TypeError, "must be an integer within 1 … 3, got 1.0"),
+        (True, {}, TypeError, "must be an integer within 1 … 3, got True"),
         (1, {"method": "best"}, ValueError, "unknown method 'best'; choose one of activation, elimination"),
         (1, {"ridge": -1.0}, ValueError, "ridge must be"),
         (1, {"ridge": 0.0}, ValueError, "singular at the ridge asked for"),

@@ -76,7 +76,7 @@ def test_input_is_not_written_to():
 @pytest.mark.parametrize(
     ("arguments", "options", "message"),
     [
-        ((np.ones((2, 3)), 1.0), {"group_size": 2}, "group_size must divide the 3 columns"),
+        ((np.ones((2, 3)), 1.0), {"group_size": 2}, "group_size must divide the 3 inputs"),
         ((np.ones((2, 3)), -1.0), {}, "t must be finite and at least 0"),
         ((np.ones((2, 3)), np.nan), {}, "t must be finite"),
         ((np.ones(3), 1.0), {}, "V must be a matrix"),

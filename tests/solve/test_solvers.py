@@ -53,6 +53,38 @@ def test_the_gap_asked_for_is_reached_as_judged_independently(method, case):
     assert solution.objective == pytest.approx(certificate.objective, rel=1e-9, abs=noise)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@given(case=instances(spread=0.5, shares=st.sampled_from([1e-8, 1e-6, 1e-4, 1e-2])), weighted=st.booleans())
+def test_where_the_energy_is_known_precision_is_relative_to_the_whole_objective(method, case, weighted):
+    """½ E‖y‖² takes all but a sliver away from P where the fit is nearly perfect."""
+    weights = np.arange(case.groups) + 0.5 - 0.5 * weighted
+    solution = solve(case, method, r_yy=case.r_yy, weights=weights, max_iter=2000)
+    certificate = certify(case, solution.M, weights=weights)
+    energy = 0.5 * np.trace(case.r_yy)
+    whole = certificate.objective + energy
+    assert solution.objective == pytest.approx(whole, abs=1e-9 * energy)
+    if solution.converged:
+        assert solution.gap <= 1e-6 * abs(solution.objective)
+        assert certificate.gap <= 2e-6 * abs(whole) + 1e-12 * energy
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("share", [1e-3, 1e-5, 1e-7])
+def test_converged_means_that_the_support_is_right_even_where_lam_is_tiny(method, share):
+    rng = np.random.default_rng(1)
+    x, truth = rng.standard_normal((64, 128)), np.zeros((2, 128))
+    truth[:, rng.choice(128, 5, replace=False)] = rng.standard_normal((2, 5))
+    y = x @ truth.T
+    R, C, yy = x.T @ x / 64, y.T @ x / 64, np.square(y).sum() / 64
+    lam = share * ps.lam_max(R, C)
+    solution = ps.solve_linear_reconstruction(R, C, lam, method, r_yy=yy, max_iter=5000)
+    if solution.converged:
+        np.testing.assert_array_equal(solution.keep, np.flatnonzero(truth.any(0)))
+        assert np.abs(solution.M - truth).max() <= 10 * lam
+    else:
+        assert method != "newton" or solution.status == "precision"
+
+
 @given(case=instances(spread=0.5, shares=st.floats(0.1, 0.9)))
 def test_proximal_gradient_ends_certified_or_says_how_far_it_got(case):
     solution = solve(case, "proximal_gradient", tol=1e-4, max_iter=3000)

@@ -27,6 +27,7 @@ struct Problem {
     std::vector<Reader> readers;
     const double* yx;       // C, inputs × outputs
     const double* weights;  // w_g > 0, one per group
+    double constant = 0.0;  // ½ E‖y‖² where it is known: precision is relative to P plus this
 
     Index groups() const { return inputs / group_size; }
     Index block() const { return group_size * outputs; }  // numbers in one group
@@ -49,7 +50,8 @@ struct Problem {
 struct Certificate {
     double objective = 0.0;
     double gap = std::numeric_limits<double>::infinity();
-    double floor = 0.0;  // what rounding alone can leave of the gap
+    double floor = 0.0;      // what rounding alone can leave of the gap
+    double reference = 0.0;  // |P + constant|
 
     bool within(double tol) const;
 };
