@@ -100,6 +100,7 @@ class SparseMatrix:
         bias: npt.ArrayLike | None = None,
         relu: bool = False,
         out: AnyArray | None = None,
+        threads: int | None = None,
     ) -> AnyArray:
         """Product with b samples, with bias and ReLU in the same pass.
 
@@ -116,6 +117,8 @@ class SparseMatrix:
             Replace negative numbers by 0.
         out : array, optional
             Array for the result; of its shape and type, with contiguous rows, apart from x.
+        threads : int, optional
+            At most; by default as ``set_num_threads`` has it.
 
         Returns
         -------
@@ -130,7 +133,7 @@ class SparseMatrix:
         dense = self._checked("the dense matrix", x)
         if dense.ndim == 1:
             rows = None if out is None else out[None]
-            return np.asarray(self.matmul(dense[None], bias=bias, relu=relu, out=rows)[0])
+            return np.asarray(self.matmul(dense[None], bias=bias, relu=relu, out=rows, threads=threads)[0])
         if dense.ndim != 2:
             raise ValueError(f"expected a vector or a matrix, got {dense.ndim} dimensions.")
         if dense.strides[1] != dense.itemsize or dense.strides[0] < 0:
@@ -146,14 +149,21 @@ class SparseMatrix:
             raise ValueError("out must be writeable and apart from the dense matrix.")
         if bias is not None:
             bias = np.ascontiguousarray(self._checked("bias", bias))
-        self._core.multiply(dense, batch_major, out, bias, relu, _core.num_threads())
+        self._core.multiply(dense, batch_major, out, bias, relu, threads or _core.num_threads())
         return out
 
     def __matmul__(self, dense: npt.ArrayLike) -> AnyArray:
         """A X for a d × b matrix X, or A x for a vector of d entries."""
         return self.matmul(dense, layout="feature")
 
-    def value_gradient(self, gradient: npt.ArrayLike, x: npt.ArrayLike, layout: Layout = "batch") -> AnyArray:
+    def value_gradient(
+        self,
+        gradient: npt.ArrayLike,
+        x: npt.ArrayLike,
+        layout: Layout = "batch",
+        *,
+        threads: int | None = None,
+    ) -> AnyArray:
         """Σ_samples gradient_r x_c for each entry (r, c): gradient of a loss by ``values``.
 
         Parameters
@@ -162,13 +172,14 @@ class SparseMatrix:
             Gradient of the loss by the product that ``matmul(x, layout)`` gives.
         x : (b, d) or (d, b) array
         layout : "batch" or "feature"
+        threads : int, optional
 
         Returns
         -------
         (nnz,) array
         """
         g, dense = (np.ascontiguousarray(self._checked("the array", array)) for array in (gradient, x))
-        found = self._core.value_gradient(g, dense, _is_batch(layout), _core.num_threads())
+        found = self._core.value_gradient(g, dense, _is_batch(layout), threads or _core.num_threads())
         return np.asarray(found)
 
     def transposed(self) -> tuple[SparseMatrix, npt.NDArray[np.int64]]:
@@ -221,7 +232,7 @@ def csr_matmul(csr: csr_array | csr_matrix, dense: npt.ArrayLike, out: AnyArray 
 def set_num_threads(threads: int) -> None:
     """Set the number of threads that a sparse product may use, the caller's own included.
 
-    Small products use fewer.
+    Small products use fewer. Sparse layers of networks use as many as torch does.
 
     Raises
     ------

@@ -106,6 +106,7 @@ def finish(
         notes = (*notes, FITTED_ON)
     elif selected and study.apart is study.held:
         notes = (*notes, CHOSEN_ON)
+    lines = laid.lines if lines is None else lines
     few = few_samples(_given(study), study.correlations)
     stuck = pinned(report.mass, study.sites) if any(site.pinned is None for site in study.sites) else []
     report = replace(
@@ -113,9 +114,9 @@ def finish(
         target=plain_target(target),
         samples=samples,
         sites=tuple(sites),
-        layers=(*(laid.lines if lines is None else lines), *map(_skipped, study.left)),
+        layers=(*lines, *map(_skipped, study.left)),
         solves=tuple(solves),
-        warnings=(*few, *stuck, *report.warnings),
+        warnings=(*few, *stuck, *slower(report.latencies, lines)),
         notes=tuple(dict.fromkeys((*_left_alone(study), *study.notes, *notes, *report.notes))),
     )
     result = following(before, Compressed(model, laid.plan, report))
@@ -187,7 +188,6 @@ def account(original: nn.Module, smaller: nn.Module, study: Study) -> Report:
         held=0 if study.calibration and study.calibration.fitted_on else sum(map(samples_in, study.apart)),
         mass=mass,
         latencies=() if first is None else _latencies(original, smaller, first),
-        warnings=tuple(slower(mass)),
         made_with=made_with(study.options.seed),
     )
 

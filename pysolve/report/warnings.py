@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 
 from pysolve.correlations import Correlations
 from pysolve.plan import Site
-from pysolve.report.rows import LayerMass
+from pysolve.report.rows import Latency, LayerMass, LayerReport
 
-# A layer is slower when it takes this many times as long, and this share of the network's time longer.
-SLOWER, MATTERS = 1.2, 0.03
+# A network is slower when it takes so many times as long as before.
+SLOWER = 1.2
 # Share of the parameters in layers that cannot shrink that is worth a warning.
 PINNED = 0.3
 # A fit needs this many samples, or this many rows (samples × positions) per input of a layer: with 256 images
@@ -17,19 +17,19 @@ PINNED = 0.3
 SAMPLES, ROWS = 500, 4
 
 
-def slower(mass: Sequence[LayerMass]) -> list[str]:
-    """Layers that take longer than before."""
-    total = sum(layer.seconds or 0.0 for layer in mass)
+def slower(latencies: Sequence[tuple[Latency, Latency]], layers: Sequence[LayerReport] = ()) -> list[str]:
+    """Batches that the network takes longer for, by calls of both in turn, and layers timed as slower."""
+    timed = [one for one in layers if one.layout != "dense" and one.dense_seconds is not None]
+    names = [one.name for one in timed if (one.new_seconds or 0.0) > (one.dense_seconds or 0.0)]
     found = []
-    for layer in mass:
-        # Differences in the times of unchanged layers are noise.
-        if layer.seconds is None or layer.seconds_left is None or layer.macs == layer.macs_left:
-            continue
-        if layer.seconds_left > max(SLOWER * layer.seconds, layer.seconds + MATTERS * total):
+    for before, after in latencies:
+        # Quartiles: where those of the two overlap, the machine was busy.
+        if after.median > SLOWER * before.median and after.low > before.high:
+            where = f" (slower alone: {', '.join(names)})" if names else ""
             found.append(
-                f"{layer.name} takes {layer.seconds_left / layer.seconds:.1f} times as long as before: leave "
-                "it alone with ignore, or try round_to=8 for channels, layout='dense' for single weights, "
-                "layout='auto' for factors."
+                f"a batch of {after.batch_size} takes {after.median / before.median:.1f} times as long as "
+                f"before{where}: try round_to=8 for channels, layout='dense' for single weights, "
+                "layout='auto' for factors, or leave layers alone with ignore."
             )
     return found
 

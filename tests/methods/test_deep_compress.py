@@ -115,8 +115,8 @@ def test_any_number_of_bytes_is_held(target):
 def test_warnings_that_come_late_find_room(monkeypatch, tmp_path):
     calls = []
 
-    def slower(mass):
-        calls.append(mass)
+    def slower(latencies, layers):
+        calls.append(latencies)
         return ["some layers take longer, said in so many words that they fill a line"] * (len(calls) > 0)
 
     monkeypatch.setattr(ending, "slower", slower)

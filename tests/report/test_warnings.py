@@ -1,27 +1,35 @@
 """Warnings come where something is wrong, and say what to do."""
 
 import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
 
 from pysolve.correlations import Correlations
 from pysolve.plan import Site
-from pysolve.report.rows import LayerMass
-from pysolve.report.warnings import ROWS, SAMPLES, few_samples, pinned, slower
+from pysolve.report.rows import Latency, LayerMass, LayerReport
+from pysolve.report.warnings import ROWS, SAMPLES, SLOWER, few_samples, pinned, slower
 
 
 def mass(name, params=100, seconds=1e-3, seconds_left=1e-3):
     return LayerMass(name, params, params // 2, 10, 5, seconds, seconds_left)
 
 
-def test_a_layer_that_takes_clearly_longer_is_named():
-    (text,) = slower([mass("a"), mass("b", seconds_left=2e-3), LayerMass("rest", 5, 5, 0, 0)])
-    assert text.startswith("b takes 2.0 times as long as before")
+def calls(median, spread=0.05, size=64):
+    return Latency(median, median * (1 - spread), median * (1 + spread), size, 1)
+
+
+def test_a_network_that_takes_clearly_longer_is_a_warning_with_the_layers_timed_as_slower():
+    lines = [LayerReport("a", 0.5, "sparse", "", 1e-3, 4e-3), LayerReport("b", 0.5, "dense", "", 1e-3, 2e-3)]
+    (text,) = slower([(calls(1e-3, size=1), calls(0.9e-3, size=1)), (calls(1e-3), calls(2e-3))], lines)
+    assert "a batch of 64 takes 2.0 times as long" in text
+    assert "(slower alone: a)" in text
     assert "round_to" in text
 
 
-def test_noise_is_no_warning():
-    assert slower([mass("a", seconds_left=1.15e-3)]) == []
-    assert slower([mass("tiny", seconds=1e-6, seconds_left=3e-6), mass("large")]) == []
-    assert slower([LayerMass("same", 100, 50, 10, 10, 1e-3, 5e-3)]) == []
+@given(st.floats(1e-6, 1), st.floats(0.01, 100), st.floats(0, 0.9))
+def test_only_times_that_do_not_overlap_are_a_warning(seconds, ratio, spread):
+    before, after = calls(seconds, spread), calls(ratio * seconds, spread)
+    assert bool(slower([(before, after)])) == (ratio > SLOWER and after.low > before.high)
 
 
 def test_what_cannot_shrink_is_a_warning_where_it_is_much():

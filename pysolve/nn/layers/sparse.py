@@ -33,12 +33,12 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Context, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (x, _), layer, layout = ctx.saved_tensors, ctx.layer, ctx.layout
-        matrix, g = layer.matrix(), gradient.numpy()
+        matrix, g, threads = layer.matrix(), gradient.numpy(), torch.get_num_threads()
         by_x = by_values = by_bias = None
         if ctx.needs_input_grad[0]:
-            by_x = torch.from_numpy(layer.flipped().matmul(g, layout))
+            by_x = torch.from_numpy(layer.flipped().matmul(g, layout, threads=threads))
         if ctx.needs_input_grad[1]:
-            by_values = torch.from_numpy(matrix.value_gradient(g, x.numpy(), layout))
+            by_values = torch.from_numpy(matrix.value_gradient(g, x.numpy(), layout, threads=threads))
         if ctx.needs_input_grad[2]:
             by_bias = gradient.sum(0 if layout == "batch" else 1)
         return by_x, by_values, by_bias, None, None
@@ -121,7 +121,8 @@ class SparseWeight(TwoWay):
     def product(self, x: Tensor, layout: Layout) -> Tensor:
         """The product and the bias for a matrix of inputs, without gradients."""
         bias = None if self.bias is None else self.bias.detach().numpy()
-        return torch.from_numpy(self.matrix().matmul(x.detach().numpy(), layout, bias=bias))
+        rows, threads = x.detach().numpy(), torch.get_num_threads()
+        return torch.from_numpy(self.matrix().matmul(rows, layout, bias=bias, threads=threads))
 
     def multiplied(self, x: Tensor, layout: Layout) -> Tensor:
         """The product and the bias for a matrix of inputs."""

@@ -12,6 +12,7 @@ from scipy.sparse import csr_array
 from torch import nn
 
 from pysolve.errors import PysolveError
+from pysolve.layer.sparse_matrix import SparseMatrix
 from pysolve.nn.evaluate import macs, nbytes
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
 
@@ -263,3 +264,18 @@ def test_a_convolution_whose_padding_was_changed_later_is_padded_as_it_is_now():
     conv.dilation, conv.padding = (2, 2), (2, 2)
     with torch.no_grad():
         torch.testing.assert_close(SparseConv2d.from_dense(conv)(x), conv(x))
+
+
+def test_sparse_layers_use_as_many_threads_as_torch(monkeypatch):
+    layer, used = SparseLinear.from_dense(nn.Linear(8, 6)), []
+    original = SparseMatrix.matmul
+
+    def matmul(self, *args, threads=None, **options):
+        used.append(threads)
+        return original(self, *args, threads=threads, **options)
+
+    monkeypatch.setattr(SparseMatrix, "matmul", matmul)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    x = torch.randn(4, 8, requires_grad=True)
+    layer(x).sum().backward()
+    assert used == [3, 3]
