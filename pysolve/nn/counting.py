@@ -1,0 +1,242 @@
+"""Multiply-accumulates of a network: counted by operator while it runs, for the module that calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from pysolve.nn.layers.quantized import QuantWeight
+from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear, SparseWeight
+from pysolve.nn.running import Batch, device_of, evaluating, forward
+
+aten = torch.ops.aten
+# Two for each multiply-accumulate, as torch has it; from arguments with sizes in the place of tensors.
+Formula = Callable[..., int]
+Sizes = Sequence[int]
+
+
+def _attention(query: Sizes, key: Sizes, value: Sizes, *_: Any, **__: Any) -> int:
+    """All scores, masked or not, and all sums of values."""
+    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _vector(matrix: Sizes, *_: Any, **__: Any) -> int:
+    return 2 * prod(matrix)
+
+
+def _biased_vector(bias: Sizes, matrix: Sizes, *_: Any, **__: Any) -> int:
+    return 2 * prod(matrix)
+
+
+def _matrices(left: Sizes, right: Sizes, *_: Any, **__: Any) -> int:
+    return 2 * prod(left) * right[-1]
+
+
+def _biased_matrices(bias: Sizes, left: Sizes, right: Sizes, *_: Any, **__: Any) -> int:
+    return 2 * prod(left) * right[-1]
+
+
+def _bilinear(first: Sizes, weight: Sizes, second: Sizes, *expand: Any, **_: Any) -> int:
+    sizes = []
+    for size, dims in zip((first, weight, second), expand, strict=False):
+        wide = [*size]
+        for dim in sorted(dims):
+            wide.insert(dim, 1)
+        sizes.append(wide)
+    return 2 * prod(torch.broadcast_shapes(*sizes))  # type: ignore[no-untyped-call]
+
+
+def _recurrent_layer(inputs: Sizes, by_input: Sizes, by_state: Sizes, *_: Any, **__: Any) -> int:
+    return 2 * prod(inputs[:-1]) * (prod(by_input) + prod(by_state))
+
+
+def _recurrent(inputs: Sizes, weights: Sequence[Sizes], *_: Any, **__: Any) -> int:
+    return 2 * prod(inputs[:-1]) * sum(prod(size) for size in weights if len(size) > 1)
+
+
+# What torch's own registry lacks of what networks do when they run forward.
+_MORE: dict[str, Formula] = {
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_fused_attention_overrideable": _attention,
+    "_scaled_dot_product_attention_math_for_mps": _attention,
+    "mv": _vector,
+    "dot": _vector,
+    "vdot": _vector,
+    "addmv": _biased_vector,
+    "addbmm": _biased_matrices,
+    "_int_mm": _matrices,
+    "_addmm_activation": _biased_matrices,
+    "_trilinear": _bilinear,
+    "mkldnn_rnn_layer": _recurrent_layer,
+    "_cudnn_rnn": _recurrent,
+    "miopen_rnn": _recurrent,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of an operator that multiplies.
+
+    Parameters
+    ----------
+    layer : str
+        First name of the innermost module around it; "" of the network itself.
+    macs : float
+    what : str
+        The operator.
+    formula : callable, optional
+        From the operands to twice the MACs; None of layers that count as a whole.
+    operands : tuple
+        Positional and keyword arguments and the result, as meta tensors.
+    weight : float
+        In a mean: ``macs`` are the formula's times this.
+    """
+
+    layer: str
+    macs: float
+    what: str = ""
+    formula: Formula | None = None
+    operands: Any = ()
+    weight: float = 1.0
+
+    @property
+    def sizes(self) -> list[int]:
+        """Those of all tensors, one after the other."""
+        return [size for leaf in pytree.tree_leaves(self.operands) for size in shape_of(leaf)]
+
+    def at(self, sizes: Sequence[int]) -> float:
+        """MACs with other sizes of its tensors."""
+        assert self.formula is not None
+        left = iter(sizes)
+
+        def resized(leaf: Any) -> Any:
+            return _empty([next(left) for _ in leaf.shape]) if isinstance(leaf, Tensor) else leaf
+
+        args, kwargs, out = pytree.tree_map(resized, self.operands)
+        return self.weight * float(self.formula(*args, **kwargs, out_val=out)) / 2
+
+    def times(self, weight: float) -> Call:
+        """As part of a mean."""
+        return replace(self, macs=self.macs * weight, weight=self.weight * weight)
+
+
+def calls(model: nn.Module, batch: Batch) -> list[Call]:
+    """Every call of an operator that multiplies, in the order of one run in evaluation mode.
+
+    Torch's registry of formulas (``torch.utils.flop_counter``) counts matrix products and convolutions; to it
+    come attention's and recurrent layers' kernels, products of vectors, and this package's own layers, which
+    count by what they multiply: sparse ones by their entries, integers as the weights that they stand for.
+    """
+    names = {module: name for name, module in model.named_modules()}
+    found: list[Call] = []
+    # Modules that run now; of one that counts as a whole, the operators inside do not.
+    stack: list[tuple[str, bool]] = [("", False)]
+
+    def enter(module: nn.Module, _: Any) -> None:
+        if module in names:
+            stack.append((names[module], stack[-1][1] or isinstance(module, SparseWeight | QuantWeight)))
+
+    def leave(module: nn.Module, _: Any, output: Any) -> None:
+        if module in names:
+            name, _ = stack.pop()
+            if isinstance(module, SparseWeight | QuantWeight) and isinstance(output, Tensor):
+                found.append(Call(name, _own(module, output)))
+
+    def recorded(what: str, formula: Formula) -> Formula:
+        def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+            twice = formula(*args, out_val=out_val, **kwargs)
+            if not stack[-1][1]:
+                operands = pytree.tree_map_only(Tensor, lambda t: _empty(t.shape), (args, kwargs, out_val))
+                found.append(Call(stack[-1][0], twice / 2, what, formula, operands))
+            return twice
+
+        # Torch then gives tensors, not their sizes.
+        count._get_raw = True  # type: ignore[attr-defined]
+        return count
+
+    with ExitStack() as context:
+        context.enter_context(evaluating(model))
+        context.enter_context(_without_fast_path())
+        context.callback(register_module_forward_pre_hook(enter).remove)
+        context.callback(register_module_forward_hook(leave, always_call=True).remove)
+        mapping = {key: recorded(str(key), formula) for key, formula in _formulas().items()}
+        context.enter_context(FlopCounterMode(display=False, custom_mapping=mapping))
+        forward(model, batch, device_of(model))
+    return found
+
+
+def macs(model: nn.Module, example: Batch) -> int:
+    """Multiply-accumulates of a network on one batch.
+
+    Parameters
+    ----------
+    model : nn.Module
+    example : one batch
+        In the forms that ``gather`` takes; with one sample in it, the result is per sample.
+    """
+    return round(sum(call.macs for call in calls(model, example)))
+
+
+def layer_macs(model: nn.Module, example: Batch) -> dict[str, int]:
+    """``macs`` by the innermost module that multiplies, by its first name; "" is the network itself."""
+    return {name: round(count) for name, count in by_layer(calls(model, example)).items()}
+
+
+def by_layer(found: Sequence[Call]) -> dict[str, float]:
+    """MACs of each module."""
+    counts: dict[str, float] = {}
+    for call in found:
+        counts[call.layer] = counts.get(call.layer, 0.0) + call.macs
+    return counts
+
+
+def _own(layer: SparseWeight | QuantWeight, output: Tensor) -> float:
+    """MACs of a layer in a form of this package."""
+    if isinstance(layer, SparseLinear | SparseConv2d):
+        return output.numel() // layer.shape[0] * layer.values.numel()
+    assert isinstance(layer, QuantWeight)
+    return output.numel() * layer.codes[0].numel()
+
+
+def _formulas() -> dict[Any, Formula]:
+    more = {name: formula for name, formula in _MORE.items() if hasattr(aten, name)}
+    return {**flop_registry, **{getattr(aten, name): _sized(formula) for name, formula in more.items()}}
+
+
+def _sized(formula: Formula) -> Formula:
+    """A formula of sizes for tensors."""
+
+    def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.shape, (args, kwargs))
+        return formula(*args, **kwargs)
+
+    return count
+
+
+def _empty(sizes: Sequence[int]) -> Tensor:
+    return torch.empty(tuple(sizes), device="meta")
+
+
+def shape_of(leaf: Any) -> tuple[int, ...]:
+    """Sizes of a tensor; none of anything else."""
+    return tuple(leaf.shape) if isinstance(leaf, Tensor) else ()
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Torch's encoder layers run operator by operator, as they do in training."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
