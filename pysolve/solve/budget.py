@@ -25,7 +25,8 @@ class Costs:
 
     and measure m (parameters, multiply-accumulates of one sample, bytes) of the network is
 
-        cost_m(k) = constant_m + Σ_l (product_ml out_l in_l + per_output_ml out_l + per_input_ml in_l) .
+        cost_m(k) = constant_m + Σ_l (product_ml out_l in_l + per_output_ml out_l + per_input_ml in_l)
+                    + gradient_m · k + ½ kᵀ hessian_m k .
 
     Parameters
     ----------
@@ -42,6 +43,9 @@ class Costs:
         The part of this that the network does not have yet, such as biases that it will be given.
     layers : tuple of str
         Names of the layers.
+    gradient : (3, S) array
+    hessian : (3, S, S) array
+        Of what belongs to no layer, such as attention's products; symmetric, by default zero.
     """
 
     channels: Indices
@@ -55,6 +59,14 @@ class Costs:
     constant: Array
     added: Array = field(default_factory=lambda: np.zeros(len(MEASURES)))
     layers: tuple[str, ...] = ()
+    gradient: Array = field(default_factory=lambda: np.zeros(0))
+    hessian: Array = field(default_factory=lambda: np.zeros(0))
+
+    def __post_init__(self) -> None:
+        M, S = len(MEASURES), len(self.channels)
+        for name, shape in (("gradient", (M, S)), ("hessian", (M, S, S))):
+            if not getattr(self, name).size:
+                object.__setattr__(self, name, np.zeros(shape))
 
     @property
     def original(self) -> dict[str, float]:
@@ -64,9 +76,11 @@ class Costs:
 
     def cost(self, kept: npt.ArrayLike) -> dict[str, float]:
         """Every measure when site s keeps ``kept[s]`` channels."""
-        removed = self.channels - np.asarray(kept)
+        k = np.asarray(kept)
+        removed = self.channels - k
         out, into = self.outputs - self.rows @ removed, self.inputs - self.columns @ removed
         total = self.constant + self.product @ (out * into) + self.per_output @ out + self.per_input @ into
+        total = total + (self.gradient + 0.5 * self.hessian @ k) @ k
         return dict(zip(MEASURES, total.tolist(), strict=True))
 
     def expansion(self) -> tuple[Array, Array, Array]:
@@ -76,8 +90,8 @@ class Costs:
         both = self.rows.T @ (self.product[:, :, None] * self.columns)
         return (
             self.constant + by_out @ out + self.per_input @ into,
-            by_out @ self.rows + by_in @ self.columns,
-            both + both.swapaxes(1, 2),
+            by_out @ self.rows + by_in @ self.columns + self.gradient,
+            both + both.swapaxes(1, 2) + self.hessian,
         )
 
 
