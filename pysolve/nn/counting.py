@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
@@ -14,8 +15,9 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.quantized import QuantWeight
-from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear, SparseWeight
+from pysolve.nn.layers.sparse import SparseWeight
 from pysolve.nn.running import Batch, device_of, evaluating, forward
 
 aten = torch.ops.aten
@@ -82,6 +84,10 @@ _MORE: dict[str, Formula] = {
 }
 
 
+# This package's layers that run in a form of their own.
+_OWN: tuple[type[nn.Module], ...] = (SparseWeight, QuantWeight)
+
+
 @dataclass(frozen=True, eq=False)
 class Call:
     """One call of an operator that multiplies.
@@ -135,43 +141,62 @@ def calls(model: nn.Module, batch: Batch) -> list[Call]:
     Torch's registry of formulas (``torch.utils.flop_counter``) counts matrix products and convolutions; to it
     come attention's and recurrent layers' kernels, products of vectors, and this package's own layers, which
     count by what they multiply: sparse ones by their entries, integers as the weights that they stand for.
+    Of networks that torch cannot count, as those with nested tensors, Linear layers and convolutions.
     """
-    names = {module: name for name, module in model.named_modules()}
-    found: list[Call] = []
-    # Modules that run now; of one that counts as a whole, the operators inside do not.
-    stack: list[tuple[str, bool]] = [("", False)]
+    ledger = _Ledger({module: name for name, module in model.named_modules()})
+    mapping = {key: ledger.recording(str(key), formula) for key, formula in _formulas().items()}
+    with ExitStack() as context:
+        context.enter_context(evaluating(model))
+        context.enter_context(_without_fast_path())
+        context.enter_context(warnings.catch_warnings())
+        # Of compiled networks, whose hooks torch calls twice: the second time it is another module.
+        warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)
+        context.callback(register_module_forward_pre_hook(ledger.enter).remove)
+        context.callback(register_module_forward_hook(ledger.leave, always_call=True).remove)
+        try:
+            with FlopCounterMode(display=False, custom_mapping=mapping):
+                forward(model, batch, device_of(model))
+        # Torch's counter meets tensors of many kinds; if the network itself fails, it does so again.
+        except Exception:
+            ledger.found.clear()
+            ledger.layers = (nn.Linear, nn.modules.conv._ConvNd, *_OWN)
+            forward(model, batch, device_of(model))
+    return ledger.found
 
-    def enter(module: nn.Module, _: Any) -> None:
-        if module in names:
-            stack.append((names[module], stack[-1][1] or isinstance(module, SparseWeight | QuantWeight)))
 
-    def leave(module: nn.Module, _: Any, output: Any) -> None:
-        if module in names:
-            name, _ = stack.pop()
-            if isinstance(module, SparseWeight | QuantWeight) and isinstance(output, Tensor):
-                found.append(Call(name, _own(module, output)))
+class _Ledger:
+    """Calls, and the modules that run now; of one that counts as a whole, the operators inside do not."""
 
-    def recorded(what: str, formula: Formula) -> Formula:
+    def __init__(self, names: Mapping[nn.Module, str]) -> None:
+        self.names, self.found, self.layers = names, list[Call](), _OWN
+        self.stack: list[tuple[str, bool]] = [("", False)]
+
+    def enter(self, module: nn.Module, _: Any) -> None:
+        """Hook before a module runs."""
+        if module in self.names:
+            self.stack.append((self.names[module], self.stack[-1][1] or isinstance(module, self.layers)))
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Hook after it ran."""
+        if module in self.names:
+            name, _ = self.stack.pop()
+            if isinstance(module, self.layers) and isinstance(output, Tensor):
+                self.found.append(Call(name, _whole(module, args, output)))
+
+    def recording(self, what: str, formula: Formula) -> Formula:
+        """A formula that also writes down what it is asked."""
+
         def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
             twice = formula(*args, out_val=out_val, **kwargs)
-            if not stack[-1][1]:
+            name, inside = self.stack[-1]
+            if not inside:
                 operands = pytree.tree_map_only(Tensor, lambda t: _empty(t.shape), (args, kwargs, out_val))
-                found.append(Call(stack[-1][0], twice / 2, what, formula, operands))
+                self.found.append(Call(name, twice / 2, what, formula, operands))
             return twice
 
         # Torch then gives tensors, not their sizes.
         count._get_raw = True  # type: ignore[attr-defined]
         return count
-
-    with ExitStack() as context:
-        context.enter_context(evaluating(model))
-        context.enter_context(_without_fast_path())
-        context.callback(register_module_forward_pre_hook(enter).remove)
-        context.callback(register_module_forward_hook(leave, always_call=True).remove)
-        mapping = {key: recorded(str(key), formula) for key, formula in _formulas().items()}
-        context.enter_context(FlopCounterMode(display=False, custom_mapping=mapping))
-        forward(model, batch, device_of(model))
-    return found
 
 
 def macs(model: nn.Module, example: Batch) -> int:
@@ -199,12 +224,14 @@ def by_layer(found: Sequence[Call]) -> dict[str, float]:
     return counts
 
 
-def _own(layer: SparseWeight | QuantWeight, output: Tensor) -> float:
-    """MACs of a layer in a form of this package."""
-    if isinstance(layer, SparseLinear | SparseConv2d):
+def _whole(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> float:
+    """MACs of one call of a layer, by its weight."""
+    if isinstance(layer, SparseWeight):
         return output.numel() // layer.shape[0] * layer.values.numel()
-    assert isinstance(layer, QuantWeight)
-    return output.numel() * layer.codes[0].numel()
+    weight = layer.codes if isinstance(layer, QuantWeight) else weight_of(layer)
+    # Every output, or input of a transposed convolution, is multiplied with one slice of the weight.
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    return (args[0] if transposed else output).numel() * weight[0].numel()
 
 
 def _formulas() -> dict[Any, Formula]:

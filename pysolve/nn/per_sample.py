@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -72,9 +73,8 @@ def sample_calls(model: nn.Module, work: Workload, weights: Sequence[dict[str, f
     """All calls for the mean sample, one part of the work after the other."""
     found = []
     for batch, share, weight in zip(work.batches, work.shares, weights, strict=True):
-        few = _first(batch)
-        each = 1 / _samples(few)
-        found += [call.times(share * weight.get(call.layer, each)) for call in calls(model, few)]
+        few, run = _run(model, batch)
+        found += [call.times(share * weight.get(call.layer, 1 / _samples(few))) for call in run]
     return found
 
 
@@ -86,19 +86,23 @@ def sample_weights(model: nn.Module, work: Workload) -> list[dict[str, float]]:
     """
     found = []
     for batch in work.batches:
-        few = _first(batch)
-        n = _samples(few)
-        once = by_layer(calls(model, few))
+        few, run = _run(model, batch)
+        n, once = _samples(few), by_layer(run)
         twice = by_layer(_doubled_calls(model, few)) if n > 1 else once
         more = {name: max(0.0, twice.get(name, 2 * count) - count) for name, count in once.items()}
-        found.append(
-            {
-                name: min(1.0, max(1 / n, 1 - (n - 1) / n * more[name] / count))
-                for name, count in once.items()
-                if count
-            }
-        )
+        shares = {name: 1 - (n - 1) / n * more[name] / count for name, count in once.items() if count}
+        found.append({name: min(1.0, max(1 / n, share)) for name, share in shares.items()})
     return found
+
+
+def _run(model: nn.Module, batch: Batch) -> tuple[Batch, list[Call]]:
+    """The first samples and their calls; all samples where the network's code takes no fewer."""
+    few = _first(batch)
+    if few is not batch:
+        # Whatever the network's own code raises.
+        with suppress(Exception):
+            return few, calls(model, few)
+    return batch, calls(model, batch)
 
 
 def _doubled_calls(model: nn.Module, batch: Batch) -> list[Call]:
@@ -118,15 +122,14 @@ def _doubled_calls(model: nn.Module, batch: Batch) -> list[Call]:
 
 def _first(batch: Batch) -> Batch:
     """The first samples of a batch, or the batch where its tensors do not share their samples."""
-    n = _samples(batch)
-    tensors = [
-        leaf for leaf in pytree.tree_leaves(arguments(batch)) if isinstance(leaf, Tensor) and leaf.ndim
-    ]
-    if n <= SAMPLES or any(len(one) != n for one in tensors):
+    n, leaves = _samples(batch), pytree.tree_leaves(arguments(batch))
+    if n <= SAMPLES or any(len(leaf) != n for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim):
         return batch
-    args, kwargs = pytree.tree_map_only(
-        Tensor, lambda leaf: leaf[:SAMPLES] if leaf.ndim else leaf, arguments(batch)
-    )
+
+    def first(leaf: Tensor) -> Tensor:
+        return leaf[:SAMPLES] if leaf.ndim else leaf
+
+    args, kwargs = pytree.tree_map_only(Tensor, first, arguments(batch))
     return kwargs if kwargs else args
 
 
