@@ -116,11 +116,13 @@ class _Cuts:
         found = []
         for c, call in enumerate(now):
             falls = np.array([one[c] for one in by_place if one is not None])
-            # The number of the one site that a size depends on, if it is one.
+            # Of the one site that a size depends on, if it is one.
             number = (falls != 0).T @ (1 << np.arange(len(places)))
             steps = np.zeros((len(total[c]), len(self.sites)))
             for size in np.flatnonzero(total[c]):
-                alone = 0 < number[size] <= len(self.free)
+                seen = falls[:, size][falls[:, size] != 0]
+                # Of several sites together each place shows a part.
+                alone = number[size] <= len(self.free) and (seen == total[c][size]).all()
                 chosen = [number[size]] if alone else [i for i in numbers if not i & ~number[size]]
                 for i in chosen:
                     fall = total if alone else self._falls(now, [i - 1])

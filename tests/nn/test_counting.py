@@ -17,7 +17,7 @@ from pysolve.nn.running import evaluating, forward
 
 
 def torch_macs(model, batch):
-    """Half of torch's flops, with nothing fused: the registry lacks the kernels that do more than one thing."""
+    """Half of torch's flops, with nothing fused: the registry lacks kernels that do more than one thing."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -111,7 +111,9 @@ def test_whatever_multiplies_is_named_by_the_module_around_it():
     }
 
 
-@pytest.mark.parametrize("name", ["attention", "grouped_queries", "multihead_attention", "grouped", "transposed"])
+@pytest.mark.parametrize(
+    "name", ["attention", "grouped_queries", "multihead_attention", "grouped", "transposed"]
+)
 def test_a_call_says_what_it_takes_at_other_sizes(name):
     model, batch = network(name)
     for call in calls(model, batch):
