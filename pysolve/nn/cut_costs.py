@@ -43,8 +43,9 @@ def rest_of(
     Every size of every operand falls by a fixed number for each channel that a site loses: attention has
     fewer heads, a layer that runs over heads fewer positions. The numbers are found by cutting a copy of the
     network and counting again: all sites at once; where that is not explained, those sites whose number has a
-    one in each binary place; where several sites share a size, one by one. Operators whose sizes fall in
-    another way, and networks that do not run when they are cut, count as they are now.
+    one in each binary place; where several sites share a size, one by one. A last network, cut by a quarter,
+    checks them. Operators whose sizes fall in another way, and networks that do not run when they are cut,
+    count as they are now, layers by their widths.
 
     Parameters
     ----------
@@ -57,47 +58,50 @@ def rest_of(
     explained : callable
         From channels kept to the MACs of those modules for which they are known; others stay as they are.
     """
-    cuts = _Cuts(model, sites, count)
-    S = len(sites)
-    none = Rest((), np.zeros(S), np.zeros((S, S)))
-    everything = cuts.calls(cuts.free) if cuts.free else None
-    if everything is None:
-        return none
-    before, after = by_layer(now), by_layer(everything)
-    known = {**before, **explained(cuts.kept(cuts.free))}
-    modules = [name for name in before if abs(after.get(name, 0.0) - known[name]) > _ROUNDING * before[name]]
-    gradient, hessian = none.gradient.copy(), none.hessian.copy()
-    for name in modules:
-        for call, steps in cuts.steps([call for call in now if call.layer == name]):
-            slope, bend = _quadratic(call, steps)
-            gradient += slope
-            hessian += bend
+    cuts, S = _Cuts(model, sites, count), len(sites)
+    gradient, hessian, modules = np.zeros(S), np.zeros((S, S)), []
+    half = cuts.kept(cuts.free)
+    everything = cuts.calls(half) if cuts.free else None
+    before, after = by_layer(now), by_layer(everything or ())
+    widths, removed = explained(half), cuts.channels - half
+    for name, macs in before.items() if everything is not None else ():
+        fall = macs - after.get(name, 0.0)
+        if abs(fall - (macs - widths.get(name, macs))) <= _ROUNDING * macs:
+            continue
+        found = [_quadratic(*one) for one in cuts.steps([call for call in now if call.layer == name])]
+        slope = sum((one for one, _ in found), start=np.zeros(S))
+        bend = sum((one for _, one in found), start=np.zeros((S, S)))
+        # The number of an expert's tokens, for example, falls in no such way.
+        if name in widths and abs(fall - (slope - bend @ removed / 2) @ removed) > _ROUNDING * macs:
+            continue
+        modules.append(name)
+        gradient += slope
+        hessian += bend
     # Of channels kept instead of channels added.
     return Rest(modules, gradient - hessian @ cuts.channels, hessian)
 
 
 class _Cuts:
-    """Calls of the network with some sites at half their width; each network is cut and counted once."""
+    """Calls of the network with some sites cut; each network is cut and counted once."""
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], count: Count) -> None:
         self.model, self.sites, self.count = model, sites, count
         self.channels = np.array([site.channels for site in sites], dtype=np.intp)
-        self.removed = self.channels - np.maximum(1, self.channels // 2)
-        self.free = [s for s, site in enumerate(sites) if site.pinned is None and self.removed[s]]
+        self.free = [s for s, site in enumerate(sites) if site.pinned is None and site.channels > 1]
         self.found: dict[tuple[int, ...], list[Call] | None] = {}
 
-    def kept(self, chosen: Collection[int]) -> Indices:
-        """Channels of all sites when some are cut."""
+    def kept(self, chosen: Sequence[int], parts: int = 2) -> Indices:
+        """Channels of all sites when some lose one of so many parts."""
         kept = self.channels.copy()
-        kept[[*chosen]] -= self.removed[[*chosen]]
-        return kept
+        kept[chosen] -= -(-kept[chosen] // parts)
+        return np.maximum(kept, np.minimum(1, self.channels))
 
-    def calls(self, chosen: Sequence[int]) -> list[Call] | None:
+    def calls(self, kept: Indices) -> list[Call] | None:
         """None where such a network does not run."""
-        key = tuple(chosen)
+        key = tuple(kept.tolist())
         if key not in self.found:
-            kept = self.kept(chosen)
-            plan = Plan(tuple(Collapse(self.sites[s], np.arange(kept[s])) for s in chosen))
+            steps = (Collapse(self.sites[s], np.arange(kept[s])) for s in self.free)
+            plan = Plan(tuple(step for step in steps if len(step.removed)))
             try:
                 self.found[key] = self.count(apply(self.model, plan))
             # Whatever the network's own code raises where sites written by hand do not fit it.
@@ -107,39 +111,38 @@ class _Cuts:
 
     def steps(self, now: Sequence[Call]) -> list[tuple[Call, Array]]:
         """Calls of one module that change, with (sizes, S): how much of a size belongs to one channel."""
-        numbers = range(1, len(self.free) + 1)
-        places = [[i for i in numbers if i >> place & 1] for place in range(len(self.free).bit_length())]
-        total = self._falls(now, range(len(self.free)))
-        by_place = [self._falls(now, [i - 1 for i in chosen]) for chosen in places]
-        if total is None or any(one is None for one in by_place):
-            return []
+        numbers = dict(enumerate(self.free, 1))
+        places = [
+            [site for i, site in numbers.items() if i >> place & 1]
+            for place in range(len(self.free).bit_length())
+        ]
+        tried = [*map(self.kept, places), self.kept(self.free), self.kept(self.free, 4)]
+        removed = self.channels - np.array(tried)
+        seen = [one for kept in tried if (one := self._falls(now, kept)) is not None]
         found = []
-        for c, call in enumerate(now):
-            falls = np.array([one[c] for one in by_place if one is not None])
-            # Of the one site that a size depends on, if it is one.
-            number = (falls != 0).T @ (1 << np.arange(len(places)))
-            steps = np.zeros((len(total[c]), len(self.sites)))
-            for size in np.flatnonzero(total[c]):
-                seen = falls[:, size][falls[:, size] != 0]
+        for c, call in enumerate(now if len(seen) == len(tried) else ()):
+            falls = np.array([sizes[c] for sizes in seen])
+            total = falls[len(places)]
+            steps = np.zeros((len(total), len(self.sites)))
+            for size in np.flatnonzero(total):
+                ones = [place for place in range(len(places)) if falls[place, size]]
                 # Of several sites together each place shows a part.
-                alone = number[size] <= len(self.free) and (seen == total[c][size]).all()
-                chosen = [number[size]] if alone else [i for i in numbers if not i & ~number[size]]
-                for i in chosen:
-                    fall = total if alone else self._falls(now, [i - 1])
-                    site = self.free[i - 1]
-                    steps[size, site] = np.nan if fall is None else fall[c][size] / self.removed[site]
-            expected = [steps @ (self.channels - self.kept([self.free[i - 1] for i in p])) for p in places]
-            expected.append(steps @ (self.channels - self.kept(self.free)))
-            if steps.any() and np.array_equal(expected, [*falls, total[c]]):
+                alone = numbers.get(sum(1 << place for place in ones))
+                if alone is not None and (falls[ones, size] == total[size]).all():
+                    steps[size, alone] = total[size] / removed[len(places), alone]
+                    continue
+                others = {s for place, chosen in enumerate(places) if place not in ones for s in chosen}
+                for s in (s for s in self.free if s not in others):
+                    single = self._falls(now, self.kept([s]))
+                    fall = np.nan if single is None else single[c][size]
+                    steps[size, s] = fall / removed[len(places), s]
+            if steps.any() and np.array_equal(removed @ steps.T, falls):
                 found.append((call, steps))
         return found
 
-    def _falls(self, now: Sequence[Call], chosen: Sequence[int]) -> list[Array] | None:
-        """By how much each size of each call falls when some of the free sites are cut."""
-        calls = self.calls([self.free[i] for i in chosen])
-        if calls is None:
-            return None
-        cut = [call for call in calls if call.layer == now[0].layer]
+    def _falls(self, now: Sequence[Call], kept: Indices) -> list[Array] | None:
+        """By how much each size of each call falls when sites are cut; None where calls are others."""
+        cut = [call for call in self.calls(kept) or () if call.layer == now[0].layer]
         if [call.what for call in cut] != [call.what for call in now]:
             return None
         pairs = [(np.array(one.sizes), np.array(other.sizes)) for one, other in zip(now, cut, strict=True)]

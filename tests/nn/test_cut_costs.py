@@ -61,7 +61,7 @@ def test_only_few_networks_are_cut(monkeypatch):
     sites = [site for site in find_sites(model, x) if site.pinned is None]
     costs = cost_model(model, sites, x)
     assert len(sites) == 16
-    assert len(set(cuts)) == 1 + 5
+    assert len(set(cuts)) == 1 + 5 + 1
     kept = [1] * 16
     smaller = apply(model, Plan(tuple(Collapse(site, np.arange(1)) for site in sites)))
     assert costs.cost(kept)["macs"] == sum(sample_macs(smaller, x).values())
@@ -128,3 +128,25 @@ def test_a_network_that_does_not_run_when_it_is_cut_costs_what_its_widths_say(pi
     )
     site, x = Site(8, ("a",), ("b",), pinned=pinned), torch.zeros(4, 4)
     assert cost_model(model, [site], x).cost([4])["macs"] == (24 if pinned is None else 48)
+
+
+def test_layers_whose_tokens_depend_on_values_cost_what_their_widths_say():
+    def run(net, x):
+        x = net.stem(x)
+        chosen = net.gate(x).sum(-1) > 0
+        return net.out(x).index_put((chosen,), net.back(net.expert(x[chosen])))
+
+    torch.manual_seed(2)
+    layers = {"stem": nn.Linear(5, 8), "gate": nn.Linear(8, 3), "expert": nn.Linear(8, 6)}
+    model = Net(run, **layers, back=nn.Linear(6, 2), out=nn.Linear(8, 2))
+    x = torch.randn(2, 50, 5)
+    sites = [Site(8, ("stem",), ("gate", "expert", "out")), Site(6, ("expert",), ("back",))]
+    half = apply(model, Plan((Collapse(sites[0], np.arange(4)),)))
+    now, cut = (sample_macs(one, x) for one in (model, half))
+    tokens = now["back"] / 12
+    assert cut["back"] != now["back"]
+    costs = cost_model(model, sites, x)
+    assert costs.cost([8, 3])["macs"] == pytest.approx(sum(now.values()) - tokens * 3 * (8 + 2), abs=1)
+    assert costs.cost([4, 6])["macs"] == pytest.approx(
+        sum(now.values()) - 50 * 4 * (5 + 3 + 2) - tokens * 4 * 6, abs=1
+    )
