@@ -18,6 +18,7 @@ from pysolve.nn.graph.sites import find_sites
 from pysolve.nn.per_sample import sample_macs, workload
 from pysolve.nn.zoo import DigitsNet, LeNet5, Mlp, ResNet
 from pysolve.plan import Collapse, Plan, Site
+from pysolve.solve.budget import allocate
 
 
 class Everything(nn.Module):
@@ -109,6 +110,26 @@ def check_found_sites(model, batch, seed=0, tries=3):
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_every_network_costs_at_any_widths_what_is_counted(name):
     check_found_sites(*network(name))
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_half_the_macs_of_every_network_are_half_of_those_counted(name):
+    model, batch = network(name)
+    sites = [site for site in find_sites(model, batch) if site.pinned is None]
+    costs, whole = cost_model(model, sites, batch), counted(model, batch)["macs"]
+
+    def share(kept):
+        return counted(narrowed(model, sites, kept), batch)["macs"] / whole
+
+    curves = [np.linspace(1.0, 0.0, site.channels + 1) for site in sites]
+    if share([1] * len(sites)) > 0.5:
+        with pytest.raises(PysolveError, match="macs cannot go below"):
+            allocate(costs, curves, {"macs": 0.5})
+        return
+    kept = allocate(costs, curves, {"macs": 0.5})
+    assert share(kept) <= 0.5
+    for s, site in enumerate(sites):
+        assert kept[s] == site.channels or share(kept + np.eye(len(sites), dtype=int)[s]) > 0.5
 
 
 @given(chains(), seeds)
