@@ -51,7 +51,7 @@ def masses(
     """
     old, new = (sample_macs(model, as_workload(batch if work is None else work)) for model in (before, after))
     sizes = _sizes(before, old)
-    owner = partial(_owner, before, sizes)
+    owner = partial(_owner, dict(before.named_modules()), sizes)
     counts = [_grouped(one, owner) for one in (old, new)]
     tensors = {tensor.name: tensor.nonzeros for tensor in nonzeros(after).tensors}
     left = _grouped(tensors, lambda name: owner(name.rpartition(".")[0]))
@@ -103,9 +103,8 @@ def _sizes(model: nn.Module, counted: Collection[str]) -> dict[str, int]:
     return sizes
 
 
-def _owner(model: nn.Module, rows: Collection[str], name: str) -> str | None:
-    """The row that a module of this name belongs to, also of a network whose layers were replaced."""
-    modules = dict(model.named_modules())
+def _owner(modules: Mapping[str, nn.Module], rows: Collection[str], name: str) -> str | None:
+    """The row of the original's modules that one of this name belongs to, also where layers were replaced."""
     parts = name.split(".") if name else []
     above = [".".join(parts[:n]) for n in range(len(parts) + 1)]
     known = [one for one in above if one in modules]
