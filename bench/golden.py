@@ -46,11 +46,16 @@ CONTEXT, WIDTH, HEADS = 32, 64, 4
 # What passes for equal: growth of the divergence, an absolute floor of it, and points of accuracy.
 GROWTH, FLOOR, POINTS = 0.02, 1e-6, 0.1
 
-# Targets of compress and low_rank, bytes of codebooks and of deep_compress.
+# Targets of compress and low_rank, bytes of codebooks and of deep_compress. The transformer's MACs are 0.7
+# and half of what its layers take: attention's products, 7 % of all, stay.
 TARGETS: dict[str, tuple[list[dict[str, float]], list[dict[str, float]], list[float]]] = {
     "lenet": ([{"macs": 0.5}, {"params": 0.2}], [{"macs": 0.5}, {"params": 0.2}], [0.05, 0.02]),
     "resnet20": ([{"macs": 0.7}, {"macs": 0.5}], [{"macs": 0.7}, {"macs": 0.5}], [1 / 8, 1 / 16]),
-    "transformer": ([{"macs": 0.7}, {"macs": 0.5}], [{"macs": 0.7}, {"macs": 0.5}], [1 / 6, 1 / 10]),
+    "transformer": (
+        [{"macs": 0.7222}, {"macs": 0.537}],
+        [{"macs": 0.7222}, {"macs": 0.537}],
+        [1 / 6, 1 / 10],
+    ),
 }
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)

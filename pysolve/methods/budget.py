@@ -16,6 +16,7 @@ from pysolve.methods.menu import Chosen, Menu
 from pysolve.methods.price import Probe, divergence_of, measured
 from pysolve.methods.study import Study
 from pysolve.nn.costs import cost_model
+from pysolve.nn.per_sample import workload
 from pysolve.solve.budget import MEASURES, Costs, limits_of, site_sizes, unreachable
 from pysolve.solve.knapsack import Knapsack, pack, solve
 
@@ -93,7 +94,8 @@ def settle(
 
 def costs_of(study: Study, *, also: Sequence[str] = ()) -> Costs:
     """What the network costs at any width of its sites."""
-    return cost_model(study.model, study.free, study.held[0], extra_biases=study.new_biases, also=also)
+    work = workload(study.held)
+    return cost_model(study.model, study.free, work, extra_biases=study.new_biases, also=also)
 
 
 def choose(
@@ -231,4 +233,6 @@ def _with_ranks(costs: Costs, factored: Sequence[RankMenu]) -> Costs:
         product=np.hstack([product, inner / costs.inputs[own], outer / costs.outputs[own]]),
         per_output=np.hstack([costs.per_output, zeros]),
         per_input=np.hstack([costs.per_input, zeros]),
+        gradient=np.pad(costs.gradient, ((0, 0), (0, F))),
+        hessian=np.pad(costs.hessian, ((0, 0), (0, F), (0, F))),
     )

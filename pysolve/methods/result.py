@@ -23,11 +23,12 @@ from pysolve.methods.layout import LaidOut
 from pysolve.methods.study import Clock, Skipped, Study, reasons
 from pysolve.nn.calibration import HELD_OF, LEAST_APART, samples_in, take
 from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, run
-from pysolve.nn.evaluate import macs, nbytes, parameters
+from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.files.architecture import fingerprint
 from pysolve.nn.files.checkpoint import file_bytes
 from pysolve.nn.layers.masking import mask_weights, remove_masks
 from pysolve.nn.nonzeros import nonzeros
+from pysolve.nn.per_sample import Workload, sample_macs, workload
 from pysolve.nn.profile import latencies, masses
 from pysolve.nn.running import Batch, as_array, find_layer
 from pysolve.plan import Plan
@@ -176,10 +177,11 @@ def account(original: nn.Module, smaller: nn.Module, study: Study) -> Report:
     chosen on; without data, neither divergence nor MACs nor times.
     """
     first = study.held[0] if study.held else None
-    mass = () if first is None else masses(original, smaller, take(first, 0, BATCHES[-1]))
+    work = None if first is None else workload(study.held)
+    mass = () if first is None else masses(original, smaller, take(first, 0, BATCHES[-1]), work)
     return Report(
-        before=costs(original, first),
-        after=costs(smaller, first),
+        before=costs(original, work),
+        after=costs(smaller, work),
         sites=(),
         divergence=distance(original, smaller, study.apart, study.options.divergence)
         if study.apart
@@ -220,13 +222,11 @@ def with_file(result: Compressed, original: nn.Module) -> Compressed:
     return replace(result, report=replace(result.report, before=before, after=after))
 
 
-def costs(model: nn.Module, batch: Batch = None) -> dict[str, int]:
+def costs(model: nn.Module, batch: Batch | Workload = None) -> dict[str, int]:
     """Parameters, those that are not zero, bytes, and with a batch MACs for one sample."""
     found = {"params": parameters(model), "nonzeros": nonzeros(model).nonzeros, "bytes": nbytes(model)}
     if batch is not None:
-        # Some networks take no single sample: batch norms without statistics of their own.
-        example = take(batch, 0, 2)
-        found["macs"] = macs(model, example) // samples_in(example)
+        found["macs"] = sum(sample_macs(model, batch).values())
     return found
 
 

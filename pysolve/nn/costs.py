@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from pysolve.correlations import Array
-from pysolve.errors import DataError, PysolveError
-from pysolve.nn.evaluate import macs, nbytes, parameters
-from pysolve.nn.running import arguments, device_of, evaluating, find_layer, forward
+from pysolve.correlations import Array, Indices
+from pysolve.errors import PysolveError
+from pysolve.nn.counting import by_layer
+from pysolve.nn.cut_costs import rest_of
+from pysolve.nn.evaluate import nbytes, parameters
+from pysolve.nn.per_sample import Workload, as_workload, sample_calls, sample_weights
+from pysolve.nn.running import Batch, find_layer
 from pysolve.nn.slicing import (
     CONVOLUTIONS,
     ROLES,
-    TRANSPOSED,
     WEIGHTED,
     channels_of,
     check_kind,
@@ -30,15 +32,15 @@ from pysolve.solve.budget import Costs
 def cost_model(
     model: nn.Module,
     sites: Sequence[Site],
-    example: Any,
+    example: Batch | Workload,
     *,
     extra_biases: Collection[str] = (),
     also: Collection[str] = (),
 ) -> Costs:
     """Count what the network costs, as a function of how many channels each site keeps.
 
-    Exactly the ``parameters``, ``macs`` (of one sample) and ``nbytes`` of the network that ``apply`` makes,
-    as long as no layer runs over the channels of a site as over positions.
+    Exactly the ``parameters``, ``sample_macs`` and ``nbytes`` of the network that ``apply`` makes. Layers
+    cost what their widths say; the MACs of all else, such as attention's, are read off networks that are cut.
 
     Parameters
     ----------
@@ -46,7 +48,7 @@ def cost_model(
         Runs in evaluation mode, on the example.
     sites : sequence of Site
         One that is pinned costs the same whatever it keeps.
-    example : one batch
+    example : one batch, or Workload
         In the forms that ``gather`` takes; samples lie along the first dimension of its first tensor.
     extra_biases : collection of str
         Linear layers and convolutions that will be given a bias if they have none: counted with their rows,
@@ -75,12 +77,29 @@ def cost_model(
     layers = [*names]
     rows, columns = _tables(sites, uses, layers)
     out, into = (np.array([*map(width, layers)], dtype=float) for width in (outputs, _inputs))
-    product, per_output = _coefficients(layers, _macs(model, layers, example))
+    work = as_workload(example)
+    weights = sample_weights(model, work)
+    count = partial(sample_calls, work=work, weights=weights)
+    now = count(model)
+    first, macs = {module: name for name, module in model.named_modules()}, by_layer(now)
+    product, per_output = _coefficients(layers, {layer: macs.get(first[layer], 0.0) for layer in layers})
+
+    def explained(kept: Indices) -> dict[str, float]:
+        gone = np.array([site.channels for site in sites]) - kept
+        found = product[1] * (out - rows @ gone) * (into - columns @ gone)
+        return {first[layer]: value for layer, value in zip(layers, found.tolist(), strict=True)}
+
+    rest = rest_of(model, sites, count, now, explained)
+    product[1] *= [first[layer] not in rest.modules for layer in layers]
     biases = np.array([_new_bias(layer) if layer in extra else np.zeros(3) for layer in layers])
     biases = biases.reshape(-1, 3).T
-    totals = np.array([parameters(model), macs(model, example) / _samples(example), nbytes(model)])
+    channels = np.array([site.channels for site in sites], dtype=np.intp)
+    gradient, hessian = np.zeros((3, len(sites))), np.zeros((3, len(sites), len(sites)))
+    gradient[1], hessian[1] = rest.gradient, rest.hessian
+    totals = np.array([parameters(model), sum(macs.values()), nbytes(model)], dtype=float)
+    totals -= product @ (out * into) + per_output @ out + (gradient + 0.5 * hessian @ channels) @ channels
     return Costs(
-        channels=np.array([site.channels for site in sites], dtype=np.intp),
+        channels=channels,
         outputs=out,
         inputs=into,
         rows=rows,
@@ -88,9 +107,11 @@ def cost_model(
         product=product,
         per_output=per_output + biases,
         per_input=np.zeros_like(product),
-        constant=totals - product @ (out * into) - per_output @ out,
+        constant=totals,
         added=biases @ out,
         layers=tuple(names.values()),
+        gradient=gradient,
+        hessian=hessian,
     )
 
 
@@ -153,29 +174,3 @@ def _inputs(layer: nn.Module) -> int:
 
 def _groups(layer: Any) -> int:
     return layer.groups if type(layer) in CONVOLUTIONS else 1
-
-
-def _macs(model: nn.Module, layers: Sequence[nn.Module], example: Any) -> dict[nn.Module, float]:
-    """Multiply-accumulates of each Linear and convolution, over all its calls, for one sample."""
-    counts = dict.fromkeys(layers, 0.0)
-    samples = _samples(example)
-
-    def count(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        positions = (args[0] if args else kwargs["input"]) if type(layer) in TRANSPOSED else output
-        counts[layer] += positions.numel() * layer.weight[0].numel() / samples
-
-    with ExitStack() as stack:
-        stack.enter_context(evaluating(model))
-        for layer in layers:
-            if type(layer) in WEIGHTED:
-                stack.callback(layer.register_forward_hook(count, with_kwargs=True).remove)
-        forward(model, example, device_of(model))
-    return counts
-
-
-def _samples(example: Any) -> int:
-    args, kwargs = arguments(example)
-    sizes = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
-    if not sizes or not sizes[0]:
-        raise DataError("the example must begin with a tensor of at least one sample.")
-    return sizes[0]

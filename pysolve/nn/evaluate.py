@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pysolve.errors import DataError
+from pysolve.nn.counting import layer_macs as layer_macs
+from pysolve.nn.counting import macs as macs
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.sharing import unshared
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
-from pysolve.nn.running import Batch, Values, as_input, device_of, evaluating, forward, hooked, labelled
+from pysolve.nn.running import Values, as_input, device_of, evaluating, forward, labelled
 from pysolve.report.rows import Latency
 
-# Layers whose multiplications count.
+# Layers that have a line of their own in reports, whatever they multiply.
 COUNTED = (nn.Linear, nn.modules.conv._ConvNd, SparseLinear, SparseConv2d, QuantWeight)
 
 
@@ -60,35 +61,6 @@ def nbytes(model: nn.Module) -> int:
     """Bytes of the state dict's tensors, shared ones once."""
     tensors = [value for value in model.state_dict().values() if isinstance(value, Tensor)]
     return sum({(t.data_ptr(), t.shape): t.nbytes for t in tensors}.values())
-
-
-def macs(model: nn.Module, example: Batch) -> int:
-    """Multiply-accumulates of all Linear and convolution calls on one batch; of sparse ones by their entries.
-
-    With one sample in the batch, the result is per sample.
-    """
-    return sum(layer_macs(model, example).values())
-
-
-def layer_macs(model: nn.Module, example: Batch) -> dict[str, int]:
-    """``macs`` of each layer with weights, by its first name."""
-    layers = {name: layer for name, layer in model.named_modules() if isinstance(layer, COUNTED)}
-    calls = dict.fromkeys(layers, 0)
-
-    def count(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        if isinstance(module, SparseLinear | SparseConv2d):
-            calls[name] += output.numel() // module.shape[0] * module.values.numel()
-            return
-        weight = module.codes if isinstance(module, QuantWeight) else module.weight
-        assert isinstance(weight, Tensor)
-        # Every output, or input of a transposed convolution, is multiplied with one slice of the weight.
-        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-        calls[name] += (args[0] if transposed else output).numel() * weight[0].numel()
-
-    hooks = (layer.register_forward_hook(partial(count, name)) for name, layer in layers.items())
-    with evaluating(model), hooked(hooks):
-        forward(model, example, device_of(model))
-    return calls
 
 
 def latency(model: nn.Module, x: Values, *, repeats: int = 50) -> Latency:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pysolve.nn.calibration import samples_in, take
-from pysolve.nn.evaluate import COUNTED, layer_macs, parameters, seconds_of, summary, wait
+from pysolve.nn.calibration import samples_in
+from pysolve.nn.evaluate import COUNTED, parameters, seconds_of, summary, wait
 from pysolve.nn.nonzeros import nonzeros
+from pysolve.nn.per_sample import Workload, as_workload, sample_macs
 from pysolve.nn.running import Batch, arguments, device_of, evaluating, forward, hooked
 from pysolve.report.rows import Latency, LayerMass
 
@@ -31,26 +32,41 @@ def latencies(models: Sequence[nn.Module], batch: Batch) -> tuple[Latency, ...]:
     return tuple(summary(one, samples_in(batch)) for one in times)
 
 
-def masses(before: nn.Module, after: nn.Module, batch: Batch) -> tuple[LayerMass, ...]:
-    """Parameters, MACs and seconds of the layers with weights, in both networks.
+def masses(
+    before: nn.Module, after: nn.Module, batch: Batch, work: Workload | None = None
+) -> tuple[LayerMass, ...]:
+    """Parameters, MACs and seconds of the layers with weights and of all else that multiplies.
 
-    Parts of a replaced layer, whose names begin with its own, count as that layer. Seconds are taken on the
-    batch, MACs on its first samples.
+    Parts of a replaced layer, whose names begin with its own, count as that layer. The last row is what
+    belongs to no other, so that rows add up to the network.
+
+    Parameters
+    ----------
+    before, after : nn.Module
+    batch : one batch
+        Seconds are taken on it.
+    work : Workload, optional
+        MACs are counted on it, by default on the batch.
     """
-    seconds = _layer_seconds((before, after), batch)
-    example = take(batch, 0, 2)
-    n = samples_in(example)
-    old, new = (layer_macs(model, example) for model in (before, after))
-    sizes, left = _sizes(before, old), _nonzeros(after, new)
+    old, new = (sample_macs(model, as_workload(batch if work is None else work)) for model in (before, after))
+    sizes = _sizes(before, old)
+    owner = partial(_owner, dict(before.named_modules()), sizes)
+    counts = [_grouped(one, owner) for one in (old, new)]
+    tensors = {tensor.name: tensor.nonzeros for tensor in nonzeros(after).tensors}
+    left = _grouped(tensors, lambda name: owner(name.rpartition(".")[0]))
+    # A module with a row inside would be timed twice.
+    apart = [name for name in old if name and not any(one.startswith(f"{name}.") for one in old)]
+    seconds = _layer_seconds((before, after), batch, apart)
     found = []
     for name, size in sizes.items():
-        own = [one for one in new if one == name or one.startswith(f"{name}.")]
-        alive = sum(left.pop(one, 0) for one in {name, *own})
-        counts = (old.get(name, 0) // n, sum(new[one] for one in own) // n)
-        times = (_least(seconds[0], [name] if name in old else []), _least(seconds[1], own))
-        found.append(LayerMass(name, size, alive, *counts, *times))
-    others = LayerMass("all others", parameters(before) - sum(sizes.values()), sum(left.values()), 0, 0)
-    return (*found, others) if others.params or others.left else tuple(found)
+        own = [name] if name in apart else [one for one in seconds[1] if owner(one) == name]
+        times = (
+            _least(times, [one for one in names if one in times])
+            for times, names in zip(seconds, ([name], own), strict=True)
+        )
+        found.append(LayerMass(name, size, left.get(name, 0), *(one.get(name, 0) for one in counts), *times))
+    rest = parameters(before) - sum(sizes.values()), left.get(None, 0), *(one.get(None, 0) for one in counts)
+    return (*found, LayerMass("all others", *rest)) if any(rest) else tuple(found)
 
 
 def layer_inputs(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
@@ -68,26 +84,37 @@ def layer_inputs(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch
 
 
 def _sizes(model: nn.Module, counted: Collection[str]) -> dict[str, int]:
-    """Parameters of the layers with rows of their own: those with MACs, and other large ones."""
+    """Parameters of what has a row of its own: layers with weights, what multiplies, and other large ones."""
     much = LARGE * parameters(model)
-    sizes = {}
+    sizes: dict[str, int] = {}
+    whole: list[str] = []
     for name, module in model.named_modules():
-        if name in counted:
+        if any(name.startswith(f"{one}.") for one in whole):
+            continue
+        direct = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        if isinstance(module, COUNTED):
             sizes[name] = parameters(module)
-        elif not any(name.startswith(f"{one}.") for one in sizes):
-            direct = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-            if direct > much:
-                sizes[name] = direct
+            whole.append(name)
+        elif name and (name in counted or direct > much):
+            sizes[name] = direct
     return sizes
 
 
-def _nonzeros(model: nn.Module, counted: Collection[str]) -> dict[str, int]:
-    """Parameters that are not zero, shared ones once, by the layer that holds them."""
-    found: dict[str, int] = {}
-    for tensor in nonzeros(model).tensors:
-        home = tensor.name.rpartition(".")[0]
-        owner = next((one for one in counted if home == one or home.startswith(f"{one}.")), home)
-        found[owner] = found.get(owner, 0) + tensor.nonzeros
+def _owner(modules: Mapping[str, nn.Module], rows: Collection[str], name: str) -> str | None:
+    """The row of the original's modules that one of this name belongs to, also where layers were replaced."""
+    parts = name.split(".") if name else []
+    above = [".".join(parts[:n]) for n in range(len(parts) + 1)]
+    known = [one for one in above if one in modules]
+    whole = [one for one in known if isinstance(modules[one], COUNTED)]
+    nearest = whole[0] if whole else known[-1]
+    return nearest if nearest in rows else None
+
+
+def _grouped(counts: Mapping[str, int], owner: Callable[[str], str | None]) -> dict[str | None, int]:
+    """Sums by row; None is for what belongs to none."""
+    found: dict[str | None, int] = {}
+    for name, count in counts.items():
+        found[owner(name)] = found.get(owner(name), 0) + count
     return found
 
 
@@ -108,14 +135,16 @@ def _by_turns(calls: Sequence[Callable[[], object]], devices: Sequence[torch.dev
     return times
 
 
-def _layer_seconds(models: Sequence[nn.Module], batch: Batch) -> list[dict[str, list[float]]]:
-    """Seconds of each layer of each network, in each of several runs."""
+def _layer_seconds(
+    models: Sequence[nn.Module], batch: Batch, more: Collection[str]
+) -> list[dict[str, list[float]]]:
+    """Seconds of each layer of each network, and of more modules, in each of several runs."""
     seconds: list[dict[str, list[float]]] = [{} for _ in models]
     with evaluating(*models):
         calls = [_call(model, batch) for model in models]
         for _ in range(FEWEST):
             for model, call, own in zip(models, calls, seconds, strict=True):
-                layers = {name: one for name, one in model.named_modules() if isinstance(one, COUNTED)}
+                layers = {n: one for n, one in model.named_modules() if isinstance(one, COUNTED) or n in more}
                 watches = {name: _Watch(own.setdefault(name, []), device_of(model)) for name in layers}
                 starts = (layers[name].register_forward_pre_hook(watches[name].start) for name in layers)
                 stops = (layers[name].register_forward_hook(watches[name].stop) for name in layers)

@@ -27,8 +27,8 @@ class Report:
     Parameters
     ----------
     before, after : {"params", "nonzeros", "macs", "bytes" or "file": int}
-        Costs of the two networks: parameters, those that are not zero, MACs for one sample, bytes of the
-        state dict, bytes on disk where files were written.
+        Costs of the two networks: parameters, those that are not zero, MACs of all that multiplies for one
+        sample, bytes of the state dict, bytes on disk where files were written.
     sites : tuple of SiteReport
     divergence : float
         Of the compressed network's outputs from the original's, on held-out samples.
@@ -48,7 +48,7 @@ class Report:
     stages : tuple of Stage
         The network after each stage of ``deep_compress``.
     mass : tuple of LayerMass
-        Costs of every layer with weights.
+        Costs of every layer with weights and of all else that multiplies; the last row is the rest.
     latencies : tuple of (Latency, Latency)
         Of the original and the compressed network, timed alternately, for one or more batch sizes.
     solves : tuple of Solve

@@ -178,7 +178,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class LayerMass:
-    """Costs of one layer, before and after.
+    """Costs of one layer or of what a module multiplies outside of its layers, before and after.
 
     Parameters
     ----------

@@ -24,12 +24,14 @@ class Costs:
 
     and measure m (parameters, multiply-accumulates of one sample, bytes) of the network is
 
-        cost_m(k) = constant_m + Σ_l (product_ml out_l in_l + per_output_ml out_l + per_input_ml in_l) .
+        cost_m(k) = constant_m + Σ_l (product_ml out_l in_l + per_output_ml out_l + per_input_ml in_l)
+                    + gradient_m · k + ½ kᵀ hessian_m k .
 
     ``channels`` (S,) is K; ``rows`` and ``columns`` (L, S) are the output and input channels of a layer that
     belong to one channel of a site; ``product``, ``per_output`` and ``per_input`` (3, L) have a row a
     measure, in the order of ``MEASURES``. ``added`` (3,) is the part of ``constant`` (3,) that the network
-    does not have yet, such as biases that it will be given; ``layers`` are the layers' names.
+    does not have yet, such as biases that it will be given; ``layers`` are the layers' names. ``gradient``
+    (3, S) and ``hessian`` (3, S, S), symmetric, are of what belongs to no layer, as attention does.
     """
 
     channels: Indices
@@ -43,6 +45,14 @@ class Costs:
     constant: Array
     added: Array = field(default_factory=lambda: np.zeros(len(MEASURES)))
     layers: tuple[str, ...] = ()
+    gradient: Array = field(default_factory=lambda: np.zeros(0))
+    hessian: Array = field(default_factory=lambda: np.zeros(0))
+
+    def __post_init__(self) -> None:
+        M, S = len(MEASURES), len(self.channels)
+        for name, shape in (("gradient", (M, S)), ("hessian", (M, S, S))):
+            if not getattr(self, name).size:
+                object.__setattr__(self, name, np.zeros(shape))
 
     @property
     def original(self) -> dict[str, float]:
@@ -52,9 +62,11 @@ class Costs:
 
     def cost(self, kept: npt.ArrayLike) -> dict[str, float]:
         """Every measure when site s keeps ``kept[s]`` channels."""
-        removed = self.channels - np.asarray(kept)
+        k = np.asarray(kept)
+        removed = self.channels - k
         out, into = self.outputs - self.rows @ removed, self.inputs - self.columns @ removed
         total = self.constant + self.product @ (out * into) + self.per_output @ out + self.per_input @ into
+        total = total + (self.gradient + 0.5 * self.hessian @ k) @ k
         return dict(zip(MEASURES, total.tolist(), strict=True))
 
     def expansion(self) -> tuple[Array, Array, Array]:
@@ -64,8 +76,8 @@ class Costs:
         both = self.rows.T @ (self.product[:, :, None] * self.columns)
         return (
             self.constant + by_out @ out + self.per_input @ into,
-            by_out @ self.rows + by_in @ self.columns,
-            both + both.swapaxes(1, 2),
+            by_out @ self.rows + by_in @ self.columns + self.gradient,
+            both + both.swapaxes(1, 2) + self.hessian,
         )
 
 

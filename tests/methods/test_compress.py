@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from small import Net, images, network
+from small import Net, attention, images, network
 from torch import nn
 from torch.nn.functional import relu
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
@@ -21,6 +21,7 @@ from pysolve.methods.result import CHOSEN_ON
 from pysolve.methods.sizes import by_keep, by_lam, within
 from pysolve.methods.study import Clock, study
 from pysolve.nn import calibration
+from pysolve.nn.counting import layer_macs
 from pysolve.nn.divergence import kl_divergence, mean_divergence, run
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.zoo import Mlp
@@ -175,6 +176,42 @@ def test_no_site_of_a_small_network_could_have_one_channel_more(name, target):
         wider = ps.apply(model, ps.Plan((*others, ps.Collapse(step.site, more)), biases(result.plan)))
         costs = measured(wider, batches[0])
         assert any(costs[m] > allowed[m] for m in target)
+
+
+def encoder():
+    """Attention by heads and an MLP, both of which can shrink."""
+    torch.manual_seed(0)
+    heads, hidden = attention(48, 12)[0], [nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 4)]
+    return nn.Sequential(heads, *hidden).eval(), [torch.randn(16, 20, 5) for _ in range(4)]
+
+
+@pytest.mark.parametrize("share", [0.7, 0.5, 0.3])
+def test_macs_of_attention_shrink_to_the_target(share):
+    model, batches = encoder()
+    result = compressed(model, batches, target={"macs": share})
+    one = batches[0][:1]
+    before, after = (sum(layer_macs(net, one).values()) for net in (model, result.model))
+    head, hidden = 20 * 4 * (3 * 5 + 4) + 2 * 20**2 * 4, result.model[1].out_features
+    assert 0 <= share * before - after < (20 * (4 + 4) if hidden < 16 else head)
+    assert (result.report.before["macs"], result.report.after["macs"]) == (before, after)
+    assert sum(row.macs for row in result.report.mass) == before
+    assert sum(row.macs_left for row in result.report.mass) == after
+    assert layer_macs(model, one)["0"] > before / 2
+
+
+def test_what_no_site_can_reduce_counts_in_the_target():
+    def run(net, x):
+        return net.head(net.fc(net.rnn(x)[0].mean(1)))
+
+    torch.manual_seed(0)
+    layers = {"rnn": nn.GRU(4, 8, batch_first=True), "fc": nn.Linear(8, 40), "head": nn.Linear(40, 3)}
+    model, batches = Net(run, **layers).eval(), [torch.randn(16, 3, 4) for _ in range(4)]
+    recurrent, others = 3 * 24 * (4 + 8), 40 * (8 + 3)
+    with pytest.raises(ps.PysolveError, match=rf"macs cannot go below {recurrent + 11} \(67.1 %\)"):
+        compressed(model, batches, target={"macs": 0.6})
+    result = compressed(model, batches, target={"macs": 0.8})
+    assert result.report.before["macs"] == recurrent + others
+    assert result.report.after["macs"] == recurrent + 11 * int((0.8 * (recurrent + others) - recurrent) / 11)
 
 
 def measured(model, batch):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from mixtures import batches, convolutional, images
-from small import Net, network
+from small import Net, attention, network
 from torch import nn
 from torch.nn import functional as F
 
@@ -649,6 +649,19 @@ def test_channels_may_go_as_well(build):
     assert result.report.sites
     with torch.no_grad():
         assert result.model(data[0]).shape == model(data[0]).shape
+
+
+@pytest.mark.parametrize("prune", [False, True])
+def test_macs_of_attention_count_in_the_target(prune):
+    torch.manual_seed(0)
+    heads, wide = attention(32, 4)[0], [nn.Linear(4, 40), nn.ReLU(), nn.Linear(40, 30), nn.Linear(30, 4)]
+    model, data = nn.Sequential(heads, *wide).eval(), [torch.randn(20, 6, 5) for _ in range(4)]
+    result = low(model, data, target={"macs": 0.6}, prune=prune)
+    before, after = (costs(net, data[0]) for net in (model, result.model))
+    products = 2 * 32 * 6 * 6
+    assert before["macs"] == products + 6 * (3 * 160 + 32 * 4 + 160 + 1200 + 120)
+    assert 0.5 * before["macs"] <= after["macs"] <= 0.6 * before["macs"]
+    assert (result.report.before, result.report.after) == (before, after)
 
 
 def test_a_network_with_two_inputs_is_run_by_its_keywords():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small import NETWORKS, chains, network
 from strategies import seeds
 from torch import nn
 from torch.nn.functional import relu
@@ -12,9 +13,12 @@ from torch.nn.functional import relu
 from pysolve.errors import CollapseError, DataError, PysolveError
 from pysolve.nn.apply import apply
 from pysolve.nn.costs import cost_model
-from pysolve.nn.evaluate import macs, nbytes, parameters
+from pysolve.nn.evaluate import nbytes, parameters
+from pysolve.nn.graph.sites import find_sites
+from pysolve.nn.per_sample import sample_macs, workload
 from pysolve.nn.zoo import DigitsNet, LeNet5, Mlp, ResNet
 from pysolve.plan import Collapse, Plan, Site
+from pysolve.solve.budget import allocate
 
 
 class Everything(nn.Module):
@@ -59,10 +63,9 @@ IMAGES = torch.zeros(2, 3, 8, 8)
 
 
 def counted(model, example):
-    samples = len(example)
     return {
         "params": parameters(model),
-        "macs": macs(model, example) / samples,
+        "macs": sum(sample_macs(model, example).values()),
         "bytes": nbytes(model),
     }
 
@@ -92,6 +95,54 @@ def test_any_mlp_costs_what_one_built_narrower_costs(sizes, seed):
     kept = rng.integers(1, np.array(sizes[1:-1]) + 1).tolist()
     costs = cost_model(Mlp(sizes), sites, x)
     assert costs.cost(kept) == counted(Mlp((sizes[0], *kept, sizes[-1])), x)
+
+
+def check_found_sites(model, batch, seed=0, tries=3):
+    rng, sites = np.random.default_rng(seed), find_sites(model, batch)
+    costs, free = cost_model(model, sites, batch), [site for site in sites if site.pinned is None]
+    assert costs.original == counted(model, batch)
+    for _ in range(tries):
+        kept = {site: int(rng.integers(1, site.channels + 1)) for site in free}
+        smaller = narrowed(model, free, [*kept.values()], rng)
+        assert costs.cost([kept.get(site, site.channels) for site in sites]) == counted(smaller, batch)
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_every_network_costs_at_any_widths_what_is_counted(name):
+    check_found_sites(*network(name))
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_half_the_macs_of_every_network_are_half_of_those_counted(name):
+    model, batch = network(name)
+    sites = [site for site in find_sites(model, batch) if site.pinned is None]
+    costs, whole = cost_model(model, sites, batch), counted(model, batch)["macs"]
+
+    def share(kept):
+        return counted(narrowed(model, sites, kept), batch)["macs"] / whole
+
+    curves = [np.linspace(1.0, 0.0, site.channels + 1) for site in sites]
+    if share([1] * len(sites)) > 0.5:
+        with pytest.raises(PysolveError, match="macs cannot go below"):
+            allocate(costs, curves, {"macs": 0.5})
+        return
+    kept = allocate(costs, curves, {"macs": 0.5})
+    assert share(kept) <= 0.5
+    for s, site in enumerate(sites):
+        assert kept[s] == site.channels or share(kept + np.eye(len(sites), dtype=int)[s]) > 0.5
+
+
+@given(chains(), seeds)
+def test_any_convolutional_network_costs_at_any_widths_what_is_counted(example, seed):
+    check_found_sites(*example, seed, tries=1)
+
+
+def test_samples_of_several_lengths_cost_the_mean():
+    model, work = network("attention")[0], workload([torch.zeros(2, 6, 5), torch.zeros(6, 9, 5)])
+    (site,) = (site for site in find_sites(model, torch.zeros(2, 6, 5)) if site.pinned is None)
+    for k in (1, 2, 3):
+        by_hand = [n * k * 4 * (3 * 5 + 4) + 2 * k * 4 * n**2 for n in (6, 9)]
+        assert cost_model(model, [site], work).cost([k])["macs"] == (by_hand[0] + 3 * by_hand[1]) / 4
 
 
 def test_lenet_costs_what_is_counted_by_hand():

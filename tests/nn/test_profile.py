@@ -1,17 +1,19 @@
 """Two networks are timed by turns, and every parameter of theirs belongs to one row."""
 
+import copy
 from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small import NETWORKS, network
+from small import NETWORKS, Net, network
 from torch import nn
 
 import pysolve as ps
 from pysolve.nn import profile
 from pysolve.nn.evaluate import macs, parameters
+from pysolve.nn.per_sample import sample_macs
 from pysolve.nn.profile import FEWEST, latencies, masses
 
 
@@ -37,6 +39,42 @@ def test_no_parameter_of_any_network_is_forgotten(name):
     rows = masses(model, model, batch)
     assert sum(row.params for row in rows) == parameters(model)
     assert sum(row.left for row in rows) == sum(int(p.count_nonzero()) for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_no_multiplication_of_any_network_is_forgotten(name):
+    model, batch = network(name)
+    rows = masses(model, model, batch)
+    assert sum(row.macs for row in rows) == sum(sample_macs(model, batch).values())
+    assert all(row.macs == row.macs_left for row in rows)
+
+
+def test_what_multiplies_without_a_layer_has_a_row_and_so_has_the_rest():
+    def run(net, x):
+        return net.rnn(x)[0] @ net.attend(x) @ net.w
+
+    def attend(net, x):
+        return net.q(x).mT @ net.k(x)
+
+    inner = Net(attend, q=nn.Linear(4, 3), k=nn.Linear(4, 6), norm=nn.LayerNorm(4))
+    w = nn.Parameter(torch.ones(6, 2))
+    before = Net(run, rnn=nn.GRU(4, 3, batch_first=True), attend=inner, w=w).eval()
+    after = copy.deepcopy(before)
+    after.attend.k = nn.Sequential(nn.Linear(4, 1, bias=False), nn.Linear(1, 6))
+    rows = {row.name: row for row in masses(before, after, torch.randn(2, 5, 4))}
+    counts = {name: (row.params, row.macs, row.macs_left) for name, row in rows.items()}
+    assert counts == {
+        "rnn": (81, 5 * 9 * 7, 5 * 9 * 7),
+        "attend": (0, 5 * 18, 5 * 18),
+        "attend.q": (15, 60, 60),
+        "attend.k": (30, 120, 50),
+        "attend.norm": (8, 0, 0),
+        "all others": (12, 5 * 3 * 6 + 5 * 6 * 2, 5 * 3 * 6 + 5 * 6 * 2),
+    }
+    assert sum(row.left for row in rows.values()) == sum(int(p.count_nonzero()) for p in after.parameters())
+    # Of a module with rows inside, the time is theirs.
+    assert [name for name in counts if rows[name].seconds] == ["rnn", "attend.q", "attend.k"]
+    assert rows["attend.k"].seconds_left > 0
 
 
 def test_zeros_and_layers_that_took_anothers_place_count_as_its_own():

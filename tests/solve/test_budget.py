@@ -44,13 +44,18 @@ def chain(sizes, macs=1, bias=True):
 
 
 def tangle(rng, sites, most):
-    """Layers that read and write any sites, several or the same one both ways."""
+    """Layers that read and write any sites, several or the same one both ways, and products of sites."""
     channels, L = rng.integers(2, most + 1, sites), sites + 2
     rows, columns = (rng.random((L, sites)) < 0.4) * 1.0, (rng.random((L, sites)) < 0.4) * 1.0
     columns *= rng.integers(1, 4, (L, sites))
     tables = [rng.integers(0, 5, (3, L)).astype(float) for _ in range(3)]
     outputs, inputs = rows @ channels + rng.integers(1, 5, L), columns @ channels + rng.integers(1, 5, L)
-    return Costs(channels, outputs, inputs, rows, columns, *tables, rng.integers(0, 50, 3).astype(float))
+    products = rng.integers(0, 3, (3, sites, sites)) * 2.0
+    return Costs(
+        *(channels, outputs, inputs, rows, columns, *tables, rng.integers(0, 50, 3).astype(float)),
+        gradient=rng.integers(0, 9, (3, sites)).astype(float),
+        hessian=products + products.swapaxes(1, 2),
+    )
 
 
 def random_curve(rng, channels):
@@ -113,6 +118,9 @@ def test_costs_are_those_of_each_layer_summed(seed, sites):
             into = costs.inputs[layer] - sum(c * g for c, g in zip(costs.columns[layer], gone, strict=True))
             total += costs.product[m, layer] * out * into
             total += costs.per_output[m, layer] * out + costs.per_input[m, layer] * into
+        for s, k in enumerate(kept):
+            total += costs.gradient[m, s] * k
+            total += sum(costs.hessian[m, s, t] * k * other / 2 for t, other in enumerate(kept))
         assert costs.cost(kept)[measure] == total
     c, g, H = costs.expansion()
     assert np.array_equal(c + g @ kept + 0.5 * kept @ H @ kept, [*costs.cost(kept).values()])

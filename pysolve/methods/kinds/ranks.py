@@ -16,9 +16,10 @@ from pysolve.layer.reduced_rank import error_curve, factor_layer
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
 from pysolve.methods.study import Study
 from pysolve.nn.calibration import first_samples, samples_in, take
-from pysolve.nn.evaluate import layer_macs, macs
+from pysolve.nn.counting import layer_macs, macs
 from pysolve.nn.layer_matrix import Layer
 from pysolve.nn.layers.factored import CONVOLUTIONS, Factored, empty
+from pysolve.nn.per_sample import sample_macs, workload
 from pysolve.nn.profile import layer_inputs
 from pysolve.nn.running import find_layer
 from pysolve.nn.sensitivity import sensitivities
@@ -132,12 +133,8 @@ def ranks_of(study: Study, structure: str, plain: bool) -> tuple[Ranks, dict[str
         )
         able = {name: study.layers[name].module for name in layers.keys() - against.keys()}
         kind = replace(kind, metrics=_metrics(study, able))
-    held = study.held[0]
-    example = take(held, 0, 2)
-    counts = {name: count / samples_in(example) for name, count in layer_macs(study.model, example).items()}
-    return replace(
-        kind, inputs=layer_inputs(study.model, layers, take(held, 0, TIMED)), counts=counts
-    ), against
+    counts, inputs = sample_macs(study.model, workload(study.held)), take(study.held[0], 0, TIMED)
+    return replace(kind, inputs=layer_inputs(study.model, layers, inputs), counts=counts), against
 
 
 def most_useful(inner: Costs, outer: Costs, dense: Costs) -> int:

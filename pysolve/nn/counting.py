@@ -1,0 +1,269 @@
+"""Multiply-accumulates of a network: counted by operator while it runs, for the module that calls it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils import _pytree as pytree
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
+
+from pysolve.nn.layers.base import weight_of
+from pysolve.nn.layers.quantized import QuantWeight
+from pysolve.nn.layers.sparse import SparseWeight
+from pysolve.nn.running import Batch, device_of, evaluating, forward
+
+aten = torch.ops.aten
+# Two for each multiply-accumulate, as torch has it; from arguments with sizes in the place of tensors.
+Formula = Callable[..., int]
+Sizes = Sequence[int]
+
+
+def _attention(query: Sizes, key: Sizes, value: Sizes, *_: Any, **__: Any) -> int:
+    """All scores, masked or not, and all sums of values."""
+    return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def _vector(matrix: Sizes, *_: Any, **__: Any) -> int:
+    return 2 * prod(matrix)
+
+
+def _biased_vector(bias: Sizes, matrix: Sizes, *_: Any, **__: Any) -> int:
+    return 2 * prod(matrix)
+
+
+def _matrices(left: Sizes, right: Sizes, *_: Any, **__: Any) -> int:
+    return 2 * prod(left) * right[-1]
+
+
+def _biased_matrices(bias: Sizes, left: Sizes, right: Sizes, *_: Any, **__: Any) -> int:
+    return 2 * prod(left) * right[-1]
+
+
+def _bilinear(first: Sizes, weight: Sizes, second: Sizes, *expand: Any, **_: Any) -> int:
+    sizes = []
+    for size, dims in zip((first, weight, second), expand, strict=False):
+        wide = [*size]
+        for dim in sorted(dims):
+            wide.insert(dim, 1)
+        sizes.append(wide)
+    return 2 * prod(torch.broadcast_shapes(*sizes))  # type: ignore[no-untyped-call]
+
+
+def _recurrent_layer(inputs: Sizes, by_input: Sizes, by_state: Sizes, *_: Any, **__: Any) -> int:
+    return 2 * prod(inputs[:-1]) * (prod(by_input) + prod(by_state))
+
+
+def _recurrent(inputs: Sizes, weights: Sequence[Sizes], *_: Any, **__: Any) -> int:
+    return 2 * prod(inputs[:-1]) * sum(prod(size) for size in weights if len(size) > 1)
+
+
+# What torch's own registry lacks of what networks do when they run forward.
+_MORE: dict[str, Formula] = {
+    "_scaled_dot_product_flash_attention_for_cpu": _attention,
+    "_scaled_dot_product_fused_attention_overrideable": _attention,
+    "_scaled_dot_product_attention_math_for_mps": _attention,
+    "mv": _vector,
+    "dot": _vector,
+    "vdot": _vector,
+    "addmv": _biased_vector,
+    "addbmm": _biased_matrices,
+    "_int_mm": _matrices,
+    "_addmm_activation": _biased_matrices,
+    "_trilinear": _bilinear,
+    "mkldnn_rnn_layer": _recurrent_layer,
+    "_cudnn_rnn": _recurrent,
+    "miopen_rnn": _recurrent,
+}
+
+
+# This package's layers that run in a form of their own.
+_OWN: tuple[type[nn.Module], ...] = (SparseWeight, QuantWeight)
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of an operator that multiplies.
+
+    Parameters
+    ----------
+    layer : str
+        First name of the innermost module around it; "" of the network itself.
+    macs : float
+    what : str
+        The operator.
+    formula : callable, optional
+        From the operands to twice the MACs; None of layers that count as a whole.
+    operands : tuple
+        Positional and keyword arguments and the result, as meta tensors.
+    weight : float
+        In a mean: ``macs`` are the formula's times this.
+    """
+
+    layer: str
+    macs: float
+    what: str = ""
+    formula: Formula | None = None
+    operands: Any = ()
+    weight: float = 1.0
+
+    @property
+    def sizes(self) -> list[int]:
+        """Those of all tensors, one after the other."""
+        return [size for leaf in pytree.tree_leaves(self.operands) for size in shape_of(leaf)]
+
+    def at(self, sizes: Sequence[int]) -> float:
+        """MACs with other sizes of its tensors."""
+        assert self.formula is not None
+        left = iter(sizes)
+
+        def resized(leaf: Any) -> Any:
+            return _empty([next(left) for _ in leaf.shape]) if isinstance(leaf, Tensor) else leaf
+
+        args, kwargs, out = pytree.tree_map(resized, self.operands)
+        return self.weight * float(self.formula(*args, **kwargs, out_val=out)) / 2
+
+    def times(self, weight: float) -> Call:
+        """As part of a mean."""
+        return replace(self, macs=self.macs * weight, weight=self.weight * weight)
+
+
+def calls(model: nn.Module, batch: Batch) -> list[Call]:
+    """Every call of an operator that multiplies, in the order of one run in evaluation mode.
+
+    Torch's registry of formulas (``torch.utils.flop_counter``) counts matrix products and convolutions; to it
+    come attention's and recurrent layers' kernels, products of vectors, and this package's own layers, which
+    count by what they multiply: sparse ones by their entries, integers as the weights that they stand for.
+    Of networks that torch cannot count, as those with nested tensors, Linear layers and convolutions.
+    """
+    ledger = _Ledger({module: name for name, module in model.named_modules()})
+    mapping = {key: ledger.recording(str(key), formula) for key, formula in _formulas().items()}
+    with ExitStack() as context:
+        context.enter_context(evaluating(model))
+        context.enter_context(_without_fast_path())
+        context.enter_context(warnings.catch_warnings())
+        # Of compiled networks, whose hooks torch calls twice: the second time it is another module.
+        warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)
+        context.callback(register_module_forward_pre_hook(ledger.enter).remove)
+        context.callback(register_module_forward_hook(ledger.leave, always_call=True).remove)
+        try:
+            with FlopCounterMode(display=False, custom_mapping=mapping):
+                forward(model, batch, device_of(model))
+        # Torch's counter meets tensors of many kinds; if the network itself fails, it does so again.
+        except Exception:
+            ledger.found.clear()
+            ledger.layers = (nn.Linear, nn.modules.conv._ConvNd, *_OWN)
+            forward(model, batch, device_of(model))
+    return ledger.found
+
+
+class _Ledger:
+    """Calls, and the modules that run now; of one that counts as a whole, the operators inside do not."""
+
+    def __init__(self, names: Mapping[nn.Module, str]) -> None:
+        self.names, self.found, self.layers = names, list[Call](), _OWN
+        self.stack: list[tuple[str, bool]] = [("", False)]
+
+    def enter(self, module: nn.Module, _: Any) -> None:
+        """Hook before a module runs."""
+        if module in self.names:
+            self.stack.append((self.names[module], self.stack[-1][1] or isinstance(module, self.layers)))
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Hook after it ran."""
+        if module in self.names:
+            name, _ = self.stack.pop()
+            if isinstance(module, self.layers) and isinstance(output, Tensor):
+                self.found.append(Call(name, _whole(module, args, output)))
+
+    def recording(self, what: str, formula: Formula) -> Formula:
+        """A formula that also writes down what it is asked."""
+
+        def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+            twice = formula(*args, out_val=out_val, **kwargs)
+            name, inside = self.stack[-1]
+            if not inside:
+                operands = pytree.tree_map_only(Tensor, lambda t: _empty(t.shape), (args, kwargs, out_val))
+                self.found.append(Call(name, twice / 2, what, formula, operands))
+            return twice
+
+        # Torch then gives tensors, not their sizes.
+        count._get_raw = True  # type: ignore[attr-defined]
+        return count
+
+
+def macs(model: nn.Module, example: Batch) -> int:
+    """Multiply-accumulates of a network on one batch.
+
+    Parameters
+    ----------
+    model : nn.Module
+    example : one batch
+        In the forms that ``gather`` takes; with one sample in it, the result is per sample.
+    """
+    return round(sum(call.macs for call in calls(model, example)))
+
+
+def layer_macs(model: nn.Module, example: Batch) -> dict[str, int]:
+    """``macs`` by the innermost module that multiplies, by its first name; "" is the network itself."""
+    return {name: round(count) for name, count in by_layer(calls(model, example)).items()}
+
+
+def by_layer(found: Sequence[Call]) -> dict[str, float]:
+    """MACs of each module."""
+    counts: dict[str, float] = {}
+    for call in found:
+        counts[call.layer] = counts.get(call.layer, 0.0) + call.macs
+    return counts
+
+
+def _whole(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> float:
+    """MACs of one call of a layer, by its weight."""
+    if isinstance(layer, SparseWeight):
+        return output.numel() // layer.shape[0] * layer.values.numel()
+    weight = layer.codes if isinstance(layer, QuantWeight) else weight_of(layer)
+    # Every output, or input of a transposed convolution, is multiplied with one slice of the weight.
+    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
+    return (args[0] if transposed else output).numel() * weight[0].numel()
+
+
+def _formulas() -> dict[Any, Formula]:
+    more = {name: formula for name, formula in _MORE.items() if hasattr(aten, name)}
+    return {**flop_registry, **{getattr(aten, name): _sized(formula) for name, formula in more.items()}}
+
+
+def _sized(formula: Formula) -> Formula:
+    """A formula of sizes for tensors."""
+
+    def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.shape, (args, kwargs))
+        return formula(*args, **kwargs)
+
+    return count
+
+
+def _empty(sizes: Sequence[int]) -> Tensor:
+    return torch.empty(tuple(sizes), device="meta")
+
+
+def shape_of(leaf: Any) -> tuple[int, ...]:
+    """Sizes of a tensor; none of anything else."""
+    return tuple(leaf.shape) if isinstance(leaf, Tensor) else ()
+
+
+@contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Torch's encoder layers run operator by operator, as they do in training."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
