@@ -20,7 +20,7 @@ from pysolve.compressed import Compressed
 from pysolve.errors import PysolveWarning
 from pysolve.methods.goal import Options, Target, plain_target, score_of
 from pysolve.methods.layout import LaidOut
-from pysolve.methods.study import Clock, Skipped, Study, reasons
+from pysolve.methods.study import Clock, Study
 from pysolve.nn.calibration import HELD_OF, LEAST_APART, samples_in, take
 from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, run
 from pysolve.nn.evaluate import nbytes, parameters
@@ -115,7 +115,7 @@ def finish(
         target=plain_target(target),
         samples=samples,
         sites=tuple(sites),
-        layers=(*lines, *map(_skipped, study.left)),
+        layers=tuple(lines),
         solves=tuple(solves),
         warnings=(*few, *stuck, *slower(report.latencies, lines)),
         notes=tuple(dict.fromkeys((*_left_alone(study), *study.notes, *notes, *report.notes))),
@@ -273,14 +273,13 @@ def made_with(seed: int) -> dict[str, str]:
     }
 
 
-def _skipped(one: Skipped) -> LayerReport:
-    return LayerReport(one.name, 1.0, "dense", f"left alone: {one.why}")
-
-
-def _left_alone(study: Study) -> list[str]:
-    """Which weights no form was found for, and what share of the parameters these are."""
-    share = sum(one.params for one in study.left) / max(1, parameters(study.model))
-    return [f"left alone, {share:.1%} of the parameters{reasons(study.left)}"] if study.left else []
+def _left_alone(study: Study) -> Iterator[str]:
+    """Weights that take no other form, by the reason, and their share of the parameters."""
+    whole = parameters(study.model)
+    for why in dict.fromkeys(one.why for one in study.left):
+        own = [one for one in study.left if one.why == why]
+        names = ", ".join(one.name or "the network" for one in own)
+        yield f"left alone, {sum(one.params for one in own) / whole:.1%} of the parameters ({why}): {names}"
 
 
 def _given(study: Study) -> int:

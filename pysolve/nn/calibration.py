@@ -277,6 +277,6 @@ def _shares(
     for node, layer in nodes.items():
         if layer.name in shares:
             inputs, outputs = channels(layer.module)
-            rows = hint(node.meta["val"].numel()) / outputs / traced * samples
-            shares[layer.name] = min(1.0, ROWS_PER_INPUT * inputs * taps(layer.module) / rows)
+            rows = hint(node.meta["val"].numel()) / max(1, outputs) / traced * samples
+            shares[layer.name] = min(1.0, ROWS_PER_INPUT * inputs * taps(layer.module) / max(1.0, rows))
     return shares

@@ -153,9 +153,9 @@ def _coefficients(layers: Sequence[nn.Module], counts: Mapping[nn.Module, float]
         out, into = outputs(layer), _inputs(layer)
         for name, tensor in layer.state_dict(keep_vars=True).items():
             entries = tensor.numel() if isinstance(tensor, nn.Parameter) else 0
-            if name == "weight" and into:
+            if name == "weight" and out * into:
                 pair += np.array([entries, counts[layer], tensor.nbytes]) / (out * into)
-            elif tensor.ndim and tensor.shape[-1] == out:
+            elif tensor.ndim and out and tensor.shape[-1] == out:
                 single += np.array([entries, 0.0, tensor.nbytes]) / out
     return product.T, per_output.T
 

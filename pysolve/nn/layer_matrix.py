@@ -196,12 +196,16 @@ def _lead(layer: Layer) -> int:
 
 def _writes(layer: Layer, y: Tensor) -> Tensor:
     """The output as an (n, *positions, h) view."""
-    return y.reshape(-1, y.shape[-1]) if isinstance(layer, Linear) else _batched(layer, y).movedim(1, -1)
+    return (
+        y.reshape(y.shape[:-1].numel(), y.shape[-1])
+        if isinstance(layer, Linear)
+        else _batched(layer, y).movedim(1, -1)
+    )
 
 
 def _reads(layer: Layer, x: Tensor) -> Tensor:
     """The input as an (n, *positions, inputs, *kernel) view."""
-    return x.reshape(-1, x.shape[-1]) if isinstance(layer, Linear) else _windows(layer, x)
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1]) if isinstance(layer, Linear) else _windows(layer, x)
 
 
 def _rows(view: Tensor, lead: int, chosen: Tensor | None = None) -> Tensor:

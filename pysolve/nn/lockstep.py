@@ -185,7 +185,7 @@ def _samples(task: _Task) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     layer, walk, shortcut = task.layer, task.walk, task.shortcut
     dim = _channel_dim(layer)
     total = sum(rows.positions(layer.module, y) for y in walk.original[task.node])
-    share = task.sampling.rows_per_input * len(task.inputs) * rows.taps(layer.module) / total
+    share = task.sampling.rows_per_input * len(task.inputs) * rows.taps(layer.module) / max(1, total)
     random = torch.Generator().manual_seed(task.sampling.seed)
     gain, _, active = _norm(task)
     for b, y in enumerate(walk.original[task.node]):

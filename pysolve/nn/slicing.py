@@ -199,7 +199,9 @@ def _narrow_weighted(layer: nn.Module, cut: Cut) -> None:
 
 def _swapped(weight: Tensor, groups: int) -> Tensor:
     """(groups · a, b, …) to (groups · b, a, …): input channels first instead of output channels, or back."""
-    return weight.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+    return (
+        weight.reshape(groups, len(weight) // max(1, groups), *weight.shape[1:]).transpose(1, 2).flatten(0, 1)
+    )
 
 
 def _padding(layer: nn.Module) -> tuple[list[int], slice]:

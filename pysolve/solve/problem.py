@@ -22,7 +22,7 @@ T_co = TypeVar("T_co", covariant=True)
 ROUNDING_SHARES = (1e-14, 1e-12, 1e-10, 1e-8, 1e-7)
 
 # Products of three numbers up to this are finite, and so are sums of them.
-LARGEST = 1e75
+LARGEST = 1e90
 
 
 @dataclass(frozen=True, eq=False)

@@ -84,7 +84,7 @@ def priced():
 def shrunk(found, keep, refit="sequential", distill=()):
     """What compress makes of a network that was studied."""
     sized = by_keep(found, menus(found), keep)
-    return made(found.model, found, sized, Clock(), None, refit, dict(distill), None)
+    return made(found.model, found, sized, Clock(), None, refit, dict(distill))
 
 
 def sizes(result=None, *, seed=0, target=None, keep=None, lam=None, round_to=1):
@@ -589,6 +589,7 @@ def eleven_to_choose_on(monkeypatch):
     """Of the sixteen samples held out, the last five are for the report alone."""
     monkeypatch.setattr(calibration, "HELD_SAMPLES", 11)
     monkeypatch.setattr(calibration, "APART_SAMPLES", 5)
+    monkeypatch.setattr(calibration, "LEAST_APART", 5)
 
 
 @pytest.mark.usefixtures("eleven_to_choose_on")

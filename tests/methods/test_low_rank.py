@@ -342,7 +342,7 @@ def test_sparse_layers_are_left_alone_and_named():
     sparse = ps.prune(model, [x, x], amount={"0": 0.9}, ignore=["2"], layout="sparse", progress=False)
     result = low(sparse, [x, x], rank=2)
     assert ranks(result) == {"2": 2}
-    assert any("left alone" in note and "0 (it is sparse" in note for note in result.report.notes)
+    assert any("it is sparse" in note and note.endswith(": 0") for note in result.report.notes)
 
 
 @pytest.mark.parametrize("name", ["tied_weights", "computed_weight"])
@@ -350,7 +350,7 @@ def test_weights_that_are_not_a_layer_s_own_are_left_alone(name):
     model, batch = network(name)
     result = low(model, [torch.randn(32, *batch.shape[1:])], rank=1)
     assert ranks(result) == ({"b": 1} if name == "tied_weights" else {"b": 1, "c": 1})
-    assert any("left alone" in note and "a (" in note for note in result.report.notes)
+    assert any("left alone" in note and note.endswith(": a") for note in result.report.notes)
     with pytest.raises(ps.PysolveError, match="a cannot be factored"):
         low(model, [torch.randn(32, 4)], rank={"a": 1})
 

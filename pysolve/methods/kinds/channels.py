@@ -99,7 +99,8 @@ def site_problem(
     Problem, list of float
         And of each reader the energy that is left of its outputs without the site.
     """
-    readers = [_reader(site, correlations[name], name, widths[name], normalised) for name in site.readers]
+    names = [name for name in site.readers if len(correlations[name].yx)] or site.readers
+    readers = [_reader(site, correlations[name], name, widths[name], normalised) for name in names]
     size = max(len(R) for R, _, _ in readers) // site.channels
     xx, yx = zip(*(_filled(R, C, site.channels, size) for R, C, _ in readers), strict=True)
     return Problem(xx, yx, size, np.ones(site.channels)), [left for _, _, left in readers]
