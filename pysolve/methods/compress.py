@@ -10,7 +10,7 @@ from torch import nn
 
 from pysolve.compressed import Compressed
 from pysolve.correlations import Array
-from pysolve.errors import one_of, whole
+from pysolve.errors import one_of
 from pysolve.methods.goal import (
     Evaluate,
     Length,
@@ -19,6 +19,7 @@ from pysolve.methods.goal import (
     check_keep,
     check_sites,
     check_target,
+    check_whole,
     network_of,
     options_for,
 )
@@ -265,7 +266,7 @@ def _checked(
     one_of("refit", refit, REFITS)
     if sites is not None:
         check_sites(sites, ignore)
-    whole("round_to", round_to)
+    check_whole("round_to", round_to)
     return check_distill(network, distill)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from pysolve.compressed import Compressed
 from pysolve.correlations import Indices
-from pysolve.errors import PysolveError, whole
+from pysolve.errors import PysolveError
 from pysolve.forms import Codebook, Sparse
 from pysolve.methods.goal import (
     Evaluate,
@@ -21,6 +21,7 @@ from pysolve.methods.goal import (
     check_distill,
     check_share,
     check_target,
+    check_whole,
     network_of,
     options_for,
 )
@@ -374,6 +375,6 @@ def _check(
     if zeros is not None:
         check_share("zeros", zeros)
     if bits is not None:
-        whole("bits", bits, 1, 8)
+        check_whole("bits", bits, 1, 8)
     check_layout(layout, LAYOUTS, "deep_compress")
     check_trained(distill)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
-from numbers import Real
+from numbers import Integral, Real
 
 import numpy as np
 from torch import Tensor, nn
@@ -138,6 +138,14 @@ def check_target(target: object, measures: Collection[str] | None = None, why: s
     assert isinstance(target, Mapping)
     if measures is not None and not set(target) <= set(measures):
         raise ValueError(f"{why}: the target may name {', '.join(measures)}, got {', '.join(target)}.")
+
+
+def check_whole(what: str, value: object, least: int = 1, most: int | None = None) -> None:
+    """Refuse what is no whole number in a range."""
+    good = isinstance(value, Integral) and not isinstance(value, bool)
+    if not good or not least <= int(value) <= (most or math.inf):  # type: ignore[call-overload]
+        span = f"{least} … {most}" if most else f"at least {least}"
+        raise ValueError(f"{what} must be an integer of {span}, got {value!r}.")
 
 
 def check_positive(what: str, value: object) -> None:

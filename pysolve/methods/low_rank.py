@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from pysolve.compressed import Compressed
-from pysolve.errors import PysolveError, exactly_one, one_of, whole
+from pysolve.errors import PysolveError, exactly_one, one_of
 from pysolve.layer.reduced_rank import rank_keeping
 from pysolve.methods.budget import costs_of, settle
 from pysolve.methods.goal import (
@@ -17,6 +17,7 @@ from pysolve.methods.goal import (
     Target,
     check_distill,
     check_target,
+    check_whole,
     network_of,
     options_for,
 )
@@ -351,7 +352,7 @@ def _check(
     for name, value in (
         rank.items() if isinstance(rank, Mapping) else [("", rank)] if rank is not None else []
     ):
-        whole(f"the rank of {name}" if name else "rank", value)
+        check_whole(f"the rank of {name}" if name else "rank", value)
     if energy is not None and not 0 < energy <= 1:
         raise ValueError(f"energy must be a share in (0, 1], got {energy}.")
     if blind and (method == "activation" or target is not None or distill):

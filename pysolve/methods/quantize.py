@@ -9,7 +9,7 @@ from torch import nn
 
 from pysolve.compressed import Compressed
 from pysolve.correlations import Indices
-from pysolve.errors import PysolveError, one_of, whole
+from pysolve.errors import PysolveError, one_of
 from pysolve.layer.quantize_layer import METHODS
 from pysolve.methods.goal import (
     Evaluate,
@@ -17,6 +17,7 @@ from pysolve.methods.goal import (
     Target,
     check_distill,
     check_target,
+    check_whole,
     network_of,
     options_for,
 )
@@ -234,9 +235,9 @@ def _check(
     if scheme in ("int8-dynamic", "ternary") and bits is not None and not (integers and bits == 8):
         raise ValueError(f"bits are for int8 and codebook, got {bits} for {scheme}.")
     if bits is not None:
-        whole("bits", bits, 1 + integers, 8)
+        check_whole("bits", bits, 1 + integers, 8)
     if group is not None:
-        whole("group", group)
+        check_whole("group", group)
     if target is not None:
         check_target(target, ("bytes",), "the file of a quantised network has a size")
         if scheme != "codebook" or method != "feedback":

@@ -155,7 +155,9 @@ class WithoutOutputs(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.b, self.none = nn.Linear(6, 12), nn.Linear(12, 4), nn.Linear(12, 0)
+        self.a, self.b, self.none = nn.Linear(6, 12), nn.Linear(12, 4), nn.Linear(12, 1)
+        self.none.weight, self.none.bias = nn.Parameter(torch.zeros(0, 12)), nn.Parameter(torch.zeros(0))
+        self.none.out_features = 0
 
     def forward(self, x):
         h = self.a(x).relu()

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from allocation import allocate
 from hypothesis import given
 from hypothesis import strategies as st
 from small import NETWORKS, chains, network
@@ -18,7 +19,6 @@ from pysolve.nn.graph.sites import find_sites
 from pysolve.nn.per_sample import sample_macs, workload
 from pysolve.nn.zoo import DigitsNet, LeNet5, Mlp, ResNet
 from pysolve.plan import Collapse, Plan, Site
-from pysolve.solve.budget import allocate
 
 
 class Everything(nn.Module):
