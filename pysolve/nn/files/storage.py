@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import secrets
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pysolve.errors import DataError
+from pysolve.whole_files import replacing
 
 # Dictionary of deflate, so that short records are compressed, too. Part of format 2, never to be changed.
 WORDS = (
@@ -76,21 +74,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, object
     there would be more record than ``read`` takes.
     """
     content, metadata = _sealed(tensors, record)
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        # The library makes files that their owner alone may read; ours are as open as any other.
-        with open(part, "xb") as empty:
-            mode = os.fstat(empty.fileno()).st_mode
+    with replacing(path) as part:
         save_file(content, part, metadata=metadata)
         _check_header(part)
-        part.chmod(mode)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            part.unlink()
-        raise
 
 
 def size(tensors: Mapping[str, Tensor], record: Mapping[str, object]) -> int:
@@ -119,6 +105,16 @@ def read(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
             "copy the file anew."
         ) from error
     return record, tensors
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a file is one that ``write`` wrote, as far as its header says."""
+    try:
+        _check_header(path)
+        with safe_open(path, framework="pt") as file:
+            return _KEY in (file.metadata() or {})
+    except (DataError, SafetensorError, OSError):
+        return False
 
 
 def bits(tensor: Tensor) -> Tensor:
