@@ -61,8 +61,13 @@ class Calibration:
     def stream(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches without what is held out, keeping what may be kept."""
         room, out = self.limit, list[Batch]()
-        for batch in batches:
+        for number, batch in enumerate(batches):
             n = samples_in(batch)
+            if (sample := nonfinite_sample(batch)) is not None:
+                raise DataError(
+                    f"sample {self.seen + self.out + sample} of the data, in batch {number}, holds NaN or "
+                    "infinity; both are counted from 0."
+                )
             due = (self.seen + self.out + n) // HELD_OF - self.out
             held = max(0, min(n, due, HELD_SAMPLES + APART_SAMPLES - self.out))
             out += [take(batch, 0, held)] if held else []
@@ -104,6 +109,19 @@ def samples_in(batch: Batch) -> int:
             f"the tensors of a batch must share their first dimension, the samples; got {sorted(sizes)}."
         )
     return sizes.pop()
+
+
+def nonfinite_sample(batch: Batch) -> int | None:
+    """The first sample of a batch that holds NaN or infinity; −∞ may stand in keyword arguments: in masks."""
+    _, kwargs = arguments(batch)
+    for leaf in _tensors(batch):
+        # The two extremes are NaN where any number is; they need no second array as large as the batch.
+        extremes = torch.stack(leaf.aminmax()) if leaf.is_floating_point() and leaf.numel() else leaf
+        if leaf.is_floating_point() and not bool(extremes.isfinite().all()):
+            wrong = leaf.isnan() | leaf.isposinf() if kwargs else ~leaf.isfinite()
+            if bool(wrong.any()):
+                return int(wrong.nonzero()[0, 0]) if leaf.ndim else 0
+    return None
 
 
 def take(batch: Batch, start: int, stop: int) -> Any:

@@ -124,7 +124,7 @@ def test_the_json_report_has_the_fields_and_types_that_are_documented(home):
     assert all(isinstance(value, int) for value in (*report["before"].values(), *report["after"].values()))
     assert all(solve["relative_gap"] <= 1e-5 for solve in report["solves"])
     assert all({*one} == {*other} == {f.name for f in fields(Latency)} for one, other in report["latencies"])
-    assert [one["batch_size"] for one, _ in report["latencies"]] == [1, 36]
+    assert [one["batch_size"] for one, _ in report["latencies"]] == [1, 37]
     assert report["made_with"]["seed"] == "0"
 
 
