@@ -20,6 +20,8 @@ from pysolve.cli.inputs import load_network, load_samples
 from pysolve.cli.options import Value
 from pysolve.cli.outputs import folder, write
 from pysolve.errors import DataError, PysolveError
+from pysolve.methods.goal import check_positive
+from pysolve.nn.calibration import check_finite
 from pysolve.nn.evaluate import accuracy, latency, macs, nbytes, parameters
 from pysolve.nn.files.plan_json import plain, plan_record
 from pysolve.nn.running import Batch
@@ -47,6 +49,7 @@ def show_sites(
     batch = next(iter(load_samples(data).batches(1, device)), None)
     if batch is None:
         raise DataError("the data hold no batch.")
+    check_finite(batch)
     found = ps.inspect(model, batch, ignore=ignore or ())
     typer.echo(json.dumps(asdict(found), indent=1, default=str) if as_json else str(found))
 
@@ -73,7 +76,7 @@ class Job:
     @property
     def notes(self) -> tuple[str, ...]:
         """What the report is to say of the input."""
-        return () if self.weights else (f"no --weights: {_made(self.network)}",)
+        return () if self.weights else (_no_weights(self.network),)
 
     def inputs(self) -> tuple[nn.Module, Iterable[Batch], Callable[[nn.Module], float] | None]:
         """Network, batches, and a score of a network."""
@@ -92,9 +95,8 @@ class Job:
             typer.echo(f"{as_text}\nWrote {', '.join(written)} to {self.out}/")
 
 
-def _made(network: str) -> str:
-    """Whose weights a network has without a file of them."""
-    return f"the weights are those that {network} made, random unless it loads trained ones"
+def _no_weights(network: str) -> str:
+    return f"no --weights: they are those that {network} made, random unless it loads trained ones"
 
 
 def _parted(given: Mapping[str, Value]) -> tuple[Job, dict[str, Value]]:
@@ -183,6 +185,8 @@ def evaluate_network(
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
+    if weights is None and compressed is None:
+        typer.echo(_no_weights(network), err=True)
     threads = f"{time.threads} thread{'s' * (time.threads > 1)}"
     rows = (
         ("accuracy", f"{found['accuracy']:.2f} % of {len(x):,}"),
@@ -198,6 +202,9 @@ def solve_file(
     """Solve the reconstruction problem in an .npz file."""
     if out is not None:
         check_writable(out)
+    if not file.is_file():
+        raise DataError(f"there is no file {file}.")
+    check_positive("lam", lam)
     try:
         with file.open("rb") as opened:
             arrays = np.load(opened, allow_pickle=False)
@@ -205,7 +212,10 @@ def solve_file(
     except (KeyError, ValueError, EOFError, OSError, IndexError, BadZipFile) as error:
         raise DataError(f"{file} must be an .npz file with r_xx and r_yx: {error}") from error
     if relative:
-        lam = lam * ps.lam_max(r_xx, r_yx, group_size=group_size)
+        most = ps.lam_max(r_xx, r_yx, group_size=group_size)
+        if not most:
+            raise DataError(f"r_yx in {file} is zero: no group is worth keeping at any lam.")
+        lam = lam * most
     solution = ps.solve_linear_reconstruction(r_xx, r_yx, lam, method, group_size=group_size)
     if out is not None:
         with replacing(out) as part, part.open("wb") as opened:

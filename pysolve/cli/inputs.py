@@ -54,6 +54,8 @@ class Samples:
                 "labels are needed: give an .npz file with x and y, a folder of IDX files, or a function "
                 "that returns the pair (x, y)."
             )
+        if self.y.dtype.kind not in "fiub":
+            raise DataError(f"labels must be class numbers, got {self.y.dtype} of {self.y.shape}.")
         if (sample := nonfinite_sample(torch.from_numpy(self.x))) is not None:
             raise DataError(f"sample {sample} of the labelled data, counted from 0, holds NaN or infinity.")
         return self.x, self.y
@@ -100,7 +102,7 @@ def load_samples(name: str, *, train: bool = True) -> Samples:
 def checked_device(name: str) -> str:
     """The name of a device that can compute; else DataError."""
     try:
-        torch.empty(0, device=name)
+        torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DataError(f"cannot compute on {name!r}: {str(error).splitlines()[0]}.") from error
     return name

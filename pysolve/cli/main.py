@@ -26,6 +26,13 @@ _REFITTED = ("refit", "layout", *_OUTPUTS)
 _SWEPT = ("test", "target", "out", "select", "ignore", "limit", "device", "seed", "as_json", "quiet")
 
 
+def _named(error: Exception) -> str:
+    """The file of an error of the system, and what is wrong with it; "" for others."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return ""
+
+
 class _Plain(TyperGroup):
     """One red line and exit status 2 for what the user can mend, 130 for Ctrl-C; bugs keep their trace."""
 
@@ -39,7 +46,7 @@ class _Plain(TyperGroup):
             # Typer's own ways to end a command are RuntimeErrors.
             if ctx.params["debug"] or isinstance(error, (typer.Exit, typer.Abort)):
                 raise
-            message = " ".join(str(error).split())
+            message = " ".join((_named(error) or str(error)).split())
             Console(stderr=True, highlight=False).print(
                 f"Error: {message}", style="red", markup=False, soft_wrap=True
             )

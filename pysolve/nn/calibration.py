@@ -63,11 +63,7 @@ class Calibration:
         room, out = self.limit, list[Batch]()
         for number, batch in enumerate(batches):
             n = samples_in(batch)
-            if (sample := nonfinite_sample(batch)) is not None:
-                raise DataError(
-                    f"sample {self.seen + self.out + sample} of the data, in batch {number}, holds NaN or "
-                    "infinity; both are counted from 0."
-                )
+            check_finite(batch, number, self.seen + self.out)
             due = (self.seen + self.out + n) // HELD_OF - self.out
             held = max(0, min(n, due, HELD_SAMPLES + APART_SAMPLES - self.out))
             out += [take(batch, 0, held)] if held else []
@@ -109,6 +105,15 @@ def samples_in(batch: Batch) -> int:
             f"the tensors of a batch must share their first dimension, the samples; got {sorted(sizes)}."
         )
     return sizes.pop()
+
+
+def check_finite(batch: Batch, number: int = 0, before: int = 0) -> None:
+    """DataError for NaN or infinity in a batch, of which ``number`` with ``before`` samples came earlier."""
+    if (sample := nonfinite_sample(batch)) is not None:
+        raise DataError(
+            f"sample {before + sample} of the data, in batch {number}, holds NaN or infinity; both are "
+            "counted from 0."
+        )
 
 
 def nonfinite_sample(batch: Batch) -> int | None:

@@ -37,6 +37,12 @@ def test_accuracy_needs_one_class_number_for_each_input():
         accuracy(nn.Identity(), np.ones((2, 4)), np.zeros((2, 4)))
 
 
+@pytest.mark.parametrize("wrong", [-1, 4])
+def test_labels_must_be_classes_of_the_network(wrong):
+    with pytest.raises(DataError, match=r"expected labels of 0 … 3, the classes of the network, got"):
+        accuracy(nn.Identity(), np.ones((2, 4)), np.array([1, wrong]))
+
+
 def test_shared_parameters_count_once():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     assert (parameters(model), nbytes(model)) == (40, 160)

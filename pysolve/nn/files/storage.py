@@ -91,6 +91,9 @@ def read(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
 
     Raises DataError when it is another one, or damaged; nothing larger than the file is allocated before.
     """
+    if path.is_dir():
+        inside = [file.name for file in sorted(path.glob("*.safetensors"))]
+        raise DataError(f"{path} is a folder: give the file, of {', '.join(inside) or 'none'} in it.")
     try:
         _check_header(path)
         with safe_open(path, framework="pt") as file:
@@ -154,7 +157,10 @@ def inflated(data: bytes, size: int) -> bytes:
 def _check_header(path: Path) -> None:
     size = path.stat().st_size
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+    if start.startswith(b"PK"):
+        raise DataError("torch.save wrote it.")
+    length = int.from_bytes(start, "little")
     if size < 8 or length > size - 8:
         raise DataError(f"its header should take {length} bytes, but the file has {size}.")
     _check_length(length, size)
@@ -191,7 +197,7 @@ def _opened(metadata: str, tensors: dict[str, Tensor], size: int) -> tuple[dict[
     """The record, and the names of tensors whose checksum is verified; ``:coded`` loses the record."""
     plain, version = _SEALED.fullmatch(metadata), _VERSION.match(metadata)
     if plain is None and version is None:
-        raise DataError("it has no record of a compressed network.")
+        raise DataError("it has no record of a compressed network, which a state dict alone does not have.")
     if plain is None and (short := _SHORT.fullmatch(metadata)) is not None and STREAM in tensors:
         whole, length = tensors[STREAM], int(short[2])
         _check_seal(whole.dtype == torch.uint8 and _checksum(whole) == int(short[1]))
