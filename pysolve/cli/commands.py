@@ -21,7 +21,6 @@ from pysolve.cli.options import Value
 from pysolve.cli.outputs import folder, write
 from pysolve.errors import DataError, PysolveError
 from pysolve.methods.goal import check_positive
-from pysolve.nn.calibration import check_finite
 from pysolve.nn.evaluate import accuracy, latency, macs, nbytes, parameters
 from pysolve.nn.files.plan_json import plain, plan_record
 from pysolve.nn.running import Batch
@@ -46,10 +45,11 @@ def show_sites(
 ) -> None:
     """Print which channels of a network can be removed."""
     model = load_network(network, weights, device)
-    batch = next(iter(load_samples(data).batches(1, device)), None)
+    samples = load_samples(data)
+    batch = next(iter(samples.batches(1, device)), None)
     if batch is None:
         raise DataError("the data hold no batch.")
-    check_finite(batch)
+    samples.check_finite(model, 1, "--data")
     found = ps.inspect(model, batch, ignore=ignore or ())
     typer.echo(json.dumps(asdict(found), indent=1, default=str) if as_json else str(found))
 
@@ -81,10 +81,14 @@ class Job:
     def inputs(self) -> tuple[nn.Module, Iterable[Batch], Callable[[nn.Module], float] | None]:
         """Network, batches, and a score of a network."""
         model = load_network(self.network, self.weights, self.device)
-        batches = load_samples(self.data).batches(self.limit, self.device)
+        samples = load_samples(self.data)
+        samples.check_finite(model, self.limit, "--data")
+        batches = samples.batches(self.limit, self.device)
         if self.test is None:
             return model, batches, None
-        x, y = load_samples(self.test, train=False).labelled()
+        tested = load_samples(self.test, train=False)
+        x, y = tested.labelled()
+        tested.check_finite(model, len(x), "--test")
         return model, batches, lambda network: accuracy(network, x, y)
 
     def show(self, as_text: str, as_data: object, written: Sequence[str]) -> None:
@@ -171,7 +175,9 @@ def evaluate_network(
     model = load_network(network, weights, device)
     if compressed is not None:
         model = ps.load(compressed, model)
-    x, y = load_samples(data, train=False).labelled()
+    samples = load_samples(data, train=False)
+    x, y = samples.labelled()
+    samples.check_finite(model, len(x), "--data")
     time = latency(model, x[:batch])
     found = {
         "accuracy": accuracy(model, x, y),

@@ -20,8 +20,7 @@ from pysolve.cli.blame import told
 from pysolve.cli.datasets import mnist
 from pysolve.cli.weights import fill
 from pysolve.errors import DataError, PysolveError
-from pysolve.nn.calibration import nonfinite_sample
-from pysolve.nn.running import Batch, as_array
+from pysolve.nn.running import Batch, as_array, as_input, device_of, evaluating, forward
 
 Values = npt.NDArray[np.generic]
 
@@ -56,9 +55,25 @@ class Samples:
             )
         if self.y.dtype.kind not in "fiub":
             raise DataError(f"labels must be class numbers, got {self.y.dtype} of {self.y.shape}.")
-        if (sample := nonfinite_sample(torch.from_numpy(self.x))) is not None:
-            raise DataError(f"sample {sample} of the labelled data, counted from 0, holds NaN or infinity.")
         return self.x, self.y
+
+    def check_finite(self, model: nn.Module, limit: int, option: str) -> None:
+        """DataError for NaN or infinity in the first samples of an array, by their numbers in it.
+
+        Networks may fill gaps: only what reaches their outputs is wrong.
+        """
+        if self.x is None or self.x.dtype.kind != "f":
+            return
+        x = self.x[:limit]
+        wrong = np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(1)) if x.size else np.zeros(0)
+        if not len(wrong):
+            return
+        with evaluating(model):
+            leaves = pytree.tree_leaves(forward(model, as_input(model, x[wrong]), device_of(model)))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            more = f", and {len(wrong) - 1:,} others" if len(wrong) > 1 else ""
+            raise DataError(f"sample {wrong[0]} of {option}, counted from 0{more}, holds NaN or infinity.")
 
 
 def load_network(name: str, weights: Path | None = None, device: str = "cpu") -> nn.Module:

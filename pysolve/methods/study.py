@@ -16,7 +16,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import PysolveError
 from pysolve.methods.goal import Options
-from pysolve.nn.calibration import Calibration, calibrate, check_finite, peek
+from pysolve.nn.calibration import Calibration, calibrate, peek
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.graph.branches import Layer, find_layers
 from pysolve.nn.graph.export import Graph, trace_once
@@ -156,7 +156,6 @@ def study(
     clock = Clock()
     first, batches = peek(batches)
     if not trace:
-        check_finite(first)
         return replace(base, calibration=Calibration(0, [first], [first]))
     graph, nodes, found, why = _traced(model, first, sites, options.ignore)
     seen = {layer.name: layer for layer in nodes.values()}

@@ -61,9 +61,8 @@ class Calibration:
     def stream(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         """The batches without what is held out, keeping what may be kept."""
         room, out = self.limit, list[Batch]()
-        for number, batch in enumerate(batches):
+        for batch in batches:
             n = samples_in(batch)
-            check_finite(batch, number, self.seen + self.out)
             due = (self.seen + self.out + n) // HELD_OF - self.out
             held = max(0, min(n, due, HELD_SAMPLES + APART_SAMPLES - self.out))
             out += [take(batch, 0, held)] if held else []
@@ -105,28 +104,6 @@ def samples_in(batch: Batch) -> int:
             f"the tensors of a batch must share their first dimension, the samples; got {sorted(sizes)}."
         )
     return sizes.pop()
-
-
-def check_finite(batch: Batch, number: int = 0, before: int = 0) -> None:
-    """DataError for NaN or infinity in a batch, of which ``number`` with ``before`` samples came earlier."""
-    if (sample := nonfinite_sample(batch)) is not None:
-        raise DataError(
-            f"sample {before + sample} of the data, in batch {number}, holds NaN or infinity; both are "
-            "counted from 0."
-        )
-
-
-def nonfinite_sample(batch: Batch) -> int | None:
-    """The first sample of a batch that holds NaN or infinity; −∞ may stand in keyword arguments: in masks."""
-    _, kwargs = arguments(batch)
-    for leaf in _tensors(batch):
-        # The two extremes are NaN where any number is; they need no second array as large as the batch.
-        extremes = torch.stack(leaf.aminmax()) if leaf.is_floating_point() and leaf.numel() else leaf
-        if leaf.is_floating_point() and not bool(extremes.isfinite().all()):
-            wrong = leaf.isnan() | leaf.isposinf() if kwargs else ~leaf.isfinite()
-            if bool(wrong.any()):
-                return int(wrong.nonzero()[0, 0]) if leaf.ndim else 0
-    return None
 
 
 def take(batch: Batch, start: int, stop: int) -> Any:

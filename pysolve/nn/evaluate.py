@@ -37,6 +37,8 @@ def accuracy(model: nn.Module, x: Values, y: Values, *, batch_size: int = 1000) 
     ------
     DataError
         When there is not one class number for each input, or one is beyond the network's classes.
+    TypeError
+        When the network returns anything but scores.
     """
     inputs, labels = labelled(model, x, y)
     if labels.ndim != 1:
@@ -46,6 +48,13 @@ def accuracy(model: nn.Module, x: Values, y: Values, *, batch_size: int = 1000) 
     with evaluating(model):
         for start in range(0, len(inputs), batch_size):
             scores = forward(model, inputs[start : start + batch_size], device)
+            if not isinstance(scores, Tensor) or scores.ndim != 2:
+                what = (
+                    f"a tensor of {tuple(scores.shape)}"
+                    if isinstance(scores, Tensor)
+                    else type(scores).__name__
+                )
+                raise TypeError(f"accuracy is that of a tensor of (samples, classes) scores, got {what}.")
             if not 0 <= low <= high < scores.shape[1]:
                 known = f"0 … {scores.shape[1] - 1}, the classes of the network"
                 raise DataError(f"expected labels of {known}, got {low:g} … {high:g}.")

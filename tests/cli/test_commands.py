@@ -72,6 +72,17 @@ MODULE = """
         def forward(self, x):
             assert len(x) == 3, "three only"
 
+    class Filling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make()
+
+        def forward(self, x):
+            return self.inner(x.nan_to_num())
+
+    def fills():
+        return Filling()
+
     number = 3
 
     def score():
@@ -204,15 +215,41 @@ def test_warnings_are_in_the_report_and_nowhere_else(home):
 
 @pytest.mark.parametrize("sample", [0, 7, 299])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_a_sample_that_is_not_finite_is_named(home, sample, value):
+def test_a_sample_that_is_not_finite_is_named_by_its_number_in_the_file(home, sample, value):
     x = np.load("inputs.npy")
     x[sample, 3] = value
     np.savez("wrong.npz", x=x, y=np.zeros(300, int))
-    for command in (("quantize", "mine:make"), ("evaluate", "mine:make")):
-        result = run(*command, "--data", "wrong.npz")
+    for arguments in (
+        ("evaluate", "mine:make", "--data", "wrong.npz"),
+        ("quantize", "mine:make", "--data", "wrong.npz"),
+        ("prune", "mine:make", "--amount", "0.5", "--method", "magnitude", "--data", "wrong.npz"),
+        ("compress", "mine:make", "--data", "inputs.npy", "--test", "wrong.npz"),
+    ):
+        result = run(*arguments)
         assert result.exit_code == 2
-        assert result.stderr.startswith(f"Error: sample {sample} of the ")
-        assert "holds NaN or infinity" in result.stderr
+        said = f"Error: sample {sample} of {arguments[-2]}, counted from 0, holds NaN or infinity.\n"
+        assert result.stderr == said
+
+
+@pytest.mark.parametrize("verb", ["compress", "prune", "low_rank", "quantize", "deep_compress", "sweep"])
+@pytest.mark.parametrize(("ignore", "said"), [("re:(", "is no regular expression"), ("7", "no layer '7'")])
+def test_what_cannot_be_ignored_is_refused_before_any_work(verb, ignore, said):
+    options = {"prune": {"amount": 0.5}, "low_rank": {"rank": 2}, "sweep": {"targets": [{"params": 0.5}]}}
+    options |= dict.fromkeys(("compress", "deep_compress"), {"target": {"params": 0.5}})
+    model, batches = torch.nn.Sequential(torch.nn.Linear(3, 3)), [torch.zeros(2, 3)]
+    evaluate = raises(AssertionError("evaluated"))
+    with pytest.raises((ValueError, ps.LayerNotFoundError), match=said):
+        getattr(ps, verb)(model, batches, ignore=[ignore], evaluate=evaluate, **options.get(verb, {}))
+
+
+def test_samples_beyond_the_limit_and_gaps_that_a_network_fills_may_hold_anything(home):
+    x = np.load("inputs.npy")
+    x[200] = np.nan
+    np.save("late.npy", x)
+    command = ("prune", "--data", "late.npy", "--amount", "0.5", "--method", "magnitude", "--quiet")
+    assert run(*command, "mine:make", "--samples", "100").exit_code == 0
+    assert run(*command, "mine:fills").exit_code == 0
+    assert run(*command, "mine:make").exit_code == 2
 
 
 def test_a_place_that_cannot_be_written_costs_no_work(home, monkeypatch):

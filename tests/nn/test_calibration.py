@@ -17,7 +17,6 @@ from pysolve.nn.calibration import (
     fits,
     free_memory,
     joined,
-    nonfinite_sample,
     regrouped,
     room_for,
     samples_in,
@@ -53,28 +52,6 @@ def all_numbers(batches):
 
 
 SIZES = st.lists(st.integers(1, 40), min_size=1, max_size=8)
-
-
-@given(SIZES, st.sampled_from(sorted(FORMS)), st.data())
-def test_the_first_sample_that_is_not_finite_is_named_held_out_or_not(sizes, form, data):
-    wrong = data.draw(st.integers(0, sum(sizes) - 1))
-    value = data.draw(st.sampled_from([float("nan"), float("inf")]))
-    samples = torch.arange(float(sum(sizes)))[:, None].repeat(1, 3)
-    samples[wrong, 1] = value
-    samples[data.draw(st.integers(wrong, sum(sizes) - 1)), 2] = value
-    batches = [FORMS[form](part) for part in samples.split(sizes)]
-    number = next(i for i in range(len(sizes)) if wrong < sum(sizes[: i + 1]))
-    with pytest.raises(DataError, match=rf"sample {wrong} of the data, in batch {number}, holds NaN or inf"):
-        list(Calibration(limit=10**6).stream(iter(batches)))
-
-
-def test_masks_may_be_minus_infinity_and_inputs_may_not():
-    x = torch.zeros(4, 3)
-    x[2, 1] = -torch.inf
-    assert nonfinite_sample({"input": torch.zeros(4, 3), "mask": x}) is None
-    assert nonfinite_sample({"input": torch.zeros(4, 3), "mask": -x}) == 2
-    assert nonfinite_sample(x) == nonfinite_sample((x, 0)) == 2
-    assert nonfinite_sample({"ids": torch.arange(4), "empty": x[:0], "scale": torch.tensor(2.0)}) is None
 
 
 @given(SIZES, st.sampled_from(sorted(FORMS)))
