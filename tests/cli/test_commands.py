@@ -235,7 +235,7 @@ def test_a_sample_that_is_not_finite_is_named_by_its_number_in_the_file(home, sa
 @pytest.mark.parametrize(("ignore", "said"), [("re:(", "is no regular expression"), ("7", "no layer '7'")])
 def test_what_cannot_be_ignored_is_refused_before_any_work(verb, ignore, said):
     options = {"prune": {"amount": 0.5}, "low_rank": {"rank": 2}, "sweep": {"targets": [{"params": 0.5}]}}
-    options |= dict.fromkeys(("compress", "deep_compress"), {"target": {"params": 0.5}})
+    options |= {name: {"target": {"params": 0.5}} for name in ("compress", "deep_compress")}
     model, batches = torch.nn.Sequential(torch.nn.Linear(3, 3)), [torch.zeros(2, 3)]
     evaluate = raises(AssertionError("evaluated"))
     with pytest.raises((ValueError, ps.LayerNotFoundError), match=said):
