@@ -116,13 +116,14 @@ def _parted(given: Mapping[str, Value]) -> tuple[Job, dict[str, Value]]:
 def write_compressed(verb: str, given: Mapping[str, Value]) -> None:
     """Make a network smaller by a function of pysolve, and write it with its report."""
     job, options = _parted(given)
+    state_dict = options.pop("state_dict")
     written = ["network.safetensors", "plan.json", "report.json", "report.md", "report.html"]
-    written += ["state_dict.safetensors"] if options.pop("state_dict") else []
+    written += ["state_dict.safetensors"] * state_dict
     with folder(job.out, written):
         model, batches, score = job.inputs()
         result = getattr(ps, verb)(model, batches, evaluate=score, progress=job.progress, **options)
         ps.save(result, job.out / written[0])
-        if len(written) > 5:
+        if state_dict:
             write(job.out / written[-1], tensors(result.model.state_dict()))
         # Sizes of the network's file, and of one for the original where it has none.
         before = dict(result.report.before)

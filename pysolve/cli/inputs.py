@@ -69,7 +69,7 @@ class Samples:
         if not len(wrong):
             return
         with evaluating(model):
-            leaves = pytree.tree_leaves(forward(model, as_input(model, x[wrong]), device_of(model)))
+            leaves = pytree.tree_leaves(forward(model, as_input(model, x[wrong[:_BATCH]]), device_of(model)))
         tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
         if not all(bool(tensor.isfinite().all()) for tensor in tensors):
             more = f", and {len(wrong) - 1:,} others" if len(wrong) > 1 else ""
