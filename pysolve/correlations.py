@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pysolve.errors import DataError
+from pysolve.whole_files import replacing
 
 Array = npt.NDArray[np.float64]
 # An array of any data type.
@@ -212,12 +211,8 @@ class Correlations:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one ``.npz`` file; an existing file is replaced only once the new one is complete."""
-        path = Path(path)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=path.name, suffix=".part") as folder:
-            part = Path(folder, path.name)
-            with part.open("wb") as file:
-                np.savez(file, **{f.name: getattr(self, f.name) for f in fields(self)})
-            os.replace(part, path)
+        with replacing(path) as part, part.open("wb") as file:
+            np.savez(file, **{f.name: getattr(self, f.name) for f in fields(self)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Correlations:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from io import BytesIO
@@ -19,7 +18,9 @@ from torch import nn
 import pysolve as ps
 from pysolve.cli.inputs import load_network, load_samples
 from pysolve.cli.options import Value
+from pysolve.cli.outputs import folder, write
 from pysolve.errors import DataError, PysolveError
+from pysolve.methods.goal import check_positive
 from pysolve.nn.evaluate import accuracy, latency, macs, nbytes, parameters
 from pysolve.nn.files.plan_json import plain, plan_record
 from pysolve.nn.running import Batch
@@ -27,6 +28,7 @@ from pysolve.report.page import page
 from pysolve.report.plots import plot_pareto
 from pysolve.report.report import comparison
 from pysolve.tables import Table, as_text
+from pysolve.whole_files import check_writable, replacing
 
 # Titles of reports: what became of the network.
 _DONE = {
@@ -43,9 +45,11 @@ def show_sites(
 ) -> None:
     """Print which channels of a network can be removed."""
     model = load_network(network, weights, device)
-    batch = next(iter(load_samples(data).batches(1, device)), None)
+    samples = load_samples(data)
+    batch = next(iter(samples.batches(1, device)), None)
     if batch is None:
         raise DataError("the data hold no batch.")
+    samples.check_finite(model, 1, "--data")
     found = ps.inspect(model, batch, ignore=ignore or ())
     typer.echo(json.dumps(asdict(found), indent=1, default=str) if as_json else str(found))
 
@@ -69,13 +73,22 @@ class Job:
         """Whether to show progress bars."""
         return not (self.quiet or self.as_json)
 
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What the report is to say of the input."""
+        return () if self.weights else (_no_weights(self.network),)
+
     def inputs(self) -> tuple[nn.Module, Iterable[Batch], Callable[[nn.Module], float] | None]:
         """Network, batches, and a score of a network."""
         model = load_network(self.network, self.weights, self.device)
-        batches = load_samples(self.data).batches(self.limit, self.device)
+        samples = load_samples(self.data)
+        samples.check_finite(model, self.limit, "--data")
+        batches = samples.batches(self.limit, self.device)
         if self.test is None:
             return model, batches, None
-        x, y = load_samples(self.test, train=False).labelled()
+        tested = load_samples(self.test, train=False)
+        x, y = tested.labelled()
+        tested.check_finite(model, len(x), "--test")
         return model, batches, lambda network: accuracy(network, x, y)
 
     def show(self, as_text: str, as_data: object, written: Sequence[str]) -> None:
@@ -84,6 +97,10 @@ class Job:
             typer.echo(json.dumps(as_data, indent=1))
         elif not self.quiet:
             typer.echo(f"{as_text}\nWrote {', '.join(written)} to {self.out}/")
+
+
+def _no_weights(network: str) -> str:
+    return f"no --weights: they are those that {network} made, random unless it loads trained ones"
 
 
 def _parted(given: Mapping[str, Value]) -> tuple[Job, dict[str, Value]]:
@@ -100,26 +117,28 @@ def write_compressed(verb: str, given: Mapping[str, Value]) -> None:
     """Make a network smaller by a function of pysolve, and write it with its report."""
     job, options = _parted(given)
     state_dict = options.pop("state_dict")
-    model, batches, score = job.inputs()
-    result = getattr(ps, verb)(model, batches, evaluate=score, progress=job.progress, **options)
-    job.out.mkdir(parents=True, exist_ok=True)
     written = ["network.safetensors", "plan.json", "report.json", "report.md", "report.html"]
-    ps.save(result, job.out / written[0])
-    if state_dict:
-        written.append("state_dict.safetensors")
-        _write(job.out / written[-1], tensors(result.model.state_dict()))
-    # Sizes of the network's file, and of one for the original where it has none.
-    before = dict(result.report.before)
-    before.setdefault("file", len(tensors(model.state_dict())))
-    after = {**result.report.after, "file": (job.out / written[0]).stat().st_size}
-    report, title = replace(result.report, before=before, after=after), f"{job.network}, {_DONE[verb]}"
-    # Channels and ranks are two stages.
-    *earlier, plan = map(plan_record, (*result.earlier, result.plan))
-    record = plain(report.as_dict())
-    _write(job.out / "plan.json", json.dumps({**plan, "earlier": earlier} if earlier else plan, indent=1))
-    _write(job.out / "report.json", json.dumps(record, indent=1))
-    _write(job.out / "report.md", f"# {title}\n\n{report.as_markdown()}")
-    _write(job.out / "report.html", page(report, title))
+    written += ["state_dict.safetensors"] * state_dict
+    with folder(job.out, written):
+        model, batches, score = job.inputs()
+        result = getattr(ps, verb)(model, batches, evaluate=score, progress=job.progress, **options)
+        ps.save(result, job.out / written[0])
+        if state_dict:
+            write(job.out / written[-1], tensors(result.model.state_dict()))
+        # Sizes of the network's file, and of one for the original where it has none.
+        before = dict(result.report.before)
+        before.setdefault("file", len(tensors(model.state_dict())))
+        after = {**result.report.after, "file": (job.out / written[0]).stat().st_size}
+        notes = (*job.notes, *result.report.notes)
+        report = replace(result.report, before=before, after=after, notes=notes)
+        title = f"{job.network}, {_DONE[verb]}"
+        # Channels and ranks are two stages.
+        *earlier, plan = map(plan_record, (*result.earlier, result.plan))
+        record = plain(report.as_dict())
+        write(job.out / "plan.json", json.dumps({**plan, "earlier": earlier} if earlier else plan, indent=1))
+        write(job.out / "report.json", json.dumps(record, indent=1))
+        write(job.out / "report.md", f"# {title}\n\n{report.as_markdown()}")
+        write(job.out / "report.html", page(report, title))
     job.show(str(report), record, written)
 
 
@@ -127,15 +146,21 @@ def write_sweep(given: Mapping[str, Value]) -> None:
     """Compress a network to many sizes after one pass over the data, and write the reports."""
     targets = [targets_of([one]) for one in given["target"]]
     job, options = _parted({**given, "target": None})
-    model, batches, score = job.inputs()
-    reports = ps.sweep(model, batches, targets=targets, evaluate=score, progress=job.progress, **options)
-    job.out.mkdir(parents=True, exist_ok=True)
-    rows = [plain(report.as_dict()) for report in reports]
-    _write(job.out / "sweep.json", json.dumps(rows, indent=1))
-    with BytesIO() as picture:
-        plot_pareto(reports).figure.figure.savefig(picture, dpi=160)
-        _write(job.out / "pareto.png", picture.getvalue())
-    job.show("\n".join(as_text(comparison(reports))), rows, ["sweep.json", "pareto.png"])
+    written = ["sweep.json", "pareto.png"]
+    with folder(job.out, written):
+        model, batches, score = job.inputs()
+        reports = ps.sweep(model, batches, targets=targets, evaluate=score, progress=job.progress, **options)
+        reports = [replace(report, notes=(*job.notes, *report.notes)) for report in reports]
+        rows = [plain(report.as_dict()) for report in reports]
+        write(job.out / "sweep.json", json.dumps(rows, indent=1))
+        with BytesIO() as picture:
+            plot_pareto(reports).figure.figure.savefig(picture, dpi=160)
+            write(job.out / "pareto.png", picture.getvalue())
+    job.show("\n".join(as_text(comparison(reports))), rows, written)
+    if job.progress:
+        # What the table has no room for.
+        for text in dict.fromkeys((*job.notes, *(text for report in reports for text in report.warnings))):
+            typer.echo(text, err=True)
 
 
 def evaluate_network(
@@ -151,7 +176,9 @@ def evaluate_network(
     model = load_network(network, weights, device)
     if compressed is not None:
         model = ps.load(compressed, model)
-    x, y = load_samples(data, train=False).labelled()
+    samples = load_samples(data, train=False)
+    x, y = samples.labelled()
+    samples.check_finite(model, len(x), "--data")
     time = latency(model, x[:batch])
     found = {
         "accuracy": accuracy(model, x, y),
@@ -165,6 +192,8 @@ def evaluate_network(
     if as_json:
         typer.echo(json.dumps(found, indent=1))
         return
+    if weights is None and compressed is None:
+        typer.echo(_no_weights(network), err=True)
     threads = f"{time.threads} thread{'s' * (time.threads > 1)}"
     rows = (
         ("accuracy", f"{found['accuracy']:.2f} % of {len(x):,}"),
@@ -178,6 +207,11 @@ def solve_file(
     file: Path, lam: float, relative: bool, method: str, group_size: int, out: Path | None, as_json: bool
 ) -> None:
     """Solve the reconstruction problem in an .npz file."""
+    if out is not None:
+        check_writable(out)
+    if not file.is_file():
+        raise DataError(f"there is no file {file}.")
+    check_positive("lam", lam)
     try:
         with file.open("rb") as opened:
             arrays = np.load(opened, allow_pickle=False)
@@ -185,12 +219,14 @@ def solve_file(
     except (KeyError, ValueError, EOFError, OSError, IndexError, BadZipFile) as error:
         raise DataError(f"{file} must be an .npz file with r_xx and r_yx: {error}") from error
     if relative:
-        lam = lam * ps.lam_max(r_xx, r_yx, group_size=group_size)
+        most = ps.lam_max(r_xx, r_yx, group_size=group_size)
+        if not most:
+            raise DataError(f"r_yx in {file} is zero: no group is worth keeping at any lam.")
+        lam = lam * most
     solution = ps.solve_linear_reconstruction(r_xx, r_yx, lam, method, group_size=group_size)
     if out is not None:
-        part = out.with_name(out.name + ".part.npz")
-        np.savez(part, M=solution.M, keep=solution.keep, lam=solution.lam)
-        os.replace(part, out)
+        with replacing(out) as part, part.open("wb") as opened:
+            np.savez(opened, M=solution.M, keep=solution.keep, lam=solution.lam)
     if not as_json:
         typer.echo(str(solution))
         return
@@ -199,32 +235,37 @@ def solve_file(
     typer.echo(json.dumps(found | {name: getattr(solution, name) for name in names}, indent=1))
 
 
-def _write(path: Path, content: str | bytes) -> None:
-    """Write a whole file or none."""
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content if isinstance(content, bytes) else f"{content}\n".encode())
-    os.replace(part, path)
-
-
 def targets_of(given: Sequence[str]) -> dict[str, float]:
     """Parse ``params=0.25`` into {"params": 0.25}."""
     found: dict[str, float] = {}
     for item in given:
         measure, _, text = item.partition("=")
-        try:
-            value = float(text)
-        except ValueError:
-            raise PysolveError(f"expected a target such as params=0.25 or macs=0.5, got {item!r}.") from None
+        value = _number(text)
+        if value is None:
+            raise PysolveError(f"expected a target such as params=0.25 or macs=0.5, got {item!r}.")
+        if measure in found:
+            raise PysolveError(f"expected one target for {measure}, got {found[measure]:,} and {value:,}.")
         # A share up to 1, or else an integer.
-        found[measure] = int(value) if 1 < value < np.inf else value
+        found[measure] = _whole(value) if value > 1 else value
     return found
 
 
 def duration_of(given: str) -> float | dict[str, float]:
     """Parse ``60s``, ``2m`` or ``60`` into seconds, ``5e`` into epochs."""
     number, unit = (given[:-1], given[-1]) if given[-1:] in ("s", "m", "e") else (given, "s")
+    value = _number(number)
+    if value is None:
+        raise PysolveError(f"expected a time such as 60s, 2m or 5e (epochs), got {given!r}.")
+    return {"epochs": _whole(value)} if unit == "e" else value * (60 if unit == "m" else 1)
+
+
+def _number(text: str) -> float | None:
     try:
-        value = float(number)
+        return float(text)
     except ValueError:
-        raise PysolveError(f"expected a time such as 60s, 2m or 5e (epochs), got {given!r}.") from None
-    return {"epochs": int(value)} if unit == "e" else value * (60 if unit == "m" else 1)
+        return None
+
+
+def _whole(value: float) -> float:
+    """An integer where the value is one; what it is otherwise is told where it is used."""
+    return int(value) if value.is_integer() else value

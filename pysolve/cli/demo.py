@@ -20,11 +20,13 @@ from torch import nn
 
 import pysolve as ps
 from pysolve.cli.datasets import Dataset, Images
+from pysolve.cli.outputs import folder
 from pysolve.correlations import Array
 from pysolve.nn.evaluate import latency, macs, parameters
 from pysolve.nn.running import evaluating, forward
 from pysolve.nn.zoo import DigitsNet, LeNet5
 from pysolve.report import plots
+from pysolve.whole_files import replacing
 
 Network = DigitsNet | LeNet5
 # Figures of a network, by their names in the table.
@@ -52,18 +54,19 @@ def run(data: Path | None, out: Path, *, seed: int = 0, epochs: int | None = Non
     """Run all steps from data to picture; ``data`` is a folder of MNIST files, None means embedded digits."""
     console = Console(highlight=False)
     dataset, setting = (ps.digits(seed), DIGITS) if data is None else (ps.mnist(data), MNIST)
-    out.mkdir(parents=True, exist_ok=True)
-    with threads(setting.threads):
+    names = ("dense.safetensors", "compressed.safetensors")
+    with folder(out, (*names, "demo.png")), threads(setting.threads):
         model = train(setting, dataset, seed, epochs or setting.epochs, console)
         correlations = ps.gather(model, batches(dataset.x_train), layers=["fc2"])["fc2"]
         solution = select(correlations, round(setting.share * correlations.groups), console)
         M = np.asarray(ps.debias(correlations.centered(), keep=solution.keep))
         refitted = plan(correlations, M, solution.keep)
         smaller = ps.apply(model, refitted, probe=torch.from_numpy(dataset.x_test[:256]))
-        files = {"dense.safetensors": model, "compressed.safetensors": smaller}
-        costs = [measure(network, dataset, out / name) for name, network in files.items()]
+        files = zip(names, (model, smaller), strict=True)
+        costs = [measure(network, dataset, out / name) for name, network in files]
         console.print(table(*costs))
-        picture(model, dataset, correlations, solution, costs).savefig(out / "demo.png", dpi=150)
+        with replacing(out / "demo.png") as part:
+            picture(model, dataset, correlations, solution, costs).savefig(part, dpi=150, format="png")
     console.out(f"Wrote dense.safetensors, compressed.safetensors and demo.png to {out}/")
 
 
@@ -121,7 +124,8 @@ def plan(correlations: ps.Correlations, M: Array, keep: npt.NDArray[np.intp]) ->
 
 def measure(model: nn.Module, dataset: Dataset, path: Path) -> Costs:
     """Write the weights, and take all figures of one network."""
-    save_file(model.state_dict(), path)
+    with replacing(path) as part:
+        save_file(model.state_dict(), part)
     x = dataset.x_test
     return {
         "test accuracy": ps.accuracy(model, x, dataset.y_test),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -13,14 +13,14 @@ from zipfile import BadZipFile
 import numpy as np
 import numpy.typing as npt
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from pysolve.cli.blame import told
 from pysolve.cli.datasets import mnist
+from pysolve.cli.weights import fill
 from pysolve.errors import DataError, PysolveError
-from pysolve.nn.running import Batch
+from pysolve.nn.running import Batch, as_array, as_input, device_of, evaluating, forward
 
 Values = npt.NDArray[np.generic]
 
@@ -49,8 +49,31 @@ class Samples:
     def labelled(self) -> tuple[Values, Values]:
         """Inputs and labels; else DataError."""
         if self.x is None or self.y is None:
-            raise DataError("labels are needed: give an .npz file with x and y, or a folder of IDX files.")
+            raise DataError(
+                "labels are needed: give an .npz file with x and y, a folder of IDX files, or a function "
+                "that returns the pair (x, y)."
+            )
+        if self.y.dtype.kind not in "fiub":
+            raise DataError(f"labels must be class numbers, got {self.y.dtype} of {self.y.shape}.")
         return self.x, self.y
+
+    def check_finite(self, model: nn.Module, limit: int, option: str) -> None:
+        """DataError for NaN or infinity in the first samples of an array, by their numbers in it.
+
+        Networks may fill gaps: only what reaches their outputs is wrong.
+        """
+        if self.x is None or self.x.dtype.kind != "f":
+            return
+        x = self.x[:limit]
+        wrong = np.flatnonzero(~np.isfinite(x.reshape(len(x), -1)).all(1)) if x.size else np.zeros(0)
+        if not len(wrong):
+            return
+        with evaluating(model):
+            leaves = pytree.tree_leaves(forward(model, as_input(model, x[wrong[:_BATCH]]), device_of(model)))
+        tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+        if not all(bool(tensor.isfinite().all()) for tensor in tensors):
+            more = f", and {len(wrong) - 1:,} others" if len(wrong) > 1 else ""
+            raise DataError(f"sample {wrong[0]} of {option}, counted from 0{more}, holds NaN or infinity.")
 
 
 def load_network(name: str, weights: Path | None = None, device: str = "cpu") -> nn.Module:
@@ -63,10 +86,7 @@ def load_network(name: str, weights: Path | None = None, device: str = "cpu") ->
     if not isinstance(model, nn.Module):
         raise PysolveError(f"{name} must return a torch.nn.Module, got {type(model).__name__}.")
     if weights is not None:
-        try:
-            model.load_state_dict(_state(weights))
-        except RuntimeError as error:
-            raise PysolveError(f"{weights} does not fit {name}: {error}") from error
+        fill(model, weights, name)
     return model.to(checked_device(device)).eval()
 
 
@@ -86,10 +106,10 @@ def load_samples(name: str, *, train: bool = True) -> Samples:
         raise DataError(f"{name} is no folder, no .npy or .npz file, and no package.module:function.")
     made = _called(name, "function")
     if isinstance(made, tuple) and len(made) == 2:
-        return Samples(_inputs(np.asarray(made[0])), np.asarray(made[1]))
+        return Samples(_inputs(_array(made[0]), name), _array(made[1]))
     if isinstance(made, torch.Tensor | np.ndarray):
-        return Samples(_inputs(np.asarray(made)))
-    if not isinstance(made, Iterable):
+        return Samples(_inputs(_array(made), name))
+    if not isinstance(made, Iterable) or isinstance(made, Mapping | str):
         raise DataError(f"{name} must return batches, got {type(made).__name__}.")
     return Samples(made=made)
 
@@ -97,7 +117,7 @@ def load_samples(name: str, *, train: bool = True) -> Samples:
 def checked_device(name: str) -> str:
     """The name of a device that can compute; else DataError."""
     try:
-        torch.empty(0, device=name)
+        torch.ones(1, device=name).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise DataError(f"cannot compute on {name!r}: {str(error).splitlines()[0]}.") from error
     return name
@@ -106,37 +126,24 @@ def checked_device(name: str) -> str:
 def _called(name: str, what: str) -> object:
     """Result of the function that ``package.module:function`` names."""
     module, _, function = name.partition(":")
-    if not module or not function:
-        raise PysolveError(f"expected package.module:{what}, got {name!r}.")
+    if not module or not function or "/" in module or module.endswith(".py"):
+        raise PysolveError(f"expected package.module:{what}, as in import, got {name!r}.")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
-    found: object = import_module(module)
+    try:
+        found: object = import_module(module)
+    except (Exception, SystemExit) as error:
+        raise PysolveError(f"{module} cannot be imported: {told(error)}") from error
     for part in function.split("."):
         if not hasattr(found, part):
             raise PysolveError(f"{module} has no {function!r}.")
         found = getattr(found, part)
     if not callable(found):
         raise PysolveError(f"{name} must be callable, got {type(found).__name__}.")
-    return found()
-
-
-def _state(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name, from a file that is never executed."""
-    if not path.is_file():
-        raise DataError(f"there is no file {path}.")
     try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise DataError(f"{path} holds no state dict that can be read: {error}") from error
-    except Exception as error:
-        # The contract of torch.load does not name its errors for files that are no checkpoints.
-        raise DataError(f"{path} is not a file of tensors alone: {error}") from error
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
-        raise DataError(f"{path} holds no state dict: expected tensors by name.")
-    return state
+        return found()
+    except (Exception, SystemExit) as error:
+        raise PysolveError(f"{name} failed: {told(error)}") from error
 
 
 def _arrays(path: Path) -> Samples:
@@ -151,9 +158,20 @@ def _arrays(path: Path) -> Samples:
         raise DataError(f"{path} cannot be read: {error}") from error
     if "x" not in arrays:
         raise DataError(f"{path} has no array x; it has {', '.join(arrays) or 'none'}.")
-    return Samples(_inputs(arrays["x"]), arrays.get("y"))
+    return Samples(
+        _inputs(arrays["x"], f"x in {path}" if path.suffix == ".npz" else str(path)), arrays.get("y")
+    )
 
 
-def _inputs(x: Values) -> Values:
-    """Doubles as the floats that networks take."""
-    return x.astype(np.float32) if x.dtype == np.float64 else x
+def _inputs(x: Values, name: str) -> Values:
+    """Inputs of networks: floats of any size in single precision, and integers."""
+    if x.dtype.kind not in "fiub" or not x.ndim:
+        raise DataError(
+            f"{name} must hold an array of numbers, one row a sample, got {x.dtype} of {x.shape}."
+        )
+    return x.astype(np.float32 if x.dtype.kind == "f" else x.dtype.newbyteorder("="), copy=False)
+
+
+def _array(values: object) -> Values:
+    """What a function returned as an array, wherever it lies."""
+    return as_array(values) if isinstance(values, torch.Tensor) else np.asarray(values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from inspect import Signature
 from typing import Annotated, Any
@@ -11,8 +12,9 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from pysolve import __version__
+from pysolve.cli.blame import blaming
 from pysolve.cli.options import Value, parameters
-from pysolve.errors import PysolveError
+from pysolve.errors import PysolveError, PysolveWarning
 
 Run = Callable[..., None]
 _INPUTS = ("network", "data", "weights")
@@ -24,17 +26,27 @@ _REFITTED = ("refit", "layout", *_OUTPUTS)
 _SWEPT = ("test", "target", "out", "select", "ignore", "limit", "device", "seed", "as_json", "quiet")
 
 
+def _named(error: Exception) -> str:
+    """The file of an error of the system, and what is wrong with it; "" for others."""
+    if isinstance(error, OSError) and error.filename and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return ""
+
+
 class _Plain(TyperGroup):
     """One red line and exit status 2 for what the user can mend, 130 for Ctrl-C; bugs keep their trace."""
 
     def invoke(self, ctx: Any) -> object:
         try:
-            return super().invoke(ctx)
+            with warnings.catch_warnings():
+                # The report that is printed has them.
+                warnings.simplefilter("ignore", PysolveWarning)
+                return super().invoke(ctx)
         except (PysolveError, ImportError, OSError, ValueError, TypeError, RuntimeError) as error:
             # Typer's own ways to end a command are RuntimeErrors.
             if ctx.params["debug"] or isinstance(error, (typer.Exit, typer.Abort)):
                 raise
-            message = " ".join(str(error).split())
+            message = " ".join((_named(error) or str(error)).split())
             Console(stderr=True, highlight=False).print(
                 f"Error: {message}", style="red", markup=False, soft_wrap=True
             )
@@ -78,6 +90,8 @@ def command(*names: str, **defaults: object) -> Callable[[Run], Run]:
     """Make a function a command with these options of the table, in this order; ``defaults`` override its."""
 
     def made(run: Run) -> Run:
+        # These run code of the user's.
+        run = blaming(run) if "network" in names else run
         run.__signature__ = Signature(parameters(run.__name__, names, defaults))  # type: ignore[attr-defined]
         return app.command()(run)
 

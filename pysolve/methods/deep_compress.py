@@ -32,8 +32,17 @@ from pysolve.methods.layout import check_layout, plan_of
 from pysolve.methods.matching import check_trained
 from pysolve.methods.menu import Chosen, Fit, Menu
 from pysolve.methods.price import Probe, price, probe
-from pysolve.methods.quantize import LAYOUTS, coded, in_bytes
-from pysolve.methods.rate import Coded, Subject, about_bytes, priced, subject_of, within_bytes
+from pysolve.methods.quantize import FEWEST, LAYOUTS, aim_of, coded, file_of, in_bytes, out_of_reach
+from pysolve.methods.rate import (
+    Coded,
+    Subject,
+    about_bytes,
+    is_small,
+    least_bytes,
+    priced,
+    subject_of,
+    within_bytes,
+)
 from pysolve.methods.rebuild import rebuild
 from pysolve.methods.result import NO_REPORT, distance, finish, following, later_score, matched
 from pysolve.methods.sizes import Sized, site_reports, sized, within
@@ -131,7 +140,11 @@ def deep_compress(
     subject, notes = _studied(partial(make, network, batches, options, kind), share)
     line = _Line(network, subject.study)
     line.note("original", network, nbytes(network), 0.0)
-    width = _width(subject, size, share) if subject.study.free else None
+    width = None
+    if subject.study.free and size and share is None and is_small(subject, size):
+        width = _smallest(before, subject, network, size, cut=bool(how), loose=bool(how) or layout != "dense")
+    if subject.study.free and width is None:
+        width = _width(subject, size, share)
     if width is not None and width.keep:
         line.rebuilt("collapsed", subject.study, Chosen(width.keep), width.seconds)
         if how:
@@ -263,6 +276,37 @@ def _width(subject: Subject, size: int | None, share: float | None) -> _Width | 
     best = _least(partial(_drafted, subject, size, at), 8 * size / _BITS / parameters(study.model))
     # So few bytes that no width comes near: all channels will tell how many it takes.
     return None if best.start is None else replace(best, seconds=time.perf_counter() - start)
+
+
+def _smallest(
+    before: nn.Module | Compressed,
+    subject: Subject,
+    original: nn.Module,
+    size: int,
+    *,
+    cut: bool,
+    loose: bool,
+) -> _Width | None:
+    """One channel of every site, or all, where the file may be too large with others.
+
+    ``cut`` and ``loose`` are those of ``file_of`` and ``aim_of``.
+
+    Raises
+    ------
+    PysolveError
+        It is too large with either.
+    """
+    start, study, measure = time.perf_counter(), subject.study, partial(file_of, before, subject, cut=cut)
+    menus = [Channels().menu(study, site) for site in study.free]
+    one, whole = [1] * len(menus), [site.channels for site in study.free]
+    widths = [sized(study, menus, sizes, [0.0] * len(menus)) for sizes in (one, whole)]
+    # Training before the weights take their values may change what the file takes, too.
+    least = [least_bytes(subject, measure, width.keep) + FEWEST * cut for width in widths]
+    if min(least) > aim_of(size, loose):
+        raise out_of_reach(min(least), size, original, loose)
+    if max(least) <= aim_of(size, loose):
+        return None
+    return _Width(0.0, widths[int(np.argmin(least))], seconds=time.perf_counter() - start)
 
 
 def _sized(study: Study, menus: Sequence[Menu], where: Probe, share: float) -> Sized:

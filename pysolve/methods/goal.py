@@ -17,6 +17,7 @@ from pysolve.forms import Sparse
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import without_sparse
+from pysolve.nn.running import find_matching
 from pysolve.plan import Plan, Site
 from pysolve.solve.budget import check_targets
 from pysolve.training.distill import distill as teach
@@ -74,9 +75,12 @@ def options_for(
 
     Raises
     ------
+    LayerNotFoundError
+        What is to be ignored matches no layer.
     TypeError, ValueError
-        ``memory`` is no positive number; ``evaluate`` returns none.
+        ``memory`` is no positive number; ``evaluate`` returns none; a pattern is no regular expression.
     """
+    find_matching(network, ignore)
     if memory is not None:
         check_positive("memory", memory)
     score = None if evaluate is None else score_of(evaluate, network)

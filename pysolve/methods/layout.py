@@ -72,13 +72,16 @@ def lay_out(study: Study, rebuilt: Rebuilt, layout: str = "auto") -> LaidOut:
     """
     forms = forms_of(study, rebuilt)
     names = {name: weight_name(study.model, name) for name in rebuilt.chosen.fits if name in rebuilt.fits}
-    inputs = _inputs(study, names, layout)
+    # Layers are timed as wide as they will be.
+    cut = layout == "auto" and any(len(keep) < site.channels for site, keep in rebuilt.chosen.keep.items())
+    network = apply(study.model, plan_of(study, rebuilt, {})) if cut else study.model
+    inputs = _inputs(study, network, names, layout)
     lines, kept = {}, dict[str, Form]()
     for name, tensor in names.items():
         # Integers of a transposed layer have no place in a plan; the report still counts their bits.
         form, weight = forms.get(tensor, rebuilt.fits[name].form), as_array(rebuilt.values[tensor])
         dense = weight if form is None else form.dense()
-        line, chosen = _line(study, name, form, dense, layout, inputs.get(name))
+        line, chosen = _line(study, network, name, form, dense, layout, inputs.get(name))
         lines[name] = replace(line, error=rebuilt.fits[name].error)
         if chosen is not None:
             kept[tensor] = chosen
@@ -127,16 +130,20 @@ def _is_layer(study: Study, name: str) -> bool:
     return weight_name(study.model, name) != name
 
 
-def _inputs(study: Study, names: Mapping[str, str], layout: str) -> Mapping[str, Tensor]:
-    """What layers read, where they are to be timed."""
-    layers = {name: find_layer(study.model, name) for name in names if _is_layer(study, name)}
-    return (
-        layer_inputs(study.model, layers, study.held[0]) if layout == "auto" and study.held and layers else {}
-    )
+def _inputs(study: Study, network: nn.Module, names: Mapping[str, str], layout: str) -> Mapping[str, Tensor]:
+    """What a network's layers read, where they are to be timed."""
+    layers = {name: find_layer(network, name) for name in names if _is_layer(study, name)}
+    return layer_inputs(network, layers, study.held[0]) if layout == "auto" and study.held and layers else {}
 
 
 def _line(
-    study: Study, name: str, form: Form | None, dense: AnyArray, layout: str, x: Tensor | None
+    study: Study,
+    network: nn.Module,
+    name: str,
+    form: Form | None,
+    dense: AnyArray,
+    layout: str,
+    x: Tensor | None,
 ) -> tuple[LayerReport, Form | None]:
     """What the report says of a weight, and the form that it is to have."""
     if isinstance(form, LowRank):
@@ -152,7 +159,7 @@ def _line(
             return replace(line, layout="shared"), form
     if layout not in ("auto", "sparse") or not _is_layer(study, name):
         return replace(line, layout="masked" if layout == "masked" else "dense"), form
-    sparse, reason = _sparse(find_layer(study.model, name), name, dense, layout, x, line)
+    sparse, reason = _sparse(find_layer(network, name), name, dense, layout, x, line)
     book = f"{line.why}; {reason}" if isinstance(form, Codebook) and layout == "auto" else reason
     line = replace(sparse, why=line.why if isinstance(form, Codebook) and layout == "sparse" else book)
     return line, Sparse.from_dense(dense) if sparse.layout == "sparse" else form

@@ -335,7 +335,7 @@ def _amount(model: nn.Module, sizes: Sequence[int], goal: _Goal) -> float:
     if left < 0:
         raise PysolveError(
             f"{total - sum(sizes):,} of the {total:,} parameters are no weights that can be pruned: a target "
-            f"of {wanted:,.0f} cannot be reached."
+            f"of {target['params']:,} cannot be reached."
         )
     parts = sizes if goal.scope == "local" else [sum(sizes)]
     gone = max(0, sum(sizes) - left)

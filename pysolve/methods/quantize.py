@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 from torch import nn
@@ -34,11 +36,11 @@ from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes
 from pysolve.nn.files.checkpoint import file_bytes
 from pysolve.nn.running import Batch
-from pysolve.plan import Site
+from pysolve.plan import Plan, Site
 
 LAYOUTS = ("dense", "auto", "sparse", "shared")
-# Share of a target, and least bytes, left for what layouts and training change; tries to hold it.
-_SPARE, _FEWEST, _TRIES = 0.01, 24, 4
+# Least bytes, and share of a target, left for what layouts and training change; tries to hold it.
+FEWEST, _SPARE, _TRIES = 24, 0.01, 4
 
 
 def quantize(
@@ -181,14 +183,19 @@ def coded(
         The file does not get so small.
     """
     # Layouts and training may change what the file takes.
-    spare = max(_SPARE * (size or 0), _FEWEST) if distill or layout != "dense" else 0.0
-    aim, taken = (size or 0) - spare, 0
+    loose = bool(distill) or layout != "dense"
+    aim, taken = aim_of(size or 0, loose), 0
     for _ in range(_TRIES):
         if size is None:
             chosen = Chosen(keep or {}) | subject.kind.choose(subject.study)
             done = Coded(shortened(subject, rebuild(subject.study, chosen)))
         else:
-            done = within_bytes(subject, aim, partial(_file, before, subject), keep=keep, start=start)
+            done = within_bytes(subject, aim, partial(file_of, before, subject), keep=keep, start=start)
+            assert done.bytes is not None
+            if done.bytes > aim and taken:
+                break
+            if done.bytes > aim:
+                raise out_of_reach(done.bytes, size, teacher, loose)
         start, rebuilt = done, done.rebuilt
         assert rebuilt is not None
         if distill:
@@ -199,7 +206,7 @@ def coded(
         taken = file_bytes(assembled(before, laid.plan, laid.model))
         if taken <= size:
             return rebuilt, laid
-        aim -= taken - size + spare
+        aim -= taken - aim_of(size, loose)
     raise PysolveError(
         f"the file has {taken:,} bytes where {size:,} are wanted, as its layers run or after training: "
         'give a larger target, layout="dense", or no trained="both".'
@@ -211,10 +218,29 @@ def in_bytes(target: float, original: nn.Module) -> int:
     return max(1, int(target if target > 1 else target * nbytes(original)))
 
 
-def _file(before: nn.Module | Compressed, subject: Subject, rebuilt: Rebuilt) -> int:
-    """Bytes of the file of a rebuilt network, its layers dense."""
+def aim_of(size: int, loose: bool) -> float:
+    """Bytes to aim at: with some to spare where layouts or training change what the file takes."""
+    return size - max(_SPARE * size, FEWEST) if loose else size
+
+
+def out_of_reach(least: int, size: int, original: nn.Module, loose: bool) -> PysolveError:
+    """What to say where the smallest file takes ``least`` bytes."""
+    needed = max(least + FEWEST, math.ceil(least / (1 - _SPARE))) if loose else least
+    share = 100 * size / nbytes(original)
+    return PysolveError(
+        f"the file still has {needed:,} bytes where {size:,} are wanted, {share:.3g} % of the original's: "
+        "what is no weight, and layers that are left alone, count too. Give a larger target, or a smaller "
+        "network."
+    )
+
+
+def file_of(before: nn.Module | Compressed, subject: Subject, rebuilt: Rebuilt, *, cut: bool = False) -> int:
+    """Bytes of the file of a rebuilt network, its layers dense; ``cut``: channels went a stage before."""
     plan = plan_of(subject.study, rebuilt)
-    return file_bytes(assembled(before, plan, apply(subject.study.model, plan)))
+    model = apply(subject.study.model, plan)
+    if cut:
+        before, plan = assembled(before, Plan(plan.steps), model), replace(plan, steps=())
+    return file_bytes(assembled(before, plan, model))
 
 
 def _check(

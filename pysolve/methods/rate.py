@@ -50,6 +50,9 @@ _RECORD = 1000
 _NEAREST, _FARTHEST, _FLAT, _TELLING = (0.06, 0.18), 3.4, 0.02, 16.0
 # The power of a price by which bytes fall, before anything is known of it.
 _POWER = 0.5
+# A price at which each weight takes one value, and how many times what is no weight a file may have for that
+# to be looked at before all else.
+_DEAREST, _SMALL = 1e30, 2
 # Calls of a search at least after the first one that gave few enough bytes.
 _SINCE = 2
 
@@ -165,10 +168,11 @@ def within_bytes(
     rough : bool
         Come near the target from either side, in one or two walks without second fits.
 
-    Raises
-    ------
-    PysolveError
-        When no price makes the file so small: says how small it can be.
+    Returns
+    -------
+    Coded
+        With more than ``target`` bytes, those of one value for each weight, where no price makes the file so
+        small.
     """
     found, names, channels = dict[int, Coded](), [*subject.study.weights], Chosen(keep or {})
 
@@ -183,6 +187,8 @@ def within_bytes(
         return bytes
 
     guess, power = (None, _POWER) if start is None else (start.lam, start.power)
+    if not rough and is_small(subject, target) and (least := size(_DEAREST)) > target:
+        return found[int(least)]
     if guess is None:
         tasks = tasks_of(subject.study, channels | subject.kind.at(1.0, names))
         tasks = {name: subject.kind.prepared(task) for name, task in tasks.items()}
@@ -202,13 +208,20 @@ def within_bytes(
             size(_next(target, [(guess, first)], power))
         return found[min(found, key=lambda bytes: abs(bytes - target))]
     price_for(target, size, guess, steps=_WALKS, close=_CLOSE, power=power)
-    small = [bytes for bytes in found if bytes <= target]
-    if not small:
-        raise PysolveError(
-            f"the file still has {min(found):,} bytes where {target:,.0f} are wanted: what is no weight, and "
-            "layers that are left alone, count too. Give a larger target, or a smaller network."
-        )
-    return found[max(small)]
+    if min(found) > target:
+        return found[int(size(_DEAREST))]
+    return found[max(bytes for bytes in found if bytes <= target)]
+
+
+def least_bytes(subject: Subject, measure: Callable[[Rebuilt], int], keep: Mapping[Site, Indices]) -> int:
+    """Bytes of the file with one value for each weight, and these channels of the sites that lose some."""
+    codes = subject.kind.at(_DEAREST, [*subject.study.weights])
+    return measure(shortened(subject, rebuild(subject.study, Chosen(keep) | codes)))
+
+
+def is_small(subject: Subject, target: float) -> bool:
+    """Whether so few bytes may be out of reach for what is no weight."""
+    return target < _SMALL * beside(subject)
 
 
 def about_bytes(subject: Subject, rebuilt: Rebuilt) -> int:

@@ -36,15 +36,28 @@ def accuracy(model: nn.Module, x: Values, y: Values, *, batch_size: int = 1000) 
     Raises
     ------
     DataError
-        When there is not one class number for each input.
+        When there is not one class number for each input, or one is beyond the network's classes.
+    TypeError
+        When the network returns anything but scores.
     """
     inputs, labels = labelled(model, x, y)
     if labels.ndim != 1:
         raise DataError(f"expected one class number for each input, got labels of {tuple(labels.shape)}.")
+    low, high = (float(one) for one in labels.aminmax())
     device, right = device_of(model), 0
     with evaluating(model):
         for start in range(0, len(inputs), batch_size):
             scores = forward(model, inputs[start : start + batch_size], device)
+            if not isinstance(scores, Tensor) or scores.ndim != 2:
+                what = (
+                    f"a tensor of {tuple(scores.shape)}"
+                    if isinstance(scores, Tensor)
+                    else type(scores).__name__
+                )
+                raise TypeError(f"accuracy is that of a tensor of (samples, classes) scores, got {what}.")
+            if not 0 <= low <= high < scores.shape[1]:
+                known = f"0 … {scores.shape[1] - 1}, the classes of the network"
+                raise DataError(f"expected labels of {known}, got {low:g} … {high:g}.")
             right += int((scores.argmax(1).cpu() == labels[start : start + batch_size].cpu()).sum())
     return 100.0 * right / len(labels)
 

@@ -51,7 +51,11 @@ def find_matching(model: nn.Module, ignore: Iterable[str]) -> set[str]:
     found: set[str] = set()
     for name in ignore:
         if name.startswith("re:"):
-            matches = [first[modules[one]] for one in modules if re.fullmatch(name[3:], one)]
+            try:
+                pattern = re.compile(name[3:])
+            except re.error as error:
+                raise ValueError(f"{name!r} in ignore is no regular expression: {error}.") from error
+            matches = [first[modules[one]] for one in modules if pattern.fullmatch(one)]
             if not matches:
                 raise LayerNotFoundError(
                     f"{type(model).__name__} has no layer that matches {name!r}: patterns match whole names."

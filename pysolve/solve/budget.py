@@ -137,7 +137,8 @@ def unreachable(measure: str, limit: float, smallest: float, original: float) ->
     """Message for a target below the cost of the smallest sizes."""
 
     def figure(cost: float) -> str:
-        return f"{cost:,.0f} ({100 * cost / original:.3g} %)" if original else f"{cost:,.0f}"
+        number = f"{cost:,.0f}" if cost >= 10 or cost == int(cost) else f"{cost:.2g}"
+        return f"{number} ({100 * cost / original:.3g} %)" if original else number
 
     return (
         f"{measure} cannot go below {figure(smallest)}, what the smallest allowed sizes cost, but the target "

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -19,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from pysolve.errors import DataError
 from pysolve.nn.running import device_of
 from pysolve.training.options import Step
+from pysolve.whole_files import replacing
 
 _VERSION = 1
 
@@ -92,9 +92,8 @@ def write(path: Path, progress: Progress, parts: Parts, settings: Mapping[str, o
         "after_step": None if own is None else own(),
         "random": _random(parts),
     }
-    part = path.with_name(path.name + ".part")
-    torch.save(state, part)
-    os.replace(part, path)
+    with replacing(path) as part:
+        torch.save(state, part)
 
 
 def read(path: Path, parts: Parts, settings: Mapping[str, object]) -> Progress:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 import time
+import warnings
 from dataclasses import fields
 from inspect import signature
 
@@ -53,6 +54,34 @@ MODULE = """
                 time.sleep(0.05)
                 yield torch.randn(50, 12)
         return endless()
+
+    def fails():
+        return {}["x"]
+
+    def needs(width):
+        return nn.Linear(width, 3)
+
+    def mapping():
+        return {"x": one()}
+
+    def stops():
+        yield torch.randn(50, 12)
+        raise KeyError("later")
+
+    class Odd(nn.Module):
+        def forward(self, x):
+            assert len(x) == 3, "three only"
+
+    class Filling(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = make()
+
+        def forward(self, x):
+            return self.inner(x.nan_to_num())
+
+    def fills():
+        return Filling()
 
     number = 3
 
@@ -160,6 +189,102 @@ def test_weights_come_from_files(home, weights):
     model, plain = load_network("mine:make", home / weights), load_network("mine:make")
     assert torch.equal(model[0].weight, factor * plain[0].weight)
     assert run("evaluate", "mine:make", "--data", "labelled.npz", "--weights", weights).exit_code == 0
+
+
+def test_without_a_file_of_weights_the_report_says_whose_they_are(home):
+    command = ("prune", "mine:make", "--data", "inputs.npy", "--amount", "0.5", "--method", "magnitude")
+    said = "no --weights: they are those that mine:make made"
+    assert said in run(*command).stdout
+    assert said in (home / "pruned/report.md").read_text()
+    assert said not in run(*command, "--weights", "same.pt").stdout
+    assert said in run("evaluate", "mine:make", "--data", "labelled.npz").stderr
+
+
+def test_warnings_are_in_the_report_and_nowhere_else(home):
+    np.save("few.npy", np.load("inputs.npy")[:40])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = run("compress", "mine:make", "--data", "few.npy")
+    report = json.loads((home / "compressed/report.json").read_text())
+    assert report["warnings"]
+    assert all(result.output.count(text) == 1 for text in report["warnings"])
+    assert not [one for one in caught if issubclass(one.category, ps.PysolveWarning)]
+    swept = run("sweep", "mine:make", "--data", "few.npy", "--test", "labelled.npz", "--target", "params=0.5")
+    assert all(swept.stderr.count(text) == 1 for text in report["warnings"])
+
+
+@pytest.mark.parametrize("sample", [0, 7, 299])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_sample_that_is_not_finite_is_named_by_its_number_in_the_file(home, sample, value):
+    x = np.load("inputs.npy")
+    x[sample, 3] = value
+    np.savez("wrong.npz", x=x, y=np.zeros(300, int))
+    for arguments in (
+        ("evaluate", "mine:make", "--data", "wrong.npz"),
+        ("quantize", "mine:make", "--data", "wrong.npz"),
+        ("prune", "mine:make", "--amount", "0.5", "--method", "magnitude", "--data", "wrong.npz"),
+        ("compress", "mine:make", "--data", "inputs.npy", "--test", "wrong.npz"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 2
+        said = f"Error: sample {sample} of {arguments[-2]}, counted from 0, holds NaN or infinity.\n"
+        assert result.stderr == said
+
+
+@pytest.mark.parametrize("verb", ["compress", "prune", "low_rank", "quantize", "deep_compress", "sweep"])
+@pytest.mark.parametrize(("ignore", "said"), [("re:(", "is no regular expression"), ("7", "no layer '7'")])
+def test_what_cannot_be_ignored_is_refused_before_any_work(verb, ignore, said):
+    options = {"prune": {"amount": 0.5}, "low_rank": {"rank": 2}, "sweep": {"targets": [{"params": 0.5}]}}
+    options |= {name: {"target": {"params": 0.5}} for name in ("compress", "deep_compress")}
+    model, batches = torch.nn.Sequential(torch.nn.Linear(3, 3)), [torch.zeros(2, 3)]
+    evaluate = raises(AssertionError("evaluated"))
+    with pytest.raises((ValueError, ps.LayerNotFoundError), match=said):
+        getattr(ps, verb)(model, batches, ignore=[ignore], evaluate=evaluate, **options.get(verb, {}))
+
+
+def test_samples_beyond_the_limit_and_gaps_that_a_network_fills_may_hold_anything(home):
+    x = np.load("inputs.npy")
+    x[200] = np.nan
+    np.save("late.npy", x)
+    command = ("prune", "--data", "late.npy", "--amount", "0.5", "--method", "magnitude", "--quiet")
+    assert run(*command, "mine:make", "--samples", "100").exit_code == 0
+    assert run(*command, "mine:fills").exit_code == 0
+    assert run(*command, "mine:make").exit_code == 2
+
+
+def test_a_place_that_cannot_be_written_costs_no_work(home, monkeypatch):
+    def no_work(*args, **options):
+        raise AssertionError("work was done")
+
+    monkeypatch.setattr("pysolve.cli.commands.load_network", no_work)
+    (home / "full/report.md").mkdir(parents=True)
+    for out, said in (("full", "report.md cannot be written"), ("mine.py", "is a file")):
+        result = run("compress", "mine:make", "--data", "inputs.npy", "--out", out)
+        assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
+    monkeypatch.setattr("tempfile.TemporaryFile", raises(PermissionError(13, "Permission denied")))
+    result = run("compress", "mine:make", "--data", "inputs.npy", "--out", "new/folder")
+    assert result.stderr == "Error: nothing can be written to --out new/folder: Permission denied\n"
+    assert not (home / "new").exists()
+
+
+def raises(error):
+    def function(*args, **options):
+        raise error
+
+    return function
+
+
+def test_a_failure_at_the_end_leaves_the_files_that_were_there(home, monkeypatch):
+    command = ("prune", "mine:make", "--data", "inputs.npy", "--amount", "0.5", "--method", "magnitude")
+    assert run(*command).exit_code == 0
+    before = {path.name: path.read_bytes() for path in (home / "pruned").iterdir()}
+    monkeypatch.setattr(os, "replace", raises(OSError(28, "No space left on device")))
+    result = run(*command)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "No space left on device" in result.stderr
+    assert {path.name: path.read_bytes() for path in (home / "pruned").iterdir()} == before
+    assert run(*command, "--out", "new").exit_code == 2
+    assert not (home / "new").exists()
 
 
 def test_json_and_quiet_print_nothing_else(home):
@@ -333,12 +458,98 @@ def test_solve_certifies_and_writes_the_solution(home):
         ),
         (("deep-compress", "mine:make", "--data", "inputs.npy", "--bytes", "100"), "Give a larger target"),
         (("solve", "inputs.npy"), "r_xx and r_yx"),
+        (("solve", "nothing.npz"), "there is no file nothing.npz"),
+        (("solve", "problem.npz", "--lam", "-1"), "lam must be positive and finite, got -1.0"),
+        (("solve", "zero.npz"), "r_yx in zero.npz is zero"),
+        (("solve", "problem.npz", "--out", "no/where.npz"), "there is no folder no"),
+        (("solve", "problem.npz", "--out", "."), "what is there is no file"),
+        (("inspect", "wrong:make", "--data", "inputs.npy"), "wrong cannot be imported: SyntaxError: "),
+        (("inspect", "wrong:make", "--data", "inputs.npy"), "(wrong.py, line 1)"),
+        (("inspect", "lacking:make", "--data", "inputs.npy"), "'nothing_at_all' (lacking.py, line 1)"),
+        (("inspect", "leaves:make", "--data", "inputs.npy"), "SystemExit: 3 (leaves.py, line 2)"),
+        (
+            ("inspect", "mine.py:make", "--data", "inputs.npy"),
+            "expected package.module:factory, as in import",
+        ),
+        (
+            ("inspect", "mine:fails", "--data", "inputs.npy"),
+            "mine:fails failed: KeyError: 'x' (mine.py, line",
+        ),
+        (
+            ("inspect", "mine:needs", "--data", "inputs.npy"),
+            "missing 1 required positional argument: 'width'",
+        ),
+        (("inspect", "mine:make", "--data", "mine:fails"), "mine:fails failed: KeyError: 'x'"),
+        (("compress", "mine:make", "--data", "mine:stops"), "Error: KeyError: 'later' (mine.py, line"),
+        (
+            ("evaluate", "mine:Odd", "--data", "labelled.npz"),
+            "Error: AssertionError: three only (mine.py, line",
+        ),
+        (("inspect", "mine:make", "--data", "mine:mapping"), "must return batches, got dict"),
+        (("inspect", "mine:make", "--data", "words.npy"), "words.npy must hold an array of numbers"),
+        (("inspect", "mine:make", "--data", "scalar.npy"), "one row a sample, got float32 of ()"),
+        (("evaluate", "mine:make", "--data", "words.npz"), "labels must be class numbers, got <U1"),
+        (("evaluate", "mine:make", "--data", "from_one.npz"), "expected labels of 0 … 2"),
+        (("compress", "mine:make", "--data", "inputs.npy", "--ignore", "re:("), "is no regular expression"),
+        (("prune", "mine:make", "--data", "inputs.npy", "--amount", "0.5", "--ignore", "re:("), "'re:('"),
+        (
+            ("compress", "mine:make", "--data", "inputs.npy", "--target", "params=1.5"),
+            "integer above 1, got 1.5",
+        ),
+        (("compress", "mine:make", "--data", "inputs.npy", "--target", "params=3"), "the target is 3 ("),
+        (("compress", "mine:make", "--data", "inputs.npy", "--target", "params=0.0001"), "(0.01 %)"),
+        (
+            ("compress", "mine:make", "--data", "inputs.npy", "--target", "macs=0.5", "--target", "macs=0.2"),
+            "expected one target for macs, got 0.5 and 0.2",
+        ),
+        (
+            ("deep-compress", "mine:make", "--data", "inputs.npy", "--bytes", "1k"),
+            "such as params=0.25",
+        ),
+        (("compress", "mine:make", "--data", "inputs.npy", "--distill", "5.7e"), "epochs, got 5.7"),
+        (("compress", "mine:make", "--data", "inputs.npy", "--distill", "nane"), "finite, got nan"),
+        (("compress", "mine:make", "--data", "inputs.npy", "--device", "meta"), "compute on 'meta'"),
+        (("compress", "mine:make", "--data", "inputs.npy", "--out", "mine.py"), "--out mine.py is a file"),
+        (("compress", "mine:make", "--data", "inputs.npy", "--out", "mine.py/a"), "is below a file"),
+        (
+            ("sweep", "mine:make", "--data", "inputs.npy", "--test", "labelled.npz", "--out", "mine.py"),
+            "a file",
+        ),
+        (("evaluate", "mine:make", "--data", "labelled.npz", "--compressed", "."), "give the file, of "),
+        (("evaluate", "mine:make", "--data", "labelled.npz", "--compressed", "no"), "no: No such file"),
+        (
+            ("evaluate", "mine:make", "--data", "labelled.npz", "--compressed", "doubled.safetensors"),
+            "which a state dict alone does not have",
+        ),
+        (
+            ("evaluate", "mine:make", "--data", "labelled.npz", "--compressed", "same.pt"),
+            "torch.save wrote it",
+        ),
+        (("inspect", "mine:make", "--data", "inputs.npy", "--weights", "."), ". is a folder"),
+        (("inspect", "mine:make", "--data", "inputs.npy", "--weights", "whole.pt"), "Sequential. Others are"),
+        (("inspect", "mine:make", "--data", "inputs.npy", "--weights", "epoch.pt"), "by name, got epoch"),
+        (
+            ("inspect", "mine:make", "--data", "inputs.npy", "--weights", "small.safetensors"),
+            "as --compressed",
+        ),
     ],
 )
 def test_what_the_user_can_mend_is_one_line_and_status_2(home, arguments, message):
     (home / "broken.npz").write_bytes(b"PK\x03\x04broken")
     save_file({"0.weight": torch.zeros(3, 3)}, "other.safetensors")
     np.savez("wide.npz", x=np.zeros((4, 13)), y=np.zeros(4, int))
+    np.savez("problem.npz", r_xx=np.eye(4), r_yx=np.ones((2, 4)))
+    np.savez("zero.npz", r_xx=np.eye(4), r_yx=np.zeros((2, 4)))
+    np.save("words.npy", np.array(["a", "b"]))
+    np.save("scalar.npy", np.float32(3))
+    np.savez("words.npz", x=np.zeros((2, 12)), y=np.array(["a", "b"]))
+    np.savez("from_one.npz", x=np.zeros((3, 12)), y=np.arange(1, 4))
+    (home / "wrong.py").write_text("def make(:")
+    (home / "lacking.py").write_text("import nothing_at_all")
+    (home / "leaves.py").write_text("import sys\nsys.exit(3)")
+    torch.save(torch.nn.Sequential(torch.nn.ReLU()), "whole.pt")
+    torch.save({"epoch": 3}, "epoch.pt")
+    save_file({":coded": torch.zeros(1)}, "small.safetensors", {"pysolve": "2 0 0"})
     result = run(*arguments)
     assert result.exit_code == 2
     assert result.stderr.startswith("Error: ")

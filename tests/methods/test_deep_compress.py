@@ -131,6 +131,11 @@ def test_more_bytes_are_worth_something():
     assert lost[1] < 0.6 * lost[0]
 
 
+def test_layers_that_lost_channels_are_timed_as_they_are():
+    result = deep(target_params=0.5, zeros=0.6, layout="auto")
+    assert any("sparse would take" in line.why or line.layout == "sparse" for line in result.report.layers)
+
+
 def test_bytes_out_of_reach_are_refused():
     with pytest.raises(ps.PysolveError, match="Give a larger target"):
         deep(target_bytes=300, target_params=1)

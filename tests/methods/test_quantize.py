@@ -2,9 +2,10 @@
 
 import copy
 import os
+import re
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache, reduce
+from functools import cache, partial, reduce
 
 import numpy as np
 import pytest
@@ -334,10 +335,40 @@ def test_one_price_for_all_bits_does_less_harm_than_as_many_values_everywhere():
     assert means["rounded"] < 0.9
 
 
-def test_a_target_out_of_reach_names_the_smallest_file():
+def smallest(run, **options):
+    """The one number of bytes that is named whenever too few are asked for, which can be had."""
+    named = set()
     for target in (2, 200):
-        with pytest.raises(ps.PysolveError, match=rf"still has [\d,]+ bytes where {target} are wanted"):
-            quantize(data=batches(), scheme="codebook", target={"bytes": target})
+        with pytest.raises(
+            ps.PysolveError, match=rf"has [\d,]+ bytes where {target} are wanted, [\d.]+ %"
+        ) as e:
+            run(target={"bytes": target}, **options)
+        named.add(int(re.search(r"has ([\d,]+) bytes", str(e.value))[1].replace(",", "")))
+    assert len(named) == 1
+    least = named.pop()
+    with pytest.raises(ps.PysolveError, match=rf"has {least:,} bytes where {least - 1:,} are wanted"):
+        run(target={"bytes": least - 1}, **options)
+    assert run(target={"bytes": least}, **options).report.after["file"] <= least
+    return least
+
+
+@pytest.mark.parametrize("options", [{}, {"distill": {"epochs": 1}}, {"layout": "shared"}], ids=str)
+def test_a_target_out_of_reach_names_the_smallest_file(options):
+    smallest(partial(quantize, data=batches(), scheme="codebook"), **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"distill": {"epochs": 1}}, {"zeros": 0.5}], ids=str)
+def test_so_it_is_where_channels_may_go_too(options):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.BatchNorm1d(12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    data = [torch.randn(50, 8) for _ in range(6)]
+    smallest(partial(ps.deep_compress, model, data, progress=False), **options)
+
+
+def test_too_few_bytes_are_refused_before_any_price_is_tried(monkeypatch):
+    monkeypatch.setattr("pysolve.methods.rate.price_for", lambda *args, **options: pytest.fail("searched"))
+    with pytest.raises(ps.PysolveError, match="where 100 are wanted"):
+        quantize(data=batches(), scheme="codebook", target={"bytes": 100})
 
 
 # --- what a result is worth afterwards

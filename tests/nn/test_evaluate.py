@@ -37,6 +37,33 @@ def test_accuracy_needs_one_class_number_for_each_input():
         accuracy(nn.Identity(), np.ones((2, 4)), np.zeros((2, 4)))
 
 
+@pytest.mark.parametrize("wrong", [-1, 4])
+def test_labels_must_be_classes_of_the_network(wrong):
+    with pytest.raises(DataError, match=r"expected labels of 0 … 3, the classes of the network, got"):
+        accuracy(nn.Identity(), np.ones((2, 4)), np.array([1, wrong]))
+
+
+class Head(nn.Module):
+    def __init__(self, head):
+        super().__init__()
+        self.head = head
+
+    def forward(self, x):
+        return self.head(x)
+
+
+def test_accuracy_is_of_scores_alone():
+    x, y = np.ones((2, 4)), np.zeros(2, int)
+    for head, said in (
+        (lambda x: (x, x), "got tuple"),
+        (lambda x: {"logits": x}, "got dict"),
+        (lambda x: x[:, :, None], r"got a tensor of \(2, 4, 1\)"),
+        (lambda x: x[:, 0], r"got a tensor of \(2,\)"),
+    ):
+        with pytest.raises(TypeError, match=rf"tensor of \(samples, classes\) scores, {said}"):
+            accuracy(Head(head), x, y)
+
+
 def test_shared_parameters_count_once():
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     assert (parameters(model), nbytes(model)) == (40, 160)

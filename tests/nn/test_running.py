@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from pysolve.errors import DataError, LayerNotFoundError
-from pysolve.nn.running import as_input, as_tensor, evaluating, find_layer, forward, labelled
+from pysolve.nn.running import as_input, as_tensor, evaluating, find_layer, find_matching, forward, labelled
 
 
 def network():
@@ -23,6 +23,11 @@ def test_an_unknown_name_brings_up_the_close_ones():
     model = nn.ModuleDict({"encoder": nn.ModuleDict({"layer1": nn.ReLU(), "layer2": nn.ReLU()})})
     with pytest.raises(LayerNotFoundError, match=r"'encoder\.layer"):
         find_layer(model, "encoder.layer3")
+
+
+def test_a_pattern_that_is_no_regular_expression_is_quoted():
+    with pytest.raises(ValueError, match=r"'re:\(' in ignore is no regular expression: missing \)"):
+        find_matching(network(), ["re:("])
 
 
 def test_evaluating_restores_every_mode_and_turns_gradients_off():

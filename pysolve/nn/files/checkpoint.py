@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
@@ -220,7 +221,10 @@ def _fill(network: nn.Module, values: Mapping[str, Tensor]) -> None:
             if not (target.is_floating_point() and tensor.is_floating_point()):
                 raise DataError(f"expected {name} in {target.dtype}, got {tensor.dtype}.")
             target.data = target.data.to(tensor.dtype)
-    network.load_state_dict(dict(values))
+    state = OrderedDict(values)
+    # Without versions, layers take their values for older ones, and some rebuild themselves.
+    state._metadata = own._metadata  # type: ignore[attr-defined]
+    network.load_state_dict(state)
     for name, tensor in network.state_dict().items():
         if not torch.equal(bits(tensor), bits(values[name])):
             raise DataError(f"{name} shares its memory with a tensor of other values in the file.")

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import re
-import secrets
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,6 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pysolve.errors import DataError
+from pysolve.whole_files import replacing
 
 # Dictionary of deflate, so that short records are compressed, too. Part of format 2, never to be changed.
 WORDS = (
@@ -76,21 +74,9 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, object
     there would be more record than ``read`` takes.
     """
     content, metadata = _sealed(tensors, record)
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        # The library makes files that their owner alone may read; ours are as open as any other.
-        with open(part, "xb") as empty:
-            mode = os.fstat(empty.fileno()).st_mode
+    with replacing(path) as part:
         save_file(content, part, metadata=metadata)
         _check_header(part)
-        part.chmod(mode)
-        with open(part, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            part.unlink()
-        raise
 
 
 def size(tensors: Mapping[str, Tensor], record: Mapping[str, object]) -> int:
@@ -105,6 +91,9 @@ def read(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
 
     Raises DataError when it is another one, or damaged; nothing larger than the file is allocated before.
     """
+    if path.is_dir():
+        inside = [file.name for file in sorted(path.glob("*.safetensors"))]
+        raise DataError(f"{path} is a folder: give the file, of {', '.join(inside) or 'none'} in it.")
     try:
         _check_header(path)
         with safe_open(path, framework="pt") as file:
@@ -119,6 +108,16 @@ def read(path: Path) -> tuple[dict[str, object], dict[str, Tensor]]:
             "copy the file anew."
         ) from error
     return record, tensors
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether a file is one that ``write`` wrote, as far as its header says."""
+    try:
+        _check_header(path)
+        with safe_open(path, framework="pt") as file:
+            return _KEY in (file.metadata() or {})
+    except (DataError, SafetensorError, OSError):
+        return False
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -158,7 +157,10 @@ def inflated(data: bytes, size: int) -> bytes:
 def _check_header(path: Path) -> None:
     size = path.stat().st_size
     with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        start = file.read(8)
+    if start.startswith(b"PK"):
+        raise DataError("torch.save wrote it.")
+    length = int.from_bytes(start, "little")
     if size < 8 or length > size - 8:
         raise DataError(f"its header should take {length} bytes, but the file has {size}.")
     _check_length(length, size)
@@ -195,7 +197,7 @@ def _opened(metadata: str, tensors: dict[str, Tensor], size: int) -> tuple[dict[
     """The record, and the names of tensors whose checksum is verified; ``:coded`` loses the record."""
     plain, version = _SEALED.fullmatch(metadata), _VERSION.match(metadata)
     if plain is None and version is None:
-        raise DataError("it has no record of a compressed network.")
+        raise DataError("it has no record of a compressed network, which a state dict alone does not have.")
     if plain is None and (short := _SHORT.fullmatch(metadata)) is not None and STREAM in tensors:
         whole, length = tensors[STREAM], int(short[2])
         _check_seal(whole.dtype == torch.uint8 and _checksum(whole) == int(short[1]))

@@ -874,6 +874,50 @@ def test_packed_tensors_are_unpacked_by_any_network_of_these_layers():
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in unpack(packed, model).items())
 
 
+class Versioned(nn.Module):
+    """Its layer is narrower in state dicts of before version 2, as the stem of MNASNet is."""
+
+    _version = 2
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, x):
+        return self.b(self.a(x).relu())
+
+    def _load_from_state_dict(self, state, prefix, metadata, *args):
+        if metadata.get("version", 1) < 2:
+            self.a = nn.Linear(8, 7)
+        super()._load_from_state_dict(state, prefix, metadata, *args)
+
+
+def test_layers_do_not_take_their_values_for_those_of_an_older_version(tmp_path):
+    model, path = Versioned().eval(), tmp_path / "a.safetensors"
+    result = ps.compress(model, [torch.randn(64, 8)], keep=0.5, progress=False)
+    ps.save(result, path)
+    assert_same_state(ps.load(path, model), result.model)
+
+
+def test_other_files_and_folders_are_told_as_what_they_are(tmp_path):
+    model = mlp()
+    save_file(model.state_dict(), tmp_path / "plain.safetensors")
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    with pytest.raises(ps.DataError, match=r"plain\.safetensors .* which a state dict alone does not have"):
+        ps.load(tmp_path / "plain.safetensors", model)
+    with pytest.raises(
+        ps.DataError, match=r"a\.pt is no file written by pysolve\.save.*torch\.save wrote it"
+    ):
+        ps.load(tmp_path / "a.pt", model)
+    with pytest.raises(ps.DataError, match=r"is a folder: give the file, of plain\.safetensors in it"):
+        ps.load(tmp_path, model)
+    assert not storage.is_compressed(tmp_path / "plain.safetensors")
+    assert not storage.is_compressed(tmp_path / "a.pt")
+    assert not storage.is_compressed(tmp_path)
+    ps.save(small()[0], tmp_path / "b.safetensors")
+    assert storage.is_compressed(tmp_path / "b.safetensors")
+
+
 # --- masked networks
 
 

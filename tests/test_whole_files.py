@@ -1,0 +1,91 @@
+"""A file is written whole or not at all, whoever writes it."""
+
+import os
+import stat
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import pysolve as ps
+from pysolve.whole_files import replacing
+
+
+def test_a_file_appears_once_it_is_complete(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("old")
+    with replacing(path) as part:
+        part.write_text("new")
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("failing", ["body", "fsync", "replace"])
+@pytest.mark.parametrize("existing", [True, False])
+def test_what_fails_leaves_what_was_there(tmp_path, monkeypatch, failing, existing):
+    path = tmp_path / "a.txt"
+    if existing:
+        path.write_text("old")
+
+    def fails(*args):
+        raise OSError("no space left")
+
+    def write():
+        with replacing(path) as part:
+            part.write_text("half")
+            if failing == "body":
+                fails()
+
+    if failing != "body":
+        monkeypatch.setattr(os, failing, fails)
+    with pytest.raises(OSError, match="no space left"):
+        write()
+    assert [(file, file.read_text()) for file in tmp_path.iterdir()] == [(path, "old")] * existing
+
+
+def test_an_interrupt_leaves_nothing(tmp_path):
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "a.txt"):
+        raise KeyboardInterrupt
+    assert not [*tmp_path.iterdir()]
+
+
+def test_files_are_as_open_as_others(tmp_path):
+    with replacing(tmp_path / "a.txt") as part:
+        part.chmod(0o600)
+    (tmp_path / "b").touch()
+    assert len({stat.S_IMODE(file.stat().st_mode) for file in tmp_path.iterdir()}) == 1
+
+
+def test_a_place_that_cannot_be_written_is_named_before_any_writing(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no/a\.txt cannot be written: there is no folder"):
+        replacing(tmp_path / "no" / "a.txt").__enter__()
+    for place in (tmp_path, "/dev/null"):
+        with pytest.raises(IsADirectoryError, match="what is there is no file"):
+            replacing(place).__enter__()
+    assert not [*tmp_path.iterdir()]
+
+
+def full_disk(file, *args, **kwargs):
+    with open(file, "wb") if isinstance(file, os.PathLike) else file as opened:
+        opened.write(b"half of it")
+    raise OSError(28, "No space left on device")
+
+
+def test_checkpoints_correlations_and_networks_leave_nothing_behind(tmp_path, monkeypatch):
+    x = np.random.default_rng(0).standard_normal((20, 3))
+    model = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 2))
+    result = ps.prune(model, amount=0.5)
+    batches = [(torch.zeros(4, 3), torch.zeros(4, dtype=torch.long))]
+    monkeypatch.setattr(np, "savez", full_disk)
+    monkeypatch.setattr(torch, "save", lambda state, path: full_disk(path))
+    monkeypatch.setattr("pysolve.nn.files.storage.save_file", lambda content, path, **_: full_disk(path))
+    for write in (
+        ps.Correlations.from_samples(x, x).save,
+        lambda path: ps.save(result, path),
+        lambda path: ps.finetune(model, batches, epochs=1, progress=False, checkpoint=path),
+    ):
+        with pytest.raises(OSError, match="No space left"):
+            write(tmp_path / "file")
+        assert not [*tmp_path.iterdir()]
