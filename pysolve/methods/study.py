@@ -19,7 +19,7 @@ from pysolve.methods.goal import Options
 from pysolve.nn.calibration import Calibration, calibrate, peek
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.graph.branches import Layer, find_layers
-from pysolve.nn.graph.export import Graph, trace_once
+from pysolve.nn.graph.export import Graph, depends_on_values, trace_once
 from pysolve.nn.graph.sites import sites_in
 from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix
 from pysolve.nn.layers.masking import masks_of
@@ -163,10 +163,10 @@ def study(
     layers = {layer.name: layer for layer in _unseen(model, [*named, *([] if graph else weights)])} | seen
     clock.stage("find")
     readers = [name for site in found if site.pinned is None for name in site.readers]
-    wanted = [
-        *readers,
-        *(name for name in weights if (gather or not graph) and _is_gathered(layers.get(name), graph)),
-    ]
+    # What the walk through the graph cannot fit on the way.
+    routed = {layer.name for node, layer in nodes.items() if depends_on_values(node)}
+    asked = [name for name in weights if gather or not graph or name in routed]
+    wanted = [*readers, *(name for name in asked if _is_gathered(layers.get(name), graph))]
     calibration, correlations = calibrate(
         model,
         batches,
@@ -178,6 +178,10 @@ def study(
         progress=options.progress,
     )
     clock.stage("gather")
+    unseen = [name for name in dict.fromkeys(wanted) if name not in correlations]
+    if unseen:
+        base = replace(base, notes=(*base.notes, no_samples(unseen)))
+        found = [_reached(site, correlations) for site in found]
     if why and weights:
         more = f"layers were fitted on the original's inputs, for the network cannot be exported: {why}"
         base = replace(base, notes=(*base.notes, more))
@@ -237,6 +241,21 @@ def reasons(left: Sequence[Skipped], shown: int = 5) -> str:
     names = [f"{one.name or 'the network'} ({one.why})" for one in left]
     more = [f"{len(names) - shown} more"] if len(names) > shown else []
     return f": {', '.join([*names[:shown], *more])}" if left else ""
+
+
+def no_samples(names: Sequence[str]) -> str:
+    """What becomes of layers whose inputs nothing is known of, for the report."""
+    return (
+        f"no sample reached {', '.join(names)}: nothing is fitted there, and weights stay as they are or are "
+        "pruned and rounded by themselves"
+    )
+
+
+def _reached(site: Site, correlations: Mapping[str, Correlations]) -> Site:
+    """The site, pinned where no sample has reached any of its readers."""
+    if site.pinned is not None or any(name in correlations for name in site.readers):
+        return site
+    return replace(site, pinned=f"no sample reached {', '.join(site.readers)}")
 
 
 def _is_gathered(layer: Layer | None, graph: Graph | None) -> bool:

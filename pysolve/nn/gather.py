@@ -81,13 +81,44 @@ def gather(
     DataError
         When there are no samples, or inputs or outputs are NaN or infinite.
     """
+    names = _layer_names(model, sites, layers)
+    found = gather_reached(
+        model,
+        batches,
+        names,
+        sites or (),
+        target_model=target_model,
+        device=device,
+        progress=progress,
+        positions=positions,
+    )
+    for name, one in found.items():
+        if one is None:
+            raise DataError(f"{name} saw no samples: the batches are empty.")
+    for name in names:
+        if name not in found:
+            raise PysolveError(f"{name} was never called: name the layers that do run with layers=[...].")
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def gather_reached(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    names: Sequence[str],
+    sites: Sequence[Site] = (),
+    *,
+    target_model: nn.Module | None = None,
+    device: Device = None,
+    progress: bool = True,
+    positions: float | Mapping[str, float] = 1.0,
+) -> dict[str, Correlations | None]:
+    """What ``gather`` gives, of those of the named layers that were called; None where without samples."""
     running.check_batches(batches)
     for share in positions.values() if isinstance(positions, Mapping) else (positions,):
         if not 0 < share <= 1:
             raise ValueError(f"positions must be a share in (0, 1], got {share}.")
-    names = _layer_names(model, sites, layers)
     own = {name: _layer(model, name) for name in names}
-    sizes = _group_sizes(own, sites or ())
+    sizes = _group_sizes(own, sites)
     targets = {} if target_model is None else {name: _layer(target_model, name) for name in names}
     wanted: dict[str, deque[Tensor]] = {name: deque() for name in targets}
     sums: dict[str, Sums] = {}
@@ -104,8 +135,9 @@ def gather(
                 for name in filter(wanted.get, wanted):
                     where = "in the target network than in the network"
                     raise PysolveError(f"{name} is called more often {where}.")
-    _check_all_ran(names, sums, seen)
-    return {name: sums[name].correlations(sizes[name]) for name in names}
+    if not seen:
+        raise DataError(running.NO_BATCHES)
+    return {n: sums[n].correlations(sizes[n]) if sums[n].count else None for n in names if n in sums}
 
 
 def _layer_names(
@@ -208,13 +240,3 @@ def _places(layer: Layer, y: Tensor) -> tuple[int, ...]:
     """Sizes of an output except for its channels."""
     channel = y.ndim + 1 - layer.weight.ndim
     return (*y.shape[:channel], *y.shape[channel + 1 :])
-
-
-def _check_all_ran(names: tuple[str, ...], sums: dict[str, Sums], seen: int) -> None:
-    if not seen:
-        raise DataError(running.NO_BATCHES)
-    for name in names:
-        if name not in sums:
-            raise PysolveError(f"{name} was never called: name the layers that do run with layers=[...].")
-        if not sums[name].count:
-            raise DataError(f"{name} saw no samples: the batches are empty.")

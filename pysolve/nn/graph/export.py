@@ -135,6 +135,12 @@ def where(node: Node) -> str:
     return f"layer {stack[-1][0]}" if stack and stack[-1][0] else str(node.target)
 
 
+def depends_on_values(node: Node) -> bool:
+    """Whether a result has as many rows as values in the network say, as that of a routed expert has."""
+    shape = getattr(node.meta.get("val"), "shape", ())
+    return any(isinstance(size, torch.SymInt) and size.node.hint is None for size in shape)
+
+
 def code_line(error: BaseException) -> str:
     """The innermost line outside of torch that an error comes from, in brackets; nothing if there is none."""
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
