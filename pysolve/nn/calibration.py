@@ -186,7 +186,7 @@ def regrouped(batches: list[Batch], size: int) -> list[Batch]:
 
 def room_for(graph: Graph, memory: int) -> int:
     """How many samples a walk through the graph in two networks can hold within ``memory`` bytes."""
-    return max(1, memory // max(1, 2 * _live_bytes(graph) // traced_samples(graph)))
+    return max(1, memory // max(1, 2 * _live_bytes(graph) // max(1, traced_samples(graph))))
 
 
 def free_memory(share: float = 0.5) -> int:
