@@ -186,7 +186,7 @@ def regrouped(batches: list[Batch], size: int) -> list[Batch]:
 
 def room_for(graph: Graph, memory: int) -> int:
     """How many samples a walk through the graph in two networks can hold within ``memory`` bytes."""
-    return max(1, memory // max(1, 2 * _live_bytes(graph) // max(1, traced_samples(graph))))
+    return max(1, memory // max(1, 2 * _live_bytes(graph) // traced_samples(graph)))
 
 
 def free_memory(share: float = 0.5) -> int:
@@ -250,6 +250,8 @@ def calibrate(
     memory : int, optional
         Bytes that samples may take when they walk through the graph; by default half of what is free.
     """
+    if not samples_in(first):
+        raise DataError("there are no samples: the first batch is empty.")
     limit = room_for(graph, free_memory() if memory is None else memory) if graph else samples_in(first)
     calibration = Calibration(limit)
     stream = calibration.stream(batches)
@@ -261,8 +263,6 @@ def calibrate(
     total = samples_in(first) * length_hint(batches, 10)
     shares = _shares(graph, nodes, layers, total) if graph else dict.fromkeys(layers, 1.0)
     found = gather_reached(model, stream, layers, positions=shares, progress=progress)
-    if not calibration.seen:
-        raise DataError("there are no samples: the batches are empty.")
     return calibration, {name: one for name, one in found.items() if one is not None}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -75,12 +75,30 @@ def keeping_modes(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes, and what calls wrote into networks, are put back."""
-    with keeping_modes(*models), keeping_state(*models), torch.no_grad():
+def evaluating(*models: nn.Module, as_used: bool = False) -> Iterator[None]:
+    """Evaluation mode without gradients; modes, and what calls wrote into networks, are put back.
+
+    Every layer is called, unless networks are to run ``as_used``.
+    """
+    calls = nullcontext() if as_used else calling_layers()
+    with keeping_modes(*models), keeping_state(*models), torch.no_grad(), calls:
         for model in models:
             model.eval()
         yield
+
+
+@contextmanager
+def calling_layers() -> Iterator[None]:
+    """Torch's encoder layers call their layers, instead of one kernel for all of them.
+
+    That kernel gives zeros where a mask says that there is nothing, and hands nested tensors to hooks.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pysolve.errors import DataError
 from pysolve.nn.calibration import free_memory
-from pysolve.nn.running import Batch, evaluating, find_layer, keeping_modes
+from pysolve.nn.running import Batch, calling_layers, evaluating, find_layer, keeping_modes
 from pysolve.nn.state import keeping_state
 from pysolve.training import loss as losses
 from pysolve.training.batches import BatchSource, Key, Keyed, batch_source, cached
@@ -128,6 +128,7 @@ def distill(
     with (
         keeping_modes(student, teacher),
         keeping_state(teacher),
+        calling_layers(),
         losses.tapped(student, [*terms.pairs], run) as answer,
         losses.tapped(teacher, [*terms.pairs.values()], run) as wanted,
     ):

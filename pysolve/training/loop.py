@@ -143,7 +143,7 @@ def _judge(progress: Progress, run: Run, model: nn.Module) -> None:
     if run.evaluate is None:
         return
     # Scoring must not change the course of the training.
-    with evaluating(model), _random_state(run.seed, device_of(model)):
+    with evaluating(model, as_used=True), _random_state(run.seed, device_of(model)):
         score = float(run.evaluate(model))
     if math.isnan(score):
         raise PysolveError(

@@ -91,5 +91,5 @@ def test_layers_without_samples_alone_are_rounded_by_themselves():
 
 def test_empty_batches_are_refused():
     model = Experts(guarded=True).eval()
-    with pytest.raises(ps.DataError, match="the batches are empty"):
+    with pytest.raises(ps.DataError, match="the first batch is empty"):
         study(model, [data()[0][:0]], Options(progress=False), weights=weights_of(model)[0])
