@@ -22,9 +22,9 @@ from pysolve.nn.graph.branches import Layer, find_layers
 from pysolve.nn.graph.export import Graph, depends_on_values, trace_once
 from pysolve.nn.graph.sites import sites_in
 from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix
-from pysolve.nn.layers.masking import masks_of
+from pysolve.nn.layers.masking import masks_of, permanent_by
 from pysolve.nn.layers.sparse import SparseWeight
-from pysolve.nn.running import Batch, as_array, find_matching
+from pysolve.nn.running import Batch, Ignored, as_array, check_type, find_matching
 from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
 from pysolve.plan import Site
 
@@ -157,6 +157,7 @@ def study(
     first, batches = peek(batches)
     if not trace:
         return replace(base, calibration=Calibration(0, [first], [first]))
+    check_type(model, first)
     graph, nodes, found, why = _traced(model, first, sites, options.ignore)
     seen = {layer.name: layer for layer in nodes.values()}
     named = [name for site in found for name in (*site.readers, *site.writers)]
@@ -197,7 +198,7 @@ def study(
 
 
 def weights_of(
-    model: nn.Module, ignore: Sequence[str] = (), kinds: tuple[type[nn.Module], ...] = WEIGHTED
+    model: nn.Module, ignore: Sequence[Ignored] = (), kinds: tuple[type[nn.Module], ...] = WEIGHTED
 ) -> tuple[dict[str, Tensor], list[Skipped]]:
     """Weights of layers of some kinds, by the layers' names, and all other matrices, which are left alone.
 
@@ -221,7 +222,8 @@ def weights_of(
             left.append(Skipped(name, "it is sparse; nn.to_dense changes that", parameters(module)))
             continue
         if is_parametrized(module) or (isinstance(module, (*WEIGHTED, *EMBEDDINGS)) and own is None):
-            left.append(Skipped(name, "its weight is computed from others", parameters(module)))
+            why = f"its weight is computed from others: {permanent_by(module)}"
+            left.append(Skipped(name, why, parameters(module)))
             continue
         for leaf, value in module.named_parameters(recurse=False):
             full = name if leaf == "weight" else f"{name}.{leaf}".lstrip(".")
@@ -265,7 +267,7 @@ def _is_gathered(layer: Layer | None, graph: Graph | None) -> bool:
 
 
 def _traced(
-    model: nn.Module, first: Batch, sites: Sequence[Site] | bool, ignore: Sequence[str]
+    model: nn.Module, first: Batch, sites: Sequence[Site] | bool, ignore: Sequence[Ignored]
 ) -> tuple[Graph | None, dict[Node, Layer], Sequence[Site], str]:
     """The graph, its layers, the sites, and why there is no graph."""
     given = () if isinstance(sites, bool) else tuple(sites)

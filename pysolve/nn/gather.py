@@ -18,6 +18,7 @@ from pysolve.errors import DataError, PysolveError
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn import running
 from pysolve.nn.layer_matrix import LAYERS, Layer, Sums
+from pysolve.nn.plain import plain_network
 from pysolve.nn.running import Batch, Device, evaluating, forward, hooked
 from pysolve.plan import Site
 
@@ -81,6 +82,8 @@ def gather(
     DataError
         When there are no samples, or inputs or outputs are NaN or infinite.
     """
+    model = plain_network(model)
+    target_model = None if target_model is None else plain_network(target_model)
     names = _layer_names(model, sites, layers)
     found = gather_reached(
         model,

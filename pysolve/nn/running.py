@@ -23,6 +23,8 @@ from pysolve.nn.state import keeping_state
 Batch = Any
 Output = Any
 Device = torch.device | str | int | None
+# What ``ignore=`` takes: names of layers, patterns "re:…" that match whole names, types, layers themselves.
+Ignored = str | type[nn.Module] | nn.Module
 Values = Tensor | AnyArray
 NO_BATCHES = "there are no batches: expected at least one. Was a generator used up before?"
 
@@ -43,23 +45,34 @@ def closest(name: str, known: Iterable[str], otherwise: str) -> str:
     return f"did you mean {' or '.join(map(repr, close))}?" if close else otherwise
 
 
-def find_matching(model: nn.Module, ignore: Iterable[str]) -> set[str]:
-    """Names of the layers that names and patterns ``re:…`` match."""
-    if isinstance(ignore, str):
-        raise TypeError(f"ignore must be a sequence of names, got the string {ignore!r}: pass [{ignore!r}].")
+def find_matching(model: nn.Module, ignore: Iterable[Ignored]) -> set[str]:
+    """Names of the layers that names, patterns ``re:…``, types or layers stand for, with what they hold."""
+    if isinstance(ignore, str | type | nn.Module):
+        raise TypeError(f"ignore must be a sequence, got {ignore!r}: pass [{ignore!r}].")
     first = {module: name for name, module in model.named_modules()}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found: set[str] = set()
-    for name in ignore:
-        if name.startswith("re:"):
-            matches = [first[modules[one]] for one in modules if re.fullmatch(name[3:], one)]
-            if not matches:
-                raise LayerNotFoundError(
-                    f"{type(model).__name__} has no layer that matches {name!r}: patterns match whole names."
-                )
-            found.update(matches)
-        else:
-            found.add(first[find_layer(model, name)])
+    matches = [part for one in ignore for layer in _matching(model, one) for part in layer.modules()]
+    return {first[layer] for layer in matches}
+
+
+def _matching(model: nn.Module, one: Ignored) -> list[nn.Module]:
+    """Layers that an entry of ``ignore`` stands for."""
+    if isinstance(one, str) and not one.startswith("re:"):
+        return [find_layer(model, one)]
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    if len(modules) > 1:
+        # Patterns and types are of layers: the network itself would be all of them.
+        modules.pop("")
+    if isinstance(one, str):
+        found = [module for name, module in modules.items() if re.fullmatch(one[3:], name)]
+        what = f"matches {one!r}: patterns match whole names"
+    elif isinstance(one, type):
+        found = [module for module in modules.values() if isinstance(module, one)]
+        what = f"is a {one.__name__}"
+    else:
+        found = [module for module in modules.values() if module is one]
+        what = f"is this {type(one).__name__}: ignore takes names, patterns 're:…', types, and its layers"
+    if not found:
+        raise LayerNotFoundError(f"{type(model).__name__} has no layer that {what}.")
     return found
 
 
@@ -84,6 +97,10 @@ def evaluating(*models: nn.Module, as_used: bool = False) -> Iterator[None]:
     with keeping_modes(*models), keeping_state(*models), torch.no_grad(), calls:
         for model in models:
             model.eval()
+            for module in model.modules():
+                # By ``module.compile()``, in which hooks may be passed by; put back with the rest.
+                if getattr(module, "_compiled_call_impl", None) is not None:
+                    module._compiled_call_impl = None
         yield
 
 
@@ -119,7 +136,30 @@ def forward(model: nn.Module, batch: Batch, device: Device = None) -> Output:
     args = tuple(_fresh(value, device) for value in args)
     kwargs = {name: _fresh(value, device) for name, value in kwargs.items()}
     _check_devices(model, [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)], device)
-    return model(*args, **kwargs)
+    try:
+        return model(*args, **kwargs)
+    except RuntimeError as error:
+        if problem := other_type(model, [*args, *kwargs.values()]):
+            raise DataError(problem) from error
+        raise
+
+
+def other_type(model: nn.Module, inputs: Iterable[object]) -> str:
+    """In words, that inputs have another precision than the network; "" where they do not."""
+    own = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    given = {v.dtype for v in inputs if isinstance(v, Tensor) and v.is_floating_point()}
+    if not given - own or len(own) != 1:
+        return ""
+    network, batch = (str(kinds.pop()).removeprefix("torch.") for kinds in (own, given - own))
+    remedy = f"convert the batches by .to(torch.{network})"
+    return f"the batch is of {batch}, but the network of {network}: {remedy}."
+
+
+def check_type(model: nn.Module, batch: Batch) -> None:
+    """Refuse a batch of another precision than the network's where its code does not convert it."""
+    if other_type(model, pytree.tree_leaves(arguments(batch))):
+        with evaluating(model):
+            forward(model, few_samples(batch))
 
 
 def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
