@@ -197,7 +197,9 @@ def _run(model: nn.Module, layers: Mapping[str, Layer], batch: Batch, device: De
     def called(name: str, layer: Layer, args: Sequence[Tensor], named: Any, y: Tensor) -> None:
         record(name, layer, (args[0] if args else named["input"]).detach(), y.detach())
 
-    with hooked(one.register_forward_hook(partial(called, n), with_kwargs=True) for n, one in layers.items()):
+    # First of all hooks: users' own may change what the layer itself gives.
+    how = {"with_kwargs": True, "prepend": True}
+    with hooked(one.register_forward_hook(partial(called, n), **how) for n, one in layers.items()):
         forward(model, batch, device)
 
 

@@ -6,7 +6,8 @@ import copy
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -108,7 +109,8 @@ class _Kept:
         found = _parts(items)
         tensors = [one for one in found if isinstance(one, Tensor) and not isinstance(one, nn.Parameter)]
         values = [(one, one.detach().clone(), version(one)) for one in tensors]
-        inner = [cls.of(one, seen) for one in found if type(one) in _CONTAINERS and id(one) not in seen]
+        insides = [inside for one in found if (inside := _inside(one)) is not None]
+        inner = [cls.of(one, seen) for one in insides if id(one) not in seen]
         return cls(container, items, values, inner)
 
     def put_back(self) -> None:
@@ -124,6 +126,13 @@ class _Kept:
             (self.container.extend if isinstance(self.items, list | deque) else self.container.update)(
                 self.items
             )
+
+
+def _inside(value: Any) -> Any:
+    """The container that a value is, or that holds its attributes; None where it is something else."""
+    if isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
+        return getattr(value, "__dict__", None)
+    return value if type(value) in _CONTAINERS else None
 
 
 def _parts(container: Any) -> list[Any]:

@@ -78,6 +78,29 @@ def test_hooks_with_keywords_stay_what_they_are():
     assert seen == [1]
 
 
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda model, x: ps.prune(
+            model, x, method="wanda", amount=0.1, refit="independent", layout="dense", progress=False
+        ),
+        lambda model, x: ps.low_rank(model, x, rank=2, layout="factored", progress=False),
+        lambda model, x: ps.quantize(model, x, scheme="int8", progress=False),
+    ],
+    ids=["fitted", "factored", "integers"],
+)
+@pytest.mark.parametrize("where", [0, 2])
+def test_what_hooks_make_of_a_layer_is_not_fitted_by_the_layer(verb, where):
+    torch.manual_seed(1)
+    model, x = network(), [torch.randn(64, 6) for _ in range(4)]
+    model[where].register_forward_hook(lambda layer, args, output: 2 * output)
+    result = verb(model, x)
+    with torch.no_grad():
+        wanted, got = model(x[0]), result.model(x[0])
+    assert len(result.model[where]._forward_hooks) == 1
+    assert (wanted - got).norm() < 0.35 * wanted.norm()
+
+
 def test_a_hook_that_fails_is_named_by_the_trace():
     def fail(layer, args, output):
         raise RuntimeError("no such feature")

@@ -2,6 +2,7 @@
 
 import threading
 from collections import defaultdict
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,12 +23,13 @@ class Keeping(nn.Module):
         self.register_buffer("steps", torch.zeros(()))
         self.register_buffer("mean", torch.zeros(()))
         self.last, self.maps, self.seen, self.calls = None, [], defaultdict(list), 0
+        self.cache = SimpleNamespace(h=None)
 
     def forward(self, x):
         h = torch.relu(self.a(x))
         self.steps += 1
         self.mean = 0.9 * self.mean + 0.1 * x.mean()
-        self.last, self.calls = h, self.calls + 1
+        self.last, self.calls, self.cache.h = h, self.calls + 1, h
         self.maps.append(h)
         self.seen["h"].append(h)
         return self.b(h)
@@ -35,7 +37,7 @@ class Keeping(nn.Module):
 
 def kept(model):
     """All that a network keeps, by value."""
-    plain = [model.last, *model.maps, *model.seen["h"], model.steps, model.mean]
+    plain = [model.last, model.cache.h, *model.maps, *model.seen["h"], model.steps, model.mean]
     return [None if one is None else one.detach().clone() for one in plain], model.calls
 
 

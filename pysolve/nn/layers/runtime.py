@@ -16,6 +16,14 @@ from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear, SparseWeight
 from pysolve.nn.running import as_tensor
 from pysolve.nn.state import copy_of
 
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
+
 
 def check_form(layer: nn.Module, form: RuntimeForm) -> None:
     """Refuse a form that a layer's weight cannot take with a PysolveError."""
@@ -47,7 +55,12 @@ def in_form(
 
 
 def substitute(model: nn.Module, layer: nn.Module, other: nn.Module) -> nn.Module:
-    """Put a layer in another's place in a network, under all its names; the network, or what replaces it."""
+    """Put a layer in another's place in a network, under all its names; the network, or what replaces it.
+
+    It takes the other's hooks.
+    """
+    for name in _HOOKS:
+        getattr(other, name).update(getattr(layer, name))
     if layer is model:
         return other
     for owner in list(model.modules()):
