@@ -67,7 +67,9 @@ def activations(study: Study) -> dict[Site, Array]:
     for site in study.free:
         means = []
         for name in dict.fromkeys(site.readers):
-            own = study.correlations[name]
+            own = study.correlations.get(name)
+            if own is None:
+                continue
             means.append((own.x_sum / own.count)[_columns(study.model, site, name)].mean(1))
         found[site] = np.asarray(np.mean(means, axis=0))
     return found

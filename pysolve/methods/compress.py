@@ -32,7 +32,7 @@ from pysolve.methods.result import finish, later_score
 from pysolve.methods.sizes import Sized, by_keep, by_lam, check_free, site_reports, within
 from pysolve.methods.study import Clock, Study, study
 from pysolve.nn.divergence import Divergence, kl_divergence
-from pysolve.nn.running import Batch
+from pysolve.nn.running import Batch, Ignored
 from pysolve.plan import Site
 from pysolve.report.report import Report
 from pysolve.solve.selection import select_channels
@@ -51,7 +51,7 @@ def compress(
     refit: str = "sequential",
     distill: Length = 0,
     evaluate: Evaluate | None = None,
-    ignore: Sequence[str] = (),
+    ignore: Sequence[Ignored] = (),
     seed: int = 0,
     progress: bool = True,
     sites: Sequence[Site] | None = None,
@@ -95,8 +95,8 @@ def compress(
         the original's, by more than chance.
     evaluate : callable, optional
         From a network to a score, for the report.
-    ignore : sequence of str
-        Layers to leave alone: names, or patterns as ``re:…``.
+    ignore : sequence of str, types or modules
+        Layers to leave alone: names, patterns as ``re:…``, types, or the layers themselves.
     seed : int
         Of the choice of rows and of distillation. The same seed gives the same network.
     progress : bool
@@ -159,7 +159,7 @@ def sweep(
     select: str | Mapping[str | Site, Array] = "elimination",
     refit: str = "sequential",
     distill: Length = 0,
-    ignore: Sequence[str] = (),
+    ignore: Sequence[Ignored] = (),
     seed: int = 0,
     progress: bool = True,
     sites: Sequence[Site] | None = None,
@@ -254,7 +254,7 @@ def _checked(
     refit: str,
     distill: Length,
     sites: Sequence[Site] | None,
-    ignore: Sequence[str],
+    ignore: Sequence[Ignored],
     round_to: int,
 ) -> dict[str, object]:
     """Refuse what can be told to be wrong without running the network; options of distillation."""

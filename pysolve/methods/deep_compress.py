@@ -51,7 +51,7 @@ from pysolve.nn.apply import apply
 from pysolve.nn.calibration import first_samples
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes, parameters
-from pysolve.nn.running import Batch
+from pysolve.nn.running import Batch, Ignored
 from pysolve.plan import Plan, Site
 from pysolve.report.rows import Stage
 
@@ -72,7 +72,7 @@ def deep_compress(
     bits: int | None = None,
     distill: Length = 0,
     layout: str = "dense",
-    ignore: Sequence[str] = (),
+    ignore: Sequence[Ignored] = (),
     evaluate: Evaluate | None = None,
     divergence: Divergence = kl_divergence,
     memory: int | None = None,

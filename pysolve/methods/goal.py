@@ -17,7 +17,8 @@ from pysolve.forms import Sparse
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import without_sparse
-from pysolve.nn.running import find_matching
+from pysolve.nn.plain import check_plain, plain_network
+from pysolve.nn.running import Ignored, find_matching
 from pysolve.plan import Plan, Site
 from pysolve.solve.budget import check_targets
 from pysolve.training.distill import distill as teach
@@ -39,8 +40,8 @@ class Options:
 
     Parameters
     ----------
-    ignore : sequence of str
-        Layers to leave alone: names, or patterns as ``re:…``.
+    ignore : sequence of str, types or modules
+        Layers to leave alone: names, patterns as ``re:…``, types, or the layers themselves.
     divergence : callable
         From the original's and another output to how far they are apart, averaged over samples.
     memory : int, optional
@@ -53,7 +54,7 @@ class Options:
         The original's.
     """
 
-    ignore: Sequence[str] = ()
+    ignore: Sequence[Ignored] = ()
     divergence: Divergence = kl_divergence
     memory: int | None = None
     seed: int = 0
@@ -64,7 +65,7 @@ class Options:
 
 def options_for(
     network: nn.Module,
-    ignore: Sequence[str],
+    ignore: Sequence[Ignored],
     divergence: Divergence,
     memory: int | None,
     seed: int,
@@ -106,20 +107,20 @@ def score_of(evaluate: Evaluate, network: nn.Module) -> float:
 def network_of(
     model: nn.Module | Compressed, *, dense: bool = True
 ) -> tuple[nn.Module | Compressed, nn.Module]:
-    """What is given, and its network; with dense layers in the place of sparse ones.
+    """What is given, without wrappers, and its network; with dense layers in the place of sparse ones.
 
     Raises
     ------
     TypeError
         What is given is no network.
     PysolveError
-        Layers of it are integers.
+        Layers of it are integers; ``plain_network`` refuses it.
     """
-    network = model.model if isinstance(model, Compressed) else model
-    given: object = network
-    if not isinstance(given, nn.Module):
-        kind = type(model).__name__
-        raise TypeError(f"model must be a torch.nn.Module, or what compress returned, got {kind}.")
+    if isinstance(model, Compressed):
+        check_plain(model.model)
+        network = model.model
+    else:
+        network = model = plain_network(model)
     whole = [name for name, layer in network.named_modules() if isinstance(layer, QuantWeight)]
     if whole:
         raise PysolveError(
@@ -178,7 +179,7 @@ def check_keep(keep: Values | None, lam: Values | None) -> None:
                 raise ValueError(f"{full} must be a share in (0, 1] or an integer, got {value}.")
 
 
-def check_sites(sites: Sequence[Site], ignore: Collection[str]) -> None:
+def check_sites(sites: Sequence[Site], ignore: Collection[Ignored]) -> None:
     """Refuse what is no list of sites, and layers to ignore besides."""
     strangers = [type(site).__name__ for site in sites if not isinstance(site, Site)]
     if strangers:

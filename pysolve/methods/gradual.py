@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Unpack
@@ -27,8 +26,9 @@ from pysolve.nn.calibration import Calibration
 from pysolve.nn.divergence import kl_divergence
 from pysolve.nn.files.format1 import sparse_layers
 from pysolve.nn.layers.masking import mask_weights, remove_masks, unmasked
-from pysolve.nn.running import Batch, as_array, find_layer, find_matching
+from pysolve.nn.running import Batch, Ignored, as_array, find_layer, find_matching
 from pysolve.nn.slicing import WEIGHTED
+from pysolve.nn.state import copy_of
 from pysolve.plan import Plan
 from pysolve.training.finetune import Loss, counted, finetune
 from pysolve.training.moving_masks import PerLayer, gradually, surgery
@@ -45,7 +45,7 @@ def prune_gradually(
     amount: PerLayer,
     steps: int = 100,
     loss: Loss = cross_entropy,
-    ignore: Sequence[str] = (),
+    ignore: Sequence[Ignored] = (),
     layout: str = "auto",
     evaluate: Evaluate | None = None,
     **training: Unpack[BaseOptions],
@@ -70,8 +70,8 @@ def prune_gradually(
         In how many steps weights go.
     loss : callable
         Of outputs and labels.
-    ignore : sequence of str
-        Layers whose weights are not pruned: names, or patterns as ``re:…``.
+    ignore : sequence of str, types or modules
+        Layers whose weights are not pruned: names, patterns as ``re:…``, types, or layers.
     layout : "auto", "dense", "sparse" or "masked"
         How pruned layers run, as ``prune`` has it.
     evaluate : callable, optional
@@ -109,7 +109,7 @@ def network_surgery(
     rate: PerLayer | None = None,
     probability: PerLayer = 0.5,
     loss: Loss = cross_entropy,
-    ignore: Sequence[str] = (),
+    ignore: Sequence[Ignored] = (),
     layout: str = "auto",
     evaluate: Evaluate | None = None,
     **training: Unpack[BaseOptions],
@@ -169,7 +169,7 @@ def network_surgery(
 
 
 def _prepared(
-    model: nn.Module | Compressed, value: PerLayer, what: str, ignore: Sequence[str], layout: str
+    model: nn.Module | Compressed, value: PerLayer, what: str, ignore: Sequence[Ignored], layout: str
 ) -> tuple[nn.Module, tuple[str, ...]]:
     """The network without masks and the layers to prune, checked before any training."""
     _, original = network_of(model, dense=False)
@@ -212,7 +212,7 @@ def _trained(
     options = options_for(base, (), kl_divergence, None, training.get("seed", 0), True, evaluate)
     clock = Clock()
     loader, _ = counted(batches)
-    network = copy.deepcopy(base)
+    network = copy_of(base)
     weights = {name: weight_of(find_layer(network, name)) for name in names}
     whole = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
     mask_weights(network, whole, splicing=splicing)

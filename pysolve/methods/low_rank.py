@@ -31,7 +31,7 @@ from pysolve.methods.result import finish
 from pysolve.methods.sizes import Sized, site_reports, sized
 from pysolve.methods.study import Clock, Study, reasons, study, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
-from pysolve.nn.running import Batch, find_layer
+from pysolve.nn.running import Batch, Ignored, find_layer
 from pysolve.report.rows import LayerReport
 
 METHODS = ("activation", "svd")
@@ -55,7 +55,7 @@ def low_rank(
     refit: str = "sequential",
     layout: str = "auto",
     distill: Length = 0,
-    ignore: Sequence[str] = (),
+    ignore: Sequence[Ignored] = (),
     evaluate: Evaluate | None = None,
     divergence: Divergence = kl_divergence,
     memory: int | None = None,
@@ -97,8 +97,8 @@ def low_rank(
         "factored": the time does not matter.
     distill : number of seconds, or {"seconds" or "epochs": number, …}
         Label-free matching afterwards, as ``compress`` has it.
-    ignore : sequence of str
-        Layers to leave alone: names, or patterns as ``re:…``.
+    ignore : sequence of str, types or modules
+        Layers to leave alone: names, patterns as ``re:…``, types, or the layers themselves.
     evaluate : callable, optional
         From a network to a score, for the report.
     divergence : callable

@@ -36,7 +36,7 @@ from pysolve.methods.sizes import by_keep, check_free, within
 from pysolve.methods.study import Clock, reasons, study, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import parameters
-from pysolve.nn.running import Batch
+from pysolve.nn.running import Batch, Ignored
 from pysolve.plan import Site
 
 METHODS = (*OF_WEIGHTS, "obs", *OF_CHANNELS, "elimination", "lasso")
@@ -104,7 +104,7 @@ def prune(
     refit: str | None = None,
     layout: str = "auto",
     distill: Length = 0,
-    ignore: Sequence[str] = (),
+    ignore: Sequence[Ignored] = (),
     evaluate: Evaluate | None = None,
     divergence: Divergence = kl_divergence,
     memory: int | None = None,
@@ -159,8 +159,8 @@ def prune(
         (``remove_masks`` makes them ordinary ones).
     distill : number of seconds, or {"seconds" or "epochs": number, …}
         Label-free matching afterwards, as ``compress`` has it; zeros stay zero.
-    ignore : sequence of str
-        Layers to leave alone: names, or patterns as ``re:…``.
+    ignore : sequence of str, types or modules
+        Layers to leave alone: names, patterns as ``re:…``, types, or the layers themselves.
     evaluate : callable, optional
         From a network to a score, for the report.
     seed : int

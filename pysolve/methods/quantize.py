@@ -35,7 +35,7 @@ from pysolve.nn.apply import apply
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes
 from pysolve.nn.files.checkpoint import file_bytes
-from pysolve.nn.running import Batch
+from pysolve.nn.running import Batch, Ignored
 from pysolve.plan import Plan, Site
 
 LAYOUTS = ("dense", "auto", "sparse", "shared")
@@ -54,7 +54,7 @@ def quantize(
     method: str = "feedback",
     distill: Length = 0,
     layout: str = "dense",
-    ignore: Sequence[str] = (),
+    ignore: Sequence[Ignored] = (),
     evaluate: Evaluate | None = None,
     divergence: Divergence = kl_divergence,
     memory: int | None = None,
@@ -99,8 +99,8 @@ def quantize(
     layout : "dense", "auto", "sparse" or "shared"
         How layers of a codebook run: decoded once; sparse where that is faster and smaller, or in any case,
         as ``prune`` has it; or with their values as parameters that can be trained, decoded in every call.
-    ignore : sequence of str
-        Layers to leave alone: names, or patterns as ``re:…``.
+    ignore : sequence of str, types or modules
+        Layers to leave alone: names, patterns as ``re:…``, types, or the layers themselves.
     evaluate : callable, optional
         From a network to a score, for the report.
     divergence : callable

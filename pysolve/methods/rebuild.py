@@ -14,7 +14,7 @@ from pysolve.forms import Codebook, Form, Integers
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.methods.kinds.channels import ridge_fit
 from pysolve.methods.menu import Chosen, Fit, Task
-from pysolve.methods.study import Study, weight_name
+from pysolve.methods.study import Study, no_samples, weight_name
 from pysolve.nn.calibration import samples_in, usable
 from pysolve.nn.graph.branches import Cut, Layer, layer_values
 from pysolve.nn.layer_matrix import channels, taps
@@ -170,12 +170,15 @@ def _walked(
         fits[name] = fit(task_of(study, cuts, name).without_data())
         values |= values_of(study, state, cuts, name, replace(fits[name], bias=None))
 
-    def fitted(name: str, correlations: Correlations, intercept: bool) -> tuple[Array, Array | None]:
-        own = study.layers[name]
+    unseen: list[str] = []
+
+    def fitted(name: str, correlations: Correlations | None, intercept: bool) -> tuple[Array, Array | None]:
         task = task_of(study, cuts, name, prior=known.fits.get(name), previous=fits.get(name))
-        found = _fit_layer(
-            own, replace(task, correlations=correlations), chosen.fits.get(name), intercept, weights
-        )
+        if correlations is not None:
+            task = replace(task, correlations=correlations)
+        elif task.correlations is None and (name in chosen.fits or name in cuts) and name not in unseen:
+            unseen.append(name)
+        found = _fit_layer(study.layers[name], task, chosen.fits.get(name), intercept, weights)
         fits[name] = found
         return found.weight, found.bias
 
@@ -194,13 +197,15 @@ def _walked(
     )
     used, seen = sum(map(samples_in, batches)), study.calibration.seen
     notes = (f"the refit used {used} of {seen} samples: {reason}",) if used < seen else ()
-    return Rebuilt(chosen, new, fits, used, notes if chosen.keep else ())
+    left = (no_samples(unseen),) if unseen else ()
+    return Rebuilt(chosen, new, fits, used, (*(notes if chosen.keep else ()), *left))
 
 
 def _fit_layer(layer: Layer, task: Task, fit: Fit | None, intercept: bool, weights: bool) -> LayerFit:
     """One layer's new weights; a bias only where the layer may have one, a new one only where it pays."""
-    assert task.correlations is not None
     fit = fit or ridge_fit
+    if task.correlations is None:
+        return replace(fit(task), bias=None)
     if not weights:
         M = fit(task.without_data()).weight
         bias = task.correlations.bias(M) if intercept else None

@@ -19,12 +19,12 @@ from pysolve.methods.goal import Options
 from pysolve.nn.calibration import Calibration, calibrate, peek
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.graph.branches import Layer, find_layers
-from pysolve.nn.graph.export import Graph, trace_once
+from pysolve.nn.graph.export import Graph, depends_on_values, trace_once
 from pysolve.nn.graph.sites import sites_in
 from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix
-from pysolve.nn.layers.masking import masks_of
+from pysolve.nn.layers.masking import masks_of, permanent_by
 from pysolve.nn.layers.sparse import SparseWeight
-from pysolve.nn.running import Batch, as_array, find_matching
+from pysolve.nn.running import Batch, Ignored, as_array, check_type, find_matching
 from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
 from pysolve.plan import Site
 
@@ -157,16 +157,17 @@ def study(
     first, batches = peek(batches)
     if not trace:
         return replace(base, calibration=Calibration(0, [first], [first]))
+    check_type(model, first)
     graph, nodes, found, why = _traced(model, first, sites, options.ignore)
     seen = {layer.name: layer for layer in nodes.values()}
     named = [name for site in found for name in (*site.readers, *site.writers)]
     layers = {layer.name: layer for layer in _unseen(model, [*named, *([] if graph else weights)])} | seen
     clock.stage("find")
     readers = [name for site in found if site.pinned is None for name in site.readers]
-    wanted = [
-        *readers,
-        *(name for name in weights if (gather or not graph) and _is_gathered(layers.get(name), graph)),
-    ]
+    # What the walk through the graph cannot fit on the way.
+    routed = {layer.name for node, layer in nodes.items() if depends_on_values(node)}
+    asked = [name for name in weights if gather or not graph or name in routed]
+    wanted = [*readers, *(name for name in asked if _is_gathered(layers.get(name), graph))]
     calibration, correlations = calibrate(
         model,
         batches,
@@ -178,6 +179,10 @@ def study(
         progress=options.progress,
     )
     clock.stage("gather")
+    unseen = [name for name in dict.fromkeys(wanted) if name not in correlations]
+    if unseen:
+        base = replace(base, notes=(*base.notes, no_samples(unseen)))
+        found = [_reached(site, correlations) for site in found]
     if why and weights:
         more = f"layers were fitted on the original's inputs, for the network cannot be exported: {why}"
         base = replace(base, notes=(*base.notes, more))
@@ -193,7 +198,7 @@ def study(
 
 
 def weights_of(
-    model: nn.Module, ignore: Sequence[str] = (), kinds: tuple[type[nn.Module], ...] = WEIGHTED
+    model: nn.Module, ignore: Sequence[Ignored] = (), kinds: tuple[type[nn.Module], ...] = WEIGHTED
 ) -> tuple[dict[str, Tensor], list[Skipped]]:
     """Weights of layers of some kinds, by the layers' names, and all other matrices, which are left alone.
 
@@ -217,7 +222,8 @@ def weights_of(
             left.append(Skipped(name, "it is sparse; nn.to_dense changes that", parameters(module)))
             continue
         if is_parametrized(module) or (isinstance(module, (*WEIGHTED, *EMBEDDINGS)) and own is None):
-            left.append(Skipped(name, "its weight is computed from others", parameters(module)))
+            why = f"its weight is computed from others: {permanent_by(module)}"
+            left.append(Skipped(name, why, parameters(module)))
             continue
         for leaf, value in module.named_parameters(recurse=False):
             full = name if leaf == "weight" else f"{name}.{leaf}".lstrip(".")
@@ -239,6 +245,21 @@ def reasons(left: Sequence[Skipped], shown: int = 5) -> str:
     return f": {', '.join([*names[:shown], *more])}" if left else ""
 
 
+def no_samples(names: Sequence[str]) -> str:
+    """What becomes of layers whose inputs nothing is known of, for the report."""
+    return (
+        f"no sample reached {', '.join(names)}: nothing is fitted there, and weights stay as they are or are "
+        "pruned and rounded by themselves"
+    )
+
+
+def _reached(site: Site, correlations: Mapping[str, Correlations]) -> Site:
+    """The site, pinned where no sample has reached any of its readers."""
+    if site.pinned is not None or any(name in correlations for name in site.readers):
+        return site
+    return replace(site, pinned=f"no sample reached {', '.join(site.readers)}")
+
+
 def _is_gathered(layer: Layer | None, graph: Graph | None) -> bool:
     """Whether what a layer reads can be seen; attention calls its last layer's function, not the layer."""
     once = layer is not None and (graph is None or layer.calls == 1)
@@ -246,7 +267,7 @@ def _is_gathered(layer: Layer | None, graph: Graph | None) -> bool:
 
 
 def _traced(
-    model: nn.Module, first: Batch, sites: Sequence[Site] | bool, ignore: Sequence[str]
+    model: nn.Module, first: Batch, sites: Sequence[Site] | bool, ignore: Sequence[Ignored]
 ) -> tuple[Graph | None, dict[Node, Layer], Sequence[Site], str]:
     """The graph, its layers, the sites, and why there is no graph."""
     given = () if isinstance(sites, bool) else tuple(sites)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, islice
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import Codebook
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
+from pysolve.nn.plain import unwrapped
 from pysolve.nn.running import Batch, as_tensor, closest, find_layer
 from pysolve.nn.slicing import (
     ROLES,
@@ -26,6 +26,7 @@ from pysolve.nn.slicing import (
     outputs,
     silence,
 )
+from pysolve.nn.state import copy_of
 from pysolve.nn.values import checked, load, new_values
 from pysolve.nn.verify import mismatch
 from pysolve.plan import Collapse, Indices, Plan
@@ -69,6 +70,7 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     LayerNotFoundError
         When the network has no layer of a name in the plan.
     """
+    model = unwrapped(model)
     smaller, layers, cuts = _prepared(model, plan)
     for name, cut in cuts.items():
         narrow(layers[name], cut)
@@ -90,7 +92,7 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     writers and passed layers stay as they are. Forms are multiplied out, and those of narrowed layers put
     where the kept entries are. Raises what ``apply`` does, but runs nothing.
     """
-    wide, layers, cuts = _prepared(model, plan)
+    wide, layers, cuts = _prepared(unwrapped(model), plan)
     for name, cut in cuts.items():
         if not cut.columns.all():
             silence(layers[name], cut.columns)
@@ -119,7 +121,7 @@ def _prepared(model: nn.Module, plan: Plan) -> tuple[nn.Module, dict[str, nn.Mod
     _check_forms(model, plan, _by_layer(model, cuts))
     names = {*cuts, *(name.rpartition(".")[0] for name in (*values, *plan.forms))}
     _check_untied(model, {find_layer(model, name) for name in names})
-    copied = copy.deepcopy(model)
+    copied = copy_of(model)
     load(copied, values)
     return copied, dict(copied.named_modules(remove_duplicate=False)), cuts
 

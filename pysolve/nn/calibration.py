@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from pysolve.correlations import Correlations
 from pysolve.errors import DataError
-from pysolve.nn.gather import gather
+from pysolve.nn.gather import gather_reached
 from pysolve.nn.graph.branches import Layer
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.layer_matrix import channels, taps
@@ -216,8 +216,11 @@ def _bytes(node: Node) -> int:
 
 
 def hint(size: Any) -> int:
-    """A size as the example had it."""
-    return int(size.node.hint) if isinstance(size, torch.SymInt) else int(size)
+    """A size as the example had it; one that depends on values as if two rows had been chosen by them."""
+    if not isinstance(size, torch.SymInt):
+        return int(size)
+    known, formula = size.node.hint, size.node.expr
+    return int(formula.subs(dict.fromkeys(formula.free_symbols, 2)) if known is None else known)
 
 
 def calibrate(
@@ -242,10 +245,13 @@ def calibrate(
     nodes : {Node: Layer}
         Of the graph.
     layers : sequence of str
-        Whose correlations to gather; without any, the network does not run.
+        Whose correlations to gather; without any, the network does not run. Those that no sample reaches
+        have none.
     memory : int, optional
         Bytes that samples may take when they walk through the graph; by default half of what is free.
     """
+    if not samples_in(first):
+        raise DataError("there are no samples: the first batch is empty.")
     limit = room_for(graph, free_memory() if memory is None else memory) if graph else samples_in(first)
     calibration = Calibration(limit)
     stream = calibration.stream(batches)
@@ -256,7 +262,8 @@ def calibrate(
     # Of how many batches an iterator has, ten is as good a guess as any.
     total = samples_in(first) * length_hint(batches, 10)
     shares = _shares(graph, nodes, layers, total) if graph else dict.fromkeys(layers, 1.0)
-    return calibration, gather(model, stream, layers=layers, positions=shares, progress=progress)
+    found = gather_reached(model, stream, layers, positions=shares, progress=progress)
+    return calibration, {name: one for name, one in found.items() if one is not None}
 
 
 def peek(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:

@@ -81,7 +81,7 @@ def latency(model: nn.Module, x: Values, *, repeats: int = 50) -> Latency:
     if repeats < 1:
         raise ValueError(f"repeats must be at least 1, got {repeats}.")
     batch = as_input(model, x).to(device_of(model))
-    with evaluating(model):
+    with evaluating(model, as_used=True):
         for _ in range(1 + repeats // 5):
             model(batch)
         times = [seconds_of(lambda: model(batch), batch.device) for _ in range(repeats)]

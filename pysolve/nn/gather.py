@@ -18,6 +18,7 @@ from pysolve.errors import DataError, PysolveError
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn import running
 from pysolve.nn.layer_matrix import LAYERS, Layer, Sums
+from pysolve.nn.plain import plain_network
 from pysolve.nn.running import Batch, Device, evaluating, forward, hooked
 from pysolve.plan import Site
 
@@ -81,13 +82,46 @@ def gather(
     DataError
         When there are no samples, or inputs or outputs are NaN or infinite.
     """
+    model = plain_network(model)
+    target_model = None if target_model is None else plain_network(target_model)
+    names = _layer_names(model, sites, layers)
+    found = gather_reached(
+        model,
+        batches,
+        names,
+        sites or (),
+        target_model=target_model,
+        device=device,
+        progress=progress,
+        positions=positions,
+    )
+    for name, one in found.items():
+        if one is None:
+            raise DataError(f"{name} saw no samples: the batches are empty.")
+    for name in names:
+        if name not in found:
+            raise PysolveError(f"{name} was never called: name the layers that do run with layers=[...].")
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def gather_reached(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    names: Sequence[str],
+    sites: Sequence[Site] = (),
+    *,
+    target_model: nn.Module | None = None,
+    device: Device = None,
+    progress: bool = True,
+    positions: float | Mapping[str, float] = 1.0,
+) -> dict[str, Correlations | None]:
+    """What ``gather`` gives, of those of the named layers that were called; None where without samples."""
     running.check_batches(batches)
     for share in positions.values() if isinstance(positions, Mapping) else (positions,):
         if not 0 < share <= 1:
             raise ValueError(f"positions must be a share in (0, 1], got {share}.")
-    names = _layer_names(model, sites, layers)
     own = {name: _layer(model, name) for name in names}
-    sizes = _group_sizes(own, sites or ())
+    sizes = _group_sizes(own, sites)
     targets = {} if target_model is None else {name: _layer(target_model, name) for name in names}
     wanted: dict[str, deque[Tensor]] = {name: deque() for name in targets}
     sums: dict[str, Sums] = {}
@@ -104,8 +138,9 @@ def gather(
                 for name in filter(wanted.get, wanted):
                     where = "in the target network than in the network"
                     raise PysolveError(f"{name} is called more often {where}.")
-    _check_all_ran(names, sums, seen)
-    return {name: sums[name].correlations(sizes[name]) for name in names}
+    if not seen:
+        raise DataError(running.NO_BATCHES)
+    return {n: sums[n].correlations(sizes[n]) if sums[n].count else None for n in names if n in sums}
 
 
 def _layer_names(
@@ -162,7 +197,9 @@ def _run(model: nn.Module, layers: Mapping[str, Layer], batch: Batch, device: De
     def called(name: str, layer: Layer, args: Sequence[Tensor], named: Any, y: Tensor) -> None:
         record(name, layer, (args[0] if args else named["input"]).detach(), y.detach())
 
-    with hooked(one.register_forward_hook(partial(called, n), with_kwargs=True) for n, one in layers.items()):
+    # First of all hooks: users' own may change what the layer itself gives.
+    how = {"with_kwargs": True, "prepend": True}
+    with hooked(one.register_forward_hook(partial(called, n), **how) for n, one in layers.items()):
         forward(model, batch, device)
 
 
@@ -208,13 +245,3 @@ def _places(layer: Layer, y: Tensor) -> tuple[int, ...]:
     """Sizes of an output except for its channels."""
     channel = y.ndim + 1 - layer.weight.ndim
     return (*y.shape[:channel], *y.shape[channel + 1 :])
-
-
-def _check_all_ran(names: tuple[str, ...], sums: dict[str, Sums], seen: int) -> None:
-    if not seen:
-        raise DataError(running.NO_BATCHES)
-    for name in names:
-        if name not in sums:
-            raise PysolveError(f"{name} was never called: name the layers that do run with layers=[...].")
-        if not sums[name].count:
-            raise DataError(f"{name} saw no samples: the batches are empty.")

@@ -13,7 +13,8 @@ from torch import nn
 
 from pysolve.nn.costs import cost_model
 from pysolve.nn.graph.sites import find_sites
-from pysolve.nn.running import Batch
+from pysolve.nn.plain import plain_network
+from pysolve.nn.running import Batch, Ignored
 from pysolve.plan import Site
 from pysolve.solve.budget import Costs
 
@@ -80,7 +81,7 @@ def inspect(
     example_inputs: Batch,
     *,
     sites: Sequence[Site] | None = None,
-    ignore: Iterable[str] = (),
+    ignore: Iterable[Ignored] = (),
 ) -> Inspection:
     """Find which channels of a network can be removed, what that could save, and why others cannot.
 
@@ -92,7 +93,7 @@ def inspect(
         A tensor, a tuple or list whose first item is the input, or a mapping of keyword arguments.
     sites : sequence of Site, optional
         By default all that ``find_sites`` finds.
-    ignore : iterable of str
+    ignore : iterable of str, types or modules
         Layers whose channels are kept, for ``find_sites``.
 
     Returns
@@ -107,6 +108,7 @@ def inspect(
     LayerNotFoundError
         When a name or pattern in ``ignore`` belongs to no layer.
     """
+    model = plain_network(model)
     found = list(find_sites(model, example_inputs, ignore=ignore) if sites is None else sites)
     costs = cost_model(model, found, example_inputs)
     rows = tuple(_row(site, costs, s) for s, site in enumerate(found))

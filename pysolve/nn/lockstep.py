@@ -29,13 +29,13 @@ from tqdm.auto import tqdm
 from pysolve.correlations import Array, Correlations
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, layer_values
-from pysolve.nn.graph.export import Graph
+from pysolve.nn.graph.export import Graph, depends_on_values
 from pysolve.nn.running import evaluating
 from pysolve.nn.walk import Walk, last_uses
 
 # New (h, d) weight and (h,) bias (None: it needs none) of a layer, from its name, the correlations of its
-# kept inputs and outputs, and whether it can have a bias.
-Fit = Callable[[str, Correlations, bool], tuple[Array, Array | None]]
+# kept inputs and outputs (None: no rows of the two networks belong together), and whether it can have a bias.
+Fit = Callable[[str, Correlations | None, bool], tuple[Array, Array | None]]
 
 # A norm's factor below this share of its largest one silences the channel: nothing can be corrected there.
 _SILENT = 1e-3
@@ -142,6 +142,10 @@ def _is_touched(walk: Walk, node: Node, layer: Layer, cuts: Mapping[str, Cut]) -
 
 def _fitted(task: _Task, fit: Fit, intercept: bool) -> tuple[Array, Array | None]:
     """Weight and bias of a layer by least squares, and again with targets that a ReLU leaves free."""
+    seen = any(rows.positions(task.layer.module, y) for y in task.walk.original[task.node])
+    # Rows that values choose need not be the same ones in the two networks.
+    if not seen or depends_on_values(task.node):
+        return fit(task.layer.name, None, intercept)
     sums = None
     for x, y, _ in _samples(task):
         sums = sums or rows.Sums.zeros(x.shape[1], y.shape[1], x.device)

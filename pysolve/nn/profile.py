@@ -26,7 +26,7 @@ LARGE = 0.01
 
 def latencies(models: Sequence[nn.Module], batch: Batch) -> tuple[Latency, ...]:
     """Latencies of networks on a batch, called alternately, so that disturbances affect all of them."""
-    with evaluating(*models):
+    with evaluating(*models, as_used=True):
         calls = [_call(model, batch) for model in models]
         times = _by_turns(calls, [device_of(model) for model in models])
     return tuple(summary(one, samples_in(batch)) for one in times)

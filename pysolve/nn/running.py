@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain
 from typing import Any
 
@@ -17,11 +17,14 @@ from torch.utils.hooks import RemovableHandle
 
 from pysolve.correlations import AnyArray
 from pysolve.errors import DataError, LayerNotFoundError
+from pysolve.nn.state import keeping_state
 
 # A batch of a user's loader, and a network's output: tensors, tuples and lists, or mappings.
 Batch = Any
 Output = Any
 Device = torch.device | str | int | None
+# What ``ignore=`` takes: names of layers, patterns "re:…" that match whole names, types, layers themselves.
+Ignored = str | type[nn.Module] | nn.Module
 Values = Tensor | AnyArray
 NO_BATCHES = "there are no batches: expected at least one. Was a generator used up before?"
 
@@ -42,27 +45,37 @@ def closest(name: str, known: Iterable[str], otherwise: str) -> str:
     return f"did you mean {' or '.join(map(repr, close))}?" if close else otherwise
 
 
-def find_matching(model: nn.Module, ignore: Iterable[str]) -> set[str]:
-    """Names of the layers that names and patterns ``re:…`` match."""
-    if isinstance(ignore, str):
-        raise TypeError(f"ignore must be a sequence of names, got the string {ignore!r}: pass [{ignore!r}].")
+def find_matching(model: nn.Module, ignore: Iterable[Ignored]) -> set[str]:
+    """Names of the layers that names, patterns ``re:…``, types or layers stand for, with what they hold."""
+    if isinstance(ignore, str | type | nn.Module):
+        raise TypeError(f"ignore must be a sequence, got {ignore!r}: pass [{ignore!r}].")
     first = {module: name for name, module in model.named_modules()}
-    modules = dict(model.named_modules(remove_duplicate=False))
-    found: set[str] = set()
-    for name in ignore:
-        if name.startswith("re:"):
-            try:
-                pattern = re.compile(name[3:])
-            except re.error as error:
-                raise ValueError(f"{name!r} in ignore is no regular expression: {error}.") from error
-            matches = [first[modules[one]] for one in modules if pattern.fullmatch(one)]
-            if not matches:
-                raise LayerNotFoundError(
-                    f"{type(model).__name__} has no layer that matches {name!r}: patterns match whole names."
-                )
-            found.update(matches)
-        else:
-            found.add(first[find_layer(model, name)])
+    matches = [part for one in ignore for layer in _matching(model, one) for part in layer.modules()]
+    return {first[layer] for layer in matches}
+
+
+def _matching(model: nn.Module, one: Ignored) -> list[nn.Module]:
+    """Layers that an entry of ``ignore`` stands for."""
+    if isinstance(one, str) and not one.startswith("re:"):
+        return [find_layer(model, one)]
+    modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
+    if len(modules) > 1:
+        # Patterns and types are of layers: the network itself would be all of them.
+        modules.pop("")
+    if isinstance(one, str):
+        try:
+            found = [module for name, module in modules.items() if re.fullmatch(one[3:], name)]
+        except re.error as error:
+            raise ValueError(f"{one!r} in ignore is no regular expression: {error}.") from error
+        what = f"matches {one!r}: patterns match whole names"
+    elif isinstance(one, type):
+        found = [module for module in modules.values() if isinstance(module, one)]
+        what = f"is a {one.__name__}"
+    else:
+        found = [module for module in modules.values() if module is one]
+        what = f"is this {type(one).__name__}: ignore takes names, patterns 're:…', types, and its layers"
+    if not found:
+        raise LayerNotFoundError(f"{type(model).__name__} has no layer that {what}.")
     return found
 
 
@@ -78,12 +91,34 @@ def keeping_modes(*models: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes are restored afterwards."""
-    with keeping_modes(*models), torch.no_grad():
+def evaluating(*models: nn.Module, as_used: bool = False) -> Iterator[None]:
+    """Evaluation mode without gradients; modes, and what calls wrote into networks, are put back.
+
+    Every layer is called, unless networks are to run ``as_used``.
+    """
+    calls = nullcontext() if as_used else calling_layers()
+    with keeping_modes(*models), keeping_state(*models), torch.no_grad(), calls:
         for model in models:
             model.eval()
+            for module in model.modules():
+                # By ``module.compile()``, in which hooks may be passed by; put back with the rest.
+                if getattr(module, "_compiled_call_impl", None) is not None:
+                    module._compiled_call_impl = None
         yield
+
+
+@contextmanager
+def calling_layers() -> Iterator[None]:
+    """Torch's encoder layers call their layers, instead of one kernel for all of them.
+
+    That kernel gives zeros where a mask says that there is nothing, and hands nested tensors to hooks.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager
@@ -104,7 +139,30 @@ def forward(model: nn.Module, batch: Batch, device: Device = None) -> Output:
     args = tuple(_fresh(value, device) for value in args)
     kwargs = {name: _fresh(value, device) for name, value in kwargs.items()}
     _check_devices(model, [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)], device)
-    return model(*args, **kwargs)
+    try:
+        return model(*args, **kwargs)
+    except RuntimeError as error:
+        if problem := other_type(model, [*args, *kwargs.values()]):
+            raise DataError(problem) from error
+        raise
+
+
+def other_type(model: nn.Module, inputs: Iterable[object]) -> str:
+    """In words, that inputs have another precision than the network; "" where they do not."""
+    own = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    given = {v.dtype for v in inputs if isinstance(v, Tensor) and v.is_floating_point()}
+    if not given - own or len(own) != 1:
+        return ""
+    network, batch = (str(kinds.pop()).removeprefix("torch.") for kinds in (own, given - own))
+    remedy = f"convert the batches by .to(torch.{network})"
+    return f"the batch is of {batch}, but the network of {network}: {remedy}."
+
+
+def check_type(model: nn.Module, batch: Batch) -> None:
+    """Refuse a batch of another precision than the network's where its code does not convert it."""
+    if other_type(model, pytree.tree_leaves(arguments(batch))):
+        with evaluating(model):
+            forward(model, few_samples(batch))
 
 
 def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -49,7 +49,11 @@ def sensitivities(
     }
     random = torch.Generator().manual_seed(seed)
     offsets: list[tuple[str, Tensor]] = []
-    hooks = (layer.register_forward_hook(partial(_offset, offsets, name)) for name, layer in layers.items())
+    # First of all hooks: users' own may change what the layer itself gives.
+    hooks = (
+        layer.register_forward_hook(partial(_offset, offsets, name), prepend=True)
+        for name, layer in layers.items()
+    )
     with evaluating(model), torch.enable_grad(), hooked(hooks):
         for batch in batches:
             offsets.clear()

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.running import Batch, device_of, evaluating
+from pysolve.nn.state import drop_graphs
 from pysolve.training.options import Run, optimizer_of, schedule_of
 from pysolve.training.resume import Parts, Progress, copied, plain, put, read, write
 
@@ -73,6 +74,7 @@ def optimise(
             _judge(progress, run, model)
             if path is not None:
                 write(path, progress, parts, settings)
+    drop_graphs(model)
     return progress.losses
 
 
@@ -141,7 +143,7 @@ def _judge(progress: Progress, run: Run, model: nn.Module) -> None:
     if run.evaluate is None:
         return
     # Scoring must not change the course of the training.
-    with evaluating(model), _random_state(run.seed, device_of(model)):
+    with evaluating(model, as_used=True), _random_state(run.seed, device_of(model)):
         score = float(run.evaluate(model))
     if math.isnan(score):
         raise PysolveError(

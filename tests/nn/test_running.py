@@ -93,3 +93,40 @@ def test_inputs_and_labels_must_be_equally_many_and_not_none():
         labelled(network(), np.ones((2, 4)), np.ones(3))
     with pytest.raises(DataError, match="got 0 for 0 inputs"):
         labelled(network(), np.ones((0, 4)), np.ones(0))
+
+
+def blocks():
+    inner = nn.Sequential(nn.Linear(4, 4), nn.Conv1d(2, 2, 1))
+    return nn.Sequential(nn.Linear(4, 4), inner, nn.ReLU())
+
+
+@pytest.mark.parametrize(
+    ("ignore", "found"),
+    [
+        (["0"], {"0"}),
+        (["1"], {"1", "1.0", "1.1"}),
+        (["re:1.*0"], {"1.0"}),
+        (["re:.*"], {"0", "1", "1.0", "1.1", "2"}),
+        ([nn.Linear], {"0", "1.0"}),
+        ([nn.Sequential], {"1", "1.0", "1.1"}),
+        ([nn.Conv1d, "0"], {"0", "1.1"}),
+        ((), set()),
+    ],
+)
+def test_what_is_ignored_is_named_by_name_pattern_or_type_with_what_it_holds(ignore, found):
+    assert find_matching(blocks(), ignore) == found
+
+
+def test_layers_themselves_are_ignored_and_those_of_other_networks_refused():
+    model = blocks()
+    assert find_matching(model, [model[1], model[2]]) == {"1", "1.0", "1.1", "2"}
+    for stranger in (nn.Linear(4, 4), nn.LayerNorm, 3):
+        with pytest.raises(LayerNotFoundError, match="has no layer that is"):
+            find_matching(model, [stranger])
+    for single in ("0", nn.Linear, model[0]):
+        with pytest.raises(TypeError, match=r"ignore must be a sequence, got .*: pass \["):
+            find_matching(model, single)
+
+
+def test_a_network_of_one_layer_can_be_ignored():
+    assert find_matching(nn.Linear(2, 2), [nn.Linear]) == {""}

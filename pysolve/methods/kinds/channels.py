@@ -89,6 +89,7 @@ def site_problem(
     ----------
     site : Site
     correlations : {reader: Correlations}
+        Readers without any, which no sample reached, are left out.
     widths : {reader: int}
         Input channels of each reader.
     normalised : bool
@@ -99,7 +100,8 @@ def site_problem(
     Problem, list of float
         And of each reader the energy that is left of its outputs without the site.
     """
-    names = [name for name in site.readers if len(correlations[name].yx)] or site.readers
+    seen = [name for name in site.readers if name in correlations]
+    names = [name for name in seen if len(correlations[name].yx)] or seen
     readers = [_reader(site, correlations[name], name, widths[name], normalised) for name in names]
     size = max(len(R) for R, _, _ in readers) // site.channels
     xx, yx = zip(*(_filled(R, C, site.channels, size) for R, C, _ in readers), strict=True)

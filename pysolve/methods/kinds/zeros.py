@@ -104,8 +104,13 @@ def prune_to(task: Task, *, mask: Mask) -> LayerFit:
 
 
 def prune_layer(task: Task, *, amount: float | None = None, pattern: str | None = None) -> LayerFit:
-    """Optimal brain surgeon on a layer; the mask that is chosen first stays when targets move."""
-    assert task.correlations is not None
+    """Optimal brain surgeon on a layer; the mask that is chosen first stays when targets move.
+
+    Where nothing is known of its inputs, the largest weights stay as they are.
+    """
+    if task.correlations is None:
+        found = masks({task.name: task.weight}, amount if pattern is None else None, pattern=pattern)
+        return prune_to(task, mask=found[task.name])
     if isinstance(task.previous, PrunedLayer):
         return obs_prune(task.weight, task.correlations, mask=task.previous.mask)
     return obs_prune(task.weight, task.correlations, amount=amount, pattern=pattern)

@@ -27,6 +27,7 @@ from pysolve.nn.files.format1 import Packed, pack, unpack
 from pysolve.nn.files.format2 import compact, expanded
 from pysolve.nn.files.plan_json import field, plain, typed
 from pysolve.nn.files.storage import bits, read, size, write
+from pysolve.nn.plain import unwrapped
 
 Record = dict[str, object]
 # Format versions: with each tensor for itself, and in one coded stream.
@@ -134,7 +135,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
             f"{CODED}: update pysolve, or save the network anew."
         )
     try:
-        model = ordinary(model)
+        model = ordinary(unwrapped(model))
         _check_original(record, model)
         network = rebuilt(record, model)
         _fill(network, _values(record, tensors, network))

@@ -10,6 +10,7 @@ from pysolve.nn.graph.classes import along, lean, spread, squashed
 from pysolve.nn.graph.export import where
 from pysolve.nn.graph.operators import Rule
 from pysolve.nn.layer_matrix import ORDINARY, TRANSPOSED
+from pysolve.nn.layers.masking import permanent_by
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -72,7 +73,8 @@ def _pin_problem(call: Call, layer: nn.Module, kinds: tuple[type[nn.Module], ...
         source = call.sources.get(part)
         stored = call.network.state.get(call.network.parameters.get(source, "")) if source else None
         if source is not None and (stored is None or stored is not getattr(layer, part)):
-            return call.ledger.pin(labels, f"the {part} of `{name}` is computed from other values")
+            remedy = permanent_by(layer)
+            return call.ledger.pin(labels, f"the {part} of `{name}` is computed from other values: {remedy}")
     if type(layer) not in kinds:
         plain = next(kind.__name__ for kind in kinds if isinstance(layer, kind))
         call.ledger.pin(labels, f"`{name}` is a {type(layer).__name__}, not a plain {plain}")

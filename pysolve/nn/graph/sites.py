@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -18,12 +17,14 @@ from pysolve.nn.apply import apply, masked
 from pysolve.nn.graph.classes import ROLES, Classes, Member
 from pysolve.nn.graph.export import Graph, code_line, trace
 from pysolve.nn.graph.labels import label_channels
-from pysolve.nn.running import Batch, evaluating, few_samples, find_matching, forward
+from pysolve.nn.plain import plain_network
+from pysolve.nn.running import Batch, Ignored, evaluating, few_samples, find_matching, forward
+from pysolve.nn.state import copy_of
 from pysolve.nn.verify import mismatch
 from pysolve.plan import Collapse, Indices, Plan, Site
 
 
-def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[str] = ()) -> list[Site]:
+def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[Ignored] = ()) -> list[Site]:
     """Find all sets of channels that can be removed together, and say of all others what keeps them.
 
     The network is traced with torch.export, every channel that a layer makes gets a label, and the labels
@@ -37,8 +38,9 @@ def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[str]
     example_inputs : one batch
         A tensor, a tuple or list whose first item is the input, or a mapping of keyword arguments, on the
         network's device.
-    ignore : iterable of str
-        Names of layers whose channels must stay, or patterns ``"re:…"`` that match whole names.
+    ignore : iterable of str, types or modules
+        Layers whose channels must stay, with all that they hold: names, patterns ``"re:…"`` that match whole
+        names, types, or the layers themselves.
 
     Returns
     -------
@@ -53,6 +55,7 @@ def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[str]
     LayerNotFoundError
         When a name or pattern in ``ignore`` belongs to no layer.
     """
+    model = plain_network(model)
     find_matching(model, ignore)
     few = few_samples(example_inputs)
     if few is not example_inputs:
@@ -62,7 +65,7 @@ def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[str]
     return sites_in(model, trace(model, example_inputs, free_sizes=False), example_inputs, ignore=ignore)
 
 
-def sites_in(model: nn.Module, graph: Graph, batch: Batch, *, ignore: Iterable[str] = ()) -> list[Site]:
+def sites_in(model: nn.Module, graph: Graph, batch: Batch, *, ignore: Iterable[Ignored] = ()) -> list[Site]:
     """``find_sites`` of a network that has been traced with this batch."""
     ignored = find_matching(model, ignore)
     sites = sites_of(label_channels(model, graph))
@@ -137,7 +140,7 @@ def _proven(model: nn.Module, sites: Sequence[Site], batch: Batch) -> list[Site]
         steps = {i: _half(site, rng) for i, site in enumerate(proven) if site.pinned is None}
         if not steps or _problem(network, [*steps.values()], batch) is None:
             continue
-        if mismatch(copy.deepcopy(model), copy.deepcopy(model), batch):
+        if mismatch(copy_of(model), copy_of(model), batch):
             problems = dict.fromkeys(steps, "the network's outputs are random, so nothing can be tried out")
         else:
             problems = _faults(network, steps, {}, batch)[1]
@@ -189,7 +192,7 @@ def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Batch) -> str |
 
 def _randomized(model: nn.Module, batch: Batch) -> nn.Module:
     """A copy with random weights of unit gain; the model itself where that gives no finite output."""
-    network = copy.deepcopy(model)
+    network = copy_of(model)
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         if parameter.is_floating_point():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo
 from torch.nn.functional import conv2d, pad
 from torch.nn.utils import skip_init
+from torch.utils import _pytree as pytree
 
 from pysolve.errors import PysolveError
 from pysolve.forms import Form
@@ -47,6 +48,27 @@ class TwoWay(nn.Module):
 @_disable_dynamo
 def _apart(layer: TwoWay, x: Tensor) -> Tensor:
     return layer.computed(x)
+
+
+class Seen(Tensor):
+    """A layer's weight as code outside of the layer sees it: for its type and shape, and its values.
+
+    Torch's encoder layers take no such tensors into products of their own, but call the layer. What is
+    computed from it is an ordinary tensor.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            args, kwargs = pytree.tree_map_only(cls, lambda t: t.as_subclass(Tensor), (args, kwargs or {}))
+            return func(*args, **kwargs)
+
+
+def seen(weight: Tensor) -> Tensor:
+    """The weight for code outside of its layer; traces follow the tensor itself."""
+    return weight if torch.compiler.is_exporting() else weight.as_subclass(Seen)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pysolve.correlations import AnyArray
 from pysolve.errors import PysolveError
 from pysolve.forms import LowRank
-from pysolve.nn.layers.base import Dense, check_shape, dense_layer
+from pysolve.nn.layers.base import Dense, check_shape, dense_layer, seen
 from pysolve.nn.running import as_array, as_tensor
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -63,7 +63,7 @@ class Factored(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight, multiplied out, for code that asks a layer for it."""
-        return torch.einsum("hk...,kc...->hc...", self.outer.weight, self.inner.weight)
+        return seen(torch.einsum("hk...,kc...->hc...", self.outer.weight, self.inner.weight))
 
     @property
     def bias(self) -> nn.Parameter | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.nn.utils.prune import BasePruningMethod
 
 from pysolve.correlations import Mask as BoolArray
 from pysolve.nn.running import as_tensor, find_layer
+from pysolve.nn.state import copy_of
 
 
 class Mask(nn.Module):
@@ -133,6 +134,18 @@ def remove_mask(layer: nn.Module) -> None:
         make_ordinary(layer)
 
 
+def permanent_by(layer: nn.Module) -> str:
+    """What makes a layer's computed weight a parameter again, to go on after a colon."""
+    hooks = {type(hook).__name__ for hook in layer._forward_pre_hooks.values()}
+    known = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
+    found = [f"torch.nn.utils.{remedy}" for name, remedy in known.items() if name in hooks]
+    if parametrize.is_parametrized(layer):
+        found = ["torch.nn.utils.parametrize.remove_parametrizations"]
+    elif any(isinstance(hook, BasePruningMethod) for hook in layer._forward_pre_hooks.values()):
+        found = ["torch.nn.utils.prune.remove"]
+    return f"{found[0]} makes it a parameter" if found else "make it a parameter"
+
+
 def make_ordinary(layer: nn.Module) -> None:
     """Make a layer's computed weight a parameter of the value in use; in place."""
     # Torch takes the weight out of the class that it made for such layers, which copies share.
@@ -153,7 +166,7 @@ def unmasked(model: nn.Module) -> nn.Module:
 
 def changed_copy(model: nn.Module, change: Callable[[nn.Module], None]) -> nn.Module:
     """A copy of a network, changed in place."""
-    copied = copy.deepcopy(model)
+    copied = copy_of(model)
     change(copied)
     return copied
 
@@ -162,7 +175,7 @@ def check_own_weight(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Refuse a layer whose weight is no parameter of its own, but computed or another layer's, too."""
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, nn.Parameter) or parametrize.is_parametrized(layer, "weight"):
-        raise ValueError(f"the weight of {name} is computed from other values: make it a parameter first.")
+        raise ValueError(f"the weight of {name} is computed from other values: {permanent_by(layer)}.")
     for other, module in model.named_modules():
         if module is not layer and any(one is weight for one in module.parameters(recurse=False)):
             raise ValueError(f"{name} shares its weight with {other}: untie them first.")

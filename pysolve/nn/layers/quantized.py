@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from pysolve.errors import PysolveError
 from pysolve.forms import Integers
-from pysolve.nn.layers.base import Geometry, TwoWay, check_shape, dense_layer
+from pysolve.nn.layers.base import Geometry, TwoWay, check_shape, dense_layer, seen
 
 # Steps between the least and the greatest input of a row.
 _STEPS = 255
@@ -72,6 +72,10 @@ class QuantWeight(TwoWay):
 
     @property
     def weight(self) -> Tensor:
+        """The decoded weight, for code that asks a layer for it."""
+        return seen(self.decoded() if torch.compiler.is_exporting() else self.in_use())
+
+    def in_use(self) -> Tensor:
         """The decoded weight: kept from call to call, unless gradients are to go through it."""
         if torch.is_grad_enabled() and self.scales.requires_grad:
             return self.decoded()
@@ -138,15 +142,15 @@ class QuantLinear(QuantWeight):
     def to_dense(self) -> nn.Linear:
         """The same layer with a dense weight; inputs are no longer rounded."""
         h, d = self.shape
-        return dense_layer(nn.Linear, self.weight, self.bias, (d, h)).train(self.training)
+        return dense_layer(nn.Linear, self.in_use(), self.bias, (d, h)).train(self.training)
 
     def computed(self, x: Tensor) -> Tensor:
         if not self.dynamic or not self.columns:
-            return linear(x, self.weight, self.bias)
+            return linear(x, self.in_use(), self.bias)
         if torch.is_grad_enabled() and x.requires_grad:
-            return linear(x + (restored(x.detach()) - x).detach(), self.weight, self.bias)
+            return linear(x + (restored(x.detach()) - x).detach(), self.in_use(), self.bias)
         if self.scales.dtype != torch.float32 or not can_multiply(x, self.codes):
-            return linear(restored(x), self.weight, self.bias)
+            return linear(restored(x), self.in_use(), self.bias)
         sums = self.kept("sums", lambda: self.codes.sum(1, dtype=torch.int32).float())
         rows = x.reshape(-1, x.shape[-1])
         y = multiplied(rows, self.codes, self.scales.flatten(), sums, self.bias)
@@ -185,10 +189,10 @@ class QuantConv2d(QuantWeight):
 
     def to_dense(self) -> nn.Conv2d:
         """The same layer with a dense weight."""
-        return self.geometry.dense(self.weight, self.bias).train(self.training)
+        return self.geometry.dense(self.in_use(), self.bias).train(self.training)
 
     def computed(self, x: Tensor) -> Tensor:
-        return self.geometry.convolved(x, self.weight, self.bias)
+        return self.geometry.convolved(x, self.in_use(), self.bias)
 
     def traced(self, x: Tensor) -> Tensor:
         return self.geometry.convolved(x, self.decoded(), self.bias)

@@ -14,7 +14,7 @@ from torch.nn.functional import linear, unfold
 
 from pysolve.errors import PysolveError
 from pysolve.layer.sparse_matrix import Layout, SparseMatrix
-from pysolve.nn.layers.base import Context, Geometry, TwoWay, dense_layer
+from pysolve.nn.layers.base import Context, Geometry, TwoWay, dense_layer, seen
 
 
 class _Product(torch.autograd.Function):
@@ -78,9 +78,9 @@ class SparseWeight(TwoWay):
     def weight(self) -> Tensor:
         """A tensor without values, for code that asks a layer for the type or the shape of its weight.
 
-        On the meta device it keeps torch's encoder layers from multiplying it themselves.
+        On the meta device nothing can be computed from it.
         """
-        return torch.empty(self.dense_shape, dtype=self.values.dtype, device="meta")
+        return seen(torch.empty(self.dense_shape, dtype=self.values.dtype, device="meta"))
 
     def matrix(self) -> SparseMatrix:
         """The prepared matrix; from then on ``values`` lies in its memory."""

@@ -286,8 +286,8 @@ def test_only_the_bias_is_trained_unless_asked(trained):
 def test_the_decoded_weight_is_kept_and_follows_the_state():
     layer, other = (in_form(nn.Linear(6, 4), nearest(nn.Linear(6, 4))) for _ in range(2))
     with torch.no_grad():
-        first = layer.weight
-        assert layer.weight is first
+        first = layer.in_use()
+        assert layer.in_use() is first
         layer.load_state_dict(other.state_dict())
         assert torch.equal(layer.weight, other.weight)
         layer.double()

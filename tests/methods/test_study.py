@@ -1,0 +1,95 @@
+"""Layers that no sample reaches stop nothing: the others are fitted, and the report names them."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import pysolve as ps
+from pysolve.methods.goal import Options
+from pysolve.methods.study import study, weights_of
+
+
+class Experts(nn.Module):
+    """Each token goes to one of three experts, none to the last; guarded, networks cannot be exported."""
+
+    def __init__(self, guarded):
+        super().__init__()
+        torch.manual_seed(0)
+        self.guarded = guarded
+        self.gate, self.out = nn.Linear(6, 3), nn.Linear(6, 4)
+        self.up = nn.ModuleList(nn.Linear(6, 10) for _ in range(3))
+        self.down = nn.ModuleList(nn.Linear(10, 6) for _ in range(3))
+        with torch.no_grad():
+            self.gate.bias[2] = -100.0
+
+    def forward(self, x):
+        chosen, y = self.gate(x).argmax(-1), torch.zeros_like(x)
+        for i, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+            rows = torch.where(chosen == i)[0]
+            if not self.guarded or rows.numel():
+                y = y.index_add(0, rows, down(up(x[rows]).relu()))
+        return self.out(x + y)
+
+
+def data():
+    torch.manual_seed(1)
+    return [torch.randn(64, 6) for _ in range(4)]
+
+
+VERBS = {
+    "obs": lambda model: ps.prune(model, data(), method="obs", amount=0.5, layout="dense", progress=False),
+    "2:4": lambda model: ps.prune(model, data(), method="obs", pattern="2:4", layout="dense", progress=False),
+    "codebook": lambda model: ps.quantize(model, data(), scheme="codebook", progress=False),
+    "int8": lambda model: ps.quantize(model, data(), scheme="int8", progress=False),
+    "low rank": lambda model: ps.low_rank(model, data(), rank=2, layout="factored", progress=False),
+}
+
+
+@pytest.mark.parametrize("guarded", [False, True], ids=["exported", "as it runs"])
+@pytest.mark.parametrize("verb", VERBS)
+def test_experts_that_no_token_reaches_stop_nothing(verb, guarded):
+    model = Experts(guarded).eval()
+    result = VERBS[verb](model)
+    assert any("no sample reached up.2, down.2" in note for note in result.report.notes)
+    x = data()[0]
+    with torch.no_grad():
+        assert torch.isfinite(result.model(x)).all()
+        # What was not reached is as good as its own weights allow.
+        wanted, got = model.up[2](x), result.model.up[2](x)
+    limit = {"obs": 0.6, "2:4": 0.6, "codebook": 0.15, "int8": 0.01, "low rank": 1e-5}[verb]
+    assert (got - wanted).norm() <= limit * wanted.norm()
+
+
+def test_what_is_fitted_of_routed_experts_is_better_than_their_weights_alone():
+    model = Experts(guarded=False).eval()
+    fitted = VERBS["obs"](model)
+    plain = ps.prune(model, data(), method="magnitude", amount=0.5, layout="dense", progress=False)
+    assert fitted.report.divergence < plain.report.divergence
+    assert not np.allclose(fitted.model.down[0].weight.detach(), plain.model.down[0].weight.detach())
+
+
+def test_sites_that_nothing_is_known_of_are_pinned_and_others_go_on():
+    sites = [ps.Site(10, (f"up.{i}",), (f"down.{i}",)) for i in range(3)]
+    result = ps.compress(Experts(guarded=True).eval(), data(), keep=0.5, sites=sites, progress=False)
+    assert [len(step.keep) for step in result.plan.steps] == [5, 5]
+    assert result.report.sites[2].pinned == "no sample reached down.2"
+
+
+def test_a_reader_without_samples_leaves_the_choice_to_the_others():
+    site = ps.Site(10, ("up.0",), ("down.0", "down.2"))
+    found = study(Experts(guarded=True).eval(), data(), Options(progress=False), sites=[site])
+    assert found.free == [site]
+    assert [*found.correlations] == ["down.0"]
+
+
+def test_layers_without_samples_alone_are_rounded_by_themselves():
+    model, others = Experts(guarded=True).eval(), ["gate", "out", r"re:.*\.[01]"]
+    result = ps.quantize(model, data(), scheme="codebook", ignore=others, progress=False)
+    assert {*result.plan.forms} == {"up.2.weight", "down.2.weight"}
+
+
+def test_empty_batches_are_refused():
+    model = Experts(guarded=True).eval()
+    with pytest.raises(ps.DataError, match="the first batch is empty"):
+        study(model, [data()[0][:0]], Options(progress=False), weights=weights_of(model)[0])
