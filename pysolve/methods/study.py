@@ -14,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from pysolve.correlations import Array, Correlations
-from pysolve.errors import PysolveError
+from pysolve.errors import DataError, PysolveError
 from pysolve.methods.goal import Options
 from pysolve.nn.calibration import Calibration, calibrate, peek
 from pysolve.nn.evaluate import parameters
@@ -146,6 +146,8 @@ def study(
 
     Raises
     ------
+    DataError
+        The network refuses a batch, or batches hold NaN, or other plain values than the first.
     PysolveError
         Sites are looked for in a network that cannot be traced.
     """
@@ -252,6 +254,8 @@ def _traced(
     given = () if isinstance(sites, bool) else tuple(sites)
     try:
         graph, few = trace_once(model, first)
+    except DataError:
+        raise
     except PysolveError as error:
         if sites is True:
             raise

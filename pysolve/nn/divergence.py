@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from pysolve.errors import DataError
 from pysolve.nn.running import Batch, Output, arguments, evaluating, forward
 
 # From the original's output and another one to the mean divergence per sample.
@@ -63,9 +65,23 @@ def run(
 def mean_divergence(
     originals: Sequence[Output], outputs: Iterator[Output], sizes: Sequence[int], divergence: Divergence
 ) -> float:
-    """Mean over all samples of several batches."""
+    """Mean over all samples of several batches; DataError where the original's own outputs are NaN or ∞."""
     parts = [divergence(a, b).item() * n for a, b, n in zip(originals, outputs, sizes, strict=True)]
-    return sum(parts) / sum(sizes)
+    mean = sum(parts) / sum(sizes)
+    if math.isnan(mean):
+        _check_finite(originals)
+    return mean
+
+
+def _check_finite(originals: Sequence[Output]) -> None:
+    for output in map(main_output, originals):
+        bad = output.isnan() | output.isposinf()
+        if bool(bad.any()):
+            raise DataError(
+                f"the network as it was given has NaN or infinity in {int(bad.sum())} of {bad.numel()} "
+                "outputs for samples that are held out, so no other can be compared with it: check its "
+                "weights, and for samples of large values."
+            )
 
 
 def _spread(p: Tensor) -> Tensor:

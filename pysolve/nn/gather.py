@@ -18,7 +18,8 @@ from pysolve.errors import DataError, PysolveError
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn import running
 from pysolve.nn.layer_matrix import LAYERS, Layer, Sums
-from pysolve.nn.running import Batch, Device, evaluating, forward, hooked
+from pysolve.nn.refusal import output_of
+from pysolve.nn.running import Batch, Device, evaluating, hooked
 from pysolve.plan import Site
 
 # Called with the name, the layer, the input and the output of one call.
@@ -163,7 +164,7 @@ def _run(model: nn.Module, layers: Mapping[str, Layer], batch: Batch, device: De
         record(name, layer, (args[0] if args else named["input"]).detach(), y.detach())
 
     with hooked(one.register_forward_hook(partial(called, n), with_kwargs=True) for n, one in layers.items()):
-        forward(model, batch, device)
+        output_of(model, batch, device)
 
 
 def _summing(sums: dict[str, Sums], shares: Mapping[str, float]) -> Record:

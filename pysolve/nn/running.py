@@ -96,11 +96,19 @@ def forward(model: nn.Module, batch: Batch, device: Device = None) -> Output:
 
     ``device`` is where to move the batch; by default it must be on one of the network's devices already.
     """
-    args, kwargs = arguments(batch)
-    args = tuple(_fresh(value, device) for value in args)
-    kwargs = {name: _fresh(value, device) for name, value in kwargs.items()}
-    _check_devices(model, [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)], device)
+    args, kwargs = prepared(model, batch, device)
     return model(*args, **kwargs)
+
+
+def prepared(model: nn.Module, batch: Batch, device: Device = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of the network, with copies of all tensors, on its device."""
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda value: value.detach().to(device=device, copy=True), arguments(batch)
+    )
+    _check_devices(
+        model, [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)], device
+    )
+    return args, kwargs
 
 
 def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -116,9 +124,19 @@ def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping):
         return (), dict(batch)
     raise TypeError(
-        f"a batch must be a tensor, a tuple or list whose first item is the input, or a mapping of keyword "
-        f"arguments, got {type(batch).__name__}."
+        "a batch must be a tensor, a tuple or list whose first item is the input, or a mapping of keyword "
+        f"arguments, got {type(batch).__name__}{_remedy(batch)}."
     )
+
+
+def _remedy(batch: object) -> str:
+    if isinstance(batch, np.ndarray | np.generic):
+        return ": torch.from_numpy makes a tensor of an array"
+    if isinstance(batch, tuple | list):
+        return (
+            ": give several inputs by name, {'first': …, 'second': …}, with the names that forward gives them"
+        )
+    return ""
 
 
 def few_samples(batch: Batch, count: int = 2) -> Batch:
@@ -136,11 +154,6 @@ def check_batches(batches: object) -> None:
     if isinstance(batches, Tensor | Mapping):
         kind = type(batches).__name__
         raise TypeError(f"batches must be an iterable of batches, got one {kind}: wrap it in a list.")
-
-
-def _fresh(value: object, device: Device) -> object:
-    """A copy of a tensor, on ``device`` if one is given; anything else as it is."""
-    return value.detach().to(device=device, copy=True) if isinstance(value, Tensor) else value
 
 
 def _check_devices(model: nn.Module, inputs: list[Tensor], device: Device) -> None:

@@ -13,6 +13,7 @@ from pysolve.nn.calibration import (
     HELD_SAMPLES,
     LEAST_APART,
     Calibration,
+    calibrate,
     first_samples,
     fits,
     free_memory,
@@ -180,6 +181,84 @@ def test_tensors_that_do_not_share_their_first_dimension_are_refused(batch):
         samples_in(batch)
     with pytest.raises(DataError, match="must share their first dimension"):
         list(Calibration(1).stream([batch]))
+
+
+class Conditioned(nn.Module):
+    """What it computes depends on plain values."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 6), nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x, scale=1.0, other=None, flag=False):
+        h = self.a(x) * scale + (0.0 if other is None else self.b(other))
+        return self.c(-h.relu() if flag else h.relu())
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x, mask):
+        return self.fc(x) + mask
+
+
+def calibrated(model, batches, traced=True):
+    graph = trace(model, batches[0]) if traced else None
+    return calibrate(model, batches, batches[0], graph, {}, (), progress=False)[0]
+
+
+X, LATER = torch.ones(4, 3), torch.full((4, 3), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ({"scale": 0.0}, {"scale": 1.0}, r"scale is 1\.0, not 0\.0\."),
+        ({"scale": 0.0}, {"scale": torch.tensor(1.0)}, r"scale is a tensor of float32, not 0\.0\."),
+        ({"flag": True}, {"flag": False}, r"flag is False, not True\."),
+        ({"other": None}, {"other": X}, r"other is a tensor of float32, not None\."),
+        ({}, {"other": X}, r"other is a tensor of float32, not left out\."),
+        ({"other": X, "flag": True}, {}, r"other is left out, .*; flag is left out, not True\."),
+        ({"flag": 0}, {"flag": False}, "flag is False, not 0"),
+    ],
+)
+def test_plain_values_that_change_are_refused_by_name_where_a_graph_holds_them(first, second, said):
+    batches = [{"x": X, **first}, {"x": LATER, **second}]
+    with pytest.raises(DataError, match=f"batch 1 has other values than the first.*{said}"):
+        calibrated(Conditioned(), batches)
+    assert calibrated(Conditioned(), batches, traced=False).seen + 1 == 8
+
+
+def test_plain_values_that_stay_and_numbers_as_tensors_are_taken():
+    batches = [{"x": X, "scale": torch.tensor(s), "other": None, "flag": True} for s in (0.0, 1.0)]
+    assert calibrated(Conditioned(), batches).seen == 7
+
+
+@pytest.mark.parametrize("at", [0, 9])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_in_any_sample_is_named_whether_it_is_held_out_or_not(at, value):
+    x = torch.ones(32, 3)
+    x[[at, at + 1], 1] = value
+    for traced in (True, False):
+        with pytest.raises(
+            DataError, match=rf"batch 1 holds NaN or infinity.*input in samples {at}, {at + 1}\."
+        ):
+            calibrated(nn.Linear(3, 2), [torch.ones(32, 3), x], traced=traced)
+
+
+def test_nan_and_infinity_that_the_network_takes_away_are_taken():
+    filled = Net(lambda net, x: net.fc(x.nan_to_num(0.0)), fc=nn.Linear(3, 2))
+    x, masked = torch.ones(8, 3), torch.zeros(8, 2)
+    x[2], x[3], masked[:, 0] = torch.nan, -torch.inf, -torch.inf
+    assert calibrated(filled, [x]).seen == 7
+    assert calibrated(Masked(), [{"x": torch.ones(8, 3), "mask": masked}]).seen == 7
+
+
+def test_a_later_batch_that_the_network_refuses_is_refused_although_nothing_is_gathered():
+    with pytest.raises(DataError, match=r"itself refuses the batch \(input: float32\[4, 2\]\)"):
+        calibrated(nn.Linear(3, 2), [X, X[:, :2]])
 
 
 def test_samples_without_dimensions_are_shared_by_all():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import logging
 import re
-import traceback
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
@@ -20,13 +19,9 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import PysolveError
+from pysolve.nn.refusal import code_line, of_torch, output_of, sentence
 from pysolve.nn.running import Batch, arguments, evaluating, few_samples
 
-_TORCH, _NN = Path(torch.__file__).parent, Path(__file__).parents[1]
-# Where networks are called from, which is not where their errors come from.
-_CALLERS = {str(_NN / name) for name in ("graph/export.py", "graph/sites.py", "running.py")}
-# Layers of this package that stand for torch's.
-_LAYERS = {str(_NN / "layers" / name) for name in ("sparse.py", "products.py")}
 # A frame of a stack trace: file, line, and its code where that is known.
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*(?:\n(?!\s*File ")(.*))?')
 
@@ -86,6 +81,8 @@ def trace(model: nn.Module, batch: Batch, *, free_sizes: bool = True, fixed_size
 
     Raises
     ------
+    DataError
+        When the network itself refuses the batch.
     PysolveError
         When torch.export cannot follow the network: names the line.
     """
@@ -95,6 +92,7 @@ def trace(model: nn.Module, batch: Batch, *, free_sizes: bool = True, fixed_size
         # torch.export takes a size of 1 for fixed.
         args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.repeat_interleave(2, 0), (args, kwargs))
     with evaluating(model), _without_cache(model):
+        output_of(model, batch)
         program = _export(model, args, kwargs, free_sizes, fixed_sizes)
     signature = program.graph_signature
     given = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -128,18 +126,10 @@ def where(node: Node) -> str:
     """The line of the network's code that a node comes from: ``file:line: code``."""
     frames = _FRAME.findall(node.stack_trace or "")
     for file, line, code in reversed(frames):
-        if not _of_torch(file):
+        if not of_torch(file):
             return f"{Path(file).name}:{line}: {code.strip()}".removesuffix(": ")
     stack = [*node.meta.get("nn_module_stack", {}).values()]
     return f"layer {stack[-1][0]}" if stack and stack[-1][0] else str(node.target)
-
-
-def code_line(error: BaseException) -> str:
-    """The innermost line outside of torch that an error comes from, in brackets; nothing if there is none."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not _of_torch(frame.filename) and frame.filename not in _CALLERS:
-            return f" ({Path(frame.filename).name}:{frame.lineno}: {frame.line})"
-    return ""
 
 
 def _first_name(model: nn.Module, name: str) -> str:
@@ -147,10 +137,6 @@ def _first_name(model: nn.Module, name: str) -> str:
     owner, _, leaf = name.rpartition(".")
     layer = model.get_submodule(owner)
     return next(f"{first}.{leaf}" for first, one in model.named_modules() if one is layer).removeprefix(".")
-
-
-def _of_torch(file: str) -> bool:
-    return file.startswith(str(_TORCH)) or file in _LAYERS
 
 
 def _export(model: nn.Module, args: Any, kwargs: Any, free_sizes: bool, fixed_sizes: bool) -> ExportedProgram:
@@ -167,10 +153,9 @@ def _export(model: nn.Module, args: Any, kwargs: Any, free_sizes: bool, fixed_si
         except Exception as error:
             problem = error
     assert problem is not None
-    what = next(filter(None, map(str.strip, str(problem).splitlines())), repr(problem)).rstrip(".")
     raise PysolveError(
-        f"{type(model).__name__} cannot be traced{code_line(problem)}: {what}. Take out what depends on "
-        "values or leaves torch, or give a list of Site, written by hand, instead."
+        f"{type(model).__name__} cannot be traced{code_line(problem)}: {sentence(problem)}. Take out what "
+        "depends on values or leaves torch, or give a list of Site, written by hand, instead."
     ) from problem
 
 

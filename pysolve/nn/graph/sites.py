@@ -16,8 +16,9 @@ from torch.utils import _pytree as pytree
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.nn.apply import apply, masked
 from pysolve.nn.graph.classes import ROLES, Classes, Member
-from pysolve.nn.graph.export import Graph, code_line, trace
+from pysolve.nn.graph.export import Graph, trace
 from pysolve.nn.graph.labels import label_channels
+from pysolve.nn.refusal import code_line
 from pysolve.nn.running import Batch, evaluating, few_samples, find_matching, forward
 from pysolve.nn.verify import mismatch
 from pysolve.plan import Collapse, Indices, Plan, Site
