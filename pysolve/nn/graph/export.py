@@ -20,6 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import PysolveError
+from pysolve.nn.hooks import acting_hooks
 from pysolve.nn.running import Batch, arguments, evaluating, few_samples
 
 _TORCH, _NN = Path(torch.__file__).parent, Path(__file__).parents[1]
@@ -94,7 +95,7 @@ def trace(model: nn.Module, batch: Batch, *, free_sizes: bool = True, fixed_size
     if free_sizes and all(t.ndim and len(t) == 1 for t in tensors):
         # torch.export takes a size of 1 for fixed.
         args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.repeat_interleave(2, 0), (args, kwargs))
-    with evaluating(model), _without_cache(model):
+    with evaluating(model), _without_cache(model), acting_hooks(model, batch):
         program = _export(model, args, kwargs, free_sizes, fixed_sizes)
     signature = program.graph_signature
     given = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
