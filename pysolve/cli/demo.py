@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from pysolve.cli.datasets import Dataset, Images
 from pysolve.correlations import Array
 from pysolve.nn.evaluate import latency, macs, parameters
 from pysolve.nn.running import evaluating, forward
+from pysolve.nn.state import copy_of
 from pysolve.nn.zoo import DigitsNet, LeNet5
 from pysolve.report import plots
 
@@ -190,7 +190,7 @@ def sweep(
 
 def head_accuracy(model: Network, dataset: Dataset) -> Callable[[Array, Array], float]:
     """Accuracy as a function of fc2's weight and bias; the layers before it are computed once."""
-    headless = copy.deepcopy(model)
+    headless = copy_of(model)
     headless.fc2 = nn.Identity()  # type: ignore[assignment]
     with evaluating(headless):
         read = torch.cat([forward(headless, part) for part in batches(dataset.x_test)]).double().numpy()

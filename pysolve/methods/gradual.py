@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Unpack
@@ -29,6 +28,7 @@ from pysolve.nn.files.format1 import sparse_layers
 from pysolve.nn.layers.masking import mask_weights, remove_masks, unmasked
 from pysolve.nn.running import Batch, as_array, find_layer, find_matching
 from pysolve.nn.slicing import WEIGHTED
+from pysolve.nn.state import copy_of
 from pysolve.plan import Plan
 from pysolve.training.finetune import Loss, counted, finetune
 from pysolve.training.moving_masks import PerLayer, gradually, surgery
@@ -212,7 +212,7 @@ def _trained(
     options = options_for(base, (), kl_divergence, None, training.get("seed", 0), True, evaluate)
     clock = Clock()
     loader, _ = counted(batches)
-    network = copy.deepcopy(base)
+    network = copy_of(base)
     weights = {name: weight_of(find_layer(network, name)) for name in names}
     whole = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in weights.items()}
     mask_weights(network, whole, splicing=splicing)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -26,6 +25,7 @@ from pysolve.nn.layers.runtime import in_form
 from pysolve.nn.layers.sharing import share_weights
 from pysolve.nn.profile import latencies, layer_inputs
 from pysolve.nn.running import as_array, find_layer
+from pysolve.nn.state import copy_of
 from pysolve.plan import Collapse, Plan
 from pysolve.report.rows import LayerReport
 
@@ -115,7 +115,7 @@ def seconds_of_both(study: Study, menu: RankMenu, rank: int, x: Tensor | None) -
     layer = find_layer(study.model, str(menu.unit))
     assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
     two = Factored.from_form(layer, empty(layer, rank, spatial=menu.spatial))
-    before, after = latencies((copy.deepcopy(layer), two), x)
+    before, after = latencies((copy_of(layer), two), x)
     return before.median, after.median
 
 
@@ -198,7 +198,7 @@ def _sparse(
         return line, "nothing was pruned"
     if x is None:
         return line, "not timed: no batch reached it"
-    dense, sparse = copy.deepcopy(layer), in_form(layer, form)
+    dense, sparse = copy_of(layer), in_form(layer, form)
     larger = nbytes(sparse) / nbytes(dense)
     if larger >= 1:
         return line, f"sparse would take {larger:.2f} times the bytes"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import platform
 import sys
@@ -30,6 +29,7 @@ from pysolve.nn.layers.masking import mask_weights, remove_masks
 from pysolve.nn.nonzeros import nonzeros
 from pysolve.nn.profile import latencies, masses
 from pysolve.nn.running import Batch, as_array, find_layer
+from pysolve.nn.state import copy_of
 from pysolve.plan import Plan
 from pysolve.report.report import Report
 from pysolve.report.rows import Latency, LayerReport, SiteReport, Solve, Stage
@@ -158,7 +158,7 @@ def matched(
 ) -> tuple[nn.Module, list[str]]:
     """Train a network to give the original's outputs, without labels; undone where it clearly harmed."""
     assert study.calibration is not None
-    student, run_options = copy.deepcopy(model), study.options
+    student, run_options = copy_of(model), study.options
     mask_weights(student, {name: as_array(find_layer(student, name).weight) != 0 for name in zeros})  # type: ignore[arg-type]
     given = {"seed": run_options.seed, "progress": run_options.progress, **MATCHING, **options}
     teach(student, teacher, study.calibration.kept, **given)  # type: ignore[arg-type]

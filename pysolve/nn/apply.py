@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from itertools import chain, islice
@@ -26,6 +25,7 @@ from pysolve.nn.slicing import (
     outputs,
     silence,
 )
+from pysolve.nn.state import copy_of
 from pysolve.nn.values import checked, load, new_values
 from pysolve.nn.verify import mismatch
 from pysolve.plan import Collapse, Indices, Plan
@@ -119,7 +119,7 @@ def _prepared(model: nn.Module, plan: Plan) -> tuple[nn.Module, dict[str, nn.Mod
     _check_forms(model, plan, _by_layer(model, cuts))
     names = {*cuts, *(name.rpartition(".")[0] for name in (*values, *plan.forms))}
     _check_untied(model, {find_layer(model, name) for name in names})
-    copied = copy.deepcopy(model)
+    copied = copy_of(model)
     load(copied, values)
     return copied, dict(copied.named_modules(remove_duplicate=False)), cuts
 

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pysolve.correlations import AnyArray
 from pysolve.errors import DataError, LayerNotFoundError
+from pysolve.nn.state import keeping_state
 
 # A batch of a user's loader, and a network's output: tensors, tuples and lists, or mappings.
 Batch = Any
@@ -75,8 +76,8 @@ def keeping_modes(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes are restored afterwards."""
-    with keeping_modes(*models), torch.no_grad():
+    """Evaluation mode without gradients; modes, and what calls wrote into networks, are put back."""
+    with keeping_modes(*models), keeping_state(*models), torch.no_grad():
         for model in models:
             model.eval()
         yield

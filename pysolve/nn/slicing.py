@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
@@ -15,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from pysolve.correlations import Indices, Mask
 from pysolve.errors import CollapseError
 from pysolve.nn.layers.base import weight_of
+from pysolve.nn.state import copy_of
 from pysolve.plan import Site
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -160,7 +160,7 @@ def numbered(layer: nn.Module, cut: Cut) -> nn.Module:
         flat = torch.arange(tensor.numel(), dtype=torch.float64).reshape(tensor.shape)
         indices[id(tensor)] = nn.Parameter(flat, False) if isinstance(tensor, nn.Parameter) else flat
     # The memo has deepcopy take these in the place of the layer's own.
-    copied = copy.deepcopy(layer, indices)
+    copied = copy_of(layer, indices)
     narrow(copied, cut)
     return copied
 

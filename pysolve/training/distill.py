@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from pysolve.errors import DataError
 from pysolve.nn.calibration import free_memory
 from pysolve.nn.running import Batch, evaluating, find_layer, keeping_modes
+from pysolve.nn.state import keeping_state
 from pysolve.training import loss as losses
 from pysolve.training.batches import BatchSource, Key, Keyed, batch_source, cached
 from pysolve.training.finetune import check_model
@@ -126,6 +127,7 @@ def distill(
     run = replace(run, steps=source.steps)
     with (
         keeping_modes(student, teacher),
+        keeping_state(teacher),
         losses.tapped(student, [*terms.pairs], run) as answer,
         losses.tapped(teacher, [*terms.pairs.values()], run) as wanted,
     ):

@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.running import Batch, device_of, evaluating
+from pysolve.nn.state import drop_graphs
 from pysolve.training.options import Run, optimizer_of, schedule_of
 from pysolve.training.resume import Parts, Progress, copied, plain, put, read, write
 
@@ -73,6 +74,7 @@ def optimise(
             _judge(progress, run, model)
             if path is not None:
                 write(path, progress, parts, settings)
+    drop_graphs(model)
     return progress.losses
 
 

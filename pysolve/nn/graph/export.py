@@ -19,6 +19,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import PysolveError
+from pysolve.nn.hooks import acting_hooks
 from pysolve.nn.refusal import code_line, of_torch, output_of, sentence
 from pysolve.nn.running import Batch, arguments, evaluating, few_samples
 
@@ -92,8 +93,10 @@ def trace(model: nn.Module, batch: Batch, *, free_sizes: bool = True, fixed_size
         # torch.export takes a size of 1 for fixed.
         args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.repeat_interleave(2, 0), (args, kwargs))
     with evaluating(model), _without_cache(model):
-        output_of(model, batch)
-        program = _export(model, args, kwargs, free_sizes, fixed_sizes)
+        with _quiet(), torch.random.fork_rng(devices=()):
+            output_of(model, batch)
+        with acting_hooks(model, batch):
+            program = _export(model, args, kwargs, free_sizes, fixed_sizes)
     signature = program.graph_signature
     given = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names = {key: _first_name(model, name) for key, name in given.items()}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -20,6 +19,7 @@ from pysolve.nn.graph.export import Graph, trace
 from pysolve.nn.graph.labels import label_channels
 from pysolve.nn.refusal import code_line
 from pysolve.nn.running import Batch, evaluating, few_samples, find_matching, forward
+from pysolve.nn.state import copy_of
 from pysolve.nn.verify import mismatch
 from pysolve.plan import Collapse, Indices, Plan, Site
 
@@ -138,7 +138,7 @@ def _proven(model: nn.Module, sites: Sequence[Site], batch: Batch) -> list[Site]
         steps = {i: _half(site, rng) for i, site in enumerate(proven) if site.pinned is None}
         if not steps or _problem(network, [*steps.values()], batch) is None:
             continue
-        if mismatch(copy.deepcopy(model), copy.deepcopy(model), batch):
+        if mismatch(copy_of(model), copy_of(model), batch):
             problems = dict.fromkeys(steps, "the network's outputs are random, so nothing can be tried out")
         else:
             problems = _faults(network, steps, {}, batch)[1]
@@ -190,7 +190,7 @@ def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Batch) -> str |
 
 def _randomized(model: nn.Module, batch: Batch) -> nn.Module:
     """A copy with random weights of unit gain; the model itself where that gives no finite output."""
-    network = copy.deepcopy(model)
+    network = copy_of(model)
     generator = torch.Generator().manual_seed(0)
     for parameter in network.parameters():
         if parameter.is_floating_point():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 
 import torch
@@ -11,6 +10,7 @@ from torch.nn.utils import parametrize
 
 from pysolve.correlations import Mask as BoolArray
 from pysolve.nn.running import as_tensor, find_layer
+from pysolve.nn.state import copy_of
 
 
 class Mask(nn.Module):
@@ -153,7 +153,7 @@ def unmasked(model: nn.Module) -> nn.Module:
 
 def changed_copy(model: nn.Module, change: Callable[[nn.Module], None]) -> nn.Module:
     """A copy of a network, changed in place."""
-    copied = copy.deepcopy(model)
+    copied = copy_of(model)
     change(copied)
     return copied
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from pysolve.nn.layers.factored import Factored, check_factors
 from pysolve.nn.layers.quantized import QuantConv2d, QuantLinear, QuantWeight, check_integers
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear, SparseWeight
 from pysolve.nn.running import as_tensor
+from pysolve.nn.state import copy_of
 
 
 def check_form(layer: nn.Module, form: RuntimeForm) -> None:
@@ -103,7 +103,7 @@ def to_torchao(model: nn.Module) -> nn.Module:
 
 def _replaced(model: nn.Module, kinds: tuple[type, ...], make: Callable[[Any], nn.Module]) -> nn.Module:
     """A copy of a network with other layers in the place of those of some kinds."""
-    other = copy.deepcopy(model)
+    other = copy_of(model)
     # Inside out: the parts of a factored layer may be sparse or factored themselves.
     for layer in [one for one in reversed([*other.modules()]) if isinstance(one, kinds)]:
         other = substitute(other, layer, make(layer))

@@ -1,0 +1,145 @@
+"""Networks left as they are: copies of their own, and what running them writes put back."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from pysolve.errors import PysolveError
+
+M = TypeVar("M", bound=nn.Module)
+_CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
+
+
+def copy_of(module: M, memo: dict[int, Any] | None = None) -> M:
+    """A copy of a network or a layer, in which tensors that a call with gradients left have no graph.
+
+    Parameters
+    ----------
+    module : nn.Module
+    memo : {id: object}, optional
+        What takes the place of parts, by their identity, as ``copy.deepcopy`` has it.
+
+    Raises
+    ------
+    PysolveError
+        A part of it has no copies.
+    """
+    try:
+        with _WithoutGraph():
+            return copy.deepcopy(module, memo)
+    # Whatever the parts of a user's network raise.
+    except Exception as error:
+        what = next(iter(str(error).splitlines()), repr(error)).rstrip(".")
+        raise PysolveError(
+            f"{type(module).__name__} cannot be copied: {what}. Set to None, or take off as a hook, what has "
+            "no copies: locks, open files, generators, trainers."
+        ) from error
+
+
+@contextmanager
+def keeping_state(*models: nn.Module) -> Iterator[None]:
+    """Put back afterwards what networks write into their own buffers and attributes."""
+    modules = dict.fromkeys(module for model in models for module in model.modules())
+    # Layers of this package keep what they have prepared from call to call.
+    foreign = [module for module in modules if not type(module).__module__.startswith("pysolve.")]
+    seen: set[int] = set()
+    kept = [_Kept.of(vars(module), seen) for module in foreign]
+    try:
+        yield
+    finally:
+        for one in kept:
+            one.put_back()
+
+
+def drop_graphs(model: nn.Module) -> None:
+    """Take the graph off tensors that the last call with gradients left in a network; in place."""
+    seen: set[int] = set()
+    for module in model.modules():
+        vars(module).update({name: _without_graph(value, seen) for name, value in vars(module).items()})
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written; -1 where torch does not count."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+class _WithoutGraph(TorchFunctionMode):
+    """Results of operators have copies, too, which torch refuses."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            return args[0].detach().clone()
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass(frozen=True, eq=False)
+class _Kept:
+    """A container, what was in it, and the values of its tensors.
+
+    Parameters
+    ----------
+    container, items : dict, list, deque or set
+        And a shallow copy of it.
+    values : list of (tensor, copy, how often it was written)
+    inner : list of _Kept
+        Containers in it.
+    """
+
+    container: Any
+    items: Any
+    values: list[tuple[Tensor, Tensor, int]]
+    inner: list[_Kept]
+
+    @classmethod
+    def of(cls, container: Any, seen: set[int]) -> _Kept:
+        """A container as it is; weights, which no call changes, without their values."""
+        seen.add(id(container))
+        items = copy.copy(container)
+        found = _parts(items)
+        tensors = [one for one in found if isinstance(one, Tensor) and not isinstance(one, nn.Parameter)]
+        values = [(one, one.detach().clone(), version(one)) for one in tensors]
+        inner = [cls.of(one, seen) for one in found if type(one) in _CONTAINERS and id(one) not in seen]
+        return cls(container, items, values, inner)
+
+    def put_back(self) -> None:
+        """The same things in the container, with the same values."""
+        for tensor, value, count in self.values:
+            if count != version(tensor) or count < 0:
+                tensor.detach().copy_(value)
+        for one in self.inner:
+            one.put_back()
+        now, before = ([*map(id, one), *map(id, _parts(one))] for one in (self.container, self.items))
+        if now != before:
+            self.container.clear()
+            (self.container.extend if isinstance(self.items, list | deque) else self.container.update)(
+                self.items
+            )
+
+
+def _parts(container: Any) -> list[Any]:
+    return [*(container.values() if isinstance(container, dict) else container)]
+
+
+def _without_graph(value: Any, seen: set[int]) -> Any:
+    """A tensor without its graph; containers with such tensors in them, in place."""
+    if isinstance(value, Tensor):
+        return value if value.is_leaf else value.detach()
+    if type(value) is tuple:
+        return tuple(_without_graph(one, seen) for one in value)
+    if type(value) in _CONTAINERS and id(value) not in seen:
+        seen.add(id(value))
+        if isinstance(value, dict):
+            value.update({key: _without_graph(one, seen) for key, one in value.items()})
+        elif isinstance(value, list):
+            value[:] = [_without_graph(one, seen) for one in value]
+    return value

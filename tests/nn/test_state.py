@@ -1,0 +1,123 @@
+"""Running and copying networks leaves them as they are, whatever their code keeps."""
+
+import threading
+from collections import defaultdict
+
+import pytest
+import torch
+from torch import nn
+
+import pysolve as ps
+from pysolve.nn.running import evaluating
+from pysolve.nn.state import copy_of, drop_graphs
+
+
+class Keeping(nn.Module):
+    """Keeps what it computes: in attributes, containers and buffers, anew and in place."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b = nn.Linear(6, 16), nn.Linear(16, 3)
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(()))
+        self.last, self.maps, self.seen, self.calls = None, [], defaultdict(list), 0
+
+    def forward(self, x):
+        h = torch.relu(self.a(x))
+        self.steps += 1
+        self.mean = 0.9 * self.mean + 0.1 * x.mean()
+        self.last, self.calls = h, self.calls + 1
+        self.maps.append(h)
+        self.seen["h"].append(h)
+        return self.b(h)
+
+
+def kept(model):
+    """All that a network keeps, by value."""
+    plain = [model.last, *model.maps, *model.seen["h"], model.steps, model.mean]
+    return [None if one is None else one.detach().clone() for one in plain], model.calls
+
+
+def same(one, other):
+    pairs = zip(one[0], other[0], strict=True)
+    return one[1] == other[1] and all(a is b or torch.equal(a, b) for a, b in pairs)
+
+
+def used():
+    """A network whose last call was one with gradients."""
+    model = Keeping()
+    model(torch.randn(4, 6)).sum().backward()
+    return model.eval()
+
+
+def test_what_a_network_keeps_is_copied_without_its_graph():
+    model = used()
+    other = copy_of(model)
+    assert same(kept(other), kept(model))
+    assert other.last.is_leaf
+    assert not model.last.is_leaf
+    assert other.maps[0].data_ptr() != model.maps[0].data_ptr()
+
+
+def test_what_a_hook_keeps_is_copied_without_its_graph():
+    class Features:
+        def __call__(self, layer, args, output):
+            self.output = output
+
+    model, hook = nn.Sequential(nn.Linear(6, 4), nn.ReLU()), Features()
+    model[0].register_forward_hook(hook)
+    model(torch.randn(2, 6))
+    assert torch.equal(copy_of(model)(torch.ones(1, 6)), model(torch.ones(1, 6)))
+
+
+def test_parts_without_copies_are_named_with_the_remedy():
+    model = nn.Sequential(nn.Linear(6, 4))
+    model.lock = threading.Lock()
+    with pytest.raises(ps.PysolveError, match=r"^Sequential cannot be copied: .*lock.* Set to None"):
+        copy_of(model)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_a_call_writes_is_put_back(fails):
+    model = used()
+    before, buffers = kept(model), dict(model.named_buffers())
+    with pytest.raises(RuntimeError) if fails else evaluating(), evaluating(model):
+        model(torch.randn(5, 6))
+        model(torch.randn(5, 7 if fails else 6))
+    assert same(kept(model), before)
+    assert all(one is buffers[name] for name, one in model.named_buffers())
+
+
+def test_containers_within_themselves_are_no_trouble():
+    model = used()
+    model.maps.append(model.maps)
+    with evaluating(model):
+        model(torch.randn(5, 6))
+    drop_graphs(model)
+    assert model.maps[-1] is model.maps
+    assert len(model.maps) == 2
+
+
+def test_training_leaves_no_graphs():
+    model, x = Keeping(), torch.randn(32, 6)
+    ps.fit(model, x, torch.randint(3, (32,)), epochs=1, progress=False)
+    assert model.calls == 1
+    assert all(one.is_leaf for one in (model.last, *model.maps, *model.seen["h"]))
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda model, x: ps.compress(model, x, keep=0.5, progress=False),
+        lambda model, x: ps.prune(model, x, method="wanda", amount=0.5, refit="independent", progress=False),
+        lambda model, x: ps.quantize(model, None, scheme="codebook", progress=False),
+    ],
+    ids=["compress", "prune", "quantize"],
+)
+def test_verbs_leave_the_original_as_it_is(verb):
+    model = used()
+    before = kept(model)
+    verb(model, [torch.randn(16, 6) for _ in range(2)])
+    assert same(kept(model), before)
+    assert not model.last.is_leaf
