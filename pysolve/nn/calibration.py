@@ -16,11 +16,11 @@ from torch.utils import _pytree as pytree
 
 from pysolve.correlations import Correlations
 from pysolve.errors import DataError
-from pysolve.nn.divergence import main_output
 from pysolve.nn.gather import gather
 from pysolve.nn.graph.branches import Layer
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.layer_matrix import channels, taps
+from pysolve.nn.outputs import main_output
 from pysolve.nn.refusal import by_name, in_words, output_of
 from pysolve.nn.running import NO_BATCHES, Batch, arguments, check_batches, evaluating
 from pysolve.nn.walk import last_uses

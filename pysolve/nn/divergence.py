@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import DataError
+from pysolve.nn.outputs import logits_of, main_output
 from pysolve.nn.running import Batch, Output, arguments, evaluating, forward
 
 # From the original's output and another one to the mean divergence per sample.
@@ -29,10 +32,13 @@ def kl_divergence(original: Output, output: Output) -> Tensor:
     ----------
     S. Kullback, R. A. Leibler, On information and sufficiency, 1951.
     """
-    classified = not isinstance(original, Mapping) or "logits" in original
+    if isinstance(original, Distribution) and isinstance(output, Distribution):
+        with suppress(NotImplementedError):
+            return torch.distributions.kl_divergence(original, output).mean()
+    named = logits_of(original) is original and not isinstance(original, Tensor | tuple | list)
     p, q = main_output(original).double(), main_output(output).double()
     dim = class_dim(p)
-    if classified and p.ndim > 1 and p.shape[dim] > 1:
+    if not named and p.ndim > 1 and p.shape[dim] > 1:
         log_p, log_q = p.log_softmax(dim), q.log_softmax(dim)
         # A class of logit −∞ adds nothing, where 0 · (∞ − ∞) would be NaN.
         parts = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
@@ -89,14 +95,3 @@ def _spread(p: Tensor) -> Tensor:
     around = (p - p.mean(0)).square().mean() if p.ndim else torch.zeros_like(p)
     whole = p.square().mean()
     return torch.where(around > 0, around, torch.where(whole > 0, whole, 1.0))
-
-
-def main_output(output: Output) -> Tensor:
-    """The main tensor of a network's output: its logits, or the first one."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping) and output:
-        return main_output(output["logits"] if "logits" in output else next(iter(output.values())))
-    if isinstance(output, tuple | list) and output:
-        return main_output(output[0])
-    raise TypeError(f"expected a tensor in the network's output, got {type(output).__name__}.")

@@ -76,11 +76,28 @@ def keeping_modes(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; modes, and what calls wrote into networks, are put back."""
-    with keeping_modes(*models), keeping_state(*models), torch.no_grad():
+    """Evaluation mode without gradients and caches; modes, and what calls write into networks, come back."""
+    with keeping_modes(*models), keeping_state(*models), _without_caches(*models), torch.no_grad():
         for model in models:
             model.eval()
         yield
+
+
+@contextmanager
+def _without_caches(*models: nn.Module) -> Iterator[None]:
+    """Hugging Face's decoders return keys and values for the next call: they run without here.
+
+    Encoder, decoder and the whole may each hold a configuration of their own.
+    """
+    configs: list[Any] = [getattr(module, "config", None) for model in models for module in model.modules()]
+    caching = [(one, one.use_cache) for one in configs if getattr(one, "use_cache", False)]
+    try:
+        for one, _ in caching:
+            one.use_cache = False
+        yield
+    finally:
+        for one, before in reversed(caching):
+            one.use_cache = before
 
 
 @contextmanager

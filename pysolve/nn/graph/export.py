@@ -7,19 +7,21 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import PysolveError
 from pysolve.nn.hooks import acting_hooks
+from pysolve.nn.outputs import tensors_of
 from pysolve.nn.refusal import code_line, of_torch, output_of, sentence
 from pysolve.nn.running import Batch, arguments, evaluating, few_samples
 
@@ -92,10 +94,10 @@ def trace(model: nn.Module, batch: Batch, *, free_sizes: bool = True, fixed_size
     if free_sizes and all(t.ndim and len(t) == 1 for t in tensors):
         # torch.export takes a size of 1 for fixed.
         args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.repeat_interleave(2, 0), (args, kwargs))
-    with evaluating(model), _without_cache(model):
+    with evaluating(model):
         with _quiet(), torch.random.fork_rng(devices=()):
             output_of(model, batch)
-        with acting_hooks(model, batch):
+        with acting_hooks(model, batch), _exportable(model):
             program = _export(model, args, kwargs, free_sizes, fixed_sizes)
     signature = program.graph_signature
     given = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -176,11 +178,13 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Hugging Face decoders return a cache object, which torch.export cannot; they run without it here."""
-    config: Any = getattr(model, "config", None)
-    with ExitStack() as stack:
-        if getattr(config, "use_cache", False):
-            stack.callback(setattr, config, "use_cache", config.use_cache)
-            config.use_cache = False
+def _exportable(model: nn.Module) -> Iterator[None]:
+    """Outputs as a tuple of tensors, whatever holds them, and no checks of values in distributions."""
+    checked = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    handle = model.register_forward_hook(lambda _, given, output: tuple(tensors_of(output)))
+    try:
         yield
+    finally:
+        handle.remove()
+        Distribution.set_default_validate_args(checked)

@@ -9,14 +9,14 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.nn.apply import apply, masked
 from pysolve.nn.graph.classes import ROLES, Classes, Member
 from pysolve.nn.graph.export import Graph, trace
 from pysolve.nn.graph.labels import label_channels
+from pysolve.nn.outputs import tensors_of
 from pysolve.nn.refusal import code_line
 from pysolve.nn.running import Batch, evaluating, few_samples, find_matching, forward
 from pysolve.nn.state import copy_of
@@ -204,8 +204,8 @@ def _randomized(model: nn.Module, batch: Batch) -> nn.Module:
             module.reset_running_stats()
     try:
         with evaluating(network):
-            outputs = pytree.tree_leaves(forward(network, batch))
+            outputs = tensors_of(forward(network, batch))
     except Exception:
         return model
-    finite = all(bool(o.isfinite().all()) for o in outputs if isinstance(o, Tensor))
+    finite = all(bool(output.isfinite().all()) for output in outputs)
     return network if finite else model
