@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,15 +17,15 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import DataError, PysolveError
 from pysolve.methods.goal import Options
-from pysolve.nn.calibration import Calibration, calibrate, peek
+from pysolve.nn.calibration import Calibration, calibrate, of_other_sizes, peek
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.graph.branches import Layer, find_layers
-from pysolve.nn.graph.export import Graph, trace_once
+from pysolve.nn.graph.export import Graph, trace, trace_once
 from pysolve.nn.graph.sites import sites_in
 from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix
 from pysolve.nn.layers.masking import masks_of
 from pysolve.nn.layers.sparse import SparseWeight
-from pysolve.nn.running import Batch, as_array, find_matching
+from pysolve.nn.running import Batch, as_array, few_samples, find_matching
 from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
 from pysolve.plan import Site
 
@@ -180,6 +181,10 @@ def study(
         progress=options.progress,
     )
     clock.stage("gather")
+    if graph and any(of_other_sizes(graph, batch) for batch in calibration.kept):
+        graph, more_layers = _widened(model, first, graph)
+        layers |= more_layers
+        clock.stage("find")
     if why and weights:
         more = f"layers were fitted on the original's inputs, for the network cannot be exported: {why}"
         base = replace(base, notes=(*base.notes, more))
@@ -266,6 +271,14 @@ def _traced(
         sites_in(model, graph, few, ignore=ignore) if sites is True else given,
         "",
     )
+
+
+def _widened(model: nn.Module, first: Batch, graph: Graph) -> tuple[Graph, dict[str, Layer]]:
+    """A graph for batches of other sizes, too, and its layers; the graph as it is where none can be made."""
+    with suppress(PysolveError):
+        graph = trace(model, few_samples(first), every_size=True, fixed_sizes=False)
+        return graph, {layer.name: layer for layer in find_layers(graph, model).values()}
+    return graph, {}
 
 
 def _unseen(model: nn.Module, names: Iterable[str]) -> Iterator[Layer]:

@@ -171,6 +171,12 @@ def fits(graph: Graph, batch: Batch) -> bool:
     )
 
 
+def of_other_sizes(graph: Graph, batch: Batch) -> bool:
+    """Whether a batch has other sizes than the example that was traced, beside the number of samples."""
+    pairs = [(v, node.meta["val"]) for node, v in graph.bind(batch).items() if isinstance(v, Tensor)]
+    return any([*value.shape[1:]] != [*map(hint, traced.shape[1:])] for value, traced in pairs)
+
+
 def usable(graph: Graph, batches: list[Batch]) -> list[Batch]:
     """Batches that can walk through the graph: as they are, or whole ones of the size that its code fixes."""
     if all(fits(graph, batch) for batch in batches):
@@ -251,7 +257,7 @@ def calibrate(
     """
     limit = room_for(graph, free_memory() if memory is None else memory) if graph else samples_in(first)
     calibration = Calibration(limit)
-    stream = calibration.stream(_sound(model, batches, first, graph))
+    stream = calibration.stream(_sound(model, batches, first, graph, run=not layers))
     if not layers:
         for _ in stream:
             pass
@@ -262,12 +268,14 @@ def calibrate(
     return calibration, gather(model, stream, layers=layers, positions=shares, progress=progress)
 
 
-def _sound(model: nn.Module, batches: Iterable[Batch], first: Batch, graph: Graph | None) -> Iterator[Batch]:
-    """The batches, each looked at before anything is fitted to it."""
+def _sound(
+    model: nn.Module, batches: Iterable[Batch], first: Batch, graph: Graph | None, *, run: bool
+) -> Iterator[Batch]:
+    """The batches, each looked at before anything is fitted to it; odd ones run if nothing else runs them."""
     for index, batch in enumerate(batches):
         if graph is not None:
             _check_plain_values(index, batch, first)
-            if not fits(graph, batch):
+            if run and not fits(graph, batch):
                 with evaluating(model):
                     output_of(model, batch)
         _check_finite(model, index, batch)

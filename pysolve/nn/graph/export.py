@@ -6,7 +6,7 @@ import io
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +68,14 @@ class Graph:
         return dict(zip(self.inputs, leaves, strict=True))
 
 
-def trace(model: nn.Module, batch: Batch, *, free_sizes: bool = True, fixed_sizes: bool = True) -> Graph:
+def trace(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    free_sizes: bool = True,
+    every_size: bool = False,
+    fixed_sizes: bool = True,
+) -> Graph:
     """Export a network in evaluation mode.
 
     Parameters
@@ -77,7 +84,10 @@ def trace(model: nn.Module, batch: Batch, *, free_sizes: bool = True, fixed_size
     batch : one batch
         In the forms that ``gather`` takes.
     free_sizes : bool
-        Leave sizes free to change wherever the code does, so that other batches fit the graph.
+        Leave the number of samples free to change where the code does, so that other batches fit the graph.
+    every_size : bool
+        Leave all sizes free: of images that differ, of texts. Of deep networks that halve their images this
+        takes minutes, or fails.
     fixed_sizes : bool
         Where that is not tried or fails: make a graph for this batch alone, which takes a fraction of the
         time.
@@ -98,7 +108,8 @@ def trace(model: nn.Module, batch: Batch, *, free_sizes: bool = True, fixed_size
         with _quiet(), torch.random.fork_rng(devices=()):
             output_of(model, batch)
         with acting_hooks(model, batch), _exportable(model):
-            program = _export(model, args, kwargs, free_sizes, fixed_sizes)
+            free = [None if every_size else 1] * free_sizes + [0] * fixed_sizes
+            program = _export(model, args, kwargs, free)
     signature = program.graph_signature
     given = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names = {key: _first_name(model, name) for key, name in given.items()}
@@ -144,16 +155,17 @@ def _first_name(model: nn.Module, name: str) -> str:
     return next(f"{first}.{leaf}" for first, one in model.named_modules() if one is layer).removeprefix(".")
 
 
-def _export(model: nn.Module, args: Any, kwargs: Any, free_sizes: bool, fixed_sizes: bool) -> ExportedProgram:
-    def free(value: Any) -> Any:
-        return dict.fromkeys(range(value.ndim), Dim.AUTO) if isinstance(value, Tensor) else None
-
-    dynamic = pytree.tree_map(free, args or kwargs)
+def _export(model: nn.Module, args: Any, kwargs: Any, free: Sequence[int | None]) -> ExportedProgram:
+    """The first export that succeeds with so many leading dimensions free; None: all."""
     problem: Exception | None = None
-    for attempt in [dynamic] * free_sizes + [None] * fixed_sizes:
+    for dims in free:
+        # torch.export marks the tensors that it is given, and takes them for free ever after.
+        fresh = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
         try:
             with _quiet():
-                return torch.export.export(model, args, kwargs, dynamic_shapes=attempt, strict=False)
+                return torch.export.export(
+                    model, *fresh, dynamic_shapes=_dynamic(args or kwargs, dims), strict=False
+                )
         # torch.export lets through whatever the network's code raises.
         except Exception as error:
             problem = error
@@ -162,6 +174,15 @@ def _export(model: nn.Module, args: Any, kwargs: Any, free_sizes: bool, fixed_si
         f"{type(model).__name__} cannot be traced{code_line(problem)}: {sentence(problem)}. Take out what "
         "depends on values or leaves torch, or give a list of Site, written by hand, instead."
     ) from problem
+
+
+def _dynamic(given: Any, dims: int | None) -> Any:
+    """The leading dimensions of every tensor to leave free, as torch.export wants them."""
+
+    def free(value: Any) -> dict[int, Any] | None:
+        return dict.fromkeys(range(value.ndim)[:dims], Dim.AUTO) if isinstance(value, Tensor) else None
+
+    return pytree.tree_map(free, given) if dims != 0 else None
 
 
 @contextmanager
