@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import DataError, PysolveError
 from pysolve.methods.goal import Options
-from pysolve.nn.calibration import Calibration, calibrate, of_other_sizes, peek
+from pysolve.nn.calibration import Calibration, calibrate, laid_out, of_other_sizes, peek
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.graph.branches import Layer, find_layers
 from pysolve.nn.graph.export import Graph, trace, trace_once
@@ -157,7 +157,7 @@ def study(
     if batches is None:
         return base
     clock = Clock()
-    first, batches = peek(batches)
+    first, batches = laid_out(model, *peek(batches))
     if not trace:
         return replace(base, calibration=Calibration(0, [first], [first]))
     graph, nodes, found, why = _traced(model, first, sites, options.ignore)

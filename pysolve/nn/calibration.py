@@ -22,7 +22,18 @@ from pysolve.nn.graph.export import Graph
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.outputs import main_output
 from pysolve.nn.refusal import by_name, in_words, output_of
-from pysolve.nn.running import NO_BATCHES, Batch, arguments, check_batches, evaluating
+from pysolve.nn.running import (
+    NO_BATCHES,
+    Batch,
+    Inputs,
+    arguments,
+    batched,
+    evaluating,
+    few_samples,
+    forward,
+    sample_leaves,
+    with_leaves,
+)
 from pysolve.nn.walk import last_uses
 
 # One sample of so many is held out, up to so many to choose sizes by and so many for the report.
@@ -91,7 +102,9 @@ class Calibration:
 
 def samples_in(batch: Batch) -> int:
     """How many samples a batch holds: the common first dimension of its tensors."""
-    sizes = {len(leaf) for leaf in pytree.tree_leaves(arguments(batch)) if _has_samples(leaf)}
+    if isinstance(batch, Inputs) and not sample_leaves(batch):
+        return 1
+    sizes = {len(leaf) for leaf in sample_leaves(batch).values()}
     if len(sizes) != 1:
         raise DataError(
             f"the tensors of a batch must share their first dimension, the samples; got {sorted(sizes)}."
@@ -101,10 +114,7 @@ def samples_in(batch: Batch) -> int:
 
 def take(batch: Batch, start: int, stop: int) -> Any:
     """Samples start … stop − 1 of a batch, in the same form; views."""
-    args, kwargs = pytree.tree_map(
-        lambda leaf: leaf[start:stop] if _has_samples(leaf) else leaf, arguments(batch)
-    )
-    return kwargs if kwargs else args[0]
+    return with_leaves(batch, {i: leaf[start:stop] for i, leaf in sample_leaves(batch).items()})
 
 
 def first_samples(batches: list[Batch], count: int) -> list[Batch]:
@@ -131,30 +141,67 @@ def joined(batches: list[Batch]) -> list[Batch]:
     """One batch instead of several, if all have the same form and sample shapes; otherwise as they are."""
     flat = [pytree.tree_flatten(arguments(batch)) for batch in batches]
     columns = [*zip(*(leaves for leaves, _ in flat), strict=False)]
-    if not flat or any(form != flat[0][1] for _, form in flat) or not all(map(_alike, columns)):
+    divided = sample_leaves(batches[0]) if batches else {}
+    alike = (_alike(column, i in divided) for i, column in enumerate(columns))
+    if not divided or any(form != flat[0][1] for _, form in flat) or not all(alike):
         return batches
-    leaves = [torch.cat(column) if _has_samples(column[0]) else column[0] for column in columns]
-    args, kwargs = pytree.tree_unflatten(leaves, flat[0][1])
-    return [kwargs if kwargs else args[0]]
+    return [with_leaves(batches[0], {i: torch.cat(columns[i]) for i in divided})]
 
 
-def _alike(values: tuple[Any, ...]) -> bool:
+def _alike(values: tuple[Any, ...], divided: bool) -> bool:
     """Whether values of several batches can become one."""
     first = values[0]
-    if not _has_samples(first):
-        return all(not _has_samples(value) and bool(value == first) for value in values)
-    kinds = {(v.shape[1:], v.dtype, v.device) if _has_samples(v) else None for v in values}
-    return len(kinds) == 1
+    if divided:
+        return len({(v.shape[1:], v.dtype, v.device) if _has_samples(v) else None for v in values}) == 1
+    if isinstance(first, Tensor):
+        return all(isinstance(value, Tensor) and torch.equal(value, first) for value in values)
+    return all(not isinstance(value, Tensor) and bool(value == first) for value in values)
 
 
 def _has_samples(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
 
+def laid_out(model: nn.Module, first: Batch, batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
+    """Batches that know which of their tensors hold samples, where these are not simply all.
+
+    Of tensors with different first dimensions, or in lists, those with as many entries as the outputs are
+    taken for the samples, the others for the same in all, if the network then gives the first samples alone
+    what it gives them among all. Otherwise a batch is one sample: a graph, or a list of images.
+    """
+    args, kwargs = arguments(first)
+    leaves = sample_leaves(first)
+    every = range(len(pytree.tree_leaves((args, kwargs))))
+    if args or (len(every) == len(kwargs) and len({len(leaf) for leaf in leaves.values()}) == 1):
+        return first, batches
+    with evaluating(model):
+        whole = main_output(output_of(model, first))
+        count = len(whole) if whole.ndim else 0
+        shared = {i for i in every if i not in leaves or len(leaves[i]) != count}
+        if not _divides(model, Inputs(kwargs, shared), whole):
+            shared = {*every}
+    return Inputs(kwargs, shared), (Inputs(arguments(batch)[1], shared) for batch in batches)
+
+
+def _divides(model: nn.Module, batch: Inputs, whole: Tensor) -> bool:
+    """Whether the network gives a few samples alone what it gives them among all."""
+    few = few_samples(batch)
+    if few is batch:
+        return False
+    try:
+        alone = main_output(forward(model, few))
+    # Whatever the network's code raises.
+    except Exception:
+        return False
+    return alone.shape == whole[: len(alone)].shape and torch.allclose(
+        alone.double(), whole[: len(alone)].double(), rtol=1e-3, atol=1e-5
+    )
+
+
 def traced_samples(graph: Graph) -> int:
     """How many samples the batch had that the graph was traced with."""
-    shapes = [node.meta["val"].shape for node in graph.inputs if isinstance(node.meta.get("val"), Tensor)]
-    return next((hint(shape[0]) for shape in shapes if len(shape)), 1)
+    values = [node.meta.get("val") for i, node in enumerate(graph.inputs) if i not in graph.shared]
+    return next((hint(v.shape[0]) for v in values if isinstance(v, Tensor) and v.ndim), 1)
 
 
 def fits(graph: Graph, batch: Batch) -> bool:
@@ -337,7 +384,7 @@ def _samples_with(found: Tensor, shown: int = 5) -> str:
 
 def peek(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
     """The first batch, and all of them."""
-    check_batches(batches)
+    batches = batched(batches)
     iterator = iter(batches)
     for first in iterator:
         # An iterator is used up by looking at it; a loader begins again.

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pysolve.correlations import Array
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.evaluate import macs, nbytes, parameters
-from pysolve.nn.running import arguments, device_of, evaluating, find_layer, forward
+from pysolve.nn.running import Inputs, device_of, evaluating, find_layer, forward, sample_leaves
 from pysolve.nn.slicing import (
     CONVOLUTIONS,
     ROLES,
@@ -174,8 +174,9 @@ def _macs(model: nn.Module, layers: Sequence[nn.Module], example: Any) -> dict[n
 
 
 def _samples(example: Any) -> int:
-    args, kwargs = arguments(example)
-    sizes = [len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim]
-    if not sizes or not sizes[0]:
+    leaves = [*sample_leaves(example).values()]
+    if isinstance(example, Inputs) and not leaves:
+        return 1
+    if not leaves or not len(leaves[0]):
         raise DataError("the example must begin with a tensor of at least one sample.")
-    return sizes[0]
+    return len(leaves[0])

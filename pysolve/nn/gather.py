@@ -82,7 +82,7 @@ def gather(
     DataError
         When there are no samples, or inputs or outputs are NaN or infinite.
     """
-    running.check_batches(batches)
+    batches = running.batched(batches)
     for share in positions.values() if isinstance(positions, Mapping) else (positions,):
         if not 0 < share <= 1:
             raise ValueError(f"positions must be a share in (0, 1], got {share}.")

@@ -13,12 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from torch.utils.hooks import RemovableHandle
 
 from pysolve.correlations import AnyArray
 from pysolve.errors import DataError, LayerNotFoundError
 from pysolve.nn.state import keeping_state
 
+# How many samples of a Dataset make a batch.
+DATASET_BATCH = 64
 # A batch of a user's loader, and a network's output: tensors, tuples and lists, or mappings.
 Batch = Any
 Output = Any
@@ -157,14 +160,41 @@ def _remedy(batch: object) -> str:
     return ""
 
 
+class Inputs(dict[str, Any]):
+    """Keyword arguments of a network of which some tensors are the same for all samples.
+
+    ``shared`` are the numbers of these among all leaves, in order; where they are all of them, the batch is
+    one sample that cannot be divided, such as a graph.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any], shared: Iterable[int]) -> None:
+        super().__init__(arguments)
+        self.shared = frozenset(shared)
+
+
+def sample_leaves(batch: Batch) -> dict[int, Tensor]:
+    """The tensors of a batch whose first dimension is the samples, by their number among all leaves."""
+    shared = batch.shared if isinstance(batch, Inputs) else ()
+    leaves = enumerate(pytree.tree_leaves(arguments(batch)))
+    return {i: leaf for i, leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0 and i not in shared}
+
+
+def with_leaves(batch: Batch, new: Mapping[int, Tensor]) -> Batch:
+    """A batch in the same form with other tensors in some places; never with labels."""
+    leaves, form = pytree.tree_flatten(arguments(batch))
+    args, kwargs = pytree.tree_unflatten([new.get(i, leaf) for i, leaf in enumerate(leaves)], form)
+    if isinstance(batch, Inputs):
+        return Inputs(kwargs, batch.shared)
+    return kwargs if kwargs else args[0]
+
+
 def few_samples(batch: Batch, count: int = 2) -> Batch:
     """The first samples of a batch, or the batch itself where its tensors do not share a longer dimension."""
-    tensors = [leaf for leaf in pytree.tree_leaves(arguments(batch)) if isinstance(leaf, Tensor)]
-    lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
+    leaves = sample_leaves(batch)
+    lengths = {len(leaf) for leaf in leaves.values()}
     if len(lengths) != 1 or lengths.pop() <= count:
         return batch
-    args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf[:count], arguments(batch))
-    return kwargs if kwargs else args
+    return with_leaves(batch, {i: leaf[:count] for i, leaf in leaves.items()})
 
 
 def check_batches(batches: object) -> None:
@@ -172,6 +202,25 @@ def check_batches(batches: object) -> None:
     if isinstance(batches, Tensor | Mapping):
         kind = type(batches).__name__
         raise TypeError(f"batches must be an iterable of batches, got one {kind}: wrap it in a list.")
+
+
+def batched(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """Batches of a Dataset's single samples; other iterables of batches as they are."""
+    check_batches(batches)
+    given: Any = batches
+    if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
+        return DataLoader(given, DATASET_BATCH, collate_fn=_collated)
+    return batches
+
+
+def _collated(samples: list[Any]) -> Any:
+    try:
+        return default_collate(samples)
+    except (RuntimeError, TypeError) as error:
+        what = next(iter(str(error).splitlines()), repr(error)).rstrip(".")
+        raise DataError(
+            f"samples of the Dataset make no batch: {what}. Give a DataLoader with a collate_fn of your own."
+        ) from error
 
 
 def _check_devices(model: nn.Module, inputs: list[Tensor], device: Device) -> None:

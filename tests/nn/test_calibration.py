@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import Net, network
 from torch import nn
+from torch.utils.data import Dataset, TensorDataset
 
 from pysolve.errors import DataError
 from pysolve.nn.calibration import (
@@ -18,6 +19,8 @@ from pysolve.nn.calibration import (
     fits,
     free_memory,
     joined,
+    laid_out,
+    peek,
     regrouped,
     room_for,
     samples_in,
@@ -25,6 +28,7 @@ from pysolve.nn.calibration import (
     traced_samples,
 )
 from pysolve.nn.graph.export import trace
+from pysolve.nn.running import DATASET_BATCH
 
 FORMS = {
     "tensor": lambda x: x,
@@ -210,6 +214,102 @@ def calibrated(model, batches, traced=True):
 
 
 X, LATER = torch.ones(4, 3), torch.full((4, 3), 2.0)
+
+
+class Graphs(nn.Module):
+    """Mixes nodes along edges, or all of them by one matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x, edges=None, mixing=None):
+        h = self.a(x).relu()
+        return self.b(h + h[edges[0]].sum(0) if mixing is None else (mixing @ h).mean(1))
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 2)
+
+    def forward(self, images):
+        return torch.stack([self.a(image).mean(0) for image in images])
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+
+    def forward(self, batch):
+        return self.a(batch["x"]) * batch["w"]
+
+
+def laid(model, *batches):
+    first, rest = laid_out(model, batches[0], iter(batches))
+    rest = [*rest]
+    assert samples_in(first) == samples_in(rest[0])
+    return rest
+
+
+def test_inputs_that_all_samples_share_are_told_by_the_outputs():
+    mixing = torch.rand(6, 6)
+    one, other = laid(Graphs(), *({"x": torch.rand(n, 6, 3), "mixing": mixing} for n in (8, 4)))
+    assert (samples_in(one), samples_in(other)) == (8, 4)
+    assert take(one, 2, 5)["x"].shape == (3, 6, 3)
+    assert take(one, 2, 5)["mixing"] is mixing
+    (whole,) = joined([one, other])
+    assert samples_in(whole) == 12
+    assert whole["mixing"] is mixing
+    changed = laid(Graphs(), one, {"x": torch.rand(4, 6, 3), "mixing": torch.rand(6, 6)})
+    assert joined(changed) is changed
+
+
+@pytest.mark.parametrize(
+    ("make", "batch"),
+    [
+        (Graphs, {"x": torch.rand(9, 3), "edges": torch.randint(0, 9, (2, 7))}),
+        (Listed, {"images": [torch.rand(6, 4) for _ in range(3)]}),
+        (Listed, {"images": [torch.rand(n, 4) for n in (6, 3, 8)]}),
+    ],
+)
+def test_what_cannot_be_divided_is_one_sample(make, batch):
+    batches = laid(make(), *[batch] * 16)
+    assert samples_in(batches[0]) == 1
+    assert take(batches[0], 0, 1) == batches[0]
+    assert joined(batches) is batches
+    calibration = Calibration(limit=100)
+    assert len([*calibration.stream(batches)]) == 14
+    assert (calibration.seen, calibration.out) == (14, 2)
+
+
+def test_a_mapping_as_the_only_argument_is_divided():
+    (batch,) = laid(Nested(), {"batch": {"x": torch.rand(8, 3), "w": torch.rand(8, 1)}})
+    assert samples_in(batch) == 8
+    assert take(batch, 1, 4)["batch"]["w"].shape == (3, 1)
+
+
+def test_batches_whose_tensors_agree_are_not_run():
+    batches = [{"x": torch.rand(4, 3)}]
+    assert laid_out(nn.Identity(), batches[0], batches) == (batches[0], batches)
+
+
+def test_samples_of_a_dataset_become_batches():
+    x = torch.arange(300.0).reshape(100, 3)
+    first, batches = peek(TensorDataset(x, torch.zeros(100)))
+    assert samples_in(first) == DATASET_BATCH
+    assert torch.equal(torch.cat([batch[0] for batch in batches]), x)
+    with pytest.raises(DataError, match=r"samples of the Dataset make no batch.*collate_fn"):
+        peek(Uneven())
+
+
+class Uneven(Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return torch.zeros(i + 1)
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from pysolve.errors import PysolveError
 from pysolve.nn.hooks import acting_hooks
 from pysolve.nn.outputs import tensors_of
 from pysolve.nn.refusal import code_line, of_torch, output_of, sentence
-from pysolve.nn.running import Batch, arguments, evaluating, few_samples
+from pysolve.nn.running import Batch, Inputs, arguments, evaluating, few_samples
 
 # A frame of a stack trace: file, line, and its code where that is known.
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*(?:\n(?!\s*File ")(.*))?')
@@ -44,18 +44,21 @@ class Graph:
         What the placeholders hold that are neither parameters nor inputs.
     inputs : tuple of Node
         The placeholders of the user's inputs, in order.
+    shared : set of int
+        Which of them hold no samples, but the same for all.
     """
 
     module: GraphModule
     parameters: Mapping[Node, str]
     constants: Mapping[Node, Any]
     inputs: tuple[Node, ...]
+    shared: frozenset[int]
     _keys: tuple[str, ...]
 
     @property
     def takes_any_batch(self) -> bool:
         """Whether the number of samples is free."""
-        values = [node.meta.get("val") for node in self.inputs]
+        values = [node.meta.get("val") for i, node in enumerate(self.inputs) if i not in self.shared]
         sizes: list[object] = [v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim]
         return all(isinstance(n, torch.SymInt) and n.node.maybe_as_int() is None for n in sizes)
 
@@ -120,6 +123,7 @@ def trace(
         parameters={placeholders[key]: name for key, name in names.items()},
         constants={placeholders[key]: program.constants[name] for key, name in constants.items()},
         inputs=tuple(node for key, node in placeholders.items() if key not in {*names, *constants}),
+        shared=batch.shared if isinstance(batch, Inputs) else frozenset(),
         _keys=tuple(kwargs),
     )
 
