@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from pysolve.errors import DataError
 from pysolve.nn.outputs import logits_of, main_output
-from pysolve.nn.running import Batch, Output, arguments, evaluating, forward
+from pysolve.nn.running import Batch, Output, arguments, evaluating, forward, same_draws
 
 # From the original's output and another one to the mean divergence per sample.
 Divergence = Callable[[Output, Output], Tensor]
@@ -54,10 +54,13 @@ def class_dim(output: Tensor) -> int:
 def run(
     model: nn.Module, batches: Sequence[Batch], values: Mapping[str, Tensor] | None = None
 ) -> Iterator[Output]:
-    """Outputs batch by batch, with the parameters and buffers in ``values`` replaced."""
+    """Outputs batch by batch, with the parameters and buffers in ``values`` replaced.
+
+    Networks that draw random numbers draw the same for the same batch.
+    """
     for batch in batches:
         # Inside the loop: a generator that is abandoned must not leave gradients switched off.
-        with evaluating(model):
+        with evaluating(model), same_draws(model):
             if values is None:
                 output = forward(model, batch)
             else:

@@ -112,6 +112,15 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def same_draws(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Random numbers inside that start from one state every time; the state outside is restored."""
+    home = device_of(model)
+    with torch.random.fork_rng(devices=[home] if home.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def forward(model: nn.Module, batch: Batch, device: Device = None) -> Output:
     """The network's output for one batch, which is copied so that in-place layers cannot change it.
 

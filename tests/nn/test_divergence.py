@@ -149,3 +149,11 @@ def test_whoever_stops_listening_keeps_gradients_and_modes():
     next(outputs)
     assert torch.is_grad_enabled()
     assert model.training
+
+
+def test_random_networks_draw_the_same_for_the_same_batch_and_the_state_outside_stays():
+    model, batch = network("noisy")
+    state = torch.get_rng_state()
+    (first,), (second,) = run(model, [batch]), run(model, [batch], {})
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)

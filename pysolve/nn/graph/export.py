@@ -23,7 +23,7 @@ from pysolve.errors import PysolveError
 from pysolve.nn.hooks import acting_hooks
 from pysolve.nn.outputs import tensors_of
 from pysolve.nn.refusal import code_line, of_torch, output_of, sentence
-from pysolve.nn.running import Batch, Inputs, arguments, evaluating, few_samples
+from pysolve.nn.running import Batch, Inputs, arguments, evaluating, few_samples, same_draws
 
 # A frame of a stack trace: file, line, and its code where that is known.
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*(?:\n(?!\s*File ")(.*))?')
@@ -108,7 +108,7 @@ def trace(
         # torch.export takes a size of 1 for fixed.
         args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.repeat_interleave(2, 0), (args, kwargs))
     with evaluating(model):
-        with _quiet(), torch.random.fork_rng(devices=()):
+        with _quiet(), same_draws(model):
             output_of(model, batch)
         with acting_hooks(model, batch), _exportable(model):
             free = [None if every_size else 1] * free_sizes + [0] * fixed_sizes

@@ -138,10 +138,9 @@ def _proven(model: nn.Module, sites: Sequence[Site], batch: Batch) -> list[Site]
         steps = {i: _half(site, rng) for i, site in enumerate(proven) if site.pinned is None}
         if not steps or _problem(network, [*steps.values()], batch) is None:
             continue
-        if mismatch(copy_of(model), copy_of(model), batch):
-            problems = dict.fromkeys(steps, "the network's outputs are random, so nothing can be tried out")
-        else:
-            problems = _faults(network, steps, {}, batch)[1]
+        problems = _faults(network, steps, {}, batch)[1]
+        if problems and mismatch(copy_of(model), copy_of(model), batch, seeds=(0, 1)):
+            problems = dict.fromkeys(problems, "the network's outputs are random, and others without these")
         for i, problem in problems.items():
             proven[i] = replace(proven[i], pinned=problem)
     return proven
