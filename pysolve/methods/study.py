@@ -25,7 +25,8 @@ from pysolve.nn.graph.sites import sites_in
 from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix
 from pysolve.nn.layers.masking import masks_of
 from pysolve.nn.layers.sparse import SparseWeight
-from pysolve.nn.running import Batch, as_array, few_samples, find_matching
+from pysolve.nn.refusal import output_of
+from pysolve.nn.running import Batch, as_array, evaluating, few_samples, find_matching
 from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
 from pysolve.plan import Site
 
@@ -141,7 +142,7 @@ def study(
     gather : bool
         Whether correlations of the weights' layers are needed beforehand, beside those of sites' readers.
     trace : bool
-        Without, the network does not run, and the first batch is there to measure on.
+        Without, the first batch is there to measure on, and nothing is fitted.
     left : sequence of Skipped
     notes : sequence of str
 
@@ -159,6 +160,8 @@ def study(
     clock = Clock()
     first, batches = laid_out(model, *peek(batches))
     if not trace:
+        with evaluating(model):
+            output_of(model, first)
         return replace(base, calibration=Calibration(0, [first], [first]))
     graph, nodes, found, why = _traced(model, first, sites, options.ignore)
     seen = {layer.name: layer for layer in nodes.values()}

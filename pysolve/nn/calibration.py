@@ -18,7 +18,7 @@ from pysolve.correlations import Correlations
 from pysolve.errors import DataError
 from pysolve.nn.gather import gather
 from pysolve.nn.graph.branches import Layer
-from pysolve.nn.graph.export import Graph
+from pysolve.nn.graph.export import Graph, admits
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.outputs import main_output
 from pysolve.nn.refusal import by_name, in_words, output_of
@@ -206,13 +206,8 @@ def traced_samples(graph: Graph) -> int:
 
 def fits(graph: Graph, batch: Batch) -> bool:
     """Whether a batch has the sizes that the network's code has fixed in its graph."""
-
-    def agree(size: Any, traced: Any) -> bool:
-        fixed = traced.node.maybe_as_int() if isinstance(traced, torch.SymInt) else traced
-        return fixed is None or size == fixed
-
     return all(
-        value.ndim == len(node.meta["val"].shape) and all(map(agree, value.shape, node.meta["val"].shape))
+        value.ndim == len(node.meta["val"].shape) and all(map(admits, node.meta["val"].shape, value.shape))
         for node, value in graph.bind(batch).items()
         if isinstance(value, Tensor)
     )

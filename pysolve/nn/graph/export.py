@@ -25,6 +25,8 @@ from pysolve.nn.outputs import tensors_of
 from pysolve.nn.refusal import code_line, of_torch, output_of, sentence
 from pysolve.nn.running import Batch, Inputs, arguments, evaluating, few_samples, same_draws
 
+# More samples than any batch has.
+_MANY = 2**40
 # A frame of a stack trace: file, line, and its code where that is known.
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*(?:\n(?!\s*File ")(.*))?')
 
@@ -59,8 +61,8 @@ class Graph:
     def takes_any_batch(self) -> bool:
         """Whether the number of samples is free."""
         values = [node.meta.get("val") for i, node in enumerate(self.inputs) if i not in self.shared]
-        sizes: list[object] = [v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim]
-        return all(isinstance(n, torch.SymInt) and n.node.maybe_as_int() is None for n in sizes)
+        sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim]
+        return all(admits(size, count) for size in sizes for count in (2, _MANY))
 
     def bind(self, batch: Batch) -> dict[Node, Any]:
         """Values of the input placeholders for one batch."""
@@ -69,6 +71,21 @@ class Graph:
             raise PysolveError(f"a batch has {sorted(kwargs)}, but the first one had {sorted(self._keys)}.")
         leaves = pytree.tree_leaves((args, {key: kwargs[key] for key in self._keys}))
         return dict(zip(self.inputs, leaves, strict=True))
+
+
+def admits(size: Any, count: int) -> bool:
+    """Whether a graph stands for ``count`` in the place of a size of its example.
+
+    Where the code compares a size, as in  ``if x.shape[0] > 10``,  the graph holds one of the branches.
+    """
+    if not isinstance(size, torch.SymInt):
+        return bool(size == count)
+    fixed = size.node.maybe_as_int()
+    bounds = size.node.shape_env.var_to_range.get(size.node.expr)
+    if fixed is not None or bounds is None:
+        return fixed is None or fixed == count
+    # torch.export takes sizes of 0 and 1 for special everywhere, whatever the code does.
+    return bool(bounds.upper >= count and (bounds.lower <= 2 or bounds.lower <= count))
 
 
 def trace(

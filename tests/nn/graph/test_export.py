@@ -66,3 +66,16 @@ def test_a_batch_size_in_the_code_is_traced_as_it_is():
     graph, few = trace_once(model, torch.zeros(5, 4))
     assert samples_in(few) == 5
     assert not graph.takes_any_batch
+
+
+def test_a_size_that_the_code_compares_holds_for_its_branch_alone():
+    def run(net, x):
+        return net.fc(-x if x.shape[0] > 10 else x)
+
+    model, x = Net(run, fc=nn.Linear(4, 2)), torch.randn(128, 4)
+    graph, few = trace_once(model, x)
+    assert samples_in(few) == 128
+    assert [n for n in (1, 2, 10, 11, 12, 9999) if fits(graph, x[:1].expand(n, 4))] == [11, 12, 9999]
+    few_only = trace(model, x[:2])
+    assert not few_only.takes_any_batch
+    assert [n for n in (1, 2, 10, 11) if fits(few_only, x[:n])] == [1, 2, 10]
