@@ -365,8 +365,8 @@ def _check_finite(model: nn.Module, index: int, batch: Batch) -> None:
     if bool((output.isnan() | output.isposinf() if masks else ~output.isfinite()).any()):
         places = "; ".join(f"{name} in {_samples_with(~value.isfinite())}" for name, value in bad.items())
         raise DataError(
-            f"batch {index} holds NaN or infinity, and the network's outputs for it do, too: {places}. Leave "
-            "these samples out, or mend how they are read and scaled."
+            f"samples of batch {index} hold NaN or infinity, and so do the network's outputs: {places}. "
+            "Leave these samples out, or mend how they are read and scaled."
         )
 
 

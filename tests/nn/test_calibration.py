@@ -343,7 +343,7 @@ def test_nan_in_any_sample_is_named_whether_it_is_held_out_or_not(at, value):
     x[[at, at + 1], 1] = value
     for traced in (True, False):
         with pytest.raises(
-            DataError, match=rf"batch 1 holds NaN or infinity.*input in samples {at}, {at + 1}\."
+            DataError, match=rf"samples of batch 1 hold NaN or infinity.*input in samples {at}, {at + 1}\."
         ):
             calibrated(nn.Linear(3, 2), [torch.ones(32, 3), x], traced=traced)
 
