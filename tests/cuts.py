@@ -106,7 +106,7 @@ SITES = {
     "autocast": ["6: a → b", "2: b → ! output"],
     "dead_end": ["5: unread → ! nothing reads these channels", "6: a → b", "2: b → ! output"],
     "in_place": ["6: a b → b c", "2: c → ! output"],
-    "noisy": ["6: a → b ! outputs are random", "3: b → c ! outputs are random", "2: c → ! output"],
+    "noisy": ["6: a → b", "3: b → c ! outputs are random", "2: c → ! output"],
     "softmax_between": ["1: 0 → 2 ! softmax mixes these channels", "2: 2 → ! output"],
 }
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -14,17 +15,26 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from pysolve.correlations import Array, Correlations
-from pysolve.errors import PysolveError
+from pysolve.errors import DataError, PysolveError
 from pysolve.methods.goal import Options
-from pysolve.nn.calibration import Calibration, calibrate, peek
+from pysolve.nn.calibration import Calibration, calibrate, laid_out, of_other_sizes, peek
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.graph.branches import Layer, find_layers
-from pysolve.nn.graph.export import Graph, depends_on_values, trace_once
+from pysolve.nn.graph.export import Graph, depends_on_values, trace, trace_once
 from pysolve.nn.graph.sites import sites_in
 from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix
 from pysolve.nn.layers.masking import masks_of, permanent_by
 from pysolve.nn.layers.sparse import SparseWeight
-from pysolve.nn.running import Batch, Ignored, as_array, check_type, find_matching
+from pysolve.nn.refusal import output_of
+from pysolve.nn.running import (
+    Batch,
+    Ignored,
+    as_array,
+    check_type,
+    evaluating,
+    few_samples,
+    find_matching,
+)
 from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
 from pysolve.plan import Site
 
@@ -140,12 +150,14 @@ def study(
     gather : bool
         Whether correlations of the weights' layers are needed beforehand, beside those of sites' readers.
     trace : bool
-        Without, the network does not run, and the first batch is there to measure on.
+        Without, the first batch is there to measure on, and nothing is fitted.
     left : sequence of Skipped
     notes : sequence of str
 
     Raises
     ------
+    DataError
+        The network refuses a batch, or batches hold NaN, or other plain values than the first.
     PysolveError
         Sites are looked for in a network that cannot be traced.
     """
@@ -154,8 +166,10 @@ def study(
     if batches is None:
         return base
     clock = Clock()
-    first, batches = peek(batches)
+    first, batches = laid_out(model, *peek(batches))
     if not trace:
+        with evaluating(model):
+            output_of(model, first)
         return replace(base, calibration=Calibration(0, [first], [first]))
     check_type(model, first)
     graph, nodes, found, why = _traced(model, first, sites, options.ignore)
@@ -183,6 +197,10 @@ def study(
     if unseen:
         base = replace(base, notes=(*base.notes, no_samples(unseen)))
         found = [_reached(site, correlations) for site in found]
+    if graph and any(of_other_sizes(graph, batch) for batch in calibration.kept):
+        graph, more_layers = _widened(model, first, graph)
+        layers |= more_layers
+        clock.stage("find")
     if why and weights:
         more = f"layers were fitted on the original's inputs, for the network cannot be exported: {why}"
         base = replace(base, notes=(*base.notes, more))
@@ -273,6 +291,8 @@ def _traced(
     given = () if isinstance(sites, bool) else tuple(sites)
     try:
         graph, few = trace_once(model, first)
+    except DataError:
+        raise
     except PysolveError as error:
         if sites is True:
             raise
@@ -283,6 +303,14 @@ def _traced(
         sites_in(model, graph, few, ignore=ignore) if sites is True else given,
         "",
     )
+
+
+def _widened(model: nn.Module, first: Batch, graph: Graph) -> tuple[Graph, dict[str, Layer]]:
+    """A graph for batches of other sizes, too, and its layers; the graph as it is where none can be made."""
+    with suppress(PysolveError):
+        graph = trace(model, few_samples(first), every_size=True, fixed_sizes=False)
+        return graph, {layer.name: layer for layer in find_layers(graph, model).values()}
+    return graph, {}
 
 
 def _unseen(model: nn.Module, names: Iterable[str]) -> Iterator[Layer]:

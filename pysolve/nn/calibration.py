@@ -8,6 +8,7 @@ from itertools import chain
 from operator import length_hint
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
@@ -17,9 +18,22 @@ from pysolve.correlations import Correlations
 from pysolve.errors import DataError
 from pysolve.nn.gather import gather_reached
 from pysolve.nn.graph.branches import Layer
-from pysolve.nn.graph.export import Graph
+from pysolve.nn.graph.export import Graph, admits
 from pysolve.nn.layer_matrix import channels, taps
-from pysolve.nn.running import NO_BATCHES, Batch, arguments, check_batches
+from pysolve.nn.outputs import main_output
+from pysolve.nn.refusal import by_name, in_words, output_of
+from pysolve.nn.running import (
+    NO_BATCHES,
+    Batch,
+    Inputs,
+    arguments,
+    batched,
+    evaluating,
+    few_samples,
+    forward,
+    sample_leaves,
+    with_leaves,
+)
 from pysolve.nn.walk import last_uses
 
 # One sample of so many is held out, up to so many to choose sizes by and so many for the report.
@@ -88,7 +102,9 @@ class Calibration:
 
 def samples_in(batch: Batch) -> int:
     """How many samples a batch holds: the common first dimension of its tensors."""
-    sizes = {len(leaf) for leaf in pytree.tree_leaves(arguments(batch)) if _has_samples(leaf)}
+    if isinstance(batch, Inputs) and not sample_leaves(batch):
+        return 1
+    sizes = {len(leaf) for leaf in sample_leaves(batch).values()}
     if len(sizes) != 1:
         raise DataError(
             f"the tensors of a batch must share their first dimension, the samples; got {sorted(sizes)}."
@@ -98,10 +114,7 @@ def samples_in(batch: Batch) -> int:
 
 def take(batch: Batch, start: int, stop: int) -> Any:
     """Samples start … stop − 1 of a batch, in the same form; views."""
-    args, kwargs = pytree.tree_map(
-        lambda leaf: leaf[start:stop] if _has_samples(leaf) else leaf, arguments(batch)
-    )
-    return kwargs if kwargs else args[0]
+    return with_leaves(batch, {i: leaf[start:stop] for i, leaf in sample_leaves(batch).items()})
 
 
 def first_samples(batches: list[Batch], count: int) -> list[Batch]:
@@ -128,44 +141,82 @@ def joined(batches: list[Batch]) -> list[Batch]:
     """One batch instead of several, if all have the same form and sample shapes; otherwise as they are."""
     flat = [pytree.tree_flatten(arguments(batch)) for batch in batches]
     columns = [*zip(*(leaves for leaves, _ in flat), strict=False)]
-    if not flat or any(form != flat[0][1] for _, form in flat) or not all(map(_alike, columns)):
+    divided = sample_leaves(batches[0]) if batches else {}
+    alike = (_alike(column, i in divided) for i, column in enumerate(columns))
+    if not divided or any(form != flat[0][1] for _, form in flat) or not all(alike):
         return batches
-    leaves = [torch.cat(column) if _has_samples(column[0]) else column[0] for column in columns]
-    args, kwargs = pytree.tree_unflatten(leaves, flat[0][1])
-    return [kwargs if kwargs else args[0]]
+    return [with_leaves(batches[0], {i: torch.cat(columns[i]) for i in divided})]
 
 
-def _alike(values: tuple[Any, ...]) -> bool:
+def _alike(values: tuple[Any, ...], divided: bool) -> bool:
     """Whether values of several batches can become one."""
     first = values[0]
-    if not _has_samples(first):
-        return all(not _has_samples(value) and bool(value == first) for value in values)
-    kinds = {(v.shape[1:], v.dtype, v.device) if _has_samples(v) else None for v in values}
-    return len(kinds) == 1
+    if divided:
+        return len({(v.shape[1:], v.dtype, v.device) if _has_samples(v) else None for v in values}) == 1
+    if isinstance(first, Tensor):
+        return all(isinstance(value, Tensor) and torch.equal(value, first) for value in values)
+    return all(not isinstance(value, Tensor) and bool(value == first) for value in values)
 
 
 def _has_samples(value: Any) -> bool:
     return isinstance(value, Tensor) and value.ndim > 0
 
 
+def laid_out(model: nn.Module, first: Batch, batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
+    """Batches that know which of their tensors hold samples, where these are not simply all.
+
+    Of tensors with different first dimensions, or in lists, those with as many entries as the outputs are
+    taken for the samples, the others for the same in all, if the network then gives the first samples alone
+    what it gives them among all. Otherwise a batch is one sample: a graph, or a list of images.
+    """
+    args, kwargs = arguments(first)
+    leaves = sample_leaves(first)
+    every = range(len(pytree.tree_leaves((args, kwargs))))
+    if args or (len(every) == len(kwargs) and len({len(leaf) for leaf in leaves.values()}) == 1):
+        return first, batches
+    with evaluating(model):
+        whole = main_output(output_of(model, first))
+        count = len(whole) if whole.ndim else 0
+        shared = {i for i in every if i not in leaves or len(leaves[i]) != count}
+        if not _divides(model, Inputs(kwargs, shared), whole):
+            shared = {*every}
+    return Inputs(kwargs, shared), (Inputs(arguments(batch)[1], shared) for batch in batches)
+
+
+def _divides(model: nn.Module, batch: Inputs, whole: Tensor) -> bool:
+    """Whether the network gives a few samples alone what it gives them among all."""
+    few = few_samples(batch)
+    if few is batch:
+        return False
+    try:
+        alone = main_output(forward(model, few))
+    # Whatever the network's code raises.
+    except Exception:
+        return False
+    return alone.shape == whole[: len(alone)].shape and torch.allclose(
+        alone.double(), whole[: len(alone)].double(), rtol=1e-3, atol=1e-5
+    )
+
+
 def traced_samples(graph: Graph) -> int:
     """How many samples the batch had that the graph was traced with."""
-    shapes = [node.meta["val"].shape for node in graph.inputs if isinstance(node.meta.get("val"), Tensor)]
-    return next((hint(shape[0]) for shape in shapes if len(shape)), 1)
+    values = [node.meta.get("val") for i, node in enumerate(graph.inputs) if i not in graph.shared]
+    return next((hint(v.shape[0]) for v in values if isinstance(v, Tensor) and v.ndim), 1)
 
 
 def fits(graph: Graph, batch: Batch) -> bool:
     """Whether a batch has the sizes that the network's code has fixed in its graph."""
-
-    def agree(size: Any, traced: Any) -> bool:
-        fixed = traced.node.maybe_as_int() if isinstance(traced, torch.SymInt) else traced
-        return fixed is None or size == fixed
-
     return all(
-        value.ndim == len(node.meta["val"].shape) and all(map(agree, value.shape, node.meta["val"].shape))
+        value.ndim == len(node.meta["val"].shape) and all(map(admits, node.meta["val"].shape, value.shape))
         for node, value in graph.bind(batch).items()
         if isinstance(value, Tensor)
     )
+
+
+def of_other_sizes(graph: Graph, batch: Batch) -> bool:
+    """Whether a batch has other sizes than the example that was traced, beside the number of samples."""
+    pairs = [(v, node.meta["val"]) for node, v in graph.bind(batch).items() if isinstance(v, Tensor)]
+    return any([*value.shape[1:]] != [*map(hint, traced.shape[1:])] for value, traced in pairs)
 
 
 def usable(graph: Graph, batches: list[Batch]) -> list[Batch]:
@@ -254,7 +305,7 @@ def calibrate(
         raise DataError("there are no samples: the first batch is empty.")
     limit = room_for(graph, free_memory() if memory is None else memory) if graph else samples_in(first)
     calibration = Calibration(limit)
-    stream = calibration.stream(batches)
+    stream = calibration.stream(_sound(model, batches, first, graph, run=not layers))
     if not layers:
         for _ in stream:
             pass
@@ -266,9 +317,76 @@ def calibrate(
     return calibration, {name: one for name, one in found.items() if one is not None}
 
 
+def _sound(
+    model: nn.Module, batches: Iterable[Batch], first: Batch, graph: Graph | None, *, run: bool
+) -> Iterator[Batch]:
+    """The batches, each looked at before anything is fitted to it; odd ones run if nothing else runs them."""
+    for index, batch in enumerate(batches):
+        if graph is not None:
+            _check_plain_values(index, batch, first)
+            if run and not fits(graph, batch):
+                with evaluating(model):
+                    output_of(model, batch)
+        _check_finite(model, index, batch)
+        yield batch
+
+
+def _check_plain_values(index: int, batch: Batch, traced: Batch) -> None:
+    """Refuse a batch that the graph does not stand for: what is no tensor is a constant in it."""
+    given, known = _plain_values(batch), _plain_values(traced)
+    pairs = {name: (given.get(name, ...), known.get(name, ...)) for name in {**known, **given}}
+    others = [f"{name} is {_said(a)}, not {_said(b)}" for name, (a, b) in pairs.items() if not _equal(a, b)]
+    if others:
+        raise DataError(
+            f"batch {index} has other values than the first, which the network is traced with once for all: "
+            f"{'; '.join(others)}. Give numbers as tensors, and all else (None, flags, words, which inputs "
+            "there are) the same in every batch."
+        )
+
+
+def _plain_values(batch: Batch) -> dict[str, Any]:
+    """What is no tensor, and of tensors the type."""
+    return {name: v.dtype if isinstance(v, Tensor) else v for name, v in by_name(batch).items()}
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return type(one) is type(other) and (one is other or bool(np.all(one == other)))
+
+
+def _said(value: Any) -> str:
+    if isinstance(value, torch.dtype):
+        return f"a tensor of {str(value).removeprefix('torch.')}"
+    return "left out" if value is ... else in_words(value)
+
+
+def _check_finite(model: nn.Module, index: int, batch: Batch) -> None:
+    """Refuse NaN and infinity that reach the outputs; masks of −∞, and gaps that a network fills, do not."""
+    tensors = {name: v for name, v in by_name(batch).items() if isinstance(v, Tensor)}
+    bad = {name: v for name, v in tensors.items() if v.is_floating_point() and not bool(v.isfinite().all())}
+    if not bad:
+        return
+    with evaluating(model):
+        output = main_output(output_of(model, batch))
+    # Masked classes are −∞ by design; behind a mask of −∞ they prove nothing.
+    masks = not any(bool((value.isnan() | value.isposinf()).any()) for value in bad.values())
+    if bool((output.isnan() | output.isposinf() if masks else ~output.isfinite()).any()):
+        places = "; ".join(f"{name} in {_samples_with(~value.isfinite())}" for name, value in bad.items())
+        raise DataError(
+            f"samples of batch {index} hold NaN or infinity, and so do the network's outputs: {places}. "
+            "Leave these samples out, or mend how they are read and scaled."
+        )
+
+
+def _samples_with(found: Tensor, shown: int = 5) -> str:
+    """Numbers of the samples in which anything was found."""
+    rows = found.reshape(len(found), -1).any(1).nonzero().flatten().tolist() if found.ndim else [0]
+    more = f" and {len(rows) - shown} more" if len(rows) > shown else ""
+    return f"sample{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:shown]))}{more}"
+
+
 def peek(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
     """The first batch, and all of them."""
-    check_batches(batches)
+    batches = batched(batches)
     iterator = iter(batches)
     for first in iterator:
         # An iterator is used up by looking at it; a loader begins again.

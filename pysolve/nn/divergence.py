@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from pysolve.nn.running import Batch, Output, arguments, evaluating, forward
+from pysolve.errors import DataError
+from pysolve.nn.outputs import logits_of, main_output
+from pysolve.nn.running import Batch, Output, arguments, evaluating, forward, same_draws
 
 # From the original's output and another one to the mean divergence per sample.
 Divergence = Callable[[Output, Output], Tensor]
@@ -27,10 +32,13 @@ def kl_divergence(original: Output, output: Output) -> Tensor:
     ----------
     S. Kullback, R. A. Leibler, On information and sufficiency, 1951.
     """
-    classified = not isinstance(original, Mapping) or "logits" in original
+    if isinstance(original, Distribution) and isinstance(output, Distribution):
+        with suppress(NotImplementedError):
+            return torch.distributions.kl_divergence(original, output).mean()
+    named = logits_of(original) is original and not isinstance(original, Tensor | tuple | list)
     p, q = main_output(original).double(), main_output(output).double()
     dim = class_dim(p)
-    if classified and p.ndim > 1 and p.shape[dim] > 1:
+    if not named and p.ndim > 1 and p.shape[dim] > 1:
         log_p, log_q = p.log_softmax(dim), q.log_softmax(dim)
         # A class of logit −∞ adds nothing, where 0 · (∞ − ∞) would be NaN.
         parts = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
@@ -46,10 +54,13 @@ def class_dim(output: Tensor) -> int:
 def run(
     model: nn.Module, batches: Sequence[Batch], values: Mapping[str, Tensor] | None = None
 ) -> Iterator[Output]:
-    """Outputs batch by batch, with the parameters and buffers in ``values`` replaced."""
+    """Outputs batch by batch, with the parameters and buffers in ``values`` replaced.
+
+    Networks that draw random numbers draw the same for the same batch.
+    """
     for batch in batches:
         # Inside the loop: a generator that is abandoned must not leave gradients switched off.
-        with evaluating(model):
+        with evaluating(model), same_draws(model):
             if values is None:
                 output = forward(model, batch)
             else:
@@ -63,9 +74,23 @@ def run(
 def mean_divergence(
     originals: Sequence[Output], outputs: Iterator[Output], sizes: Sequence[int], divergence: Divergence
 ) -> float:
-    """Mean over all samples of several batches."""
+    """Mean over all samples of several batches; DataError where the original's own outputs are NaN or ∞."""
     parts = [divergence(a, b).item() * n for a, b, n in zip(originals, outputs, sizes, strict=True)]
-    return sum(parts) / sum(sizes)
+    mean = sum(parts) / sum(sizes)
+    if math.isnan(mean):
+        _check_finite(originals)
+    return mean
+
+
+def _check_finite(originals: Sequence[Output]) -> None:
+    for output in map(main_output, originals):
+        bad = output.isnan() | output.isposinf()
+        if bool(bad.any()):
+            raise DataError(
+                f"the network as it was given has NaN or infinity in {int(bad.sum())} of {bad.numel()} "
+                "outputs for samples that are held out, so no other can be compared with it: check its "
+                "weights, and for samples of large values."
+            )
 
 
 def _spread(p: Tensor) -> Tensor:
@@ -73,14 +98,3 @@ def _spread(p: Tensor) -> Tensor:
     around = (p - p.mean(0)).square().mean() if p.ndim else torch.zeros_like(p)
     whole = p.square().mean()
     return torch.where(around > 0, around, torch.where(whole > 0, whole, 1.0))
-
-
-def main_output(output: Output) -> Tensor:
-    """The main tensor of a network's output: its logits, or the first one."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping) and output:
-        return main_output(output["logits"] if "logits" in output else next(iter(output.values())))
-    if isinstance(output, tuple | list) and output:
-        return main_output(output[0])
-    raise TypeError(f"expected a tensor in the network's output, got {type(output).__name__}.")

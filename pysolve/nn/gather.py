@@ -19,7 +19,8 @@ from pysolve.nn import layer_matrix as rows
 from pysolve.nn import running
 from pysolve.nn.layer_matrix import LAYERS, Layer, Sums
 from pysolve.nn.plain import plain_network
-from pysolve.nn.running import Batch, Device, evaluating, forward, hooked
+from pysolve.nn.refusal import output_of
+from pysolve.nn.running import Batch, Device, evaluating, hooked
 from pysolve.plan import Site
 
 # Called with the name, the layer, the input and the output of one call.
@@ -116,7 +117,7 @@ def gather_reached(
     positions: float | Mapping[str, float] = 1.0,
 ) -> dict[str, Correlations | None]:
     """What ``gather`` gives, of those of the named layers that were called; None where without samples."""
-    running.check_batches(batches)
+    batches = running.batched(batches)
     for share in positions.values() if isinstance(positions, Mapping) else (positions,):
         if not 0 < share <= 1:
             raise ValueError(f"positions must be a share in (0, 1], got {share}.")
@@ -200,7 +201,7 @@ def _run(model: nn.Module, layers: Mapping[str, Layer], batch: Batch, device: De
     # First of all hooks: users' own may change what the layer itself gives.
     how = {"with_kwargs": True, "prepend": True}
     with hooked(one.register_forward_hook(partial(called, n), **how) for n, one in layers.items()):
-        forward(model, batch, device)
+        output_of(model, batch, device)
 
 
 def _summing(sums: dict[str, Sums], shares: Mapping[str, float]) -> Record:

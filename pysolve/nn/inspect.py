@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from pysolve.nn.calibration import laid_out
 from pysolve.nn.costs import cost_model
 from pysolve.nn.graph.sites import find_sites
 from pysolve.nn.plain import plain_network
@@ -110,7 +111,7 @@ def inspect(
     """
     model = plain_network(model)
     found = list(find_sites(model, example_inputs, ignore=ignore) if sites is None else sites)
-    costs = cost_model(model, found, example_inputs)
+    costs = cost_model(model, found, laid_out(model, example_inputs, ())[0])
     rows = tuple(_row(site, costs, s) for s, site in enumerate(found))
     return Inspection(rows, *(round(costs.original[measure]) for measure in ("params", "macs", "bytes")))
 

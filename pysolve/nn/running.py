@@ -13,12 +13,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from torch.utils.hooks import RemovableHandle
 
 from pysolve.correlations import AnyArray
 from pysolve.errors import DataError, LayerNotFoundError
 from pysolve.nn.state import keeping_state
 
+# How many samples of a Dataset make a batch.
+DATASET_BATCH = 64
 # A batch of a user's loader, and a network's output: tensors, tuples and lists, or mappings.
 Batch = Any
 Output = Any
@@ -92,12 +95,18 @@ def keeping_modes(*models: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def evaluating(*models: nn.Module, as_used: bool = False) -> Iterator[None]:
-    """Evaluation mode without gradients; modes, and what calls wrote into networks, are put back.
+    """Evaluation mode without gradients and caches; modes, and what calls write into networks, come back.
 
     Every layer is called, unless networks are to run ``as_used``.
     """
     calls = nullcontext() if as_used else calling_layers()
-    with keeping_modes(*models), keeping_state(*models), torch.no_grad(), calls:
+    with (
+        keeping_modes(*models),
+        keeping_state(*models),
+        _without_caches(*models),
+        torch.no_grad(),
+        calls,
+    ):
         for model in models:
             model.eval()
             for module in model.modules():
@@ -122,6 +131,23 @@ def calling_layers() -> Iterator[None]:
 
 
 @contextmanager
+def _without_caches(*models: nn.Module) -> Iterator[None]:
+    """Hugging Face's decoders return keys and values for the next call: they run without here.
+
+    Encoder, decoder and the whole may each hold a configuration of their own.
+    """
+    configs: list[Any] = [getattr(module, "config", None) for model in models for module in model.modules()]
+    caching = [(one, one.use_cache) for one in configs if getattr(one, "use_cache", False)]
+    try:
+        for one, _ in caching:
+            one.use_cache = False
+        yield
+    finally:
+        for one, before in reversed(caching):
+            one.use_cache = before
+
+
+@contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
     """Hooks that are removed afterwards; they may be registered while they are listed."""
     with ExitStack() as stack:
@@ -130,19 +156,25 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def same_draws(model: nn.Module, seed: int = 0) -> Iterator[None]:
+    """Random numbers inside that start from one state every time; the state outside is restored."""
+    home = device_of(model)
+    with torch.random.fork_rng(devices=[home] if home.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
 def forward(model: nn.Module, batch: Batch, device: Device = None) -> Output:
     """The network's output for one batch, which is copied so that in-place layers cannot change it.
 
     ``device`` is where to move the batch; by default it must be on one of the network's devices already.
     """
-    args, kwargs = arguments(batch)
-    args = tuple(_fresh(value, device) for value in args)
-    kwargs = {name: _fresh(value, device) for name, value in kwargs.items()}
-    _check_devices(model, [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)], device)
+    args, kwargs = prepared(model, batch, device)
     try:
         return model(*args, **kwargs)
     except RuntimeError as error:
-        if problem := other_type(model, [*args, *kwargs.values()]):
+        if problem := other_type(model, pytree.tree_leaves((args, kwargs))):
             raise DataError(problem) from error
         raise
 
@@ -165,6 +197,17 @@ def check_type(model: nn.Module, batch: Batch) -> None:
             forward(model, few_samples(batch))
 
 
+def prepared(model: nn.Module, batch: Batch, device: Device = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of the network, with copies of all tensors, on its device."""
+    args, kwargs = pytree.tree_map_only(
+        Tensor, lambda value: value.detach().to(device=device, copy=True), arguments(batch)
+    )
+    _check_devices(
+        model, [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)], device
+    )
+    return args, kwargs
+
+
 def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of the network for one batch.
 
@@ -178,19 +221,56 @@ def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping):
         return (), dict(batch)
     raise TypeError(
-        f"a batch must be a tensor, a tuple or list whose first item is the input, or a mapping of keyword "
-        f"arguments, got {type(batch).__name__}."
+        "a batch must be a tensor, a tuple or list whose first item is the input, or a mapping of keyword "
+        f"arguments, got {type(batch).__name__}{_remedy(batch)}."
     )
+
+
+def _remedy(batch: object) -> str:
+    if isinstance(batch, np.ndarray | np.generic):
+        return ": torch.from_numpy makes a tensor of an array"
+    if isinstance(batch, tuple | list):
+        return (
+            ": give several inputs by name, {'first': …, 'second': …}, with the names that forward gives them"
+        )
+    return ""
+
+
+class Inputs(dict[str, Any]):
+    """Keyword arguments of a network of which some tensors are the same for all samples.
+
+    ``shared`` are the numbers of these among all leaves, in order; where they are all of them, the batch is
+    one sample that cannot be divided, such as a graph.
+    """
+
+    def __init__(self, arguments: Mapping[str, Any], shared: Iterable[int]) -> None:
+        super().__init__(arguments)
+        self.shared = frozenset(shared)
+
+
+def sample_leaves(batch: Batch) -> dict[int, Tensor]:
+    """The tensors of a batch whose first dimension is the samples, by their number among all leaves."""
+    shared = batch.shared if isinstance(batch, Inputs) else ()
+    leaves = enumerate(pytree.tree_leaves(arguments(batch)))
+    return {i: leaf for i, leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0 and i not in shared}
+
+
+def with_leaves(batch: Batch, new: Mapping[int, Tensor]) -> Batch:
+    """A batch in the same form with other tensors in some places; never with labels."""
+    leaves, form = pytree.tree_flatten(arguments(batch))
+    args, kwargs = pytree.tree_unflatten([new.get(i, leaf) for i, leaf in enumerate(leaves)], form)
+    if isinstance(batch, Inputs):
+        return Inputs(kwargs, batch.shared)
+    return kwargs if kwargs else args[0]
 
 
 def few_samples(batch: Batch, count: int = 2) -> Batch:
     """The first samples of a batch, or the batch itself where its tensors do not share a longer dimension."""
-    tensors = [leaf for leaf in pytree.tree_leaves(arguments(batch)) if isinstance(leaf, Tensor)]
-    lengths = {len(tensor) if tensor.ndim else 0 for tensor in tensors}
+    leaves = sample_leaves(batch)
+    lengths = {len(leaf) for leaf in leaves.values()}
     if len(lengths) != 1 or lengths.pop() <= count:
         return batch
-    args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf[:count], arguments(batch))
-    return kwargs if kwargs else args
+    return with_leaves(batch, {i: leaf[:count] for i, leaf in leaves.items()})
 
 
 def check_batches(batches: object) -> None:
@@ -200,9 +280,23 @@ def check_batches(batches: object) -> None:
         raise TypeError(f"batches must be an iterable of batches, got one {kind}: wrap it in a list.")
 
 
-def _fresh(value: object, device: Device) -> object:
-    """A copy of a tensor, on ``device`` if one is given; anything else as it is."""
-    return value.detach().to(device=device, copy=True) if isinstance(value, Tensor) else value
+def batched(batches: Iterable[Batch]) -> Iterable[Batch]:
+    """Batches of a Dataset's single samples; other iterables of batches as they are."""
+    check_batches(batches)
+    given: Any = batches
+    if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
+        return DataLoader(given, DATASET_BATCH, collate_fn=_collated)
+    return batches
+
+
+def _collated(samples: list[Any]) -> Any:
+    try:
+        return default_collate(samples)
+    except (RuntimeError, TypeError) as error:
+        what = next(iter(str(error).splitlines()), repr(error)).rstrip(".")
+        raise DataError(
+            f"samples of the Dataset make no batch: {what}. Give a DataLoader with a collate_fn of your own."
+        ) from error
 
 
 def _check_devices(model: nn.Module, inputs: list[Tensor], device: Device) -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.correlations import Array
-from pysolve.nn.divergence import class_dim, main_output
+from pysolve.nn.divergence import class_dim
 from pysolve.nn.layer_matrix import Layer, channels, outputs
+from pysolve.nn.outputs import main_output
 from pysolve.nn.running import Batch, device_of, evaluating, forward, hooked
 
 # Random directions of the network's outputs per batch.

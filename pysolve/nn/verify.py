@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from pysolve.errors import PysolveError
 from pysolve.nn.layers.factored import Factored
 from pysolve.nn.layers.quantized import unrounded
-from pysolve.nn.running import Batch, Output, evaluating, forward, hooked
+from pysolve.nn.outputs import tensors_of
+from pysolve.nn.running import Batch, evaluating, forward, hooked, same_draws
 
 # How far the outputs of two equal networks may differ, in units of the largest output. Dropping zero
 # columns only reorders sums: LeNet-5 differs by about 1e-7 in float32. Half precisions round each layer.
@@ -19,18 +20,24 @@ _TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-4}
 _HALF_TOLERANCE = 5e-2
 
 
-def mismatch(wide: nn.Module, smaller: nn.Module, probe: Batch) -> str | None:
+def mismatch(
+    wide: nn.Module, smaller: nn.Module, probe: Batch, *, seeds: tuple[int, int] = (0, 0)
+) -> str | None:
     """The difference of two networks on one batch, in words; None when there is none.
+
+    Of networks that draw random numbers, both draw the same, or what follows from two ``seeds``.
 
     Quantised layers do not round their inputs here: a difference by rounding is no mistake, and would hide
     those that are.
     """
     with evaluating(wide, smaller), unrounded(wide), unrounded(smaller), _watched(smaller) as coarse:
-        wanted = list(_tensors(forward(wide, probe)))
+        with same_draws(wide, seeds[0]):
+            wanted = tensors_of(forward(wide, probe))
         if not wanted:
             raise PysolveError("the network's output holds no tensor, so there is nothing to compare.")
         try:
-            got = list(_tensors(forward(smaller, probe)))
+            with same_draws(wide, seeds[1]):
+                got = tensors_of(forward(smaller, probe))
         except Exception as error:
             return f"the smaller network fails ({str(error).splitlines()[0] if str(error) else error!r})"
     if [t.shape for t in got] != [t.shape for t in wanted]:
@@ -70,14 +77,3 @@ def _difference(wanted: Tensor, got: Tensor, *, rounded: bool) -> str | None:
     if worst <= tolerance * scale:
         return None
     return f"the outputs differ by {worst:.1e}, where {tolerance * scale:.1e} is allowed"
-
-
-def _tensors(output: Output) -> Iterator[Tensor]:
-    """All tensors in a network's output, in order."""
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, Mapping):
-        yield from _tensors(tuple(output.values()))
-    elif isinstance(output, tuple | list):
-        for item in output:
-            yield from _tensors(item)

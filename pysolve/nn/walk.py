@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import copy
 from typing import Any, cast
+from zlib import crc32
 
 import torch
 from torch import Tensor, UntypedStorage, nn
@@ -45,13 +47,15 @@ class Walk:
 
     def run_original(self, node: Node) -> None:
         """The operator's results in the original network."""
-        self.original[node] = [self._run(node, self._of_original(b)) for b in self.batches]
+        with _draws(node):
+            self.original[node] = [self._run(node, self._of_original(b)) for b in self.batches]
 
     def run_compressed(self, node: Node) -> None:
         """The operator's results in the compressed network, after ``run_original``."""
         if node in self.added or any(map(self.differs, node.all_input_nodes)):
             added = self.added.get(node, 0)
-            self.compressed[node] = [self._run(node, self._of_compressed(b)) for b in self.batches]
+            with _draws(node):
+                self.compressed[node] = [self._run(node, self._of_compressed(b)) for b in self.batches]
             if node in self.added:
                 self.compressed[node] = [result + added for result in self.compressed[node]]
         else:
@@ -141,3 +145,14 @@ def _rewritten(value: Any, old: Tensor, new: Tensor) -> Any:
 def _in_place(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return bool(schema and schema.is_mutable)
+
+
+@contextmanager
+def _draws(node: Node) -> Iterator[None]:
+    """The same random numbers for an operator in both networks."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        yield
+        return
+    with torch.random.fork_rng():
+        torch.manual_seed(crc32(node.name.encode()))
+        yield

@@ -5,14 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, is_dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.divergence import class_dim
+from pysolve.nn.outputs import logits_of, tensors_of
 from pysolve.nn.running import Batch, Output, device_of, find_layer, forward
 from pysolve.training.finetune import own_loss
 from pysolve.training.loop import computing, in_float32
@@ -61,7 +63,10 @@ def floating(output: Output) -> list[Tensor]:
     if isinstance(output, tuple | list):
         return [tensor for item in output for tensor in floating(item)]
     if not isinstance(output, Tensor):
-        return floating(output.logits) if hasattr(output, "logits") else []
+        chosen = logits_of(output)
+        # Caches of keys and values are no answer.
+        known = chosen is not output or is_dataclass(output) or isinstance(output, Distribution)
+        return floating(tensors_of(chosen)) if known else []
     # Single numbers are losses and counts.
     return [output] if output.is_floating_point() and output.ndim else []
 

@@ -353,3 +353,15 @@ def test_widths_that_cannot_be_are_passed_over():
         ).share
         > 0.3
     )
+
+
+@pytest.mark.parametrize("kind", ["weights of zero", "inputs that never change"])
+def test_layers_whose_outputs_never_change_are_coded_within_the_bytes(kind):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 3))
+    if kind == "weights of zero":
+        model[2].weight.data.zero_()
+    x = torch.randn(32, 6) if kind == "weights of zero" else torch.ones(32, 6)
+    result = ps.deep_compress(model, [x] * 3, target={"bytes": 0.6}, progress=False)
+    assert result.report.after["file"] <= 0.6 * result.report.before["bytes"]
+    assert result.report.divergence < 1e-4

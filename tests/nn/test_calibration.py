@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import Net, network
 from torch import nn
+from torch.utils.data import Dataset, TensorDataset
 
 from pysolve.errors import DataError
 from pysolve.nn.calibration import (
@@ -13,10 +14,13 @@ from pysolve.nn.calibration import (
     HELD_SAMPLES,
     LEAST_APART,
     Calibration,
+    calibrate,
     first_samples,
     fits,
     free_memory,
     joined,
+    laid_out,
+    peek,
     regrouped,
     room_for,
     samples_in,
@@ -24,6 +28,7 @@ from pysolve.nn.calibration import (
     traced_samples,
 )
 from pysolve.nn.graph.export import trace
+from pysolve.nn.running import DATASET_BATCH
 
 FORMS = {
     "tensor": lambda x: x,
@@ -180,6 +185,180 @@ def test_tensors_that_do_not_share_their_first_dimension_are_refused(batch):
         samples_in(batch)
     with pytest.raises(DataError, match="must share their first dimension"):
         list(Calibration(1).stream([batch]))
+
+
+class Conditioned(nn.Module):
+    """What it computes depends on plain values."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 6), nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x, scale=1.0, other=None, flag=False):
+        h = self.a(x) * scale + (0.0 if other is None else self.b(other))
+        return self.c(-h.relu() if flag else h.relu())
+
+
+class Masked(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(3, 2)
+
+    def forward(self, x, mask):
+        return self.fc(x) + mask
+
+
+def calibrated(model, batches, traced=True):
+    graph = trace(model, batches[0]) if traced else None
+    return calibrate(model, batches, batches[0], graph, {}, (), progress=False)[0]
+
+
+X, LATER = torch.ones(4, 3), torch.full((4, 3), 2.0)
+
+
+class Graphs(nn.Module):
+    """Mixes nodes along edges, or all of them by one matrix."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 2)
+
+    def forward(self, x, edges=None, mixing=None):
+        h = self.a(x).relu()
+        return self.b(h + h[edges[0]].sum(0) if mixing is None else (mixing @ h).mean(1))
+
+
+class Listed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 2)
+
+    def forward(self, images):
+        return torch.stack([self.a(image).mean(0) for image in images])
+
+
+class Nested(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+
+    def forward(self, batch):
+        return self.a(batch["x"]) * batch["w"]
+
+
+def laid(model, *batches):
+    first, rest = laid_out(model, batches[0], iter(batches))
+    rest = [*rest]
+    assert samples_in(first) == samples_in(rest[0])
+    return rest
+
+
+def test_inputs_that_all_samples_share_are_told_by_the_outputs():
+    mixing = torch.rand(6, 6)
+    one, other = laid(Graphs(), *({"x": torch.rand(n, 6, 3), "mixing": mixing} for n in (8, 4)))
+    assert (samples_in(one), samples_in(other)) == (8, 4)
+    assert take(one, 2, 5)["x"].shape == (3, 6, 3)
+    assert take(one, 2, 5)["mixing"] is mixing
+    (whole,) = joined([one, other])
+    assert samples_in(whole) == 12
+    assert whole["mixing"] is mixing
+    changed = laid(Graphs(), one, {"x": torch.rand(4, 6, 3), "mixing": torch.rand(6, 6)})
+    assert joined(changed) is changed
+
+
+@pytest.mark.parametrize(
+    ("make", "batch"),
+    [
+        (Graphs, {"x": torch.rand(9, 3), "edges": torch.randint(0, 9, (2, 7))}),
+        (Listed, {"images": [torch.rand(6, 4) for _ in range(3)]}),
+        (Listed, {"images": [torch.rand(n, 4) for n in (6, 3, 8)]}),
+    ],
+)
+def test_what_cannot_be_divided_is_one_sample(make, batch):
+    batches = laid(make(), *[batch] * 16)
+    assert samples_in(batches[0]) == 1
+    assert take(batches[0], 0, 1) == batches[0]
+    assert joined(batches) is batches
+    calibration = Calibration(limit=100)
+    assert len([*calibration.stream(batches)]) == 14
+    assert (calibration.seen, calibration.out) == (14, 2)
+
+
+def test_a_mapping_as_the_only_argument_is_divided():
+    (batch,) = laid(Nested(), {"batch": {"x": torch.rand(8, 3), "w": torch.rand(8, 1)}})
+    assert samples_in(batch) == 8
+    assert take(batch, 1, 4)["batch"]["w"].shape == (3, 1)
+
+
+def test_batches_whose_tensors_agree_are_not_run():
+    batches = [{"x": torch.rand(4, 3)}]
+    assert laid_out(nn.Identity(), batches[0], batches) == (batches[0], batches)
+
+
+def test_samples_of_a_dataset_become_batches():
+    x = torch.arange(300.0).reshape(100, 3)
+    first, batches = peek(TensorDataset(x, torch.zeros(100)))
+    assert samples_in(first) == DATASET_BATCH
+    assert torch.equal(torch.cat([batch[0] for batch in batches]), x)
+    with pytest.raises(DataError, match=r"samples of the Dataset make no batch.*collate_fn"):
+        peek(Uneven())
+
+
+class Uneven(Dataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, i):
+        return torch.zeros(i + 1)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        ({"scale": 0.0}, {"scale": 1.0}, r"scale is 1\.0, not 0\.0\."),
+        ({"scale": 0.0}, {"scale": torch.tensor(1.0)}, r"scale is a tensor of float32, not 0\.0\."),
+        ({"flag": True}, {"flag": False}, r"flag is False, not True\."),
+        ({"other": None}, {"other": X}, r"other is a tensor of float32, not None\."),
+        ({}, {"other": X}, r"other is a tensor of float32, not left out\."),
+        ({"other": X, "flag": True}, {}, r"other is left out, .*; flag is left out, not True\."),
+        ({"flag": 0}, {"flag": False}, "flag is False, not 0"),
+    ],
+)
+def test_plain_values_that_change_are_refused_by_name_where_a_graph_holds_them(first, second, said):
+    batches = [{"x": X, **first}, {"x": LATER, **second}]
+    with pytest.raises(DataError, match=f"batch 1 has other values than the first.*{said}"):
+        calibrated(Conditioned(), batches)
+    assert calibrated(Conditioned(), batches, traced=False).seen + 1 == 8
+
+
+def test_plain_values_that_stay_and_numbers_as_tensors_are_taken():
+    batches = [{"x": X, "scale": torch.tensor(s), "other": None, "flag": True} for s in (0.0, 1.0)]
+    assert calibrated(Conditioned(), batches).seen == 7
+
+
+@pytest.mark.parametrize("at", [0, 9])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_nan_in_any_sample_is_named_whether_it_is_held_out_or_not(at, value):
+    x = torch.ones(32, 3)
+    x[[at, at + 1], 1] = value
+    for traced in (True, False):
+        with pytest.raises(
+            DataError, match=rf"samples of batch 1 hold NaN or infinity.*input in samples {at}, {at + 1}\."
+        ):
+            calibrated(nn.Linear(3, 2), [torch.ones(32, 3), x], traced=traced)
+
+
+def test_nan_and_infinity_that_the_network_takes_away_are_taken():
+    filled = Net(lambda net, x: net.fc(x.nan_to_num(0.0)), fc=nn.Linear(3, 2))
+    x, masked = torch.ones(8, 3), torch.zeros(8, 2)
+    x[2], x[3], masked[:, 0] = torch.nan, -torch.inf, -torch.inf
+    assert calibrated(filled, [x]).seen == 7
+    assert calibrated(Masked(), [{"x": torch.ones(8, 3), "mask": masked}]).seen == 7
+
+
+def test_a_later_batch_that_the_network_refuses_is_refused_although_nothing_is_gathered():
+    with pytest.raises(DataError, match=r"itself refuses the batch \(input: float32\[4, 2\]\)"):
+        calibrated(nn.Linear(3, 2), [X, X[:, :2]])
 
 
 def test_samples_without_dimensions_are_shared_by_all():

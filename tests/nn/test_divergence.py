@@ -10,6 +10,7 @@ from small import Net, network, vectors
 from torch import nn
 from torch.nn.functional import kl_div
 
+from pysolve.errors import DataError
 from pysolve.nn.divergence import kl_divergence, mean_divergence, run
 
 # Shapes of outputs with classes, and the dimension that these lie along.
@@ -97,6 +98,14 @@ def test_the_mean_over_batches_is_that_over_all_samples(sizes):
     assert found == pytest.approx(kl_divergence(a, b).item())
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_original_with_outputs_that_are_not_finite_is_named(value):
+    bad = draw((5, 4), 0)
+    bad[1, 2] = value
+    with pytest.raises(DataError, match="as it was given has NaN or infinity in 1 of 20 outputs"):
+        mean_divergence([bad], iter([draw((5, 4), 1)]), [5], kl_divergence)
+
+
 @pytest.mark.parametrize("name", ["residual", "keywords", "in_place", "norm_without_affine"])
 def test_running_with_other_values_is_running_a_network_that_has_them(name):
     model, batch = network(name)
@@ -140,3 +149,11 @@ def test_whoever_stops_listening_keeps_gradients_and_modes():
     next(outputs)
     assert torch.is_grad_enabled()
     assert model.training
+
+
+def test_random_networks_draw_the_same_for_the_same_batch_and_the_state_outside_stays():
+    model, batch = network("noisy")
+    state = torch.get_rng_state()
+    (first,), (second,) = run(model, [batch]), run(model, [batch], {})
+    assert torch.equal(first, second)
+    assert torch.equal(torch.get_rng_state(), state)

@@ -233,7 +233,7 @@ def test_modes_come_back_and_hooks_go_after_an_error_too():
 
     with pytest.raises(OSError, match="disk"):
         gather(model, batches(), target_model=model)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(DataError, match="itself refuses the batch"):
         gather(model, [torch.ones(3, 9)])
     assert [module.training for module in model.modules()] == [True, True, False, True]
     assert not any(module._forward_hooks for module in model.modules())

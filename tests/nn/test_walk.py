@@ -201,3 +201,20 @@ def test_last_uses_name_every_node_once():
     for user, parts in finished.items():
         for done in parts:
             assert done is user or done in user.all_input_nodes
+
+
+def test_an_operator_draws_the_same_random_numbers_in_both_networks():
+    model = Net(lambda net, x: torch.randn_like(net.a(x)) + torch.randn_like(net.a(x)), a=nn.Linear(4, 3))
+    batch = vectors(5, 4)
+    graph = trace(model, batch, free_sizes=False)
+    walk = Walk(graph, model, [batch], {"a.weight": torch.ones(3, 4)})
+    drawn = []
+    for node in graph.module.graph.nodes:
+        if node.op == "call_function":
+            walk.run_original(node)
+            walk.run_compressed(node)
+            if "randn_like" in str(node.target):
+                assert walk.differs(node)
+                assert torch.equal(walk.original[node][0], walk.compressed[node][0])
+                drawn.append(walk.original[node][0])
+    assert not torch.equal(*drawn)

@@ -89,9 +89,9 @@ class Codes:
     def trial(self, task: Task) -> LayerFit:
         """A layer's weights at a price at which little is lost, to measure what that does to the network."""
         W, known = task.weight, task.correlations
-        if known is None:
-            return self.fit_priced(task, lam=_TRIED * float(np.square(W).mean()))
-        return self.fit_priced(task, lam=_TRIED * float(np.trace(known.centered().r_yy)) / W.size)
+        spread = 0.0 if known is None else float(np.trace(known.centered().r_yy)) / W.size
+        # Outputs that never change, and weights that are all zero, cost nothing at any price.
+        return self.fit_priced(task, lam=_TRIED * (spread or float(np.square(W).mean()) or 1.0))
 
     def at(self, lam: float, names: Collection[str]) -> Chosen:
         """Every weight where a bit costs ``lam`` of divergence."""

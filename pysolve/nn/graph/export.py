@@ -5,29 +5,28 @@ from __future__ import annotations
 import io
 import logging
 import re
-import traceback
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Distribution
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import PysolveError
 from pysolve.nn.hooks import acting_hooks
-from pysolve.nn.running import Batch, arguments, evaluating, few_samples
+from pysolve.nn.outputs import tensors_of
+from pysolve.nn.refusal import code_line, of_torch, output_of, sentence
+from pysolve.nn.running import Batch, Inputs, arguments, evaluating, few_samples, same_draws
 
-_TORCH, _NN = Path(torch.__file__).parent, Path(__file__).parents[1]
-# Where networks are called from, which is not where their errors come from.
-_CALLERS = {str(_NN / name) for name in ("graph/export.py", "graph/sites.py", "running.py")}
-# Layers of this package that stand for torch's.
-_LAYERS = {str(_NN / "layers" / name) for name in ("sparse.py", "products.py")}
+# More samples than any batch has.
+_MANY = 2**40
 # A frame of a stack trace: file, line, and its code where that is known.
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in .*(?:\n(?!\s*File ")(.*))?')
 
@@ -47,20 +46,23 @@ class Graph:
         What the placeholders hold that are neither parameters nor inputs.
     inputs : tuple of Node
         The placeholders of the user's inputs, in order.
+    shared : set of int
+        Which of them hold no samples, but the same for all.
     """
 
     module: GraphModule
     parameters: Mapping[Node, str]
     constants: Mapping[Node, Any]
     inputs: tuple[Node, ...]
+    shared: frozenset[int]
     _keys: tuple[str, ...]
 
     @property
     def takes_any_batch(self) -> bool:
         """Whether the number of samples is free."""
-        values = [node.meta.get("val") for node in self.inputs]
-        sizes: list[object] = [v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim]
-        return all(isinstance(n, torch.SymInt) and n.node.maybe_as_int() is None for n in sizes)
+        values = [node.meta.get("val") for i, node in enumerate(self.inputs) if i not in self.shared]
+        sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim]
+        return all(admits(size, count) for size in sizes for count in (2, _MANY))
 
     def bind(self, batch: Batch) -> dict[Node, Any]:
         """Values of the input placeholders for one batch."""
@@ -71,7 +73,29 @@ class Graph:
         return dict(zip(self.inputs, leaves, strict=True))
 
 
-def trace(model: nn.Module, batch: Batch, *, free_sizes: bool = True, fixed_sizes: bool = True) -> Graph:
+def admits(size: Any, count: int) -> bool:
+    """Whether a graph stands for ``count`` in the place of a size of its example.
+
+    Where the code compares a size, as in  ``if x.shape[0] > 10``,  the graph holds one of the branches.
+    """
+    if not isinstance(size, torch.SymInt):
+        return bool(size == count)
+    fixed = size.node.maybe_as_int()
+    bounds = size.node.shape_env.var_to_range.get(size.node.expr)
+    if fixed is not None or bounds is None:
+        return fixed is None or fixed == count
+    # torch.export takes sizes of 0 and 1 for special everywhere, whatever the code does.
+    return bool(bounds.upper >= count and (bounds.lower <= 2 or bounds.lower <= count))
+
+
+def trace(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    free_sizes: bool = True,
+    every_size: bool = False,
+    fixed_sizes: bool = True,
+) -> Graph:
     """Export a network in evaluation mode.
 
     Parameters
@@ -80,13 +104,18 @@ def trace(model: nn.Module, batch: Batch, *, free_sizes: bool = True, fixed_size
     batch : one batch
         In the forms that ``gather`` takes.
     free_sizes : bool
-        Leave sizes free to change wherever the code does, so that other batches fit the graph.
+        Leave the number of samples free to change where the code does, so that other batches fit the graph.
+    every_size : bool
+        Leave all sizes free: of images that differ, of texts. Of deep networks that halve their images this
+        takes minutes, or fails.
     fixed_sizes : bool
         Where that is not tried or fails: make a graph for this batch alone, which takes a fraction of the
         time.
 
     Raises
     ------
+    DataError
+        When the network itself refuses the batch.
     PysolveError
         When torch.export cannot follow the network: names the line.
     """
@@ -95,8 +124,12 @@ def trace(model: nn.Module, batch: Batch, *, free_sizes: bool = True, fixed_size
     if free_sizes and all(t.ndim and len(t) == 1 for t in tensors):
         # torch.export takes a size of 1 for fixed.
         args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.repeat_interleave(2, 0), (args, kwargs))
-    with evaluating(model), _without_cache(model), acting_hooks(model, batch):
-        program = _export(model, args, kwargs, free_sizes, fixed_sizes)
+    with evaluating(model):
+        with _quiet(), same_draws(model):
+            output_of(model, batch)
+        with acting_hooks(model, batch), _exportable(model):
+            free = [None if every_size else 1] * free_sizes + [0] * fixed_sizes
+            program = _export(model, args, kwargs, free)
     signature = program.graph_signature
     given = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
     names = {key: _first_name(model, name) for key, name in given.items()}
@@ -107,6 +140,7 @@ def trace(model: nn.Module, batch: Batch, *, free_sizes: bool = True, fixed_size
         parameters={placeholders[key]: name for key, name in names.items()},
         constants={placeholders[key]: program.constants[name] for key, name in constants.items()},
         inputs=tuple(node for key, node in placeholders.items() if key not in {*names, *constants}),
+        shared=batch.shared if isinstance(batch, Inputs) else frozenset(),
         _keys=tuple(kwargs),
     )
 
@@ -129,7 +163,7 @@ def where(node: Node) -> str:
     """The line of the network's code that a node comes from: ``file:line: code``."""
     frames = _FRAME.findall(node.stack_trace or "")
     for file, line, code in reversed(frames):
-        if not _of_torch(file):
+        if not of_torch(file):
             return f"{Path(file).name}:{line}: {code.strip()}".removesuffix(": ")
     stack = [*node.meta.get("nn_module_stack", {}).values()]
     return f"layer {stack[-1][0]}" if stack and stack[-1][0] else str(node.target)
@@ -141,14 +175,6 @@ def depends_on_values(node: Node) -> bool:
     return any(isinstance(size, torch.SymInt) and size.node.hint is None for size in shape)
 
 
-def code_line(error: BaseException) -> str:
-    """The innermost line outside of torch that an error comes from, in brackets; nothing if there is none."""
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if not _of_torch(frame.filename) and frame.filename not in _CALLERS:
-            return f" ({Path(frame.filename).name}:{frame.lineno}: {frame.line})"
-    return ""
-
-
 def _first_name(model: nn.Module, name: str) -> str:
     """A parameter's name by the first name of its layer."""
     owner, _, leaf = name.rpartition(".")
@@ -156,29 +182,34 @@ def _first_name(model: nn.Module, name: str) -> str:
     return next(f"{first}.{leaf}" for first, one in model.named_modules() if one is layer).removeprefix(".")
 
 
-def _of_torch(file: str) -> bool:
-    return file.startswith(str(_TORCH)) or file in _LAYERS
-
-
-def _export(model: nn.Module, args: Any, kwargs: Any, free_sizes: bool, fixed_sizes: bool) -> ExportedProgram:
-    def free(value: Any) -> Any:
-        return dict.fromkeys(range(value.ndim), Dim.AUTO) if isinstance(value, Tensor) else None
-
-    dynamic = pytree.tree_map(free, args or kwargs)
+def _export(model: nn.Module, args: Any, kwargs: Any, free: Sequence[int | None]) -> ExportedProgram:
+    """The first export that succeeds with so many leading dimensions free; None: all."""
     problem: Exception | None = None
-    for attempt in [dynamic] * free_sizes + [None] * fixed_sizes:
+    for dims in free:
+        # torch.export marks the tensors that it is given, and takes them for free ever after.
+        fresh = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
         try:
             with _quiet():
-                return torch.export.export(model, args, kwargs, dynamic_shapes=attempt, strict=False)
+                return torch.export.export(
+                    model, *fresh, dynamic_shapes=_dynamic(args or kwargs, dims), strict=False
+                )
         # torch.export lets through whatever the network's code raises.
         except Exception as error:
             problem = error
     assert problem is not None
-    what = next(filter(None, map(str.strip, str(problem).splitlines())), repr(problem)).rstrip(".")
     raise PysolveError(
-        f"{type(model).__name__} cannot be traced{code_line(problem)}: {what}. Take out what depends on "
-        "values or leaves torch, or give a list of Site, written by hand, instead."
+        f"{type(model).__name__} cannot be traced{code_line(problem)}: {sentence(problem)}. Take out what "
+        "depends on values or leaves torch, or give a list of Site, written by hand, instead."
     ) from problem
+
+
+def _dynamic(given: Any, dims: int | None) -> Any:
+    """The leading dimensions of every tensor to leave free, as torch.export wants them."""
+
+    def free(value: Any) -> dict[int, Any] | None:
+        return dict.fromkeys(range(value.ndim)[:dims], Dim.AUTO) if isinstance(value, Tensor) else None
+
+    return pytree.tree_map(free, given) if dims != 0 else None
 
 
 @contextmanager
@@ -195,11 +226,13 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Hugging Face decoders return a cache object, which torch.export cannot; they run without it here."""
-    config: Any = getattr(model, "config", None)
-    with ExitStack() as stack:
-        if getattr(config, "use_cache", False):
-            stack.callback(setattr, config, "use_cache", config.use_cache)
-            config.use_cache = False
+def _exportable(model: nn.Module) -> Iterator[None]:
+    """Outputs as a tuple of tensors, whatever holds them, and no checks of values in distributions."""
+    checked = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    handle = model.register_forward_hook(lambda _, given, output: tuple(tensors_of(output)))
+    try:
         yield
+    finally:
+        handle.remove()
+        Distribution.set_default_validate_args(checked)

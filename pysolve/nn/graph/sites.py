@@ -9,15 +9,16 @@ from itertools import pairwise
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.nn.apply import apply, masked
 from pysolve.nn.graph.classes import ROLES, Classes, Member
-from pysolve.nn.graph.export import Graph, code_line, trace
+from pysolve.nn.graph.export import Graph, trace
 from pysolve.nn.graph.labels import label_channels
+from pysolve.nn.outputs import tensors_of
 from pysolve.nn.plain import plain_network
+from pysolve.nn.refusal import code_line
 from pysolve.nn.running import Batch, Ignored, evaluating, few_samples, find_matching, forward
 from pysolve.nn.state import copy_of
 from pysolve.nn.verify import mismatch
@@ -140,10 +141,9 @@ def _proven(model: nn.Module, sites: Sequence[Site], batch: Batch) -> list[Site]
         steps = {i: _half(site, rng) for i, site in enumerate(proven) if site.pinned is None}
         if not steps or _problem(network, [*steps.values()], batch) is None:
             continue
-        if mismatch(copy_of(model), copy_of(model), batch):
-            problems = dict.fromkeys(steps, "the network's outputs are random, so nothing can be tried out")
-        else:
-            problems = _faults(network, steps, {}, batch)[1]
+        problems = _faults(network, steps, {}, batch)[1]
+        if problems and mismatch(copy_of(model), copy_of(model), batch, seeds=(0, 1)):
+            problems = dict.fromkeys(problems, "the network's outputs are random, and others without these")
         for i, problem in problems.items():
             proven[i] = replace(proven[i], pinned=problem)
     return proven
@@ -206,8 +206,8 @@ def _randomized(model: nn.Module, batch: Batch) -> nn.Module:
             module.reset_running_stats()
     try:
         with evaluating(network):
-            outputs = pytree.tree_leaves(forward(network, batch))
+            outputs = tensors_of(forward(network, batch))
     except Exception:
         return model
-    finite = all(bool(o.isfinite().all()) for o in outputs if isinstance(o, Tensor))
+    finite = all(bool(output.isfinite().all()) for output in outputs)
     return network if finite else model

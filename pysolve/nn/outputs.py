@@ -1,0 +1,60 @@
+"""What a network's output holds, whatever its structure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from pysolve.nn.running import Output
+
+
+def tensors_of(output: Output) -> list[Tensor]:
+    """All tensors of an output in order, of mappings, sequences, dataclasses, distributions and the like."""
+    return _tensors(output, set())
+
+
+def main_output(output: Output) -> Tensor:
+    """The main tensor of a network's output: its logits, or the first one."""
+    found = tensors_of(logits_of(output))
+    if not found:
+        raise TypeError(f"expected a tensor in the network's output, got {type(output).__name__}.")
+    return found[0]
+
+
+def logits_of(output: Output) -> Output:
+    """What an output calls its ``logits``; the output itself where it has none."""
+    if isinstance(output, Mapping):
+        return output.get("logits", output)
+    if isinstance(output, Tensor | tuple | list):
+        return output
+    return getattr(output, "logits", output)
+
+
+def _tensors(value: Any, seen: set[int]) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    if id(value) in seen:
+        return []
+    seen.add(id(value))
+    return [tensor for part in _parts(value) for tensor in _tensors(part, seen)]
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return [*value.values()]
+    if isinstance(value, tuple | list):
+        return [*value]
+    if isinstance(value, nn.Module | type) or callable(value) or _inside_torch(value):
+        return []
+    if dataclasses.is_dataclass(value):
+        return [getattr(value, field.name) for field in dataclasses.fields(value)]
+    return [*getattr(value, "__dict__", {}).values()]
+
+
+def _inside_torch(value: Any) -> bool:
+    """Sizes that a trace leaves free, for one, hold the whole trace."""
+    home = type(value).__module__
+    return home.partition(".")[0] == "torch" and not home.startswith("torch.distributions.")

@@ -1,0 +1,81 @@
+"""The number of samples is free first, all sizes where batches ask for it, and no try leaves marks."""
+
+import torch
+from small import Net
+from torch import nn
+
+import pysolve as ps
+from pysolve.nn.calibration import fits, samples_in
+from pysolve.nn.graph.export import trace, trace_once
+
+
+def halving():
+    """Divides height and width several times: torch.export makes inequalities of it that nothing solves."""
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 11, 4, 2),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2),
+        nn.Conv2d(4, 6, 5, padding=2),
+        nn.ReLU(),
+        nn.MaxPool2d(3, 2),
+        nn.MaxPool2d(3, 2),
+        nn.AdaptiveAvgPool2d(6),
+        nn.Flatten(),
+        nn.Linear(216, 3),
+    )
+
+
+def images():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 2)
+    )
+
+
+def test_networks_that_halve_their_images_are_traced_for_any_number_of_samples():
+    graph, few = trace_once(halving(), torch.zeros(5, 3, 64, 64))
+    assert samples_in(few) == 2
+    assert graph.takes_any_batch
+    assert fits(graph, torch.zeros(9, 3, 64, 64))
+
+
+def test_a_try_that_fails_leaves_no_marks():
+    x = torch.zeros(2, 3, 64, 64)
+    graph = trace(halving(), x, every_size=True)
+    assert not graph.takes_any_batch
+    assert vars(x) == {}
+
+
+def test_sizes_are_free_where_batches_ask_for_it():
+    x = torch.zeros(5, 3, 9, 9)
+    for every, other in ((False, 9), (True, 7)):
+        graph = trace(images(), x, every_size=every)
+        assert fits(graph, torch.zeros(3, 3, other, 9))
+        assert fits(graph, torch.zeros(3, 3, 7, 8)) == every
+
+
+def test_batches_of_all_sizes_are_refitted_on():
+    batches = [torch.randn(24, 3, 9 - i, 6 + i) for i in range(4)]
+    result = ps.compress(images(), batches, keep=0.5, progress=False)
+    assert result.report.samples == 96 - 96 // 8
+    assert not any("refit" in note for note in result.report.notes)
+
+
+def test_a_batch_size_in_the_code_is_traced_as_it_is():
+    model = Net(lambda net, x: net.fc(x.reshape(5, 4)), fc=nn.Linear(4, 2))
+    graph, few = trace_once(model, torch.zeros(5, 4))
+    assert samples_in(few) == 5
+    assert not graph.takes_any_batch
+
+
+def test_a_size_that_the_code_compares_holds_for_its_branch_alone():
+    def run(net, x):
+        return net.fc(-x if x.shape[0] > 10 else x)
+
+    model, x = Net(run, fc=nn.Linear(4, 2)), torch.randn(128, 4)
+    graph, few = trace_once(model, x)
+    assert samples_in(few) == 128
+    assert [n for n in (1, 2, 10, 11, 12, 9999) if fits(graph, x[:1].expand(n, 4))] == [11, 12, 9999]
+    few_only = trace(model, x[:2])
+    assert not few_only.takes_any_batch
+    assert [n for n in (1, 2, 10, 11) if fits(few_only, x[:n])] == [1, 2, 10]
