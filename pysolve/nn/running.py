@@ -81,6 +81,15 @@ def evaluating(*models: nn.Module) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def in_training(model: nn.Module) -> Iterator[None]:
+    """Training mode without gradients; modes and the state of random numbers are restored afterwards."""
+    cards = [device for device in devices(model) if device.type == "cuda"]
+    with keeping_modes(model), torch.no_grad(), torch.random.fork_rng(cards):
+        model.train()
+        yield
+
+
 def forward(model: nn.Module, batch: Batch, device: Device = None) -> Output:
     """The network's output for one batch, which is copied so that in-place layers cannot change it.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -34,10 +34,14 @@ class Network:
         For a module that shares values with another one, their name there.
     parameters : {Node: str}
         State-dict names of the nodes of parameters and buffers; grows with inner graphs.
+    unseen : collection of str
+        Of a graph in training mode: the names that the graph in evaluation mode does not use.
     opaque : {Node: str}
         Operators without a rule, and their names.
     elsewhere : {layer: str}
         Layers whose parameters are used outside of them, and where.
+    trained : list of (labels, str)
+        Labels that meet an unseen parameter, and where.
     ledger : Ledger
     """
 
@@ -46,8 +50,10 @@ class Network:
     state: Mapping[str, Tensor]
     ties: Mapping[nn.Module, str]
     parameters: dict[Node, str]
+    unseen: Collection[str] = ()
     opaque: dict[Node, str] = field(default_factory=dict)
     elsewhere: dict[str, str] = field(default_factory=dict)
+    trained: list[tuple[Tensor, str]] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
 
 

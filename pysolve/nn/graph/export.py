@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import PysolveError
-from pysolve.nn.running import Batch, arguments, evaluating, few_samples
+from pysolve.nn.running import Batch, arguments, evaluating, few_samples, in_training
 
 _TORCH, _NN = Path(torch.__file__).parent, Path(__file__).parents[1]
 # Where networks are called from, which is not where their errors come from.
@@ -61,6 +61,11 @@ class Graph:
         sizes: list[object] = [v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim]
         return all(isinstance(n, torch.SymInt) and n.node.maybe_as_int() is None for n in sizes)
 
+    @property
+    def used(self) -> set[str]:
+        """State-dict names of the parameters and buffers that an operator reads."""
+        return {name for node, name in self.parameters.items() if node.users}
+
     def bind(self, batch: Batch) -> dict[Node, Any]:
         """Values of the input placeholders for one batch."""
         args, kwargs = arguments(batch)
@@ -70,7 +75,14 @@ class Graph:
         return dict(zip(self.inputs, leaves, strict=True))
 
 
-def trace(model: nn.Module, batch: Batch, *, free_sizes: bool = True, fixed_sizes: bool = True) -> Graph:
+def trace(
+    model: nn.Module,
+    batch: Batch,
+    *,
+    free_sizes: bool = True,
+    fixed_sizes: bool = True,
+    training: bool = False,
+) -> Graph:
     """Export a network in evaluation mode.
 
     Parameters
@@ -83,6 +95,8 @@ def trace(model: nn.Module, batch: Batch, *, free_sizes: bool = True, fixed_size
     fixed_sizes : bool
         Where that is not tried or fails: make a graph for this batch alone, which takes a fraction of the
         time.
+    training : bool
+        In training mode instead.
 
     Raises
     ------
@@ -91,10 +105,10 @@ def trace(model: nn.Module, batch: Batch, *, free_sizes: bool = True, fixed_size
     """
     args, kwargs = arguments(batch)
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if free_sizes and all(t.ndim and len(t) == 1 for t in tensors):
-        # torch.export takes a size of 1 for fixed.
+    if (free_sizes or training) and all(t.ndim and len(t) == 1 for t in tensors):
+        # torch.export takes a size of 1 for fixed, and batch norms do not train on one sample.
         args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.repeat_interleave(2, 0), (args, kwargs))
-    with evaluating(model), _without_cache(model):
+    with (in_training if training else evaluating)(model), _without_cache(model):
         program = _export(model, args, kwargs, free_sizes, fixed_sizes)
     signature = program.graph_signature
     given = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import chain
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from pysolve.nn.graph import layer_rules, operators
 from pysolve.nn.graph.calls import Call, Network, Value, operator_name, pointwise
-from pysolve.nn.graph.classes import Classes, labelled, lean, none
+from pysolve.nn.graph.classes import Classes, labelled, lean, none, squashed
 from pysolve.nn.graph.export import Graph, where
 from pysolve.nn.graph.operators import Rule
 
@@ -24,11 +24,13 @@ _OF_LAYERS = set(layer_rules.RULES.values())
 _WRAPPERS = {"wrap_with_autocast", "wrap_with_set_grad_enabled", "tag_activation_checkpoint"}
 
 
-def label_channels(model: nn.Module, graph: Graph) -> Classes:
+def label_channels(model: nn.Module, graph: Graph, training: Graph | None = None) -> Classes:
     """Give every channel that a layer makes a label, and run the graph's operators on the labels.
 
     Operators that move values move labels; elementwise ones unite labels that meet; sums over channels and
-    norms unite all of these; operators without a rule pin the channels that they read.
+    norms unite all of these; operators without a rule pin the channels that they read. Channels that meet
+    parameters used in ``training`` alone, a graph of the network in training mode, are pinned: no data show
+    what these parameters are for.
     """
     network = _network(model, graph)
     output = _run(graph.module, {}, network)
@@ -38,10 +40,22 @@ def label_channels(model: nn.Module, graph: Graph) -> Classes:
     for member in network.ledger.members.values():
         if member.layer in network.elsewhere:
             network.ledger.pin(member.labels, network.elsewhere[member.layer])
+    if training is not None:
+        _pin_trained(network, _network(model, training, unseen=set(network.state) - graph.used), training)
     return network.ledger.resolve()
 
 
-def _network(model: nn.Module, graph: Graph) -> Network:
+def _pin_trained(network: Network, twin: Network, training: Graph) -> None:
+    """Pin the channels that parameters which are used in training alone work on."""
+    _run(training.module, {}, twin)
+    roots = torch.from_numpy(twin.ledger.resolve().roots)
+    for key in network.ledger.members.keys() & twin.ledger.members.keys():
+        labels, classes = network.ledger.members[key].labels, roots[twin.ledger.members[key].labels]
+        for touched, reason in twin.trained:
+            network.ledger.pin(labels[torch.isin(classes, roots[touched])], reason)
+
+
+def _network(model: nn.Module, graph: Graph, unseen: Collection[str] = ()) -> Network:
     """Data about the network that rules read."""
     tensors = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     state = dict(chain(*tensors))
@@ -56,7 +70,7 @@ def _network(model: nn.Module, graph: Graph) -> Network:
             ties.setdefault(own, other)
             ties.setdefault(layer, name)
     names = {module: name for name, module in model.named_modules()}
-    return Network(modules, names, state, ties, dict(graph.parameters))
+    return Network(modules, names, state, ties, dict(graph.parameters), unseen)
 
 
 def _run(module: GraphModule, env: dict[Node, Value], network: Network) -> Value:
@@ -91,7 +105,9 @@ def _evaluate(node: Node, env: Mapping[Node, Value], network: Network) -> Value:
         return result
     call = _call(node, args, kwargs, result, network)
     _note_uses(call)
-    return _checked(call)
+    found = _checked(call)
+    _note_training(call, found)
+    return found
 
 
 def _checked(call: Call) -> Value:
@@ -153,6 +169,18 @@ def _note_uses(call: Call) -> None:
         if owner is not None and owner is not call.module:
             layer = call.network.names[owner]
             call.network.elsewhere[layer] = f"`{name}` is used outside of its layer ({where(call.node)})"
+
+
+def _note_training(call: Call, found: Value) -> None:
+    """Record the channels that meet a parameter which is used in training alone."""
+    names = (call.network.parameters.get(node) for node in call.node.all_input_nodes)
+    unseen = next((name for name in names if name in call.network.unseen), None)
+    if unseen is not None:
+        reason = f"`{unseen}` works on these channels in training alone ({where(call.node)})"
+        for value in pytree.tree_leaves([found, *(value for value, _ in call.tensors)]):
+            if isinstance(value, Tensor) and labelled(value):
+                labels = squashed(value)
+                call.network.trained.append((labels[labels >= 0], reason))
 
 
 def _unlabelled(value: Value) -> Value:

@@ -18,7 +18,7 @@ from pysolve.nn.apply import apply, masked
 from pysolve.nn.graph.classes import ROLES, Classes, Member
 from pysolve.nn.graph.export import Graph, code_line, trace
 from pysolve.nn.graph.labels import label_channels
-from pysolve.nn.running import Batch, evaluating, few_samples, find_matching, forward
+from pysolve.nn.running import Batch, evaluating, few_samples, find_matching, forward, in_training
 from pysolve.nn.verify import mismatch
 from pysolve.plan import Collapse, Indices, Plan, Site
 
@@ -65,8 +65,18 @@ def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[str]
 def sites_in(model: nn.Module, graph: Graph, batch: Batch, *, ignore: Iterable[str] = ()) -> list[Site]:
     """``find_sites`` of a network that has been traced with this batch."""
     ignored = find_matching(model, ignore)
-    sites = sites_of(label_channels(model, graph))
+    sites = sites_of(label_channels(model, graph, _in_training(model, graph, batch)))
     return _proven(model, [_ignoring(site, ignored) for site in sites], batch)
+
+
+def _in_training(model: nn.Module, graph: Graph, batch: Batch) -> Graph | None:
+    """The graph in training mode, if there are parameters that the graph in evaluation mode does not use."""
+    state = dict(model.named_parameters(remove_duplicate=False))
+    if {*map(id, state.values())} == {id(state[name]) for name in graph.used & state.keys()}:
+        return None
+    with suppress(PysolveError):
+        return trace(model, batch, free_sizes=False, training=True)
+    return None
 
 
 def sites_of(classes: Classes) -> list[Site]:
@@ -129,18 +139,20 @@ def _proven(model: nn.Module, sites: Sequence[Site], batch: Batch) -> list[Site]
     """The same sites, with those pinned whose removal breaks the network.
 
     A random half of the channels of every free site is removed twice: in the network itself, and in a copy
-    with random weights of unit gain, in which no effect is too small to be measured.
+    with random weights of unit gain, in which no effect is too small to be measured. A network that runs in
+    training mode must still do so.
     """
     rng = np.random.default_rng(0)
     proven = list(sites)
+    trains = any(site.pinned is None for site in sites) and _trouble(copy.deepcopy(model), batch) is None
     for network in (model, _randomized(model, batch)):
         steps = {i: _half(site, rng) for i, site in enumerate(proven) if site.pinned is None}
-        if not steps or _problem(network, [*steps.values()], batch) is None:
+        if not steps or _problem(network, [*steps.values()], batch, trains) is None:
             continue
         if mismatch(copy.deepcopy(model), copy.deepcopy(model), batch):
             problems = dict.fromkeys(steps, "the network's outputs are random, so nothing can be tried out")
         else:
-            problems = _faults(network, steps, {}, batch)[1]
+            problems = _faults(network, steps, {}, batch, trains)[1]
         for i, problem in problems.items():
             proven[i] = replace(proven[i], pinned=problem)
     return proven
@@ -152,23 +164,27 @@ def _half(site: Site, rng: np.random.Generator) -> Collapse:
 
 
 def _faults(
-    model: nn.Module, steps: Mapping[int, Collapse], sound: Mapping[int, Collapse], batch: Batch
+    model: nn.Module,
+    steps: Mapping[int, Collapse],
+    sound: Mapping[int, Collapse],
+    batch: Batch,
+    trains: bool,
 ) -> tuple[dict[int, Collapse], dict[int, str]]:
     """Steps that work together with sound ones, and the problems of the others, by bisection."""
-    problem = _problem(model, [*sound.values(), *steps.values()], batch) if steps else None
+    problem = _problem(model, [*sound.values(), *steps.values()], batch, trains) if steps else None
     if problem is None:
         return dict(steps), {}
     if len(steps) == 1:
         return {}, dict.fromkeys(steps, problem)
     items = list(steps.items())
     middle = len(items) // 2
-    left, wrong = _faults(model, dict(items[:middle]), sound, batch)
-    right, more = _faults(model, dict(items[middle:]), {**sound, **left}, batch)
+    left, wrong = _faults(model, dict(items[:middle]), sound, batch, trains)
+    right, more = _faults(model, dict(items[middle:]), {**sound, **left}, batch, trains)
     return {**left, **right}, {**wrong, **more}
 
 
-def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Batch) -> str | None:
-    """Problem when these channels are removed; None if there is none."""
+def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Batch, trains: bool) -> str | None:
+    """Problem when these channels are removed, in training mode too if it ``trains``; None if none."""
     plan = Plan(tuple(steps))
     try:
         smaller = apply(model, plan)
@@ -176,15 +192,30 @@ def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Batch) -> str |
         return str(error)
     difference = mismatch(masked(model, plan), smaller, batch)
     if difference is None:
-        return None
+        trouble = _trouble(smaller, batch) if trains else None
+        return trouble and f"training needs these channels{trouble}"
     try:
         with evaluating(smaller):
             forward(smaller, batch)
     # Whatever the network's own code raises when its layers are narrower.
     except Exception as error:
-        message = next(iter(str(error).splitlines()), repr(error))
-        return f"a width is written into the code{code_line(error)}: {message}"
+        return f"a width is written into the code{_told(error)}"
     return f"a width is written into the code: without some of these channels {difference}"
+
+
+def _trouble(model: nn.Module, batch: Batch) -> str | None:
+    """What a network raises in training mode, which changes its statistics; None if it runs."""
+    try:
+        with in_training(model):
+            forward(model, batch)
+    except Exception as error:
+        return _told(error)
+    return None
+
+
+def _told(error: Exception) -> str:
+    """The line of the network's code that raised an error, and its first line."""
+    return f"{code_line(error)}: {next(iter(str(error).splitlines()), repr(error))}"
 
 
 def _randomized(model: nn.Module, batch: Batch) -> nn.Module:

@@ -17,8 +17,9 @@ from cuts import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import NETWORKS, Net, attention, chains, network, vectors
+from small import NETWORKS, Net, attention, chains, images, network, vectors
 from torch import nn
+from torch.nn import functional as F
 
 import pysolve as ps
 from pysolve.errors import LayerNotFoundError, PysolveError
@@ -143,6 +144,43 @@ def test_among_many_sites_only_the_guilty_are_pinned():
     written = [site.writers[0] for site in sites if "written into the code" in (site.pinned or "")]
     assert written == ["layers.2.1.q", "layers.7.1.q"]
     assert len(free(sites)) == 16
+
+
+def with_a_head_for_training(head):
+    def run(net, x):
+        x = F.relu(net.stem(x))
+        y = net.fc(F.relu(net.conv(x)).mean((2, 3)))
+        return (y, head(net, x)) if net.training else y
+
+    stem, conv, fc = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 5, 1), nn.Linear(5, 2)
+    aux, more = nn.Sequential(nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)), nn.Conv2d(3, 6, 1)
+    return Net(run, stem=stem, conv=conv, fc=fc, aux=aux, more=more)
+
+
+IN_TRAINING = {
+    "reads": (lambda net, x: net.aux(x), "`aux.0.weight` works on these channels in training"),
+    "writes": (lambda net, x: x + net.more(images()), "`more.weight` works on these channels in training"),
+    "knows the width": (lambda net, x: x.view(2, 6, 64), "training needs these channels (test_sites.py:"),
+    "cannot be traced": (lambda net, x: net.aux(x) if x.sum() >= 0 else x, "training needs these channels"),
+}
+
+
+@pytest.mark.parametrize("name", IN_TRAINING)
+def test_channels_that_training_alone_needs_stay_and_the_smaller_network_trains(name):
+    head, reason = IN_TRAINING[name]
+    model, x = with_a_head_for_training(head), images()
+    state = copy.deepcopy(model.state_dict())
+    first, second, _ = find_sites(model, x)
+    assert reason in first.pinned
+    assert second.pinned is None
+    smaller = apply(model, Plan((Collapse(second, [0, 2]),))).train()
+    smaller(x)[0].sum().backward()
+    assert all(torch.equal(values, state[key]) for key, values in model.state_dict().items())
+
+
+def test_heads_that_training_does_not_use_either_hold_nothing():
+    model, x = with_a_head_for_training(lambda net, x: x.mean()), images()
+    assert len(free(find_sites(model, x))) == 2
 
 
 def test_ignored_layers_keep_their_channels():
