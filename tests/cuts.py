@@ -87,10 +87,19 @@ SITES = {
         "4: stem → fc ! an input or constant meets these channels directly",
         "2: fc → ! output",
     ],
-    "scaled_by_a_parameter": [
-        "6: stem → fc ! the parameter `scale` meets these channels directly",
-        "2: fc → ! output",
+    "scaled_by_a_parameter": ["6: stem → fc | scale", "2: fc → ! output"],
+    "weighted_features": [
+        "6: a b → b c | mask",
+        "7: c → out | scales.0 scales.1",
+        "2: out → ! output",
     ],
+    "handmade_batch_norms": [
+        "6: 0 → 3 | 1.gain 1.shift 1.mean 1.var",
+        "5: 3 → 6 | 4.gain 4.shift 4.mean 4.var",
+        "2: 6 → ! output",
+    ],
+    "learned_positions": ["6: stem → q k v | places", "3: q k v → o | sharpness", "4: o → ! output"],
+    "added_parameter_is_summed": ["1: stem → fc | shift ! sum mixes these channels", "2: fc → ! output"],
     "unknown_operator": ["8: 0 → ! pixel_shuffle is not understood", "5: 2 → 4", "2: 4 → ! output"],
     "computed_weight": [
         "6: a → b ! the weight of `a` is computed from other values",

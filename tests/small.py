@@ -377,6 +377,73 @@ def scaled_by_a_parameter():
     )
 
 
+def weighted_features():
+    """Learned scalars weigh two branches, learned vectors are added and multiplied, a buffer masks."""
+
+    def run(net, x):
+        weights = F.relu(net.weights)
+        weights = weights / weights.sum()
+        x = F.relu(net.a(x)) * net.mask[None, :, None, None]
+        x = weights[0] * x + weights[1] * net.b(x)
+        return net.out(net.scales[0] * net.c(x) + net.scales[1])
+
+    return Net(
+        run,
+        a=nn.Conv2d(3, 6, 3),
+        b=nn.Conv2d(6, 6, 1),
+        c=nn.Conv2d(6, 7, 1),
+        out=nn.Conv2d(7, 2, 1),
+        weights=nn.Parameter(torch.tensor([0.4, 0.6])),
+        scales=nn.ParameterList([torch.rand(1, 7, 1, 1) + 0.5, torch.rand(7, 1, 1)]),
+        mask=nn.Buffer((torch.arange(6) % 3 > 0).float(), persistent=False),
+    ), images()
+
+
+def handmade_batch_norms():
+    """Statistics as buffers of modules of the network's own: in a formula, and by torch's function."""
+
+    def formula(net, x):
+        scale = net.gain * (net.var + 1e-5).rsqrt()
+        return x * scale.reshape(1, -1, 1, 1) + (net.shift - net.mean * scale).reshape(1, -1, 1, 1)
+
+    def function(net, x):
+        return F.batch_norm(x, net.mean, net.var, net.gain, net.shift)
+
+    def norm(run, n):
+        gain, shift = nn.Parameter(torch.rand(n) + 0.5), nn.Parameter(torch.rand(n))
+        return Net(
+            run, gain=gain, shift=shift, mean=nn.Buffer(torch.rand(n)), var=nn.Buffer(torch.rand(n) + 0.5)
+        )
+
+    layers = nn.Conv2d(3, 6, 3), norm(formula, 6), nn.ReLU(), nn.Conv2d(6, 5, 1), norm(function, 5), nn.ReLU()
+    return nn.Sequential(*layers, nn.Conv2d(5, 2, 1)), images()
+
+
+def learned_positions():
+    """A parameter of all positions and channels, and one of heads."""
+
+    def run(net, x):
+        x = net.stem(x) + net.places
+        queries, keys, values = (layer(x).unflatten(-1, (-1, 4)) for layer in (net.q, net.k, net.v))
+        scores = torch.einsum("nthd,nshd->nhts", queries, keys) * net.sharpness
+        return net.o(torch.einsum("nhts,nshd->nthd", scores.softmax(-1), values).flatten(2))
+
+    layers = {name: nn.Linear(6, 12) for name in "qkv"}
+    sharpness = nn.Parameter(torch.rand(3, 1, 1))
+    places, stem = nn.Parameter(torch.rand(1, 5, 6)), nn.Linear(4, 6)
+    return Net(run, stem=stem, places=places, sharpness=sharpness, o=nn.Linear(12, 4), **layers), vectors(
+        2, 5, 4
+    )
+
+
+def added_parameter_is_summed():
+    def run(net, x):
+        return net.fc((net.stem(x) + net.shift) * net.shift.sum())
+
+    shift = nn.Parameter(torch.rand(6))
+    return Net(run, stem=nn.Linear(4, 6), shift=shift, fc=nn.Linear(6, 2)), vectors(4, 4)
+
+
 def unknown_operator():
     layers = (nn.Conv2d(3, 8, 1), nn.PixelShuffle(2), nn.Conv2d(2, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1))
     return nn.Sequential(*layers), images()
@@ -449,7 +516,8 @@ NETWORKS = {
         *(transformer_layer, layer_norm_stream, rms_norm_stream, handmade_norm_stream, hard_coded_reshape),
         *(conv1d, conv3d, embedding_stream, keywords, input_shortcut, scaled_by_a_parameter),
         *(unknown_operator, computed_weight, tied_weights, borrowed_weight, autocast, dead_end, in_place),
-        *(softmax_between, noisy),
+        *(softmax_between, noisy, weighted_features, handmade_batch_norms, learned_positions),
+        *(added_parameter_is_summed,),
     )
 }
 

@@ -12,11 +12,13 @@ from torch import Tensor, nn
 
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import Codebook
+from pysolve.nn.bare import Bare, find_member
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
 from pysolve.nn.running import Batch, as_tensor, find_layer
 from pysolve.nn.slicing import (
     ROLES,
     Cut,
+    Narrowable,
     channels_of,
     check_cut,
     check_kind,
@@ -43,8 +45,9 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     cut once.
 
     Writers may be Linear, convolutions of any kind and Embedding; readers all of these but Embedding; passed
-    layers grouped and depthwise convolutions, batch, instance and group norms, PReLU, and constant padding
-    of the channel dimension. From grouped layers whole groups are removed, or as many channels from each.
+    layers grouped and depthwise convolutions, batch, instance and group norms, PReLU, constant padding of
+    the channel dimension, and bare parameters and buffers, by their names in the state dict.
+    From grouped layers whole groups are removed, or as many channels from each.
 
     Parameters
     ----------
@@ -72,7 +75,7 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     cuts, values = _checked(model, plan)
     smaller, layers = _copy(model, values)
     for name, cut in cuts.items():
-        narrow(layers[name], cut)
+        narrow(find_member(smaller, name), cut)
     decoded = {name: form for name, form in plan.forms.items() if isinstance(form, Codebook)}
     load(smaller, {name: as_tensor(form.dense()) for name, form in decoded.items()})
     for name, form in plan.forms.items():
@@ -96,14 +99,14 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     for name, cut in cuts.items():
         if not cut.columns.all():
             silence(layers[name], cut.columns)
-    state, narrowed = wide.state_dict(keep_vars=True), _by_layer(wide, cuts)
+    state, cut_members = wide.state_dict(keep_vars=True), _by_member(wide, cuts)
     for name, form in plan.forms.items():
-        owner, _, leaf = name.rpartition(".")
         dense, tensor = as_tensor(form.dense()), state[name].data
-        if layers[owner] not in narrowed:
+        narrowed = _numbered(wide, name, cut_members)
+        if narrowed is None:
             tensor.copy_(dense)
         else:
-            places = getattr(numbered(layers[owner], narrowed[layers[owner]]), leaf).long()
+            places = getattr(narrowed, name.rpartition(".")[2]).long()
             tensor.put_(places.to(tensor.device), dense.to(tensor))
     return wide
 
@@ -121,9 +124,10 @@ def _checked(model: nn.Module, plan: Plan) -> tuple[dict[str, Cut], dict[str, Te
         _check_step(step)
     cuts = _cuts(model, plan)
     values = new_values(model, plan)
-    _check_forms(model, plan, _by_layer(model, cuts))
-    names = {*cuts, *(name.rpartition(".")[0] for name in (*values, *plan.forms))}
-    _check_untied(model, {find_layer(model, name) for name in names})
+    members = _by_member(model, cuts)
+    _check_forms(model, plan, members)
+    changed = {find_layer(model, name.rpartition(".")[0]) for name in (*values, *plan.forms)}
+    _check_untied(model, members.keys() | changed)
     return cuts, values
 
 
@@ -135,9 +139,9 @@ def _cuts(model: nn.Module, plan: Plan) -> dict[str, Cut]:
             for name in dict.fromkeys(getattr(step.site, role)):
                 uses.setdefault(name, []).append((role, step))
     cuts: dict[str, Cut] = {}
-    names: dict[nn.Module, str] = {}
+    names: dict[Narrowable, str] = {}
     for name, steps in uses.items():
-        layer = find_layer(model, name)
+        layer = find_member(model, name)
         cut = _cut(name, layer, steps)
         check_cut(name, layer, cut)
         first = names.setdefault(layer, name)
@@ -158,11 +162,19 @@ def _check_step(step: Collapse) -> None:
         )
 
 
-def _by_layer(model: nn.Module, cuts: Mapping[str, Cut]) -> dict[nn.Module, Cut]:
-    return {find_layer(model, name): cut for name, cut in cuts.items()}
+def _by_member(model: nn.Module, cuts: Mapping[str, Cut]) -> dict[Narrowable, Cut]:
+    return {find_member(model, name): cut for name, cut in cuts.items()}
 
 
-def _check_forms(model: nn.Module, plan: Plan, cuts: Mapping[nn.Module, Cut]) -> None:
+def _numbered(model: nn.Module, tensor: str, cuts: Mapping[Narrowable, Cut]) -> nn.Module | None:
+    """``numbered`` of what a tensor is cut with, its layer or itself; None where it stays whole."""
+    owner, _, leaf = tensor.rpartition(".")
+    layer = find_layer(model, owner)
+    cut = next((one for one in (layer, Bare(layer, leaf)) if one in cuts), None)
+    return None if cut is None else numbered(cut, cuts[cut])
+
+
+def _check_forms(model: nn.Module, plan: Plan, cuts: Mapping[Narrowable, Cut]) -> None:
     """Refuse forms that do not fit the tensors as the cuts leave them."""
     state = model.state_dict(keep_vars=True)
     first: dict[tuple[nn.Module, str], str] = {}
@@ -174,7 +186,7 @@ def _check_forms(model: nn.Module, plan: Plan, cuts: Mapping[nn.Module, Cut]) ->
         layer = find_layer(model, owner)
         if first.setdefault((layer, leaf), name) != name:
             raise CollapseError(f"{first[layer, leaf]} and {name} are one tensor, which can have one form.")
-        narrowed = numbered(layer, cuts[layer]) if layer in cuts else layer
+        narrowed = _numbered(model, name, cuts) or layer
         try:
             if isinstance(form, Codebook):
                 checked("decoded values", form.dense(), getattr(narrowed, leaf).shape, state[name].dtype)
@@ -186,7 +198,7 @@ def _check_forms(model: nn.Module, plan: Plan, cuts: Mapping[nn.Module, Cut]) ->
             raise CollapseError(f"{name} cannot take this form: {error}") from error
 
 
-def _cut(name: str, layer: nn.Module, uses: list[tuple[str, Collapse]]) -> Cut:
+def _cut(name: str, layer: Narrowable, uses: list[tuple[str, Collapse]]) -> Cut:
     """The kept channels of one layer."""
     for role, _ in uses:
         check_kind(name, layer, role)
@@ -205,14 +217,16 @@ def _cut(name: str, layer: nn.Module, uses: list[tuple[str, Collapse]]) -> Cut:
     return Cut(kept["writers"], kept["passed"], kept["readers"])
 
 
-def _check_untied(model: nn.Module, touched: set[nn.Module]) -> None:
+def _check_untied(model: nn.Module, touched: set[Narrowable]) -> None:
     """Refuse to change parameters that another layer uses too."""
-    owners: dict[int, dict[nn.Module, str]] = {}
+    owners: dict[int, dict[Narrowable, str]] = {}
     for prefix, layer in model.named_modules():
         for name, tensor in chain(layer.named_parameters(recurse=False), layer.named_buffers(recurse=False)):
             # Pointer 0: nothing is stored, on the meta device for example.
             if tensor.data_ptr():
-                owners.setdefault(tensor.data_ptr(), {}).setdefault(layer, f"{prefix}.{name}".strip("."))
+                bare = Bare(layer, name)
+                user = bare if bare in touched else layer
+                owners.setdefault(tensor.data_ptr(), {}).setdefault(user, f"{prefix}.{name}".strip("."))
     for users in owners.values():
         if len(users) > 1 and not touched.isdisjoint(users):
             own, other = sorted(users, key=lambda layer: layer not in touched)[:2]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pysolve.correlations import Array
 from pysolve.errors import DataError, PysolveError
+from pysolve.nn.bare import Bare, find_member
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.running import arguments, device_of, evaluating, find_layer, forward
 from pysolve.nn.slicing import (
@@ -18,6 +19,7 @@ from pysolve.nn.slicing import (
     ROLES,
     TRANSPOSED,
     WEIGHTED,
+    Narrowable,
     channels_of,
     check_kind,
     inputs,
@@ -69,7 +71,7 @@ def cost_model(
     extra = [find_layer(model, name) for name in extra_biases]
     for name, layer in zip(extra_biases, extra, strict=True):
         check_kind(name, layer, "readers")
-    names = {layer: name for _, _, name, layer in uses}
+    names: dict[Narrowable, str] = {layer: name for _, _, name, layer in uses}
     names |= {layer: name for layer, name in zip(extra, extra_biases, strict=True) if layer not in names}
     names |= {layer: name for name in also if (layer := find_layer(model, name)) not in names}
     layers = [*names]
@@ -94,13 +96,13 @@ def cost_model(
     )
 
 
-def _uses(model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[int, str, str, nn.Module]]:
+def _uses(model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[int, str, str, Narrowable]]:
     """Site, role, name and layer, for every layer that loses channels with a site."""
-    roles: dict[nn.Module, set[bool]] = {}
+    roles: dict[Narrowable, set[bool]] = {}
     for s, site in enumerate(sites):
         for role in ROLES if site.pinned is None else ():
             for name in getattr(site, role):
-                layer = find_layer(model, name)
+                layer = find_member(model, name)
                 check_kind(name, layer, role)
                 roles.setdefault(layer, set()).add(role == "passed")
                 if type(layer) in WEIGHTED and len(roles[layer]) > 1:
@@ -112,7 +114,7 @@ def _uses(model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[int, str, s
 
 
 def _tables(
-    sites: Sequence[Site], uses: Sequence[tuple[int, str, str, nn.Module]], layers: Sequence[nn.Module]
+    sites: Sequence[Site], uses: Sequence[tuple[int, str, str, Narrowable]], layers: Sequence[Narrowable]
 ) -> tuple[Array, Array]:
     """(L, S) outputs, and inputs of each group, that belong to one channel of a site."""
     rows, columns = np.zeros((2, len(layers), len(sites)))
@@ -125,11 +127,14 @@ def _tables(
     return rows, columns
 
 
-def _coefficients(layers: Sequence[nn.Module], counts: Mapping[nn.Module, float]) -> tuple[Array, Array]:
+def _coefficients(layers: Sequence[Narrowable], counts: Mapping[Narrowable, float]) -> tuple[Array, Array]:
     """(3, L) costs for each pair of an output and an input of its group, and for each output alone."""
     product, per_output = np.zeros((2, len(layers), 3))
     for layer, pair, single in zip(layers, product, per_output, strict=True):
         out, into = outputs(layer), _inputs(layer)
+        if isinstance(layer, Bare):
+            single += layer.costs / out
+            continue
         for name, tensor in layer.state_dict(keep_vars=True).items():
             entries = tensor.numel() if isinstance(tensor, nn.Parameter) else 0
             if name == "weight" and into:
@@ -146,7 +151,7 @@ def _new_bias(layer: nn.Module) -> Array:
     return np.array([1.0, 0.0, weight.itemsize]) * (bias is None)
 
 
-def _inputs(layer: nn.Module) -> int:
+def _inputs(layer: Narrowable) -> int:
     """Inputs of one group of a Linear or a convolution; 0 of other layers."""
     return inputs(layer) // _groups(layer)
 
@@ -155,7 +160,7 @@ def _groups(layer: Any) -> int:
     return layer.groups if type(layer) in CONVOLUTIONS else 1
 
 
-def _macs(model: nn.Module, layers: Sequence[nn.Module], example: Any) -> dict[nn.Module, float]:
+def _macs(model: nn.Module, layers: Sequence[Narrowable], example: Any) -> dict[Narrowable, float]:
     """Multiply-accumulates of each Linear and convolution, over all its calls, for one sample."""
     counts = dict.fromkeys(layers, 0.0)
     samples = _samples(example)
@@ -167,7 +172,7 @@ def _macs(model: nn.Module, layers: Sequence[nn.Module], example: Any) -> dict[n
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         for layer in layers:
-            if type(layer) in WEIGHTED:
+            if isinstance(layer, WEIGHTED) and type(layer) in WEIGHTED:
                 stack.callback(layer.register_forward_hook(count, with_kwargs=True).remove)
         forward(model, example, device_of(model))
     return counts

@@ -155,21 +155,36 @@ def _pin_fixed(call: Call, value: Tensor, fixed: Tensor, node: Node) -> None:
     dims = [dim for dim, size in enumerate(fixed.shape) if size > 1 and core.shape[dim] > 1]
     if dims:
         reason = f"{origin(call, node)} meets these channels directly ({where(call.node)})"
-        call.ledger.pin_varying(core, dims, reason, among=squashed(fixed) < 0)
+        blamed = [(name, fixed.shape[dim]) for dim in dims if (name := source(call, node))]
+        call.ledger.pin_varying(core, dims, reason, among=squashed(fixed) < 0, blamed=blamed)
     schema = call.node.target._schema  # type: ignore[union-attr]
     if schema.is_mutable and node is call.tensors[0][1]:
         call.ledger.pin(value, call.says("writes them over values that have no channels"))
 
 
 def origin(call: Call, node: Node) -> str:
-    """Name of a value without channels: the nearest parameter or operator without a rule before it."""
+    """What a value without channels comes from: the nearest parameter or operator without a rule."""
+    found = _before(call, node)
+    if found in call.network.parameters:
+        name = call.network.parameters[found]
+        kind = "parameter" if isinstance(call.network.state[name], nn.Parameter) else "buffer"
+        return f"the {kind} `{name}`"
+    return "an input or constant" if found is None else f"the result of {call.network.opaque[found]}"
+
+
+def source(call: Call, node: Node) -> str | None:
+    """Name of the nearest parameter or buffer before a value without channels."""
+    found = _before(call, node)
+    return None if found is None else call.network.parameters.get(found)
+
+
+def _before(call: Call, node: Node) -> Node | None:
+    """The nearest parameter, buffer or operator without a rule before a value."""
     queue, seen = [node], {node}
     for one in queue:
-        if one in call.network.parameters:
-            return f"the parameter `{call.network.parameters[one]}`"
-        if one in call.network.opaque:
-            return f"the result of {call.network.opaque[one]}"
+        if one in call.network.parameters or one in call.network.opaque:
+            return one
         new = [before for before in one.all_input_nodes if before not in seen]
         seen.update(new)
         queue.extend(new)
-    return "an input or constant"
+    return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from itertools import chain
 
 import torch
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from pysolve.nn.graph import layer_rules, operators
 from pysolve.nn.graph.calls import Call, Network, Value, operator_name, pointwise
-from pysolve.nn.graph.classes import Classes, labelled, lean, none, squashed
+from pysolve.nn.graph.classes import Classes, Member, labelled, lean, none, spread, squashed
 from pysolve.nn.graph.export import Graph, where
 from pysolve.nn.graph.operators import Rule
 
@@ -28,21 +28,73 @@ def label_channels(model: nn.Module, graph: Graph, training: Graph | None = None
     """Give every channel that a layer makes a label, and run the graph's operators on the labels.
 
     Operators that move values move labels; elementwise ones unite labels that meet; sums over channels and
-    norms unite all of these; operators without a rule pin the channels that they read. Channels that meet
+    norms unite all of these; operators without a rule pin the channels that they read. Bare parameters and
+    buffers that would pin channels get labels, too, which unite with those that they meet. Channels that meet
     parameters used in ``training`` alone, a graph of the network in training mode, are pinned: no data show
     what these parameters are for.
     """
+    bare: dict[str, int] = {}
+    while True:
+        network = _labelled(model, graph, bare)
+        found = network.ledger.resolve()
+        new = {name: dim for name, dim in _bare(network, found) if name not in bare}
+        if not new:
+            break
+        bare |= new
+    if training is None:
+        return found
+    _pin_trained(network, _network(model, training, unseen=set(network.state) - graph.used), training)
+    return network.ledger.resolve()
+
+
+def _labelled(model: nn.Module, graph: Graph, bare: Mapping[str, int]) -> Network:
+    """The network with its ledger after one run, bare tensors labelled along these dimensions."""
     network = _network(model, graph)
-    output = _run(graph.module, {}, network)
+    made = {
+        node: _bare_labels(network, name, bare[name])
+        for node, name in graph.parameters.items()
+        if name in bare
+    }
+    output = _run(graph.module, {**made}, network)
     for value in pytree.tree_leaves(output):
         if isinstance(value, Tensor):
             network.ledger.pin(value, "the network's output")
     for member in network.ledger.members.values():
         if member.layer in network.elsewhere:
             network.ledger.pin(member.labels, network.elsewhere[member.layer])
-    if training is not None:
-        _pin_trained(network, _network(model, training, unseen=set(network.state) - graph.used), training)
-    return network.ledger.resolve()
+    return network
+
+
+def _bare(network: Network, found: Classes) -> Iterator[tuple[str, int]]:
+    """Bare tensors that pin channels, and the dimension along which they can lose values with these."""
+    for name in sorted({name for name, _ in found.blamed}):
+        owner, tensor = network.modules[name.rpartition(".")[0]], network.state[name]
+        sizes = {size for blamed, size in found.blamed if blamed == name}
+        large = [dim for dim, size in enumerate(tensor.shape) if size > 1]
+        fits = [dim for dim in large if tensor.shape[dim] in sizes or len(large) == 1]
+        if len(fits) == 1 and not _is_layer(owner) and not _has_other_names(network, name):
+            yield name, fits[0]
+
+
+def _has_other_names(network: Network, name: str) -> bool:
+    """Whether a tensor is also another parameter or buffer, of this module or of another one."""
+    place = network.state[name].data_ptr()
+    same = [other for other, tensor in network.state.items() if tensor.data_ptr() == place]
+    return len({(network.modules[o.rpartition(".")[0]], o.rpartition(".")[2]) for o in same}) > 1
+
+
+def _is_layer(owner: nn.Module) -> bool:
+    """Whether a module is a layer of torch, which knows its own width."""
+    lists = nn.ParameterList | nn.ParameterDict
+    return type(owner).__module__.startswith("torch.") and not isinstance(owner, lists)
+
+
+def _bare_labels(network: Network, name: str, dim: int) -> Tensor:
+    """Labels of a bare tensor, which vary along one dimension."""
+    shape = network.state[name].shape
+    labels = spread(network.ledger.fresh(shape[dim]), dim, shape)
+    network.ledger.members[name, "passed"] = Member(name, "passed", labels.reshape(-1))
+    return labels
 
 
 def _pin_trained(network: Network, twin: Network, training: Graph) -> None:

@@ -15,12 +15,13 @@ from torch.utils import _pytree as pytree
 
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.nn.apply import apply, masked
+from pysolve.nn.bare import own_tensors
 from pysolve.nn.graph.classes import ROLES, Classes, Member
 from pysolve.nn.graph.export import Graph, code_line, trace
 from pysolve.nn.graph.labels import label_channels
-from pysolve.nn.running import Batch, evaluating, few_samples, find_matching, forward, in_training
+from pysolve.nn.running import Batch, evaluating, few_samples, find_layer, find_matching, forward, in_training
 from pysolve.nn.verify import mismatch
-from pysolve.plan import Collapse, Indices, Plan, Site
+from pysolve.plan import Collapse, Indices, Plan, Site, tensor_name
 
 
 def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[str] = ()) -> list[Site]:
@@ -64,7 +65,10 @@ def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[str]
 
 def sites_in(model: nn.Module, graph: Graph, batch: Batch, *, ignore: Iterable[str] = ()) -> list[Site]:
     """``find_sites`` of a network that has been traced with this batch."""
-    ignored = find_matching(model, ignore)
+    layers = find_matching(model, ignore)
+    ignored = layers | {
+        tensor_name(one, leaf) for one in layers for leaf in own_tensors(find_layer(model, one))
+    }
     sites = sites_of(label_channels(model, graph, _in_training(model, graph, batch)))
     return _proven(model, [_ignoring(site, ignored) for site in sites], batch)
 
