@@ -100,7 +100,10 @@ SITES = {
     ],
     "learned_positions": ["6: stem → q k v | places", "3: q k v → o | sharpness", "4: o → ! output"],
     "added_parameter_is_summed": ["1: stem → fc | shift ! sum mixes these channels", "2: fc → ! output"],
-    "unknown_operator": ["8: 0 → ! pixel_shuffle is not understood", "5: 2 → 4", "2: 4 → ! output"],
+    "unknown_operator": ["8: 0 → ! renorm is not understood", "5: 2 → 4", "2: 4 → ! output"],
+    "shuffled_pixels": ["2: stem → inner", "3: inner → out", "2: out → ! output"],
+    "unshuffled_pixels": ["4: 0 → 3 | 1", "2: 3 → ! output"],
+    "shuffled_channels": ["4: 0 → 3", "2: 3 → ! output"],
     "computed_weight": [
         "6: a → b ! the weight of `a` is computed from other values",
         "5: b → c",

@@ -445,7 +445,30 @@ def added_parameter_is_summed():
 
 
 def unknown_operator():
-    layers = (nn.Conv2d(3, 8, 1), nn.PixelShuffle(2), nn.Conv2d(2, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1))
+    strange = Net(lambda net, x: x.renorm(2, 1, 1e3))
+    layers = (nn.Conv2d(3, 8, 1), strange, nn.Conv2d(8, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1))
+    return nn.Sequential(*layers), images()
+
+
+def shuffled_pixels():
+    """Four channels become one twice as large, and each channel of the input four."""
+
+    def run(net, x):
+        return net.out(net.up(net.inner(net.up(net.stem(net.down(x))))))
+
+    stem, inner, out = nn.Conv2d(12, 8, 1), nn.Conv2d(2, 12, 3), nn.Conv2d(3, 2, 1)
+    return Net(
+        run, down=nn.PixelUnshuffle(2), stem=stem, up=nn.PixelShuffle(2), inner=inner, out=out
+    ), images()
+
+
+def unshuffled_pixels():
+    layers = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.PixelUnshuffle(2), nn.Conv2d(16, 2, 1)
+    return nn.Sequential(*layers), images()
+
+
+def shuffled_channels():
+    layers = nn.Conv2d(3, 8, 1), nn.ChannelShuffle(2), nn.ReLU(), nn.Conv2d(8, 2, 1)
     return nn.Sequential(*layers), images()
 
 
@@ -517,7 +540,7 @@ NETWORKS = {
         *(conv1d, conv3d, embedding_stream, keywords, input_shortcut, scaled_by_a_parameter),
         *(unknown_operator, computed_weight, tied_weights, borrowed_weight, autocast, dead_end, in_place),
         *(softmax_between, noisy, weighted_features, handmade_batch_norms, learned_positions),
-        *(added_parameter_is_summed,),
+        *(added_parameter_is_summed, shuffled_pixels, unshuffled_pixels, shuffled_channels),
     )
 }
 

@@ -152,6 +152,34 @@ def pool(call: Call) -> Labels:
     return top.expand(call.result.shape)
 
 
+def pixel_shuffle(call: Call) -> Tensor:
+    """The channels that become one channel's pixels go together."""
+    factor = call.args["upscale_factor"] ** 2
+    labels = _without_positions(call)
+    blocks = labels.reshape(*labels.shape[:-3], -1, factor, 1, 1)
+    top = call.ledger.mix(blocks, (-3,), call.says("makes one channel of several")).squeeze(-3)
+    return top.expand(call.result.shape)
+
+
+def pixel_unshuffle(call: Call) -> Tensor:
+    """Each channel becomes several, which go together."""
+    labels = _without_positions(call).repeat_interleave(call.args["downscale_factor"] ** 2, -3)
+    return labels.expand(call.result.shape)
+
+
+def _without_positions(call: Call) -> Tensor:
+    """Labels of images with size 1 along height and width, along which they must not vary."""
+    call.ledger.pin_varying(call.first, (-2, -1), call.says("moves these channels"), wildcard=True)
+    return call.first.amax((-2, -1), keepdim=True)
+
+
+def channel_shuffle(call: Call) -> Labels:
+    """Groups must keep equal channels: unite their first ones, their second ones, and so on."""
+    groups = call.first.chunk(call.args["groups"], 1)
+    call.ledger.mix(torch.stack(groups), (0,), call.says("shuffles equal groups"))
+    return shape(call)
+
+
 def matmul(call: Call) -> Tensor:
     """Rows times columns; summed channels are united in each row and column."""
     (a, first), (b, second) = call.tensors
@@ -238,6 +266,9 @@ _NAMES: dict[Rule, str] = {
         upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa
         _upsample_bicubic2d_aa grid_sampler
     """,
+    pixel_shuffle: "pixel_shuffle",
+    pixel_unshuffle: "pixel_unshuffle",
+    channel_shuffle: "channel_shuffle native_channel_shuffle",
     matmul: "matmul bmm mm mv dot",
     biased_matmul: "addmm baddbmm",
     gather: "gather index_select",
