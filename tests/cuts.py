@@ -57,6 +57,12 @@ SITES = {
     "hard_coded_attention": ["3: q k v → o ! a width is written into the code", "4: o → ! output"],
     "attention_by_products": ["3: q k v → o", "4: o → ! output"],
     "grouped_queries": ["2: q k v → o", "4: o → ! output"],
+    "one_key_head": [
+        "3: q → o",
+        "1: k → ! matmul uses these channels for every head",
+        "1: v → ! matmul uses these channels for every head",
+        "3: o → ! output",
+    ],
     "multihead_attention": [
         "6: stem → ! `attention`, a MultiheadAttention, works on them as a whole",
         "7: fc1 → fc2",

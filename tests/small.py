@@ -282,6 +282,17 @@ def grouped_queries():
     return attention(width=16, heads=4, kv_heads=2, rotary=True)
 
 
+def one_key_head():
+    """All queries share a key and a value, which torch broadcasts."""
+
+    def run(net, x):
+        q, k, v = net.q(x).unflatten(-1, (-1, 4)).transpose(1, 2), net.k(x)[:, None], net.v(x)[:, None]
+        return net.o(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    q, k, v, o = nn.Linear(5, 12), nn.Linear(5, 4), nn.Linear(5, 4), nn.Linear(12, 3)
+    return Net(run, q=q, k=k, v=v, o=o), vectors(2, 6, 5)
+
+
 def multihead_attention():
     def run(net, x):
         x = net.stem(x)
@@ -540,7 +551,7 @@ NETWORKS = {
         *(conv1d, conv3d, embedding_stream, keywords, input_shortcut, scaled_by_a_parameter),
         *(unknown_operator, computed_weight, tied_weights, borrowed_weight, autocast, dead_end, in_place),
         *(softmax_between, noisy, weighted_features, handmade_batch_norms, learned_positions),
-        *(added_parameter_is_summed, shuffled_pixels, unshuffled_pixels, shuffled_channels),
+        *(one_key_head, added_parameter_is_summed, shuffled_pixels, unshuffled_pixels, shuffled_channels),
     )
 }
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from pysolve.nn.graph.calls import Call, Labels, meet, pointwise
-from pysolve.nn.graph.classes import labelled, lean, squashed
+from pysolve.nn.graph.classes import complete, labelled, lean, squashed
 
 Rule = Callable[[Call], Labels]
 
@@ -189,9 +189,25 @@ def matmul(call: Call) -> Tensor:
 
 
 def _contract(call: Call, left: tuple[Tensor, Node], right: tuple[Tensor, Node]) -> Tensor:
-    """(…, n, m) labels of Σ_k left[…, n, k] right[…, m, k]."""
-    pair = [(lean(left[0]).unsqueeze(-2), left[1]), (lean(right[0]).unsqueeze(-3), right[1])]
+    """(…, n, m) labels of Σ_k left[…, n, k] right[…, m, k].
+
+    One head that serves many (multi-query attention) stays, and the others can go one by one.
+    """
+    a, b = lean(left[0]).unsqueeze(-2), lean(right[0]).unsqueeze(-3)
+    for many, one in ((a, b), (b, a)):
+        if _serves(one, many):
+            call.ledger.pin(one, call.says("uses these channels for every head"))
+            call.ledger.mix(one, (-2, -1), call.says("uses these channels for every head"))
+            top = call.ledger.mix(many, (-1,), call.says("mixes these channels"))
+            return top.expand(*torch.broadcast_shapes(top.shape, one.shape)[:-1], 1).squeeze(-1)  # type: ignore
+    pair = [(a, left[1]), (b, right[1])]
     return call.ledger.mix(meet(call, pair), (-1,), call.says("mixes these channels")).squeeze(-1)
+
+
+def _serves(one: Tensor, many: Tensor) -> bool:
+    """Whether channels of one head meet those of several, which are the dimensions before (n, m, k)."""
+    heads, own = (squashed(labels).shape[:-3] for labels in (many, one))
+    return complete(many) and labelled(one) and max(own, default=1) == 1 and max(heads, default=1) > 1
 
 
 def biased_matmul(call: Call) -> Tensor:
@@ -232,7 +248,7 @@ def einsum(call: Call) -> Labels:
 
 _NAMES: dict[Rule, str] = {
     shape: """
-        permute transpose t numpy_T movedim moveaxis swapaxes swapdims flatten unflatten unsqueeze squeeze
+        permute transpose t numpy_T mT adjoint movedim moveaxis swapaxes swapdims flatten unflatten unsqueeze squeeze
         slice select narrow expand broadcast_to repeat repeat_interleave tile unbind diagonal flip roll unfold
         reshape atleast_1d atleast_2d atleast_3d
     """,
