@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
-from pysolve.nn.running import Batch, Output, arguments, evaluating, forward
+from pysolve.nn.running import Batch, Output, arguments, evaluating, forward, without_classes
 
 # From the original's output and another one to the mean divergence per sample.
 Divergence = Callable[[Output, Output], Tensor]
@@ -77,6 +77,7 @@ def _spread(p: Tensor) -> Tensor:
 
 def main_output(output: Output) -> Tensor:
     """The main tensor of a network's output: its logits, or the first one."""
+    output = without_classes(output)
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping) and output:

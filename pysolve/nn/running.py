@@ -6,6 +6,7 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from itertools import chain
 from typing import Any
 
@@ -107,6 +108,17 @@ def forward(model: nn.Module, batch: Batch, device: Device = None) -> Output:
     kwargs = {name: _fresh(value, device) for name, value in kwargs.items()}
     _check_devices(model, [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)], device)
     return model(*args, **kwargs)
+
+
+def without_classes(output: Output) -> Output:
+    """A network's output with mappings in the place of dataclasses, which torch does not look into."""
+    if isinstance(output, tuple | list):
+        return [*map(without_classes, output)]
+    if not isinstance(output, Mapping) and is_dataclass(output) and not isinstance(output, type):
+        output = {field.name: getattr(output, field.name) for field in fields(output)}
+    return (
+        {key: without_classes(one) for key, one in output.items()} if isinstance(output, Mapping) else output
+    )
 
 
 def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pysolve.errors import PysolveError
 from pysolve.nn.layers.factored import Factored
 from pysolve.nn.layers.quantized import unrounded
-from pysolve.nn.running import Batch, Output, evaluating, forward
+from pysolve.nn.running import Batch, Output, evaluating, forward, without_classes
 
 # How far the outputs of two equal networks may differ, in units of the largest output. Dropping zero
 # columns only reorders sums: LeNet-5 differs by about 1e-7 in float32. Half precisions round each layer.
@@ -26,11 +26,11 @@ def mismatch(wide: nn.Module, smaller: nn.Module, probe: Batch) -> str | None:
     those that are.
     """
     with evaluating(wide, smaller), unrounded(wide), unrounded(smaller), _watched(smaller) as coarse:
-        wanted = list(_tensors(forward(wide, probe)))
+        wanted = list(_tensors(without_classes(forward(wide, probe))))
         if not wanted:
             raise PysolveError("the network's output holds no tensor, so there is nothing to compare.")
         try:
-            got = list(_tensors(forward(smaller, probe)))
+            got = list(_tensors(without_classes(forward(smaller, probe))))
         except Exception as error:
             return f"the smaller network fails ({str(error).splitlines()[0] if str(error) else error!r})"
     if [t.shape for t in got] != [t.shape for t in wanted]:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.divergence import class_dim
-from pysolve.nn.running import Batch, Output
+from pysolve.nn.running import Batch, Output, without_classes
 from pysolve.training.finetune import own_loss
 from pysolve.training.loop import in_float32
 
@@ -61,6 +61,7 @@ class DistillationLoss:
 
 def floating(output: Output) -> list[Tensor]:
     """The compared tensors of a network's output: its logits, or all that are floating-point."""
+    output = without_classes(output)
     if isinstance(output, Mapping):
         return floating(output["logits"] if "logits" in output else [*output.values()])
     if isinstance(output, tuple | list):

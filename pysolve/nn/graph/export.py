@@ -20,7 +20,7 @@ from torch.fx import GraphModule, Node
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import PysolveError
-from pysolve.nn.running import Batch, arguments, evaluating, few_samples, in_training
+from pysolve.nn.running import Batch, arguments, evaluating, few_samples, in_training, without_classes
 
 _TORCH, _NN = Path(torch.__file__).parent, Path(__file__).parents[1]
 # Where networks are called from, which is not where their errors come from.
@@ -108,7 +108,7 @@ def trace(
     if (free_sizes or training) and all(t.ndim and len(t) == 1 for t in tensors):
         # torch.export takes a size of 1 for fixed, and batch norms do not train on one sample.
         args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.repeat_interleave(2, 0), (args, kwargs))
-    with (in_training if training else evaluating)(model), _without_cache(model):
+    with (in_training if training else evaluating)(model), _without_cache(model), _without_classes(model):
         program = _export(model, args, kwargs, free_sizes, fixed_sizes)
     signature = program.graph_signature
     given = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
@@ -199,6 +199,16 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(level)
+
+
+@contextmanager
+def _without_classes(model: nn.Module) -> Iterator[None]:
+    """Outputs in dataclasses, which torch.export refuses, are mappings here."""
+    handle = model.register_forward_hook(lambda module, args, output: without_classes(output))
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

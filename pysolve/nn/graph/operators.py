@@ -248,9 +248,9 @@ def einsum(call: Call) -> Labels:
 
 _NAMES: dict[Rule, str] = {
     shape: """
-        permute transpose t numpy_T mT adjoint movedim moveaxis swapaxes swapdims flatten unflatten unsqueeze squeeze
-        slice select narrow expand broadcast_to repeat repeat_interleave tile unbind diagonal flip roll unfold
-        reshape atleast_1d atleast_2d atleast_3d
+        permute transpose t numpy_T mT adjoint movedim moveaxis swapaxes swapdims flatten unflatten
+        unsqueeze squeeze slice select narrow expand broadcast_to repeat repeat_interleave tile unbind
+        diagonal flip roll unfold reshape atleast_1d atleast_2d atleast_3d
     """,
     view: "view _unsafe_view view_as reshape_as",
     unlabelled: "new_ones new_zeros new_full new_empty",

@@ -3,6 +3,7 @@
 import copy
 import functools
 import logging
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -24,9 +25,11 @@ from torch.nn import functional as F
 import pysolve as ps
 from pysolve.errors import LayerNotFoundError, PysolveError
 from pysolve.nn.apply import apply
+from pysolve.nn.divergence import kl_divergence
 from pysolve.nn.graph.sites import find_sites
 from pysolve.nn.zoo import Mlp
 from pysolve.plan import Collapse, Plan
+from pysolve.training.loss import floating
 
 
 @functools.cache
@@ -176,6 +179,25 @@ def test_channels_that_training_alone_needs_stay_and_the_smaller_network_trains(
     smaller = apply(model, Plan((Collapse(second, [0, 2]),))).train()
     smaller(x)[0].sum().backward()
     assert all(torch.equal(values, state[key]) for key, values in model.state_dict().items())
+
+
+@dataclass
+class Answer:
+    scores: torch.Tensor
+    more: list
+
+
+def test_outputs_may_be_dataclasses():
+    def run(net, x):
+        return Answer(net.b(F.relu(net.a(x))), [{"input": x}])
+
+    model, x = Net(run, a=nn.Linear(4, 6), b=nn.Linear(6, 3)), vectors(4, 4)
+    site, last = find_sites(model, x)
+    assert (site.pinned, last.pinned) == (None, "the network's output")
+    assert not model._forward_hooks
+    smaller = apply(model, Plan((Collapse(site, [0, 3]),)), probe=x)
+    assert kl_divergence(model(x), smaller(x)) > 0
+    assert [one.shape for one in floating(smaller(x))] == [(4, 3), (4, 4)]
 
 
 def test_heads_that_training_does_not_use_either_hold_nothing():
