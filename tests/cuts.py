@@ -57,6 +57,7 @@ SITES = {
     "hard_coded_attention": ["3: q k v → o ! a width is written into the code", "4: o → ! output"],
     "attention_by_products": ["3: q k v → o", "4: o → ! output"],
     "grouped_queries": ["2: q k v → o", "4: o → ! output"],
+    "counted_heads": ["5: 0 → 1.q 1.k 1.v", "3: 1.q 1.k 1.v → 1.o", "4: 1.o → ! output"],
     "one_key_head": [
         "3: q → o",
         "1: k → ! matmul uses these channels for every head",

@@ -282,6 +282,21 @@ def grouped_queries():
     return attention(width=16, heads=4, kv_heads=2, rotary=True)
 
 
+def counted_heads():
+    """Heads and their channels are integers that the code reads; the others only look like them."""
+
+    def run(net, x):
+        b, t, _ = x.shape
+        q, k, v = (layer(x).view(b, t, net.heads, -1).transpose(1, 2) for layer in (net.q, net.k, net.v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, net.width)
+        return net.o(y)[:, : net.last]
+
+    layers = {name: nn.Linear(5, 12) for name in "qkv"}
+    model = Net(run, o=nn.Linear(12, 4), **layers)
+    model.heads, model.width, model.last, model.unread = 3, 12, 3, 3
+    return nn.Sequential(nn.Linear(4, 5), model), vectors(2, 6, 4)
+
+
 def one_key_head():
     """All queries share a key and a value, which torch broadcasts."""
 
@@ -551,7 +566,14 @@ NETWORKS = {
         *(conv1d, conv3d, embedding_stream, keywords, input_shortcut, scaled_by_a_parameter),
         *(unknown_operator, computed_weight, tied_weights, borrowed_weight, autocast, dead_end, in_place),
         *(softmax_between, noisy, weighted_features, handmade_batch_norms, learned_positions),
-        *(one_key_head, added_parameter_is_summed, shuffled_pixels, unshuffled_pixels, shuffled_channels),
+        *(
+            counted_heads,
+            one_key_head,
+            added_parameter_is_summed,
+            shuffled_pixels,
+            unshuffled_pixels,
+            shuffled_channels,
+        ),
     )
 }
 

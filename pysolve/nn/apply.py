@@ -76,6 +76,9 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     smaller, layers = _copy(model, values)
     for name, cut in cuts.items():
         narrow(find_member(smaller, name), cut)
+    for path, value in _integers(model, plan).items():
+        owner, _, leaf = path.rpartition(".")
+        setattr(layers[owner], leaf, value)
     decoded = {name: form for name, form in plan.forms.items() if isinstance(form, Codebook)}
     load(smaller, {name: as_tensor(form.dense()) for name, form in decoded.items()})
     for name, form in plan.forms.items():
@@ -123,6 +126,7 @@ def _checked(model: nn.Module, plan: Plan) -> tuple[dict[str, Cut], dict[str, Te
     for step in plan.steps:
         _check_step(step)
     cuts = _cuts(model, plan)
+    _integers(model, plan)
     values = new_values(model, plan)
     members = _by_member(model, cuts)
     _check_forms(model, plan, members)
@@ -151,6 +155,19 @@ def _cuts(model: nn.Module, plan: Plan) -> dict[str, Cut]:
                 "remove the same channels under both."
             )
     return cuts
+
+
+def _integers(model: nn.Module, plan: Plan) -> dict[str, int]:
+    """New values of the integers that count channels; CollapseError where they do not count these now."""
+    values: dict[str, int] = {}
+    for step in plan.steps:
+        for path, each in step.site.integers.items():
+            owner, _, leaf = path.rpartition(".")
+            value = vars(find_layer(model, owner)).get(leaf)
+            if path in values or type(value) is not int or value != each * step.site.channels:
+                raise CollapseError(f"{path} does not count the channels of {step.site.name}.")
+            values[path] = each * len(step.keep)
+    return values
 
 
 def _check_step(step: Collapse) -> None:

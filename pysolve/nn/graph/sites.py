@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -18,10 +19,13 @@ from pysolve.nn.apply import apply, masked
 from pysolve.nn.bare import own_tensors
 from pysolve.nn.graph.classes import ROLES, Classes, Member
 from pysolve.nn.graph.export import Graph, code_line, trace
+from pysolve.nn.graph.integers import choices, counting, integers_read
 from pysolve.nn.graph.labels import label_channels
 from pysolve.nn.running import Batch, evaluating, few_samples, find_layer, find_matching, forward, in_training
 from pysolve.nn.verify import mismatch
 from pysolve.plan import Collapse, Indices, Plan, Site, tensor_name
+
+_WRITTEN = "a width is written into the code"
 
 
 def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[str] = ()) -> list[Site]:
@@ -121,13 +125,17 @@ def _site(layers: Sequence[Member], table: Indices, pinned: str | None) -> Site:
     tables: dict[Member, list[int]] = {}
     for column, member in enumerate(layers):
         tables.setdefault(member, []).append(column)
-    names = {role: tuple(member.layer for member in tables if member.role == role) for role in ROLES}
-    if pinned is None and not names["readers"]:
+    writers, passed, readers = (
+        tuple(member.layer for member in tables if member.role == role) for role in ROLES
+    )
+    if pinned is None and not readers:
         pinned = "nothing reads these channels"
     parts = [(member, np.ascontiguousarray(table[:, columns])) for member, columns in tables.items()]
     return Site(
         channels=len(table),
-        **names,
+        writers=writers,
+        readers=readers,
+        passed=passed,
         rows={member.layer: part for member, part in parts if member.role != "readers"},
         columns={member.layer: part for member, part in parts if member.role == "readers"},
         pinned=pinned,
@@ -157,9 +165,35 @@ def _proven(model: nn.Module, sites: Sequence[Site], batch: Batch) -> list[Site]
             problems = dict.fromkeys(steps, "the network's outputs are random, so nothing can be tried out")
         else:
             problems = _faults(network, steps, {}, batch, trains)[1]
+        followed = _followed(network, proven, problems, batch, trains) if network is model else {}
         for i, problem in problems.items():
-            proven[i] = replace(proven[i], pinned=problem)
+            proven[i] = followed[i] if i in followed else replace(proven[i], pinned=problem)
     return proven
+
+
+def _followed(
+    model: nn.Module, sites: Sequence[Site], problems: Mapping[int, str], batch: Batch, trains: bool
+) -> dict[int, Site]:
+    """Sites that work once integers of the network's own modules follow the cut, with these integers."""
+    rng, found = np.random.default_rng(0), dict[int, Site]()
+    written = [i for i, problem in problems.items() if problem.startswith(_WRITTEN)]
+    read = integers_read(model, batch, trains=trains) if written else {}
+    offers = {i: counting(sites[i], read) for i in written}
+    claims = Counter(path for offer in offers.values() for path in offer)
+    for names in choices({path.rpartition(".")[2] for path in claims}):
+        steps = {}
+        for i in offers.keys() - found.keys():
+            chosen = {
+                path: each
+                for path, each in offers[i].items()
+                if claims[path] == 1 and path.rpartition(".")[2] in names
+            }
+            if chosen:
+                steps[i] = _half(replace(sites[i], integers=chosen), rng)
+        if len(steps) > 1 and _problem(model, [*steps.values()][:1], batch, trains):
+            continue
+        found |= {i: step.site for i, step in _faults(model, steps, {}, batch, trains)[0].items()}
+    return found
 
 
 def _half(site: Site, rng: np.random.Generator) -> Collapse:
@@ -203,8 +237,8 @@ def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Batch, trains: 
             forward(smaller, batch)
     # Whatever the network's own code raises when its layers are narrower.
     except Exception as error:
-        return f"a width is written into the code{_told(error)}"
-    return f"a width is written into the code: without some of these channels {difference}"
+        return f"{_WRITTEN}{_told(error)}"
+    return f"{_WRITTEN}: without some of these channels {difference}"
 
 
 def _trouble(model: nn.Module, batch: Batch) -> str | None:

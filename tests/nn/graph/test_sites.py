@@ -3,7 +3,7 @@
 import copy
 import functools
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pysolve as ps
-from pysolve.errors import LayerNotFoundError, PysolveError
+from pysolve.errors import CollapseError, LayerNotFoundError, PysolveError
 from pysolve.nn.apply import apply
 from pysolve.nn.divergence import kl_divergence
 from pysolve.nn.graph.sites import find_sites
@@ -147,6 +147,31 @@ def test_among_many_sites_only_the_guilty_are_pinned():
     written = [site.writers[0] for site in sites if "written into the code" in (site.pinned or "")]
     assert written == ["layers.2.1.q", "layers.7.1.q"]
     assert len(free(sites)) == 16
+
+
+def test_integers_that_count_heads_shrink_with_them():
+    model, x = network("counted_heads")
+    site = found("counted_heads")[1]
+    assert site.integers == {"1.heads": 1, "1.width": 4}
+    plan = Plan((Collapse(site, [0, 2]),))
+    smaller = apply(model, plan, probe=x)
+    assert [smaller[1].heads, smaller[1].width, smaller[1].last, smaller[1].unread] == [2, 8, 3, 3]
+    assert [model[1].heads, model[1].width] == [3, 12]
+    for wrong in ({"1.heads": 2}, {"1.size": 1}, {"1.training": 1}):
+        with pytest.raises(CollapseError, match="does not count the channels"):
+            apply(model, Plan((Collapse(replace(site, integers=wrong), [0, 2]),)))
+
+
+def test_integers_that_two_sites_share_follow_neither():
+    def run(net, x):
+        heads = [F.softmax(layer(x).view(len(x), net.heads, -1), -1).flatten(1) for layer in (net.a, net.b)]
+        return net.out(torch.cat(heads, 1))
+
+    model = Net(run, a=nn.Linear(4, 6), b=nn.Linear(4, 9), out=nn.Linear(15, 2))
+    model.heads = 3
+    for site in find_sites(model, vectors(4, 4))[:2]:
+        assert "a width is written into the code" in site.pinned
+        assert not site.integers
 
 
 def with_a_head_for_training(head):
