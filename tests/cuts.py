@@ -58,6 +58,9 @@ SITES = {
     "attention_by_products": ["3: q k v → o", "4: o → ! output"],
     "grouped_queries": ["2: q k v → o", "4: o → ! output"],
     "counted_heads": ["5: 0 → 1.q 1.k 1.v", "3: 1.q 1.k 1.v → 1.o", "4: 1.o → ! output"],
+    "shuffled_by_views": ["4: stem branch second → branch second out", "2: out → ! output"],
+    "interleaved_by_views": ["4: a → b", "2: b → ! output"],
+    "vectors_to_images": ["5: fc → up side | norm", "4: up side → out", "2: out → ! output"],
     "one_key_head": [
         "3: q → o",
         "1: k → ! matmul uses these channels for every head",

@@ -282,6 +282,32 @@ def grouped_queries():
     return attention(width=16, heads=4, kv_heads=2, rotary=True)
 
 
+def shuffled_by_views():
+    """As in ShuffleNet: one half passes a branch, then the halves are shuffled; all widths are read."""
+
+    def shuffled(x, groups):
+        b, c, h, w = x.size()
+        return x.view(b, groups, c // groups, h, w).transpose(1, 2).reshape(b, -1, h, w)
+
+    def run(net, x):
+        kept, worked = net.stem(x).chunk(2, 1)
+        kept, worked = shuffled(torch.cat([kept, F.relu(net.branch(worked))], 1), 2).chunk(2, 1)
+        return net.out(shuffled(torch.cat([kept, F.relu(net.second(worked))], 1), 2))
+
+    branch, second = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+    return Net(run, stem=nn.Conv2d(3, 16, 1), branch=branch, second=second, out=nn.Conv2d(16, 2, 1)), images()
+
+
+def interleaved_by_views():
+    """Neighbours are swapped, so that they must go together."""
+
+    def run(net, x):
+        b, c, h, w = net.a(x).shape
+        return net.b(net.a(x).view(b, c // 2, 2, h, w).flip(2).reshape(b, c, h, w))
+
+    return Net(run, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 2, 1)), images()
+
+
 def counted_heads():
     """Heads and their channels are integers that the code reads; the others only look like them."""
 
@@ -488,6 +514,19 @@ def shuffled_pixels():
     ), images()
 
 
+def vectors_to_images():
+    """A Linear makes images for a norm and convolutions, one of which reads two glued together."""
+
+    def run(net, x):
+        x = F.relu(net.norm(net.fc(x).view(len(x), -1, 2, 2)))
+        return net.out(torch.cat([net.up(x), net.side(x)], 2))
+
+    layers = {"up": nn.ConvTranspose2d(5, 4, 2, 2), "side": nn.ConvTranspose2d(5, 4, 2, 2)}
+    return Net(run, fc=nn.Linear(6, 20), norm=nn.BatchNorm2d(5), **layers, out=nn.Conv2d(4, 2, 1)), vectors(
+        3, 6
+    )
+
+
 def unshuffled_pixels():
     layers = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.PixelUnshuffle(2), nn.Conv2d(16, 2, 1)
     return nn.Sequential(*layers), images()
@@ -566,14 +605,8 @@ NETWORKS = {
         *(conv1d, conv3d, embedding_stream, keywords, input_shortcut, scaled_by_a_parameter),
         *(unknown_operator, computed_weight, tied_weights, borrowed_weight, autocast, dead_end, in_place),
         *(softmax_between, noisy, weighted_features, handmade_batch_norms, learned_positions),
-        *(
-            counted_heads,
-            one_key_head,
-            added_parameter_is_summed,
-            shuffled_pixels,
-            unshuffled_pixels,
-            shuffled_channels,
-        ),
+        *(counted_heads, one_key_head, added_parameter_is_summed, shuffled_pixels, unshuffled_pixels),
+        *(vectors_to_images, shuffled_channels, shuffled_by_views, interleaved_by_views),
     )
 }
 

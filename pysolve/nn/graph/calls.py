@@ -42,6 +42,11 @@ class Network:
         Layers whose parameters are used outside of them, and where.
     trained : list of (labels, str)
         Labels that meet an unseen parameter, and where.
+    lines : {Node: int}
+        Of views that lay channels out in a grid: the dimension along which they must stay together, the first
+        or the last of those along which labels vary (0, −1).
+    grids : {Node: labels}
+        Of all such views.
     ledger : Ledger
     """
 
@@ -54,6 +59,8 @@ class Network:
     opaque: dict[Node, str] = field(default_factory=dict)
     elsewhere: dict[str, str] = field(default_factory=dict)
     trained: list[tuple[Tensor, str]] = field(default_factory=list)
+    lines: Mapping[Node, int] = field(default_factory=dict)
+    grids: dict[Node, Tensor] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
 
 

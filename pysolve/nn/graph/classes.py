@@ -8,13 +8,14 @@ is a broadcast one (stride 0), so that labels take memory for channels only.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
+from torch.fx import Node
 
 from pysolve.correlations import Indices
 
@@ -48,6 +49,8 @@ class Classes:
         First operator that pins these channels or unites several of them.
     blamed : set of (str, int)
         Parameters and buffers that pin channels, and the size along which they meet these.
+    grids : {Node: set of classes}
+        Views that lay channels out in a grid, and the classes of these.
     """
 
     members: tuple[Member, ...]
@@ -55,6 +58,7 @@ class Classes:
     pinned: Mapping[int, str]
     first: Mapping[int, str]
     blamed: frozenset[Blame] = frozenset()
+    grids: Mapping[Node, set[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,10 +112,10 @@ class Ledger:
             result = torch.where(result >= 0, result, other)
         return result.expand(shape)
 
-    def mix(self, labels: Tensor, dims: Sequence[int], reason: str) -> Tensor:
+    def mix(self, labels: Tensor, dims: Sequence[int], reason: str, *, wildcard: bool = False) -> Tensor:
         """Unite labels along ``dims``; the result has size 1 along these.
 
-        Labels that are mixed with values of no channel are pinned.
+        Labels that are mixed with values of no channel are pinned, unless ``wildcard``.
         """
         if not labels.numel() or not dims:
             return labels
@@ -120,7 +124,7 @@ class Ledger:
         spread = top.expand_as(core)
         if self._join(core, spread, core >= 0):
             self._remarks.append(_Remark(top, reason, pins=False))
-        if bool(((core < 0) & (spread >= 0)).any()):
+        if not wildcard and bool(((core < 0) & (spread >= 0)).any()):
             self.pin(top, reason)
         sizes = [1 if dim in {d % labels.ndim for d in dims} else n for dim, n in enumerate(labels.shape)]
         return top.expand(sizes)

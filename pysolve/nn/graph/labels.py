@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -20,36 +21,40 @@ from pysolve.nn.graph.operators import Rule
 
 _RULES: dict[str, Rule] = {**operators.RULES, **layer_rules.RULES}
 _OF_LAYERS = set(layer_rules.RULES.values())
+# Operators that may lay channels out in a grid.
+_VIEWS = {"view", "_unsafe_view", "view_as", "reshape", "reshape_as", "unflatten"}
 # Operators that run a graph of their own as it is.
 _WRAPPERS = {"wrap_with_autocast", "wrap_with_set_grad_enabled", "tag_activation_checkpoint"}
 
 
-def label_channels(model: nn.Module, graph: Graph, training: Graph | None = None) -> Classes:
+def label_channels(
+    model: nn.Module, graph: Graph, training: Graph | None = None, lines: Mapping[Node, int] | None = None
+) -> Classes:
     """Give every channel that a layer makes a label, and run the graph's operators on the labels.
 
     Operators that move values move labels; elementwise ones unite labels that meet; sums over channels and
     norms unite all of these; operators without a rule pin the channels that they read. Bare parameters and
     buffers that would pin channels get labels, too, which unite with those that they meet. Channels that meet
     parameters used in ``training`` alone, a graph of the network in training mode, are pinned: no data show
-    what these parameters are for.
+    what these parameters are for. ``lines`` keeps rows or columns of some views together.
     """
     bare: dict[str, int] = {}
     while True:
-        network = _labelled(model, graph, bare)
+        network = _labelled(model, graph, bare, lines or {})
         found = network.ledger.resolve()
         new = {name: dim for name, dim in _bare(network, found) if name not in bare}
         if not new:
             break
         bare |= new
-    if training is None:
-        return found
-    _pin_trained(network, _network(model, training, unseen=set(network.state) - graph.used), training)
-    return network.ledger.resolve()
+    if training is not None:
+        _pin_trained(network, _network(model, training, unseen=set(network.state) - graph.used), training)
+        found = network.ledger.resolve()
+    return replace(found, grids={node: {*found.roots[one].tolist()} for node, one in network.grids.items()})
 
 
-def _labelled(model: nn.Module, graph: Graph, bare: Mapping[str, int]) -> Network:
+def _labelled(model: nn.Module, graph: Graph, bare: Mapping[str, int], lines: Mapping[Node, int]) -> Network:
     """The network with its ledger after one run, bare tensors labelled along these dimensions."""
-    network = _network(model, graph)
+    network = replace(_network(model, graph), lines=lines)
     made = {
         node: _bare_labels(network, name, bare[name])
         for node, name in graph.parameters.items()
@@ -158,6 +163,7 @@ def _evaluate(node: Node, env: Mapping[Node, Value], network: Network) -> Value:
     call = _call(node, args, kwargs, result, network)
     _note_uses(call)
     found = _checked(call)
+    _note_grid(call, found)
     _note_training(call, found)
     return found
 
@@ -221,6 +227,19 @@ def _note_uses(call: Call) -> None:
         if owner is not None and owner is not call.module:
             layer = call.network.names[owner]
             call.network.elsewhere[layer] = f"`{name}` is used outside of its layer ({where(call.node)})"
+
+
+def _note_grid(call: Call, found: Value) -> None:
+    """Record a view that lays the channels of one dimension out along several, and unite lines of them."""
+    if call.name not in _VIEWS or not isinstance(found, Tensor) or not labelled(found):
+        return
+    before, core = squashed(call.first), squashed(found)
+    varying = [dim for dim, size in enumerate(core.shape) if size > 1]
+    if sum(size > 1 for size in before.shape) == 1 < len(varying):
+        call.network.grids[call.node] = core[core >= 0]
+        if call.node in call.network.lines:
+            dim = varying[call.network.lines[call.node]]
+            call.ledger.mix(core, (dim,), call.says("lays these channels out in a grid"))
 
 
 def _note_training(call: Call, found: Value) -> None:

@@ -48,10 +48,10 @@ def _weighted(call: Call, dim: int, kinds: tuple[type[nn.Module], ...]) -> Label
 
 
 def _read(call: Call, x: Tensor, dim: int) -> Tensor:
-    """(n,) labels along one dimension of a value in which they must not vary otherwise."""
+    """(n,) labels along one dimension of a value; those at its other positions go with them."""
     reason = f"channel labels differ across positions ({where(call.node)})"
     others = [d for d in range(x.ndim) if d != dim % x.ndim]
-    call.ledger.pin_varying(x, others, reason, wildcard=True)
+    call.ledger.mix(x, others, reason, wildcard=True)
     return along(x, dim)
 
 

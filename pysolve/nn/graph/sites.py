@@ -12,6 +12,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import CollapseError, PysolveError
@@ -73,8 +74,33 @@ def sites_in(model: nn.Module, graph: Graph, batch: Batch, *, ignore: Iterable[s
     ignored = layers | {
         tensor_name(one, leaf) for one in layers for leaf in own_tensors(find_layer(model, one))
     }
-    sites = sites_of(label_channels(model, graph, _in_training(model, graph, batch)))
-    return _proven(model, [_ignoring(site, ignored) for site in sites], batch)
+    training = _in_training(model, graph, batch)
+
+    def proven(lines: Mapping[Node, int]) -> tuple[list[Site], list[Node]]:
+        classes = label_channels(model, graph, training, lines)
+        found = _proven(model, [_ignoring(site, ignored) for site in sites_of(classes)], batch)
+        return found, _guilty_grids(classes, found)
+
+    best, guilty = proven({})
+    # Whether the code fixes the rows of a grid or its columns is not in the graph.
+    for line in (0, -1) if guilty else ():
+        found, _ = proven(dict.fromkeys(guilty, line))
+        best = max(best, found, key=_freed)
+    return best
+
+
+def _guilty_grids(classes: Classes, sites: Sequence[Site]) -> list[Node]:
+    """Views that lay channels out in a grid which cannot lose some of them just so."""
+    written = [site for site in sites if (site.pinned or "").startswith(_WRITTEN)]
+    members = {member.layer: member for member in classes.members if member.role == "writers"}
+    rows = [members[name].labels[site.rows[name]] for site in written for name in site.writers]
+    held = {root for labels in rows for root in classes.roots[labels].ravel().tolist()}
+    return [node for node, roots in classes.grids.items() if held & roots]
+
+
+def _freed(sites: Sequence[Site]) -> int:
+    """Channels of layers that can go."""
+    return sum(site.rows[name].size for site in sites if site.pinned is None for name in site.writers)
 
 
 def _in_training(model: nn.Module, graph: Graph, batch: Batch) -> Graph | None:
