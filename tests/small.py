@@ -488,6 +488,18 @@ def learned_positions():
     )
 
 
+def class_token():
+    """A learned token before the others, and positions for all of them."""
+
+    def run(net, x):
+        x = torch.cat([net.token.expand(len(x), -1, -1), net.stem(x)], 1) + net.places
+        return net.out(F.relu(net.fc(x))[:, 0])
+
+    token, places = nn.Parameter(torch.rand(1, 1, 6)), nn.Parameter(torch.rand(1, 5, 6))
+    stem, fc, out = nn.Linear(4, 6), nn.Linear(6, 7), nn.Linear(7, 2)
+    return Net(run, stem=stem, token=token, places=places, fc=fc, out=out), vectors(2, 4, 4)
+
+
 def added_parameter_is_summed():
     def run(net, x):
         return net.fc((net.stem(x) + net.shift) * net.shift.sum())
@@ -606,7 +618,7 @@ NETWORKS = {
         *(unknown_operator, computed_weight, tied_weights, borrowed_weight, autocast, dead_end, in_place),
         *(softmax_between, noisy, weighted_features, handmade_batch_norms, learned_positions),
         *(counted_heads, one_key_head, added_parameter_is_summed, shuffled_pixels, unshuffled_pixels),
-        *(vectors_to_images, shuffled_channels, shuffled_by_views, interleaved_by_views),
+        *(vectors_to_images, class_token, shuffled_channels, shuffled_by_views, interleaved_by_views),
     )
 }
 

@@ -162,8 +162,10 @@ def _pin_fixed(call: Call, value: Tensor, fixed: Tensor, node: Node) -> None:
     dims = [dim for dim, size in enumerate(fixed.shape) if size > 1 and core.shape[dim] > 1]
     if dims:
         reason = f"{origin(call, node)} meets these channels directly ({where(call.node)})"
-        blamed = [(name, fixed.shape[dim]) for dim in dims if (name := source(call, node))]
-        call.ledger.pin_varying(core, dims, reason, among=squashed(fixed) < 0, blamed=blamed)
+        name = source(call, node)
+        for dim in dims:
+            blamed = [(name, fixed.shape[dim])] if name else ()
+            call.ledger.pin_varying(core, (dim,), reason, among=squashed(fixed) < 0, blamed=blamed)
     schema = call.node.target._schema  # type: ignore[union-attr]
     if schema.is_mutable and node is call.tensors[0][1]:
         call.ledger.pin(value, call.says("writes them over values that have no channels"))

@@ -26,7 +26,8 @@ from pysolve.nn.running import Batch, evaluating, few_samples, find_layer, find_
 from pysolve.nn.verify import mismatch
 from pysolve.plan import Collapse, Indices, Plan, Site, tensor_name
 
-_WRITTEN = "a width is written into the code"
+# The code keeps channels: an error shows where, or nothing but other outputs.
+_WRITTEN, _COUNTED = "a width is written into the code", "the code counts on all of these channels"
 
 
 def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[str] = ()) -> list[Site]:
@@ -91,7 +92,7 @@ def sites_in(model: nn.Module, graph: Graph, batch: Batch, *, ignore: Iterable[s
 
 def _guilty_grids(classes: Classes, sites: Sequence[Site]) -> list[Node]:
     """Views that lay channels out in a grid which cannot lose some of them just so."""
-    written = [site for site in sites if (site.pinned or "").startswith(_WRITTEN)]
+    written = [site for site in sites if (site.pinned or "").startswith((_WRITTEN, _COUNTED))]
     members = {member.layer: member for member in classes.members if member.role == "writers"}
     rows = [members[name].labels[site.rows[name]] for site in written for name in site.writers]
     held = {root for labels in rows for root in classes.roots[labels].ravel().tolist()}
@@ -202,7 +203,7 @@ def _followed(
 ) -> dict[int, Site]:
     """Sites that work once integers of the network's own modules follow the cut, with these integers."""
     rng, found = np.random.default_rng(0), dict[int, Site]()
-    written = [i for i, problem in problems.items() if problem.startswith(_WRITTEN)]
+    written = [i for i, problem in problems.items() if problem.startswith((_WRITTEN, _COUNTED))]
     read = integers_read(model, batch, trains=trains) if written else {}
     offers = {i: counting(sites[i], read) for i in written}
     claims = Counter(path for offer in offers.values() for path in offer)
@@ -264,7 +265,7 @@ def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Batch, trains: 
     # Whatever the network's own code raises when its layers are narrower.
     except Exception as error:
         return f"{_WRITTEN}{_told(error)}"
-    return f"{_WRITTEN}: without some of these channels {difference}"
+    return f"{_COUNTED}: without some of them {difference}"
 
 
 def _trouble(model: nn.Module, batch: Batch) -> str | None:

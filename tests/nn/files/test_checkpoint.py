@@ -136,6 +136,7 @@ TABLES = {
             "columns": {"branch": np.arange(8).reshape(2, 4).T},
         }
     ],
+    "class_token": [{"rows": {"places": np.arange(30).reshape(5, 6).T}}, {}],
     "shuffled_channels": [{"rows": {"0": np.arange(8).reshape(2, 4).T}}],
     "learned_positions": [{"rows": {"places": np.arange(30).reshape(5, 6).T}}, {}],
 }
