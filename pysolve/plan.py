@@ -38,8 +38,8 @@ class Site:
     pinned : str, optional
         Why these channels cannot be removed; None when they can.
     integers : {path of an attribute: int}
-        Integers in modules of the network's own that count these channels, such as ``"block.heads"``, and how
-        much of them one channel is: they shrink with the channels.
+        Integers in modules that count these channels, such as ``"block.heads"`` or, in a tuple,
+        ``"1.unflattened_size.0"``, and how much of them one channel is: they shrink with the channels.
     """
 
     channels: int

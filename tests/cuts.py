@@ -62,6 +62,7 @@ SITES = {
     "interleaved_by_views": ["4: a → b", "2: b → ! output"],
     "vectors_to_images": ["5: fc → up side | norm", "4: up side → out", "2: out → ! output"],
     "class_token": ["6: stem → fc | token places", "7: fc → out", "2: out → ! output"],
+    "unflattened": ["4: 0 → 3", "3: 3 → 4", "2: 4 → ! output"],
     "one_key_head": [
         "3: q → o",
         "1: k → ! matmul uses these channels for every head",

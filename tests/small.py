@@ -539,6 +539,13 @@ def vectors_to_images():
     )
 
 
+def unflattened():
+    convolutions = nn.ConvTranspose2d(4, 3, 2), nn.Conv2d(3, 2, 1)
+    return nn.Sequential(nn.Linear(4, 16), nn.Unflatten(1, (4, 2, 2)), nn.ReLU(), *convolutions), vectors(
+        3, 4
+    )
+
+
 def unshuffled_pixels():
     layers = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.PixelUnshuffle(2), nn.Conv2d(16, 2, 1)
     return nn.Sequential(*layers), images()
@@ -618,7 +625,8 @@ NETWORKS = {
         *(unknown_operator, computed_weight, tied_weights, borrowed_weight, autocast, dead_end, in_place),
         *(softmax_between, noisy, weighted_features, handmade_batch_norms, learned_positions),
         *(counted_heads, one_key_head, added_parameter_is_summed, shuffled_pixels, unshuffled_pixels),
-        *(vectors_to_images, class_token, shuffled_channels, shuffled_by_views, interleaved_by_views),
+        *(vectors_to_images, unflattened, class_token, shuffled_channels, shuffled_by_views),
+        *(interleaved_by_views,),
     )
 }
 

@@ -77,8 +77,10 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     for name, cut in cuts.items():
         narrow(find_member(smaller, name), cut)
     for path, value in _integers(model, plan).items():
-        owner, _, leaf = path.rpartition(".")
-        setattr(layers[owner], leaf, value)
+        owner, leaf, position = _attribute(path)
+        old = getattr(layers[owner], leaf)
+        new = value if position is None else (*old[:position], value, *old[position + 1 :])
+        setattr(layers[owner], leaf, new)
     decoded = {name: form for name, form in plan.forms.items() if isinstance(form, Codebook)}
     load(smaller, {name: as_tensor(form.dense()) for name, form in decoded.items()})
     for name, form in plan.forms.items():
@@ -162,12 +164,23 @@ def _integers(model: nn.Module, plan: Plan) -> dict[str, int]:
     values: dict[str, int] = {}
     for step in plan.steps:
         for path, each in step.site.integers.items():
-            owner, _, leaf = path.rpartition(".")
+            owner, leaf, position = _attribute(path)
             value = vars(find_layer(model, owner)).get(leaf)
+            if position is not None:
+                value = value[position] if type(value) is tuple and position < len(value) else None
             if path in values or type(value) is not int or value != each * step.site.channels:
                 raise CollapseError(f"{path} does not count the channels of {step.site.name}.")
             values[path] = each * len(step.keep)
     return values
+
+
+def _attribute(path: str) -> tuple[str, str, int | None]:
+    """Module, attribute, and position in it where it is a tuple."""
+    *owner, leaf = path.split(".")
+    position = int(leaf) if owner and leaf.isdecimal() and leaf.isascii() else None
+    if position is not None:
+        *owner, leaf = owner
+    return ".".join(owner), leaf, position
 
 
 def _check_step(step: Collapse) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import chain, combinations, takewhile
 from typing import Any
 
@@ -33,7 +34,9 @@ def integers_read(model: nn.Module, batch: Batch, *, trains: bool) -> dict[str, 
     """
     watched, found = copy.deepcopy(model), dict[str, int]()
     for name, module in watched.named_modules():
-        if not type(module).__module__.startswith("torch."):
+        if isinstance(module, nn.Unflatten):
+            module.register_forward_hook(partial(_note_sizes, name, found))
+        elif not type(module).__module__.startswith("torch."):
             module.__class__ = _watching(type(module), name, found)
     try:
         for mode in (evaluating, in_training)[: 1 + trains]:
@@ -43,6 +46,13 @@ def integers_read(model: nn.Module, batch: Batch, *, trains: bool) -> dict[str, 
     except Exception:
         return {}
     return found
+
+
+def _note_sizes(name: str, found: dict[str, int], module: nn.Unflatten, args: Any, output: Any) -> None:
+    """Note the sizes that a layer brings a dimension into."""
+    if type(module.unflattened_size) is tuple:
+        sizes = tensor_name(name, "unflattened_size")
+        found |= {f"{sizes}.{i}": size for i, size in enumerate(module.unflattened_size)}
 
 
 def _watching(kind: type[nn.Module], name: str, found: dict[str, int]) -> type[nn.Module]:
@@ -60,8 +70,8 @@ def _watching(kind: type[nn.Module], name: str, found: dict[str, int]) -> type[n
 def counting(site: Site, read: Mapping[str, int]) -> dict[str, int]:
     """Integers that may count a site's channels, and how much of them one channel is.
 
-    They are in modules that hold members of the site, up to the one that holds all, and equal its channels,
-    or the channels that these are in one of the layers.
+    They are in modules that hold members of the site, up to the one that holds all, or in ``Unflatten``
+    there; and they equal the site's channels, or the channels that these are in one of the layers.
     """
     members = [name.split(".")[:-1] for name in (*site.writers, *site.passed, *site.readers)]
     shared = len([*takewhile(lambda parts: len({*parts}) == 1, zip(*members, strict=False))])
@@ -71,8 +81,14 @@ def counting(site: Site, read: Mapping[str, int]) -> dict[str, int]:
     return {
         path: sizes[value]
         for path, value in read.items()
-        if path.rpartition(".")[0] in owners and value in sizes and value > 1
+        if value in sizes and value > 1 and _owner(path) in owners
     }
+
+
+def _owner(path: str) -> str:
+    """The module of an attribute, or the one that holds the layer of a size."""
+    *owner, leaf = path.split(".")
+    return ".".join(owner[:-2] if leaf.isdigit() else owner)
 
 
 def choices(names: set[str]) -> Iterator[set[str]]:

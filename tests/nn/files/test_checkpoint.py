@@ -137,6 +137,7 @@ TABLES = {
         }
     ],
     "class_token": [{"rows": {"places": np.arange(30).reshape(5, 6).T}}, {}],
+    "unflattened": [{"integers": {"1.unflattened_size.0": 1}}, {}],
     "shuffled_channels": [{"rows": {"0": np.arange(8).reshape(2, 4).T}}],
     "learned_positions": [{"rows": {"places": np.arange(30).reshape(5, 6).T}}, {}],
 }

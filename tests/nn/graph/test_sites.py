@@ -157,7 +157,7 @@ def test_integers_that_count_heads_shrink_with_them():
     smaller = apply(model, plan, probe=x)
     assert [smaller[1].heads, smaller[1].width, smaller[1].last, smaller[1].unread] == [2, 8, 3, 3]
     assert [model[1].heads, model[1].width] == [3, 12]
-    for wrong in ({"1.heads": 2}, {"1.size": 1}, {"1.training": 1}):
+    for wrong in ({"1.heads": 2}, {"1.size": 1}, {"1.training": 1}, {"1.heads.0": 1}, {"1.heads.9": 1}):
         with pytest.raises(CollapseError, match="does not count the channels"):
             apply(model, Plan((Collapse(replace(site, integers=wrong), [0, 2]),)))
 
