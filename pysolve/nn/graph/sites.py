@@ -35,8 +35,10 @@ def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[str]
 
     The network is traced with torch.export, every channel that a layer makes gets a label, and the labels
     run through the graph: channels whose labels meet belong together. What survives is tried out: random
-    halves of the channels of all sites are removed, and the smaller network must equal the masked one.
-    The network itself is not changed.
+    halves of the channels of all sites are removed, and the smaller network must equal the masked one, and
+    train if the network does. Where that fails it is tried again with integers of modules that shrink with
+    the channels, and with whole rows or columns of views that lay channels out in a grid. The network itself
+    is not changed.
 
     Parameters
     ----------
