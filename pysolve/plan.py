@@ -37,6 +37,9 @@ class Site:
         width of them for a Linear after a flatten.
     pinned : str, optional
         Why these channels cannot be removed; None when they can.
+    integers : {path of an attribute: int}
+        Integers in modules that count these channels, such as ``"block.heads"`` or, in a tuple,
+        ``"1.unflattened_size.0"``, and how much of them one channel is: they shrink with the channels.
     """
 
     channels: int
@@ -46,6 +49,7 @@ class Site:
     rows: Mapping[str, Indices] = field(default_factory=dict, repr=False)
     columns: Mapping[str, Indices] = field(default_factory=dict, repr=False)
     pinned: str | None = None
+    integers: Mapping[str, int] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         for what, members in (("rows", (*self.writers, *self.passed)), ("columns", self.readers)):

@@ -282,6 +282,58 @@ def grouped_queries():
     return attention(width=16, heads=4, kv_heads=2, rotary=True)
 
 
+def shuffled_by_views():
+    """As in ShuffleNet: one half passes a branch, then the halves are shuffled; all widths are read."""
+
+    def shuffled(x, groups):
+        b, c, h, w = x.size()
+        return x.view(b, groups, c // groups, h, w).transpose(1, 2).reshape(b, -1, h, w)
+
+    def run(net, x):
+        kept, worked = net.stem(x).chunk(2, 1)
+        kept, worked = shuffled(torch.cat([kept, F.relu(net.branch(worked))], 1), 2).chunk(2, 1)
+        return net.out(shuffled(torch.cat([kept, F.relu(net.second(worked))], 1), 2))
+
+    branch, second = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+    return Net(run, stem=nn.Conv2d(3, 16, 1), branch=branch, second=second, out=nn.Conv2d(16, 2, 1)), images()
+
+
+def interleaved_by_views():
+    """Neighbours are swapped, so that they must go together."""
+
+    def run(net, x):
+        b, c, h, w = net.a(x).shape
+        return net.b(net.a(x).view(b, c // 2, 2, h, w).flip(2).reshape(b, c, h, w))
+
+    return Net(run, a=nn.Conv2d(3, 8, 1), b=nn.Conv2d(8, 2, 1)), images()
+
+
+def counted_heads():
+    """Heads and their channels are integers that the code reads; the others only look like them."""
+
+    def run(net, x):
+        b, t, _ = x.shape
+        q, k, v = (layer(x).view(b, t, net.heads, -1).transpose(1, 2) for layer in (net.q, net.k, net.v))
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, t, net.width)
+        return net.o(y)[:, : net.last]
+
+    layers = {name: nn.Linear(5, 12) for name in "qkv"}
+    model = Net(run, o=nn.Linear(12, 4), **layers)
+    model.heads, model.width, model.last, model.unread = 3, 12, 3, 3
+    return nn.Sequential(nn.Linear(4, 5), model), vectors(2, 6, 4)
+
+
+def one_key_head():
+    """All queries share a key and a value, which torch broadcasts."""
+
+    def run(net, x):
+        q, k, v = net.q(x).unflatten(-1, (-1, 4)).transpose(1, 2), net.k(x)[:, None], net.v(x)[:, None]
+        return net.o(((q @ k.mT).softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+    q, k, v, o = nn.Linear(5, 12), nn.Linear(5, 4), nn.Linear(5, 4), nn.Linear(12, 3)
+    return Net(run, q=q, k=k, v=v, o=o), vectors(2, 6, 5)
+
+
 def multihead_attention():
     def run(net, x):
         x = net.stem(x)
@@ -377,8 +429,130 @@ def scaled_by_a_parameter():
     )
 
 
+def weighted_features():
+    """Learned scalars weigh two branches, learned vectors are added and multiplied, a buffer masks."""
+
+    def run(net, x):
+        weights = F.relu(net.weights)
+        weights = weights / weights.sum()
+        x = F.relu(net.a(x)) * net.mask[None, :, None, None]
+        x = weights[0] * x + weights[1] * net.b(x)
+        return net.out(net.scales[0] * net.c(x) + net.scales[1])
+
+    return Net(
+        run,
+        a=nn.Conv2d(3, 6, 3),
+        b=nn.Conv2d(6, 6, 1),
+        c=nn.Conv2d(6, 7, 1),
+        out=nn.Conv2d(7, 2, 1),
+        weights=nn.Parameter(torch.tensor([0.4, 0.6])),
+        scales=nn.ParameterList([torch.rand(1, 7, 1, 1) + 0.5, torch.rand(7, 1, 1)]),
+        mask=nn.Buffer((torch.arange(6) % 3 > 0).float(), persistent=False),
+    ), images()
+
+
+def handmade_batch_norms():
+    """Statistics as buffers of modules of the network's own: in a formula, and by torch's function."""
+
+    def formula(net, x):
+        scale = net.gain * (net.var + 1e-5).rsqrt()
+        return x * scale.reshape(1, -1, 1, 1) + (net.shift - net.mean * scale).reshape(1, -1, 1, 1)
+
+    def function(net, x):
+        return F.batch_norm(x, net.mean, net.var, net.gain, net.shift)
+
+    def norm(run, n):
+        gain, shift = nn.Parameter(torch.rand(n) + 0.5), nn.Parameter(torch.rand(n))
+        return Net(
+            run, gain=gain, shift=shift, mean=nn.Buffer(torch.rand(n)), var=nn.Buffer(torch.rand(n) + 0.5)
+        )
+
+    layers = nn.Conv2d(3, 6, 3), norm(formula, 6), nn.ReLU(), nn.Conv2d(6, 5, 1), norm(function, 5), nn.ReLU()
+    return nn.Sequential(*layers, nn.Conv2d(5, 2, 1)), images()
+
+
+def learned_positions():
+    """A parameter of all positions and channels, and one of heads."""
+
+    def run(net, x):
+        x = net.stem(x) + net.places
+        queries, keys, values = (layer(x).unflatten(-1, (-1, 4)) for layer in (net.q, net.k, net.v))
+        scores = torch.einsum("nthd,nshd->nhts", queries, keys) * net.sharpness
+        return net.o(torch.einsum("nhts,nshd->nthd", scores.softmax(-1), values).flatten(2))
+
+    layers = {name: nn.Linear(6, 12) for name in "qkv"}
+    sharpness = nn.Parameter(torch.rand(3, 1, 1))
+    places, stem = nn.Parameter(torch.rand(1, 5, 6)), nn.Linear(4, 6)
+    return Net(run, stem=stem, places=places, sharpness=sharpness, o=nn.Linear(12, 4), **layers), vectors(
+        2, 5, 4
+    )
+
+
+def class_token():
+    """A learned token before the others, and positions for all of them."""
+
+    def run(net, x):
+        x = torch.cat([net.token.expand(len(x), -1, -1), net.stem(x)], 1) + net.places
+        return net.out(F.relu(net.fc(x))[:, 0])
+
+    token, places = nn.Parameter(torch.rand(1, 1, 6)), nn.Parameter(torch.rand(1, 5, 6))
+    stem, fc, out = nn.Linear(4, 6), nn.Linear(6, 7), nn.Linear(7, 2)
+    return Net(run, stem=stem, token=token, places=places, fc=fc, out=out), vectors(2, 4, 4)
+
+
+def added_parameter_is_summed():
+    def run(net, x):
+        return net.fc((net.stem(x) + net.shift) * net.shift.sum())
+
+    shift = nn.Parameter(torch.rand(6))
+    return Net(run, stem=nn.Linear(4, 6), shift=shift, fc=nn.Linear(6, 2)), vectors(4, 4)
+
+
 def unknown_operator():
-    layers = (nn.Conv2d(3, 8, 1), nn.PixelShuffle(2), nn.Conv2d(2, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1))
+    strange = Net(lambda net, x: x.renorm(2, 1, 1e3))
+    layers = (nn.Conv2d(3, 8, 1), strange, nn.Conv2d(8, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1))
+    return nn.Sequential(*layers), images()
+
+
+def shuffled_pixels():
+    """Four channels become one twice as large, and each channel of the input four."""
+
+    def run(net, x):
+        return net.out(net.up(net.inner(net.up(net.stem(net.down(x))))))
+
+    stem, inner, out = nn.Conv2d(12, 8, 1), nn.Conv2d(2, 12, 3), nn.Conv2d(3, 2, 1)
+    return Net(
+        run, down=nn.PixelUnshuffle(2), stem=stem, up=nn.PixelShuffle(2), inner=inner, out=out
+    ), images()
+
+
+def vectors_to_images():
+    """A Linear makes images for a norm and convolutions, one of which reads two glued together."""
+
+    def run(net, x):
+        x = F.relu(net.norm(net.fc(x).view(len(x), -1, 2, 2)))
+        return net.out(torch.cat([net.up(x), net.side(x)], 2))
+
+    layers = {"up": nn.ConvTranspose2d(5, 4, 2, 2), "side": nn.ConvTranspose2d(5, 4, 2, 2)}
+    return Net(run, fc=nn.Linear(6, 20), norm=nn.BatchNorm2d(5), **layers, out=nn.Conv2d(4, 2, 1)), vectors(
+        3, 6
+    )
+
+
+def unflattened():
+    convolutions = nn.ConvTranspose2d(4, 3, 2), nn.Conv2d(3, 2, 1)
+    return nn.Sequential(nn.Linear(4, 16), nn.Unflatten(1, (4, 2, 2)), nn.ReLU(), *convolutions), vectors(
+        3, 4
+    )
+
+
+def unshuffled_pixels():
+    layers = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.PixelUnshuffle(2), nn.Conv2d(16, 2, 1)
+    return nn.Sequential(*layers), images()
+
+
+def shuffled_channels():
+    layers = nn.Conv2d(3, 8, 1), nn.ChannelShuffle(2), nn.ReLU(), nn.Conv2d(8, 2, 1)
     return nn.Sequential(*layers), images()
 
 
@@ -449,7 +623,10 @@ NETWORKS = {
         *(transformer_layer, layer_norm_stream, rms_norm_stream, handmade_norm_stream, hard_coded_reshape),
         *(conv1d, conv3d, embedding_stream, keywords, input_shortcut, scaled_by_a_parameter),
         *(unknown_operator, computed_weight, tied_weights, borrowed_weight, autocast, dead_end, in_place),
-        *(softmax_between, noisy),
+        *(softmax_between, noisy, weighted_features, handmade_batch_norms, learned_positions),
+        *(counted_heads, one_key_head, added_parameter_is_summed, shuffled_pixels, unshuffled_pixels),
+        *(vectors_to_images, unflattened, class_token, shuffled_channels, shuffled_by_views),
+        *(interleaved_by_views,),
     )
 }
 

@@ -11,12 +11,14 @@ from torch import Tensor, nn
 
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import Codebook
+from pysolve.nn.bare import Bare, find_member
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
 from pysolve.nn.plain import unwrapped
 from pysolve.nn.running import Batch, as_tensor, closest, find_layer
 from pysolve.nn.slicing import (
     ROLES,
     Cut,
+    Narrowable,
     channels_of,
     check_cut,
     check_kind,
@@ -44,8 +46,9 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     cut once.
 
     Writers may be Linear, convolutions of any kind and Embedding; readers all of these but Embedding; passed
-    layers grouped and depthwise convolutions, batch, instance and group norms, PReLU, and constant padding
-    of the channel dimension. From grouped layers whole groups are removed, or as many channels from each.
+    layers grouped and depthwise convolutions, batch, instance and group norms, PReLU, constant padding of
+    the channel dimension, and bare parameters and buffers, by their names in the state dict.
+    From grouped layers whole groups are removed, or as many channels from each.
 
     Parameters
     ----------
@@ -73,7 +76,12 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     model = unwrapped(model)
     smaller, layers, cuts = _prepared(model, plan)
     for name, cut in cuts.items():
-        narrow(layers[name], cut)
+        narrow(find_member(smaller, name), cut)
+    for path, value in _integers(model, plan).items():
+        owner, leaf, position = _attribute(path)
+        old = getattr(layers[owner], leaf)
+        new = value if position is None else (*old[:position], value, *old[position + 1 :])
+        setattr(layers[owner], leaf, new)
     decoded = {name: form for name, form in plan.forms.items() if isinstance(form, Codebook)}
     load(smaller, {name: as_tensor(form.dense()) for name, form in decoded.items()})
     for name, form in plan.forms.items():
@@ -96,14 +104,14 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     for name, cut in cuts.items():
         if not cut.columns.all():
             silence(layers[name], cut.columns)
-    state, narrowed = wide.state_dict(keep_vars=True), _by_layer(wide, cuts)
+    state, cut_members = wide.state_dict(keep_vars=True), _by_member(wide, cuts)
     for name, form in plan.forms.items():
-        owner, _, leaf = name.rpartition(".")
         dense, tensor = as_tensor(form.dense()), state[name].data
-        if layers[owner] not in narrowed:
+        narrowed = _numbered(wide, name, cut_members)
+        if narrowed is None:
             tensor.copy_(dense)
         else:
-            places = getattr(numbered(layers[owner], narrowed[layers[owner]]), leaf).long()
+            places = getattr(narrowed, name.rpartition(".")[2]).long()
             tensor.put_(places.to(tensor.device), dense.to(tensor))
     return wide
 
@@ -117,10 +125,12 @@ def _prepared(model: nn.Module, plan: Plan) -> tuple[nn.Module, dict[str, nn.Mod
             remedy = "solve with lam below lam_max(r_xx, r_yx) instead"
             raise CollapseError(f"no channel of {step.site.name} would be left: {remedy}.")
     cuts = _cuts(model, plan)
+    _integers(model, plan)
     values = new_values(model, plan)
-    _check_forms(model, plan, _by_layer(model, cuts))
-    names = {*cuts, *(name.rpartition(".")[0] for name in (*values, *plan.forms))}
-    _check_untied(model, {find_layer(model, name) for name in names})
+    members = _by_member(model, cuts)
+    _check_forms(model, plan, members)
+    changed = {find_layer(model, name.rpartition(".")[0]) for name in (*values, *plan.forms)}
+    _check_untied(model, members.keys() | changed)
     copied = copy_of(model)
     load(copied, values)
     return copied, dict(copied.named_modules(remove_duplicate=False)), cuts
@@ -134,9 +144,9 @@ def _cuts(model: nn.Module, plan: Plan) -> dict[str, Cut]:
             for name in dict.fromkeys(getattr(step.site, role)):
                 uses.setdefault(name, []).append((role, step))
     cuts: dict[str, Cut] = {}
-    names: dict[nn.Module, str] = {}
+    names: dict[Narrowable, str] = {}
     for name, steps in uses.items():
-        layer = find_layer(model, name)
+        layer = find_member(model, name)
         cut = _cut(name, layer, steps)
         check_cut(name, layer, cut)
         first = names.setdefault(layer, name)
@@ -148,11 +158,43 @@ def _cuts(model: nn.Module, plan: Plan) -> dict[str, Cut]:
     return cuts
 
 
-def _by_layer(model: nn.Module, cuts: Mapping[str, Cut]) -> dict[nn.Module, Cut]:
-    return {find_layer(model, name): cut for name, cut in cuts.items()}
+def _integers(model: nn.Module, plan: Plan) -> dict[str, int]:
+    """New values of the integers that count channels; CollapseError where they do not count these now."""
+    values: dict[str, int] = {}
+    for step in plan.steps:
+        for path, each in step.site.integers.items():
+            owner, leaf, position = _attribute(path)
+            value = vars(find_layer(model, owner)).get(leaf)
+            if position is not None:
+                value = value[position] if type(value) is tuple and position < len(value) else None
+            if path in values or type(value) is not int or value != each * step.site.channels:
+                raise CollapseError(f"{path} does not count the channels of {step.site.name}.")
+            values[path] = each * len(step.keep)
+    return values
 
 
-def _check_forms(model: nn.Module, plan: Plan, cuts: Mapping[nn.Module, Cut]) -> None:
+def _attribute(path: str) -> tuple[str, str, int | None]:
+    """Module, attribute, and position in it where it is a tuple."""
+    *owner, leaf = path.split(".")
+    position = int(leaf) if owner and leaf.isdecimal() and leaf.isascii() else None
+    if position is not None:
+        *owner, leaf = owner
+    return ".".join(owner), leaf, position
+
+
+def _by_member(model: nn.Module, cuts: Mapping[str, Cut]) -> dict[Narrowable, Cut]:
+    return {find_member(model, name): cut for name, cut in cuts.items()}
+
+
+def _numbered(model: nn.Module, tensor: str, cuts: Mapping[Narrowable, Cut]) -> nn.Module | None:
+    """``numbered`` of what a tensor is cut with, its layer or itself; None where it stays whole."""
+    owner, _, leaf = tensor.rpartition(".")
+    layer = find_layer(model, owner)
+    cut = next((one for one in (layer, Bare(layer, leaf)) if one in cuts), None)
+    return None if cut is None else numbered(cut, cuts[cut])
+
+
+def _check_forms(model: nn.Module, plan: Plan, cuts: Mapping[Narrowable, Cut]) -> None:
     """Refuse forms that do not fit the tensors as the cuts leave them."""
     state = model.state_dict(keep_vars=True)
     first: dict[tuple[nn.Module, str], str] = {}
@@ -165,7 +207,7 @@ def _check_forms(model: nn.Module, plan: Plan, cuts: Mapping[nn.Module, Cut]) ->
         layer = find_layer(model, owner)
         if first.setdefault((layer, leaf), name) != name:
             raise CollapseError(f"{first[layer, leaf]} and {name} are one tensor, which can have one form.")
-        narrowed = numbered(layer, cuts[layer]) if layer in cuts else layer
+        narrowed = _numbered(model, name, cuts) or layer
         try:
             if isinstance(form, Codebook):
                 checked("decoded values", form.dense(), getattr(narrowed, leaf).shape, state[name].dtype)
@@ -177,7 +219,7 @@ def _check_forms(model: nn.Module, plan: Plan, cuts: Mapping[nn.Module, Cut]) ->
             raise CollapseError(f"{name} cannot take this form: {error}") from error
 
 
-def _cut(name: str, layer: nn.Module, uses: list[tuple[str, Collapse]]) -> Cut:
+def _cut(name: str, layer: Narrowable, uses: list[tuple[str, Collapse]]) -> Cut:
     """The kept channels of one layer."""
     for role, _ in uses:
         check_kind(name, layer, role)
@@ -196,14 +238,16 @@ def _cut(name: str, layer: nn.Module, uses: list[tuple[str, Collapse]]) -> Cut:
     return Cut(kept["writers"], kept["passed"], kept["readers"])
 
 
-def _check_untied(model: nn.Module, touched: set[nn.Module]) -> None:
+def _check_untied(model: nn.Module, touched: set[Narrowable]) -> None:
     """Refuse to change parameters that another layer uses too."""
-    owners: dict[int, dict[nn.Module, str]] = {}
+    owners: dict[int, dict[Narrowable, str]] = {}
     for prefix, layer in model.named_modules():
         for name, tensor in chain(layer.named_parameters(recurse=False), layer.named_buffers(recurse=False)):
             # Pointer 0: nothing is stored, on the meta device for example.
             if tensor.data_ptr():
-                owners.setdefault(tensor.data_ptr(), {}).setdefault(layer, f"{prefix}.{name}".strip("."))
+                bare = Bare(layer, name)
+                user = bare if bare in touched else layer
+                owners.setdefault(tensor.data_ptr(), {}).setdefault(user, f"{prefix}.{name}".strip("."))
     for users in owners.values():
         if len(users) > 1 and not touched.isdisjoint(users):
             own, other = sorted(users, key=lambda layer: layer not in touched)[:2]

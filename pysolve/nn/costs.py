@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pysolve.correlations import Array, Indices
 from pysolve.errors import PysolveError
+from pysolve.nn.bare import Bare, find_member
 from pysolve.nn.counting import by_layer
 from pysolve.nn.cut_costs import rest_of
 from pysolve.nn.evaluate import nbytes, parameters
@@ -20,6 +21,7 @@ from pysolve.nn.slicing import (
     CONVOLUTIONS,
     ROLES,
     WEIGHTED,
+    Narrowable,
     channels_of,
     check_kind,
     inputs,
@@ -71,7 +73,7 @@ def cost_model(
     extra = [find_layer(model, name) for name in extra_biases]
     for name, layer in zip(extra_biases, extra, strict=True):
         check_kind(name, layer, "readers")
-    names = {layer: name for _, _, name, layer in uses}
+    names: dict[Narrowable, str] = {layer: name for _, _, name, layer in uses}
     names |= {layer: name for layer, name in zip(extra, extra_biases, strict=True) if layer not in names}
     names |= {layer: name for name in also if (layer := find_layer(model, name)) not in names}
     layers = [*names]
@@ -81,7 +83,8 @@ def cost_model(
     weights = sample_weights(model, work)
     count = partial(sample_calls, work=work, weights=weights)
     now = count(model)
-    first, macs = {module: name for name, module in model.named_modules()}, by_layer(now)
+    first: dict[object, str] = {module: name for name, module in model.named_modules()}
+    first, macs = {layer: first.get(layer, name) for layer, name in names.items()}, by_layer(now)
     product, per_output = _coefficients(layers, {layer: macs.get(first[layer], 0.0) for layer in layers})
 
     def explained(kept: Indices) -> dict[str, float]:
@@ -115,13 +118,13 @@ def cost_model(
     )
 
 
-def _uses(model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[int, str, str, nn.Module]]:
+def _uses(model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[int, str, str, Narrowable]]:
     """Site, role, name and layer, for every layer that loses channels with a site."""
-    roles: dict[nn.Module, set[bool]] = {}
+    roles: dict[Narrowable, set[bool]] = {}
     for s, site in enumerate(sites):
         for role in ROLES if site.pinned is None else ():
             for name in getattr(site, role):
-                layer = find_layer(model, name)
+                layer = find_member(model, name)
                 check_kind(name, layer, role)
                 roles.setdefault(layer, set()).add(role == "passed")
                 if type(layer) in WEIGHTED and len(roles[layer]) > 1:
@@ -133,7 +136,7 @@ def _uses(model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[int, str, s
 
 
 def _tables(
-    sites: Sequence[Site], uses: Sequence[tuple[int, str, str, nn.Module]], layers: Sequence[nn.Module]
+    sites: Sequence[Site], uses: Sequence[tuple[int, str, str, Narrowable]], layers: Sequence[Narrowable]
 ) -> tuple[Array, Array]:
     """(L, S) outputs, and inputs of each group, that belong to one channel of a site."""
     rows, columns = np.zeros((2, len(layers), len(sites)))
@@ -146,11 +149,14 @@ def _tables(
     return rows, columns
 
 
-def _coefficients(layers: Sequence[nn.Module], counts: Mapping[nn.Module, float]) -> tuple[Array, Array]:
+def _coefficients(layers: Sequence[Narrowable], counts: Mapping[Narrowable, float]) -> tuple[Array, Array]:
     """(3, L) costs for each pair of an output and an input of its group, and for each output alone."""
     product, per_output = np.zeros((2, len(layers), 3))
     for layer, pair, single in zip(layers, product, per_output, strict=True):
         out, into = outputs(layer), _inputs(layer)
+        if isinstance(layer, Bare):
+            single += layer.costs / out
+            continue
         for name, tensor in layer.state_dict(keep_vars=True).items():
             entries = tensor.numel() if isinstance(tensor, nn.Parameter) else 0
             if name == "weight" and out * into:
@@ -167,7 +173,7 @@ def _new_bias(layer: nn.Module) -> Array:
     return np.array([1.0, 0.0, weight.itemsize]) * (bias is None)
 
 
-def _inputs(layer: nn.Module) -> int:
+def _inputs(layer: Narrowable) -> int:
     """Inputs of one group of a Linear or a convolution; 0 of other layers."""
     return inputs(layer) // _groups(layer)
 

@@ -165,6 +165,20 @@ def same_draws(model: nn.Module, seed: int = 0) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def in_training(model: nn.Module) -> Iterator[None]:
+    """Training mode without gradients; modes, what calls write, and random numbers' state come back."""
+    with (
+        keeping_modes(model),
+        keeping_state(model),
+        _without_caches(model),
+        same_draws(model),
+        torch.no_grad(),
+    ):
+        model.train()
+        yield
+
+
 def forward(model: nn.Module, batch: Batch, device: Device = None) -> Output:
     """The network's output for one batch, which is copied so that in-place layers cannot change it.
 

@@ -13,6 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pysolve.correlations import Indices, Mask
 from pysolve.errors import CollapseError
+from pysolve.nn.bare import Bare
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.state import copy_of
 from pysolve.plan import Site
@@ -39,6 +40,8 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
 }
 ROLES = tuple(_KINDS)
 _DOES = {"writers": "the writer makes", "readers": "the reader reads", "passed": "the layer between has"}
+# What can be a member of a site.
+Narrowable = nn.Module | Bare
 # What holds one number a channel in all other layers.
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 
@@ -62,21 +65,23 @@ class Cut:
         return isinstance(other, Cut) and all(map(np.array_equal, vars(self).values(), vars(other).values()))
 
 
-def outputs(layer: nn.Module) -> int:
+def outputs(layer: Narrowable) -> int:
     """Output channels of a layer that can be narrowed; of a padding layer, the channels that it adds."""
+    if isinstance(layer, Bare):
+        return layer.values.numel()
     if type(layer) in PADS:
         padding, channels = _padding(layer)
         return sum(padding[channels])
     return int(getattr(layer, _WIDTHS[type(layer)]))
 
 
-def inputs(layer: nn.Module) -> int:
+def inputs(layer: Narrowable) -> int:
     """Input channels of a Linear or a convolution; of other layers 0, none that could be cut on their own."""
     name = "in_features" if type(layer) is nn.Linear else "in_channels"
     return int(getattr(layer, name)) if type(layer) in WEIGHTED else 0
 
 
-def channels_of(site: Site, role: str, name: str, layer: nn.Module) -> Indices:
+def channels_of(site: Site, role: str, name: str, layer: Narrowable) -> Indices:
     """(channels, r) output channels of a layer that belong to a site; for a reader its input channels."""
     what, width = ("columns", inputs(layer)) if role == "readers" else ("rows", outputs(layer))
     try:
@@ -94,8 +99,12 @@ def channels_of(site: Site, role: str, name: str, layer: nn.Module) -> Indices:
     return table
 
 
-def check_kind(name: str, layer: nn.Module, role: str) -> None:
+def check_kind(name: str, layer: Narrowable, role: str) -> None:
     """Refuse a layer that cannot be narrowed in a role: ``"writers"``, ``"readers"`` or ``"passed"``."""
+    if isinstance(layer, Bare):
+        if role != "passed" or type(layer.owner) in _WIDTHS:
+            raise CollapseError(f"{name} is one tensor, not a layer: name its layer instead.")
+        return
     if type(layer) not in _KINDS[role]:
         raise CollapseError(f"{name} is a {type(layer).__name__}{_remedy(layer, role)}")
     own = {key for key, _ in layer.named_parameters(recurse=False)}
@@ -114,8 +123,11 @@ def check_kind(name: str, layer: nn.Module, role: str) -> None:
         raise CollapseError(f"{name} crops channels with padding {padding}: use slicing instead.")
 
 
-def check_cut(name: str, layer: nn.Module, cut: Cut) -> None:
+def check_cut(name: str, layer: Narrowable, cut: Cut) -> None:
     """Refuse a cut that would leave groups of different sizes, or pieces of them."""
+    if isinstance(layer, Bare):
+        layer.places(cut.passed)
+        return
     groups = getattr(layer, "num_groups", None) or getattr(layer, "groups", None)
     if groups is None:
         return
@@ -135,9 +147,11 @@ def check_cut(name: str, layer: nn.Module, cut: Cut) -> None:
             )
 
 
-def narrow(layer: nn.Module, cut: Cut) -> None:
+def narrow(layer: Narrowable, cut: Cut) -> None:
     """Cut a layer in place; its parameters and buffers are replaced by narrower ones."""
-    if type(layer) in PADS:
+    if isinstance(layer, Bare):
+        layer.narrow(cut.passed)
+    elif type(layer) in PADS:
         padding, channels = _padding(layer)
         front, back = np.split(cut.passed, [padding[channels.start]])
         padding[channels] = [int(front.sum()), int(back.sum())]
@@ -153,8 +167,16 @@ def narrow(layer: nn.Module, cut: Cut) -> None:
         setattr(layer, _WIDTHS[type(layer)], int(kept.sum()))
 
 
-def numbered(layer: nn.Module, cut: Cut) -> nn.Module:
-    """A narrowed copy of a layer whose tensors hold the flat indices of their entries in the original's."""
+def numbered(layer: Narrowable, cut: Cut) -> nn.Module:
+    """A narrowed copy of a layer whose tensors hold the flat indices of their entries in the original's.
+
+    Of a bare tensor: a module that holds nothing else.
+    """
+    if isinstance(layer, Bare):
+        holder = nn.Module()
+        holder.register_buffer(layer.leaf, torch.arange(outputs(layer)).reshape(layer.values.shape))
+        narrow(Bare(holder, layer.leaf), cut)
+        return holder
     indices: dict[int, Tensor] = {}
     for tensor in chain(layer.parameters(recurse=False), layer.buffers(recurse=False)):
         flat = torch.arange(tensor.numel(), dtype=torch.float64).reshape(tensor.shape)

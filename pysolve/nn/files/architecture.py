@@ -12,6 +12,7 @@ from pysolve.compressed import Compressed
 from pysolve.errors import DataError
 from pysolve.forms import Codebook, Integers, LowRank, Sparse
 from pysolve.nn.apply import apply
+from pysolve.nn.bare import member
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.files.format1 import sparse_layers
 from pysolve.nn.files.plan_json import (
@@ -146,12 +147,13 @@ def _widths(network: nn.Module) -> Width:
     layers = dict(network.named_modules(remove_duplicate=False))
 
     def width(what: str, name: str) -> int:
-        if name not in layers:
+        layer = member(layers, name)
+        if layer is None:
             raise DataError(f"it has no layer {name!r}.")
         try:
-            return outputs(layers[name]) if what == "rows" else inputs(layers[name])
+            return outputs(layer) if what == "rows" else inputs(layer)
         except KeyError:
-            kind = type(layers[name]).__name__
+            kind = type(layer).__name__
             raise DataError(f"{name} is a {kind}, which has no channels that can be removed.") from None
 
     return width

@@ -73,6 +73,7 @@ def step_record(step: Collapse) -> dict[str, object]:
         "passed": [*site.passed],
         "rows": {name: ranges(table) for name, table in site.rows.items()},
         "columns": {name: ranges(table) for name, table in site.columns.items()},
+        **({"integers": dict(site.integers)} if site.integers else {}),
     }
 
 
@@ -167,8 +168,11 @@ def _step(record: dict[str, object], width: Width, spent: dict[tuple[str, str], 
     if not 1 <= channels <= most:
         raise DataError(f"expected a site of 1 … {most} channels, got {channels}.")
     keep = indices_of(field(record, "keep"), channels, "keep")
+    counts = typed(record.get("integers", {}), dict, "integers")
+    integers = {typed(path, str, "a path"): typed(each, int, "a count") for path, each in counts.items()}
+    rows, columns = tables["rows"], tables["columns"]
     try:
-        return Collapse(Site(channels, writers, readers, passed, tables["rows"], tables["columns"]), keep)
+        return Collapse(Site(channels, writers, readers, passed, rows, columns, integers=integers), keep)
     except ValueError as error:
         raise DataError(str(error)) from error
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -34,10 +34,19 @@ class Network:
         For a module that shares values with another one, their name there.
     parameters : {Node: str}
         State-dict names of the nodes of parameters and buffers; grows with inner graphs.
+    unseen : collection of str
+        Of a graph in training mode: the names that the graph in evaluation mode does not use.
     opaque : {Node: str}
         Operators without a rule, and their names.
     elsewhere : {layer: str}
         Layers whose parameters are used outside of them, and where.
+    trained : list of (labels, str)
+        Labels that meet an unseen parameter, and where.
+    lines : {Node: int}
+        Of views that lay channels out in a grid: the dimension along which they must stay together, the first
+        or the last of those along which labels vary (0, −1).
+    grids : {Node: labels}
+        Of all such views.
     ledger : Ledger
     """
 
@@ -46,8 +55,12 @@ class Network:
     state: Mapping[str, Tensor]
     ties: Mapping[nn.Module, str]
     parameters: dict[Node, str]
+    unseen: Collection[str] = ()
     opaque: dict[Node, str] = field(default_factory=dict)
     elsewhere: dict[str, str] = field(default_factory=dict)
+    trained: list[tuple[Tensor, str]] = field(default_factory=list)
+    lines: Mapping[Node, int] = field(default_factory=dict)
+    grids: dict[Node, Tensor] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
 
 
@@ -149,21 +162,38 @@ def _pin_fixed(call: Call, value: Tensor, fixed: Tensor, node: Node) -> None:
     dims = [dim for dim, size in enumerate(fixed.shape) if size > 1 and core.shape[dim] > 1]
     if dims:
         reason = f"{origin(call, node)} meets these channels directly ({where(call.node)})"
-        call.ledger.pin_varying(core, dims, reason, among=squashed(fixed) < 0)
+        name = source(call, node)
+        for dim in dims:
+            blamed = [(name, fixed.shape[dim])] if name else ()
+            call.ledger.pin_varying(core, (dim,), reason, among=squashed(fixed) < 0, blamed=blamed)
     schema = call.node.target._schema  # type: ignore[union-attr]
     if schema.is_mutable and node is call.tensors[0][1]:
         call.ledger.pin(value, call.says("writes them over values that have no channels"))
 
 
 def origin(call: Call, node: Node) -> str:
-    """Name of a value without channels: the nearest parameter or operator without a rule before it."""
+    """What a value without channels comes from: the nearest parameter or operator without a rule."""
+    found = _before(call, node)
+    if found in call.network.parameters:
+        name = call.network.parameters[found]
+        kind = "parameter" if isinstance(call.network.state[name], nn.Parameter) else "buffer"
+        return f"the {kind} `{name}`"
+    return "an input or constant" if found is None else f"the result of {call.network.opaque[found]}"
+
+
+def source(call: Call, node: Node) -> str | None:
+    """Name of the nearest parameter or buffer before a value without channels."""
+    found = _before(call, node)
+    return None if found is None else call.network.parameters.get(found)
+
+
+def _before(call: Call, node: Node) -> Node | None:
+    """The nearest parameter, buffer or operator without a rule before a value."""
     queue, seen = [node], {node}
     for one in queue:
-        if one in call.network.parameters:
-            return f"the parameter `{call.network.parameters[one]}`"
-        if one in call.network.opaque:
-            return f"the result of {call.network.opaque[one]}"
+        if one in call.network.parameters or one in call.network.opaque:
+            return one
         new = [before for before in one.all_input_nodes if before not in seen]
         seen.update(new)
         queue.extend(new)
-    return "an input or constant"
+    return None

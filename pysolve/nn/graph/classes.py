@@ -7,18 +7,21 @@ is a broadcast one (stride 0), so that labels take memory for channels only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
+from torch.fx import Node
 
 from pysolve.correlations import Indices
 
 ROLES = ("writers", "passed", "readers")
+# A parameter or buffer, and a size of the values that are made of it.
+Blame = tuple[str, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,12 +47,18 @@ class Classes:
         Why its channels cannot be removed.
     first : {class: str}
         First operator that pins these channels or unites several of them.
+    blamed : set of (str, int)
+        Parameters and buffers that pin channels, and the size along which they meet these.
+    grids : {Node: set of classes}
+        Views that lay channels out in a grid, and the classes of these.
     """
 
     members: tuple[Member, ...]
     roots: Indices
     pinned: Mapping[int, str]
     first: Mapping[int, str]
+    blamed: frozenset[Blame] = frozenset()
+    grids: Mapping[Node, set[int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +71,7 @@ class _Remark:
     dims: tuple[int, ...] = ()
     among: Tensor | None = None
     wildcard: bool = False
+    blamed: frozenset[Blame] = frozenset()
 
 
 class Ledger:
@@ -102,10 +112,10 @@ class Ledger:
             result = torch.where(result >= 0, result, other)
         return result.expand(shape)
 
-    def mix(self, labels: Tensor, dims: Sequence[int], reason: str) -> Tensor:
+    def mix(self, labels: Tensor, dims: Sequence[int], reason: str, *, wildcard: bool = False) -> Tensor:
         """Unite labels along ``dims``; the result has size 1 along these.
 
-        Labels that are mixed with values of no channel are pinned.
+        Labels that are mixed with values of no channel are pinned, unless ``wildcard``.
         """
         if not labels.numel() or not dims:
             return labels
@@ -114,15 +124,15 @@ class Ledger:
         spread = top.expand_as(core)
         if self._join(core, spread, core >= 0):
             self._remarks.append(_Remark(top, reason, pins=False))
-        if bool(((core < 0) & (spread >= 0)).any()):
+        if not wildcard and bool(((core < 0) & (spread >= 0)).any()):
             self.pin(top, reason)
         sizes = [1 if dim in {d % labels.ndim for d in dims} else n for dim, n in enumerate(labels.shape)]
         return top.expand(sizes)
 
-    def pin(self, labels: Tensor, reason: str) -> None:
+    def pin(self, labels: Tensor, reason: str, blamed: Iterable[Blame] = ()) -> None:
         """Mark channels as not removable."""
         if labelled(labels):
-            self._remarks.append(_Remark(squashed(labels), reason))
+            self._remarks.append(_Remark(squashed(labels), reason, blamed=frozenset(blamed)))
 
     def pin_varying(
         self,
@@ -132,6 +142,7 @@ class Ledger:
         *,
         among: Tensor | None = None,
         wildcard: bool = False,
+        blamed: Iterable[Blame] = (),
     ) -> None:
         """Mark channels whose classes turn out to vary along one of ``dims`` as not removable.
 
@@ -140,7 +151,7 @@ class Ledger:
         core = squashed(labels)
         dims = tuple(d % core.ndim for d in dims if core.shape[d] > 1)
         if dims and labelled(core):
-            self._remarks.append(_Remark(core, reason, True, dims, among, wildcard))
+            self._remarks.append(_Remark(core, reason, True, dims, among, wildcard, frozenset(blamed)))
 
     def resolve(self) -> Classes:
         """Classes of labels after all unions, and the reasons that pin them."""
@@ -148,12 +159,15 @@ class Ledger:
         table = torch.from_numpy(roots)
         pinned: dict[int, str] = {}
         first: dict[int, str] = {}
+        blamed: set[Blame] = set()
         for remark in self._remarks:
-            for root in _touched(remark, table):
+            touched = _touched(remark, table)
+            blamed |= remark.blamed if touched else set()
+            for root in touched:
                 first.setdefault(root, remark.reason)
                 if remark.pins:
                     pinned.setdefault(root, remark.reason)
-        return Classes(tuple(self.members.values()), roots, pinned, first)
+        return Classes(tuple(self.members.values()), roots, pinned, first, frozenset(blamed))
 
     def _join(self, a: Tensor, b: Tensor, where: Tensor) -> bool:
         """Unite labels at the same places; returns whether any two differed."""

@@ -23,7 +23,7 @@ from pysolve.errors import PysolveError
 from pysolve.nn.hooks import acting_hooks
 from pysolve.nn.outputs import tensors_of
 from pysolve.nn.refusal import code_line, of_torch, output_of, sentence
-from pysolve.nn.running import Batch, Inputs, arguments, evaluating, few_samples, same_draws
+from pysolve.nn.running import Batch, Inputs, arguments, evaluating, few_samples, in_training, same_draws
 
 # More samples than any batch has.
 _MANY = 2**40
@@ -64,6 +64,11 @@ class Graph:
         sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim]
         return all(admits(size, count) for size in sizes for count in (2, _MANY))
 
+    @property
+    def used(self) -> set[str]:
+        """State-dict names of the parameters and buffers that an operator reads."""
+        return {name for node, name in self.parameters.items() if node.users}
+
     def bind(self, batch: Batch) -> dict[Node, Any]:
         """Values of the input placeholders for one batch."""
         args, kwargs = arguments(batch)
@@ -95,6 +100,7 @@ def trace(
     free_sizes: bool = True,
     every_size: bool = False,
     fixed_sizes: bool = True,
+    training: bool = False,
 ) -> Graph:
     """Export a network in evaluation mode.
 
@@ -111,6 +117,8 @@ def trace(
     fixed_sizes : bool
         Where that is not tried or fails: make a graph for this batch alone, which takes a fraction of the
         time.
+    training : bool
+        In training mode instead.
 
     Raises
     ------
@@ -121,12 +129,13 @@ def trace(
     """
     args, kwargs = arguments(batch)
     tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if free_sizes and all(t.ndim and len(t) == 1 for t in tensors):
-        # torch.export takes a size of 1 for fixed.
+    if (free_sizes or training) and all(t.ndim and len(t) == 1 for t in tensors):
+        # torch.export takes a size of 1 for fixed, and batch norms do not train on one sample.
         args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.repeat_interleave(2, 0), (args, kwargs))
-    with evaluating(model):
-        with _quiet(), same_draws(model):
-            output_of(model, batch)
+    with (in_training if training else evaluating)(model):
+        if not training:
+            with _quiet(), same_draws(model):
+                output_of(model, batch)
         with acting_hooks(model, batch), _exportable(model):
             free = [None if every_size else 1] * free_sizes + [0] * fixed_sizes
             program = _export(model, args, kwargs, free)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from itertools import chain
 
 import torch
@@ -14,34 +15,104 @@ from torch.utils import _pytree as pytree
 
 from pysolve.nn.graph import layer_rules, operators
 from pysolve.nn.graph.calls import Call, Network, Value, operator_name, pointwise
-from pysolve.nn.graph.classes import Classes, labelled, lean, none
+from pysolve.nn.graph.classes import Classes, Member, labelled, lean, none, spread, squashed
 from pysolve.nn.graph.export import Graph, where
 from pysolve.nn.graph.operators import Rule
 
 _RULES: dict[str, Rule] = {**operators.RULES, **layer_rules.RULES}
 _OF_LAYERS = set(layer_rules.RULES.values())
+# Operators that may lay channels out in a grid.
+_VIEWS = {"view", "_unsafe_view", "view_as", "reshape", "reshape_as", "unflatten"}
 # Operators that run a graph of their own as it is.
 _WRAPPERS = {"wrap_with_autocast", "wrap_with_set_grad_enabled", "tag_activation_checkpoint"}
 
 
-def label_channels(model: nn.Module, graph: Graph) -> Classes:
+def label_channels(
+    model: nn.Module, graph: Graph, training: Graph | None = None, lines: Mapping[Node, int] | None = None
+) -> Classes:
     """Give every channel that a layer makes a label, and run the graph's operators on the labels.
 
     Operators that move values move labels; elementwise ones unite labels that meet; sums over channels and
-    norms unite all of these; operators without a rule pin the channels that they read.
+    norms unite all of these; operators without a rule pin the channels that they read. Bare parameters and
+    buffers that would pin channels get labels, too, which unite with those that they meet. Channels that meet
+    parameters used in ``training`` alone, a graph of the network in training mode, are pinned: no data show
+    what these parameters are for. ``lines`` keeps rows or columns of some views together.
     """
-    network = _network(model, graph)
-    output = _run(graph.module, {}, network)
+    bare: dict[str, int] = {}
+    while True:
+        network = _labelled(model, graph, bare, lines or {})
+        found = network.ledger.resolve()
+        new = {name: dim for name, dim in _bare(network, found) if name not in bare}
+        if not new:
+            break
+        bare |= new
+    if training is not None:
+        _pin_trained(network, _network(model, training, unseen=set(network.state) - graph.used), training)
+        found = network.ledger.resolve()
+    return replace(found, grids={node: {*found.roots[one].tolist()} for node, one in network.grids.items()})
+
+
+def _labelled(model: nn.Module, graph: Graph, bare: Mapping[str, int], lines: Mapping[Node, int]) -> Network:
+    """The network with its ledger after one run, bare tensors labelled along these dimensions."""
+    network = replace(_network(model, graph), lines=lines)
+    made = {
+        node: _bare_labels(network, name, bare[name])
+        for node, name in graph.parameters.items()
+        if name in bare
+    }
+    output = _run(graph.module, {**made}, network)
     for value in pytree.tree_leaves(output):
         if isinstance(value, Tensor):
             network.ledger.pin(value, "the network's output")
     for member in network.ledger.members.values():
         if member.layer in network.elsewhere:
             network.ledger.pin(member.labels, network.elsewhere[member.layer])
-    return network.ledger.resolve()
+    return network
 
 
-def _network(model: nn.Module, graph: Graph) -> Network:
+def _bare(network: Network, found: Classes) -> Iterator[tuple[str, int]]:
+    """Bare tensors that pin channels, and the dimension along which they can lose values with these."""
+    for name in sorted({name for name, _ in found.blamed}):
+        owner, tensor = network.modules[name.rpartition(".")[0]], network.state[name]
+        sizes = {size for blamed, size in found.blamed if blamed == name}
+        large = [dim for dim, size in enumerate(tensor.shape) if size > 1]
+        fits = [dim for dim in large if tensor.shape[dim] in sizes or len(large) == 1]
+        if len(fits) == 1 and not _is_layer(owner) and not _has_other_names(network, name):
+            yield name, fits[0]
+
+
+def _has_other_names(network: Network, name: str) -> bool:
+    """Whether a tensor is also another parameter or buffer, of this module or of another one."""
+    place = network.state[name].data_ptr()
+    same = [other for other, tensor in network.state.items() if tensor.data_ptr() == place]
+    return len({(network.modules[o.rpartition(".")[0]], o.rpartition(".")[2]) for o in same}) > 1
+
+
+def _is_layer(owner: nn.Module) -> bool:
+    """Whether a module is a layer of torch, which knows its own width."""
+    lists = nn.ParameterList | nn.ParameterDict
+    return type(owner).__module__.startswith("torch.") and not isinstance(owner, lists)
+
+
+def _bare_labels(network: Network, name: str, dim: int) -> Tensor:
+    """Labels of a bare tensor, which vary along one dimension."""
+    shape = network.state[name].shape
+    labels = spread(network.ledger.fresh(shape[dim]), dim, shape)
+    network.ledger.members[name, "passed"] = Member(name, "passed", labels.reshape(-1))
+    return labels
+
+
+def _pin_trained(network: Network, twin: Network, training: Graph) -> None:
+    """Pin the channels that parameters which are used in training alone work on."""
+    _run(training.module, {}, twin)
+    roots = torch.from_numpy(twin.ledger.resolve().roots)
+    for key in network.ledger.members.keys() & twin.ledger.members.keys():
+        labels, classes = network.ledger.members[key].labels, roots[twin.ledger.members[key].labels]
+        for touched, reason in twin.trained:
+            network.ledger.pin(labels[torch.isin(classes, roots[touched])], reason)
+
+
+def _network(model: nn.Module, graph: Graph, unseen: Collection[str] = ()) -> Network:
     """Data about the network that rules read."""
     tensors = (model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False))
     state = dict(chain(*tensors))
@@ -56,7 +127,7 @@ def _network(model: nn.Module, graph: Graph) -> Network:
             ties.setdefault(own, other)
             ties.setdefault(layer, name)
     names = {module: name for name, module in model.named_modules()}
-    return Network(modules, names, state, ties, dict(graph.parameters))
+    return Network(modules, names, state, ties, dict(graph.parameters), unseen)
 
 
 def _run(module: GraphModule, env: dict[Node, Value], network: Network) -> Value:
@@ -91,7 +162,10 @@ def _evaluate(node: Node, env: Mapping[Node, Value], network: Network) -> Value:
         return result
     call = _call(node, args, kwargs, result, network)
     _note_uses(call)
-    return _checked(call)
+    found = _checked(call)
+    _note_grid(call, found)
+    _note_training(call, found)
+    return found
 
 
 def _checked(call: Call) -> Value:
@@ -153,6 +227,31 @@ def _note_uses(call: Call) -> None:
         if owner is not None and owner is not call.module:
             layer = call.network.names[owner]
             call.network.elsewhere[layer] = f"`{name}` is used outside of its layer ({where(call.node)})"
+
+
+def _note_grid(call: Call, found: Value) -> None:
+    """Record a view that lays the channels of one dimension out along several, and unite lines of them."""
+    if call.name not in _VIEWS or not isinstance(found, Tensor) or not labelled(found):
+        return
+    before, core = squashed(call.first), squashed(found)
+    varying = [dim for dim, size in enumerate(core.shape) if size > 1]
+    if sum(size > 1 for size in before.shape) == 1 < len(varying):
+        call.network.grids[call.node] = core[core >= 0]
+        if call.node in call.network.lines:
+            dim = varying[call.network.lines[call.node]]
+            call.ledger.mix(core, (dim,), call.says("lays these channels out in a grid"))
+
+
+def _note_training(call: Call, found: Value) -> None:
+    """Record the channels that meet a parameter which is used in training alone."""
+    names = (call.network.parameters.get(node) for node in call.node.all_input_nodes)
+    unseen = next((name for name in names if name in call.network.unseen), None)
+    if unseen is not None:
+        reason = f"`{unseen}` works on these channels in training alone ({where(call.node)})"
+        for value in pytree.tree_leaves([found, *(value for value, _ in call.tensors)]):
+            if isinstance(value, Tensor) and labelled(value):
+                labels = squashed(value)
+                call.network.trained.append((labels[labels >= 0], reason))
 
 
 def _unlabelled(value: Value) -> Value:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from pysolve.nn.graph.calls import Call, Labels
-from pysolve.nn.graph.classes import along, lean, spread, squashed
+from pysolve.nn.graph.calls import Call, Labels, source
+from pysolve.nn.graph.classes import along, complete, lean, spread, squashed
 from pysolve.nn.graph.export import where
 from pysolve.nn.graph.operators import Rule
 from pysolve.nn.layer_matrix import ORDINARY, TRANSPOSED
@@ -49,10 +49,10 @@ def _weighted(call: Call, dim: int, kinds: tuple[type[nn.Module], ...]) -> Label
 
 
 def _read(call: Call, x: Tensor, dim: int) -> Tensor:
-    """(n,) labels along one dimension of a value in which they must not vary otherwise."""
+    """(n,) labels along one dimension of a value; those at its other positions go with them."""
     reason = f"channel labels differ across positions ({where(call.node)})"
     others = [d for d in range(x.ndim) if d != dim % x.ndim]
-    call.ledger.pin_varying(x, others, reason, wildcard=True)
+    call.ledger.mix(x, others, reason, wildcard=True)
     return along(x, dim)
 
 
@@ -118,8 +118,13 @@ def _passed(call: Call, x: Tensor, kinds: tuple[type[nn.Module], ...]) -> None:
         rows = call.ledger.member(call.network.names[layer], "passed", len(read))
         call.ledger.unite(rows, read)
         _pin_problem(call, layer, kinds, rows)
-    elif len(call.tensors) > 1:
-        call.ledger.pin(x, _stranger(call, layer))
+        return
+    for value, node in call.tensors[1:]:
+        if value.ndim == 1 and complete(value):
+            call.ledger.unite(value, read)
+        else:
+            blamed = [(name, len(read)) for name in [source(call, node)] if name]
+            call.ledger.pin(torch.cat([read, value.flatten()]), _stranger(call, layer), blamed)
 
 
 def pad(call: Call) -> Labels:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from pysolve.nn.graph.calls import Call, Labels, meet, pointwise
-from pysolve.nn.graph.classes import labelled, lean, squashed
+from pysolve.nn.graph.classes import complete, labelled, lean, squashed
 
 Rule = Callable[[Call], Labels]
 
@@ -152,6 +152,34 @@ def pool(call: Call) -> Labels:
     return top.expand(call.result.shape)
 
 
+def pixel_shuffle(call: Call) -> Tensor:
+    """The channels that become one channel's pixels go together."""
+    factor = call.args["upscale_factor"] ** 2
+    labels = _without_positions(call)
+    blocks = labels.reshape(*labels.shape[:-3], -1, factor, 1, 1)
+    top = call.ledger.mix(blocks, (-3,), call.says("makes one channel of several")).squeeze(-3)
+    return top.expand(call.result.shape)
+
+
+def pixel_unshuffle(call: Call) -> Tensor:
+    """Each channel becomes several, which go together."""
+    labels = _without_positions(call).repeat_interleave(call.args["downscale_factor"] ** 2, -3)
+    return labels.expand(call.result.shape)
+
+
+def _without_positions(call: Call) -> Tensor:
+    """Labels of images with size 1 along height and width, along which they must not vary."""
+    call.ledger.pin_varying(call.first, (-2, -1), call.says("moves these channels"), wildcard=True)
+    return call.first.amax((-2, -1), keepdim=True)
+
+
+def channel_shuffle(call: Call) -> Labels:
+    """Groups must keep equal channels: unite their first ones, their second ones, and so on."""
+    groups = call.first.chunk(call.args["groups"], 1)
+    call.ledger.mix(torch.stack(groups), (0,), call.says("shuffles equal groups"))
+    return shape(call)
+
+
 def matmul(call: Call) -> Tensor:
     """Rows times columns; summed channels are united in each row and column."""
     (a, first), (b, second) = call.tensors
@@ -161,9 +189,25 @@ def matmul(call: Call) -> Tensor:
 
 
 def _contract(call: Call, left: tuple[Tensor, Node], right: tuple[Tensor, Node]) -> Tensor:
-    """(…, n, m) labels of Σ_k left[…, n, k] right[…, m, k]."""
-    pair = [(lean(left[0]).unsqueeze(-2), left[1]), (lean(right[0]).unsqueeze(-3), right[1])]
+    """(…, n, m) labels of Σ_k left[…, n, k] right[…, m, k].
+
+    One head that serves many (multi-query attention) stays, and the others can go one by one.
+    """
+    a, b = lean(left[0]).unsqueeze(-2), lean(right[0]).unsqueeze(-3)
+    for many, one in ((a, b), (b, a)):
+        if _serves(one, many):
+            call.ledger.pin(one, call.says("uses these channels for every head"))
+            call.ledger.mix(one, (-2, -1), call.says("uses these channels for every head"))
+            top = call.ledger.mix(many, (-1,), call.says("mixes these channels"))
+            return top.expand(*torch.broadcast_shapes(top.shape, one.shape)[:-1], 1).squeeze(-1)  # type: ignore
+    pair = [(a, left[1]), (b, right[1])]
     return call.ledger.mix(meet(call, pair), (-1,), call.says("mixes these channels")).squeeze(-1)
+
+
+def _serves(one: Tensor, many: Tensor) -> bool:
+    """Whether channels of one head meet those of several, which are the dimensions before (n, m, k)."""
+    heads, own = (squashed(labels).shape[:-3] for labels in (many, one))
+    return complete(many) and labelled(one) and max(own, default=1) == 1 and max(heads, default=1) > 1
 
 
 def biased_matmul(call: Call) -> Tensor:
@@ -204,9 +248,9 @@ def einsum(call: Call) -> Labels:
 
 _NAMES: dict[Rule, str] = {
     shape: """
-        permute transpose t numpy_T movedim moveaxis swapaxes swapdims flatten unflatten unsqueeze squeeze
-        slice select narrow expand broadcast_to repeat repeat_interleave tile unbind diagonal flip roll unfold
-        reshape atleast_1d atleast_2d atleast_3d
+        permute transpose t numpy_T mT adjoint movedim moveaxis swapaxes swapdims flatten unflatten
+        unsqueeze squeeze slice select narrow expand broadcast_to repeat repeat_interleave tile unbind
+        diagonal flip roll unfold reshape atleast_1d atleast_2d atleast_3d
     """,
     view: "view _unsafe_view view_as reshape_as",
     unlabelled: "new_ones new_zeros new_full new_empty",
@@ -238,6 +282,9 @@ _NAMES: dict[Rule, str] = {
         upsample_bilinear2d upsample_bicubic2d upsample_trilinear3d _upsample_bilinear2d_aa
         _upsample_bicubic2d_aa grid_sampler
     """,
+    pixel_shuffle: "pixel_shuffle",
+    pixel_unshuffle: "pixel_unshuffle",
+    channel_shuffle: "channel_shuffle native_channel_shuffle",
     matmul: "matmul bmm mm mv dot",
     biased_matmul: "addmm baddbmm",
     gather: "gather index_select",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -10,19 +11,34 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import nn
+from torch.fx import Node
 
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.nn.apply import apply, masked
+from pysolve.nn.bare import own_tensors
 from pysolve.nn.graph.classes import ROLES, Classes, Member
 from pysolve.nn.graph.export import Graph, trace
+from pysolve.nn.graph.integers import choices, counting, integers_read
 from pysolve.nn.graph.labels import label_channels
 from pysolve.nn.outputs import tensors_of
 from pysolve.nn.plain import plain_network
 from pysolve.nn.refusal import code_line
-from pysolve.nn.running import Batch, Ignored, evaluating, few_samples, find_matching, forward
+from pysolve.nn.running import (
+    Batch,
+    Ignored,
+    evaluating,
+    few_samples,
+    find_layer,
+    find_matching,
+    forward,
+    in_training,
+)
 from pysolve.nn.state import copy_of
 from pysolve.nn.verify import mismatch
-from pysolve.plan import Collapse, Indices, Plan, Site
+from pysolve.plan import Collapse, Indices, Plan, Site, tensor_name
+
+# The code keeps channels: an error shows where, or nothing but other outputs.
+_WRITTEN, _COUNTED = "a width is written into the code", "the code counts on all of these channels"
 
 
 def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[Ignored] = ()) -> list[Site]:
@@ -30,8 +46,10 @@ def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[Igno
 
     The network is traced with torch.export, every channel that a layer makes gets a label, and the labels
     run through the graph: channels whose labels meet belong together. What survives is tried out: random
-    halves of the channels of all sites are removed, and the smaller network must equal the masked one.
-    The network itself is not changed.
+    halves of the channels of all sites are removed, and the smaller network must equal the masked one, and
+    train if the network does. Where that fails it is tried again with integers of modules that shrink with
+    the channels, and with whole rows or columns of views that lay channels out in a grid. The network itself
+    is not changed.
 
     Parameters
     ----------
@@ -68,9 +86,47 @@ def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[Igno
 
 def sites_in(model: nn.Module, graph: Graph, batch: Batch, *, ignore: Iterable[Ignored] = ()) -> list[Site]:
     """``find_sites`` of a network that has been traced with this batch."""
-    ignored = find_matching(model, ignore)
-    sites = sites_of(label_channels(model, graph))
-    return _proven(model, [_ignoring(site, ignored) for site in sites], batch)
+    layers = find_matching(model, ignore)
+    ignored = layers | {
+        tensor_name(one, leaf) for one in layers for leaf in own_tensors(find_layer(model, one))
+    }
+    training = _in_training(model, graph, batch)
+
+    def proven(lines: Mapping[Node, int]) -> tuple[list[Site], list[Node]]:
+        classes = label_channels(model, graph, training, lines)
+        found = _proven(model, [_ignoring(site, ignored) for site in sites_of(classes)], batch)
+        return found, _guilty_grids(classes, found)
+
+    best, guilty = proven({})
+    # Whether the code fixes the rows of a grid or its columns is not in the graph.
+    for line in (0, -1) if guilty else ():
+        found, _ = proven(dict.fromkeys(guilty, line))
+        best = max(best, found, key=_freed)
+    return best
+
+
+def _guilty_grids(classes: Classes, sites: Sequence[Site]) -> list[Node]:
+    """Views that lay channels out in a grid which cannot lose some of them just so."""
+    written = [site for site in sites if (site.pinned or "").startswith((_WRITTEN, _COUNTED))]
+    members = {member.layer: member for member in classes.members if member.role == "writers"}
+    rows = [members[name].labels[site.rows[name]] for site in written for name in site.writers]
+    held = {root for labels in rows for root in classes.roots[labels].ravel().tolist()}
+    return [node for node, roots in classes.grids.items() if held & roots]
+
+
+def _freed(sites: Sequence[Site]) -> int:
+    """Channels of layers that can go."""
+    return sum(site.rows[name].size for site in sites if site.pinned is None for name in site.writers)
+
+
+def _in_training(model: nn.Module, graph: Graph, batch: Batch) -> Graph | None:
+    """The graph in training mode, if there are parameters that the graph in evaluation mode does not use."""
+    state = dict(model.named_parameters(remove_duplicate=False))
+    if {*map(id, state.values())} == {id(state[name]) for name in graph.used & state.keys()}:
+        return None
+    with suppress(PysolveError):
+        return trace(model, batch, free_sizes=False, training=True)
+    return None
 
 
 def sites_of(classes: Classes) -> list[Site]:
@@ -111,13 +167,17 @@ def _site(layers: Sequence[Member], table: Indices, pinned: str | None) -> Site:
     tables: dict[Member, list[int]] = {}
     for column, member in enumerate(layers):
         tables.setdefault(member, []).append(column)
-    names = {role: tuple(member.layer for member in tables if member.role == role) for role in ROLES}
-    if pinned is None and not names["readers"]:
+    writers, passed, readers = (
+        tuple(member.layer for member in tables if member.role == role) for role in ROLES
+    )
+    if pinned is None and not readers:
         pinned = "nothing reads these channels"
     parts = [(member, np.ascontiguousarray(table[:, columns])) for member, columns in tables.items()]
     return Site(
         channels=len(table),
-        **names,
+        writers=writers,
+        readers=readers,
+        passed=passed,
         rows={member.layer: part for member, part in parts if member.role != "readers"},
         columns={member.layer: part for member, part in parts if member.role == "readers"},
         pinned=pinned,
@@ -133,20 +193,48 @@ def _proven(model: nn.Module, sites: Sequence[Site], batch: Batch) -> list[Site]
     """The same sites, with those pinned whose removal breaks the network.
 
     A random half of the channels of every free site is removed twice: in the network itself, and in a copy
-    with random weights of unit gain, in which no effect is too small to be measured.
+    with random weights of unit gain, in which no effect is too small to be measured. A network that runs in
+    training mode must still do so.
     """
     rng = np.random.default_rng(0)
     proven = list(sites)
+    trains = any(site.pinned is None for site in sites) and _trouble(copy_of(model), batch) is None
     for network in (model, _randomized(model, batch)):
         steps = {i: _half(site, rng) for i, site in enumerate(proven) if site.pinned is None}
-        if not steps or _problem(network, [*steps.values()], batch) is None:
+        if not steps or _problem(network, [*steps.values()], batch, trains) is None:
             continue
-        problems = _faults(network, steps, {}, batch)[1]
+        problems = _faults(network, steps, {}, batch, trains)[1]
         if problems and mismatch(copy_of(model), copy_of(model), batch, seeds=(0, 1)):
             problems = dict.fromkeys(problems, "the network's outputs are random, and others without these")
+        followed = _followed(network, proven, problems, batch, trains) if network is model else {}
         for i, problem in problems.items():
-            proven[i] = replace(proven[i], pinned=problem)
+            proven[i] = followed[i] if i in followed else replace(proven[i], pinned=problem)
     return proven
+
+
+def _followed(
+    model: nn.Module, sites: Sequence[Site], problems: Mapping[int, str], batch: Batch, trains: bool
+) -> dict[int, Site]:
+    """Sites that work once integers of the network's own modules follow the cut, with these integers."""
+    rng, found = np.random.default_rng(0), dict[int, Site]()
+    written = [i for i, problem in problems.items() if problem.startswith((_WRITTEN, _COUNTED))]
+    read = integers_read(model, batch, trains=trains) if written else {}
+    offers = {i: counting(sites[i], read) for i in written}
+    claims = Counter(path for offer in offers.values() for path in offer)
+    for names in choices({path.rpartition(".")[2] for path in claims}):
+        steps = {}
+        for i in offers.keys() - found.keys():
+            chosen = {
+                path: each
+                for path, each in offers[i].items()
+                if claims[path] == 1 and path.rpartition(".")[2] in names
+            }
+            if chosen:
+                steps[i] = _half(replace(sites[i], integers=chosen), rng)
+        if len(steps) > 1 and _problem(model, [*steps.values()][:1], batch, trains):
+            continue
+        found |= {i: step.site for i, step in _faults(model, steps, {}, batch, trains)[0].items()}
+    return found
 
 
 def _half(site: Site, rng: np.random.Generator) -> Collapse:
@@ -155,23 +243,27 @@ def _half(site: Site, rng: np.random.Generator) -> Collapse:
 
 
 def _faults(
-    model: nn.Module, steps: Mapping[int, Collapse], sound: Mapping[int, Collapse], batch: Batch
+    model: nn.Module,
+    steps: Mapping[int, Collapse],
+    sound: Mapping[int, Collapse],
+    batch: Batch,
+    trains: bool,
 ) -> tuple[dict[int, Collapse], dict[int, str]]:
     """Steps that work together with sound ones, and the problems of the others, by bisection."""
-    problem = _problem(model, [*sound.values(), *steps.values()], batch) if steps else None
+    problem = _problem(model, [*sound.values(), *steps.values()], batch, trains) if steps else None
     if problem is None:
         return dict(steps), {}
     if len(steps) == 1:
         return {}, dict.fromkeys(steps, problem)
     items = list(steps.items())
     middle = len(items) // 2
-    left, wrong = _faults(model, dict(items[:middle]), sound, batch)
-    right, more = _faults(model, dict(items[middle:]), {**sound, **left}, batch)
+    left, wrong = _faults(model, dict(items[:middle]), sound, batch, trains)
+    right, more = _faults(model, dict(items[middle:]), {**sound, **left}, batch, trains)
     return {**left, **right}, {**wrong, **more}
 
 
-def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Batch) -> str | None:
-    """Problem when these channels are removed; None if there is none."""
+def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Batch, trains: bool) -> str | None:
+    """Problem when these channels are removed, in training mode too if it ``trains``; None if none."""
     plan = Plan(tuple(steps))
     try:
         smaller = apply(model, plan)
@@ -179,15 +271,30 @@ def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Batch) -> str |
         return str(error)
     difference = mismatch(masked(model, plan), smaller, batch)
     if difference is None:
-        return None
+        trouble = _trouble(smaller, batch) if trains else None
+        return trouble and f"training needs these channels{trouble}"
     try:
         with evaluating(smaller):
             forward(smaller, batch)
     # Whatever the network's own code raises when its layers are narrower.
     except Exception as error:
-        message = next(iter(str(error).splitlines()), repr(error))
-        return f"a width is written into the code{code_line(error)}: {message}"
-    return f"a width is written into the code: without some of these channels {difference}"
+        return f"{_WRITTEN}{_told(error)}"
+    return f"{_COUNTED}: without some of them {difference}"
+
+
+def _trouble(model: nn.Module, batch: Batch) -> str | None:
+    """What a network raises in training mode, which changes its statistics; None if it runs."""
+    try:
+        with in_training(model):
+            forward(model, batch)
+    except Exception as error:
+        return _told(error)
+    return None
+
+
+def _told(error: Exception) -> str:
+    """The line of the network's code that raised an error, and its first line."""
+    return f"{code_line(error)}: {next(iter(str(error).splitlines()), repr(error))}"
 
 
 def _randomized(model: nn.Module, batch: Batch) -> nn.Module:

@@ -129,6 +129,17 @@ TABLES = {
         {"rows": {"conv2": column(0, 5, 6, 7)}, "columns": {"fc": column(0, 5, 6, 7)}},
     ],
     "chunked_swiglu": [{"rows": {"a": np.arange(14).reshape(2, 7).T}}],
+    "counted_heads": [{}, {"integers": {"1.heads": 1, "1.width": 4}}],
+    "shuffled_by_views": [
+        {
+            "rows": {"stem": np.arange(16).reshape(4, 4).T, "branch": np.arange(8).reshape(2, 4).T},
+            "columns": {"branch": np.arange(8).reshape(2, 4).T},
+        }
+    ],
+    "class_token": [{"rows": {"places": np.arange(30).reshape(5, 6).T}}, {}],
+    "unflattened": [{"integers": {"1.unflattened_size.0": 1}}, {}],
+    "shuffled_channels": [{"rows": {"0": np.arange(8).reshape(2, 4).T}}],
+    "learned_positions": [{"rows": {"places": np.arange(30).reshape(5, 6).T}}, {}],
 }
 
 

@@ -62,7 +62,7 @@ def test_the_stream_says_what_holds_it():
     model, batch = llama()
     assert find_sites(model, batch)[0].pinned.startswith("mean mixes these channels (modeling_llama.py:")
     model, batch = vit()
-    assert "embeddings.position_embeddings` meets these channels" in find_sites(model, batch)[0].pinned
+    assert find_sites(model, batch)[0].pinned.startswith("layer_norm mixes these channels (modeling_vit.py:")
 
 
 def test_queries_keep_their_keys():

@@ -162,7 +162,7 @@ def test_what_works_on_several_channels_at_once_pins_them(name):
     assert "test_labels.py" in site.pinned or "small.py" in site.pinned
 
 
-def test_pixels_may_be_pooled_and_padded_but_not_shuffled():
+def test_pixels_may_be_pooled_padded_and_shuffled():
     def through(layer, width=6):
         model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), layer, nn.Conv2d(width, 2, 1))
         return sites_of(classes_of(model, vectors(2, 3, 8, 8)))[0]
@@ -187,8 +187,13 @@ def test_pixels_may_be_pooled_and_padded_but_not_shuffled():
     for layer in kept:
         site = through(layer)
         assert (site.channels, site.pinned) == (6, None), layer
-    assert "channel_shuffle is not understood" in through(nn.ChannelShuffle(2)).pinned
-    assert "pixel_unshuffle is not understood" in through(nn.PixelUnshuffle(2), 24).pinned
+    pairs = through(nn.ChannelShuffle(2))
+    assert pairs.rows["0"].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert pairs.columns["2"].tolist() == [[0, 1], [2, 3], [4, 5]]
+    spread = through(nn.PixelUnshuffle(2), 24)
+    assert spread.columns["2"].tolist() == [[*range(4 * i, 4 * i + 4)] for i in range(6)]
+    few = through(nn.PixelShuffle(1))
+    assert (few.channels, few.pinned) == (6, None)
     assert "mixes the channels of a group" in through(nn.GroupNorm(1, 6)).pinned
 
 

@@ -3,6 +3,7 @@
 import copy
 import functools
 import logging
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -17,15 +18,18 @@ from cuts import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import NETWORKS, Net, attention, chains, network, vectors
+from small import NETWORKS, Net, attention, chains, images, network, vectors
 from torch import nn
+from torch.nn import functional as F
 
 import pysolve as ps
-from pysolve.errors import LayerNotFoundError, PysolveError
+from pysolve.errors import CollapseError, LayerNotFoundError, PysolveError
 from pysolve.nn.apply import apply
+from pysolve.nn.divergence import kl_divergence
 from pysolve.nn.graph.sites import find_sites
 from pysolve.nn.zoo import Mlp
 from pysolve.plan import Collapse, Plan
+from pysolve.training.loss import floating
 
 
 @functools.cache
@@ -124,10 +128,10 @@ def test_reasons_name_the_line_of_code():
 
 def test_a_width_in_the_code_is_found_even_where_nothing_of_it_shows():
     model, x = attention(width=16, heads=4, written=True)
-    assert "without some of these channels" in find_sites(model, x)[0].pinned
+    assert "without some of them" in find_sites(model, x)[0].pinned
     with torch.no_grad():
         model.o.weight.zero_()
-    assert "without some of these channels" in find_sites(model, x)[0].pinned
+    assert "without some of them" in find_sites(model, x)[0].pinned
 
 
 def test_among_many_sites_only_the_guilty_are_pinned():
@@ -143,6 +147,89 @@ def test_among_many_sites_only_the_guilty_are_pinned():
     written = [site.writers[0] for site in sites if "written into the code" in (site.pinned or "")]
     assert written == ["layers.2.1.q", "layers.7.1.q"]
     assert len(free(sites)) == 16
+
+
+def test_integers_that_count_heads_shrink_with_them():
+    model, x = network("counted_heads")
+    site = found("counted_heads")[1]
+    assert site.integers == {"1.heads": 1, "1.width": 4}
+    plan = Plan((Collapse(site, [0, 2]),))
+    smaller = apply(model, plan, probe=x)
+    assert [smaller[1].heads, smaller[1].width, smaller[1].last, smaller[1].unread] == [2, 8, 3, 3]
+    assert [model[1].heads, model[1].width] == [3, 12]
+    for wrong in ({"1.heads": 2}, {"1.size": 1}, {"1.training": 1}, {"1.heads.0": 1}, {"1.heads.9": 1}):
+        with pytest.raises(CollapseError, match="does not count the channels"):
+            apply(model, Plan((Collapse(replace(site, integers=wrong), [0, 2]),)))
+
+
+def test_integers_that_two_sites_share_follow_neither():
+    def run(net, x):
+        heads = [F.softmax(layer(x).view(len(x), net.heads, -1), -1).flatten(1) for layer in (net.a, net.b)]
+        return net.out(torch.cat(heads, 1))
+
+    model = Net(run, a=nn.Linear(4, 6), b=nn.Linear(4, 9), out=nn.Linear(15, 2))
+    model.heads = 3
+    first, second, _ = find_sites(model, vectors(4, 4))
+    assert first.pinned.startswith("a width is written into the code (test_sites.py:")
+    assert second.pinned.startswith("the code counts on all of these channels: without some of them")
+    assert not first.integers
+    assert not second.integers
+
+
+def with_a_head_for_training(head):
+    def run(net, x):
+        x = F.relu(net.stem(x))
+        y = net.fc(F.relu(net.conv(x)).mean((2, 3)))
+        return (y, head(net, x)) if net.training else y
+
+    stem, conv, fc = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 5, 1), nn.Linear(5, 2)
+    aux, more = nn.Sequential(nn.Conv2d(6, 4, 1), nn.BatchNorm2d(4)), nn.Conv2d(3, 6, 1)
+    return Net(run, stem=stem, conv=conv, fc=fc, aux=aux, more=more)
+
+
+IN_TRAINING = {
+    "reads": (lambda net, x: net.aux(x), "`aux.0.weight` works on these channels in training"),
+    "writes": (lambda net, x: x + net.more(images()), "`more.weight` works on these channels in training"),
+    "knows the width": (lambda net, x: x.view(2, 6, 64), "training needs these channels (test_sites.py:"),
+    "cannot be traced": (lambda net, x: net.aux(x) if x.sum() >= 0 else x, "training needs these channels"),
+}
+
+
+@pytest.mark.parametrize("name", IN_TRAINING)
+def test_channels_that_training_alone_needs_stay_and_the_smaller_network_trains(name):
+    head, reason = IN_TRAINING[name]
+    model, x = with_a_head_for_training(head), images()
+    state = copy.deepcopy(model.state_dict())
+    first, second, _ = find_sites(model, x)
+    assert reason in first.pinned
+    assert second.pinned is None
+    smaller = apply(model, Plan((Collapse(second, [0, 2]),))).train()
+    smaller(x)[0].sum().backward()
+    assert all(torch.equal(values, state[key]) for key, values in model.state_dict().items())
+
+
+@dataclass
+class Answer:
+    scores: torch.Tensor
+    more: list
+
+
+def test_outputs_may_be_dataclasses():
+    def run(net, x):
+        return Answer(net.b(F.relu(net.a(x))), [{"input": x}])
+
+    model, x = Net(run, a=nn.Linear(4, 6), b=nn.Linear(6, 3)), vectors(4, 4)
+    site, last = find_sites(model, x)
+    assert (site.pinned, last.pinned) == (None, "the network's output")
+    assert not model._forward_hooks
+    smaller = apply(model, Plan((Collapse(site, [0, 3]),)), probe=x)
+    assert kl_divergence(model(x), smaller(x)) > 0
+    assert [one.shape for one in floating(smaller(x))] == [(4, 3), (4, 4)]
+
+
+def test_heads_that_training_does_not_use_either_hold_nothing():
+    model, x = with_a_head_for_training(lambda net, x: x.mean()), images()
+    assert len(free(find_sites(model, x))) == 2
 
 
 def test_ignored_layers_keep_their_channels():
