@@ -208,7 +208,7 @@ def _samples(task: _Task) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     random = torch.Generator().manual_seed(task.sampling.seed)
     gain, _, active = _norm(task)
     for b, y in enumerate(walk.original[task.node]):
-        x = walk.compressed[task.read][b]
+        x = walk.value(task.read, b)
         if len(task.inputs) < x.shape[dim]:
             x = x.index_select(dim, task.inputs)
         target = y
