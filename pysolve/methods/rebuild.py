@@ -10,17 +10,17 @@ from torch import Tensor
 
 from pysolve.correlations import Array, Correlations, Indices, group_columns
 from pysolve.errors import PysolveError
-from pysolve.forms import Codebook, Form, Integers
+from pysolve.forms import Codebook, Form, Integers, LowRank
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.methods.kinds.channels import ridge_fit
 from pysolve.methods.menu import Chosen, Fit, Task
 from pysolve.methods.study import Study, weight_name
 from pysolve.nn.calibration import samples_in, usable
 from pysolve.nn.graph.branches import Cut, Layer, layer_values
+from pysolve.nn.layer_kinds import inputs_first
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.lockstep import Sampling, refit
 from pysolve.nn.running import Batch, as_tensor
-from pysolve.nn.slicing import TRANSPOSED
 from pysolve.plan import Site
 
 REFITS = ("sequential", "independent", "bias", "none")
@@ -283,13 +283,15 @@ def values_of(
 
 def _shaped(study: Study, name: str, form: Form) -> Form | None:
     """A form in the shape of the weight that it stands for; None where it has no place."""
+    if isinstance(form, LowRank) and inputs_first(study.layers[name].module):
+        return LowRank(form.inner.swapaxes(0, 1), form.outer.swapaxes(0, 1))
     if not isinstance(form, Codebook | Integers):
         return form
     if name not in study.layers:
         return form.with_codes(form.codes.reshape(len(form.codes), *study.weights[name].shape[1:]))
     layer = study.layers[name].module
     codes = form.codes.reshape(len(form.codes), -1, *layer.weight.shape[2:])
-    if not isinstance(layer, TRANSPOSED):
+    if not inputs_first(layer):
         return form.with_codes(codes)
     # The rows of such a weight are inputs: scales of outputs have no place there.
     return form.with_codes(np.ascontiguousarray(codes.swapaxes(0, 1))) if isinstance(form, Codebook) else None

@@ -21,11 +21,11 @@ from pysolve.nn.evaluate import parameters
 from pysolve.nn.graph.branches import Layer, find_layers
 from pysolve.nn.graph.export import Graph, trace_once
 from pysolve.nn.graph.sites import sites_in
+from pysolve.nn.layer_kinds import EMBEDDINGS, WEIGHTED
 from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix
 from pysolve.nn.layers.masking import masks_of
 from pysolve.nn.layers.sparse import SparseWeight
 from pysolve.nn.running import Batch, as_array, find_matching
-from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
 from pysolve.plan import Site
 
 

@@ -12,17 +12,9 @@ from torch import Tensor, nn
 from pysolve.correlations import Array
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.evaluate import macs, nbytes, parameters
+from pysolve.nn.layer_kinds import CONVOLUTIONS, WEIGHTED, inputs_first, plain
 from pysolve.nn.running import arguments, device_of, evaluating, find_layer, forward
-from pysolve.nn.slicing import (
-    CONVOLUTIONS,
-    ROLES,
-    TRANSPOSED,
-    WEIGHTED,
-    channels_of,
-    check_kind,
-    inputs,
-    outputs,
-)
+from pysolve.nn.slicing import ROLES, channels_of, check_kind, inputs, outputs
 from pysolve.plan import Site
 from pysolve.solve.budget import Costs
 
@@ -103,7 +95,7 @@ def _uses(model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[int, str, s
                 layer = find_layer(model, name)
                 check_kind(name, layer, role)
                 roles.setdefault(layer, set()).add(role == "passed")
-                if type(layer) in WEIGHTED and len(roles[layer]) > 1:
+                if plain(layer) in WEIGHTED and len(roles[layer]) > 1:
                     raise PysolveError(
                         f"{name} passes on the channels of one site and writes or reads those of another, "
                         "which the cost model does not cover: leave out one of the two sites."
@@ -152,7 +144,7 @@ def _inputs(layer: nn.Module) -> int:
 
 
 def _groups(layer: Any) -> int:
-    return layer.groups if type(layer) in CONVOLUTIONS else 1
+    return layer.groups if plain(layer) in CONVOLUTIONS else 1
 
 
 def _macs(model: nn.Module, layers: Sequence[nn.Module], example: Any) -> dict[nn.Module, float]:
@@ -161,13 +153,13 @@ def _macs(model: nn.Module, layers: Sequence[nn.Module], example: Any) -> dict[n
     samples = _samples(example)
 
     def count(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        positions = (args[0] if args else kwargs["input"]) if type(layer) in TRANSPOSED else output
+        positions = (args[0] if args else kwargs["input"]) if inputs_first(layer) else output
         counts[layer] += positions.numel() * layer.weight[0].numel() / samples
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         for layer in layers:
-            if type(layer) in WEIGHTED:
+            if plain(layer) in WEIGHTED:
                 stack.callback(layer.register_forward_hook(count, with_kwargs=True).remove)
         forward(model, example, device_of(model))
     return counts

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.errors import DataError
+from pysolve.nn.layer_kinds import WEIGHTED, inputs_first
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.sharing import unshared
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
@@ -19,7 +20,7 @@ from pysolve.nn.running import Batch, Values, as_input, device_of, evaluating, f
 from pysolve.report.rows import Latency
 
 # Layers whose multiplications count.
-COUNTED = (nn.Linear, nn.modules.conv._ConvNd, SparseLinear, SparseConv2d, QuantWeight)
+COUNTED = (*WEIGHTED, SparseLinear, SparseConv2d, QuantWeight)
 
 
 def accuracy(model: nn.Module, x: Values, y: Values, *, batch_size: int = 1000) -> float:
@@ -85,9 +86,8 @@ def layer_macs(model: nn.Module, example: Batch) -> dict[str, int]:
             return
         weight = module.codes if isinstance(module, QuantWeight) else module.weight
         assert isinstance(weight, Tensor)
-        # Every output, or input of a transposed convolution, is multiplied with one slice of the weight.
-        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-        calls[name] += (args[0] if transposed else output).numel() * weight[0].numel()
+        # Every output, or input where these come first, is multiplied with one slice of the weight.
+        calls[name] += (args[0] if inputs_first(module) else output).numel() * weight[0].numel()
 
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))

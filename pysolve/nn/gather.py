@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 
 import numpy as np
 import torch
@@ -15,8 +14,10 @@ from tqdm.auto import tqdm
 from pysolve.correlations import Correlations
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn import layer_matrix as rows
+from pysolve.nn.layer_kinds import LINEAR
 from pysolve.nn.layer_matrix import LAYERS, Layer, Sums
 from pysolve.nn.running import NO_BATCHES, Batch, Device, check_batches, evaluating, find_layer, forward
+from pysolve.nn.watching import watching
 from pysolve.plan import Site
 
 # Called with the name, the layer, the input and the output of one call.
@@ -154,15 +155,10 @@ def _group_sizes(layers: Mapping[str, Layer], sites: Sequence[Site]) -> dict[str
 def _run(model: nn.Module, layers: Mapping[str, Layer], batch: Batch, device: Device, record: Record) -> None:
     """Run one batch and record every call of the layers."""
 
-    def hook_for(name: str) -> Callable[..., None]:
-        def hook(module: Layer, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor) -> None:
-            record(name, module, (args[0] if args else kwargs["input"]).detach(), y.detach())
+    def detached(name: str, layer: Layer, x: Tensor, y: Tensor) -> None:
+        record(name, layer, x.detach(), y.detach())
 
-        return hook
-
-    with ExitStack() as stack:
-        for name, module in layers.items():
-            stack.callback(module.register_forward_hook(hook_for(name), with_kwargs=True).remove)
+    with watching(layers, detached):
         forward(model, batch, device)
 
 
@@ -172,7 +168,7 @@ def _summing(sums: dict[str, Sums], shares: Mapping[str, float]) -> Record:
 
     def record(name: str, layer: Layer, x: Tensor, y: Tensor) -> None:
         chosen, share = None, shares.get(name, 1.0)
-        if share < 1 and (x.ndim > 2 or not isinstance(layer, nn.Linear)):
+        if share < 1 and (x.ndim > 2 or not isinstance(layer, LINEAR)):
             generator = choices.setdefault(name, torch.Generator().manual_seed(0))
             count = rows.positions(layer, y)
             chosen = torch.randperm(count, generator=generator)[: max(1, round(share * count))]

@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.nn import Linear
 
 from pysolve.correlations import Correlations
-from pysolve.nn.windows import ORDINARY, TRANSPOSED, Convolution, batched, windows
+from pysolve.nn.layer_kinds import LINEAR, TRANSPOSED, WEIGHTED, Turned, inputs_first
+from pysolve.nn.windows import Convolution, batched, windows
 
-LAYERS = (Linear, *ORDINARY, *TRANSPOSED)
-Layer = Linear | Convolution
+LAYERS = WEIGHTED
+Layer = Linear | Turned | Convolution
 
 # Numbers in one block: larger ones the allocator returns to the system, and gets back zeroed.
 _ROOM = 2**20
@@ -23,8 +24,12 @@ _STRIP = 128
 
 def channels(layer: Layer) -> tuple[int, int]:
     """Numbers of input and output channels."""
-    if isinstance(layer, Linear):
-        return layer.in_features, layer.out_features
+    if isinstance(layer, LINEAR):
+        return (
+            (layer.weight.shape[0], layer.nf)
+            if isinstance(layer, Turned)
+            else (layer.in_features, layer.out_features)
+        )
     return layer.in_channels, layer.out_channels
 
 
@@ -35,7 +40,7 @@ def taps(layer: Layer) -> int:
 
 def groups(layer: Layer) -> int:
     """Number of groups of a convolution, 1 of a Linear."""
-    return 1 if isinstance(layer, Linear) else layer.groups
+    return 1 if isinstance(layer, LINEAR) else layer.groups
 
 
 def matrix(layer: Layer) -> Tensor:
@@ -191,8 +196,8 @@ class Sums:
 
 
 def _turned(layer: Layer, weight: Tensor) -> Tensor:
-    """Swap inputs and outputs of a transposed convolution's weight, which stores inputs first."""
-    return weight.transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight
+    """Swap inputs and outputs of a weight that stores inputs first."""
+    return weight.transpose(0, 1) if inputs_first(layer) else weight
 
 
 def _lead(layer: Layer) -> int:
@@ -202,12 +207,12 @@ def _lead(layer: Layer) -> int:
 
 def _writes(layer: Layer, y: Tensor) -> Tensor:
     """The output as an (n, *positions, h) view."""
-    return y.reshape(-1, y.shape[-1]) if isinstance(layer, Linear) else batched(layer, y).movedim(1, -1)
+    return y.reshape(-1, y.shape[-1]) if isinstance(layer, LINEAR) else batched(layer, y).movedim(1, -1)
 
 
 def _reads(layer: Layer, x: Tensor) -> Tensor:
     """The input as an (n, *positions, inputs, *kernel) view."""
-    return x.reshape(-1, x.shape[-1]) if isinstance(layer, Linear) else windows(layer, x)
+    return x.reshape(-1, x.shape[-1]) if isinstance(layer, LINEAR) else windows(layer, x)
 
 
 def _rows(view: Tensor, lead: int, chosen: Tensor | None = None) -> Tensor:

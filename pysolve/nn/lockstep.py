@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from pysolve.correlations import Array, Correlations
 from pysolve.nn import layer_matrix as rows
-from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, layer_values
+from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, layer_values, read_by
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.running import evaluating
 from pysolve.nn.walk import Walk, last_uses
@@ -139,7 +139,7 @@ class _Task:
     @property
     def read(self) -> Node:
         """What the layer reads."""
-        return self.node.all_input_nodes[0]
+        return read_by(self.node)
 
     @property
     def shortcut(self) -> Node | None:
@@ -156,7 +156,7 @@ def _is_touched(walk: Walk, node: Node, layer: Layer, cuts: Mapping[str, Cut]) -
     if layer.name in cuts and len(cuts[layer.name].inputs) < rows.channels(layer.module)[0]:
         return True
     shortcut = layer.shortcut if layer.shortcut in walk.original else None
-    return walk.differs(node.all_input_nodes[0]) or (shortcut is not None and walk.differs(shortcut))
+    return walk.differs(read_by(node)) or (shortcut is not None and walk.differs(shortcut))
 
 
 def _fitted(task: _Task, fit: Fit, intercept: bool) -> tuple[Array, Array | None]:

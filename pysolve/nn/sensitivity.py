@@ -14,6 +14,7 @@ from pysolve.correlations import Array
 from pysolve.nn.divergence import class_dim, main_output
 from pysolve.nn.layer_matrix import Layer, channels, outputs
 from pysolve.nn.running import Batch, device_of, evaluating, forward
+from pysolve.nn.watching import watching
 
 # Random directions of the network's outputs per batch.
 PROBES = 8
@@ -55,8 +56,7 @@ def sensitivities(
     with ExitStack() as stack:
         stack.enter_context(evaluating(model))
         stack.enter_context(torch.enable_grad())
-        for name, layer in layers.items():
-            stack.callback(layer.register_forward_hook(partial(_offset, offsets, name)).remove)
+        stack.enter_context(watching(layers, partial(_offset, offsets)))
         for batch in batches:
             offsets.clear()
             result = main_output(forward(model, batch, device_of(model)))
@@ -70,10 +70,8 @@ def sensitivities(
     return {name: _scaled(total.numpy()) for name, total in sums.items()}
 
 
-def _offset(
-    offsets: list[tuple[str, Tensor]], name: str, layer: nn.Module, args: object, y: Tensor
-) -> Tensor:
-    """Hook that adds zeros to the layer's output; their gradient is the output's."""
+def _offset(offsets: list[tuple[str, Tensor]], name: str, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
+    """Record that adds zeros to the layer's output; their gradient is the output's."""
     offset = torch.zeros_like(y).requires_grad_()
     offsets.append((name, offset))
     return y.detach() + offset if not y.requires_grad else y + offset

@@ -6,8 +6,8 @@ from torch import Tensor
 from torch.nn import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d
 from torch.nn.functional import pad
 
-ORDINARY = (Conv1d, Conv2d, Conv3d)
-TRANSPOSED = (ConvTranspose1d, ConvTranspose2d, ConvTranspose3d)
+from pysolve.nn.layer_kinds import TRANSPOSED
+
 Convolution = Conv1d | Conv2d | Conv3d | ConvTranspose1d | ConvTranspose2d | ConvTranspose3d
 
 

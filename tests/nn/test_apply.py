@@ -301,14 +301,20 @@ def test_unknown_layers_bring_up_the_close_names():
         apply(mlp(), collapse([0], reader="fc-2"))
 
 
-def test_only_plain_layers_can_be_narrowed():
+def test_layers_that_extend_torchs_own_are_narrowed_like_these():
     class Special(nn.Linear):
-        pass
+        def forward(self, x):
+            return super().forward(x.relu()) * 2
 
     model = mlp()
     model.fc1 = Special(5, 7)
-    with pytest.raises(CollapseError, match="fc1 is a Special"):
-        apply(model, collapse([0]))
+    smaller = apply(model, collapse([0, 3]), probe=inputs())
+    assert type(smaller.fc1) is Special
+    assert smaller.fc1.weight.shape == (2, 5)
+    assert smaller.fc1.out_features == 2
+
+
+def test_other_layers_are_refused_by_name():
     model = chain(lambda: nn.LSTM(5, 7), lambda: nn.Linear(7, 3))
     with pytest.raises(CollapseError, match="0 is a LSTM; writers that can be narrowed are exactly Linear, "):
         apply(model, collapse([0], writer="0", reader="1"))
@@ -317,7 +323,7 @@ def test_only_plain_layers_can_be_narrowed():
 def test_weights_computed_from_other_parameters_are_refused():
     model = mlp()
     nn.utils.parametrizations.weight_norm(model.fc1)
-    with pytest.raises(CollapseError, match="fc1 is a ParametrizedLinear"):
+    with pytest.raises(CollapseError, match="fc1 is computed from other parameters"):
         apply(model, collapse([0]))
     from torch.nn.utils import prune
 
