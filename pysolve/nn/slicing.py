@@ -203,9 +203,10 @@ def _narrow_weighted(layer: nn.Module, cut: Cut) -> None:
         weight = _swapped(weight, left)
         return _swapped(weight.index_select(0, _index(second[whole], weight)), left)
 
+    # A weight and a width that disagree tell nothing of the layer's kind.
+    names = _SIZES.get(plain(layer), ("out_channels", "in_channels", "groups"))
     _replace(layer, "weight", cut_weight)
     _replace(layer, "bias", lambda bias: bias.index_select(0, _index(rows, bias)))
-    names = _SIZES.get(plain(layer), ("out_channels", "in_channels", "groups"))
     for name, size in zip(names, (rows.sum(), columns.sum(), whole.sum()), strict=False):
         setattr(layer, name, int(size))
 
