@@ -20,6 +20,7 @@ from pysolve.methods.study import Study, weight_name
 from pysolve.nn.apply import apply
 from pysolve.nn.calibration import samples_in, take
 from pysolve.nn.evaluate import latency, nbytes
+from pysolve.nn.layers.base import Dense
 from pysolve.nn.layers.factored import Factored, empty
 from pysolve.nn.layers.masking import mask_weights
 from pysolve.nn.layers.runtime import in_form
@@ -113,7 +114,7 @@ def seconds_of_both(study: Study, menu: RankMenu, rank: int, x: Tensor | None) -
     if x is None:
         return None
     layer = find_layer(study.model, str(menu.unit))
-    assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    assert isinstance(layer, Dense)
     two = Factored.from_form(layer, empty(layer, rank, spatial=menu.spatial))
     before, after = latencies((copy.deepcopy(layer), two), x)
     return before.median, after.median

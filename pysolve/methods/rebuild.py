@@ -167,8 +167,8 @@ def _walked(
         if not study.walks(name):
             values |= values_of(study, state, cuts, name, found)
     for name, fit in apart.items():
-        fits[name] = fit(task_of(study, cuts, name).without_data())
-        values |= values_of(study, state, cuts, name, replace(fits[name], bias=None))
+        fits[name] = _offline(study, cuts, name, fit)
+        values |= values_of(study, state, cuts, name, fits[name])
 
     def fitted(name: str, correlations: Correlations, intercept: bool) -> tuple[Array, Array | None]:
         own = study.layers[name]
@@ -219,9 +219,11 @@ def _fit_layer(layer: Layer, task: Task, fit: Fit | None, intercept: bool, weigh
 
 
 def _offline(study: Study, cuts: Mapping[str, Cut], name: str, fit: Fit) -> LayerFit:
-    """A layer on the original's inputs, with a bias only where it has one."""
+    """A layer on the original's inputs, of all its calls, with a bias only where it has one."""
     task, layer = task_of(study, cuts, name), study.layers.get(name)
-    if task.correlations is None or layer is None or layer.takes_bias:
+    if task.correlations is None:
+        return replace(fit(task.without_data()), bias=None)
+    if layer is None or layer.takes_bias:
         return fit(task)
     return replace(fit(replace(task, correlations=_without_sums(task.correlations))), bias=None)
 

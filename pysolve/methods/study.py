@@ -101,6 +101,10 @@ class Study:
         layer = self.layers.get(name)
         return layer is not None and (layer.calls == 1 if self.graph else name in self.correlations)
 
+    def fits(self, name: str) -> bool:
+        """Whether a layer can be fitted to data: on the way, or on what all of its calls read."""
+        return self.walks(name) or name in self.correlations
+
     def matrix(self, name: str) -> Array:
         """A weight as the matrix M of  y = M x + b, in double precision; else its ``flatten(1)``."""
         if name in self.layers:
@@ -165,7 +169,7 @@ def study(
     readers = [name for site in found if site.pinned is None for name in site.readers]
     wanted = [
         *readers,
-        *(name for name in weights if (gather or not graph) and _is_gathered(layers.get(name), graph)),
+        *(name for name in weights if _is_gathered(layers.get(name), graph, gather)),
     ]
     calibration, correlations = calibrate(
         model,
@@ -239,10 +243,14 @@ def reasons(left: Sequence[Skipped], shown: int = 5) -> str:
     return f": {', '.join([*names[:shown], *more])}" if left else ""
 
 
-def _is_gathered(layer: Layer | None, graph: Graph | None) -> bool:
-    """Whether what a layer reads can be seen; attention calls its last layer's function, not the layer."""
-    once = layer is not None and (graph is None or layer.calls == 1)
-    return once and layer is not None and type(layer.module) is not NonDynamicallyQuantizableLinear
+def _is_gathered(layer: Layer | None, graph: Graph | None, every: bool) -> bool:
+    """Whether what a layer reads is to be seen beforehand: of all, or of those that no walk can refit.
+
+    Attention calls the function of its last layer, not the layer.
+    """
+    if layer is None or type(layer.module) is NonDynamicallyQuantizableLinear:
+        return False
+    return graph is None or layer.calls > 1 or (every and layer.calls == 1)
 
 
 def _traced(

@@ -122,8 +122,9 @@ def _checked(model: nn.Module, plan: Plan) -> tuple[dict[str, Cut], dict[str, Te
     cuts = _cuts(model, plan)
     values = new_values(model, plan)
     _check_forms(model, plan, _by_layer(model, cuts))
-    names = {*cuts, *(name.rpartition(".")[0] for name in (*values, *plan.forms))}
-    _check_untied(model, {find_layer(model, name) for name in names})
+    parts = [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in (*values, *plan.forms)]
+    touched = {(find_layer(model, name), part) for name, part in [*parts, *((name, "") for name in cuts)]}
+    _check_untied(model, touched)
     return cuts, values
 
 
@@ -205,8 +206,8 @@ def _cut(name: str, layer: nn.Module, uses: list[tuple[str, Collapse]]) -> Cut:
     return Cut(kept["writers"], kept["passed"], kept["readers"])
 
 
-def _check_untied(model: nn.Module, touched: set[nn.Module]) -> None:
-    """Refuse to change parameters that another layer uses too."""
+def _check_untied(model: nn.Module, touched: set[tuple[nn.Module, str]]) -> None:
+    """Refuse to change parameters that another layer uses too: layers' named ones, with "" all of them."""
     owners: dict[int, dict[nn.Module, str]] = {}
     for prefix, layer in model.named_modules():
         for name, tensor in chain(layer.named_parameters(recurse=False), layer.named_buffers(recurse=False)):
@@ -214,8 +215,9 @@ def _check_untied(model: nn.Module, touched: set[nn.Module]) -> None:
             if tensor.data_ptr():
                 owners.setdefault(tensor.data_ptr(), {}).setdefault(layer, f"{prefix}.{name}".strip("."))
     for users in owners.values():
-        if len(users) > 1 and not touched.isdisjoint(users):
-            own, other = sorted(users, key=lambda layer: layer not in touched)[:2]
+        changed = {u for u, name in users.items() if {(u, ""), (u, name.rpartition(".")[2])} & touched}
+        if len(users) > 1 and changed:
+            own, other = sorted(users, key=lambda layer: layer not in changed)[:2]
             raise CollapseError(
                 f"{users[own].rpartition('.')[0]} shares its values with {users[other]}: untie them before "
                 "changing one."

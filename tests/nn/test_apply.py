@@ -837,6 +837,9 @@ def test_values_of_tied_weights_are_refused_but_tied_weights_elsewhere_are_fine(
         CollapseError, match=r"(words|head) shares its values with (words|head)\.weight: untie"
     ):
         apply(model, Plan(values={"head.weight": np.ones((9, 5))}))
+    smaller = apply(model, Plan(values={"head.bias": np.ones(9)}))
+    assert smaller.head.weight is smaller.words.weight
+    assert smaller.head.bias.tolist() == [1.0] * 9
 
 
 def test_batch_norms_that_share_a_statistic_are_refused():

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +12,14 @@ from torch.fx import Node
 from pysolve.correlations import Array, group_columns
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn.graph.calls import is_of, operator_name, product_of, stored
-from pysolve.nn.graph.export import Graph
-from pysolve.nn.layer_kinds import LINEAR
+from pysolve.nn.graph.export import Graph, where
+from pysolve.nn.layer_kinds import LINEAR, Turned, is_extended
 from pysolve.nn.products import as_called
 from pysolve.plan import Indices
 
 # Operators that a branch may pass before a sum: in evaluation mode they are the identity.
 _PLAIN = {"dropout", "contiguous", "clone", "alias", "detach"}
+_RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", *_PLAIN}
 _POOLS = {"max_pool1d", "max_pool2d", "max_pool3d"}
 
 
@@ -40,6 +41,9 @@ class Layer:
         Node that the layer's branch is added to.
     rectified : bool
         Whether a ReLU follows, possibly after max-pooling.
+    besides : str, optional
+        What the code of a layer that extends torch's own does that two layers in its place would not do;
+        nothing: "". None where no graph shows it.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Layer:
     mean: str | None = None
     shortcut: Node | None = None
     rectified: bool = False
+    besides: str | None = None
 
     @property
     def takes_bias(self) -> bool:
@@ -75,7 +80,10 @@ def find_layers(graph: Graph, model: nn.Module) -> dict[Node, Layer]:
             for node in calls:
                 called = _called(graph, node, name, module, weight)
                 if called is not None:
-                    layers[node] = _layer(graph, node, name, called, len(calls))
+                    layer = _layer(graph, node, name, called, len(calls))
+                    layers[node] = replace(
+                        layer, besides=_besides(node, name, module) if is_extended(module) else ""
+                    )
     return layers
 
 
@@ -99,6 +107,31 @@ def _called(graph: Graph, node: Node, name: str, module: rows.Layer, weight: Nod
     ) != own:
         return None
     return as_called(module, call)
+
+
+def _besides(node: Node, name: str, module: rows.Layer) -> str:
+    """What the code of a layer does that its first factor, which keeps this code, would not do as well."""
+    after = [user for user in _beyond(node, lambda one: [*one.users]) if _is_inside(user, name)]
+    before = _beyond(node, lambda one: [read_by(one)] if product_of(one) else one.all_input_nodes[:1])
+    if after:
+        return f"changes what it makes ({where(after[0])})"
+    if isinstance(module, Turned) and any(_is_inside(one, name) for one in before):
+        return f"changes what it reads ({where(before[0])})"
+    return ""
+
+
+def _beyond(node: Node, step: Callable[[Node], list[Node]]) -> list[Node]:
+    """The nearest nodes in one direction that do more than to reshape."""
+    found = []
+    for one in step(node):
+        found += _beyond(one, step) if operator_name(one) in _RESHAPES else [one]
+    return found
+
+
+def _is_inside(node: Node, name: str) -> bool:
+    """Whether a node runs in a layer's own code."""
+    stack = node.meta.get("nn_module_stack", {}).values()
+    return any(path.partition("@")[0] == name for path, *_ in stack)
 
 
 def read_by(node: Node) -> Node:

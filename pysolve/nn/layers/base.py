@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -14,8 +16,14 @@ from torch.nn.utils import skip_init
 
 from pysolve.errors import PysolveError
 from pysolve.forms import Form
+from pysolve.nn.layer_kinds import Turned
 
-Dense = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+Dense = nn.Linear | Turned | nn.Conv1d | nn.Conv2d | nn.Conv3d
+# What code may ask a layer for; those that stand in its place answer for it.
+ASKED = (
+    *("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding"),
+    *("dilation", "groups", "padding_mode", "transposed", "output_padding"),
+)
 # Torch's context of an autograd function, which holds whatever is kept for the backward pass.
 Context = Any
 T = TypeVar("T", bound=Dense)
@@ -26,8 +34,14 @@ class TwoWay(nn.Module):
 
     ``computed`` is what runs; torch.compile leaves it as it is, between two graphs. ``traced`` is what
     torch.export and torch.jit.trace follow: a function of the layer's state in torch's own operators, so that
-    exported programs run without this package.
+    exported programs run without this package. ``answers`` are the attributes of the layer in whose place it
+    is, such as its stride, for code that asks for them.
     """
+
+    answers: Mapping[str, Any] = MappingProxyType({})
+
+    def __getattr__(self, name: str) -> Any:
+        return self.answers[name] if name in self.answers else super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
@@ -110,6 +124,20 @@ def dense_layer(
             made.bias.copy_(bias)
             made.bias.requires_grad_(bias.requires_grad)
     made.weight.requires_grad_(trained)
+    return made
+
+
+def answers_of(layer: nn.Module) -> dict[str, Any]:
+    """The attributes that code may ask a layer for."""
+    return {name: getattr(layer, name) for name in ASKED if hasattr(layer, name)}
+
+
+def like(layer: T, weight: Tensor, bias: Tensor | None) -> T:
+    """A copy of a layer, its class and its code, with another weight, of fewer outputs maybe, and bias."""
+    made = copy.deepcopy(layer)
+    made.weight = nn.Parameter(weight.to(layer.weight), layer.weight.requires_grad)
+    made.bias = None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
+    setattr(made, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(weight))
     return made
 
 

@@ -12,10 +12,12 @@ from torch import Tensor, nn
 from pysolve.correlations import AnyArray
 from pysolve.errors import PysolveError
 from pysolve.forms import LowRank
-from pysolve.nn.layers.base import Dense, check_shape, dense_layer
+from pysolve.nn.layer_kinds import LINEAR, Turned, is_extended, plain
+from pysolve.nn.layers.base import ASKED, Dense, check_shape, dense_layer, like
 from pysolve.nn.running import as_array, as_tensor
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_MOVES = ("stride", "padding", "dilation")
 # A dense layer, or whatever runs in its place.
 Part = Any
 
@@ -49,14 +51,25 @@ class Factored(nn.Module):
             When the layer is no Linear and no ungrouped convolution, or its weight has another shape.
         """
         check_factors(layer, form)
+        first, second = factors(layer, form)
         # A dimension of the kernel belongs to the factor that extends along it.
-        outside = [size > 1 for size in form.outer.shape[2:]]
-        inner = _part(layer, form.inner, None, [not out for out in outside])
-        return cls(inner, _part(layer, form.outer, layer.bias, outside)).train(layer.training)
+        outside = [size > 1 for size in second.shape[2:]]
+        # The code of a layer that extends torch's own may pad, and the like.
+        keeps_code = is_extended(layer) and not isinstance(layer, Turned)
+        inner: Part = (
+            like(layer, as_tensor(first), None)
+            if keeps_code
+            else _part(layer, first, None, [not out for out in outside])
+        )
+        return cls(inner, _part(layer, second, layer.bias, outside)).train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.outer(self.inner(x))
         return y
+
+    def __getattr__(self, name: str) -> Any:
+        """Of the attributes of the layer in whose place this is, those that code may ask for."""
+        return _answer(self.inner, self.outer, name) if name in ASKED else super().__getattr__(name)
 
     @property
     def rank(self) -> int:
@@ -81,15 +94,14 @@ class Factored(nn.Module):
     def to_dense(self) -> Dense:
         """One layer with the product as its weight."""
         inner, outer = self.inner, self.outer
-        channels, width, how = inner.weight.shape[1], len(outer.weight), dict[str, object]()
-        if not isinstance(inner, nn.Linear):
-            own = [a > b for a, b in zip(outer.kernel_size, inner.kernel_size, strict=True)]
-            how = {name: _both(own, inner, outer, name) for name in ("stride", "padding", "dilation")}
-            how["kernel_size"] = tuple(map(max, inner.kernel_size, outer.kernel_size))
-            how["padding_mode"] = inner.padding_mode
-        trained, sizes = inner.weight.requires_grad, (channels, width)
         # Under autocast the product has another type.
         weight = self.weight.to(inner.weight)
+        if is_extended(inner):
+            whole: Dense = like(inner, weight, outer.bias)
+            return whole.train(self.training)
+        names = () if isinstance(inner, nn.Linear) else (*_MOVES, "kernel_size", "padding_mode")
+        how = {name: getattr(self, name) for name in names}
+        trained, sizes = inner.weight.requires_grad, (inner.weight.shape[1], len(outer.weight))
         dense: Dense = dense_layer(type(inner), weight, outer.bias, sizes, how, trained=trained)
         return dense.train(self.training)
 
@@ -99,15 +111,24 @@ class Factored(nn.Module):
 
 def check_factors(layer: nn.Module, form: LowRank) -> None:
     """Refuse a layer that cannot be factored, and factors of another shape, with a PysolveError."""
-    kind = type(layer)
-    if kind not in (nn.Linear, *CONVOLUTIONS) or getattr(layer, "groups", 1) > 1:
+    if plain(layer) not in (*LINEAR, *CONVOLUTIONS) or getattr(layer, "groups", 1) > 1:
+        kind = type(layer).__name__
+        raise PysolveError(f"only Linear layers and convolutions without groups can be factored, got {kind}.")
+    if is_extended(layer) and any(size > 1 for size in form.outer.shape[2:]):
         raise PysolveError(
-            f"only Linear layers and convolutions without groups can be factored, got {kind.__name__}."
+            f"the code of a {type(layer).__name__} may rely on its kernel: factor by channels."
         )
     check_shape(layer, form)
     most = min(form.outer[:, 0].size, form.inner[0].size)
     if form.rank > most:
         raise PysolveError(f"a weight of shape {form.shape} has a rank of at most {most}, got {form.rank}.")
+
+
+def factors(layer: nn.Module, form: LowRank) -> tuple[AnyArray, AnyArray]:
+    """Weights of the inner and of the outer layer, outputs first."""
+    if isinstance(layer, Turned):
+        return form.outer.swapaxes(0, 1), form.inner.swapaxes(0, 1)
+    return form.inner, form.outer
 
 
 def empty(layer: Dense, rank: int, *, spatial: bool = False) -> LowRank:
@@ -123,12 +144,14 @@ def empty(layer: Dense, rank: int, *, spatial: bool = False) -> LowRank:
 def _part(layer: Dense, weight: AnyArray, bias: Tensor | None, own: Iterable[bool]) -> Dense:
     """A Linear, or a convolution along some of a layer's dimensions."""
     how: dict[str, object] = {}
-    if not isinstance(layer, nn.Linear):
-        how = {name: _along(layer, name, own) for name in ("stride", "padding", "dilation")}
+    if not isinstance(layer, LINEAR):
+        how = {name: _along(layer, name, own) for name in _MOVES}
         how |= {"kernel_size": weight.shape[2:], "padding_mode": layer.padding_mode}
     (out, channels), trained = weight.shape[:2], layer.weight.requires_grad
     own_weight = as_tensor(weight).to(layer.weight)
-    return dense_layer(type(layer), own_weight, bias, (channels, out), how, trained=trained)
+    kind: Any = nn.Linear if isinstance(layer, LINEAR) else plain(layer)
+    made: Dense = dense_layer(kind, own_weight, bias, (channels, out), how, trained=trained)
+    return made
 
 
 def _along(layer: Dense, name: str, own: Iterable[bool]) -> str | tuple[int, ...]:
@@ -139,9 +162,15 @@ def _along(layer: Dense, name: str, own: Iterable[bool]) -> str | tuple[int, ...
     return tuple(value if mine else other for value, mine in zip(values, own, strict=True))
 
 
-def _both(own: list[bool], inner: Dense, outer: Dense, name: str) -> str | tuple[int, ...]:
-    """The attribute of the whole convolution from those of its two parts."""
-    first, second = getattr(inner, name), getattr(outer, name)
-    if isinstance(first, str):
+def _answer(inner: Part, outer: Part, name: str) -> Any:
+    """The attribute of the whole layer from those of its two parts."""
+    if name.startswith("out_"):
+        return getattr(outer, name)
+    first = getattr(inner, name)
+    if name == "kernel_size":
+        return tuple(map(max, first, outer.kernel_size))
+    if name not in _MOVES or isinstance(first, str):
         return first
+    own = [a > b for a, b in zip(outer.kernel_size, inner.kernel_size, strict=True)]
+    second = getattr(outer, name)
     return tuple(b if mine else a for a, b, mine in zip(first, second, own, strict=True))

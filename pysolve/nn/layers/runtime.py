@@ -6,7 +6,7 @@ from torch import nn
 
 from pysolve.errors import PysolveError
 from pysolve.forms import Integers, LowRank, RuntimeForm
-from pysolve.nn.layers.base import check_shape
+from pysolve.nn.layers.base import Dense, check_shape
 from pysolve.nn.layers.factored import Factored, check_factors
 from pysolve.nn.layers.quantized import QuantConv2d, QuantLinear, check_integers, quantized
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
@@ -37,7 +37,7 @@ def in_form(
     """
     check_form(layer, form)
     if isinstance(form, LowRank):
-        assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        assert isinstance(layer, Dense)
         return Factored.from_form(layer, form)
     if isinstance(form, Integers):
         return quantized(layer, form)
