@@ -285,7 +285,7 @@ def values_of(
 
 def _shaped(study: Study, name: str, form: Form) -> Form | None:
     """A form in the shape of the weight that it stands for; None where it has no place."""
-    if isinstance(form, LowRank) and inputs_first(study.layers[name].module):
+    if isinstance(form, LowRank) and name in study.layers and inputs_first(study.layers[name].module):
         return LowRank(form.inner.swapaxes(0, 1), form.outer.swapaxes(0, 1))
     if not isinstance(form, Codebook | Integers):
         return form

@@ -310,9 +310,34 @@ LEFT = {
     "transposed": {"2": "a ConvTranspose2d cannot be factored"},
     "grouped": {"2": "it has groups"},
     "multihead_attention": {"attention.out_proj": "attention calls its function, not the layer"},
-    "shared_layer": {"twice": "what it reads is not seen"},
     "unused_layer": {"c": "what it reads is not seen"},
 }
+
+
+def test_a_layer_that_runs_twice_is_factored_for_both_of_its_calls():
+    model, batch = network("shared_layer")
+    result = low(model, [torch.randn(32, *batch.shape[1:]) for _ in range(4)], rank=2)
+    assert ranks(result)["twice"] == 2
+    assert result.report.divergence < 0.5
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Rectified(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.relu())
+
+
+def test_a_layer_that_extends_torchs_own_is_factored_where_its_code_stays_true():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 24), Rectified(24, 16), Doubled(16, 12), nn.ReLU(), nn.Linear(12, 4))
+    result = low(model.eval(), batches(), rank=3)
+    assert ranks(result) == {"0": 3, "1": 3}
+    assert isinstance(result.model[1].inner, Rectified)
+    assert lines(result)["2"].why.startswith("its own code changes what it makes (test_low_rank.py:")
 
 
 @pytest.mark.parametrize("name", LEFT)
@@ -327,13 +352,13 @@ def test_layers_that_cannot_be_factored_are_left_alone_and_the_reason_is_told(na
 
 
 def test_layers_that_cannot_be_factored_are_refused_when_they_are_named():
-    model, batch = network("shared_layer")
+    model, batch = network("unused_layer")
     for method, why in (("activation", "what it reads is not seen"), ("svd", None)):
-        asked = {"rank": {"twice": 1}, "method": method}
+        asked = {"rank": {"c": 1}, "method": method}
         if why is None:
-            assert ranks(low(model, inputs(batch), **asked)) == {"twice": 1}
+            assert ranks(low(model, inputs(batch), **asked)) == {"c": 1}
         else:
-            with pytest.raises(ps.PysolveError, match=f"twice cannot be factored: {why}"):
+            with pytest.raises(ps.PysolveError, match=f"c cannot be factored: {why}"):
                 low(model, inputs(batch), **asked)
 
 
