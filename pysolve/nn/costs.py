@@ -13,7 +13,7 @@ from pysolve.correlations import Array
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.layer_kinds import CONVOLUTIONS, WEIGHTED, inputs_first, plain
-from pysolve.nn.running import arguments, device_of, evaluating, find_layer, forward
+from pysolve.nn.running import arguments, device_of, evaluating, few_samples, find_layer, forward
 from pysolve.nn.slicing import ROLES, channels_of, check_kind, inputs, outputs
 from pysolve.plan import Site
 from pysolve.solve.budget import Costs
@@ -39,7 +39,8 @@ def cost_model(
     sites : sequence of Site
         One that is pinned costs the same whatever it keeps.
     example : one batch
-        In the forms that ``gather`` takes; samples lie along the first dimension of its first tensor.
+        In the forms that ``gather`` takes; samples lie along the first dimension of its first tensor. Two of
+        them are counted.
     extra_biases : collection of str
         Linear layers and convolutions that will be given a bias if they have none: counted with their rows,
         but not in what shares refer to.
@@ -57,6 +58,8 @@ def cost_model(
     PysolveError
         When a grouped layer would lose whole groups for one site and parts of them for another.
     """
+    # Some layers run once a batch, so MACs a sample are those of as few samples as the report counts with.
+    example = few_samples(example)
     uses = list(_uses(model, sites))
     extra = [find_layer(model, name) for name in extra_biases]
     for name, layer in zip(extra_biases, extra, strict=True):
