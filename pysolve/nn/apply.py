@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 
@@ -222,6 +222,26 @@ def _check_untied(model: nn.Module, touched: set[tuple[nn.Module, str]]) -> None
                 f"{users[own].rpartition('.')[0]} shares its values with {users[other]}: untie them before "
                 "changing one."
             )
+
+
+def untrue_forms(model: nn.Module, plan: Plan, probe: Batch) -> list[str]:
+    """Tensors whose layers the network cannot run in the forms of a plan: its code asks for more of them.
+
+    Found by bisection; those that fail only together are all named.
+    """
+
+    def fails(some: Sequence[str]) -> bool:
+        return bool(some) and _fails(
+            model, replace(plan, forms={name: plan.forms[name] for name in some}), probe
+        )
+
+    def guilty(some: Sequence[str]) -> list[str]:
+        middle = len(some) // 2
+        halves = [half for half in (some[:middle], some[middle:]) if middle and fails(half)]
+        return [name for half in halves for name in guilty(half)] or [*some]
+
+    names = [name for name, form in plan.forms.items() if not isinstance(form, Codebook)]
+    return guilty(names) if fails(names) and mismatch(model, model, probe) is None else []
 
 
 def _verify(model: nn.Module, smaller: nn.Module, plan: Plan, probe: Batch) -> None:

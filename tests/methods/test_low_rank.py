@@ -689,3 +689,47 @@ def test_a_network_with_two_inputs_is_run_by_its_keywords():
     data = [{"a": torch.randn(40, 10), "b": torch.randn(40, 12)} for _ in range(2)]
     result = low(model, data, rank=3)
     assert ranks(result) == {"a": 3, "b": 3, "out": 3}
+
+
+class Curious(nn.Module):
+    """Code that wants its layer to be one of torch's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(24, 16)
+
+    def forward(self, x):
+        if not isinstance(self.layer, nn.Linear):
+            raise TypeError
+        return self.layer(x)
+
+
+def test_a_layer_that_code_looks_into_is_left_alone_and_the_others_are_not():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 24), nn.ReLU(), Curious(), nn.ReLU(), nn.Linear(16, 16)).eval()
+    result = low(model, batches(), target={"params": 0.8})
+    assert ranks(result).keys() == {"0", "4"}
+    assert "code asks for more" in lines(result)["2.layer"].why
+    sparse = ps.prune(model, batches(), amount=0.8, layout="sparse", progress=False)
+    assert {line.name: line.layout for line in sparse.report.layers} == {
+        "0": "sparse",
+        "2.layer": "dense",
+        "4": "sparse",
+    }
+    assert "code asks for more" in {line.name: line for line in sparse.report.layers}["2.layer"].why
+
+
+def test_code_that_asks_a_layer_for_its_stride_is_answered():
+    class Same(nn.Module):
+        def __init__(self, i, o):
+            super().__init__()
+            self.conv = nn.Conv2d(i, o, 3, stride=2)
+
+        def forward(self, x):
+            k, s = self.conv.kernel_size[0], self.conv.stride[0]
+            return self.conv(F.pad(x, ((k - s) // 2, (k - s + 1) // 2) * 2)).relu()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Same(3, 12), Same(12, 12), nn.Flatten(), nn.Linear(12 * 4, 5)).eval()
+    result = low(model, [torch.randn(16, 3, 8, 8) for _ in range(3)], rank=4)
+    assert ranks(result).keys() == {"0.conv", "1.conv", "3"}

@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pysolve.correlations import Array, Correlations
+from pysolve.forms import Form, LowRank
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.layer.reduced_rank import error_curve, factor_layer
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
-from pysolve.methods.study import Study
+from pysolve.methods.study import Study, weight_name
+from pysolve.nn.apply import untrue_forms
 from pysolve.nn.calibration import first_samples, samples_in, take
 from pysolve.nn.evaluate import layer_macs, macs
 from pysolve.nn.graph.branches import Layer as Seen
@@ -25,7 +27,10 @@ from pysolve.nn.layers.factored import CONVOLUTIONS, Factored, empty, factors
 from pysolve.nn.profile import layer_inputs
 from pysolve.nn.running import find_layer
 from pysolve.nn.sensitivity import sensitivities
+from pysolve.plan import Plan
 
+# Why a layer stays as it is whose code, or the code around it, does not run with another in its place.
+ASKS = "the network's code asks for more than another layer in its place has"
 STRUCTURES = ("auto", "channel", "spatial")
 # Samples that layers run on to be counted and timed, and that sensitivities are taken on.
 TIMED, _SENSED = 64, 256
@@ -131,6 +136,7 @@ def ranks_of(study: Study, structure: str, svd: bool) -> tuple[Ranks, dict[str, 
     kind = Ranks(structure, svd)
     if study.calibration is None:
         return kind, against
+    against |= _untrue(study, {name: layer for name, layer in layers.items() if name not in against})
     if not svd:
         against |= dict.fromkeys(
             layers.keys() - study.correlations.keys() - against.keys(), "what it reads is not seen"
@@ -143,6 +149,18 @@ def ranks_of(study: Study, structure: str, svd: bool) -> tuple[Ranks, dict[str, 
     return replace(
         kind, inputs=layer_inputs(study.model, layers, take(held, 0, TIMED)), counts=counts
     ), against
+
+
+def _untrue(study: Study, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Layers that the network's code does not run as two, tried out with random factors."""
+    random, forms = np.random.default_rng(0), dict[str, Form]()
+    for name, layer in layers.items():
+        assert isinstance(layer, Dense)
+        one = empty(layer, 1)
+        parts = [random.standard_normal(part.shape) / part[0].size ** 0.5 for part in (one.outer, one.inner)]
+        forms[weight_name(study.model, name)] = LowRank(*parts)
+    unable = untrue_forms(study.model, Plan(forms=forms), take(study.held[0], 0, 2)) if forms else []
+    return {name: ASKS for name in layers if weight_name(study.model, name) in unable}
 
 
 def most_useful(inner: Costs, outer: Costs, dense: Costs) -> int:
