@@ -17,7 +17,7 @@ from pysolve.methods.menu import Chosen, Fit, Task
 from pysolve.methods.study import Study, weight_name
 from pysolve.nn.calibration import samples_in, usable
 from pysolve.nn.graph.branches import Cut, Layer, layer_values
-from pysolve.nn.layer_kinds import inputs_first
+from pysolve.nn.layer_kinds import inputs_first, twins
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.lockstep import Sampling, refit
 from pysolve.nn.running import Batch, as_tensor
@@ -231,8 +231,11 @@ def _offline(study: Study, cuts: Mapping[str, Cut], name: str, fit: Fit) -> Laye
 def _concerned(study: Study, chosen: Chosen, cuts: Mapping[str, Cut]) -> dict[str, Fit]:
     """Fits of the layers that lose inputs, where the original's are known, or take another form."""
     found: dict[str, Fit] = {}
+    shared = twins(study.model)
     for name, cut in cuts.items():
-        if name in study.correlations and len(cut.inputs) < channels(study.layers[name].module)[0]:
+        # A weight that serves others as well cannot follow what this layer reads.
+        able = name in study.correlations and study.layers[name].module not in shared
+        if able and len(cut.inputs) < channels(study.layers[name].module)[0]:
             found[name] = ridge_fit
     return {**found, **chosen.fits}
 

@@ -10,8 +10,11 @@ from itertools import chain, islice
 import numpy as np
 from torch import Tensor, nn
 
+from pysolve.correlations import Mask
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import Codebook
+from pysolve.nn.layer_kinds import sides, twins
+from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
 from pysolve.nn.running import Batch, as_tensor, find_layer
 from pysolve.nn.slicing import (
@@ -71,8 +74,12 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     """
     cuts, values = _checked(model, plan)
     smaller, layers = _copy(model, values)
+    tied = {layers[name]: one for name in cuts if (one := twins(smaller).get(layers[name]))}
     for name, cut in cuts.items():
         narrow(layers[name], cut)
+    for layer, others in tied.items():
+        for other in others:
+            other.weight = layer.weight
     decoded = {name: form for name, form in plan.forms.items() if isinstance(form, Codebook)}
     load(smaller, {name: as_tensor(form.dense()) for name, form in decoded.items()})
     for name, form in plan.forms.items():
@@ -124,7 +131,7 @@ def _checked(model: nn.Module, plan: Plan) -> tuple[dict[str, Cut], dict[str, Te
     _check_forms(model, plan, _by_layer(model, cuts))
     parts = [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in (*values, *plan.forms)]
     touched = {(find_layer(model, name), part) for name, part in [*parts, *((name, "") for name in cuts)]}
-    _check_untied(model, touched)
+    _check_untied(model, touched, _by_layer(model, cuts))
     return cuts, values
 
 
@@ -206,8 +213,14 @@ def _cut(name: str, layer: nn.Module, uses: list[tuple[str, Collapse]]) -> Cut:
     return Cut(kept["writers"], kept["passed"], kept["readers"])
 
 
-def _check_untied(model: nn.Module, touched: set[tuple[nn.Module, str]]) -> None:
-    """Refuse to change parameters that another layer uses too: layers' named ones, with "" all of them."""
+def _check_untied(
+    model: nn.Module, touched: set[tuple[nn.Module, str]], cuts: Mapping[nn.Module, Cut]
+) -> None:
+    """Refuse to change parameters that another layer uses too, but for weights that are cut alike in all.
+
+    ``touched`` are layers' named ones, with "" all of them.
+    """
+    pairs = twins(model)
     owners: dict[int, dict[nn.Module, str]] = {}
     for prefix, layer in model.named_modules():
         for name, tensor in chain(layer.named_parameters(recurse=False), layer.named_buffers(recurse=False)):
@@ -216,7 +229,8 @@ def _check_untied(model: nn.Module, touched: set[tuple[nn.Module, str]]) -> None
                 owners.setdefault(tensor.data_ptr(), {}).setdefault(layer, f"{prefix}.{name}".strip("."))
     for users in owners.values():
         changed = {u for u, name in users.items() if {(u, ""), (u, name.rpartition(".")[2])} & touched}
-        if len(users) > 1 and changed:
+        alike = all(_cut_alike(layer, pairs.get(layer, ()), cuts) for layer in users)
+        if len(users) > 1 and changed and not (alike and not {(u, "weight") for u in users} & touched):
             own, other = sorted(users, key=lambda layer: layer not in changed)[:2]
             raise CollapseError(
                 f"{users[own].rpartition('.')[0]} shares its values with {users[other]}: untie them before "
@@ -242,6 +256,21 @@ def untrue_forms(model: nn.Module, plan: Plan, probe: Batch) -> list[str]:
 
     names = [name for name, form in plan.forms.items() if not isinstance(form, Codebook)]
     return guilty(names) if fails(names) and mismatch(model, model, probe) is None else []
+
+
+def _cut_alike(layer: nn.Module, others: Sequence[nn.Module], cuts: Mapping[nn.Module, Cut]) -> bool:
+    """Whether a layer keeps the same of its weight as others that share it."""
+    if not others or not all(one in cuts for one in (layer, *others)):
+        return False
+    first, *rest = (_kept(one, cuts[one]) for one in (layer, *others))
+    return all(np.array_equal(a, b) for one in rest for a, b in zip(one, first, strict=True))
+
+
+def _kept(layer: nn.Module, cut: Cut) -> list[Mask]:
+    """Kept rows and columns of a layer's matrix, as it is stored."""
+    whole = np.ones(len(weight_of(layer)), bool)
+    of = {"writers": cut.rows, "readers": cut.columns, "": whole}
+    return [of[role] for role in sides(layer) or ()]
 
 
 def _verify(model: nn.Module, smaller: nn.Module, plan: Plan, probe: Batch) -> None:

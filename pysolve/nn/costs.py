@@ -123,14 +123,18 @@ def _tables(
 def _coefficients(layers: Sequence[nn.Module], counts: Mapping[nn.Module, float]) -> tuple[Array, Array]:
     """(3, L) costs for each pair of an output and an input of its group, and for each output alone."""
     product, per_output = np.zeros((2, len(layers), 3))
+    shared: set[int] = set()
     for layer, pair, single in zip(layers, product, per_output, strict=True):
         out, into = outputs(layer), _inputs(layer)
         for name, tensor in layer.state_dict(keep_vars=True).items():
-            entries = tensor.numel() if isinstance(tensor, nn.Parameter) else 0
+            # What layers share is there, and goes, once.
+            once = float(id(tensor) not in shared)
+            shared.add(id(tensor))
+            entries = once * tensor.numel() if isinstance(tensor, nn.Parameter) else 0.0
             if name == "weight" and into:
-                pair += np.array([entries, counts[layer], tensor.nbytes]) / (out * into)
+                pair += np.array([entries, counts[layer], once * tensor.nbytes]) / (out * into)
             elif tensor.ndim and tensor.shape[-1] == out:
-                single += np.array([entries, 0.0, tensor.nbytes]) / out
+                single += np.array([entries, 0.0, once * tensor.nbytes]) / out
     return product.T, per_output.T
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -56,6 +58,32 @@ def plain(layer: nn.Module) -> type[nn.Module]:
 def inputs_first(layer: nn.Module) -> bool:
     """Whether the first dimension of a layer's weight are its inputs."""
     return plain(layer) in (Turned, *TRANSPOSED)
+
+
+def sides(layer: nn.Module) -> tuple[str, str] | None:
+    """Roles in a site of the two dimensions of a layer's weight, "" where it cannot shrink; else None."""
+    if plain(layer) is nn.Embedding:
+        return "", "writers"
+    if plain(layer) not in LINEAR:
+        return None
+    return ("readers", "writers") if inputs_first(layer) else ("writers", "readers")
+
+
+def twins(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, ...]]:
+    """Layers that share their weight and nothing else with others, and these: heads and embeddings, say."""
+    owners: dict[int, list[nn.Module]] = {}
+    for layer in model.modules():
+        for tensor in layer._parameters.values():
+            if tensor is not None:
+                owners.setdefault(id(tensor), []).append(layer)
+    shared = [group for group in owners.values() if len(group) > 1]
+    often = Counter(layer for group in shared for layer in group)
+    return {
+        layer: tuple(other for other in group if other is not layer)
+        for group in shared
+        for layer in group
+        if all(sides(one) and one.weight is group[0].weight and often[one] == 1 for one in group)
+    }
 
 
 def is_extended(layer: nn.Module) -> bool:

@@ -15,6 +15,7 @@ from torch import nn
 from pysolve.errors import CollapseError, LayerNotFoundError, PysolveError
 from pysolve.forms import Codebook, Integers, LowRank, Sparse
 from pysolve.nn.apply import apply, masked
+from pysolve.nn.costs import cost_model
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.zoo import LeNet5, Mlp
 from pysolve.plan import Collapse, Plan, Site
@@ -855,3 +856,26 @@ def test_an_attention_projection_stays_as_it_is():
     model = Net(lambda m, x: m.fc(m.mha(x, x, x)[0]), mha=nn.MultiheadAttention(4, 2), fc=nn.Linear(4, 3))
     with pytest.raises(CollapseError, match=r"mha\.out_proj is a Non.*part of nn\.MultiheadAttention"):
         apply(model, Plan((Collapse(s(4, "mha.out_proj", "fc"), [0]),)))
+
+
+def tied():
+    torch.manual_seed(0)
+    layers = {"words": nn.Embedding(9, 6), "mid": nn.Linear(6, 6), "head": nn.Linear(6, 9)}
+    model = Net(lambda m, ids: m.head(m.words(ids) + m.mid(m.words(ids)).relu()), **layers)
+    model.head.weight = model.words.weight
+    return model
+
+
+def test_weights_that_are_tied_are_cut_together_and_stay_tied():
+    model, site = tied(), s(6, "words mid", "mid head")
+    plan = Plan((Collapse(site, [0, 2, 5]),))
+    smaller = apply(model, plan, probe=torch.arange(9))
+    assert smaller.head.weight is smaller.words.weight
+    assert smaller.words.weight.shape == (9, 3)
+    assert (smaller.words.embedding_dim, smaller.head.in_features) == (3, 3)
+    assert parameters(smaller) == 9 * 3 + 3 * 3 + 3 + 9
+    assert cost_model(model, [site], torch.arange(9)).cost(np.array([3]))["params"] == parameters(smaller)
+    with pytest.raises(CollapseError, match="shares its values with"):
+        apply(model, Plan((Collapse(s(6, "words mid", "mid"), [0, 2]),)))
+    with pytest.raises(CollapseError, match="shares its values with"):
+        apply(model, Plan((Collapse(site, [0, 2]),), values={"head.weight": np.ones((9, 6))}))

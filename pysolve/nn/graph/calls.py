@@ -43,6 +43,8 @@ class Network:
         Parameters and buffers.
     ties : {Module: str}
         For a module that shares values with another one, their name there.
+    twins : {Module: tuple of Module}
+        Layers that share their weight, and nothing else, with other ones.
     parameters : {Node: str}
         State-dict names of the nodes of parameters and buffers; grows with inner graphs.
     opaque : {Node: str}
@@ -56,6 +58,7 @@ class Network:
     names: Mapping[nn.Module, str]
     state: Mapping[str, Tensor]
     ties: Mapping[nn.Module, str]
+    twins: Mapping[nn.Module, tuple[nn.Module, ...]]
     parameters: dict[Node, str]
     opaque: dict[Node, str] = field(default_factory=dict)
     elsewhere: dict[str, str] = field(default_factory=dict)

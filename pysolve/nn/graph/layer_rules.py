@@ -10,7 +10,8 @@ from pysolve.nn.graph.calls import Call, Labels, is_of, product_of, stored
 from pysolve.nn.graph.classes import along, labelled, lean, spread, squashed
 from pysolve.nn.graph.export import where
 from pysolve.nn.graph.operators import Rule, biased_matmul, matmul
-from pysolve.nn.layer_kinds import CONVOLUTIONS, LINEAR, PADS, plain
+from pysolve.nn.layer_kinds import CONVOLUTIONS, LINEAR, PADS, plain, sides
+from pysolve.nn.layers.base import weight_of
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -58,6 +59,8 @@ def _weighted(call: Call, dim: int, kinds: tuple[type[nn.Module], ...]) -> Label
     if groups == 1:
         own = call.ledger.member(name, "readers", len(read))
         call.ledger.unite(own, read)
+        if layer in call.network.twins:
+            call.ledger.pin(own[read < 0], call.says("reads channels that are fixed"))
         rows = call.ledger.member(name, "writers", call.result.shape[dim])
         made = torch.cat([own, rows])
     else:
@@ -105,8 +108,22 @@ def _pin_problem(
         kind = next(kind.__name__ for kind in kinds if isinstance(layer, kind))
         call.ledger.pin(labels, f"`{name}` is a {type(layer).__name__}, not a plain {kind}")
     if layer in call.network.ties:
-        tied = call.network.ties[layer]
-        call.ledger.pin(labels, f"`{name}` shares its values with `{tied}`")
+        reason = f"`{name}` shares its values with `{call.network.ties[layer]}`"
+        if layer in call.network.twins:
+            _unite_twins(call, layer, reason)
+        else:
+            call.ledger.pin(labels, reason)
+
+
+def _unite_twins(call: Call, layer: nn.Module, reason: str) -> None:
+    """Layers with one weight keep the same of its rows and columns; what one cannot lose, none can."""
+    group = (layer, *call.network.twins[layer])
+    for dim, size in enumerate(weight_of(layer).shape):
+        roles = [(call.network.names[one], (sides(one) or ("", ""))[dim]) for one in group]
+        labels = [call.ledger.member(name, role, size) for name, role in roles if role]
+        call.ledger.unite(*labels)
+        if len(labels) < len(group):
+            call.ledger.pin(labels[0], reason)
 
 
 def embedding(call: Call) -> Labels:

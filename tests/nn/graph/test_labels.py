@@ -282,9 +282,9 @@ def test_a_grouped_convolution_beside_its_input_is_as_fixed_as_that():
 def test_embeddings_may_be_tied_or_take_channels_for_words():
     model = Net(lambda net, ids: net.out(net.words(ids)), words=nn.Embedding(9, 6), out=nn.Linear(6, 9))
     model.out.weight = model.words.weight
-    assert sites_of(classes_of(model, torch.arange(8).view(2, 4)))[0].pinned == (
-        "`words` shares its values with `out.weight`"
-    )
+    both, words = sites_of(classes_of(model, torch.arange(8).view(2, 4)))
+    assert (both.writers, both.readers, both.pinned) == (("words",), ("out",), None)
+    assert words.pinned == "`words` shares its values with `out.weight`"
     model = Net(lambda net, x: net.words((net.a(x) > 0).long()), a=nn.Linear(4, 6), words=nn.Embedding(2, 3))
     site, _ = sites_of(classes_of(model, vectors(2, 4)))
     assert "embedding takes them for weights or positions" in site.pinned
