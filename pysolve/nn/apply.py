@@ -48,6 +48,8 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     Writers may be Linear, convolutions of any kind and Embedding; readers all of these but Embedding; passed
     layers grouped and depthwise convolutions, batch, instance and group norms, PReLU, and constant padding
     of the channel dimension. From grouped layers whole groups are removed, or as many channels from each.
+    Layers of classes that extend these are narrowed like them; only the probe tells whether their code still
+    does the same. Layers that share their weight must lose the same of it, and go on sharing it.
 
     Parameters
     ----------
