@@ -291,4 +291,4 @@ def test_a_layer_that_runs_once_a_batch_costs_the_same_whatever_the_example():
         grid=nn.Parameter(vectors(8, 2)),
     )
     counted = [cost_model(model, [], vectors(n, 4)).original["macs"] for n in (2, 8)]
-    assert counted == [4 * 6 + 6 * 3 + 8 * 2 * 5 / 2] * 2
+    assert counted == [4 * 6 + 6 * 3 + 8 * 2 * 5] * 2
