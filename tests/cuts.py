@@ -122,9 +122,8 @@ SITES = {
         "2: c → ! output",
     ],
     "tied_weights": [
-        "6: a → b ! `a` shares its values with `c.weight`",
-        "4: b → c ! `c` shares its values with `a.weight`",
-        "6: c → ! `c` shares its values with `a.weight`",
+        "6: a c → b ! output",
+        "4: b → a c ! linear reads channels that are fixed",
     ],
     "borrowed_weight": ["6: a → b ! `a.weight` is used outside of its layer", "2: b → ! output"],
     "autocast": ["6: a → b", "2: b → ! output"],

@@ -25,9 +25,9 @@ from pysolve.nn.apply import apply
 from pysolve.nn.calibration import Calibration
 from pysolve.nn.divergence import kl_divergence
 from pysolve.nn.files.format1 import sparse_layers
+from pysolve.nn.layer_kinds import WEIGHTED
 from pysolve.nn.layers.masking import mask_weights, remove_masks, unmasked
 from pysolve.nn.running import Batch, Ignored, as_array, find_layer, find_matching
-from pysolve.nn.slicing import WEIGHTED
 from pysolve.nn.state import copy_of
 from pysolve.plan import Plan
 from pysolve.training.finetune import Loss, counted, finetune

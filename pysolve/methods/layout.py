@@ -10,15 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.correlations import AnyArray
-from pysolve.errors import one_of
+from pysolve.errors import CollapseError, one_of
 from pysolve.forms import Codebook, Form, Integers, LowRank, Sparse
 from pysolve.methods.kinds.codes import coded_bits
-from pysolve.methods.kinds.ranks import RankMenu
+from pysolve.methods.kinds.ranks import ASKS, RankMenu
 from pysolve.methods.rebuild import Rebuilt, forms_of
 from pysolve.methods.study import Study, weight_name
-from pysolve.nn.apply import apply
+from pysolve.nn.apply import apply, untrue_forms
 from pysolve.nn.calibration import samples_in, take
 from pysolve.nn.evaluate import latency, nbytes
+from pysolve.nn.layers.base import Dense
 from pysolve.nn.layers.factored import Factored, empty
 from pysolve.nn.layers.masking import mask_weights
 from pysolve.nn.layers.runtime import in_form
@@ -88,7 +89,16 @@ def lay_out(study: Study, rebuilt: Rebuilt, layout: str = "auto") -> LaidOut:
     plan = plan_of(study, rebuilt, kept)
     held = study.held
     probe = take(held[0], 0, PROBED) if held and (plan.steps or _are_layers(plan)) else None
-    model = apply(study.model, plan, probe=probe)
+    try:
+        model = apply(study.model, plan, probe=probe)
+    except CollapseError:
+        unable = untrue_forms(study.model, plan, probe) if plan.forms and probe is not None else []
+        if not unable:
+            raise
+        lines |= {n: replace(lines[n], layout="dense", why=ASKS) for n, t in names.items() if t in unable}
+        kept = {tensor: form for tensor, form in kept.items() if tensor not in unable}
+        plan = plan_of(study, rebuilt, kept)
+        model = apply(study.model, plan, probe=probe)
     if layout == "masked":
         mask_weights(model, {name: rebuilt.values[tensor] != 0 for name, tensor in names.items()})
     if layout == "shared":
@@ -116,7 +126,7 @@ def seconds_of_both(study: Study, menu: RankMenu, rank: int, x: Tensor | None) -
     if x is None:
         return None
     layer = find_layer(study.model, str(menu.unit))
-    assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    assert isinstance(layer, Dense)
     two = Factored.from_form(layer, empty(layer, rank, spatial=menu.spatial))
     before, after = latencies((copy_of(layer), two), x)
     return before.median, after.median

@@ -16,6 +16,7 @@ from pysolve.methods.rebuild import Rebuilt, forms_of
 from pysolve.methods.result import increase
 from pysolve.methods.study import weight_name
 from pysolve.nn.apply import apply
+from pysolve.nn.layer_kinds import inputs_first
 from pysolve.nn.layers.sharing import (
     TRAINED,
     Snapped,
@@ -26,7 +27,6 @@ from pysolve.nn.layers.sharing import (
     ternary_weights,
 )
 from pysolve.nn.running import find_layer
-from pysolve.nn.slicing import TRANSPOSED
 from pysolve.training.distill import distill as teach
 
 # Options of ``distill`` unless others are given: for values alone; for weights that may change them, which
@@ -102,11 +102,7 @@ def _trained(
     fits = dict(rebuilt.fits)
     for name, book in books.items():
         layer = find_layer(model, name)
-        codes = (
-            book.codes.swapaxes(0, 1)
-            if isinstance(layer, TRANSPOSED) and name in study.layers
-            else book.codes
-        )
+        codes = book.codes.swapaxes(0, 1) if inputs_first(layer) and name in study.layers else book.codes
         flat = book.with_codes(codes.reshape(len(codes), -1))
         fits[name] = replace(fits[name], weight=flat.dense(), form=flat)
     return replace(rebuilt, values={**rebuilt.values, **values}, fits=fits)

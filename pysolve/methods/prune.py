@@ -232,7 +232,7 @@ def _weights(
     chosen = zeros.choose(found)
     rebuilt = rebuild(found, chosen, goal.refit)
     clock.stage("refit")
-    apart = [name for name in weights if not found.walks(name)] if goal.needs_data else []
+    apart = [name for name in weights if not found.fits(name)] if goal.needs_data else []
     laid = lay_out(found, rebuilt, goal.layout)
     clock.stage("layout")
     dense = [line.name for line in laid.lines if line.layout == "dense"]

@@ -37,8 +37,8 @@ from pysolve.methods.study import Skipped, Study, reasons, study, weights_of
 from pysolve.nn.calibration import samples_in
 from pysolve.nn.divergence import mean_divergence, run
 from pysolve.nn.evaluate import nbytes
+from pysolve.nn.layer_kinds import EMBEDDINGS, WEIGHTED
 from pysolve.nn.running import Batch, find_matching
-from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
 from pysolve.plan import Site
 
 # The share of the file's bytes that may be left unused, walks to come so close, and the share that is near.

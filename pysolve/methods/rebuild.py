@@ -10,17 +10,17 @@ from torch import Tensor
 
 from pysolve.correlations import Array, Correlations, Indices, group_columns
 from pysolve.errors import PysolveError
-from pysolve.forms import Codebook, Form, Integers
+from pysolve.forms import Codebook, Form, Integers, LowRank
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.methods.kinds.channels import ridge_fit
 from pysolve.methods.menu import Chosen, Fit, Task
 from pysolve.methods.study import Study, no_samples, weight_name
 from pysolve.nn.calibration import samples_in, usable
 from pysolve.nn.graph.branches import Cut, Layer, layer_values
+from pysolve.nn.layer_kinds import inputs_first, twins
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.lockstep import Sampling, refit
 from pysolve.nn.running import Batch, as_tensor
-from pysolve.nn.slicing import TRANSPOSED
 from pysolve.plan import Site
 
 REFITS = ("sequential", "independent", "bias", "none")
@@ -167,8 +167,8 @@ def _walked(
         if not study.walks(name):
             values |= values_of(study, state, cuts, name, found)
     for name, fit in apart.items():
-        fits[name] = fit(task_of(study, cuts, name).without_data())
-        values |= values_of(study, state, cuts, name, replace(fits[name], bias=None))
+        fits[name] = _offline(study, cuts, name, fit)
+        values |= values_of(study, state, cuts, name, fits[name])
 
     unseen: list[str] = []
 
@@ -224,9 +224,11 @@ def _fit_layer(layer: Layer, task: Task, fit: Fit | None, intercept: bool, weigh
 
 
 def _offline(study: Study, cuts: Mapping[str, Cut], name: str, fit: Fit) -> LayerFit:
-    """A layer on the original's inputs, with a bias only where it has one."""
+    """A layer on the original's inputs, of all its calls, with a bias only where it has one."""
     task, layer = task_of(study, cuts, name), study.layers.get(name)
-    if task.correlations is None or layer is None or layer.takes_bias:
+    if task.correlations is None:
+        return replace(fit(task.without_data()), bias=None)
+    if layer is None or layer.takes_bias:
         return fit(task)
     return replace(fit(replace(task, correlations=_without_sums(task.correlations))), bias=None)
 
@@ -234,8 +236,11 @@ def _offline(study: Study, cuts: Mapping[str, Cut], name: str, fit: Fit) -> Laye
 def _concerned(study: Study, chosen: Chosen, cuts: Mapping[str, Cut]) -> dict[str, Fit]:
     """Fits of the layers that lose inputs, where the original's are known, or take another form."""
     found: dict[str, Fit] = {}
+    shared = twins(study.model)
     for name, cut in cuts.items():
-        if name in study.correlations and len(cut.inputs) < channels(study.layers[name].module)[0]:
+        # A weight that serves others as well cannot follow what this layer reads.
+        able = name in study.correlations and study.layers[name].module not in shared
+        if able and len(cut.inputs) < channels(study.layers[name].module)[0]:
             found[name] = ridge_fit
     return {**found, **chosen.fits}
 
@@ -288,13 +293,15 @@ def values_of(
 
 def _shaped(study: Study, name: str, form: Form) -> Form | None:
     """A form in the shape of the weight that it stands for; None where it has no place."""
+    if isinstance(form, LowRank) and name in study.layers and inputs_first(study.layers[name].module):
+        return LowRank(form.inner.swapaxes(0, 1), form.outer.swapaxes(0, 1))
     if not isinstance(form, Codebook | Integers):
         return form
     if name not in study.layers:
         return form.with_codes(form.codes.reshape(len(form.codes), *study.weights[name].shape[1:]))
     layer = study.layers[name].module
     codes = form.codes.reshape(len(form.codes), -1, *layer.weight.shape[2:])
-    if not isinstance(layer, TRANSPOSED):
+    if not inputs_first(layer):
         return form.with_codes(codes)
     # The rows of such a weight are inputs: scales of outputs have no place there.
     return form.with_codes(np.ascontiguousarray(codes.swapaxes(0, 1))) if isinstance(form, Codebook) else None

@@ -22,6 +22,7 @@ from pysolve.nn.evaluate import parameters
 from pysolve.nn.graph.branches import Layer, find_layers
 from pysolve.nn.graph.export import Graph, depends_on_values, trace, trace_once
 from pysolve.nn.graph.sites import sites_in
+from pysolve.nn.layer_kinds import EMBEDDINGS, WEIGHTED
 from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix
 from pysolve.nn.layers.masking import masks_of, permanent_by
 from pysolve.nn.layers.sparse import SparseWeight
@@ -35,7 +36,6 @@ from pysolve.nn.running import (
     few_samples,
     find_matching,
 )
-from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
 from pysolve.plan import Site
 
 
@@ -111,6 +111,10 @@ class Study:
         layer = self.layers.get(name)
         return layer is not None and (layer.calls == 1 if self.graph else name in self.correlations)
 
+    def fits(self, name: str) -> bool:
+        """Whether a layer can be fitted to data: on the way, or on what all of its calls read."""
+        return self.walks(name) or name in self.correlations
+
     def matrix(self, name: str) -> Array:
         """A weight as the matrix M of  y = M x + b, in double precision; else its ``flatten(1)``."""
         if name in self.layers:
@@ -180,8 +184,8 @@ def study(
     readers = [name for site in found if site.pinned is None for name in site.readers]
     # What the walk through the graph cannot fit on the way.
     routed = {layer.name for node, layer in nodes.items() if depends_on_values(node)}
-    asked = [name for name in weights if gather or not graph or name in routed]
-    wanted = [*readers, *(name for name in asked if _is_gathered(layers.get(name), graph))]
+    asked = {name for name in weights if gather or name in routed}
+    wanted = [*readers, *(name for name in weights if _is_gathered(layers.get(name), graph, name in asked))]
     calibration, correlations = calibrate(
         model,
         batches,
@@ -278,10 +282,14 @@ def _reached(site: Site, correlations: Mapping[str, Correlations]) -> Site:
     return replace(site, pinned=f"no sample reached {', '.join(site.readers)}")
 
 
-def _is_gathered(layer: Layer | None, graph: Graph | None) -> bool:
-    """Whether what a layer reads can be seen; attention calls its last layer's function, not the layer."""
-    once = layer is not None and (graph is None or layer.calls == 1)
-    return once and layer is not None and type(layer.module) is not NonDynamicallyQuantizableLinear
+def _is_gathered(layer: Layer | None, graph: Graph | None, every: bool) -> bool:
+    """Whether what a layer reads is to be seen beforehand: of all, or of those that no walk can refit.
+
+    Attention calls the function of its last layer, not the layer.
+    """
+    if layer is None or type(layer.module) is NonDynamicallyQuantizableLinear:
+        return False
+    return graph is None or layer.calls > 1 or (every and layer.calls == 1)
 
 
 def _traced(

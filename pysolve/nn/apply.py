@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 
 import numpy as np
 from torch import Tensor, nn
 
+from pysolve.correlations import Mask
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import Codebook
 from pysolve.nn.bare import Bare, find_member
+from pysolve.nn.layer_kinds import sides, twins
+from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
 from pysolve.nn.plain import unwrapped
 from pysolve.nn.running import Batch, as_tensor, closest, find_layer
@@ -48,7 +51,9 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     Writers may be Linear, convolutions of any kind and Embedding; readers all of these but Embedding; passed
     layers grouped and depthwise convolutions, batch, instance and group norms, PReLU, constant padding of
     the channel dimension, and bare parameters and buffers, by their names in the state dict.
-    From grouped layers whole groups are removed, or as many channels from each.
+    From grouped layers whole groups are removed, or as many channels from each. Layers of classes that extend
+    these are narrowed like them; only the probe tells whether their code still does the same. Layers that
+    share their weight must lose the same of it, and go on sharing it.
 
     Parameters
     ----------
@@ -75,8 +80,13 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     """
     model = unwrapped(model)
     smaller, layers, cuts = _prepared(model, plan)
+    pairs = twins(smaller)
+    tied = {layers[name]: pairs[layers[name]] for name in cuts if layers.get(name) in pairs}
     for name, cut in cuts.items():
         narrow(find_member(smaller, name), cut)
+    for layer, others in tied.items():
+        for other in others:
+            other.weight = layer.weight
     for path, value in _integers(model, plan).items():
         owner, leaf, position = _attribute(path)
         old = getattr(layers[owner], leaf)
@@ -129,8 +139,9 @@ def _prepared(model: nn.Module, plan: Plan) -> tuple[nn.Module, dict[str, nn.Mod
     values = new_values(model, plan)
     members = _by_member(model, cuts)
     _check_forms(model, plan, members)
-    changed = {find_layer(model, name.rpartition(".")[0]) for name in (*values, *plan.forms)}
-    _check_untied(model, members.keys() | changed)
+    parts = [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in (*values, *plan.forms)]
+    touched: set[tuple[Narrowable, str]] = {(find_layer(model, name), part) for name, part in parts}
+    _check_untied(model, touched | {(member, "") for member in members}, members)
     copied = copy_of(model)
     load(copied, values)
     return copied, dict(copied.named_modules(remove_duplicate=False)), cuts
@@ -238,23 +249,66 @@ def _cut(name: str, layer: Narrowable, uses: list[tuple[str, Collapse]]) -> Cut:
     return Cut(kept["writers"], kept["passed"], kept["readers"])
 
 
-def _check_untied(model: nn.Module, touched: set[Narrowable]) -> None:
-    """Refuse to change parameters that another layer uses too."""
+def _check_untied(
+    model: nn.Module, touched: set[tuple[Narrowable, str]], cuts: Mapping[Narrowable, Cut]
+) -> None:
+    """Refuse to change parameters that another layer uses too, but for weights that are cut alike in all.
+
+    ``touched`` are layers' named ones, with "" all of them.
+    """
+    pairs: dict[Narrowable, Sequence[nn.Module]] = {one: others for one, others in twins(model).items()}
     owners: dict[int, dict[Narrowable, str]] = {}
     for prefix, layer in model.named_modules():
         for name, tensor in chain(layer.named_parameters(recurse=False), layer.named_buffers(recurse=False)):
             # Pointer 0: nothing is stored, on the meta device for example.
             if tensor.data_ptr():
                 bare = Bare(layer, name)
-                user = bare if bare in touched else layer
+                user = bare if (bare, "") in touched else layer
                 owners.setdefault(tensor.data_ptr(), {}).setdefault(user, f"{prefix}.{name}".strip("."))
     for users in owners.values():
-        if len(users) > 1 and not touched.isdisjoint(users):
-            own, other = sorted(users, key=lambda layer: layer not in touched)[:2]
+        changed = {u for u, name in users.items() if {(u, ""), (u, name.rpartition(".")[2])} & touched}
+        alike = all(_cut_alike(layer, pairs.get(layer, ()), cuts) for layer in users)
+        if len(users) > 1 and changed and not (alike and not {(u, "weight") for u in users} & touched):
+            own, other = sorted(users, key=lambda layer: layer not in changed)[:2]
             raise CollapseError(
                 f"{users[own].rpartition('.')[0]} shares its values with {users[other]}: untie them before "
                 "changing one."
             )
+
+
+def untrue_forms(model: nn.Module, plan: Plan, probe: Batch) -> list[str]:
+    """Tensors whose layers the network cannot run in the forms of a plan: its code asks for more of them.
+
+    Found by bisection; those that fail only together are all named.
+    """
+
+    def fails(some: Sequence[str]) -> bool:
+        return bool(some) and _fails(
+            model, replace(plan, forms={name: plan.forms[name] for name in some}), probe
+        )
+
+    def guilty(some: Sequence[str]) -> list[str]:
+        middle = len(some) // 2
+        halves = [half for half in (some[:middle], some[middle:]) if middle and fails(half)]
+        return [name for half in halves for name in guilty(half)] or [*some]
+
+    names = [name for name, form in plan.forms.items() if not isinstance(form, Codebook)]
+    return guilty(names) if fails(names) and mismatch(model, model, probe) is None else []
+
+
+def _cut_alike(layer: Narrowable, others: Sequence[nn.Module], cuts: Mapping[Narrowable, Cut]) -> bool:
+    """Whether a layer keeps the same of its weight as others that share it."""
+    if isinstance(layer, Bare) or not others or not all(one in cuts for one in (layer, *others)):
+        return False
+    first, *rest = (_kept(one, cuts[one]) for one in (layer, *others))
+    return all(np.array_equal(a, b) for one in rest for a, b in zip(one, first, strict=True))
+
+
+def _kept(layer: nn.Module, cut: Cut) -> list[Mask]:
+    """Kept rows and columns of a layer's matrix, as it is stored."""
+    whole = np.ones(len(weight_of(layer)), bool)
+    of = {"writers": cut.rows, "readers": cut.columns, "": whole}
+    return [of[role] for role in sides(layer) or ()]
 
 
 def _verify(model: nn.Module, smaller: nn.Module, plan: Plan, probe: Batch) -> None:

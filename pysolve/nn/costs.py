@@ -15,18 +15,10 @@ from pysolve.nn.bare import Bare, find_member
 from pysolve.nn.counting import by_layer
 from pysolve.nn.cut_costs import rest_of
 from pysolve.nn.evaluate import nbytes, parameters
+from pysolve.nn.layer_kinds import CONVOLUTIONS, WEIGHTED, plain
 from pysolve.nn.per_sample import Workload, as_workload, sample_calls, sample_weights
 from pysolve.nn.running import Batch, find_layer
-from pysolve.nn.slicing import (
-    CONVOLUTIONS,
-    ROLES,
-    WEIGHTED,
-    Narrowable,
-    channels_of,
-    check_kind,
-    inputs,
-    outputs,
-)
+from pysolve.nn.slicing import ROLES, Narrowable, channels_of, check_kind, inputs, outputs
 from pysolve.plan import Site
 from pysolve.solve.budget import Costs
 
@@ -127,7 +119,7 @@ def _uses(model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[int, str, s
                 layer = find_member(model, name)
                 check_kind(name, layer, role)
                 roles.setdefault(layer, set()).add(role == "passed")
-                if type(layer) in WEIGHTED and len(roles[layer]) > 1:
+                if not isinstance(layer, Bare) and plain(layer) in WEIGHTED and len(roles[layer]) > 1:
                     raise PysolveError(
                         f"{name} passes on the channels of one site and writes or reads those of another, "
                         "which the cost model does not cover: leave out one of the two sites."
@@ -152,17 +144,21 @@ def _tables(
 def _coefficients(layers: Sequence[Narrowable], counts: Mapping[Narrowable, float]) -> tuple[Array, Array]:
     """(3, L) costs for each pair of an output and an input of its group, and for each output alone."""
     product, per_output = np.zeros((2, len(layers), 3))
+    shared: set[int] = set()
     for layer, pair, single in zip(layers, product, per_output, strict=True):
         out, into = outputs(layer), _inputs(layer)
         if isinstance(layer, Bare):
             single += layer.costs / out
             continue
         for name, tensor in layer.state_dict(keep_vars=True).items():
-            entries = tensor.numel() if isinstance(tensor, nn.Parameter) else 0
+            # What layers share is there, and goes, once.
+            once = float(id(tensor) not in shared)
+            shared.add(id(tensor))
+            entries = once * tensor.numel() if isinstance(tensor, nn.Parameter) else 0.0
             if name == "weight" and out * into:
-                pair += np.array([entries, counts[layer], tensor.nbytes]) / (out * into)
+                pair += np.array([entries, counts[layer], once * tensor.nbytes]) / (out * into)
             elif tensor.ndim and out and tensor.shape[-1] == out:
-                single += np.array([entries, 0.0, tensor.nbytes]) / out
+                single += np.array([entries, 0.0, once * tensor.nbytes]) / out
     return product.T, per_output.T
 
 
@@ -179,4 +175,4 @@ def _inputs(layer: Narrowable) -> int:
 
 
 def _groups(layer: Any) -> int:
-    return layer.groups if type(layer) in CONVOLUTIONS else 1
+    return layer.groups if plain(layer) in CONVOLUTIONS else 1

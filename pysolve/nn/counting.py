@@ -15,6 +15,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
+from pysolve.nn.layer_kinds import WEIGHTED, inputs_first
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.sparse import SparseWeight
@@ -159,7 +160,7 @@ def calls(model: nn.Module, batch: Batch) -> list[Call]:
         # Torch's counter meets tensors of many kinds; if the network itself fails, it does so again.
         except Exception:
             ledger.found.clear()
-            ledger.layers = (nn.Linear, nn.modules.conv._ConvNd, *_OWN)
+            ledger.layers = (*WEIGHTED, *_OWN)
             forward(model, batch, device_of(model))
     return ledger.found
 
@@ -229,9 +230,8 @@ def _whole(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> float:
     if isinstance(layer, SparseWeight):
         return output.numel() // layer.shape[0] * layer.values.numel()
     weight = layer.codes if isinstance(layer, QuantWeight) else weight_of(layer)
-    # Every output, or input of a transposed convolution, is multiplied with one slice of the weight.
-    transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
-    return (args[0] if transposed else output).numel() * weight[0].numel()
+    # Every output, or input where these come first, is multiplied with one slice of the weight.
+    return (args[0] if inputs_first(layer) else output).numel() * weight[0].numel()
 
 
 def _formulas() -> dict[Any, Formula]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from pysolve.errors import DataError
 from pysolve.nn.counting import layer_macs as layer_macs
 from pysolve.nn.counting import macs as macs
+from pysolve.nn.layer_kinds import WEIGHTED
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.sharing import unshared
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
@@ -19,7 +20,7 @@ from pysolve.nn.running import Values, as_input, device_of, evaluating, forward,
 from pysolve.report.rows import Latency
 
 # Layers that have a line of their own in reports, whatever they multiply.
-COUNTED = (nn.Linear, nn.modules.conv._ConvNd, SparseLinear, SparseConv2d, QuantWeight)
+COUNTED = (*WEIGHTED, SparseLinear, SparseConv2d, QuantWeight)
 
 
 def accuracy(model: nn.Module, x: Values, y: Values, *, batch_size: int = 1000) -> float:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,10 +15,12 @@ from pysolve.correlations import Correlations
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn import running
+from pysolve.nn.layer_kinds import LINEAR
 from pysolve.nn.layer_matrix import LAYERS, Layer, Sums
 from pysolve.nn.plain import plain_network
 from pysolve.nn.refusal import output_of
-from pysolve.nn.running import Batch, Device, evaluating, hooked
+from pysolve.nn.running import Batch, Device, evaluating
+from pysolve.nn.watching import watching
 from pysolve.plan import Site
 
 # Called with the name, the layer, the input and the output of one call.
@@ -195,12 +195,10 @@ def _group_sizes(layers: Mapping[str, Layer], sites: Sequence[Site]) -> dict[str
 def _run(model: nn.Module, layers: Mapping[str, Layer], batch: Batch, device: Device, record: Record) -> None:
     """Run one batch and record every call of the layers."""
 
-    def called(name: str, layer: Layer, args: Sequence[Tensor], named: Any, y: Tensor) -> None:
-        record(name, layer, (args[0] if args else named["input"]).detach(), y.detach())
+    def detached(name: str, layer: Layer, x: Tensor, y: Tensor) -> None:
+        record(name, layer, x.detach(), y.detach())
 
-    # First of all hooks: users' own may change what the layer itself gives.
-    how = {"with_kwargs": True, "prepend": True}
-    with hooked(one.register_forward_hook(partial(called, n), **how) for n, one in layers.items()):
+    with watching(layers, detached):
         output_of(model, batch, device)
 
 
@@ -210,7 +208,7 @@ def _summing(sums: dict[str, Sums], shares: Mapping[str, float]) -> Record:
 
     def record(name: str, layer: Layer, x: Tensor, y: Tensor) -> None:
         chosen, share = None, shares.get(name, 1.0)
-        if share < 1 and (x.ndim > 2 or not isinstance(layer, nn.Linear)):
+        if share < 1 and (x.ndim > 2 or not isinstance(layer, LINEAR)):
             random = choices.setdefault(name, torch.Generator().manual_seed(0))
             chosen = rows.choice(rows.positions(layer, y), share, random)
         for some_x, some_y in rows.blocks(layer, x, y, chosen):

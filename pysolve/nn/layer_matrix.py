@@ -11,12 +11,11 @@ from torch.nn import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, C
 from torch.nn.functional import pad
 
 from pysolve.correlations import Correlations
+from pysolve.nn.layer_kinds import LINEAR, TRANSPOSED, WEIGHTED, Turned, inputs_first
 
-ORDINARY = (Conv1d, Conv2d, Conv3d)
-TRANSPOSED = (ConvTranspose1d, ConvTranspose2d, ConvTranspose3d)
-LAYERS = (Linear, *ORDINARY, *TRANSPOSED)
+LAYERS = WEIGHTED
 Convolution = Conv1d | Conv2d | Conv3d | ConvTranspose1d | ConvTranspose2d | ConvTranspose3d
-Layer = Linear | Convolution
+Layer = Linear | Turned | Convolution
 
 # Numbers in one block: larger ones the allocator returns to the system, and gets back zeroed.
 _ROOM = 2**20
@@ -26,8 +25,12 @@ _STRIP = 128
 
 def channels(layer: Layer) -> tuple[int, int]:
     """Numbers of input and output channels."""
-    if isinstance(layer, Linear):
-        return layer.in_features, layer.out_features
+    if isinstance(layer, LINEAR):
+        return (
+            (layer.weight.shape[0], layer.nf)
+            if isinstance(layer, Turned)
+            else (layer.in_features, layer.out_features)
+        )
     return layer.in_channels, layer.out_channels
 
 
@@ -38,7 +41,7 @@ def taps(layer: Layer) -> int:
 
 def groups(layer: Layer) -> int:
     """Number of groups of a convolution, 1 of a Linear."""
-    return 1 if isinstance(layer, Linear) else layer.groups
+    return 1 if isinstance(layer, LINEAR) else layer.groups
 
 
 def matrix(layer: Layer) -> Tensor:
@@ -185,8 +188,8 @@ class Sums:
 
 
 def _turned(layer: Layer, weight: Tensor) -> Tensor:
-    """Swap inputs and outputs of a transposed convolution's weight, which stores inputs first."""
-    return weight.transpose(0, 1) if isinstance(layer, TRANSPOSED) else weight
+    """Swap inputs and outputs of a weight that stores inputs first."""
+    return weight.transpose(0, 1) if inputs_first(layer) else weight
 
 
 def _lead(layer: Layer) -> int:
@@ -198,14 +201,14 @@ def _writes(layer: Layer, y: Tensor) -> Tensor:
     """The output as an (n, *positions, h) view."""
     return (
         y.reshape(y.shape[:-1].numel(), y.shape[-1])
-        if isinstance(layer, Linear)
+        if isinstance(layer, LINEAR)
         else _batched(layer, y).movedim(1, -1)
     )
 
 
 def _reads(layer: Layer, x: Tensor) -> Tensor:
     """The input as an (n, *positions, inputs, *kernel) view."""
-    return x.reshape(x.shape[:-1].numel(), x.shape[-1]) if isinstance(layer, Linear) else _windows(layer, x)
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1]) if isinstance(layer, LINEAR) else _windows(layer, x)
 
 
 def _rows(view: Tensor, lead: int, chosen: Tensor | None = None) -> Tensor:

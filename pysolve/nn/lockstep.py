@@ -28,7 +28,7 @@ from tqdm.auto import tqdm
 
 from pysolve.correlations import Array, Correlations
 from pysolve.nn import layer_matrix as rows
-from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, layer_values
+from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, layer_values, read_by
 from pysolve.nn.graph.export import Graph, depends_on_values
 from pysolve.nn.running import evaluating
 from pysolve.nn.walk import Walk, last_uses
@@ -137,7 +137,7 @@ def _is_touched(walk: Walk, node: Node, layer: Layer, cuts: Mapping[str, Cut]) -
     if layer.name in cuts and len(cuts[layer.name].inputs) < rows.channels(layer.module)[0]:
         return True
     shortcut = layer.shortcut if layer.shortcut in walk.original else None
-    return walk.differs(node.all_input_nodes[0]) or (shortcut is not None and walk.differs(shortcut))
+    return walk.differs(read_by(node)) or (shortcut is not None and walk.differs(shortcut))
 
 
 def _fitted(task: _Task, fit: Fit, intercept: bool) -> tuple[Array, Array | None]:
@@ -193,7 +193,7 @@ def _samples(task: _Task) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     random = torch.Generator().manual_seed(task.sampling.seed)
     gain, _, active = _norm(task)
     for b, y in enumerate(walk.original[task.node]):
-        x = walk.compressed[task.node.all_input_nodes[0]][b]
+        x = walk.value(read_by(task.node), b)
         if len(task.inputs) < x.shape[dim]:
             x = x.index_select(dim, task.inputs)
         target = y

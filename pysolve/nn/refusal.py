@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import DataError, PysolveError
+from pysolve.nn.layer_kinds import EMBEDDINGS
 from pysolve.nn.running import Batch, Device, Output, arguments, closest, evaluating, forward, prepared
-from pysolve.nn.slicing import EMBEDDINGS
 
 _TORCH, _NN = Path(torch.__file__).parent, Path(__file__).parent
 # Where networks are called from, which is not where their errors come from.

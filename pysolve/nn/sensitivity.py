@@ -13,7 +13,8 @@ from pysolve.correlations import Array
 from pysolve.nn.divergence import class_dim
 from pysolve.nn.layer_matrix import Layer, channels, outputs
 from pysolve.nn.outputs import main_output
-from pysolve.nn.running import Batch, device_of, evaluating, forward, hooked
+from pysolve.nn.running import Batch, device_of, evaluating, forward
+from pysolve.nn.watching import watching
 
 # Random directions of the network's outputs per batch.
 PROBES = 8
@@ -50,12 +51,7 @@ def sensitivities(
     }
     random = torch.Generator().manual_seed(seed)
     offsets: list[tuple[str, Tensor]] = []
-    # First of all hooks: users' own may change what the layer itself gives.
-    hooks = (
-        layer.register_forward_hook(partial(_offset, offsets, name), prepend=True)
-        for name, layer in layers.items()
-    )
-    with evaluating(model), torch.enable_grad(), hooked(hooks):
+    with evaluating(model), torch.enable_grad(), watching(layers, partial(_offset, offsets)):
         for batch in batches:
             offsets.clear()
             result = main_output(forward(model, batch, device_of(model)))
@@ -69,10 +65,8 @@ def sensitivities(
     return {name: _scaled(total.numpy()) for name, total in sums.items()}
 
 
-def _offset(
-    offsets: list[tuple[str, Tensor]], name: str, layer: nn.Module, args: object, y: Tensor
-) -> Tensor:
-    """Hook that adds zeros to the layer's output; their gradient is the output's."""
+def _offset(offsets: list[tuple[str, Tensor]], name: str, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
+    """Record that adds zeros to the layer's output; their gradient is the output's."""
     offset = torch.zeros_like(y).requires_grad_()
     offsets.append((name, offset))
     return y.detach() + offset if not y.requires_grad else y + offset

@@ -14,21 +14,24 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from pysolve.correlations import Indices, Mask
 from pysolve.errors import CollapseError
 from pysolve.nn.bare import Bare
+from pysolve.nn.layer_kinds import (
+    CONVOLUTIONS,
+    NORMS,
+    PADS,
+    WEIGHTED,
+    Turned,
+    inputs_first,
+    plain,
+)
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.state import copy_of
 from pysolve.plan import Site
 
-TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
-WEIGHTED = (nn.Linear, *CONVOLUTIONS)
-EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
-PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-_NORMS = (*_BATCH_NORMS, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 _WIDTHS: dict[type[nn.Module], str] = {
     nn.Linear: "out_features",
+    Turned: "nf",
     **dict.fromkeys(CONVOLUTIONS, "out_channels"),
-    **dict.fromkeys(_NORMS, "num_features"),
+    **dict.fromkeys(NORMS, "num_features"),
     nn.GroupNorm: "num_channels",
     nn.Embedding: "embedding_dim",
     nn.PReLU: "num_parameters",
@@ -36,12 +39,17 @@ _WIDTHS: dict[type[nn.Module], str] = {
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "writers": (*WEIGHTED, nn.Embedding),
     "readers": WEIGHTED,
-    "passed": (*CONVOLUTIONS, *_NORMS, nn.GroupNorm, nn.PReLU, *PADS),
+    "passed": (*CONVOLUTIONS, *NORMS, nn.GroupNorm, nn.PReLU, *PADS),
 }
 ROLES = tuple(_KINDS)
 _DOES = {"writers": "the writer makes", "readers": "the reader reads", "passed": "the layer between has"}
 # What can be a member of a site.
 Narrowable = nn.Module | Bare
+# Where linear layers hold their numbers of outputs and inputs.
+_SIZES: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Linear: ("out_features", "in_features"),
+    Turned: ("nf", "nx"),
+}
 # What holds one number a channel in all other layers.
 _VECTORS = ("weight", "bias", "running_mean", "running_var")
 
@@ -69,16 +77,20 @@ def outputs(layer: Narrowable) -> int:
     """Output channels of a layer that can be narrowed; of a padding layer, the channels that it adds."""
     if isinstance(layer, Bare):
         return layer.values.numel()
-    if type(layer) in PADS:
+    if plain(layer) in PADS:
         padding, channels = _padding(layer)
         return sum(padding[channels])
-    return int(getattr(layer, _WIDTHS[type(layer)]))
+    return int(getattr(layer, _WIDTHS[plain(layer)]))
 
 
 def inputs(layer: Narrowable) -> int:
     """Input channels of a Linear or a convolution; of other layers 0, none that could be cut on their own."""
-    name = "in_features" if type(layer) is nn.Linear else "in_channels"
-    return int(getattr(layer, name)) if type(layer) in WEIGHTED else 0
+    if isinstance(layer, Bare):
+        return 0
+    if isinstance(layer, Turned):
+        return len(layer.weight)
+    name = "in_features" if isinstance(layer, nn.Linear) else "in_channels"
+    return int(getattr(layer, name)) if plain(layer) in WEIGHTED else 0
 
 
 def channels_of(site: Site, role: str, name: str, layer: Narrowable) -> Indices:
@@ -102,13 +114,14 @@ def channels_of(site: Site, role: str, name: str, layer: Narrowable) -> Indices:
 def check_kind(name: str, layer: Narrowable, role: str) -> None:
     """Refuse a layer that cannot be narrowed in a role: ``"writers"``, ``"readers"`` or ``"passed"``."""
     if isinstance(layer, Bare):
-        if role != "passed" or type(layer.owner) in _WIDTHS:
+        if role != "passed" or plain(layer.owner) in _WIDTHS:
             raise CollapseError(f"{name} is one tensor, not a layer: name its layer instead.")
         return
-    if type(layer) not in _KINDS[role]:
+    if plain(layer) not in _KINDS[role]:
         raise CollapseError(f"{name} is a {type(layer).__name__}{_remedy(layer, role)}")
     own = {key for key, _ in layer.named_parameters(recurse=False)}
-    if not own <= {"weight", "bias"} or (type(layer) in WEIGHTED and "weight" not in own):
+    used = {key for key in ("weight", "bias") if isinstance(getattr(layer, key, None), Tensor)}
+    if not used <= own or (plain(layer) in WEIGHTED and "weight" not in own):
         raise CollapseError(
             f"the weight of {name} is computed from other parameters (weight norm or a pruning mask): "
             "make it permanent first."
@@ -118,7 +131,7 @@ def check_kind(name: str, layer: Narrowable, role: str) -> None:
             f"{name} rescales its rows to max_norm={layer.max_norm}, which mixes channels: renormalise its "
             "weight once and set max_norm to None first."
         )
-    padding, channels = _padding(layer) if type(layer) in PADS else ([0], slice(1))
+    padding, channels = _padding(layer) if plain(layer) in PADS else ([0], slice(1))
     if min(padding[channels]) < 0:
         raise CollapseError(f"{name} crops channels with padding {padding}: use slicing instead.")
 
@@ -151,12 +164,12 @@ def narrow(layer: Narrowable, cut: Cut) -> None:
     """Cut a layer in place; its parameters and buffers are replaced by narrower ones."""
     if isinstance(layer, Bare):
         layer.narrow(cut.passed)
-    elif type(layer) in PADS:
+    elif plain(layer) in PADS:
         padding, channels = _padding(layer)
         front, back = np.split(cut.passed, [padding[channels.start]])
         padding[channels] = [int(front.sum()), int(back.sum())]
         layer.__dict__["padding"] = tuple(padding)
-    elif type(layer) in WEIGHTED:
+    elif plain(layer) in WEIGHTED:
         _narrow_weighted(layer, cut)
     else:
         kept: Mask = cut.rows & cut.passed
@@ -164,7 +177,7 @@ def narrow(layer: Narrowable, cut: Cut) -> None:
             _replace(layer, name, lambda values: values.index_select(-1, _index(kept, values)))
         if isinstance(layer, nn.GroupNorm):
             layer.num_groups = int(cut.passed.reshape(layer.num_groups, -1).all(1).sum())
-        setattr(layer, _WIDTHS[type(layer)], int(kept.sum()))
+        setattr(layer, _WIDTHS[plain(layer)], int(kept.sum()))
 
 
 def numbered(layer: Narrowable, cut: Cut) -> nn.Module:
@@ -190,9 +203,9 @@ def numbered(layer: Narrowable, cut: Cut) -> nn.Module:
 def silence(layer: nn.Module, columns: Mask) -> None:
     """Set a Linear's or a convolution's weight of the removed input channels to zero, in place."""
     weight, groups = weight_of(layer), getattr(layer, "groups", 1)
-    first = weight.detach() if type(layer) in TRANSPOSED else _swapped(weight.detach(), groups)
+    first = weight.detach() if inputs_first(layer) else _swapped(weight.detach(), groups)
     first = first.index_fill(0, _index(~columns, weight), 0)
-    weight.data.copy_(first if type(layer) in TRANSPOSED else _swapped(first, groups))
+    weight.data.copy_(first if inputs_first(layer) else _swapped(first, groups))
 
 
 def _narrow_weighted(layer: nn.Module, cut: Cut) -> None:
@@ -201,7 +214,7 @@ def _narrow_weighted(layer: nn.Module, cut: Cut) -> None:
     rows, columns = (
         np.where(whole[:, None], kept.reshape(groups, -1), False) for kept in (cut.rows, cut.columns)
     )
-    first, second = (columns, rows) if type(layer) in TRANSPOSED else (rows, columns)
+    first, second = (columns, rows) if inputs_first(layer) else (rows, columns)
 
     def cut_weight(weight: Tensor) -> Tensor:
         weight = weight.index_select(0, _index(first, weight))
@@ -211,11 +224,11 @@ def _narrow_weighted(layer: nn.Module, cut: Cut) -> None:
         weight = _swapped(weight, left)
         return _swapped(weight.index_select(0, _index(second[whole], weight)), left)
 
+    # A weight and a width that disagree tell nothing of the layer's kind.
+    names = _SIZES.get(plain(layer), ("out_channels", "in_channels", "groups"))
     _replace(layer, "weight", cut_weight)
     _replace(layer, "bias", lambda bias: bias.index_select(0, _index(rows, bias)))
-    kind = "features" if type(layer) is nn.Linear else "channels"
-    sizes = {f"out_{kind}": rows.sum(), f"in_{kind}": columns.sum()}
-    for name, size in (sizes if type(layer) is nn.Linear else sizes | {"groups": whole.sum()}).items():
+    for name, size in zip(names, (rows.sum(), columns.sum(), whole.sum()), strict=False):
         setattr(layer, name, int(size))
 
 

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from pysolve.correlations import AnyArray, Array
 from pysolve.errors import CollapseError
+from pysolve.nn.layer_kinds import WEIGHTED, inputs_first, plain
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.running import closest, find_layer
-from pysolve.nn.slicing import TRANSPOSED, WEIGHTED, channels_of, inputs, outputs
+from pysolve.nn.slicing import channels_of, inputs, outputs
 from pysolve.plan import Collapse, Plan, tensor_name, weight_name
 
 
@@ -67,7 +68,7 @@ def _given(model: nn.Module, plan: Plan) -> Iterator[tuple[str, Tensor | AnyArra
 def _full_weight(name: str, layer: nn.Module, step: Collapse, matrix: Array) -> Tensor:
     """A step's new weight of a reader in its original shape, with zeros for the removed channels."""
     columns = channels_of(step.site, "readers", name, layer)
-    if columns.size < inputs(layer) or type(layer) in TRANSPOSED or getattr(layer, "groups", 1) > 1:
+    if columns.size < inputs(layer) or inputs_first(layer) or getattr(layer, "groups", 1) > 1:
         raise CollapseError(
             f"new weights of {name} cannot be given in a step, as it has groups, is transposed or reads "
             f"other channels too: give {name}.weight in the plan's values."
@@ -89,7 +90,7 @@ def _expected(
         return tuple(own.shape), own.dtype
     owner, _, leaf = name.rpartition(".")
     layer = dict(model.named_modules(remove_duplicate=False)).get(owner)
-    if leaf == "bias" and isinstance(layer, WEIGHTED) and type(layer) in WEIGHTED and layer.bias is None:
+    if leaf == "bias" and isinstance(layer, WEIGHTED) and plain(layer) in WEIGHTED and layer.bias is None:
         return (outputs(layer),), layer.weight.dtype
     meant = closest(name, state, "see model.state_dict().")
     raise CollapseError(f"{type(model).__name__} has no {name!r} that could get new values: {meant}")

@@ -63,6 +63,10 @@ class Walk:
         if _in_place(node):
             self._show_written(node)
 
+    def value(self, node: Node, b: int) -> Any:
+        """A node's value in the compressed network for one batch, also that of a parameter or buffer."""
+        return self._of_compressed(b)(node)
+
     def differs(self, node: Node) -> bool:
         """Whether a value is not the same in the two networks."""
         if node in self.original:

@@ -570,7 +570,7 @@ def test_blocks_of_code_that_the_graph_hides_are_compressed_too():
 def test_without_anything_to_shrink_the_reasons_are_named(name):
     model, batch = network(name)
     with pytest.raises(
-        ps.PysolveError, match=r"no channel of this network can be removed: .*(mixes|single|shares)"
+        ps.PysolveError, match=r"no channel of this network can be removed: .*(mixes|single|fixed)"
     ):
         compressed(model, [batch])
     with pytest.raises(ps.PysolveError, match="it has no sites"):
@@ -971,3 +971,23 @@ def test_another_seed_samples_other_rows():
     first, again, other = (state(shrunk(one, 0.5).model) for one in seeded)
     assert_equal(first, again)
     assert not torch.equal(first["2.weight"], other["2.weight"])
+
+
+def test_a_head_that_is_tied_to_its_embedding_shrinks_with_it_and_stays_tied():
+    class Words(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.mid, self.head = nn.Embedding(20, 12), nn.Linear(12, 12), nn.Linear(12, 20)
+            self.head.weight = self.words.weight
+
+        def forward(self, ids):
+            x = self.words(ids)
+            return self.head(x + self.mid(x).relu())
+
+    torch.manual_seed(0)
+    model = Words().eval()
+    data = [torch.randint(0, 20, (32, 5)) for _ in range(3)]
+    result = ps.compress(model, data, target={"params": 0.6}, progress=False)
+    assert result.model.head.weight is result.model.words.weight
+    assert result.report.share("params") <= 0.6
+    assert {*result.plan.values} <= {"mid.weight", "mid.bias", "head.bias"}

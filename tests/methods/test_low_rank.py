@@ -310,9 +310,34 @@ LEFT = {
     "transposed": {"2": "a ConvTranspose2d cannot be factored"},
     "grouped": {"2": "it has groups"},
     "multihead_attention": {"attention.out_proj": "attention calls its function, not the layer"},
-    "shared_layer": {"twice": "what it reads is not seen"},
     "unused_layer": {"c": "what it reads is not seen"},
 }
+
+
+def test_a_layer_that_runs_twice_is_factored_for_both_of_its_calls():
+    model, batch = network("shared_layer")
+    result = low(model, [torch.randn(32, *batch.shape[1:]) for _ in range(4)], rank=2)
+    assert ranks(result)["twice"] == 2
+    assert result.report.divergence < 0.5
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Rectified(nn.Linear):
+    def forward(self, x):
+        return super().forward(x.relu())
+
+
+def test_a_layer_that_extends_torchs_own_is_factored_where_its_code_stays_true():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 24), Rectified(24, 16), Doubled(16, 12), nn.ReLU(), nn.Linear(12, 4))
+    result = low(model.eval(), batches(), rank=3)
+    assert ranks(result) == {"0": 3, "1": 3}
+    assert isinstance(result.model[1].inner, Rectified)
+    assert lines(result)["2"].why.startswith("its own code changes what it makes (test_low_rank.py:")
 
 
 @pytest.mark.parametrize("name", LEFT)
@@ -327,13 +352,13 @@ def test_layers_that_cannot_be_factored_are_left_alone_and_the_reason_is_told(na
 
 
 def test_layers_that_cannot_be_factored_are_refused_when_they_are_named():
-    model, batch = network("shared_layer")
+    model, batch = network("unused_layer")
     for method, why in (("activation", "what it reads is not seen"), ("svd", None)):
-        asked = {"rank": {"twice": 1}, "method": method}
+        asked = {"rank": {"c": 1}, "method": method}
         if why is None:
-            assert ranks(low(model, inputs(batch), **asked)) == {"twice": 1}
+            assert ranks(low(model, inputs(batch), **asked)) == {"c": 1}
         else:
-            with pytest.raises(ps.PysolveError, match=f"twice cannot be factored: {why}"):
+            with pytest.raises(ps.PysolveError, match=f"c cannot be factored: {why}"):
                 low(model, inputs(batch), **asked)
 
 
@@ -446,14 +471,15 @@ def test_networks_that_are_random_are_checked_on_the_same_draws():
     assert low(model, inputs(batch), rank=1).report.divergence == result.report.divergence
 
 
-def test_networks_that_look_into_their_layers_are_found_out():
+def test_networks_that_do_something_else_for_another_layer_keep_theirs():
     def run(net, x):
         return net.b(F.relu(net.a(x))) * (1.0 if isinstance(net.a, nn.Linear) else 2.0)
 
     torch.manual_seed(0)
     model = Net(run, a=nn.Linear(10, 12), b=nn.Linear(12, 6)).eval()
-    with pytest.raises(ps.PysolveError, match=r"other forms of a\.weight, b\.weight: .* look into"):
-        low(model, rank=2)
+    result = low(model, rank=2)
+    assert ranks(result) == {"b": 2}
+    assert "code asks for more" in lines(result)["a"].why
 
 
 @pytest.mark.parametrize(
@@ -678,3 +704,47 @@ def test_a_network_with_two_inputs_is_run_by_its_keywords():
     data = [{"a": torch.randn(40, 10), "b": torch.randn(40, 12)} for _ in range(2)]
     result = low(model, data, rank=3)
     assert ranks(result) == {"a": 3, "b": 3, "out": 3}
+
+
+class Curious(nn.Module):
+    """Code that wants its layer to be one of torch's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(24, 16)
+
+    def forward(self, x):
+        if not isinstance(self.layer, nn.Linear):
+            raise TypeError
+        return self.layer(x)
+
+
+def test_a_layer_that_code_looks_into_is_left_alone_and_the_others_are_not():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 24), nn.ReLU(), Curious(), nn.ReLU(), nn.Linear(16, 16)).eval()
+    result = low(model, batches(), target={"params": 0.8})
+    assert ranks(result).keys() == {"0", "4"}
+    assert "code asks for more" in lines(result)["2.layer"].why
+    sparse = ps.prune(model, batches(), amount=0.8, layout="sparse", progress=False)
+    assert {line.name: line.layout for line in sparse.report.layers} == {
+        "0": "sparse",
+        "2.layer": "dense",
+        "4": "sparse",
+    }
+    assert "code asks for more" in {line.name: line for line in sparse.report.layers}["2.layer"].why
+
+
+def test_code_that_asks_a_layer_for_its_stride_is_answered():
+    class Same(nn.Module):
+        def __init__(self, i, o):
+            super().__init__()
+            self.conv = nn.Conv2d(i, o, 3, stride=2)
+
+        def forward(self, x):
+            k, s = self.conv.kernel_size[0], self.conv.stride[0]
+            return self.conv(F.pad(x, ((k - s) // 2, (k - s + 1) // 2) * 2)).relu()
+
+    torch.manual_seed(0)
+    model = nn.Sequential(Same(3, 12), Same(12, 12), nn.Flatten(), nn.Linear(12 * 4, 5)).eval()
+    result = low(model, [torch.randn(16, 3, 8, 8) for _ in range(3)], rank=4)
+    assert ranks(result).keys() == {"0.conv", "1.conv", "3"}

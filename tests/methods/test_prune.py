@@ -191,7 +191,9 @@ def test_attention_in_a_network_that_cannot_be_exported_is_left_to_magnitude():
     torch.manual_seed(0)
     result = pruned(Branching().eval(), method="obs", amount=0.5)
     assert result.report.notes[-1] == "mix.out_proj: not refitted"
-    assert all(abs(line.density - 0.5) < 0.01 for line in result.report.layers)
+    pruned_ones = [line for line in result.report.layers if not line.why.startswith("left alone")]
+    assert [line.name for line in pruned_ones] == ["mix.out_proj", "out"]
+    assert all(abs(line.density - 0.5) < 0.01 for line in pruned_ones)
 
 
 def test_more_batches_are_asked_for_where_none_of_the_size_in_the_code_is_left_whole():
@@ -332,3 +334,20 @@ def test_inputs_that_hardly_vary_around_a_far_mean_keep_their_weights():
     same = ps.prune(model, batches, amount=0.0, refit="sequential", layout="dense", progress=False).model
     for before, after in zip(model[::2], same[::2], strict=True):
         torch.testing.assert_close(after.weight, before.weight, atol=1e-2, rtol=0)
+
+
+def test_a_layer_that_runs_several_times_is_fitted_on_what_all_of_its_calls_read():
+    class Siamese(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.both, self.head = nn.Linear(10, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head((self.both(x) - self.both(x.flip(1))).relu())
+
+    torch.manual_seed(0)
+    model = Siamese().eval()
+    fitted, scored = (pruned(model, method=method, amount=0.6) for method in ("obs", "magnitude"))
+    x = torch.cat(batches())
+    assert not any("not refitted" in note for note in fitted.report.notes)
+    assert missed(model.both, fitted.model.both, x) < 0.7 * missed(model.both, scored.model.both, x)

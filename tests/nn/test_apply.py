@@ -15,6 +15,7 @@ from torch import nn
 from pysolve.errors import CollapseError, LayerNotFoundError, PysolveError
 from pysolve.forms import Codebook, Integers, LowRank, Sparse
 from pysolve.nn.apply import apply, masked
+from pysolve.nn.costs import cost_model
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.zoo import LeNet5, Mlp
 from pysolve.plan import Collapse, Plan, Site
@@ -301,14 +302,20 @@ def test_unknown_layers_bring_up_the_close_names():
         apply(mlp(), collapse([0], reader="fc-2"))
 
 
-def test_only_plain_layers_can_be_narrowed():
+def test_layers_that_extend_torchs_own_are_narrowed_like_these():
     class Special(nn.Linear):
-        pass
+        def forward(self, x):
+            return super().forward(x.relu()) * 2
 
     model = mlp()
     model.fc1 = Special(5, 7)
-    with pytest.raises(CollapseError, match="fc1 is a Special"):
-        apply(model, collapse([0]))
+    smaller = apply(model, collapse([0, 3]), probe=inputs())
+    assert type(smaller.fc1) is Special
+    assert smaller.fc1.weight.shape == (2, 5)
+    assert smaller.fc1.out_features == 2
+
+
+def test_other_layers_are_refused_by_name():
     model = chain(lambda: nn.LSTM(5, 7), lambda: nn.Linear(7, 3))
     with pytest.raises(CollapseError, match="0 is a LSTM; writers that can be narrowed are exactly Linear, "):
         apply(model, collapse([0], writer="0", reader="1"))
@@ -317,7 +324,7 @@ def test_only_plain_layers_can_be_narrowed():
 def test_weights_computed_from_other_parameters_are_refused():
     model = mlp()
     nn.utils.parametrizations.weight_norm(model.fc1)
-    with pytest.raises(CollapseError, match="fc1 is a ParametrizedLinear"):
+    with pytest.raises(CollapseError, match="fc1 is computed from other parameters"):
         apply(model, collapse([0]))
     from torch.nn.utils import prune
 
@@ -831,6 +838,9 @@ def test_values_of_tied_weights_are_refused_but_tied_weights_elsewhere_are_fine(
         CollapseError, match=r"(words|head) shares its values with (words|head)\.weight: untie"
     ):
         apply(model, Plan(values={"head.weight": np.ones((9, 5))}))
+    smaller = apply(model, Plan(values={"head.bias": np.ones(9)}))
+    assert smaller.head.weight is smaller.words.weight
+    assert smaller.head.bias.tolist() == [1.0] * 9
 
 
 def test_batch_norms_that_share_a_statistic_are_refused():
@@ -846,3 +856,26 @@ def test_an_attention_projection_stays_as_it_is():
     model = Net(lambda m, x: m.fc(m.mha(x, x, x)[0]), mha=nn.MultiheadAttention(4, 2), fc=nn.Linear(4, 3))
     with pytest.raises(CollapseError, match=r"mha\.out_proj is a Non.*part of nn\.MultiheadAttention"):
         apply(model, Plan((Collapse(s(4, "mha.out_proj", "fc"), [0]),)))
+
+
+def tied():
+    torch.manual_seed(0)
+    layers = {"words": nn.Embedding(9, 6), "mid": nn.Linear(6, 6), "head": nn.Linear(6, 9)}
+    model = Net(lambda m, ids: m.head(m.words(ids) + m.mid(m.words(ids)).relu()), **layers)
+    model.head.weight = model.words.weight
+    return model
+
+
+def test_weights_that_are_tied_are_cut_together_and_stay_tied():
+    model, site = tied(), s(6, "words mid", "mid head")
+    plan = Plan((Collapse(site, [0, 2, 5]),))
+    smaller = apply(model, plan, probe=torch.arange(9))
+    assert smaller.head.weight is smaller.words.weight
+    assert smaller.words.weight.shape == (9, 3)
+    assert (smaller.words.embedding_dim, smaller.head.in_features) == (3, 3)
+    assert parameters(smaller) == 9 * 3 + 3 * 3 + 3 + 9
+    assert cost_model(model, [site], torch.arange(9)).cost(np.array([3]))["params"] == parameters(smaller)
+    with pytest.raises(CollapseError, match="shares its values with"):
+        apply(model, Plan((Collapse(s(6, "words mid", "mid"), [0, 2]),)))
+    with pytest.raises(CollapseError, match="shares its values with"):
+        apply(model, Plan((Collapse(site, [0, 2]),), values={"head.weight": np.ones((9, 6))}))

@@ -6,7 +6,7 @@ import torch
 from allocation import allocate
 from hypothesis import given
 from hypothesis import strategies as st
-from small import NETWORKS, chains, network
+from small import NETWORKS, Net, chains, network, vectors
 from strategies import seeds
 from torch import nn
 from torch.nn.functional import relu
@@ -280,3 +280,15 @@ def test_counting_leaves_the_network_as_it_was():
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_layer_that_runs_once_a_batch_costs_the_same_whatever_the_example():
+    model = Net(
+        lambda net, x: net.b(net.a(x).relu()) + net.position(net.grid).sum(),
+        a=nn.Linear(4, 6),
+        b=nn.Linear(6, 3),
+        position=nn.Linear(2, 5),
+        grid=nn.Parameter(vectors(8, 2)),
+    )
+    counted = [cost_model(model, [], vectors(n, 4)).original["macs"] for n in (2, 8)]
+    assert counted == [4 * 6 + 6 * 3 + 8 * 2 * 5] * 2

@@ -532,3 +532,18 @@ def test_values_that_are_not_finite_in_an_image_are_data_errors():
         gather(nn.Sequential(nn.Conv2d(2, 3, 3)), [x])
     with pytest.raises(DataError, match="0 saw no samples"):
         gather(nn.Sequential(nn.Conv2d(2, 3, 3)), [x[:0]])
+
+
+def test_a_convolution_that_pads_by_itself_is_gathered_over_what_it_pads():
+    class Same(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(nn.functional.pad(x, (0, 1, 0, 1)))
+
+    layer = Same(2, 3, 3, stride=2)
+    plain = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(2, 3, 3, stride=2))
+    plain[1].load_state_dict(layer.state_dict())
+    x = torch.randn(4, 2, 6, 6)
+    by_itself = gather(nn.Sequential(layer), [x], progress=False)["0"]
+    before_it = gather(plain, [x], progress=False)["1"]
+    np.testing.assert_array_equal(by_itself.xx, before_it.xx)
+    np.testing.assert_array_equal(by_itself.yx, before_it.yx)

@@ -627,3 +627,16 @@ def test_a_layer_that_is_always_fitted_to_its_own_outputs_stays_as_it_is():
     values, _ = refitted(model, [x], [], [], always=["0", "2", "4"])
     for name, value in values.items():
         torch.testing.assert_close(value, model.state_dict()[name], atol=1e-4, rtol=1e-4)
+
+
+def test_a_layer_may_read_a_parameter_instead_of_the_data():
+    def run(net, x):
+        return net.b(net.a(x).relu()) @ net.c(net.latents).mT
+
+    layers = {"a": nn.Linear(5, 8), "b": nn.Linear(8, 4), "c": nn.Linear(6, 4)}
+    model = Net(run, latents=nn.Parameter(vectors(3, 6)), **layers)
+    x = vectors(20, 5)
+    seen = []
+    values, _ = refitted(model, [x], [], [], fit=counting(model, seen), always=["c"])
+    assert seen == ["c"]
+    torch.testing.assert_close(values["c.weight"] @ model.latents.T, model.c.weight @ model.latents.T)

@@ -272,7 +272,7 @@ def test_uneven_groups_are_refused(layer, kept, message):
         (nn.BatchNorm1d(3), "writers", "BatchNorm1d; writers .* exactly Linear, .*Embedding"),
         (nn.Embedding(3, 4, max_norm=1.0), "writers", "max_norm to None first"),
         (nn.ZeroPad3d((0, 0, 0, 0, -1, 2)), "passed", "crops channels"),
-        (nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 3, 1)), "writers", "Remove parametrisations"),
+        (nn.utils.parametrizations.weight_norm(nn.Conv1d(2, 3, 1)), "writers", "permanent first"),
         (prune.random_unstructured(nn.Conv1d(2, 3, 1), "weight", 1), "writers", "permanent first"),
         (prune.random_unstructured(nn.BatchNorm1d(2), "weight", 1), "passed", "permanent first"),
     ],

@@ -17,8 +17,8 @@ from pysolve.layer.layer_fit import LayerFit
 from pysolve.layer.quantize_layer import quantize_layer
 from pysolve.methods.menu import Chosen, Fit, Task
 from pysolve.methods.study import Study
+from pysolve.nn.layer_kinds import EMBEDDINGS, WEIGHTED
 from pysolve.nn.sensitivity import sensitivities
-from pysolve.nn.slicing import EMBEDDINGS, WEIGHTED
 
 SCHEMES = {"int8-dynamic": "int", "int8": "int", "codebook": "codebook", "ternary": "ternary"}
 # Entries of a parameter from which on a table of values is small beside it.

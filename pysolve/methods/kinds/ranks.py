@@ -11,19 +11,27 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pysolve.correlations import Array, Correlations
+from pysolve.forms import Form, LowRank
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.layer.reduced_rank import error_curve, factor_layer
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
-from pysolve.methods.study import Study
+from pysolve.methods.study import Study, weight_name
+from pysolve.nn.apply import untrue_forms
 from pysolve.nn.calibration import first_samples, samples_in, take
 from pysolve.nn.counting import layer_macs, macs
+from pysolve.nn.graph.branches import Layer as Seen
+from pysolve.nn.layer_kinds import LINEAR, is_extended, plain
 from pysolve.nn.layer_matrix import Layer
-from pysolve.nn.layers.factored import CONVOLUTIONS, Factored, empty
+from pysolve.nn.layers.base import Dense
+from pysolve.nn.layers.factored import CONVOLUTIONS, Factored, empty, factors
 from pysolve.nn.per_sample import sample_macs, workload
 from pysolve.nn.profile import layer_inputs
 from pysolve.nn.running import find_layer
 from pysolve.nn.sensitivity import sensitivities
+from pysolve.plan import Plan
 
+# Why a layer stays as it is whose code, or the code around it, does not run with another in its place.
+ASKS = "the network's code asks for more than another layer in its place has"
 STRUCTURES = ("auto", "channel", "spatial")
 # Samples that layers run on to be counted and timed, and that sensitivities are taken on.
 TIMED, _SENSED = 64, 256
@@ -88,7 +96,7 @@ class Ranks:
     def menus(self, study: Study, name: str) -> list[RankMenu]:
         """A layer in both structures, the better one at half the cost first; none where no rank pays."""
         kernel = tuple(study.weights[name].shape[2:])
-        flat = len(kernel) != 2 or min(kernel) == 1
+        flat = len(kernel) != 2 or min(kernel) == 1 or is_extended(find_layer(study.model, name))
         ways = {"channel": [False], "spatial": [True], "auto": [False, True]}[self.structure]
         found = [self.menu(study, name, spatial) for spatial in ([False] if flat else ways)]
         paying = [one for one in found if one.most]
@@ -120,14 +128,17 @@ class Ranks:
         return None if self.plain else study.correlations.get(name)
 
 
-def ranks_of(study: Study, structure: str, plain: bool) -> tuple[Ranks, dict[str, str]]:
+def ranks_of(study: Study, structure: str, svd: bool) -> tuple[Ranks, dict[str, str]]:
     """The kind for a studied network, and why some of its layers cannot be factored."""
     layers = {name: find_layer(study.model, name) for name in study.weights}
-    against = {name: why for name, layer in layers.items() if (why := _reason_against(name, layer))}
-    kind = Ranks(structure, plain)
+    against = {
+        name: why for name, layer in layers.items() if (why := _reason_against(name, layer, study.layers))
+    }
+    kind = Ranks(structure, svd)
     if study.calibration is None:
         return kind, against
-    if not plain:
+    against |= _untrue(study, {name: layer for name, layer in layers.items() if name not in against})
+    if not svd:
         against |= dict.fromkeys(
             layers.keys() - study.correlations.keys() - against.keys(), "what it reads is not seen"
         )
@@ -137,20 +148,36 @@ def ranks_of(study: Study, structure: str, plain: bool) -> tuple[Ranks, dict[str
     return replace(kind, inputs=layer_inputs(study.model, layers, inputs), counts=counts), against
 
 
+def _untrue(study: Study, layers: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Layers that the network's code does not run as two, tried out with random factors."""
+    random, forms = np.random.default_rng(0), dict[str, Form]()
+    for name, layer in layers.items():
+        assert isinstance(layer, Dense)
+        one = empty(layer, 1)
+        parts = [random.standard_normal(part.shape) / part[0].size ** 0.5 for part in (one.outer, one.inner)]
+        forms[weight_name(study.model, name)] = LowRank(*parts)
+    unable = untrue_forms(study.model, Plan(forms=forms), take(study.held[0], 0, 2)) if forms else []
+    return {name: ASKS for name in layers if weight_name(study.model, name) in unable}
+
+
 def most_useful(inner: Costs, outer: Costs, dense: Costs) -> int:
     """The largest rank that costs less than the layer does, in parameters, MACs and bytes."""
     return min(int(np.ceil(dense[what] / (inner[what] + outer[what]))) - 1 for what in dense)
 
 
-def _reason_against(name: str, layer: nn.Module) -> str | None:
+def _reason_against(name: str, layer: nn.Module, seen: Mapping[str, Seen]) -> str | None:
     """Why a layer cannot be factored, if it cannot."""
     if not name:
         return "it is the whole network: put it into an nn.Sequential"
     if type(layer) is NonDynamicallyQuantizableLinear:
         return "attention calls its function, not the layer"
-    if type(layer) not in (nn.Linear, *CONVOLUTIONS):
+    if plain(layer) not in (*LINEAR, *CONVOLUTIONS):
         return f"a {type(layer).__name__} cannot be factored"
-    return "it has groups" if getattr(layer, "groups", 1) > 1 else None
+    if getattr(layer, "groups", 1) > 1:
+        return "it has groups"
+    if is_extended(layer) and (name not in seen or seen[name].besides is None):
+        return f"what the code of a {type(layer).__name__} does is not seen"
+    return f"its own code {seen[name].besides}" if name in seen and seen[name].besides else None
 
 
 def _metrics(study: Study, layers: Mapping[str, Layer]) -> dict[str, Array]:
@@ -169,9 +196,9 @@ def _costs(
     layer: nn.Module, spatial: bool, count: float, x: Tensor | None
 ) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
     """Costs of one rank in the inner and the outer layer, and of the weight now; ``count``: its MACs."""
-    assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+    assert isinstance(layer, Dense)
     form, weight = empty(layer, 1, spatial=spatial), layer.weight
-    sizes = [form.inner.size, form.outer.size, weight.numel()]
+    sizes = [*(part.size for part in factors(layer, form)), weight.numel()]
     # Without data nothing is known of positions: MACs count one.
     calls = [float(size) for size in sizes]
     if x is not None and count:

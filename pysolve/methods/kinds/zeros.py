@@ -47,14 +47,16 @@ class Zeros:
     def choose(self, study: Study) -> Chosen:
         """What every weight of the network is to become."""
         # As matrices, whose rows are outputs also for transposed convolutions.
-        walked = {n: as_array(matrix(study.layers[n].module)) for n in study.weights if study.walks(n)}
-        others = {name: as_array(weight) for name, weight in study.weights.items() if name not in walked}
+        matrices = {n: as_array(matrix(study.layers[n].module)) for n in study.weights if n in study.layers}
+        weights = {n: matrices[n] if n in matrices else as_array(w) for n, w in study.weights.items()}
+        fitted = {name: weight for name, weight in weights.items() if study.fits(name)}
+        others = {name: weight for name, weight in weights.items() if name not in fitted}
         if self.method != "obs":
             moments = {name: np.diag(one.r_xx) for name, one in study.correlations.items()}
-            return Chosen(fits=self._by_scores({**walked, **others}, moments))
+            return Chosen(fits=self._by_scores({**fitted, **others}, moments))
         local = replace(self, method="magnitude", scope="local", amount=_only(self.amount, others))
         fits = local._by_scores(others, {}) if others else {}
-        return Chosen(fits={**fits, **self._by_losses(study, walked)})
+        return Chosen(fits={**fits, **self._by_losses(study, fitted)})
 
     def _by_losses(self, study: Study, weights: Mapping[str, AnyArray]) -> dict[str, Fit]:
         """Optimal brain surgeon; an amount of all weights is shared out by the layers' error curves."""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from copy import copy
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +11,15 @@ from torch.fx import Node
 
 from pysolve.correlations import Array, group_columns
 from pysolve.nn import layer_matrix as rows
-from pysolve.nn.graph.calls import operator_name
-from pysolve.nn.graph.export import Graph
+from pysolve.nn.graph.calls import is_of, operator_name, product_of, stored
+from pysolve.nn.graph.export import Graph, where
+from pysolve.nn.layer_kinds import LINEAR, Turned, is_extended
+from pysolve.nn.products import as_called
 from pysolve.plan import Indices
 
 # Operators that a branch may pass before a sum: in evaluation mode they are the identity.
 _PLAIN = {"dropout", "contiguous", "clone", "alias", "detach"}
-_CALLS = {"linear", *(f"conv{turned}{n}d" for turned in ("", "_transpose") for n in (1, 2, 3))}
+_RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", *_PLAIN}
 _POOLS = {"max_pool1d", "max_pool2d", "max_pool3d"}
 
 
@@ -40,6 +41,9 @@ class Layer:
         Node that the layer's branch is added to.
     rectified : bool
         Whether a ReLU follows, possibly after max-pooling.
+    besides : str, optional
+        What the code of a layer that extends torch's own does that two layers in its place would not do;
+        nothing: "". None where no graph shows it.
     """
 
     name: str
@@ -49,6 +53,7 @@ class Layer:
     mean: str | None = None
     shortcut: Node | None = None
     rectified: bool = False
+    besides: str | None = None
 
     @property
     def takes_bias(self) -> bool:
@@ -71,28 +76,70 @@ def find_layers(graph: Graph, model: nn.Module) -> dict[Node, Layer]:
     for weight, parameter in graph.parameters.items():
         name, module = modules.get(parameter, ("", None))
         if isinstance(module, rows.LAYERS) and rows.groups(module) == 1:
-            for node in weight.users:
-                if _is_call_of(graph, node, name, module, weight):
-                    layers[node] = _layer(graph, node, name, _as_called(module), len(weight.users))
+            calls = [*_users(weight)]
+            for node in calls:
+                called = _called(graph, node, name, module, weight)
+                if called is not None:
+                    layer = _layer(graph, node, name, called, len(calls))
+                    layers[node] = replace(
+                        layer, besides=_besides(node, name, module) if is_extended(module) else ""
+                    )
     return layers
 
 
-def _is_call_of(graph: Graph, node: Node, name: str, module: rows.Layer, weight: Node) -> bool:
-    """Whether a node is a call of a layer with its own weight and bias."""
-    if operator_name(node) not in _CALLS or node.args[1] is not weight:
-        return False
-    bias = node.args[2] if len(node.args) > 2 else None
+def _users(weight: Node) -> Iterator[Node]:
+    """Operators that take a weight as it is, or turned."""
+    for node in weight.users:
+        if stored(node)[0] is weight:
+            yield from node.users
+        else:
+            yield node
+
+
+def _called(graph: Graph, node: Node, name: str, module: rows.Layer, weight: Node) -> rows.Layer | None:
+    """The layer as a node runs it, where that is a call of the layer with its own weight and bias."""
+    call = product_of(node)
+    if call is None or not is_of(call, module, weight):
+        return None
     own = None if module.bias is None else f"{name}.bias"
-    return (bias is None or bias in graph.parameters) and graph.parameters.get(bias) == own  # type: ignore
+    if (call.bias is not None and call.bias not in graph.parameters) or graph.parameters.get(
+        call.bias
+    ) != own:
+        return None
+    return as_called(module, call)
 
 
-def _as_called(module: rows.Layer) -> rows.Layer:
-    """The layer as its operator runs: without padding other than zeros, which an operator before adds."""
-    if isinstance(module, nn.Linear) or module.padding_mode == "zeros":
-        return module
-    plain = copy(module)
-    plain.padding, plain.padding_mode = (0,) * len(module.kernel_size), "zeros"
-    return plain
+def _besides(node: Node, name: str, module: rows.Layer) -> str:
+    """What the code of a layer does that its first factor, which keeps this code, would not do as well."""
+    after = [user for user in _beyond(node, lambda one: [*one.users]) if _is_inside(user, name)]
+    before = _beyond(node, lambda one: [read_by(one)] if product_of(one) else one.all_input_nodes[:1])
+    if after:
+        return f"changes what it makes ({where(after[0])})"
+    if isinstance(module, Turned) and any(_is_inside(one, name) for one in before):
+        return f"changes what it reads ({where(before[0])})"
+    return ""
+
+
+def _beyond(node: Node, step: Callable[[Node], list[Node]]) -> list[Node]:
+    """The nearest nodes in one direction that do more than to reshape."""
+    found = []
+    for one in step(node):
+        found += _beyond(one, step) if operator_name(one) in _RESHAPES else [one]
+    return found
+
+
+def _is_inside(node: Node, name: str) -> bool:
+    """Whether a node runs in a layer's own code."""
+    stack = node.meta.get("nn_module_stack", {}).values()
+    return any(path.partition("@")[0] == name for path, *_ in stack)
+
+
+def read_by(node: Node) -> Node:
+    """What the call of a layer reads."""
+    call = product_of(node)
+    assert call is not None
+    read: Node = call.x
+    return read
 
 
 def _layer(graph: Graph, node: Node, name: str, module: rows.Layer, calls: int) -> Layer:
@@ -120,7 +167,7 @@ def _is_norm_of(graph: Graph, norm: Node, node: Node, module: rows.Layer) -> boo
         return False
     fixed = all(part is None or part in graph.parameters for part in norm.args[1:5])
     # Of a Linear that runs over positions these are not the batch norm's channels.
-    return fixed and (not isinstance(module, nn.Linear) or node.meta["val"].ndim == 2)
+    return fixed and (not isinstance(module, LINEAR) or node.meta["val"].ndim == 2)
 
 
 def _own_mean(graph: Graph, norm: Node | None) -> str | None:

@@ -11,11 +11,22 @@ from torch.fx import Node
 
 from pysolve.nn.graph.classes import Ledger, complete, labelled, squashed
 from pysolve.nn.graph.export import where
+from pysolve.nn.layer_kinds import CONVOLUTIONS, inputs_first
+from pysolve.nn.products import Product, product
 
 # Labels of an operator's result: one tensor of them or several.
 Labels: TypeAlias = Tensor | list[Tensor]
 # An operator's argument or result: labels where the network has tensors, otherwise any value of its graph.
 Value: TypeAlias = Any
+
+# Operators that swap the two dimensions of a matrix, with their arguments.
+_TURNS: list[tuple[object, ...]] = [
+    ("transpose", 0, 1),
+    ("transpose", 1, 0),
+    ("transpose", -1, -2),
+    ("transpose", -2, -1),
+]
+_TURNS += [("permute", [1, 0])]
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +43,8 @@ class Network:
         Parameters and buffers.
     ties : {Module: str}
         For a module that shares values with another one, their name there.
+    twins : {Module: tuple of Module}
+        Layers that share their weight, and nothing else, with other ones.
     parameters : {Node: str}
         State-dict names of the nodes of parameters and buffers; grows with inner graphs.
     unseen : collection of str
@@ -54,6 +67,7 @@ class Network:
     names: Mapping[nn.Module, str]
     state: Mapping[str, Tensor]
     ties: Mapping[nn.Module, str]
+    twins: Mapping[nn.Module, tuple[nn.Module, ...]]
     parameters: dict[Node, str]
     unseen: Collection[str] = ()
     opaque: dict[Node, str] = field(default_factory=dict)
@@ -138,6 +152,28 @@ def operator_name(node: Node) -> str:
     schema = getattr(node.target, "_schema", None)
     name = str(schema.name if schema else getattr(node.target, "__name__", node.target)).split("::")[-1]
     return name if name.endswith("__") else name.removesuffix("_")
+
+
+def product_of(node: Node) -> Product | None:
+    """What a node multiplies with a weight."""
+    return product(operator_name(node), node.args, node.kwargs)
+
+
+def stored(node: Node) -> tuple[Node, bool]:
+    """The node whose dimensions a node swaps, and whether it swaps any."""
+    name, rest = operator_name(node), node.args[1:]
+    turns = name in ("t", "numpy_T", "mT") or (name, *rest) in _TURNS
+    source = node.args[0] if turns and isinstance(node.args[0], Node) else None
+    return (node, False) if source is None else (source, True)
+
+
+def is_of(call: Product, layer: nn.Module, weight: Node) -> bool:
+    """Whether an operator is a layer's, with the layer's weight the way round that it is stored."""
+    if not isinstance(call.weight, Node) or not call.of(layer):
+        return False
+    own, turned = (call.weight, False) if call.weight is weight else stored(call.weight)
+    linear = not isinstance(layer, CONVOLUTIONS)
+    return own is weight and turned == (linear and call.takes_inputs_first != inputs_first(layer))
 
 
 def pointwise(call: Call) -> Tensor:

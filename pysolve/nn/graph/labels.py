@@ -18,6 +18,7 @@ from pysolve.nn.graph.calls import Call, Network, Value, operator_name, pointwis
 from pysolve.nn.graph.classes import Classes, Member, labelled, lean, none, spread, squashed
 from pysolve.nn.graph.export import Graph, where
 from pysolve.nn.graph.operators import Rule
+from pysolve.nn.layer_kinds import twins
 
 _RULES: dict[str, Rule] = {**operators.RULES, **layer_rules.RULES}
 _OF_LAYERS = set(layer_rules.RULES.values())
@@ -127,7 +128,7 @@ def _network(model: nn.Module, graph: Graph, unseen: Collection[str] = ()) -> Ne
             ties.setdefault(own, other)
             ties.setdefault(layer, name)
     names = {module: name for name, module in model.named_modules()}
-    return Network(modules, names, state, ties, dict(graph.parameters), unseen)
+    return Network(modules, names, state, ties, twins(model), dict(graph.parameters), unseen)
 
 
 def _run(module: GraphModule, env: dict[Node, Value], network: Network) -> Value:
@@ -224,7 +225,7 @@ def _note_uses(call: Call) -> None:
     for node in call.node.all_input_nodes:
         name = call.network.parameters.get(node)
         owner = call.network.modules[name.rpartition(".")[0]] if name else None
-        if owner is not None and owner is not call.module:
+        if owner is not None and call.module not in (owner, *call.network.twins.get(owner, ())):
             layer = call.network.names[owner]
             call.network.elsewhere[layer] = f"`{name}` is used outside of its layer ({where(call.node)})"
 

@@ -4,38 +4,64 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Node
 
-from pysolve.nn.graph.calls import Call, Labels, source
-from pysolve.nn.graph.classes import along, complete, lean, spread, squashed
+from pysolve.nn.graph.calls import Call, Labels, is_of, product_of, source, stored
+from pysolve.nn.graph.classes import along, complete, labelled, lean, spread, squashed
 from pysolve.nn.graph.export import where
-from pysolve.nn.graph.operators import Rule
-from pysolve.nn.layer_matrix import ORDINARY, TRANSPOSED
+from pysolve.nn.graph.operators import Rule, biased_matmul, matmul
+from pysolve.nn.layer_kinds import CONVOLUTIONS, LINEAR, PADS, plain, sides
+from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.masking import permanent_by
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-_PADS = (nn.ConstantPad1d, nn.ConstantPad2d, nn.ConstantPad3d, nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d)
 
 
 def linear(call: Call) -> Labels:
     """Reads the last dimension and writes it."""
-    return _weighted(call, -1, (nn.Linear,))
+    return _weighted(call, -1, LINEAR)
 
 
 def convolution(call: Call) -> Labels:
     """Reads and writes the channel dimension, or passes whole groups of it."""
-    return _weighted(call, 1 - call.args["weight"].ndim, (*ORDINARY, *TRANSPOSED))
+    return _weighted(call, 1 - call.args["weight"].ndim, CONVOLUTIONS)
+
+
+def product(call: Call) -> Labels:
+    """As ``linear`` where a matrix is the weight of the module that multiplies; else rows times columns."""
+    if _is_own(call):
+        return _weighted(call, -1, LINEAR)
+    if not any(labelled(value) for value, _ in call.tensors):
+        result: Labels = call.result
+        return result
+    return biased_matmul(call) if call.name == "addmm" else matmul(call)
+
+
+def _is_own(call: Call) -> bool:
+    """Whether a product is that of its module's weight, and its bias the module's."""
+    found, layer = product_of(call.node), call.module
+    if found is None or not isinstance(layer, LINEAR) or not isinstance(found.weight, Node):
+        return False
+    weight, given = stored(found.weight)[0], call.network.parameters
+    values = [call.network.state.get(given.get(node, "")) for node in (weight, found.bias)]
+    own = values[0] is layer.weight and values[1] is layer.bias
+    return own and is_of(found, layer, weight)
 
 
 def _weighted(call: Call, dim: int, kinds: tuple[type[nn.Module], ...]) -> Labels:
     layer = call.module
     if not isinstance(layer, kinds):
         return call.opaque(_stranger(call, layer))
-    name, x = call.network.names[layer], call.args["input"]
+    found = product_of(call.node)
+    at = next((i for i, (_, node) in enumerate(call.tensors) if found and node is found.x), 0)
+    name, x = call.network.names[layer], call.tensors[at][0]
     read, groups = _read(call, x, dim), call.args.get("groups", 1)
     if groups == 1:
         own = call.ledger.member(name, "readers", len(read))
         call.ledger.unite(own, read)
+        if layer in call.network.twins:
+            call.ledger.pin(own[read < 0], call.says("reads channels that are fixed"))
         rows = call.ledger.member(name, "writers", call.result.shape[dim])
         made = torch.cat([own, rows])
     else:
@@ -44,7 +70,7 @@ def _weighted(call: Call, dim: int, kinds: tuple[type[nn.Module], ...]) -> Label
         call.ledger.pin(outputs[(inputs < 0).any(1)], call.says("reads channels that are fixed"))
         call.ledger.unite(outputs, inputs[:, :1])
         call.ledger.mix(inputs, (1,), call.says("mixes the channels of a group"))
-    _pin_problem(call, layer, kinds, made)
+    _pin_problem(call, layer, kinds, made, at)
     return spread(rows, dim, call.result.shape)
 
 
@@ -64,10 +90,15 @@ def _stranger(call: Call, layer: nn.Module | None) -> str:
     return f"{reader} works on them as a whole ({where(call.node)})"
 
 
-def _pin_problem(call: Call, layer: nn.Module, kinds: tuple[type[nn.Module], ...], labels: Tensor) -> None:
-    """Pin the labels of a layer that cannot be narrowed, and those that its weight is computed from."""
+def _pin_problem(
+    call: Call, layer: nn.Module, kinds: tuple[type[nn.Module], ...], labels: Tensor, at: int = 0
+) -> None:
+    """Pin the labels of a layer that cannot be narrowed, and those that its weight is computed from.
+
+    ``at``: which of the tensors the layer reads.
+    """
     name = call.network.names[layer]
-    for value, _ in call.tensors[1:]:
+    for value, _ in [*call.tensors[:at], *call.tensors[at + 1 :]]:
         call.ledger.pin(value, call.says("takes them for weights or positions"))
     for part in ("weight", "bias", "running_mean", "running_var"):
         source = call.sources.get(part)
@@ -75,12 +106,26 @@ def _pin_problem(call: Call, layer: nn.Module, kinds: tuple[type[nn.Module], ...
         if source is not None and (stored is None or stored is not getattr(layer, part)):
             remedy = permanent_by(layer)
             return call.ledger.pin(labels, f"the {part} of `{name}` is computed from other values: {remedy}")
-    if type(layer) not in kinds:
-        plain = next(kind.__name__ for kind in kinds if isinstance(layer, kind))
-        call.ledger.pin(labels, f"`{name}` is a {type(layer).__name__}, not a plain {plain}")
+    if plain(layer) not in kinds:
+        kind = next(kind.__name__ for kind in kinds if isinstance(layer, kind))
+        call.ledger.pin(labels, f"`{name}` is a {type(layer).__name__}, not a plain {kind}")
     if layer in call.network.ties:
-        tied = call.network.ties[layer]
-        call.ledger.pin(labels, f"`{name}` shares its values with `{tied}`")
+        reason = f"`{name}` shares its values with `{call.network.ties[layer]}`"
+        if layer in call.network.twins:
+            _unite_twins(call, layer, reason)
+        else:
+            call.ledger.pin(labels, reason)
+
+
+def _unite_twins(call: Call, layer: nn.Module, reason: str) -> None:
+    """Layers with one weight keep the same of its rows and columns; what one cannot lose, none can."""
+    group = (layer, *call.network.twins[layer])
+    for dim, size in enumerate(weight_of(layer).shape):
+        roles = [(call.network.names[one], (sides(one) or ("", ""))[dim]) for one in group]
+        labels = [call.ledger.member(name, role, size) for name, role in roles if role]
+        call.ledger.unite(*labels)
+        if len(labels) < len(group):
+            call.ledger.pin(labels[0], reason)
 
 
 def embedding(call: Call) -> Labels:
@@ -151,7 +196,7 @@ def _channels_added(call: Call, labels: Tensor, dim: int, pair: tuple[int, int])
     """New channels: of the padding layer, which can add fewer, or fixed where code adds them."""
     (front, back), layer = pair, call.module
     last = 2 * (labels.ndim - dim)
-    if isinstance(layer, _PADS) and type(layer) in _PADS and not any(call.args["pad"][last:]):
+    if isinstance(layer, PADS) and not any(call.args["pad"][last:]):
         rows = call.ledger.member(call.network.names[layer], "passed", front + back)
     else:
         rows = call.ledger.fresh(front + back)
@@ -166,6 +211,7 @@ def _channels_added(call: Call, labels: Tensor, dim: int, pair: tuple[int, int])
 
 _NAMES: dict[Rule, str] = {
     linear: "linear",
+    product: "matmul mm addmm",
     convolution: "convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
     embedding: "embedding",
     channel_norm: "batch_norm instance_norm prelu",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -15,9 +16,16 @@ from torch.utils import _pytree as pytree
 
 from pysolve.errors import PysolveError
 from pysolve.forms import Form
+from pysolve.nn.layer_kinds import Turned
 from pysolve.nn.layer_matrix import margins
+from pysolve.nn.state import copy_of
 
-Dense = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+Dense = nn.Linear | Turned | nn.Conv1d | nn.Conv2d | nn.Conv3d
+# What code may ask a layer for; those that stand in its place answer for it.
+ASKED = (
+    *("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding"),
+    *("dilation", "groups", "padding_mode", "transposed", "output_padding"),
+)
 # Torch's context of an autograd function, which holds whatever is kept for the backward pass.
 Context = Any
 T = TypeVar("T", bound=Dense)
@@ -25,7 +33,16 @@ _HOW = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"
 
 
 class TwoWay(nn.Module):
-    """A layer that is computed in one way when it runs, and in another when it is traced."""
+    """A layer that is computed in one way when it runs, and in another when it is traced.
+
+    ``answers`` are the attributes of the layer in whose place it is, such as its stride, for code that asks
+    for them.
+    """
+
+    answers: Mapping[str, Any] = MappingProxyType({})
+
+    def __getattr__(self, name: str) -> Any:
+        return self.answers[name] if name in self.answers else super().__getattr__(name)
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_exporting() or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
@@ -126,6 +143,20 @@ def dense_layer(
             made.bias.copy_(bias)
             made.bias.requires_grad_(bias.requires_grad)
     made.weight.requires_grad_(trained)
+    return made
+
+
+def answers_of(layer: nn.Module) -> dict[str, Any]:
+    """The attributes that code may ask a layer for."""
+    return {name: getattr(layer, name) for name in ASKED if hasattr(layer, name)}
+
+
+def like(layer: T, weight: Tensor, bias: Tensor | None) -> T:
+    """A copy of a layer, its class and its code, with another weight, of fewer outputs maybe, and bias."""
+    made = copy_of(layer)
+    made.weight = nn.Parameter(weight.to(layer.weight), layer.weight.requires_grad)
+    made.bias = None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
+    setattr(made, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(weight))
     return made
 
 

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pysolve.correlations import AnyArray
 from pysolve.errors import PysolveError
 from pysolve.forms import LowRank
-from pysolve.nn.layers.base import Dense, check_shape, dense_layer, seen
+from pysolve.nn.layer_kinds import LINEAR, Turned, is_extended, plain
+from pysolve.nn.layers.base import ASKED, Dense, check_shape, dense_layer, like, seen
 from pysolve.nn.running import as_array, as_tensor
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -47,13 +48,24 @@ class Factored(nn.Module):
         PysolveError when the layer is no Linear and no ungrouped convolution, or of another shape.
         """
         check_factors(layer, form)
+        first, second = factors(layer, form)
         # A dimension of the kernel belongs to the factor that extends along it.
-        outside = [size > 1 for size in form.outer.shape[2:]]
-        inner = _part(layer, form.inner, None, [not out for out in outside])
-        return cls(inner, _part(layer, form.outer, layer.bias, outside)).train(layer.training)
+        outside = [size > 1 for size in second.shape[2:]]
+        # The code of a layer that extends torch's own may pad, and the like.
+        keeps_code = is_extended(layer) and not isinstance(layer, Turned)
+        inner: Part = (
+            like(layer, as_tensor(first), None)
+            if keeps_code
+            else _part(layer, first, None, [not out for out in outside])
+        )
+        return cls(inner, _part(layer, second, layer.bias, outside)).train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.outer(self.inner(x))  # type: ignore[no-any-return]
+
+    def __getattr__(self, name: str) -> Any:
+        """Of the attributes of the layer in whose place this is, those that code may ask for."""
+        return _answer(self.inner, self.outer, name) if name in ASKED else super().__getattr__(name)
 
     @property
     def rank(self) -> int:
@@ -77,15 +89,14 @@ class Factored(nn.Module):
     def to_dense(self) -> Dense:
         """One layer with the product as its weight."""
         inner, outer = self.inner, self.outer
-        how: dict[str, object] = {}
-        if not isinstance(inner, nn.Linear):
-            own = [a > b for a, b in zip(outer.kernel_size, inner.kernel_size, strict=True)]
-            how = {name: _mixed(own, getattr(outer, name), getattr(inner, name)) for name in _ALONG}
-            how["kernel_size"] = tuple(map(max, inner.kernel_size, outer.kernel_size))
-            how["padding_mode"] = inner.padding_mode
-        trained, sizes = inner.weight.requires_grad, (inner.weight.shape[1], len(outer.weight))
         # Under autocast the product has another type.
         weight = self.weight.to(inner.weight)
+        if is_extended(inner):
+            whole: Dense = like(inner, weight, outer.bias)
+            return whole.train(self.training)
+        names = () if isinstance(inner, nn.Linear) else (*_ALONG, "kernel_size", "padding_mode")
+        how = {name: getattr(self, name) for name in names}
+        trained, sizes = inner.weight.requires_grad, (inner.weight.shape[1], len(outer.weight))
         dense: Dense = dense_layer(type(inner), weight, outer.bias, sizes, how, trained=trained)
         return dense.train(self.training)
 
@@ -95,13 +106,24 @@ class Factored(nn.Module):
 
 def check_factors(layer: nn.Module, form: LowRank) -> None:
     """Refuse a layer that cannot be factored, and factors of another shape, with a PysolveError."""
-    if type(layer) not in (nn.Linear, *CONVOLUTIONS) or getattr(layer, "groups", 1) > 1:
-        kinds = "only Linear layers and convolutions without groups"
-        raise PysolveError(f"{kinds} can be factored, got {type(layer).__name__}.")
+    if plain(layer) not in (*LINEAR, *CONVOLUTIONS) or getattr(layer, "groups", 1) > 1:
+        kind = type(layer).__name__
+        raise PysolveError(f"only Linear layers and convolutions without groups can be factored, got {kind}.")
+    if is_extended(layer) and any(size > 1 for size in form.outer.shape[2:]):
+        raise PysolveError(
+            f"the code of a {type(layer).__name__} may rely on its kernel: factor by channels."
+        )
     check_shape(layer, form)
     most = min(form.outer[:, 0].size, form.inner[0].size)
     if form.rank > most:
         raise PysolveError(f"a weight of shape {form.shape} has a rank of at most {most}, got {form.rank}.")
+
+
+def factors(layer: nn.Module, form: LowRank) -> tuple[AnyArray, AnyArray]:
+    """Weights of the inner and of the outer layer, outputs first."""
+    if isinstance(layer, Turned):
+        return form.outer.swapaxes(0, 1), form.inner.swapaxes(0, 1)
+    return form.inner, form.outer
 
 
 def empty(layer: Dense, rank: int, *, spatial: bool = False) -> LowRank:
@@ -117,13 +139,15 @@ def empty(layer: Dense, rank: int, *, spatial: bool = False) -> LowRank:
 def _part(layer: Dense, weight: AnyArray, bias: Tensor | None, own: list[bool]) -> Dense:
     """A Linear, or a convolution along some of a layer's dimensions."""
     how: dict[str, object] = {}
-    if not isinstance(layer, nn.Linear):
+    if not isinstance(layer, LINEAR):
         each = _ALONG.items()
         how = {name: _mixed(own, getattr(layer, name), [single] * len(own)) for name, single in each}
         how |= {"kernel_size": weight.shape[2:], "padding_mode": layer.padding_mode}
     (out, channels), trained = weight.shape[:2], layer.weight.requires_grad
     own_weight = as_tensor(weight).to(layer.weight)
-    return dense_layer(type(layer), own_weight, bias, (channels, out), how, trained=trained)
+    kind: Any = nn.Linear if isinstance(layer, LINEAR) else plain(layer)
+    made: Dense = dense_layer(kind, own_weight, bias, (channels, out), how, trained=trained)
+    return made
 
 
 def _mixed(own: list[bool], values: Any, others: Iterable[int]) -> str | tuple[int, ...]:
@@ -131,3 +155,16 @@ def _mixed(own: list[bool], values: Any, others: Iterable[int]) -> str | tuple[i
     if isinstance(values, str):
         return values
     return tuple(a if mine else b for a, b, mine in zip(values, others, own, strict=True))
+
+
+def _answer(inner: Part, outer: Part, name: str) -> Any:
+    """The attribute of the whole layer from those of its two parts."""
+    if name.startswith("out_"):
+        return getattr(outer, name)
+    first = getattr(inner, name)
+    if name == "kernel_size":
+        return tuple(map(max, first, outer.kernel_size))
+    if name not in _ALONG:
+        return first
+    own = [a > b for a, b in zip(outer.kernel_size, inner.kernel_size, strict=True)]
+    return _mixed(own, getattr(outer, name), first)

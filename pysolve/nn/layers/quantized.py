@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 
 from pysolve.errors import PysolveError
 from pysolve.forms import Integers
-from pysolve.nn.layers.base import Geometry, TwoWay, check_shape, dense_layer, seen
+from pysolve.nn.layers.base import Geometry, TwoWay, answers_of, check_shape, dense_layer, seen
 
 # Steps between the least and the greatest input of a row.
 _STEPS = 255
@@ -44,6 +44,7 @@ class QuantWeight(TwoWay):
         self.bits, self.group, self.dynamic = form.bits, form.group, form.dynamic
         # Plain numbers: sizes that a trace asks tensors for are part of its program.
         self.shape = form.shape
+        self.answers = answers_of(layer)
         self.columns = math.prod(form.shape[1:])
         weight = layer.weight
         self.register_buffer("codes", torch.tensor(form.codes, device=weight.device))

@@ -9,7 +9,7 @@ from torch import nn
 
 from pysolve.errors import PysolveError
 from pysolve.forms import Integers, LowRank, RuntimeForm
-from pysolve.nn.layers.base import check_shape
+from pysolve.nn.layers.base import Dense, check_shape
 from pysolve.nn.layers.factored import Factored, check_factors
 from pysolve.nn.layers.quantized import QuantConv2d, QuantLinear, QuantWeight, check_integers
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear, SparseWeight
@@ -43,7 +43,7 @@ def in_form(
     """The layer that takes the place of a dense one; PysolveError when its weight cannot take the form."""
     check_form(layer, form)
     if isinstance(form, LowRank):
-        assert isinstance(layer, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        assert isinstance(layer, Dense)
         return Factored.from_form(layer, form)
     if isinstance(form, Integers):
         return (QuantLinear if type(layer) is nn.Linear else QuantConv2d).from_form(layer, form)

@@ -14,7 +14,7 @@ from torch.nn.functional import linear, unfold
 
 from pysolve.errors import PysolveError
 from pysolve.layer.sparse_matrix import Layout, SparseMatrix
-from pysolve.nn.layers.base import Context, Geometry, TwoWay, dense_layer, seen
+from pysolve.nn.layers.base import Context, Geometry, TwoWay, answers_of, dense_layer, seen
 
 
 class _Product(torch.autograd.Function):
@@ -186,7 +186,9 @@ class SparseLinear(SparseWeight):
     def from_dense(cls, layer: nn.Linear, weight: Tensor | None = None) -> SparseLinear:
         """A layer with the non-zero entries of a dense one's weight, or of another in its place."""
         weight = layer.weight.detach() if weight is None else weight
-        return cls(csr_array(weight.numpy()), layer.bias).train(layer.training)
+        made = cls(csr_array(weight.numpy()), layer.bias)
+        made.answers = answers_of(layer)
+        return made.train(layer.training)
 
     def to_dense(self) -> nn.Linear:
         """The same layer with a dense weight."""
@@ -210,6 +212,7 @@ class SparseConv2d(SparseWeight):
     def __init__(self, matrix: csr_array, bias: Tensor | None, dense: nn.Conv2d) -> None:
         super().__init__(matrix, bias, tuple(dense.weight.shape))
         self.geometry = Geometry.of(dense)
+        self.answers = answers_of(dense)
 
     @classmethod
     def from_dense(cls, layer: nn.Conv2d, weight: Tensor | None = None) -> SparseConv2d:

@@ -220,13 +220,59 @@ def test_recurrent_layers_are_not_understood_and_what_they_make_is_no_channel():
     assert "the result of gru meets these channels directly" in beside.pinned
 
 
-def test_a_layer_that_only_looks_like_a_linear_is_pinned_by_name():
-    class Special(nn.Linear):
-        pass
+class Falcon(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.T
 
-    model = nn.Sequential(nn.Linear(4, 6), Special(6, 5), nn.Linear(5, 2))
-    before, after, _ = sites_of(classes_of(model, vectors(2, 4)))
-    assert before.pinned == after.pinned == "`1` is a Special, not a plain Linear"
+
+class Turned(nn.Module):
+    """As Conv1D of transformers."""
+
+    def __init__(self, d, h):
+        super().__init__()
+        self.nf, self.nx = h, d
+        self.weight, self.bias = nn.Parameter(vectors(d, h)), nn.Parameter(vectors(h))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.reshape(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
+
+
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x.relu()).tanh()
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: Falcon(6, 5, bias=False), lambda: Turned(6, 5), lambda: Scaled(6, 5)]
+)
+def test_a_layer_is_known_by_the_operator_that_takes_its_weight(make):
+    model = nn.Sequential(nn.Linear(4, 6), make(), nn.Linear(5, 2))
+    before, after, _ = sites_of(classes_of(model, vectors(2, 3, 4)))
+    assert (before.writers, before.readers, before.pinned) == (("0",), ("1",), None)
+    assert (after.writers, after.readers, after.pinned) == (("1",), ("2",), None)
+
+
+class Wrong(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight
+
+
+class Squared(nn.Linear):
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight**2, self.bias)
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (Wrong(5, 5, bias=False), "matmul mixes these channels"),
+        (Falcon(5, 5), "matmul mixes these channels"),
+        (Squared(5, 5), "the weight of `1` is computed from other values"),
+    ],
+)
+def test_a_layer_whose_operator_takes_something_else_is_pinned(layer, why):
+    model = nn.Sequential(nn.Linear(4, 5), layer, nn.Linear(5, 2))
+    assert any(why in site.pinned for site in sites_of(classes_of(model, vectors(2, 4)))[:2] if site.pinned)
 
 
 def test_a_grouped_convolution_beside_its_input_is_as_fixed_as_that():
@@ -241,9 +287,9 @@ def test_a_grouped_convolution_beside_its_input_is_as_fixed_as_that():
 def test_embeddings_may_be_tied_or_take_channels_for_words():
     model = Net(lambda net, ids: net.out(net.words(ids)), words=nn.Embedding(9, 6), out=nn.Linear(6, 9))
     model.out.weight = model.words.weight
-    assert sites_of(classes_of(model, torch.arange(8).view(2, 4)))[0].pinned == (
-        "`words` shares its values with `out.weight`"
-    )
+    both, words = sites_of(classes_of(model, torch.arange(8).view(2, 4)))
+    assert (both.writers, both.readers, both.pinned) == (("words",), ("out",), None)
+    assert words.pinned == "`words` shares its values with `out.weight`"
     model = Net(lambda net, x: net.words((net.a(x) > 0).long()), a=nn.Linear(4, 6), words=nn.Embedding(2, 3))
     site, _ = sites_of(classes_of(model, vectors(2, 4)))
     assert "embedding takes them for weights or positions" in site.pinned

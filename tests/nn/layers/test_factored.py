@@ -12,6 +12,7 @@ from torch import nn
 import pysolve as ps
 from pysolve.errors import PysolveError
 from pysolve.forms import LowRank
+from pysolve.nn.layers.base import ASKED
 from pysolve.nn.layers.factored import Factored, empty
 from pysolve.nn.layers.runtime import to_dense
 
@@ -257,3 +258,54 @@ def test_a_network_that_computes_something_else_with_factors_is_refused():
     ps.apply(plain, ps.Plan(forms={"0.weight": form}), probe=torch.randn(5, 6))
     with torch.autocast("cpu", torch.bfloat16):
         ps.apply(plain, ps.Plan(forms={"0.weight": form}), probe=torch.randn(5, 6))
+
+
+def attributes(layer):
+    return {name: getattr(layer, name) for name in ASKED if hasattr(layer, name)}
+
+
+@given(convolutions())
+def test_a_factored_layer_answers_for_the_one_in_whose_place_it_is(case):
+    layer, form, _ = case
+    assert attributes(Factored.from_form(layer, form)) == attributes(layer)
+
+
+def test_a_factored_linear_answers_for_the_linear_and_no_convolution():
+    layer, form = linear()
+    assert attributes(Factored.from_form(layer, form)) == {"in_features": 7, "out_features": 5}
+
+
+class Same(nn.Conv2d):
+    """Pads by itself."""
+
+    def forward(self, x):
+        return super().forward(nn.functional.pad(x, (0, 1, 1, 2)))
+
+
+def test_the_first_factor_keeps_the_code_of_a_layer_that_extends_torchs_own():
+    torch.manual_seed(0)
+    layer, x = Same(3, 4, 3, stride=2, dtype=torch.float64), torch.randn(2, 3, 7, 7, dtype=torch.float64)
+    form = factors(layer, [False, False], 2)
+    two = Factored.from_form(layer, form)
+    torch.testing.assert_close(two(x), with_product(layer, form)(x))
+    torch.testing.assert_close(two.to_dense()(x), two(x))
+    assert (type(two.inner), type(two.outer), type(two.to_dense())) == (Same, nn.Conv2d, Same)
+    with pytest.raises(PysolveError, match="the code of a Same may rely on its kernel"):
+        Factored.from_form(layer, factors(layer, [True, False], 2))
+
+
+def test_a_weight_that_stores_inputs_first_becomes_two_linear_layers():
+    class Turned(nn.Module):
+        def __init__(self, d, h):
+            super().__init__()
+            self.nf, self.nx = h, d
+            self.weight, self.bias = nn.Parameter(torch.randn(d, h)), nn.Parameter(torch.randn(h))
+
+        def forward(self, x):
+            return torch.addmm(self.bias, x, self.weight)
+
+    layer, x = Turned(7, 5), torch.randn(6, 7)
+    form = factors(layer, [], 3)
+    two = Factored.from_form(layer, form)
+    torch.testing.assert_close(two(x), with_product(layer, form)(x), rtol=1e-4, atol=1e-4)
+    assert (two.inner.out_features, two.in_features, two.out_features) == (3, 7, 5)

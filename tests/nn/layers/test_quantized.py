@@ -22,6 +22,7 @@ from pysolve.nn.calibration import Calibration
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.files.architecture import architecture, fingerprint, rebuilt
 from pysolve.nn.layers import quantized
+from pysolve.nn.layers.base import answers_of
 from pysolve.nn.layers.quantized import multiplies_exactly, restored
 from pysolve.nn.layers.runtime import in_form
 
@@ -238,6 +239,7 @@ def test_a_convolution_is_the_dense_one(options):
     for other in (layer, to_dense(layer), layer.traced):
         torch.testing.assert_close(other(x), dense(x))
     assert repr(to_dense(layer)) == repr(dense)
+    assert answers_of(layer) == answers_of(dense)
     assert "bits=8" in repr(layer)
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from pysolve.errors import PysolveError
 from pysolve.layer.sparse_matrix import SparseMatrix
 from pysolve.nn.evaluate import macs, nbytes
+from pysolve.nn.layers.base import answers_of
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
 
 
@@ -67,6 +68,7 @@ def test_a_sparse_layer_computes_what_the_dense_one_does(dense, x):
         torch.testing.assert_close(layer(x), dense(x))
     torch.testing.assert_close(layer(x), dense(x))
     assert layer.values.numel() == int((dense.weight != 0).sum())
+    assert answers_of(copy.deepcopy(layer)) == answers_of(dense)
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
