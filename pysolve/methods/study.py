@@ -31,7 +31,6 @@ from pysolve.nn.running import (
     Batch,
     Ignored,
     as_array,
-    check_type,
     evaluating,
     few_samples,
     find_matching,
@@ -175,7 +174,6 @@ def study(
         with evaluating(model):
             output_of(model, first)
         return replace(base, calibration=Calibration(0, [first], [first]))
-    check_type(model, first)
     graph, nodes, found, why = _traced(model, first, sites, options.ignore)
     seen = {layer.name: layer for layer in nodes.values()}
     named = [name for site in found for name in (*site.readers, *site.writers)]

@@ -187,30 +187,7 @@ def forward(model: nn.Module, batch: Batch, device: Device = None) -> Output:
     ``device`` is where to move the batch; by default it must be on one of the network's devices already.
     """
     args, kwargs = prepared(model, batch, device)
-    try:
-        return model(*args, **kwargs)
-    except RuntimeError as error:
-        if problem := other_type(model, pytree.tree_leaves((args, kwargs))):
-            raise DataError(problem) from error
-        raise
-
-
-def other_type(model: nn.Module, inputs: Iterable[object]) -> str:
-    """In words, that inputs have another precision than the network; "" where they do not."""
-    own = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    given = {v.dtype for v in inputs if isinstance(v, Tensor) and v.is_floating_point()}
-    if not given - own or len(own) != 1:
-        return ""
-    network, batch = (str(kinds.pop()).removeprefix("torch.") for kinds in (own, given - own))
-    remedy = f"convert the batches by .to(torch.{network})"
-    return f"the batch is of {batch}, but the network of {network}: {remedy}."
-
-
-def check_type(model: nn.Module, batch: Batch) -> None:
-    """Refuse a batch of another precision than the network's where its code does not convert it."""
-    if other_type(model, pytree.tree_leaves(arguments(batch))):
-        with evaluating(model):
-            forward(model, few_samples(batch))
+    return model(*args, **kwargs)
 
 
 def prepared(model: nn.Module, batch: Batch, device: Device = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
