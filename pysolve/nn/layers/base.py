@@ -26,6 +26,14 @@ ASKED = (
     *("in_features", "out_features", "in_channels", "out_channels", "kernel_size", "stride", "padding"),
     *("dilation", "groups", "padding_mode", "transposed", "output_padding"),
 )
+# Where hooks on calls are kept, which belong to a place in a network more than to the layer there.
+HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+)
 # Torch's context of an autograd function, which holds whatever is kept for the backward pass.
 Context = Any
 T = TypeVar("T", bound=Dense)
@@ -152,8 +160,13 @@ def answers_of(layer: nn.Module) -> dict[str, Any]:
 
 
 def like(layer: T, weight: Tensor, bias: Tensor | None) -> T:
-    """A copy of a layer, its class and its code, with another weight, of fewer outputs maybe, and bias."""
+    """A copy of a layer, its class and its code, with another weight, of fewer outputs maybe, and bias.
+
+    Without the layer's hooks, which what takes its place gets.
+    """
     made = copy_of(layer)
+    for name in HOOKS:
+        getattr(made, name).clear()
     made.weight = nn.Parameter(weight.to(layer.weight), layer.weight.requires_grad)
     made.bias = None if bias is None else nn.Parameter(bias.detach().clone(), bias.requires_grad)
     setattr(made, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(weight))

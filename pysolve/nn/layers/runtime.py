@@ -9,20 +9,12 @@ from torch import nn
 
 from pysolve.errors import PysolveError
 from pysolve.forms import Integers, LowRank, RuntimeForm
-from pysolve.nn.layers.base import Dense, check_shape
+from pysolve.nn.layers.base import HOOKS, Dense, check_shape
 from pysolve.nn.layers.factored import Factored, check_factors
 from pysolve.nn.layers.quantized import QuantConv2d, QuantLinear, QuantWeight, check_integers
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear, SparseWeight
 from pysolve.nn.running import as_tensor
 from pysolve.nn.state import copy_of
-
-_HOOKS = (
-    "_forward_pre_hooks",
-    "_forward_pre_hooks_with_kwargs",
-    "_forward_hooks",
-    "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called",
-)
 
 
 def check_form(layer: nn.Module, form: RuntimeForm) -> None:
@@ -59,7 +51,7 @@ def substitute(model: nn.Module, layer: nn.Module, other: nn.Module) -> nn.Modul
 
     It takes the other's hooks.
     """
-    for name in _HOOKS:
+    for name in HOOKS:
         getattr(other, name).update(getattr(layer, name))
     if layer is model:
         return other

@@ -294,6 +294,18 @@ def test_the_first_factor_keeps_the_code_of_a_layer_that_extends_torchs_own():
         Factored.from_form(layer, factors(layer, [True, False], 2))
 
 
+def test_hooks_of_a_layer_that_extends_torchs_own_run_once_in_its_factored_place():
+    torch.manual_seed(0)
+    model, seen = nn.Sequential(Same(4, 6, 3), nn.ReLU()).eval(), []
+    model[0].register_forward_hook(lambda layer, args, y: seen.append(len(y[0])))
+    plan = ps.Plan(forms={"0.weight": empty(model[0], 2)})
+    factored, x = ps.apply(model, plan), torch.randn(2, 4, 5, 5)
+    for network in (factored, to_dense(factored)):
+        seen.clear()
+        network(x)
+        assert seen == [6]
+
+
 def test_a_weight_that_stores_inputs_first_becomes_two_linear_layers():
     class Turned(nn.Module):
         def __init__(self, d, h):
