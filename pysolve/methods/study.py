@@ -252,7 +252,8 @@ def weights_of(
             if value is not own or not isinstance(module, kinds):
                 left.append(Skipped(full, f"a weight of {type(module).__name__}", value.numel()))
             elif owners[id(value)] > 1:
-                left.append(Skipped(full, "another layer shares its weight", value.numel()))
+                share = value.numel() // owners[id(value)]
+                left.append(Skipped(full, "another layer shares its weight", share))
             else:
                 found[name] = value
     return found, left
