@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from pysolve.errors import DataError, PysolveError
-from pysolve.nn.running import Batch, device_of, evaluating
+from pysolve.nn.running import Batch, device_of, keeping_modes
 from pysolve.nn.state import drop_graphs
 from pysolve.training.options import Run, optimizer_of, schedule_of
 from pysolve.training.resume import Parts, Progress, copied, plain, put, read, write
@@ -143,7 +143,9 @@ def _judge(progress: Progress, run: Run, model: nn.Module) -> None:
     if run.evaluate is None:
         return
     # Scoring must not change the course of the training.
-    with evaluating(model, as_used=True), _random_state(run.seed, device_of(model)):
+    # What the user's function writes into the network is the user's.
+    with keeping_modes(model), torch.no_grad(), _random_state(run.seed, device_of(model)):
+        model.eval()
         score = float(run.evaluate(model))
     if math.isnan(score):
         raise PysolveError(
