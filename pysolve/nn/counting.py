@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -19,7 +19,7 @@ from pysolve.nn.layer_kinds import WEIGHTED, inputs_first
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.sparse import SparseWeight
-from pysolve.nn.running import Batch, device_of, evaluating, forward
+from pysolve.nn.running import Batch, calling_layers, device_of, evaluating, forward
 
 aten = torch.ops.aten
 # Two for each multiply-accumulate, as torch has it; from arguments with sizes in the place of tensors.
@@ -148,7 +148,7 @@ def calls(model: nn.Module, batch: Batch) -> list[Call]:
     mapping = {key: ledger.recording(str(key), formula) for key, formula in _formulas().items()}
     with ExitStack() as context:
         context.enter_context(evaluating(model))
-        context.enter_context(_without_fast_path())
+        context.enter_context(calling_layers())
         context.enter_context(warnings.catch_warnings())
         # Of compiled networks, whose hooks torch calls twice: the second time it is another module.
         warnings.filterwarnings("ignore", "Using `torch.compile", UserWarning)
@@ -256,14 +256,3 @@ def _empty(sizes: Sequence[int]) -> Tensor:
 def shape_of(leaf: Any) -> tuple[int, ...]:
     """Sizes of a tensor; none of anything else."""
     return tuple(leaf.shape) if isinstance(leaf, Tensor) else ()
-
-
-@contextmanager
-def _without_fast_path() -> Iterator[None]:
-    """Torch's encoder layers run operator by operator, as they do in training."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
