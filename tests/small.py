@@ -51,6 +51,18 @@ def vectors(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
 
 
+class Turned(nn.Module):
+    """A linear layer whose weight is (inputs, outputs), as Conv1D of transformers."""
+
+    def __init__(self, d, h):
+        super().__init__()
+        self.nf, self.nx = h, d
+        self.weight, self.bias = nn.Parameter(vectors(d, h)), nn.Parameter(vectors(h))
+
+    def forward(self, x):
+        return torch.addmm(self.bias, x.reshape(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
+
+
 def classifier(net, x):
     return net.fc(x.mean((2, 3)))
 

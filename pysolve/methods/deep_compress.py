@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -13,7 +13,6 @@ from torch import nn
 from pysolve.compressed import Compressed
 from pysolve.correlations import Indices
 from pysolve.errors import PysolveError
-from pysolve.forms import Codebook, Sparse
 from pysolve.methods.goal import (
     Evaluate,
     Length,
@@ -44,16 +43,16 @@ from pysolve.methods.rate import (
     within_bytes,
 )
 from pysolve.methods.rebuild import rebuild
-from pysolve.methods.result import NO_REPORT, distance, finish, following, later_score, matched
+from pysolve.methods.result import NO_REPORT, distance, finish, following, matched
 from pysolve.methods.sizes import Sized, site_reports, sized, within
+from pysolve.methods.stages import Stages, packed
 from pysolve.methods.study import Clock, Study
 from pysolve.nn.apply import apply
 from pysolve.nn.calibration import first_samples
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.running import Batch, Ignored
-from pysolve.plan import Plan, Site
-from pysolve.report.rows import Stage
+from pysolve.plan import Site
 
 # Bits a weight at which the search for a width begins, the factor between widths, and how many are tried.
 _BITS, _WIDER, _WIDTHS = 2.0, 1.6, 5
@@ -138,32 +137,32 @@ def deep_compress(
     kind = Codes(bits=bits)
     make = partial(subject_of, to_bytes=size is not None, gather=bool(zeros))
     subject, notes = _studied(partial(make, network, batches, options, kind), share)
-    line = _Line(network, subject.study)
-    line.note("original", network, nbytes(network), 0.0)
+    stages = Stages(network, subject.study)
+    stages.note("original", network, nbytes(network), 0.0)
     width = None
     if subject.study.free and size and share is None and is_small(subject, size):
         width = _smallest(before, subject, network, size, cut=bool(how), loose=bool(how) or layout != "dense")
     if subject.study.free and width is None:
         width = _width(subject, size, share)
     if width is not None and width.keep:
-        line.rebuilt("collapsed", subject.study, Chosen(width.keep), width.seconds)
+        stages.rebuilt("collapsed", subject.study, Chosen(width.keep), width.seconds)
         if how:
-            before, subject = _matched_first(before, subject, width.keep, batches, how, line, make)
+            before, subject = _matched_first(before, subject, width.keep, batches, how, stages, make)
             width = replace(width, start=None, cut=True)
     keep = {} if width is None or width.cut else width.keep
     if width is not None and keep and size is not None:
         subject = priced(subject, keep)
     if zeros:
         subject = replace(subject, kind=replace(subject.kind, pruned=_pruned(subject, zeros)))
-        line.rebuilt("sparse", subject.study, Chosen(keep, subject.kind.pruned))
+        stages.rebuilt("sparse", subject.study, Chosen(keep, subject.kind.pruned))
     start, part = time.perf_counter(), _part(how, 1 - _BEFORE if width and width.cut else 1.0)
     rebuilt, laid = coded(
         before, subject, network, size, layout, part, keep=keep, start=width.start if width else None
     )
-    line.note(
+    stages.note(
         "shared, matched" if how else "shared",
         laid.model,
-        _packed(subject.study, laid.plan),
+        packed(subject.study, laid.plan),
         time.perf_counter() - start,
     )
     clock.stage("compress")
@@ -175,45 +174,13 @@ def deep_compress(
         against=network,
         target=asked or None,
         samples=rebuilt.samples,
-        sites=[*site_reports(line.study, width.sized)] if width else [],
-        notes=(*notes, *line.notes, *rebuilt.notes),
+        sites=[*site_reports(stages.study, width.sized)] if width else [],
+        notes=(*notes, *stages.notes, *rebuilt.notes),
         selected=width is not None,
         file=True,
     )
-    line.note("coded", result.model, result.report.after["file"], 0.0)
-    return replace(result, report=replace(result.report, stages=tuple(line.stages)))
-
-
-@dataclass(frozen=True, eq=False)
-class _Line:
-    """What the stages left of a network, for the report.
-
-    Parameters
-    ----------
-    original : nn.Module
-    study : Study
-    stages : list of Stage
-    notes : list of str
-    """
-
-    original: nn.Module
-    study: Study
-    stages: list[Stage] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-
-    def note(self, name: str, network: nn.Module, size: int, seconds: float) -> None:
-        """Write down what a stage left."""
-        options = self.study.options
-        score, notes = (options.score, ()) if not self.stages else later_score(options, network)
-        self.notes.extend(notes)
-        lost = distance(self.original, network, self.study.apart, self.study.options.divergence)
-        self.stages.append(Stage(name, size, parameters(self.original), lost, seconds, score))
-
-    def rebuilt(self, name: str, study: Study, chosen: Chosen, seconds: float = 0.0) -> None:
-        """Write down what a network is with no more than this chosen."""
-        start = time.perf_counter()
-        network = apply(study.model, plan_of(study, rebuild(study, chosen), {}))
-        self.note(name, network, nbytes(network), seconds + time.perf_counter() - start)
+    stages.note("coded", result.model, result.report.after["file"], 0.0)
+    return replace(result, report=replace(result.report, stages=tuple(stages.rows)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -357,7 +324,7 @@ def _matched_first(
     keep: Mapping[Site, Indices],
     batches: Iterable[Batch],
     distill: Mapping[str, object],
-    line: _Line,
+    stages: Stages,
     make: Callable[..., Subject],
 ) -> tuple[Compressed, Subject]:
     """Remove the channels, match the original's outputs, and study what that is."""
@@ -365,8 +332,8 @@ def _matched_first(
     plan = plan_of(study, rebuild(study, Chosen(keep)), {})
     options = {name: value for name, value in _part(distill, _BEFORE).items() if name != "trained"}
     student, notes = matched(study, study.model, apply(study.model, plan), options)
-    line.notes.extend(notes)
-    line.note("matched", student, nbytes(student), time.perf_counter() - start)
+    stages.notes.extend(notes)
+    stages.note("matched", student, nbytes(student), time.perf_counter() - start)
     smaller = following(before, Compressed(student, plan, NO_REPORT))
     return smaller, make(student, batches, study.options, Codes(bits=subject.kind.bits))
 
@@ -389,19 +356,6 @@ def _part(distill: Mapping[str, object], share: float) -> dict[str, object]:
 def _share(number: float | None, network: nn.Module) -> float | None:
     """A number of parameters as a share."""
     return number if number is None or number <= 1 else number / parameters(network)
-
-
-def _packed(study: Study, plan: Plan) -> int:
-    """Bytes with codes of equal length and their values, of those that are not zero where this is less."""
-    total = nbytes(apply(study.model, plan))
-    for form in plan.forms.values():
-        weight = form.dense()
-        values, codes = np.unique(weight, return_inverse=True)
-        book = Codebook(codes.astype(np.uint8).reshape(weight.shape), values)
-        sparse = Sparse.from_dense(weight)
-        entries = sparse.gaps.nbytes + len(sparse.values) * book.bits // 8 + values.nbytes
-        total += min(book.nbytes, entries) - weight.nbytes
-    return total
 
 
 def _check(

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import vectors
+from small import Turned, vectors
 from torch import nn
 from torch.nn import functional as F
 
@@ -21,16 +21,6 @@ class Same(nn.Conv2d):
 class Falcon(nn.Linear):
     def forward(self, x):
         return (2 * x) @ self.weight.T
-
-
-class Turned(nn.Module):
-    def __init__(self, d, h):
-        super().__init__()
-        self.nf, self.nx = h, d
-        self.weight, self.bias = nn.Parameter(vectors(d, h)), nn.Parameter(vectors(h))
-
-    def forward(self, x):
-        return torch.addmm(self.bias, x.reshape(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
 
 
 class Upward(nn.ConvTranspose2d):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small import Net, vectors
+from small import Net, Turned, vectors
 from torch import nn
 from torch.nn import functional as F
 
@@ -223,18 +223,6 @@ def test_recurrent_layers_are_not_understood_and_what_they_make_is_no_channel():
 class Falcon(nn.Linear):
     def forward(self, x):
         return x @ self.weight.T
-
-
-class Turned(nn.Module):
-    """As Conv1D of transformers."""
-
-    def __init__(self, d, h):
-        super().__init__()
-        self.nf, self.nx = h, d
-        self.weight, self.bias = nn.Parameter(vectors(d, h)), nn.Parameter(vectors(h))
-
-    def forward(self, x):
-        return torch.addmm(self.bias, x.reshape(-1, self.nx), self.weight).view(*x.shape[:-1], self.nf)
 
 
 class Scaled(nn.Linear):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from small import Turned
 from torch import nn
 
 import pysolve as ps
@@ -307,15 +308,6 @@ def test_hooks_of_a_layer_that_extends_torchs_own_run_once_in_its_factored_place
 
 
 def test_a_weight_that_stores_inputs_first_becomes_two_linear_layers():
-    class Turned(nn.Module):
-        def __init__(self, d, h):
-            super().__init__()
-            self.nf, self.nx = h, d
-            self.weight, self.bias = nn.Parameter(torch.randn(d, h)), nn.Parameter(torch.randn(h))
-
-        def forward(self, x):
-            return torch.addmm(self.bias, x, self.weight)
-
     layer, x = Turned(7, 5), torch.randn(6, 7)
     form = factors(layer, [], 3)
     two = Factored.from_form(layer, form)
