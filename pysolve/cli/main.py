@@ -43,8 +43,8 @@ class _Plain(TyperGroup):
                 warnings.simplefilter("ignore", PysolveWarning)
                 return super().invoke(ctx)
         except (PysolveError, ImportError, OSError, ValueError, TypeError, RuntimeError) as error:
-            # Typer's own ways to end a command are RuntimeErrors.
-            if ctx.params["debug"] or isinstance(error, (typer.Exit, typer.Abort)):
+            # Typer's own ways to end a command are RuntimeErrors; it is silent where a pager was left.
+            if ctx.params["debug"] or isinstance(error, (typer.Exit, typer.Abort, BrokenPipeError)):
                 raise
             message = " ".join((_named(error) or str(error)).split())
             Console(stderr=True, highlight=False).print(

@@ -1,5 +1,6 @@
 """The command line answers quickly, fails in one line, and its demo keeps what it promises."""
 
+import errno
 import re
 import subprocess
 import sys
@@ -21,6 +22,16 @@ def test_help_lists_the_commands():
     assert result.exit_code == 0
     assert "demo" in result.output
     assert "--data" in re.sub(r"\x1b\[[0-9;]*m", "", run("demo", "--help").output)
+
+
+def test_a_pager_that_is_left_early_is_no_error(monkeypatch):
+    def left(*_, **__):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("pysolve.cli.commands.evaluate_network", left)
+    result = run("evaluate", "a:b", "--data", "c.npy")
+    assert result.exit_code == 1
+    assert "Error" not in result.output
 
 
 def test_version_is_the_packages():
