@@ -4,6 +4,7 @@ import errno
 import re
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 from safetensors.numpy import load_file
@@ -25,13 +26,10 @@ def test_help_lists_the_commands():
 
 
 def test_a_pager_that_is_left_early_is_no_error(monkeypatch):
-    def left(*_, **__):
-        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
-
+    left = Mock(side_effect=BrokenPipeError(errno.EPIPE, "Broken pipe"))
     monkeypatch.setattr("pysolve.cli.commands.evaluate_network", left)
     result = run("evaluate", "a:b", "--data", "c.npy")
-    assert result.exit_code == 1
-    assert "Error" not in result.output
+    assert (result.exit_code, result.output) == (1, "")
 
 
 def test_version_is_the_packages():
