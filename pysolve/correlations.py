@@ -84,8 +84,8 @@ class Correlations:
         Σ x xᵀ.
     yx : (h, d) array
         Σ y xᵀ.
-    yy : (h, h) array
-        Σ y yᵀ.
+    yy : (h, h) array, or (h,) array
+        Σ y yᵀ, or its diagonal, which is all that most solvers read of it.
     count : int
         Number of samples.
     x_sum, y_sum : (d,) and (h,) arrays
@@ -110,7 +110,8 @@ class Correlations:
         if self.yx.ndim != 2:
             raise ValueError(f"yx must be a matrix (outputs x inputs), got shape {self.yx.shape}.")
         h, d = self.yx.shape
-        for name, shape in {"xx": (d, d), "yy": (h, h), "x_sum": (d,), "y_sum": (h,)}.items():
+        wanted = {"xx": (d, d), "yy": (h,) if self.yy.ndim == 1 else (h, h), "x_sum": (d,), "y_sum": (h,)}
+        for name, shape in wanted.items():
             if (got := getattr(self, name).shape) != shape:
                 raise ValueError(
                     f"{name} has shape {got}, but yx is {h} x {d}, so {name} must be {shape}. "
@@ -141,8 +142,13 @@ class Correlations:
 
     @property
     def r_yy(self) -> Array:
-        """E[y yᵀ], (h, h)."""
+        """E[y yᵀ], (h, h), or its diagonal, (h,)."""
         return self.yy / self.count
+
+    @property
+    def energy(self) -> float:
+        """E‖y‖²."""
+        return float(self.yy.sum() if self.yy.ndim == 1 else np.trace(self.yy)) / self.count
 
     @property
     def groups(self) -> int:
@@ -158,6 +164,8 @@ class Correlations:
                 f"{other.yx.shape} with groups of {other.group_size}: they describe different layers."
             )
         sums = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self)}
+        if self.yy.ndim != other.yy.ndim:
+            sums["yy"] = _diagonal(self.yy) + _diagonal(other.yy)
         return Correlations(**{**sums, "group_size": self.group_size})
 
     @staticmethod
@@ -176,12 +184,12 @@ class Correlations:
         """
         x_mean, y_mean = self.x_sum / self.count, self.y_sum / self.count
         xx, yx = self.xx - np.outer(self.x_sum, x_mean), self.yx - np.outer(self.y_sum, x_mean)
-        yy = self.yy - np.outer(self.y_sum, y_mean)
+        yy = self.yy - (self.y_sum * y_mean if self.yy.ndim == 1 else np.outer(self.y_sum, y_mean))
         # The variance of a constant is rounding alone, of either sign.
         constant_x = np.diag(xx) <= _CONSTANT * np.diag(self.xx)
-        constant_y = np.diag(yy) <= _CONSTANT * np.diag(self.yy)
+        constant_y = _diagonal(yy) <= _CONSTANT * _diagonal(self.yy)
         xx[constant_x] = xx[:, constant_x] = yx[:, constant_x] = 0.0
-        yy[constant_y] = yy[:, constant_y] = yx[constant_y] = 0.0
+        yy[constant_y] = yy[..., constant_y] = yx[constant_y] = 0.0
         x_sum, y_sum = np.zeros_like(self.x_sum), np.zeros_like(self.y_sum)
         return replace(self, xx=xx, yx=yx, yy=yy, x_sum=x_sum, y_sum=y_sum)
 
@@ -196,17 +204,23 @@ class Correlations:
             self, xx=self.xx[np.ix_(columns, columns)], yx=self.yx[:, columns], x_sum=self.x_sum[columns]
         )
 
+    def of_outputs(self, rows: npt.ArrayLike) -> Correlations:
+        """Correlations of the outputs in ``rows`` only, in that order."""
+        rows = np.asarray(rows)
+        yy = self.yy[rows] if self.yy.ndim == 1 else self.yy[np.ix_(rows, rows)]
+        return replace(self, yx=self.yx[rows], yy=yy, y_sum=self.y_sum[rows])
+
     def error(self, M: npt.ArrayLike, bias: npt.ArrayLike | None = None) -> float:
         """½ E‖y − M x − b‖² for an (h, d) ``M`` and an (h,) ``bias`` (zero when not given)."""
         M = np.asarray(M, dtype=np.float64)
         b = np.zeros(len(self.yx)) if bias is None else np.asarray(bias, dtype=np.float64)
-        total = np.trace(self.yy) + np.vdot(M @ self.xx - 2 * self.yx, M)
+        total = self.count * self.energy + np.vdot(M @ self.xx - 2 * self.yx, M)
         total += self.count * (b @ b) + 2 * b @ (M @ self.x_sum - self.y_sum)
         return float(0.5 * total / self.count)
 
     def share_lost(self, M: npt.ArrayLike, bias: npt.ArrayLike | None = None) -> float:
         """E‖y − M x − b‖² / E‖y − E[y]‖²: 0 for a perfect fit, 1 for the mean alone."""
-        energy = np.trace(self.r_yy) - np.square(self.y_sum / self.count).sum()
+        energy = self.energy - np.square(self.y_sum / self.count).sum()
         return float(max(2 * self.error(M, bias), 0.0) / energy) if energy > 0 else 0.0
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -231,3 +245,7 @@ class Correlations:
     def __repr__(self) -> str:
         h, d = self.yx.shape
         return f"Correlations({d} inputs in groups of {self.group_size}, {h} outputs, {self.count} samples)"
+
+
+def _diagonal(yy: Array) -> Array:
+    return yy if yy.ndim == 1 else np.diag(yy)

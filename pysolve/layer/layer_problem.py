@@ -114,7 +114,7 @@ def layer_problem(
     correlations = r_xx if isinstance(r_xx, Correlations) else None
     if isinstance(r_xx, Correlations):
         own = r_xx.centered()
-        R, C, energy = own.r_xx, own.r_yx, float(np.trace(own.r_yy))
+        R, C, energy = own.r_xx, own.r_yx, own.energy
     elif C is not None:
         energy = float(np.trace(explained(R, C)))
     else:

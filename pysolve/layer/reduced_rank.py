@@ -103,7 +103,7 @@ def factor_layer(
     else:
         # In outputs A y with Aᵀ A = S all of them count alike.
         A = scipy.linalg.cholesky(metric, check_finite=False)
-        form = _factors(A @ W, seen_through(A, correlations), rank, kernel, spatial)
+        form = _factors(A @ W, seen_through(A, W, correlations), rank, kernel, spatial)
         flat = scipy.linalg.solve_triangular(A, form.outer.reshape(len(W), -1), check_finite=False)
         form = LowRank(flat.reshape(form.outer.shape), form.inner)
     M = form.dense().reshape(W.shape)
@@ -129,7 +129,7 @@ def error_curve(
     """
     if metric is not None and correlations is not None:
         A = scipy.linalg.cholesky(metric, check_finite=False)
-        W, correlations = A @ W, seen_through(A, correlations)
+        W, correlations = A @ W, seen_through(A, W, correlations)
     if not spatial:
         spectrum = plain_spectrum(W) if correlations is None else activation_spectrum(W, correlations)
         return spectrum.tails[: most + 1]
@@ -141,13 +141,14 @@ def error_curve(
     return np.minimum(start.tails[: most + 1] * exact / max(float(start.tails[half]), 1e-12), 1.0)
 
 
-def seen_through(A: Array, correlations: Correlations) -> Correlations:
-    """Centred correlations of the same inputs with outputs A y."""
+def seen_through(A: Array, W: Array, correlations: Correlations) -> Correlations:
+    """Centred correlations of the same inputs with outputs A y; without Σ y yᵀ in full, as if  y = W x."""
     own = correlations.centered()
-    yy = A @ own.yy @ A.T
-    # Where only the diagonal of Σ y yᵀ is known this is no Σ of outputs; none may be taken for constant.
+    yx = A @ own.yx
+    yy = A @ own.yy @ A.T if own.yy.ndim == 2 else np.diag(np.einsum("ij,ij->i", yx, A @ W))
+    # Targets that have moved are no outputs of W: none may be taken for constant.
     np.fill_diagonal(yy, np.maximum(np.diag(yy), np.finfo(float).tiny))
-    return replace(own, yx=A @ own.yx, yy=yy)
+    return replace(own, yx=yx, yy=yy)
 
 
 def rank_keeping(error: Array, energy: float) -> int:

@@ -268,15 +268,7 @@ def task_of(
 
 def _restricted(found: Correlations, columns: Indices, rows: Indices) -> Correlations:
     """Correlations of some inputs with some outputs."""
-    return replace(
-        found,
-        xx=found.xx[np.ix_(columns, columns)],
-        yx=found.yx[np.ix_(rows, columns)],
-        yy=found.yy[np.ix_(rows, rows)],
-        x_sum=found.x_sum[columns],
-        y_sum=found.y_sum[rows],
-        group_size=1,
-    )
+    return replace(found.of_outputs(rows), group_size=1).restrict(columns)
 
 
 def values_of(

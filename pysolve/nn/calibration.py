@@ -313,7 +313,7 @@ def calibrate(
     # Of how many batches an iterator has, ten is as good a guess as any.
     total = samples_in(first) * length_hint(batches, 10)
     shares = _shares(graph, nodes, layers, total) if graph else dict.fromkeys(layers, 1.0)
-    found = gather_reached(model, stream, layers, positions=shares, progress=progress)
+    found = gather_reached(model, stream, layers, positions=shares, progress=progress, full=False)
     return calibration, {name: one for name, one in found.items() if one is not None}
 
 

@@ -1,26 +1,20 @@
-"""A layer as y = M x + b: its matrix, its inputs and outputs as rows, and their sums of products."""
+"""A layer as y = M x + b: its matrix, and its inputs and outputs as rows."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear
 from torch.nn.functional import pad
 
-from pysolve.correlations import Correlations
 from pysolve.nn.layer_kinds import LINEAR, TRANSPOSED, WEIGHTED, Turned, inputs_first
+from pysolve.nn.sums import ROOM
 
 LAYERS = WEIGHTED
 Convolution = Conv1d | Conv2d | Conv3d | ConvTranspose1d | ConvTranspose2d | ConvTranspose3d
 Layer = Linear | Turned | Convolution
-
-# Numbers in one block: larger ones the allocator returns to the system, and gets back zeroed.
-_ROOM = 2**20
-# Rows of a product computed at once, of which only the columns up to the diagonal are needed.
-_STRIP = 128
 
 
 def channels(layer: Layer) -> tuple[int, int]:
@@ -101,7 +95,7 @@ def outputs(layer: Layer, y: Tensor, chosen: Tensor | None = None) -> Tensor:
 
 
 def blocks(
-    layer: Layer, x: Tensor, y: Tensor, chosen: Tensor | None = None, *, limit: int = _ROOM
+    layer: Layer, x: Tensor, y: Tensor, chosen: Tensor | None = None, *, limit: int = ROOM
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of ``samples`` and ``outputs`` in blocks, in order; of no rows there is one empty block.
 
@@ -120,71 +114,6 @@ def blocks(
         return
     for some in chosen.split(max(1, limit // max(1, read.shape[lead:].numel()))):  # type: ignore[no-untyped-call]
         yield _aligned(layer, _rows(read, lead, some)), _rows(written, lead, some)
-
-
-@dataclass(frozen=True, eq=False)
-class Sums:
-    """Running sums over samples in float64, updated in place.
-
-    Parameters
-    ----------
-    products : (d + h + 1, d + h + 1) tensor
-        Lower triangle of Σ z zᵀ with z = (x, y, 1): one product makes all sums, and each number once.
-    d : int
-        Inputs.
-    """
-
-    products: Tensor
-    d: int
-
-    @classmethod
-    def zeros(cls, d: int, h: int, device: torch.device) -> Sums:
-        """Sums over no samples yet, of d inputs and h outputs."""
-        # Apple's GPU has no float64.
-        home = torch.device("cpu") if device.type == "mps" else device
-        return cls(torch.zeros(d + h + 1, d + h + 1, dtype=torch.float64, device=home), d)
-
-    @property
-    def count(self) -> int:
-        """Samples so far."""
-        return int(self.products[-1, -1])
-
-    @property
-    def x_sum(self) -> Tensor:
-        """Σ x, (d,)."""
-        return self.products[-1, : self.d]
-
-    @property
-    def y_sum(self) -> Tensor:
-        """Σ y, (h,)."""
-        return self.products[-1, self.d : -1]
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add samples, ``x`` (n, d) and ``y`` (n, h), of any dtype and on any device."""
-        step = max(1, 2 * _ROOM // len(self.products))
-        for start in range(0, len(x), step):
-            self._add(x[start : start + step], y[start : start + step])
-
-    def _add(self, x: Tensor, y: Tensor) -> None:
-        n, size, home = len(x), len(self.products), self.products.device
-        # z is laid out as x is: to turn it takes several times as long as to copy it.
-        by_columns = x.stride(0) == 1
-        store = torch.empty((size, n) if by_columns else (n, size), dtype=torch.float64, device=home)
-        z = store.T if by_columns else store
-        z[:, : self.d], z[:, self.d : -1], z[:, -1] = x.to(home), y.to(home), 1.0
-        # SciPy's symmetric update saves as much, but its threads and torch's then wait for each other.
-        width = -(-size // -(-size // _STRIP))
-        for start in range(0, size, width):
-            strip, end = slice(start, start + width), start + width
-            self.products[strip, :end].addmm_(z[:, strip].T, z[:, :end])
-
-    def correlations(self, group_size: int = 1) -> Correlations:
-        """The sums as NumPy arrays."""
-        products, d = self.products.cpu(), self.d
-        full = (part.tril() + part.tril(-1).T for part in (products[:d, :d], products[d:-1, d:-1]))
-        rest = (products[d:-1, :d], products[-1, :d], products[-1, d:-1])
-        xx, yy, yx, x_sum, y_sum = (part.numpy() for part in (*full, *rest))
-        return Correlations(xx, yx, yy, self.count, x_sum, y_sum, group_size)
 
 
 def _turned(layer: Layer, weight: Tensor) -> Tensor:

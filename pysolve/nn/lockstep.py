@@ -2,7 +2,9 @@
 
 Every operator runs on all batches before the next one does. At a layer, the compressed network's inputs x̂
 and the original's outputs y of all samples are at hand: its correlations are summed, it is refitted, and the
-walk goes on with its new outputs. Cost: two forward passes and the correlations, whatever the depth.
+walk goes on with its new outputs. Cost: two forward passes and the correlations, whatever the depth. Where
+layers that read one tensor have more outputs together than inputs, the products Σ x x̂ᵀ with the original's
+inputs serve all of them: with y = M x + b,  Σ y x̂ᵀ = M Σ x x̂ᵀ + b Σ x̂ᵀ.
 
 Two things make the target of a layer better than y. Where its branch is added to a shortcut, it compensates
 what the shortcut has lost, so that the error which a stream has gathered is repaired at every sum:
@@ -17,20 +19,24 @@ input, ẑ: fitted); the matrix of the least squares stays, only its right side 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 from tqdm.auto import tqdm
 
-from pysolve.correlations import Array, Correlations
+from pysolve.correlations import Array, Correlations, group_columns
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, layer_values, read_by
 from pysolve.nn.graph.export import Graph, depends_on_values
+from pysolve.nn.layer_kinds import plain
 from pysolve.nn.running import evaluating
+from pysolve.nn.sums import Sums, room
 from pysolve.nn.walk import Walk, last_uses
 
 # New (h, d) weight and (h,) bias (None: it needs none) of a layer, from its name, the correlations of its
@@ -94,7 +100,7 @@ def refit(
     fitted = {node: layer for node, layer in find_layers(graph, model).items() if layer.calls == 1}
     layers = {node: layer for node, layer in fitted.items() if only is None or layer.name in only}
     nodes = [node for node in graph.module.graph.nodes if node.op != "output"]
-    finished = last_uses(nodes)
+    finished, reads = last_uses(nodes), _Reads(layers.values(), [*layers])
     with evaluating(model):
         for node in tqdm(nodes, "refit", unit="op", disable=None if progress else True):
             if node.op != "placeholder":
@@ -102,13 +108,38 @@ def refit(
                 layer = layers.get(node)
                 if layer is not None and (layer.name in always or _is_touched(walk, node, layer, cuts)):
                     cut = cuts.get(layer.name)
-                    task = _Task(walk, node, layer, *kept_channels(layer, cut), sampling)
+                    task = _Task(walk, node, layer, *kept_channels(layer, cut), sampling, reads)
                     M, bias = _fitted(task, fit, layer.takes_bias or layer.name in new_biases)
                     walk.values |= layer_values(state, layer, cut, M, bias)
                     _show_new_bias(walk, node, layer)
                 walk.run_compressed(node)
             walk.forget(finished[node])
+            reads.forget(finished[node])
     return walk.values
+
+
+class _Reads:
+    """Products of the tensors that several layers read, made once.
+
+    ``outputs`` are how many outputs all layers have that read a tensor in one way.
+    """
+
+    def __init__(self, layers: Iterable[Layer], nodes: Sequence[Node]) -> None:
+        self.made: dict[tuple[Any, ...], Correlations] = {}
+        self.outputs: Counter[tuple[Any, ...]] = Counter()
+        for layer, node in zip(layers, nodes, strict=True):
+            self.outputs[_read_as(layer, node)] += rows.channels(layer.module)[1]
+
+    def forget(self, nodes: Sequence[Node]) -> None:
+        """Free what belongs to tensors that nothing reads any more."""
+        for key in [one for one in self.made if one[0] in nodes]:
+            del self.made[key]
+
+
+def _read_as(layer: Layer, node: Node) -> tuple[Any, ...]:
+    """The tensor that a layer reads, and the windows that it takes of it."""
+    names = ("kernel_size", "stride", "padding", "dilation", "output_padding", "padding_mode")
+    return (read_by(node), plain(layer.module), *(getattr(layer.module, name, None) for name in names))
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +152,7 @@ class _Task:
     inputs: Tensor
     outputs: Tensor
     sampling: Sampling
+    reads: _Reads
 
     @property
     def shortcut(self) -> Node | None:
@@ -146,12 +178,7 @@ def _fitted(task: _Task, fit: Fit, intercept: bool) -> tuple[Array, Array | None
     # Rows that values choose need not be the same ones in the two networks.
     if not seen or depends_on_values(task.node):
         return fit(task.layer.name, None, intercept)
-    sums = None
-    for x, y, _ in _samples(task):
-        sums = sums or rows.Sums.zeros(x.shape[1], y.shape[1], x.device)
-        sums.add(x, y)
-    assert sums is not None
-    correlations = sums.correlations()
+    correlations = _crossed(task) if _is_cheaper_crossed(task) else _summed(task)
     M, bias = fit(task.layer.name, correlations, intercept)
     if task.layer.rectified and task.shortcut is task.layer.shortcut:
         for _ in range(task.sampling.passes):
@@ -159,10 +186,84 @@ def _fitted(task: _Task, fit: Fit, intercept: bool) -> tuple[Array, Array | None
     return M, bias
 
 
+def _summed(task: _Task) -> Correlations:
+    """Correlations from the products of inputs with targets."""
+    sums = None
+    for x, y, _ in _samples(task):
+        sums = sums or Sums.zeros(x.shape[1], y.shape[1], x.device)
+        sums.add(x, y)
+    assert sums is not None
+    return sums.correlations()
+
+
+def _is_cheaper_crossed(task: _Task) -> bool:
+    """Whether products with the original's inputs are less work than those with the targets."""
+    layer = task.layer
+    inputs = rows.channels(layer.module)[0] * rows.taps(layer.module)
+    same = not task.walk.differs(read_by(task.node))
+    return task.shortcut is None and (same or task.reads.outputs[_read_as(layer, task.node)] >= inputs)
+
+
+def _crossed(task: _Task) -> Correlations:
+    """Correlations from the products of the two networks' inputs, shared with other layers."""
+    layer, key = task.layer, (*_read_as(task.layer, task.node), *task.inputs.tolist())
+    if key not in task.reads.made:
+        task.reads.made[key] = _inputs_of_both(task)
+    made = task.reads.made[key]
+    kept = task.outputs.cpu()
+    M = np.asarray(rows.matrix(layer.module).double().cpu()[kept].numpy())
+    bias = layer.module.bias
+    offset = np.zeros(len(M)) if bias is None else np.asarray(bias.detach().double().cpu()[kept].numpy())
+    squares = torch.zeros(len(M), dtype=torch.float64)
+    for part, chosen in _chosen(task):
+        y = rows.outputs(layer.module, part, chosen)[:, task.outputs]
+        squares += torch.linalg.vector_norm(y, dim=0, dtype=torch.float64).square().cpu()
+    yx = M @ made.yx + np.outer(offset, made.x_sum)
+    return replace(made, yx=yx, yy=squares.numpy(), y_sum=M @ made.y_sum + made.count * offset)
+
+
+def _inputs_of_both(task: _Task) -> Correlations:
+    """Correlations of the compressed network's kept inputs with all of the original's."""
+    read, layer = read_by(task.node), task.layer
+    same = not task.walk.differs(read)
+    columns = group_columns(task.inputs.cpu(), rows.taps(layer.module))
+    sums = None
+    for b, (y, chosen) in enumerate(_chosen(task)):
+        original, other = task.walk.original_value(read, b), task.walk.value(read, b)
+        dim = _channel_dim(layer)
+        kept = other if len(task.inputs) == other.shape[dim] else other.index_select(dim, task.inputs)
+        both = original if same else torch.cat([kept, original], dim)
+        for x, _ in rows.blocks(
+            layer.module,
+            both,
+            y,
+            chosen,
+            limit=room(rows.channels(layer.module)[0] * rows.taps(layer.module)),
+        ):
+            width = x.shape[1] if same else len(columns)
+            sums = sums or Sums.zeros(width, x.shape[1] - width, x.device)
+            sums.add(x)
+    assert sums is not None
+    found = sums.correlations()
+    if not same:
+        return found
+    return replace(found.restrict(columns), yx=found.xx[:, columns], yy=np.diag(found.xx), y_sum=found.x_sum)
+
+
+def _chosen(task: _Task) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The layer's original outputs, and the rows of them to fit on; always the same."""
+    layer, outputs = task.layer, task.walk.original[task.node]
+    total = sum(rows.positions(layer.module, y) for y in outputs)
+    share = task.sampling.rows_per_input * len(task.inputs) * rows.taps(layer.module) / max(1, total)
+    random = torch.Generator().manual_seed(task.sampling.seed)
+    for y in outputs:
+        yield y, rows.choice(rows.positions(layer.module, y), share, random)
+
+
 def _relu_adjusted(task: _Task, correlations: Correlations, M: Array, bias: Array | None) -> Correlations:
     """Correlations with targets moved to the fitted values wherever both lie below zero.
 
-    In the layer's own units zero is  −(shift + ŝ) / gain  of its norm and shortcut. Σ y yᵀ is diagonal.
+    In the layer's own units zero is  −(shift + ŝ) / gain  of its norm and shortcut.
     """
     # Sums of what moves, in double precision: inputs that hardly vary around a mean far from zero turn the
     # rounding of single precision into weights of thousands.
@@ -181,18 +282,15 @@ def _relu_adjusted(task: _Task, correlations: Correlations, M: Array, bias: Arra
         y_sum += change.sum(0)
         squares += target.double().square().sum(0)
     new_yx, new_sum = correlations.yx + yx.cpu().numpy(), correlations.y_sum + y_sum.cpu().numpy()
-    return replace(correlations, yx=new_yx, yy=squares.diag().cpu().numpy(), y_sum=new_sum)
+    return replace(correlations, yx=new_yx, yy=squares.cpu().numpy(), y_sum=new_sum)
 
 
 def _samples(task: _Task) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Rows of inputs x̂, targets y corrected for the shortcut, and compressed shortcuts ŝ; always the same."""
     layer, walk, shortcut = task.layer, task.walk, task.shortcut
     dim = _channel_dim(layer)
-    total = sum(rows.positions(layer.module, y) for y in walk.original[task.node])
-    share = task.sampling.rows_per_input * len(task.inputs) * rows.taps(layer.module) / max(1, total)
-    random = torch.Generator().manual_seed(task.sampling.seed)
     gain, _, active = _norm(task)
-    for b, y in enumerate(walk.original[task.node]):
+    for b, (y, chosen) in enumerate(_chosen(task)):
         x = walk.value(read_by(task.node), b)
         if len(task.inputs) < x.shape[dim]:
             x = x.index_select(dim, task.inputs)
@@ -201,8 +299,13 @@ def _samples(task: _Task) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
             lost = walk.original[shortcut][b] - walk.compressed[shortcut][b]
             scale = _along(dim, torch.where(active, 1 / gain, 0.0), y)
             target = torch.cat([y + lost * scale, walk.compressed[shortcut][b].expand_as(y)], dim)
-        chosen = rows.choice(rows.positions(layer.module, y), share, random)
-        for read, wanted in rows.blocks(layer.module, x, target, chosen):
+        for read, wanted in rows.blocks(
+            layer.module,
+            x,
+            target,
+            chosen,
+            limit=room(rows.channels(layer.module)[0] * rows.taps(layer.module)),
+        ):
             own, other = wanted[:, : y.shape[dim]], wanted[:, y.shape[dim] :]
             yield read, own[:, task.outputs], other[:, task.outputs] if shortcut is not None else None
 

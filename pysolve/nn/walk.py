@@ -67,6 +67,10 @@ class Walk:
         """A node's value in the compressed network for one batch, also that of a parameter or buffer."""
         return self._of_compressed(b)(node)
 
+    def original_value(self, node: Node, b: int) -> Any:
+        """The same in the original network."""
+        return self._of_original(b)(node)
+
     def differs(self, node: Node) -> bool:
         """Whether a value is not the same in the two networks."""
         if node in self.original:

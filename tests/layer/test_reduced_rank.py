@@ -196,9 +196,9 @@ def test_the_curve_of_spatial_factors_is_right_halfway_and_never_rises(seed, kno
 
 @given(seeds, seeds)
 def test_correlations_seen_through_a_map_are_those_of_the_mapped_outputs(seed, other):
-    _, x, y, known = layer(seed)
+    W, x, y, known = layer(seed)
     A = np.random.default_rng(other).standard_normal((4, 4))
-    found = seen_through(A, known)
+    found = seen_through(A, W, known)
     mapped = Correlations.from_samples(x, y @ A.T).centered()
     for part in ("xx", "yx", "yy"):
         scale = np.abs(getattr(mapped, part)).max()

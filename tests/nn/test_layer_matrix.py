@@ -1,18 +1,13 @@
 """Every layer is y = M x + b for the rows that samples and outputs form, whatever its shape."""
 
-from unittest import mock
-
-import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import seeds
 from torch import nn
 from torch.nn.functional import unfold
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pysolve.correlations import Correlations
 from pysolve.nn import layer_matrix as rows
 
 # torch says so of its own padding='same'.
@@ -221,20 +216,3 @@ def test_shapes_that_do_not_fit_are_refused():
     turned = nn.ConvTranspose2d(2, 3, 3, stride=2)
     with pytest.raises(ValueError, match=r"\(1, 11, 11\) samples and positions, .* has \(1, 12, 12\)"):
         list(rows.blocks(turned, x, turned(x, output_size=(12, 12)).detach()))
-
-
-@given(seeds, st.integers(1, 12), st.integers(1, 5), st.booleans(), st.integers(20, 99), st.integers(1, 9))
-def test_sums_of_any_pieces_are_those_of_all_samples(seed, d, h, by_columns, room, strip):
-    rng = np.random.default_rng(seed)
-    x, y = (torch.from_numpy(rng.standard_normal((15, width))) for width in (d, h))
-    stored = x.T.contiguous().T if by_columns else x
-    with mock.patch.multiple(rows, _ROOM=room, _STRIP=strip):
-        sums = rows.Sums.zeros(d, h, x.device)
-        for part in np.split(np.arange(15), sorted(rng.integers(0, 16, 2))):
-            sums.add(stored[part[0] : part[-1] + 1] if len(part) else stored[:0], y[part])
-    found, wanted = sums.correlations(), Correlations.from_samples(x.numpy(), y.numpy())
-    assert found.count == sums.count == 15
-    for name in ("xx", "yx", "yy", "x_sum", "y_sum"):
-        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=1e-12, atol=1e-12)
-    np.testing.assert_array_equal(found.xx, found.xx.T)
-    np.testing.assert_array_equal(found.yy, found.yy.T)

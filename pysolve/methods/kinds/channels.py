@@ -136,7 +136,7 @@ def _reader(
     own = correlations.centered()
     p = reader_columns(site, correlations, name, width).ravel()
     u = np.setdiff1d(np.arange(len(own.xx)), p)
-    R, C, left = own.r_xx, own.r_yx, float(np.trace(own.r_yy))
+    R, C, left = own.r_xx, own.r_yx, own.energy
     energy = (left if normalised else 0.0) or 1.0
     if len(u):
         explained = C[:, u]

@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from pysolve.correlations import AnyArray, Array, Correlations
+from pysolve.correlations import AnyArray, Array
 from pysolve.forms import Codebook, Integers, QuantForm
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.layer.quantize_layer import quantize_layer
@@ -89,7 +89,7 @@ class Codes:
     def trial(self, task: Task) -> LayerFit:
         """A layer's weights at a price at which little is lost, to measure what that does to the network."""
         W, known = task.weight, task.correlations
-        spread = 0.0 if known is None else float(np.trace(known.centered().r_yy)) / W.size
+        spread = 0.0 if known is None else known.centered().energy / W.size
         # Outputs that never change, and weights that are all zero, cost nothing at any price.
         return self.fit_priced(task, lam=_TRIED * (spread or float(np.square(W).mean()) or 1.0))
 
@@ -183,12 +183,7 @@ def estimate(task: Task, fit: Fit, *, rows: int = _ROWS) -> float:
     some = np.arange(0, h, max(1, h // rows)) if task.correlations is not None else np.arange(h)
     part = replace(task, weight=task.weight[some], outputs=task.outputs[some])
     if task.correlations is not None:
-        part = replace(part, correlations=_of_rows(task.correlations, some))
+        part = replace(part, correlations=task.correlations.of_outputs(some))
     found = fit(part)
     assert isinstance(found.form, Codebook | Integers)
     return coded_bytes(found.form, h / len(some))
-
-
-def _of_rows(found: Correlations, rows: AnyArray) -> Correlations:
-    """Correlations of some of the outputs."""
-    return replace(found, yx=found.yx[rows], yy=found.yy[np.ix_(rows, rows)], y_sum=found.y_sum[rows])

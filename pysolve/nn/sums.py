@@ -1,0 +1,143 @@
+"""Running sums of products of a layer's inputs and outputs, in double precision at the machine's speed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pysolve.correlations import Correlations
+
+# Numbers of a row from which products are taken in single precision: below, they cost nothing.
+SINGLE = 256
+# Rows of one such product, whose rounding grows with their root.
+ROWS = 1024
+# Numbers in one block: larger ones the allocator returns to the system, and gets back zeroed.
+ROOM = 2**20
+# Rows of a product computed at once, of which only the columns up to the diagonal are needed.
+_STRIP = 128
+
+
+@dataclass(frozen=True, eq=False)
+class Sums:
+    """Running sums over samples, updated in place.
+
+    With z = (x, y) less a shift near its mean, the sums  Σ z xᵀ, Σ y² and Σ z  are float64. Products of
+    single-precision rows of at least 256 numbers are float32, of 1,024 rows each: relative to the sums in the
+    Frobenius norm their rounding is below 1e-6, since inputs that hardly vary around a mean far from zero
+    are shifted there, where no digits are lost.
+
+    Parameters
+    ----------
+    products : (d + h, d) or (d + h, d + h) tensor
+        Σ z xᵀ or Σ z zᵀ, each product once: below the diagonal.
+    squares : (h,) tensor
+        Σ y², shifted.
+    total, shift : (d + h,) tensors
+        Σ z, and what was taken from x and y.
+    d : int
+        Inputs.
+    counted : (1,) tensor
+        Samples so far.
+    """
+
+    products: Tensor
+    squares: Tensor
+    total: Tensor
+    shift: Tensor
+    d: int
+    counted: Tensor
+
+    @classmethod
+    def zeros(cls, d: int, h: int, device: torch.device, *, full: bool = False) -> Sums:
+        """Sums over no samples yet, of d inputs and h outputs; ``full``: with the products of outputs."""
+        # Apple's GPU has no float64.
+        home = torch.device("cpu") if device.type == "mps" else device
+        products = torch.zeros(d + h, d + h if full else d, dtype=torch.float64, device=home)
+        total, shift = products.new_zeros(2, d + h)
+        counted = torch.zeros(1, dtype=torch.int64)
+        return cls(products, products.new_zeros(h), total, shift, d, counted)
+
+    @property
+    def count(self) -> int:
+        """Samples so far."""
+        return int(self.counted)
+
+    @property
+    def x_sum(self) -> Tensor:
+        """Σ x, (d,)."""
+        return (self.total + self.count * self.shift)[: self.d]
+
+    @property
+    def y_sum(self) -> Tensor:
+        """Σ y, (h,)."""
+        return (self.total + self.count * self.shift)[self.d :]
+
+    def add(self, *parts: Tensor) -> None:
+        """Add samples, ``x`` (n, d) and ``y`` (n, h), of any dtype and on any device."""
+        home, size = self.products.device, len(self.shift)
+        single = size >= SINGLE and all(part.dtype.itemsize < 8 for part in parts)
+        kind, step = (torch.float32, ROWS) if single else (torch.float64, max(1, 2 * ROOM // max(1, size)))
+        if single and not self.count and len(parts[0]):
+            self.shift.copy_(torch.cat([_near_mean(part[:step].to(home)) for part in parts]))
+        for start in range(0, len(parts[0]), step):
+            self._add([part[start : start + step].to(home) for part in parts], kind)
+
+    def _add(self, parts: Sequence[Tensor], kind: torch.dtype) -> None:
+        n, size = len(parts[0]), len(self.shift)
+        # Laid out as x is: to turn it takes several times as long as to copy it.
+        by_columns = parts[0].stride(0) == 1 and n > 1
+        store = self.shift.new_empty((size, n) if by_columns else (n, size), dtype=kind)
+        z, place = store.T if by_columns else store, 0
+        for part in parts:
+            width = part.shape[1]
+            own = slice(place, place + width)
+            torch.sub(part.to(kind), self.shift[own].to(kind), out=z[:, own])
+            place += width
+        self.counted.add_(n)
+        self.total.add_(z.sum(0, dtype=torch.float64))
+        self.squares.add_(torch.linalg.vector_norm(z[:, self.d :], dim=0, dtype=torch.float64).square())
+        # SciPy's symmetric update saves as much, but its threads and torch's then wait for each other.
+        strip = _STRIP if kind is torch.float64 else 2 * _STRIP
+        width = -(-size // -(-size // strip))
+        for start in range(0, size, width):
+            rows, end = slice(start, start + width), min(start + width, self.products.shape[1])
+            self.products[rows, :end].add_(z[:, rows].T @ z[:, :end])
+
+    def correlations(self, group_size: int = 1) -> Correlations:
+        """The sums as NumPy arrays; without products of outputs, yy is the diagonal."""
+        d, n, shift, total = self.d, self.count, self.shift.cpu(), self.total.cpu()
+        # Copies: sums may go on.
+        products = self.products.cpu().clone().addr_(total, shift[: self.products.shape[1]])
+        products.addr_(shift, (total + n * shift)[: self.products.shape[1]])
+        xx, yx, yy = products[:d, :d], products[d:, :d], products[d:, d:]
+        yy = _whole(yy) if yy.numel() else self.squares.cpu() + shift[d:] * (2 * total + n * shift)[d:]
+        sums = total + n * shift
+        xx = _whole(xx)
+        return Correlations(
+            xx.numpy(), yx.numpy(), yy.numpy(), n, sums[:d].numpy(), sums[d:].numpy(), group_size
+        )
+
+
+def room(inputs: int) -> int:
+    """Numbers of inputs to add at once, of rows of so many."""
+    return max(ROOM, ROWS * inputs)
+
+
+def _near_mean(rows: Tensor) -> Tensor:
+    """Means of the columns in so few digits that products of what a ReLU makes zero are exact in float32.
+
+    In single precision many equal terms are all rounded to the same side.
+    """
+    values = rows.double()
+    mean, spread = values.mean(0), values.std(0, correction=0)
+    step = torch.exp2((spread / 8).log2().floor())
+    rounded = torch.where(step > 0, (mean / step).round() * step, mean)
+    return rounded.to(rows.dtype).double().nan_to_num(0.0, 0.0, 0.0)
+
+
+def _whole(lower: Tensor) -> Tensor:
+    """A symmetric matrix from what is on and below its diagonal."""
+    return lower.tril() + lower.tril(-1).T
