@@ -79,7 +79,7 @@ def settle(
         wanted = [*sizes, *(ranks.get(str(menu.unit), menu.whole) for menu in layers)]
         menus = [*zip([*sites, *layers], wanted, strict=True)]
         expected = [float(menu.curve[k]) for menu, k in menus]
-        found = [measured(study, menu, [k], where) for menu, k in menus]
+        found = measured(study, [(menu, [k]) for menu, k in menus], where)
         sites, layers = found[: len(sites)], [m for m in found[len(sites) :] if isinstance(m, RankMenu)]
         chosen = reduce(or_, (menu.at(k) for menu, k in menus if k < menu.whole), Chosen())
         tried.append(Settled(sites, layers, sizes, ranks, expected[: len(sites)], chosen))

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from torch import Tensor
 from tqdm.auto import tqdm
 
 from pysolve.methods.menu import PROBED_ERRORS, Chosen, Menu
-from pysolve.methods.rebuild import independent
+from pysolve.methods.rebuild import changed_names, independent
 from pysolve.methods.study import Study
-from pysolve.nn.calibration import first_samples, samples_in
+from pysolve.nn.calibration import first_samples, fits, samples_in
+from pysolve.nn.changed import changed_outputs, is_repeatable
 from pysolve.nn.divergence import mean_divergence, run
+from pysolve.nn.graph.export import Graph
 from pysolve.nn.running import Batch, Output
 
 # Work for measuring divergences, in samples through the whole network; shared by all units, so that it does
@@ -47,35 +50,60 @@ def probe_of_codes(study: Study, units: int) -> Probe:
 
 
 def price(study: Study, menus: Sequence[M], where: Probe) -> list[M]:
-    """Menus with the divergence of every unit alone at the sizes of its probes.
+    """Menus with the divergence of every unit alone at the sizes of its probes."""
+    return measured(study, [(menu, menu.probes()) for menu in menus], where)
 
-    Parameters
-    ----------
-    study : Study
-    menus : sequence of Menu
-    where : Probe
-    """
-    hidden = None if study.options.progress else True
-    return [
-        measured(study, menu, menu.probes(), where)
-        for menu in tqdm(menus, "measure", unit="unit", disable=hidden)
+
+def measured(study: Study, wanted: Sequence[tuple[M, Sequence[int]]], where: Probe) -> list[M]:
+    """Menus with the divergence of each alone at some sizes; what was measured before is not again."""
+    menus = [menu for menu, _ in wanted]
+    asked = [
+        (i, size) for i, (menu, sizes) in enumerate(wanted) for size in sizes if size not in menu.measured
     ]
+    whole = [(i, size) for i, size in asked if size == menus[i].whole]
+    changed = [pair for pair in asked if pair not in whole]
+    for i, size in whole:
+        menus[i] = replace(menus[i], measured={**menus[i].measured, size: 0.0})
+    found = divergences(study, [menus[i].at(size) for i, size in changed], where)
+    hidden, start = None if study.options.progress else True, time.perf_counter()
+    for number, value in tqdm(found, "measure", len(changed), unit="size", disable=hidden):
+        (i, size), now = changed[number], time.perf_counter()
+        known, seconds = {**menus[i].measured, size: value}, menus[i].seconds + now - start
+        menus[i], start = replace(menus[i], measured=known, seconds=seconds), now
+    return menus
 
 
-def measured(study: Study, menu: M, sizes: Sequence[int], where: Probe) -> M:
-    """A menu with the divergence at some sizes; what was measured before is not again."""
-    start, found = time.perf_counter(), dict(menu.measured)
-    for size in sizes:
-        if size not in found:
-            found[size] = 0.0 if size == menu.whole else divergence_of(study, menu.at(size), where)
-    return replace(menu, measured=found, seconds=menu.seconds + time.perf_counter() - start)
+def divergences(study: Study, choices: Sequence[Chosen], where: Probe) -> Iterator[tuple[int, float]]:
+    """Divergence of the network's outputs with each chosen by itself, and its number, in any order.
+
+    Every layer is fitted on the original's inputs. Where the graph allows it, only what follows the first
+    layer that changes is computed.
+    """
+    names = [[*changed_names(study, one)] for one in choices]
+
+    def values(number: int) -> Mapping[str, Tensor]:
+        return independent(study, choices[number]).values
+
+    if study.graph and _walks(study.graph, names, where):
+        found = changed_outputs(study.graph, study.model, where.batches, where.outputs, names, values)
+    else:
+        found = ((i, run(study.model, where.batches, values(i))) for i in range(len(choices)))
+    sizes = [*map(samples_in, where.batches)]
+    for number, outputs in found:
+        yield number, mean_divergence(where.outputs, outputs, sizes, study.options.divergence)
 
 
 def divergence_of(study: Study, chosen: Chosen, where: Probe) -> float:
     """Divergence of the network's outputs with this chosen, every layer fitted on the original's inputs."""
-    outputs = run(study.model, where.batches, independent(study, chosen).values)
-    sizes = [*map(samples_in, where.batches)]
-    return mean_divergence(where.outputs, outputs, sizes, study.options.divergence)
+    ((_, found),) = divergences(study, [chosen], where)
+    return found
+
+
+def _walks(graph: Graph, names: Sequence[Sequence[str]], where: Probe) -> bool:
+    """Whether the graph gives what the network does, with these parameters changed."""
+    known = set(graph.parameters.values())
+    fit = all(fits(graph, batch) for batch in where.batches) and is_repeatable(graph)
+    return fit and all(known.issuperset(own) for own in names)
 
 
 def _probe(study: Study, batches: Sequence[Batch]) -> Probe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -95,6 +95,18 @@ def independent(study: Study, chosen: Chosen) -> Rebuilt:
         values |= values_of(study, state, cuts, name, found)
     assert study.calibration is not None
     return Rebuilt(chosen, values, fits, study.calibration.seen)
+
+
+def changed_names(study: Study, chosen: Chosen) -> Iterator[str]:
+    """State-dict names of what ``independent`` changes."""
+    state = study.model.state_dict(keep_vars=True)
+    for name in _concerned(study, chosen, cuts_of(chosen.keep, study.layers)):
+        yield weight_name(study.model, name)
+        layer = study.layers.get(name)
+        if layer is not None and f"{name}.bias" in state:
+            yield f"{name}.bias"
+        elif layer is not None and layer.mean is not None:
+            yield layer.mean
 
 
 def cuts_of(keep: Mapping[Site, Indices], layers: Mapping[str, Layer]) -> dict[str, Cut]:

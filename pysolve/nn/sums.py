@@ -97,11 +97,11 @@ class Sums:
             torch.sub(part.to(kind), self.shift[own].to(kind), out=z[:, own])
             place += width
         self.counted.add_(n)
-        self.total.add_(z.sum(0, dtype=torch.float64))
+        # Of single precision, too: sums of so few rows around their mean lose no more than their rounding.
+        self.total.add_(z.sum(0))
         self.squares.add_(torch.linalg.vector_norm(z[:, self.d :], dim=0, dtype=torch.float64).square())
         # SciPy's symmetric update saves as much, but its threads and torch's then wait for each other.
-        strip = _STRIP if kind is torch.float64 else 2 * _STRIP
-        width = -(-size // -(-size // strip))
+        width = -(-size // -(-size // _STRIP))
         for start in range(0, size, width):
             rows, end = slice(start, start + width), min(start + width, self.products.shape[1])
             self.products[rows, :end].add_(z[:, rows].T @ z[:, :end])
@@ -109,13 +109,17 @@ class Sums:
     def correlations(self, group_size: int = 1) -> Correlations:
         """The sums as NumPy arrays; without products of outputs, yy is the diagonal."""
         d, n, shift, total = self.d, self.count, self.shift.cpu(), self.total.cpu()
-        # Copies: sums may go on.
-        products = self.products.cpu().clone().addr_(total, shift[: self.products.shape[1]])
-        products.addr_(shift, (total + n * shift)[: self.products.shape[1]])
+        sums, columns = total + n * shift, self.products.shape[1]
+        # A copy: sums may go on.
+        products = self.products.cpu().clone()
+        if bool(shift.any()):
+            products.addr_(total, shift[:columns]).addr_(shift, sums[:columns])
         xx, yx, yy = products[:d, :d], products[d:, :d], products[d:, d:]
-        yy = _whole(yy) if yy.numel() else self.squares.cpu() + shift[d:] * (2 * total + n * shift)[d:]
-        sums = total + n * shift
-        xx = _whole(xx)
+        _mirror(xx)
+        if yy.numel():
+            _mirror(yy)
+        else:
+            yy = self.squares.cpu() + shift[d:] * (total + sums)[d:]
         return Correlations(
             xx.numpy(), yx.numpy(), yy.numpy(), n, sums[:d].numpy(), sums[d:].numpy(), group_size
         )
@@ -138,6 +142,9 @@ def _near_mean(rows: Tensor) -> Tensor:
     return rounded.to(rows.dtype).double().nan_to_num(0.0, 0.0, 0.0)
 
 
-def _whole(lower: Tensor) -> Tensor:
-    """A symmetric matrix from what is on and below its diagonal."""
-    return lower.tril() + lower.tril(-1).T
+def _mirror(lower: Tensor) -> None:
+    """Make a matrix symmetric by what is on and below its diagonal, in place."""
+    for start in range(0, len(lower), _STRIP):
+        rows = slice(start, start + _STRIP)
+        lower[:start, rows] = lower[rows, :start].T
+        lower[rows, rows] = lower[rows, rows].tril() + lower[rows, rows].tril(-1).T

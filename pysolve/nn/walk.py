@@ -45,6 +45,15 @@ class Walk:
         self.original: dict[Node, list[Any]] = {node: [one[node] for one in bound] for node in graph.inputs}
         self.compressed = dict(self.original)
 
+    def branch(self, values: Mapping[str, Tensor]) -> Walk:
+        """A walk of its own from here on, in which the original has other parameters."""
+        other = copy(self)
+        changed = {node: values[name] for node, name in self.graph.parameters.items() if name in values}
+        other.fixed = {**self.fixed, **changed}
+        other.values, other.added = {}, {}
+        other.original, other.compressed = dict(self.original), dict(self.compressed)
+        return other
+
     def run_original(self, node: Node) -> None:
         """The operator's results in the original network."""
         with _draws(node):
