@@ -28,7 +28,7 @@ from pysolve.nn.files.checkpoint import file_bytes
 from pysolve.nn.layers.masking import mask_weights, remove_masks
 from pysolve.nn.nonzeros import nonzeros
 from pysolve.nn.per_sample import Workload, sample_macs, workload
-from pysolve.nn.profile import latencies, masses
+from pysolve.nn.profile import FEWEST, latencies, masses
 from pysolve.nn.running import Batch, as_array, find_layer
 from pysolve.nn.state import copy_of
 from pysolve.plan import Plan
@@ -40,8 +40,8 @@ from pysolve.training.distill import distill as teach
 LOGGER = logging.getLogger("pysolve")
 # Parts of a batch that are compared by themselves.
 PARTS = 16
-# Samples that are timed together.
-BATCHES = (1, 64)
+# Most samples that are timed together; the share of a call's seconds that timing may add, or so many seconds.
+TOGETHER, TIMING, LEAST_TIMING = 64, 0.04, 1.0
 CHOSEN_ON = (
     "the divergence is that of the samples that sizes were chosen on; of "
     f"{HELD_OF * 3 * LEAST_APART} samples or more, others are set apart for it"
@@ -102,7 +102,7 @@ def finish(
         model, more = matched(study, original, model, distill, zeros)
         notes = (*notes, *more)
         clock.stage("distill")
-    report = account(original, model, study)
+    report = account(original, model, study, spent=sum({**study.seconds, **clock.seconds}.values()))
     if study.calibration is not None and study.calibration.fitted_on:
         notes = (*notes, FITTED_ON)
     elif selected and study.apart is study.held:
@@ -170,18 +170,22 @@ def matched(
     return (model, [f"distillation was undone: {rise}"]) if rise else (student, [])
 
 
-def account(original: nn.Module, smaller: nn.Module, study: Study) -> Report:
+def account(original: nn.Module, smaller: nn.Module, study: Study, *, spent: float = 0.0) -> Report:
     """Compare a network with its original; what was done to it is for the caller to add.
 
     Costs and times are taken on a batch of the selection set, the divergence on samples that nothing was
-    chosen on; without data, neither divergence nor MACs nor times.
+    chosen on; without data, neither divergence nor MACs nor times. Times take a small share of the seconds
+    that were ``spent`` already: of large networks, those of smaller batches.
     """
     first = study.held[0] if study.held else None
     work = None if first is None else workload(study.held)
-    mass = () if first is None else masses(original, smaller, take(first, 0, BATCHES[-1]), work)
+    times, together = _latencies(original, smaller, first, max(LEAST_TIMING, TIMING * spent))
+    macs = [] if work is None else [sample_macs(model, work) for model in (original, smaller)]
+    counts = [{"macs": sum(one.values())} for one in macs] or [{}, {}]
+    mass = () if first is None else masses(original, smaller, take(first, 0, together), macs)
     return Report(
-        before=costs(original, work),
-        after=costs(smaller, work),
+        before={**costs(original), **counts[0]},
+        after={**costs(smaller), **counts[1]},
         sites=(),
         divergence=distance(original, smaller, study.apart, study.options.divergence)
         if study.apart
@@ -189,7 +193,7 @@ def account(original: nn.Module, smaller: nn.Module, study: Study) -> Report:
         samples=0,
         held=0 if study.calibration and study.calibration.fitted_on else sum(map(samples_in, study.apart)),
         mass=mass,
-        latencies=() if first is None else _latencies(original, smaller, first),
+        latencies=times,
         made_with=made_with(study.options.seed),
     )
 
@@ -296,14 +300,22 @@ def _parts(batches: Sequence[Batch]) -> Iterator[Batch]:
         yield from (take(batch, i, i + size) for i in range(0, count - size + 1, size))
 
 
-def _latencies(original: nn.Module, smaller: nn.Module, batch: Batch) -> tuple[tuple[Latency, Latency], ...]:
+def _latencies(
+    original: nn.Module, smaller: nn.Module, batch: Batch, seconds: float
+) -> tuple[tuple[tuple[Latency, Latency], ...], int]:
+    """Times of one sample and of several together, and how many these are."""
     found: dict[int, tuple[Latency, Latency]] = {}
-    for size in BATCHES:
-        part = take(batch, 0, size)
+    together = TOGETHER
+    for size in (1, together) if batch is not None else ():
+        part = take(batch, 0, min(size, together))
         try:
             before, after = latencies((original, smaller), part)
         except (RuntimeError, ValueError):
             # The network's code takes batches of one size alone, or no single sample.
             continue
         found[before.batch_size] = (before, after)
-    return tuple(found.values())
+        # Latencies and times of layers, each of both networks; together samples take less than alone.
+        calls = 2 * 2 * FEWEST
+        while size == 1 and together > 1 and calls * together * before.median > seconds:
+            together //= 2
+    return tuple(found.values()), together

@@ -123,8 +123,11 @@ class Study:
 
 def weight_name(model: nn.Module, name: str) -> str:
     """What the state dict calls the weight of a layer, or a bare parameter."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    return f"{name}.weight".lstrip(".") if name in modules else name
+    try:
+        model.get_submodule(name)
+    except AttributeError:
+        return name
+    return f"{name}.weight".lstrip(".")
 
 
 def study(

@@ -11,14 +11,13 @@ from torch.fx import Node
 
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.outputs import tensors_of
-from pysolve.nn.running import Batch, Output, evaluating
-from pysolve.nn.walk import Walk, last_uses
+from pysolve.nn.running import Batch, Output
+from pysolve.nn.walk import Walk, draws, last_uses
 
 
 def is_repeatable(graph: Graph) -> bool:
     """Whether no operator draws random numbers: graph and network then give the same outputs."""
-    seeded = torch.Tag.nondeterministic_seeded
-    return all(seeded not in getattr(node.target, "tags", ()) for node in graph.module.graph.nodes)
+    return not any(map(draws, graph.module.graph.nodes))
 
 
 def changed_outputs(
@@ -64,12 +63,12 @@ def changed_outputs(
             number = waiting.pop(0)
             branch = walk.branch(values(number))
             # Inside the loop: a generator that is abandoned must not leave gradients switched off.
-            with evaluating(model):
+            with torch.no_grad():
                 found = _run(branch, nodes[place:], finished)
             yield number, map(_with_tensors, outputs, found)
         if not waiting:
             return
-        with evaluating(model):
+        with torch.no_grad():
             _step(walk, node, finished)
 
 

@@ -65,17 +65,14 @@ def sample_macs(model: nn.Module, example: Batch | Workload) -> dict[str, int]:
     What runs once a batch, such as a table of positions, counts whole. Of samples of several shapes the mean.
     """
     work = as_workload(example)
-    counts = by_layer(sample_calls(model, work, sample_weights(model, work)))
+    runs = [_run(model, batch) for batch in work.batches]
+    counts = by_layer(_weighted(runs, work, _weights(model, runs)))
     return {name: round(count) for name, count in counts.items()}
 
 
 def sample_calls(model: nn.Module, work: Workload, weights: Sequence[dict[str, float]]) -> list[Call]:
     """All calls for the mean sample, one part of the work after the other."""
-    found = []
-    for batch, share, weight in zip(work.batches, work.shares, weights, strict=True):
-        few, run = _run(model, batch)
-        found += [call.times(share * weight.get(call.layer, 1 / _samples(few))) for call in run]
-    return found
+    return _weighted([_run(model, batch) for batch in work.batches], work, weights)
 
 
 def sample_weights(model: nn.Module, work: Workload) -> list[dict[str, float]]:
@@ -84,9 +81,22 @@ def sample_weights(model: nn.Module, work: Workload) -> list[dict[str, float]]:
     With b MACs a sample and a a batch, n samples take c(n) = a + b n; so a + b is
     c(n) − (n − 1) / n (c(2n) − c(n)) .
     """
+    return _weights(model, [_run(model, batch) for batch in work.batches])
+
+
+def _weighted(
+    runs: Sequence[tuple[Batch, list[Call]]], work: Workload, weights: Sequence[dict[str, float]]
+) -> list[Call]:
+    return [
+        call.times(share * weight.get(call.layer, 1 / _samples(few)))
+        for (few, run), share, weight in zip(runs, work.shares, weights, strict=True)
+        for call in run
+    ]
+
+
+def _weights(model: nn.Module, runs: Sequence[tuple[Batch, list[Call]]]) -> list[dict[str, float]]:
     found = []
-    for batch in work.batches:
-        few, run = _run(model, batch)
+    for few, run in runs:
         n, once = _samples(few), by_layer(run)
         twice = by_layer(_doubled_calls(model, few)) if n > 1 else once
         more = {name: max(0.0, twice.get(name, 2 * count) - count) for name, count in once.items()}

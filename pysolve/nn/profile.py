@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from pysolve.nn.calibration import samples_in
 from pysolve.nn.evaluate import COUNTED, parameters, seconds_of, summary, wait
 from pysolve.nn.nonzeros import nonzeros
-from pysolve.nn.per_sample import Workload, as_workload, sample_macs
+from pysolve.nn.per_sample import sample_macs
 from pysolve.nn.running import Batch, arguments, device_of, evaluating, forward, hooked
 from pysolve.report.rows import Latency, LayerMass
 
@@ -33,7 +33,7 @@ def latencies(models: Sequence[nn.Module], batch: Batch) -> tuple[Latency, ...]:
 
 
 def masses(
-    before: nn.Module, after: nn.Module, batch: Batch, work: Workload | None = None
+    before: nn.Module, after: nn.Module, batch: Batch, macs: Sequence[Mapping[str, int]] = ()
 ) -> tuple[LayerMass, ...]:
     """Parameters, MACs and seconds of the layers with weights and of all else that multiplies.
 
@@ -45,10 +45,10 @@ def masses(
     before, after : nn.Module
     batch : one batch
         Seconds are taken on it.
-    work : Workload, optional
-        MACs are counted on it, by default on the batch.
+    macs : two of {module: int}, optional
+        Of one sample, as ``sample_macs`` counts them; by default on the batch.
     """
-    old, new = (sample_macs(model, as_workload(batch if work is None else work)) for model in (before, after))
+    old, new = macs or [sample_macs(model, batch) for model in (before, after)]
     sizes = _sizes(before, old)
     owner = partial(_owner, dict(before.named_modules()), sizes)
     counts = [_grouped(one, owner) for one in (old, new)]

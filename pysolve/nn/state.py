@@ -105,6 +105,8 @@ class _Kept:
     def of(cls, container: Any, seen: set[int]) -> _Kept:
         """A container as it is; weights, which no call changes, without their values."""
         seen.add(id(container))
+        if not container:
+            return cls(container, (), [], [])
         items = copy.copy(container)
         found = _parts(items)
         tensors = [one for one in found if isinstance(one, Tensor) and not isinstance(one, nn.Parameter)]
@@ -115,6 +117,8 @@ class _Kept:
 
     def put_back(self) -> None:
         """The same things in the container, with the same values."""
+        if not self.items and not self.container:
+            return
         for tensor, value, count in self.values:
             if count != version(tensor) or count < 0:
                 tensor.detach().copy_(value)
@@ -123,7 +127,7 @@ class _Kept:
         now, before = ([*map(id, one), *map(id, _parts(one))] for one in (self.container, self.items))
         if now != before:
             self.container.clear()
-            (self.container.extend if isinstance(self.items, list | deque) else self.container.update)(
+            (self.container.extend if isinstance(self.container, list | deque) else self.container.update)(
                 self.items
             )
 

@@ -164,10 +164,21 @@ def _in_place(node: Node) -> bool:
     return bool(schema and schema.is_mutable)
 
 
+def draws(node: Node) -> bool:
+    """Whether an operator draws random numbers."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    name, given = str(node.target), dict(enumerate(node.args))
+    if "scaled_dot_product_attention" in name:
+        return bool(node.kwargs.get("dropout_p", given.get(4, 0.0)))
+    # In evaluation mode dropout does nothing.
+    return not (name.startswith("aten.dropout") and given.get(2) is False)
+
+
 @contextmanager
 def _draws(node: Node) -> Iterator[None]:
     """The same random numbers for an operator in both networks."""
-    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+    if not draws(node):
         yield
         return
     with torch.random.fork_rng():
