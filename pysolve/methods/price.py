@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from torch import Tensor
@@ -30,10 +30,14 @@ M = TypeVar("M", bound=Menu)
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """Samples to measure divergences on, in batches, and the original's outputs."""
+    """Samples to measure divergences on, in batches, and a network's outputs for them.
+
+    ``values`` are its parameters where they are not the original's.
+    """
 
     batches: Sequence[Batch]
     outputs: Sequence[Output]
+    values: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 def probe(study: Study, units: int, *, sizes: int = len(PROBED_ERRORS)) -> Probe:
@@ -42,11 +46,14 @@ def probe(study: Study, units: int, *, sizes: int = len(PROBED_ERRORS)) -> Probe
     return _probe(study, first_samples(study.held, count))
 
 
-def probe_of_codes(study: Study, units: int) -> Probe:
-    """Samples for units in few bits: those that were fitted on serve too, for bits follow no noise."""
+def probe_of_codes(study: Study, units: int, values: Mapping[str, Tensor]) -> Probe:
+    """Samples for units in few bits: those that were fitted on serve too, for bits follow no noise.
+
+    ``values`` are parameters of the network where they are not the original's.
+    """
     assert study.calibration is not None
     count = max(LEAST_OF_CODES, PROBE_SAMPLES // max(1, units))
-    return _probe(study, first_samples(study.calibration.kept, count))
+    return _probe(study, first_samples(study.calibration.kept, count), values)
 
 
 def price(study: Study, menus: Sequence[M], where: Probe) -> list[M]:
@@ -64,7 +71,9 @@ def measured(study: Study, wanted: Sequence[tuple[M, Sequence[int]]], where: Pro
     changed = [pair for pair in asked if pair not in whole]
     for i, size in whole:
         menus[i] = replace(menus[i], measured={**menus[i].measured, size: 0.0})
-    found = divergences(study, [menus[i].at(size) for i, size in changed], where)
+    choices = [menus[i].at(size) for i, size in changed]
+    names = [[*changed_names(study, one)] for one in choices]
+    found = divergences(study, names, lambda number: independent(study, choices[number]).values, where)
     hidden, start = None if study.options.progress else True, time.perf_counter()
     for number, value in tqdm(found, "measure", len(changed), unit="size", disable=hidden):
         (i, size), now = changed[number], time.perf_counter()
@@ -73,38 +82,49 @@ def measured(study: Study, wanted: Sequence[tuple[M, Sequence[int]]], where: Pro
     return menus
 
 
-def divergences(study: Study, choices: Sequence[Chosen], where: Probe) -> Iterator[tuple[int, float]]:
-    """Divergence of the network's outputs with each chosen by itself, and its number, in any order.
+def divergences(
+    study: Study,
+    names: Sequence[Sequence[str]],
+    values: Callable[[int], Mapping[str, Tensor]],
+    where: Probe,
+) -> Iterator[tuple[int, float]]:
+    """The number of each of several changes, in any order, and the divergence that it causes by itself.
 
-    Every layer is fitted on the original's inputs. Where the graph allows it, only what follows the first
-    layer that changes is computed.
+    Where the graph allows it, only what follows the first operator that reads a change is computed.
+
+    Parameters
+    ----------
+    study : Study
+    names : sequence of sequences of str
+        State-dict names of what each change may be of.
+    values : callable
+        From the number of a change to its new values.
+    where : Probe
     """
-    names = [[*changed_names(study, one)] for one in choices]
-
-    def values(number: int) -> Mapping[str, Tensor]:
-        return independent(study, choices[number]).values
-
-    if study.graph and _walks(study.graph, names, where):
-        found = changed_outputs(study.graph, study.model, where.batches, where.outputs, names, values)
+    graph, batches = study.graph, where.batches
+    if graph and _walks(graph, names, where):
+        found = changed_outputs(graph, study.model, batches, where.outputs, names, values, base=where.values)
     else:
-        found = ((i, run(study.model, where.batches, values(i))) for i in range(len(choices)))
-    sizes = [*map(samples_in, where.batches)]
+        every = range(len(names))
+        found = ((i, run(study.model, batches, {**where.values, **values(i)})) for i in every)
     for number, outputs in found:
+        sizes = [*map(samples_in, batches)]
         yield number, mean_divergence(where.outputs, outputs, sizes, study.options.divergence)
 
 
 def divergence_of(study: Study, chosen: Chosen, where: Probe) -> float:
     """Divergence of the network's outputs with this chosen, every layer fitted on the original's inputs."""
-    ((_, found),) = divergences(study, [chosen], where)
-    return found
+    outputs = run(study.model, where.batches, independent(study, chosen).values)
+    sizes = [*map(samples_in, where.batches)]
+    return mean_divergence(where.outputs, outputs, sizes, study.options.divergence)
 
 
 def _walks(graph: Graph, names: Sequence[Sequence[str]], where: Probe) -> bool:
     """Whether the graph gives what the network does, with these parameters changed."""
     known = set(graph.parameters.values())
     fit = all(fits(graph, batch) for batch in where.batches) and is_repeatable(graph)
-    return fit and all(known.issuperset(own) for own in names)
+    return fit and all(known.issuperset(own) for own in [*names, [*where.values]])
 
 
-def _probe(study: Study, batches: Sequence[Batch]) -> Probe:
-    return Probe(batches, list(run(study.model, batches)))
+def _probe(study: Study, batches: Sequence[Batch], values: Mapping[str, Tensor] | None = None) -> Probe:
+    return Probe(batches, list(run(study.model, batches, values or None)), values or {})

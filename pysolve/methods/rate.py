@@ -23,19 +23,18 @@ from pysolve.methods.kinds.codes import (
     rounded,
 )
 from pysolve.methods.menu import Chosen
-from pysolve.methods.price import probe_of_codes
+from pysolve.methods.price import divergences, probe_of_codes
 from pysolve.methods.rebuild import (
     Rebuilt,
     cuts_of,
     independent,
+    names_of,
     rebuild,
     task_of,
     tasks_of,
     values_of,
 )
 from pysolve.methods.study import Skipped, Study, reasons, study, weights_of
-from pysolve.nn.calibration import samples_in
-from pysolve.nn.divergence import mean_divergence, run
 from pysolve.nn.evaluate import nbytes
 from pysolve.nn.layer_kinds import EMBEDDINGS, WEIGHTED
 from pysolve.nn.running import Batch, find_matching
@@ -294,17 +293,19 @@ def priced(subject: Subject, keep: Mapping[Site, Indices] | None = None) -> Subj
     if study.calibration is None:
         return subject
     base, cuts = independent(study, Chosen(keep or {})), cuts_of(keep or {}, study.layers)
-    where, state = probe_of_codes(study, len(study.weights)), study.model.state_dict()
-    sizes, losses, divergences = [*map(samples_in, where.batches)], {}, {}
-    originals = [*run(study.model, where.batches, base.values)] if keep else where.outputs
-    for name in study.weights:
+    where = probe_of_codes(study, len(study.weights), base.values if keep else {})
+    state, weights, losses = study.model.state_dict(), [*study.weights], dict[str, float]()
+
+    def values(number: int) -> Mapping[str, Tensor]:
+        name = weights[number]
         task = task_of(study, cuts, name, prior=base.fits.get(name))
         fit = kind.trial(task)
         losses[name] = kind.loss(task, fit)
-        values = {**base.values, **values_of(study, state, cuts, name, fit)}
-        outputs = run(study.model, where.batches, values)
-        divergences[name] = mean_divergence(originals, outputs, sizes, study.options.divergence)
-    return replace(subject, kind=kind.priced(losses, divergences))
+        return values_of(study, state, cuts, name, fit)
+
+    names = [[*names_of(study, name)] for name in weights]
+    found = {weights[number]: one for number, one in divergences(study, names, values, where)}
+    return replace(subject, kind=kind.priced(losses, found))
 
 
 def beside(subject: Subject) -> float:

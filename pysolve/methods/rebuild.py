@@ -98,15 +98,19 @@ def independent(study: Study, chosen: Chosen) -> Rebuilt:
 
 
 def changed_names(study: Study, chosen: Chosen) -> Iterator[str]:
-    """State-dict names of what ``independent`` changes."""
-    state = study.model.state_dict(keep_vars=True)
+    """State-dict names of what ``independent`` may change."""
     for name in _concerned(study, chosen, cuts_of(chosen.keep, study.layers)):
-        yield weight_name(study.model, name)
-        layer = study.layers.get(name)
-        if layer is not None and f"{name}.bias" in state:
-            yield f"{name}.bias"
-        elif layer is not None and layer.mean is not None:
-            yield layer.mean
+        yield from names_of(study, name)
+
+
+def names_of(study: Study, name: str) -> Iterator[str]:
+    """State-dict names of what ``values_of`` gives a layer, or a bare parameter."""
+    yield weight_name(study.model, name)
+    layer = study.layers.get(name)
+    if layer is not None and layer.module.bias is not None:
+        yield f"{name}.bias"
+    elif layer is not None and layer.mean is not None:
+        yield layer.mean
 
 
 def cuts_of(keep: Mapping[Site, Indices], layers: Mapping[str, Layer]) -> dict[str, Cut]:

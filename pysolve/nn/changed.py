@@ -27,6 +27,8 @@ def changed_outputs(
     outputs: Sequence[Output],
     names: Sequence[Collection[str]],
     values: Callable[[int], Mapping[str, Tensor]],
+    *,
+    base: Mapping[str, Tensor],
 ) -> Iterator[tuple[int, Iterator[Output]]]:
     """Outputs of a network for several changes, each by itself.
 
@@ -38,11 +40,13 @@ def changed_outputs(
     graph : Graph
         Of ``model``.
     outputs : sequence of outputs
-        Of the original, one for each batch.
+        Of the network without a change, one for each batch.
     names : sequence of collections of str
         For each change the state-dict names of what it changes, all of them parameters of the graph.
     values : callable
         From the number of a change to its new values.
+    base : {state-dict name: tensor}
+        Parameters of the network without a change, where they are not the model's.
 
     Yields
     ------
@@ -57,7 +61,7 @@ def changed_outputs(
         min((places[user] for name in own for user in users[name]), default=len(nodes) - 1) for own in names
     ]
     waiting = sorted(range(len(names)), key=starts.__getitem__)
-    walk, finished = Walk(graph, model, batches, {}), last_uses(nodes)
+    walk, finished = Walk(graph, model, batches, {}).branch(base), last_uses(nodes)
     for place, node in enumerate(nodes):
         while waiting and starts[waiting[0]] == place:
             number = waiting.pop(0)
