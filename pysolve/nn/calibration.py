@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 from pysolve.correlations import Correlations
 from pysolve.errors import DataError
-from pysolve.nn.gather import gather_reached
-from pysolve.nn.graph.branches import Layer
+from pysolve.nn.gather import gather_reached, own_outputs
+from pysolve.nn.graph.branches import Layer, read_as
 from pysolve.nn.graph.export import Graph, admits
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.outputs import main_output
@@ -313,8 +313,23 @@ def calibrate(
     # Of how many batches an iterator has, ten is as good a guess as any.
     total = samples_in(first) * length_hint(batches, 10)
     shares = _shares(graph, nodes, layers, total) if graph else dict.fromkeys(layers, 1.0)
-    found = gather_reached(model, stream, layers, positions=shares, progress=progress, full=False)
-    return calibration, {name: one for name, one in found.items() if one is not None}
+    # Layers that read the same tensor share what is summed of it.
+    first_of: dict[Any, str] = {}
+    reads = {
+        one.name: first_of.setdefault(read_as(one, node), one.name)
+        for node, one in nodes.items()
+        if one.calls == 1 and one.name in layers
+    }
+    own = [name for name in layers if reads.get(name, name) == name]
+    found = gather_reached(model, stream, own, positions=shares, progress=progress, full=False)
+    seen = {name: one for name, one in found.items() if one is not None}
+    modules = {one.name: one.module for one in nodes.values()}
+    more = {
+        name: own_outputs(seen[first], modules[name])
+        for name, first in reads.items()
+        if first in seen and name not in seen
+    }
+    return calibration, {name: seen.get(name) or more[name] for name in layers if name in {**seen, **more}}
 
 
 def _sound(

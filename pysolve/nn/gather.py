@@ -248,20 +248,27 @@ def _correlations(seen: _Seen, group_size: int, *, full: bool) -> Correlations |
     if not seen.sums.count:
         return None
     known = seen.sums.correlations(group_size)
-    return known if seen.bias is None else own_outputs(known, seen.layer, seen.bias, full=full)
+    return known if seen.bias is None else own_outputs(known, seen.layer, bias=seen.bias, full=full)
 
 
-def own_outputs(known: Correlations, layer: Layer, bias: Tensor, *, full: bool) -> Correlations:
+def own_outputs(
+    known: Correlations, layer: Layer, *, bias: Tensor | None = None, full: bool = False
+) -> Correlations:
     """Correlations of inputs with  y = M x + b.
 
     Parameters
     ----------
     known : Correlations
-        Of the inputs; of no outputs.
+        Of the inputs; its outputs do not matter.
+    layer : one of LAYERS
+    bias : (h,) tensor, optional
+        b, by default the layer's own.
     full : bool
         Whether Σ y yᵀ is wanted in full, rather than its diagonal.
     """
-    M, b = (np.asarray(part.double().cpu().numpy()) for part in (rows.matrix(layer), bias))
+    M = np.asarray(rows.matrix(layer).double().cpu().numpy())
+    given = layer.bias if bias is None else bias
+    b = np.zeros(len(M)) if given is None else np.asarray(given.detach().double().cpu().numpy())
     explained, mean = M @ known.xx, M @ known.x_sum
     yy = explained @ M.T if full else np.einsum("ij,ij->i", explained, M)
     if full:

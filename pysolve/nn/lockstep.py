@@ -32,9 +32,8 @@ from tqdm.auto import tqdm
 
 from pysolve.correlations import Array, Correlations, group_columns
 from pysolve.nn import layer_matrix as rows
-from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, layer_values, read_by
+from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, layer_values, read_as, read_by
 from pysolve.nn.graph.export import Graph, depends_on_values
-from pysolve.nn.layer_kinds import plain
 from pysolve.nn.running import evaluating
 from pysolve.nn.sums import Sums, room
 from pysolve.nn.walk import Walk, last_uses
@@ -128,18 +127,12 @@ class _Reads:
         self.made: dict[tuple[Any, ...], Correlations] = {}
         self.outputs: Counter[tuple[Any, ...]] = Counter()
         for layer, node in zip(layers, nodes, strict=True):
-            self.outputs[_read_as(layer, node)] += rows.channels(layer.module)[1]
+            self.outputs[read_as(layer, node)] += rows.channels(layer.module)[1]
 
     def forget(self, nodes: Sequence[Node]) -> None:
         """Free what belongs to tensors that nothing reads any more."""
         for key in [one for one in self.made if one[0] in nodes]:
             del self.made[key]
-
-
-def _read_as(layer: Layer, node: Node) -> tuple[Any, ...]:
-    """The tensor that a layer reads, and the windows that it takes of it."""
-    names = ("kernel_size", "stride", "padding", "dilation", "output_padding", "padding_mode")
-    return (read_by(node), plain(layer.module), *(getattr(layer.module, name, None) for name in names))
 
 
 @dataclass(frozen=True, eq=False)
@@ -201,12 +194,12 @@ def _is_cheaper_crossed(task: _Task) -> bool:
     layer = task.layer
     inputs = rows.channels(layer.module)[0] * rows.taps(layer.module)
     same = not task.walk.differs(read_by(task.node))
-    return task.shortcut is None and (same or task.reads.outputs[_read_as(layer, task.node)] >= inputs)
+    return task.shortcut is None and (same or task.reads.outputs[read_as(layer, task.node)] >= inputs)
 
 
 def _crossed(task: _Task) -> Correlations:
     """Correlations from the products of the two networks' inputs, shared with other layers."""
-    layer, key = task.layer, (*_read_as(task.layer, task.node), *task.inputs.tolist())
+    layer, key = task.layer, (*read_as(task.layer, task.node), *task.inputs.tolist())
     if key not in task.reads.made:
         task.reads.made[key] = _inputs_of_both(task)
     made = task.reads.made[key]

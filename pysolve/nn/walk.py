@@ -14,7 +14,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from pysolve.nn.graph.export import Graph
+from pysolve.nn.graph.export import Graph, is_in_place
 
 
 class Walk:
@@ -69,7 +69,7 @@ class Walk:
                 self.compressed[node] = [result + added for result in self.compressed[node]]
         else:
             self.compressed[node] = self.original[node]
-        if _in_place(node):
+        if is_in_place(node):
             self._show_written(node)
 
     def value(self, node: Node, b: int) -> Any:
@@ -123,7 +123,7 @@ class Walk:
             return getattr(self.graph.module, str(node.target))
         assert callable(node.target)
         args, kwargs = map_arg((node.args, node.kwargs), value)
-        if _in_place(node):
+        if is_in_place(node):
             # The two networks may share the operand, and other values may be views of it.
             operand = cast(Tensor, args[0]).detach()
             args = (_moved(operand, copy(operand.untyped_storage())), *args[1:])
@@ -157,11 +157,6 @@ def _rewritten(value: Any, old: Tensor, new: Tensor) -> Any:
         return _moved(tensor, new.untyped_storage()) if shares else tensor
 
     return pytree.tree_map_only(Tensor, moved, value)
-
-
-def _in_place(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return bool(schema and schema.is_mutable)
 
 
 def draws(node: Node) -> bool:

@@ -8,6 +8,7 @@ from torch import nn
 import pysolve as ps
 from pysolve.methods.goal import Options
 from pysolve.methods.study import study, weights_of
+from pysolve.nn.gather import gather
 
 
 class Experts(nn.Module):
@@ -93,3 +94,33 @@ def test_empty_batches_are_refused():
     model = Experts(guarded=True).eval()
     with pytest.raises(ps.DataError, match="the first batch is empty"):
         study(model, [data()[0][:0]], Options(progress=False), weights=weights_of(model)[0])
+
+
+class Branches(nn.Module):
+    """Layers that read one tensor, before and after it is written in place, and with other windows."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(3, n, 3, padding=1) for n in (2, 4, 5))
+        self.d, self.e = nn.Conv2d(3, 2, 1), nn.Conv2d(3, 2, 3, padding=1, bias=False)
+
+    def forward(self, x):
+        x = x * 1.5
+        first = [self.a(x), self.b(x), self.d(x), self.e(x)]
+        return torch.cat([*first, self.c(x.relu_())], 1).mean((2, 3))
+
+
+def test_layers_that_read_one_tensor_share_its_sums_and_have_their_own(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr("pysolve.nn.calibration.ROWS_PER_INPUT", 10**6)
+    model, batches = Branches().eval(), [torch.randn(3, 3, 6, 6), torch.randn(2, 3, 6, 6)]
+    weights, _ = weights_of(model)
+    found = study(model, batches, Options(progress=False), weights=weights).correlations
+    wanted = gather(model, batches)
+    assert set(found) == set(wanted) == set("abcde")
+    for name, one in found.items():
+        for part in ("xx", "yx", "x_sum", "y_sum"):
+            np.testing.assert_allclose(getattr(one, part), getattr(wanted[name], part), rtol=1e-6, atol=1e-5)
+        np.testing.assert_allclose(one.yy, np.diag(wanted[name].yy), rtol=1e-5)
+    assert found["a"].xx is found["b"].xx is found["e"].xx
+    assert found["a"].xx is not found["c"].xx

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +14,8 @@ from torch.fx import Node
 from pysolve.correlations import Array, group_columns
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn.graph.calls import is_of, operator_name, product_of, stored
-from pysolve.nn.graph.export import Graph, where
-from pysolve.nn.layer_kinds import LINEAR, Turned, is_extended
+from pysolve.nn.graph.export import Graph, is_in_place, where
+from pysolve.nn.layer_kinds import LINEAR, Turned, is_extended, plain
 from pysolve.nn.products import as_called
 from pysolve.plan import Indices
 
@@ -140,6 +142,15 @@ def read_by(node: Node) -> Node:
     assert call is not None
     read: Node = call.x
     return read
+
+
+def read_as(layer: Layer, node: Node) -> tuple[Any, ...]:
+    """The tensor that a layer reads, and the windows that it takes of it: equal where rows of inputs are."""
+    names = ("kernel_size", "stride", "padding", "dilation", "output_padding", "padding_mode")
+    # What is written in place in between may have changed the tensor.
+    writes = sum(map(is_in_place, takewhile(lambda one: one is not node, node.graph.nodes)))
+    how = (getattr(layer.module, name, None) for name in names)
+    return (read_by(node), writes, plain(layer.module), *how)
 
 
 def _layer(graph: Graph, node: Node, name: str, module: rows.Layer, calls: int) -> Layer:

@@ -178,6 +178,12 @@ def where(node: Node) -> str:
     return f"layer {stack[-1][0]}" if stack and stack[-1][0] else str(node.target)
 
 
+def is_in_place(node: Node) -> bool:
+    """Whether an operator writes into one of its operands."""
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema and schema.is_mutable)
+
+
 def depends_on_values(node: Node) -> bool:
     """Whether a result has as many rows as values in the network say, as that of a routed expert has."""
     shape = getattr(node.meta.get("val"), "shape", ())
