@@ -99,7 +99,8 @@ class Sums:
         self.counted.add_(n)
         # Of single precision, too: sums of so few rows around their mean lose no more than their rounding.
         self.total.add_(z.sum(0))
-        self.squares.add_(torch.linalg.vector_norm(z[:, self.d :], dim=0, dtype=torch.float64).square())
+        if size > self.d:
+            self.squares.add_(torch.linalg.vector_norm(z[:, self.d :], dim=0, dtype=torch.float64).square())
         # SciPy's symmetric update saves as much, but its threads and torch's then wait for each other.
         width = -(-size // -(-size // _STRIP))
         for start in range(0, size, width):

@@ -1,0 +1,164 @@
+"""Gathering beside the machine's matrix products, and verbs in passes of the network over the same batches.
+
+python bench/scale.py gather [--threads 2] [--out DIR]
+python bench/scale.py passes [--threads 2] [--samples 1024] [--only bert_compress,…] [--out DIR]
+
+gather: useful operations, two for each different number of Σ x xᵀ and each row, as a share of the rate of
+float32 products of the same size in the same run. passes: seconds of a verb over those of one pass of the
+network over the same batches without gradients, the mean of one before and one after; random weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from common import OutOption, ThreadsOption, write
+from torch import Tensor, nn
+
+import pysolve as ps
+from pysolve.nn.gather import gather_reached
+from pysolve.nn.zoo import ResNet
+from pysolve.report.report import Report
+
+app = typer.Typer(add_completion=False, help=__doc__)
+# Inputs of a layer, and rows that it is given.
+LINEAR = {576: 32768, 1536: 32768, 4608: 24576}
+# Input channels of a 3 × 3 convolution with as many columns, its images, and their height and width.
+CONVOLUTIONS = {576: (64, 128, 16), 1152: (128, 128, 14), 4608: (512, 384, 8)}
+BATCH, WORDS, LENGTH = 32, 30522, 32
+
+
+def least(run: Callable[[], object], repeats: int = 3) -> float:
+    """Seconds of the fastest of several calls, after one to warm up."""
+    run()
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
+def rate_of(d: int) -> float:
+    """Operations a second of float32 products of d × d results."""
+    rows = torch.randn(2048, d)
+    return 2 * 2048 * d * d / least(lambda: rows.T @ rows)
+
+
+def gathered(layer: nn.Module, x: Tensor, rows: int, d: int) -> float:
+    """Useful operations a second of gathering, the layer's own call aside."""
+    model = nn.Sequential(layer).eval()
+
+    def gather() -> None:
+        gather_reached(model, x.split(max(1, len(x) // 8)), ["0"], progress=False, full=False)
+
+    def call() -> None:
+        with torch.no_grad():
+            for part in x.split(max(1, len(x) // 8)):
+                model(part)
+
+    return rows * d * d / (least(gather, 2) - least(call, 2))
+
+
+@app.command()
+def gather(threads: ThreadsOption = 2, out: OutOption = Path("scale")) -> None:
+    """Gathering beside float32 products of its size."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    found = []
+    for d, rows in LINEAR.items():
+        found.append(("Linear", d, rows, gathered(nn.Linear(d, 64), torch.randn(rows, d), rows, d)))
+    for d, (channels, images, size) in CONVOLUTIONS.items():
+        x = torch.randn(images, channels, size, size).relu()
+        rows = images * size * size
+        found.append(("3 × 3", d, rows, gathered(nn.Conv2d(channels, 64, 3, padding=1), x, rows, d)))
+    for kind, d, rows, rate in found:
+        typer.echo(
+            f"{kind:8}{d:6} inputs, {rows:6} rows: {rate / 1e9:6.1f} GFLOP/s, {rate / rate_of(d):4.0%}"
+        )
+    write(
+        out / "gather.json",
+        "gathering",
+        threads,
+        [dict(zip(("kind", "d", "rows", "rate"), one, strict=True)) for one in found],
+    )
+
+
+def bert(layers: int = 6, width: int = 384, inner: int = 1536, heads: int = 12) -> nn.Module:
+    """A BERT of MiniLM's shape for classification."""
+    from transformers import BertConfig, BertForSequenceClassification
+
+    sizes = {"hidden_size": width, "num_hidden_layers": layers, "num_attention_heads": heads}
+    config = BertConfig(vocab_size=WORDS, intermediate_size=inner, num_labels=4, **sizes)
+    model: nn.Module = BertForSequenceClassification(config)
+    return model.eval()
+
+
+def sentences(count: int) -> list[dict[str, Tensor]]:
+    """Batches of random words."""
+    words = torch.randint(0, WORDS, (count, LENGTH))
+    return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in words.split(BATCH)]
+
+
+def images(count: int) -> list[Tensor]:
+    return list(torch.randn(count, 3, 32, 32).split(BATCH))
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[int], Any], Callable[..., Any]]] = {
+    "bert_compress": (bert, sentences, lambda m, b: ps.compress(m, b, target={"macs": 0.6}, progress=False)),
+    "bert_low_rank": (
+        bert,
+        sentences,
+        lambda m, b: ps.low_rank(m, b, target={"macs": 0.6}, prune=True, progress=False),
+    ),
+    "resnet20_compress": (
+        lambda: ResNet(20).eval(),
+        images,
+        lambda m, b: ps.compress(m, b, target={"macs": 0.5}, progress=False),
+    ),
+}
+
+
+@app.command()
+def passes(
+    threads: ThreadsOption = 2,
+    samples: Annotated[int, typer.Option(help="To calibrate on.")] = 1024,
+    only: Annotated[str, typer.Option(help="Names of cases, with commas.")] = "",
+    out: OutOption = Path("scale"),
+) -> None:
+    """Verbs in passes of the network over the same batches."""
+    torch.set_num_threads(threads)
+    rows = []
+    for name in only.split(",") if only else CASES:
+        make, data, verb = CASES[name]
+        torch.manual_seed(0)
+        model, batches = make(), data(samples)
+        one_pass(model, batches)
+        before, start = one_pass(model, batches), time.perf_counter()
+        report: Report = verb(model, batches).report
+        seconds, after = time.perf_counter() - start, one_pass(model, batches)
+        own = (before + after) / 2
+        stages = {stage: round(spent, 2) for stage, spent in report.seconds.items()}
+        rows.append(
+            {"case": name, "pass": own, "seconds": seconds, "passes": seconds / own, "stages": stages}
+        )
+        typer.echo(f"{name}: {seconds:.1f} s, {seconds / own:.1f} passes of {own:.2f} s; {stages}")
+        write(out / "passes.json", "passes", threads, rows)
+
+
+def one_pass(model: nn.Module, batches: list[Any]) -> float:
+    """Seconds of the network alone over the batches."""
+    start = time.perf_counter()
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch) if isinstance(batch, dict) else model(batch)
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    app()
