@@ -169,7 +169,7 @@ def study(
     if batches is None:
         return base
     clock = Clock()
-    first, batches = laid_out(model, *peek(batches))
+    first, batches = laid_out(model, *peek(batches, options.transform))
     if not trace:
         with evaluating(model):
             output_of(model, first)
