@@ -109,6 +109,8 @@ def inspect(
 
     Raises
     ------
+    DataError
+        When the network refuses the batch.
     PysolveError
         When torch.export cannot follow the network.
     LayerNotFoundError

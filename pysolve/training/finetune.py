@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from pysolve.errors import DataError
 from pysolve.nn.items import Items, Transform, batched, check_batches
-from pysolve.nn.running import NO_BATCHES, Batch, Output, device_of, forward, keeping_modes
+from pysolve.nn.refusal import output_of
+from pysolve.nn.running import NO_BATCHES, Batch, Output, device_of, keeping_modes
 from pysolve.training.loop import Extras, computing, in_float32, nonfinite_batch, optimise
 from pysolve.training.options import TrainingOptions, run_of
 
@@ -106,7 +107,7 @@ def finetune(
         if not isinstance(batch, Mapping) and (not isinstance(batch, tuple | list) or len(batch) < 2):
             raise DataError(f"expected batches of inputs and labels, got {type(batch).__name__}.")
         with computing(run, device):
-            output = forward(model, batch, device)
+            output = output_of(model, batch, device)
         if isinstance(batch, Mapping):
             return in_float32(own_loss(output))
         return loss(in_float32(output), batch[1].to(device))
