@@ -291,7 +291,7 @@ def test_an_output_without_tensors_cannot_be_verified():
 
 
 def test_a_probe_that_the_network_refuses_is_told_so():
-    with pytest.raises(DataError, match="Mlp itself refuses the batch.*shapes"):
+    with pytest.raises(DataError, match=r"Mlp itself refuses the batch.*shapes"):
         apply(mlp(), collapse([0]), probe=torch.ones(2, 9))
 
 
