@@ -32,6 +32,7 @@ class SiteRow:
     ----------
     name : str
     channels : int
+        Of one that is pinned, the channels that its first writer makes.
     writers, readers : tuple of str
         Names of the layers.
     params, macs : float, optional
@@ -133,8 +134,9 @@ def _row(site: Site, costs: Costs, s: int) -> SiteRow:
             return None
         return 1.0 - left[measure] / total[measure] if total[measure] else 0.0
 
+    channels = site.channels if site.pinned is None else site.width
     return SiteRow(
-        site.name, site.channels, site.writers, site.readers, saved("params"), saved("macs"), site.pinned
+        site.name, channels, site.writers, site.readers, saved("params"), saved("macs"), site.pinned
     )
 
 
