@@ -182,7 +182,7 @@ def _padding(study: Study, name: str, dense: AnyArray) -> int:
     """Entries in an embedding's rows of zeros, of which none can be removed."""
     if not isinstance(dict(study.model.named_modules()).get(name), EMBEDDINGS):
         return 0
-    return int(zero_rows(study.weights[name]).sum()) * dense[0].size
+    return int(zero_rows(study.weights[name]).sum()) * int(dense[0].size)
 
 
 def _factored(study: Study, name: str, form: LowRank) -> LayerReport:
