@@ -628,11 +628,11 @@ def pooled_by_scores():
     """Attention pooling: one score for each position, by a layer and by a parameter."""
 
     def run(net, x):
-        score = net.score(net.key(x).tanh()).softmax(1) + (net.key(x) @ net.query).softmax(1)[..., None]
+        score = net.score(net.key(x).tanh()).softmax(1) + (net.key(x) @ net.query).softmax(1)
         return net.out((score * net.value(x)).sum(1))
 
     layers = {"key": nn.Linear(4, 6), "score": nn.Linear(6, 1), "value": nn.Linear(4, 5)}
-    return Net(run, **layers, query=nn.Parameter(torch.randn(6)), out=nn.Linear(5, 2)), vectors(4, 3, 4)
+    return Net(run, **layers, query=nn.Parameter(torch.randn(6, 1)), out=nn.Linear(5, 2)), vectors(4, 3, 4)
 
 
 def single_head():

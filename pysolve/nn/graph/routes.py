@@ -114,7 +114,8 @@ def _origins_of_rows(node: Node, marks: _Marks) -> Origins:
 def _origin_of_number_of_rows(node: Node, marks: _Marks) -> Origins:
     """The node itself, where it makes as many rows as computed values say in a way that is not known here."""
     known = operator_name(node) in _PICKS or any(map(_depends_on_values, node.all_input_nodes))
-    return {node} & marks.touched if _depends_on_values(node) and not known else _NONE
+    own = _depends_on_values(node) and not known and node in marks.touched
+    return frozenset({node}) if own else _NONE
 
 
 def _depends_on_values(node: Node) -> bool:
