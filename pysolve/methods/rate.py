@@ -26,8 +26,8 @@ from pysolve.methods.menu import Chosen
 from pysolve.methods.price import probe_of_codes
 from pysolve.methods.rebuild import (
     Rebuilt,
-    cuts_of,
     independent,
+    left_of,
     rebuild,
     task_of,
     tasks_of,
@@ -293,15 +293,15 @@ def priced(subject: Subject, keep: Mapping[Site, Indices] | None = None) -> Subj
     study, kind = subject.study, subject.kind
     if study.calibration is None:
         return subject
-    base, cuts = independent(study, Chosen(keep or {})), cuts_of(keep or {}, study.layers)
+    base, left = independent(study, Chosen(keep or {})), left_of(study, keep or {})
     where, state = probe_of_codes(study, len(study.weights)), study.model.state_dict()
     sizes, losses, divergences = [*map(samples_in, where.batches)], {}, {}
     originals = [*run(study.model, where.batches, base.values)] if keep else where.outputs
     for name in study.weights:
-        task = task_of(study, cuts, name, prior=base.fits.get(name))
+        task = task_of(study, left, name, prior=base.fits.get(name))
         fit = kind.trial(task)
         losses[name] = kind.loss(task, fit)
-        values = {**base.values, **values_of(study, state, cuts, name, fit)}
+        values = {**base.values, **values_of(study, state, left, name, fit)}
         outputs = run(study.model, where.batches, values)
         divergences[name] = mean_divergence(originals, outputs, sizes, study.options.divergence)
     return replace(subject, kind=kind.priced(losses, divergences))
