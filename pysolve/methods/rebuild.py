@@ -224,8 +224,8 @@ def _walked(
     )
     used, seen = sum(map(samples_in, batches)), study.calibration.seen
     notes = (f"the refit used {used} of {seen} samples: {reason}",) if used < seen else ()
-    left = (no_samples(unseen),) if unseen else ()
-    return Rebuilt(chosen, new, fits, used, (*(notes if chosen.keep else ()), *left))
+    unreached = (no_samples(unseen),) if unseen else ()
+    return Rebuilt(chosen, new, fits, used, (*(notes if chosen.keep else ()), *unreached))
 
 
 def _fit_layer(layer: Layer, task: Task, fit: Fit | None, intercept: bool, weights: bool) -> LayerFit:
