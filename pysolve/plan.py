@@ -69,6 +69,12 @@ class Site:
         """Its name in tables and errors: writers → readers, only the first of many."""
         return f"{_first(self.writers)} → {_first(self.readers)}"
 
+    @property
+    def width(self) -> int:
+        """Output channels of its first writer that are in it, however they belong together."""
+        table = self.rows.get(next(iter(self.writers), ""))
+        return self.channels if table is None else table.size
+
     def rows_of(self, layer: str, width: int) -> Indices:
         """(channels, r) output channels of a writer or a passed layer that is ``width`` channels wide."""
         return self._table(self.rows, layer, width)

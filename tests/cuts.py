@@ -130,6 +130,18 @@ SITES = {
     "dead_end": ["5: unread → ! nothing reads these channels", "6: a → b", "2: b → ! output"],
     "in_place": ["6: a b → b c", "2: c → ! output"],
     "noisy": ["6: a → b", "3: b → c ! outputs are random", "2: c → ! output"],
+    "pooled_by_scores": [
+        "1: key score → score ! matmul mixes these channels",
+        "5: value → out",
+        "2: out → ! output",
+    ],
+    "single_head": ["1: q k → ! matmul mixes these channels", "6: v → o", "4: o → ! output"],
+    "gated_images": [
+        "6: a b → psi",
+        "1: psi → ! mul reads it for several channels",
+        "5: value → out",
+        "2: out → ! output",
+    ],
     "softmax_between": ["1: 0 → 2 ! softmax mixes these channels", "2: 2 → ! output"],
 }
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)

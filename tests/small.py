@@ -624,6 +624,36 @@ def softmax_between():
     return nn.Sequential(nn.Linear(4, 6), nn.Softmax(-1), nn.Linear(6, 2)), vectors(4, 4)
 
 
+def pooled_by_scores():
+    """Attention pooling: one score for each position, by a layer and by a parameter."""
+
+    def run(net, x):
+        score = net.score(net.key(x).tanh()).softmax(1) + (net.key(x) @ net.query).softmax(1)
+        return net.out((score * net.value(x)).sum(1))
+
+    layers = {"key": nn.Linear(4, 6), "score": nn.Linear(6, 1), "value": nn.Linear(4, 5)}
+    return Net(run, **layers, query=nn.Parameter(torch.randn(6, 1)), out=nn.Linear(5, 2)), vectors(4, 3, 4)
+
+
+def single_head():
+    def run(net, x):
+        return net.o((net.q(x) @ net.k(x).mT).softmax(-1) @ net.v(x))
+
+    layers = {name: nn.Linear(4, 6) for name in "qkv"}
+    return Net(run, **layers, o=nn.Linear(6, 4)), vectors(2, 5, 4)
+
+
+def gated_images():
+    """As in an attention U-Net: one gate for all channels of a pixel."""
+
+    def run(net, x):
+        gate = net.psi(F.relu(net.a(x) + net.b(x))).sigmoid()
+        return net.out(F.relu(net.value(x)) * gate)
+
+    layers = {"a": nn.Conv2d(3, 6, 1), "b": nn.Conv2d(3, 6, 1), "psi": nn.Conv2d(6, 1, 1)}
+    return Net(run, **layers, value=nn.Conv2d(3, 5, 3, padding=1), out=nn.Conv2d(5, 2, 1)), images()
+
+
 NETWORKS = {
     build.__name__: build
     for build in (
@@ -638,7 +668,7 @@ NETWORKS = {
         *(softmax_between, noisy, weighted_features, handmade_batch_norms, learned_positions),
         *(counted_heads, one_key_head, added_parameter_is_summed, shuffled_pixels, unshuffled_pixels),
         *(vectors_to_images, unflattened, class_token, shuffled_channels, shuffled_by_views),
-        *(interleaved_by_views,),
+        *(interleaved_by_views, pooled_by_scores, single_head, gated_images),
     )
 }
 

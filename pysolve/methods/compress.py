@@ -32,6 +32,7 @@ from pysolve.methods.result import finish, later_score
 from pysolve.methods.sizes import Sized, by_keep, by_lam, check_free, site_reports, within
 from pysolve.methods.study import Clock, Study, study
 from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.running import Batch, Ignored
 from pysolve.plan import Site
 from pysolve.report.report import Report
@@ -58,6 +59,7 @@ def compress(
     round_to: int = 1,
     divergence: Divergence = kl_divergence,
     memory: int | None = None,
+    transform: Transform | None = None,
 ) -> Compressed:
     """Make a network smaller, without labels and without training it again.
 
@@ -73,7 +75,7 @@ def compress(
         Not changed.
     batches : iterable of batches
         What users have: tensors, tuples or lists whose first item is the input, or mappings of keyword
-        arguments; labels are ignored. Any amount of them.
+        arguments; labels are ignored. Any amount of them; or a Dataset of single samples.
     target : {"params", "macs" or "bytes": number}
         What the result may cost: a share of the original up to 1, or an integer above. Default
         {"params": 0.25}, unless ``keep`` or ``lam`` is given.
@@ -111,6 +113,8 @@ def compress(
     memory : int, optional
         Bytes that the refit may hold in activations; by default half of what is free. Beyond, it uses fewer
         samples, and the report says so.
+    transform : callable, optional
+        Makes such inputs of an item of ``batches``, of a Dataset's sample: ``lambda item: item["pixels"]``.
 
     Returns
     -------
@@ -124,6 +128,7 @@ def compress(
     TypeError, ValueError
         Arguments that make no sense, before any work.
     """
+    check_batches(batches)
     before, network = network_of(model, dense=False)
     given = [name for name, one in (("target", target), ("keep", keep), ("lam", lam)) if one is not None]
     if len(given) > 1:
@@ -132,7 +137,7 @@ def compress(
     targets = [] if wanted is None else [wanted]
     how = _checked(network, targets, select, refit, distill, sites, ignore, round_to)
     check_keep(keep, lam)
-    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate)
+    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform)
     found = study(network, batches, options, sites=True if sites is None else sites)
     check_free(found)
     clock, channels = Clock(), Channels(_by_site(found, select))
@@ -166,6 +171,7 @@ def sweep(
     round_to: int = 1,
     divergence: Divergence = kl_divergence,
     memory: int | None = None,
+    transform: Transform | None = None,
 ) -> list[Report]:
     """Compress to several targets after one pass over the data.
 
@@ -176,7 +182,7 @@ def sweep(
     targets : iterable of targets
     retrain : callable, optional
         Trains a network in place; each result is evaluated once more after it. Needs ``evaluate``.
-    select, refit, distill, ignore, seed, progress, sites, round_to, divergence, memory
+    select, refit, distill, ignore, seed, progress, sites, round_to, divergence, memory, transform
         As in ``compress``.
 
     Returns
@@ -189,6 +195,7 @@ def sweep(
     PysolveError, TypeError, ValueError
         As ``compress``.
     """
+    check_batches(batches)
     before, network = network_of(model, dense=False)
     if retrain is not None and evaluate is None:
         raise ValueError("retrain needs evaluate, which says how good the network is afterwards.")
@@ -196,7 +203,7 @@ def sweep(
         raise TypeError(f"targets must be a list of targets, got one: pass [{dict(targets)}].")
     wanted = list(targets)
     how = _checked(network, wanted, select, refit, distill, sites, ignore, round_to)
-    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate)
+    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform)
     found = study(network, batches, options, sites=True if sites is None else sites)
     check_free(found)
     clock, channels = Clock(), Channels(_by_site(found, select))

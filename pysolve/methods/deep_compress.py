@@ -51,6 +51,7 @@ from pysolve.nn.apply import apply
 from pysolve.nn.calibration import first_samples
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes, parameters
+from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.running import Batch, Ignored
 from pysolve.plan import Site
 
@@ -75,6 +76,7 @@ def deep_compress(
     evaluate: Evaluate | None = None,
     divergence: Divergence = kl_divergence,
     memory: int | None = None,
+    transform: Transform | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -105,7 +107,7 @@ def deep_compress(
         At most 2^bits values a layer; without bytes as a target, as many in every layer, by default 16.
     distill : number of seconds, or {"seconds" or "epochs": number, …}
         As ``quantize`` has it: three fifths of the time before weights share values, the rest afterwards.
-    layout, ignore, evaluate, divergence, memory, seed, progress
+    layout, ignore, evaluate, divergence, memory, transform, seed, progress
         As ``quantize`` has them.
 
     Returns
@@ -124,13 +126,14 @@ def deep_compress(
     ----------
     S. Han, H. Mao, W. J. Dally, Deep compression, 2016.
     """
+    check_batches(batches)
     before, network = network_of(model)
     how = check_distill(network, distill, ("trained",))
     asked = dict(target or {})
     _check(asked, zeros, bits, how, layout)
     if iter(batches) is batches:
         batches = list(batches)
-    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate)
+    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform)
     clock = Clock()
     size = in_bytes(asked["bytes"], network) if "bytes" in asked else None
     share = _share(asked.get("params", None if size else 1.0), network)

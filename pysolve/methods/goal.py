@@ -15,6 +15,7 @@ from pysolve.compressed import Compressed
 from pysolve.errors import PysolveError
 from pysolve.forms import Sparse
 from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.nn.items import Transform
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import without_sparse
 from pysolve.nn.plain import check_plain, plain_network
@@ -52,6 +53,8 @@ class Options:
         From a network to a score.
     score : float, optional
         The original's.
+    transform : callable, optional
+        From an item of the user's batches to inputs of the network.
     """
 
     ignore: Sequence[Ignored] = ()
@@ -61,6 +64,7 @@ class Options:
     progress: bool = True
     evaluate: Evaluate | None = None
     score: float | None = None
+    transform: Transform | None = None
 
 
 def options_for(
@@ -71,6 +75,7 @@ def options_for(
     seed: int,
     progress: bool,
     evaluate: Evaluate | None,
+    transform: Transform | None = None,
 ) -> Options:
     """Options of a verb, checked; the original is evaluated before any other work.
 
@@ -85,7 +90,7 @@ def options_for(
     if memory is not None:
         check_positive("memory", memory)
     score = None if evaluate is None else score_of(evaluate, network)
-    return Options(ignore, divergence, memory, seed, progress, evaluate, score)
+    return Options(ignore, divergence, memory, seed, progress, evaluate, score, transform)
 
 
 def score_of(evaluate: Evaluate, network: nn.Module) -> float:
@@ -205,6 +210,7 @@ def check_distill(model: nn.Module, distill: Length, extra: Collection[str] = ()
         "student",
         "teacher",
         "batches",
+        "transform",
     }
     if unknown := options.keys() - known:
         raise ValueError(f"distill has no option {min(unknown)!r}; choose from {', '.join(sorted(known))}.")

@@ -25,6 +25,7 @@ from pysolve.nn.apply import apply
 from pysolve.nn.calibration import Calibration
 from pysolve.nn.divergence import kl_divergence
 from pysolve.nn.files.format1 import sparse_layers
+from pysolve.nn.items import Transform, batched
 from pysolve.nn.layer_kinds import WEIGHTED
 from pysolve.nn.layers.masking import mask_weights, remove_masks, unmasked
 from pysolve.nn.running import Batch, Ignored, as_array, find_layer, find_matching
@@ -48,6 +49,7 @@ def prune_gradually(
     ignore: Sequence[Ignored] = (),
     layout: str = "auto",
     evaluate: Evaluate | None = None,
+    transform: Transform | None = None,
     **training: Unpack[BaseOptions],
 ) -> Compressed:
     """Train a network while its smallest weights are set to zero, more and more of them.
@@ -76,6 +78,8 @@ def prune_gradually(
         How pruned layers run, as ``prune`` has it.
     evaluate : callable, optional
         From a network to a score, for the report.
+    transform : callable, optional
+        As ``finetune`` has it.
     **training
         As ``finetune`` has them, without ``patience`` and ``after_step``; ``epochs`` or ``seconds`` must be
         given. With ``seconds`` the masks follow the clock, too.
@@ -98,7 +102,8 @@ def prune_gradually(
     def step_of(network: nn.Module) -> Step:
         return gradually(network, _each(amount, prepared[1]), steps=steps, end=_END)
 
-    return _trained(model, *prepared, batches, step_of, loss, training, layout, evaluate)
+    items = batched(batches, transform, shuffle=True)
+    return _trained(model, *prepared, items, step_of, loss, training, layout, evaluate)
 
 
 def network_surgery(
@@ -112,6 +117,7 @@ def network_surgery(
     ignore: Sequence[Ignored] = (),
     layout: str = "auto",
     evaluate: Evaluate | None = None,
+    transform: Transform | None = None,
     **training: Unpack[BaseOptions],
 ) -> Compressed:
     """Train a network while weights are cut out, and spliced in again where they turn out to matter.
@@ -136,7 +142,7 @@ def network_surgery(
         entry keep all. How many weights that leaves shows only in the end.
     probability : float or {layer: float}
         With which a layer's mask is looked at after a step, in the beginning; it falls to a tenth of that.
-    loss, ignore, layout, evaluate, **training
+    loss, ignore, layout, evaluate, transform, **training
         As ``prune_gradually`` has them.
 
     Returns
@@ -165,7 +171,8 @@ def network_surgery(
         shares, rates = (each, None) if what == "amount" else (None, each)
         return surgery(network, amount=shares, rate=rates, end=_END, probability=probability, seed=seed)
 
-    return _trained(model, *prepared, batches, step_of, loss, training, layout, evaluate, splicing=True)
+    items = batched(batches, transform, shuffle=True)
+    return _trained(model, *prepared, items, step_of, loss, training, layout, evaluate, splicing=True)
 
 
 def _prepared(

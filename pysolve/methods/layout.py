@@ -19,11 +19,13 @@ from pysolve.methods.study import Study, weight_name
 from pysolve.nn.apply import apply, untrue_forms
 from pysolve.nn.calibration import samples_in, take
 from pysolve.nn.evaluate import latency, nbytes
+from pysolve.nn.layer_kinds import EMBEDDINGS
 from pysolve.nn.layers.base import Dense
 from pysolve.nn.layers.factored import Factored, empty
 from pysolve.nn.layers.masking import mask_weights
 from pysolve.nn.layers.runtime import in_form
 from pysolve.nn.layers.sharing import share_weights
+from pysolve.nn.nonzeros import zero_rows
 from pysolve.nn.profile import latencies, layer_inputs
 from pysolve.nn.running import as_array, find_layer
 from pysolve.nn.state import copy_of
@@ -161,7 +163,8 @@ def _line(
     if isinstance(form, Integers):
         return _integers(study, name, form)
     whole = max(1, dense.size)
-    line = LayerReport(name, np.count_nonzero(dense) / whole, "dense", "as asked")
+    counted = max(1, whole - _padding(study, name, dense))
+    line = LayerReport(name, np.count_nonzero(dense) / counted, "dense", "as asked")
     if isinstance(form, Codebook):
         why = f"{len(form.centroids)} values"
         line = replace(line, bits=coded_bits(form.codes) / whole, why=why)
@@ -173,6 +176,13 @@ def _line(
     book = f"{line.why}; {reason}" if isinstance(form, Codebook) and layout == "auto" else reason
     line = replace(sparse, why=line.why if isinstance(form, Codebook) and layout == "sparse" else book)
     return line, Sparse.from_dense(dense) if sparse.layout == "sparse" else form
+
+
+def _padding(study: Study, name: str, dense: AnyArray) -> int:
+    """Entries in an embedding's rows of zeros, of which none can be removed."""
+    if not isinstance(dict(study.model.named_modules()).get(name), EMBEDDINGS):
+        return 0
+    return int(zero_rows(study.weights[name]).sum()) * int(dense[0].size)
 
 
 def _factored(study: Study, name: str, form: LowRank) -> LayerReport:

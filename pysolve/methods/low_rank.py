@@ -31,6 +31,7 @@ from pysolve.methods.result import finish
 from pysolve.methods.sizes import Sized, site_reports, sized
 from pysolve.methods.study import Clock, Study, reasons, study, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.nn.items import Transform
 from pysolve.nn.running import Batch, Ignored, find_layer
 from pysolve.report.rows import LayerReport
 
@@ -59,6 +60,7 @@ def low_rank(
     evaluate: Evaluate | None = None,
     divergence: Divergence = kl_divergence,
     memory: int | None = None,
+    transform: Transform | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -107,6 +109,8 @@ def low_rank(
         Of the choice of rows and of distillation.
     progress : bool
         Show progress bars, with the time left, when on a terminal.
+    memory, transform
+        As ``compress`` has them.
 
     Returns
     -------
@@ -142,7 +146,7 @@ def low_rank(
         distill=how,
     )
     weights, left = weights_of(network, ignore)
-    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate)
+    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform)
     plain = method == "svd"
     found = study(network, batches, options, weights=weights, sites=prune, gather=not plain, left=left)
     clock = Clock()

@@ -36,6 +36,7 @@ from pysolve.methods.sizes import by_keep, check_free, within
 from pysolve.methods.study import Clock, reasons, study, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import parameters
+from pysolve.nn.items import Transform
 from pysolve.nn.running import Batch, Ignored
 from pysolve.plan import Site
 
@@ -108,6 +109,7 @@ def prune(
     evaluate: Evaluate | None = None,
     divergence: Divergence = kl_divergence,
     memory: int | None = None,
+    transform: Transform | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -167,6 +169,8 @@ def prune(
         Of random scores, of the choice of rows and of distillation.
     progress : bool
         Show progress bars, with the time left, when on a terminal.
+    memory, transform
+        As ``compress`` has them.
 
     Returns
     -------
@@ -193,7 +197,7 @@ def prune(
     refit = refit or ("sequential" if method in _REFITTING else "none")
     goal = _Goal(method, what, value, scope, refit, layout, norm, check_distill(network, distill))
     _check(goal, batches is None)
-    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate)
+    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform)
     if goal.of_channels:
         assert batches is not None
         return _channels(before, network, batches, goal, options)

@@ -35,6 +35,7 @@ from pysolve.nn.apply import apply
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes
 from pysolve.nn.files.checkpoint import file_bytes
+from pysolve.nn.items import Transform
 from pysolve.nn.running import Batch, Ignored
 from pysolve.plan import Plan, Site
 
@@ -58,6 +59,7 @@ def quantize(
     evaluate: Evaluate | None = None,
     divergence: Divergence = kl_divergence,
     memory: int | None = None,
+    transform: Transform | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -109,6 +111,8 @@ def quantize(
         Of the choice of rows, and of training.
     progress : bool
         Show progress bars, with the time left, when on a terminal.
+    memory, transform
+        As ``compress`` has them.
 
     Returns
     -------
@@ -130,7 +134,7 @@ def quantize(
     before, network = network_of(model)
     how = check_distill(network, distill, ("trained",))
     _check(scheme, bits, target, group, method, how, layout, batches is None)
-    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate)
+    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform)
     kind = Codes(scheme, bits, group, method)
     subject = subject_of(network, batches, options, kind, to_bytes=target is not None)
     clock, size = Clock(), None if target is None else in_bytes(target["bytes"], network)

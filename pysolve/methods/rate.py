@@ -26,8 +26,8 @@ from pysolve.methods.menu import Chosen
 from pysolve.methods.price import divergences, probe_of_codes
 from pysolve.methods.rebuild import (
     Rebuilt,
-    cuts_of,
     independent,
+    left_of,
     names_of,
     rebuild,
     task_of,
@@ -292,16 +292,16 @@ def priced(subject: Subject, keep: Mapping[Site, Indices] | None = None) -> Subj
     study, kind = subject.study, subject.kind
     if study.calibration is None:
         return subject
-    base, cuts = independent(study, Chosen(keep or {})), cuts_of(keep or {}, study.layers)
+    base, left = independent(study, Chosen(keep or {})), left_of(study, keep or {})
     where = probe_of_codes(study, len(study.weights), base.values if keep else {})
     state, weights, losses = study.model.state_dict(), [*study.weights], dict[str, float]()
 
     def values(number: int) -> Mapping[str, Tensor]:
         name = weights[number]
-        task = task_of(study, cuts, name, prior=base.fits.get(name))
+        task = task_of(study, left, name, prior=base.fits.get(name))
         fit = kind.trial(task)
         losses[name] = kind.loss(task, fit)
-        return values_of(study, state, cuts, name, fit)
+        return values_of(study, state, left, name, fit)
 
     names = [[*names_of(study, name)] for name in weights]
     found = {weights[number]: one for number, one in divergences(study, names, values, where)}

@@ -15,13 +15,14 @@ from pysolve.layer.layer_fit import LayerFit
 from pysolve.methods.kinds.channels import ridge_fit
 from pysolve.methods.menu import Chosen, Fit, Task
 from pysolve.methods.study import Study, no_samples, weight_name
+from pysolve.nn.apply import kept_entries
 from pysolve.nn.calibration import samples_in, usable
 from pysolve.nn.graph.branches import Cut, Layer, layer_values
 from pysolve.nn.layer_kinds import inputs_first, twins
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.lockstep import Sampling, refit
 from pysolve.nn.running import Batch, as_tensor
-from pysolve.plan import Site
+from pysolve.plan import Collapse, Plan, Site
 
 REFITS = ("sequential", "independent", "bias", "none")
 # A bias that a layer did not have must lower its error by this share to earn its parameters.
@@ -49,6 +50,31 @@ class Rebuilt:
     fits: Mapping[str, LayerFit] = field(default_factory=dict)
     samples: int = 0
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Left:
+    """What stays of a network's weights.
+
+    Parameters
+    ----------
+    cuts : {layer: Cut}
+        Of layers that are fitted.
+    places : {name: tensor}
+        Of other weights that lose something, such as embeddings and grouped convolutions: the flat indices of
+        their entries, in the shape that these leave.
+    """
+
+    cuts: Mapping[str, Cut] = field(default_factory=dict)
+    places: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def left_of(study: Study, keep: Mapping[Site, Indices]) -> Left:
+    """What stays of the weights with these channels of the sites that lose some."""
+    tensors = {weight_name(study.model, name): name for name in study.weights if name not in study.layers}
+    steps = tuple(Collapse(site, kept) for site, kept in keep.items() if len(kept) < site.channels)
+    places = kept_entries(study.model, Plan(steps), tensors) if steps and tensors else {}
+    return Left(cuts_of(keep, study.layers), {tensors[name]: one for name, one in places.items()})
 
 
 def rebuild(study: Study, chosen: Chosen, refit: str = "sequential", *, passes: int = 1) -> Rebuilt:
@@ -88,11 +114,12 @@ def rebuild(study: Study, chosen: Chosen, refit: str = "sequential", *, passes: 
 
 def independent(study: Study, chosen: Chosen) -> Rebuilt:
     """Every layer concerned on the original's inputs, as if the others stayed as they are."""
-    state, cuts = study.model.state_dict(), cuts_of(chosen.keep, study.layers)
-    fits = {name: _offline(study, cuts, name, fit) for name, fit in _concerned(study, chosen, cuts).items()}
+    state, left = study.model.state_dict(), left_of(study, chosen.keep)
+    concerned = _concerned(study, chosen, left.cuts)
+    fits = {name: _offline(study, left, name, fit) for name, fit in concerned.items()}
     values: dict[str, Tensor] = {}
     for name, found in fits.items():
-        values |= values_of(study, state, cuts, name, found)
+        values |= values_of(study, state, left, name, found)
     assert study.calibration is not None
     return Rebuilt(chosen, values, fits, study.calibration.seen)
 
@@ -142,16 +169,16 @@ def cuts_of(keep: Mapping[Site, Indices], layers: Mapping[str, Layer]) -> dict[s
 
 def tasks_of(study: Study, chosen: Chosen) -> dict[str, Task]:
     """Every weight that takes another form, on the channels that stay and the original's inputs."""
-    cuts = cuts_of(chosen.keep, study.layers)
-    return {name: task_of(study, cuts, name) for name in chosen.fits}
+    left = left_of(study, chosen.keep)
+    return {name: task_of(study, left, name) for name in chosen.fits}
 
 
 def forms_of(study: Study, rebuilt: Rebuilt) -> dict[str, Form]:
     """Forms of the weights that were given one, by their state-dict names, in the shapes of what stays."""
-    found: dict[str, Form] = {}
+    found, left = dict[str, Form](), left_of(study, rebuilt.chosen.keep)
     for name, fit in rebuilt.fits.items():
         if name in rebuilt.chosen.fits and fit.form is not None:
-            form = _shaped(study, name, fit.form)
+            form = _shaped(study, left, name, fit.form)
             if form is not None:
                 found[weight_name(study.model, name)] = form
     return found
@@ -159,11 +186,11 @@ def forms_of(study: Study, rebuilt: Rebuilt) -> dict[str, Form]:
 
 def _plain(study: Study, chosen: Chosen) -> Rebuilt:
     """Forms of the weights alone; nothing is refitted."""
-    cuts, fits, values = cuts_of(chosen.keep, study.layers), dict[str, LayerFit](), dict[str, Tensor]()
+    left, fits, values = left_of(study, chosen.keep), dict[str, LayerFit](), dict[str, Tensor]()
     state = study.model.state_dict()
     for name, fit in chosen.fits.items():
-        fits[name] = fit(task_of(study, cuts, name).without_data())
-        values |= values_of(study, state, cuts, name, replace(fits[name], bias=None))
+        fits[name] = fit(task_of(study, left, name).without_data())
+        values |= values_of(study, state, left, name, replace(fits[name], bias=None))
     note = "nothing was refitted; errors and divergences of single sites are those with refits"
     return Rebuilt(chosen, values, fits, 0, (note,) if chosen.keep else ())
 
@@ -174,22 +201,22 @@ def _walked(
     """The lockstep walk: every layer on what the rebuilt network reads by now."""
     assert study.graph is not None
     assert study.calibration is not None
-    state, cuts = study.model.state_dict(), cuts_of(chosen.keep, study.layers)
-    fits, values = dict[str, LayerFit](), dict[str, Tensor]()
+    state, left = study.model.state_dict(), left_of(study, chosen.keep)
+    cuts, fits, values = left.cuts, dict[str, LayerFit](), dict[str, Tensor]()
     # What cannot be refitted on the way, and where refits of readers begin.
     apart = {name: fit for name, fit in chosen.fits.items() if not study.walks(name)}
     known = independent(study, Chosen(chosen.keep))
     for name, found in known.fits.items():
         if not study.walks(name):
-            values |= values_of(study, state, cuts, name, found)
+            values |= values_of(study, state, left, name, found)
     for name, fit in apart.items():
-        fits[name] = _offline(study, cuts, name, fit)
-        values |= values_of(study, state, cuts, name, fits[name])
+        fits[name] = _offline(study, left, name, fit)
+        values |= values_of(study, state, left, name, fits[name])
 
     unseen: list[str] = []
 
     def fitted(name: str, correlations: Correlations | None, intercept: bool) -> tuple[Array, Array | None]:
-        task = task_of(study, cuts, name, prior=known.fits.get(name), previous=fits.get(name))
+        task = task_of(study, left, name, prior=known.fits.get(name), previous=fits.get(name))
         if correlations is not None:
             task = replace(task, correlations=correlations)
         elif task.correlations is None and (name in chosen.fits or name in cuts) and name not in unseen:
@@ -213,8 +240,8 @@ def _walked(
     )
     used, seen = sum(map(samples_in, batches)), study.calibration.seen
     notes = (f"the refit used {used} of {seen} samples: {reason}",) if used < seen else ()
-    left = (no_samples(unseen),) if unseen else ()
-    return Rebuilt(chosen, new, fits, used, (*(notes if chosen.keep else ()), *left))
+    unreached = (no_samples(unseen),) if unseen else ()
+    return Rebuilt(chosen, new, fits, used, (*(notes if chosen.keep else ()), *unreached))
 
 
 def _fit_layer(layer: Layer, task: Task, fit: Fit | None, intercept: bool, weights: bool) -> LayerFit:
@@ -239,9 +266,9 @@ def _fit_layer(layer: Layer, task: Task, fit: Fit | None, intercept: bool, weigh
     return found if gained else plain
 
 
-def _offline(study: Study, cuts: Mapping[str, Cut], name: str, fit: Fit) -> LayerFit:
+def _offline(study: Study, left: Left, name: str, fit: Fit) -> LayerFit:
     """A layer on the original's inputs, of all its calls, with a bias only where it has one."""
-    task, layer = task_of(study, cuts, name), study.layers.get(name)
+    task, layer = task_of(study, left, name), study.layers.get(name)
     if task.correlations is None:
         return replace(fit(task.without_data()), bias=None)
     if layer is None or layer.takes_bias:
@@ -263,14 +290,17 @@ def _concerned(study: Study, chosen: Chosen, cuts: Mapping[str, Cut]) -> dict[st
 
 def task_of(
     study: Study,
-    cuts: Mapping[str, Cut],
+    left: Left,
     name: str,
     *,
     prior: LayerFit | None = None,
     previous: LayerFit | None = None,
 ) -> Task:
     """A layer to fit on the original's correlations, with all of its outputs but for those that are cut."""
-    W, known = study.matrix(name), study.correlations.get(name)
+    W, known, cuts = study.matrix(name), study.correlations.get(name), left.cuts
+    if name in left.places:
+        places = left.places[name].flatten(1).numpy()
+        return Task(name, W.ravel()[places], None, np.arange(len(places)), previous)
     outputs = np.arange(len(W))
     if name not in cuts:
         return Task(name, W, known, outputs, previous)
@@ -288,25 +318,30 @@ def _restricted(found: Correlations, columns: Indices, rows: Indices) -> Correla
 
 
 def values_of(
-    study: Study, state: Mapping[str, Tensor], cuts: Mapping[str, Cut], name: str, found: LayerFit
+    study: Study, state: Mapping[str, Tensor], left: Left, name: str, found: LayerFit
 ) -> dict[str, Tensor]:
     """New parameters of a layer, or a bare parameter, in their original shapes."""
     layer = study.layers.get(name)
     if layer is None:
         tensor = weight_name(study.model, name)
-        return {tensor: as_tensor(found.weight.reshape(state[tensor].shape)).to(state[tensor])}
+        old, new = state[tensor], as_tensor(found.weight).to(state[tensor])
+        if name not in left.places:
+            return {tensor: new.reshape(old.shape)}
+        places = left.places[name].to(old.device)
+        return {tensor: old.clone().put_(places, new.reshape(places.shape))}
     bias = found.bias if layer.takes_bias else None
-    return layer_values(state, layer, cuts.get(name), found.weight, bias)
+    return layer_values(state, layer, left.cuts.get(name), found.weight, bias)
 
 
-def _shaped(study: Study, name: str, form: Form) -> Form | None:
+def _shaped(study: Study, left: Left, name: str, form: Form) -> Form | None:
     """A form in the shape of the weight that it stands for; None where it has no place."""
     if isinstance(form, LowRank) and name in study.layers and inputs_first(study.layers[name].module):
         return LowRank(form.inner.swapaxes(0, 1), form.outer.swapaxes(0, 1))
     if not isinstance(form, Codebook | Integers):
         return form
     if name not in study.layers:
-        return form.with_codes(form.codes.reshape(len(form.codes), *study.weights[name].shape[1:]))
+        shape = left.places.get(name, study.weights[name]).shape
+        return form.with_codes(form.codes.reshape(shape))
     layer = study.layers[name].module
     codes = form.codes.reshape(len(form.codes), -1, *layer.weight.shape[2:])
     if not inputs_first(layer):

@@ -108,7 +108,7 @@ def site_reports(found: Study, sized: Sized) -> Iterator[SiteReport]:
     numbers = iter(range(len(sized.menus)))
     for site in found.sites:
         if site.pinned is not None:
-            yield SiteReport(site.name, site.channels, site.channels, pinned=site.pinned)
+            yield SiteReport(site.name, site.width, site.width, pinned=site.pinned)
             continue
         s = next(numbers)
         menu, k = sized.menus[s], len(sized.kept[s])

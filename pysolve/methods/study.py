@@ -20,7 +20,8 @@ from pysolve.methods.goal import Options
 from pysolve.nn.calibration import Calibration, calibrate, laid_out, of_other_sizes, peek
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.graph.branches import Layer, find_layers
-from pysolve.nn.graph.export import Graph, depends_on_values, trace, trace_once
+from pysolve.nn.graph.export import Graph, trace, trace_once
+from pysolve.nn.graph.routes import routed
 from pysolve.nn.graph.sites import sites_in
 from pysolve.nn.layer_kinds import EMBEDDINGS, WEIGHTED
 from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix
@@ -172,7 +173,7 @@ def study(
     if batches is None:
         return base
     clock = Clock()
-    first, batches = laid_out(model, *peek(batches))
+    first, batches = laid_out(model, *peek(batches, options.transform))
     if not trace:
         with evaluating(model):
             output_of(model, first)
@@ -184,8 +185,8 @@ def study(
     clock.stage("find")
     readers = [name for site in found if site.pinned is None for name in site.readers]
     # What the walk through the graph cannot fit on the way.
-    routed = {layer.name for node, layer in nodes.items() if depends_on_values(node)}
-    asked = {name for name in weights if gather or name in routed}
+    apart = {nodes[node].name for node in routed(graph) if node in nodes} if graph else set()
+    asked = {name for name in weights if gather or name in apart}
     wanted = [*readers, *(name for name in weights if _is_gathered(layers.get(name), graph, name in asked))]
     calibration, correlations = calibrate(
         model,

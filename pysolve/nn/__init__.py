@@ -2,6 +2,7 @@
 
 zoo                     reference networks of the demo, the examples and the tests
 running                 finding layers, running a network without changing it
+items                   the user's items become batches
 calibration             calibration samples, kept while the batches stream by
 graph/                  the network as a graph, and the sites whose channels can be removed
 layer_matrix            a layer as y = M x + b

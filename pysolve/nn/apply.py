@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
 
@@ -124,6 +124,19 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
             places = getattr(narrowed, name.rpartition(".")[2]).long()
             tensor.put_(places.to(tensor.device), dense.to(tensor))
     return wide
+
+
+def kept_entries(model: nn.Module, plan: Plan, names: Iterable[str]) -> dict[str, Tensor]:
+    """Flat indices of what a plan's steps leave of tensors, in the shapes that these then have.
+
+    Of those among ``names`` that lose anything.
+    """
+    members, found = _by_member(model, _cuts(model, plan)), dict[str, Tensor]()
+    for name in names:
+        narrowed = _numbered(model, name, members)
+        if narrowed is not None:
+            found[name] = getattr(narrowed, name.rpartition(".")[2]).detach().long().cpu()
+    return found
 
 
 def _prepared(model: nn.Module, plan: Plan) -> tuple[nn.Module, dict[str, nn.Module], dict[str, Cut]]:

@@ -19,6 +19,7 @@ from pysolve.errors import DataError
 from pysolve.nn.gather import gather_reached, own_outputs
 from pysolve.nn.graph.branches import Layer, read_as
 from pysolve.nn.graph.export import Graph, admits
+from pysolve.nn.items import Transform, batched
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.outputs import main_output
 from pysolve.nn.refusal import by_name, in_words, output_of
@@ -27,7 +28,6 @@ from pysolve.nn.running import (
     Batch,
     Inputs,
     arguments,
-    batched,
     evaluating,
     few_samples,
     forward,
@@ -399,9 +399,9 @@ def _samples_with(found: Tensor, shown: int = 5) -> str:
     return f"sample{'s' if len(rows) > 1 else ''} {', '.join(map(str, rows[:shown]))}{more}"
 
 
-def peek(batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
+def peek(batches: Iterable[Any], transform: Transform | None = None) -> tuple[Batch, Iterable[Batch]]:
     """The first batch, and all of them."""
-    batches = batched(batches)
+    batches = batched(batches, transform)
     iterator = iter(batches)
     for first in iterator:
         # An iterator is used up by looking at it; a loader begins again.

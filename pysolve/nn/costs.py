@@ -56,6 +56,8 @@ def cost_model(
 
     Raises
     ------
+    DataError
+        When the network refuses the example.
     CollapseError
         When a site names a layer that cannot be narrowed.
     PysolveError

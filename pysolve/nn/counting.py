@@ -19,6 +19,7 @@ from pysolve.nn.layer_kinds import WEIGHTED, inputs_first
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.sparse import SparseWeight
+from pysolve.nn.refusal import output_of
 from pysolve.nn.running import Batch, calling_layers, device_of, evaluating, forward
 
 aten = torch.ops.aten
@@ -143,6 +144,7 @@ def calls(model: nn.Module, batch: Batch) -> list[Call]:
     come attention's and recurrent layers' kernels, products of vectors, and this package's own layers, which
     count by what they multiply: sparse ones by their entries, integers as the weights that they stand for.
     Of networks that torch cannot count, as those with nested tensors, Linear layers and convolutions.
+    DataError where the network refuses the batch.
     """
     ledger = _Ledger({module: name for name, module in model.named_modules()})
     mapping = {key: ledger.recording(str(key), formula) for key, formula in _formulas().items()}
@@ -161,7 +163,7 @@ def calls(model: nn.Module, batch: Batch) -> list[Call]:
         except Exception:
             ledger.found.clear()
             ledger.layers = (*WEIGHTED, *_OWN)
-            forward(model, batch, device_of(model))
+            output_of(model, batch, device_of(model))
     return ledger.found
 
 

@@ -16,7 +16,8 @@ from pysolve.nn.layer_kinds import WEIGHTED
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.sharing import unshared
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
-from pysolve.nn.running import Values, as_input, device_of, evaluating, forward, labelled
+from pysolve.nn.refusal import output_of
+from pysolve.nn.running import Values, as_input, device_of, evaluating, labelled
 from pysolve.report.rows import Latency
 
 # Layers that have a line of their own in reports, whatever they multiply.
@@ -48,7 +49,7 @@ def accuracy(model: nn.Module, x: Values, y: Values, *, batch_size: int = 1000) 
     device, right = device_of(model), 0
     with evaluating(model):
         for start in range(0, len(inputs), batch_size):
-            scores = forward(model, inputs[start : start + batch_size], device)
+            scores = output_of(model, inputs[start : start + batch_size], device)
             if not isinstance(scores, Tensor) or scores.ndim != 2:
                 what = (
                     f"a tensor of {tuple(scores.shape)}"

@@ -16,6 +16,7 @@ from pysolve.correlations import Correlations
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn import running
+from pysolve.nn.items import Transform, batched
 from pysolve.nn.layer_kinds import LINEAR
 from pysolve.nn.layer_matrix import LAYERS, Layer
 from pysolve.nn.plain import plain_network
@@ -41,6 +42,7 @@ def gather(
     device: Device = None,
     progress: bool = True,
     positions: float | Mapping[str, float] = 1.0,
+    transform: Transform | None = None,
 ) -> dict[str, Correlations]:
     """Gather the correlations of the inputs and outputs of Linear layers and convolutions.
 
@@ -73,6 +75,8 @@ def gather(
         Share, in (0, 1], of the output positions to keep in each call of a convolution, or of a Linear whose
         input has more than 2 dimensions; all, for a layer without an entry. The choice is random but the
         same in every run.
+    transform : callable, optional
+        Makes inputs of an item of ``batches``, as ``compress`` has it.
 
     Returns
     -------
@@ -94,7 +98,7 @@ def gather(
     names = _layer_names(model, sites, layers)
     found = gather_reached(
         model,
-        batches,
+        batched(batches, transform),
         names,
         sites or (),
         target_model=target_model,
@@ -127,7 +131,7 @@ def gather_reached(
 
     Without ``full``, of Σ y yᵀ the diagonal alone where that is less work.
     """
-    batches = running.batched(batches)
+    batches = batched(batches)
     for share in positions.values() if isinstance(positions, Mapping) else (positions,):
         if not 0 < share <= 1:
             raise ValueError(f"positions must be a share in (0, 1], got {share}.")

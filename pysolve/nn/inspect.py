@@ -14,6 +14,7 @@ from torch import nn
 from pysolve.nn.calibration import laid_out
 from pysolve.nn.costs import cost_model
 from pysolve.nn.graph.sites import find_sites
+from pysolve.nn.items import Transform, example_of
 from pysolve.nn.plain import plain_network
 from pysolve.nn.running import Batch, Ignored
 from pysolve.plan import Site
@@ -31,6 +32,7 @@ class SiteRow:
     ----------
     name : str
     channels : int
+        Of one that is pinned, the channels that its first writer makes.
     writers, readers : tuple of str
         Names of the layers.
     params, macs : float, optional
@@ -83,6 +85,7 @@ def inspect(
     *,
     sites: Sequence[Site] | None = None,
     ignore: Iterable[Ignored] = (),
+    transform: Transform | None = None,
 ) -> Inspection:
     """Find which channels of a network can be removed, what that could save, and why others cannot.
 
@@ -91,11 +94,14 @@ def inspect(
     model : nn.Module
         Not changed.
     example_inputs : one batch
-        A tensor, a tuple or list whose first item is the input, or a mapping of keyword arguments.
+        A tensor, a tuple or list whose first item is the input, or a mapping of keyword arguments; or a
+        DataLoader, or a Dataset of single samples, of which the first batch is taken.
     sites : sequence of Site, optional
         By default all that ``find_sites`` finds.
     ignore : iterable of str, types or modules
         Layers whose channels are kept, for ``find_sites``.
+    transform : callable, optional
+        Makes such a batch of what is given, or of a loader's first item.
 
     Returns
     -------
@@ -104,12 +110,14 @@ def inspect(
 
     Raises
     ------
+    DataError
+        When the network refuses the batch.
     PysolveError
         When torch.export cannot follow the network.
     LayerNotFoundError
         When a name or pattern in ``ignore`` belongs to no layer.
     """
-    model = plain_network(model)
+    model, example_inputs = plain_network(model), example_of(example_inputs, transform)
     found = list(find_sites(model, example_inputs, ignore=ignore) if sites is None else sites)
     costs = cost_model(model, found, laid_out(model, example_inputs, ())[0])
     rows = tuple(_row(site, costs, s) for s, site in enumerate(found))
@@ -126,8 +134,9 @@ def _row(site: Site, costs: Costs, s: int) -> SiteRow:
             return None
         return 1.0 - left[measure] / total[measure] if total[measure] else 0.0
 
+    channels = site.channels if site.pinned is None else site.width
     return SiteRow(
-        site.name, site.channels, site.writers, site.readers, saved("params"), saved("macs"), site.pinned
+        site.name, channels, site.writers, site.readers, saved("params"), saved("macs"), site.pinned
     )
 
 

@@ -33,7 +33,8 @@ from tqdm.auto import tqdm
 from pysolve.correlations import Array, Correlations, group_columns
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, layer_values, read_as, read_by
-from pysolve.nn.graph.export import Graph, depends_on_values
+from pysolve.nn.graph.export import Graph
+from pysolve.nn.graph.routes import routed
 from pysolve.nn.running import evaluating
 from pysolve.nn.sums import Sums, room
 from pysolve.nn.walk import Walk, last_uses
@@ -99,7 +100,8 @@ def refit(
     fitted = {node: layer for node, layer in find_layers(graph, model).items() if layer.calls == 1}
     layers = {node: layer for node, layer in fitted.items() if only is None or layer.name in only}
     nodes = [node for node in graph.module.graph.nodes if node.op != "output"]
-    finished, reads = last_uses(nodes), _Reads(layers.values(), [*layers])
+    finished, apart = last_uses(nodes), routed(graph)
+    reads = _Reads(layers.values(), [*layers])
     with evaluating(model):
         for node in tqdm(nodes, "refit", unit="op", disable=None if progress else True):
             if node.op != "placeholder":
@@ -107,7 +109,7 @@ def refit(
                 layer = layers.get(node)
                 if layer is not None and (layer.name in always or _is_touched(walk, node, layer, cuts)):
                     cut = cuts.get(layer.name)
-                    task = _Task(walk, node, layer, *kept_channels(layer, cut), sampling, reads)
+                    task = _Task(walk, node, layer, *kept_channels(layer, cut), sampling, reads, apart)
                     M, bias = _fitted(task, fit, layer.takes_bias or layer.name in new_biases)
                     walk.values |= layer_values(state, layer, cut, M, bias)
                     _show_new_bias(walk, node, layer)
@@ -146,12 +148,13 @@ class _Task:
     outputs: Tensor
     sampling: Sampling
     reads: _Reads
+    routed: Collection[Node] = ()
 
     @property
     def shortcut(self) -> Node | None:
         """What the layer's branch is added to, if that is known already."""
         shortcut = self.layer.shortcut
-        if shortcut is None or shortcut not in self.walk.original:
+        if shortcut is None or shortcut not in self.walk.original or shortcut in self.routed:
             return None
         same = self.walk.original[shortcut][0].shape == self.walk.original[self.node][0].shape
         return shortcut if same else None
@@ -169,7 +172,7 @@ def _fitted(task: _Task, fit: Fit, intercept: bool) -> tuple[Array, Array | None
     """Weight and bias of a layer by least squares, and again with targets that a ReLU leaves free."""
     seen = any(rows.positions(task.layer.module, y) for y in task.walk.original[task.node])
     # Rows that values choose need not be the same ones in the two networks.
-    if not seen or depends_on_values(task.node):
+    if not seen or task.node in task.routed:
         return fit(task.layer.name, None, intercept)
     correlations = _crossed(task) if _is_cheaper_crossed(task) else _summed(task)
     M, bias = fit(task.layer.name, correlations, intercept)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from pysolve.nn.layer_kinds import EMBEDDINGS
 from pysolve.nn.layers.masking import unmasked
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.sharing import unshared
@@ -117,6 +118,20 @@ def nonzeros(model: nn.Module) -> Nonzeros:
         elif isinstance(layer, QuantWeight):
             owners[id(layer.scales)] = layer
     return Nonzeros(tuple(_counted(name, one, owners.get(id(one))) for name, one in plain.named_parameters()))
+
+
+def padding(model: nn.Module) -> dict[str, int]:
+    """Entries in rows of zeros of embeddings' weights: they stand for padding, and nothing was removed."""
+    found: dict[str, int] = {}
+    for name, module in unshared(model).named_modules():
+        if isinstance(module, EMBEDDINGS):
+            found[f"{name}.weight".lstrip(".")] = int(zero_rows(module.weight).sum()) * module.weight.shape[1]
+    return {name: count for name, count in found.items() if count}
+
+
+def zero_rows(weight: torch.Tensor) -> torch.Tensor:
+    """(n,) which rows of a weight are all zero."""
+    return ~weight.detach().flatten(1).any(1)
 
 
 def _counted(name: str, parameter: torch.Tensor, layer: SparseWeight | QuantWeight | None) -> TensorNonzeros:

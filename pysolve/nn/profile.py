@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from pysolve.nn.calibration import samples_in
 from pysolve.nn.evaluate import COUNTED, parameters, seconds_of, summary, wait
-from pysolve.nn.nonzeros import nonzeros
+from pysolve.nn.nonzeros import nonzeros, padding
 from pysolve.nn.per_sample import sample_macs
 from pysolve.nn.running import Batch, arguments, device_of, evaluating, forward, hooked
 from pysolve.report.rows import Latency, LayerMass
@@ -52,7 +52,11 @@ def masses(
     sizes = _sizes(before, old)
     owner = partial(_owner, dict(before.named_modules()), sizes)
     counts = [_grouped(one, owner) for one in (old, new)]
-    tensors = {tensor.name: tensor.nonzeros for tensor in nonzeros(after).tensors}
+    # A bias of zeros, or an embedding's row of them, is nothing that was removed.
+    tensors = {t.name: t.nonzeros if len(t.shape) > 1 else t.size for t in nonzeros(after).tensors}
+    idle = padding(after)
+    for name in idle.keys() & tensors.keys() & padding(before).keys():
+        tensors[name] += idle[name]
     left = _grouped(tensors, lambda name: owner(name.rpartition(".")[0]))
     # A module with a row inside would be timed twice.
     apart = [name for name in old if name and not any(one.startswith(f"{name}.") for one in old)]
@@ -84,19 +88,25 @@ def layer_inputs(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch
 
 
 def _sizes(model: nn.Module, counted: Collection[str]) -> dict[str, int]:
-    """Parameters of what has a row of its own: layers with weights, what multiplies, and other large ones."""
+    """Parameters of what has a row of its own: layers with weights, what multiplies, and other large ones.
+
+    Shared ones count in the first.
+    """
     much = LARGE * parameters(model)
     sizes: dict[str, int] = {}
-    whole: list[str] = []
+    whole, seen = list[str](), set[nn.Parameter]()
     for name, module in model.named_modules():
         if any(name.startswith(f"{one}.") for one in whole):
             continue
-        direct = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-        if isinstance(module, COUNTED):
-            sizes[name] = parameters(module)
+        layer = isinstance(module, COUNTED)
+        own = {*module.parameters(recurse=layer)}
+        size = parameters(module) if layer else sum(one.numel() for one in own)
+        size -= sum(one.numel() for one in own & seen)
+        seen |= own
+        if layer:
             whole.append(name)
-        elif name and (name in counted or direct > much):
-            sizes[name] = direct
+        if layer or (name and (name in counted or size > much)):
+            sizes[name] = size
     return sizes
 
 

@@ -13,15 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 from torch.utils.hooks import RemovableHandle
 
 from pysolve.correlations import AnyArray
 from pysolve.errors import DataError, LayerNotFoundError
 from pysolve.nn.state import keeping_state
 
-# How many samples of a Dataset make a batch.
-DATASET_BATCH = 64
 # A batch of a user's loader, and a network's output: tensors, tuples and lists, or mappings.
 Batch = Any
 Output = Any
@@ -264,32 +261,6 @@ def few_samples(batch: Batch, count: int = 2) -> Batch:
     if len(lengths) != 1 or lengths.pop() <= count:
         return batch
     return with_leaves(batch, {i: leaf[:count] for i, leaf in leaves.items()})
-
-
-def check_batches(batches: object) -> None:
-    """Refuse a single batch where an iterable of batches is expected."""
-    if isinstance(batches, Tensor | Mapping):
-        kind = type(batches).__name__
-        raise TypeError(f"batches must be an iterable of batches, got one {kind}: wrap it in a list.")
-
-
-def batched(batches: Iterable[Batch]) -> Iterable[Batch]:
-    """Batches of a Dataset's single samples; other iterables of batches as they are."""
-    check_batches(batches)
-    given: Any = batches
-    if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
-        return DataLoader(given, DATASET_BATCH, collate_fn=_collated)
-    return batches
-
-
-def _collated(samples: list[Any]) -> Any:
-    try:
-        return default_collate(samples)
-    except (RuntimeError, TypeError) as error:
-        what = next(iter(str(error).splitlines()), repr(error)).rstrip(".")
-        raise DataError(
-            f"samples of the Dataset make no batch: {what}. Give a DataLoader with a collate_fn of your own."
-        ) from error
 
 
 def _check_devices(model: nn.Module, inputs: list[Tensor], device: Device) -> None:

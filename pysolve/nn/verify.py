@@ -12,6 +12,7 @@ from pysolve.errors import PysolveError
 from pysolve.nn.layers.factored import Factored
 from pysolve.nn.layers.quantized import unrounded
 from pysolve.nn.outputs import tensors_of
+from pysolve.nn.refusal import output_of
 from pysolve.nn.running import Batch, evaluating, forward, hooked, same_draws
 
 # How far the outputs of two equal networks may differ, in units of the largest output. Dropping zero
@@ -32,7 +33,7 @@ def mismatch(
     """
     with evaluating(wide, smaller), unrounded(wide), unrounded(smaller), _watched(smaller) as coarse:
         with same_draws(wide, seeds[0]):
-            wanted = tensors_of(forward(wide, probe))
+            wanted = tensors_of(output_of(wide, probe))
         if not wanted:
             raise PysolveError("the network's output holds no tensor, so there is nothing to compare.")
         try:

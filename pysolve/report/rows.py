@@ -59,6 +59,7 @@ class SiteReport:
     ----------
     name : str
     channels, kept : int
+        Where pinned, the channels that the first writer makes.
     error : float
         E‖y − M x‖² / E‖y‖² of its readers, refitted on the original's inputs, mean over readers.
     predicted, measured : float, optional
@@ -184,7 +185,8 @@ class LayerMass:
     ----------
     name : str
     params, left : int
-        Parameters of the original's layer, and those kept that are not zero.
+        Parameters of the original's layer, and those kept: not weights that are zero, but all of vectors and
+        an embedding's rows of zeros.
     macs, macs_left : int
         For one sample.
     seconds, seconds_left : float, optional

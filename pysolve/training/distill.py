@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pysolve.errors import DataError
 from pysolve.nn.calibration import free_memory
+from pysolve.nn.items import Transform, batched
 from pysolve.nn.running import Batch, calling_layers, evaluating, find_layer, keeping_modes
 from pysolve.nn.state import keeping_state
 from pysolve.training import loss as losses
@@ -40,6 +41,7 @@ def distill(
     mix: float = 0.0,
     cache: bool | None = None,
     frozen: bool = False,
+    transform: Transform | None = None,
     **training: Unpack[TrainingOptions],
 ) -> list[float]:
     """Train a network in place to reproduce another one's outputs; no labels are needed.
@@ -59,7 +61,7 @@ def distill(
         Never changed; it runs in evaluation mode. It must not share parameters with the student.
     batches : iterable of tensors, of tuples or lists, or of mappings
         A tuple's or list's first item is the input; a mapping holds keyword arguments. They must be iterable
-        again, as a list or a DataLoader is.
+        again, as a list or a DataLoader is. Or a Dataset of single samples, which are shuffled.
     temperature : float
         T. At a high one, the first term is half the squared error of centred logits, over their number.
     alpha : float
@@ -91,6 +93,8 @@ def distill(
         then read once, so in one order. The result is the same, up to rounding where samples are shuffled.
     frozen : bool
         The student runs in evaluation mode: no dropout, and batch norms keep their statistics.
+    transform : callable, optional
+        Makes such inputs, or pairs of inputs and labels, of an item of ``batches``, of a Dataset's sample.
     **training
         As ``finetune`` has them; ``epochs`` or ``seconds`` must be given.
 
@@ -123,6 +127,7 @@ def distill(
     if cache and mix:
         raise ValueError("cache=True keeps nothing of use where mix makes new samples: give one of them.")
     run = run_of(1, training)
+    batches = batched(batches, transform, shuffle=True)
     source = batch_source(batches, batch_size, mix, store=bool(cache), labels=alpha < 1, seed=run.seed)
     run = replace(run, steps=source.steps)
     with (

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pysolve.errors import DataError
-from pysolve.nn.running import NO_BATCHES, Batch, Output, check_batches, device_of, forward, keeping_modes
+from pysolve.nn.items import Items, Transform, batched, check_batches
+from pysolve.nn.refusal import output_of
+from pysolve.nn.running import NO_BATCHES, Batch, Output, device_of, keeping_modes
 from pysolve.training.loop import Extras, computing, in_float32, nonfinite_batch, optimise
 from pysolve.training.options import TrainingOptions, run_of
 
@@ -24,6 +26,7 @@ def finetune(
     batches: Iterable[Batch],
     *,
     loss: Loss = cross_entropy,
+    transform: Transform | None = None,
     **training: Unpack[TrainingOptions],
 ) -> list[float]:
     """Train a network on labelled batches, in place: by default with Adam on a one-cycle schedule.
@@ -37,9 +40,11 @@ def finetune(
         Its parameters that require a gradient are trained, in training mode; modes are restored afterwards.
     batches : iterable of batches that can be iterated again, such as a DataLoader
         Pairs of inputs and labels; or mappings of keyword arguments, labels among them, for a network whose
-        output has a ``loss``.
+        output has a ``loss``. Or a Dataset of single samples, which are shuffled.
     loss : callable
         Of outputs and labels, averaged over the batch.
+    transform : callable, optional
+        Makes such a pair, or mapping, of an item of ``batches``, of a Dataset's sample.
     epochs : int, optional
         Passes over the batches.
     seconds : float, optional
@@ -95,14 +100,14 @@ def finetune(
     """
     check_model("model", model)
     run = run_of(1, training)
-    loader, n = counted(batches)
+    loader, n = counted(batched(batches, transform, shuffle=True))
     run, device = replace(run, steps=n), device_of(model)
 
     def loss_of(batch: Batch) -> Tensor:
         if not isinstance(batch, Mapping) and (not isinstance(batch, tuple | list) or len(batch) < 2):
             raise DataError(f"expected batches of inputs and labels, got {type(batch).__name__}.")
         with computing(run, device):
-            output = forward(model, batch, device)
+            output = output_of(model, batch, device)
         if isinstance(batch, Mapping):
             return in_float32(own_loss(output))
         return loss(in_float32(output), batch[1].to(device))
@@ -119,6 +124,7 @@ def one_by_one(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:
 
 def generators(batches: Iterable[Batch]) -> list[torch.Generator]:
     """The random generators that a loader shuffles with."""
+    batches = batches.given if isinstance(batches, Items) else batches
     holders = (batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None))
     found = [getattr(holder, "generator", None) for holder in holders]
     return [*{id(one): one for one in found if isinstance(one, torch.Generator)}.values()]

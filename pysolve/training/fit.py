@@ -8,6 +8,7 @@ from typing import Unpack
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
+from pysolve.nn.refusal import output_of
 from pysolve.nn.running import Values, device_of, keeping_modes, labelled
 from pysolve.training.finetune import Loss
 from pysolve.training.loop import Extras, computing, in_float32, nonfinite_sample, optimise, shuffled
@@ -51,7 +52,7 @@ def fit(
     ValueError
         When an option is out of its range.
     DataError
-        When inputs and labels differ in number, or a sample is not finite.
+        When inputs and labels differ in number, a sample is not finite, or the network refuses a batch.
     PysolveError
         When the loss becomes NaN or infinite.
     """
@@ -63,7 +64,7 @@ def fit(
 
     def loss_of(rows: Tensor) -> Tensor:
         with computing(run, device):
-            output = model(inputs[rows].to(device))
+            output = output_of(model, inputs[rows], device)
         return loss(in_float32(output), labels[rows].to(device))
 
     extras = Extras[Tensor](settings={"samples": n}, nonfinite=lambda rows, _: nonfinite_sample(inputs, rows))

@@ -15,7 +15,8 @@ from torch.nn.functional import cross_entropy, kl_div, mse_loss
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.divergence import class_dim
 from pysolve.nn.outputs import logits_of, tensors_of
-from pysolve.nn.running import Batch, Output, device_of, find_layer, forward
+from pysolve.nn.refusal import output_of
+from pysolve.nn.running import Batch, Output, device_of, find_layer
 from pysolve.training.finetune import own_loss
 from pysolve.training.loop import computing, in_float32
 from pysolve.training.options import Run
@@ -145,7 +146,7 @@ def tapped(model: nn.Module, names: Sequence[str], run: Run) -> Iterator[Answeri
     def answer(batch: Batch) -> tuple[Output, list[Tensor], list[Tensor]]:
         device = device_of(model)
         with computing(run, device):
-            output = forward(model, batch, device)
+            output = output_of(model, batch, device)
         if missing := layers.keys() - seen.keys():
             raise PysolveError(f"layer {min(missing)} was not run, so it has no features to match.")
         features = [seen[name] for name in names]

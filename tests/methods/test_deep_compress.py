@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import assert_refused_unread
-from small import network
+from small import Net, network
 from torch import nn
 
 import pysolve as ps
@@ -365,3 +365,50 @@ def test_layers_whose_outputs_never_change_are_coded_within_the_bytes(kind):
     result = ps.deep_compress(model, [x] * 3, target={"bytes": 0.6}, progress=False)
     assert result.report.after["file"] <= 0.6 * result.report.before["bytes"]
     assert result.report.divergence < 1e-4
+
+
+def words():
+    """An embedding, and positions of the network's own that are many enough for values of their own."""
+
+    def run(net, ids):
+        return net.head(net.fc(net.words(ids) + net.places).relu().mean(1))
+
+    layers = {"words": nn.Embedding(90, 24), "fc": nn.Linear(24, 16), "head": nn.Linear(16, 3)}
+    model = Net(run, **layers, places=nn.Parameter(0.1 * torch.randn(1, 200, 24)))
+    return model, [torch.randint(0, 90, (16, 200)) for _ in range(2)]
+
+
+def depthwise():
+    """Each channel by itself, twice as many of each, and groups of four."""
+    model = nn.Sequential(nn.Conv2d(3, 16, 1), nn.ReLU(), nn.Conv2d(16, 16, 3, groups=16), nn.ReLU())
+    model.extend([nn.Conv2d(16, 32, 3, groups=16), nn.ReLU(), nn.Conv2d(32, 16, 1), nn.ReLU()])
+    model.extend([nn.Conv2d(16, 16, 3, groups=4), nn.ReLU(), nn.Conv2d(16, 4, 1)])
+    return model, images()
+
+
+@pytest.mark.parametrize("build", [words, depthwise])
+@pytest.mark.parametrize("options", [{}, {"zeros": 0.3}, {"target_bytes": 0.5}])
+def test_embeddings_grouped_convolutions_and_parameters_lose_channels_before_they_share_values(
+    build, options, tmp_path
+):
+    torch.manual_seed(0)
+    model, data = build()
+    result = deep(model.eval(), data, target_params=0.6, **options)
+    assert result.plan.steps
+    assert result.report.after["params"] <= 0.6 * result.report.before["params"]
+    whole = model.state_dict()
+    cut = {name for name, form in result.plan.forms.items() if form.codes.shape != whole[name].shape}
+    assert cut >= ({"words.weight", "places"} if build is words else {"2.weight", "4.weight", "8.weight"})
+    # Each entry is near one that was there before.
+    first = "words.weight" if build is words else "2.weight"
+    left = result.model.state_dict()[first]
+    assert distance_of(left, whole[first]) < 0.1 + options.get("zeros", 0)
+    ps.save(result, tmp_path / "net.safetensors")
+    again = ps.load(tmp_path / "net.safetensors", model)
+    assert torch.equal(again.eval()(data[0]), result.model(data[0]))
+
+
+def distance_of(some, all_):
+    """Share of the squares that kept columns, or rows, differ by from the nearest of the original's."""
+    some, all_ = (w.T if len(w) == 90 else w.flatten(1) for w in (some, all_))
+    return float((torch.cdist(some, all_).amin(1) ** 2).sum() / some.square().sum())

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small import Net
 from torch import nn
 
-from pysolve.errors import CollapseError, LayerNotFoundError, PysolveError
+from pysolve.errors import CollapseError, DataError, LayerNotFoundError, PysolveError
 from pysolve.forms import Codebook, Integers, LowRank, Sparse
 from pysolve.nn.apply import apply, masked
 from pysolve.nn.costs import cost_model
@@ -290,8 +290,8 @@ def test_an_output_without_tensors_cannot_be_verified():
         apply(model, collapse([0]), probe=inputs())
 
 
-def test_an_error_of_the_probe_itself_comes_through():
-    with pytest.raises(RuntimeError, match="shapes"):
+def test_a_probe_that_the_network_refuses_is_told_so():
+    with pytest.raises(DataError, match=r"Mlp itself refuses the batch.*shapes"):
         apply(mlp(), collapse([0]), probe=torch.ones(2, 9))
 
 

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import Net, network
 from torch import nn
-from torch.utils.data import Dataset, TensorDataset
 
 from pysolve.errors import DataError
 from pysolve.nn.calibration import (
@@ -20,7 +19,6 @@ from pysolve.nn.calibration import (
     free_memory,
     joined,
     laid_out,
-    peek,
     regrouped,
     room_for,
     samples_in,
@@ -28,7 +26,6 @@ from pysolve.nn.calibration import (
     traced_samples,
 )
 from pysolve.nn.graph.export import trace
-from pysolve.nn.running import DATASET_BATCH
 
 FORMS = {
     "tensor": lambda x: x,
@@ -293,23 +290,6 @@ def test_a_mapping_as_the_only_argument_is_divided():
 def test_batches_whose_tensors_agree_are_not_run():
     batches = [{"x": torch.rand(4, 3)}]
     assert laid_out(nn.Identity(), batches[0], batches) == (batches[0], batches)
-
-
-def test_samples_of_a_dataset_become_batches():
-    x = torch.arange(300.0).reshape(100, 3)
-    first, batches = peek(TensorDataset(x, torch.zeros(100)))
-    assert samples_in(first) == DATASET_BATCH
-    assert torch.equal(torch.cat([batch[0] for batch in batches]), x)
-    with pytest.raises(DataError, match=r"samples of the Dataset make no batch.*collate_fn"):
-        peek(Uneven())
-
-
-class Uneven(Dataset):
-    def __len__(self):
-        return 3
-
-    def __getitem__(self, i):
-        return torch.zeros(i + 1)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,15 @@ def test_sites_are_found_when_none_are_given():
     assert [row.pinned is None for row in found.rows] == [True, True, True, False]
 
 
+def test_channels_that_hang_together_are_all_counted():
+    model = nn.Sequential(nn.Embedding(9, 64), nn.TransformerEncoderLayer(64, 4, 8, batch_first=True))
+    batches = [torch.zeros(8, 3, dtype=torch.long)]
+    rows = {row.name: row.channels for row in inspect(model, batches[0]).rows}
+    assert {name.split()[0]: width for name, width in rows.items()} == {"0": 64, "1.linear1": 8}
+    sites = ps.compress(model.eval(), batches, keep=0.5, progress=False).report.sites
+    assert [(one.channels, one.kept) for one in sites] == [(64, 64), (8, 4)]
+
+
 def test_layers_to_ignore_are_pinned():
     found = inspect(DigitsNet(), DIGITS, ignore=["re:conv.*"])
     assert [row.pinned is None for row in found.rows] == [False, False, True, False]

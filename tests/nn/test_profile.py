@@ -38,7 +38,8 @@ def test_no_parameter_of_any_network_is_forgotten(name):
     model, batch = network(name)
     rows = masses(model, model, batch)
     assert sum(row.params for row in rows) == parameters(model)
-    assert sum(row.left for row in rows) == sum(int(p.count_nonzero()) for p in model.parameters())
+    # Nothing was removed, whatever zeros biases and paddings begin with.
+    assert all(row.left == row.params for row in rows)
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))
@@ -71,7 +72,7 @@ def test_what_multiplies_without_a_layer_has_a_row_and_so_has_the_rest():
         "attend.norm": (8, 0, 0),
         "all others": (12, 5 * 3 * 6 + 5 * 6 * 2, 5 * 3 * 6 + 5 * 6 * 2),
     }
-    assert sum(row.left for row in rows.values()) == sum(int(p.count_nonzero()) for p in after.parameters())
+    assert sum(row.left for row in rows.values()) == parameters(after)
     # Of a module with rows inside, the time is theirs.
     assert [name for name in counts if rows[name].seconds] == ["rnn", "attend.q", "attend.k"]
     assert rows["attend.k"].seconds_left > 0
@@ -102,6 +103,34 @@ def test_embeddings_have_rows_and_small_leftovers_share_one():
     assert [row.name for row in rows] == ["0", "1", "3", "all others"]
     assert rows[-1].params == 1200
     assert rows[0].seconds is None
+
+
+def test_zeros_that_were_never_removed_are_kept():
+    model = nn.Sequential(nn.Embedding(20, 6, padding_idx=0), nn.Linear(6, 5), nn.Linear(5, 2))
+    with torch.no_grad():
+        model[0].weight[12:] = 0
+        model[1].bias.zero_()
+    ids = torch.randint(0, 20, (40, 3))
+    rows = masses(model, model, ids)
+    assert all(row.left == row.params for row in rows)
+    batches = [*ids.split(10)]
+    found = ps.compress(model, batches, keep=0.5, sites=ps.find_sites(model, ids), progress=False).report
+    assert {row.name: (row.params, row.left) for row in found.mass}["0"] == (120, 60)
+    coded = ps.quantize(model, batches, scheme="codebook", bits=8, progress=False)
+    values = coded.model[0].weight[1:12]
+    assert coded.report.layers[0].density == int(values.count_nonzero()) / values.numel()
+    pruned = ps.prune(model, batches, amount=0.5, layout="dense", progress=False).report
+    assert [row.left / row.params for row in pruned.mass] == [1.0, 20 / 35, 7 / 12]
+
+
+def test_what_layers_share_is_in_the_row_of_the_first():
+    model = nn.Sequential(nn.Embedding(30, 6), nn.Linear(6, 30, bias=False))
+    model[1].weight = model[0].weight
+    rows = masses(model, model, torch.zeros(2, 3, dtype=torch.long))
+    assert [(row.name, row.params, row.left, row.macs) for row in rows] == [
+        ("0", 180, 180, 0),
+        ("1", 0, 0, 540),
+    ]
 
 
 def test_hooks_and_modes_are_left_as_they_were():

@@ -8,7 +8,9 @@ from torch import nn
 
 import pysolve as ps
 from pysolve.errors import DataError
+from pysolve.nn.costs import cost_model
 from pysolve.nn.refusal import by_name, output_of
+from pysolve.plan import Plan, Site
 
 
 class Two(nn.Module):
@@ -81,6 +83,28 @@ def test_a_later_batch_that_is_refused_is_told_in_the_same_way():
         DataError, match=r"Sequential itself refuses the batch \(input: float32\[5, 1, 8, 8\]\)"
     ):
         ps.prune(images(), [x, x[:, :1]], method="obs", amount=0.5, progress=False)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model, batch: ps.inspect(model, batch, sites=[Site(4, ("0",), ("4",))]),
+        lambda model, batch: cost_model(model, [], batch),
+        lambda model, batch: ps.gather(model, [batch], progress=False),
+        lambda model, batch: ps.apply(model, Plan(), probe=batch),
+        lambda model, batch: ps.accuracy(model, batch, torch.zeros(5, dtype=torch.long)),
+        lambda model, batch: ps.fit(model, batch, torch.zeros(5, dtype=torch.long), epochs=1, progress=False),
+        lambda model, batch: ps.finetune(model, [(batch, torch.zeros(5).long())], epochs=1, progress=False),
+        lambda model, batch: ps.distill(model, images(), [batch], epochs=1, progress=False),
+        lambda model, batch: ps.quantize(model, [batch], scheme="int8", progress=False),
+        lambda model, batch: ps.low_rank(model, [batch], rank=1, progress=False),
+        lambda model, batch: ps.prune(model, [batch], amount=0.5, progress=False),
+        lambda model, batch: ps.deep_compress(model, [batch], bits=2, progress=False),
+    ],
+)
+def test_everything_that_takes_a_batch_says_so(call):
+    with pytest.raises(DataError, match=r"Sequential itself refuses the batch.*to have 3 channels"):
+        call(images(), x[:, :1])
 
 
 def test_the_line_of_the_networks_code_is_named():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -49,14 +49,10 @@ class Zeros:
         # As matrices, whose rows are outputs also for transposed convolutions.
         matrices = {n: as_array(matrix(study.layers[n].module)) for n in study.weights if n in study.layers}
         weights = {n: matrices[n] if n in matrices else as_array(w) for n, w in study.weights.items()}
-        fitted = {name: weight for name, weight in weights.items() if study.fits(name)}
-        others = {name: weight for name, weight in weights.items() if name not in fitted}
-        if self.method != "obs":
-            moments = {name: np.diag(one.r_xx) for name, one in study.correlations.items()}
-            return Chosen(fits=self._by_scores({**fitted, **others}, moments))
-        local = replace(self, method="magnitude", scope="local", amount=_only(self.amount, others))
-        fits = local._by_scores(others, {}) if others else {}
-        return Chosen(fits={**fits, **self._by_losses(study, fitted)})
+        if self.method == "obs":
+            return Chosen(fits=self._by_losses(study, weights))
+        moments = {name: np.diag(one.r_xx) for name, one in study.correlations.items()}
+        return Chosen(fits=self._by_scores(weights, moments))
 
     def _by_losses(self, study: Study, weights: Mapping[str, AnyArray]) -> dict[str, Fit]:
         """Optimal brain surgeon; an amount of all weights is shared out by the layers' error curves."""
@@ -116,8 +112,3 @@ def prune_layer(task: Task, *, amount: float | None = None, pattern: str | None 
     if isinstance(task.previous, PrunedLayer):
         return obs_prune(task.weight, task.correlations, mask=task.previous.mask)
     return obs_prune(task.weight, task.correlations, amount=amount, pattern=pattern)
-
-
-def _only(value: PerLayer | None, names: Mapping[str, AnyArray]) -> PerLayer | None:
-    """What a mapping says of some layers."""
-    return {n: value[n] for n in names if n in value} if isinstance(value, Mapping) else value

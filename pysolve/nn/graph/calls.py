@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from pysolve.nn.graph.classes import Ledger, complete, labelled, squashed
+from pysolve.nn.graph.classes import Ledger, complete, labelled, lean, squashed
 from pysolve.nn.graph.export import where
 from pysolve.nn.layer_kinds import CONVOLUTIONS, inputs_first
 from pysolve.nn.products import Product, product
@@ -182,7 +183,10 @@ def pointwise(call: Call) -> Tensor:
 
 
 def meet(call: Call, operands: list[tuple[Tensor, Node]]) -> Tensor:
-    """Unite labels that meet, and pin those that meet values without channels, unless these are broadcast."""
+    """Unite labels that meet, and pin those that meet values without channels, unless these are broadcast.
+
+    One channel that several read, as a gate or a score of positions, stays; they can go one by one.
+    """
     ndim = max((value.ndim for value, _ in operands), default=0)
     aligned = [value[(None,) * (ndim - value.ndim)] for value, _ in operands]
     for fixed, (_, node) in zip(aligned, operands, strict=True):
@@ -190,7 +194,14 @@ def meet(call: Call, operands: list[tuple[Tensor, Node]]) -> Tensor:
             for value in aligned:
                 if value is not fixed and labelled(value):
                     _pin_fixed(call, value, fixed, node)
-    return call.ledger.unite(*(value for value, _ in operands), reason=call.says("mixes these channels"))
+    single = [value for value, _ in operands if labelled(value) and squashed(lean(value)).numel() == 1]
+    several = [value for value, _ in operands if not any(value is one for one in single)]
+    if not single or not any(map(labelled, several)):
+        return call.ledger.unite(*(value for value, _ in operands), reason=call.says("mixes these channels"))
+    for value in single:
+        call.ledger.pin(value, call.says("reads it for several channels"))
+    shape = torch.broadcast_shapes(*(value.shape for value, _ in operands))  # type: ignore[no-untyped-call]
+    return call.ledger.unite(*several, reason=call.says("mixes these channels")).expand(shape)
 
 
 def _pin_fixed(call: Call, value: Tensor, fixed: Tensor, node: Node) -> None:

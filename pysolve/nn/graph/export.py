@@ -184,12 +184,6 @@ def is_in_place(node: Node) -> bool:
     return bool(schema and schema.is_mutable)
 
 
-def depends_on_values(node: Node) -> bool:
-    """Whether a result has as many rows as values in the network say, as that of a routed expert has."""
-    shape = getattr(node.meta.get("val"), "shape", ())
-    return any(isinstance(size, torch.SymInt) and size.node.hint is None for size in shape)
-
-
 def _first_name(model: nn.Module, name: str) -> str:
     """A parameter's name by the first name of its layer."""
     owner, _, leaf = name.rpartition(".")

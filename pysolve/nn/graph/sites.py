@@ -20,6 +20,7 @@ from pysolve.nn.graph.classes import ROLES, Classes, Member
 from pysolve.nn.graph.export import Graph, trace
 from pysolve.nn.graph.integers import choices, counting, integers_read
 from pysolve.nn.graph.labels import label_channels
+from pysolve.nn.items import example_of
 from pysolve.nn.outputs import tensors_of
 from pysolve.nn.plain import plain_network
 from pysolve.nn.refusal import code_line
@@ -56,7 +57,7 @@ def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[Igno
     model : nn.Module
     example_inputs : one batch
         A tensor, a tuple or list whose first item is the input, or a mapping of keyword arguments, on the
-        network's device.
+        network's device; or a DataLoader, or a Dataset of single samples, of which the first batch is taken.
     ignore : iterable of str, types or modules
         Layers whose channels must stay, with all that they hold: names, patterns ``"re:…"`` that match whole
         names, types, or the layers themselves.
@@ -74,7 +75,7 @@ def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[Igno
     LayerNotFoundError
         When a name or pattern in ``ignore`` belongs to no layer.
     """
-    model = plain_network(model)
+    model, example_inputs = plain_network(model), example_of(example_inputs)
     find_matching(model, ignore)
     few = few_samples(example_inputs)
     if few is not example_inputs:
