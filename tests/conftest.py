@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
-from graphs import traced_once
+from graphs import traced
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None, max_examples=40, print_blob=True)
@@ -24,9 +24,10 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _shared_graphs() -> Iterator[None]:
-    """Verbs trace networks of one structure once."""
+    """Networks of one structure are traced once."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pysolve.methods.study.trace_once", traced_once)
+        for place in ("nn.graph.export", "nn.graph.sites", "methods.study"):
+            patch.setattr(f"pysolve.{place}.trace", traced)
         yield
 
 

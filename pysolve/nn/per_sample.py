@@ -66,10 +66,8 @@ def sample_macs(model: nn.Module, example: Batch | Workload) -> dict[str, int]:
 
     What runs once a batch, such as a table of positions, counts whole. Of samples of several shapes the mean.
     """
-    work = as_workload(example)
-    runs = _runs(model, work)
-    counts = by_layer(_mean(work, runs, [_weights(model, *one) for one in runs]))
-    return {name: round(count) for name, count in counts.items()}
+    found, _ = sample_calls_and_weights(model, as_workload(example))
+    return {name: round(count) for name, count in by_layer(found).items()}
 
 
 def sample_calls(model: nn.Module, work: Workload, weights: Sequence[dict[str, float]]) -> list[Call]:
@@ -77,17 +75,20 @@ def sample_calls(model: nn.Module, work: Workload, weights: Sequence[dict[str, f
     return _mean(work, _runs(model, work), weights)
 
 
-def sample_weights(model: nn.Module, work: Workload) -> list[dict[str, float]]:
-    """For each part of the work and each module, what to multiply its MACs with to have those of one sample.
+def sample_calls_and_weights(model: nn.Module, work: Workload) -> tuple[list[Call], list[dict[str, float]]]:
+    """All calls for the mean sample, and the weights that say what they take of those of the samples run.
 
-    With b MACs a sample and a a batch, n samples take c(n) = a + b n; so a + b is
+    Weights are, for each part of the work and each module, what to multiply its MACs with to have those of
+    one sample. With b MACs a sample and a a batch, n samples take c(n) = a + b n; so a + b is
     c(n) − (n − 1) / n (c(2n) − c(n)) .
     """
-    return [_weights(model, *one) for one in _runs(model, work)]
+    runs = _runs(model, work)
+    weights = [_weights(model, *one) for one in runs]
+    return _mean(work, runs, weights), weights
 
 
 def _weights(model: nn.Module, few: Batch, run: Sequence[Call]) -> dict[str, float]:
-    """``sample_weights`` of one part of the work, from its run."""
+    """Weights of one part of the work, from its run."""
     n, once = _samples(few), by_layer(run)
     twice = by_layer(_doubled_calls(model, few)) if n > 1 else once
     more = {name: max(0.0, twice.get(name, 2 * count) - count) for name, count in once.items()}
