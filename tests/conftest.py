@@ -1,4 +1,5 @@
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,8 +8,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
-from graphs import traced
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None, max_examples=40, print_blob=True)
@@ -19,12 +18,17 @@ settings.load_profile(os.environ.get("PYSOLVE_HYPOTHESIS", "default"))
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Threads of tiny products only wait for each other."""
+    # Not above: the process that only hands out tests needs no torch, and all others wait for it.
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _shared_graphs() -> Iterator[None]:
     """Networks of one structure are traced once."""
+    from graphs import traced
+
     with pytest.MonkeyPatch.context() as patch:
         for place in ("nn.graph.export", "nn.graph.sites", "methods.study"):
             patch.setattr(f"pysolve.{place}.trace", traced)
@@ -37,6 +41,14 @@ def _few_runs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pysolve.nn.profile.SECONDS", 0.0)
         yield
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's answer to an interrupt, also in the background, where shells have them ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")
