@@ -1,5 +1,7 @@
+import gc
 import os
-from collections.abc import Iterator
+import signal
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 # Thousands of tiny products: threads only wait for each other, badly so on a busy machine.
@@ -7,8 +9,6 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
-import torch
-from graphs import traced_once
 from hypothesis import settings
 
 settings.register_profile("default", deadline=None, max_examples=40, print_blob=True)
@@ -16,17 +16,34 @@ settings.register_profile("thorough", deadline=None, max_examples=2000, print_bl
 settings.load_profile(os.environ.get("PYSOLVE_HYPOTHESIS", "default"))
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """What modules hold stays for good: no search for garbage in it."""
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     """Threads of tiny products only wait for each other."""
+    # Not above: the process that only hands out tests needs no torch, and all others wait for it.
+    import torch
+
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def _shared_graphs() -> Iterator[None]:
-    """Verbs trace networks of one structure once."""
+    """Networks of one structure are traced once."""
+    from graphs import traced
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pysolve.methods.study.trace_once", traced_once)
+        for place in ("nn.graph.export", "nn.graph.sites", "methods.study"):
+            patch.setattr(f"pysolve.{place}.trace", traced)
         yield
 
 
@@ -36,6 +53,14 @@ def _few_runs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pysolve.nn.profile.SECONDS", 0.0)
         yield
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Python's answer to an interrupt, also in the background, where shells have them ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session")

@@ -1,47 +1,53 @@
 """One graph for all networks of one structure: to trace a small network takes longer than all the rest."""
 
+import weakref
+
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pysolve.nn.graph.export import trace_once
-from pysolve.nn.running import arguments, few_samples
+from pysolve.nn.graph import export
+from pysolve.nn.running import Inputs, arguments
 
 _GRAPHS = {}
+# As it is before anything stands in its place.
+_trace = export.trace
 
 
 class _UnknownError(Exception):
     """Something whose part in the graph cannot be told."""
 
 
-def traced_once(model, batch):
-    """``trace_once``, but of networks of one structure the first alone is traced."""
+def traced(model, batch, **options):
+    """``trace``, but of networks of one structure the first alone is traced."""
     try:
-        structure = _structure(model)
+        key = _structure(model), _shapes(batch), tuple(sorted(options.items()))
     except _UnknownError:
-        return trace_once(model, batch)
-    for part in (few_samples(batch), batch):
-        graph = _GRAPHS.get((structure, _shapes(part)))
-        if graph is not None and (part is batch or graph.takes_any_batch):
-            return graph, part
-    graph, part = trace_once(model, batch)
-    _GRAPHS[structure, _shapes(part)] = graph
-    return graph, part
+        return _trace(model, batch, **options)
+    if key not in _GRAPHS:
+        _GRAPHS[key] = _trace(model, batch, **options)
+    return _GRAPHS[key]
 
 
 def _shapes(batch):
     leaves, form = pytree.tree_flatten(arguments(batch))
-    return str(form), tuple((one.shape, one.dtype) if isinstance(one, Tensor) else one for one in leaves)
+    shared = batch.shared if isinstance(batch, Inputs) else None
+    return (
+        *(str(form), shared),
+        *((one.shape, one.dtype) if isinstance(one, Tensor) else one for one in leaves),
+    )
 
 
 def _structure(model):
     """All of a network but its values: classes, code, plain attributes, shapes, and what is shared."""
     found, numbers = [], {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    modules = [*model.named_modules(remove_duplicate=False)]
+    for name, module in modules:
         own = (*module._parameters.items(), *module._buffers.items())
         found.append((name, type(module), numbers.setdefault(id(module), len(numbers))))
         found += [(key, _tensor(value, numbers)) for key, value in own]
+    for _, module in modules:
         hidden = {"_parameters", "_buffers", "_modules", "training"}
-        found += [(key, _plain(value)) for key, value in vars(module).items() if key not in hidden]
+        found += [(key, _plain(value, numbers)) for key, value in vars(module).items() if key not in hidden]
     return tuple(found)
 
 
@@ -57,16 +63,21 @@ def _tensor(value, numbers):
     )
 
 
-def _plain(value):
+def _plain(value, numbers):
     if value is None or isinstance(value, bool | int | float | str | type):
         return type(value), value
     if isinstance(value, tuple | list):
-        return type(value), *map(_plain, value)
+        return type(value), *(_plain(one, numbers) for one in value)
     if isinstance(value, dict | set) and not value:
         return type(value)
+    if isinstance(value, weakref.ref):
+        return weakref.ref, _plain(value(), numbers)
+    # Of other tensors the values are in the graph.
+    if id(value) in numbers:
+        return numbers[id(value)]
     if hasattr(value, "__code__"):
-        cells = [cell.cell_contents for cell in value.__closure__ or ()]
-        return value.__module__, value.__code__, _plain(value.__defaults__), *map(_plain, cells)
+        cells = [_plain(cell.cell_contents, numbers) for cell in value.__closure__ or ()]
+        return value.__module__, value.__code__, _plain(value.__defaults__, numbers), *cells
     if callable(value) and not isinstance(value, nn.Module) and value.__hash__:
         return value
     raise _UnknownError

@@ -675,7 +675,7 @@ NETWORKS = {
 
 def network(name):
     """A network of fixed random weights in evaluation mode, with norm statistics that do something."""
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)
     model, batch = NETWORKS[name]()
     for module in model.modules():
         if getattr(module, "running_var", None) is not None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
-from pysolve.correlations import Array, Mask
+from pysolve.correlations import Array, Indices, Mask
 from pysolve.forms import Codebook
 from pysolve.layer.clusters import k_means, nearest
 from pysolve.layer.layer_problem import blocks
@@ -32,8 +33,12 @@ class SharedValues:
 
     def codes(self, values: Array, columns: Columns | None = None, curvature: npt.ArrayLike = 1.0) -> Codes:
         """Codes of the nearest values."""
-        order = np.argsort(self.centroids, kind="stable")
-        return np.asarray(order[nearest(values, self.centroids[order])], np.int64)
+        return np.asarray(self._order[nearest(values, self.centroids[self._order])], np.int64)
+
+    @cached_property
+    def _order(self) -> Indices:
+        """Values by size."""
+        return np.argsort(self.centroids, kind="stable")
 
     def values(self, codes: Codes, columns: Columns | None = None) -> Array:
         """Values of the codes."""
@@ -98,13 +103,19 @@ class PricedValues(SharedValues):
     def codes(self, values: Array, columns: Columns | None = None, curvature: npt.ArrayLike = 1.0) -> Codes:
         """Codes of least ½ curvature (value − centroid)² + lam · bits."""
         # Less what all codes have in common, and by curvature: one product gives all k of them.
-        lines = np.stack([-self.centroids, self.bits, 0.5 * np.square(self.centroids)])
-        bends = np.broadcast_to(curvature, values.shape)
+        ratio = np.broadcast_to(self.lam / np.maximum(curvature, _FLAT), values.shape)
         found = np.empty(values.shape, np.int64)
         for rows in blocks(len(values)):
-            v, ratio = values[rows], self.lam / np.maximum(bends[rows], _FLAT)
-            found[rows] = np.argmin(np.stack([v, ratio, np.ones_like(v)], -1) @ lines, axis=-1)
+            terms = np.ones((*values[rows].shape, 3))
+            terms[..., 0] = values[rows]
+            terms[..., 1] = ratio[rows]
+            (terms @ self._lines).argmin(-1, out=found[rows])
         return found
+
+    @cached_property
+    def _lines(self) -> Array:
+        """(3, k) what value, price by curvature, and 1 are multiplied with."""
+        return np.stack([-self.centroids, self.bits, 0.5 * np.square(self.centroids)])
 
     def price(self, codes: Codes) -> float:
         """Price of all codes together."""

@@ -126,7 +126,7 @@ def round_with_feedback(target: Target, levels: Levels) -> Codes:
     if target.A is None:
         return round_nearest(target, levels)
     back = _by_energy(target)[::-1]
-    L, V = _factor(target.A, back), target.V
+    L, V, weights = _factor(target.A, back), target.V, target.rows
     # Inputs in rows, so that each is contiguous.
     codes, errors = np.empty(V.shape[::-1], np.int64), np.empty(V.shape[::-1])
     for b in range(len(back), 0, -_WIDTH):
@@ -134,11 +134,10 @@ def round_with_feedback(target: Target, levels: Levels) -> Codes:
         owed = L[b:, a:b].T @ errors[b:]
         for k in range(b - 1, a - 1, -1):
             j = int(back[k])
-            codes[j] = _rounded(
-                target, levels, V[:, j] - owed[k - a] / L[k, k], j, target.rows * L[k, k] ** 2
-            )
+            wanted = V[:, j] - owed[k - a] / L[k, k]
+            codes[j] = _rounded(target, levels, wanted, j, weights * L[k, k] ** 2)
             errors[k] = levels.values(codes[j], j) - V[:, j]
-            owed[: k - a] += np.outer(L[k, a:k], errors[k])
+            owed[: k - a] += L[k, a:k, None] * errors[k]
     return np.ascontiguousarray(codes.T)
 
 
@@ -149,16 +148,16 @@ def descend(target: Target, levels: Levels, codes: Codes) -> Codes:
     """
     if target.A is None:
         return round_nearest(target, levels)
-    A, order = target.A, _by_energy(target)
+    A, order, weights = target.A, _by_energy(target), target.rows
     M = np.ascontiguousarray(levels.values(codes, np.arange(len(A))).T)
     codes, slope = np.ascontiguousarray(codes.T), A @ (M - target.V.T)
     for a in range(0, len(A), _WIDTH):
         own = order[a : a + _WIDTH]
         inner, local, before = A[np.ix_(own, own)], slope[own], M[own]
         for k, j in enumerate(own.tolist()):
-            codes[j] = _rounded(target, levels, M[j] - local[k] / inner[k, k], j, target.rows * inner[k, k])
+            codes[j] = _rounded(target, levels, M[j] - local[k] / inner[k, k], j, weights * inner[k, k])
             change = levels.values(codes[j], j) - M[j]
-            local += np.outer(inner[k], change)
+            local += inner[k, :, None] * change
             M[j] += change
         slope += A[:, own] @ (M[own] - before)
     return np.ascontiguousarray(codes.T)

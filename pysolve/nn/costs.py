@@ -16,7 +16,7 @@ from pysolve.nn.counting import by_layer
 from pysolve.nn.cut_costs import rest_of
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.layer_kinds import CONVOLUTIONS, WEIGHTED, plain
-from pysolve.nn.per_sample import Workload, as_workload, sample_calls, sample_weights
+from pysolve.nn.per_sample import Workload, as_workload, sample_calls, sample_calls_and_weights
 from pysolve.nn.running import Batch, find_layer
 from pysolve.nn.slicing import ROLES, Narrowable, channels_of, check_kind, inputs, outputs
 from pysolve.plan import Site
@@ -74,9 +74,8 @@ def cost_model(
     rows, columns = _tables(sites, uses, layers)
     out, into = (np.array([*map(width, layers)], dtype=float) for width in (outputs, _inputs))
     work = as_workload(example)
-    weights = sample_weights(model, work)
+    now, weights = sample_calls_and_weights(model, work)
     count = partial(sample_calls, work=work, weights=weights)
-    now = count(model)
     first: dict[object, str] = {module: name for name, module in model.named_modules()}
     first, macs = {layer: first.get(layer, name) for layer, name in names.items()}, by_layer(now)
     product, per_output = _coefficients(layers, {layer: macs.get(first[layer], 0.0) for layer in layers})

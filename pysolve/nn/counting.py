@@ -193,8 +193,7 @@ class _Ledger:
             twice = formula(*args, out_val=out_val, **kwargs)
             name, inside = self.stack[-1]
             if not inside:
-                operands = pytree.tree_map_only(Tensor, lambda t: _empty(t.shape), (args, kwargs, out_val))
-                self.found.append(Call(name, twice / 2, what, formula, operands))
+                self.found.append(Call(name, twice / 2, what, formula, _emptied((args, kwargs, out_val))))
             return twice
 
         # Torch then gives tensors, not their sizes.
@@ -249,6 +248,17 @@ def _sized(formula: Formula) -> Formula:
         return formula(*args, **kwargs)
 
     return count
+
+
+def _emptied(operands: Any) -> Any:
+    """Meta tensors in the place of tensors."""
+    if isinstance(operands, Tensor):
+        return _empty(operands.shape)
+    if type(operands) in (tuple, list):
+        return type(operands)(map(_emptied, operands))
+    if type(operands) is dict:
+        return {key: _emptied(one) for key, one in operands.items()}
+    return operands
 
 
 def _empty(sizes: Sequence[int]) -> Tensor:

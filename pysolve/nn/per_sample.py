@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from pysolve.nn.running import Batch, arguments
 # Samples of each shape that a network is counted on, and shapes that are counted: others count as the next
 # longer one.
 SAMPLES, SHAPES = 2, 8
+# A few samples and the calls that they take.
+Run: TypeAlias = tuple[Batch, list[Call]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,29 +66,38 @@ def sample_macs(model: nn.Module, example: Batch | Workload) -> dict[str, int]:
 
     What runs once a batch, such as a table of positions, counts whole. Of samples of several shapes the mean.
     """
-    work = as_workload(example)
-    runs = [_run(model, batch) for batch in work.batches]
-    counts = by_layer(_weighted(runs, work, _weights(model, runs)))
-    return {name: round(count) for name, count in counts.items()}
+    found, _ = sample_calls_and_weights(model, as_workload(example))
+    return {name: round(count) for name, count in by_layer(found).items()}
 
 
 def sample_calls(model: nn.Module, work: Workload, weights: Sequence[dict[str, float]]) -> list[Call]:
     """All calls for the mean sample, one part of the work after the other."""
-    return _weighted([_run(model, batch) for batch in work.batches], work, weights)
+    return _mean(work, _runs(model, work), weights)
 
 
-def sample_weights(model: nn.Module, work: Workload) -> list[dict[str, float]]:
-    """For each part of the work and each module, what to multiply its MACs with to have those of one sample.
+def sample_calls_and_weights(model: nn.Module, work: Workload) -> tuple[list[Call], list[dict[str, float]]]:
+    """All calls for the mean sample, and the weights that say what they take of those of the samples run.
 
-    With b MACs a sample and a a batch, n samples take c(n) = a + b n; so a + b is
+    Weights are, for each part of the work and each module, what to multiply its MACs with to have those of
+    one sample. With b MACs a sample and a a batch, n samples take c(n) = a + b n; so a + b is
     c(n) − (n − 1) / n (c(2n) − c(n)) .
     """
-    return _weights(model, [_run(model, batch) for batch in work.batches])
+    runs = _runs(model, work)
+    weights = [_weights(model, *one) for one in runs]
+    return _mean(work, runs, weights), weights
 
 
-def _weighted(
-    runs: Sequence[tuple[Batch, list[Call]]], work: Workload, weights: Sequence[dict[str, float]]
-) -> list[Call]:
+def _weights(model: nn.Module, few: Batch, run: Sequence[Call]) -> dict[str, float]:
+    """Weights of one part of the work, from its run."""
+    n, once = _samples(few), by_layer(run)
+    twice = by_layer(_doubled_calls(model, few)) if n > 1 else once
+    more = {name: max(0.0, twice.get(name, 2 * count) - count) for name, count in once.items()}
+    shares = {name: 1 - (n - 1) / n * more[name] / count for name, count in once.items() if count}
+    return {name: min(1.0, max(1 / n, share)) for name, share in shares.items()}
+
+
+def _mean(work: Workload, runs: Sequence[Run], weights: Sequence[dict[str, float]]) -> list[Call]:
+    """Calls for the mean sample, from one run of each part of the work."""
     return [
         call.times(share * weight.get(call.layer, 1 / _samples(few)))
         for (few, run), share, weight in zip(runs, work.shares, weights, strict=True)
@@ -94,18 +105,11 @@ def _weighted(
     ]
 
 
-def _weights(model: nn.Module, runs: Sequence[tuple[Batch, list[Call]]]) -> list[dict[str, float]]:
-    found = []
-    for few, run in runs:
-        n, once = _samples(few), by_layer(run)
-        twice = by_layer(_doubled_calls(model, few)) if n > 1 else once
-        more = {name: max(0.0, twice.get(name, 2 * count) - count) for name, count in once.items()}
-        shares = {name: 1 - (n - 1) / n * more[name] / count for name, count in once.items() if count}
-        found.append({name: min(1.0, max(1 / n, share)) for name, share in shares.items()})
-    return found
+def _runs(model: nn.Module, work: Workload) -> list[Run]:
+    return [_run(model, batch) for batch in work.batches]
 
 
-def _run(model: nn.Module, batch: Batch) -> tuple[Batch, list[Call]]:
+def _run(model: nn.Module, batch: Batch) -> Run:
     """The first samples and their calls; all samples where the network's code takes no fewer."""
     few = _first(batch)
     if few is not batch:

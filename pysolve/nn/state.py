@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
+from operator import is_
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
@@ -94,53 +95,64 @@ class _Kept:
     values : list of (tensor, copy, how often it was written)
     inner : list of _Kept
         Containers in it.
+    empty : list of dict, list, deque or set
+        Those with nothing in them, which most of a module's are.
     """
 
     container: Any
     items: Any
     values: list[tuple[Tensor, Tensor, int]]
     inner: list[_Kept]
+    empty: list[Any]
 
     @classmethod
     def of(cls, container: Any, seen: set[int]) -> _Kept:
         """A container as it is; weights, which no call changes, without their values."""
         seen.add(id(container))
-        if not container:
-            return cls(container, (), [], [])
-        items = copy.copy(container)
-        found = _parts(items)
-        tensors = [one for one in found if isinstance(one, Tensor) and not isinstance(one, nn.Parameter)]
-        values = [(one, one.detach().clone(), version(one)) for one in tensors]
-        insides = [inside for one in found if (inside := _inside(one)) is not None]
-        inner = [cls.of(one, seen) for one in insides if id(one) not in seen]
-        return cls(container, items, values, inner)
+        kept = cls(container, container.copy(), [], [], [])
+        for one in _parts(kept.items):
+            if isinstance(one, Tensor):
+                if not isinstance(one, nn.Parameter):
+                    kept.values.append((one, one.detach().clone(), version(one)))
+            elif (inside := _inside(one)) is not None and id(inside) not in seen:
+                if inside:
+                    kept.inner.append(cls.of(inside, seen))
+                else:
+                    seen.add(id(inside))
+                    kept.empty.append(inside)
+        return kept
 
     def put_back(self) -> None:
         """The same things in the container, with the same values."""
-        if not self.items and not self.container:
-            return
         for tensor, value, count in self.values:
             if count != version(tensor) or count < 0:
                 tensor.detach().copy_(value)
         for one in self.inner:
             one.put_back()
-        now, before = ([*map(id, one), *map(id, _parts(one))] for one in (self.container, self.items))
-        if now != before:
-            self.container.clear()
-            (self.container.extend if isinstance(self.container, list | deque) else self.container.update)(
-                self.items
-            )
+        for one in self.empty:
+            one.clear()
+        container, items = self.container, self.items
+        if not (_same(container, items) and _same(_parts(container), _parts(items))):
+            container.clear()
+            (container.extend if isinstance(items, list | deque) else container.update)(items)
 
 
 def _inside(value: Any) -> Any:
     """The container that a value is, or that holds its attributes; None where it is something else."""
+    if type(value) in _CONTAINERS:
+        return value
     if isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
         return getattr(value, "__dict__", None)
-    return value if type(value) in _CONTAINERS else None
+    return None
 
 
-def _parts(container: Any) -> list[Any]:
-    return [*(container.values() if isinstance(container, dict) else container)]
+def _parts(container: Any) -> Collection[Any]:
+    return container.values() if isinstance(container, dict) else container
+
+
+def _same(some: Collection[Any], others: Collection[Any]) -> bool:
+    """Whether both hold the same objects in the same order."""
+    return len(some) == len(others) and all(map(is_, some, others))
 
 
 def _without_graph(value: Any, seen: set[int]) -> Any:

@@ -564,6 +564,7 @@ def test_debug_shows_where_an_error_came_from(home):
     assert isinstance(result.exception, PysolveError)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_exits_with_130_and_leaves_nothing(home):
     command = [sys.executable, "-m", "pysolve", "compress", "mine:make", "--data", "mine:slow", "--quiet"]
     with subprocess.Popen(command, cwd=home, stderr=subprocess.PIPE, text=True) as child:

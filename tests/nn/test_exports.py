@@ -30,6 +30,17 @@ def sparse_layers(model):
     return [layer for layer in model.modules() if isinstance(layer, SparseLinear | SparseConv2d)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_table():
+    """torch.onnx reads its table of operators once, which takes a third of the export of a small network."""
+    from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+    with pytest.MonkeyPatch.context() as patch:
+        table = functools.cache(ONNXRegistry.from_torchlib)
+        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(table))
+        yield
+
+
 @functools.cache
 def _made(name, kind):
     model, batch = network(name)

@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from graphs import traced as trace
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small import Net, images, network, vectors
@@ -17,7 +18,6 @@ from pysolve.nn import lockstep
 from pysolve.nn.apply import apply, masked
 from pysolve.nn.gather import gather
 from pysolve.nn.graph.branches import Cut, Layer, find_layers, layer_values
-from pysolve.nn.graph.export import trace
 from pysolve.nn.graph.labels import label_channels
 from pysolve.nn.graph.sites import sites_of
 from pysolve.nn.layer_matrix import channels, matrix, taps

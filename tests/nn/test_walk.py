@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from graphs import traced as trace
 from small import NETWORKS, Net, network, vectors
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from pysolve.nn.graph.export import trace
 from pysolve.nn.running import evaluating, forward
 from pysolve.nn.walk import Walk, last_uses
 

@@ -250,6 +250,7 @@ def test_a_layer_without_any_input_keeps_what_it_is_told():
         assert len(ps.select_channels(R, C, 3, method=method)) == 3
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_control_c_ends_the_elimination():
     d = 2500
     core = scale_to_unit_variance(problem_of((np.eye(d) + 0.1, np.ones((1, d))))).core

@@ -305,6 +305,7 @@ def test_an_exception_in_the_callback_ends_the_solve(method):
         ps.solve_linear_reconstruction(np.eye(3), np.ones((1, 3)), 0.1, method, callback=fail)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_control_c_ends_the_solve():
     R, C = published_problem(200, 50, 200, 1000)
     killer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from graphs import traced as trace
 from hypothesis import given
 from hypothesis import strategies as st
 from small import Net, Turned, vectors
@@ -10,7 +11,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from pysolve.nn.graph.classes import Ledger, along, lean, none, spread, squashed
-from pysolve.nn.graph.export import trace
 from pysolve.nn.graph.labels import _RULES, label_channels
 from pysolve.nn.graph.sites import sites_of
 from pysolve.plan import Site
