@@ -22,7 +22,8 @@ AnyArray = npt.NDArray[Any]
 Indices = npt.NDArray[np.intp]
 Mask = npt.NDArray[np.bool_]
 
-# A variance below this share of the mean square is rounding of sums of many samples.
+# A variance below this share of the mean square is rounding: of sums of many samples, and of what networks
+# compute in float32 where it should be constant.
 _CONSTANT = 1e-10
 
 # Exceptions of reading a damaged or foreign .npz file.
@@ -180,7 +181,8 @@ class Correlations:
         """Correlations of x − E[x] and y − E[y].
 
         Solving on these gives the M of a layer whose bias is free and unpenalised; ``bias(M)`` of the
-        uncentred correlations is that bias.
+        uncentred correlations is that bias. Inputs and outputs whose variance is at most 1e-10 of their mean
+        square count as constants, and have none.
         """
         x_mean, y_mean = self.x_sum / self.count, self.y_sum / self.count
         xx, yx = self.xx - np.outer(self.x_sum, x_mean), self.yx - np.outer(self.y_sum, x_mean)

@@ -31,6 +31,31 @@ def proximal_gradient(R, C, lam, group_size=1, weights=None, iterations=1000):
     return M
 
 
+def exact_objective(R, C, M, lam, group_size=1, weights=None):
+    """``objective`` where terms may cancel, in extended precision."""
+    R, C, M = (np.asarray(values, np.longdouble) for values in (R, C, M))
+    weights = np.ones(len(R) // group_size) if weights is None else weights
+    norms = np.sqrt(np.square(M).sum(0).reshape(-1, group_size).sum(1))
+    return float(0.5 * ((M @ R) * M).sum() - (C * M).sum() + lam * (weights * norms).sum())
+
+
+def lowest_found(R, C, M, lam, group_size=1, weights=None):
+    """The lowest objective on the way of reweighted ridge fits down from M, with ridges of all sizes."""
+    weights = np.ones(len(R) // group_size) if weights is None else weights
+    best = exact_objective(R, C, M, lam, group_size, weights)
+    for ridge in 10.0 ** np.arange(-15, -6, 2):
+        N = M
+        for _ in range(60):
+            norms = np.sqrt(np.square(N).sum(0).reshape(-1, group_size).sum(1))
+            pull = lam * weights / np.maximum(norms, 1e-12 * (norms.max() or 1.0))
+            A = R + np.diag(np.repeat(pull, group_size))
+            unit = np.sqrt(np.where(np.diag(A) > 0, np.diag(A), 1.0))
+            A = A / unit / unit[:, None] + ridge * np.eye(len(R))
+            N = np.linalg.solve(A, (C / unit).T).T / unit
+            best = min(best, exact_objective(R, C, N, lam, group_size, weights))
+    return best
+
+
 def published_problem(d, h, r, n, seed=0):
     """The random problem of the published experiment, in its own scaling: correlations divided by d."""
     rng = np.random.default_rng(seed)

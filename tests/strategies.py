@@ -85,3 +85,31 @@ def hostile_instances(draw):
     y *= 10.0 ** draw(st.integers(-12, 12))
     share = 10.0 ** draw(st.floats(-8, 0))
     return Instance(x.T @ x / n, y.T @ x / n, y.T @ y / n, group_size, share)
+
+
+@st.composite
+def nearly_singular(draw):
+    """Two unpenalised groups or more that are nearly copies, powers of one number or combinations of others,
+    or one that is constant; and the weights."""
+    rng = np.random.default_rng(draw(seeds))
+    group_size, groups = draw(st.integers(1, 3)), draw(st.integers(2, 7))
+    d, n, h = group_size * groups, draw(st.integers(5, 60)), draw(st.sampled_from([1, 2, 4]))
+    free = rng.permutation(groups)[: draw(st.integers(1, groups - 1))]
+    u = (free[:, None] * group_size + np.arange(group_size)).ravel()
+    x, near = rng.standard_normal((n, d)), 10.0 ** draw(st.floats(-9, -1))
+    kind = draw(st.sampled_from(["copies", "powers", "constant", "combinations"]))
+    if kind == "copies":
+        x[:, u[1:]] = x[:, u[:1]] + near * rng.standard_normal((n, len(u) - 1))
+    elif kind == "powers":
+        x[:, u] = (rng.random((n, 1)) + 10 * rng.random()) ** np.arange(len(u))
+    elif kind == "constant":
+        x += 10.0 ** rng.uniform(0, 4) * rng.random(d)
+        x[:, u[0]] = 1.0
+    else:
+        p = np.setdiff1d(np.arange(d), u)[::2]
+        x[:, p] = x[:, u] @ rng.standard_normal((len(u), len(p))) + near * rng.standard_normal((n, len(p)))
+    y = x @ rng.standard_normal((d, h)) * 10.0 ** rng.uniform(-3, 0) + rng.standard_normal((n, h))
+    x *= 10.0 ** rng.uniform(-3, 3, d) if draw(st.booleans()) else 1.0
+    weights = np.where(np.isin(np.arange(groups), free), 0.0, 1.0)
+    share = 10.0 ** draw(st.floats(-4, -0.1))
+    return Instance(x.T @ x / n, y.T @ x / n, y.T @ y / n, group_size, share), weights

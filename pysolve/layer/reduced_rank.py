@@ -53,7 +53,8 @@ def reduced_rank(
     rank : int
         r. Give this or ``energy``.
     energy : float
-        Share in (0, 1] of the outputs' energy, in the metric, to keep; without ``r_xx`` of ‖W‖².
+        Share in (0, 1] of the outputs' energy, in the metric, to keep; without ``r_xx`` of ‖W‖². The smallest
+        rank that keeps as much, or the largest where noise in the outputs leaves none.
     metric : (h, h) array, optional
         S, positive definite: the weight of errors at the outputs. By default all count alike.
 
@@ -79,7 +80,7 @@ def reduced_rank(
     if energy is not None:
         if not 0 < energy <= 1:
             raise ValueError(f"energy must be a share in (0, 1], got {energy}.")
-        rank = min(most, rank_keeping(error_curve(W, known, most, metric=S), energy))
+        rank = min(most, rank_keeping(_lost(W, known, S), energy))
     found = factor_layer(W, known, whole("rank, up to the smaller side of W,", rank, 1, most), metric=S)
     return found if isinstance(r_xx, Correlations) else replace(found, bias=None)
 
@@ -172,6 +173,22 @@ def _correlations(
     yy = yx @ W.T if C is None else explained(R, C)
     zero = np.zeros(W.shape[1]), np.zeros(len(W))
     return Correlations(_MANY * R, _MANY * yx, _MANY * yy, _MANY, *zero)
+
+
+def _lost(W: Array, correlations: Correlations | None, metric: Array | None) -> Array:
+    """(ranks + 1,) share of the outputs' energy, in the metric, that the layer of each rank loses.
+
+    Unlike the curve, which is of the energy that any weights explain, and has the ridge in it.
+    """
+    if correlations is None:
+        return plain_spectrum(W).tails
+    if metric is not None:
+        A = scipy.linalg.cholesky(metric, check_finite=False)
+        W, correlations = A @ W, seen_through(A, correlations)
+    known, own = activation_spectrum(W, correlations), correlations.centered()
+    inner = known.directions.T @ known.matrix
+    gains = ((2 * known.directions.T @ own.r_yx - inner @ own.r_xx) * inner).sum(1)
+    return 1 - np.concatenate([[0.0], np.cumsum(gains)]) / (float(np.trace(own.r_yy)) or 1.0)
 
 
 def _checked_metric(metric: npt.ArrayLike, h: int, known: Correlations | None) -> Array:

@@ -9,26 +9,38 @@ solves least squares, B R = C + E (E is measured), and s ≤ 1 is the largest th
 the Fenchel–Young terms instead of P(M) + ½⟨N R, N⟩, which would cancel:
 
     gap = Σ_g (⟨G_g, M_g⟩ + lam w_g ‖M_g‖) + (1 − s)⟨(B − M) R, M⟩ + ½ (1 − s)² ⟨(B − M) R, B − M⟩
+
+Unpenalised columns u ask for (N R − C)_u = 0: those of M and B are refitted first. What rounding leaves
+there, in a problem that may be nearly singular, is part of the gap.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from pysolve.correlations import Array, group_columns, group_norms
+from pysolve.correlations import Array, Indices, group_columns, group_norms
 from pysolve.solve.problem import (
     Matrices,
     Problem,
     Problems,
+    Spectrum,
     answers_of,
     check_lam,
     problem_of,
+    spectrum_of,
     takes_problem,
 )
+from pysolve.solve.scaling import scale
+
+Inverse = Callable[[Array], Array]
+
+EPS = float(np.finfo(np.float64).eps)
+# Steps of an unpenalised fit; each leaves a share of eps / (smallest eigenvalue) of the one before.
+REFINEMENTS = 4
 
 
 @dataclass(frozen=True)
@@ -62,13 +74,7 @@ def lam_max(
     ValueError, TypeError
         For input that is no such problem.
     """
-    problem = problem_of(problem, group_size, weights)
-    penalised = problem.penalised
-    if not penalised.any():
-        return 0.0
-    zero = [np.zeros_like(c) for c in problem.yx]
-    _, gradients, _ = _fit_unpenalised(problem, zero)
-    return float((group_norms(gradients, problem.group_size)[penalised] / problem.weights[penalised]).max())
+    return scale(problem_of(problem, group_size, weights)).lam_max
 
 
 @takes_problem
@@ -98,9 +104,14 @@ def certify(
     """
     problem, lam = problem_of(problem, group_size, weights), check_lam(lam)
     answers = answers_of("M", M, problem)
-    objective, gap = _objective(problem, answers, lam), _gap(problem, answers, lam)
+    return certificate_of(problem, answers, lam)
+
+
+def certificate_of(problem: Problem, M: Sequence[Array], lam: float) -> Certificate:
+    """``certify`` on checked input."""
+    objective, gap = _objective(problem, M, lam), _gap(problem, M, lam)
     relative = 0.0 if gap == 0.0 else gap / abs(objective) if objective else float("inf")
-    return Certificate(objective, gap, relative, _kkt(problem, answers, lam))
+    return Certificate(objective, gap, relative, _kkt(problem, M, lam))
 
 
 def _objective(problem: Problem, M: Sequence[Array], lam: float) -> float:
@@ -113,24 +124,77 @@ def _objective(problem: Problem, M: Sequence[Array], lam: float) -> float:
 def _gap(problem: Problem, M: Sequence[Array], lam: float) -> float:
     # The dual asks (N R − C)_u = 0 of an unpenalised group: refit those first, and charge what that gains.
     M, G, gained = _fit_unpenalised(problem, M)
-    fits = zip(*map(_least_squares, problem.xx, problem.yx), strict=True)
-    return max(min(_bound(problem, M, G, B, lam) for B in fits), 0.0) + gained
+    # Which B is best depends on how C was rounded; every one of them gives a valid bound.
+    bounds = [_bound(problem, M, G, lam, cutoff) for cutoff in (1e-15, 1e-13, 1e-10)]
+    return max(min(bounds), 0.0) + gained
 
 
-def _bound(problem: Problem, M: Sequence[Array], G: Sequence[Array], B: Sequence[Array], lam: float) -> float:
+def _bound(problem: Problem, M: Sequence[Array], G: Sequence[Array], lam: float, cutoff: float) -> float:
     """The gap formula for one choice of B."""
-    penalised, thresholds = problem.penalised, lam * problem.weights
-    targets = [b @ r for b, r in zip(B, problem.xx, strict=True)]
-    E = [t - c for t, c in zip(targets, problem.yx, strict=True)]
-    squares = [_inner(G, G, problem), _inner(G, E, problem), _inner(E, E, problem), thresholds]
-    s = min((_largest_step(*row) for row in np.stack(squares, axis=1)[penalised]), default=1.0)
-    if s < 0:
-        return float("inf")
-    young = _inner(G, M, problem) + thresholds * group_norms(M, problem.group_size)
-    away = [t - m @ r for t, m, r in zip(targets, M, problem.xx, strict=True)]  # (B − M) R
-    slope = sum(np.vdot(a, m) for a, m in zip(away, M, strict=True))
-    bend = sum(np.vdot(a, b - m) for a, b, m in zip(away, B, M, strict=True))
-    return float(young[penalised].sum() + (1 - s) * slope + 0.5 * (1 - s) ** 2 * max(bend, 0.0))
+    penalised, thresholds, size = problem.penalised, lam * problem.weights, problem.group_size
+    inverses = [_inverse(spectrum, cutoff) for spectrum in problem.spectra]
+    B = [inverse(c) for inverse, c in zip(inverses, problem.yx, strict=True)]
+    for b, r, c, inverse in zip(B, problem.xx, problem.yx, inverses, strict=True):
+        b += inverse(c - b @ r)
+    B, E, _ = _fit_unpenalised(problem, B)
+    young = _inner(G, M, problem) + thresholds * group_norms(M, size)
+    away = [e - g for e, g in zip(E, G, strict=True)]  # (B − M) R
+    D = [b - m for b, m in zip(B, M, strict=True)]
+    # Products with (B − M) R and G on unpenalised columns, both zero but for rounding, cancel.
+    slope = _inner(away, M, problem)[penalised].sum() - _inner(G, D, problem)[~penalised].sum()
+    bend = _inner(away, D, problem)
+    square = 0.5 * max(bend.sum(), 0.0) - bend[~penalised].sum()
+    lowest = float("inf")
+    for cost, spill in _rounding(problem, M, G, E):
+        room = thresholds - spill
+        if np.any(room[penalised] <= 0):
+            continue
+        squares = [_inner(G, G, problem), _inner(G, E, problem), _inner(E, E, problem), room]
+        s = min((_largest_step(*row) for row in np.stack(squares, axis=1)[penalised]), default=1.0)
+        if s < 0:
+            continue
+        N = [s * np.abs(m) + (1 - s) * np.abs(b) for m, b in zip(M, B, strict=True)]
+        gap = young[penalised].sum() + (1 - s) * slope + (1 - s) ** 2 * square
+        lowest = min(lowest, float(gap + cost + spill @ group_norms(N, size)))
+    return lowest
+
+
+def _rounding(
+    problem: Problem, M: Sequence[Array], G: Sequence[Array], E: Sequence[Array]
+) -> list[tuple[float, Array]]:
+    """What F, the rounding left of (N R − C)_u, costs: of P, and in ‖(N R − C)_g‖ of each penalised group.
+
+    Either ½⟨F R⁻¹, F⟩, as P could gain from F, or ½⟨F R_uu⁻¹, F⟩ and ‖(F R_uu⁻¹ R_u·)_g‖, for N less F R_uu⁻¹
+    is feasible on u and moves the others. Large M that cancel leave rounding in all of N R − C: it is added.
+    """
+    u, groups = _unpenalised(problem), problem.groups
+    if not len(u):
+        return [(0.0, np.zeros(groups))]
+    noise = [
+        2 * EPS * (np.sqrt(np.square(m) @ np.square(r)) + np.abs(c))
+        for m, r, c in zip(M, problem.xx, problem.yx, strict=True)
+    ]
+    left = [np.abs(g[:, u]) + np.abs(e[:, u]) + n[:, u] for g, e, n in zip(G, E, noise, strict=True)]
+    ways = []
+    for whole in (True, False):
+        cost, spill = 0.0, []
+        for f, n, r, spectrum in zip(left, noise, problem.xx, problem.spectra, strict=True):
+            unit, values, vectors = spectrum if whole else spectrum_of(r[np.ix_(u, u)])
+            if whole:
+                unit, vectors = unit[u], vectors[u]
+            # A curvature within rounding of zero may be next to none.
+            least = np.maximum(values - 2 * EPS * len(values) * max(values[-1], 1.0), 1e-3 * EPS)
+            along = np.sqrt(np.square(f / unit) @ np.square(vectors))
+            cost += 0.5 * float((np.square(along) / least).sum())
+            spill.append(n if whole else n + (along / least) @ np.abs((r[:, u] / unit @ vectors).T))
+        norms = group_norms(spill, problem.group_size)
+        ways.append((cost, np.where(problem.penalised, norms, 0.0)))
+    return ways
+
+
+def _unpenalised(problem: Problem) -> Indices:
+    """Columns of the unpenalised groups."""
+    return group_columns(np.flatnonzero(~problem.penalised), problem.group_size)
 
 
 def _largest_step(gg: float, ge: float, ee: float, threshold: float) -> float:
@@ -147,41 +211,39 @@ def _largest_step(gg: float, ge: float, ee: float, threshold: float) -> float:
 def _kkt(problem: Problem, M: Sequence[Array], lam: float) -> float:
     size = problem.group_size
     thresholds, norms = lam * problem.weights, group_norms(M, size)
-    shrinkage = np.repeat(np.divide(thresholds, norms, out=np.zeros_like(norms), where=norms > 0), size)
-    gradients = [m @ r - c + shrinkage * m for m, r, c in zip(M, problem.xx, problem.yx, strict=True)]
+    pull, length = np.repeat(thresholds, size), np.repeat(np.where(norms > 0, norms, 1.0), size)
+    gradients = [m @ r - c + pull * (m / length) for m, r, c in zip(M, problem.xx, problem.yx, strict=True)]
     residuals = group_norms(gradients, size)
     return float(np.where(norms > 0, residuals, np.maximum(residuals - thresholds, 0.0)).max())
 
 
 def _fit_unpenalised(problem: Problem, M: Sequence[Array]) -> tuple[list[Array], list[Array], float]:
     """M with its unpenalised columns refitted, its gradient G, and by how much that lowers P."""
-    u = group_columns(np.flatnonzero(~problem.penalised), problem.group_size)
+    u = _unpenalised(problem)
     refitted, gradients, gained = [], [], 0.0
     for m, r, c in zip(M, problem.xx, problem.yx, strict=True):
         g = m @ r - c
         if len(u):
-            step = _least_squares(r[np.ix_(u, u)], g[:, u])[1]
-            gained += 0.5 * float(np.vdot(step, g[:, u]))
-            m, g = m.copy(), g - step @ r[u]
-            m[:, u] -= step
+            m, own = m.copy(), r[np.ix_(u, u)]
+            inverse = _inverse(spectrum_of(own), 1e-15)
+            # Where R_uu is nearly singular, one step leaves much of what its rounding does.
+            for _ in range(REFINEMENTS):
+                step = inverse(g[:, u])
+                gain = float(np.vdot(step, g[:, u]) - 0.5 * np.vdot(step @ own, step))
+                if gain <= 0:
+                    break
+                m[:, u] -= step
+                g, gained = m @ r - c, gained + gain
         refitted.append(m)
         gradients.append(g)
     return refitted, gradients, gained
 
 
-def _least_squares(R: Array, C: Array) -> list[Array]:
-    """Several B with B R ≈ C, by how many eigenvectors of R (at unit diagonal) are taken for rounding.
-
-    Which of them is best depends on how C was rounded; every one of them gives a valid bound.
-    """
-    unit = np.sqrt(np.where(np.diag(R) > 0, np.diag(R), 1.0))
-    values, vectors = np.linalg.eigh(R / unit / unit[:, None])
-    fits = []
-    for cutoff in (1e-15, 1e-13, 1e-10):
-        sound = values > cutoff * len(R) * max(values[-1], 0.0)
-        kept = vectors[:, sound]
-        fits.append(np.asarray(((C / unit) @ kept / values[sound]) @ kept.T / unit))
-    return fits
+def _inverse(spectrum: Spectrum, cutoff: float) -> Inverse:
+    """V ↦ V R⁻¹, smaller eigenvalues of R (at unit diagonal, relative to d times the largest) raised."""
+    unit, values, vectors = spectrum
+    raised = np.maximum(values, cutoff * len(values) * values[-1] if values[-1] > 0 else 1.0)
+    return lambda V: np.asarray(((V / unit) @ vectors / raised) @ vectors.T / unit)
 
 
 def _inner(A: Sequence[Array], B: Sequence[Array], problem: Problem) -> Array:

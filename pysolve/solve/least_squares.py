@@ -84,7 +84,8 @@ def refit(
     Solves  min_{M, b}  ½ E‖y − M x − b‖² + ½ ε Σ_i R_ii ‖M_i − prior_i‖²   with x the inputs in ``columns``.
 
     ε, relative to each input's own variance (default ``prior_ridge``), is raised tenfold until the matrix can
-    be factored. Returns M (h, k) and b (h,); without ``intercept``, b is 0 and None is returned for it.
+    be factored. With an intercept, inputs that ``Correlations.centered`` takes for constants keep their
+    weights. Returns M (h, k) and b (h,); without ``intercept``, b is 0 and None is returned for it.
     """
     used = correlations.centered() if intercept else correlations
     R, C = used.r_xx[np.ix_(columns, columns)], used.r_yx[:, columns]

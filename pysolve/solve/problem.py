@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import wraps
+from functools import cached_property, wraps
 from typing import Any, Concatenate, ParamSpec, Protocol, TypeGuard, TypeVar, cast, overload
 
 import numpy as np
@@ -16,6 +16,8 @@ from pysolve.errors import whole
 
 P = ParamSpec("P")
 T_co = TypeVar("T_co", covariant=True)
+
+Spectrum = tuple[Array, Array, Array]
 
 # Negative eigenvalues up to these shares of the trace (of R at unit diagonal) pass as rounding: in float64,
 # and in sums gathered in float32.
@@ -52,6 +54,17 @@ class Problem:
     def penalised(self) -> Mask:
         """Mask over the groups."""
         return self.weights > 0
+
+    @cached_property
+    def spectra(self) -> tuple[Spectrum, ...]:
+        """``spectrum_of`` each R_r; takes longer than most solves, and a path asks for it at every lam."""
+        return tuple(map(spectrum_of, self.xx))
+
+
+def spectrum_of(R: Array) -> Spectrum:
+    """Scale of each input, and the eigenvalues, rising, and eigenvectors of R at unit diagonal."""
+    unit = np.sqrt(np.where(np.diag(R) > 0, np.diag(R), 1.0))
+    return unit, *np.linalg.eigh(R / unit / unit[:, None])
 
 
 Pair = tuple[npt.ArrayLike, npt.ArrayLike]
@@ -295,7 +308,7 @@ def _semidefinite(name: str, xx: Array) -> Array:
     for share in ROUNDING_SHARES:
         scaled = xx / unit[:, None]
         scaled /= unit
-        if _factors(scaled, share * d):
+        if factors(scaled, share * d):
             # At the first, smallest share the factorisation may only have met its own rounding.
             return xx if share == ROUNDING_SHARES[0] else xx + np.diag(share * d * diagonal)
     raise ValueError(
@@ -304,7 +317,7 @@ def _semidefinite(name: str, xx: Array) -> Array:
     )
 
 
-def _factors(matrix: Array, shift: float) -> bool:
+def factors(matrix: Array, shift: float) -> bool:
     """Whether matrix + shift is positive definite; overwrites the matrix."""
     matrix.flat[:: len(matrix) + 1] += shift
     # LAPACK wants columns contiguous: the transpose of a symmetric matrix is itself, and no copy.

@@ -1,8 +1,9 @@
 """An exact change of variables that brings a problem to the form the compiled core expects.
 
-Unpenalised groups u are minimised out (Schur complement): R − R_·u R_uu⁺ R_u·, C − C_u R_uu⁺ R_u·. More
-outputs than inputs are rotated away: C = Q C′ (thin QR), M = Q M′. Groups are scaled to unit mean diagonal,
-so that the scale of single channels does not slow the first-order solvers, and C to λ_max = 1.
+Unpenalised groups u are minimised out (Schur complement): R − R_·u R_uu⁺ R_u·, C − C_u R_uu⁺ R_u·; where
+R_uu is nearly singular this is inexact, and what comes back is refitted to the problem itself. More outputs
+than inputs are rotated away: C = Q C′ (thin QR), M = Q M′. Groups are scaled to unit mean diagonal, so that
+the scale of single channels does not slow the first-order solvers, and C to λ_max = 1.
 """
 
 from __future__ import annotations
@@ -14,7 +15,13 @@ import numpy as np
 
 from pysolve import _core
 from pysolve.correlations import Array, Indices, group_columns, group_norms
-from pysolve.solve.problem import Problem
+from pysolve.solve.problem import Problem, factors
+
+EPS = float(np.finfo(np.float64).eps)
+# Smaller numbers have no exact squares.
+TINY = float(np.sqrt(np.finfo(np.float64).tiny)) / EPS
+# An input counts when what the unpenalised ones leave of its variance is as many times its rounding.
+TRUSTED = 1e4
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,6 +32,7 @@ class Reader:
     yx: Array
     back: Array
     base: Array
+    root: Array
     rotation: Array | None
 
 
@@ -42,6 +50,7 @@ class Scaled:
     columns: Indices
     unpenalised: Indices
     spread: Array
+    weights: Array
     lam_max: float
     constant: float
 
@@ -80,7 +89,7 @@ def scale(problem: Problem, energy: float = 0.0) -> Scaled:
         weights=np.ascontiguousarray(weights),
         constant=(energy + constant) / (lam_max or 1.0) ** 2 if energy else 0.0,
     )
-    return Scaled(problem, readers, core, p, u, spread, lam_max, constant)
+    return Scaled(problem, readers, core, p, u, spread, weights, lam_max, constant)
 
 
 def restore(scaled: Scaled, answer: Array) -> tuple[Array, ...]:
@@ -97,13 +106,43 @@ def restore(scaled: Scaled, answer: Array) -> tuple[Array, ...]:
     return tuple(restored)
 
 
-def reduce(scaled: Scaled, M: Sequence[Array]) -> Array:
-    """The core's (inputs, outputs) matrix for one (h_r, d) matrix a reader."""
-    blocks = [
-        m[:, scaled.columns] if reader.rotation is None else reader.rotation.T @ m[:, scaled.columns]
-        for reader, m in zip(scaled.readers, M, strict=True)
-    ]
-    return np.ascontiguousarray(np.concatenate(blocks).T * (scaled.spread / scaled.unit)[:, None])
+def refitted(scaled: Scaled, M: Sequence[Array]) -> tuple[Array, ...]:
+    """``M`` with its unpenalised columns fitted to the problem itself, down to rounding."""
+    u, fits = scaled.unpenalised, []
+    for m, reader, R, C in zip(M, scaled.readers, scaled.problem.xx, scaled.problem.yx, strict=True):
+        m, best = m.copy(), np.inf
+        while True:
+            slope = (m @ R[:, u] - C[:, u]) @ reader.root
+            gain = 0.5 * float(np.vdot(slope, slope))
+            if not gain < 0.1 * best:
+                break
+            m[:, u], best = m[:, u] - slope @ reader.root.T, gain
+        fits.append(m)
+    return tuple(fits)
+
+
+def reduce(scaled: Scaled, M: Sequence[Array], lam: float) -> Array:
+    """The core's (inputs, outputs) matrix for one (h_r, d) matrix a reader to start from; zero if better."""
+    value, blocks = 0.0, []
+    with np.errstate(all="ignore"):
+        for reader, m in zip(scaled.readers, M, strict=True):
+            block = m[:, scaled.columns]
+            if reader.rotation is not None:
+                block = reader.rotation.T @ block
+            block = block * (scaled.spread / scaled.unit)
+            R, C = reader.xx / scaled.spread / scaled.spread[:, None], reader.yx / scaled.spread / scaled.unit
+            # Along directions in which R is zero, rounding alone could speak for any start.
+            rounding = EPS * len(R) * np.vdot(block, block)
+            value += float(np.vdot(0.5 * block @ R - C, block) + rounding)
+            blocks.append(block)
+        size = scaled.problem.group_size
+        norms = group_norms(blocks, size)
+        value += float(lam / scaled.unit * scaled.weights @ norms)
+    # Not a number where products overflow.
+    if not value < 0:
+        return np.zeros(scaled.shape)
+    vanishing = np.repeat(norms < TINY, size)
+    return np.ascontiguousarray(np.where(vanishing, 0.0, np.concatenate(blocks)).T)
 
 
 def _divided(R: Array, spread: Array) -> Array:
@@ -114,23 +153,47 @@ def _divided(R: Array, spread: Array) -> Array:
 
 def _reader(R: Array, C: Array, p: Indices, u: Indices) -> Reader:
     back, base = np.zeros((len(p), 0)), np.zeros((len(C), 0))
+    root = np.zeros((0, 0))
     if len(u):
-        R, C, back, base = schur(R, C, p, u)
+        R, C, back, base, root = schur(R, C, p, u, exact=True)
     if len(C) <= len(p):
-        return Reader(R, C, back, base, None)
+        return Reader(R, C, back, base, root, None)
     rotation, C = np.linalg.qr(C)
-    return Reader(R, C, back, base, rotation)
+    return Reader(R, C, back, base, root, rotation)
 
 
-def schur(R: Array, C: Array, p: Indices, u: Indices) -> tuple[Array, Array, Array, Array]:
-    """R and C on the columns p with the columns u minimised out, then back and base of the Reader."""
+def schur(
+    R: Array, C: Array, p: Indices, u: Indices, *, exact: bool = False
+) -> tuple[Array, Array, Array, Array, Array]:
+    """R and C on the columns p with the columns u minimised out, then back, base and root of the Reader.
+
+    ``exact`` takes R and C for the problem itself, down to what rounding does here; otherwise they are
+    estimates, and eigenvalues of R_uu below 1e-11 and variances left below 1e-10 count as zero.
+    """
     unit = np.sqrt(np.where(np.diag(R)[u] > 0, np.diag(R)[u], 1.0))
     values, vectors = np.linalg.eigh(R[np.ix_(u, u)] / unit / unit[:, None])
-    sound = values > 1e-11 * values[-1]
+    sound = values > (2 * EPS * len(u) if exact else 1e-11) * values[-1]
     root = vectors[:, sound] / np.sqrt(values[sound]) / unit[:, None]  # root @ rootᵀ = R_uu⁺
     half, half_yx = R[np.ix_(p, u)] @ root, C[:, u] @ root
     reduced, left = R[np.ix_(p, p)] - half @ half.T, C[:, p] - half_yx @ half.T
     # An input that is a combination of unpenalised ones leaves rounding alone, of either sign.
-    negligible = np.diag(reduced) <= 1e-10 * np.diag(R)[p]
+    variance = np.diag(R)[p]
+    if exact:
+        slack = EPS * len(u) * np.sqrt(np.maximum(variance, 0.0))[:, None] / np.sqrt(values[sound])
+        least = TRUSTED * (EPS * variance + (slack * (2 * np.abs(half) + slack)).sum(1))
+    else:
+        least = 1e-10 * variance
+    negligible = np.diag(reduced) <= least
     reduced[negligible, :] = reduced[:, negligible] = left[:, negligible] = 0.0
-    return reduced, left, half @ root.T, half_yx @ root.T
+    if exact:
+        reduced = _semidefinite(reduced)
+    return reduced, left, half @ root.T, half_yx @ root.T, root
+
+
+def _semidefinite(R: Array) -> Array:
+    """R, its diagonal raised by as small a share as leaves a factorisation."""
+    diagonal, share = np.diag(R), 1e-14
+    unit = np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
+    while not factors(R / unit / unit[:, None], share * len(R)):
+        share *= 10
+    return R if share == 1e-14 else R + np.diag(share * len(R) * diagonal)

@@ -11,10 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from pysolve import _core
-from pysolve.correlations import group_norms
 from pysolve.errors import one_of
+from pysolve.solve.certificate import certificate_of
 from pysolve.solve.problem import (
-    LARGEST,
     Matrices,
     Problems,
     answers_of,
@@ -24,7 +23,7 @@ from pysolve.solve.problem import (
     problem_of,
     takes_problem,
 )
-from pysolve.solve.scaling import reduce, restore, scale
+from pysolve.solve.scaling import reduce, refitted, restore, scale
 from pysolve.solve.solution import History, Solution
 
 Callback = Callable[[int, float, float], None]
@@ -80,7 +79,7 @@ def solve_linear_reconstruction(
     max_iter : int, optional
         Default 1,000 for newton, otherwise 50,000.
     M0 : (h, d) array, optional
-        Warm start; one for each of several readers.
+        Warm start; one for each of several readers. Zero is taken instead where that is nearer, P(M0) ≥ P(0).
     callback : callable(iteration, objective, gap), optional
         Called every iteration; an exception it raises ends the solve.
 
@@ -199,8 +198,8 @@ def _solve(
 
     start = np.zeros(scaled.shape)
     if M0 is not None:
-        start = reduce(scaled, answers_of("M0", M0, problem, largest=LARGEST**2))
-    scaled_lam = lam / scaled.unit
+        start = reduce(scaled, answers_of("M0", M0, problem, largest=np.inf), lam)
+    scaled_lam, limit = lam / scaled.unit, MAX_ITER[method] if max_iter is None else int(max_iter)
     if lam >= scaled.lam_max * (1 - 1e-13):
         # Zero is the solution; rounding in the scaled C must not make the core doubt it.
         start, scaled_lam = np.zeros_like(start), max(scaled_lam, 1.0) * (1 + 1e-12)
@@ -209,25 +208,34 @@ def _solve(
         scaled_lam,
         start,
         tol=float(tol),
-        max_iter=MAX_ITER[method] if max_iter is None else int(max_iter),
+        max_iter=limit,
         callback=None if callback is None else report,
     )
     M = restore(scaled, result.M.reshape(scaled.shape))
-    gap, reference = result.gap * energy, abs(result.objective * energy + constant)
+    objective, gap = result.objective * energy + constant, result.gap * energy
+    kkt = float((result.kkt * scaled.gradient_scale).max(initial=0.0))
+    if len(scaled.unpenalised):
+        # The core's gap is that of the problem after elimination, which rounding has changed.
+        M = refitted(scaled, M)
+        judged = certificate_of(problem, M, lam)
+        objective, gap, kkt = judged.objective + known, judged.gap, judged.kkt
+    reference = abs(objective)
     relative_gap = 0.0 if gap == 0 else gap / reference if reference else float("inf")
     reached = relative_gap <= tol
+    # The core itself ends early only where it is as near as it can tell.
+    ended = result.gap <= result.floor or result.iterations < limit
     seconds, objectives, gaps = result.history.T
     return Solution(
         M=one_or_all(M),
-        keep=np.flatnonzero(group_norms(M, scaled.problem.group_size)),
+        keep=np.flatnonzero(np.any([m.any(0) for m in M], axis=0).reshape(-1, problem.group_size).any(1)),
         lam=lam,
-        objective=result.objective * energy + constant,
+        objective=objective,
         gap=gap,
         relative_gap=relative_gap,
-        kkt=float((result.kkt * scaled.gradient_scale).max(initial=0.0)),
+        kkt=kkt,
         iterations=result.iterations,
         method=method,
         seconds=time.perf_counter() - began,
-        status="converged" if reached else "precision" if result.gap <= result.floor else "max_iter",
+        status="converged" if reached else "precision" if ended else "max_iter",
         history=History(seconds, objectives * energy + constant, gaps * energy),
     )

@@ -3,17 +3,17 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import pysolve as ps
 
 
-def layer(h=6, d=9, n=400, seed=0):
+def layer(h=6, d=9, n=400, seed=0, noise=0.0):
     rng = np.random.default_rng(seed)
     x = rng.standard_normal((n, d)) @ rng.standard_normal((d, d)) + rng.standard_normal(d)
     W = rng.standard_normal((h, d))
-    y = x @ W.T + rng.standard_normal(h)
+    y = x @ W.T + rng.standard_normal(h) + noise * rng.standard_normal((n, h))
     return W, x, y, ps.Correlations.from_samples(x, y)
 
 
@@ -70,13 +70,30 @@ def test_correlations_of_the_inputs_alone_are_enough():
     assert best.bias is None
 
 
-@given(st.floats(0.1, 1.0))
-def test_energy_takes_the_smallest_rank_that_keeps_it(energy):
-    W, _, _, found = layer()
-    best = ps.reduced_rank(W, found, energy=energy)
-    assert best.error <= 1 - energy + 1e-6
+@given(
+    st.floats(0.1, 1.0),
+    st.sampled_from([0.0, 0.1, 3.0]),
+    st.none() | st.integers(0, 5),
+    st.sampled_from([20, 400]),
+)
+@example(0.9311921218474818, 0.0, None, 400)
+def test_energy_takes_the_smallest_rank_that_keeps_it(energy, noise, weighed, n):
+    W, x, y, found = layer(n=n, noise=noise)
+    S = np.eye(6)
+    if weighed is not None:
+        A = np.random.default_rng(weighed).standard_normal((6, 6)) * np.geomspace(1, 30, 6)
+        S = A @ A.T + np.eye(6)
+
+    def lost(best):
+        gone, z = y - x @ best.weight.T - best.bias, y - y.mean(0)
+        return np.vdot(gone @ S, gone) / np.vdot(z @ S, z)
+
+    metric = None if weighed is None else S
+    best = ps.reduced_rank(W, found, energy=energy, metric=metric)
+    # Of outputs with noise, no rank may keep as much.
+    assert lost(best) <= 1 - energy + 1e-9 or best.form.rank == 6
     if best.form.rank > 1:
-        assert ps.reduced_rank(W, found, rank=best.form.rank - 1).error > 1 - energy - 1e-6
+        assert lost(ps.reduced_rank(W, found, rank=best.form.rank - 1, metric=metric)) > 1 - energy - 1e-9
 
 
 def test_singular_and_dead_inputs_are_normal_input():

@@ -140,7 +140,7 @@ def _reader(
     energy = (left if normalised else 0.0) or 1.0
     if len(u):
         explained = C[:, u]
-        R, C, _, base = schur(R, C, p, u)
+        R, C, _, base, _ = schur(R, C, p, u)
         left = max(0.0, left - float(np.vdot(base, explained)))
     else:
         R, C = R[np.ix_(p, p)], C[:, p]
