@@ -184,11 +184,11 @@ def _lost(W: Array, correlations: Correlations | None, metric: Array | None) -> 
         return plain_spectrum(W).tails
     if metric is not None:
         A = scipy.linalg.cholesky(metric, check_finite=False)
-        W, correlations = A @ W, seen_through(A, correlations)
+        W, correlations = A @ W, seen_through(A, W, correlations)
     known, own = activation_spectrum(W, correlations), correlations.centered()
     inner = known.directions.T @ known.matrix
     gains = ((2 * known.directions.T @ own.r_yx - inner @ own.r_xx) * inner).sum(1)
-    return 1 - np.concatenate([[0.0], np.cumsum(gains)]) / (float(np.trace(own.r_yy)) or 1.0)
+    return 1 - np.concatenate([[0.0], np.cumsum(gains)]) / (own.energy or 1.0)
 
 
 def _checked_metric(metric: npt.ArrayLike, h: int, known: Correlations | None) -> Array:
