@@ -20,10 +20,22 @@ Run = Callable[..., None]
 _INPUTS = ("network", "data", "weights")
 _OUTPUTS = (
     *("distill", "ignore", "test", "out"),
-    *("state_dict", "limit", "device", "seed", "as_json", "quiet"),
+    *("state_dict", "latency", "limit", "device", "seed", "as_json", "quiet"),
 )
 _REFITTED = ("refit", "layout", *_OUTPUTS)
-_SWEPT = ("test", "target", "out", "select", "ignore", "limit", "device", "seed", "as_json", "quiet")
+_SWEPT = (
+    "test",
+    "target",
+    "out",
+    "select",
+    "ignore",
+    "latency",
+    "limit",
+    "device",
+    "seed",
+    "as_json",
+    "quiet",
+)
 
 
 def _named(error: Exception) -> str:

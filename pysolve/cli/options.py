@@ -102,6 +102,7 @@ OPTIONS = {
     "out": Option(Path, "Folder to write to.", ...),
     "solve.out": Option(Path, ".npz file for M, keep and lam."),
     "state_dict": Option(bool, "Write the tensors alone, too, in their new shapes.", False),
+    "latency": Option(bool, "Time both networks and their layers.", True, "--latency/--no-latency"),
     "limit": Option(int, "Most inputs of an array to use.", 2000, "--samples", least=1),
     "device": Option(str, "Where to compute: cpu, cuda, cuda:1, ….", "cpu"),
     "seed": Option(int, "Of all random choices.", 0),

@@ -77,6 +77,7 @@ def deep_compress(
     divergence: Divergence = kl_divergence,
     memory: int | None = None,
     transform: Transform | None = None,
+    latency: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -107,7 +108,7 @@ def deep_compress(
         At most 2^bits values a layer; without bytes as a target, as many in every layer, by default 16.
     distill : number of seconds, or {"seconds" or "epochs": number, …}
         As ``quantize`` has it: three fifths of the time before weights share values, the rest afterwards.
-    layout, ignore, evaluate, divergence, memory, transform, seed, progress
+    layout, ignore, evaluate, divergence, memory, transform, latency, seed, progress
         As ``quantize`` has them.
 
     Returns
@@ -133,7 +134,7 @@ def deep_compress(
     _check(asked, zeros, bits, how, layout)
     if iter(batches) is batches:
         batches = list(batches)
-    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform)
+    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform, latency)
     clock = Clock()
     size = in_bytes(asked["bytes"], network) if "bytes" in asked else None
     share = _share(asked.get("params", None if size else 1.0), network)

@@ -55,6 +55,8 @@ class Options:
         The original's.
     transform : callable, optional
         From an item of the user's batches to inputs of the network.
+    latency : bool
+        Whether both networks and their layers are timed.
     """
 
     ignore: Sequence[Ignored] = ()
@@ -65,6 +67,7 @@ class Options:
     evaluate: Evaluate | None = None
     score: float | None = None
     transform: Transform | None = None
+    latency: bool = True
 
 
 def options_for(
@@ -76,6 +79,7 @@ def options_for(
     progress: bool,
     evaluate: Evaluate | None,
     transform: Transform | None = None,
+    latency: bool = True,
 ) -> Options:
     """Options of a verb, checked; the original is evaluated before any other work.
 
@@ -90,7 +94,7 @@ def options_for(
     if memory is not None:
         check_positive("memory", memory)
     score = None if evaluate is None else score_of(evaluate, network)
-    return Options(ignore, divergence, memory, seed, progress, evaluate, score, transform)
+    return Options(ignore, divergence, memory, seed, progress, evaluate, score, transform, latency)
 
 
 def score_of(evaluate: Evaluate, network: nn.Module) -> float:

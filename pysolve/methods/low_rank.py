@@ -61,6 +61,7 @@ def low_rank(
     divergence: Divergence = kl_divergence,
     memory: int | None = None,
     transform: Transform | None = None,
+    latency: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -109,7 +110,7 @@ def low_rank(
         Of the choice of rows and of distillation.
     progress : bool
         Show progress bars, with the time left, when on a terminal.
-    memory, transform
+    memory, transform, latency
         As ``compress`` has them.
 
     Returns
@@ -146,7 +147,7 @@ def low_rank(
         distill=how,
     )
     weights, left = weights_of(network, ignore)
-    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform)
+    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform, latency)
     plain = method == "svd"
     found = study(network, batches, options, weights=weights, sites=prune, gather=not plain, left=left)
     clock = Clock()

@@ -110,6 +110,7 @@ def prune(
     divergence: Divergence = kl_divergence,
     memory: int | None = None,
     transform: Transform | None = None,
+    latency: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -169,7 +170,7 @@ def prune(
         Of random scores, of the choice of rows and of distillation.
     progress : bool
         Show progress bars, with the time left, when on a terminal.
-    memory, transform
+    memory, transform, latency
         As ``compress`` has them.
 
     Returns
@@ -197,7 +198,7 @@ def prune(
     refit = refit or ("sequential" if method in _REFITTING else "none")
     goal = _Goal(method, what, value, scope, refit, layout, norm, check_distill(network, distill))
     _check(goal, batches is None)
-    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform)
+    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform, latency)
     if goal.of_channels:
         assert batches is not None
         return _channels(before, network, batches, goal, options)

@@ -60,6 +60,7 @@ def quantize(
     divergence: Divergence = kl_divergence,
     memory: int | None = None,
     transform: Transform | None = None,
+    latency: bool = True,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -111,7 +112,7 @@ def quantize(
         Of the choice of rows, and of training.
     progress : bool
         Show progress bars, with the time left, when on a terminal.
-    memory, transform
+    memory, transform, latency
         As ``compress`` has them.
 
     Returns
@@ -134,7 +135,7 @@ def quantize(
     before, network = network_of(model)
     how = check_distill(network, distill, ("trained",))
     _check(scheme, bits, target, group, method, how, layout, batches is None)
-    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform)
+    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform, latency)
     kind = Codes(scheme, bits, group, method)
     subject = subject_of(network, batches, options, kind, to_bytes=target is not None)
     clock, size = Clock(), None if target is None else in_bytes(target["bytes"], network)

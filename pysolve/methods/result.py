@@ -179,10 +179,12 @@ def account(original: nn.Module, smaller: nn.Module, study: Study, *, spent: flo
     """
     first = study.held[0] if study.held else None
     work = None if first is None else workload(study.held)
-    times, together = _latencies(original, smaller, first, max(LEAST_TIMING, TIMING * spent))
+    timed = first if study.options.latency else None
+    times, together = _latencies(original, smaller, timed, max(LEAST_TIMING, TIMING * spent))
     macs = [] if work is None else [sample_macs(model, work) for model in (original, smaller)]
     counts = [{"macs": sum(one.values())} for one in macs] or [{}, {}]
-    mass = () if first is None else masses(original, smaller, take(first, 0, together), macs)
+    timed = None if timed is None else take(timed, 0, together)
+    mass = () if first is None else masses(original, smaller, timed, macs)
     return Report(
         before={**costs(original), **counts[0]},
         after={**costs(smaller), **counts[1]},

@@ -33,7 +33,7 @@ def latencies(models: Sequence[nn.Module], batch: Batch) -> tuple[Latency, ...]:
 
 
 def masses(
-    before: nn.Module, after: nn.Module, batch: Batch, macs: Sequence[Mapping[str, int]] = ()
+    before: nn.Module, after: nn.Module, batch: Batch | None, macs: Sequence[Mapping[str, int]] = ()
 ) -> tuple[LayerMass, ...]:
     """Parameters, MACs and seconds of the layers with weights and of all else that multiplies.
 
@@ -43,8 +43,8 @@ def masses(
     Parameters
     ----------
     before, after : nn.Module
-    batch : one batch
-        Seconds are taken on it.
+    batch : one batch, optional
+        Seconds are taken on it; without it, none.
     macs : two of {module: int}, optional
         Of one sample, as ``sample_macs`` counts them; by default on the batch.
     """
@@ -60,7 +60,7 @@ def masses(
     left = _grouped(tensors, lambda name: owner(name.rpartition(".")[0]))
     # A module with a row inside would be timed twice.
     apart = [name for name in old if name and not any(one.startswith(f"{name}.") for one in old)]
-    seconds = _layer_seconds((before, after), batch, apart)
+    seconds = [{}, {}] if batch is None else _layer_seconds((before, after), batch, apart)
     found = []
     for name, size in sizes.items():
         own = [name] if name in apart else [one for one in seconds[1] if owner(one) == name]

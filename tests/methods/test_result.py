@@ -1,6 +1,7 @@
 """What a report says of two networks is what the networks are."""
 
 import platform
+import time
 
 import numpy as np
 import pytest
@@ -44,6 +45,31 @@ def test_costs_are_those_of_the_networks():
     assert report.before == costs(before, x)
     assert [one.batch_size for one, _ in report.latencies] == [1, 64]
     assert report.held == 50
+
+
+def test_without_latency_nothing_is_timed_but_all_is_counted():
+    before, after = networks()
+    x = torch.randn(70, 6)
+    timed = account(before, after, known(before, [x]))
+    report = account(before, after, known(before, [x], latency=False))
+    assert report.latencies == ()
+    assert [(one.name, one.params, one.macs) for one in report.mass] == [
+        (one.name, one.params, one.macs) for one in timed.mass
+    ]
+    assert all(one.seconds is None and one.seconds_left is None for one in report.mass)
+    assert report.after == timed.after
+
+
+class Slow(nn.Linear):
+    def forward(self, x):
+        time.sleep(0.01 * len(x))
+        return super().forward(x)
+
+
+def test_networks_that_take_long_are_timed_on_fewer_samples():
+    model = nn.Sequential(Slow(4, 2))
+    report = account(model, model, known(model, [torch.randn(70, 4)]), spent=50.0)
+    assert [one.batch_size for one, _ in report.latencies] == [1, 4]
 
 
 def test_divergence_is_the_mean_over_all_samples():
