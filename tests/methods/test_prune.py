@@ -351,3 +351,18 @@ def test_a_layer_that_runs_several_times_is_fitted_on_what_all_of_its_calls_read
     x = torch.cat(batches())
     assert not any("not refitted" in note for note in fitted.report.notes)
     assert missed(model.both, fitted.model.both, x) < 0.7 * missed(model.both, scored.model.both, x)
+
+
+def test_of_all_weights_together_a_layer_may_keep_none():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    with torch.no_grad():
+        model[2].weight.zero_()
+    batches = [*torch.randn(4, 50, 8)]
+    result = ps.prune(
+        model, batches, method="obs", amount=0.6, scope="global", layout="dense", progress=False
+    )
+    weights = [result.model[i].weight for i in (0, 2)]
+    assert not weights[1].any()
+    assert sum(int(weight.count_nonzero()) for weight in weights) <= 0.4 * (128 + 64) + 1
+    assert torch.allclose(result.model(batches[0]), model(batches[0]), atol=1e-6)

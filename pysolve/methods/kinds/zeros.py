@@ -106,6 +106,9 @@ def prune_layer(task: Task, *, amount: float | None = None, pattern: str | None 
 
     Where nothing is known of its inputs, the largest weights stay as they are.
     """
+    if amount is not None and amount >= 1:
+        # Of all weights together a layer may keep none.
+        return prune_to(task, mask=np.zeros(task.weight.shape, bool))
     if task.correlations is None:
         found = masks({task.name: task.weight}, amount if pattern is None else None, pattern=pattern)
         return prune_to(task, mask=found[task.name])
