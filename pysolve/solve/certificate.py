@@ -240,10 +240,11 @@ def _fit_unpenalised(problem: Problem, M: Sequence[Array]) -> tuple[list[Array],
 
 
 def _inverse(spectrum: Spectrum, cutoff: float) -> Inverse:
-    """V ↦ V R⁻¹, smaller eigenvalues of R (at unit diagonal, relative to d times the largest) raised."""
+    """V ↦ V R⁺, without the eigenvalues of R at unit diagonal below ``cutoff`` · d times the largest."""
     unit, values, vectors = spectrum
-    raised = np.maximum(values, cutoff * len(values) * values[-1] if values[-1] > 0 else 1.0)
-    return lambda V: np.asarray(((V / unit) @ vectors / raised) @ vectors.T / unit)
+    sound = values > cutoff * len(values) * max(values[-1], 0.0)
+    kept, found = vectors[:, sound], values[sound]
+    return lambda V: np.asarray(((V / unit) @ kept / found) @ kept.T / unit)
 
 
 def _inner(A: Sequence[Array], B: Sequence[Array], problem: Problem) -> Array:
