@@ -329,7 +329,7 @@ def test_nan_in_any_sample_is_named_whether_it_is_held_out_or_not(at, value):
 
 
 def test_nan_and_infinity_that_the_network_takes_away_are_taken():
-    filled = Net(lambda net, x: net.fc(x.nan_to_num(0.0)), fc=nn.Linear(3, 2))
+    filled = Net(lambda net, x: net.fc(x.nan_to_num(0.0, neginf=-1.0)), fc=nn.Linear(3, 2))
     x, masked = torch.ones(8, 3), torch.zeros(8, 2)
     x[2], x[3], masked[:, 0] = torch.nan, -torch.inf, -torch.inf
     assert calibrated(filled, [x]).seen == 7

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from graphs import traced_once
 from small import NETWORKS, network
 from torch import nn
 
 from pysolve.nn.changed import changed_outputs, is_repeatable
 from pysolve.nn.divergence import run
+from pysolve.nn.graph.export import trace_once
 from pysolve.nn.outputs import tensors_of
 
 
@@ -26,7 +26,7 @@ def changes(model, graph):
 
 
 def assert_same_outputs(model, batch, *more):
-    graph, part = traced_once(model, batch)
+    graph, part = trace_once(model, batch)
     batches = [part, *more]
     wanted = changes(model, graph)
     originals = [*run(model, batches)]
@@ -71,5 +71,5 @@ def test_several_batches_and_structured_outputs():
 
 
 def test_networks_that_draw_random_numbers_are_told():
-    assert not is_repeatable(traced_once(*network("noisy"))[0])
-    assert is_repeatable(traced_once(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)), torch.ones(4, 3))[0])
+    assert not is_repeatable(trace_once(*network("noisy"))[0])
+    assert is_repeatable(trace_once(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)), torch.ones(4, 3))[0])
