@@ -243,7 +243,7 @@ def _trained(
     }
     laid = lay_out(study, Rebuilt(Chosen(fits=dict.fromkeys(names, ridge_fit)), values, fits), layout)
     laid = replace(laid, lines=tuple(replace(line, error=None) for line in laid.lines))
-    clock.stage("layout")
+    clock.stage("apply")
     before = model if isinstance(model, Compressed) else base
     return finish(before, study, laid, clock, notes=notes)
 

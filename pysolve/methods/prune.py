@@ -239,7 +239,7 @@ def _weights(
     clock.stage("refit")
     apart = [name for name in weights if not found.fits(name)] if goal.needs_data else []
     laid = lay_out(found, rebuilt, goal.layout)
-    clock.stage("layout")
+    clock.stage("apply")
     dense = [line.name for line in laid.lines if line.layout == "dense"]
     return finish(
         before,

@@ -194,10 +194,13 @@ def _summed(task: _Task) -> Correlations:
 
 def _is_cheaper_crossed(task: _Task) -> bool:
     """Whether products with the original's inputs are less work than those with the targets."""
-    layer = task.layer
-    inputs = rows.channels(layer.module)[0] * rows.taps(layer.module)
+    taps = rows.taps(task.layer.module)
+    inputs, kept = taps * rows.channels(task.layer.module)[0], taps * len(task.inputs)
+    own = kept * kept / 2
     same = not task.walk.differs(read_by(task.node))
-    return task.shortcut is None and (same or task.reads.outputs[read_as(layer, task.node)] >= inputs)
+    crossed = inputs * inputs / 2 if same else own + inputs * kept
+    outputs = task.reads.outputs[read_as(task.layer, task.node)]
+    return task.shortcut is None and crossed <= own + outputs * kept
 
 
 def _crossed(task: _Task) -> Correlations:
@@ -229,13 +232,8 @@ def _inputs_of_both(task: _Task) -> Correlations:
         dim = _channel_dim(layer)
         kept = other if len(task.inputs) == other.shape[dim] else other.index_select(dim, task.inputs)
         both = original if same else torch.cat([kept, original], dim)
-        for x, _ in rows.blocks(
-            layer.module,
-            both,
-            y,
-            chosen,
-            limit=room(rows.channels(layer.module)[0] * rows.taps(layer.module)),
-        ):
+        limit = room(both.shape[dim] * rows.taps(layer.module))
+        for x, _ in rows.blocks(layer.module, both, y, chosen, limit=limit):
             width = x.shape[1] if same else len(columns)
             sums = sums or Sums.zeros(width, x.shape[1] - width, x.device)
             sums.add(x)
