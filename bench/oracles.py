@@ -21,8 +21,6 @@ from pysolve.compressed import Compressed
 
 # Of the largest output; of MACs.
 TOLERANCE, MACS_TOLERANCE = 1e-3, 0.01
-# Samples of a batch that MACs are counted on.
-COUNTED = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,16 +103,16 @@ def macs(model: nn.Module, result: Compressed, batch: Any) -> str:
 
 
 def counted(model: nn.Module, batch: Any) -> float:
-    """Half of torch's floating-point operations for one sample, attention by its products."""
-    few = pytree.tree_map_only(Tensor, lambda value: value[:COUNTED], batch)
+    """Half of torch's floating-point operations for one sample alone, attention by its products."""
+    one = pytree.tree_map_only(Tensor, lambda value: value[:1], batch)
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            outputs(model, few)
+            outputs(model, one)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-    return float(counter.get_total_flops()) / 2 / COUNTED
+    return float(counter.get_total_flops()) / 2
 
 
 def touched(model: nn.Module, before: Snapshot, batch: Any) -> Iterator[str]:
