@@ -19,6 +19,7 @@ from pysolve.errors import DataError, PysolveError
 from pysolve.methods.goal import Options
 from pysolve.nn.calibration import Calibration, calibrate, laid_out, of_other_sizes, peek
 from pysolve.nn.evaluate import parameters
+from pysolve.nn.gather import reads_more
 from pysolve.nn.graph.branches import Layer, find_layers
 from pysolve.nn.graph.export import Graph, trace, trace_once
 from pysolve.nn.graph.routes import routed
@@ -196,6 +197,12 @@ def study(
         nodes,
         [*dict.fromkeys(wanted)],
         memory=options.memory,
+        double=[
+            name
+            for site in found
+            for name in site.readers
+            if name in layers and reads_more(site, name, layers[name].module)
+        ],
         progress=options.progress,
     )
     clock.stage("gather")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from operator import length_hint
@@ -283,6 +283,7 @@ def calibrate(
     layers: Sequence[str],
     *,
     memory: int | None = None,
+    double: Collection[str] = (),
     progress: bool = True,
 ) -> tuple[Calibration, dict[str, Correlations]]:
     """Share the batches out, and gather the correlations of some layers on the way.
@@ -298,6 +299,8 @@ def calibrate(
     layers : sequence of str
         Whose correlations to gather; without any, the network does not run. Those that no sample reaches
         have none.
+    double : collection of str
+        Layers whose products are float64.
     memory : int, optional
         Bytes that samples may take when they walk through the graph; by default half of what is free.
     """
@@ -321,7 +324,8 @@ def calibrate(
         if one.calls == 1 and one.name in layers
     }
     own = [name for name in layers if reads.get(name, name) == name]
-    found = gather_reached(model, stream, own, positions=shares, progress=progress, full=False)
+    exact = {reads.get(name, name) for name in double}
+    found = gather_reached(model, stream, own, positions=shares, progress=progress, full=False, double=exact)
     seen = {name: one for name, one in found.items() if one is not None}
     modules = {one.name: one.module for one in nodes.values()}
     more = {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -105,6 +105,7 @@ def gather(
         device=device,
         progress=progress,
         positions=positions,
+        double=[r for site in sites or () for r in site.readers if reads_more(site, r, _layer(model, r))],
     )
     for name, one in found.items():
         if one is None:
@@ -126,10 +127,12 @@ def gather_reached(
     progress: bool = True,
     positions: float | Mapping[str, float] = 1.0,
     full: bool = True,
+    double: Collection[str] = (),
 ) -> dict[str, Correlations | None]:
     """What ``gather`` gives, of those of the named layers that were called; None where without samples.
 
-    Without ``full``, of Σ y yᵀ the diagonal alone where that is less work.
+    Without ``full``, of Σ y yᵀ the diagonal alone where that is less work. Products of the layers in
+    ``double`` are all float64.
     """
     batches = batched(batches)
     for share in positions.values() if isinstance(positions, Mapping) else (positions,):
@@ -141,7 +144,7 @@ def gather_reached(
     wanted: dict[str, deque[Tensor]] = {name: deque() for name in targets}
     sums: dict[str, _Seen] = {}
     shares = positions if isinstance(positions, Mapping) else dict.fromkeys(names, positions)
-    record = _summing(sums, shares, own=target_model is None, rounded=not full)
+    record = _summing(sums, shares, double, own=target_model is None, rounded=not full)
     seen, bar = 0, tqdm(batches, "gather", unit="batch", disable=None if progress else True)
     with evaluating(model, *([] if target_model is None else [target_model])):
         for seen, batch in enumerate(bar, start=1):  # noqa: B007
@@ -229,11 +232,11 @@ class _Seen:
     bias: Tensor | None
 
     @classmethod
-    def of(cls, layer: Layer, x: Tensor, y: Tensor, *, own: bool) -> _Seen:
+    def of(cls, layer: Layer, x: Tensor, y: Tensor, *, own: bool, double: bool) -> _Seen:
         """For rows like these; ``own``: y is what the layer made of x."""
         bias = _own_bias(layer, x[:_TRIED], y[:_TRIED]) if own else None
         outputs, full = (y.shape[1], True) if bias is None else (0, False)
-        return cls(layer, Sums.zeros(x.shape[1], outputs, x.device, full=full), bias)
+        return cls(layer, Sums.zeros(x.shape[1], outputs, x.device, full=full, double=double), bias)
 
 
 def _own_bias(layer: Layer, x: Tensor, y: Tensor) -> Tensor | None:
@@ -284,7 +287,19 @@ def own_outputs(
     return replace(known, yx=yx, yy=yy, y_sum=mean + known.count * b)
 
 
-def _summing(sums: dict[str, _Seen], shares: Mapping[str, float], *, own: bool, rounded: bool) -> Record:
+def reads_more(site: Site, reader: str, layer: Layer) -> bool:
+    """Whether a reader has inputs that are not the site's.
+
+    These are minimised out. Where they explain the site's, what is left is rounding: that of single precision
+    would be taken for data.
+    """
+    width = rows.channels(layer)[0]
+    return site.columns_of(reader, width).size < width
+
+
+def _summing(
+    sums: dict[str, _Seen], shares: Mapping[str, float], double: Collection[str], *, own: bool, rounded: bool
+) -> Record:
     """Record that adds the samples of one call to the sums of its layer.
 
     ``own``: outputs are the layer's own; ``rounded``: of half precision, they may be taken for exact ones.
@@ -304,7 +319,7 @@ def _summing(sums: dict[str, _Seen], shares: Mapping[str, float], *, own: bool, 
         for some_x, some_y in rows.blocks(layer, x, y, chosen, limit=limit):
             if name not in sums:
                 exact = rounded or y.dtype.itemsize >= 4
-                sums[name] = _Seen.of(layer, some_x, some_y, own=own and exact)
+                sums[name] = _Seen.of(layer, some_x, some_y, own=own and exact, double=name in double)
             seen = sums[name]
             seen.sums.add(*([some_x, some_y] if seen.bias is None else [some_x]))
 

@@ -24,7 +24,8 @@ _STRIP = 128
 class Sums:
     """Running sums over samples, updated in place.
 
-    With z = (x, y) less a shift near its mean, the sums  Σ z xᵀ, Σ y² and Σ z  are float64. Products of
+    With z = (x, y) less a shift near its mean, over a scale near its size, the sums  Σ z xᵀ, Σ y² and Σ z
+    are float64. Shift and scale are those of the first rows, 0 and 1 where products are float64. Products of
     single-precision rows of at least 256 numbers are float32, of 1,024 rows each: relative to the sums in the
     Frobenius norm their rounding is below 1e-6, since inputs that hardly vary around a mean far from zero
     are shifted there, where no digits are lost.
@@ -34,31 +35,36 @@ class Sums:
     products : (d + h, d) or (d + h, d + h) tensor
         Σ z xᵀ or Σ z zᵀ, each product once: below the diagonal.
     squares : (h,) tensor
-        Σ y², shifted.
-    total, shift : (d + h,) tensors
-        Σ z, and what was taken from x and y.
+        Σ y², shifted and scaled.
+    total, shift, scale : (d + h,) tensors
+        Σ z, what was taken from x and y, and powers of two by which they were divided: squares of the values
+        of networks whose signals die out are no float32 numbers.
     d : int
         Inputs.
     counted : (1,) tensor
         Samples so far.
+    double : bool
+        Whether all products are float64.
     """
 
     products: Tensor
     squares: Tensor
     total: Tensor
     shift: Tensor
+    scale: Tensor
     d: int
     counted: Tensor
+    double: bool
 
     @classmethod
-    def zeros(cls, d: int, h: int, device: torch.device, *, full: bool = False) -> Sums:
+    def zeros(cls, d: int, h: int, device: torch.device, *, full: bool = False, double: bool = False) -> Sums:
         """Sums over no samples yet, of d inputs and h outputs; ``full``: with the products of outputs."""
         # Apple's GPU has no float64.
         home = torch.device("cpu") if device.type == "mps" else device
         products = torch.zeros(d + h, d + h if full else d, dtype=torch.float64, device=home)
         total, shift = products.new_zeros(2, d + h)
         counted = torch.zeros(1, dtype=torch.int64)
-        return cls(products, products.new_zeros(h), total, shift, d, counted)
+        return cls(products, products.new_zeros(h), total, shift, torch.ones_like(shift), d, counted, double)
 
     @property
     def count(self) -> int:
@@ -68,20 +74,22 @@ class Sums:
     @property
     def x_sum(self) -> Tensor:
         """Σ x, (d,)."""
-        return (self.total + self.count * self.shift)[: self.d]
+        return (self.total * self.scale + self.count * self.shift)[: self.d]
 
     @property
     def y_sum(self) -> Tensor:
         """Σ y, (h,)."""
-        return (self.total + self.count * self.shift)[self.d :]
+        return (self.total * self.scale + self.count * self.shift)[self.d :]
 
     def add(self, *parts: Tensor) -> None:
         """Add samples, ``x`` (n, d) and ``y`` (n, h), of any dtype and on any device."""
         home, size = self.products.device, len(self.shift)
-        single = size >= SINGLE and all(part.dtype.itemsize < 8 for part in parts)
+        single = not self.double and size >= SINGLE and all(part.dtype.itemsize < 8 for part in parts)
         kind, step = (torch.float32, ROWS) if single else (torch.float64, max(1, 2 * ROOM // max(1, size)))
         if single and not self.count and len(parts[0]):
-            self.shift.copy_(torch.cat([_near_mean(part[:step].to(home)) for part in parts]))
+            found = [_near_mean(part[:step].to(home)) for part in parts]
+            for own, values in zip((self.shift, self.scale), zip(*found, strict=True), strict=True):
+                own.copy_(torch.cat(values))
         for start in range(0, len(parts[0]), step):
             self._add([part[start : start + step].to(home) for part in parts], kind)
 
@@ -96,6 +104,8 @@ class Sums:
             own = slice(place, place + width)
             torch.sub(part.to(kind), self.shift[own].to(kind), out=z[:, own])
             place += width
+        if size >= SINGLE and not self.double:
+            z /= self.scale.to(kind)
         self.counted.add_(n)
         # Of single precision, too: sums of so few rows around their mean lose no more than their rounding.
         self.total.add_(z.sum(0))
@@ -109,10 +119,13 @@ class Sums:
 
     def correlations(self, group_size: int = 1) -> Correlations:
         """The sums as NumPy arrays; without products of outputs, yy is the diagonal."""
-        d, n, shift, total = self.d, self.count, self.shift.cpu(), self.total.cpu()
+        d, n, shift, scale = self.d, self.count, self.shift.cpu(), self.scale.cpu()
+        total = self.total.cpu() * scale
         sums, columns = total + n * shift, self.products.shape[1]
         # A copy: sums may go on.
         products = self.products.cpu().clone()
+        if bool((scale != 1).any()):
+            products.mul_(scale[:, None]).mul_(scale[:columns])
         if bool(shift.any()):
             products.addr_(total, shift[:columns]).addr_(shift, sums[:columns])
         xx, yx, yy = products[:d, :d], products[d:, :d], products[d:, d:]
@@ -120,7 +133,7 @@ class Sums:
         if yy.numel():
             _mirror(yy)
         else:
-            yy = self.squares.cpu() + shift[d:] * (total + sums)[d:]
+            yy = self.squares.cpu() * scale[d:].square() + shift[d:] * (total + sums)[d:]
         return Correlations(
             xx.numpy(), yx.numpy(), yy.numpy(), n, sums[:d].numpy(), sums[d:].numpy(), group_size
         )
@@ -131,16 +144,22 @@ def room(inputs: int) -> int:
     return max(ROOM, ROWS * inputs)
 
 
-def _near_mean(rows: Tensor) -> Tensor:
-    """Means of the columns in so few digits that products of what a ReLU makes zero are exact in float32.
+def _near_mean(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Means of the columns, and powers of two near the sizes of what differs from them.
 
-    In single precision many equal terms are all rounded to the same side.
+    The means have so few digits that products of what a ReLU makes zero are exact in float32: in single
+    precision many equal terms are all rounded to the same side.
     """
     values = rows.double()
     mean, spread = values.mean(0), values.std(0, correction=0)
     step = torch.exp2((spread / 8).log2().floor())
     rounded = torch.where(step > 0, (mean / step).round() * step, mean)
-    return rounded.to(rows.dtype).double().nan_to_num(0.0, 0.0, 0.0)
+    shift = rounded.to(rows.dtype).double().nan_to_num(0.0, 0.0, 0.0)
+    found = 8 * step[(step > 0) & step.isfinite()]
+    # A column that does not vary yet may do so later, about as others do.
+    usual = found.median() if len(found) else torch.ones((), dtype=torch.float64, device=step.device)
+    sizes = torch.where((step > 0) & step.isfinite(), 8 * step, usual)
+    return shift, sizes.clamp(2.0**-120, 2.0**120)
 
 
 def _mirror(lower: Tensor) -> None:

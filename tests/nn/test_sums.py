@@ -50,6 +50,8 @@ INPUTS = {
     "far mean": lambda x: 3 + 1e-3 * x,
     "scales": lambda x: x * np.geomspace(1e-3, 1e3, x.shape[1]),
     "common": lambda x: x + 5 * x[:, :1],
+    "tiny": lambda x: 1e-25 * x,
+    "huge": lambda x: 1e25 * x,
     "bits": lambda x: (x > 0).astype(float),
 }
 
