@@ -7,6 +7,7 @@ from torch import nn
 
 import pysolve as ps
 from pysolve.methods.goal import Options
+from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.study import study, weights_of
 from pysolve.nn.gather import gather
 
@@ -124,3 +125,23 @@ def test_layers_that_read_one_tensor_share_its_sums_and_have_their_own(monkeypat
         np.testing.assert_allclose(one.yy, np.diag(wanted[name].yy), rtol=1e-5)
     assert found["a"].xx is found["b"].xx is found["e"].xx
     assert found["a"].xx is not found["c"].xx
+
+
+class Twice(nn.Module):
+    """Two layers whose channels one layer reads together."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b, self.c = nn.Linear(40, 150), nn.Linear(40, 150), nn.Linear(300, 8)
+
+    def forward(self, x):
+        return self.c(torch.cat([self.a(x), self.b(x)], 1).relu())
+
+
+def test_rounding_is_no_data_where_a_reader_s_other_inputs_are_minimised_out():
+    # 200 rows, less their mean, leave 49 directions of one layer's channels that the other's do not explain.
+    found = study(Twice().eval(), [torch.randn(200, 40)], Options(progress=False), sites=True)
+    menus = [Channels().menu(found, site) for site in found.free]
+    assert [menu.whole for menu in menus] == [150, 150]
+    assert all(menu.error[10] > 1e-4 and menu.error[50:].max() <= 1e-8 for menu in menus)

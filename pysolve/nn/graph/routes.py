@@ -17,7 +17,7 @@ from torch.fx import Node
 from torch.utils import _pytree as pytree
 
 from pysolve.nn.graph.calls import operator_name
-from pysolve.nn.graph.export import Graph
+from pysolve.nn.graph.export import Graph, is_in_place
 
 _PICKS = {"index", "index_select", "gather", "take_along_dim", "take", "masked_select"}
 _PUTS = {
@@ -82,7 +82,7 @@ def routed(graph: Graph) -> dict[Node, Origins]:
                 marks.computed[node] = marks.numbers(reads)
             found = _origins_of_rows(node, marks)
             marks.routed[node] = found or _origin_of_number_of_rows(node, marks)
-            if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+            if is_in_place(node):
                 marks.routed[reads[0]] = marks.routed[node]
     return {node: origins for node, origins in marks.routed.items() if origins}
 
