@@ -14,6 +14,7 @@ from pysolve.errors import one_of
 from pysolve.methods.goal import (
     Evaluate,
     Length,
+    Memory,
     Target,
     check_distill,
     check_keep,
@@ -58,7 +59,7 @@ def compress(
     sites: Sequence[Site] | None = None,
     round_to: int = 1,
     divergence: Divergence = kl_divergence,
-    memory: int | None = None,
+    memory: Memory = None,
     transform: Transform | None = None,
     latency: bool = True,
 ) -> Compressed:
@@ -111,9 +112,10 @@ def compress(
         Sites keep multiples of this many channels, or all.
     divergence : callable
         From the original's and another output to how far they are apart, averaged over samples.
-    memory : int, optional
-        Bytes that the refit may hold in activations; by default half of what is free. Beyond, it uses fewer
-        samples, and the report says so.
+    memory : int or str, optional
+        Bytes that the call may take beyond the network, or words such as "4GiB". Sums that do not fit are
+        gathered in several passes and kept on disk, and the refit uses fewer samples; the report says so.
+        Without, all sums are held, and the refit's samples take at most half of the free memory.
     transform : callable, optional
         Makes such inputs of an item of ``batches``, of a Dataset's sample: ``lambda item: item["pixels"]``.
     latency : bool
@@ -127,7 +129,8 @@ def compress(
     Raises
     ------
     PysolveError
-        No channel can be removed; a target that cannot be reached (names the smallest that can); a network
+        ``memory`` is too little, with the least that would do; no channel can be removed; a target that
+        cannot be reached (names the smallest that can); a network
         that cannot be traced.
     TypeError, ValueError
         Arguments that make no sense, before any work.
@@ -174,7 +177,7 @@ def sweep(
     sites: Sequence[Site] | None = None,
     round_to: int = 1,
     divergence: Divergence = kl_divergence,
-    memory: int | None = None,
+    memory: Memory = None,
     transform: Transform | None = None,
     latency: bool = True,
 ) -> list[Report]:

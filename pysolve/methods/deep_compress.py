@@ -16,6 +16,7 @@ from pysolve.errors import PysolveError
 from pysolve.methods.goal import (
     Evaluate,
     Length,
+    Memory,
     Target,
     check_distill,
     check_share,
@@ -48,11 +49,11 @@ from pysolve.methods.sizes import Sized, site_reports, sized, within
 from pysolve.methods.stages import Stages, packed
 from pysolve.methods.study import Clock, Study
 from pysolve.nn.apply import apply
-from pysolve.nn.calibration import first_samples
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.running import Batch, Ignored
+from pysolve.nn.samples import first_samples
 from pysolve.plan import Site
 
 # Bits a weight at which the search for a width begins, the factor between widths, and how many are tried.
@@ -75,7 +76,7 @@ def deep_compress(
     ignore: Sequence[Ignored] = (),
     evaluate: Evaluate | None = None,
     divergence: Divergence = kl_divergence,
-    memory: int | None = None,
+    memory: Memory = None,
     transform: Transform | None = None,
     latency: bool = True,
     seed: int = 0,

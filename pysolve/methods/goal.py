@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from inspect import signature
 from numbers import Integral, Real
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
@@ -18,6 +21,7 @@ from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.items import Transform
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import without_sparse
+from pysolve.nn.memory import Bound
 from pysolve.nn.plain import check_plain, plain_network
 from pysolve.nn.running import Ignored, find_matching
 from pysolve.plan import Plan, Site
@@ -30,9 +34,9 @@ Target = Mapping[str, float]
 Values = float | Mapping[str | Site, float]
 # Seconds, or options of ``distill`` with seconds or epochs among them.
 Length = float | Mapping[str, object]
-
-
 Evaluate = Callable[[nn.Module], float]
+# Bytes, or words such as "4GiB".
+Memory = int | str | None
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,8 @@ class Options:
         Layers to leave alone: names, patterns as ``re:…``, types, or the layers themselves.
     divergence : callable
         From the original's and another output to how far they are apart, averaged over samples.
-    memory : int, optional
-        Bytes that the refit may hold in activations; by default half of what is free.
+    memory : Bound, optional
+        Of all that a call takes beyond the network; by default samples may take half of what is free.
     seed : int
     progress : bool
     evaluate : callable, optional
@@ -57,29 +61,33 @@ class Options:
         From an item of the user's batches to inputs of the network.
     latency : bool
         Whether both networks and their layers are timed.
+    checkpoint : Path, optional
+        Folder for sums, from which a killed run goes on.
     """
 
     ignore: Sequence[Ignored] = ()
     divergence: Divergence = kl_divergence
-    memory: int | None = None
+    memory: Bound | None = None
     seed: int = 0
     progress: bool = True
     evaluate: Evaluate | None = None
     score: float | None = None
     transform: Transform | None = None
     latency: bool = True
+    checkpoint: Path | None = None
 
 
 def options_for(
     network: nn.Module,
     ignore: Sequence[Ignored],
     divergence: Divergence,
-    memory: int | None,
+    memory: Memory,
     seed: int,
     progress: bool,
     evaluate: Evaluate | None,
     transform: Transform | None = None,
     latency: bool = True,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> Options:
     """Options of a verb, checked; the original is evaluated before any other work.
 
@@ -91,10 +99,31 @@ def options_for(
         ``memory`` is no positive number; ``evaluate`` returns none; a pattern is no regular expression.
     """
     find_matching(network, ignore)
-    if memory is not None:
-        check_positive("memory", memory)
+    bound = None if memory is None else Bound.of(bytes_in(memory))
+    folder = None if checkpoint is None else Path(checkpoint)
     score = None if evaluate is None else score_of(evaluate, network)
-    return Options(ignore, divergence, memory, seed, progress, evaluate, score, transform, latency)
+    return Options(ignore, divergence, bound, seed, progress, evaluate, score, transform, latency, folder)
+
+
+def bytes_in(memory: int | str) -> int:
+    """A number of bytes, as an integer or in words: "4GiB", "500 MB".
+
+    Raises
+    ------
+    TypeError, ValueError
+        It is none, or not positive.
+    """
+    if not isinstance(memory, str):
+        check_positive("memory", memory)
+        return int(memory)
+    words = re.fullmatch(r"\s*([\d.]+)\s*([kmgt]?)(i?)b?\s*", memory.lower())
+    try:
+        count = float(words[1]) if words else 0.0
+    except ValueError:
+        count = 0.0
+    if words is None or count <= 0:
+        raise ValueError(f'memory must be bytes, or words such as "4GiB" or "500 MB", got {memory!r}.')
+    return int(count * (1024 if words[3] else 1000) ** " kmgt".index(words[2] or " "))
 
 
 def score_of(evaluate: Evaluate, network: nn.Module) -> float:

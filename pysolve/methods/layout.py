@@ -17,7 +17,6 @@ from pysolve.methods.kinds.ranks import ASKS, RankMenu
 from pysolve.methods.rebuild import Rebuilt, forms_of
 from pysolve.methods.study import Study, weight_name
 from pysolve.nn.apply import apply, untrue_forms
-from pysolve.nn.calibration import samples_in, take
 from pysolve.nn.evaluate import latency, nbytes
 from pysolve.nn.layer_kinds import EMBEDDINGS
 from pysolve.nn.layers.base import Dense
@@ -28,6 +27,7 @@ from pysolve.nn.layers.sharing import share_weights
 from pysolve.nn.nonzeros import zero_rows
 from pysolve.nn.profile import latencies, layer_inputs
 from pysolve.nn.running import as_array, find_layer
+from pysolve.nn.samples import samples_in, take
 from pysolve.nn.state import copy_of
 from pysolve.plan import Collapse, Plan
 from pysolve.report.rows import LayerReport

@@ -14,6 +14,7 @@ from pysolve.methods.budget import costs_of, settle
 from pysolve.methods.goal import (
     Evaluate,
     Length,
+    Memory,
     Target,
     check_distill,
     check_target,
@@ -59,7 +60,7 @@ def low_rank(
     ignore: Sequence[Ignored] = (),
     evaluate: Evaluate | None = None,
     divergence: Divergence = kl_divergence,
-    memory: int | None = None,
+    memory: Memory = None,
     transform: Transform | None = None,
     latency: bool = True,
     seed: int = 0,

@@ -13,11 +13,12 @@ from tqdm.auto import tqdm
 from pysolve.methods.menu import PROBED_ERRORS, Chosen, Menu
 from pysolve.methods.rebuild import changed_names, independent
 from pysolve.methods.study import Study
-from pysolve.nn.calibration import first_samples, fits, samples_in
 from pysolve.nn.changed import changed_outputs, is_repeatable
 from pysolve.nn.divergence import mean_divergence, run
 from pysolve.nn.graph.export import Graph
+from pysolve.nn.graph.sizes import fits
 from pysolve.nn.running import Batch, Output
+from pysolve.nn.samples import first_samples, samples_in
 
 # Work for measuring divergences, in samples through the whole network; shared by all units, so that it does
 # not grow with the square of the depth. Fewer samples than the least tell too little: of codes, with 250,

@@ -17,6 +17,7 @@ from pysolve.methods.compress import made
 from pysolve.methods.goal import (
     Evaluate,
     Length,
+    Memory,
     Options,
     Target,
     check_distill,
@@ -108,7 +109,7 @@ def prune(
     ignore: Sequence[Ignored] = (),
     evaluate: Evaluate | None = None,
     divergence: Divergence = kl_divergence,
-    memory: int | None = None,
+    memory: Memory = None,
     transform: Transform | None = None,
     latency: bool = True,
     seed: int = 0,

@@ -16,6 +16,7 @@ from pysolve.layer.quantize_layer import METHODS
 from pysolve.methods.goal import (
     Evaluate,
     Length,
+    Memory,
     Target,
     check_distill,
     check_target,
@@ -58,7 +59,7 @@ def quantize(
     ignore: Sequence[Ignored] = (),
     evaluate: Evaluate | None = None,
     divergence: Divergence = kl_divergence,
-    memory: int | None = None,
+    memory: Memory = None,
     transform: Transform | None = None,
     latency: bool = True,
     seed: int = 0,

@@ -20,7 +20,7 @@ from pysolve.errors import PysolveWarning
 from pysolve.methods.goal import Options, Target, plain_target, score_of
 from pysolve.methods.layout import LaidOut
 from pysolve.methods.study import Clock, Study
-from pysolve.nn.calibration import HELD_OF, LEAST_APART, samples_in, take
+from pysolve.nn.calibration import HELD_OF, LEAST_APART
 from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, run
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.files.architecture import fingerprint
@@ -30,6 +30,7 @@ from pysolve.nn.nonzeros import nonzeros
 from pysolve.nn.per_sample import Workload, sample_macs, workload
 from pysolve.nn.profile import FEWEST, latencies, masses
 from pysolve.nn.running import Batch, as_array, find_layer
+from pysolve.nn.samples import samples_in, take
 from pysolve.nn.state import copy_of
 from pysolve.plan import Plan
 from pysolve.report.report import Report

@@ -17,13 +17,14 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import DataError, PysolveError
 from pysolve.methods.goal import Options
-from pysolve.nn.calibration import Calibration, calibrate, laid_out, of_other_sizes, peek
+from pysolve.nn.calibration import Calibration, calibrate
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.gather import reads_more
 from pysolve.nn.graph.branches import Layer, find_layers
 from pysolve.nn.graph.export import Graph, trace, trace_once
 from pysolve.nn.graph.routes import routed
 from pysolve.nn.graph.sites import sites_in
+from pysolve.nn.graph.sizes import of_other_sizes
 from pysolve.nn.layer_kinds import EMBEDDINGS, WEIGHTED
 from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix
 from pysolve.nn.layers.masking import masks_of, permanent_by
@@ -37,6 +38,7 @@ from pysolve.nn.running import (
     few_samples,
     find_matching,
 )
+from pysolve.nn.samples import laid_out, peek
 from pysolve.plan import Site
 
 
@@ -189,14 +191,15 @@ def study(
     apart = {nodes[node].name for node in routed(graph) if node in nodes} if graph else set()
     asked = {name for name in weights if gather or name in apart}
     wanted = [*readers, *(name for name in weights if _is_gathered(layers.get(name), graph, name in asked))]
-    calibration, correlations = calibrate(
+    calibration, correlations, said = calibrate(
         model,
         batches,
         first,
         graph,
         nodes,
         [*dict.fromkeys(wanted)],
-        memory=options.memory,
+        bound=options.memory,
+        checkpoint=options.checkpoint,
         double=[
             name
             for site in found
@@ -206,6 +209,7 @@ def study(
         progress=options.progress,
     )
     clock.stage("gather")
+    base = replace(base, notes=(*base.notes, *([said] if said else [])))
     unseen = [name for name in dict.fromkeys(wanted) if name not in correlations]
     if unseen:
         base = replace(base, notes=(*base.notes, no_samples(unseen)))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from tqdm.auto import tqdm
 
-from pysolve.correlations import Correlations
+from pysolve.correlations import AnyArray, Correlations
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn import running
@@ -105,7 +105,9 @@ def gather(
         device=device,
         progress=progress,
         positions=positions,
-        double=[r for site in sites or () for r in site.readers if reads_more(site, r, _layer(model, r))],
+        double=[
+            r for site in sites or () for r in site.readers if reads_more(site, r, gathered_layer(model, r))
+        ],
     )
     for name, one in found.items():
         if one is None:
@@ -138,28 +140,107 @@ def gather_reached(
     for share in positions.values() if isinstance(positions, Mapping) else (positions,):
         if not 0 < share <= 1:
             raise ValueError(f"positions must be a share in (0, 1], got {share}.")
-    own = {name: _layer(model, name) for name in names}
+    own = {name: gathered_layer(model, name) for name in names}
     sizes = _group_sizes(own, sites)
-    targets = {} if target_model is None else {name: _layer(target_model, name) for name in names}
+    targets = {} if target_model is None else {name: gathered_layer(target_model, name) for name in names}
     wanted: dict[str, deque[Tensor]] = {name: deque() for name in targets}
-    sums: dict[str, _Seen] = {}
     shares = positions if isinstance(positions, Mapping) else dict.fromkeys(names, positions)
-    record = _summing(sums, shares, double, own=target_model is None, rounded=not full)
+    found = Gathered(own, shares, double, own=target_model is None, rounded=not full)
     seen, bar = 0, tqdm(batches, "gather", unit="batch", disable=None if progress else True)
     with evaluating(model, *([] if target_model is None else [target_model])):
         for seen, batch in enumerate(bar, start=1):  # noqa: B007
             if target_model is None:
-                _run(model, own, batch, device, record)
+                found.run(model, batch, device)
             else:
                 # Copies: the next layer may work in place.
                 _run(target_model, targets, batch, device, lambda n, layer, x, y: wanted[n].append(y.clone()))
-                _run(model, own, batch, device, _with_targets(record, wanted))
+                _run(model, own, batch, device, _with_targets(found.record, wanted))
                 for name in filter(wanted.get, wanted):
                     where = "in the target network than in the network"
                     raise PysolveError(f"{name} is called more often {where}.")
     if not seen:
         raise DataError(running.NO_BATCHES)
-    return {n: _correlations(sums.pop(n), sizes[n], full=full) for n in names if n in sums}
+    return {name: found.pop(name, sizes[name], full=full) for name in names if name in found.sums}
+
+
+class Gathered:
+    """What was summed of some layers so far; it can be put away, and taken up again.
+
+    Parameters
+    ----------
+    layers : {name: layer}
+    shares : {name: share}
+        Of the positions of each call.
+    double : collection of str
+        Layers whose products are all float64.
+    own : bool
+        Whether outputs are the layers' own.
+    rounded : bool
+        Whether those of half precision may be taken for exact ones.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, Layer],
+        shares: Mapping[str, float],
+        double: Collection[str] = (),
+        *,
+        own: bool = True,
+        rounded: bool = True,
+    ) -> None:
+        self.layers, self.shares, self.double = layers, shares, double
+        self.own, self.rounded = own, rounded
+        self.sums: dict[str, _Seen] = {}
+        self.choices: dict[str, torch.Generator] = {}
+
+    def run(self, model: nn.Module, batch: Batch, device: Device = None) -> None:
+        """Add what the layers read and write in one batch; in evaluation mode."""
+        _run(model, self.layers, batch, device, self.record)
+
+    def record(self, name: str, layer: Layer, x: Tensor, y: Tensor) -> None:
+        """Add the samples of one call."""
+        chosen, share = None, self.shares.get(name, 1.0)
+        if share < 1 and (x.ndim > 2 or not isinstance(layer, LINEAR)):
+            random = self.choices.setdefault(name, torch.Generator().manual_seed(0))
+            chosen = rows.choice(rows.positions(layer, y), share, random)
+        for values, what in ((x, "inputs"), (y, "outputs")):
+            # A sum is read faster than a mask is made; one that is too large is not what is looked for.
+            if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
+                raise DataError(f"the {what} of {name} hold NaN or infinity: check batches and weights.")
+        limit = room(rows.channels(layer)[0] * rows.taps(layer))
+        for some_x, some_y in rows.blocks(layer, x, y, chosen, limit=limit):
+            if name not in self.sums:
+                exact = self.rounded or y.dtype.itemsize >= 4
+                double = name in self.double
+                self.sums[name] = _Seen.of(layer, some_x, some_y, own=self.own and exact, double=double)
+            seen = self.sums[name]
+            seen.sums.add(*([some_x, some_y] if seen.bias is None else [some_x]))
+
+    def pop(self, name: str, group_size: int = 1, *, full: bool = False) -> Correlations | None:
+        """The correlations of a layer, whose sums are dropped; None without samples."""
+        seen = self.sums.pop(name)
+        return _correlations(seen, group_size, full=full)
+
+    def state(self) -> dict[str, AnyArray]:
+        """All sums so far as arrays, to put away."""
+        parts = {
+            f"{name}:{part}": one for name, seen in self.sums.items() for part, one in seen.state().items()
+        }
+        random = {f"{name}:random": one.get_state() for name, one in self.choices.items()}
+        return {name: np.asarray(one.cpu()) for name, one in {**parts, **random}.items()}
+
+    def resume(self, state: Mapping[str, AnyArray]) -> None:
+        """Go on from sums that were put away."""
+        layers: dict[str, dict[str, Tensor]] = {}
+        for key, values in state.items():
+            name, part = key.rsplit(":", 1)
+            layers.setdefault(name, {})[part] = torch.from_numpy(np.array(values))
+        for name, parts in layers.items():
+            if (random := parts.pop("random", None)) is not None:
+                self.choices[name] = torch.Generator()
+                self.choices[name].set_state(random)
+            if parts:
+                self.sums[name] = _Seen.resumed(self.layers[name], parts)
 
 
 def _layer_names(
@@ -185,7 +266,8 @@ def _layer_names(
     return tuple(dict.fromkeys(names))
 
 
-def _layer(model: nn.Module, name: str) -> Layer:
+def gathered_layer(model: nn.Module, name: str) -> Layer:
+    """The layer of a name; PysolveError where its correlations cannot be gathered."""
     module = running.find_layer(model, name)
     if not isinstance(module, LAYERS):
         kind = type(module).__name__
@@ -237,6 +319,18 @@ class _Seen:
         bias = _own_bias(layer, x[:_TRIED], y[:_TRIED]) if own else None
         outputs, full = (y.shape[1], True) if bias is None else (0, False)
         return cls(layer, Sums.zeros(x.shape[1], outputs, x.device, full=full, double=double), bias)
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums as tensors, by what they are."""
+        return {**self.sums.state(), **({} if self.bias is None else {"bias": self.bias})}
+
+    @classmethod
+    def resumed(cls, layer: Layer, state: Mapping[str, Tensor]) -> _Seen:
+        """What ``state`` was of, on the layer's device."""
+        home = layer.weight.device
+        bias = state.get("bias")
+        sums = Sums.resumed({name: one for name, one in state.items() if name != "bias"}, home)
+        return cls(layer, sums, None if bias is None else bias.to(home))
 
 
 def _own_bias(layer: Layer, x: Tensor, y: Tensor) -> Tensor | None:
@@ -295,35 +389,6 @@ def reads_more(site: Site, reader: str, layer: Layer) -> bool:
     """
     width = rows.channels(layer)[0]
     return site.columns_of(reader, width).size < width
-
-
-def _summing(
-    sums: dict[str, _Seen], shares: Mapping[str, float], double: Collection[str], *, own: bool, rounded: bool
-) -> Record:
-    """Record that adds the samples of one call to the sums of its layer.
-
-    ``own``: outputs are the layer's own; ``rounded``: of half precision, they may be taken for exact ones.
-    """
-    choices: dict[str, torch.Generator] = {}
-
-    def record(name: str, layer: Layer, x: Tensor, y: Tensor) -> None:
-        chosen, share = None, shares.get(name, 1.0)
-        if share < 1 and (x.ndim > 2 or not isinstance(layer, LINEAR)):
-            random = choices.setdefault(name, torch.Generator().manual_seed(0))
-            chosen = rows.choice(rows.positions(layer, y), share, random)
-        for values, what in ((x, "inputs"), (y, "outputs")):
-            # A sum is read faster than a mask is made; one that is too large is not what is looked for.
-            if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
-                raise DataError(f"the {what} of {name} hold NaN or infinity: check batches and weights.")
-        limit = room(rows.channels(layer)[0] * rows.taps(layer))
-        for some_x, some_y in rows.blocks(layer, x, y, chosen, limit=limit):
-            if name not in sums:
-                exact = rounded or y.dtype.itemsize >= 4
-                sums[name] = _Seen.of(layer, some_x, some_y, own=own and exact, double=name in double)
-            seen = sums[name]
-            seen.sums.add(*([some_x, some_y] if seen.bias is None else [some_x]))
-
-    return record
 
 
 def _with_targets(record: Record, wanted: dict[str, deque[Tensor]]) -> Record:

@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from pysolve.nn.calibration import laid_out
 from pysolve.nn.costs import cost_model
 from pysolve.nn.graph.sites import find_sites
 from pysolve.nn.items import Transform, example_of
 from pysolve.nn.plain import plain_network
 from pysolve.nn.running import Batch, Ignored
+from pysolve.nn.samples import laid_out
 from pysolve.plan import Site
 from pysolve.solve.budget import Costs
 

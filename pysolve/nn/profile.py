@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pysolve.nn.calibration import samples_in
 from pysolve.nn.evaluate import COUNTED, parameters, seconds_of, summary, wait
 from pysolve.nn.nonzeros import nonzeros, padding
 from pysolve.nn.per_sample import sample_macs
 from pysolve.nn.running import Batch, arguments, device_of, evaluating, forward, hooked
+from pysolve.nn.samples import samples_in
 from pysolve.report.rows import Latency, LayerMass
 
 # Calls of each network: at least, at most, and otherwise for this many seconds.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -59,12 +59,26 @@ class Sums:
     @classmethod
     def zeros(cls, d: int, h: int, device: torch.device, *, full: bool = False, double: bool = False) -> Sums:
         """Sums over no samples yet, of d inputs and h outputs; ``full``: with the products of outputs."""
-        # Apple's GPU has no float64.
-        home = torch.device("cpu") if device.type == "mps" else device
+        home = _home(device)
         products = torch.zeros(d + h, d + h if full else d, dtype=torch.float64, device=home)
         total, shift = products.new_zeros(2, d + h)
         counted = torch.zeros(1, dtype=torch.int64)
         return cls(products, products.new_zeros(h), total, shift, torch.ones_like(shift), d, counted, double)
+
+    def state(self) -> dict[str, Tensor]:
+        """All that ``resumed`` needs."""
+        flags = torch.tensor([self.d, self.double])
+        parts = ("products", "squares", "total", "shift", "scale", "counted")
+        return {**{name: getattr(self, name) for name in parts}, "flags": flags}
+
+    @classmethod
+    def resumed(cls, state: Mapping[str, Tensor], device: torch.device) -> Sums:
+        """Sums of a ``state``, to go on with."""
+        flags, counted = state["flags"].tolist(), state["counted"].cpu()
+        parts = {
+            name: one.to(_home(device)) for name, one in state.items() if name not in ("flags", "counted")
+        }
+        return cls(**parts, d=int(flags[0]), counted=counted, double=bool(flags[1]))
 
     @property
     def count(self) -> int:
@@ -137,6 +151,11 @@ class Sums:
         return Correlations(
             xx.numpy(), yx.numpy(), yy.numpy(), n, sums[:d].numpy(), sums[d:].numpy(), group_size
         )
+
+
+def _home(device: torch.device) -> torch.device:
+    """Where sums are held: Apple's GPU has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device
 
 
 def room(inputs: int) -> int:

@@ -361,11 +361,13 @@ def test_code_that_fixes_the_batch_size_uses_whole_batches():
     )
 
 
-def test_little_memory_means_fewer_samples_and_a_note():
-    report = compressed(memory=3000).report
+def test_little_memory_means_fewer_samples_and_a_note(monkeypatch):
+    monkeypatch.setattr("pysolve.nn.passes.free_memory", lambda: 3000)
+    report = compressed().report
     assert report.samples < 112
     too_many = f"the refit used {report.samples} of 112 samples: more would not fit in memory"
     assert report.notes == (too_many, CHOSEN_ON)
+    monkeypatch.undo()
     assert default().report.notes == (CHOSEN_ON,)
 
 
@@ -954,8 +956,9 @@ def test_layers_that_cannot_be_given_a_bias_are_not_counted_with_one():
     assert found.new_biases == {"out"}
 
 
-def test_what_a_layer_was_known_to_need_holds_where_samples_tell_nothing():
-    one, alone = compressed(memory=1, keep=0.5), compressed(refit="independent", keep=0.5)
+def test_what_a_layer_was_known_to_need_holds_where_samples_tell_nothing(monkeypatch):
+    monkeypatch.setattr("pysolve.nn.passes.free_memory", lambda: 1)
+    one, alone = compressed(keep=0.5), compressed(refit="independent", keep=0.5)
     assert one.report.samples == 1
     # A single sample has no variance, so nothing speaks against the weights fitted before.
     for name in ("fc2.weight", "fc3.weight"):

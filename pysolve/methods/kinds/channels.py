@@ -59,7 +59,10 @@ def site_menu(
         return _sampled(site, problem, left, lambda k: np.sort(order[:k]), "scores")
     if select == "elimination":
         path = elimination_path(problem, r_yy=left if len(left) > 1 else left[0])
-        return _menu(site, path.keep, np.maximum(2 * path.error / len(left), FLOOR), select)
+        # The order alone: the path holds on to the problem.
+        order = path.order
+        error = np.maximum(2 * path.error / len(left), FLOOR)
+        return _menu(site, lambda k: np.sort(order[len(order) - k :]), error, select)
     K = site.channels
     keep = cache(lambda k: select_channels(problem, k=k, method=select) if 0 < k < K else np.arange(k))
     return _sampled(site, problem, left, keep, select)

@@ -17,7 +17,6 @@ from pysolve.layer.reduced_rank import error_curve, factor_layer
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
 from pysolve.methods.study import Study, weight_name
 from pysolve.nn.apply import untrue_forms
-from pysolve.nn.calibration import first_samples, samples_in, take
 from pysolve.nn.counting import layer_macs, macs
 from pysolve.nn.graph.branches import Layer as Seen
 from pysolve.nn.layer_kinds import LINEAR, is_extended, plain
@@ -27,6 +26,7 @@ from pysolve.nn.layers.factored import CONVOLUTIONS, Factored, empty, factors
 from pysolve.nn.per_sample import sample_macs, workload
 from pysolve.nn.profile import layer_inputs
 from pysolve.nn.running import find_layer
+from pysolve.nn.samples import first_samples, samples_in, take
 from pysolve.nn.sensitivity import sensitivities
 from pysolve.plan import Plan
 

@@ -182,7 +182,7 @@ def _sealed(
     """Tensors and metadata of the file."""
     short = record.get("version") == 2
     others = {name: tensor for name, tensor in tensors.items() if not (short and name == STREAM)}
-    record = {**record, "checksums": {name: _checksum(tensor) for name, tensor in others.items()}}
+    record = {**record, "checksums": {name: checksum(tensor) for name, tensor in others.items()}}
     text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
     if not short:
         return others, {_KEY: f'{{"checksum":{zlib.crc32(text)},"record":{text.decode()}}}'}
@@ -190,7 +190,7 @@ def _sealed(
     _check_length(len(text), stream.nbytes + sum(tensor.nbytes for tensor in others.values()))
     packed = zipped(text)
     whole = torch.cat([torch.frombuffer(bytearray(packed), dtype=torch.uint8), stream])
-    return {STREAM: whole, **others}, {_KEY: f"2 {_checksum(whole)} {len(packed)}"}
+    return {STREAM: whole, **others}, {_KEY: f"2 {checksum(whole)} {len(packed)}"}
 
 
 def _opened(metadata: str, tensors: dict[str, Tensor], size: int) -> tuple[dict[str, object], set[str]]:
@@ -200,7 +200,7 @@ def _opened(metadata: str, tensors: dict[str, Tensor], size: int) -> tuple[dict[
         raise DataError("it has no record of a compressed network, which a state dict alone does not have.")
     if plain is None and (short := _SHORT.fullmatch(metadata)) is not None and STREAM in tensors:
         whole, length = tensors[STREAM], int(short[2])
-        _check_seal(whole.dtype == torch.uint8 and _checksum(whole) == int(short[1]))
+        _check_seal(whole.dtype == torch.uint8 and checksum(whole) == int(short[1]))
         text = unzipped(whole[:length].numpy().tobytes(), _limit(size))
         tensors[STREAM] = whole[length:]
     elif plain is not None:
@@ -227,11 +227,11 @@ def _check_sums(tensors: Mapping[str, Tensor], checksums: object) -> None:
     if not isinstance(checksums, dict) or set(checksums) != set(tensors):
         raise DataError("its tensors are not those that its record names.")
     for name, tensor in tensors.items():
-        if checksums[name] != _checksum(tensor):
+        if checksums[name] != checksum(tensor):
             raise DataError(f"the checksum of {name} is wrong.")
 
 
-def _checksum(tensor: Tensor) -> int:
+def checksum(tensor: Tensor) -> int:
     """CRC-32 of data type, shape and bytes."""
     start = zlib.crc32(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
     return zlib.crc32(bits(tensor).numpy().data, start)

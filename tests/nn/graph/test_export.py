@@ -5,8 +5,9 @@ from small import Net
 from torch import nn
 
 import pysolve as ps
-from pysolve.nn.calibration import fits, samples_in
 from pysolve.nn.graph.export import trace, trace_once
+from pysolve.nn.graph.sizes import fits
+from pysolve.nn.samples import samples_in
 
 
 def halving():

@@ -1,0 +1,177 @@
+"""Correlations of many layers in ``.safetensors`` files: written array by array, read when asked for."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pysolve.correlations import AnyArray, Correlations
+from pysolve.errors import DataError
+from pysolve.whole_files import replacing
+
+_TYPES: dict[str, Any] = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+_NAMES = {np.dtype(kind): name for name, kind in _TYPES.items()}
+_CHECKSUMS = "checksums"
+_SUMS = tuple(one.name for one in fields(Correlations) if one.name not in ("count", "group_size"))
+
+
+@dataclass(frozen=True)
+class Stored:
+    """An array in a file, from a byte on, with the CRC-32 of its bytes."""
+
+    path: Path
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+    start: int
+    checksum: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+    def read(self) -> AnyArray:
+        """The array; read, not mapped, since mapped pages count as memory of the process."""
+        with open(self.path, "rb") as file:
+            file.seek(self.start)
+            found = np.fromfile(file, self.dtype, int(np.prod(self.shape, dtype=np.int64)))
+        if _checksum(found) != self.checksum:
+            raise DataError(f"{self.path} is damaged: copy it anew, or gather again.")
+        return found.reshape(self.shape)
+
+
+@dataclass(frozen=True)
+class StoredSums:
+    """The arrays of one layer's correlations, and what they count."""
+
+    arrays: Mapping[str, Stored]
+    count: int
+    group_size: int
+
+    def read(self) -> Correlations:
+        """The correlations."""
+        arrays = {name: one.read() for name, one in self.arrays.items()}
+        return Correlations(**arrays, count=self.count, group_size=self.group_size)
+
+
+@dataclass(frozen=True, eq=False)
+class StoredCorrelations(Mapping[str, Correlations]):
+    """Correlations by layer, each read from its file when asked for."""
+
+    stored: Mapping[str, StoredSums]
+
+    def __getitem__(self, name: str) -> Correlations:
+        return self.stored[name].read()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.stored
+
+
+def write_arrays(path: Path, arrays: Mapping[str, AnyArray | Stored], metadata: Mapping[str, str]) -> None:
+    """Write arrays and a file's metadata, one array in memory at a time.
+
+    An existing file is replaced only once the new one is complete and on the disk.
+    """
+    sums = {name: one.checksum if isinstance(one, Stored) else _checksum(one) for name, one in arrays.items()}
+    header: dict[str, object] = {"__metadata__": {**metadata, _CHECKSUMS: json.dumps(sums)}}
+    end = 0
+    for name, array in arrays.items():
+        places = [end, end := end + array.nbytes]
+        header[name] = {"dtype": _NAMES[array.dtype], "shape": [*array.shape], "data_offsets": places}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with replacing(path) as part, part.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for array in arrays.values():
+            values = array.read() if isinstance(array, Stored) else array
+            file.write(_bytes(values))
+
+
+def open_arrays(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The arrays of a ``.safetensors`` file, none of them read, and its metadata.
+
+    Raises
+    ------
+    DataError
+        The file is another one, or damaged.
+    """
+    try:
+        with open(path, "rb") as file:
+            length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
+            if length > size - 8:
+                raise ValueError(f"its header should take {length} bytes, but it has {size}")
+            header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        sums = json.loads(metadata.pop(_CHECKSUMS))
+        arrays = {
+            name: Stored(
+                path, np.dtype(_TYPES[one["dtype"]]), (*one["shape"],), 8 + length + first, sums[name]
+            )
+            for name, one in header.items()
+            for first in one["data_offsets"][:1]
+        }
+        if any(one.start + one.nbytes > size for one in arrays.values()):
+            raise ValueError("it ends too early")
+    # RuntimeError: JSON that is nested too deeply.
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise DataError(f"{path} is no file of sums, or it is damaged: {error}.") from error
+    return arrays, metadata
+
+
+def sums_to_write(
+    correlations: Mapping[str, Correlations],
+) -> tuple[dict[str, AnyArray | Stored], dict[str, Any]]:
+    """Arrays of correlations, those that layers share once, and a record of whose they are."""
+    arrays: dict[str, AnyArray | Stored] = {}
+    names: dict[object, str] = {}
+    record = {}
+    on_disk = correlations.stored if isinstance(correlations, StoredCorrelations) else {}
+    for layer in correlations:
+        one: Correlations | StoredSums = on_disk[layer] if layer in on_disk else correlations[layer]
+        own = {}
+        for part in _SUMS:
+            array = one.arrays[part] if isinstance(one, StoredSums) else getattr(one, part)
+            key = array if isinstance(array, Stored) else id(array)
+            own[part] = names.setdefault(key, f"{layer}:{part}")
+            arrays[own[part]] = array
+        record[layer] = {**own, "count": one.count, "group_size": one.group_size}
+    return arrays, record
+
+
+def sums_from(arrays: Mapping[str, Stored], record: Mapping[str, Any]) -> StoredCorrelations:
+    """Correlations of a file's arrays and the record that ``sums_to_write`` gave."""
+    return StoredCorrelations(
+        {
+            layer: StoredSums({part: arrays[one[part]] for part in _SUMS}, one["count"], one["group_size"])
+            for layer, one in record.items()
+        }
+    )
+
+
+def _checksum(values: AnyArray) -> int:
+    return zlib.crc32(_bytes(values))
+
+
+def _bytes(values: AnyArray) -> memoryview:
+    return np.ascontiguousarray(values).reshape(-1).view(np.uint8).data

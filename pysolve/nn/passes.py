@@ -1,0 +1,201 @@
+"""Sums of many layers in as many passes over the data as memory asks for, held in memory or on disk."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.fx import Node
+from tqdm.auto import tqdm
+
+from pysolve.correlations import Correlations
+from pysolve.errors import PysolveError
+from pysolve.nn import layer_matrix as rows
+from pysolve.nn.files.sums_folder import SumsFolder, network_checksums
+from pysolve.nn.gather import Gathered, gathered_layer, own_outputs
+from pysolve.nn.graph.branches import Layer, read_as
+from pysolve.nn.graph.export import Graph
+from pysolve.nn.memory import Bound, free_memory, in_bytes, room_for, sample_bytes, windows
+from pysolve.nn.running import Batch, evaluating
+from pysolve.nn.samples import samples_in
+from pysolve.nn.sums import room
+
+LOGGER = logging.getLogger("pysolve")
+# Matrices of inputs × inputs that are alive at once where a layer's channels are chosen or it is refitted.
+MATRICES = 4
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What is summed, in which passes, and where it is held.
+
+    Parameters
+    ----------
+    layers : {name: layer}
+        All whose correlations are wanted.
+    sharing : {name: sequence of str}
+        Of the layers whose inputs are summed, all that read the same.
+    passes : sequence of sequences of str
+        The layers whose inputs are summed in each.
+    on_disk : bool
+    samples : int
+        That a walk through the graph has memory for.
+    said : str
+        "" where all is held in memory after one pass.
+    """
+
+    layers: Mapping[str, rows.Layer]
+    sharing: Mapping[str, Sequence[str]]
+    passes: Sequence[Sequence[str]]
+    on_disk: bool = False
+    samples: int = 0
+    said: str = ""
+
+
+def plan_of(
+    model: nn.Module,
+    first: Batch,
+    graph: Graph | None,
+    nodes: Mapping[Node, Layer],
+    names: Sequence[str],
+    bound: Bound | None,
+    *,
+    once: bool,
+) -> Plan:
+    """Passes for the correlations of some layers within a bound.
+
+    Parameters
+    ----------
+    first : batch
+        As large as the others are.
+    names : sequence of str
+    once : bool
+        Whether the batches can be gone through only once.
+
+    Raises
+    ------
+    PysolveError
+        The bound is too small, with the least that would do; or the batches would be needed more than once.
+    """
+    layers = {name: gathered_layer(model, name) for name in names}
+    sharing = _sharing(nodes, names)
+    if bound is None:
+        samples = room_for(graph, free_memory()) if graph else samples_in(first)
+        return Plan(layers, sharing, [[*sharing]], samples=samples)
+    inputs = {name: rows.channels(layers[name])[0] * rows.taps(layers[name]) for name in sharing}
+    outputs = {name: sum(int(rows.channels(layers[one])[1]) for one in own) for name, own in sharing.items()}
+    summed = {name: 8 * d * d for name, d in inputs.items()}
+    held = {name: 8 * d * (d + outputs[name]) for name, d in inputs.items()}
+    # While a pass ends: one layer's sums become its correlations.
+    ending = max(held.values(), default=0)
+    working = MATRICES * max(summed.values(), default=0) + 2 * max(held.values(), default=0)
+    sample = sample_bytes(graph) if graph else 0
+    running = sample * samples_in(first) + 12 * max(map(room, inputs.values()), default=0)
+    left = bound.left - running
+    if left < working + 2 * sample:
+        worst = max(held, key=held.__getitem__, default="the network")
+        least = bound.total - left + working + 2 * sample
+        raise PysolveError(
+            f"memory={in_bytes(bound.total)} is too little: the correlations of {worst} and what is made of "
+            f"them take {in_bytes(working)}, and a batch of {samples_in(first)} samples {in_bytes(running)}. "
+            f"Give at least memory={in_bytes(least)!r}, or smaller batches."
+        )
+    everything = sum(held.values())
+    samples = room_for(graph, left - working) if graph else samples_in(first)
+    if everything <= left // 4:
+        samples = room_for(graph, left - working - everything) if graph else samples
+        return Plan(layers, sharing, [[*sharing]], samples=samples)
+    passes = windows(summed, left - ending)
+    if once and len(passes) > 1:
+        raise PysolveError(
+            f"within memory={in_bytes(bound.total)} the sums take {len(passes)} passes over the batches, but "
+            "these can be gone through only once: give a list or a loader, or more memory."
+        )
+    free = shutil.disk_usage(tempfile.gettempdir()).free
+    if everything > free:
+        raise PysolveError(
+            f"the sums of {len(held)} layers take {in_bytes(everything)}, more than memory= leaves, and than "
+            f"the {in_bytes(free)} free in {tempfile.gettempdir()}: give checkpoint= or TMPDIR another place."
+        )
+    many = f"{len(passes)} passes" if len(passes) > 1 else "one pass"
+    said = f"the sums of {len(held)} layers, {in_bytes(everything)}, were gathered in {many} and kept on disk"
+    return Plan(layers, sharing, passes, True, samples, said)
+
+
+def gathered(
+    model: nn.Module,
+    stream: Callable[[int], Iterator[Batch]],
+    plan: Plan,
+    shares: Mapping[str, float],
+    double: Collection[str],
+    checkpoint: Path | None = None,
+    progress: bool = True,
+) -> Mapping[str, Correlations]:
+    """Correlations of the layers of a plan that any sample reaches, in its order.
+
+    Parameters
+    ----------
+    stream : callable
+        From the number of a pass to its batches, always the same.
+    shares : {layer: share}
+        Of the positions.
+    double : collection of str
+        Layers whose products are float64.
+    checkpoint : Path, optional
+        Folder where sums are put away; a later call with the same goes on from there.
+    """
+    first_of = {name: one for one, own in plan.sharing.items() for name in own}
+    exact = sorted({first_of[name] for name in double if name in first_of})
+    folder = None
+    if plan.on_disk or checkpoint is not None:
+        layers = {"layers": plan.sharing, "shares": shares, "double": exact}
+        identity = {"network": network_checksums(model), **layers} if checkpoint is not None else {}
+        folder = SumsFolder(checkpoint, identity)
+    if plan.said:
+        LOGGER.info("%s", plan.said)
+    found, hidden = dict[str, Correlations](), None if progress else True
+    passes = [[name for name in names if folder is None or not folder.has(name)] for names in plan.passes]
+    passes = [names for names in passes if names] or [[]]
+    for number, names in enumerate(passes):
+        sums = Gathered({name: plan.layers[name] for name in names}, shares, exact)
+        begun = folder.resume(sums) if folder is not None else 0
+        batches = stream(number) if folder is None else folder.verified(stream(number))
+        title = f"gather {number + 1} of {len(passes)}" if len(passes) > 1 else "gather"
+        with evaluating(model):
+            for index, batch in enumerate(tqdm(batches, title, unit="batch", disable=hidden)):
+                if names and index >= begun:
+                    sums.run(model, batch)
+                    if folder is not None:
+                        folder.put_away(sums, index + 1)
+        for name in names:
+            known = sums.pop(name, rows.taps(plan.layers[name])) if name in sums.sums else None
+            made = {} if known is None else {name: known}
+            for other in plan.sharing[name][1:] if made else ():
+                made[other] = own_outputs(made[name], plan.layers[other])
+            if folder is None:
+                found |= made
+            else:
+                folder.add(name, made)
+    if folder is not None:
+        return folder.correlations(plan.layers)
+    return {name: found[name] for name in plan.layers if name in found}
+
+
+def _sharing(nodes: Mapping[Node, Layer], names: Sequence[str]) -> dict[str, list[str]]:
+    """Layers that read the same tensor, by the first of them."""
+    first: dict[Any, str] = {}
+    reads = {
+        one.name: first.setdefault(read_as(one, node), one.name)
+        for node, one in nodes.items()
+        if one.calls == 1 and one.name in names
+    }
+    sharing: dict[str, list[str]] = {}
+    for name in names:
+        sharing.setdefault(reads.get(name, name), []).append(name)
+    return sharing

@@ -1,0 +1,144 @@
+"""Samples in users' batches: counted, taken apart, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pysolve.errors import DataError
+from pysolve.nn.items import Transform, batched
+from pysolve.nn.outputs import main_output
+from pysolve.nn.refusal import output_of
+from pysolve.nn.running import (
+    NO_BATCHES,
+    Batch,
+    Inputs,
+    arguments,
+    evaluating,
+    few_samples,
+    forward,
+    sample_leaves,
+    with_leaves,
+)
+
+
+def samples_in(batch: Batch) -> int:
+    """How many samples a batch holds: the common first dimension of its tensors."""
+    if isinstance(batch, Inputs) and not sample_leaves(batch):
+        return 1
+    sizes = {len(leaf) for leaf in sample_leaves(batch).values()}
+    if len(sizes) != 1:
+        raise DataError(
+            f"the tensors of a batch must share their first dimension, the samples; got {sorted(sizes)}."
+        )
+    return sizes.pop()
+
+
+def take(batch: Batch, start: int, stop: int) -> Any:
+    """Samples start … stop − 1 of a batch, in the same form; views."""
+    return with_leaves(batch, {i: leaf[start:stop] for i, leaf in sample_leaves(batch).items()})
+
+
+def first_samples(batches: list[Batch], count: int) -> list[Batch]:
+    """The first samples of several batches, still in batches."""
+    taken = []
+    for batch in batches:
+        if count > 0:
+            taken.append(take(batch, 0, count))
+            count -= samples_in(taken[-1])
+    return taken
+
+
+def later_samples(batches: list[Batch], count: int) -> list[Batch]:
+    """The samples behind the first ones of several batches, still in batches."""
+    later = []
+    for batch in batches:
+        n = samples_in(batch)
+        later += [take(batch, count, n)] if count < n else []
+        count = max(0, count - n)
+    return later
+
+
+def joined(batches: list[Batch]) -> list[Batch]:
+    """One batch instead of several, if all have the same form and sample shapes; otherwise as they are."""
+    flat = [pytree.tree_flatten(arguments(batch)) for batch in batches]
+    columns = [*zip(*(leaves for leaves, _ in flat), strict=False)]
+    divided = sample_leaves(batches[0]) if batches else {}
+    alike = (_alike(column, i in divided) for i, column in enumerate(columns))
+    if not divided or any(form != flat[0][1] for _, form in flat) or not all(alike):
+        return batches
+    return [with_leaves(batches[0], {i: torch.cat(columns[i]) for i in divided})]
+
+
+def _alike(values: tuple[Any, ...], divided: bool) -> bool:
+    """Whether values of several batches can become one."""
+    first = values[0]
+    if divided:
+        return len({(v.shape[1:], v.dtype, v.device) if _has_samples(v) else None for v in values}) == 1
+    if isinstance(first, Tensor):
+        return all(isinstance(value, Tensor) and torch.equal(value, first) for value in values)
+    return all(not isinstance(value, Tensor) and bool(value == first) for value in values)
+
+
+def _has_samples(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+def regrouped(batches: list[Batch], size: int) -> list[Batch]:
+    """The same samples in batches of one size, without what is left at the end."""
+    return [
+        take(batch, start, start + size)
+        for batch in joined(batches)
+        for start in range(0, samples_in(batch) - size + 1, size)
+    ]
+
+
+def laid_out(model: nn.Module, first: Batch, batches: Iterable[Batch]) -> tuple[Batch, Iterable[Batch]]:
+    """Batches that know which of their tensors hold samples, where these are not simply all.
+
+    Of tensors with different first dimensions, or in lists, those with as many entries as the outputs are
+    taken for the samples, the others for the same in all, if the network then gives the first samples alone
+    what it gives them among all. Otherwise a batch is one sample: a graph, or a list of images.
+    """
+    args, kwargs = arguments(first)
+    leaves = sample_leaves(first)
+    every = range(len(pytree.tree_leaves((args, kwargs))))
+    if args or (len(every) == len(kwargs) and len({len(leaf) for leaf in leaves.values()}) == 1):
+        return first, batches
+    with evaluating(model):
+        whole = main_output(output_of(model, first))
+        count = len(whole) if whole.ndim else 0
+        shared = {i for i in every if i not in leaves or len(leaves[i]) != count}
+        if not _divides(model, Inputs(kwargs, shared), whole):
+            shared = {*every}
+    return Inputs(kwargs, shared), (Inputs(arguments(batch)[1], shared) for batch in batches)
+
+
+def _divides(model: nn.Module, batch: Inputs, whole: Tensor) -> bool:
+    """Whether the network gives a few samples alone what it gives them among all."""
+    few = few_samples(batch)
+    if few is batch:
+        return False
+    try:
+        alone = main_output(forward(model, few))
+    # Whatever the network's code raises.
+    except Exception:
+        return False
+    return alone.shape == whole[: len(alone)].shape and torch.allclose(
+        alone.double(), whole[: len(alone)].double(), rtol=1e-3, atol=1e-5
+    )
+
+
+def peek(batches: Iterable[Any], transform: Transform | None = None) -> tuple[Batch, Iterable[Batch]]:
+    """The first batch, and all of them."""
+    batches = batched(batches, transform)
+    iterator = iter(batches)
+    for first in iterator:
+        # An iterator is used up by looking at it; a loader begins again.
+        return first, chain([first], iterator) if iterator is batches else batches
+    raise DataError(NO_BATCHES)
