@@ -34,7 +34,7 @@ from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import cuts_of
 from pysolve.methods.result import distance
 from pysolve.methods.sizes import Sized, within
-from pysolve.methods.study import Clock, Study, study
+from pysolve.methods.study import Clock, Study, studied
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.tables import Table, as_markdown
@@ -179,7 +179,7 @@ def compressed(subject: Subject, images: Images, name: str, given: str, draw: in
     """``ps.compress`` in its steps, to see what layers were fitted on."""
     batches = torch.from_numpy(images).split(BATCH)
     target = TARGETS[name]
-    clock, known = Clock(), study(subject.model, batches, Options(progress=False), sites=True)
+    clock, known = Clock(), studied(subject.model, batches, Options(progress=False), sites=True)
     where = probe(known, len(known.free))
     sizes = within(known, price(known, [Channels().menu(known, s) for s in known.free], where), target, where)
     length: dict[str, object] = {"epochs": epochs} if epochs else {}

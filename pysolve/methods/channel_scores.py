@@ -14,7 +14,7 @@ from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix, taps
 from pysolve.nn.running import as_array, find_layer
 from pysolve.plan import Site
 
-SCORES = ("ln", "activation", "nisp")
+SCORES: tuple[str, ...] = ("ln", "activation", "nisp")
 
 
 def scores_of(study: Study, method: str, norm: float = 2) -> dict[Site, Array]:

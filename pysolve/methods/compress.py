@@ -31,7 +31,7 @@ from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import REFITS, rebuild
 from pysolve.methods.result import finish, later_score
 from pysolve.methods.sizes import Sized, by_keep, by_lam, check_free, site_reports, within
-from pysolve.methods.study import Clock, Study, study
+from pysolve.methods.study import Clock, Study, studied
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.running import Batch, Ignored
@@ -145,7 +145,7 @@ def compress(
     how = _checked(network, targets, select, refit, distill, sites, ignore, round_to)
     check_keep(keep, lam)
     options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform, latency)
-    found = study(network, batches, options, sites=True if sites is None else sites)
+    found = studied(network, batches, options, sites=True if sites is None else sites)
     check_free(found)
     clock, channels = Clock(), Channels(_by_site(found, select))
     menus = [channels.menu(found, site) for site in found.free]
@@ -212,7 +212,7 @@ def sweep(
     wanted = list(targets)
     how = _checked(network, wanted, select, refit, distill, sites, ignore, round_to)
     options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform, latency)
-    found = study(network, batches, options, sites=True if sites is None else sites)
+    found = studied(network, batches, options, sites=True if sites is None else sites)
     check_free(found)
     clock, channels = Clock(), Channels(_by_site(found, select))
     where = probe(found, len(found.free))

@@ -340,7 +340,13 @@ def _matched_first(
     stages.notes.extend(notes)
     stages.note("matched", student, nbytes(student), time.perf_counter() - start)
     smaller = following(before, Compressed(student, plan, NO_REPORT))
-    return smaller, make(student, batches, study.options, Codes(bits=subject.kind.bits))
+    # A study is of the original: its samples serve the smaller network, too.
+    return smaller, make(
+        student,
+        [*batches] if isinstance(batches, Study) else batches,
+        study.options,
+        Codes(bits=subject.kind.bits),
+    )
 
 
 def _pruned(subject: Subject, zeros: float) -> Mapping[str, Fit]:

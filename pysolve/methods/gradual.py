@@ -20,7 +20,8 @@ from pysolve.methods.menu import Chosen
 from pysolve.methods.prune import LAYOUTS
 from pysolve.methods.rebuild import Rebuilt
 from pysolve.methods.result import finish
-from pysolve.methods.study import Clock, Study, weight_name
+from pysolve.methods.study import Clock, Study
+from pysolve.methods.weights import weight_name
 from pysolve.nn.apply import apply
 from pysolve.nn.calibration import Calibration
 from pysolve.nn.divergence import kl_divergence

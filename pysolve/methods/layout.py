@@ -15,7 +15,8 @@ from pysolve.forms import Codebook, Form, Integers, LowRank, Sparse
 from pysolve.methods.kinds.codes import coded_bits
 from pysolve.methods.kinds.ranks import ASKS, RankMenu
 from pysolve.methods.rebuild import Rebuilt, forms_of
-from pysolve.methods.study import Study, weight_name
+from pysolve.methods.study import Study
+from pysolve.methods.weights import weight_name
 from pysolve.nn.apply import apply, untrue_forms
 from pysolve.nn.evaluate import latency, nbytes
 from pysolve.nn.layer_kinds import EMBEDDINGS

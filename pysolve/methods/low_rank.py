@@ -30,7 +30,8 @@ from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import Rebuilt, rebuild
 from pysolve.methods.result import finish
 from pysolve.methods.sizes import Sized, site_reports, sized
-from pysolve.methods.study import Clock, Study, reasons, study, weights_of
+from pysolve.methods.study import Clock, Study, studied
+from pysolve.methods.weights import reasons, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.items import Transform
 from pysolve.nn.running import Batch, Ignored, find_layer
@@ -150,7 +151,7 @@ def low_rank(
     weights, left = weights_of(network, ignore)
     options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform, latency)
     plain = method == "svd"
-    found = study(network, batches, options, weights=weights, sites=prune, gather=not plain, left=left)
+    found = studied(network, batches, options, weights=weights, sites=prune, gather=not plain, left=left)
     clock = Clock()
     kind, against = ranks_of(found, structure, plain)
     table = _table(found, kind, against, timed=layout == "auto")

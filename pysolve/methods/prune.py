@@ -34,7 +34,8 @@ from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import REFITS, rebuild
 from pysolve.methods.result import finish
 from pysolve.methods.sizes import by_keep, check_free, within
-from pysolve.methods.study import Clock, reasons, study, weights_of
+from pysolve.methods.study import Clock, studied
+from pysolve.methods.weights import reasons, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.items import Transform
@@ -225,7 +226,7 @@ def _weights(
     _check_names(wanted, weights)
     zeros = Zeros(goal.method, scope=goal.scope, seed=options.seed, **wanted)  # type: ignore[arg-type]
     gather = goal.method == "wanda" or (goal.method == "obs" and goal.scope == "global")
-    found = study(
+    found = studied(
         network,
         batches,
         options,
@@ -263,7 +264,7 @@ def _channels(
     options: Options,
 ) -> Compressed:
     """Whole channels, physically, through the same steps as ``compress``."""
-    found = study(network, batches, options, sites=True)
+    found = studied(network, batches, options, sites=True)
     check_free(found)
     clock = Clock()
     scores = scores_of(found, goal.method, goal.norm) if goal.method in OF_CHANNELS else None

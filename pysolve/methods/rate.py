@@ -34,7 +34,8 @@ from pysolve.methods.rebuild import (
     tasks_of,
     values_of,
 )
-from pysolve.methods.study import Skipped, Study, reasons, study, weights_of
+from pysolve.methods.study import Study, studied
+from pysolve.methods.weights import Skipped, reasons, weights_of
 from pysolve.nn.evaluate import nbytes
 from pysolve.nn.layer_kinds import EMBEDDINGS, WEIGHTED
 from pysolve.nn.running import Batch, find_matching
@@ -126,7 +127,7 @@ def subject_of(
     bare = {} if integers else dict(bare_parameters(model, find_matching(model, options.ignore)))
     many = {name: value for name, value in bare.items() if is_many(value)}
     own = f"shared values of their own, for they are no layer's weight: {', '.join(many)}"
-    found = study(
+    found = studied(
         model,
         batches,
         options,

@@ -14,7 +14,8 @@ from pysolve.forms import Codebook, Form, Integers, LowRank
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.methods.kinds.channels import ridge_fit
 from pysolve.methods.menu import Chosen, Fit, Task
-from pysolve.methods.study import Study, no_samples, weight_name
+from pysolve.methods.study import Study, no_samples
+from pysolve.methods.weights import weight_name
 from pysolve.nn.apply import kept_entries
 from pysolve.nn.graph.branches import Cut, Layer, layer_values
 from pysolve.nn.graph.sizes import usable

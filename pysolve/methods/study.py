@@ -1,34 +1,38 @@
-"""One export of a network and one pass over its data: all that is known before anything is chosen."""
+"""``study``: one export of a network and its correlations, all that is known before anything is chosen."""
 
 from __future__ import annotations
 
+import os
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
+from pysolve.compressed import Compressed
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import DataError, PysolveError
-from pysolve.methods.goal import Options
+from pysolve.methods.goal import Memory, Options, network_of, options_for
+from pysolve.methods.weights import Skipped, weights_of
 from pysolve.nn.calibration import Calibration, calibrate
-from pysolve.nn.evaluate import parameters
+from pysolve.nn.divergence import kl_divergence
+from pysolve.nn.files.study_file import check_network, read_study, write_study
+from pysolve.nn.files.sums import some_of
+from pysolve.nn.files.sums_folder import network_checksums
 from pysolve.nn.gather import reads_more
 from pysolve.nn.graph.branches import Layer, find_layers
 from pysolve.nn.graph.export import Graph, trace, trace_once
 from pysolve.nn.graph.routes import routed
 from pysolve.nn.graph.sites import sites_in
 from pysolve.nn.graph.sizes import of_other_sizes
-from pysolve.nn.layer_kinds import EMBEDDINGS, WEIGHTED
+from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix
-from pysolve.nn.layers.masking import masks_of, permanent_by
-from pysolve.nn.layers.sparse import SparseWeight
+from pysolve.nn.plain import plain_network
 from pysolve.nn.refusal import output_of
 from pysolve.nn.running import (
     Batch,
@@ -36,19 +40,9 @@ from pysolve.nn.running import (
     as_array,
     evaluating,
     few_samples,
-    find_matching,
 )
 from pysolve.nn.samples import laid_out, peek
 from pysolve.plan import Site
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A weight that is left alone: its name, why, and its number of parameters."""
-
-    name: str
-    why: str
-    params: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +82,58 @@ class Study:
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write correlations and samples to one ``.safetensors`` file, which needs no data any more.
+
+        Raises
+        ------
+        PysolveError
+            Nothing was gathered, or batches hold objects that no file holds.
+        """
+        write_study(Path(path), self.model, self._gathered, self.correlations)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: nn.Module) -> Study:
+        """The study in a file, of this network; correlations are read when they are needed.
+
+        Raises
+        ------
+        DataError
+            The file is another one, or damaged.
+        PysolveError
+            It is of another network, or of other weights.
+        """
+        network = plain_network(model)
+        calibration, correlations = read_study(Path(path), network)
+        return cls(network, Options(), correlations=correlations, calibration=calibration)
+
+    def __add__(self, other: Study) -> Study:
+        """A study of the samples of both, of the same network: from several machines, for example."""
+        if not isinstance(other, Study):
+            return NotImplemented
+        if other.model is not self.model:
+            check_network(network_checksums(self.model), other.model, "the other study")
+        parts = [self.correlations, other.correlations]
+        both = {
+            name: Correlations.merge(part[name] for part in parts if name in part)
+            for name in {**parts[0], **parts[1]}
+        }
+        return Study(self.model, Options(), correlations=both, calibration=self._gathered + other._gathered)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The samples that are kept for refits, in batches."""
+        return iter(self._gathered.kept)
+
+    def __repr__(self) -> str:
+        seen = 0 if self.calibration is None else self.calibration.seen + self.calibration.out
+        return f"Study({type(self.model).__name__}, {len(self.correlations)} layers, {seen} samples)"
+
+    @property
+    def _gathered(self) -> Calibration:
+        if self.calibration is None:
+            raise PysolveError("this study was made without batches: nothing was gathered.")
+        return self.calibration
+
     @property
     def free(self) -> list[Site]:
         """Sites that can shrink."""
@@ -125,22 +171,66 @@ class Study:
         return np.asarray(as_array(self.weights[name].flatten(1)), np.float64)
 
 
-def weight_name(model: nn.Module, name: str) -> str:
-    """What the state dict calls the weight of a layer, or a bare parameter."""
-    try:
-        model.get_submodule(name)
-    except AttributeError:
-        return name
-    return f"{name}.weight".lstrip(".")
-
-
 def study(
+    model: nn.Module | Compressed,
+    batches: Iterable[Batch],
+    *,
+    ignore: Sequence[Ignored] = (),
+    memory: Memory = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    transform: Transform | None = None,
+    progress: bool = True,
+) -> Study:
+    """Gather what any verb needs of a network, once: verbs then take the study in the place of batches.
+
+    Sums of all Linear layers and ungrouped convolutions that run, and samples for refits and measurements, in
+    one pass over the data, or in as many as ``memory`` asks for.
+
+    Parameters
+    ----------
+    model : nn.Module or Compressed
+    batches : iterable of batches
+        As ``compress`` has them.
+    ignore : sequence of str, types or modules
+        Layers of which nothing is gathered.
+    memory : int or str, optional
+        Bytes that the call may take beyond the network, or words such as "4GiB".
+    checkpoint : path, optional
+        Folder where sums are put away about once a minute: a killed call with the same arguments goes on
+        from there, with the same sums to the bit. Another network, and other batches, are refused.
+    transform : callable, optional
+        Makes inputs of an item of ``batches``.
+    progress : bool
+
+    Returns
+    -------
+    Study
+        ``save`` and ``Study.load`` keep it in one file; studies of the same network on other samples add up.
+
+    Raises
+    ------
+    PysolveError
+        ``memory`` is too little; the checkpoint is of another network.
+    DataError
+        The network refuses a batch; batches hold NaN, or differ from those of an earlier pass.
+    """
+    check_batches(batches)
+    _, network = network_of(model)
+    options = options_for(
+        network, ignore, kl_divergence, memory, 0, progress, None, transform, checkpoint=checkpoint
+    )
+    weights, left = weights_of(network, ignore)
+    return studied(network, batches, options, weights=weights, sites=True, needed=False, left=left)
+
+
+def studied(
     model: nn.Module,
-    batches: Iterable[Batch] | None,
+    batches: Iterable[Batch] | Study | None,
     options: Options,
     *,
     weights: Mapping[str, Tensor] | None = None,
     sites: Sequence[Site] | bool = False,
+    needed: bool = True,
     gather: bool = True,
     trace: bool = True,
     left: Sequence[Skipped] = (),
@@ -151,12 +241,16 @@ def study(
     Parameters
     ----------
     model : nn.Module
-    batches : iterable of batches, optional
+    batches : iterable of batches, or Study, optional
+        Of a study, its correlations and samples.
     options : Options
     weights : {name: tensor}, optional
         Of ``weights_of``: what may take another form.
     sites : sequence of Site, or bool
         Whether channels may go: those of these sites, or of all that are found.
+    needed : bool
+        Whether sites that are looked for are needed: otherwise there are none in a network that cannot be
+        traced.
     gather : bool
         Whether correlations of the weights' layers are needed beforehand, beside those of sites' readers.
     trace : bool
@@ -175,13 +269,18 @@ def study(
     base = Study(model, options, weights=weights, left=tuple(left), notes=tuple(notes))
     if batches is None:
         return base
-    clock = Clock()
-    first, batches = laid_out(model, *peek(batches, options.transform))
+    clock, known = Clock(), batches if isinstance(batches, Study) else None
+    if known is not None:
+        if known.model is not model:
+            check_network(network_checksums(known.model), model, "the study")
+        first = next(iter([*known, *known.held]))
+    else:
+        first, batches = laid_out(model, *peek(batches, options.transform))
     if not trace:
         with evaluating(model):
             output_of(model, first)
         return replace(base, calibration=Calibration(0, [first], [first]))
-    graph, nodes, found, why = _traced(model, first, sites, options.ignore)
+    graph, nodes, found, why = _traced(model, first, sites, options.ignore, needed)
     seen = {layer.name: layer for layer in nodes.values()}
     named = [name for site in found for name in (*site.readers, *site.writers)]
     layers = {layer.name: layer for layer in _unseen(model, [*named, *([] if graph else weights)])} | seen
@@ -191,26 +290,31 @@ def study(
     apart = {nodes[node].name for node in routed(graph) if node in nodes} if graph else set()
     asked = {name for name in weights if gather or name in apart}
     wanted = [*readers, *(name for name in weights if _is_gathered(layers.get(name), graph, name in asked))]
-    calibration, correlations, said = calibrate(
-        model,
-        batches,
-        first,
-        graph,
-        nodes,
-        [*dict.fromkeys(wanted)],
-        bound=options.memory,
-        checkpoint=options.checkpoint,
-        double=[
-            name
-            for site in found
-            for name in site.readers
-            if name in layers and reads_more(site, name, layers[name].module)
-        ],
-        progress=options.progress,
-    )
+    wanted, said = [*dict.fromkeys(wanted)], ""
+    if known is not None:
+        calibration = known._gathered.within(graph, options.memory)
+        correlations: Mapping[str, Correlations] = some_of(known.correlations, wanted)
+    else:
+        calibration, correlations, said = calibrate(
+            model,
+            batches,
+            first,
+            graph,
+            nodes,
+            wanted,
+            bound=options.memory,
+            checkpoint=options.checkpoint,
+            double=[
+                name
+                for site in found
+                for name in site.readers
+                if name in layers and reads_more(site, name, layers[name].module)
+            ],
+            progress=options.progress,
+        )
     clock.stage("gather")
     base = replace(base, notes=(*base.notes, *([said] if said else [])))
-    unseen = [name for name in dict.fromkeys(wanted) if name not in correlations]
+    unseen = [name for name in wanted if name not in correlations]
     if unseen:
         base = replace(base, notes=(*base.notes, no_samples(unseen)))
         found = [_reached(site, correlations) for site in found]
@@ -230,55 +334,6 @@ def study(
         calibration=calibration,
         seconds=clock.seconds,
     )
-
-
-def weights_of(
-    model: nn.Module, ignore: Sequence[Ignored] = (), kinds: tuple[type[nn.Module], ...] = WEIGHTED
-) -> tuple[dict[str, Tensor], list[Skipped]]:
-    """Weights of layers of some kinds, by the layers' names, and all other matrices, which are left alone.
-
-    Raises
-    ------
-    PysolveError
-        When weights are masked.
-    """
-    if masks_of(model):
-        raise PysolveError("the network's weights are masked: call remove_masks on it first.")
-    ignored, modules = find_matching(model, ignore), dict(model.named_modules())
-    owned = [p for module in modules.values() for _, p in module.named_parameters(recurse=False)]
-    owners = Counter(map(id, owned))
-    found: dict[str, Tensor] = {}
-    left: list[Skipped] = []
-    for name, module in modules.items():
-        if name in ignored or isinstance(module, ParametrizationList):
-            continue
-        own = module._parameters.get("weight")
-        if isinstance(module, SparseWeight):
-            left.append(Skipped(name, "it is sparse; nn.to_dense changes that", parameters(module)))
-            continue
-        if is_parametrized(module) or (isinstance(module, (*WEIGHTED, *EMBEDDINGS)) and own is None):
-            why = f"its weight is computed from others: {permanent_by(module)}"
-            left.append(Skipped(name, why, parameters(module)))
-            continue
-        for leaf, value in module.named_parameters(recurse=False):
-            full = name if leaf == "weight" else f"{name}.{leaf}".lstrip(".")
-            if value.ndim < 2 or not value.numel() or not value.is_floating_point():
-                continue
-            if value is not own or not isinstance(module, kinds):
-                left.append(Skipped(full, f"a weight of {type(module).__name__}", value.numel()))
-            elif owners[id(value)] > 1:
-                share = value.numel() // owners[id(value)]
-                left.append(Skipped(full, "another layer shares its weight", share))
-            else:
-                found[name] = value
-    return found, left
-
-
-def reasons(left: Sequence[Skipped], shown: int = 5) -> str:
-    """Names of weights that are left alone, and why, to go on after a sentence; "" where there are none."""
-    names = [f"{one.name or 'the network'} ({one.why})" for one in left]
-    more = [f"{len(names) - shown} more"] if len(names) > shown else []
-    return f": {', '.join([*names[:shown], *more])}" if left else ""
 
 
 def no_samples(names: Sequence[str]) -> str:
@@ -307,7 +362,7 @@ def _is_gathered(layer: Layer | None, graph: Graph | None, every: bool) -> bool:
 
 
 def _traced(
-    model: nn.Module, first: Batch, sites: Sequence[Site] | bool, ignore: Sequence[Ignored]
+    model: nn.Module, first: Batch, sites: Sequence[Site] | bool, ignore: Sequence[Ignored], needed: bool
 ) -> tuple[Graph | None, dict[Node, Layer], Sequence[Site], str]:
     """The graph, its layers, the sites, and why there is no graph."""
     given = () if isinstance(sites, bool) else tuple(sites)
@@ -316,7 +371,7 @@ def _traced(
     except DataError:
         raise
     except PysolveError as error:
-        if sites is True:
+        if sites is True and needed:
             raise
         return None, {}, given, str(error)
     return (

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from operator import length_hint
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from pysolve.nn.graph.branches import Layer
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.sizes import hint, traced_samples
 from pysolve.nn.layer_matrix import channels, taps
-from pysolve.nn.memory import Bound
+from pysolve.nn.memory import Bound, room_for
 from pysolve.nn.passes import gathered, plan_of
 from pysolve.nn.running import Batch
 from pysolve.nn.samples import first_samples, joined, later_samples, samples_in, take
@@ -88,6 +88,18 @@ class Calibration:
             seen, out = seen + n - held, out + held
             if held < n:
                 yield take(batch, held, n) if held else batch
+
+    def within(self, graph: Graph | None, bound: Bound | None) -> Calibration:
+        """The same, with no more samples for the refit than a bound has room for."""
+        if graph is None or bound is None:
+            return self
+        limit = room_for(graph, bound.left // 2)
+        return replace(self, limit=limit, kept=first_samples(self.kept, limit))
+
+    def __add__(self, other: Calibration) -> Calibration:
+        """The samples of both."""
+        both = {one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)}
+        return Calibration(**both)
 
     @property
     def fitted_on(self) -> bool:

@@ -28,7 +28,7 @@ from pysolve.nn.sums import room
 
 LOGGER = logging.getLogger("pysolve")
 # Matrices of inputs × inputs that are alive at once where a layer's channels are chosen or it is refitted.
-MATRICES = 4
+MATRICES = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +94,7 @@ def plan_of(
     held = {name: 8 * d * (d + outputs[name]) for name, d in inputs.items()}
     # While a pass ends: one layer's sums become its correlations.
     ending = max(held.values(), default=0)
-    working = MATRICES * max(summed.values(), default=0) + 2 * max(held.values(), default=0)
+    working = MATRICES * max(summed.values(), default=0) + max(held.values(), default=0)
     sample = sample_bytes(graph) if graph else 0
     running = sample * samples_in(first) + 12 * max(map(room, inputs.values()), default=0)
     left = bound.left - running
@@ -154,7 +154,7 @@ def gathered(
     exact = sorted({first_of[name] for name in double if name in first_of})
     folder = None
     if plan.on_disk or checkpoint is not None:
-        layers = {"layers": plan.sharing, "shares": shares, "double": exact}
+        layers = {"layers": plan.sharing, "share of positions": shares, "precision": exact}
         identity = {"network": network_checksums(model), **layers} if checkpoint is not None else {}
         folder = SumsFolder(checkpoint, identity)
     if plan.said:

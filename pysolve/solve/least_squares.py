@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -87,16 +88,21 @@ def refit(
     be factored. With an intercept, inputs that ``Correlations.centered`` takes for constants keep their
     weights. Returns M (h, k) and b (h,); without ``intercept``, b is 0 and None is returned for it.
     """
-    used = correlations.centered() if intercept else correlations
-    R, C = used.r_xx[np.ix_(columns, columns)], used.r_yx[:, columns]
-    variance = np.diag(R)
+    if intercept:
+        R, C = correlations.covariance(columns)
+    else:
+        own = replace(correlations, group_size=1).restrict(columns)
+        R, C = own.r_xx, own.r_yx
+    variance = np.diag(R).copy()
     if ridge is None:
         ridge = prior_ridge(len(columns), correlations.count)
     unit = np.sqrt(np.where(variance > 0, variance, 1.0))
-    R, change = R / unit / unit[:, None], (C - prior @ R) / unit
+    change = (C - prior @ R) / unit
+    R /= unit
+    R /= unit[:, None]
     while True:
         try:
-            factor = scipy.linalg.cho_factor(R + ridge * np.eye(len(R)), lower=True, check_finite=False)
+            factor = _factor(R, ridge)
             break
         except scipy.linalg.LinAlgError:
             ridge = max(10 * ridge, 1e-12)
@@ -121,11 +127,20 @@ def _ridge_solve(R: Array, C: Array, ridge: Ridge) -> Array:
     R, C = R / unit / unit[:, None], C / unit
     for epsilon in AUTO_RIDGES if ridge == "auto" else (ridge,):
         try:
-            factor = scipy.linalg.cho_factor(R + epsilon * np.eye(len(R)), lower=True, check_finite=False)
+            factor = _factor(R, epsilon)
         except scipy.linalg.LinAlgError:
             continue
         return np.asarray(scipy.linalg.cho_solve(factor, C.T, check_finite=False).T / unit)
     raise ValueError(f'r_xx on the kept inputs is singular at ridge={ridge}; use a larger one or "auto".')
+
+
+def _factor(R: Array, ridge: float) -> tuple[Array, bool]:
+    """Cholesky factor of  R + ridge I."""
+    raised = R.copy()
+    raised.flat[:: len(R) + 1] += ridge
+    # Of the transpose, which is the same matrix, in the order that LAPACK overwrites without a copy.
+    found = scipy.linalg.cho_factor(raised.T, lower=True, check_finite=False, overwrite_a=True)
+    return found[0], found[1]
 
 
 def _checked_keep(keep: npt.ArrayLike, groups: int) -> Indices:

@@ -19,7 +19,7 @@ from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.price import price, probe
 from pysolve.methods.result import CHOSEN_ON
 from pysolve.methods.sizes import by_keep, by_lam, within
-from pysolve.methods.study import Clock, study
+from pysolve.methods.study import Clock, studied
 from pysolve.nn import calibration
 from pysolve.nn.counting import layer_macs
 from pysolve.nn.divergence import kl_divergence, mean_divergence, run
@@ -62,12 +62,12 @@ def default():
 
 
 @cache
-def studied(seed=0):
+def known(seed=0):
     return looked_at(mlp(seed=seed), samples(), known_sites())
 
 
 def looked_at(model, batches, sites=True, seed=0):
-    return study(model, batches, Options(seed=seed, progress=False), sites=sites)
+    return studied(model, batches, Options(seed=seed, progress=False), sites=sites)
 
 
 def menus(found):
@@ -77,8 +77,8 @@ def menus(found):
 @cache
 def priced():
     """Divergences of the usual network's sites, and the samples they are measured on."""
-    where = probe(studied(), len(studied().free))
-    return price(studied(), menus(studied()), where), where
+    where = probe(known(), len(known().free))
+    return price(known(), menus(known()), where), where
 
 
 def shrunk(found, keep, refit="sequential", distill=()):
@@ -92,7 +92,7 @@ def sizes(result=None, *, seed=0, target=None, keep=None, lam=None, round_to=1):
     if result is not None:
         sites = [site for site in result.report.sites if site.pinned is None]
         return {site.name.split(" ")[0]: site.kept for site in sites}
-    found = studied(seed)
+    found = known(seed)
     if keep is not None:
         chosen = by_keep(found, menus(found), keep, round_to)
     elif lam is not None:
@@ -270,7 +270,7 @@ def test_the_random_state_is_left_alone():
     assert torch.equal(torch.get_rng_state(), after)
 
 
-@pytest.mark.parametrize("options", [{}, {"distill": {"epochs": 1}, "memory": 3000, "select": "swap"}])
+@pytest.mark.parametrize("options", [{}, {"distill": {"epochs": 1}, "memory": "64MiB", "select": "swap"}])
 def test_the_same_seed_gives_the_same_network(options):
     first, again = (compressed(seed=3, **options) for _ in range(2))
     assert_equal(state(first.model), state(again.model))
@@ -695,7 +695,7 @@ def test_matching_that_harms_beyond_the_scatter_of_the_samples_is_undone(monkeyp
 
 
 def test_distilling_brings_the_outputs_closer():
-    plain, distilled = (shrunk(studied(), 0.4, distill=distill) for distill in ({}, {"epochs": 2}))
+    plain, distilled = (shrunk(known(), 0.4, distill=distill) for distill in ({}, {"epochs": 2}))
     assert distilled.report.divergence < plain.report.divergence
     assert "distill" in distilled.report.seconds
     assert "distill" not in plain.report.seconds
@@ -747,7 +747,7 @@ def test_nothing_is_printed_and_no_bar_is_shown(capsys):
 
 def test_a_sweep_is_what_compress_does_at_each_target():
     model, targets = mlp((6, 40, 30, 4)), [{"params": 0.4}, {"params": 0.5, "macs": 0.6}]
-    options = {"distill": {"epochs": 1}, "seed": 1, "round_to": 1, "memory": 10**6}
+    options = {"distill": {"epochs": 1}, "seed": 1, "round_to": 1, "memory": "64MiB"}
     reports = ps.sweep(model, samples(), targets=iter(targets), progress=False, **options)
     for target, report in zip(targets, reports, strict=True):
         wanted = compressed(model, target=target, **options).report
@@ -908,7 +908,7 @@ def test_a_layer_is_gathered_over_as_many_rows_as_its_inputs_need(n):
 
 
 def test_a_sensitivity_is_the_divergence_with_one_site_shrunk_alone():
-    (_, menu), found, batches = priced()[0], studied(), held_out()
+    (_, menu), found, batches = priced()[0], known(), held_out()
     assert menu.measured
     assert menu.measured.keys() <= set(range(1, 10))
     for k, divergence in menu.measured.items():

@@ -14,7 +14,7 @@ import pysolve as ps
 from pysolve.layer.scores import propagated_importance
 from pysolve.methods.channel_scores import activations, importances, norms
 from pysolve.methods.goal import Options
-from pysolve.methods.study import study
+from pysolve.methods.study import studied
 from pysolve.nn.evaluate import parameters
 
 WEIGHTS = ("magnitude", "random", "std", "wanda", "obs")
@@ -241,7 +241,7 @@ def test_mean_activations_are_those_of_the_network():
     model = mlp()
     x = torch.cat(batches())
     sites = [site for site in ps.find_sites(model, x) if site.pinned is None]
-    known = study(model, batches(), Options(progress=False), sites=sites)
+    known = studied(model, batches(), Options(progress=False), sites=sites)
     seen = torch.cat(known.calibration.kept)
     with torch.no_grad():
         wanted = model[:2](seen).mean(0).numpy()

@@ -24,7 +24,7 @@ from pysolve.methods.layout import plan_of
 from pysolve.methods.menu import Chosen
 from pysolve.methods.rebuild import rebuild
 from pysolve.methods.result import distance
-from pysolve.methods.study import study
+from pysolve.methods.study import studied
 from pysolve.nn import QuantConv2d, QuantLinear, SparseLinear, to_dense
 from pysolve.nn.apply import apply
 from pysolve.nn.divergence import kl_divergence
@@ -594,7 +594,7 @@ def test_bytes_are_shared_out_to_embeddings(tmp_path):
 def test_what_follows_compensates_what_embeddings_lost():
     model, data = words(), sentences()
     weights = {name: model.get_submodule(name).weight for name in ("0", "1", "3")}
-    known = study(model, data, Options(progress=False), weights=weights, gather=False)
+    known = studied(model, data, Options(progress=False), weights=weights, gather=False)
 
     def fit(task):
         return quantize_layer(task.weight, task.correlations, bits=1 if task.name == "0" else 8)

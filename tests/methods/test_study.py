@@ -8,7 +8,8 @@ from torch import nn
 import pysolve as ps
 from pysolve.methods.goal import Options
 from pysolve.methods.kinds.channels import Channels
-from pysolve.methods.study import study, weights_of
+from pysolve.methods.study import studied
+from pysolve.methods.weights import weights_of
 from pysolve.nn.gather import gather
 
 
@@ -80,7 +81,7 @@ def test_sites_that_nothing_is_known_of_are_pinned_and_others_go_on():
 
 def test_a_reader_without_samples_leaves_the_choice_to_the_others():
     site = ps.Site(10, ("up.0",), ("down.0", "down.2"))
-    found = study(Experts(guarded=True).eval(), data(), Options(progress=False), sites=[site])
+    found = studied(Experts(guarded=True).eval(), data(), Options(progress=False), sites=[site])
     assert found.free == [site]
     assert [*found.correlations] == ["down.0"]
 
@@ -94,7 +95,7 @@ def test_layers_without_samples_alone_are_rounded_by_themselves():
 def test_empty_batches_are_refused():
     model = Experts(guarded=True).eval()
     with pytest.raises(ps.DataError, match="the first batch is empty"):
-        study(model, [data()[0][:0]], Options(progress=False), weights=weights_of(model)[0])
+        studied(model, [data()[0][:0]], Options(progress=False), weights=weights_of(model)[0])
 
 
 class Branches(nn.Module):
@@ -116,7 +117,7 @@ def test_layers_that_read_one_tensor_share_its_sums_and_have_their_own(monkeypat
     monkeypatch.setattr("pysolve.nn.calibration.ROWS_PER_INPUT", 10**6)
     model, batches = Branches().eval(), [torch.randn(3, 3, 6, 6), torch.randn(2, 3, 6, 6)]
     weights, _ = weights_of(model)
-    found = study(model, batches, Options(progress=False), weights=weights).correlations
+    found = studied(model, batches, Options(progress=False), weights=weights).correlations
     wanted = gather(model, batches)
     assert set(found) == set(wanted) == set("abcde")
     for name, one in found.items():
@@ -141,7 +142,7 @@ class Twice(nn.Module):
 
 def test_rounding_is_no_data_where_a_reader_s_other_inputs_are_minimised_out():
     # 200 rows, less their mean, leave 49 directions of one layer's channels that the other's do not explain.
-    found = study(Twice().eval(), [torch.randn(200, 40)], Options(progress=False), sites=True)
+    found = studied(Twice().eval(), [torch.randn(200, 40)], Options(progress=False), sites=True)
     menus = [Channels().menu(found, site) for site in found.free]
     assert [menu.whole for menu in menus] == [150, 150]
     assert all(menu.error[10] > 1e-4 and menu.error[50:].max() <= 1e-8 for menu in menus)

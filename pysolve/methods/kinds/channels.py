@@ -136,16 +136,16 @@ def _reader(
     site: Site, correlations: Correlations, name: str, width: int, normalised: bool
 ) -> tuple[Array, Array, float]:
     """R and C of one reader on the site's columns, channel after channel, and the energy left without."""
-    own = correlations.centered()
     p = reader_columns(site, correlations, name, width).ravel()
-    u = np.setdiff1d(np.arange(len(own.xx)), p)
-    R, C, left = own.r_xx, own.r_yx, own.energy
+    u = np.setdiff1d(np.arange(len(correlations.xx)), p)
+    left = correlations.restrict(()).centered().energy
+    R, C = correlations.covariance()
     energy = (left if normalised else 0.0) or 1.0
     if len(u):
         explained = C[:, u]
         R, C, _, base, _ = schur(R, C, p, u)
         left = max(0.0, left - float(np.vdot(base, explained)))
-    else:
+    elif not np.array_equal(p, np.arange(len(R))):
         R, C = R[np.ix_(p, p)], C[:, p]
     return R, C / np.sqrt(energy), left / energy
 

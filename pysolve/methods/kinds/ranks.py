@@ -15,7 +15,8 @@ from pysolve.forms import Form, LowRank
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.layer.reduced_rank import error_curve, factor_layer
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
-from pysolve.methods.study import Study, weight_name
+from pysolve.methods.study import Study
+from pysolve.methods.weights import weight_name
 from pysolve.nn.apply import untrue_forms
 from pysolve.nn.counting import layer_macs, macs
 from pysolve.nn.graph.branches import Layer as Seen

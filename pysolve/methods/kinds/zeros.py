@@ -19,7 +19,7 @@ from pysolve.nn.layer_matrix import matrix
 from pysolve.nn.running import as_array
 
 # Methods that choose by a score of each weight.
-SCORES = ("magnitude", "random", "std", "wanda")
+SCORES: tuple[str, ...] = ("magnitude", "random", "std", "wanda")
 
 
 @dataclass(frozen=True, eq=False)

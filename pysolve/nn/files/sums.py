@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ _TYPES: dict[str, Any] = {
     "I16": np.int16,
     "I8": np.int8,
     "U8": np.uint8,
+    "U16": np.uint16,
+    "U32": np.uint32,
+    "U64": np.uint64,
     "BOOL": np.bool_,
 }
 _NAMES = {np.dtype(kind): name for name, kind in _TYPES.items()}
@@ -71,9 +74,17 @@ class StoredSums:
 
 @dataclass(frozen=True, eq=False)
 class StoredCorrelations(Mapping[str, Correlations]):
-    """Correlations by layer, each read from its file when asked for."""
+    """Correlations by layer, each read from its file when asked for.
+
+    Parameters
+    ----------
+    stored : {layer: StoredSums}
+    home : object
+        What the files are there as long as.
+    """
 
     stored: Mapping[str, StoredSums]
+    home: object = None
 
     def __getitem__(self, name: str) -> Correlations:
         return self.stored[name].read()
@@ -86,6 +97,14 @@ class StoredCorrelations(Mapping[str, Correlations]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.stored
+
+
+def some_of(correlations: Mapping[str, Correlations], names: Iterable[str]) -> Mapping[str, Correlations]:
+    """Those of some layers, none of them read."""
+    if isinstance(correlations, StoredCorrelations):
+        stored = correlations.stored
+        return replace(correlations, stored={name: stored[name] for name in names if name in stored})
+    return {name: correlations[name] for name in names if name in correlations}
 
 
 def write_arrays(path: Path, arrays: Mapping[str, AnyArray | Stored], metadata: Mapping[str, str]) -> None:

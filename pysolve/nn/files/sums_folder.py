@@ -48,6 +48,7 @@ class SumsFolder:
         self.batches: list[int] = []
         self.saved, self.cost = time.monotonic(), 0.0
         if path is None:
+            weakref.finalize(self, rmtree, self.path, ignore_errors=True)
             return
         path.mkdir(parents=True, exist_ok=True)
         record = path / _RECORD
@@ -133,10 +134,7 @@ class SumsFolder:
             arrays, metadata = open_arrays(path)
             found |= sums_from(arrays, json.loads(metadata["correlations"])).stored
         (self.path / _PART).unlink(missing_ok=True)
-        stored = StoredCorrelations({name: found[name] for name in names if name in found})
-        if not self.kept:
-            weakref.finalize(stored, rmtree, self.path, ignore_errors=True)
-        return stored
+        return StoredCorrelations({name: found[name] for name in names if name in found}, self)
 
     @contextmanager
     def _writing(self) -> Iterator[None]:

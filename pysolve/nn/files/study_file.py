@@ -1,0 +1,143 @@
+"""A study in one ``.safetensors`` file: correlations, and the samples for refits and measurements."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from pysolve import __version__
+from pysolve.correlations import AnyArray, Correlations
+from pysolve.errors import DataError, PysolveError
+from pysolve.nn.calibration import Calibration
+from pysolve.nn.files.storage import in_order
+from pysolve.nn.files.sums import (
+    Stored,
+    StoredCorrelations,
+    open_arrays,
+    sums_from,
+    sums_to_write,
+    write_arrays,
+)
+from pysolve.nn.files.sums_folder import network_checksums
+from pysolve.nn.running import Batch, Inputs, arguments
+
+_KEY, _VERSION = "pysolve_study", 1
+_LISTS = ("held", "apart", "kept")
+
+
+def write_study(
+    path: Path, model: nn.Module, calibration: Calibration, correlations: Mapping[str, Correlations]
+) -> None:
+    """Write what was gathered of a network.
+
+    The metadata's entry ``pysolve_study`` is JSON: the ``version``, the network's checksums, ``correlations``
+    with the names of each layer's tensors (those that layers share are there once), and the ``samples``,
+    whose tensors are the file's and whose plain values are JSON.
+
+    Raises
+    ------
+    PysolveError
+        Batches hold objects that are neither tensors nor plain values.
+    """
+    arrays, sums = sums_to_write(correlations)
+    samples: dict[str, list[Any]] = {}
+    for name in _LISTS:
+        samples[name] = []
+        for number, batch in enumerate(getattr(calibration, name)):
+            own, record = _batch_to_write(batch, f":{name}:{number}")
+            arrays |= own
+            samples[name].append(record)
+    record = {
+        "version": _VERSION,
+        "pysolve": __version__,
+        "network": network_checksums(model),
+        "correlations": sums,
+        "samples": samples,
+        "limit": calibration.limit,
+        "seen": calibration.seen,
+        "out": calibration.out,
+    }
+    write_arrays(path, arrays, {_KEY: json.dumps(record)})
+
+
+def read_study(path: Path, model: nn.Module) -> tuple[Calibration, StoredCorrelations]:
+    """What ``write_study`` wrote; correlations stay in the file until they are asked for.
+
+    Raises
+    ------
+    DataError
+        The file is another one, or damaged.
+    PysolveError
+        It is of another network.
+    """
+    arrays, metadata = open_arrays(path)
+    try:
+        record = json.loads(metadata[_KEY])
+        if record["version"] != _VERSION:
+            raise DataError(f"{path} has version {record['version']}: this pysolve reads {_VERSION}.")
+        held, apart, kept = ([_batch_from(arrays, b) for b in record["samples"][name]] for name in _LISTS)
+        limit, seen, out = (int(record[name]) for name in ("limit", "seen", "out"))
+        correlations = sums_from(arrays, record["correlations"])
+        network = record["network"]
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise DataError(f"{path} was not written by Study.save, or it is damaged: {error}.") from error
+    check_network(network, model, str(path))
+    return Calibration(limit, held, apart, kept, seen, out), correlations
+
+
+def check_network(known: Mapping[str, int], model: nn.Module, what: str) -> None:
+    """Refuse a network that is not the one a study is of."""
+    found = network_checksums(model)
+    if known != found:
+        others = sorted(known.keys() ^ found.keys()) or [n for n in found if found[n] != known[n]]
+        raise PysolveError(
+            f"{what} is of another network, which has another {' and another '.join(others[:3])}: give the "
+            "network that it was gathered from, with the same weights."
+        )
+
+
+def _batch_to_write(batch: Batch, name: str) -> tuple[dict[str, AnyArray | Stored], dict[str, Any]]:
+    """Arrays of a batch, and the form they have in it."""
+    leaves, form = pytree.tree_flatten(arguments(batch))
+    arrays: dict[str, AnyArray | Stored] = {}
+    record: list[Any] = []
+    for number, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            kind = str(leaf.dtype).removeprefix("torch.")
+            values = in_order(leaf)
+            arrays[f"{name}:{number}"] = np.asarray(
+                (values.view(torch.int16) if kind == "bfloat16" else values).numpy()
+            )
+            record.append({"tensor": f"{name}:{number}", "dtype": kind})
+        elif leaf is None or isinstance(leaf, str | int | float | bool):
+            record.append({"value": leaf})
+        else:
+            raise PysolveError(
+                f"a study with a {type(leaf).__name__} in its batches cannot be saved: files hold tensors "
+                "and plain values."
+            )
+    shared = sorted(batch.shared) if isinstance(batch, Inputs) else None
+    return arrays, {"form": pytree.treespec_dumps(form), "leaves": record, "shared": shared}
+
+
+def _batch_from(arrays: Mapping[str, Stored], record: Mapping[str, Any]) -> Batch:
+    leaves = [
+        _tensor(arrays[one["tensor"]], one["dtype"]) if "tensor" in one else one["value"]
+        for one in record["leaves"]
+    ]
+    args, kwargs = pytree.tree_unflatten(leaves, pytree.treespec_loads(record["form"]))
+    if record["shared"] is not None:
+        return Inputs(kwargs, record["shared"])
+    return kwargs if kwargs else args[0]
+
+
+def _tensor(stored: Stored, kind: str) -> Tensor:
+    values = torch.from_numpy(stored.read())
+    return values.view(torch.bfloat16) if kind == "bfloat16" else values
