@@ -207,24 +207,32 @@ def _walked(
     cuts, fits, values = left.cuts, dict[str, LayerFit](), dict[str, Tensor]()
     # What cannot be refitted on the way, and where refits of readers begin.
     apart = {name: fit for name, fit in chosen.fits.items() if not study.walks(name)}
-    known = independent(study, Chosen(chosen.keep))
-    for name, found in known.fits.items():
+    readers = _concerned(study, Chosen(chosen.keep), cuts)
+    for name in readers:
         if not study.walks(name):
-            values |= values_of(study, state, left, name, found)
+            values |= values_of(study, state, left, name, _offline(study, left, name, ridge_fit))
     for name, fit in apart.items():
         fits[name] = _offline(study, left, name, fit)
         values |= values_of(study, state, left, name, fits[name])
 
     unseen: list[str] = []
+    priors: dict[str, LayerFit] = {}
+
+    def prepare(name: str) -> None:
+        priors.clear()
+        if name in readers:
+            priors[name] = _offline(study, left, name, ridge_fit)
 
     def fitted(name: str, correlations: Correlations | None, intercept: bool) -> tuple[Array, Array | None]:
-        task = task_of(study, left, name, prior=known.fits.get(name), previous=fits.get(name))
+        known = study.correlations if correlations is None else {}
+        task = task_of(study, left, name, known, prior=priors.get(name), previous=fits.get(name))
         if correlations is not None:
             task = replace(task, correlations=correlations)
         elif task.correlations is None and (name in chosen.fits or name in cuts) and name not in unseen:
             unseen.append(name)
         found = _fit_layer(study.layers[name], task, chosen.fits.get(name), intercept, weights)
-        fits[name] = found
+        if name in chosen.fits:
+            fits[name] = found
         return found.weight, found.bias
 
     new = refit(
@@ -237,6 +245,7 @@ def _walked(
         new_biases=study.new_biases if chosen.keep else (),
         only=None if chosen.keep else {name for name in study.weights if study.walks(name)},
         always={name for name in chosen.fits if study.walks(name)},
+        prepare=prepare,
         sampling=sampling,
         progress=study.options.progress,
     )
@@ -294,12 +303,14 @@ def task_of(
     study: Study,
     left: Left,
     name: str,
+    correlations: Mapping[str, Correlations] | None = None,
     *,
     prior: LayerFit | None = None,
     previous: LayerFit | None = None,
 ) -> Task:
-    """A layer to fit on the original's correlations, with all of its outputs but for those that are cut."""
-    W, known, cuts = study.matrix(name), study.correlations.get(name), left.cuts
+    """A layer to fit, with all of its outputs but for those that are cut; on the study's correlations."""
+    W, cuts = study.matrix(name), left.cuts
+    known = (study.correlations if correlations is None else correlations).get(name)
     if name in left.places:
         places = left.places[name].flatten(1).numpy()
         return Task(name, W.ravel()[places], None, np.arange(len(places)), previous)

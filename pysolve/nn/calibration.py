@@ -93,7 +93,7 @@ class Calibration:
         """The same, with no more samples for the refit than a bound has room for."""
         if graph is None or bound is None:
             return self
-        limit = room_for(graph, bound.left // 2)
+        limit = room_for(graph, bound.left() // 2)
         return replace(self, limit=limit, kept=first_samples(self.kept, limit))
 
     def __add__(self, other: Calibration) -> Calibration:

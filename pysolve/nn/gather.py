@@ -348,7 +348,7 @@ def _correlations(seen: _Seen, group_size: int, *, full: bool) -> Correlations |
     """The sums of a layer, with those that follow from its weights."""
     if not seen.sums.count:
         return None
-    known = seen.sums.correlations(group_size)
+    known = seen.sums.correlations(group_size, last=True)
     return known if seen.bias is None else own_outputs(known, seen.layer, bias=seen.bias, full=full)
 
 

@@ -71,6 +71,7 @@ def refit(
     sampling: Sampling = Sampling(),
     only: Collection[str] | None = None,
     always: Collection[str] = (),
+    prepare: Callable[[str], object] = lambda name: None,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """New parameters of every layer that lost inputs or whose inputs changed, front to back.
@@ -90,6 +91,8 @@ def refit(
         Fit none but these layers.
     always : collection of str
         Layers to fit whether or not anything in front of them changed.
+    prepare : callable
+        Called with a layer's name before its correlations are summed, which take memory.
 
     Returns
     -------
@@ -108,6 +111,7 @@ def refit(
                 walk.run_original(node)
                 layer = layers.get(node)
                 if layer is not None and (layer.name in always or _is_touched(walk, node, layer, cuts)):
+                    prepare(layer.name)
                     cut = cuts.get(layer.name)
                     task = _Task(walk, node, layer, *kept_channels(layer, cut), sampling, reads, apart)
                     M, bias = _fitted(task, fit, layer.takes_bias or layer.name in new_biases)
@@ -189,7 +193,7 @@ def _summed(task: _Task) -> Correlations:
         sums = sums or Sums.zeros(x.shape[1], y.shape[1], x.device)
         sums.add(x, y)
     assert sums is not None
-    return sums.correlations()
+    return sums.correlations(last=True)
 
 
 def _is_cheaper_crossed(task: _Task) -> bool:
@@ -238,7 +242,7 @@ def _inputs_of_both(task: _Task) -> Correlations:
             sums = sums or Sums.zeros(width, x.shape[1] - width, x.device)
             sums.add(x)
     assert sums is not None
-    found = sums.correlations()
+    found = sums.correlations(last=True)
     if not same:
         return found
     return replace(found.restrict(columns), yx=found.xx[:, columns], yy=np.diag(found.xx), y_sum=found.x_sum)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -34,10 +37,18 @@ class Bound:
         """From now on."""
         return cls(total, resident())
 
-    @property
     def left(self) -> int:
-        """Bytes that may still be taken; 0 when there are none."""
+        """Bytes that may still be taken, after what is free was given back to the system; 0: none."""
+        _give_back()
         return max(0, self.total - max(0, resident() - self.start))
+
+
+def _give_back() -> None:
+    """Have the C library return free memory, which it keeps otherwise, and counts as the process's."""
+    gc.collect()
+    # Other systems, and other C libraries, have no such function.
+    with suppress(AttributeError, OSError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident() -> int:

@@ -28,7 +28,7 @@ from pysolve.nn.sums import room
 
 LOGGER = logging.getLogger("pysolve")
 # Matrices of inputs × inputs that are alive at once where a layer's channels are chosen or it is refitted.
-MATRICES = 2
+MATRICES = 4
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,7 +97,7 @@ def plan_of(
     working = MATRICES * max(summed.values(), default=0) + max(held.values(), default=0)
     sample = sample_bytes(graph) if graph else 0
     running = sample * samples_in(first) + 12 * max(map(room, inputs.values()), default=0)
-    left = bound.left - running
+    left = bound.left() - running
     if left < working + 2 * sample:
         worst = max(held, key=held.__getitem__, default="the network")
         least = bound.total - left + working + 2 * sample

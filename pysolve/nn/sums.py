@@ -131,13 +131,16 @@ class Sums:
             rows, end = slice(start, start + width), min(start + width, self.products.shape[1])
             self.products[rows, :end].add_(z[:, rows].T @ z[:, :end])
 
-    def correlations(self, group_size: int = 1) -> Correlations:
-        """The sums as NumPy arrays; without products of outputs, yy is the diagonal."""
+    def correlations(self, group_size: int = 1, *, last: bool = False) -> Correlations:
+        """The sums as NumPy arrays; without products of outputs, yy is the diagonal.
+
+        ``last``: in the memory of the sums, which cannot go on.
+        """
         d, n, shift, scale = self.d, self.count, self.shift.cpu(), self.scale.cpu()
         total = self.total.cpu() * scale
         sums, columns = total + n * shift, self.products.shape[1]
-        # A copy: sums may go on.
-        products = self.products.cpu().clone()
+        products = self.products.cpu()
+        products = products if last else products.clone()
         if bool((scale != 1).any()):
             products.mul_(scale[:, None]).mul_(scale[:columns])
         if bool(shift.any()):
