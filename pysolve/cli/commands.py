@@ -59,7 +59,8 @@ class Job:
     """One compression: network, data, and where the result is written; ``limit`` is of an array's inputs."""
 
     network: str
-    data: str
+    data: str | None
+    study: Path | None
     weights: Path | None
     test: str | None
     out: Path
@@ -79,11 +80,15 @@ class Job:
         return () if self.weights else (_no_weights(self.network),)
 
     def inputs(self) -> tuple[nn.Module, Iterable[Batch], Callable[[nn.Module], float] | None]:
-        """Network, batches, and a score of a network."""
+        """Network, batches or a study, and a score of a network."""
+        if (self.data is None) == (self.study is None):
+            raise DataError("give --data, or --study with a file that pysolve study wrote.")
         model = load_network(self.network, self.weights, self.device)
-        samples = load_samples(self.data)
-        samples.check_finite(model, self.limit, "--data")
-        batches = samples.batches(self.limit, self.device)
+        batches = (
+            _batches(model, self.data or "", self.limit, self.device)
+            if self.study is None
+            else ps.Study.load(self.study, model)
+        )
         if self.test is None:
             return model, batches, None
         tested = load_samples(self.test, train=False)
@@ -140,6 +145,26 @@ def write_compressed(verb: str, given: Mapping[str, Value]) -> None:
         write(job.out / "report.md", f"# {title}\n\n{report.as_markdown()}")
         write(job.out / "report.html", page(report, title))
     job.show(str(report), record, written)
+
+
+def write_study(given: Mapping[str, Value]) -> None:
+    """Gather what any verb needs of a network, and write it to a file."""
+    out, device, quiet = Path(given["out"]), given["device"], given["quiet"]
+    check_writable(out)
+    model = load_network(given["network"], given["weights"], device)
+    batches = _batches(model, given["data"], given["limit"], device)
+    options = {name: given[name] for name in ("memory", "checkpoint")}
+    found = ps.study(model, batches, ignore=given["ignore"] or (), progress=not quiet, **options)
+    found.save(out)
+    if not quiet:
+        notes = () if given["weights"] else (_no_weights(given["network"]),)
+        typer.echo("\n".join([f"{found}: wrote {out}", *notes, *found.notes]))
+
+
+def _batches(model: nn.Module, data: str, limit: int, device: str) -> Iterable[Batch]:
+    samples = load_samples(data)
+    samples.check_finite(model, limit, "--data")
+    return samples.batches(limit, device)
 
 
 def write_sweep(given: Mapping[str, Value]) -> None:

@@ -19,11 +19,14 @@ from pysolve.errors import PysolveError, PysolveWarning
 Run = Callable[..., None]
 _INPUTS = ("network", "data", "weights")
 _OUTPUTS = (
-    *("distill", "ignore", "test", "out"),
+    *("study", "memory", "distill", "ignore", "test", "out"),
     *("state_dict", "latency", "limit", "device", "seed", "as_json", "quiet"),
 )
 _REFITTED = ("refit", "layout", *_OUTPUTS)
 _SWEPT = (
+    "study",
+    "memory",
+    "checkpoint",
     "test",
     "target",
     "out",
@@ -110,19 +113,30 @@ def command(*names: str, **defaults: object) -> Callable[[Run], Run]:
     return made
 
 
-@command(*_INPUTS, "target", "select", "round_to", "refit", *_OUTPUTS, out="compressed")
+@command(*_INPUTS, "target", "select", "round_to", "refit", *_OUTPUTS, data=None, out="compressed")
 def compress(**given: Value) -> None:
     """Make a network smaller, without labels and without training; write it with a report."""
     _write("compress", given)
 
 
-@command(*_INPUTS, "method", "amount", "target", "pattern", "scope", *_REFITTED, out="pruned")
+@command(*_INPUTS, "method", "amount", "target", "pattern", "scope", *_REFITTED, data=None, out="pruned")
 def prune(**given: Value) -> None:
     """Prune single weights or channels by any method, without training; write the network with a report."""
     _write("prune", given)
 
 
-@command(*_INPUTS, "target", "rank", "energy", "prune", "method", "structure", *_REFITTED, out="factored")
+@command(
+    *_INPUTS,
+    "target",
+    "rank",
+    "energy",
+    "prune",
+    "method",
+    "structure",
+    *_REFITTED,
+    data=None,
+    out="factored",
+)
 def low_rank(**given: Value) -> None:
     """Factor layers into two smaller ones, without training; write the network with a report."""
     if given["rank"] is None and given["energy"] is None:
@@ -130,13 +144,15 @@ def low_rank(**given: Value) -> None:
     _write("low_rank", given)
 
 
-@command(*_INPUTS, "scheme", "bits", "target", "group", "method", "layout", *_OUTPUTS, out="quantized")
+@command(
+    *_INPUTS, "scheme", "bits", "target", "group", "method", "layout", *_OUTPUTS, data=None, out="quantized"
+)
 def quantize(**given: Value) -> None:
     """Store the weights of a network in few bits; write it with a report."""
     _write("quantize", given)
 
 
-@command(*_INPUTS, "bytes", "target", "zeros", "bits", "layout", *_OUTPUTS, out="deep")
+@command(*_INPUTS, "bytes", "target", "zeros", "bits", "layout", *_OUTPUTS, data=None, out="deep")
 def deep_compress(**given: Value) -> None:
     """Make a network's file as small as asked: fewer channels, zeros, few values, coded; write it."""
     if (size := given.pop("bytes")) is not None:
@@ -150,12 +166,24 @@ def _write(verb: str, given: dict[str, Value]) -> None:
     write_compressed(verb, given)
 
 
-@command(*_INPUTS, *_SWEPT, out="compressed")
+@command(*_INPUTS, *_SWEPT, data=None, out="compressed")
 def sweep(**given: Value) -> None:
     """Try many sizes after one pass over the data, and show what each costs."""
     from pysolve.cli.commands import write_sweep
 
     write_sweep(given)
+
+
+@command(
+    *_INPUTS,
+    *("ignore", "memory", "checkpoint", "out", "limit", "device", "quiet"),
+    out="study.safetensors",
+)
+def study(**given: Value) -> None:
+    """Gather once what any verb needs of a network, in one file, for --study."""
+    from pysolve.cli.commands import write_study
+
+    write_study(given)
 
 
 @command("data", "out", "seed", "epochs", out="demo")

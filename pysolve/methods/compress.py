@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from pysolve.compressed import Compressed
 from pysolve.correlations import Array
@@ -44,7 +46,7 @@ DEFAULT: Target = {"params": 0.25}
 
 def compress(
     model: nn.Module | Compressed,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | Study,
     *,
     target: Target | None = None,
     keep: float | Mapping[str | Site, float] | None = None,
@@ -62,6 +64,7 @@ def compress(
     memory: Memory = None,
     transform: Transform | None = None,
     latency: bool = True,
+    process_group: ProcessGroup | None = None,
 ) -> Compressed:
     """Make a network smaller, without labels and without training it again.
 
@@ -75,9 +78,10 @@ def compress(
     ----------
     model : nn.Module or Compressed
         Not changed.
-    batches : iterable of batches
+    batches : iterable of batches, or Study
         What users have: tensors, tuples or lists whose first item is the input, or mappings of keyword
-        arguments; labels are ignored. Any amount of them; or a Dataset of single samples.
+        arguments; labels are ignored. Any amount of them; a Dataset of single samples; or what ``study``
+        gathered.
     target : {"params", "macs" or "bytes": number}
         What the result may cost: a share of the original up to 1, or an integer above. Default
         {"params": 0.25}, unless ``keep`` or ``lam`` is given.
@@ -122,6 +126,11 @@ def compress(
         Whether the report times both networks and their layers, which takes at most about a twentieth of the
         call, or a second.
 
+    process_group : torch.distributed.ProcessGroup, optional
+        All processes of the group make the same call, each with its share of the batches, of which the i-th
+        of rank r is number i · size + r of all. Sums are added up over them, measurements and refits shared,
+        and every process ends with the same network.
+
     Returns
     -------
     Compressed
@@ -144,11 +153,13 @@ def compress(
     targets = [] if wanted is None else [wanted]
     how = _checked(network, targets, select, refit, distill, sites, ignore, round_to)
     check_keep(keep, lam)
-    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform, latency)
+    options = options_for(
+        network, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group
+    )
     found = studied(network, batches, options, sites=True if sites is None else sites)
     check_free(found)
     clock, channels = Clock(), Channels(_by_site(found, select))
-    menus = [channels.menu(found, site) for site in found.free]
+    menus = channels.menus(found)
     if lam is not None:
         sized = by_lam(found, menus, lam)
     elif keep is not None:
@@ -163,7 +174,7 @@ def compress(
 
 def sweep(
     model: nn.Module | Compressed,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | Study,
     *,
     targets: Iterable[Target],
     evaluate: Evaluate | None = None,
@@ -180,6 +191,8 @@ def sweep(
     memory: Memory = None,
     transform: Transform | None = None,
     latency: bool = True,
+    process_group: ProcessGroup | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> list[Report]:
     """Compress to several targets after one pass over the data.
 
@@ -190,8 +203,11 @@ def sweep(
     targets : iterable of targets
     retrain : callable, optional
         Trains a network in place; each result is evaluated once more after it. Needs ``evaluate``.
-    select, refit, distill, ignore, seed, progress, sites, round_to, divergence, memory, transform, latency
+    select, refit, distill, ignore, seed, progress, sites, round_to, divergence, memory, transform, latency,
+    process_group
         As in ``compress``.
+    checkpoint : path, optional
+        Folder for sums, from which a killed call goes on, as in ``study``.
 
     Returns
     -------
@@ -211,12 +227,24 @@ def sweep(
         raise TypeError(f"targets must be a list of targets, got one: pass [{dict(targets)}].")
     wanted = list(targets)
     how = _checked(network, wanted, select, refit, distill, sites, ignore, round_to)
-    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform, latency)
+    options = options_for(
+        network,
+        ignore,
+        divergence,
+        memory,
+        seed,
+        progress,
+        evaluate,
+        transform,
+        latency,
+        process_group,
+        checkpoint,
+    )
     found = studied(network, batches, options, sites=True if sites is None else sites)
     check_free(found)
     clock, channels = Clock(), Channels(_by_site(found, select))
     where = probe(found, len(found.free))
-    menus = price(found, [channels.menu(found, site) for site in found.free], where)
+    menus = price(found, channels.menus(found), where)
     clock.stage("measure")
     found, reports = replace(found, seconds={**found.seconds, **clock.seconds}), []
     for target in wanted:

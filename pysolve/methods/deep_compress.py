@@ -9,6 +9,7 @@ from functools import partial
 
 import numpy as np
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from pysolve.compressed import Compressed
 from pysolve.correlations import Indices
@@ -53,7 +54,6 @@ from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.running import Batch, Ignored
-from pysolve.nn.samples import first_samples
 from pysolve.plan import Site
 
 # Bits a weight at which the search for a width begins, the factor between widths, and how many are tried.
@@ -66,7 +66,7 @@ _WHOLE, _BEFORE = 0.9, 0.6
 
 def deep_compress(
     model: nn.Module | Compressed,
-    batches: Iterable[Batch],
+    batches: Iterable[Batch] | Study,
     *,
     target: Target | None = None,
     zeros: float | None = None,
@@ -79,6 +79,7 @@ def deep_compress(
     memory: Memory = None,
     transform: Transform | None = None,
     latency: bool = True,
+    process_group: ProcessGroup | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -109,7 +110,8 @@ def deep_compress(
         At most 2^bits values a layer; without bytes as a target, as many in every layer, by default 16.
     distill : number of seconds, or {"seconds" or "epochs": number, …}
         As ``quantize`` has it: three fifths of the time before weights share values, the rest afterwards.
-    layout, ignore, evaluate, divergence, memory, transform, latency, seed, progress
+    layout, ignore, evaluate, divergence, memory, transform, latency, process_group,
+    seed, progress
         As ``quantize`` has them.
 
     Returns
@@ -135,7 +137,9 @@ def deep_compress(
     _check(asked, zeros, bits, how, layout)
     if iter(batches) is batches:
         batches = list(batches)
-    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform, latency)
+    options = options_for(
+        network, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group
+    )
     clock = Clock()
     size = in_bytes(asked["bytes"], network) if "bytes" in asked else None
     share = _share(asked.get("params", None if size else 1.0), network)
@@ -240,7 +244,7 @@ def _width(subject: Subject, size: int | None, share: float | None) -> _Width | 
     """Channels for a share of the parameters; without one, for the share that is best within the bytes."""
     start, study = time.perf_counter(), subject.study
     where = probe(study, len(study.free))
-    menus = price(study, [Channels().menu(study, site) for site in study.free], where)
+    menus = price(study, Channels().menus(study), where)
     at = partial(_sized, study, menus, where)
     if share is not None:
         return _Width(share, at(share), seconds=time.perf_counter() - start)
@@ -269,7 +273,7 @@ def _smallest(
         It is too large with either.
     """
     start, study, measure = time.perf_counter(), subject.study, partial(file_of, before, subject, cut=cut)
-    menus = [Channels().menu(study, site) for site in study.free]
+    menus = Channels().menus(study)
     one, whole = [1] * len(menus), [site.channels for site in study.free]
     widths = [sized(study, menus, sizes, [0.0] * len(menus)) for sizes in (one, whole)]
     # Training before the weights take their values may change what the file takes, too.
@@ -302,7 +306,7 @@ def _drafted(
     network = apply(study.model, plan_of(study, done.rebuilt))
     assert study.calibration is not None
     # Those of the selection set alone are too few to tell widths apart.
-    seen = [*first_samples(study.calibration.kept, _SAMPLES), *study.held]
+    seen = [*study.first_kept(_SAMPLES), *study.held]
     lost = distance(study.model, network, seen, study.options.divergence)
     return _Width(share, wide, lost, replace(done, rebuilt=None))
 

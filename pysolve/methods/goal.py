@@ -6,13 +6,14 @@ import math
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from inspect import signature
 from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from pysolve.compressed import Compressed
 from pysolve.errors import PysolveError
@@ -23,6 +24,7 @@ from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import without_sparse
 from pysolve.nn.memory import Bound
 from pysolve.nn.plain import check_plain, plain_network
+from pysolve.nn.ranks import Ranks
 from pysolve.nn.running import Ignored, find_matching
 from pysolve.plan import Plan, Site
 from pysolve.solve.budget import check_targets
@@ -63,6 +65,8 @@ class Options:
         Whether both networks and their layers are timed.
     checkpoint : Path, optional
         Folder for sums, from which a killed run goes on.
+    ranks : Ranks
+        Processes that have the other batches.
     """
 
     ignore: Sequence[Ignored] = ()
@@ -75,6 +79,7 @@ class Options:
     transform: Transform | None = None
     latency: bool = True
     checkpoint: Path | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
 
 def options_for(
@@ -87,6 +92,7 @@ def options_for(
     evaluate: Evaluate | None,
     transform: Transform | None = None,
     latency: bool = True,
+    process_group: ProcessGroup | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Options:
     """Options of a verb, checked; the original is evaluated before any other work.
@@ -102,7 +108,9 @@ def options_for(
     bound = None if memory is None else Bound.of(bytes_in(memory))
     folder = None if checkpoint is None else Path(checkpoint)
     score = None if evaluate is None else score_of(evaluate, network)
-    return Options(ignore, divergence, bound, seed, progress, evaluate, score, transform, latency, folder)
+    ranks = Ranks(process_group)
+    bars = progress and ranks.rank == 0
+    return Options(ignore, divergence, bound, seed, bars, evaluate, score, transform, latency, folder, ranks)
 
 
 def bytes_in(memory: int | str) -> int:

@@ -89,7 +89,8 @@ def lay_out(study: Study, rebuilt: Rebuilt, layout: str = "auto") -> LaidOut:
         lines[name] = replace(line, error=rebuilt.fits[name].error)
         if chosen is not None:
             kept[tensor] = chosen
-    plan = plan_of(study, rebuilt, kept)
+    # Times, and training by the clock, differ between processes.
+    plan, lines = study.options.ranks.first((plan_of(study, rebuilt, kept), lines))
     held = study.held
     probe = take(held[0], 0, PROBED) if held and (plan.steps or _are_layers(plan)) else None
     try:

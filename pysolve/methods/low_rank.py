@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from pysolve.compressed import Compressed
 from pysolve.errors import PysolveError, exactly_one, one_of
@@ -47,7 +48,7 @@ PASSES = 3
 
 def low_rank(
     model: nn.Module | Compressed,
-    batches: Iterable[Batch] | None = None,
+    batches: Iterable[Batch] | Study | None = None,
     *,
     rank: int | Mapping[str, int] | None = None,
     energy: float | None = None,
@@ -64,6 +65,7 @@ def low_rank(
     memory: Memory = None,
     transform: Transform | None = None,
     latency: bool = True,
+    process_group: ProcessGroup | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -112,7 +114,7 @@ def low_rank(
         Of the choice of rows and of distillation.
     progress : bool
         Show progress bars, with the time left, when on a terminal.
-    memory, transform, latency
+    memory, transform, latency, process_group
         As ``compress`` has them.
 
     Returns
@@ -149,7 +151,9 @@ def low_rank(
         distill=how,
     )
     weights, left = weights_of(network, ignore)
-    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform, latency)
+    options = options_for(
+        network, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group
+    )
     plain = method == "svd"
     found = studied(network, batches, options, weights=weights, sites=prune, gather=not plain, left=left)
     clock = Clock()
@@ -257,7 +261,7 @@ def _ranks_as_told(
 
 def _ranks_within(found: Study, table: _Table, target: Target) -> tuple[Sized | None, dict[str, int], _Table]:
     """Channels and ranks within a target, for the least divergence."""
-    sites: Sequence[Menu] = [Channels().menu(found, site) for site in found.free]
+    sites: Sequence[Menu] = Channels().menus(found)
     names, costs = [*table.menus], costs_of(found, also=[*table.menus])
     while True:
         where = probe(found, max(len(sites), len(table.menus)))
@@ -288,6 +292,7 @@ def _without_slower(table: _Table, ranks: Mapping[str, int]) -> _Table:
     for name, rank in ranks.items():
         if rank > seconds.get(name, (0, 0.0, 0.0))[0]:
             times = seconds_of_both(table.study, menus[name], rank, table.kind.inputs.get(name))
+            times = table.study.options.ranks.first(times)
             if times is None:
                 continue
             seconds[name] = (rank, *times)

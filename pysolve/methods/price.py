@@ -54,7 +54,7 @@ def probe_of_codes(study: Study, units: int, values: Mapping[str, Tensor]) -> Pr
     """
     assert study.calibration is not None
     count = max(LEAST_OF_CODES, PROBE_SAMPLES // max(1, units))
-    return _probe(study, first_samples(study.calibration.kept, count), values)
+    return _probe(study, study.first_kept(count), values)
 
 
 def price(study: Study, menus: Sequence[M], where: Probe) -> list[M]:
@@ -103,14 +103,23 @@ def divergences(
     where : Probe
     """
     graph, batches = study.graph, where.batches
+    ranks = study.options.ranks
+    own = range(ranks.rank, len(names), ranks.size)
+    named = [names[i] for i in own]
+
+    def of_own(number: int) -> Mapping[str, Tensor]:
+        return values(own[number])
+
     if graph and _walks(graph, names, where):
-        found = changed_outputs(graph, study.model, batches, where.outputs, names, values, base=where.values)
+        found = changed_outputs(graph, study.model, batches, where.outputs, named, of_own, base=where.values)
     else:
-        every = range(len(names))
-        found = ((i, run(study.model, batches, {**where.values, **values(i)})) for i in every)
-    for number, outputs in found:
-        sizes = [*map(samples_in, batches)]
-        yield number, mean_divergence(where.outputs, outputs, sizes, study.options.divergence)
+        found = ((i, run(study.model, batches, {**where.values, **of_own(i)})) for i in range(len(own)))
+    sizes = [*map(samples_in, batches)]
+    each = (
+        (own[i], mean_divergence(where.outputs, outputs, sizes, study.options.divergence))
+        for i, outputs in found
+    )
+    yield from each if ranks.size == 1 else (one for part in ranks.all([*each]) for one in part)
 
 
 def divergence_of(study: Study, chosen: Chosen, where: Probe) -> float:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from pysolve.compressed import Compressed
 from pysolve.correlations import Array
@@ -34,7 +35,7 @@ from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import REFITS, rebuild
 from pysolve.methods.result import finish
 from pysolve.methods.sizes import by_keep, check_free, within
-from pysolve.methods.study import Clock, studied
+from pysolve.methods.study import Clock, Study, studied
 from pysolve.methods.weights import reasons, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import parameters
@@ -94,7 +95,7 @@ class _Goal:
 
 def prune(
     model: nn.Module | Compressed,
-    batches: Iterable[Batch] | None = None,
+    batches: Iterable[Batch] | Study | None = None,
     *,
     method: str = "magnitude",
     amount: PerLayer | None = None,
@@ -113,6 +114,7 @@ def prune(
     memory: Memory = None,
     transform: Transform | None = None,
     latency: bool = True,
+    process_group: ProcessGroup | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -172,7 +174,7 @@ def prune(
         Of random scores, of the choice of rows and of distillation.
     progress : bool
         Show progress bars, with the time left, when on a terminal.
-    memory, transform, latency
+    memory, transform, latency, process_group
         As ``compress`` has them.
 
     Returns
@@ -200,7 +202,9 @@ def prune(
     refit = refit or ("sequential" if method in _REFITTING else "none")
     goal = _Goal(method, what, value, scope, refit, layout, norm, check_distill(network, distill))
     _check(goal, batches is None)
-    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform, latency)
+    options = options_for(
+        network, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group
+    )
     if goal.of_channels:
         assert batches is not None
         return _channels(before, network, batches, goal, options)
@@ -269,7 +273,7 @@ def _channels(
     clock = Clock()
     scores = scores_of(found, goal.method, goal.norm) if goal.method in OF_CHANNELS else None
     kind = Channels(goal.method if scores is None else scores)
-    menus, target = [kind.menu(found, site) for site in found.free], None
+    menus, target = kind.menus(found), None
     if goal.what == "target":
         target, where = _as_target(goal.value), probe(found, len(menus))
         sized = within(found, price(found, menus, where), target, where)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from functools import partial
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
 from pysolve.compressed import Compressed
 from pysolve.correlations import Indices
@@ -31,7 +32,7 @@ from pysolve.methods.menu import Chosen
 from pysolve.methods.rate import Coded, Subject, shortened, subject_of, within_bytes
 from pysolve.methods.rebuild import Rebuilt, rebuild
 from pysolve.methods.result import assembled, finish
-from pysolve.methods.study import Clock
+from pysolve.methods.study import Clock, Study
 from pysolve.nn.apply import apply
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes
@@ -47,7 +48,7 @@ FEWEST, _SPARE, _TRIES = 24, 0.01, 4
 
 def quantize(
     model: nn.Module | Compressed,
-    batches: Iterable[Batch] | None = None,
+    batches: Iterable[Batch] | Study | None = None,
     *,
     scheme: str = "int8-dynamic",
     bits: int | None = None,
@@ -62,6 +63,7 @@ def quantize(
     memory: Memory = None,
     transform: Transform | None = None,
     latency: bool = True,
+    process_group: ProcessGroup | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -113,7 +115,7 @@ def quantize(
         Of the choice of rows, and of training.
     progress : bool
         Show progress bars, with the time left, when on a terminal.
-    memory, transform, latency
+    memory, transform, latency, process_group
         As ``compress`` has them.
 
     Returns
@@ -136,7 +138,9 @@ def quantize(
     before, network = network_of(model)
     how = check_distill(network, distill, ("trained",))
     _check(scheme, bits, target, group, method, how, layout, batches is None)
-    options = options_for(network, ignore, divergence, memory, seed, progress, evaluate, transform, latency)
+    options = options_for(
+        network, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group
+    )
     kind = Codes(scheme, bits, group, method)
     subject = subject_of(network, batches, options, kind, to_bytes=target is not None)
     clock, size = Clock(), None if target is None else in_bytes(target["bytes"], network)

@@ -306,6 +306,7 @@ def priced(subject: Subject, keep: Mapping[Site, Indices] | None = None) -> Subj
 
     names = [[*names_of(study, name)] for name in weights]
     found = {weights[number]: one for number, one in divergences(study, names, values, where)}
+    losses = {name: one for part in study.options.ranks.all(losses) for name, one in part.items()}
     return replace(subject, kind=kind.priced(losses, found))
 
 

@@ -246,10 +246,12 @@ def _walked(
         only=None if chosen.keep else {name for name in study.weights if study.walks(name)},
         always={name for name in chosen.fits if study.walks(name)},
         prepare=prepare,
+        ranks=study.options.ranks,
         sampling=sampling,
         progress=study.options.progress,
     )
-    used, seen = sum(map(samples_in, batches)), study.calibration.seen
+    used = sum(study.options.ranks.counts(sum(map(samples_in, batches))))
+    seen = study.calibration.seen
     notes = (f"the refit used {used} of {seen} samples: {reason}",) if used < seen else ()
     unreached = (no_samples(unseen),) if unseen else ()
     return Rebuilt(chosen, new, fits, used, (*(notes if chosen.keep else ()), *unreached))
@@ -368,6 +370,11 @@ def _batches(study: Study) -> tuple[list[Batch], str]:
     assert study.graph is not None
     assert study.calibration is not None
     kept = study.calibration.kept
+    empty = [str(rank) for rank, count in enumerate(study.options.ranks.counts(len(kept))) if not count]
+    if empty and study.options.ranks.size > 1:
+        raise PysolveError(
+            f"process {' and '.join(empty)} of the group has no samples for the refit: give each its batches."
+        )
     batches = usable(study.graph, kept)
     if batches is kept:
         return kept, "more would not fit in memory"

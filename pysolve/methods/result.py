@@ -167,6 +167,8 @@ def matched(
     teach(student, teacher, study.calibration.kept, **given)  # type: ignore[arg-type]
     if zeros:
         remove_masks(student)
+    if run_options.ranks.size > 1:
+        student.load_state_dict(run_options.ranks.first(student.state_dict()))
     rise = increase(teacher, model, student, study.held, run_options.divergence)
     return (model, [f"distillation was undone: {rise}"]) if rise else (student, [])
 

@@ -7,10 +7,12 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 from torch.fx import Node
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
@@ -41,7 +43,7 @@ from pysolve.nn.running import (
     evaluating,
     few_samples,
 )
-from pysolve.nn.samples import laid_out, peek
+from pysolve.nn.samples import first_samples, laid_out, peek
 from pysolve.plan import Site
 
 
@@ -144,6 +146,12 @@ class Study:
         """The selection set: samples that no fit has seen, on which sizes are chosen."""
         return [] if self.calibration is None else self.calibration.held
 
+    def first_kept(self, count: int) -> list[Batch]:
+        """The first samples of the refit, of all processes."""
+        own = first_samples(self._gathered.kept, count)
+        turns = zip_longest(*self.options.ranks.all(own))
+        return first_samples([batch for turn in turns for batch in turn if batch is not None], count)
+
     @property
     def apart(self) -> list[Batch]:
         """Samples that neither a fit nor a choice has seen, for the report."""
@@ -179,6 +187,7 @@ def study(
     memory: Memory = None,
     checkpoint: str | os.PathLike[str] | None = None,
     transform: Transform | None = None,
+    process_group: ProcessGroup | None = None,
     progress: bool = True,
 ) -> Study:
     """Gather what any verb needs of a network, once: verbs then take the study in the place of batches.
@@ -200,6 +209,8 @@ def study(
         from there, with the same sums to the bit. Another network, and other batches, are refused.
     transform : callable, optional
         Makes inputs of an item of ``batches``.
+    process_group : torch.distributed.ProcessGroup, optional
+        As in ``compress``.
     progress : bool
 
     Returns
@@ -217,7 +228,7 @@ def study(
     check_batches(batches)
     _, network = network_of(model)
     options = options_for(
-        network, ignore, kl_divergence, memory, 0, progress, None, transform, checkpoint=checkpoint
+        network, ignore, kl_divergence, memory, 0, progress, None, transform, True, process_group, checkpoint
     )
     weights, left = weights_of(network, ignore)
     return studied(network, batches, options, weights=weights, sites=True, needed=False, left=left)
@@ -276,6 +287,11 @@ def studied(
         first = next(iter([*known, *known.held]))
     else:
         first, batches = laid_out(model, *peek(batches, options.transform))
+    ranks = options.ranks
+    if ranks.size > 1:
+        ranks.check_same("network", network_checksums(model))
+        # Graphs and sites are those of one batch.
+        first = ranks.first(first)
     if not trace:
         with evaluating(model):
             output_of(model, first)
@@ -304,6 +320,7 @@ def studied(
             wanted,
             bound=options.memory,
             checkpoint=options.checkpoint,
+            ranks=ranks,
             double=[
                 name
                 for site in found
@@ -318,7 +335,7 @@ def studied(
     if unseen:
         base = replace(base, notes=(*base.notes, no_samples(unseen)))
         found = [_reached(site, correlations) for site in found]
-    if graph and any(of_other_sizes(graph, batch) for batch in calibration.kept):
+    if graph and any(ranks.counts(sum(of_other_sizes(graph, batch) for batch in calibration.kept))):
         graph, more_layers = _widened(model, first, graph)
         layers |= more_layers
         clock.stage("find")

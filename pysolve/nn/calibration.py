@@ -18,6 +18,7 @@ from pysolve.nn.graph.sizes import hint, traced_samples
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.memory import Bound, room_for
 from pysolve.nn.passes import gathered, plan_of
+from pysolve.nn.ranks import ALONE, Ranks
 from pysolve.nn.running import Batch
 from pysolve.nn.samples import first_samples, joined, later_samples, samples_in, take
 from pysolve.nn.sound import sound
@@ -58,36 +59,46 @@ class Calibration:
     seen: int = 0
     out: int = 0
 
-    def stream(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The batches without what is held out, keeping what may be kept."""
-        room, out = self.limit, list[Batch]()
-        for batch in batches:
+    def stream(self, batches: Iterable[Batch], ranks: Ranks = ALONE) -> Iterator[Batch]:
+        """The batches without what is held out, keeping what may be kept; each process its own."""
+        room, out = self.limit, list[tuple[int, Batch]]()
+        for number, batch, held in self._divided(batches, ranks):
             n = samples_in(batch)
-            held = _held_of(n, self.seen, self.out)
-            out += [take(batch, 0, held)] if held else []
-            self.out += held
+            out += [(number, take(batch, 0, held))] if held else []
             if held == n:
                 continue
             rest = take(batch, held, n) if held else batch
             if room > 0:
                 self.kept.append(take(rest, 0, min(room, n - held)))
                 room -= n - held
-            self.seen += n - held
             yield rest
+        every = sorted((one for own in ranks.all(out) for one in own), key=lambda one: one[0])
+        self._set_apart([batch for _, batch in every], ranks.first(self.kept))
+
+    def _set_apart(self, out: list[Batch], kept: list[Batch]) -> None:
+        """Share what is held out between choices and the report; of too few samples, some of those kept."""
         apart = min(APART_SAMPLES, self.out // 3)
         chosen_on = self.out - (apart if apart >= LEAST_APART else 0)
-        self.held = joined(first_samples(out or self.kept, chosen_on or HELD_SAMPLES))
+        self.held = joined(first_samples(out or kept, chosen_on or HELD_SAMPLES))
         self.apart = joined(later_samples(out, chosen_on)) or self.held
 
-    def again(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def again(self, batches: Iterable[Batch], ranks: Ranks = ALONE) -> Iterator[Batch]:
         """What ``stream`` has given on, of the same batches once more."""
-        seen = out = 0
-        for batch in batches:
+        for _, batch, held in Calibration(0)._divided(batches, ranks):
             n = samples_in(batch)
-            held = _held_of(n, seen, out)
-            seen, out = seen + n - held, out + held
             if held < n:
                 yield take(batch, held, n) if held else batch
+
+    def _divided(self, batches: Iterable[Batch], ranks: Ranks) -> Iterator[tuple[int, Batch, int]]:
+        """This process's batches, their numbers among all, and how many samples of each are held out."""
+        number = 0
+        for batch, counts in ranks.together(batches, samples_in):
+            for rank, count in enumerate(counts):
+                held = _held_of(count, self.seen, self.out)
+                self.seen, self.out = self.seen + count - held, self.out + held
+                if rank == ranks.rank and batch is not None:
+                    yield number, batch, held
+                number += 1
 
     def within(self, graph: Graph | None, bound: Bound | None) -> Calibration:
         """The same, with no more samples for the refit than a bound has room for."""
@@ -117,6 +128,7 @@ def calibrate(
     *,
     bound: Bound | None = None,
     checkpoint: Path | None = None,
+    ranks: Ranks = ALONE,
     double: Collection[str] = (),
     progress: bool = True,
 ) -> tuple[Calibration, Mapping[str, Correlations], str]:
@@ -140,6 +152,8 @@ def calibrate(
         and all sums are held at once.
     checkpoint : Path, optional
         Folder for sums, from which a killed run goes on.
+    ranks : Ranks
+        Processes that have the other batches.
 
     Returns
     -------
@@ -149,17 +163,19 @@ def calibrate(
     if not samples_in(first):
         raise DataError("there are no samples: the first batch is empty.")
     # Of how many batches an iterator has, ten is as good a guess as any.
-    total = samples_in(first) * length_hint(batches, 10)
+    total = sum(ranks.counts(samples_in(first) * length_hint(batches, 10)))
     shares = _shares(graph, nodes, layers, total) if graph else dict.fromkeys(layers, 1.0)
-    plan = plan_of(model, first, graph, nodes, layers, bound, once=isinstance(batches, Iterator))
+    count = samples_in(first)
+    example = take(first, _held_of(count, 0, 0), count)
+    plan = plan_of(model, first, graph, nodes, layers, bound, once=isinstance(batches, Iterator), ranks=ranks)
     calibration = Calibration(plan.samples)
 
     def stream(number: int) -> Iterator[Batch]:
         if number:
-            return calibration.again(batches)
-        return calibration.stream(sound(model, batches, first, graph, run=not layers))
+            return calibration.again(batches, ranks)
+        return calibration.stream(sound(model, batches, first, graph, run=not layers), ranks)
 
-    found = gathered(model, stream, plan, shares, double, checkpoint, progress)
+    found = gathered(model, stream, plan, shares, double, checkpoint, ranks, progress, example=example)
     return calibration, found, plan.said
 
 

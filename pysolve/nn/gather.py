@@ -192,6 +192,13 @@ class Gathered:
         self.own, self.rounded = own, rounded
         self.sums: dict[str, _Seen] = {}
         self.choices: dict[str, torch.Generator] = {}
+        self.starts: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def start_as(self, model: nn.Module, batch: Batch) -> None:
+        """Shift and scale every layer's sums as if this batch were the first."""
+        other = Gathered(self.layers, self.shares, self.double, own=self.own, rounded=self.rounded)
+        other.run(model, batch)
+        self.starts = {name: (seen.sums.shift, seen.sums.scale) for name, seen in other.sums.items()}
 
     def run(self, model: nn.Module, batch: Batch, device: Device = None) -> None:
         """Add what the layers read and write in one batch; in evaluation mode."""
@@ -213,6 +220,8 @@ class Gathered:
                 exact = self.rounded or y.dtype.itemsize >= 4
                 double = name in self.double
                 self.sums[name] = _Seen.of(layer, some_x, some_y, own=self.own and exact, double=double)
+                if name in self.starts:
+                    self.sums[name].sums.start(*self.starts[name])
             seen = self.sums[name]
             seen.sums.add(*([some_x, some_y] if seen.bias is None else [some_x]))
 

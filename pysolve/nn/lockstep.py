@@ -22,6 +22,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, zip_longest
 from typing import Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from pysolve.nn import layer_matrix as rows
 from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, layer_values, read_as, read_by
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.routes import routed
+from pysolve.nn.ranks import ALONE, Ranks, merged
 from pysolve.nn.running import evaluating
 from pysolve.nn.sums import Sums, room
 from pysolve.nn.walk import Walk, last_uses
@@ -72,6 +74,7 @@ def refit(
     only: Collection[str] | None = None,
     always: Collection[str] = (),
     prepare: Callable[[str], object] = lambda name: None,
+    ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> dict[str, Tensor]:
     """New parameters of every layer that lost inputs or whose inputs changed, front to back.
@@ -93,6 +96,8 @@ def refit(
         Layers to fit whether or not anything in front of them changed.
     prepare : callable
         Called with a layer's name before its correlations are summed, which take memory.
+    ranks : Ranks
+        Processes that walk with other batches.
 
     Returns
     -------
@@ -113,8 +118,8 @@ def refit(
                 if layer is not None and (layer.name in always or _is_touched(walk, node, layer, cuts)):
                     prepare(layer.name)
                     cut = cuts.get(layer.name)
-                    task = _Task(walk, node, layer, *kept_channels(layer, cut), sampling, reads, apart)
-                    M, bias = _fitted(task, fit, layer.takes_bias or layer.name in new_biases)
+                    task = _Task(walk, node, layer, *kept_channels(layer, cut), sampling, reads, apart, ranks)
+                    M, bias = ranks.first(_fitted(task, fit, layer.takes_bias or layer.name in new_biases))
                     walk.values |= layer_values(state, layer, cut, M, bias)
                     _show_new_bias(walk, node, layer)
                 walk.run_compressed(node)
@@ -153,6 +158,7 @@ class _Task:
     sampling: Sampling
     reads: _Reads
     routed: Collection[Node] = ()
+    ranks: Ranks = ALONE
 
     @property
     def shortcut(self) -> Node | None:
@@ -174,9 +180,9 @@ def _is_touched(walk: Walk, node: Node, layer: Layer, cuts: Mapping[str, Cut]) -
 
 def _fitted(task: _Task, fit: Fit, intercept: bool) -> tuple[Array, Array | None]:
     """Weight and bias of a layer by least squares, and again with targets that a ReLU leaves free."""
-    seen = any(rows.positions(task.layer.module, y) for y in task.walk.original[task.node])
+    seen = task.ranks.counts(sum(rows.positions(task.layer.module, y) for y in task.walk.original[task.node]))
     # Rows that values choose need not be the same ones in the two networks.
-    if not seen or task.node in task.routed:
+    if not any(seen) or task.node in task.routed:
         return fit(task.layer.name, None, intercept)
     correlations = _crossed(task) if _is_cheaper_crossed(task) else _summed(task)
     M, bias = fit(task.layer.name, correlations, intercept)
@@ -188,12 +194,25 @@ def _fitted(task: _Task, fit: Fit, intercept: bool) -> tuple[Array, Array | None
 
 def _summed(task: _Task) -> Correlations:
     """Correlations from the products of inputs with targets."""
-    sums = None
-    for x, y, _ in _samples(task):
-        sums = sums or Sums.zeros(x.shape[1], y.shape[1], x.device)
-        sums.add(x, y)
-    assert sums is not None
-    return sums.correlations(last=True)
+    inputs = len(task.inputs) * rows.taps(task.layer.module)
+    return _over_all(task, ((x, y) for x, y, _ in _samples(task)), inputs, len(task.outputs))
+
+
+def _over_all(task: _Task, blocks: Iterable[tuple[Tensor, ...]], inputs: int, outputs: int) -> Correlations:
+    """Correlations of blocks of rows, of all processes."""
+    sums, given = Sums.zeros(inputs, outputs, task.layer.module.weight.device), iter(blocks)
+    first = next(given, None)
+    if task.ranks.size > 1:
+        # Products are rounded as in one process.
+        start = task.ranks.first(None if first is None else sums.start_of(*first))
+        if start is not None and sums.is_single(*(first or ())):
+            sums.start(*start)
+    for parts in () if first is None else chain([first], given):
+        sums.add(*parts)
+    own = sums.correlations(last=True) if sums.count else None
+    found = merged(own, inputs, outputs, 1, task.ranks)
+    assert found is not None
+    return found
 
 
 def _is_cheaper_crossed(task: _Task) -> bool:
@@ -221,6 +240,7 @@ def _crossed(task: _Task) -> Correlations:
     for part, chosen in _chosen(task):
         y = rows.outputs(layer.module, part, chosen)[:, task.outputs]
         squares += torch.linalg.vector_norm(y, dim=0, dtype=torch.float64).square().cpu()
+    task.ranks.add_up(squares.numpy())
     yx = M @ made.yx + np.outer(offset, made.x_sum)
     return replace(made, yx=yx, yy=squares.numpy(), y_sum=M @ made.y_sum + made.count * offset)
 
@@ -229,8 +249,20 @@ def _inputs_of_both(task: _Task) -> Correlations:
     """Correlations of the compressed network's kept inputs with all of the original's."""
     read, layer = read_by(task.node), task.layer
     same = not task.walk.differs(read)
-    columns = group_columns(task.inputs.cpu(), rows.taps(layer.module))
-    sums = None
+    taps = rows.taps(layer.module)
+    columns = group_columns(task.inputs.cpu(), taps)
+    width = taps * rows.channels(layer.module)[0]
+    blocks = _rows_of_both(task)
+    if not same:
+        return _over_all(task, blocks, len(columns), width)
+    found = _over_all(task, blocks, width, 0)
+    return replace(found.restrict(columns), yx=found.xx[:, columns], yy=np.diag(found.xx), y_sum=found.x_sum)
+
+
+def _rows_of_both(task: _Task) -> Iterator[tuple[Tensor]]:
+    """Rows of the compressed network's kept inputs, and behind them the original's where these differ."""
+    read, layer = read_by(task.node), task.layer
+    same = not task.walk.differs(read)
     for b, (y, chosen) in enumerate(_chosen(task)):
         original, other = task.walk.original_value(read, b), task.walk.value(read, b)
         dim = _channel_dim(layer)
@@ -238,24 +270,22 @@ def _inputs_of_both(task: _Task) -> Correlations:
         both = original if same else torch.cat([kept, original], dim)
         limit = room(both.shape[dim] * rows.taps(layer.module))
         for x, _ in rows.blocks(layer.module, both, y, chosen, limit=limit):
-            width = x.shape[1] if same else len(columns)
-            sums = sums or Sums.zeros(width, x.shape[1] - width, x.device)
-            sums.add(x)
-    assert sums is not None
-    found = sums.correlations(last=True)
-    if not same:
-        return found
-    return replace(found.restrict(columns), yx=found.xx[:, columns], yy=np.diag(found.xx), y_sum=found.x_sum)
+            yield (x,)
 
 
 def _chosen(task: _Task) -> Iterator[tuple[Tensor, Tensor | None]]:
     """The layer's original outputs, and the rows of them to fit on; always the same."""
     layer, outputs = task.layer, task.walk.original[task.node]
-    total = sum(rows.positions(layer.module, y) for y in outputs)
+    own = [rows.positions(layer.module, y) for y in outputs]
+    of_all = task.ranks.all(own)
+    total = sum(map(sum, of_all))
     share = task.sampling.rows_per_input * len(task.inputs) * rows.taps(layer.module) / max(1, total)
-    random = torch.Generator().manual_seed(task.sampling.seed)
-    for y in outputs:
-        yield y, rows.choice(rows.positions(layer.module, y), share, random)
+    random, given = torch.Generator().manual_seed(task.sampling.seed), iter(outputs)
+    for turn in zip_longest(*of_all):
+        for rank, count in enumerate(turn):
+            chosen = None if count is None else rows.choice(count, share, random)
+            if rank == task.ranks.rank and count is not None:
+                yield next(given), chosen
 
 
 def _relu_adjusted(task: _Task, correlations: Correlations, M: Array, bias: Array | None) -> Correlations:
@@ -279,6 +309,8 @@ def _relu_adjusted(task: _Task, correlations: Correlations, M: Array, bias: Arra
         yx += change.T @ x.double()
         y_sum += change.sum(0)
         squares += target.double().square().sum(0)
+    yx, y_sum, squares = (one.cpu().contiguous() for one in (yx, y_sum, squares))
+    task.ranks.add_up(yx.numpy(), y_sum.numpy(), squares.numpy())
     new_yx, new_sum = correlations.yx + yx.cpu().numpy(), correlations.y_sum + y_sum.cpu().numpy()
     return replace(correlations, yx=new_yx, yy=squares.cpu().numpy(), y_sum=new_sum)
 

@@ -22,6 +22,7 @@ from pysolve.nn.gather import Gathered, gathered_layer, own_outputs
 from pysolve.nn.graph.branches import Layer, read_as
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.memory import Bound, free_memory, in_bytes, room_for, sample_bytes, windows
+from pysolve.nn.ranks import ALONE, Ranks, merged
 from pysolve.nn.running import Batch, evaluating
 from pysolve.nn.samples import samples_in
 from pysolve.nn.sums import room
@@ -67,6 +68,7 @@ def plan_of(
     bound: Bound | None,
     *,
     once: bool,
+    ranks: Ranks = ALONE,
 ) -> Plan:
     """Passes for the correlations of some layers within a bound.
 
@@ -97,14 +99,14 @@ def plan_of(
     working = MATRICES * max(summed.values(), default=0) + max(held.values(), default=0)
     sample = sample_bytes(graph) if graph else 0
     running = sample * samples_in(first) + 12 * max(map(room, inputs.values()), default=0)
-    left = bound.left() - running
+    left = min(ranks.all(bound.left() - running))
     if left < working + 2 * sample:
         worst = max(held, key=held.__getitem__, default="the network")
         least = bound.total - left + working + 2 * sample
         raise PysolveError(
             f"memory={in_bytes(bound.total)} is too little: the correlations of {worst} and what is made of "
             f"them take {in_bytes(working)}, and a batch of {samples_in(first)} samples {in_bytes(running)}. "
-            f"Give at least memory={in_bytes(least)!r}, or smaller batches."
+            f"Give at least memory='{-(-least // 2**20)}MiB', or smaller batches."
         )
     everything = sum(held.values())
     samples = room_for(graph, left - working) if graph else samples_in(first)
@@ -135,7 +137,10 @@ def gathered(
     shares: Mapping[str, float],
     double: Collection[str],
     checkpoint: Path | None = None,
+    ranks: Ranks = ALONE,
     progress: bool = True,
+    *,
+    example: Batch | None = None,
 ) -> Mapping[str, Correlations]:
     """Correlations of the layers of a plan that any sample reaches, in its order.
 
@@ -149,6 +154,10 @@ def gathered(
         Layers whose products are float64.
     checkpoint : Path, optional
         Folder where sums are put away; a later call with the same goes on from there.
+    ranks : Ranks
+        Processes whose sums belong to them.
+    example : batch, optional
+        The first that the first process gathers.
     """
     first_of = {name: one for one, own in plan.sharing.items() for name in own}
     exact = sorted({first_of[name] for name in double if name in first_of})
@@ -156,14 +165,21 @@ def gathered(
     if plan.on_disk or checkpoint is not None:
         layers = {"layers": plan.sharing, "share of positions": shares, "precision": exact}
         identity = {"network": network_checksums(model), **layers} if checkpoint is not None else {}
-        folder = SumsFolder(checkpoint, identity)
+        own = checkpoint if checkpoint is None or ranks.size == 1 else checkpoint / f"rank-{ranks.rank}"
+        folder = SumsFolder(own, identity)
     if plan.said:
         LOGGER.info("%s", plan.said)
     found, hidden = dict[str, Correlations](), None if progress else True
-    passes = [[name for name in names if folder is None or not folder.has(name)] for names in plan.passes]
+    # What any process lacks is gathered by all.
+    here = ranks.all({name for name in plan.sharing if folder is not None and folder.has(name)})
+    done = set.intersection(*here)
+    passes = [[name for name in names if name not in done] for names in plan.passes]
     passes = [names for names in passes if names] or [[]]
     for number, names in enumerate(passes):
         sums = Gathered({name: plan.layers[name] for name in names}, shares, exact)
+        if ranks.size > 1 and example is not None:
+            # Products are rounded as in one process: around the values of the first batch of all.
+            sums.start_as(model, example)
         begun = folder.resume(sums) if folder is not None else 0
         batches = stream(number) if folder is None else folder.verified(stream(number))
         title = f"gather {number + 1} of {len(passes)}" if len(passes) > 1 else "gather"
@@ -173,8 +189,7 @@ def gathered(
                     sums.run(model, batch)
                     if folder is not None:
                         folder.put_away(sums, index + 1)
-        for name in names:
-            known = sums.pop(name, rows.taps(plan.layers[name])) if name in sums.sums else None
+        for name, known in _merged(sums, names, ranks):
             made = {} if known is None else {name: known}
             for other in plan.sharing[name][1:] if made else ():
                 made[other] = own_outputs(made[name], plan.layers[other])
@@ -185,6 +200,16 @@ def gathered(
     if folder is not None:
         return folder.correlations(plan.layers)
     return {name: found[name] for name in plan.layers if name in found}
+
+
+def _merged(sums: Gathered, names: Sequence[str], ranks: Ranks) -> Iterator[tuple[str, Correlations | None]]:
+    """Correlations of layer after layer, over all processes; None where no sample has reached any."""
+    reached = set().union(*ranks.all({*sums.sums}))
+    for name in names:
+        layer = sums.layers[name]
+        (inputs, outputs), taps = rows.channels(layer), rows.taps(layer)
+        own = sums.pop(name, taps) if name in sums.sums else None
+        yield name, merged(own, inputs * taps, outputs, taps, ranks) if name in reached else None
 
 
 def _sharing(nodes: Mapping[Node, Layer], names: Sequence[str]) -> dict[str, list[str]]:

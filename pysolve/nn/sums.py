@@ -95,15 +95,34 @@ class Sums:
         """Σ y, (h,)."""
         return (self.total * self.scale + self.count * self.shift)[self.d :]
 
+    def is_single(self, *parts: Tensor) -> bool:
+        """Whether products of such rows are single precision."""
+        size = len(self.shift)
+        return not self.double and size >= SINGLE and all(part.dtype.itemsize < 8 for part in parts)
+
+    @property
+    def started(self) -> bool:
+        """Whether shift and scale are chosen."""
+        return self.count > 0 or bool((self.scale != 1).any() | (self.shift != 0).any())
+
+    def start_of(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale by the first rows."""
+        home = self.products.device
+        shifts, scales = zip(*(_near_mean(part[:ROWS].to(home)) for part in parts), strict=True)
+        return torch.cat(shifts), torch.cat(scales)
+
+    def start(self, shift: Tensor, scale: Tensor) -> None:
+        """Choose shift and scale, of sums over no samples yet."""
+        self.shift.copy_(shift)
+        self.scale.copy_(scale)
+
     def add(self, *parts: Tensor) -> None:
         """Add samples, ``x`` (n, d) and ``y`` (n, h), of any dtype and on any device."""
         home, size = self.products.device, len(self.shift)
-        single = not self.double and size >= SINGLE and all(part.dtype.itemsize < 8 for part in parts)
+        single = self.is_single(*parts)
         kind, step = (torch.float32, ROWS) if single else (torch.float64, max(1, 2 * ROOM // max(1, size)))
-        if single and not self.count and len(parts[0]):
-            found = [_near_mean(part[:step].to(home)) for part in parts]
-            for own, values in zip((self.shift, self.scale), zip(*found, strict=True), strict=True):
-                own.copy_(torch.cat(values))
+        if single and not self.started and len(parts[0]):
+            self.start(*self.start_of(*parts))
         for start in range(0, len(parts[0]), step):
             self._add([part[start : start + step].to(home) for part in parts], kind)
 

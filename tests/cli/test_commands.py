@@ -401,6 +401,24 @@ def test_sweep_shows_every_size(home):
     assert json.loads(run(*command, "--json").stdout)[2]["target"] == {"params": 0.1}
 
 
+def test_a_study_takes_the_place_of_the_data(home):
+    command = ("study", "mine:make", "--data", "mine:batches", "--memory", "1GiB", "--checkpoint", "sums")
+    for _ in range(2):
+        # The second goes on from what the first left: all of it.
+        result = run(*command)
+        assert result.exit_code == 0, result.output
+        assert "wrote study.safetensors" in result.stdout
+    options = ("--study", "study.safetensors", "--target", "params=0.5", "--quiet")
+    assert run("compress", "mine:make", *options).exit_code == 0
+    found = (home / "compressed/network.safetensors").read_bytes()
+    run("compress", "mine:make", "--data", "mine:batches", "--target", "params=0.5", "--quiet")
+    assert (home / "compressed/network.safetensors").read_bytes() == found
+    for wrong in ((), ("--data", "mine:batches", "--study", "study.safetensors")):
+        result = run("compress", "mine:make", *wrong)
+        assert result.exit_code == 2
+        assert "give --data, or --study" in result.output
+
+
 def test_solve_certifies_and_writes_the_solution(home):
     x = np.random.default_rng(0).standard_normal((200, 10))
     r_xx, r_yx = x.T @ x / 200, (x[:, :2] @ np.ones((2, 3))).T @ x / 200

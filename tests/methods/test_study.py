@@ -1,4 +1,6 @@
-"""Layers that no sample reaches stop nothing: the others are fitted, and the report names them."""
+"""What is gathered once serves every verb; layers that no sample reaches stop nothing, and are named."""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,10 +8,11 @@ import torch
 from torch import nn
 
 import pysolve as ps
-from pysolve.methods.goal import Options
+from pysolve.methods.goal import Options, bytes_in
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.study import studied
 from pysolve.methods.weights import weights_of
+from pysolve.nn import passes
 from pysolve.nn.gather import gather
 
 
@@ -146,3 +149,155 @@ def test_rounding_is_no_data_where_a_reader_s_other_inputs_are_minimised_out():
     menus = [Channels().menu(found, site) for site in found.free]
     assert [menu.whole for menu in menus] == [150, 150]
     assert all(menu.error[10] > 1e-4 and menu.error[50:].max() <= 1e-8 for menu in menus)
+
+
+def convolutional():
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 20), nn.ReLU(), nn.Linear(20, 4))
+    return nn.Sequential(*layers).eval()
+
+
+def pictures(seed=1, count=5):
+    random = torch.Generator().manual_seed(seed)
+    return [torch.randn(16, 3, 6, 6, generator=random) for _ in range(count)]
+
+
+OF_STUDIES = {
+    "compress": lambda model, given: ps.compress(model, given, target={"params": 0.5}, progress=False),
+    "prune": lambda model, given: ps.prune(
+        model, given, method="obs", amount=0.5, layout="dense", progress=False
+    ),
+    "low_rank": lambda model, given: ps.low_rank(
+        model, given, target={"params": 0.5}, prune=True, layout="factored", progress=False
+    ),
+    "quantize": lambda model, given: ps.quantize(
+        model, given, scheme="codebook", target={"bytes": 0.2}, layout="dense", progress=False
+    ),
+    "deep_compress": lambda model, given: ps.deep_compress(
+        model, given, target={"bytes": 0.1}, distill={"epochs": 1}, layout="dense", progress=False
+    ),
+}
+
+
+def assert_same_network(one, other):
+    mine, theirs = one.model.state_dict(), other.model.state_dict()
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    path = tmp_path_factory.mktemp("study") / "study.safetensors"
+    ps.study(convolutional(), pictures(), progress=False).save(path)
+    return path
+
+
+@pytest.mark.parametrize("verb", OF_STUDIES)
+def test_a_verb_gives_the_same_network_of_a_saved_study_as_of_the_batches(saved, verb):
+    if verb == "deep_compress":
+        # Its second half studies the smaller network on what is kept, without the samples held out.
+        found = OF_STUDIES[verb](convolutional(), ps.Study.load(saved, convolutional()))
+        assert ps.file_bytes(found) <= 0.1 * found.report.before["bytes"]
+        return
+    model = convolutional()
+    loaded = ps.Study.load(saved, convolutional())
+    assert_same_network(OF_STUDIES[verb](model, pictures()), OF_STUDIES[verb](model, loaded))
+
+
+def test_a_study_knows_its_network(saved):
+    other = convolutional()
+    with torch.no_grad():
+        other[0].weight[0, 0, 0, 0] += 1e-3
+    with pytest.raises(ps.PysolveError, match=r"another network, which has another 0\.weight"):
+        ps.Study.load(saved, other)
+    with pytest.raises(ps.PysolveError, match="another network"):
+        ps.compress(other, ps.Study.load(saved, convolutional()), progress=False)
+
+
+def test_studies_of_parts_of_the_data_add_up():
+    model = convolutional()
+    whole = ps.study(model, pictures(), progress=False)
+    parts = [ps.study(model, some, progress=False) for some in (pictures()[:2], pictures()[2:])]
+    both = parts[0] + parts[1]
+    assert {*both.correlations} == {*whole.correlations} == {"0", "3", "5"}
+    assert both.calibration.seen + both.calibration.out == 80
+    # Which samples are held out differs.
+    for name, one in whole.correlations.items():
+        np.testing.assert_allclose(both.correlations[name].r_xx, one.r_xx, atol=0.3 * np.abs(one.r_xx).max())
+    assert ps.compress(model, both, target={"params": 0.5}, progress=False).report.divergence < 0.1
+
+
+class Named(nn.Module):
+    """Called by keywords, with a mask that may be missing, in bfloat16."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.up, self.down = nn.Embedding(9, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, ids, scale, mask=None, flag=True):
+        hidden = self.words(ids) * scale[..., None]
+        return self.down(self.up(hidden).relu()) if flag else hidden
+
+
+def test_batches_of_any_form_come_back_from_a_file(tmp_path):
+    model, random = Named().eval(), torch.Generator().manual_seed(0)
+    batches = [
+        {
+            "ids": torch.randint(9, (8, 5), generator=random),
+            "scale": torch.rand(8, 5, generator=random),
+            "mask": None,
+            "flag": True,
+        }
+        for _ in range(4)
+    ]
+    ps.study(model, batches, progress=False).save(tmp_path / "study")
+    loaded = ps.Study.load(tmp_path / "study", model)
+    target = {"params": 0.8}
+    one, other = (ps.compress(model, given, target=target, progress=False) for given in (batches, loaded))
+    assert_same_network(one, other)
+
+
+def test_a_file_of_something_else_is_refused(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"x": torch.ones(3)}, tmp_path / "file")
+    with pytest.raises(ps.DataError, match="no file of sums"):
+        ps.Study.load(tmp_path / "file", convolutional())
+    (tmp_path / "text").write_text("hello")
+    with pytest.raises(ps.DataError, match="no file of sums"):
+        ps.Study.load(tmp_path / "text", convolutional())
+
+
+def test_networks_that_cannot_be_traced_have_a_study_too():
+    model = Experts(guarded=True).eval()
+    found = ps.study(model, data(), progress=False)
+    assert found.graph is None
+    assert "down.0" in found.correlations
+
+
+@pytest.mark.parametrize("verb", ["compress", "low_rank", "quantize", "prune"])
+def test_bounded_memory_gives_the_same_network(monkeypatch, verb):
+    model = convolutional()
+    free = OF_STUDIES[verb](model, pictures())
+    forced = []
+
+    def on_disk(*args, **kwargs):
+        plan = replace(plan_of(*args, **kwargs), on_disk=True)
+        forced.append(plan)
+        return replace(plan, passes=[[name] for name in plan.sharing])
+
+    plan_of = passes.plan_of
+    monkeypatch.setattr("pysolve.nn.calibration.plan_of", on_disk)
+    assert_same_network(OF_STUDIES[verb](model, pictures()), free)
+    assert forced
+
+
+def test_memory_is_taken_in_words_and_too_little_is_refused():
+    with pytest.raises(ps.PysolveError, match=r"memory=1 MiB is too little.*Give at least memory='\d+MiB'"):
+        ps.compress(convolutional(), pictures(), memory="1MiB", progress=False)
+    for wrong in ("much", "-3GB", "0"):
+        with pytest.raises(ValueError, match="memory must be"):
+            ps.compress(convolutional(), pictures(), memory=wrong, progress=False)
+    sizes = {"4GiB": 4 << 30, "500 MB": 500_000_000, "1.5kib": 1536, 7: 7, "7": 7}
+    assert [bytes_in(one) for one in sizes] == [*sizes.values()]

@@ -35,6 +35,22 @@ class Channels:
 
     select: Select = field(default="elimination")
 
+    def menus(self, study: Study) -> list[Menu]:
+        """The menu of every site that can shrink; eliminations are shared out among processes."""
+        sites, ranks = study.free, study.options.ranks
+        if ranks.size == 1 or self.select != "elimination":
+            return [self.menu(study, site) for site in sites]
+
+        def path(number: int) -> tuple[Indices, Array, float]:
+            start, site = time.perf_counter(), sites[number]
+            order, error = _eliminated(*site_problem(site, study.correlations, widths(study, site)))
+            return order, error, time.perf_counter() - start
+
+        found = zip(sites, ranks.shared_out(len(sites), path), strict=True)
+        return [
+            replace(_of_order(site, order, error), seconds=seconds) for site, (order, error, seconds) in found
+        ]
+
     def menu(self, study: Study, site: Site) -> Menu:
         """What the readers lose with 1 … all channels, as a share of their outputs' energy, refitted.
 
@@ -58,11 +74,7 @@ def site_menu(
         order = np.argsort(-np.asarray(select, dtype=np.float64), kind="stable")
         return _sampled(site, problem, left, lambda k: np.sort(order[:k]), "scores")
     if select == "elimination":
-        path = elimination_path(problem, r_yy=left if len(left) > 1 else left[0])
-        # The order alone: the path holds on to the problem.
-        order = path.order
-        error = np.maximum(2 * path.error / len(left), FLOOR)
-        return _menu(site, lambda k: np.sort(order[len(order) - k :]), error, select)
+        return _of_order(site, *_eliminated(problem, left))
     K = site.channels
     keep = cache(lambda k: select_channels(problem, k=k, method=select) if 0 < k < K else np.arange(k))
     return _sampled(site, problem, left, keep, select)
@@ -116,6 +128,16 @@ def reader_columns(site: Site, correlations: Correlations, reader: str, width: i
     taps = len(correlations.xx) // width
     table = site.columns_of(reader, width)
     return (table[:, :, None] * taps + np.arange(taps)).reshape(site.channels, -1)
+
+
+def _eliminated(problem: Problem, left: Sequence[float]) -> tuple[Indices, Array]:
+    """Channels in the order of removal, and the error of every size."""
+    path = elimination_path(problem, r_yy=left if len(left) > 1 else left[0])
+    return path.order, np.maximum(2 * path.error / len(left), FLOOR)
+
+
+def _of_order(site: Site, order: Indices, error: Array) -> Menu:
+    return _menu(site, lambda k: np.sort(order[len(order) - k :]), error, "elimination")
 
 
 def _menu(site: Site, keep: Callable[[int], Indices], error: Array, method: str) -> Menu:

@@ -137,7 +137,7 @@ def codes_for(study: Study, kind: Codes) -> Codes:
         return replace(kind, sensitivity={name: 1.0 / (whole or 1.0) for name, whole in energy.items()})
     known = {name: study.layers[name].module for name in study.weights if name in study.correlations}
     # One batch tells which outputs matter.
-    metrics = sensitivities(study.model, known, study.calibration.kept[:1])
+    metrics = sensitivities(study.model, known, study.options.ranks.first(study.calibration.kept[:1]))
     return replace(kind, outputs={name: np.maximum(np.diag(S), _OUTPUT) for name, S in metrics.items()})
 
 

@@ -27,7 +27,7 @@ from pysolve.nn.layers.factored import CONVOLUTIONS, Factored, empty, factors
 from pysolve.nn.per_sample import sample_macs, workload
 from pysolve.nn.profile import layer_inputs
 from pysolve.nn.running import find_layer
-from pysolve.nn.samples import first_samples, samples_in, take
+from pysolve.nn.samples import samples_in, take
 from pysolve.nn.sensitivity import sensitivities
 from pysolve.plan import Plan
 
@@ -187,7 +187,7 @@ def _metrics(study: Study, layers: Mapping[str, Layer]) -> dict[str, Array]:
     Without the second part, which counts all outputs alike, errors go where the first order sees none.
     """
     assert study.calibration is not None
-    samples = first_samples(study.calibration.kept, _SENSED)
+    samples = study.first_kept(_SENSED)
     pieces = [take(b, i, i + TIMED) for b in samples for i in range(0, samples_in(b), TIMED)]
     found = sensitivities(study.model, layers, pieces)
     return {name: S + np.eye(len(S)) for name, S in found.items()}

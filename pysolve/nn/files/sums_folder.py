@@ -117,7 +117,9 @@ class SumsFolder:
 
     def add(self, name: str, correlations: Mapping[str, Correlations]) -> None:
         """Keep the correlations of the layers that read what the named one reads; none where nothing did."""
-        path = self.path / f"{len(self.files)}.safetensors"
+        path = (
+            self.path / f"{1 + max((int(one.stem) for one in self.files.values()), default=-1)}.safetensors"
+        )
         arrays, record = sums_to_write(correlations)
         with self._writing():
             write_arrays(path, arrays, {"correlations": json.dumps(record)})

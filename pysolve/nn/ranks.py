@@ -1,0 +1,159 @@
+"""Processes of a torch.distributed group that work on one network, each with its share of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from pysolve.correlations import Array, Correlations
+from pysolve.errors import PysolveError
+from pysolve.nn.refusal import sentence
+
+T = TypeVar("T")
+# Numbers that are summed over processes at once.
+CHUNK = 2**24
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a group; without one, this process alone.
+
+    All of them must make the same calls in the same order. Batches go round: the i-th batch of rank r is
+    number i · size + r of all.
+    """
+
+    group: dist.ProcessGroup | None = None
+
+    @property
+    def rank(self) -> int:
+        """The number of this process."""
+        return 0 if self.group is None else dist.get_rank(self.group)
+
+    @property
+    def size(self) -> int:
+        """How many processes there are."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
+
+    def all(self, value: T) -> list[T]:
+        """The values of all processes."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with _failures():
+            dist.all_gather_object(found, value, self.group)
+        return found
+
+    def first(self, value: T) -> T:
+        """The value of the first process."""
+        if self.size == 1:
+            return value
+        found = [value]
+        with _failures():
+            dist.broadcast_object_list(found, group=self.group, group_src=0)
+        return found[0]
+
+    def add_up(self, *arrays: Array) -> None:
+        """Sum arrays of float64, which lie in order, over all processes, in their place."""
+        if self.size == 1:
+            return
+        home = self._home()
+        for array in arrays:
+            for part in torch.split(torch.from_numpy(array).view(-1), CHUNK):
+                moved = part.to(home)
+                with _failures():
+                    dist.all_reduce(moved, group=self.group)
+                if moved is not part:
+                    part.copy_(moved)
+
+    def counts(self, count: int) -> list[int]:
+        """A number of each process."""
+        if self.size == 1:
+            return [count]
+        found = torch.zeros(self.size, dtype=torch.int64, device=self._home())
+        found[self.rank] = count
+        with _failures():
+            dist.all_reduce(found, group=self.group)
+        return [int(one) for one in found.tolist()]
+
+    def shared_out(self, count: int, one: Callable[[int], T]) -> list[T]:
+        """What a function makes of 0 … count − 1, each in one of the processes."""
+        if self.size == 1:
+            return [one(i) for i in range(count)]
+        parts = self.all([one(i) for i in range(self.rank, count, self.size)])
+        return [parts[i % self.size][i // self.size] for i in range(count)]
+
+    def together(
+        self, batches: Iterable[T], count: Callable[[T], int]
+    ) -> Iterator[tuple[T | None, list[int]]]:
+        """Batch after batch, None behind the last, and how many samples each process has in its own.
+
+        Ends when no process has any more; a process that fails on the way ends the others.
+        """
+        given = iter(batches)
+        while True:
+            try:
+                batch = next(given, None)
+                samples = 0 if batch is None else count(batch)
+            except BaseException:
+                self.counts(_FAILED)
+                raise
+            counts = self.counts(samples)
+            if min(counts) < 0:
+                failed = [str(rank) for rank, one in enumerate(counts) if one < 0]
+                raise PysolveError(f"process {' and '.join(failed)} of the group failed: see its own error.")
+            if not any(counts):
+                return
+            yield batch, counts
+
+    def check_same(self, what: str, value: object) -> None:
+        """PysolveError where processes have different values."""
+        found = self.all(value)
+        others = [str(rank) for rank, one in enumerate(found) if one != found[0]]
+        if others:
+            raise PysolveError(
+                f"process {' and '.join(others)} of the group has another {what} than process 0: all must "
+                "call with the same network and the same arguments."
+            )
+
+    def _home(self) -> torch.device:
+        """Where tensors are that the group's backend sends."""
+        if dist.get_backend(self.group) == "nccl":
+            return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cpu")
+
+
+# Without a group.
+ALONE = Ranks()
+
+
+def merged(own: Correlations | None, d: int, h: int, group_size: int, ranks: Ranks) -> Correlations | None:
+    """Correlations of d inputs and h outputs over all processes; None where none has any."""
+    if ranks.size == 1:
+        return own
+    shapes = {"xx": (d, d), "yx": (h, d), "yy": (h,), "x_sum": (d,), "y_sum": (h,)}
+    parts = {part: getattr(own, part) if own else np.zeros(shape) for part, shape in shapes.items()}
+    parts["yy"] = np.diag(parts["yy"]).copy() if parts["yy"].ndim == 2 else parts["yy"]
+    ranks.add_up(*parts.values())
+    count = sum(ranks.counts(own.count if own else 0))
+    return Correlations(**parts, count=count, group_size=group_size) if count else None
+
+
+_FAILED = -(2**40)
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """One error where another process died, hangs, or left."""
+    try:
+        yield
+    except (dist.DistError, RuntimeError) as error:
+        raise PysolveError(
+            f"the processes of the group could not go on: {sentence(error)}. Another one failed, was killed, "
+            "or hangs: see its own error, and start all of them again; checkpoints are kept."
+        ) from error
