@@ -2,26 +2,36 @@
 
 python bench/scale.py gather [--threads 2] [--out DIR]
 python bench/scale.py passes [--threads 2] [--samples 1024] [--only bert_compress,…] [--out DIR]
+python bench/scale.py decoders [--threads 2] [--only 125m,350m,slice] [--out DIR]
+python bench/scale.py growth [--threads 2] [--out DIR]
 
 gather: useful operations, two for each different number of Σ x xᵀ and each row, as a share of the rate of
 float32 products of the same size in the same run. passes: seconds of a verb over those of one pass of the
-network over the same batches without gradients, the mean of one before and one after; random weights.
+network over the same batches without gradients, the mean of one before and one after; random weights. decoders: seconds, and memory beyond what the process had,
+of decoders and a slice of wide blocks to 70 % of their MACs within a bound. growth: seconds against tokens,
+depth and width, each doubled twice, and the exponents.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from common import OutOption, ThreadsOption, write
+from decoder import SHAPES, Shape, decoder, tokens
 from torch import Tensor, nn
 
 import pysolve as ps
 from pysolve.nn.gather import gather_reached
+from pysolve.nn.memory import in_bytes, resident
 from pysolve.nn.zoo import ResNet
 from pysolve.report.report import Report
 
@@ -149,6 +159,97 @@ def passes(
         )
         typer.echo(f"{name}: {seconds:.1f} s, {seconds / own:.1f} passes of {own:.2f} s; {stages}")
         write(out / "passes.json", "passes", threads, rows)
+
+
+class Wide(nn.Module):
+    """A residual block of a perceptron."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(width, inner), nn.Linear(inner, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).relu())
+
+
+def wide() -> nn.Module:
+    """Four blocks of 1,152 → 4,608 → 1,152."""
+    torch.manual_seed(0)
+    return nn.Sequential(*(Wide(1152, 4608) for _ in range(4)), nn.Linear(1152, 100)).eval()
+
+
+# Network, batches, and the bound on memory.
+BOUNDED: dict[str, tuple[Callable[[], nn.Module], Callable[[], list[Tensor]], str]] = {
+    "slice": (wide, lambda: list(torch.randn(1536, 1152).split(128)), "1GiB"),
+    "125m": (lambda: decoder(SHAPES["125m"]), lambda: tokens(SHAPES["125m"], 64, 512), "8GiB"),
+    "350m": (lambda: decoder(SHAPES["350m"]), lambda: tokens(SHAPES["350m"], 64, 512), "10GiB"),
+}
+
+
+@app.command()
+def decoders(
+    threads: ThreadsOption = 2,
+    only: Annotated[str, typer.Option(help="Names of cases, with commas.")] = "",
+    out: OutOption = Path("scale"),
+) -> None:
+    """Large networks to 70 % of their MACs within a bound on memory, each in a process of its own."""
+    rows: list[dict[str, object]] = []
+    for name in only.split(",") if only else BOUNDED:
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            rows.append(pool.submit(bounded, name, threads).result())
+        typer.echo(str(rows[-1]))
+        write(out / "decoders.json", "decoders", threads, rows)
+
+
+def bounded(name: str, threads: int) -> dict[str, object]:
+    """One case: seconds, and the most memory beyond what the process had before."""
+    torch.set_num_threads(threads)
+    make, data, memory = BOUNDED[name]
+    model, batches = make(), data()
+    one_pass(model, batches[:1])
+    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")
+    start = time.perf_counter()
+    options = {"latency": False, "progress": False}
+    report = ps.compress(model, batches, target={"macs": 0.7}, memory=memory, **options).report  # type: ignore[arg-type]
+    seconds = time.perf_counter() - start
+    status = Path("/proc/self/status").read_text().splitlines()
+    peak = next(1024 * int(line.split()[1]) for line in status if line.startswith("VmHWM"))
+    return {
+        "case": name,
+        "params": sum(one.numel() for one in model.parameters()),
+        "memory": memory,
+        "taken": in_bytes(peak - before),
+        "seconds": round(seconds, 1),
+        "stages": {stage: round(spent, 1) for stage, spent in report.seconds.items()},
+        "macs": report.after["macs"] / report.before["macs"],
+        "notes": report.notes,
+    }
+
+
+@app.command()
+def growth(threads: ThreadsOption = 2, out: OutOption = Path("scale")) -> None:
+    """Seconds of compress against tokens, width and depth."""
+    torch.set_num_threads(threads)
+    small = Shape(3, 192, 768, 4, words=500)
+    ways: dict[str, list[tuple[Shape, int]]] = {
+        "tokens": [(small, n) for n in (64, 128, 256)],
+        "depth": [(replace(small, layers=n), 64) for n in (3, 6, 12)],
+        "width": [(replace(small, width=n, inner=4 * n), 64) for n in (192, 384, 768)],
+    }
+    rows = []
+    for way, cases in ways.items():
+        seconds = []
+        for shape, sequences in cases:
+            model, batches = decoder(shape), tokens(shape, sequences, 128)
+            options = {"latency": False, "progress": False}
+            start = time.perf_counter()
+            ps.compress(model, batches, target={"macs": 0.7}, **options)  # type: ignore[arg-type]
+            seconds.append(time.perf_counter() - start)
+        exponent = math.log2(seconds[2] / seconds[0]) / 2
+        rows.append({"way": way, "seconds": seconds, "exponent": exponent})
+        typer.echo(f"{way}: {', '.join(f'{one:.1f}' for one in seconds)} s, exponent {exponent:.2f}")
+        write(out / "growth.json", "growth", threads, rows)
 
 
 def one_pass(model: nn.Module, batches: list[Any]) -> float:

@@ -25,6 +25,7 @@ from pysolve.methods.goal import (
     check_whole,
     network_of,
     options_for,
+    placed,
 )
 from pysolve.methods.kinds.channels import Channels, Select
 from pysolve.methods.layout import lay_out
@@ -36,7 +37,7 @@ from pysolve.methods.sizes import Sized, by_keep, by_lam, check_free, site_repor
 from pysolve.methods.study import Clock, Study, studied
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.items import Transform, check_batches
-from pysolve.nn.running import Batch, Ignored
+from pysolve.nn.running import Batch, Device, Ignored
 from pysolve.plan import Site
 from pysolve.report.report import Report
 from pysolve.solve.selection import select_channels
@@ -65,6 +66,7 @@ def compress(
     transform: Transform | None = None,
     latency: bool = True,
     process_group: ProcessGroup | None = None,
+    device: Device = None,
 ) -> Compressed:
     """Make a network smaller, without labels and without training it again.
 
@@ -130,6 +132,9 @@ def compress(
         All processes of the group make the same call, each with its share of the batches, of which the i-th
         of rank r is number i · size + r of all. Sums are added up over them, measurements and refits shared,
         and every process ends with the same network.
+    device : torch.device or str, optional
+        Where to compute: a copy of the network and the batches are moved there; by default both must be on
+        one device. The result is where ``model`` is; ``evaluate`` is called with networks there.
 
     Returns
     -------
@@ -154,8 +159,19 @@ def compress(
     how = _checked(network, targets, select, refit, distill, sites, ignore, round_to)
     check_keep(keep, lam)
     options = options_for(
-        network, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group
+        network,
+        ignore,
+        divergence,
+        memory,
+        seed,
+        progress,
+        evaluate,
+        transform,
+        latency,
+        process_group,
+        device,
     )
+    network = placed(network, options)
     found = studied(network, batches, options, sites=True if sites is None else sites)
     check_free(found)
     clock, channels = Clock(), Channels(_by_site(found, select))
@@ -192,6 +208,7 @@ def sweep(
     transform: Transform | None = None,
     latency: bool = True,
     process_group: ProcessGroup | None = None,
+    device: Device = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> list[Report]:
     """Compress to several targets after one pass over the data.
@@ -204,7 +221,7 @@ def sweep(
     retrain : callable, optional
         Trains a network in place; each result is evaluated once more after it. Needs ``evaluate``.
     select, refit, distill, ignore, seed, progress, sites, round_to, divergence, memory, transform, latency,
-    process_group
+    process_group, device
         As in ``compress``.
     checkpoint : path, optional
         Folder for sums, from which a killed call goes on, as in ``study``.
@@ -238,8 +255,10 @@ def sweep(
         transform,
         latency,
         process_group,
+        device,
         checkpoint,
     )
+    network = placed(network, options)
     found = studied(network, batches, options, sites=True if sites is None else sites)
     check_free(found)
     clock, channels = Clock(), Channels(_by_site(found, select))

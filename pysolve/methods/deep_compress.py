@@ -25,6 +25,7 @@ from pysolve.methods.goal import (
     check_whole,
     network_of,
     options_for,
+    placed,
 )
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.kinds.codes import Codes
@@ -53,7 +54,7 @@ from pysolve.nn.apply import apply
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.items import Transform, check_batches
-from pysolve.nn.running import Batch, Ignored
+from pysolve.nn.running import Batch, Device, Ignored
 from pysolve.plan import Site
 
 # Bits a weight at which the search for a width begins, the factor between widths, and how many are tried.
@@ -80,6 +81,7 @@ def deep_compress(
     transform: Transform | None = None,
     latency: bool = True,
     process_group: ProcessGroup | None = None,
+    device: Device = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -110,7 +112,7 @@ def deep_compress(
         At most 2^bits values a layer; without bytes as a target, as many in every layer, by default 16.
     distill : number of seconds, or {"seconds" or "epochs": number, …}
         As ``quantize`` has it: three fifths of the time before weights share values, the rest afterwards.
-    layout, ignore, evaluate, divergence, memory, transform, latency, process_group,
+    layout, ignore, evaluate, divergence, memory, transform, latency, process_group, device,
     seed, progress
         As ``quantize`` has them.
 
@@ -138,8 +140,19 @@ def deep_compress(
     if iter(batches) is batches:
         batches = list(batches)
     options = options_for(
-        network, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group
+        network,
+        ignore,
+        divergence,
+        memory,
+        seed,
+        progress,
+        evaluate,
+        transform,
+        latency,
+        process_group,
+        device,
     )
+    network = placed(network, options)
     clock = Clock()
     size = in_bytes(asked["bytes"], network) if "bytes" in asked else None
     share = _share(asked.get("params", None if size else 1.0), network)

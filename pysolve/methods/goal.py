@@ -12,6 +12,7 @@ from numbers import Integral, Real
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
@@ -25,7 +26,8 @@ from pysolve.nn.layers.runtime import without_sparse
 from pysolve.nn.memory import Bound
 from pysolve.nn.plain import check_plain, plain_network
 from pysolve.nn.ranks import Ranks
-from pysolve.nn.running import Ignored, find_matching
+from pysolve.nn.running import Device, Ignored, device_of, find_matching
+from pysolve.nn.state import copy_of
 from pysolve.plan import Plan, Site
 from pysolve.solve.budget import check_targets
 from pysolve.training.distill import distill as teach
@@ -67,6 +69,10 @@ class Options:
         Folder for sums, from which a killed run goes on.
     ranks : Ranks
         Processes that have the other batches.
+    device : torch.device, optional
+        Where to compute, if not where the network is.
+    home : torch.device, optional
+        Where the network is, and the result is to be.
     """
 
     ignore: Sequence[Ignored] = ()
@@ -80,6 +86,8 @@ class Options:
     latency: bool = True
     checkpoint: Path | None = None
     ranks: Ranks = field(default_factory=Ranks)
+    device: torch.device | None = None
+    home: torch.device | None = None
 
 
 def options_for(
@@ -93,6 +101,7 @@ def options_for(
     transform: Transform | None = None,
     latency: bool = True,
     process_group: ProcessGroup | None = None,
+    device: Device = None,
     checkpoint: str | os.PathLike[str] | None = None,
 ) -> Options:
     """Options of a verb, checked; the original is evaluated before any other work.
@@ -104,13 +113,62 @@ def options_for(
     TypeError, ValueError
         ``memory`` is no positive number; ``evaluate`` returns none; a pattern is no regular expression.
     """
-    find_matching(network, ignore)
+    matched = find_matching(network, ignore)
     bound = None if memory is None else Bound.of(bytes_in(memory))
     folder = None if checkpoint is None else Path(checkpoint)
     score = None if evaluate is None else score_of(evaluate, network)
-    ranks = Ranks(process_group)
-    bars = progress and ranks.rank == 0
-    return Options(ignore, divergence, bound, seed, bars, evaluate, score, transform, latency, folder, ranks)
+    ranks, place, home = Ranks(process_group), checked_device(device), device_of(network)
+    if place is not None and place != home:
+        # Layers themselves would be the given network's, not those of its copy.
+        ignore = sorted(matched)
+    return Options(
+        ignore,
+        divergence,
+        bound,
+        seed,
+        progress and ranks.rank == 0,
+        evaluate,
+        score,
+        transform,
+        latency,
+        folder,
+        ranks,
+        place,
+        home,
+    )
+
+
+def checked_device(device: Device) -> torch.device | None:
+    """A device that can compute, if one is given.
+
+    Raises
+    ------
+    ValueError
+        There is no such device, or it does not compute.
+    """
+    if device is None:
+        return None
+    try:
+        found = torch.ones(1, device=device)
+        found.item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"cannot compute on device={device!r}: {reason}.") from error
+    return found.device
+
+
+def placed(network: nn.Module, options: Options) -> nn.Module:
+    """The network where it is to be computed: a copy, if it is elsewhere."""
+    if options.device in (None, options.home):
+        return network
+    return copy_of(network).to(options.device)
+
+
+def at_home(network: nn.Module, options: Options) -> nn.Module:
+    """The network where the given one is: a copy, if it is elsewhere."""
+    if options.device in (None, options.home):
+        return network
+    return copy_of(network).to(options.home)
 
 
 def bytes_in(memory: int | str) -> int:

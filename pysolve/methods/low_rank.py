@@ -22,6 +22,7 @@ from pysolve.methods.goal import (
     check_whole,
     network_of,
     options_for,
+    placed,
 )
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.kinds.ranks import STRUCTURES, RankMenu, Ranks, ranks_of
@@ -35,7 +36,7 @@ from pysolve.methods.study import Clock, Study, studied
 from pysolve.methods.weights import reasons, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.items import Transform
-from pysolve.nn.running import Batch, Ignored, find_layer
+from pysolve.nn.running import Batch, Device, Ignored, find_layer
 from pysolve.report.rows import LayerReport
 
 METHODS = ("activation", "svd")
@@ -66,6 +67,7 @@ def low_rank(
     transform: Transform | None = None,
     latency: bool = True,
     process_group: ProcessGroup | None = None,
+    device: Device = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -114,7 +116,7 @@ def low_rank(
         Of the choice of rows and of distillation.
     progress : bool
         Show progress bars, with the time left, when on a terminal.
-    memory, transform, latency, process_group
+    memory, transform, latency, process_group, device
         As ``compress`` has them.
 
     Returns
@@ -150,10 +152,21 @@ def low_rank(
         prune=prune,
         distill=how,
     )
-    weights, left = weights_of(network, ignore)
     options = options_for(
-        network, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group
+        network,
+        ignore,
+        divergence,
+        memory,
+        seed,
+        progress,
+        evaluate,
+        transform,
+        latency,
+        process_group,
+        device,
     )
+    network = placed(network, options)
+    weights, left = weights_of(network, options.ignore)
     plain = method == "svd"
     found = studied(network, batches, options, weights=weights, sites=prune, gather=not plain, left=left)
     clock = Clock()

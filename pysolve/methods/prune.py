@@ -26,6 +26,7 @@ from pysolve.methods.goal import (
     check_target,
     network_of,
     options_for,
+    placed,
 )
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.kinds.zeros import SCORES as OF_WEIGHTS
@@ -40,7 +41,7 @@ from pysolve.methods.weights import reasons, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.items import Transform
-from pysolve.nn.running import Batch, Ignored
+from pysolve.nn.running import Batch, Device, Ignored
 from pysolve.plan import Site
 
 METHODS = (*OF_WEIGHTS, "obs", *OF_CHANNELS, "elimination", "lasso")
@@ -115,6 +116,7 @@ def prune(
     transform: Transform | None = None,
     latency: bool = True,
     process_group: ProcessGroup | None = None,
+    device: Device = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -174,7 +176,7 @@ def prune(
         Of random scores, of the choice of rows and of distillation.
     progress : bool
         Show progress bars, with the time left, when on a terminal.
-    memory, transform, latency, process_group
+    memory, transform, latency, process_group, device
         As ``compress`` has them.
 
     Returns
@@ -203,8 +205,19 @@ def prune(
     goal = _Goal(method, what, value, scope, refit, layout, norm, check_distill(network, distill))
     _check(goal, batches is None)
     options = options_for(
-        network, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group
+        network,
+        ignore,
+        divergence,
+        memory,
+        seed,
+        progress,
+        evaluate,
+        transform,
+        latency,
+        process_group,
+        device,
     )
+    network = placed(network, options)
     if goal.of_channels:
         assert batches is not None
         return _channels(before, network, batches, goal, options)

@@ -24,6 +24,7 @@ from pysolve.methods.goal import (
     check_whole,
     network_of,
     options_for,
+    placed,
 )
 from pysolve.methods.kinds.codes import SCHEMES, Codes
 from pysolve.methods.layout import LaidOut, check_layout, lay_out, plan_of
@@ -38,7 +39,7 @@ from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes
 from pysolve.nn.files.checkpoint import file_bytes
 from pysolve.nn.items import Transform
-from pysolve.nn.running import Batch, Ignored
+from pysolve.nn.running import Batch, Device, Ignored
 from pysolve.plan import Plan, Site
 
 LAYOUTS = ("dense", "auto", "sparse", "shared")
@@ -64,6 +65,7 @@ def quantize(
     transform: Transform | None = None,
     latency: bool = True,
     process_group: ProcessGroup | None = None,
+    device: Device = None,
     seed: int = 0,
     progress: bool = True,
 ) -> Compressed:
@@ -115,7 +117,7 @@ def quantize(
         Of the choice of rows, and of training.
     progress : bool
         Show progress bars, with the time left, when on a terminal.
-    memory, transform, latency, process_group
+    memory, transform, latency, process_group, device
         As ``compress`` has them.
 
     Returns
@@ -139,8 +141,19 @@ def quantize(
     how = check_distill(network, distill, ("trained",))
     _check(scheme, bits, target, group, method, how, layout, batches is None)
     options = options_for(
-        network, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group
+        network,
+        ignore,
+        divergence,
+        memory,
+        seed,
+        progress,
+        evaluate,
+        transform,
+        latency,
+        process_group,
+        device,
     )
+    network = placed(network, options)
     kind = Codes(scheme, bits, group, method)
     subject = subject_of(network, batches, options, kind, to_bytes=target is not None)
     clock, size = Clock(), None if target is None else in_bytes(target["bytes"], network)

@@ -17,7 +17,7 @@ from torch import nn
 import pysolve
 from pysolve.compressed import Compressed
 from pysolve.errors import PysolveWarning
-from pysolve.methods.goal import Options, Target, plain_target, score_of
+from pysolve.methods.goal import Options, Target, at_home, plain_target, score_of
 from pysolve.methods.layout import LaidOut
 from pysolve.methods.study import Clock, Study
 from pysolve.nn.calibration import HELD_OF, LEAST_APART
@@ -108,6 +108,7 @@ def finish(
         notes = (*notes, FITTED_ON)
     elif selected and study.apart is study.held:
         notes = (*notes, CHOSEN_ON)
+    model = at_home(model, study.options)
     lines = laid.lines if lines is None else lines
     few = few_samples(_given(study), study.correlations)
     stuck = pinned(report.mass, study.sites) if any(site.pinned is None for site in study.sites) else []
@@ -208,7 +209,7 @@ def later_score(options: Options, network: nn.Module) -> tuple[float | None, tup
     if options.evaluate is None:
         return None, ()
     try:
-        return score_of(options.evaluate, network), ()
+        return score_of(options.evaluate, at_home(network, options)), ()
     except Exception as error:
         return None, (f"evaluate failed on the smaller network: {type(error).__name__}: {error}",)
 

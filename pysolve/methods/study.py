@@ -19,7 +19,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from pysolve.compressed import Compressed
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import DataError, PysolveError
-from pysolve.methods.goal import Memory, Options, network_of, options_for
+from pysolve.methods.goal import Memory, Options, network_of, options_for, placed
 from pysolve.methods.weights import Skipped, weights_of
 from pysolve.nn.calibration import Calibration, calibrate
 from pysolve.nn.divergence import kl_divergence
@@ -38,12 +38,14 @@ from pysolve.nn.plain import plain_network
 from pysolve.nn.refusal import output_of
 from pysolve.nn.running import (
     Batch,
+    Device,
     Ignored,
     as_array,
+    device_of,
     evaluating,
     few_samples,
 )
-from pysolve.nn.samples import first_samples, laid_out, peek
+from pysolve.nn.samples import first_samples, laid_out, moved, on_device, peek
 from pysolve.plan import Site
 
 
@@ -150,7 +152,9 @@ class Study:
         """The first samples of the refit, of all processes."""
         own = first_samples(self._gathered.kept, count)
         turns = zip_longest(*self.options.ranks.all(own))
-        return first_samples([batch for turn in turns for batch in turn if batch is not None], count)
+        home = device_of(self.model)
+        every = [moved(batch, home) for turn in turns for batch in turn if batch is not None]
+        return first_samples(every, count)
 
     @property
     def apart(self) -> list[Batch]:
@@ -188,6 +192,7 @@ def study(
     checkpoint: str | os.PathLike[str] | None = None,
     transform: Transform | None = None,
     process_group: ProcessGroup | None = None,
+    device: Device = None,
     progress: bool = True,
 ) -> Study:
     """Gather what any verb needs of a network, once: verbs then take the study in the place of batches.
@@ -209,7 +214,7 @@ def study(
         from there, with the same sums to the bit. Another network, and other batches, are refused.
     transform : callable, optional
         Makes inputs of an item of ``batches``.
-    process_group : torch.distributed.ProcessGroup, optional
+    process_group, device
         As in ``compress``.
     progress : bool
 
@@ -228,9 +233,21 @@ def study(
     check_batches(batches)
     _, network = network_of(model)
     options = options_for(
-        network, ignore, kl_divergence, memory, 0, progress, None, transform, True, process_group, checkpoint
+        network,
+        ignore,
+        kl_divergence,
+        memory,
+        0,
+        progress,
+        None,
+        transform,
+        True,
+        process_group,
+        device,
+        checkpoint,
     )
-    weights, left = weights_of(network, ignore)
+    network = placed(network, options)
+    weights, left = weights_of(network, options.ignore)
     return studied(network, batches, options, weights=weights, sites=True, needed=False, left=left)
 
 
@@ -284,14 +301,16 @@ def studied(
     if known is not None:
         if known.model is not model:
             check_network(network_checksums(known.model), model, "the study")
+        known = replace(known, calibration=known._gathered.on(options.device))
         first = next(iter([*known, *known.held]))
     else:
-        first, batches = laid_out(model, *peek(batches, options.transform))
+        first, batches = peek(batches, options.transform)
+        first, batches = laid_out(model, moved(first, options.device), on_device(batches, options.device))
     ranks = options.ranks
     if ranks.size > 1:
         ranks.check_same("network", network_checksums(model))
         # Graphs and sites are those of one batch.
-        first = ranks.first(first)
+        first = moved(ranks.first(first), device_of(model))
     if not trace:
         with evaluating(model):
             output_of(model, first)

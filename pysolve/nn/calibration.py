@@ -19,8 +19,8 @@ from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.memory import Bound, room_for
 from pysolve.nn.passes import gathered, plan_of
 from pysolve.nn.ranks import ALONE, Ranks
-from pysolve.nn.running import Batch
-from pysolve.nn.samples import first_samples, joined, later_samples, samples_in, take
+from pysolve.nn.running import Batch, Device, device_of
+from pysolve.nn.samples import first_samples, joined, later_samples, moved, samples_in, take
 from pysolve.nn.sound import sound
 
 # One sample of so many is held out, up to so many to choose sizes by and so many for the report.
@@ -107,6 +107,12 @@ class Calibration:
         limit = room_for(graph, bound.left() // 2)
         return replace(self, limit=limit, kept=first_samples(self.kept, limit))
 
+    def on(self, device: Device) -> Calibration:
+        """The same, with all samples on a device."""
+        lists = (self.held, self.apart, self.kept)
+        held, apart, kept = ([moved(batch, device) for batch in one] for one in lists)
+        return replace(self, held=held, apart=apart, kept=kept)
+
     def __add__(self, other: Calibration) -> Calibration:
         """The samples of both."""
         both = {one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)}
@@ -176,7 +182,8 @@ def calibrate(
         return calibration.stream(sound(model, batches, first, graph, run=not layers), ranks)
 
     found = gathered(model, stream, plan, shares, double, checkpoint, ranks, progress, example=example)
-    return calibration, found, plan.said
+    # What other processes have sent is on the CPU.
+    return calibration if ranks.size == 1 else calibration.on(device_of(model)), found, plan.said
 
 
 def _held_of(count: int, seen: int, out: int) -> int:

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import PysolveError
@@ -41,19 +43,19 @@ class Ranks:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     def all(self, value: T) -> list[T]:
-        """The values of all processes."""
+        """The values of all processes; tensors on the CPU."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
         with _failures():
-            dist.all_gather_object(found, value, self.group)
+            dist.all_gather_object(found, _sent(value), self.group)
         return found
 
     def first(self, value: T) -> T:
-        """The value of the first process."""
+        """The value of the first process; tensors on the CPU."""
         if self.size == 1:
             return value
-        found = [value]
+        found = [_sent(value)]
         with _failures():
             dist.broadcast_object_list(found, group=self.group, group_src=0)
         return found[0]
@@ -145,6 +147,12 @@ def merged(own: Correlations | None, d: int, h: int, group_size: int, ranks: Ran
 
 
 _FAILED = -(2**40)
+
+
+def _sent(value: T) -> T:
+    """Tensors of one process's device are none of another's."""
+    found: T = pytree.tree_map_only(Tensor, lambda tensor: tensor.cpu(), value)
+    return found
 
 
 @contextmanager

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain
+from operator import length_hint
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from pysolve.nn.refusal import output_of
 from pysolve.nn.running import (
     NO_BATCHES,
     Batch,
+    Device,
     Inputs,
     arguments,
     evaluating,
@@ -42,6 +45,67 @@ def samples_in(batch: Batch) -> int:
 def take(batch: Batch, start: int, stop: int) -> Any:
     """Samples start … stop − 1 of a batch, in the same form; views."""
     return with_leaves(batch, {i: leaf[start:stop] for i, leaf in sample_leaves(batch).items()})
+
+
+def moved(batch: Batch, device: Device) -> Any:
+    """A batch on a device; as it is, without one."""
+    if device is None:
+        return batch
+    return with_leaves(batch, {i: leaf.to(device) for i, leaf in _tensors(batch).items()})
+
+
+def on_device(batches: Iterable[Batch], device: Device) -> Iterable[Batch]:
+    """Batches on a device, as often as they can be gone through."""
+    if device is None:
+        return batches
+    if isinstance(batches, Iterator):
+        return ahead(batches, torch.device(device))
+    return Moved(batches, torch.device(device))
+
+
+@dataclass(frozen=True, eq=False)
+class Moved:
+    """A loader's batches on a device."""
+
+    given: Iterable[Batch]
+    device: torch.device
+
+    def __iter__(self) -> Iterator[Batch]:
+        return ahead(self.given, self.device)
+
+    def __length_hint__(self) -> int:
+        return length_hint(self.given, 10)
+
+
+def ahead(batches: Iterable[Batch], device: torch.device) -> Iterator[Batch]:
+    """Batches on a device; on a GPU the next one is copied while the last is computed with."""
+    if device.type != "cuda":
+        yield from (moved(batch, device) for batch in batches)
+        return
+    copies, waiting = torch.cuda.Stream(device), None  # type: ignore[no-untyped-call]
+    for batch in batches:
+        with torch.cuda.stream(copies):
+            after = _copied(batch, device)
+        if waiting is not None:
+            yield waiting
+        torch.cuda.current_stream(device).wait_stream(copies)
+        # Its memory is not given to others before the computation is done with it.
+        for leaf in _tensors(after).values():
+            leaf.record_stream(torch.cuda.current_stream(device))
+        waiting = after
+    if waiting is not None:
+        yield waiting
+
+
+def _copied(batch: Batch, device: torch.device) -> Batch:
+    leaves = _tensors(batch)
+    pinned = {i: leaf.pin_memory() if leaf.device.type == "cpu" else leaf for i, leaf in leaves.items()}
+    return with_leaves(batch, {i: leaf.to(device, non_blocking=True) for i, leaf in pinned.items()})
+
+
+def _tensors(batch: Batch) -> dict[int, Tensor]:
+    leaves = enumerate(pytree.tree_leaves(arguments(batch)))
+    return {i: leaf for i, leaf in leaves if isinstance(leaf, Tensor)}
 
 
 def first_samples(batches: list[Batch], count: int) -> list[Batch]:

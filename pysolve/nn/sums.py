@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -123,8 +124,9 @@ class Sums:
         kind, step = (torch.float32, ROWS) if single else (torch.float64, max(1, 2 * ROOM // max(1, size)))
         if single and not self.started and len(parts[0]):
             self.start(*self.start_of(*parts))
-        for start in range(0, len(parts[0]), step):
-            self._add([part[start : start + step].to(home) for part in parts], kind)
+        with _exact():
+            for start in range(0, len(parts[0]), step):
+                self._add([part[start : start + step].to(home) for part in parts], kind)
 
     def _add(self, parts: Sequence[Tensor], kind: torch.dtype) -> None:
         n, size = len(parts[0]), len(self.shift)
@@ -178,6 +180,17 @@ class Sums:
 def _home(device: torch.device) -> torch.device:
     """Where sums are held: Apple's GPU has no float64."""
     return torch.device("cpu") if device.type == "mps" else device
+
+
+@contextmanager
+def _exact() -> Iterator[None]:
+    """Products of float32 without the shorter formats (TF32, bfloat16) that users may have allowed."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def room(inputs: int) -> int:
