@@ -55,7 +55,8 @@ void load_blas() {
     load(routines.dsyr2k, blas, "dsyr2k", "cciiddididdi");
     load(routines.dsymv, blas, "dsymv", "ciddididdi");
     load(routines.dpotrf, lapack, "dpotrf", "cidii");
-    load(routines.dpotri, lapack, "dpotri", "cidii");
+    load(routines.dtrtri, lapack, "dtrtri", "ccidii");
+    load(routines.dlauum, lapack, "dlauum", "cidii");
     load(routines.dsterf, lapack, "dsterf", "iddi");
     set_blas(routines);
 }

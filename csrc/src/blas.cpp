@@ -25,6 +25,98 @@ void gemm(Routine* routine, MatrixView<const T> A, MatrixView<const T> B, Matrix
             const_cast<T*>(A.data), &lda, &zero, out.data, &ldo);
 }
 
+// out += factor · op(A) B
+void add_gemm(double factor, bool transposed, MatrixView<const double> A, MatrixView<const double> B,
+              MatrixView<double> out) {
+    char no = 'N', yes = 'T';
+    int m = to_int(out.cols), n = to_int(out.rows), k = to_int(B.rows);
+    int lda = to_int(A.stride), ldb = to_int(B.stride), ldo = to_int(out.stride);
+    double one = 1.0;
+    blas.dgemm(&no, transposed ? &yes : &no, &m, &n, &k, &factor, const_cast<double*>(B.data), &ldb,
+               const_cast<double*>(A.data), &lda, &one, out.data, &ldo);
+}
+
+// Triangles up to this size go to BLAS.
+constexpr Index leaf = 64;
+
+Index split(Index n) {
+    return (n / 2 + leaf / 2 - 1) / (leaf / 2) * (leaf / 2);
+}
+
+// An upper triangle in halves.
+template <class T>
+struct Halves {
+    explicit Halves(MatrixView<T> U)
+        : at(split(U.rows)),
+          first{U.data, at, at, U.stride},
+          corner{U.data + at, at, U.rows - at, U.stride},
+          second{U.data + at * (U.stride + 1), U.rows - at, U.rows - at, U.stride} {}
+    Index at;
+    MatrixView<T> first, corner, second;
+};
+
+MatrixView<double> rows(MatrixView<double> X, Index first, Index last) {
+    return {X.data + first * X.stride, last - first, X.cols, X.stride};
+}
+
+MatrixView<double> columns(MatrixView<double> X, Index first, Index last) {
+    return {X.data + first, X.rows, last - first, X.stride};
+}
+
+void leaf_solve(char side, char transposed, MatrixView<const double> U, MatrixView<double> X) {
+    char lower = 'L', no = 'N';
+    int m = to_int(X.cols), n = to_int(X.rows), ldu = to_int(U.stride), ldx = to_int(X.stride);
+    double one = 1.0;
+    blas.dtrsm(&side, &lower, &transposed, &no, &m, &n, &one, const_cast<double*>(U.data), &ldu, X.data, &ldx);
+}
+
+// X ← U⁻ᵀ X
+void solve_transposed(MatrixView<const double> U, MatrixView<double> X) {
+    if (U.rows <= leaf) return leaf_solve('R', 'T', U, X);
+    const Halves<const double> half(U);
+    const auto above = rows(X, 0, half.at), below = rows(X, half.at, X.rows);
+    solve_transposed(half.first, above);
+    add_gemm(-1.0, true, half.corner, above, below);
+    solve_transposed(half.second, below);
+}
+
+// X ← U⁻¹ X
+void solve(MatrixView<const double> U, MatrixView<double> X) {
+    if (U.rows <= leaf) return leaf_solve('R', 'N', U, X);
+    const Halves<const double> half(U);
+    const auto above = rows(X, 0, half.at), below = rows(X, half.at, X.rows);
+    solve(half.second, below);
+    add_gemm(-1.0, false, half.corner, below, above);
+    solve(half.first, above);
+}
+
+// X ← X U⁻¹
+void solve_right(MatrixView<const double> U, MatrixView<double> X) {
+    if (U.rows <= leaf) return leaf_solve('L', 'N', U, X);
+    const Halves<const double> half(U);
+    const auto left = columns(X, 0, half.at), right = columns(X, half.at, X.cols);
+    solve_right(half.first, left);
+    add_gemm(-1.0, false, left, half.corner, right);
+    solve_right(half.second, right);
+}
+
+// U ← U⁻¹
+void invert_triangle(MatrixView<double> U) {
+    if (U.rows <= leaf) {
+        char lower = 'L', no = 'N';
+        int n = to_int(U.rows), ldu = to_int(U.stride), info = 0;
+        blas.dtrtri(&lower, &no, &n, U.data, &ldu, &info);
+        return;
+    }
+    const Halves<double> half(U);
+    solve(half.first, half.corner);
+    solve_right(half.second, half.corner);
+    for (Index i = 0; i < half.at; ++i)
+        for (Index j = 0; j < half.corner.cols; ++j) half.corner.data[i * U.stride + j] *= -1.0;
+    invert_triangle(half.first);
+    invert_triangle(half.second);
+}
+
 }  // namespace
 
 void set_blas(const Blas& routines) {
@@ -98,20 +190,29 @@ void multiply_symmetric(MatrixView<const double> A, const double* x, double* y) 
                y, &one_step);
 }
 
+// Factors and triangular systems are split in halves, so that products do most of the work: they are twice as
+// fast as BLAS's own triangular routines. Below, U is the upper triangle with A = Uᵀ U (LAPACK's lower one).
+
 bool cholesky(MatrixView<double> A) {
-    char lower = 'L';
-    int n = to_int(A.rows), lda = to_int(A.stride), info = 0;
-    blas.dpotrf(&lower, &n, A.data, &lda, &info);
-    return info == 0;
+    if (A.rows <= leaf) {
+        char lower = 'L';
+        int n = to_int(A.rows), lda = to_int(A.stride), info = 0;
+        blas.dpotrf(&lower, &n, A.data, &lda, &info);
+        return info == 0;
+    }
+    const Halves<double> half(A);
+    if (!cholesky(half.first)) return false;
+    solve_transposed(half.first, half.corner);
+    char lower = 'L', no = 'N';
+    int n = to_int(half.second.rows), k = to_int(half.first.rows), ld = to_int(A.stride);
+    double minus = -1.0, one = 1.0;
+    blas.dsyrk(&lower, &no, &n, &k, &minus, half.corner.data, &ld, &one, half.second.data, &ld);
+    return cholesky(half.second);
 }
 
 void cholesky_solve(MatrixView<const double> factor, MatrixView<double> X) {
-    char right = 'R', lower = 'L', no = 'N', yes = 'T';
-    int m = to_int(X.cols), n = to_int(X.rows), lda = to_int(factor.stride), ldx = to_int(X.stride);
-    double one = 1.0;
-    double* L = const_cast<double*>(factor.data);
-    blas.dtrsm(&right, &lower, &yes, &no, &m, &n, &one, L, &lda, X.data, &ldx);
-    blas.dtrsm(&right, &lower, &no, &no, &m, &n, &one, L, &lda, X.data, &ldx);
+    solve_transposed(factor, X);
+    solve(factor, X);
 }
 
 void invert_factor(MatrixView<const double> factor, MatrixView<double> out) {
@@ -125,9 +226,10 @@ void invert_factor(MatrixView<const double> factor, MatrixView<double> out) {
 }
 
 void invert_from_cholesky(MatrixView<double> factor) {
+    invert_triangle(factor);
     char lower = 'L';
     int n = to_int(factor.rows), ld = to_int(factor.stride), info = 0;
-    blas.dpotri(&lower, &n, factor.data, &ld, &info);
+    blas.dlauum(&lower, &n, factor.data, &ld, &info);
 }
 
 double largest_tridiagonal_eigenvalue(Vector diagonal, Vector off_diagonal) {

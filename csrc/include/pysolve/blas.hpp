@@ -22,7 +22,8 @@ struct Blas {
     void (*dsyr2k)(char*, char*, int*, int*, double*, double*, int*, double*, int*, double*, double*, int*);
     void (*dsymv)(char*, int*, double*, double*, int*, double*, int*, double*, double*, int*);
     void (*dpotrf)(char*, int*, double*, int*, int*);
-    void (*dpotri)(char*, int*, double*, int*, int*);
+    void (*dtrtri)(char*, char*, int*, double*, int*, int*);
+    void (*dlauum)(char*, int*, double*, int*, int*);
     void (*dsterf)(int*, double*, double*, int*);
 };
 
