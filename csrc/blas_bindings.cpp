@@ -50,6 +50,7 @@ void load_blas() {
     load(routines.dgemm, blas, "dgemm", "cciiiddididdi");
     load(routines.sgemm, blas, "sgemm", "cciiissisissi");
     load(routines.dtrsm, blas, "dtrsm", "cccciiddidi");
+    load(routines.dtrmm, blas, "dtrmm", "cccciiddidi");
     load(routines.dsyrk, blas, "dsyrk", "cciiddiddi");
     load(routines.dsymm, blas, "dsymm", "cciiddididdi");
     load(routines.dsyr2k, blas, "dsyr2k", "cciiddididdi");

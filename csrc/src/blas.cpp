@@ -36,6 +36,23 @@ void add_gemm(double factor, bool transposed, MatrixView<const double> A, Matrix
                const_cast<double*>(A.data), &lda, &one, out.data, &ldo);
 }
 
+void syrk(char transposed, Index depth, double factor, MatrixView<const double> A, MatrixView<double> out) {
+    char lower = 'L';
+    int n = to_int(out.rows), k = to_int(depth), lda = to_int(A.stride), ldo = to_int(out.stride);
+    double one = 1.0;
+    blas.dsyrk(&lower, &transposed, &n, &k, &factor, const_cast<double*>(A.data), &lda, &one, out.data, &ldo);
+}
+
+void syr2k(char transposed, Index depth, double factor, MatrixView<const double> A,
+           MatrixView<const double> B, MatrixView<double> out) {
+    char lower = 'L';
+    int n = to_int(out.rows), k = to_int(depth);
+    int lda = to_int(A.stride), ldb = to_int(B.stride), ldo = to_int(out.stride);
+    double one = 1.0;
+    blas.dsyr2k(&lower, &transposed, &n, &k, &factor, const_cast<double*>(A.data), &lda,
+                const_cast<double*>(B.data), &ldb, &one, out.data, &ldo);
+}
+
 // Triangles up to this size go to BLAS.
 constexpr Index leaf = 64;
 
@@ -55,7 +72,8 @@ struct Halves {
     MatrixView<T> first, corner, second;
 };
 
-MatrixView<double> rows(MatrixView<double> X, Index first, Index last) {
+template <class T>
+MatrixView<T> rows(MatrixView<T> X, Index first, Index last) {
     return {X.data + first * X.stride, last - first, X.cols, X.stride};
 }
 
@@ -67,7 +85,8 @@ void leaf_solve(char side, char transposed, MatrixView<const double> U, MatrixVi
     char lower = 'L', no = 'N';
     int m = to_int(X.cols), n = to_int(X.rows), ldu = to_int(U.stride), ldx = to_int(X.stride);
     double one = 1.0;
-    blas.dtrsm(&side, &lower, &transposed, &no, &m, &n, &one, const_cast<double*>(U.data), &ldu, X.data, &ldx);
+    blas.dtrsm(&side, &lower, &transposed, &no, &m, &n, &one, const_cast<double*>(U.data), &ldu, X.data,
+               &ldx);
 }
 
 // X ← U⁻ᵀ X
@@ -100,6 +119,14 @@ void solve_right(MatrixView<const double> U, MatrixView<double> X) {
     solve_right(half.second, right);
 }
 
+// X ← factor · op(U) X, or X op(U) on the right
+void multiply_triangle(double factor, bool right, bool transposed, MatrixView<const double> U,
+                       MatrixView<double> X) {
+    char side = right ? 'L' : 'R', lower = 'L', trans = transposed ? 'T' : 'N', no = 'N';
+    int m = to_int(X.cols), n = to_int(X.rows), ldu = to_int(U.stride), ldx = to_int(X.stride);
+    blas.dtrmm(&side, &lower, &trans, &no, &m, &n, &factor, const_cast<double*>(U.data), &ldu, X.data, &ldx);
+}
+
 // U ← U⁻¹
 void invert_triangle(MatrixView<double> U) {
     if (U.rows <= leaf) {
@@ -109,12 +136,26 @@ void invert_triangle(MatrixView<double> U) {
         return;
     }
     const Halves<double> half(U);
-    solve(half.first, half.corner);
     solve_right(half.second, half.corner);
-    for (Index i = 0; i < half.at; ++i)
-        for (Index j = 0; j < half.corner.cols; ++j) half.corner.data[i * U.stride + j] *= -1.0;
     invert_triangle(half.first);
+    multiply_triangle(-1.0, false, false, half.first, half.corner);
     invert_triangle(half.second);
+}
+
+// U ← upper triangle of U Uᵀ
+void square_triangle(MatrixView<double> U) {
+    char lower = 'L';
+    int ldu = to_int(U.stride);
+    if (U.rows <= leaf) {
+        int n = to_int(U.rows), info = 0;
+        blas.dlauum(&lower, &n, U.data, &ldu, &info);
+        return;
+    }
+    const Halves<double> half(U);
+    square_triangle(half.first);
+    add_self(1.0, half.corner, half.first);
+    multiply_triangle(1.0, true, true, half.second, half.corner);
+    square_triangle(half.second);
 }
 
 }  // namespace
@@ -157,29 +198,41 @@ void add_product(double factor, MatrixView<const double> A, MatrixView<const dou
 }
 
 void add_self(double factor, MatrixView<const double> A, MatrixView<double> out) {
-    char lower = 'L', yes = 'T';
-    int n = to_int(A.rows), k = to_int(A.cols), lda = to_int(A.stride), ldo = to_int(out.stride);
-    double one = 1.0;
-    blas.dsyrk(&lower, &yes, &n, &k, &factor, const_cast<double*>(A.data), &lda, &one, out.data, &ldo);
+    syrk('T', A.cols, factor, A, out);
+}
+
+void add_self_transposed(double factor, MatrixView<const double> A, MatrixView<double> out) {
+    syrk('N', A.rows, factor, A, out);
 }
 
 void add_cross(double factor, MatrixView<const double> A, MatrixView<const double> B,
                MatrixView<double> out) {
-    char lower = 'L', yes = 'T';
-    int n = to_int(A.rows), k = to_int(A.cols);
-    int lda = to_int(A.stride), ldb = to_int(B.stride), ldo = to_int(out.stride);
-    double one = 1.0;
-    blas.dsyr2k(&lower, &yes, &n, &k, &factor, const_cast<double*>(A.data), &lda, const_cast<double*>(B.data),
-                &ldb, &one, out.data, &ldo);
+    syr2k('T', A.cols, factor, A, B, out);
 }
 
+void add_cross_transposed(double factor, MatrixView<const double> A, MatrixView<const double> B,
+                          MatrixView<double> out) {
+    syr2k('N', A.rows, factor, A, B, out);
+}
+
+// The off-diagonal halves as products, which are faster than BLAS's own routine.
 void multiply_symmetric(MatrixView<const double> A, MatrixView<const double> B, MatrixView<double> out) {
-    char right = 'R', lower = 'L';
-    int m = to_int(B.cols), n = to_int(A.rows);
-    int lda = to_int(A.stride), ldb = to_int(B.stride), ldo = to_int(out.stride);
-    double one = 1.0, zero = 0.0;
-    blas.dsymm(&right, &lower, &m, &n, &one, const_cast<double*>(A.data), &lda, const_cast<double*>(B.data),
-               &ldb, &zero, out.data, &ldo);
+    if (A.rows <= 4 * leaf) {
+        char right = 'R', lower = 'L';
+        int m = to_int(B.cols), n = to_int(A.rows);
+        int lda = to_int(A.stride), ldb = to_int(B.stride), ldo = to_int(out.stride);
+        double one = 1.0, zero = 0.0;
+        blas.dsymm(&right, &lower, &m, &n, &one, const_cast<double*>(A.data), &lda,
+                   const_cast<double*>(B.data), &ldb, &zero, out.data, &ldo);
+        return;
+    }
+    const Halves<const double> half(A);
+    const auto above = rows(B, 0, half.at), below = rows(B, half.at, B.rows);
+    const auto upper = rows(out, 0, half.at), under = rows(out, half.at, out.rows);
+    multiply_symmetric(half.first, above, upper);
+    multiply_symmetric(half.second, below, under);
+    add_gemm(1.0, false, half.corner, below, upper);
+    add_gemm(1.0, true, half.corner, above, under);
 }
 
 void multiply_symmetric(MatrixView<const double> A, const double* x, double* y) {
@@ -194,6 +247,7 @@ void multiply_symmetric(MatrixView<const double> A, const double* x, double* y) 
 // fast as BLAS's own triangular routines. Below, U is the upper triangle with A = Uᵀ U (LAPACK's lower one).
 
 bool cholesky(MatrixView<double> A) {
+    if (A.rows == 0) return true;  // LAPACK refuses a stride of 0
     if (A.rows <= leaf) {
         char lower = 'L';
         int n = to_int(A.rows), lda = to_int(A.stride), info = 0;
@@ -203,10 +257,7 @@ bool cholesky(MatrixView<double> A) {
     const Halves<double> half(A);
     if (!cholesky(half.first)) return false;
     solve_transposed(half.first, half.corner);
-    char lower = 'L', no = 'N';
-    int n = to_int(half.second.rows), k = to_int(half.first.rows), ld = to_int(A.stride);
-    double minus = -1.0, one = 1.0;
-    blas.dsyrk(&lower, &no, &n, &k, &minus, half.corner.data, &ld, &one, half.second.data, &ld);
+    add_self_transposed(-1.0, half.corner, half.second);
     return cholesky(half.second);
 }
 
@@ -227,9 +278,7 @@ void invert_factor(MatrixView<const double> factor, MatrixView<double> out) {
 
 void invert_from_cholesky(MatrixView<double> factor) {
     invert_triangle(factor);
-    char lower = 'L';
-    int n = to_int(factor.rows), ld = to_int(factor.stride), info = 0;
-    blas.dlauum(&lower, &n, factor.data, &ld, &info);
+    square_triangle(factor);
 }
 
 double largest_tridiagonal_eigenvalue(Vector diagonal, Vector off_diagonal) {

@@ -17,6 +17,7 @@ struct Blas {
                   int*);
     void (*sgemm)(char*, char*, int*, int*, int*, float*, float*, int*, float*, int*, float*, float*, int*);
     void (*dtrsm)(char*, char*, char*, char*, int*, int*, double*, double*, int*, double*, int*);
+    void (*dtrmm)(char*, char*, char*, char*, int*, int*, double*, double*, int*, double*, int*);
     void (*dsyrk)(char*, char*, int*, int*, double*, double*, int*, double*, double*, int*);
     void (*dsymm)(char*, char*, int*, int*, double*, double*, int*, double*, int*, double*, double*, int*);
     void (*dsyr2k)(char*, char*, int*, int*, double*, double*, int*, double*, int*, double*, double*, int*);
@@ -57,6 +58,11 @@ void add_product(double factor, MatrixView<const double> A, MatrixView<const dou
 // Upper triangle of out += factor · A Aᵀ, and of out += factor · (A Bᵀ + B Aᵀ)
 void add_self(double factor, MatrixView<const double> A, MatrixView<double> out);
 void add_cross(double factor, MatrixView<const double> A, MatrixView<const double> B, MatrixView<double> out);
+
+// The same with Aᵀ A and Aᵀ B + Bᵀ A.
+void add_self_transposed(double factor, MatrixView<const double> A, MatrixView<double> out);
+void add_cross_transposed(double factor, MatrixView<const double> A, MatrixView<const double> B,
+                          MatrixView<double> out);
 
 // out = A B for a symmetric A given by its upper triangle.
 void multiply_symmetric(MatrixView<const double> A, MatrixView<const double> B, MatrixView<double> out);

@@ -13,9 +13,9 @@ struct Scales {
     Vector values;              // η_g > 0
 };
 
-// A factored Hessian of an earlier point, its scales and ratios, and the largest |p_g − 1| there. A step with it
-// is Newton's on 1/p_g − 1, which is close to linear in the scales: near that point each shrinks the error by
-// at least as much as that error, for a third of the work of a new Hessian.
+// A factored Hessian of an earlier point, its scales and ratios, and the largest |p_g − 1| there. A step with
+// it is Newton's on 1/p_g − 1, which is close to linear in the scales: near that point each shrinks the error
+// by at least as much as that error, for a third of the work of a new Hessian.
 struct Chord {
     Scales at;
     Vector ratios, factor;
