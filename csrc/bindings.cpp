@@ -1,4 +1,5 @@
-// With blas_bindings.cpp and sparse_bindings.cpp the only file that knows Python: shapes, dtypes, the lock, signals.
+// With blas_bindings.cpp and sparse_bindings.cpp the only file that knows Python: shapes, dtypes, the lock,
+// signals.
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
@@ -244,6 +245,20 @@ void register_selection(py::module_& m) {
         py::arg("depth"));
 }
 
+void register_checks(py::module_& m) {
+    m.def(
+        "cholesky",
+        [](Array matrix) {
+            if (matrix.ndim() != 2) throw py::value_error("the matrix must be square");
+            const Index n = matrix.shape(0);
+            expect_shape("the matrix", matrix, {n, n});
+            const MatrixView<double> view{matrix.mutable_data(), n, n, n};
+            const py::gil_scoped_release unlock;
+            return cholesky(view);
+        },
+        py::arg("matrix").noconvert());
+}
+
 void register_obs(py::module_& m) {
     m.def(
         "eliminate_rows",
@@ -269,6 +284,7 @@ PYBIND11_MODULE(_core, m) {
     register_prox(m);
     register_solvers(m);
     register_selection(m);
+    register_checks(m);
     register_obs(m);
     register_sparse(m);
 }

@@ -50,12 +50,14 @@ void load_blas() {
     load(routines.dgemm, blas, "dgemm", "cciiiddididdi");
     load(routines.sgemm, blas, "sgemm", "cciiissisissi");
     load(routines.dtrsm, blas, "dtrsm", "cccciiddidi");
+    load(routines.dtrmm, blas, "dtrmm", "cccciiddidi");
     load(routines.dsyrk, blas, "dsyrk", "cciiddiddi");
     load(routines.dsymm, blas, "dsymm", "cciiddididdi");
     load(routines.dsyr2k, blas, "dsyr2k", "cciiddididdi");
     load(routines.dsymv, blas, "dsymv", "ciddididdi");
     load(routines.dpotrf, lapack, "dpotrf", "cidii");
-    load(routines.dpotri, lapack, "dpotri", "cidii");
+    load(routines.dtrtri, lapack, "dtrtri", "ccidii");
+    load(routines.dlauum, lapack, "dlauum", "cidii");
     load(routines.dsterf, lapack, "dsterf", "iddi");
     set_blas(routines);
 }

@@ -30,6 +30,14 @@ PYSOLVE_CLONES void downdate_tile(Index size, const double* F, const double* Q, 
         }
 }
 
+// The same for blocks of a single number, which need no tiles.
+PYSOLVE_CLONES void downdate_numbers(Index n, const double* F, const double* Q, double* S, double* P) {
+    for (Index i = 0; i < n; ++i) {
+        S[i] -= F[i] * F[i];
+        P[i] -= 2.0 * F[i] * Q[i];
+    }
+}
+
 // L ← L⁻¹ of the Cholesky factor of S. A pivot that rounding left at 0 or below is lifted to a tiny one.
 PYSOLVE_CLONES void invert_factor(Index size, const double* S, double* L) {
     const auto at = [=](Index i, Index j) { return L + (i * size + j) * lanes; };
@@ -98,15 +106,16 @@ void BlockCosts::load(MatrixView<const double> S, MatrixView<const double> P, st
 void BlockCosts::to_lanes(MatrixView<const double> M, Index tile, Vector& out) const {
     out.assign(static_cast<std::size_t>(size_ * size_ * lanes), 0.0);
     const Index count = std::min(lanes, groups_ - tile * lanes);
-    for (Index l = 0; l < count; ++l)
-        for (Index i = 0; i < size_; ++i) {
-            const double* row = M.data + ((tile * lanes + l) * size_ + i) * M.stride;
-            for (Index c = 0; c < size_; ++c)
-                out[static_cast<std::size_t>((i * size_ + c) * lanes + l)] = row[c];
-        }
+    for (Index c = 0; c < size_; ++c) {
+        const double* row = M.data + c * M.stride + tile * lanes * size_;
+        for (Index l = 0; l < count; ++l)
+            for (Index i = 0; i < size_; ++i)
+                out[static_cast<std::size_t>((i * size_ + c) * lanes + l)] = row[l * size_ + i];
+    }
 }
 
 void BlockCosts::downdate(MatrixView<const double> F, MatrixView<const double> Q) {
+    if (size_ == 1) return downdate_numbers(groups_, F.data, Q.data, S_.data(), P_.data());
     const Index tile = size_ * size_ * lanes;
     for (Index t = 0; t < tiles_; ++t) {
         to_lanes(F, t, F_);

@@ -46,7 +46,7 @@ class Direction {
     }
 
     // The factored Hessian of all groups, where none of them was held.
-    Chord chord(double error) && { return {at_.groups, std::move(factor_), error}; }
+    Chord chord(double error) && { return {at_, std::move(ratios_), std::move(factor_), error}; }
 
   private:
     // Relative changes Δη_g/η_g; those that would fall below −1 are held there while the rest is solved
@@ -116,14 +116,17 @@ double worst(const Vector& ratios) {
     return error;
 }
 
-Scales Chord::step(const Problem& problem, double lam, Scales at, const Vector& ratios) const {
+Scales Chord::step(const Problem& problem, double lam, Scales now, const Vector& ratios_now) const {
+    const Index n = std::ssize(ratios);
     Vector change(ratios.size());
-    for (std::size_t a = 0; a < ratios.size(); ++a)
-        change[a] = -0.5 * lam * problem.weights[at.groups[a]] * at.values[a] * (1.0 - ratios[a] * ratios[a]);
-    const Index n = std::ssize(change);
+    for (std::size_t a = 0; a < change.size(); ++a) {
+        const double p = ratios[a], weight = lam * problem.weights[at.groups[a]] * at.values[a];
+        change[a] = weight * p * p * p * (1.0 - 1.0 / ratios_now[a]);
+    }
     cholesky_solve({factor.data(), n, n, n}, {change.data(), n, 1, 1});
-    for (std::size_t a = 0; a < change.size(); ++a) at.values[a] *= std::max(1.0 + change[a], 0.1);
-    return at;
+    for (std::size_t a = 0; a < change.size(); ++a)
+        now.values[a] = std::max(now.values[a] + at.values[a] * change[a], 0.1 * now.values[a]);
+    return now;
 }
 
 bool minimise(const Problem& problem, double lam, Scales& at, double tol, int fixed_points,

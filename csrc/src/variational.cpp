@@ -109,26 +109,33 @@ bool Variational::evaluate_all(const Vector& scales) {
 void Variational::hessian(Vector& out) {
     const auto count = groups_.size(), k = static_cast<std::size_t>(problem_.group_size);
     const auto n = static_cast<std::size_t>(inputs());
-    out.assign(count * count, 0.0);
-    gram_.resize(n * n);
+    // Groups of one input need no sums: what the first reader adds is the Hessian itself.
+    const bool direct = k == 1;
+    if (direct) {
+        out.resize(n * n);
+    } else {
+        out.assign(count * count, 0.0);
+    }
     for (std::size_t r = 0; r < S_.size(); ++r) {
         const MatrixView<double> S{S_[r].data(), inputs(), inputs(), inputs()};
+        Vector& gram = direct && r == 0 ? out : gram_;
+        gram.resize(n * n);
         invert_from_cholesky(S);
         multiply_self(problem_.part(std::as_const(Y_).data(), inputs(), r),
-                      {gram_.data(), S.rows, S.cols, S.stride});
+                      {gram.data(), S.rows, S.cols, S.stride});
         for (std::size_t i = 0; i < n; ++i) {
-            const double diagonal = (1.0 - S_[r][i * (n + 1)]) * gram_[i * (n + 1)];
-            negate_products(&S_[r][i * n + i + 1], &gram_[i * n + i + 1], n - i - 1);
-            double* row = &out[i / k * count];
-            row[i / k] += diagonal;
-            const std::size_t own_end = (i / k + 1) * k;
-            for (std::size_t j = i + 1; j < own_end; ++j) row[i / k] += 2.0 * gram_[i * n + j];
-            if (k == 1) {
-                add(&gram_[i * n + own_end], row + own_end, n - own_end);
-            } else {
-                for (std::size_t b = i / k + 1; b < count; ++b)
-                    for (std::size_t j = b * k; j < (b + 1) * k; ++j) row[b] += gram_[i * n + j];
+            double* own = &gram[i * n];
+            own[i] *= 1.0 - S_[r][i * (n + 1)];
+            negate_products(&S_[r][i * n + i + 1], own + i + 1, n - i - 1);
+            if (direct) {
+                if (r > 0) add(own + i, &out[i * n + i], n - i);
+                continue;
             }
+            double* row = &out[i / k * count];
+            row[i / k] += own[i];
+            for (std::size_t j = i + 1; j < (i / k + 1) * k; ++j) row[i / k] += 2.0 * own[j];
+            for (std::size_t b = i / k + 1; b < count; ++b)
+                for (std::size_t j = b * k; j < (b + 1) * k; ++j) row[b] += own[j];
         }
     }
 }

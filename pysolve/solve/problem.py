@@ -9,8 +9,8 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeGuard, TypeVar, ca
 
 import numpy as np
 import numpy.typing as npt
-import scipy.linalg.lapack
 
+from pysolve import _core
 from pysolve.correlations import Array, Correlations, Mask, as_numpy
 from pysolve.errors import whole
 
@@ -177,7 +177,7 @@ def checked_matrix(name: str, value: npt.ArrayLike, *, largest: float = LARGEST)
         raise ValueError(
             f"{name} has {bad} entries that are not finite; look for NaN or infinity in the data."
         )
-    peak = max(matrix.max(initial=0.0), -matrix.min(initial=0.0))
+    peak = _peak(matrix)
     if peak > largest:
         raise ValueError(f"{name} has entries up to {peak:.3g}, whose products overflow: scale it down.")
     return matrix
@@ -188,7 +188,7 @@ def checked_correlations(name: str, value: npt.ArrayLike) -> Array:
     xx = checked_matrix(name, value)
     if xx.shape[0] != xx.shape[1]:
         raise ValueError(f"{name} must be square, got {xx.shape[0]} x {xx.shape[1]}.")
-    if 0 < (peak := np.abs(xx).max(initial=0.0)) < 1 / LARGEST:
+    if 0 < (peak := _peak(xx)) < 1 / LARGEST:
         raise ValueError(f"{name} has no entry above {peak:.3g}, so that products vanish: scale it up.")
     asymmetry = _asymmetry(xx)
     if asymmetry > 1e-6:
@@ -294,9 +294,16 @@ def checked_reader(r_xx: npt.ArrayLike, r_yx: npt.ArrayLike) -> tuple[Array, Arr
 def _asymmetry(xx: Array) -> float:
     """Largest difference of an entry from its mirror, as a share of the largest entry."""
     # In strips, so that no temporary is large: fresh memory costs more than the arithmetic.
-    strips = (slice(i, i + 128) for i in range(0, len(xx), 128))
-    difference = max((float(np.abs(xx[rows] - xx[:, rows].T).max()) for rows in strips), default=0.0)
-    return difference / max(float(xx.max()), -float(xx.min())) if difference else 0.0
+    difference = 0.0
+    for i in range(0, len(xx), 128):
+        strip = xx[i : i + 128, i:] - xx[i:, i : i + 128].T
+        difference = max(difference, float(np.abs(strip, out=strip).max()))
+    return difference / _peak(xx) if difference else 0.0
+
+
+def _peak(matrix: Array) -> float:
+    """Largest absolute value of any entry, without a copy."""
+    return max(float(matrix.max(initial=0.0)), -float(matrix.min(initial=0.0)))
 
 
 def _semidefinite(name: str, xx: Array) -> Array:
@@ -320,6 +327,4 @@ def _semidefinite(name: str, xx: Array) -> Array:
 def factors(matrix: Array, shift: float) -> bool:
     """Whether matrix + shift is positive definite; overwrites the matrix."""
     matrix.flat[:: len(matrix) + 1] += shift
-    # LAPACK wants columns contiguous: the transpose of a symmetric matrix is itself, and no copy.
-    _, info = scipy.linalg.lapack.dpotrf(matrix.T, lower=True, clean=False, overwrite_a=True)
-    return bool(info == 0)
+    return _core.cholesky(matrix)

@@ -17,12 +17,14 @@ struct Blas {
                   int*);
     void (*sgemm)(char*, char*, int*, int*, int*, float*, float*, int*, float*, int*, float*, float*, int*);
     void (*dtrsm)(char*, char*, char*, char*, int*, int*, double*, double*, int*, double*, int*);
+    void (*dtrmm)(char*, char*, char*, char*, int*, int*, double*, double*, int*, double*, int*);
     void (*dsyrk)(char*, char*, int*, int*, double*, double*, int*, double*, double*, int*);
     void (*dsymm)(char*, char*, int*, int*, double*, double*, int*, double*, int*, double*, double*, int*);
     void (*dsyr2k)(char*, char*, int*, int*, double*, double*, int*, double*, int*, double*, double*, int*);
     void (*dsymv)(char*, int*, double*, double*, int*, double*, int*, double*, double*, int*);
     void (*dpotrf)(char*, int*, double*, int*, int*);
-    void (*dpotri)(char*, int*, double*, int*, int*);
+    void (*dtrtri)(char*, char*, int*, double*, int*, int*);
+    void (*dlauum)(char*, int*, double*, int*, int*);
     void (*dsterf)(int*, double*, double*, int*);
 };
 
@@ -56,6 +58,11 @@ void add_product(double factor, MatrixView<const double> A, MatrixView<const dou
 // Upper triangle of out += factor · A Aᵀ, and of out += factor · (A Bᵀ + B Aᵀ)
 void add_self(double factor, MatrixView<const double> A, MatrixView<double> out);
 void add_cross(double factor, MatrixView<const double> A, MatrixView<const double> B, MatrixView<double> out);
+
+// The same with Aᵀ A and Aᵀ B + Bᵀ A.
+void add_self_transposed(double factor, MatrixView<const double> A, MatrixView<double> out);
+void add_cross_transposed(double factor, MatrixView<const double> A, MatrixView<const double> B,
+                          MatrixView<double> out);
 
 // out = A B for a symmetric A given by its upper triangle.
 void multiply_symmetric(MatrixView<const double> A, MatrixView<const double> B, MatrixView<double> out);

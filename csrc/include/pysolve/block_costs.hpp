@@ -17,7 +17,8 @@ class BlockCosts {
     // Read the diagonal blocks, from upper triangles; S_qq is multiplied by signs[q] where given.
     void load(MatrixView<const double> S, MatrixView<const double> P, std::span<const double> signs = {});
 
-    // S_qq −= F_q F_qᵀ and P_qq −= F_q Q_qᵀ + Q_q F_qᵀ; F and Q have one row an input, group_size columns.
+    // S_qq −= F_q F_qᵀ and P_qq −= F_q Q_qᵀ + Q_q F_qᵀ; F and Q come transposed: group_size rows, one column
+    // an input.
     void downdate(MatrixView<const double> F, MatrixView<const double> Q);
 
     // out_q += ½ tr(S_qq⁻¹ P_qq), at least 0

@@ -13,17 +13,18 @@ struct Scales {
     Vector values;              // η_g > 0
 };
 
-// A factored Hessian of an earlier point, and the largest |p_g − 1| there: near that point each step with it
-// shrinks the error by about as much, for a third of the work of a new one.
+// A factored Hessian of an earlier point, its scales and ratios, and the largest |p_g − 1| there. A step with
+// it is Newton's on 1/p_g − 1, which is close to linear in the scales: near that point each shrinks the error
+// by at least as much as that error, for a third of the work of a new Hessian.
 struct Chord {
-    std::vector<Index> groups;
-    Vector factor;
+    Scales at;
+    Vector ratios, factor;
     double error = 1.0;
 
-    bool suffices(const Scales& at, double now, double tol) const {
-        return !factor.empty() && groups == at.groups && now * error * error <= tol;
+    bool suffices(const Scales& now, double error_now, double tol) const {
+        return !factor.empty() && at.groups == now.groups && error_now * error * error <= tol;
     }
-    Scales step(const Problem& problem, double lam, Scales at, const Vector& ratios) const;
+    Scales step(const Problem& problem, double lam, Scales now, const Vector& ratios_now) const;
 };
 
 // The largest |p_g − 1|: how far from stationary.

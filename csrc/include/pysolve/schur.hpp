@@ -55,15 +55,17 @@ class Schur {
     void apply(std::span<const Move> moves, Index slots);
 
   private:
-    MatrixView<double> panel(Vector& M, Index first, Index columns) {
-        return {M.data() + first, inputs_, columns, width_};
+    MatrixView<double> panel(Vector& M, Index first, Index count) const {
+        return {M.data() + first * stride_, count, inputs_, stride_};
     }
     void gather(const Vector& M, Index slot, MatrixView<double> out) const;
-    void move(Vector& M, const Move& move);
+    void fill(Vector& M, std::span<const Move> moves, Index slots) const;
 
-    Index group_size_, stride_, inputs_,
-        width_;  // stride of S and P; inputs still in use; columns of F and Q
-    Vector S_, P_, F_, Q_, S_column_, P_column_;
+    Index group_size_, stride_;  // stride of every matrix
+    Index inputs_, width_;       // inputs still in use; columns that F and Q have room for
+    Vector S_, P_;
+    Vector F_, Q_;            // transposed: one row a column
+    Vector S_rows_, P_rows_;  // of the group in question
     Pivot pivot_;
     Index used_ = 0;  // columns of F and Q that wait
     BlockCosts blocks_;
