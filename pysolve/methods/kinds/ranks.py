@@ -33,8 +33,9 @@ from pysolve.plan import Plan
 # Why a layer stays as it is whose code, or the code around it, does not run with another in its place.
 ASKS = "the network's code asks for more than another layer in its place has"
 STRUCTURES = ("auto", "channel", "spatial")
-# Samples that layers run on to be counted and timed, and that sensitivities are taken on.
-TIMED, _SENSED = 64, 256
+# Samples that layers run on to be counted and timed; samples that sensitivities are taken on, in as large
+# batches, and directions for each batch.
+TIMED, _SENSED, _DIRECTIONS = 64, 256, 2
 
 Costs = Mapping[str, float]
 
@@ -134,15 +135,14 @@ class Ranks:
         metric, known = self.metrics.get(task.name), None if self.plain else task.correlations
         if metric is not None:
             metric = metric[np.ix_(task.outputs, task.outputs)]
-        found = next((one for one in made or () if _is_of(one, task.weight, known)), None)
+        kept = [] if made is None else made
+        found = next((one for one in kept if _is_of(one, task.weight, known)), None)
         if found is None:
-            # Of what was cut or moved, only the largest part that is needed here is made, and not kept.
-            whole = bool(made) and _reads_the_same(made[0].correlations, known)
-            found = decompose(
-                task.weight, known, None if whole else rank, kernel=kernel, spatial=spatial, metric=metric
-            )
-            if made is not None and whole:
-                made.append(found)
+            # Of what was cut or moved, which is fitted once, only as many directions as this rank needs.
+            whole = bool(kept) and _reads_the_same(kept[0].correlations, known)
+            most = None if whole else rank
+            found = decompose(task.weight, known, most, kernel=kernel, spatial=spatial, metric=metric)
+            kept += [found] if whole else []
         return found.layer(rank)
 
     def _correlations(self, study: Study, name: str) -> Correlations | None:
@@ -179,7 +179,7 @@ def _is_of(made: Decomposed, W: Array, known: Correlations | None) -> bool:
 
 
 def _reads_the_same(one: Correlations | None, other: Correlations | None) -> bool:
-    """Whether the products are the same arrays: sums aside, which a layer without a bias is fitted without."""
+    """Whether products are the same arrays; without a bias, a layer is fitted without the sums."""
     if one is None or other is None:
         return one is other
     return one.xx is other.xx and one.yx is other.yx
@@ -225,7 +225,7 @@ def _metrics(study: Study, layers: Mapping[str, Layer]) -> dict[str, Array]:
     assert study.calibration is not None
     samples = first_samples(study.calibration.kept, _SENSED)
     pieces = [take(b, i, i + TIMED) for b in samples for i in range(0, samples_in(b), TIMED)]
-    found = sensitivities(study.model, layers, pieces)
+    found = sensitivities(study.model, layers, pieces, probes=_DIRECTIONS)
     return {name: S + np.eye(len(S)) for name, S in found.items()}
 
 
