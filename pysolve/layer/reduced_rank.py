@@ -126,28 +126,31 @@ class Decomposed:
         tails = self.spectra[0].tails[: most + 1]
         if not self.spatial or self.correlations is None:
             return tails
-        W, known, _ = _weighed(self.W, self.correlations, self.metric)
+        W, known = _weighed(self.W, self.correlations, _root(self.correlations, self.metric))
         half = max(1, most // 2)
         exact = replace(self, W=W, correlations=known, metric=None).layer(half).error
         return np.minimum(tails * exact / max(float(tails[half]), 1e-12), 1.0)
 
     def _form(self, rank: int) -> LowRank:
-        W, known, A = _weighed(self.W, self.correlations, self.metric)
+        """Factors in the shapes of the two layers' weights."""
+        A = _root(self.correlations, self.metric)
         if self.spatial:
-            size = self.kernel[0], self.kernel[1]
-            starts = [spectrum.factors(rank) for spectrum in self.spectra]
-            form = starts[0]
-            if known is not None:
-                form = refitted(better_start(starts, W, known, size), W, known, size)
-            form = as_kernels(form, size)
+            form = as_kernels(self._spatial(rank, A), (self.kernel[0], self.kernel[1]))
         else:
             form, taps = self.spectra[0].factors(rank), int(np.prod(self.kernel))
-            outer = form.outer.reshape(len(W), -1, *[1] * len(self.kernel))
-            form = LowRank(outer, form.inner.reshape(-1, W.shape[1] // taps, *self.kernel))
+            outer = form.outer.reshape(len(self.W), -1, *[1] * len(self.kernel))
+            form = LowRank(outer, form.inner.reshape(-1, self.W.shape[1] // taps, *self.kernel))
         if A is None:
             return form
-        flat = scipy.linalg.solve_triangular(A, form.outer.reshape(len(W), -1), check_finite=False)
+        flat = scipy.linalg.solve_triangular(A, form.outer.reshape(len(A), -1), check_finite=False)
         return LowRank(flat.reshape(form.outer.shape), form.inner)
+
+    def _spatial(self, rank: int, A: Array | None) -> LowRank:
+        starts, kernel = [one.factors(rank) for one in self.spectra], (self.kernel[0], self.kernel[1])
+        W, known = _weighed(self.W, self.correlations, A)
+        if known is None:
+            return starts[0]
+        return refitted(better_start(starts, W, known, kernel), W, known, kernel)
 
 
 def decompose(
@@ -160,7 +163,7 @@ def decompose(
     metric: Array | None = None,
 ) -> Decomposed:
     """Decompose a layer; ``rank``, the largest that will be needed, saves time on large ones."""
-    seen, known, _ = _weighed(W, correlations, metric)
+    seen, known = _weighed(W, correlations, _root(correlations, metric))
     spectra: tuple[Spectrum, ...]
     if spatial:
         size = kernel[0], kernel[1]
@@ -245,22 +248,28 @@ def _lost(W: Array, correlations: Correlations | None, metric: Array | None) -> 
     """
     if correlations is None:
         return plain_spectrum(W).tails
-    W, weighed, _ = _weighed(W, correlations, metric)
-    correlations = weighed or correlations
+    if metric is not None:
+        A = scipy.linalg.cholesky(metric, check_finite=False)
+        W, correlations = A @ W, seen_through(A, W, correlations)
     known, own = activation_spectrum(W, correlations), correlations.centered()
     inner = known.directions.T @ known.matrix
     gains = ((2 * known.directions.T @ own.r_yx - inner @ own.r_xx) * inner).sum(1)
     return 1 - np.concatenate([[0.0], np.cumsum(gains)]) / (own.energy or 1.0)
 
 
+def _root(correlations: Correlations | None, metric: Array | None) -> Array | None:
+    """A with Aᵀ A = S: outputs A y count alike."""
+    known = metric is not None and correlations is not None
+    return np.asarray(scipy.linalg.cholesky(metric, check_finite=False)) if known else None
+
+
 def _weighed(
-    W: Array, correlations: Correlations | None, metric: Array | None
-) -> tuple[Array, Correlations | None, Array | None]:
-    """Weights and correlations of outputs A y with Aᵀ A = S, of which all count alike, and A."""
-    if metric is None or correlations is None:
-        return W, correlations, None
-    A = scipy.linalg.cholesky(metric, check_finite=False)
-    return A @ W, seen_through(A, W, correlations), A
+    W: Array, correlations: Correlations | None, A: Array | None
+) -> tuple[Array, Correlations | None]:
+    """Weights and correlations of outputs A y."""
+    if A is None or correlations is None:
+        return W, correlations
+    return A @ W, seen_through(A, W, correlations)
 
 
 def _checked_metric(metric: npt.ArrayLike, h: int, known: Correlations | None) -> Array:

@@ -152,7 +152,7 @@ def compress(
         sized = by_keep(found, menus, keep, round_to)
     else:
         assert wanted is not None
-        where = probe(found, len(menus))
+        where = probe(found, menus)
         sized = within(found, price(found, menus, where), wanted, where, round_to)
     clock.stage("measure")
     return made(before, found, sized, clock, wanted, refit, how)
@@ -212,8 +212,9 @@ def sweep(
     found = study(network, batches, options, sites=True if sites is None else sites)
     check_free(found)
     clock, channels = Clock(), Channels(_by_site(found, select))
-    where = probe(found, len(found.free))
-    menus = price(found, [channels.menu(found, site) for site in found.free], where)
+    menus = [channels.menu(found, site) for site in found.free]
+    where = probe(found, menus)
+    menus = price(found, menus, where)
     clock.stage("measure")
     found, reports = replace(found, seconds={**found.seconds, **clock.seconds}), []
     for target in wanted:

@@ -260,7 +260,7 @@ def _ranks_within(found: Study, table: _Table, target: Target) -> tuple[Sized | 
     sites: Sequence[Menu] = [Channels().menu(found, site) for site in found.free]
     names, costs = [*table.menus], costs_of(found, also=[*table.menus])
     while True:
-        where = probe(found, max(len(sites), len(table.menus)))
+        where = probe(found, [*sites, *table.menus.values()])
         sites, layers = price(found, sites, where), price(found, [*table.menus.values()], where)
         try:
             done = settle(found, costs, sites, layers, target, where)

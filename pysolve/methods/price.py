@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pysolve.methods.menu import PROBED_ERRORS, Chosen, Menu
+from pysolve.methods.menu import Chosen, Menu
 from pysolve.methods.rebuild import changed_names, independent
 from pysolve.methods.study import Study
 from pysolve.nn.calibration import first_samples, fits, samples_in
@@ -20,9 +20,9 @@ from pysolve.nn.graph.export import Graph
 from pysolve.nn.running import Batch, Output
 
 # Work for measuring divergences, in samples through the whole network; shared by all units, so that it does
-# not grow with the square of the depth. Fewer samples than the least tell too little: of codes, with 250,
-# those of one layer were off by factors of three to seven.
-PROBE_SAMPLES, LEAST_SAMPLES, LEAST_OF_CODES = 16384, 48, 256
+# not grow with the square of the depth; and the same for codes. Fewer samples than the least tell too little:
+# of codes, with 250, those of one layer were off by factors of three to seven.
+PROBE_SAMPLES, SAMPLES_OF_CODES, LEAST_SAMPLES, LEAST_OF_CODES = 4096, 16384, 48, 256
 
 
 M = TypeVar("M", bound=Menu)
@@ -40,9 +40,10 @@ class Probe:
     values: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def probe(study: Study, units: int, *, sizes: int = len(PROBED_ERRORS)) -> Probe:
-    """Samples of the selection set for so many units, each at so many sizes."""
-    count = max(LEAST_SAMPLES, PROBE_SAMPLES // max(1, units * sizes))
+def probe(study: Study, menus: Sequence[Menu]) -> Probe:
+    """Samples of the selection set for the probes of some units."""
+    changes = sum(len(menu.probes()) for menu in menus)
+    count = max(LEAST_SAMPLES, PROBE_SAMPLES // max(1, changes))
     return _probe(study, first_samples(study.held, count))
 
 
@@ -52,7 +53,7 @@ def probe_of_codes(study: Study, units: int, values: Mapping[str, Tensor]) -> Pr
     ``values`` are parameters of the network where they are not the original's.
     """
     assert study.calibration is not None
-    count = max(LEAST_OF_CODES, PROBE_SAMPLES // max(1, units))
+    count = max(LEAST_OF_CODES, SAMPLES_OF_CODES // max(1, units))
     return _probe(study, first_samples(study.calibration.kept, count), values)
 
 

@@ -269,7 +269,7 @@ def _channels(
     kind = Channels(goal.method if scores is None else scores)
     menus, target = [kind.menu(found, site) for site in found.free], None
     if goal.what == "target":
-        target, where = _as_target(goal.value), probe(found, len(menus))
+        target, where = _as_target(goal.value), probe(found, menus)
         sized = within(found, price(found, menus, where), target, where)
     else:
         sized = by_keep(found, menus, _kept(goal, scores))

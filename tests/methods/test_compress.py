@@ -77,7 +77,7 @@ def menus(found):
 @cache
 def priced():
     """Divergences of the usual network's sites, and the samples they are measured on."""
-    where = probe(studied(), len(studied().free))
+    where = probe(studied(), menus(studied()))
     return price(studied(), menus(studied()), where), where
 
 
