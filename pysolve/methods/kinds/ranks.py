@@ -35,7 +35,7 @@ ASKS = "the network's code asks for more than another layer in its place has"
 STRUCTURES = ("auto", "channel", "spatial")
 # Samples that layers run on to be counted and timed; samples that sensitivities are taken on, in as large
 # batches, and directions for each batch.
-TIMED, _SENSED, _DIRECTIONS = 64, 256, 2
+TIMED, _SENSED, _DIRECTIONS = 64, 128, 2
 # Errors at which the divergence that a layer causes is measured: with two or three, a small transformer's
 # ranks come out with up to 6 % more.
 _PROBED = (0.003, 0.02, 0.1, 0.3)
