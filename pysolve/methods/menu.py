@@ -13,9 +13,8 @@ from pysolve.plan import Site
 
 # Error, as a share of the outputs' energy, that counts as none: below, float32 forward passes measure noise.
 FLOOR = 1e-9
-# Errors at which the divergence that a unit causes is measured: with two, LeNet-5's sizes come out with up to
-# 1.7 times the divergence.
-PROBED_ERRORS = (0.01, 0.1, 0.3)
+# Errors at which the divergence that a unit causes is measured.
+PROBED_ERRORS = (0.003, 0.02, 0.1, 0.3)
 
 
 @dataclass(frozen=True, eq=False)

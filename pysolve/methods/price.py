@@ -19,10 +19,11 @@ from pysolve.nn.divergence import mean_divergence, run
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.running import Batch, Output
 
-# Work for measuring divergences, in samples through the whole network; shared by all units, so that it does
-# not grow with the square of the depth; and the same for codes. Fewer samples than the least tell too little:
-# of codes, with 250, those of one layer were off by factors of three to seven.
-PROBE_SAMPLES, SAMPLES_OF_CODES, LEAST_SAMPLES, LEAST_OF_CODES = 4096, 16384, 48, 256
+# Work for measuring divergences, in samples through the whole network: at most, and for each sample that was
+# given; with fewer, LeNet-5's sizes cause several times the divergence. All units share it, so that it does
+# not grow with the square of the depth. Fewer samples than the least tell too little: of codes, with 250,
+# those of one layer were off by factors of three to seven.
+PROBE_SAMPLES, PASSES, LEAST_SAMPLES, LEAST_OF_CODES = 16384, 4, 48, 256
 
 
 M = TypeVar("M", bound=Menu)
@@ -43,7 +44,9 @@ class Probe:
 def probe(study: Study, menus: Sequence[Menu]) -> Probe:
     """Samples of the selection set for the probes of some units."""
     changes = sum(len(menu.probes()) for menu in menus)
-    count = max(LEAST_SAMPLES, PROBE_SAMPLES // max(1, changes))
+    given = study.calibration.seen + study.calibration.out if study.calibration else 0
+    work = min(PROBE_SAMPLES, PASSES * given)
+    count = max(LEAST_SAMPLES, work // max(1, changes))
     return _probe(study, first_samples(study.held, count))
 
 
@@ -53,7 +56,7 @@ def probe_of_codes(study: Study, units: int, values: Mapping[str, Tensor]) -> Pr
     ``values`` are parameters of the network where they are not the original's.
     """
     assert study.calibration is not None
-    count = max(LEAST_OF_CODES, SAMPLES_OF_CODES // max(1, units))
+    count = max(LEAST_OF_CODES, PROBE_SAMPLES // max(1, units))
     return _probe(study, first_samples(study.calibration.kept, count), values)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -36,9 +36,6 @@ STRUCTURES = ("auto", "channel", "spatial")
 # Samples that layers run on to be counted and timed; samples that sensitivities are taken on, in as large
 # batches, and directions for each batch.
 TIMED, _SENSED, _DIRECTIONS = 64, 128, 2
-# Errors at which the divergence that a layer causes is measured: with two or three, a small transformer's
-# ranks come out with up to 6 % more.
-_PROBED = (0.003, 0.02, 0.1, 0.3)
 
 Costs = Mapping[str, float]
 
@@ -62,10 +59,6 @@ class RankMenu(Menu):
     inner: Costs = field(default_factory=dict)
     outer: Costs = field(default_factory=dict)
     dense: Costs = field(default_factory=dict)
-
-    def probes(self, shares: Sequence[float] = _PROBED) -> list[int]:
-        """Ranks whose errors are next to those at which divergence is measured."""
-        return super().probes(shares)
 
     @property
     def most(self) -> int:
