@@ -20,10 +20,10 @@ from pysolve.nn.graph.export import Graph
 from pysolve.nn.running import Batch, Output
 
 # Work for measuring divergences, in samples through the whole network: at most, and for each sample that was
-# given; with fewer, LeNet-5's sizes cause several times the divergence. All units share it, so that it does
-# not grow with the square of the depth. Fewer samples than the least tell too little: of codes, with 250,
-# those of one layer were off by factors of three to seven.
-PROBE_SAMPLES, PASSES, LEAST_SAMPLES, LEAST_OF_CODES = 16384, 4, 48, 256
+# given; with a third of that, LeNet-5's sizes cause several times the divergence. All units share it, so that
+# it does not grow with the square of the depth. Fewer samples than the least tell too little: of codes, with
+# 250, those of one layer were off by factors of three to seven.
+PROBE_SAMPLES, PASSES, LEAST_SAMPLES, LEAST_OF_CODES = 16384, 10, 48, 256
 
 
 M = TypeVar("M", bound=Menu)
