@@ -2,8 +2,8 @@
 
 python bench/device.py [--device cuda] [--shape 1.1b] [--sequences 64] [--length 2048] [--out DIR]
 
-Made to run in six minutes on one large GPU: sums, refits and divergences on the device beside the host's, then
-seconds by stage and the most memory at any time.
+Made to run in six minutes on one large GPU: sums, refits and divergences on the device beside the host's,
+then seconds by stage and the most memory at any time.
 """
 
 from __future__ import annotations

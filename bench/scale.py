@@ -7,9 +7,9 @@ python bench/scale.py growth [--threads 2] [--out DIR]
 
 gather: useful operations, two for each different number of Σ x xᵀ and each row, as a share of the rate of
 float32 products of the same size in the same run. passes: seconds of a verb over those of one pass of the
-network over the same batches without gradients, the mean of one before and one after; random weights. decoders: seconds, and memory beyond what the process had,
-of decoders and a slice of wide blocks to 70 % of their MACs within a bound. growth: seconds against tokens,
-depth and width, each doubled twice, and the exponents.
+network over the same batches without gradients, the mean of one before and one after; random weights.
+decoders: seconds, and memory beyond what the process had, of decoders and a slice of wide blocks to 70 % of
+their MACs within a bound. growth: seconds against tokens, depth and width, each doubled twice, and exponents.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from pysolve.errors import exactly_one, whole
 from pysolve.forms import LowRank
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.layer.layer_problem import check_alone, checked_layer, explained
-from pysolve.layer.spatial import as_kernels, plain_spatial, refitted, spatial_spectrum, spatial_start
-from pysolve.layer.spectrum import activation_spectrum, plain_spectrum
+from pysolve.layer.spatial import as_kernels, better_start, plain_spatial, refitted, spatial_spectrum
+from pysolve.layer.spectrum import Spectrum, activation_spectrum, plain_spectrum
 from pysolve.solve.problem import checked_correlations, checked_matrix
 
 Kernel = tuple[int, ...]
@@ -85,6 +85,98 @@ def reduced_rank(
     return found if isinstance(r_xx, Correlations) else replace(found, bias=None)
 
 
+@dataclass(frozen=True, eq=False)
+class Decomposed:
+    """A layer that was decomposed once, for its factors of every rank up to some largest one.
+
+    Parameters
+    ----------
+    W : (h, d) array
+    correlations : Correlations, optional
+    spectra : tuple of Spectrum
+        Of the outputs as the metric sees them; of spatial factors, what to start from: one that needs no data
+        comes last.
+    kernel, spatial, metric
+        As ``factor_layer`` takes them.
+    """
+
+    W: Array
+    correlations: Correlations | None
+    spectra: tuple[Spectrum, ...]
+    kernel: Kernel = ()
+    spatial: bool = False
+    metric: Array | None = None
+
+    def layer(self, rank: int) -> FactoredLayer:
+        """The best layer of a rank."""
+        known, form = self.correlations, self._form(rank)
+        M = form.dense().reshape(self.W.shape)
+        if known is None:
+            lost = np.square(self.W - M).sum() / (np.square(self.W).sum() or 1.0)
+            return FactoredLayer(M, None, float(lost), form)
+        bias = known.bias(M)
+        return FactoredLayer(M, bias, known.share_lost(M, bias), form)
+
+    def lost(self, most: int) -> Array:
+        """(most + 1,) share of the outputs' energy, in the metric, that is lost at rank 0 … ``most``.
+
+        Exact but for spatial factors, whose errors are those for unrelated columns of the window, all in the
+        proportion that holds halfway.
+        """
+        tails = self.spectra[0].tails[: most + 1]
+        if not self.spatial or self.correlations is None:
+            return tails
+        W, known = _weighed(self.W, self.correlations, _root(self.correlations, self.metric))
+        half = max(1, most // 2)
+        exact = replace(self, W=W, correlations=known, metric=None).layer(half).error
+        return np.minimum(tails * exact / max(float(tails[half]), 1e-12), 1.0)
+
+    def _form(self, rank: int) -> LowRank:
+        """Factors in the shapes of the two layers' weights."""
+        A = _root(self.correlations, self.metric)
+        if self.spatial:
+            form = as_kernels(self._spatial(rank, A), (self.kernel[0], self.kernel[1]))
+        else:
+            form, taps = self.spectra[0].factors(rank), int(np.prod(self.kernel))
+            outer = form.outer.reshape(len(self.W), -1, *[1] * len(self.kernel))
+            form = LowRank(outer, form.inner.reshape(-1, self.W.shape[1] // taps, *self.kernel))
+        if A is None:
+            return form
+        flat = scipy.linalg.solve_triangular(A, form.outer.reshape(len(A), -1), check_finite=False)
+        return LowRank(flat.reshape(form.outer.shape), form.inner)
+
+    def _spatial(self, rank: int, A: Array | None) -> LowRank:
+        starts, kernel = [one.factors(rank) for one in self.spectra], (self.kernel[0], self.kernel[1])
+        W, known = _weighed(self.W, self.correlations, A)
+        if known is None:
+            return starts[0]
+        return refitted(better_start(starts, W, known, kernel), W, known, kernel)
+
+
+def decompose(
+    W: Array,
+    correlations: Correlations | None,
+    rank: int | None = None,
+    *,
+    kernel: Kernel = (),
+    spatial: bool = False,
+    metric: Array | None = None,
+) -> Decomposed:
+    """Decompose a layer; ``rank``, the largest that will be needed, saves time on large ones."""
+    seen, known = _weighed(W, correlations, _root(correlations, metric))
+    spectra: tuple[Spectrum, ...]
+    if spatial:
+        size = kernel[0], kernel[1]
+        spectra = (plain_spatial(seen, size),)
+        if known is not None:
+            spectra = (spatial_spectrum(seen, known, size), *spectra)
+    elif known is None:
+        spectra = (plain_spectrum(seen, rank),)
+    else:
+        spectra = (activation_spectrum(seen, known, rank),)
+    return Decomposed(W, correlations, spectra, kernel, spatial, metric)
+
+
 def factor_layer(
     W: Array,
     correlations: Correlations | None,
@@ -99,19 +191,8 @@ def factor_layer(
     ``kernel`` is the size of a convolution's kernel; ``spatial`` factors along its height and width, instead
     of the kernel first and 1 × 1 behind. ``metric`` is S, which goes with correlations.
     """
-    if metric is None or correlations is None:
-        form = _factors(W, correlations, rank, kernel, spatial)
-    else:
-        # In outputs A y with Aᵀ A = S all of them count alike.
-        A = scipy.linalg.cholesky(metric, check_finite=False)
-        form = _factors(A @ W, seen_through(A, W, correlations), rank, kernel, spatial)
-        flat = scipy.linalg.solve_triangular(A, form.outer.reshape(len(W), -1), check_finite=False)
-        form = LowRank(flat.reshape(form.outer.shape), form.inner)
-    M = form.dense().reshape(W.shape)
-    if correlations is None:
-        return FactoredLayer(M, None, float(np.square(W - M).sum() / (np.square(W).sum() or 1.0)), form)
-    bias = correlations.bias(M)
-    return FactoredLayer(M, bias, correlations.share_lost(M, bias), form)
+    found = decompose(W, correlations, rank, kernel=kernel, spatial=spatial, metric=metric)
+    return found.layer(rank)
 
 
 def error_curve(
@@ -123,23 +204,8 @@ def error_curve(
     spatial: bool = False,
     metric: Array | None = None,
 ) -> Array:
-    """(most + 1,) share of the outputs' energy, in the metric, that is lost at rank 0 … ``most``.
-
-    Exact but for spatial factors, whose errors are those for unrelated columns of the window, all in the
-    proportion that holds halfway.
-    """
-    if metric is not None and correlations is not None:
-        A = scipy.linalg.cholesky(metric, check_finite=False)
-        W, correlations = A @ W, seen_through(A, W, correlations)
-    if not spatial:
-        spectrum = plain_spectrum(W) if correlations is None else activation_spectrum(W, correlations)
-        return spectrum.tails[: most + 1]
-    size = kernel[0], kernel[1]
-    if correlations is None:
-        return plain_spatial(W, size).tails[: most + 1]
-    start, half = spatial_spectrum(W, correlations, size), max(1, most // 2)
-    exact = factor_layer(W, correlations, half, kernel=kernel, spatial=True).error
-    return np.minimum(start.tails[: most + 1] * exact / max(float(start.tails[half]), 1e-12), 1.0)
+    """(most + 1,) share of the outputs' energy that is lost at rank 0 … ``most``: ``Decomposed.lost``."""
+    return decompose(W, correlations, kernel=kernel, spatial=spatial, metric=metric).lost(most)
 
 
 def seen_through(A: Array, W: Array, correlations: Correlations) -> Correlations:
@@ -191,6 +257,21 @@ def _lost(W: Array, correlations: Correlations | None, metric: Array | None) -> 
     return 1 - np.concatenate([[0.0], np.cumsum(gains)]) / (own.energy or 1.0)
 
 
+def _root(correlations: Correlations | None, metric: Array | None) -> Array | None:
+    """A with Aᵀ A = S: outputs A y count alike."""
+    known = metric is not None and correlations is not None
+    return np.asarray(scipy.linalg.cholesky(metric, check_finite=False)) if known else None
+
+
+def _weighed(
+    W: Array, correlations: Correlations | None, A: Array | None
+) -> tuple[Array, Correlations | None]:
+    """Weights and correlations of outputs A y."""
+    if A is None or correlations is None:
+        return W, correlations
+    return A @ W, seen_through(A, W, correlations)
+
+
 def _checked_metric(metric: npt.ArrayLike, h: int, known: Correlations | None) -> Array:
     S = checked_correlations("metric", metric)
     if known is None or S.shape != (h, h):
@@ -200,21 +281,3 @@ def _checked_metric(metric: npt.ArrayLike, h: int, known: Correlations | None) -
     except scipy.linalg.LinAlgError as error:
         raise ValueError(f"metric must be positive definite: {error}.") from error
     return S
-
-
-def _factors(
-    W: Array, correlations: Correlations | None, rank: int, kernel: Kernel, spatial: bool
-) -> LowRank:
-    if spatial:
-        return _spatial(W, correlations, rank, (kernel[0], kernel[1]))
-    known = plain_spectrum(W, rank) if correlations is None else activation_spectrum(W, correlations, rank)
-    form = known.factors(rank)
-    h, c = len(W), W.shape[1] // int(np.prod(kernel))
-    return LowRank(form.outer.reshape(h, -1, *[1] * len(kernel)), form.inner.reshape(-1, c, *kernel))
-
-
-def _spatial(W: Array, correlations: Correlations | None, rank: int, kernel: tuple[int, int]) -> LowRank:
-    if correlations is None:
-        return as_kernels(plain_spatial(W, kernel).factors(rank), kernel)
-    start = spatial_start(W, correlations, rank, kernel)
-    return as_kernels(refitted(start, W, correlations, kernel), kernel)

@@ -10,6 +10,8 @@ a few rounds that never raise the error.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import scipy.linalg
 from scipy.sparse.linalg import LinearOperator, cg
@@ -58,11 +60,10 @@ def spatial_spectrum(W: Array, correlations: Correlations, kernel: Kernel) -> Sp
     return activation_spectrum(A, columns)
 
 
-def spatial_start(W: Array, correlations: Correlations, rank: int, kernel: Kernel) -> LowRank:
-    """Factors (h·j, r) and (r, c·i) to refit: the better of ``spatial_spectrum`` and ``plain_spatial``."""
+def better_start(starts: Sequence[LowRank], W: Array, correlations: Correlations, kernel: Kernel) -> LowRank:
+    """Which of several factors (h·j, r) and (r, c·i) to refit: those of the least error."""
     own = correlations.centered()
     ridge = prior_ridge(len(own.xx), own.count) * np.diag(own.r_xx)
-    starts = [found.factors(rank) for found in (spatial_spectrum(W, own, kernel), plain_spatial(W, kernel))]
 
     def error(form: LowRank) -> float:
         M = as_kernels(form, kernel).dense().reshape(W.shape)

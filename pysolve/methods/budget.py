@@ -131,7 +131,7 @@ def choose(
         best = min(best, search.settled(nothing), key=search.divergence)
         order = sorted(everything, key=lambda i: -max(layers[i].dense.values()))
         for i in order[:TRIED]:
-            best = min(best, search.settled(best ^ {i}), key=search.divergence)
+            best = min(best, search.settled(best ^ {i}, best), key=search.divergence)
     if search.divergence(best) == np.inf:
         raise PysolveError(search.complaint())
     return search.answer(best)
@@ -153,11 +153,18 @@ class _Search:
         """What the best sizes cause with this set of layers; infinite where none are within the target."""
         return self._solve(chosen)[0]
 
-    def settled(self, chosen: frozenset[int]) -> frozenset[int]:
-        """The set without layers that stay as they are: counted as one, they cost less."""
+    def settled(self, chosen: frozenset[int], near: frozenset[int] | None = None) -> frozenset[int]:
+        """The set without layers that stay as they are: counted as one, they cost less.
+
+        ``near``: a set that was solved, whose sizes the search starts from.
+        """
+        self._solve(chosen, near)
         while True:
             dense = {i for i, k in self._ranks(chosen).items() if k > self.layers[i].most}
-            if not dense or self.divergence(chosen - dense) > self.divergence(chosen):
+            if not dense:
+                return chosen
+            self._solve(chosen - dense, chosen)
+            if self.divergence(chosen - dense) > self.divergence(chosen):
                 return chosen
             chosen = chosen - dense
 
@@ -184,12 +191,18 @@ class _Search:
         sizes = self._solve(chosen)[1]
         return dict(zip(sorted(chosen), sizes[len(self.costs.channels) :].tolist(), strict=False))
 
-    def _solve(self, chosen: frozenset[int]) -> tuple[float, Array]:
+    def _solve(self, chosen: frozenset[int], near: frozenset[int] | None = None) -> tuple[float, Array]:
         if chosen not in self.solved:
-            self.solved[chosen] = self._solved(sorted(chosen))
+            start = None if near is None or self.divergence(near) == np.inf else self._near(chosen, near)
+            self.solved[chosen] = self._solved(sorted(chosen), start)
         return self.solved[chosen]
 
-    def _solved(self, order: Sequence[int]) -> tuple[float, Array]:
+    def _near(self, chosen: frozenset[int], near: frozenset[int]) -> Array:
+        """Sizes for a set from those of another; layers that it does not have begin as they are."""
+        sites, known = self._solve(near)[1][: len(self.costs.channels)], self._ranks(near)
+        return np.array([*sites, *(known.get(i, np.inf) for i in sorted(chosen))])
+
+    def _solved(self, order: Sequence[int], near: Array | None) -> tuple[float, Array]:
         factored = [self.layers[i] for i in order]
         costs = _with_ranks(self.costs, factored)
         sizes, divergences = [*self.sizes], [*self.divergences]
@@ -203,7 +216,7 @@ class _Search:
         if not sizes or not fits:
             return (0.0 if fits else np.inf), np.zeros(len(sizes))
         parts = (part[self.which] for part in costs.expansion())
-        found = solve(Knapsack(*pack(sizes, divergences), self.limits, *parts))
+        found = solve(Knapsack(*pack(sizes, divergences), self.limits, *parts), near)
         rows = zip(sizes, divergences, found, strict=True)
         return float(sum(values[int(np.argmin(np.abs(row - k)))] for row, values, k in rows)), found
 

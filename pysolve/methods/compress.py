@@ -182,7 +182,7 @@ def compress(
         sized = by_keep(found, menus, keep, round_to)
     else:
         assert wanted is not None
-        where = probe(found, len(menus))
+        where = probe(found, menus)
         sized = within(found, price(found, menus, where), wanted, where, round_to)
     clock.stage("measure")
     return made(before, found, sized, clock, wanted, refit, how)
@@ -262,8 +262,9 @@ def sweep(
     found = studied(network, batches, options, sites=True if sites is None else sites)
     check_free(found)
     clock, channels = Clock(), Channels(_by_site(found, select))
-    where = probe(found, len(found.free))
-    menus = price(found, channels.menus(found), where)
+    menus = channels.menus(found)
+    where = probe(found, menus)
+    menus = price(found, menus, where)
     clock.stage("measure")
     found, reports = replace(found, seconds={**found.seconds, **clock.seconds}), []
     for target in wanted:

@@ -256,8 +256,9 @@ def _studied(make: Callable[..., Subject], share: float | None) -> tuple[Subject
 def _width(subject: Subject, size: int | None, share: float | None) -> _Width | None:
     """Channels for a share of the parameters; without one, for the share that is best within the bytes."""
     start, study = time.perf_counter(), subject.study
-    where = probe(study, len(study.free))
-    menus = price(study, Channels().menus(study), where)
+    menus = Channels().menus(study)
+    where = probe(study, menus)
+    menus = price(study, menus, where)
     at = partial(_sized, study, menus, where)
     if share is not None:
         return _Width(share, at(share), seconds=time.perf_counter() - start)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from pysolve.compressed import Compressed
 from pysolve.errors import PysolveError, exactly_one, one_of
+from pysolve.forms import LowRank
 from pysolve.layer.reduced_rank import rank_keeping
 from pysolve.methods.budget import costs_of, settle
 from pysolve.methods.goal import (
@@ -219,7 +221,7 @@ class _Table:
     timed : bool
         Whether layers that would take longer are left alone.
     seconds : {layer: (int, float, float)}
-        The largest rank that was timed; what the layer took as it is and factored.
+        A rank that was timed, of this layer or of one like it; what that took as it is and factored.
     """
 
     kind: Ranks
@@ -277,7 +279,7 @@ def _ranks_within(found: Study, table: _Table, target: Target) -> tuple[Sized | 
     sites: Sequence[Menu] = Channels().menus(found)
     names, costs = [*table.menus], costs_of(found, also=[*table.menus])
     while True:
-        where = probe(found, max(len(sites), len(table.menus)))
+        where = probe(found, [*sites, *table.menus.values()])
         sites, layers = price(found, sites, where), price(found, [*table.menus.values()], where)
         try:
             done = settle(found, costs, sites, layers, target, where)
@@ -302,16 +304,21 @@ def _without_slower(table: _Table, ranks: Mapping[str, int]) -> _Table:
         return table
     menus, spare = dict(table.menus), dict(table.spare)
     against, seconds = dict(table.against), dict(table.seconds)
-    for name, rank in ranks.items():
+    timed: dict[Any, list[tuple[int, float, float]]] = {}
+    # The largest first: where they are faster as two, so are smaller ones of all layers like these.
+    for name, rank in sorted(ranks.items(), key=lambda pair: -pair[1]):
         if rank > seconds.get(name, (0, 0.0, 0.0))[0]:
-            times = seconds_of_both(table.study, menus[name], rank, table.kind.inputs.get(name))
-            times = table.study.options.ranks.first(times)
-            if times is None:
-                continue
-            seconds[name] = (rank, *times)
-        _, before, after = seconds[name]
+            times = timed.setdefault(_kind_of(table, name), [])
+            if not any(_tells(one, rank) for one in times):
+                both = seconds_of_both(table.study, menus[name], rank, table.kind.inputs.get(name))
+                both = table.study.options.ranks.first(both)
+                if both is None:
+                    continue
+                times.append((rank, *both))
+            seconds[name] = next(one for one in times if _tells(one, rank))
+        least, before, after = seconds[name]
         if after >= before:
-            against[name] = f"rank {rank} would take {after / before:.2f} times as long"
+            against[name] = f"rank {least} would take {after / before:.2f} times as long"
             del seconds[name], menus[name]
             if name in spare:
                 menus[name] = spare.pop(name)
@@ -320,9 +327,23 @@ def _without_slower(table: _Table, ranks: Mapping[str, int]) -> _Table:
     return replace(table, menus=ordered, spare=spare, against=against, seconds=seconds)
 
 
+def _kind_of(table: _Table, name: str) -> Any:
+    """Equal where two layers take as long at equal ranks."""
+    layer, x = find_layer(table.study.model, name), table.kind.inputs.get(name)
+    weight = table.study.weights[name]
+    shapes = weight.shape, weight.dtype, None if x is None else x.shape
+    return type(layer), repr(layer), *shapes, table.menus[name].spatial
+
+
+def _tells(timed: tuple[int, float, float], rank: int) -> bool:
+    """Whether a time at one rank says which is faster at another."""
+    known, before, after = timed
+    return rank <= known if after < before else rank >= known
+
+
 def _line(table: _Table, rebuilt: Rebuilt, laid: LaidOut, name: str) -> LayerReport:
     """What became of a layer, and why."""
-    _, before, after = table.seconds.get(name, (0, None, None))
+    timed, before, after = table.seconds.get(name, (0, None, None))
     done = next((line for line in laid.lines if line.name == name), None)
     error = rebuilt.fits[name].error if name in rebuilt.fits else None
     if done is None or not done.layout.startswith("rank"):
@@ -331,7 +352,9 @@ def _line(table: _Table, rebuilt: Rebuilt, laid: LaidOut, name: str) -> LayerRep
         return LayerReport(name, 1.0, "dense", why, before, after, error)
     why = done.why
     if before is not None and after is not None:
-        why += f", {before / after:.1f} times as fast"
+        form = rebuilt.fits[name].form
+        least = "at least " * (isinstance(form, LowRank) and form.rank < timed)
+        why += f", {least}{before / after:.1f} times as fast"
     return replace(done, why=why, dense_seconds=before, new_seconds=after, error=error)
 
 

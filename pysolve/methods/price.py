@@ -10,7 +10,7 @@ from typing import TypeVar
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from pysolve.methods.menu import PROBED_ERRORS, Chosen, Menu
+from pysolve.methods.menu import Chosen, Menu
 from pysolve.methods.rebuild import changed_names, independent
 from pysolve.methods.study import Study
 from pysolve.nn.changed import changed_outputs, is_repeatable
@@ -20,10 +20,11 @@ from pysolve.nn.graph.sizes import fits
 from pysolve.nn.running import Batch, Output
 from pysolve.nn.samples import first_samples, samples_in
 
-# Work for measuring divergences, in samples through the whole network; shared by all units, so that it does
-# not grow with the square of the depth. Fewer samples than the least tell too little: of codes, with 250,
-# those of one layer were off by factors of three to seven.
-PROBE_SAMPLES, LEAST_SAMPLES, LEAST_OF_CODES = 16384, 48, 256
+# Work for measuring divergences, in samples through the whole network: at most, and for each sample that was
+# given; with a third of that, LeNet-5's sizes cause several times the divergence. All units share it, so that
+# it does not grow with the square of the depth. Fewer samples than the least tell too little: of codes, with
+# 250, those of one layer were off by factors of three to seven.
+PROBE_SAMPLES, PASSES, LEAST_SAMPLES, LEAST_OF_CODES = 16384, 10, 48, 256
 
 
 M = TypeVar("M", bound=Menu)
@@ -41,9 +42,12 @@ class Probe:
     values: Mapping[str, Tensor] = field(default_factory=dict)
 
 
-def probe(study: Study, units: int, *, sizes: int = len(PROBED_ERRORS)) -> Probe:
-    """Samples of the selection set for so many units, each at so many sizes."""
-    count = max(LEAST_SAMPLES, PROBE_SAMPLES // max(1, units * sizes))
+def probe(study: Study, menus: Sequence[Menu]) -> Probe:
+    """Samples of the selection set for the probes of some units."""
+    changes = sum(len(menu.probes()) for menu in menus)
+    given = study.calibration.seen + study.calibration.out if study.calibration else 0
+    work = min(PROBE_SAMPLES, PASSES * given)
+    count = max(LEAST_SAMPLES, work // max(1, changes))
     return _probe(study, first_samples(study.held, count))
 
 

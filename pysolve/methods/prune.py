@@ -288,7 +288,7 @@ def _channels(
     kind = Channels(goal.method if scores is None else scores)
     menus, target = kind.menus(found), None
     if goal.what == "target":
-        target, where = _as_target(goal.value), probe(found, len(menus))
+        target, where = _as_target(goal.value), probe(found, menus)
         sized = within(found, price(found, menus, where), target, where)
     else:
         sized = by_keep(found, menus, _kept(goal, scores))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 
@@ -76,6 +77,9 @@ class Bare:
 
 def find_member(model: nn.Module, name: str) -> nn.Module | Bare:
     """The layer, bare parameter or buffer of a name; LayerNotFoundError where there is neither."""
+    # Costs ask for every member of dozens of networks: listing all modules each time takes seconds.
+    with suppress(AttributeError):
+        return model.get_submodule(name)
     modules = dict(model.named_modules(remove_duplicate=False))
     return find_layer(model, name) if (found := member(modules, name)) is None else found
 

@@ -14,6 +14,7 @@ from pysolve.nn.divergence import class_dim
 from pysolve.nn.layer_matrix import Layer, channels, outputs
 from pysolve.nn.outputs import main_output
 from pysolve.nn.running import Batch, device_of, evaluating, forward
+from pysolve.nn.sums import Sums
 from pysolve.nn.watching import watching
 
 # Random directions of the network's outputs per batch.
@@ -21,7 +22,12 @@ PROBES = 8
 
 
 def sensitivities(
-    model: nn.Module, layers: Mapping[str, Layer], batches: Sequence[Batch], *, seed: int = 0
+    model: nn.Module,
+    layers: Mapping[str, Layer],
+    batches: Sequence[Batch],
+    *,
+    probes: int | None = None,
+    seed: int = 0,
 ) -> dict[str, Array]:
     """E[Jᵀ J] of each layer, J the derivative of the network's outputs by the layer's.
 
@@ -33,6 +39,8 @@ def sensitivities(
     ----------
     model : nn.Module
         Runs in evaluation mode.
+    probes : int, optional
+        Random directions of the network's outputs per batch, by default ``PROBES``: of many samples a few do.
     seed : int
         Of the directions.
 
@@ -46,23 +54,24 @@ def sensitivities(
     ----------
     M. F. Hutchinson, A stochastic estimator of the trace of the influence matrix, 1990.
     """
-    sums = {
-        name: torch.zeros((channels(layer)[1],) * 2, dtype=torch.float64) for name, layer in layers.items()
-    }
+    # Products of many outputs are float32 there: in double precision they take longer than the gradients.
+    sums = {name: Sums.zeros(channels(layer)[1], 0, layer.weight.device) for name, layer in layers.items()}
     random = torch.Generator().manual_seed(seed)
     offsets: list[tuple[str, Tensor]] = []
     with evaluating(model), torch.enable_grad(), watching(layers, partial(_offset, offsets)):
         for batch in batches:
             offsets.clear()
             result = main_output(forward(model, batch, device_of(model)))
-            for _ in range(PROBES if result.requires_grad else 0):
+            for _ in range((probes or PROBES) if result.requires_grad else 0):
                 signs = torch.randint(0, 2, result.shape, generator=random).to(result) * 2 - 1
                 try:
                     _add(sums, layers, offsets, result, _without_mean(signs))
                 except RuntimeError:
                     # A tensor that the gradient needs was changed in place.
-                    return {name: np.eye(len(total)) for name, total in sums.items()}
-    return {name: _scaled(total.numpy()) for name, total in sums.items()}
+                    return {name: np.eye(one.d) for name, one in sums.items()}
+    return {
+        name: _scaled(one.correlations().xx) if one.count else np.eye(one.d) for name, one in sums.items()
+    }
 
 
 def _offset(offsets: list[tuple[str, Tensor]], name: str, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
@@ -78,7 +87,7 @@ def _without_mean(v: Tensor) -> Tensor:
 
 
 def _add(
-    sums: Mapping[str, Tensor],
+    sums: Mapping[str, Sums],
     layers: Mapping[str, Layer],
     offsets: Sequence[tuple[str, Tensor]],
     result: Tensor,
@@ -88,8 +97,7 @@ def _add(
     found = torch.autograd.grad(result, inputs, direction, retain_graph=True, allow_unused=True)
     for (name, _), gradient in zip(offsets, found, strict=True):
         if gradient is not None:
-            rows = outputs(layers[name], gradient).double()
-            sums[name].add_((rows.T @ rows).cpu())
+            sums[name].add(outputs(layers[name], gradient))
 
 
 def _scaled(total: Array) -> Array:

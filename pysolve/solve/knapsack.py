@@ -69,8 +69,10 @@ def pack(sizes: Sequence[Array], divergences: Sequence[Array]) -> tuple[Array, A
     return tables[0].reshape(-1, longest), tables[1].reshape(-1, longest), np.array([*map(len, sizes)], int)
 
 
-def solve(problem: Knapsack) -> Array:
+def solve(problem: Knapsack, near: Array | None = None) -> Array:
     """(S,) sizes within the limits, which the smallest sizes must be; none can be raised to the next.
+
+    ``near`` (S,): sizes to start from, of a problem that hardly differs; a search of its own takes longer.
 
     Sizes fall where the divergence, on the lower convex hulls of the curves, rises least per cost saved at
     the widths reached so far, and are restored while they fit; then sites exchange channels in pairs while
@@ -78,15 +80,19 @@ def solve(problem: Knapsack) -> Array:
     less than 1 % above the optimum on average.
     """
     # Removal alone can end up where no exchange of two sites helps; so can raising, but seldom both.
+    if near is not None:
+        return pick(problem.sizes, _exchange(problem, _remove(problem, near)))
     starts = _remove(problem), np.zeros_like(problem.counts)
     return pick(problem.sizes, min((_exchange(problem, start) for start in starts), key=problem.divergence))
 
 
-def _remove(problem: Knapsack) -> Indices:
+def _remove(problem: Knapsack, near: Array | None = None) -> Indices:
     """Down the convex hulls from all, the least divergence per cost saved first, until the limits hold."""
     stops = [_stops(problem, s) for s in range(len(problem.counts))]
     sizes, divergences, counts = pack([s for _, s, _ in stops], [h for *_, h in stops])
     at, bend = counts - 1, problem.bend
+    if near is not None:
+        at = np.minimum([int(np.searchsorted(s, k)) for (_, s, _), k in zip(stops, near, strict=True)], at)
     while True:
         k, below = pick(sizes, at), np.maximum(at - 1, 0)
         cost, slope = problem.costs(k)

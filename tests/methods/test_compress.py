@@ -77,7 +77,7 @@ def menus(found):
 @cache
 def priced():
     """Divergences of the usual network's sites, and the samples they are measured on."""
-    where = probe(known(), len(known().free))
+    where = probe(known(), menus(known()))
     return price(known(), menus(known()), where), where
 
 

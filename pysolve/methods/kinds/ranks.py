@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from pysolve.correlations import Array, Correlations
 from pysolve.forms import Form, LowRank
 from pysolve.layer.layer_fit import LayerFit
-from pysolve.layer.reduced_rank import error_curve, factor_layer
+from pysolve.layer.reduced_rank import Decomposed, decompose
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
 from pysolve.methods.study import Study
 from pysolve.methods.weights import weight_name
@@ -34,8 +34,9 @@ from pysolve.plan import Plan
 # Why a layer stays as it is whose code, or the code around it, does not run with another in its place.
 ASKS = "the network's code asks for more than another layer in its place has"
 STRUCTURES = ("auto", "channel", "spatial")
-# Samples that layers run on to be counted and timed, and that sensitivities are taken on.
-TIMED, _SENSED = 64, 256
+# Samples that layers run on to be counted and timed; samples that sensitivities are taken on, in as large
+# batches, and directions for each batch.
+TIMED, _SENSED, _DIRECTIONS = 64, 128, 2
 
 Costs = Mapping[str, float]
 
@@ -109,21 +110,41 @@ class Ranks:
         inner, outer, dense = _costs(layer, spatial, self.counts.get(name, 0.0), self.inputs.get(name))
         most = most_useful(inner, outer, dense)
         known, metric = self._correlations(study, name), self.metrics.get(name)
-        lost = error_curve(study.matrix(name), known, most, kernel=kernel, spatial=spatial, metric=metric)
+        whole = decompose(study.matrix(name), known, kernel=kernel, spatial=spatial, metric=metric)
+        lost = whole.lost(most)
         error = np.minimum.accumulate(np.append(np.maximum(lost, FLOOR), FLOOR))
-        fit = partial(self.fit, kernel=kernel, spatial=spatial)
+        fit = partial(self.fit, kernel=kernel, spatial=spatial, made=[whole])
 
         def at(rank: int) -> Chosen:
             return Chosen(fits={name: partial(fit, rank=rank)})
 
         return RankMenu(name, error, at, lost=lost, spatial=spatial, inner=inner, outer=outer, dense=dense)
 
-    def fit(self, task: Task, *, rank: int, kernel: tuple[int, ...] = (), spatial: bool = False) -> LayerFit:
-        """The best layer of a rank, or as it is where that would be no smaller than the layer became."""
+    def fit(
+        self,
+        task: Task,
+        *,
+        rank: int,
+        kernel: tuple[int, ...] = (),
+        spatial: bool = False,
+        made: list[Decomposed] | None = None,
+    ) -> LayerFit:
+        """The best layer of a rank, or as it is where that would be no smaller than the layer became.
+
+        ``made``: decompositions of the whole layer on the original's inputs, for all ranks; grows.
+        """
         metric, known = self.metrics.get(task.name), None if self.plain else task.correlations
         if metric is not None:
             metric = metric[np.ix_(task.outputs, task.outputs)]
-        return factor_layer(task.weight, known, rank, kernel=kernel, spatial=spatial, metric=metric)
+        kept = [] if made is None else made
+        found = next((one for one in kept if _is_of(one, task.weight, known)), None)
+        if found is None:
+            # Of what was cut or moved, which is fitted once, only as many directions as this rank needs.
+            whole = bool(kept) and _reads_the_same(kept[0].correlations, known)
+            most = None if whole else rank
+            found = decompose(task.weight, known, most, kernel=kernel, spatial=spatial, metric=metric)
+            kept += [found] if whole else []
+        return found.layer(rank)
 
     def _correlations(self, study: Study, name: str) -> Correlations | None:
         return None if self.plain else study.correlations.get(name)
@@ -147,6 +168,22 @@ def ranks_of(study: Study, structure: str, svd: bool) -> tuple[Ranks, dict[str, 
         kind = replace(kind, metrics=_metrics(study, able))
     counts, inputs = sample_macs(study.model, workload(study.held)), take(study.held[0], 0, TIMED)
     return replace(kind, inputs=layer_inputs(study.model, layers, inputs), counts=counts), against
+
+
+def _is_of(made: Decomposed, W: Array, known: Correlations | None) -> bool:
+    """Whether a decomposition is that of these weights on these inputs."""
+    own = made.correlations
+    if own is None or known is None:
+        return own is known and np.array_equal(made.W, W)
+    sums = np.array_equal(own.x_sum, known.x_sum) and np.array_equal(own.y_sum, known.y_sum)
+    return _reads_the_same(own, known) and sums and np.array_equal(made.W, W)
+
+
+def _reads_the_same(one: Correlations | None, other: Correlations | None) -> bool:
+    """Whether products are the same arrays; without a bias, a layer is fitted without the sums."""
+    if one is None or other is None:
+        return one is other
+    return one.xx is other.xx and one.yx is other.yx
 
 
 def _untrue(study: Study, layers: Mapping[str, nn.Module]) -> dict[str, str]:
@@ -189,7 +226,7 @@ def _metrics(study: Study, layers: Mapping[str, Layer]) -> dict[str, Array]:
     assert study.calibration is not None
     samples = study.first_kept(_SENSED)
     pieces = [take(b, i, i + TIMED) for b in samples for i in range(0, samples_in(b), TIMED)]
-    found = sensitivities(study.model, layers, pieces)
+    found = sensitivities(study.model, layers, pieces, probes=_DIRECTIONS)
     return {name: S + np.eye(len(S)) for name, S in found.items()}
 
 
