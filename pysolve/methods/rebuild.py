@@ -22,6 +22,7 @@ from pysolve.nn.layer_kinds import inputs_first, twins
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.lockstep import Sampling, refit
 from pysolve.nn.running import Batch, as_tensor
+from pysolve.nn.stacks import silenced
 from pysolve.plan import Collapse, Plan, Site
 
 REFITS = ("sequential", "independent", "bias", "none")
@@ -117,7 +118,7 @@ def independent(study: Study, chosen: Chosen) -> Rebuilt:
     state, left = study.model.state_dict(), left_of(study, chosen.keep)
     concerned = _concerned(study, chosen, left.cuts)
     fits = {name: _offline(study, left, name, fit) for name, fit in concerned.items()}
-    values: dict[str, Tensor] = {}
+    values = silenced(study.model, chosen.keep)
     for name, found in fits.items():
         values |= values_of(study, state, left, name, found)
     assert study.calibration is not None
@@ -126,6 +127,7 @@ def independent(study: Study, chosen: Chosen) -> Rebuilt:
 
 def changed_names(study: Study, chosen: Chosen) -> Iterator[str]:
     """State-dict names of what ``independent`` may change."""
+    yield from silenced(study.model, chosen.keep)
     for name in _concerned(study, chosen, cuts_of(chosen.keep, study.layers)):
         yield from names_of(study, name)
 
@@ -202,7 +204,7 @@ def _walked(
     assert study.graph is not None
     assert study.calibration is not None
     state, left = study.model.state_dict(), left_of(study, chosen.keep)
-    cuts, fits, values = left.cuts, dict[str, LayerFit](), dict[str, Tensor]()
+    cuts, fits, values = left.cuts, dict[str, LayerFit](), silenced(study.model, chosen.keep)
     # What cannot be refitted on the way, and where refits of readers begin.
     apart = {name: fit for name, fit in chosen.fits.items() if not study.walks(name)}
     known = independent(study, Chosen(chosen.keep))

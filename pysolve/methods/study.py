@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import DataError, PysolveError
 from pysolve.methods.goal import Options
+from pysolve.nn.bare import is_stack
 from pysolve.nn.calibration import Calibration, calibrate, laid_out, of_other_sizes, peek
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.gather import reads_more
@@ -37,6 +38,7 @@ from pysolve.nn.running import (
     few_samples,
     find_matching,
 )
+from pysolve.nn.stacks import stack_correlations, stack_inputs
 from pysolve.plan import Site
 
 
@@ -104,7 +106,7 @@ class Study:
     @property
     def new_biases(self) -> frozenset[str]:
         """Layers without a bias that may be given one: those that can lose inputs."""
-        readers = {self.layers[name] for site in self.free for name in site.readers}
+        readers = {self.layers[name] for site in self.free for name in site.readers if name in self.layers}
         return frozenset(layer.name for layer in readers if layer.calls == 1 and not layer.takes_bias)
 
     def walks(self, name: str) -> bool:
@@ -184,7 +186,7 @@ def study(
     named = [name for site in found for name in (*site.readers, *site.writers)]
     layers = {layer.name: layer for layer in _unseen(model, [*named, *([] if graph else weights)])} | seen
     clock.stage("find")
-    readers = [name for site in found if site.pinned is None for name in site.readers]
+    readers = [name for site in found if site.pinned is None for name in site.readers if not is_stack(name)]
     # What the walk through the graph cannot fit on the way.
     apart = {nodes[node].name for node in routed(graph) if node in nodes} if graph else set()
     asked = {name for name in weights if gather or name in apart}
@@ -205,6 +207,7 @@ def study(
         ],
         progress=options.progress,
     )
+    correlations |= stack_correlations(model, graph, calibration.kept, found)
     clock.stage("gather")
     unseen = [name for name in dict.fromkeys(wanted) if name not in correlations]
     if unseen:
@@ -342,7 +345,8 @@ def _unseen(model: nn.Module, names: Iterable[str]) -> Iterator[Layer]:
 
 def widths(study: Study, site: Site) -> dict[str, int]:
     """Input channels of a site's readers."""
-    return {name: channels(study.layers[name].module)[0] for name in site.readers}
+    stacks = {name: stack_inputs(study.model, name) for name in site.readers if is_stack(name)}
+    return {n: stacks[n] if n in stacks else channels(study.layers[n].module)[0] for n in site.readers}
 
 
 class Clock:

@@ -28,6 +28,9 @@ _TURNS: list[tuple[object, ...]] = [
     ("transpose", -2, -1),
 ]
 _TURNS += [("permute", [1, 0])]
+# Operators that leave values as they are, and that pick some along a dimension.
+_SAME = {"to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach", "requires_grad"}
+_ALONG = {"select", "slice", "index_select", "unbind", "narrow"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -175,6 +178,66 @@ def is_of(call: Product, layer: nn.Module, weight: Node) -> bool:
     own, turned = (call.weight, False) if call.weight is weight else stored(call.weight)
     linear = not isinstance(layer, CONVOLUTIONS)
     return own is weight and turned == (linear and call.takes_inputs_first != inputs_first(layer))
+
+
+def stack_of(call: Call, node: object) -> tuple[str, bool] | None:
+    """Name of the parameter whose matrices a value holds, all or some, and whether it swaps their dimensions.
+
+    A parameter of three dimensions or more of the network's own, which has no other name.
+    """
+    if not isinstance(node, Node):
+        return None
+    node, turned = holder(node)
+    name = call.network.parameters.get(node, "")
+    tensor = call.network.state.get(name)
+    if not isinstance(tensor, nn.Parameter) or tensor.ndim < 3 or not is_own(call.network, name):
+        return None
+    return name, turned
+
+
+def holder(node: Node) -> tuple[Node, bool]:
+    """The value whose matrices a node holds, all or some of them, and whether it swaps their dimensions."""
+    turned = False
+    while node.args and isinstance(node.args[0], Node):
+        swaps = _swaps(node)
+        if not swaps and not _picks_matrices(node):
+            break
+        node, turned = node.args[0], turned ^ swaps
+    return node, turned
+
+
+def _swaps(node: Node) -> bool:
+    """Whether a node swaps the last two dimensions of its operand."""
+    name, value = operator_name(node), node.meta.get("val")
+    if name in ("mT", "adjoint"):
+        return True
+    if not isinstance(value, Tensor) or name not in ("transpose", "swapaxes", "swapdims", "permute"):
+        return False
+    given: Any = node.args[1] if name == "permute" else node.args[1:]
+    dims, n = [dim % value.ndim for dim in given], value.ndim
+    return dims == [*range(n - 2), n - 1, n - 2] if name == "permute" else {*dims} == {n - 2, n - 1}
+
+
+def _picks_matrices(node: Node) -> bool:
+    """Whether a node holds whole matrices of its operand, one, some or all of them."""
+    name, given = operator_name(node), node.args
+    if name in _SAME or name == "getitem":
+        return True
+    value = given[0].meta.get("val") if given and isinstance(given[0], Node) else None
+    if not isinstance(value, Tensor) or name not in {"index", *_ALONG}:
+        return False
+    where: Any = given[1] if len(given) > 1 else 0
+    return len(where) <= value.ndim - 2 if name == "index" else where % value.ndim < value.ndim - 2
+
+
+def is_own(network: Network, name: str) -> bool:
+    """Whether a tensor is of the network's own, not a layer's of torch, and is no other one as well."""
+    owner, place = network.modules[name.rpartition(".")[0]], network.state[name].data_ptr()
+    lists = nn.ParameterList | nn.ParameterDict
+    if type(owner).__module__.startswith("torch.") and not isinstance(owner, lists):
+        return False
+    same = [other for other, tensor in network.state.items() if tensor.data_ptr() == place]
+    return len({(network.modules[o.rpartition(".")[0]], o.rpartition(".")[2]) for o in same}) == 1
 
 
 def pointwise(call: Call) -> Tensor:
