@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from pysolve.nn.graph.classes import Ledger, complete, labelled, lean, squashed
 from pysolve.nn.graph.export import where
-from pysolve.nn.layer_kinds import CONVOLUTIONS, inputs_first
+from pysolve.nn.layer_kinds import CONVOLUTIONS, inputs_first, plain
 from pysolve.nn.products import Product, product
 
 # Labels of an operator's result: one tensor of them or several.
@@ -183,7 +183,7 @@ def is_of(call: Product, layer: nn.Module, weight: Node) -> bool:
 def stack_of(call: Call, node: object) -> tuple[str, bool] | None:
     """Name of the parameter whose matrices a value holds, all or some, and whether it swaps their dimensions.
 
-    A parameter of three dimensions or more of the network's own, which has no other name.
+    A parameter of three dimensions or more of the network's own, not of a layer, which has no other name.
     """
     if not isinstance(node, Node):
         return None
@@ -192,7 +192,8 @@ def stack_of(call: Call, node: object) -> tuple[str, bool] | None:
     tensor = call.network.state.get(name)
     if not isinstance(tensor, nn.Parameter) or tensor.ndim < 3 or not is_own(call.network, name):
         return None
-    return name, turned
+    owner = call.network.modules[name.rpartition(".")[0]]
+    return (name, turned) if plain(owner) is type(owner) else None
 
 
 def holder(node: Node) -> tuple[Node, bool]:
@@ -248,7 +249,8 @@ def pointwise(call: Call) -> Tensor:
 def meet(call: Call, operands: list[tuple[Tensor, Node]]) -> Tensor:
     """Unite labels that meet, and pin those that meet values without channels, unless these are broadcast.
 
-    One channel that several read, as a gate or a score of positions, stays; they can go one by one.
+    Channels that all meet every channel of a larger value stay, as one gate or score of positions does, or
+    the factor of an outer product; those of the larger value can go one by one.
     """
     ndim = max((value.ndim for value, _ in operands), default=0)
     aligned = [value[(None,) * (ndim - value.ndim)] for value, _ in operands]
@@ -257,14 +259,28 @@ def meet(call: Call, operands: list[tuple[Tensor, Node]]) -> Tensor:
             for value in aligned:
                 if value is not fixed and labelled(value):
                     _pin_fixed(call, value, fixed, node)
-    single = [value for value, _ in operands if labelled(value) and squashed(lean(value)).numel() == 1]
-    several = [value for value, _ in operands if not any(value is one for one in single)]
-    if not single or not any(map(labelled, several)):
-        return call.ledger.unite(*(value for value, _ in operands), reason=call.says("mixes these channels"))
-    for value in single:
-        call.ledger.pin(value, call.says("reads it for several channels"))
+    beside = _beside_the_largest(aligned)
+    several = [value for i, (value, _) in enumerate(operands) if i not in beside]
+    if not beside:
+        return call.ledger.unite(*several, reason=call.says("mixes these channels"))
+    for i in beside:
+        one = squashed(lean(aligned[i])).numel() == 1
+        call.ledger.pin(
+            aligned[i],
+            call.says("reads it for several channels" if one else "mixes these channels with others"),
+        )
     shape = torch.broadcast_shapes(*(value.shape for value, _ in operands))  # type: ignore[no-untyped-call]
     return call.ledger.unite(*several, reason=call.says("mixes these channels")).expand(shape)
+
+
+def _beside_the_largest(aligned: list[Tensor]) -> list[int]:
+    """Which values vary along none of the dimensions along which the one with most channels does."""
+    cores = {i: squashed(lean(value)) for i, value in enumerate(aligned) if labelled(value)}
+    varying = {i: {dim for dim, size in enumerate(core.shape) if size > 1} for i, core in cores.items()}
+    largest = max(cores, key=lambda i: cores[i].numel(), default=None)
+    if largest is None or not varying[largest]:
+        return []
+    return [i for i, dims in varying.items() if not dims & varying[largest]]
 
 
 def _pin_fixed(call: Call, value: Tensor, fixed: Tensor, node: Node) -> None:
