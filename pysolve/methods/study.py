@@ -38,7 +38,7 @@ from pysolve.nn.running import (
     few_samples,
     find_matching,
 )
-from pysolve.nn.stacks import stack_correlations, stack_inputs
+from pysolve.nn.stacks import stack_correlations, stack_inputs, stack_notes
 from pysolve.plan import Site
 
 
@@ -208,6 +208,7 @@ def study(
         progress=options.progress,
     )
     correlations |= stack_correlations(model, graph, calibration.kept, found)
+    base = replace(base, notes=(*base.notes, *stack_notes(found)))
     clock.stage("gather")
     unseen = [name for name in dict.fromkeys(wanted) if name not in correlations]
     if unseen:

@@ -20,6 +20,8 @@ from pysolve.plan import Site
 
 # Samples that tell the size of each input.
 _SAMPLES = 64
+# Stacks that a note names.
+_NAMED = 3
 
 
 def stack_correlations(
@@ -56,6 +58,18 @@ def stack_correlations(
         products = np.diag(weights * squares)
         found[name] = Correlations(np.diag(squares), products, weights**2 * squares, count, nothing, nothing)
     return found
+
+
+def stack_notes(sites: Iterable[Site]) -> list[str]:
+    """What the report says of stacks whose inputs can go."""
+    names = {name for site in sites if site.pinned is None for name in site.readers if is_stack(name)}
+    if not names:
+        return []
+    more = ", …" * (len(names) > _NAMED)
+    return [
+        f"matrices in one parameter are not refitted ({', '.join(sorted(names)[:_NAMED])}{more}); of their "
+        "inputs, those stay that add most"
+    ]
 
 
 def silenced(model: nn.Module, keep: Mapping[Site, Indices]) -> dict[str, Tensor]:
