@@ -174,6 +174,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         "stage_in_channels": [16, 32, 48, 64],
         "stage_mid_channels": [8, 16, 16, 24],
         "stage_out_channels": [32, 48, 64, 64],
+        "hidden_sizes": [32, 48, 64, 64],
         "stage_num_blocks": [1, 1, 2, 1],
         "stage_numb_of_layers": [2, 2, 2, 2],
     },

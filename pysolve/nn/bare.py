@@ -100,6 +100,12 @@ class Stack:
         return tensor
 
     @property
+    def matrices(self) -> Tensor:
+        """(…, outputs, inputs), a view."""
+        values = self.values.detach()
+        return values if self.order == "oi" else values.mT
+
+    @property
     def outputs(self) -> int:
         """Rows of each matrix of  y = M x ."""
         return self.values.shape[self._dim("o")]

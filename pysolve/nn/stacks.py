@@ -131,8 +131,7 @@ def _squares(x: Tensor, width: int) -> tuple[int, Array]:
 
 def _norms(stack: Stack) -> Array:
     """(inputs,) root of the mean over matrices of the squares of each input's weights."""
-    squares = stack.values.detach().double().square()
-    squares = squares if stack.order == "oi" else squares.mT
+    squares = stack.matrices.double().square()
     return as_array(squares.sum(-2).reshape(-1, stack.inputs).mean(0).sqrt())
 
 

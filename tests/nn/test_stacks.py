@@ -170,6 +170,29 @@ def test_inputs_that_matter_least_go_first():
     assert not any("experts" in warning for warning in result.report.warnings)
 
 
+@pytest.mark.parametrize("method", ["ln", "activation", "nisp", "elimination", "lasso"])
+@pytest.mark.parametrize("name", ["one_by_one", "by_einsum"])
+def test_every_method_prunes_experts(name, method):
+    model, batch = network(name)
+    batches = [torch.randn(16, 4) for _ in range(4)]
+    result = ps.prune(model, batches, method=method, amount=0.5, progress=False)
+    assert result.model.experts.down.numel() < model.experts.down.numel()
+    assert_masked_is_cut(model, result.plan, batch)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_channels_and_other_kinds_go_together(name):
+    model, batch = network(name)
+    batches = [torch.randn(32, 4) for _ in range(4)]
+    options = {"progress": False}
+    for result in (
+        ps.low_rank(model, batches, target={"params": 0.8}, prune=True, layout="factored", **options),
+        ps.deep_compress(model, batches, target={"bytes": 0.5}, **options),
+    ):
+        (got,) = outputs(result.model, batch)
+        assert got.isfinite().all()
+
+
 def test_layers_can_be_gathered_beside_stacks():
     model, batch = network("together")
     found = ps.gather(model, [batch], sites=find_sites(model, batch), progress=False)
