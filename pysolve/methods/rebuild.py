@@ -249,8 +249,8 @@ def _walked(
 def _fit_layer(layer: Layer, task: Task, fit: Fit | None, intercept: bool, weights: bool) -> LayerFit:
     """One layer's new weights; a bias only where the layer may have one, a new one only where it pays."""
     fit = fit or ridge_fit
-    if task.correlations is None:
-        return replace(fit(task), bias=None)
+    if task.correlations is None or task.correlations.vanishes:
+        return replace(fit(task.without_data()), bias=None)
     if not weights:
         M = fit(task.without_data()).weight
         bias = task.correlations.bias(M) if intercept else None
@@ -271,7 +271,7 @@ def _fit_layer(layer: Layer, task: Task, fit: Fit | None, intercept: bool, weigh
 def _offline(study: Study, left: Left, name: str, fit: Fit) -> LayerFit:
     """A layer on the original's inputs, of all its calls, with a bias only where it has one."""
     task, layer = task_of(study, left, name), study.layers.get(name)
-    if task.correlations is None:
+    if task.correlations is None or task.correlations.vanishes:
         return replace(fit(task.without_data()), bias=None)
     if layer is None or layer.takes_bias:
         return fit(task)
