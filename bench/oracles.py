@@ -141,7 +141,14 @@ def masked(model: nn.Module, result: Compressed) -> nn.Module:
                 old.copy_(new.reshape(old.shape))
         for step in result.plan.steps:
             for name in step.site.readers:
-                forget(modules[name], step.site, name, step.removed)
+                path, _, order = name.partition(":")
+                if order:
+                    matrices = wide.get_parameter(path)
+                    matrices = matrices if order == "oi" else matrices.mT
+                    width = matrices.shape[-1]
+                    matrices[..., step.site.columns_of(name, width)[step.removed].ravel()] = 0
+                else:
+                    forget(modules[name], step.site, name, step.removed)
     return wide
 
 

@@ -26,6 +26,9 @@ Mask = npt.NDArray[np.bool_]
 # compute in float32 where it should be constant.
 _CONSTANT = 1e-10
 
+# Mean squares of inputs below this, as only networks that compute nothing have: products of them underflow.
+_NOTHING = 1e-80
+
 # Exceptions of reading a damaged or foreign .npz file.
 _DAMAGED = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
@@ -150,6 +153,11 @@ class Correlations:
     def energy(self) -> float:
         """E‖y‖²."""
         return float(self.yy.sum() if self.yy.ndim == 1 else np.trace(self.yy)) / self.count
+
+    @property
+    def vanishes(self) -> bool:
+        """Whether the inputs are so small, though not zero, that nothing can be fitted to them."""
+        return 0 < float(np.diag(self.xx).max(initial=0.0)) < _NOTHING * self.count
 
     @property
     def groups(self) -> int:

@@ -142,6 +142,12 @@ SITES = {
         "5: value → out",
         "2: out → ! output",
     ],
+    "outer_product": [
+        "6: a → c",
+        "3: b → ! mul mixes these channels with others",
+        "3: d → ! mul mixes these channels with others",
+        "2: c → ! output",
+    ],
     "softmax_between": ["1: 0 → 2 ! softmax mixes these channels", "2: 2 → ! output"],
 }
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)

@@ -654,6 +654,17 @@ def gated_images():
     return Net(run, **layers, value=nn.Conv2d(3, 5, 3, padding=1), out=nn.Conv2d(5, 2, 1)), images()
 
 
+def outer_product():
+    """As in a state space: every channel of one layer meets all of another's."""
+
+    def run(net, x):
+        states = F.relu(net.a(x))[:, :, None] * net.b(x).tanh()[:, None]
+        return net.c((states * net.d(x)[:, None]).sum(-1))
+
+    layers = {"a": nn.Linear(4, 6), "b": nn.Linear(4, 3), "d": nn.Linear(4, 3)}
+    return Net(run, **layers, c=nn.Linear(6, 2)), vectors(4, 4)
+
+
 NETWORKS = {
     build.__name__: build
     for build in (
@@ -668,7 +679,7 @@ NETWORKS = {
         *(softmax_between, noisy, weighted_features, handmade_batch_norms, learned_positions),
         *(counted_heads, one_key_head, added_parameter_is_summed, shuffled_pixels, unshuffled_pixels),
         *(vectors_to_images, unflattened, class_token, shuffled_channels, shuffled_by_views),
-        *(interleaved_by_views, pooled_by_scores, single_head, gated_images),
+        *(interleaved_by_views, pooled_by_scores, single_head, gated_images, outer_product),
     )
 }
 

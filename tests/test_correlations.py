@@ -216,3 +216,10 @@ def test_a_constant_is_still_however_many_samples_were_summed(value, n):
     found = Correlations(z.T @ z, z.T @ z, z.T @ z, n, z.sum(0), z.sum(0), 1).centered()
     assert found.xx[0, 0] == found.yx[0, 0] == found.yy[0, 0] == 0.0
     assert found.xx[1, 1] > 0
+
+
+def test_inputs_vanish_where_they_are_tiny_but_not_zero():
+    x = np.ones((4, 2))
+    for scale, vanishes in ((1.0, False), (1e-30, False), (1e-46, True), (0.0, False)):
+        assert Correlations.from_samples(scale * x, x).vanishes == vanishes
+    assert not Correlations.from_samples(np.zeros((4, 0)), x).vanishes

@@ -10,8 +10,10 @@ from torch import nn
 from pysolve.correlations import Array, Indices, group_columns
 from pysolve.layer.scores import channel_norms
 from pysolve.methods.study import Study
-from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix, taps
-from pysolve.nn.running import as_array, find_layer
+from pysolve.nn.bare import Stack, find_member, is_stack
+from pysolve.nn.layer_matrix import LAYERS, groups, matrix, taps
+from pysolve.nn.running import as_array
+from pysolve.nn.slicing import inputs
 from pysolve.plan import Site
 
 SCORES: tuple[str, ...] = ("ln", "activation", "nisp")
@@ -62,7 +64,10 @@ def norms(model: nn.Module, sites: Sequence[Site], n: float = 2) -> dict[Site, A
 
 
 def activations(study: Study) -> dict[Site, Array]:
-    """E[x_c], the mean of what is read of each channel, over its readers, positions and samples."""
+    """E[x_c], the mean of what is read of each channel, over its readers, positions and samples.
+
+    Of matrices in one parameter, whose means are not gathered, the root of the mean square.
+    """
     found = {}
     for site in study.free:
         means = []
@@ -70,7 +75,8 @@ def activations(study: Study) -> dict[Site, Array]:
             own = study.correlations.get(name)
             if own is None:
                 continue
-            means.append((own.x_sum / own.count)[_columns(study.model, site, name)].mean(1))
+            mean = np.sqrt(np.diag(own.r_xx)) if is_stack(name) else own.x_sum / own.count
+            means.append(mean[_columns(study.model, site, name)].mean(1))
         found[site] = np.asarray(np.mean(means, axis=0))
     return found
 
@@ -86,20 +92,20 @@ def importances(model: nn.Module, sites: Sequence[Site]) -> dict[Site, Array]:
     written: dict[str, list[tuple[Site, Indices]]] = {}
     for site in sites:
         for name in site.writers:
-            layer = find_layer(model, name)
-            if isinstance(layer, LAYERS):
-                written.setdefault(name, []).append((site, site.rows_of(name, channels(layer)[1])))
+            M = _matrix(model, name)
+            if M is not None:
+                written.setdefault(name, []).append((site, site.rows_of(name, M.shape[-2])))
     for site in reversed(sites):
         total = np.zeros(site.channels)
         for name in dict.fromkeys(site.readers):
-            layer = find_layer(model, name)
-            if not isinstance(layer, LAYERS) or groups(layer) > 1:
+            M = _matrix(model, name)
+            if M is None:
                 continue
-            outputs = np.ones(channels(layer)[1])
+            outputs = np.ones(M.shape[-2])
             for other, rows in written.get(name, []):
                 if other in found:
                     outputs[rows] = found[other][:, None]
-            read = outputs @ np.abs(as_array(matrix(layer)).astype(np.float64))
+            read = outputs @ np.abs(M).reshape(-1, *M.shape[-2:]).sum(0)
             total += read[_columns(model, site, name)].sum(1)
         # Outputs of the network are read by nothing.
         found[site] = total if site.readers else np.ones(site.channels)
@@ -108,21 +114,30 @@ def importances(model: nn.Module, sites: Sequence[Site]) -> dict[Site, Array]:
 
 def _columns(model: nn.Module, site: Site, name: str) -> Indices:
     """(channels, c·taps) columns of a reader's matrix that belong to each channel."""
-    layer = find_layer(model, name)
-    assert isinstance(layer, LAYERS)
-    table = site.columns_of(name, channels(layer)[0])
-    return np.asarray(group_columns(table.ravel(), taps(layer)).reshape(site.channels, -1), dtype=np.intp)
+    layer = find_member(model, name)
+    assert isinstance(layer, (Stack, *LAYERS))
+    each = 1 if isinstance(layer, Stack) else taps(layer)
+    table = site.columns_of(name, inputs(layer))
+    return np.asarray(group_columns(table.ravel(), each).reshape(site.channels, -1), dtype=np.intp)
 
 
 def _written(model: nn.Module, site: Site) -> list[Array]:
     """Of each writer, the part of its weight that makes each channel, (channels, …)."""
     found = []
     for name in dict.fromkeys(site.writers):
-        layer = find_layer(model, name)
-        weight = layer.weight.T if isinstance(layer, nn.Embedding) else None
-        if weight is None and isinstance(layer, LAYERS):
-            weight = matrix(layer)
-        if weight is not None:
-            M = as_array(weight).astype(np.float64)
-            found.append(M[site.rows_of(name, len(M))])
+        layer = find_member(model, name)
+        M = as_array(layer.weight.T).astype(np.float64) if isinstance(layer, nn.Embedding) else None
+        M = _matrix(model, name) if M is None else M
+        if M is not None:
+            found.append(np.moveaxis(M, -2, 0)[site.rows_of(name, M.shape[-2])])
     return found
+
+
+def _matrix(model: nn.Module, name: str) -> Array | None:
+    """(outputs, inputs) of a layer, or (…, outputs, inputs) of matrices in one parameter; else None."""
+    layer = find_member(model, name)
+    if isinstance(layer, Stack):
+        return as_array(layer.matrices).astype(np.float64)
+    if not isinstance(layer, LAYERS) or groups(layer) > 1:
+        return None
+    return as_array(matrix(layer)).astype(np.float64)

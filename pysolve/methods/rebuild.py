@@ -24,6 +24,7 @@ from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.lockstep import Sampling, refit
 from pysolve.nn.running import Batch, as_tensor
 from pysolve.nn.samples import samples_in
+from pysolve.nn.stacks import silenced
 from pysolve.plan import Collapse, Plan, Site
 
 REFITS = ("sequential", "independent", "bias", "none")
@@ -119,7 +120,7 @@ def independent(study: Study, chosen: Chosen) -> Rebuilt:
     state, left = study.model.state_dict(), left_of(study, chosen.keep)
     concerned = _concerned(study, chosen, left.cuts)
     fits = {name: _offline(study, left, name, fit) for name, fit in concerned.items()}
-    values: dict[str, Tensor] = {}
+    values = silenced(study.model, chosen.keep)
     for name, found in fits.items():
         values |= values_of(study, state, left, name, found)
     assert study.calibration is not None
@@ -128,6 +129,7 @@ def independent(study: Study, chosen: Chosen) -> Rebuilt:
 
 def changed_names(study: Study, chosen: Chosen) -> Iterator[str]:
     """State-dict names of what ``independent`` may change."""
+    yield from silenced(study.model, chosen.keep)
     for name in _concerned(study, chosen, cuts_of(chosen.keep, study.layers)):
         yield from names_of(study, name)
 
@@ -204,7 +206,7 @@ def _walked(
     assert study.graph is not None
     assert study.calibration is not None
     state, left = study.model.state_dict(), left_of(study, chosen.keep)
-    cuts, fits, values = left.cuts, dict[str, LayerFit](), dict[str, Tensor]()
+    cuts, fits, values = left.cuts, dict[str, LayerFit](), silenced(study.model, chosen.keep)
     # What cannot be refitted on the way, and where refits of readers begin.
     apart = {name: fit for name, fit in chosen.fits.items() if not study.walks(name)}
     readers = _concerned(study, Chosen(chosen.keep), cuts)
@@ -260,8 +262,8 @@ def _walked(
 def _fit_layer(layer: Layer, task: Task, fit: Fit | None, intercept: bool, weights: bool) -> LayerFit:
     """One layer's new weights; a bias only where the layer may have one, a new one only where it pays."""
     fit = fit or ridge_fit
-    if task.correlations is None:
-        return replace(fit(task), bias=None)
+    if task.correlations is None or task.correlations.vanishes:
+        return replace(fit(task.without_data()), bias=None)
     if not weights:
         M = fit(task.without_data()).weight
         bias = task.correlations.bias(M) if intercept else None
@@ -282,7 +284,7 @@ def _fit_layer(layer: Layer, task: Task, fit: Fit | None, intercept: bool, weigh
 def _offline(study: Study, left: Left, name: str, fit: Fit) -> LayerFit:
     """A layer on the original's inputs, of all its calls, with a bias only where it has one."""
     task, layer = task_of(study, left, name), study.layers.get(name)
-    if task.correlations is None:
+    if task.correlations is None or task.correlations.vanishes:
         return replace(fit(task.without_data()), bias=None)
     if layer is None or layer.takes_bias:
         return fit(task)

@@ -20,6 +20,7 @@ from pysolve.errors import PysolveWarning
 from pysolve.methods.goal import Options, Target, at_home, plain_target, score_of
 from pysolve.methods.layout import LaidOut
 from pysolve.methods.study import Clock, Study
+from pysolve.nn.bare import is_stack
 from pysolve.nn.calibration import HELD_OF, LEAST_APART
 from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, run
 from pysolve.nn.evaluate import nbytes, parameters
@@ -110,7 +111,8 @@ def finish(
         notes = (*notes, CHOSEN_ON)
     model = at_home(model, study.options)
     lines = laid.lines if lines is None else lines
-    few = few_samples(_given(study), study.correlations)
+    fitted = {name: found for name, found in study.correlations.items() if not is_stack(name)}
+    few = few_samples(_given(study), fitted)
     stuck = pinned(report.mass, study.sites) if any(site.pinned is None for site in study.sites) else []
     report = replace(
         report,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import ChainMap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from pysolve.correlations import Array, Correlations
 from pysolve.errors import DataError, PysolveError
 from pysolve.methods.goal import Memory, Options, network_of, options_for, placed
 from pysolve.methods.weights import Skipped, weights_of
+from pysolve.nn.bare import is_stack
 from pysolve.nn.calibration import Calibration, calibrate
 from pysolve.nn.divergence import kl_divergence
 from pysolve.nn.files.study_file import check_network, read_study, write_study
@@ -35,6 +37,7 @@ from pysolve.nn.graph.sizes import of_other_sizes
 from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix
 from pysolve.nn.plain import plain_network
+from pysolve.nn.ranks import of_all_processes
 from pysolve.nn.refusal import output_of
 from pysolve.nn.running import (
     Batch,
@@ -46,6 +49,7 @@ from pysolve.nn.running import (
     few_samples,
 )
 from pysolve.nn.samples import first_samples, laid_out, moved, on_device, peek
+from pysolve.nn.stacks import stack_correlations, stack_inputs, stack_notes
 from pysolve.plan import Site
 
 
@@ -164,7 +168,7 @@ class Study:
     @property
     def new_biases(self) -> frozenset[str]:
         """Layers without a bias that may be given one: those that can lose inputs."""
-        readers = {self.layers[name] for site in self.free for name in site.readers}
+        readers = {self.layers[name] for site in self.free for name in site.readers if name in self.layers}
         return frozenset(layer.name for layer in readers if layer.calls == 1 and not layer.takes_bias)
 
     def walks(self, name: str) -> bool:
@@ -320,7 +324,7 @@ def studied(
     named = [name for site in found for name in (*site.readers, *site.writers)]
     layers = {layer.name: layer for layer in _unseen(model, [*named, *([] if graph else weights)])} | seen
     clock.stage("find")
-    readers = [name for site in found if site.pinned is None for name in site.readers]
+    readers = [name for site in found if site.pinned is None for name in site.readers if not is_stack(name)]
     # What the walk through the graph cannot fit on the way.
     apart = {nodes[node].name for node in routed(graph) if node in nodes} if graph else set()
     asked = {name for name in weights if gather or name in apart}
@@ -348,6 +352,11 @@ def studied(
             ],
             progress=options.progress,
         )
+    stacked = stack_correlations(model, graph, calibration.kept, found)
+    if ranks.size > 1:
+        stacked = of_all_processes(stacked, ranks)
+    correlations = ChainMap(stacked, correlations) if stacked else correlations  # type: ignore[arg-type]
+    base = replace(base, notes=(*base.notes, *stack_notes(found)))
     clock.stage("gather")
     base = replace(base, notes=(*base.notes, *([said] if said else [])))
     unseen = [name for name in wanted if name not in correlations]
@@ -437,7 +446,8 @@ def _unseen(model: nn.Module, names: Iterable[str]) -> Iterator[Layer]:
 
 def widths(study: Study, site: Site) -> dict[str, int]:
     """Input channels of a site's readers."""
-    return {name: channels(study.layers[name].module)[0] for name in site.readers}
+    stacks = {name: stack_inputs(study.model, name) for name in site.readers if is_stack(name)}
+    return {n: stacks[n] if n in stacks else channels(study.layers[n].module)[0] for n in site.readers}
 
 
 class Clock:

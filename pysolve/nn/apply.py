@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pysolve.correlations import Mask
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import Codebook
-from pysolve.nn.bare import Bare, find_member
+from pysolve.nn.bare import find_member, forms_of_member
 from pysolve.nn.layer_kinds import sides, twins
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
@@ -50,7 +50,9 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
 
     Writers may be Linear, convolutions of any kind and Embedding; readers all of these but Embedding; passed
     layers grouped and depthwise convolutions, batch, instance and group norms, PReLU, constant padding of
-    the channel dimension, and bare parameters and buffers, by their names in the state dict.
+    the channel dimension, and bare parameters and buffers, by their names in the state dict. Matrices in one
+    parameter of the network's own, as of experts, write and read, too: ``experts.down_proj:oi``, or ``:io``
+    where inputs come before outputs.
     From grouped layers whole groups are removed, or as many channels from each. Layers of classes that extend
     these are narrowed like them; only the probe tells whether their code still does the same. Layers that
     share their weight must lose the same of it, and go on sharing it.
@@ -110,10 +112,10 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     writers and passed layers stay as they are. Forms are multiplied out, and those of narrowed layers put
     where the kept entries are. Raises what ``apply`` does, but runs nothing.
     """
-    wide, layers, cuts = _prepared(unwrapped(model), plan)
+    wide, _, cuts = _prepared(unwrapped(model), plan)
     for name, cut in cuts.items():
         if not cut.columns.all():
-            silence(layers[name], cut.columns)
+            silence(find_member(wide, name), cut.columns)
     state, cut_members = wide.state_dict(keep_vars=True), _by_member(wide, cuts)
     for name, form in plan.forms.items():
         dense, tensor = as_tensor(form.dense()), state[name].data
@@ -214,7 +216,7 @@ def _numbered(model: nn.Module, tensor: str, cuts: Mapping[Narrowable, Cut]) -> 
     """``numbered`` of what a tensor is cut with, its layer or itself; None where it stays whole."""
     owner, _, leaf = tensor.rpartition(".")
     layer = find_layer(model, owner)
-    cut = next((one for one in (layer, Bare(layer, leaf)) if one in cuts), None)
+    cut = next((one for one in (layer, *forms_of_member(layer, leaf)) if one in cuts), None)
     return None if cut is None else numbered(cut, cuts[cut])
 
 
@@ -275,8 +277,8 @@ def _check_untied(
         for name, tensor in chain(layer.named_parameters(recurse=False), layer.named_buffers(recurse=False)):
             # Pointer 0: nothing is stored, on the meta device for example.
             if tensor.data_ptr():
-                bare = Bare(layer, name)
-                user = bare if (bare, "") in touched else layer
+                forms = forms_of_member(layer, name)
+                user = next((one for one in forms if (one, "") in touched), layer)
                 owners.setdefault(tensor.data_ptr(), {}).setdefault(user, f"{prefix}.{name}".strip("."))
     for users in owners.values():
         changed = {u for u, name in users.items() if {(u, ""), (u, name.rpartition(".")[2])} & touched}
@@ -311,7 +313,7 @@ def untrue_forms(model: nn.Module, plan: Plan, probe: Batch) -> list[str]:
 
 def _cut_alike(layer: Narrowable, others: Sequence[nn.Module], cuts: Mapping[Narrowable, Cut]) -> bool:
     """Whether a layer keeps the same of its weight as others that share it."""
-    if isinstance(layer, Bare) or not others or not all(one in cuts for one in (layer, *others)):
+    if not isinstance(layer, nn.Module) or not others or not all(one in cuts for one in (layer, *others)):
         return False
     first, *rest = (_kept(one, cuts[one]) for one in (layer, *others))
     return all(np.array_equal(a, b) for one in rest for a, b in zip(one, first, strict=True))

@@ -1,4 +1,4 @@
-"""Bare parameters and buffers: tensors of the network itself that lose values with the channels they meet."""
+"""Parameters and buffers that are no torch layer's: they lose values with the channels that they meet."""
 
 from __future__ import annotations
 
@@ -75,8 +75,76 @@ class Bare:
         )
 
 
-def find_member(model: nn.Module, name: str) -> nn.Module | Bare:
-    """The layer, bare parameter or buffer of a name; LayerNotFoundError where there is neither."""
+@dataclass(frozen=True)
+class Stack:
+    """Matrices in one parameter, such as those of all experts of a mixture, which are narrowed alike.
+
+    In a site it is named as in the state dict, and behind a colon by the order of its last two dimensions:
+    ``experts.down_proj:oi`` for outputs before inputs, ``:io`` for inputs before outputs.
+
+    Parameters
+    ----------
+    owner : nn.Module
+    leaf : str
+        Its name there.
+    order : "oi" or "io"
+    """
+
+    owner: nn.Module
+    leaf: str
+    order: str
+
+    @property
+    def values(self) -> Tensor:
+        """The tensor as it is now."""
+        tensor: Tensor = getattr(self.owner, self.leaf)
+        return tensor
+
+    @property
+    def matrices(self) -> Tensor:
+        """(…, outputs, inputs), a view."""
+        values = self.values.detach()
+        return values if self.order == "oi" else values.mT
+
+    @property
+    def outputs(self) -> int:
+        """Rows of each matrix of  y = M x ."""
+        return self.values.shape[self._dim("o")]
+
+    @property
+    def inputs(self) -> int:
+        """Columns of each matrix of  y = M x ."""
+        return self.values.shape[self._dim("i")]
+
+    def narrow(self, rows: Mask, columns: Mask) -> None:
+        """Cut the tensor in place of the old one."""
+        old = self.values
+        new = self._picked(self._picked(old.detach(), "o", rows), "i", columns)
+        setattr(self.owner, self.leaf, nn.Parameter(new.contiguous(), old.requires_grad))
+
+    def silenced(self, columns: Mask) -> Tensor:
+        """The tensor with zeros for the inputs that go."""
+        gone = torch.from_numpy(np.flatnonzero(~columns)).to(self.values.device)
+        return self.values.detach().index_fill(self._dim("i"), gone, 0)
+
+    def _dim(self, letter: str) -> int:
+        return self.order.index(letter) - 2
+
+    def _picked(self, tensor: Tensor, letter: str, kept: Mask) -> Tensor:
+        places = torch.from_numpy(np.flatnonzero(kept)).to(tensor.device)
+        return tensor if kept.all() else tensor.index_select(self._dim(letter), places)
+
+
+ORDERS = ("oi", "io")
+
+
+def is_stack(name: str) -> bool:
+    """Whether a member of a site is named as matrices in one parameter."""
+    return name.rpartition(":")[2] in ORDERS and ":" in name
+
+
+def find_member(model: nn.Module, name: str) -> nn.Module | Bare | Stack:
+    """The layer, stack, bare parameter or buffer of a name; LayerNotFoundError where there is none."""
     # Costs ask for every member of dozens of networks: listing all modules each time takes seconds.
     with suppress(AttributeError):
         return model.get_submodule(name)
@@ -84,13 +152,24 @@ def find_member(model: nn.Module, name: str) -> nn.Module | Bare:
     return find_layer(model, name) if (found := member(modules, name)) is None else found
 
 
-def member(modules: Mapping[str, nn.Module], name: str) -> nn.Module | Bare | None:
-    """The same among modules under all their names; None where there is neither."""
+def member(modules: Mapping[str, nn.Module], name: str) -> nn.Module | Bare | Stack | None:
+    """The same among modules under all their names; None where there is none."""
     if name in modules:
         return modules[name]
-    prefix, _, leaf = name.rpartition(".")
+    path, _, order = name.partition(":")
+    prefix, _, leaf = path.rpartition(".")
     owner = modules.get(prefix)
-    return Bare(owner, leaf) if owner is not None and leaf in own_tensors(owner) else None
+    if owner is None or leaf not in own_tensors(owner):
+        return None
+    if order not in ORDERS:
+        return None if order else Bare(owner, leaf)
+    tensor = owner._parameters.get(leaf)
+    return Stack(owner, leaf, order) if tensor is not None and tensor.ndim > 2 else None
+
+
+def forms_of_member(owner: nn.Module, leaf: str) -> tuple[Bare | Stack, ...]:
+    """What a tensor may be in a site."""
+    return (Bare(owner, leaf), *(Stack(owner, leaf, order) for order in ORDERS))
 
 
 def own_tensors(owner: nn.Module) -> set[str]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pysolve.correlations import Array, Indices
 from pysolve.errors import PysolveError
-from pysolve.nn.bare import Bare, find_member
+from pysolve.nn.bare import Bare, Stack, find_member
 from pysolve.nn.counting import by_layer
 from pysolve.nn.cut_costs import rest_of
 from pysolve.nn.evaluate import nbytes, parameters
@@ -120,7 +120,7 @@ def _uses(model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[int, str, s
                 layer = find_member(model, name)
                 check_kind(name, layer, role)
                 roles.setdefault(layer, set()).add(role == "passed")
-                if not isinstance(layer, Bare) and plain(layer) in WEIGHTED and len(roles[layer]) > 1:
+                if isinstance(layer, nn.Module) and plain(layer) in WEIGHTED and len(roles[layer]) > 1:
                     raise PysolveError(
                         f"{name} passes on the channels of one site and writes or reads those of another, "
                         "which the cost model does not cover: leave out one of the two sites."
@@ -150,6 +150,9 @@ def _coefficients(layers: Sequence[Narrowable], counts: Mapping[Narrowable, floa
         out, into = outputs(layer), _inputs(layer)
         if isinstance(layer, Bare):
             single += layer.costs / out
+            continue
+        if isinstance(layer, Stack):
+            pair += np.array([layer.values.numel(), 0.0, layer.values.nbytes]) / (out * into)
             continue
         for name, tensor in layer.state_dict(keep_vars=True).items():
             # What layers share is there, and goes, once.

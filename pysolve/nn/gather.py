@@ -16,6 +16,7 @@ from pysolve.correlations import AnyArray, Correlations
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn import running
+from pysolve.nn.bare import is_stack
 from pysolve.nn.items import Transform, batched
 from pysolve.nn.layer_kinds import LINEAR
 from pysolve.nn.layer_matrix import LAYERS, Layer
@@ -106,7 +107,10 @@ def gather(
         progress=progress,
         positions=positions,
         double=[
-            r for site in sites or () for r in site.readers if reads_more(site, r, gathered_layer(model, r))
+            r
+            for site in sites or ()
+            for r in site.readers
+            if not is_stack(r) and reads_more(site, r, gathered_layer(model, r))
         ],
     )
     for name, one in found.items():
@@ -268,7 +272,7 @@ def _layer_names(
     elif isinstance(layers, str):
         raise TypeError(f"layers must be a sequence of names, got the string {layers!r}: pass [{layers!r}].")
     else:
-        names = [*(layers or ()), *(reader for site in sites or () for reader in site.readers)]
+        names = [*(layers or ()), *(r for site in sites or () for r in site.readers if not is_stack(r))]
     if not names:
         kinds = "no Linear and no ungrouped convolution"
         raise PysolveError(f"no layer to gather for: {type(model).__name__} has {kinds}, or none is named.")
@@ -293,7 +297,7 @@ def _group_sizes(layers: Mapping[str, Layer], sites: Sequence[Site]) -> dict[str
     """Columns of each layer's matrix that belong to one channel."""
     sizes = {name: rows.taps(layer) for name, layer in layers.items()}
     for site in sites:
-        for reader in site.readers:
+        for reader in (name for name in site.readers if not is_stack(name)):
             width = rows.channels(layers[reader])[0]
             columns = site.columns_of(reader, width)
             if np.array_equal(columns.ravel(), np.arange(width)):

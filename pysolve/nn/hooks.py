@@ -7,9 +7,11 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from pysolve.nn.outputs import tensors_of
 from pysolve.nn.running import Batch, forward
 from pysolve.nn.state import version
 
@@ -23,7 +25,8 @@ def acting_hooks(model: nn.Module, batch: Batch) -> Iterator[None]:
 
     They would be given tensors without values. A hook acts if, while the network runs on the batch, it
     returns something, writes into what it is given, or sets its layer's weight; torch's own are taken to, and
-    all of them where the network fails.
+    all of them where the network fails, or without the others fails or returns other tensors: it may use what
+    they note down.
     """
     found = [hooks for layer in model.modules() for hooks in (layer._forward_pre_hooks, layer._forward_hooks)]
     foreign = [(hooks, key) for hooks in found for key, hook in hooks.items() if not _of_torch(hook)]
@@ -36,18 +39,33 @@ def acting_hooks(model: nn.Module, batch: Batch) -> Iterator[None]:
         for hooks, key in foreign:
             hooks[key] = partial(_watched, hooks[key], partial(seen.add, (id(hooks), key)))
         with suppress(Exception):
-            forward(model, batch)
+            wanted = _shapes(model, batch)
             acting = seen
         for hooks, items in before:
             hooks.update(items)
         for hooks, key in foreign:
             if (id(hooks), key) not in acting:
                 del hooks[key]
+        if acting is seen and not _returns(model, batch, wanted):
+            for hooks, items in before:
+                hooks.clear()
+                hooks.update(items)
         yield
     finally:
         for hooks, items in before:
             hooks.clear()
             hooks.update(items)
+
+
+def _shapes(model: nn.Module, batch: Batch) -> list[torch.Size]:
+    return [one.shape for one in tensors_of(forward(model, batch))]
+
+
+def _returns(model: nn.Module, batch: Batch, wanted: list[torch.Size]) -> bool:
+    """Whether a network runs, and returns tensors of these shapes."""
+    with suppress(Exception):
+        return _shapes(model, batch) == wanted
+    return False
 
 
 def _watched(hook: Callable[..., Any], note: Callable[[], None], layer: nn.Module, *given: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -153,6 +153,14 @@ def _sent(value: T) -> T:
     """Tensors of one process's device are none of another's."""
     found: T = pytree.tree_map_only(Tensor, lambda tensor: tensor.cpu(), value)
     return found
+
+
+def of_all_processes(own: Mapping[str, Correlations], ranks: Ranks) -> dict[str, Correlations]:
+    """Correlations by layer over all processes, of those that any has."""
+    sizes = {name: (one.yx.shape, one.group_size) for name, one in own.items()}
+    every = {name: size for part in ranks.all(sizes) for name, size in part.items()}
+    found = {name: merged(own.get(name), d, h, size, ranks) for name, ((h, d), size) in sorted(every.items())}
+    return {name: one for name, one in found.items() if one is not None}
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 
 import numpy as np
@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pysolve.correlations import Indices, Mask
 from pysolve.errors import CollapseError
-from pysolve.nn.bare import Bare
+from pysolve.nn.bare import Bare, Stack
 from pysolve.nn.layer_kinds import (
     CONVOLUTIONS,
     NORMS,
@@ -44,7 +44,7 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
 ROLES = tuple(_KINDS)
 _DOES = {"writers": "the writer makes", "readers": "the reader reads", "passed": "the layer between has"}
 # What can be a member of a site.
-Narrowable = nn.Module | Bare
+Narrowable = nn.Module | Bare | Stack
 # Where linear layers hold their numbers of outputs and inputs.
 _SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("out_features", "in_features"),
@@ -77,6 +77,8 @@ def outputs(layer: Narrowable) -> int:
     """Output channels of a layer that can be narrowed; of a padding layer, the channels that it adds."""
     if isinstance(layer, Bare):
         return layer.values.numel()
+    if isinstance(layer, Stack):
+        return layer.outputs
     if plain(layer) in PADS:
         padding, channels = _padding(layer)
         return sum(padding[channels])
@@ -84,9 +86,11 @@ def outputs(layer: Narrowable) -> int:
 
 
 def inputs(layer: Narrowable) -> int:
-    """Input channels of a Linear or a convolution; of other layers 0, none that could be cut on their own."""
+    """Input channels of what multiplies; of other layers 0, none that could be cut on their own."""
     if isinstance(layer, Bare):
         return 0
+    if isinstance(layer, Stack):
+        return layer.inputs
     if isinstance(layer, Turned):
         return len(layer.weight)
     name = "in_features" if isinstance(layer, nn.Linear) else "in_channels"
@@ -117,6 +121,10 @@ def check_kind(name: str, layer: Narrowable, role: str) -> None:
         if role != "passed" or plain(layer.owner) in _WIDTHS:
             raise CollapseError(f"{name} is one tensor, not a layer: name its layer instead.")
         return
+    if isinstance(layer, Stack):
+        if role == "passed":
+            raise CollapseError(f"{name} are matrices, which write and read channels but pass none.")
+        return
     if plain(layer) not in _KINDS[role]:
         raise CollapseError(f"{name} is a {type(layer).__name__}{_remedy(layer, role)}")
     own = {key for key, _ in layer.named_parameters(recurse=False)}
@@ -141,6 +149,8 @@ def check_cut(name: str, layer: Narrowable, cut: Cut) -> None:
     if isinstance(layer, Bare):
         layer.places(cut.passed)
         return
+    if isinstance(layer, Stack):
+        return
     groups = getattr(layer, "num_groups", None) or getattr(layer, "groups", None)
     if groups is None:
         return
@@ -164,6 +174,8 @@ def narrow(layer: Narrowable, cut: Cut) -> None:
     """Cut a layer in place; its parameters and buffers are replaced by narrower ones."""
     if isinstance(layer, Bare):
         layer.narrow(cut.passed)
+    elif isinstance(layer, Stack):
+        layer.narrow(cut.rows, cut.columns)
     elif plain(layer) in PADS:
         padding, channels = _padding(layer)
         front, back = np.split(cut.passed, [padding[channels.start]])
@@ -183,12 +195,13 @@ def narrow(layer: Narrowable, cut: Cut) -> None:
 def numbered(layer: Narrowable, cut: Cut) -> nn.Module:
     """A narrowed copy of a layer whose tensors hold the flat indices of their entries in the original's.
 
-    Of a bare tensor: a module that holds nothing else.
+    Of a tensor that is no layer's: a module that holds nothing else.
     """
-    if isinstance(layer, Bare):
-        holder = nn.Module()
-        holder.register_buffer(layer.leaf, torch.arange(outputs(layer)).reshape(layer.values.shape))
-        narrow(Bare(holder, layer.leaf), cut)
+    if not isinstance(layer, nn.Module):
+        holder, values = nn.Module(), layer.values
+        numbers = torch.arange(values.numel(), dtype=torch.float64).reshape(values.shape)
+        setattr(holder, layer.leaf, nn.Parameter(numbers, False))
+        narrow(replace(layer, owner=holder), cut)
         return holder
     indices: dict[int, Tensor] = {}
     for tensor in chain(layer.parameters(recurse=False), layer.buffers(recurse=False)):
@@ -200,8 +213,12 @@ def numbered(layer: Narrowable, cut: Cut) -> nn.Module:
     return copied
 
 
-def silence(layer: nn.Module, columns: Mask) -> None:
-    """Set a Linear's or a convolution's weight of the removed input channels to zero, in place."""
+def silence(layer: Narrowable, columns: Mask) -> None:
+    """Set the weight of the removed input channels of what multiplies to zero, in place."""
+    assert not isinstance(layer, Bare)
+    if isinstance(layer, Stack):
+        layer.values.data.copy_(layer.silenced(columns))
+        return
     weight, groups = weight_of(layer), getattr(layer, "groups", 1)
     first = weight.detach() if inputs_first(layer) else _swapped(weight.detach(), groups)
     first = first.index_fill(0, _index(~columns, weight), 0)

@@ -38,6 +38,8 @@ def pinned(mass: Sequence[LayerMass], sites: Sequence[Site]) -> list[str]:
     """Whether many parameters are in layers that no site can make smaller."""
     free = [site for site in sites if site.pinned is None]
     shrinks = {name for site in free for name in (*site.writers, *site.readers, *site.passed)}
+    # Matrices in a parameter of a module, such as experts.
+    shrinks |= {name.rpartition(".")[0] for name in shrinks if ":" in name}
     stuck = [layer for layer in mass if layer.name not in shrinks and layer.macs]
     share = sum(layer.params for layer in stuck) / max(1, sum(layer.params for layer in mass))
     if share < PINNED:

@@ -684,3 +684,43 @@ def test_what_is_ignored_keeps_every_bit():
     result = quantize(model, images(), scheme="codebook", ignore=["1", "3"])
     for name, value in model.state_dict().items():
         assert torch.equal(value, result.model.state_dict()[name]) == name.startswith(("1.", "3."))
+
+
+class Tied(nn.Module):
+    """A bias that two modules hold, as heads of language models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.words, self.inner, self.head = nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9)
+        self.head.weight, self.bias = self.words.weight, self.head.bias
+
+    def forward(self, x):
+        return self.head(self.inner(self.words(x)).relu())
+
+
+@pytest.mark.parametrize("scheme", ["int8", "codebook"])
+def test_biases_that_modules_share_stay_shared(scheme):
+    torch.manual_seed(0)
+    model, words = Tied().eval(), [torch.randint(9, (32, 4)) for _ in range(4)]
+    result = ps.quantize(model, words, scheme=scheme, progress=False)
+    assert result.model.bias is result.model.head.bias
+    assert torch.equal(result.model.bias, model.bias)
+
+
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda model, x: ps.quantize(model, x, scheme="int8", progress=False),
+        lambda model, x: ps.quantize(model, x, scheme="codebook", progress=False),
+        lambda model, x: ps.prune(model, x, method="obs", amount=0.5, layout="dense", progress=False),
+        lambda model, x: ps.low_rank(model, x, rank=2, layout="factored", progress=False),
+        lambda model, x: ps.compress(model, x, keep=0.5, progress=False),
+    ],
+)
+def test_layers_that_read_next_to_nothing_are_no_error(verb):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    # The least number of float32, at few samples.
+    model[0].weight.data.zero_()[:, 0] = 1.4e-45
+    result = verb(model.eval(), [0.5 * torch.randn(32, 6) for _ in range(4)])
+    assert result.model(torch.randn(4, 6)).isfinite().all()

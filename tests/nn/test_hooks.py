@@ -110,3 +110,27 @@ def test_a_hook_that_fails_is_named_by_the_trace():
     model[1].register_forward_hook(fail)
     with pytest.raises(ps.PysolveError, match="no such feature"):
         operators(model)
+
+
+def noting(layer, args, output):
+    vars(layer)["noted"] = output
+
+
+class Noting(nn.Module):
+    """Reads what a hook has noted down."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.first.register_forward_hook(noting)
+
+    def forward(self, x):
+        self.first(x)
+        return self.last(vars(self.first).pop("noted").tanh())
+
+
+def test_hooks_that_a_network_needs_are_traced():
+    torch.manual_seed(0)
+    model, count = Noting().eval(), len(operators(network()))
+    assert len(operators(model)) == count
+    assert sum(site.pinned is None for site in ps.find_sites(model, torch.randn(2, 6))) == 1

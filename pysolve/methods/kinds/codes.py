@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -142,7 +143,11 @@ def codes_for(study: Study, kind: Codes) -> Codes:
 
 
 def bare_parameters(model: nn.Module, ignored: Collection[str]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters that are no layer's weight, and norms' statistics, quantised or left alone."""
+    """Parameters that are no layer's weight, and norms' statistics, quantised or left alone.
+
+    Those that several modules share stay as they are.
+    """
+    owners = Counter(id(value) for module in model.modules() for value in module._parameters.values())
     for name, module in model.named_modules():
         if name in ignored or isinstance(module, ParametrizationList):
             continue
@@ -151,7 +156,9 @@ def bare_parameters(model: nn.Module, ignored: Collection[str]) -> Iterator[tupl
         # Of other buffers nothing is known: positions and frequencies need all their digits.
         statistics = {what: module._buffers.get(what) for what in ("running_mean", "running_var")}
         for leaf, value in {**values, **statistics}.items():
-            if value is not None and value.is_floating_point() and value.ndim and value.itemsize > 2:
+            if value is None or owners[id(value)] > 1:
+                continue
+            if value.is_floating_point() and value.ndim and value.itemsize > 2:
                 yield f"{name}.{leaf}".lstrip("."), value
 
 

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from pysolve.nn.graph.classes import Ledger, complete, labelled, lean, squashed
 from pysolve.nn.graph.export import where
-from pysolve.nn.layer_kinds import CONVOLUTIONS, inputs_first
+from pysolve.nn.layer_kinds import CONVOLUTIONS, inputs_first, plain
 from pysolve.nn.products import Product, product
 
 # Labels of an operator's result: one tensor of them or several.
@@ -28,6 +28,9 @@ _TURNS: list[tuple[object, ...]] = [
     ("transpose", -2, -1),
 ]
 _TURNS += [("permute", [1, 0])]
+# Operators that leave values as they are, and that pick some along a dimension.
+_SAME = {"to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach", "requires_grad"}
+_ALONG = {"select", "slice", "index_select", "unbind", "narrow"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,6 +180,67 @@ def is_of(call: Product, layer: nn.Module, weight: Node) -> bool:
     return own is weight and turned == (linear and call.takes_inputs_first != inputs_first(layer))
 
 
+def stack_of(call: Call, node: object) -> tuple[str, bool] | None:
+    """Name of the parameter whose matrices a value holds, all or some, and whether it swaps their dimensions.
+
+    A parameter of three dimensions or more of the network's own, not of a layer, which has no other name.
+    """
+    if not isinstance(node, Node):
+        return None
+    node, turned = holder(node)
+    name = call.network.parameters.get(node, "")
+    tensor = call.network.state.get(name)
+    if not isinstance(tensor, nn.Parameter) or tensor.ndim < 3 or not is_own(call.network, name):
+        return None
+    owner = call.network.modules[name.rpartition(".")[0]]
+    return (name, turned) if plain(owner) is type(owner) else None
+
+
+def holder(node: Node) -> tuple[Node, bool]:
+    """The value whose matrices a node holds, all or some of them, and whether it swaps their dimensions."""
+    turned = False
+    while node.args and isinstance(node.args[0], Node):
+        swaps = _swaps(node)
+        if not swaps and not _picks_matrices(node):
+            break
+        node, turned = node.args[0], turned ^ swaps
+    return node, turned
+
+
+def _swaps(node: Node) -> bool:
+    """Whether a node swaps the last two dimensions of its operand."""
+    name, value = operator_name(node), node.meta.get("val")
+    if name in ("mT", "adjoint"):
+        return True
+    if not isinstance(value, Tensor) or name not in ("transpose", "swapaxes", "swapdims", "permute"):
+        return False
+    given: Any = node.args[1] if name == "permute" else node.args[1:]
+    dims, n = [dim % value.ndim for dim in given], value.ndim
+    return dims == [*range(n - 2), n - 1, n - 2] if name == "permute" else {*dims} == {n - 2, n - 1}
+
+
+def _picks_matrices(node: Node) -> bool:
+    """Whether a node holds whole matrices of its operand, one, some or all of them."""
+    name, given = operator_name(node), node.args
+    if name in _SAME or name == "getitem":
+        return True
+    value = given[0].meta.get("val") if given and isinstance(given[0], Node) else None
+    if not isinstance(value, Tensor) or name not in {"index", *_ALONG}:
+        return False
+    where: Any = given[1] if len(given) > 1 else 0
+    return len(where) <= value.ndim - 2 if name == "index" else where % value.ndim < value.ndim - 2
+
+
+def is_own(network: Network, name: str) -> bool:
+    """Whether a tensor is of the network's own, not a layer's of torch, and is no other one as well."""
+    owner, place = network.modules[name.rpartition(".")[0]], network.state[name].data_ptr()
+    lists = nn.ParameterList | nn.ParameterDict
+    if type(owner).__module__.startswith("torch.") and not isinstance(owner, lists):
+        return False
+    same = [other for other, tensor in network.state.items() if tensor.data_ptr() == place]
+    return len({(network.modules[o.rpartition(".")[0]], o.rpartition(".")[2]) for o in same}) == 1
+
+
 def pointwise(call: Call) -> Tensor:
     """Labels of an elementwise function of all tensor arguments."""
     return meet(call, call.tensors)
@@ -185,7 +249,8 @@ def pointwise(call: Call) -> Tensor:
 def meet(call: Call, operands: list[tuple[Tensor, Node]]) -> Tensor:
     """Unite labels that meet, and pin those that meet values without channels, unless these are broadcast.
 
-    One channel that several read, as a gate or a score of positions, stays; they can go one by one.
+    Channels that all meet every channel of a larger value stay, as one gate or score of positions does, or
+    the factor of an outer product; those of the larger value can go one by one.
     """
     ndim = max((value.ndim for value, _ in operands), default=0)
     aligned = [value[(None,) * (ndim - value.ndim)] for value, _ in operands]
@@ -194,14 +259,28 @@ def meet(call: Call, operands: list[tuple[Tensor, Node]]) -> Tensor:
             for value in aligned:
                 if value is not fixed and labelled(value):
                     _pin_fixed(call, value, fixed, node)
-    single = [value for value, _ in operands if labelled(value) and squashed(lean(value)).numel() == 1]
-    several = [value for value, _ in operands if not any(value is one for one in single)]
-    if not single or not any(map(labelled, several)):
-        return call.ledger.unite(*(value for value, _ in operands), reason=call.says("mixes these channels"))
-    for value in single:
-        call.ledger.pin(value, call.says("reads it for several channels"))
+    beside = _beside_the_largest(aligned)
+    several = [value for i, (value, _) in enumerate(operands) if i not in beside]
+    if not beside:
+        return call.ledger.unite(*several, reason=call.says("mixes these channels"))
+    for i in beside:
+        one = squashed(lean(aligned[i])).numel() == 1
+        call.ledger.pin(
+            aligned[i],
+            call.says("reads it for several channels" if one else "mixes these channels with others"),
+        )
     shape = torch.broadcast_shapes(*(value.shape for value, _ in operands))  # type: ignore[no-untyped-call]
     return call.ledger.unite(*several, reason=call.says("mixes these channels")).expand(shape)
+
+
+def _beside_the_largest(aligned: list[Tensor]) -> list[int]:
+    """Which values vary along none of the dimensions along which the one with most channels does."""
+    cores = {i: squashed(lean(value)) for i, value in enumerate(aligned) if labelled(value)}
+    varying = {i: {dim for dim, size in enumerate(core.shape) if size > 1} for i, core in cores.items()}
+    largest = max(cores, key=lambda i: cores[i].numel(), default=None)
+    if largest is None or not varying[largest]:
+        return []
+    return [i for i, dims in varying.items() if not dims & varying[largest]]
 
 
 def _pin_fixed(call: Call, value: Tensor, fixed: Tensor, node: Node) -> None:

@@ -7,7 +7,7 @@ import logging
 import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,22 +194,42 @@ def _first_name(model: nn.Module, name: str) -> str:
 def _export(model: nn.Module, args: Any, kwargs: Any, free: Sequence[int | None]) -> ExportedProgram:
     """The first export that succeeds with so many leading dimensions free; None: all."""
     problem: Exception | None = None
-    for dims in free:
-        # torch.export marks the tensors that it is given, and takes them for free ever after.
-        fresh = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
-        try:
-            with _quiet():
-                return torch.export.export(
-                    model, *fresh, dynamic_shapes=_dynamic(args or kwargs, dims), strict=False
-                )
-        # torch.export lets through whatever the network's code raises.
-        except Exception as error:
-            problem = error
+    for way in (nullcontext, _as_not_compiled):
+        for dims in free:
+            # torch.export marks the tensors that it is given, and takes them for free ever after.
+            fresh = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+            try:
+                with _quiet(), way():
+                    return torch.export.export(
+                        model, *fresh, dynamic_shapes=_dynamic(args or kwargs, dims), strict=False
+                    )
+            # torch.export lets through whatever the network's code raises.
+            except Exception as error:
+                problem = problem if way is _as_not_compiled else error
+        if type(problem).__module__.startswith("torch."):
+            break
     assert problem is not None
     raise PysolveError(
         f"{type(model).__name__} cannot be traced{code_line(problem)}: {sentence(problem)}. Take out what "
         "depends on values or leaves torch, or give a list of Site, written by hand, instead."
     ) from problem
+
+
+@contextmanager
+def _as_not_compiled() -> Iterator[None]:
+    """Code that asks whether it is compiled goes the way that it goes otherwise.
+
+    Some networks make masks only where it is not, and fail without them.
+    """
+    names = ("is_compiling", "is_exporting")
+    before = {name: getattr(torch.compiler, name) for name in names}
+    for name in names:
+        setattr(torch.compiler, name, lambda: False)
+    try:
+        yield
+    finally:
+        for name, asked in before.items():
+            setattr(torch.compiler, name, asked)
 
 
 def _dynamic(given: Any, dims: int | None) -> Any:

@@ -14,7 +14,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from pysolve.nn.graph import layer_rules, operators
-from pysolve.nn.graph.calls import Call, Network, Value, operator_name, pointwise
+from pysolve.nn.graph.calls import Call, Network, Value, is_own, operator_name, pointwise
 from pysolve.nn.graph.classes import Classes, Member, labelled, lean, none, spread, squashed
 from pysolve.nn.graph.export import Graph, where
 from pysolve.nn.graph.operators import Rule
@@ -74,25 +74,12 @@ def _labelled(model: nn.Module, graph: Graph, bare: Mapping[str, int], lines: Ma
 def _bare(network: Network, found: Classes) -> Iterator[tuple[str, int]]:
     """Bare tensors that pin channels, and the dimension along which they can lose values with these."""
     for name in sorted({name for name, _ in found.blamed}):
-        owner, tensor = network.modules[name.rpartition(".")[0]], network.state[name]
+        tensor = network.state[name]
         sizes = {size for blamed, size in found.blamed if blamed == name}
         large = [dim for dim, size in enumerate(tensor.shape) if size > 1]
         fits = [dim for dim in large if tensor.shape[dim] in sizes or len(large) == 1]
-        if len(fits) == 1 and not _is_layer(owner) and not _has_other_names(network, name):
+        if len(fits) == 1 and is_own(network, name):
             yield name, fits[0]
-
-
-def _has_other_names(network: Network, name: str) -> bool:
-    """Whether a tensor is also another parameter or buffer, of this module or of another one."""
-    place = network.state[name].data_ptr()
-    same = [other for other, tensor in network.state.items() if tensor.data_ptr() == place]
-    return len({(network.modules[o.rpartition(".")[0]], o.rpartition(".")[2]) for o in same}) > 1
-
-
-def _is_layer(owner: nn.Module) -> bool:
-    """Whether a module is a layer of torch, which knows its own width."""
-    lists = nn.ParameterList | nn.ParameterDict
-    return type(owner).__module__.startswith("torch.") and not isinstance(owner, lists)
 
 
 def _bare_labels(network: Network, name: str, dim: int) -> Tensor:

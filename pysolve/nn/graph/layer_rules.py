@@ -6,10 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from pysolve.nn.graph.calls import Call, Labels, is_of, product_of, source, stored
+from pysolve.nn.graph.calls import Call, Labels, is_of, meet, product_of, source, stack_of, stored
 from pysolve.nn.graph.classes import along, complete, labelled, lean, spread, squashed
 from pysolve.nn.graph.export import where
-from pysolve.nn.graph.operators import Rule, biased_matmul, matmul
+from pysolve.nn.graph.operators import Rule, biased_matmul, einsum, matmul
 from pysolve.nn.layer_kinds import CONVOLUTIONS, LINEAR, PADS, plain, sides
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.masking import permanent_by
@@ -20,6 +20,8 @@ _INSTANCE_NORMS = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 
 def linear(call: Call) -> Labels:
     """Reads the last dimension and writes it."""
+    if (stack := stack_of(call, call.sources["weight"])) is not None:
+        return _stacked(call, stack, call.tensors[0], -1, "oi", call.tensors[2:])
     return _weighted(call, -1, LINEAR)
 
 
@@ -32,10 +34,69 @@ def product(call: Call) -> Labels:
     """As ``linear`` where a matrix is the weight of the module that multiplies; else rows times columns."""
     if _is_own(call):
         return _weighted(call, -1, LINEAR)
+    biased = call.name in ("addmm", "baddbmm")
+    bias, (left, right) = call.tensors[:biased], call.tensors[biased : biased + 2]
+    if left[0].ndim > 1 and (stack := stack_of(call, right[1])) is not None:
+        return _stacked(call, stack, left, -1, "io", bias)
+    if right[0].ndim > 1 and (stack := stack_of(call, left[1])) is not None:
+        return _stacked(call, stack, right, -2, "oi", bias)
     if not any(labelled(value) for value, _ in call.tensors):
         result: Labels = call.result
         return result
-    return biased_matmul(call) if call.name == "addmm" else matmul(call)
+    return biased_matmul(call) if biased else matmul(call)
+
+
+def grouped_product(call: Call) -> Labels:
+    """Rows of a matrix times the matrix of their group; the fast kernels want rows of whole 16 bytes."""
+    x, weights = call.tensors[:2]
+    stack = stack_of(call, weights[1])
+    if stack is None:
+        return call.opaque(call.says("is not understood"))
+    return _stacked(call, stack, x, -1, "io", call.tensors[3:], block=16 // x[1].meta["val"].itemsize)
+
+
+def einsum_of_stack(call: Call) -> Labels:
+    """As ``linear`` where one operand are matrices of a parameter; else as ``einsum``."""
+    terms, _, output = call.args["equation"].replace(" ", "").partition("->")
+    inputs, stacks = terms.split(","), [stack_of(call, node) for _, node in call.tensors]
+    if len(inputs) == 2 and output and "." not in terms and any(stacks):
+        own = next(i for i, stack in enumerate(stacks) if stack)
+        term, other = inputs[own], inputs[1 - own]
+        read, made = ({*term[-2:]} & {*letters} for letters in (other, output))
+        if len(read) == len(made) == 1 and read != made and len({*other}) == len(other):
+            (k,), (o,), stack = read, made, stacks[own]
+            assert stack is not None
+            order, x = ("oi" if term.endswith(o + k) else "io"), call.tensors[1 - own]
+            return _stacked(call, stack, x, other.index(k), order, [], made=output.index(o))
+    return einsum(call)
+
+
+def _stacked(
+    call: Call,
+    stack: tuple[str, bool],
+    x: tuple[Tensor, Node],
+    dim: int,
+    order: str,
+    added: list[tuple[Tensor, Node]],
+    *,
+    made: int | None = None,
+    block: int = 1,
+) -> Labels:
+    """Reads ``x`` along one dimension with matrices of a parameter, and writes that dimension, or ``made``.
+
+    ``order`` of outputs and inputs as the operator takes them; ``block`` neighbours stay together.
+    """
+    (name, turned), read = stack, _read(call, x[0], dim)
+    name = f"{name}:{order[::-1] if turned else order}"
+    made = dim if made is None else made
+    own = call.ledger.member(name, "readers", len(read))
+    call.ledger.unite(own, read)
+    rows = call.ledger.member(name, "writers", call.result.shape[made])
+    for labels in (own, rows):
+        if len(labels) % block == 0:
+            call.ledger.mix(labels.reshape(-1, block), (1,), call.says("takes rows of whole 16 bytes"))
+    result = spread(rows, made, call.result.shape)
+    return meet(call, [(result, call.node), *added]) if added else result
 
 
 def _is_own(call: Call) -> bool:
@@ -211,7 +272,9 @@ def _channels_added(call: Call, labels: Tensor, dim: int, pair: tuple[int, int])
 
 _NAMES: dict[Rule, str] = {
     linear: "linear",
-    product: "matmul mm addmm",
+    product: "matmul mm bmm addmm baddbmm",
+    grouped_product: "_grouped_mm grouped_mm grouped_mm_fallback",
+    einsum_of_stack: "einsum",
     convolution: "convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
     embedding: "embedding",
     channel_norm: "batch_norm instance_norm prelu",

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from pysolve.nn.graph.calls import Call, Labels, meet, pointwise
-from pysolve.nn.graph.classes import complete, labelled, lean, squashed
+from pysolve.nn.graph.classes import complete, labelled, lean, none, squashed
 
 Rule = Callable[[Call], Labels]
 
@@ -138,6 +138,17 @@ def gather(call: Call) -> Tensor:
     if call.name == "index_select":
         return call.first.index_select(dim, numbers)
     return call.first.gather(dim, numbers)
+
+
+def accumulate(call: Call) -> Labels:
+    """Rows are added to others, or take their place, along a dimension that holds no channels."""
+    dim, rows = call.args["dim"], call.args["source"]
+    call.ledger.pin_varying(call.first, (dim,), call.says("picks channels by number"))
+    call.ledger.pin_varying(rows, (dim,), call.says("picks channels by number"))
+    top = rows.amax(dim, keepdim=True) if rows.shape[dim] else none(call.result.shape)
+    return meet(
+        call, [(call.first, call.sources["self"]), (top.expand(call.result.shape), call.sources["source"])]
+    )
 
 
 def pool(call: Call) -> Labels:
@@ -288,6 +299,7 @@ _NAMES: dict[Rule, str] = {
     matmul: "matmul bmm mm mv dot",
     biased_matmul: "addmm baddbmm",
     gather: "gather index_select",
+    accumulate: "index_add index_copy",
     cat: "cat",
     stack: "stack",
     glu: "glu",

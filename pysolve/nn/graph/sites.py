@@ -186,7 +186,11 @@ def _site(layers: Sequence[Member], table: Indices, pinned: str | None) -> Site:
 
 
 def _ignoring(site: Site, ignored: set[str]) -> Site:
-    named = [name for name in (*site.writers, *site.passed, *site.readers) if name in ignored]
+    named = [
+        name
+        for name in (*site.writers, *site.passed, *site.readers)
+        if {name, name.partition(":")[0]} & ignored
+    ]
     return replace(site, pinned=f"`{named[0]}` is to be ignored") if named else site
 
 

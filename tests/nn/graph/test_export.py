@@ -80,3 +80,16 @@ def test_a_size_that_the_code_compares_holds_for_its_branch_alone():
     few_only = trace(model, x[:2])
     assert not few_only.takes_any_batch
     assert [n for n in (1, 2, 10, 11) if fits(few_only, x[:n])] == [1, 2, 10]
+
+
+def test_networks_that_fail_only_while_they_are_compiled_are_traced_as_they_run():
+    def forward(net, x):
+        mask = None if torch.compiler.is_compiling() else torch.ones(x.shape[0], 1)
+        return net.b((net.a(x) * mask[:, :1]).relu())
+
+    torch.manual_seed(0)
+    model, asked = Net(forward, a=nn.Linear(4, 6), b=nn.Linear(6, 2)), torch.compiler.is_compiling
+    graph = trace(model, torch.randn(3, 4))
+    assert graph.takes_any_batch
+    assert torch.compiler.is_compiling is asked
+    assert sum(site.pinned is None for site in ps.find_sites(model, torch.randn(3, 4))) == 1

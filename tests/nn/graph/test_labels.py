@@ -48,6 +48,7 @@ ELEMENTWISE = {
     "picked samples": lambda x: x[INDEX],
     "gathered samples": lambda x: x.gather(0, torch.zeros(2, 6, dtype=torch.long)),
     "selected samples": lambda x: x.index_select(0, INDEX),
+    "added to samples": lambda x: torch.zeros_like(x).index_add(0, INDEX, x[INDEX]),
     "dimensions": lambda x: x.unsqueeze(1).transpose(1, 2).squeeze(-1).t().t(),
     "other dimensions": lambda x: x[None].movedim(0, 1).squeeze(1).view_as(x).reshape_as(x),
     "in place": lambda x: F.relu_(x.mul_(2)).clamp_(max=1),
@@ -142,6 +143,10 @@ PINNED = {
     "gathered": (
         lambda x: x.gather(1, torch.zeros(2, 6, dtype=torch.long)),
         "gather picks channels by number",
+    ),
+    "added up": (
+        lambda x: x.index_add(1, torch.arange(6), x),
+        "index_add picks channels by number",
     ),
     "mask": (lambda x: x * (x[x > 0]).sum(), "index picks by a mask"),
     "looked up": (lambda x: torch.arange(3.0)[(x > 0).long()], "index takes them for positions"),

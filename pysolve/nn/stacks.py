@@ -1,0 +1,147 @@
+"""Matrices in one parameter, such as those of experts, in sites: what is known of their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.fx import Node
+
+from pysolve.correlations import Array, Correlations, Indices, Mask
+from pysolve.nn.bare import Stack, find_member, is_stack
+from pysolve.nn.graph.calls import holder, operator_name
+from pysolve.nn.graph.export import Graph
+from pysolve.nn.graph.sizes import usable
+from pysolve.nn.running import Batch, as_array, evaluating
+from pysolve.nn.samples import first_samples
+from pysolve.nn.walk import Walk, last_uses
+from pysolve.plan import Site
+
+# Samples that tell the size of each input.
+_SAMPLES = 64
+# Stacks that a note names.
+_NAMED = 3
+
+
+def stack_correlations(
+    model: nn.Module, graph: Graph | None, batches: Sequence[Batch], sites: Iterable[Site]
+) -> dict[str, Correlations]:
+    """What stacks that read the channels of sites lose without some of them, as diagonal correlations.
+
+    Each input counts by itself, with Σ x² over all matrices and the mean over these of its weights' squares:
+    which matrix takes which row is left aside. Nothing is refitted, so nothing compensates.
+
+    Parameters
+    ----------
+    model : nn.Module
+    graph : Graph, optional
+        Without, all inputs are taken for equally large.
+    batches : sequence of batches
+    sites : iterable of Site
+
+    Returns
+    -------
+    {reader: Correlations}
+    """
+    names = {name for site in sites if site.pinned is None for name in site.readers if is_stack(name)}
+    if not names:
+        return {}
+    energies = {}
+    if graph is not None:
+        energies = _energies(model, graph, usable(graph, first_samples([*batches], _SAMPLES)), names)
+    found = {}
+    for name in sorted(names):
+        stack = _stack(model, name)
+        count, squares = energies.get(name, (1, np.ones(stack.inputs)))
+        weights, nothing = _norms(stack), np.zeros(stack.inputs)
+        products = np.diag(weights * squares)
+        found[name] = Correlations(np.diag(squares), products, weights**2 * squares, count, nothing, nothing)
+    return found
+
+
+def stack_notes(sites: Iterable[Site]) -> list[str]:
+    """What the report says of stacks whose inputs can go."""
+    names = {name for site in sites if site.pinned is None for name in site.readers if is_stack(name)}
+    if not names:
+        return []
+    more = ", …" * (len(names) > _NAMED)
+    return [
+        f"matrices in one parameter are not refitted ({', '.join(sorted(names)[:_NAMED])}{more}); of their "
+        "inputs, those stay that add most"
+    ]
+
+
+def silenced(model: nn.Module, keep: Mapping[Site, Indices]) -> dict[str, Tensor]:
+    """Stacks with zeros for the inputs that go, by their names in the state dict."""
+    columns: dict[str, Mask] = {}
+    for site, kept in keep.items():
+        for name in filter(is_stack, site.readers):
+            stack = _stack(model, name)
+            gone = np.setdiff1d(np.arange(site.channels), kept)
+            stays = columns.setdefault(name, np.ones(stack.inputs, bool))
+            stays[site.columns_of(name, stack.inputs)[gone]] = False
+    return {name.partition(":")[0]: _stack(model, name).silenced(one) for name, one in columns.items()}
+
+
+def _energies(
+    model: nn.Module, graph: Graph, batches: Sequence[Batch], names: Iterable[str]
+) -> dict[str, tuple[int, Array]]:
+    """Rows that stacks read, and Σ x² of each input."""
+    paths = {name.partition(":")[0]: name for name in names}
+    nodes = [node for node in graph.module.graph.nodes if node.op != "output"]
+    walk, finished = Walk(graph, model, batches, {}), last_uses(nodes)
+    found: dict[str, tuple[int, Array]] = {}
+    with evaluating(model), torch.no_grad():
+        for node in nodes if batches else ():
+            if node.op != "placeholder":
+                for name, read in _reads(graph, paths, node):
+                    width = _stack(model, name).inputs
+                    for b in walk.batches:
+                        count, squares = _squares(walk.value(read, b), width)
+                        before = found.get(name, (0, np.zeros(width)))
+                        found[name] = before[0] + count, before[1] + squares
+                walk.run_original(node)
+                walk.run_compressed(node)
+            walk.forget(finished[node])
+    return found
+
+
+def _reads(graph: Graph, paths: Mapping[str, str], node: Node) -> Iterator[tuple[str, Node]]:
+    """Stacks that an operator multiplies with, and the value that it multiplies."""
+    given = node.all_input_nodes
+    for one in given:
+        name = paths.get(graph.parameters.get(holder(one)[0], ""))
+        if name is not None and holder(node)[0] is node and len(given) > 1:
+            others = [
+                other for other in given if other is not one and holder(other)[0] not in graph.parameters
+            ]
+            # A bias comes first.
+            yield from [(name, others[operator_name(node) == "baddbmm"])] if others else []
+
+
+def _squares(x: Tensor, width: int) -> tuple[int, Array]:
+    """Rows of a value, and Σ x² of each input: the last dimension of the right size."""
+    dim = next((dim for dim in reversed(range(x.ndim)) if x.shape[dim] == width), None)
+    if dim is None:
+        return 0, np.zeros(width)
+    rows = x.movedim(dim, -1).reshape(-1, width).double()
+    return len(rows), as_array(rows.square().sum(0))
+
+
+def _norms(stack: Stack) -> Array:
+    """(inputs,) root of the mean over matrices of the squares of each input's weights."""
+    squares = stack.matrices.double().square()
+    return as_array(squares.sum(-2).reshape(-1, stack.inputs).mean(0).sqrt())
+
+
+def stack_inputs(model: nn.Module, name: str) -> int:
+    """Inputs of each matrix."""
+    return _stack(model, name).inputs
+
+
+def _stack(model: nn.Module, name: str) -> Stack:
+    found = find_member(model, name)
+    assert isinstance(found, Stack)
+    return found
