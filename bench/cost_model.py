@@ -10,8 +10,8 @@ pass over the data:
     measure    ½ P · probes · samples of each / samples     divergences, from the changed layer on
     refit      2 P + Σ n (k² + k d) + Σ (k³ / 3 + h k²)      the walk through both networks
 
-Sums take 8 d (d + h) bytes a layer. Rates of the two-core machine are measured (bench/scale.py); those of other
-machines are assumed, so their seconds are extrapolated.
+Sums take 8 d (d + h) bytes a layer. Rates of the two-core machine are measured (bench/scale.py); those of
+other machines are assumed, so their seconds are extrapolated.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pysolve.nn.memory import in_bytes
 from pysolve.tables import Table, as_markdown
 
 app = typer.Typer(add_completion=False, help=__doc__)
-# Sizes that each site is measured at; samples that all measurements share, at most and a sample given, and the
-# fewest of each; the share of the samples in the selection set, and its most.
+# Sizes that each site is measured at; samples that all measurements share, at most and for each given,
+# and the fewest of one; the share of the samples in the selection set, and its most.
 PROBES, SHARED, TIMES, LEAST, HELD, MOST = 4, 16384, 10, 48, 1 / 12, 256
 # Share of the inputs that stays.
 KEPT = 0.7
@@ -107,7 +107,7 @@ NETWORKS = {
     "decoder of 1.1 billion, 64 × 2,048": Network(decoder(22, 2048, 5632, 256, 32000, 2048), 64),
     "decoder of 8 billion, 64 × 2,048": Network(decoder(32, 4096, 14336, 1024, 128256, 2048), 64),
 }
-# The first is measured; a GPU's passes in bfloat16 at 40 % of 800 TFLOP/s, its sums at 60 % of 50, 16 cores a host.
+# The first is measured. GPUs: bfloat16 passes at 40 % of 800 TFLOP/s, sums at 60 % of 50; a host: 16 cores.
 MACHINES = {
     "two cores": Machine(170e9, 150e9, 100e9),
     "1 GPU": Machine(320e12, 30e12, 1e12),

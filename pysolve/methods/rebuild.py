@@ -42,7 +42,7 @@ class Rebuilt:
     values : {state-dict name: tensor}
         With the weights that take another form, multiplied out or decoded.
     fits : {layer or parameter: LayerFit}
-        Of what was fitted last, on the channels that stay.
+        Of what was fitted last, on the channels that stay; without weights where these take no other form.
     samples : int
         That layers were fitted on.
     notes : tuple of str
@@ -227,14 +227,16 @@ def _walked(
 
     def fitted(name: str, correlations: Correlations | None, intercept: bool) -> tuple[Array, Array | None]:
         known = study.correlations if correlations is None else {}
-        task = task_of(study, left, name, known, prior=priors.get(name), previous=fits.get(name))
+        previous = fits.get(name) if name in chosen.fits else None
+        task = task_of(study, left, name, known, prior=priors.get(name), previous=previous)
         if correlations is not None:
             task = replace(task, correlations=correlations)
         elif task.correlations is None and (name in chosen.fits or name in cuts) and name not in unseen:
             unseen.append(name)
         found = _fit_layer(study.layers[name], task, chosen.fits.get(name), intercept, weights)
-        if name in chosen.fits:
-            fits[name] = found
+        # Weights without a form of their own are in the values already, in half the bytes.
+        bare = replace(found, weight=np.zeros((0, 0)), bias=None)
+        fits[name] = found if name in chosen.fits else bare
         return found.weight, found.bias
 
     new = refit(
