@@ -146,7 +146,7 @@ class Sums:
         self.total.add_(z.sum(0))
         if size > self.d:
             # A norm along the columns in double precision takes five times as long.
-            self.squares.add_(z[:, self.d :].double().square_().sum(0))
+            self.squares.add_(z[:, self.d :].double().square().sum(0))
         # SciPy's symmetric update saves as much, but its threads and torch's then wait for each other.
         width = -(-size // -(-size // _STRIP))
         for start in range(0, size, width):
