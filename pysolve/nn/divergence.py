@@ -18,6 +18,8 @@ from pysolve.nn.running import Batch, Output, arguments, evaluating, forward, sa
 
 # From the original's output and another one to the mean divergence per sample.
 Divergence = Callable[[Output, Output], Tensor]
+# Numbers that are compared at once.
+_BLOCK = 2**20
 
 
 def kl_divergence(original: Output, output: Output) -> Tensor:
@@ -36,14 +38,23 @@ def kl_divergence(original: Output, output: Output) -> Tensor:
         with suppress(NotImplementedError):
             return torch.distributions.kl_divergence(original, output).mean()
     named = logits_of(original) is original and not isinstance(original, Tensor | tuple | list)
-    p, q = main_output(original).double(), main_output(output).double()
+    p, q = main_output(original), main_output(output)
     dim = class_dim(p)
-    if not named and p.ndim > 1 and p.shape[dim] > 1:
-        log_p, log_q = p.log_softmax(dim), q.log_softmax(dim)
-        # A class of logit −∞ adds nothing, where 0 · (∞ − ∞) would be NaN.
-        parts = torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q))
-        return parts.sum(dim).mean().clamp_min(0.0)
+    if not named and p.ndim > 1 and p.shape[dim] > 1 and p.numel():
+        p, q = (one.movedim(dim, -1).flatten(0, -2) for one in (p, q))
+        # In blocks: logits of all words for all tokens take gigabytes in double precision.
+        step = max(1, _BLOCK // p.shape[1])
+        blocks = zip(torch.split(p, step), torch.split(q, step), strict=True)
+        return (torch.stack([_of_rows(*block) for block in blocks]).sum() / len(p)).clamp_min(0.0)
+    p, q = p.double(), q.double()
     return 0.5 * (q - p).square().mean() / _spread(p)
+
+
+def _of_rows(p: Tensor, q: Tensor) -> Tensor:
+    """Sum of KL(softmax(p) ‖ softmax(q)) over rows."""
+    log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    # A class of logit −∞ adds nothing, where 0 · (∞ − ∞) would be NaN.
+    return torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q)).sum()
 
 
 def class_dim(output: Tensor) -> int:
