@@ -150,8 +150,8 @@ _FAILED = -(2**40)
 
 
 def _sent(value: T) -> T:
-    """Tensors of one process's device are none of another's."""
-    found: T = pytree.tree_map_only(Tensor, lambda tensor: tensor.cpu(), value)
+    """Tensors of one process's device are none of another's, and views would bring all that they are of."""
+    found: T = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().cpu().clone(), value)
     return found
 
 
