@@ -34,7 +34,8 @@ from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import cuts_of
 from pysolve.methods.result import distance
 from pysolve.methods.sizes import Sized, within
-from pysolve.methods.study import Clock, Study, studied
+from pysolve.methods.studied import studied
+from pysolve.methods.study import Clock, Study
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.tables import Table, as_markdown

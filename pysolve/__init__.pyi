@@ -23,8 +23,8 @@ from .methods.gradual import prune_gradually as prune_gradually
 from .methods.low_rank import low_rank as low_rank
 from .methods.prune import prune as prune
 from .methods.quantize import quantize as quantize
+from .methods.studied import study as study
 from .methods.study import Study as Study
-from .methods.study import study as study
 from .nn.apply import apply as apply
 from .nn.evaluate import accuracy as accuracy
 from .nn.files.checkpoint import file_bytes as file_bytes

@@ -42,7 +42,7 @@ def _shared_graphs() -> Iterator[None]:
     from graphs import traced
 
     with pytest.MonkeyPatch.context() as patch:
-        for place in ("nn.graph.export", "nn.graph.sites", "methods.study"):
+        for place in ("nn.graph.export", "nn.graph.sites", "methods.studied"):
             patch.setattr(f"pysolve.{place}.trace", traced)
         yield
 

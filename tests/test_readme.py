@@ -14,7 +14,8 @@ import pytest
 import torch
 
 import pysolve as ps
-from pysolve.methods import goal, layout, menu, price, rebuild, result, study
+from pysolve.methods import goal, layout, menu, price, rebuild, result, studied, study
+from pysolve.methods import weights as of_weights
 from pysolve.methods.kinds import codes
 
 ROOT = Path(__file__).parent.parent
@@ -87,7 +88,7 @@ def test_the_selector_of_the_architecture_page_selects():
 
 def test_the_kind_of_the_architecture_page_goes_through_the_pipeline():
     names = {"partial": functools.partial, "reduce": functools.reduce, "or_": operator.or_}
-    for module in (codes, goal, layout, menu, price, rebuild, result, study):
+    for module in (codes, goal, layout, menu, price, rebuild, result, study, studied, of_weights):
         names |= {key: value for key, value in vars(module).items() if not isinstance(value, ModuleType)}
     names["np"] = np
     exec(shown("pysolve/methods/kinds/powers.py"), names)

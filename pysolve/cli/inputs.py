@@ -20,6 +20,7 @@ from pysolve.cli.blame import told
 from pysolve.cli.datasets import mnist
 from pysolve.cli.weights import fill
 from pysolve.errors import DataError, PysolveError
+from pysolve.methods.goal import checked_device
 from pysolve.nn.running import Batch, as_array, as_input, device_of, evaluating, forward
 
 Values = npt.NDArray[np.generic]
@@ -112,15 +113,6 @@ def load_samples(name: str, *, train: bool = True) -> Samples:
     if not isinstance(made, Iterable) or isinstance(made, Mapping | str):
         raise DataError(f"{name} must return batches, got {type(made).__name__}.")
     return Samples(made=made)
-
-
-def checked_device(name: str) -> str:
-    """The name of a device that can compute; else DataError."""
-    try:
-        torch.ones(1, device=name).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise DataError(f"cannot compute on {name!r}: {str(error).splitlines()[0]}.") from error
-    return name
 
 
 def _called(name: str, what: str) -> object:

@@ -34,7 +34,8 @@ from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import REFITS, rebuild
 from pysolve.methods.result import finish, later_score
 from pysolve.methods.sizes import Sized, by_keep, by_lam, check_free, site_reports, within
-from pysolve.methods.study import Clock, Study, studied
+from pysolve.methods.studied import studied
+from pysolve.methods.study import Clock, Study
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.running import Batch, Device, Ignored

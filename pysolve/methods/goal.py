@@ -114,7 +114,7 @@ def options_for(
         ``memory`` is no positive number; ``evaluate`` returns none; a pattern is no regular expression.
     """
     matched = find_matching(network, ignore)
-    bound = None if memory is None else Bound.of(bytes_in(memory))
+    bound = None if memory is None else Bound.of(bytes_in(memory), memory)
     folder = None if checkpoint is None else Path(checkpoint)
     score = None if evaluate is None else score_of(evaluate, network)
     ranks, place, home = Ranks(process_group), checked_device(device), device_of(network)
@@ -153,7 +153,7 @@ def checked_device(device: Device) -> torch.device | None:
         found.item()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"cannot compute on device={device!r}: {reason}.") from error
+        raise ValueError(f"cannot compute on {device!r}: {reason}.") from error
     return found.device
 
 

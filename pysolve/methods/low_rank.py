@@ -34,7 +34,8 @@ from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import Rebuilt, rebuild
 from pysolve.methods.result import finish
 from pysolve.methods.sizes import Sized, site_reports, sized
-from pysolve.methods.study import Clock, Study, studied
+from pysolve.methods.studied import studied
+from pysolve.methods.study import Clock, Study
 from pysolve.methods.weights import reasons, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.items import Transform

@@ -34,7 +34,8 @@ from pysolve.methods.rebuild import (
     tasks_of,
     values_of,
 )
-from pysolve.methods.study import Study, studied
+from pysolve.methods.studied import studied
+from pysolve.methods.study import Study
 from pysolve.methods.weights import Skipped, reasons, weights_of
 from pysolve.nn.evaluate import nbytes
 from pysolve.nn.layer_kinds import EMBEDDINGS, WEIGHTED

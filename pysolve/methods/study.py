@@ -1,55 +1,36 @@
-"""``study``: one export of a network and its correlations, all that is known before anything is chosen."""
+"""What is known of a network before anything is chosen; it can be saved, loaded and added up."""
 
 from __future__ import annotations
 
 import os
 import time
-from collections import ChainMap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
-from torch.fx import Node
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from pysolve.compressed import Compressed
 from pysolve.correlations import Array, Correlations
-from pysolve.errors import DataError, PysolveError
-from pysolve.methods.goal import Memory, Options, network_of, options_for, placed
-from pysolve.methods.weights import Skipped, weights_of
+from pysolve.errors import PysolveError
+from pysolve.methods.goal import Options
+from pysolve.methods.weights import Skipped
 from pysolve.nn.bare import is_stack
-from pysolve.nn.calibration import Calibration, calibrate
-from pysolve.nn.divergence import kl_divergence
+from pysolve.nn.calibration import Calibration
 from pysolve.nn.files.study_file import check_network, read_study, write_study
-from pysolve.nn.files.sums import some_of
 from pysolve.nn.files.sums_folder import network_checksums
-from pysolve.nn.gather import reads_more
-from pysolve.nn.graph.branches import Layer, find_layers
-from pysolve.nn.graph.export import Graph, trace, trace_once
-from pysolve.nn.graph.routes import routed
-from pysolve.nn.graph.sites import sites_in
-from pysolve.nn.graph.sizes import of_other_sizes
-from pysolve.nn.items import Transform, check_batches
-from pysolve.nn.layer_matrix import LAYERS, channels, groups, matrix
+from pysolve.nn.graph.branches import Layer
+from pysolve.nn.graph.export import Graph
+from pysolve.nn.layer_matrix import channels, matrix
 from pysolve.nn.plain import plain_network
-from pysolve.nn.ranks import of_all_processes
-from pysolve.nn.refusal import output_of
 from pysolve.nn.running import (
     Batch,
-    Device,
-    Ignored,
     as_array,
     device_of,
-    evaluating,
-    few_samples,
 )
-from pysolve.nn.samples import first_samples, laid_out, moved, on_device, peek
-from pysolve.nn.stacks import stack_correlations, stack_inputs, stack_notes
+from pysolve.nn.samples import first_samples, moved
+from pysolve.nn.stacks import stack_inputs
 from pysolve.plan import Site
 
 
@@ -187,261 +168,12 @@ class Study:
         return np.asarray(as_array(self.weights[name].flatten(1)), np.float64)
 
 
-def study(
-    model: nn.Module | Compressed,
-    batches: Iterable[Batch],
-    *,
-    ignore: Sequence[Ignored] = (),
-    memory: Memory = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    transform: Transform | None = None,
-    process_group: ProcessGroup | None = None,
-    device: Device = None,
-    progress: bool = True,
-) -> Study:
-    """Gather what any verb needs of a network, once: verbs then take the study in the place of batches.
-
-    Sums of all Linear layers and ungrouped convolutions that run, and samples for refits and measurements, in
-    one pass over the data, or in as many as ``memory`` asks for.
-
-    Parameters
-    ----------
-    model : nn.Module or Compressed
-    batches : iterable of batches
-        As ``compress`` has them.
-    ignore : sequence of str, types or modules
-        Layers of which nothing is gathered.
-    memory : int or str, optional
-        Bytes that the call may take beyond the network, or words such as "4GiB".
-    checkpoint : path, optional
-        Folder where sums are put away about once a minute: a killed call with the same arguments goes on
-        from there, with the same sums to the bit. Another network, and other batches, are refused.
-    transform : callable, optional
-        Makes inputs of an item of ``batches``.
-    process_group, device
-        As in ``compress``.
-    progress : bool
-
-    Returns
-    -------
-    Study
-        ``save`` and ``Study.load`` keep it in one file; studies of the same network on other samples add up.
-
-    Raises
-    ------
-    PysolveError
-        ``memory`` is too little; the checkpoint is of another network.
-    DataError
-        The network refuses a batch; batches hold NaN, or differ from those of an earlier pass.
-    """
-    check_batches(batches)
-    _, network = network_of(model)
-    options = options_for(
-        network,
-        ignore,
-        kl_divergence,
-        memory,
-        0,
-        progress,
-        None,
-        transform,
-        True,
-        process_group,
-        device,
-        checkpoint,
-    )
-    network = placed(network, options)
-    weights, left = weights_of(network, options.ignore)
-    return studied(network, batches, options, weights=weights, sites=True, needed=False, left=left)
-
-
-def studied(
-    model: nn.Module,
-    batches: Iterable[Batch] | Study | None,
-    options: Options,
-    *,
-    weights: Mapping[str, Tensor] | None = None,
-    sites: Sequence[Site] | bool = False,
-    needed: bool = True,
-    gather: bool = True,
-    trace: bool = True,
-    left: Sequence[Skipped] = (),
-    notes: Sequence[str] = (),
-) -> Study:
-    """Trace the network, find its sites, and gather correlations while the data stream by once.
-
-    Parameters
-    ----------
-    model : nn.Module
-    batches : iterable of batches, or Study, optional
-        Of a study, its correlations and samples.
-    options : Options
-    weights : {name: tensor}, optional
-        Of ``weights_of``: what may take another form.
-    sites : sequence of Site, or bool
-        Whether channels may go: those of these sites, or of all that are found.
-    needed : bool
-        Whether sites that are looked for are needed: otherwise there are none in a network that cannot be
-        traced.
-    gather : bool
-        Whether correlations of the weights' layers are needed beforehand, beside those of sites' readers.
-    trace : bool
-        Without, the first batch is there to measure on, and nothing is fitted.
-    left : sequence of Skipped
-    notes : sequence of str
-
-    Raises
-    ------
-    DataError
-        The network refuses a batch, or batches hold NaN, or other plain values than the first.
-    PysolveError
-        Sites are looked for in a network that cannot be traced.
-    """
-    weights = weights or {}
-    base = Study(model, options, weights=weights, left=tuple(left), notes=tuple(notes))
-    if batches is None:
-        return base
-    clock, known = Clock(), batches if isinstance(batches, Study) else None
-    if known is not None:
-        if known.model is not model:
-            check_network(network_checksums(known.model), model, "the study")
-        known = replace(known, calibration=known._gathered.on(options.device))
-        first = next(iter([*known, *known.held]))
-    else:
-        first, batches = peek(batches, options.transform)
-        first, batches = laid_out(model, moved(first, options.device), on_device(batches, options.device))
-    ranks = options.ranks
-    if ranks.size > 1:
-        ranks.check_same("network", network_checksums(model))
-        # Graphs and sites are those of one batch.
-        first = moved(ranks.first(first), device_of(model))
-    if not trace:
-        with evaluating(model):
-            output_of(model, first)
-        return replace(base, calibration=Calibration(0, [first], [first]))
-    graph, nodes, found, why = _traced(model, first, sites, options.ignore, needed)
-    seen = {layer.name: layer for layer in nodes.values()}
-    named = [name for site in found for name in (*site.readers, *site.writers)]
-    layers = {layer.name: layer for layer in _unseen(model, [*named, *([] if graph else weights)])} | seen
-    clock.stage("find")
-    readers = [name for site in found if site.pinned is None for name in site.readers if not is_stack(name)]
-    # What the walk through the graph cannot fit on the way.
-    apart = {nodes[node].name for node in routed(graph) if node in nodes} if graph else set()
-    asked = {name for name in weights if gather or name in apart}
-    wanted = [*readers, *(name for name in weights if _is_gathered(layers.get(name), graph, name in asked))]
-    wanted, said = [*dict.fromkeys(wanted)], ""
-    if known is not None:
-        calibration = known._gathered.within(graph, options.memory)
-        correlations: Mapping[str, Correlations] = some_of(known.correlations, wanted)
-    else:
-        calibration, correlations, said = calibrate(
-            model,
-            batches,
-            first,
-            graph,
-            nodes,
-            wanted,
-            bound=options.memory,
-            checkpoint=options.checkpoint,
-            ranks=ranks,
-            double=[
-                name
-                for site in found
-                for name in site.readers
-                if name in layers and reads_more(site, name, layers[name].module)
-            ],
-            progress=options.progress,
-        )
-    stacked = stack_correlations(model, graph, calibration.kept, found)
-    if ranks.size > 1:
-        stacked = of_all_processes(stacked, ranks)
-    correlations = ChainMap(stacked, correlations) if stacked else correlations  # type: ignore[arg-type]
-    base = replace(base, notes=(*base.notes, *stack_notes(found)))
-    clock.stage("gather")
-    base = replace(base, notes=(*base.notes, *([said] if said else [])))
-    unseen = [name for name in wanted if name not in correlations]
-    if unseen:
-        base = replace(base, notes=(*base.notes, no_samples(unseen)))
-        found = [_reached(site, correlations) for site in found]
-    if graph and any(ranks.counts(sum(of_other_sizes(graph, batch) for batch in calibration.kept))):
-        graph, more_layers = _widened(model, first, graph)
-        layers |= more_layers
-        clock.stage("find")
-    if why and weights:
-        more = f"layers were fitted on the original's inputs, for the network cannot be exported: {why}"
-        base = replace(base, notes=(*base.notes, more))
-    return replace(
-        base,
-        graph=graph,
-        layers=layers,
-        sites=found,
-        correlations=correlations,
-        calibration=calibration,
-        seconds=clock.seconds,
-    )
-
-
 def no_samples(names: Sequence[str]) -> str:
     """What becomes of layers whose inputs nothing is known of, for the report."""
     return (
         f"no sample reached {', '.join(names)}: nothing is fitted there, and weights stay as they are or are "
         "pruned and rounded by themselves"
     )
-
-
-def _reached(site: Site, correlations: Mapping[str, Correlations]) -> Site:
-    """The site, pinned where no sample has reached any of its readers."""
-    if site.pinned is not None or any(name in correlations for name in site.readers):
-        return site
-    return replace(site, pinned=f"no sample reached {', '.join(site.readers)}")
-
-
-def _is_gathered(layer: Layer | None, graph: Graph | None, every: bool) -> bool:
-    """Whether what a layer reads is to be seen beforehand: of all, or of those that no walk can refit.
-
-    Attention calls the function of its last layer, not the layer.
-    """
-    if layer is None or type(layer.module) is NonDynamicallyQuantizableLinear:
-        return False
-    return graph is None or layer.calls > 1 or (every and layer.calls == 1)
-
-
-def _traced(
-    model: nn.Module, first: Batch, sites: Sequence[Site] | bool, ignore: Sequence[Ignored], needed: bool
-) -> tuple[Graph | None, dict[Node, Layer], Sequence[Site], str]:
-    """The graph, its layers, the sites, and why there is no graph."""
-    given = () if isinstance(sites, bool) else tuple(sites)
-    try:
-        graph, few = trace_once(model, first)
-    except DataError:
-        raise
-    except PysolveError as error:
-        if sites is True and needed:
-            raise
-        return None, {}, given, str(error)
-    return (
-        graph,
-        find_layers(graph, model),
-        sites_in(model, graph, few, ignore=ignore) if sites is True else given,
-        "",
-    )
-
-
-def _widened(model: nn.Module, first: Batch, graph: Graph) -> tuple[Graph, dict[str, Layer]]:
-    """A graph for batches of other sizes, too, and its layers; the graph as it is where none can be made."""
-    with suppress(PysolveError):
-        graph = trace(model, few_samples(first), every_size=True, fixed_sizes=False)
-        return graph, {layer.name: layer for layer in find_layers(graph, model).values()}
-    return graph, {}
-
-
-def _unseen(model: nn.Module, names: Iterable[str]) -> Iterator[Layer]:
-    """Layers as they are when no graph shows what follows them."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for name in dict.fromkeys(names):
-        module = modules.get(name)
-        if isinstance(module, LAYERS) and groups(module) == 1:
-            yield Layer(name, module, calls=0)
 
 
 def widths(study: Study, site: Site) -> dict[str, int]:

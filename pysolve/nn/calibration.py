@@ -17,7 +17,7 @@ from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.sizes import hint, traced_samples
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.memory import Bound, room_for
-from pysolve.nn.passes import gathered, plan_of
+from pysolve.nn.passes import gathered, passes_for
 from pysolve.nn.ranks import ALONE, Ranks
 from pysolve.nn.running import Batch, Device, device_of
 from pysolve.nn.samples import first_samples, joined, later_samples, moved, samples_in, take
@@ -173,7 +173,8 @@ def calibrate(
     shares = _shares(graph, nodes, layers, total) if graph else dict.fromkeys(layers, 1.0)
     count = samples_in(first)
     example = take(first, _held_of(count, 0, 0), count)
-    plan = plan_of(model, first, graph, nodes, layers, bound, once=isinstance(batches, Iterator), ranks=ranks)
+    once = isinstance(batches, Iterator)
+    plan = passes_for(model, first, graph, nodes, layers, bound, once=once, folder=checkpoint, ranks=ranks)
     calibration = Calibration(plan.samples)
 
     def stream(number: int) -> Iterator[Batch]:

@@ -27,15 +27,18 @@ class Bound:
     total : int
     start : int
         Bytes of the process when the call began.
+    words : str
+        The total as it was given.
     """
 
     total: int
     start: int
+    words: str = ""
 
     @classmethod
-    def of(cls, total: int) -> Bound:
+    def of(cls, total: int, words: object) -> Bound:
         """From now on."""
-        return cls(total, resident())
+        return cls(total, resident(), str(words))
 
     def left(self) -> int:
         """Bytes that may still be taken, after what is free was given back to the system; 0: none."""

@@ -18,7 +18,8 @@ from pysolve.correlations import Correlations
 from pysolve.errors import PysolveError
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn.files.sums_folder import SumsFolder, network_checksums
-from pysolve.nn.gather import Gathered, gathered_layer, own_outputs
+from pysolve.nn.gather import gathered_layer
+from pysolve.nn.gathered import Gathered, own_outputs
 from pysolve.nn.graph.branches import Layer, read_as
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.memory import Bound, free_memory, in_bytes, room_for, sample_bytes, windows
@@ -33,7 +34,7 @@ MATRICES = 4
 
 
 @dataclass(frozen=True, eq=False)
-class Plan:
+class Passes:
     """What is summed, in which passes, and where it is held.
 
     Parameters
@@ -42,8 +43,8 @@ class Plan:
         All whose correlations are wanted.
     sharing : {name: sequence of str}
         Of the layers whose inputs are summed, all that read the same.
-    passes : sequence of sequences of str
-        The layers whose inputs are summed in each.
+    each : sequence of sequences of str
+        The layers whose inputs are summed in each pass.
     on_disk : bool
     samples : int
         That a walk through the graph has memory for.
@@ -53,13 +54,13 @@ class Plan:
 
     layers: Mapping[str, rows.Layer]
     sharing: Mapping[str, Sequence[str]]
-    passes: Sequence[Sequence[str]]
+    each: Sequence[Sequence[str]]
     on_disk: bool = False
     samples: int = 0
     said: str = ""
 
 
-def plan_of(
+def passes_for(
     model: nn.Module,
     first: Batch,
     graph: Graph | None,
@@ -68,8 +69,9 @@ def plan_of(
     bound: Bound | None,
     *,
     once: bool,
+    folder: Path | None = None,
     ranks: Ranks = ALONE,
-) -> Plan:
+) -> Passes:
     """Passes for the correlations of some layers within a bound.
 
     Parameters
@@ -79,6 +81,8 @@ def plan_of(
     names : sequence of str
     once : bool
         Whether the batches can be gone through only once.
+    folder : Path, optional
+        For sums that memory has no room for, by default the system's for temporary files.
 
     Raises
     ------
@@ -89,7 +93,7 @@ def plan_of(
     sharing = _sharing(nodes, names)
     if bound is None:
         samples = room_for(graph, free_memory()) if graph else samples_in(first)
-        return Plan(layers, sharing, [[*sharing]], samples=samples)
+        return Passes(layers, sharing, [[*sharing]], samples=samples)
     inputs = {name: rows.channels(layers[name])[0] * rows.taps(layers[name]) for name in sharing}
     outputs = {name: sum(int(rows.channels(layers[one])[1]) for one in own) for name, own in sharing.items()}
     summed = {name: 8 * d * d for name, d in inputs.items()}
@@ -104,7 +108,7 @@ def plan_of(
         worst = max(held, key=held.__getitem__, default="the network")
         least = bound.total - left + working + 2 * sample
         raise PysolveError(
-            f"memory={in_bytes(bound.total)} is too little: the correlations of {worst} and what is made of "
+            f"memory={bound.words} is too little: the correlations of {worst} and what is made of "
             f"them take {in_bytes(working)}, and a batch of {samples_in(first)} samples {in_bytes(running)}. "
             f"Give at least memory='{-(-least // 2**20)}MiB', or smaller batches."
         )
@@ -112,28 +116,30 @@ def plan_of(
     samples = room_for(graph, left - working) if graph else samples_in(first)
     if everything <= left // 4:
         samples = room_for(graph, left - working - everything) if graph else samples
-        return Plan(layers, sharing, [[*sharing]], samples=samples)
+        return Passes(layers, sharing, [[*sharing]], samples=samples)
     passes = windows(summed, left - ending)
     if once and len(passes) > 1:
         raise PysolveError(
-            f"within memory={in_bytes(bound.total)} the sums take {len(passes)} passes over the batches, but "
+            f"within memory={bound.words} the sums take {len(passes)} passes over the batches, but "
             "these can be gone through only once: give a list or a loader, or more memory."
         )
-    free = shutil.disk_usage(tempfile.gettempdir()).free
+    place = Path(tempfile.gettempdir()) if folder is None else folder
+    free = shutil.disk_usage(next(one for one in (place, *place.absolute().parents) if one.exists())).free
     if everything > free:
         raise PysolveError(
-            f"the sums of {len(held)} layers take {in_bytes(everything)}, more than memory= leaves, and than "
-            f"the {in_bytes(free)} free in {tempfile.gettempdir()}: give checkpoint= or TMPDIR another place."
+            f"the sums of {len(held)} layers take {in_bytes(everything)}, more than memory={bound.words} "
+            f"leaves, and than the {in_bytes(free)} free in {place}: make room, or give checkpoint= or "
+            "TMPDIR another place."
         )
     many = f"{len(passes)} passes" if len(passes) > 1 else "one pass"
     said = f"the sums of {len(held)} layers, {in_bytes(everything)}, were gathered in {many} and kept on disk"
-    return Plan(layers, sharing, passes, True, samples, said)
+    return Passes(layers, sharing, passes, True, samples, said)
 
 
 def gathered(
     model: nn.Module,
     stream: Callable[[int], Iterator[Batch]],
-    plan: Plan,
+    plan: Passes,
     shares: Mapping[str, float],
     double: Collection[str],
     checkpoint: Path | None = None,
@@ -142,7 +148,7 @@ def gathered(
     *,
     example: Batch | None = None,
 ) -> Mapping[str, Correlations]:
-    """Correlations of the layers of a plan that any sample reaches, in its order.
+    """Correlations of the layers that any sample reaches, in their order.
 
     Parameters
     ----------
@@ -173,7 +179,7 @@ def gathered(
     # What any process lacks is gathered by all.
     here = ranks.all({name for name in plan.sharing if folder is not None and folder.has(name)})
     done = set.intersection(*here)
-    passes = [[name for name in names if name not in done] for names in plan.passes]
+    passes = [[name for name in names if name not in done] for names in plan.each]
     passes = [names for names in passes if names] or [[]]
     for number, names in enumerate(passes):
         sums = Gathered({name: plan.layers[name] for name in names}, shares, exact)

@@ -240,6 +240,14 @@ class Inputs(dict[str, Any]):
         self.shared = frozenset(shared)
 
 
+# So that what goes through all tensors of a value finds those of batches.
+pytree.register_pytree_node(
+    Inputs,
+    lambda batch: ([dict(batch)], batch.shared),
+    lambda parts, shared: Inputs(next(iter(parts)), shared),
+)
+
+
 def sample_leaves(batch: Batch) -> dict[int, Tensor]:
     """The tensors of a batch whose first dimension is the samples, by their number among all leaves."""
     shared = batch.shared if isinstance(batch, Inputs) else ()

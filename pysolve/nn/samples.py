@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import DataError
-from pysolve.nn.items import Transform, batched
+from pysolve.nn.items import Items, Transform, batched
 from pysolve.nn.outputs import main_output
 from pysolve.nn.refusal import output_of
 from pysolve.nn.running import (
@@ -180,7 +180,11 @@ def laid_out(model: nn.Module, first: Batch, batches: Iterable[Batch]) -> tuple[
         shared = {i for i in every if i not in leaves or len(leaves[i]) != count}
         if not _divides(model, Inputs(kwargs, shared), whole):
             shared = {*every}
-    return Inputs(kwargs, shared), (Inputs(arguments(batch)[1], shared) for batch in batches)
+
+    def known(batch: Batch) -> Inputs:
+        return Inputs(arguments(batch)[1], shared)
+
+    return known(first), map(known, batches) if isinstance(batches, Iterator) else Items(batches, known)
 
 
 def _divides(model: nn.Module, batch: Inputs, whole: Tensor) -> bool:

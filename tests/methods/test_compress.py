@@ -19,7 +19,8 @@ from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.price import price, probe
 from pysolve.methods.result import CHOSEN_ON
 from pysolve.methods.sizes import by_keep, by_lam, within
-from pysolve.methods.study import Clock, studied
+from pysolve.methods.studied import studied
+from pysolve.methods.study import Clock
 from pysolve.nn import calibration
 from pysolve.nn.counting import layer_macs
 from pysolve.nn.divergence import kl_divergence, mean_divergence, run

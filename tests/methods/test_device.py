@@ -88,7 +88,7 @@ def test_a_study_serves_elsewhere(elsewhere):
 
 def test_a_device_that_is_not_there_is_named():
     for device in ("cuda:77", "xyz"):
-        with pytest.raises(ValueError, match=f"cannot compute on device='{device}'"):
+        with pytest.raises(ValueError, match=f"cannot compute on '{device}'"):
             ps.compress(network(), batches(), device=device)
 
 

@@ -14,7 +14,7 @@ import pysolve as ps
 from pysolve.layer.scores import propagated_importance
 from pysolve.methods.channel_scores import activations, importances, norms
 from pysolve.methods.goal import Options
-from pysolve.methods.study import studied
+from pysolve.methods.studied import studied
 from pysolve.nn.evaluate import parameters
 
 WEIGHTS = ("magnitude", "random", "std", "wanda", "obs")

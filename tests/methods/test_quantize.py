@@ -24,7 +24,7 @@ from pysolve.methods.layout import plan_of
 from pysolve.methods.menu import Chosen
 from pysolve.methods.rebuild import rebuild
 from pysolve.methods.result import distance
-from pysolve.methods.study import studied
+from pysolve.methods.studied import studied
 from pysolve.nn import QuantConv2d, QuantLinear, SparseLinear, to_dense
 from pysolve.nn.apply import apply
 from pysolve.nn.divergence import kl_divergence

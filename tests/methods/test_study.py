@@ -10,7 +10,7 @@ from torch import nn
 import pysolve as ps
 from pysolve.methods.goal import Options, bytes_in
 from pysolve.methods.kinds.channels import Channels
-from pysolve.methods.study import studied
+from pysolve.methods.studied import studied
 from pysolve.methods.weights import weights_of
 from pysolve.nn import passes
 from pysolve.nn.gather import gather
@@ -283,21 +283,55 @@ def test_bounded_memory_gives_the_same_network(monkeypatch, verb):
     forced = []
 
     def on_disk(*args, **kwargs):
-        plan = replace(plan_of(*args, **kwargs), on_disk=True)
+        plan = replace(passes_for(*args, **kwargs), on_disk=True)
         forced.append(plan)
-        return replace(plan, passes=[[name] for name in plan.sharing])
+        return replace(plan, each=[[name] for name in plan.sharing])
 
-    plan_of = passes.plan_of
-    monkeypatch.setattr("pysolve.nn.calibration.plan_of", on_disk)
+    passes_for = passes.passes_for
+    monkeypatch.setattr("pysolve.nn.calibration.passes_for", on_disk)
     assert_same_network(OF_STUDIES[verb](model, pictures()), free)
     assert forced
 
 
 def test_memory_is_taken_in_words_and_too_little_is_refused():
-    with pytest.raises(ps.PysolveError, match=r"memory=1 MiB is too little.*Give at least memory='\d+MiB'"):
+    with pytest.raises(ps.PysolveError, match=r"memory=1MiB is too little.*Give at least memory='\d+MiB'"):
         ps.compress(convolutional(), pictures(), memory="1MiB", progress=False)
     for wrong in ("much", "-3GB", "0"):
         with pytest.raises(ValueError, match="memory must be"):
             ps.compress(convolutional(), pictures(), memory=wrong, progress=False)
     sizes = {"4GiB": 4 << 30, "500 MB": 500_000_000, "1.5kib": 1536, 7: 7, "7": 7}
     assert [bytes_in(one) for one in sizes] == [*sizes.values()]
+
+
+class Masked(nn.Module):
+    """Tokens of each sample, and one mask for all."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.up, self.down = nn.Linear(6, 20), nn.Linear(20, 4)
+
+    def forward(self, x, mask):
+        return self.down(self.up(x * mask).relu())
+
+
+def masked():
+    random = torch.Generator().manual_seed(2)
+    return [{"x": torch.randn(16, 6, generator=random), "mask": torch.ones(6)} for _ in range(5)]
+
+
+def test_batches_with_tensors_for_all_samples_are_gone_through_as_often_as_needed(tmp_path, monkeypatch):
+    model = Masked().eval()
+    free = OF_STUDIES["compress"](model, masked())
+    found = ps.study(model, masked(), checkpoint=tmp_path, progress=False)
+    assert {type(batch).__name__ for batch in found} == {"Inputs"}
+    assert_same_network(free, OF_STUDIES["compress"](model, found))
+
+    def in_passes(*args, once, **kwargs):
+        assert not once
+        plan = passes_for(*args, once=once, **kwargs)
+        return replace(plan, on_disk=True, each=[[name] for name in plan.sharing])
+
+    passes_for = passes.passes_for
+    monkeypatch.setattr("pysolve.nn.calibration.passes_for", in_passes)
+    assert_same_network(free, OF_STUDIES["compress"](model, masked()))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import namedtuple
 from dataclasses import replace
 from pathlib import Path
 
@@ -53,9 +54,9 @@ def batches(count=6):
 GRAPH = trace(MODEL, batches()[0])
 
 
-def planned(bound, names=NAMES):
-    layers = find_layers(GRAPH, MODEL)
-    return passes.plan_of(MODEL, batches()[0], GRAPH, layers, names, bound, once=False)
+def planned(bound, names=NAMES, **options):
+    layers, given = find_layers(GRAPH, MODEL), {"once": False, **options}
+    return passes.passes_for(MODEL, batches()[0], GRAPH, layers, names, bound, **given)
 
 
 PLAN = planned(None)
@@ -99,7 +100,7 @@ def test_layers_that_read_the_same_are_summed_once():
 
 @pytest.mark.parametrize("split", [[["q", "out", "conv", "unused"]], [["q"], ["out", "conv"], ["unused"]]])
 def test_sums_in_passes_and_on_disk_are_those_of_one_pass(split):
-    assert_same(gathered(passes=split, on_disk=True))
+    assert_same(gathered(each=split, on_disk=True))
 
 
 def test_temporary_files_go_with_the_correlations():
@@ -130,11 +131,11 @@ def at_once(monkeypatch):
 def test_a_killed_call_goes_on_with_the_same_bits(tmp_path, at_once, kills, split):
     for index in kills:
         with pytest.raises(Killed):
-            gathered(killed_at(index), tmp_path, passes=split)
+            gathered(killed_at(index), tmp_path, each=split)
     ran = []
     handle = MODEL.register_forward_hook(lambda *_: ran.append(1))
     try:
-        assert_same(gathered(None, tmp_path, passes=split))
+        assert_same(gathered(None, tmp_path, each=split))
     finally:
         handle.remove()
     assert len(ran) == len(split) * 6 - max(kills)
@@ -169,7 +170,7 @@ def test_other_batches_are_refused(tmp_path, given, words):
 
 def test_batches_that_change_between_passes_are_refused():
     shuffled = iter([batches(), batches()[::-1]])
-    split = replace(PLAN, passes=[["q"], ["out"]], on_disk=True)
+    split = replace(PLAN, each=[["q"], ["out"]], on_disk=True)
     with pytest.raises(DataError, match="the same batches in the same order"):
         passes.gathered(MODEL, lambda number: iter(next(shuffled)), split, {}, [], progress=False)
 
@@ -217,10 +218,23 @@ def test_the_least_memory_that_is_named_is_enough(monkeypatch):
 
 def test_passes_grow_and_samples_shrink_with_less_memory(small):
     found = [planned(Bound(total, 0), NAMES[:-1]) for total in (14_000, 18_000, 25_000, 10**6)]
-    assert [len(one.passes) for one in found] == sorted((len(one.passes) for one in found), reverse=True)
+    assert [len(one.each) for one in found] == sorted((len(one.each) for one in found), reverse=True)
     assert [one.samples for one in found] == sorted(one.samples for one in found)
     assert not found[-1].on_disk
     assert found[-1].said == ""
+
+
+def test_what_goes_nowhere_is_refused_before_any_work(small, monkeypatch, tmp_path):
+    bound = Bound(14_000, 0, "14 kB")
+    with pytest.raises(PysolveError, match=r"within memory=14 kB the sums take 2 passes .* only once"):
+        planned(bound, NAMES[:-1], once=True)
+    asked = []
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr("shutil.disk_usage", lambda place: asked.append(place) or usage(100))
+    folder = tmp_path / "not" / "yet"
+    with pytest.raises(PysolveError, match=rf"more than memory=14 kB leaves, and .* free in {folder}"):
+        planned(bound, NAMES[:-1], folder=folder)
+    assert asked == [tmp_path]
 
 
 def test_words_for_bytes():

@@ -4,9 +4,19 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from pysolve.errors import DataError, LayerNotFoundError
-from pysolve.nn.running import as_input, as_tensor, evaluating, find_layer, find_matching, forward, labelled
+from pysolve.nn.running import (
+    Inputs,
+    as_input,
+    as_tensor,
+    evaluating,
+    find_layer,
+    find_matching,
+    forward,
+    labelled,
+)
 
 
 def network():
@@ -130,3 +140,13 @@ def test_layers_themselves_are_ignored_and_those_of_other_networks_refused():
 
 def test_a_network_of_one_layer_can_be_ignored():
     assert find_matching(nn.Linear(2, 2), [nn.Linear]) == {""}
+
+
+def test_what_goes_through_all_tensors_of_a_value_finds_those_of_batches_with_shared_ones():
+    batch = Inputs({"x": torch.ones(2, 3), "mask": torch.zeros(3), "flag": True}, {1})
+    found = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor + 1, [batch])[0]
+    assert isinstance(found, Inputs)
+    assert found.shared == {1}
+    assert torch.equal(found["x"], torch.full((2, 3), 2.0))
+    assert torch.equal(found["mask"], torch.ones(3))
+    assert found["flag"] is True

@@ -184,7 +184,7 @@ def test_compressions_remember_what_a_file_needs(tmp_path, monkeypatch):
     def untraced(model, batch):
         raise ps.PysolveError("tracing takes longer than all the rest")
 
-    monkeypatch.setattr("pysolve.methods.study.trace_once", untraced)
+    monkeypatch.setattr("pysolve.methods.studied.trace_once", untraced)
     model, batches = mlp(), [vectors(40)]
     first = ps.compress(model, batches, keep=0.6, progress=False, sites=[narrowed(1, 12, [0]).site])
     second = ps.compress(first, batches, keep=0.7, progress=False, sites=[narrowed(2, 9, [0]).site])
