@@ -13,6 +13,28 @@ from pysolve.correlations import Indices as Indices
 from pysolve.forms import Form
 
 
+@dataclass(frozen=True)
+class Norm:
+    """A norm over all channels of a site:  gain · x / √(mean x² + ε),  gain = weight + offset.
+
+    A channel that is gone counts as zero, so that of D channels d that are left keep their values with the
+    gain times √(D / d) and ε times D / d.
+
+    Parameters
+    ----------
+    weight : str
+        State-dict name of its weight.
+    epsilon : str
+        Path of the attribute that holds ε.
+    offset : float
+        What the code adds to the weight.
+    """
+
+    weight: str
+    epsilon: str
+    offset: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """A set of channels that can shrink: which layers make them, pass them on and read them.
@@ -40,6 +62,8 @@ class Site:
     integers : {path of an attribute: int}
         Integers in modules that count these channels, such as ``"block.heads"`` or, in a tuple,
         ``"1.unflattened_size.0"``, and how much of them one channel is: they shrink with the channels.
+    norms : tuple of Norm
+        Norms over all of these channels, as of the stream of a decoder.
     """
 
     channels: int
@@ -50,6 +74,7 @@ class Site:
     columns: Mapping[str, Indices] = field(default_factory=dict, repr=False)
     pinned: str | None = None
     integers: Mapping[str, int] = field(default_factory=dict, repr=False)
+    norms: tuple[Norm, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         for what, members in (("rows", (*self.writers, *self.passed)), ("columns", self.readers)):
@@ -74,6 +99,14 @@ class Site:
         """Output channels of its first writer that are in it, however they belong together."""
         table = self.rows.get(next(iter(self.writers), ""))
         return self.channels if table is None else table.size
+
+    @property
+    def makers(self) -> list[tuple[str, str]]:
+        """Role and name of what makes or passes the channels that norms over all of them would count."""
+        weights = {norm.weight for norm in self.norms}
+        roles = (("writers", self.writers), ("passed", self.passed))
+        passes = {*weights, *(weight.removesuffix(".weight") for weight in weights)}
+        return [(role, name) for role, names in roles for name in names if weights and name not in passes]
 
     def rows_of(self, layer: str, width: int) -> Indices:
         """(channels, r) output channels of a writer or a passed layer that is ``width`` channels wide."""

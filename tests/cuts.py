@@ -81,7 +81,7 @@ SITES = {
         "3: out → ! output",
     ],
     "rms_norm_stream": [
-        "1: stem fc2 → fc1 out ! rms_norm mixes these channels",
+        "6: stem fc2 → fc1 out | norm",
         "7: fc1 → fc2",
         "3: out → ! output",
     ],
@@ -90,6 +90,7 @@ SITES = {
         "7: fc1 → fc2",
         "3: out → ! output",
     ],
+    "offset_norm_stream": ["6: stem fc2 → fc1 out | norm.weight", "7: fc1 → fc2", "3: out → ! output"],
     "hard_coded_reshape": ["8: a → b ! a width is written into the code", "2: b → ! output"],
     "conv1d": ["5: 0 → 3 | 1", "2: 3 → ! output"],
     "conv3d": ["5: 0 → 4", "3: 4 → ! output"],
@@ -221,7 +222,8 @@ def poisoned_columns(model, batch, site, channel):
 
 
 def assert_poison_stays_inside(model, batch, sites):
-    for site in free(sites):
+    # A norm spreads what is no number to all of its channels.
+    for site in (one for one in free(sites) if not one.norms):
         for channel in range(site.channels):
             expected = {name: set(site.columns[name][channel].tolist()) for name in site.readers}
             assert poisoned_columns(model, batch, site, channel) == expected, shown(site)

@@ -386,6 +386,16 @@ def handmade_norm_stream():
     return _normed_stream(Net(run, weight=nn.Parameter(torch.ones(6))))
 
 
+def offset_norm_stream():
+    def run(net, x):
+        scaled = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + net.epsilon)
+        return (scaled * (1.0 + net.weight.float())).type_as(x)
+
+    norm = Net(run, weight=nn.Parameter(torch.zeros(6)))
+    norm.epsilon = 1e-3
+    return _normed_stream(norm)
+
+
 def hard_coded_reshape():
     def run(net, x):
         return net.b(net.a(x).view(-1, 2, 4).flatten(1))
@@ -673,7 +683,8 @@ NETWORKS = {
         *(chunked_swiglu, swiglu, flattened_by_view, adaptive_pool, upsampled, shared_layer, unused_layer),
         *(single_channel, norm_without_affine, instance_norm, group_norm, one_group_norm, squeeze_and_excite),
         *(attention, hard_coded_attention, attention_by_products, grouped_queries, multihead_attention),
-        *(transformer_layer, layer_norm_stream, rms_norm_stream, handmade_norm_stream, hard_coded_reshape),
+        *(transformer_layer, layer_norm_stream, rms_norm_stream, handmade_norm_stream),
+        *(offset_norm_stream, hard_coded_reshape),
         *(conv1d, conv3d, embedding_stream, keywords, input_shortcut, scaled_by_a_parameter),
         *(unknown_operator, computed_weight, tied_weights, borrowed_weight, autocast, dead_end, in_place),
         *(softmax_between, noisy, weighted_features, handmade_batch_norms, learned_positions),

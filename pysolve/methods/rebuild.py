@@ -24,7 +24,7 @@ from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.lockstep import Sampling, refit
 from pysolve.nn.running import Batch, as_tensor
 from pysolve.nn.samples import samples_in
-from pysolve.nn.stacks import silenced
+from pysolve.nn.silenced import silenced
 from pysolve.plan import Collapse, Plan, Site
 
 REFITS = ("sequential", "independent", "bias", "none")

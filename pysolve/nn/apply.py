@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import chain, islice
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
 from pysolve.correlations import Mask
@@ -18,6 +19,7 @@ from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
 from pysolve.nn.plain import unwrapped
 from pysolve.nn.running import Batch, as_tensor, closest, find_layer
+from pysolve.nn.silenced import silenced
 from pysolve.nn.slicing import (
     ROLES,
     Cut,
@@ -34,7 +36,7 @@ from pysolve.nn.slicing import (
 from pysolve.nn.state import copy_of
 from pysolve.nn.values import checked, load, new_values
 from pysolve.nn.verify import mismatch
-from pysolve.plan import Collapse, Indices, Plan
+from pysolve.plan import Collapse, Indices, Norm, Plan
 
 # Most steps that an error names; finding each takes about 2 log2(steps) runs of the network.
 _NAMED = 5
@@ -94,6 +96,8 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
         old = getattr(layers[owner], leaf)
         new = value if position is None else (*old[:position], value, *old[position + 1 :])
         setattr(layers[owner], leaf, new)
+    for norm, more in _norms(model, plan).items():
+        _rescale(layers, norm, more)
     decoded = {name: form for name, form in plan.forms.items() if isinstance(form, Codebook)}
     load(smaller, {name: as_tensor(form.dense()) for name, form in decoded.items()})
     for name, form in plan.forms.items():
@@ -109,13 +113,15 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy as wide as the original that ignores the channels a plan removes; ``apply`` must equal it.
 
     The plan's new values are in place, and the weights of all readers are zero for the removed channels;
-    writers and passed layers stay as they are. Forms are multiplied out, and those of narrowed layers put
-    where the kept entries are. Raises what ``apply`` does, but runs nothing.
+    writers and passed layers stay as they are, but where norms would count what they make.
+    Forms are multiplied out, and those of narrowed layers put where the kept entries are. Raises what
+    ``apply`` does, but runs nothing.
     """
     wide, _, cuts = _prepared(unwrapped(model), plan)
     for name, cut in cuts.items():
         if not cut.columns.all():
             silence(find_member(wide, name), cut.columns)
+    load(wide, silenced(wide, {step.site: step.keep for step in plan.steps}))
     state, cut_members = wide.state_dict(keep_vars=True), _by_member(wide, cuts)
     for name, form in plan.forms.items():
         dense, tensor = as_tensor(form.dense()), state[name].data
@@ -151,6 +157,7 @@ def _prepared(model: nn.Module, plan: Plan) -> tuple[nn.Module, dict[str, nn.Mod
             raise CollapseError(f"no channel of {step.site.name} would be left: {remedy}.")
     cuts = _cuts(model, plan)
     _integers(model, plan)
+    _norms(model, plan)
     values = new_values(model, plan)
     members = _by_member(model, cuts)
     _check_forms(model, plan, members)
@@ -197,6 +204,33 @@ def _integers(model: nn.Module, plan: Plan) -> dict[str, int]:
                 raise CollapseError(f"{path} does not count the channels of {step.site.name}.")
             values[path] = each * len(step.keep)
     return values
+
+
+def _norms(model: nn.Module, plan: Plan) -> dict[Norm, float]:
+    """How many times as many channels each norm had; CollapseError where one is none, or is cut twice."""
+    found: dict[str, tuple[Norm, float]] = {}
+    state = dict(model.named_parameters(remove_duplicate=False))
+    for step in plan.steps:
+        for norm in step.site.norms:
+            owner, leaf, _ = _attribute(norm.epsilon)
+            layer = find_layer(model, owner)
+            value = vars(layer).get(leaf)
+            known = type(value) is float or (value is None and isinstance(layer, nn.RMSNorm))
+            weight = state.get(norm.weight)
+            if norm.weight in found or not known or weight is None or weight.shape != (step.site.channels,):
+                raise CollapseError(f"{norm.weight} is no norm over the channels of {step.site.name}.")
+            found[norm.weight] = norm, step.site.channels / len(step.keep)
+    return {norm: more for norm, more in found.values()}
+
+
+def _rescale(layers: Mapping[str, nn.Module], norm: Norm, more: float) -> None:
+    """Give a narrowed norm the gain and the ε that leave its values as they are."""
+    owner, leaf, _ = _attribute(norm.epsilon)
+    name, _, part = norm.weight.rpartition(".")
+    weight: Tensor = getattr(layers[name], part).data
+    weight.copy_((weight + norm.offset) * more**0.5 - norm.offset)
+    value = getattr(layers[owner], leaf)
+    setattr(layers[owner], leaf, (torch.finfo(weight.dtype).eps if value is None else value) * more)
 
 
 def _attribute(path: str) -> tuple[str, str, int | None]:

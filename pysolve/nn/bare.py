@@ -122,10 +122,14 @@ class Stack:
         new = self._picked(self._picked(old.detach(), "o", rows), "i", columns)
         setattr(self.owner, self.leaf, nn.Parameter(new.contiguous(), old.requires_grad))
 
-    def silenced(self, columns: Mask) -> Tensor:
-        """The tensor with zeros for the inputs that go."""
-        gone = torch.from_numpy(np.flatnonzero(~columns)).to(self.values.device)
-        return self.values.detach().index_fill(self._dim("i"), gone, 0)
+    def silenced(self, rows: Mask | None, columns: Mask | None) -> Tensor:
+        """The tensor with zeros for the outputs and inputs that go."""
+        values = self.values.detach()
+        for letter, kept in (("o", rows), ("i", columns)):
+            if kept is not None:
+                gone = torch.from_numpy(np.flatnonzero(~kept)).to(values.device)
+                values = values.index_fill(self._dim(letter), gone, 0)
+        return values
 
     def _dim(self, letter: str) -> int:
         return self.order.index(letter) - 2

@@ -42,7 +42,7 @@ NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
-_OWN = {nn.Linear, *CONVOLUTIONS, *EMBEDDINGS, *PADS, *NORMS, nn.GroupNorm, nn.PReLU}
+_OWN = {nn.Linear, *CONVOLUTIONS, *EMBEDDINGS, *PADS, *NORMS, nn.GroupNorm, nn.RMSNorm, nn.PReLU}
 
 
 def plain(layer: nn.Module) -> type[nn.Module]:

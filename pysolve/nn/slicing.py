@@ -33,13 +33,14 @@ _WIDTHS: dict[type[nn.Module], str] = {
     **dict.fromkeys(CONVOLUTIONS, "out_channels"),
     **dict.fromkeys(NORMS, "num_features"),
     nn.GroupNorm: "num_channels",
+    nn.RMSNorm: "normalized_shape",
     nn.Embedding: "embedding_dim",
     nn.PReLU: "num_parameters",
 }
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "writers": (*WEIGHTED, nn.Embedding),
     "readers": WEIGHTED,
-    "passed": (*CONVOLUTIONS, *NORMS, nn.GroupNorm, nn.PReLU, *PADS),
+    "passed": (*CONVOLUTIONS, *NORMS, nn.GroupNorm, nn.RMSNorm, nn.PReLU, *PADS),
 }
 ROLES = tuple(_KINDS)
 _DOES = {"writers": "the writer makes", "readers": "the reader reads", "passed": "the layer between has"}
@@ -82,6 +83,8 @@ def outputs(layer: Narrowable) -> int:
     if plain(layer) in PADS:
         padding, channels = _padding(layer)
         return sum(padding[channels])
+    if isinstance(layer, nn.RMSNorm):
+        return int(layer.normalized_shape[-1])
     return int(getattr(layer, _WIDTHS[plain(layer)]))
 
 
@@ -189,7 +192,8 @@ def narrow(layer: Narrowable, cut: Cut) -> None:
             _replace(layer, name, lambda values: values.index_select(-1, _index(kept, values)))
         if isinstance(layer, nn.GroupNorm):
             layer.num_groups = int(cut.passed.reshape(layer.num_groups, -1).all(1).sum())
-        setattr(layer, _WIDTHS[plain(layer)], int(kept.sum()))
+        width = int(kept.sum())
+        setattr(layer, _WIDTHS[plain(layer)], (width,) if isinstance(layer, nn.RMSNorm) else width)
 
 
 def numbered(layer: Narrowable, cut: Cut) -> nn.Module:
@@ -217,12 +221,31 @@ def silence(layer: Narrowable, columns: Mask) -> None:
     """Set the weight of the removed input channels of what multiplies to zero, in place."""
     assert not isinstance(layer, Bare)
     if isinstance(layer, Stack):
-        layer.values.data.copy_(layer.silenced(columns))
+        layer.values.data.copy_(layer.silenced(None, columns))
         return
     weight, groups = weight_of(layer), getattr(layer, "groups", 1)
     first = weight.detach() if inputs_first(layer) else _swapped(weight.detach(), groups)
     first = first.index_fill(0, _index(~columns, weight), 0)
     weight.data.copy_(first if inputs_first(layer) else _swapped(first, groups))
+
+
+def muted(layer: Narrowable, kept: Mask) -> dict[str, Tensor]:
+    """Tensors of what makes or passes channels, by their names there, with zeros for those that go."""
+    if isinstance(layer, Bare):
+        flat = layer.values.detach().flatten()
+        return {layer.leaf: flat.index_fill(0, _index(~kept, flat), 0).reshape(layer.values.shape)}
+    if isinstance(layer, Stack):
+        return {layer.leaf: layer.silenced(kept, None)}
+    weighted = plain(layer) in WEIGHTED
+    found = {}
+    for leaf in ("weight", "bias", "running_mean"):
+        values = getattr(layer, leaf, None)
+        if isinstance(values, Tensor):
+            # Outputs are a weight's first dimension, but for transposed layers, whose groups share it.
+            last = not weighted or leaf != "weight"
+            dim = -1 if last else int(inputs_first(layer) and getattr(layer, "groups", 1) == 1)
+            found[leaf] = values.detach().index_fill(dim, _index(~kept, values), 0)
+    return found
 
 
 def _narrow_weighted(layer: nn.Module, cut: Cut) -> None:
@@ -279,7 +302,7 @@ def _index(kept: Mask, values: Tensor) -> Tensor:
 def _remedy(layer: nn.Module, role: str) -> str:
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         return ", part of nn.MultiheadAttention, which must stay as wide as it is: leave its channels alone."
-    if isinstance(layer, nn.LayerNorm | nn.RMSNorm):
+    if isinstance(layer, nn.LayerNorm):
         return ", which mixes channels: the ones that it normalises cannot be removed."
     kinds = ", ".join(kind.__name__ for kind in _KINDS[role])
     layers = "passed layers" if role == "passed" else role

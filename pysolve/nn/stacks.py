@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from pysolve.correlations import Array, Correlations, Indices, Mask
+from pysolve.correlations import Array, Correlations
 from pysolve.nn.bare import Stack, find_member, is_stack
 from pysolve.nn.graph.calls import holder, operator_name
 from pysolve.nn.graph.export import Graph
@@ -71,18 +71,6 @@ def stack_notes(sites: Iterable[Site]) -> list[str]:
         f"matrices in one parameter are not refitted ({', '.join(sorted(names)[:_NAMED])}{more}); of their "
         "inputs, those stay that add most"
     ]
-
-
-def silenced(model: nn.Module, keep: Mapping[Site, Indices]) -> dict[str, Tensor]:
-    """Stacks with zeros for the inputs that go, by their names in the state dict."""
-    columns: dict[str, Mask] = {}
-    for site, kept in keep.items():
-        for name in filter(is_stack, site.readers):
-            stack = _stack(model, name)
-            gone = np.setdiff1d(np.arange(site.channels), kept)
-            stays = columns.setdefault(name, np.ones(stack.inputs, bool))
-            stays[site.columns_of(name, stack.inputs)[gone]] = False
-    return {name.partition(":")[0]: _stack(model, name).silenced(one) for name, one in columns.items()}
 
 
 def _energies(

@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pysolve.correlations import Indices
 from pysolve.errors import DataError
 from pysolve.forms import Codebook, Form, Integers, LowRank
-from pysolve.plan import Collapse, Plan, Site
+from pysolve.plan import Collapse, Norm, Plan, Site
 
 # From "rows" or "columns" and a layer's name to how many output or input channels it has.
 Width = Callable[[str, str], int]
@@ -74,6 +74,9 @@ def step_record(step: Collapse) -> dict[str, object]:
         "rows": {name: ranges(table) for name, table in site.rows.items()},
         "columns": {name: ranges(table) for name, table in site.columns.items()},
         **({"integers": dict(site.integers)} if site.integers else {}),
+        **(
+            {"norms": [[norm.weight, norm.epsilon, norm.offset] for norm in site.norms]} if site.norms else {}
+        ),
     }
 
 
@@ -170,11 +173,20 @@ def _step(record: dict[str, object], width: Width, spent: dict[tuple[str, str], 
     keep = indices_of(field(record, "keep"), channels, "keep")
     counts = typed(record.get("integers", {}), dict, "integers")
     integers = {typed(path, str, "a path"): typed(each, int, "a count") for path, each in counts.items()}
+    norms = tuple(_norm(one) for one in typed(record.get("norms", []), list, "norms"))
     rows, columns = tables["rows"], tables["columns"]
     try:
-        return Collapse(Site(channels, writers, readers, passed, rows, columns, integers=integers), keep)
+        site = Site(channels, writers, readers, passed, rows, columns, integers=integers, norms=norms)
+        return Collapse(site, keep)
     except ValueError as error:
         raise DataError(str(error)) from error
+
+
+def _norm(record: object) -> Norm:
+    weight, epsilon, offset = [*typed(record, list, "a norm"), None, None, None][:3]
+    if type(offset) is not float or not math.isfinite(offset):
+        raise DataError(f"expected a norm to add a number to its weight, got {offset!r}.")
+    return Norm(typed(weight, str, "a norm's weight"), typed(epsilon, str, "a norm's epsilon"), offset)
 
 
 def _table(text: object, channels: int, limit: int, what: str) -> Indices:

@@ -205,7 +205,7 @@ def layer_values(
         The original's.
     layer : Layer
     cut : Cut, optional
-        Kept channels of the layer; None: all. Columns of removed inputs become zero.
+        Kept channels of the layer; None: all. Columns of removed inputs and rows of removed outputs are zero.
     M : (h, d) array
         On the kept inputs and outputs.
     bias : (h,) array, optional
@@ -215,7 +215,7 @@ def layer_values(
     weight = rows.matrix(layer.module)
     inputs, outputs = kept_channels(layer, cut)
     columns = torch.as_tensor(group_columns(inputs.cpu(), rows.taps(layer.module)), device=weight.device)
-    new = weight.index_fill(0, outputs, 0.0)
+    new = torch.zeros_like(weight)
     new[outputs[:, None], columns] = torch.as_tensor(M).to(weight)
     values = {f"{layer.name}.weight": rows.weight_like(layer.module, new)}
     if bias is None:
@@ -223,8 +223,7 @@ def layer_values(
     own, change = f"{layer.name}.bias", torch.as_tensor(bias).to(weight)
     if own not in state and layer.mean is not None:
         return {**values, layer.mean: state[layer.mean].index_add(0, outputs, change, alpha=-1)}
-    old = state[own] if own in state else new.new_zeros(len(new))
-    return {**values, own: old.index_copy(0, outputs, change)}
+    return {**values, own: new.new_zeros(len(new)).index_copy(0, outputs, change)}
 
 
 def _only_user(node: Node) -> Node | None:

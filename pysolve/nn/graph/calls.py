@@ -14,6 +14,7 @@ from pysolve.nn.graph.classes import Ledger, complete, labelled, lean, squashed
 from pysolve.nn.graph.export import where
 from pysolve.nn.layer_kinds import CONVOLUTIONS, inputs_first, plain
 from pysolve.nn.products import Product, product
+from pysolve.plan import Norm
 
 # Labels of an operator's result: one tensor of them or several.
 Labels: TypeAlias = Tensor | list[Tensor]
@@ -64,6 +65,8 @@ class Network:
         or the last of those along which labels vary (0, −1).
     grids : {Node: labels}
         Of all such views.
+    norms : {weight: Norm}
+        Norms over all channels of a value.
     ledger : Ledger
     """
 
@@ -79,6 +82,7 @@ class Network:
     trained: list[tuple[Tensor, str]] = field(default_factory=list)
     lines: Mapping[Node, int] = field(default_factory=dict)
     grids: dict[Node, Tensor] = field(default_factory=dict)
+    norms: dict[str, Norm] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
 
 

@@ -18,15 +18,19 @@ from torch import Tensor
 from torch.fx import Node
 
 from pysolve.correlations import Indices
+from pysolve.plan import Norm
 
-ROLES = ("writers", "passed", "readers")
+ROLES = ("writers", "passed", "readers", "norms")
 # A parameter or buffer, and a size of the values that are made of it.
 Blame = tuple[str, int]
 
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """Output channels of a layer that writes or passes channels, or input channels of one that reads them."""
+    """Output channels of a layer that writes or passes channels, or input channels of one that reads them.
+
+    Of a norm over all channels: all of them, by the name of its weight.
+    """
 
     layer: str
     role: str
@@ -51,6 +55,8 @@ class Classes:
         Parameters and buffers that pin channels, and the size along which they meet these.
     grids : {Node: set of classes}
         Views that lay channels out in a grid, and the classes of these.
+    norms : {weight: Norm}
+        Norms over all channels of a value.
     """
 
     members: tuple[Member, ...]
@@ -59,6 +65,7 @@ class Classes:
     first: Mapping[int, str]
     blamed: frozenset[Blame] = frozenset()
     grids: Mapping[Node, set[int]] = field(default_factory=dict)
+    norms: Mapping[str, Norm] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

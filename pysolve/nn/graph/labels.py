@@ -50,7 +50,8 @@ def label_channels(
     if training is not None:
         _pin_trained(network, _network(model, training, unseen=set(network.state) - graph.used), training)
         found = network.ledger.resolve()
-    return replace(found, grids={node: {*found.roots[one].tolist()} for node, one in network.grids.items()})
+    grids = {node: {*found.roots[one].tolist()} for node, one in network.grids.items()}
+    return replace(found, grids=grids, norms=network.norms)
 
 
 def _labelled(model: nn.Module, graph: Graph, bare: Mapping[str, int], lines: Mapping[Node, int]) -> Network:

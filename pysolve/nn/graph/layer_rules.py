@@ -9,7 +9,8 @@ from torch.fx import Node
 from pysolve.nn.graph.calls import Call, Labels, is_of, meet, product_of, source, stack_of, stored
 from pysolve.nn.graph.classes import along, complete, labelled, lean, spread, squashed
 from pysolve.nn.graph.export import where
-from pysolve.nn.graph.operators import Rule, biased_matmul, einsum, matmul
+from pysolve.nn.graph.norms import through_norm
+from pysolve.nn.graph.operators import Rule, biased_matmul, einsum, last_norm, matmul
 from pysolve.nn.layer_kinds import CONVOLUTIONS, LINEAR, PADS, plain, sides
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.masking import permanent_by
@@ -217,6 +218,17 @@ def group_norm(call: Call) -> Labels:
     return x
 
 
+def rms_norm(call: Call) -> Labels:
+    """A norm that can do with fewer channels; else it unites the last dimensions."""
+    layer = call.module
+    if not isinstance(layer, nn.RMSNorm) or call.first.ndim < 2 or not through_norm(call):
+        return last_norm(call)
+    rows = call.ledger.member(call.network.names[layer], "passed", call.first.shape[-1])
+    call.ledger.unite(rows, along(call.first, -1))
+    _pin_problem(call, layer, (nn.RMSNorm,), rows)
+    return call.first
+
+
 def _passed(call: Call, x: Tensor, kinds: tuple[type[nn.Module], ...]) -> None:
     """Tie the rows of the layer to the channels that pass it."""
     layer, read = call.module, _read(call, x, 1)
@@ -279,6 +291,7 @@ _NAMES: dict[Rule, str] = {
     embedding: "embedding",
     channel_norm: "batch_norm instance_norm prelu",
     group_norm: "group_norm",
+    rms_norm: "rms_norm",
     pad: "pad constant_pad_nd",
 }
 RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}

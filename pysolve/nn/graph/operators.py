@@ -11,6 +11,7 @@ from torch.fx import Node
 
 from pysolve.nn.graph.calls import Call, Labels, meet, pointwise
 from pysolve.nn.graph.classes import complete, labelled, lean, none, squashed
+from pysolve.nn.graph.norms import through_norm
 
 Rule = Callable[[Call], Labels]
 
@@ -72,8 +73,10 @@ def glu(call: Call) -> Tensor:
 
 
 def reduction(call: Call) -> Labels:
-    """Channels that are summed are united."""
+    """Channels that are summed are united, but for those of a norm that can do with fewer."""
     dims = _dims(call)
+    if call.name == "mean" and through_norm(call):
+        return unlabelled(call)
     top = call.ledger.mix(call.first, dims, call.says("mixes these channels"))
     if dims and not call.args.get("keepdim", False):
         top = top.squeeze(dims)
@@ -101,7 +104,7 @@ def _dims(call: Call) -> tuple[int, ...]:
 
 
 def last_norm(call: Call) -> Tensor:
-    """Layer and RMS norms unite the last dimensions."""
+    """Layer norms, and RMS norms that cannot do with fewer channels, unite the last dimensions."""
     dims = range(-len(call.args["normalized_shape"]), 0)
     call.ledger.mix(call.first, tuple(dims), call.says("mixes these channels"))
     return call.first
@@ -282,7 +285,7 @@ _NAMES: dict[Rule, str] = {
     mixture: """
         softmax _softmax log_softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort
     """,
-    last_norm: "layer_norm rms_norm",
+    last_norm: "layer_norm",
     split: "chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split",
     pool: """
         max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_max_pool1d

@@ -148,7 +148,7 @@ def sites_of(classes: Classes) -> list[Site]:
         table = table[np.argsort(table[:, 0])]
         if len(table) == 1:
             pinned = classes.first.get(int(root[begins[0]]), "it is a single channel")
-        found.append((layers[0], table[0, 0], _site([members[i] for i in layers], table, pinned)))
+        found.append((layers[0], table[0, 0], _site([members[i] for i in layers], table, pinned, classes)))
     return [site for _, _, site in sorted(found, key=lambda one: one[:2])]
 
 
@@ -163,14 +163,21 @@ def _entries(members: Sequence[Member], roots: Indices) -> tuple[Indices, Indice
     return number[order], index[order], root[order]
 
 
-def _site(layers: Sequence[Member], table: Indices, pinned: str | None) -> Site:
+def _site(layers: Sequence[Member], table: Indices, pinned: str | None, classes: Classes) -> Site:
     """A site from the members that the columns of a table of channels belong to."""
     tables: dict[Member, list[int]] = {}
     for column, member in enumerate(layers):
         tables.setdefault(member, []).append(column)
-    writers, passed, readers = (
+    writers, passed, readers, norms = (
         tuple(member.layer for member in tables if member.role == role) for role in ROLES
     )
+    part = [
+        one.layer
+        for one, own in tables.items()
+        if one.role == "norms" and table[:, own].size < len(one.labels)
+    ]
+    if pinned is None and part:
+        pinned = f"{part[0]} scales by the mean of these channels and of others"
     if pinned is None and not readers:
         pinned = "nothing reads these channels"
     parts = [(member, np.ascontiguousarray(table[:, columns])) for member, columns in tables.items()]
@@ -179,9 +186,10 @@ def _site(layers: Sequence[Member], table: Indices, pinned: str | None) -> Site:
         writers=writers,
         readers=readers,
         passed=passed,
-        rows={member.layer: part for member, part in parts if member.role != "readers"},
+        rows={member.layer: part for member, part in parts if member.role in ("writers", "passed")},
         columns={member.layer: part for member, part in parts if member.role == "readers"},
         pinned=pinned,
+        norms=tuple(classes.norms[name] for name in norms),
     )
 
 

@@ -5,7 +5,9 @@ import pytest
 import torch
 from cuts import assert_cuts_cleanly, assert_poison_stays_inside, free
 
+from pysolve.nn.apply import apply
 from pysolve.nn.graph.sites import find_sites
+from pysolve.plan import Collapse, Plan
 
 transformers = pytest.importorskip("transformers")
 
@@ -46,6 +48,9 @@ def test_neurons_and_heads_are_found_and_cut(build, heads):
     torch.manual_seed(0)
     model, batch = build()
     sites = find_sites(model.eval(), batch)
+    stream = [site for site in free(sites) if site.norms]
+    assert [site.channels for site in stream] == [16] * (build is llama)
+    sites = [site for site in sites if site not in stream]
     assert [site.channels for site in free(sites)] == 2 * [heads, 12]
     for site in free(sites)[::2]:
         assert len(site.writers) == 3
@@ -59,14 +64,23 @@ def test_neurons_and_heads_are_found_and_cut(build, heads):
 def test_the_stream_says_what_holds_it():
     model, batch = bert()
     assert find_sites(model, batch)[0].pinned.startswith("layer_norm mixes these channels (modeling_bert.py:")
-    model, batch = llama()
-    assert find_sites(model, batch)[0].pinned.startswith("mean mixes these channels (modeling_llama.py:")
     model, batch = vit()
     assert find_sites(model, batch)[0].pinned.startswith("layer_norm mixes these channels (modeling_vit.py:")
 
 
+def test_the_stream_of_a_decoder_is_one_site_with_its_norms():
+    model, batch = llama()
+    stream = find_sites(model, batch)[0]
+    assert (stream.channels, len(stream.norms), stream.pinned) == (16, 5, None)
+    assert_cuts_cleanly(model, batch, [stream], 0)
+    small = apply(model, Plan((Collapse(stream, np.arange(4)),)), probe=batch)
+    norm = small.model.layers[0].input_layernorm
+    torch.testing.assert_close(norm.weight.data, torch.full((4,), 2.0))
+    assert norm.variance_epsilon == pytest.approx(4 * model.model.norm.variance_epsilon)
+
+
 def test_queries_keep_their_keys():
     model, batch = llama()
-    site = free(find_sites(model, batch))[0]
+    site = free(find_sites(model, batch))[1]
     assert [table.shape[1] for table in site.rows.values()] == [8, 4, 4]
     assert [name.rpartition(".")[2] for name in site.writers] == ["q_proj", "k_proj", "v_proj"]

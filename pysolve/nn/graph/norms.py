@@ -1,0 +1,116 @@
+"""Root mean square norms in a graph: over all channels of a value, with a weight for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.fx import Node
+
+from pysolve.nn.graph.calls import Call, operator_name
+from pysolve.nn.graph.classes import along, complete, lean, squashed
+from pysolve.plan import Norm, tensor_name
+
+_CASTS = {"to", "_to_copy", "type_as", "float", "contiguous", "clone", "alias"}
+
+
+def through_norm(call: Call) -> bool:
+    """Whether the call, a mean or a whole norm, is one through which channels can go; then it is noted.
+
+    Its labels must vary along the last dimension alone, and all channels there must have one.
+    """
+    norm = _norm(call)
+    core = squashed(lean(call.first))
+    if norm is None or not complete(core) or any(size > 1 for size in core.shape[:-1]):
+        return False
+    rows = call.ledger.member(norm.weight, "norms", call.first.shape[-1])
+    call.ledger.unite(rows, along(call.first, -1))
+    call.network.norms[norm.weight] = norm
+    return True
+
+
+def _norm(call: Call) -> Norm | None:
+    """The norm that a call is, or whose mean square it takes."""
+    if call.name == "rms_norm":
+        weight, epsilon = call.sources["weight"], call.sources["eps"]
+        return None if weight is None else _named(call, weight, 0.0, epsilon)
+    scaled = _scaled(call.node)
+    if scaled is None:
+        return None
+    result, epsilon = scaled
+    for user in _users(result):
+        for operand in user.all_input_nodes if operator_name(user) == "mul" else ():
+            weight, offset = _weight(operand)
+            if weight in call.network.parameters:
+                return _named(call, weight, offset, epsilon)
+    return None
+
+
+def _named(call: Call, weight: Node, offset: float, epsilon: float | None) -> Norm | None:
+    """The norm with its names, if one attribute of the module that holds its weight is this ε."""
+    name = call.network.parameters.get(weight, "")
+    owner, _, _ = name.rpartition(".")
+    module = call.network.modules.get(owner)
+    tensor = call.network.state.get(name)
+    if module is None or not isinstance(tensor, nn.Parameter) or tensor.ndim != 1:
+        return None
+    if epsilon is None:
+        return Norm(name, tensor_name(owner, "eps"), offset) if isinstance(module, nn.RMSNorm) else None
+    held = [leaf for leaf, value in vars(module).items() if type(value) is float and value == epsilon]
+    return Norm(name, tensor_name(owner, held[0]), offset) if len(held) == 1 else None
+
+
+def _scaled(mean: Node) -> tuple[Node, float] | None:
+    """x / √(mean x² + ε) and ε, where a node is the mean over the last dimension."""
+    value = mean.meta.get("val")
+    if not isinstance(value, Tensor) or len(mean.args) < 3 or mean.args[2] is not True:
+        return None
+    squares, dims = mean.args[:2]
+    x = _squared(squares)
+    if x is None or dims not in ([-1], [value.ndim - 1], -1):
+        return None
+    total = _only(mean, "add")
+    given = [one for one in total.args if type(one) is float] if total is not None else []
+    root = None if total is None else _only(total, "rsqrt")
+    if root is None or len(given) != 1:
+        return None
+    result = _only(root, "mul")
+    if result is None or not any(_uncast(one) is x for one in result.all_input_nodes if one is not root):
+        return None
+    return result, float(given[0])
+
+
+def _squared(node: object) -> Node | None:
+    """x where a node is x², before it was cast."""
+    if not isinstance(node, Node) or not isinstance(node.args[0], Node):
+        return None
+    name, given = operator_name(node), node.args
+    square = name == "square" or (name == "pow" and given[1] == 2) or (name == "mul" and given[0] is given[1])
+    return _uncast(given[0]) if square else None
+
+
+def _weight(node: Node) -> tuple[Node, float]:
+    """A parameter and what is added to it."""
+    node = _uncast(node)
+    if operator_name(node) == "add" and isinstance(node.args[0], Node):
+        numbers = [one for one in node.args if isinstance(one, int | float)]
+        return (_uncast(node.args[0]), float(numbers[0])) if len(numbers) == 1 else (node, 0.0)
+    return node, 0.0
+
+
+def _uncast(node: Node) -> Node:
+    while operator_name(node) in _CASTS and isinstance(node.args[0], Node):
+        node = node.args[0]
+    return node
+
+
+def _users(node: Node) -> Iterator[Node]:
+    """What uses a node, cast or not."""
+    for user in node.users:
+        yield from _users(user) if operator_name(user) in _CASTS else [user]
+
+
+def _only(node: Node, name: str) -> Node | None:
+    """The only user of a node, if it is this operator."""
+    users = [*node.users]
+    return users[0] if len(users) == 1 and operator_name(users[0]) == name else None
