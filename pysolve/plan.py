@@ -182,11 +182,14 @@ class Plan:
         Tensors in another form, of the shapes that they have after the steps. A layer whose ``weight`` is
         Sparse, LowRank or Integers runs in that form; a Codebook may be any tensor's, and its decoded values
         take the tensor's place.
+    untied : tuple of str
+        Tensors that get values of their own, first of all, where they share those of another layer.
     """
 
     steps: tuple[Collapse, ...] = ()
     values: Mapping[str, AnyArray] = field(default_factory=dict)
     forms: Mapping[str, Form] = field(default_factory=dict)
+    untied: tuple[str, ...] = ()
 
 
 def tensor_name(layer: str, leaf: str) -> str:

@@ -16,6 +16,7 @@ from pysolve.methods.menu import Chosen, Menu
 from pysolve.methods.price import Probe, divergence_of, measured
 from pysolve.methods.study import Study
 from pysolve.nn.costs import cost_model
+from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.per_sample import workload
 from pysolve.solve.budget import MEASURES, Costs, limits_of, site_sizes, unreachable
 from pysolve.solve.knapsack import Knapsack, pack, solve
@@ -94,8 +95,11 @@ def settle(
 
 def costs_of(study: Study, *, also: Sequence[str] = ()) -> Costs:
     """What the network costs at any width of its sites."""
-    work = workload(study.held)
-    return cost_model(study.model, study.free, work, extra_biases=study.new_biases, also=also)
+    work, original = workload(study.held), study.original
+    found = cost_model(study.model, study.free, work, extra_biases=study.new_biases, also=also)
+    # Shares refer to the user's network, which may share values that this one does not.
+    more = [parameters(study.model) - parameters(original), 0.0, nbytes(study.model) - nbytes(original)]
+    return replace(found, added=found.added + np.array(more))
 
 
 def choose(

@@ -34,6 +34,7 @@ from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import REFITS, rebuild
 from pysolve.methods.result import finish, later_score
 from pysolve.methods.sizes import Sized, by_keep, by_lam, check_free, site_reports, within
+from pysolve.methods.streams import in_principal_axes
 from pysolve.methods.studied import studied
 from pysolve.methods.study import Clock, Study
 from pysolve.nn.divergence import Divergence, kl_divergence
@@ -175,6 +176,7 @@ def compress(
     network = placed(network, options)
     found = studied(network, batches, options, sites=True if sites is None else sites)
     check_free(found)
+    found = in_principal_axes(found) if isinstance(select, str) and refit != "none" else found
     clock, channels = Clock(), Channels(_by_site(found, select))
     menus = channels.menus(found)
     if lam is not None:
@@ -262,6 +264,7 @@ def sweep(
     network = placed(network, options)
     found = studied(network, batches, options, sites=True if sites is None else sites)
     check_free(found)
+    found = in_principal_axes(found) if isinstance(select, str) and refit != "none" else found
     clock, channels = Clock(), Channels(_by_site(found, select))
     menus = channels.menus(found)
     where = probe(found, menus)

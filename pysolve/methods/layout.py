@@ -14,7 +14,7 @@ from pysolve.errors import CollapseError, one_of
 from pysolve.forms import Codebook, Form, Integers, LowRank, Sparse
 from pysolve.methods.kinds.codes import coded_bits
 from pysolve.methods.kinds.ranks import ASKS, RankMenu
-from pysolve.methods.rebuild import Rebuilt, forms_of
+from pysolve.methods.rebuild import Rebuilt, forms_of, names_of
 from pysolve.methods.study import Study
 from pysolve.methods.weights import weight_name
 from pysolve.nn.apply import apply, untrue_forms
@@ -29,6 +29,7 @@ from pysolve.nn.nonzeros import zero_rows
 from pysolve.nn.profile import latencies, layer_inputs
 from pysolve.nn.running import as_array, find_layer
 from pysolve.nn.samples import samples_in, take
+from pysolve.nn.silenced import silenced
 from pysolve.nn.state import copy_of
 from pysolve.plan import Collapse, Plan
 from pysolve.report.rows import LayerReport
@@ -121,7 +122,10 @@ def plan_of(study: Study, rebuilt: Rebuilt, forms: Mapping[str, Form] | None = N
     steps = tuple(
         Collapse(site, keep) for site, keep in rebuilt.chosen.keep.items() if len(keep) < site.channels
     )
-    values = {name: as_array(value) for name, value in rebuilt.values.items() if name not in forms}
+    # Zeros of what is cut anyway say nothing, and may stand in values that other layers share.
+    fitted = {tensor for name in rebuilt.fits for tensor in names_of(study, name)}
+    unsaid = (silenced(study.model, rebuilt.chosen.keep).keys() - fitted) | forms.keys()
+    values = {name: as_array(value) for name, value in rebuilt.values.items() if name not in unsaid}
     return Plan(steps, values, forms)
 
 

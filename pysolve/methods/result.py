@@ -99,7 +99,7 @@ def finish(
     file : bool
         Whether the report gives the bytes of the file that ``save`` writes.
     """
-    original, model = against or study.model, laid.model
+    original, model = against or study.original, laid.model
     if distill:
         model, more = matched(study, original, model, distill, zeros)
         notes = (*notes, *more)
@@ -124,7 +124,7 @@ def finish(
         warnings=(*few, *stuck, *slower(report.latencies, lines)),
         notes=tuple(dict.fromkeys((*_left_alone(study), *study.notes, *notes, *report.notes))),
     )
-    result = following(before, Compressed(model, laid.plan, report))
+    result = following(before, Compressed(model, whole_plan(study, laid.plan), report))
     if file:
         result = with_file(result, original)
     clock.stage("report")
@@ -141,6 +141,14 @@ def finish(
     )
     tell(report)
     return replace(result, report=report)
+
+
+def whole_plan(study: Study, plan: Plan) -> Plan:
+    """The plan for the user's network of a plan for the one that was studied."""
+    if study.turn is None:
+        return plan
+    values = {name: one for name, one in study.turn.values.items() if name not in plan.forms}
+    return replace(plan, values={**values, **plan.values}, untied=study.turn.untied)
 
 
 def following(before: nn.Module | Compressed, result: Compressed) -> Compressed:
@@ -287,7 +295,7 @@ def made_with(seed: int) -> dict[str, str]:
 
 def _left_alone(study: Study) -> Iterator[str]:
     """Weights that take no other form, by the reason, and their share of the parameters."""
-    whole = parameters(study.model)
+    whole = parameters(study.original)
     for why in dict.fromkeys(one.why for one in study.left):
         own = [one for one in study.left if one.why == why]
         names = ", ".join(one.name or "the network" for one in own)

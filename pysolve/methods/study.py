@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor, nn
 
-from pysolve.correlations import Array, Correlations
+from pysolve.correlations import AnyArray, Array, Correlations
 from pysolve.errors import PysolveError
 from pysolve.methods.goal import Options
 from pysolve.methods.weights import Skipped
@@ -32,6 +32,24 @@ from pysolve.nn.running import (
 from pysolve.nn.samples import first_samples, moved
 from pysolve.nn.stacks import stack_inputs
 from pysolve.plan import Site
+
+
+@dataclass(frozen=True, eq=False)
+class Turn:
+    """What makes a user's network into the equal one that is compressed.
+
+    Parameters
+    ----------
+    original : nn.Module
+        The user's.
+    values : {state-dict name: array}
+    untied : tuple of str
+        Tensors that do not share their values with others any more.
+    """
+
+    original: nn.Module
+    values: Mapping[str, AnyArray] = field(default_factory=dict)
+    untied: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +75,8 @@ class Study:
         Weights that take no other form.
     notes : tuple of str
     seconds : {stage: float}
+    turn : Turn, optional
+        Where ``model`` is an equal network in the place of the user's.
     """
 
     model: nn.Module
@@ -70,6 +90,7 @@ class Study:
     left: tuple[Skipped, ...] = ()
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
+    turn: Turn | None = None
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write correlations and samples to one ``.safetensors`` file, which needs no data any more.
@@ -127,6 +148,11 @@ class Study:
     def free(self) -> list[Site]:
         """Sites that can shrink."""
         return [site for site in self.sites if site.pinned is None]
+
+    @property
+    def original(self) -> nn.Module:
+        """The user's network."""
+        return self.model if self.turn is None else self.turn.original
 
     @property
     def held(self) -> list[Batch]:

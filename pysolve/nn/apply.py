@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
@@ -82,7 +83,7 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     LayerNotFoundError
         When the network has no layer of a name in the plan.
     """
-    model = unwrapped(model)
+    model = _untied(unwrapped(model), plan)
     smaller, layers, cuts = _prepared(model, plan)
     pairs = twins(smaller)
     tied = {layers[name]: pairs[layers[name]] for name in cuts if layers.get(name) in pairs}
@@ -117,7 +118,7 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     Forms are multiplied out, and those of narrowed layers put where the kept entries are. Raises what
     ``apply`` does, but runs nothing.
     """
-    wide, _, cuts = _prepared(unwrapped(model), plan)
+    wide, _, cuts = _prepared(_untied(unwrapped(model), plan), plan)
     for name, cut in cuts.items():
         if not cut.columns.all():
             silence(find_member(wide, name), cut.columns)
@@ -132,6 +133,27 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
             places = getattr(narrowed, name.rpartition(".")[2]).long()
             tensor.put_(places.to(tensor.device), dense.to(tensor))
     return wide
+
+
+def untie(model: nn.Module, names: Sequence[str]) -> nn.Module:
+    """Give tensors that share the values of others their own, in place."""
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        layer = find_layer(model, owner)
+        old = layer._parameters.get(leaf)
+        if old is None:
+            raise CollapseError(f"{type(model).__name__} has no parameter {name!r} to untie.")
+        setattr(layer, leaf, nn.Parameter(old.detach().clone(), old.requires_grad))
+    config = getattr(model, "config", None)
+    if names and getattr(config, "tie_word_embeddings", False):
+        # Otherwise transformers ties them again when it saves or loads.
+        model.config = copy.copy(config)
+        model.config.tie_word_embeddings = False
+    return model
+
+
+def _untied(model: nn.Module, plan: Plan) -> nn.Module:
+    return untie(copy_of(model), plan.untied) if plan.untied else model
 
 
 def kept_entries(model: nn.Module, plan: Plan, names: Iterable[str]) -> dict[str, Tensor]:

@@ -86,6 +86,7 @@ def plan_record(plan: Plan) -> dict[str, object]:
         "steps": [step_record(step) for step in plan.steps],
         "values": [*plan.values],
         "forms": {name: form_record(form) for name, form in plan.forms.items()},
+        **({"untied": [*plan.untied]} if plan.untied else {}),
     }
 
 

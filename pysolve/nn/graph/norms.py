@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 from torch.fx import Node
 
 from pysolve.nn.graph.calls import Call, operator_name
 from pysolve.nn.graph.classes import along, complete, lean, squashed
+from pysolve.nn.graph.export import Graph
 from pysolve.plan import Norm, tensor_name
 
 _CASTS = {"to", "_to_copy", "type_as", "float", "contiguous", "clone", "alias"}
+# Operators that leave channels where they are along the last dimension.
+_PASSES = {*_CASTS, "dropout", "detach", "slice", "select", "index", "unsqueeze", "squeeze", "expand"}
+_PASSES |= {"view", "reshape", "_unsafe_view", "flatten"}
 
 
 def through_norm(call: Call) -> bool:
@@ -114,3 +118,19 @@ def _only(node: Node, name: str) -> Node | None:
     """The only user of a node, if it is this operator."""
     users = [*node.users]
     return users[0] if len(users) == 1 and operator_name(users[0]) == name else None
+
+
+def norm_before(graph: Graph, node: Node, norms: Sequence[Norm]) -> Norm | None:
+    """The norm whose values a node holds, all or some of their positions."""
+    by_weight = {norm.weight: norm for norm in norms}
+    while True:
+        name = operator_name(node)
+        if name == "rms_norm" and isinstance(node.args[2], Node):
+            return by_weight.get(graph.parameters.get(node.args[2], ""))
+        if name == "mul":
+            weights = [_weight(one)[0] for one in node.all_input_nodes]
+            found = [by_weight.get(graph.parameters.get(one, "")) for one in weights]
+            return next((norm for norm in found if norm is not None), None)
+        if name not in _PASSES or not node.args or not isinstance(node.args[0], Node):
+            return None
+        node = node.args[0]
