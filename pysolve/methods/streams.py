@@ -31,6 +31,8 @@ from pysolve.nn.graph.branches import Layer, find_layers, read_by
 from pysolve.nn.graph.export import Graph, trace_once
 from pysolve.nn.graph.norms import norm_before
 from pysolve.nn.layer_kinds import LINEAR, inputs_first, twins
+from pysolve.nn.layer_matrix import LAYERS
+from pysolve.nn.layers.base import weight_of
 from pysolve.nn.outputs import tensors_of
 from pysolve.nn.ranks import of_all_processes
 from pysolve.nn.running import Batch, as_array, evaluating, find_layer, forward
@@ -52,10 +54,15 @@ _TURNABLE = (*LINEAR, nn.Embedding)
 def in_principal_axes(study: Study) -> Study:
     """The study of an equal network whose streams have their principal axes for channels.
 
-    Of every stream through RMS norms whose channels could go one by one: the axes Q are the eigenvectors of
-    Σ E[z zᵀ] over its norms, z = x / √(mean x² + ε). A stream with other members than linear layers,
-    embeddings and norms, or whose turned network does not equal the original, stays as it is; so does one
-    with a tied head whose own weight would add much. The report says so.
+    Of every stream through RMS norms: with z = x / √(mean x² + ε) and readers V, gains included,
+
+        S = Σ E[z zᵀ] over norms,  A = Σ Vᵀ V / E‖V z‖² over readers,
+
+    the axes are the eigenvectors of S^½ A S^½, largest first: of much variance that readers weigh. They span
+    the stream where it has fewer directions than channels. (On a small decoder those of S alone cost 4 to 9 %
+    more divergence.) A stream with other members than linear
+    layers, embeddings and norms, or whose turned network does not equal the original, stays as it is; so does
+    one with a tied head whose own weight would add much. The report says so.
 
     Returns
     -------
@@ -106,7 +113,7 @@ def _turned(study: Study, site: Site) -> Study | str:
     if strangers:
         return f"{strangers[0]} is no linear layer"
     tied = [name for name in site.readers if find_member(study.model, name) in twins(study.model)]
-    more = sum(find_layer(study.model, name).weight.numel() for name in tied)  # type: ignore[operator, union-attr]
+    more = sum(weight_of(find_layer(study.model, name)).numel() for name in tied)
     if more > _UNTIED * parameters(study.model):
         return f"{tied[0]} would need a weight of its own"
     own = _untied(study, tied) if tied else study
@@ -145,11 +152,11 @@ def _untied(study: Study, tied: Sequence[str]) -> Study:
 def _of(study: Study, network: nn.Module, graph: Graph) -> Study:
     """The study of another network of the same layers."""
     seen = {layer.name: layer for layer in find_layers(graph, network).values()}
-    others = {
-        name: replace(layer, module=network.get_submodule(name))
-        for name, layer in study.layers.items()
-        if name not in seen
-    }
+    others = dict[str, Layer]()
+    for name, layer in study.layers.items():
+        module = network.get_submodule(name)
+        if name not in seen and isinstance(module, LAYERS):
+            others[name] = replace(layer, module=module)
     state = network.state_dict(keep_vars=True)
     weights = {name: state[weight_name(network, name)] for name in study.weights}
     return replace(study, model=network, graph=graph, layers={**others, **seen}, weights=weights)
@@ -160,18 +167,24 @@ def _stream(study: Study, site: Site) -> _Stream:
     assert study.graph is not None
     nodes = {layer.name: node for node, layer in find_layers(study.graph, study.model).items()}
     gains, counted = dict[str, Array](), set[Norm | None]()
-    total = np.zeros((site.channels, site.channels))
+    moments, weights = np.zeros((2, site.channels, site.channels))
     for name in site.readers:
         norm = norm_before(study.graph, read_by(nodes[name]), site.norms)
         gains[name] = np.ones(site.channels) if norm is None else _gain(study.model, site, norm)
         known = study.correlations.get(name)
-        if known is not None and norm not in counted:
-            counted.add(norm)
-            width = len(known.xx)
-            own = _Stream(site, gains, np.eye(site.channels)).read(name, width)
-            columns = site.columns_of(name, width)[:, 0]
-            total += (own @ known.xx @ own.T)[np.ix_(columns, columns)] / known.count
-    axes = np.linalg.eigh(total)[1][:, ::-1]
+        if known is None:
+            continue
+        columns = site.columns_of(name, len(known.xx))[:, 0]
+        T = _Stream(site, gains, np.eye(site.channels)).read(name, len(known.xx))
+        own = (T @ known.xx @ T.T)[np.ix_(columns, columns)] / known.count
+        V = study.matrix(name)[:, columns] * gains[name]
+        squares = V.T @ V
+        weights += squares / max(float(np.vdot(squares, own)), np.finfo(float).tiny)
+        moments += 0 if norm in counted else own
+        counted.add(norm)
+    values, vectors = np.linalg.eigh(moments)
+    root = vectors * np.sqrt(np.maximum(values, 0.0)) @ vectors.T
+    axes = np.linalg.eigh(root @ weights @ root)[1][:, ::-1]
     return _Stream(site, gains, np.ascontiguousarray(axes))
 
 

@@ -144,11 +144,12 @@ def untie(model: nn.Module, names: Sequence[str]) -> nn.Module:
         if old is None:
             raise CollapseError(f"{type(model).__name__} has no parameter {name!r} to untie.")
         setattr(layer, leaf, nn.Parameter(old.detach().clone(), old.requires_grad))
-    config = getattr(model, "config", None)
-    if names and getattr(config, "tie_word_embeddings", False):
+    config = vars(model).get("config")
+    if names and config is not None and getattr(config, "tie_word_embeddings", False):
         # Otherwise transformers ties them again when it saves or loads.
-        model.config = copy.copy(config)
-        model.config.tie_word_embeddings = False
+        config = copy.copy(config)
+        config.tie_word_embeddings = False
+        vars(model)["config"] = config
     return model
 
 

@@ -55,6 +55,7 @@ def architecture(compressed: Compressed) -> dict[str, object]:
     return {
         "stages": [[step_record(step) for step in plan.steps] for plan in plans],
         "factored": [_factored(plan) for plan in plans],
+        **({"untied": [[*plan.untied] for plan in plans]} if any(plan.untied for plan in plans) else {}),
         "biases": _new_biases(compressed),
         "sparse": [*sparse_layers(compressed.model, remove_duplicate=True)],
         "quantized": {
@@ -73,9 +74,10 @@ def rebuilt(record: Mapping[str, object], model: nn.Module) -> nn.Module:
     # Older files have no such field.
     factored = typed(record.get("factored", []), list, "factored")
     factored = [*factored[: len(stages)], *[{}] * (len(stages) - len(factored))]
-    for stage, ranks in zip(stages, factored, strict=True):
-        steps = steps_of(stage, _widths(network))
-        network = apply(network, Plan(steps)) if steps else network
+    untied = [*typed(record.get("untied", []), list, "untied"), *[[]] * len(stages)]
+    for stage, ranks, own in zip(stages, factored, untied, strict=False):
+        plan = Plan(steps_of(stage, _widths(network)), untied=tuple(strings(own, "untied")))
+        network = apply(network, plan) if plan.steps or plan.untied else network
         if forms := _factors(network, ranks):
             # New biases of layers that factoring made.
             network = _with_biases(apply(network, Plan(forms=forms)), biases)

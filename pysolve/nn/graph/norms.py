@@ -86,19 +86,19 @@ def _scaled(mean: Node) -> tuple[Node, float] | None:
 
 def _squared(node: object) -> Node | None:
     """x where a node is x², before it was cast."""
-    if not isinstance(node, Node) or not isinstance(node.args[0], Node):
+    if not isinstance(node, Node) or len(node.all_input_nodes) != 1:
         return None
     name, given = operator_name(node), node.args
     square = name == "square" or (name == "pow" and given[1] == 2) or (name == "mul" and given[0] is given[1])
-    return _uncast(given[0]) if square else None
+    return _uncast(node.all_input_nodes[0]) if square else None
 
 
 def _weight(node: Node) -> tuple[Node, float]:
     """A parameter and what is added to it."""
     node = _uncast(node)
-    if operator_name(node) == "add" and isinstance(node.args[0], Node):
-        numbers = [one for one in node.args if isinstance(one, int | float)]
-        return (_uncast(node.args[0]), float(numbers[0])) if len(numbers) == 1 else (node, 0.0)
+    numbers = [one for one in node.args if isinstance(one, int | float)]
+    if operator_name(node) == "add" and len(numbers) == len(node.all_input_nodes) == 1:
+        return _uncast(node.all_input_nodes[0]), float(numbers[0])
     return node, 0.0
 
 

@@ -1,0 +1,143 @@
+"""Streams in their principal axes: an equal network, its correlations, and plans for the original."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+from pysolve.methods.compress import compress
+from pysolve.methods.goal import Options
+from pysolve.methods.streams import in_principal_axes
+from pysolve.methods.studied import studied
+from pysolve.nn.apply import apply
+from pysolve.nn.files.checkpoint import load, save
+from pysolve.nn.gather import gather
+from pysolve.nn.graph.sites import find_sites
+
+WIDTH, WORDS = 12, 40
+
+
+class Block(nn.Module):
+    def __init__(self, width, bias):
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=0.01)
+        self.up, self.down = nn.Linear(width, 16, bias=bias), nn.Linear(16, width, bias=bias)
+
+    def forward(self, x):
+        return x + self.down(F.silu(self.up(self.norm(x))))
+
+
+class Decoder(nn.Module):
+    def __init__(self, *, tied=False, bias=False, outputs=WORDS, blocks=2):
+        super().__init__()
+        self.words = nn.Embedding(WORDS, WIDTH)
+        self.blocks = nn.Sequential(*(Block(WIDTH, bias) for _ in range(blocks)))
+        self.norm, self.head = nn.RMSNorm(WIDTH, eps=0.01), nn.Linear(WIDTH, outputs, bias=False)
+        if tied:
+            self.head.weight = self.words.weight
+
+    def forward(self, ids):
+        return self.head(self.norm(self.blocks(self.words(ids))))
+
+
+def decoder(seed=0, **options):
+    torch.manual_seed(seed)
+    model = Decoder(**options).eval()
+    for module in model.modules():
+        if isinstance(module, nn.RMSNorm):
+            nn.init.uniform_(module.weight, -2.0, 2.0)
+    return model
+
+
+def ids(n=48, seed=1):
+    return torch.randint(WORDS, (n, 6), generator=torch.Generator().manual_seed(seed))
+
+
+def study_of(model):
+    return studied(model, ids().split(8), Options(), sites=True)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 50), bias=st.booleans(), blocks=st.integers(1, 3))
+def test_a_turned_network_gives_the_same(seed, bias, blocks):
+    model = decoder(seed, bias=bias, blocks=blocks)
+    turned = in_principal_axes(study_of(model))
+    assert turned.turn is not None
+    assert not turned.notes
+    torch.testing.assert_close(turned.model(ids(seed=2)), model(ids(seed=2)), rtol=1e-4, atol=1e-5)
+
+
+def test_correlations_are_those_of_the_turned_network():
+    before = study_of(decoder(bias=True))
+    turned = in_principal_axes(before)
+    found = gather(turned.model, [*before], layers=[*turned.correlations])
+    for name, one in turned.correlations.items():
+        scale = np.abs(found[name].xx).max()
+        np.testing.assert_allclose(one.xx, found[name].xx, atol=1e-4 * scale, err_msg=name)
+        np.testing.assert_allclose(one.yx, found[name].yx, atol=1e-4 * scale, err_msg=name)
+        np.testing.assert_allclose(one.x_sum, found[name].x_sum, atol=1e-4 * scale, err_msg=name)
+
+
+def test_what_stays_of_a_stream_of_low_rank_is_all_of_it():
+    """Of a stream in three directions, whatever they are, three axes are enough: exact."""
+    model = decoder()
+    mix = torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0][:, :3]
+    mix = mix @ mix.T
+    with torch.no_grad():
+        model.words.weight.copy_(model.words.weight @ mix)
+        for block in model.blocks:
+            block.down.weight.copy_(mix @ block.down.weight)
+    small = compress(model, ids().split(8), keep={"words": 3}, progress=False, latency=False)
+    assert small.model.words.weight.shape == (WORDS, 3)
+    torch.testing.assert_close(small.model(ids(seed=2)), model(ids(seed=2)), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_plan_makes_the_network_of_the_original(tied, tmp_path, monkeypatch):
+    monkeypatch.setattr("pysolve.methods.streams._UNTIED", 2.0)
+    model = decoder(tied=tied)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    small = compress(model, ids().split(8), keep={"words": 8}, progress=False, latency=False)
+    wanted = small.model(ids(seed=2))
+    assert small.model.norm.normalized_shape == (8,)
+    assert small.plan.untied == (("head.weight",) if tied else ())
+    torch.testing.assert_close(apply(model, small.plan)(ids(seed=2)), wanted)
+    save(small, tmp_path / "small")
+    torch.testing.assert_close(load(tmp_path / "small", model)(ids(seed=2)), wanted, rtol=0, atol=0)
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+def test_shares_refer_to_what_was_given(monkeypatch):
+    monkeypatch.setattr("pysolve.methods.streams._UNTIED", 2.0)
+    model = decoder(tied=True)
+    small = compress(model, ids().split(8), target={"params": 0.7}, progress=False, latency=False)
+    params = sum(p.numel() for p in model.parameters())
+    assert small.report.before["params"] == params
+    assert sum(p.numel() for p in small.model.parameters()) <= 0.7 * params
+
+
+def test_a_large_tied_head_stays_tied_and_the_report_says_so():
+    model = decoder(tied=True)
+    small = compress(model, ids().split(8), keep={"words": 8}, progress=False, latency=False)
+    assert small.model.head.weight is small.model.words.weight
+    assert any("head would need a weight of its own" in note for note in small.report.notes)
+
+
+def test_a_layer_that_scales_channels_on_the_way_is_not_turned():
+    class Scaled(Decoder):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.linspace(0.5, 2.0, WIDTH))
+
+        def forward(self, ids):
+            return self.head(self.norm(self.blocks(self.words(ids) * self.scale)))
+
+    torch.manual_seed(0)
+    model = Scaled().eval()
+    assert any(site.norms for site in find_sites(model, ids(2)) if site.pinned is None)
+    small = compress(model, ids().split(8), keep={"words": 8}, progress=False, latency=False)
+    assert any("were selected, not turned" in note for note in small.report.notes)
