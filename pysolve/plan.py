@@ -17,8 +17,9 @@ from pysolve.forms import Form
 class Norm:
     """A norm over all channels of a site:  gain · x / √(mean x² + ε),  gain = weight + offset.
 
-    A channel that is gone counts as zero, so that of D channels d that are left keep their values with the
-    gain times √(D / d) and ε times D / d.
+    Of D channels the d that are left are scaled as if the others were zero, by the gain times √(D / d) and ε
+    times D / d. Where the norm is ``centred``, as layer norms are, the mean of those that are left is taken
+    off first.
 
     Parameters
     ----------
@@ -28,11 +29,13 @@ class Norm:
         Path of the attribute that holds ε.
     offset : float
         What the code adds to the weight.
+    centred : bool
     """
 
     weight: str
     epsilon: str
     offset: float = 0.0
+    centred: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +106,7 @@ class Site:
     @property
     def makers(self) -> list[tuple[str, str]]:
         """Role and name of what makes or passes the channels that norms over all of them would count."""
-        weights = {norm.weight for norm in self.norms}
+        weights = {norm.weight for norm in self.norms if not norm.centred}
         roles = (("writers", self.writers), ("passed", self.passed))
         passes = {*weights, *(weight.removesuffix(".weight") for weight in weights)}
         return [(role, name) for role, names in roles for name in names if weights and name not in passes]

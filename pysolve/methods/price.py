@@ -10,6 +10,7 @@ from typing import TypeVar
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from pysolve.correlations import Indices
 from pysolve.methods.menu import Chosen, Menu
 from pysolve.methods.rebuild import changed_names, independent
 from pysolve.methods.study import Study
@@ -17,6 +18,7 @@ from pysolve.nn.changed import changed_outputs, is_repeatable
 from pysolve.nn.divergence import mean_divergence, run
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.sizes import fits
+from pysolve.nn.norms import kept_of_norms
 from pysolve.nn.running import Batch, Output
 from pysolve.nn.samples import first_samples, samples_in
 
@@ -78,7 +80,13 @@ def measured(study: Study, wanted: Sequence[tuple[M, Sequence[int]]], where: Pro
         menus[i] = replace(menus[i], measured={**menus[i].measured, size: 0.0})
     choices = [menus[i].at(size) for i, size in changed]
     names = [[*changed_names(study, one)] for one in choices]
-    found = divergences(study, names, lambda number: independent(study, choices[number]).values, where)
+    found = divergences(
+        study,
+        names,
+        lambda number: independent(study, choices[number]).values,
+        where,
+        norms=lambda number: kept_of_norms(choices[number].keep),
+    )
     hidden, start = None if study.options.progress else True, time.perf_counter()
     for number, value in tqdm(found, "measure", len(changed), unit="size", disable=hidden):
         (i, size), now = changed[number], time.perf_counter()
@@ -92,6 +100,7 @@ def divergences(
     names: Sequence[Sequence[str]],
     values: Callable[[int], Mapping[str, Tensor]],
     where: Probe,
+    norms: Callable[[int], Mapping[str, Indices]] = lambda number: {},
 ) -> Iterator[tuple[int, float]]:
     """The number of each of several changes, in any order, and the divergence that it causes by itself.
 
@@ -105,6 +114,8 @@ def divergences(
     values : callable
         From the number of a change to its new values.
     where : Probe
+    norms : callable
+        From the number of a change to the channels that stay of layer norms; known in graphs alone.
     """
     graph, batches = study.graph, where.batches
     ranks = study.options.ranks
@@ -115,7 +126,16 @@ def divergences(
         return values(own[number])
 
     if graph and _walks(graph, names, where):
-        found = changed_outputs(graph, study.model, batches, where.outputs, named, of_own, base=where.values)
+        found = changed_outputs(
+            graph,
+            study.model,
+            batches,
+            where.outputs,
+            named,
+            of_own,
+            base=where.values,
+            norms=lambda number: norms(own[number]),
+        )
     else:
         found = ((i, run(study.model, batches, {**where.values, **of_own(i)})) for i in range(len(own)))
     sizes = [*map(samples_in, batches)]

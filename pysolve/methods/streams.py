@@ -1,8 +1,9 @@
-"""Streams of RMS norms in their principal axes: channels that go are then directions of little variance.
+"""Streams in front of norms in their principal axes: channels that go are then directions of little variance.
 
 The network is turned, not changed. With gains folded into the readers, x ↦ x / √(mean x² + ε) commutes with
 any rotation Q of its channels: writers W become Qᵀ W and readers V become V diag(gain) Q. One Q serves the
-whole stream, so that nothing is added, and the norms stay what they are.
+whole stream, so that nothing is added, and the norms stay what they are. Layer norms take off the mean:
+there Q keeps the vector of ones, and the k first axes, which have no mean, lie in the first k + 1 channels.
 
 References
 ----------
@@ -23,7 +24,7 @@ from pysolve.correlations import AnyArray, Array, Correlations, Indices
 from pysolve.methods.study import Study, Turn
 from pysolve.methods.weights import weight_name
 from pysolve.nn.apply import untie
-from pysolve.nn.bare import find_member
+from pysolve.nn.bare import Bare, find_member
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.gather import gather_reached
 from pysolve.nn.gathered import own_outputs
@@ -48,13 +49,14 @@ _EXACT = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.
 _SILENT = 1e-6
 # A tied head is given a weight of its own where that adds less than this share of the parameters.
 _UNTIED = 0.05
-_TURNABLE = (*LINEAR, nn.Embedding)
+_MAKERS = (*LINEAR, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
 
 
 def in_principal_axes(study: Study) -> Study:
     """The study of an equal network whose streams have their principal axes for channels.
 
-    Of every stream through RMS norms: with z = x / √(mean x² + ε) and readers V, gains included,
+    Of every stream that norms alone read: with z = x / √(mean x² + ε), or without the mean, and readers V,
+    gains included,
 
         S = Σ E[z zᵀ] over norms,  A = Σ Vᵀ V / E‖V z‖² over readers,
 
@@ -96,22 +98,26 @@ class _Stream:
 
     def read(self, name: str, width: int) -> Array:
         """(d, d) matrix that turns a reader's inputs."""
-        gain, columns = self.gains[name], self.site.columns_of(name, width)[:, 0]
-        heard = np.abs(gain) > _SILENT * np.abs(gain).max()
-        inverse = np.divide(1.0, gain, out=np.zeros_like(gain), where=heard)
-        T = np.eye(width)
-        T[np.ix_(columns, columns)] = self.axes.T * inverse
+        columns, T = self.site.columns_of(name, width)[:, 0], np.eye(width)
+        T[np.ix_(columns, columns)] = self.axes.T * _inverse(self.gains[name])
         return T
 
 
 def _turned(study: Study, site: Site) -> Study | str:
     """The study with one stream in its axes, or why that is not possible."""
-    weights = {norm.weight for norm in site.norms}
-    norms = weights | {weight.removesuffix(".weight") for weight in weights}
-    strangers = [name for name in (*site.readers, *site.writers, *site.passed) if name not in norms]
-    strangers = [name for name in strangers if not isinstance(find_member(study.model, name), _TURNABLE)]
+    layers = {norm.weight.removesuffix(".weight") for norm in site.norms}
+    norms = layers | {norm.weight for norm in site.norms}
+    roles = ((site.readers, LINEAR), (site.writers, _MAKERS), (site.passed, Bare))
+    strangers = [
+        name
+        for names, kinds in roles
+        for name in names
+        if name not in norms and not isinstance(find_member(study.model, name), kinds)
+    ]
     if strangers:
-        return f"{strangers[0]} is no linear layer"
+        return f"{strangers[0]} cannot be turned"
+    if len({norm.centred for norm in site.norms}) > 1:
+        return "layer norms and root mean square norms read it"
     tied = [name for name in site.readers if find_member(study.model, name) in twins(study.model)]
     more = sum(weight_of(find_layer(study.model, name)).numel() for name in tied)
     if more > _UNTIED * parameters(study.model):
@@ -128,7 +134,7 @@ def _turned(study: Study, site: Site) -> Study | str:
     assert own.graph is not None
     found = _of(own, network, own.graph)
     turn = found.turn or Turn(study.model)
-    turn = replace(turn, values={**turn.values, **values})
+    turn = replace(turn, values={**turn.values, **values}, sites=(*turn.sites, site))
     return replace(found, correlations=_Turned(found.correlations, stream, found.layers), turn=turn)
 
 
@@ -166,49 +172,79 @@ def _stream(study: Study, site: Site) -> _Stream:
     """A stream with its axes."""
     assert study.graph is not None
     nodes = {layer.name: node for node, layer in find_layers(study.graph, study.model).items()}
-    gains, counted = dict[str, Array](), set[Norm | None]()
-    moments, weights = np.zeros((2, site.channels, site.channels))
+    gains, counted, D = dict[str, Array](), set[Norm | None](), site.channels
+    moments, weights = np.zeros((2, D, D))
     for name in site.readers:
         norm = norm_before(study.graph, read_by(nodes[name]), site.norms)
-        gains[name] = np.ones(site.channels) if norm is None else _gain(study.model, site, norm)
-        known = study.correlations.get(name)
+        gain, shift = (np.ones(D), np.zeros(D)) if norm is None else _affine(study.model, site, norm)
+        gains[name], known = gain, study.correlations.get(name)
         if known is None:
             continue
         columns = site.columns_of(name, len(known.xx))[:, 0]
-        T = _Stream(site, gains, np.eye(site.channels)).read(name, len(known.xx))
-        own = (T @ known.xx @ T.T)[np.ix_(columns, columns)] / known.count
-        V = study.matrix(name)[:, columns] * gains[name]
+        T = _Stream(site, gains, np.eye(D)).read(name, len(known.xx))
+        xx, mean = (T @ known.xx @ T.T)[np.ix_(columns, columns)] / known.count, T @ known.x_sum / known.count
+        crossed = np.outer(mean[columns] - shift / 2, shift)
+        own = xx - crossed - crossed.T
+        V = study.matrix(name)[:, columns] * gain
         squares = V.T @ V
         weights += squares / max(float(np.vdot(squares, own)), np.finfo(float).tiny)
         moments += 0 if norm in counted else own
         counted.add(norm)
+    if not site.norms[0].centred:
+        return _Stream(site, gains, _axes(moments, weights))
+    H = _without_mean(D)
+    axes = H @ _axes(H.T @ moments @ H, H.T @ weights @ H) @ H.T + 1 / D
+    return _Stream(site, gains, np.ascontiguousarray(axes))
+
+
+def _axes(moments: Array, weights: Array) -> Array:
+    """Eigenvectors of S^½ A S^½, those of the largest values first."""
     values, vectors = np.linalg.eigh(moments)
     root = vectors * np.sqrt(np.maximum(values, 0.0)) @ vectors.T
-    axes = np.linalg.eigh(root @ weights @ root)[1][:, ::-1]
-    return _Stream(site, gains, np.ascontiguousarray(axes))
+    return np.ascontiguousarray(np.linalg.eigh(root @ weights @ root)[1][:, ::-1])
+
+
+def _without_mean(n: int) -> Array:
+    """(n, n − 1) orthonormal columns without a mean; of the first k + 1 rows, the first k span what has none.
+
+    The later columns are constant there, which the norm over these rows takes off.
+    """
+    j = np.arange(1.0, n)
+    upper = np.triu(np.ones((n, n - 1)))
+    upper[np.arange(1, n), np.arange(n - 1)] = -j
+    return np.asarray(upper / np.sqrt(j * (j + 1)))
 
 
 def _network(model: nn.Module, stream: _Stream) -> tuple[nn.Module, dict[str, AnyArray]]:
     """The turned network, and its new values."""
     site, Q, network = stream.site, stream.axes, copy_of(model)
     state, values = network.state_dict(), dict[str, Tensor]()
-    for name in site.writers:
-        member, tensor = find_member(network, name), weight_name(network, name)
-        W = values.get(tensor, state[tensor])
-        dim = 1 if isinstance(member, nn.Embedding) or inputs_first(member) else 0  # type: ignore[arg-type]
-        rows = site.rows_of(name, W.shape[dim])[:, 0]
-        values[tensor] = _along(W, dim, rows, Q.T)
-        bias = tensor_name(name, "bias")
-        if bias in state:
-            values[bias] = _along(state[bias], 0, rows, Q.T)
+    for name in (*site.writers, *site.passed):
+        member = find_member(network, name)
+        if isinstance(member, Bare):
+            table, old = site.rows_of(name, member.values.numel()), state[name].double()
+            new = Q.T @ as_array(old.flatten())[table]
+            values[name] = old.flatten().put(torch.as_tensor(table), torch.as_tensor(new)).reshape(old.shape)
+        elif isinstance(member, nn.Module) and name in site.writers:
+            tensor, bias = weight_name(network, name), tensor_name(name, "bias")
+            dim = 1 if isinstance(member, nn.Embedding) or inputs_first(member) else 0
+            rows = site.rows_of(name, state[tensor].shape[dim])[:, 0]
+            values[tensor] = _along(state[tensor], dim, rows, Q.T)
+            if bias in state:
+                values[bias] = _along(state[bias], 0, rows, Q.T)
     for name in site.readers:
         tensor = weight_name(network, name)
         V = values.get(tensor, state[tensor])
-        dim = 0 if inputs_first(find_member(network, name)) else 1  # type: ignore[arg-type]
+        dim = 0 if inputs_first(find_layer(network, name)) else 1
         columns = site.columns_of(name, V.shape[dim])[:, 0]
         values[tensor] = _along(V, dim, columns, Q.T * stream.gains[name])
     for norm in site.norms:
         values[norm.weight] = torch.full_like(state[norm.weight], 1.0 - norm.offset)
+        bias = norm.weight.removesuffix("weight") + "bias"
+        if norm.centred and bias in state:
+            rows = site.rows_of(norm.weight.removesuffix(".weight"), site.channels)[:, 0]
+            _, shift = _affine(model, site, norm)
+            values[bias] = state[bias].double().put(torch.as_tensor(rows), torch.as_tensor(Q.T @ shift))
     values = {name: value.to(state[name]) for name, value in values.items()}
     load(network, values)
     return network, {name: as_array(value) for name, value in values.items()}
@@ -247,11 +283,21 @@ class _Turned(Mapping[str, Correlations]):
         return len(self.known)
 
 
-def _gain(model: nn.Module, site: Site, norm: Norm) -> Array:
-    """(channels,) gain of a norm, by the site's channels."""
-    weight = as_array(model.state_dict()[norm.weight]).astype(np.float64) + norm.offset
-    passed = next(name for name in (norm.weight, norm.weight.removesuffix(".weight")) if name in site.passed)
-    return np.asarray(weight[site.rows_of(passed, len(weight))[:, 0]])
+def _affine(model: nn.Module, site: Site, norm: Norm) -> tuple[Array, Array]:
+    """(channels,) gain of a norm, and its bias as a multiple of the gain, by the site's channels."""
+    state, layer = model.state_dict(), norm.weight.removesuffix(".weight")
+    gain = as_array(state[norm.weight]).astype(np.float64) + norm.offset
+    passed = next(name for name in (norm.weight, layer) if name in site.passed)
+    rows = site.rows_of(passed, len(gain))[:, 0]
+    bias = state.get(tensor_name(layer, "bias")) if norm.centred else None
+    shift = np.zeros(len(gain)) if bias is None else as_array(bias).astype(np.float64)
+    return gain[rows], _inverse(gain)[rows] * shift[rows]
+
+
+def _inverse(gain: Array) -> Array:
+    """1 / gain, and zero where nothing is heard."""
+    heard = np.abs(gain) > _SILENT * np.abs(gain).max()
+    return np.divide(1.0, gain, out=np.zeros_like(gain), where=heard)
 
 
 def _difference(original: nn.Module, other: nn.Module, batch: Batch) -> float:

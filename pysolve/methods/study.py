@@ -45,11 +45,14 @@ class Turn:
     values : {state-dict name: array}
     untied : tuple of str
         Tensors that do not share their values with others any more.
+    sites : tuple of Site
+        Whose channels are axes, those that matter most first.
     """
 
     original: nn.Module
     values: Mapping[str, AnyArray] = field(default_factory=dict)
     untied: tuple[str, ...] = ()
+    sites: tuple[Site, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

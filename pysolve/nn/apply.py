@@ -18,6 +18,7 @@ from pysolve.nn.bare import find_member, forms_of_member
 from pysolve.nn.layer_kinds import sides, twins
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
+from pysolve.nn.norms import OverKept, kept_of_norms, rescale
 from pysolve.nn.plain import unwrapped
 from pysolve.nn.running import Batch, as_tensor, closest, find_layer
 from pysolve.nn.silenced import silenced
@@ -98,7 +99,7 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
         new = value if position is None else (*old[:position], value, *old[position + 1 :])
         setattr(layers[owner], leaf, new)
     for norm, more in _norms(model, plan).items():
-        _rescale(layers, norm, more)
+        rescale(smaller, norm, more)
     decoded = {name: form for name, form in plan.forms.items() if isinstance(form, Codebook)}
     load(smaller, {name: as_tensor(form.dense()) for name, form in decoded.items()})
     for name, form in plan.forms.items():
@@ -122,7 +123,16 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     for name, cut in cuts.items():
         if not cut.columns.all():
             silence(find_member(wide, name), cut.columns)
-    load(wide, silenced(wide, {step.site: step.keep for step in plan.steps}))
+    keep = {step.site: step.keep for step in plan.steps}
+    load(wide, silenced(wide, keep))
+    for weight, kept in kept_of_norms(keep).items():
+        name = weight.removesuffix(".weight")
+        layer = find_layer(wide, name)
+        narrow(layer, cuts[name])
+        wide = substitute(wide, layer, OverKept(layer, torch.as_tensor(kept)))
+    for norm, more in _norms(model, plan).items():
+        if norm.centred:
+            rescale(wide, _inside(norm), more)
     state, cut_members = wide.state_dict(keep_vars=True), _by_member(wide, cuts)
     for name, form in plan.forms.items():
         dense, tensor = as_tensor(form.dense()), state[name].data
@@ -246,14 +256,10 @@ def _norms(model: nn.Module, plan: Plan) -> dict[Norm, float]:
     return {norm: more for norm, more in found.values()}
 
 
-def _rescale(layers: Mapping[str, nn.Module], norm: Norm, more: float) -> None:
-    """Give a narrowed norm the gain and the ε that leave its values as they are."""
+def _inside(norm: Norm) -> Norm:
+    """The norm inside of what runs it over channels that stay."""
     owner, leaf, _ = _attribute(norm.epsilon)
-    name, _, part = norm.weight.rpartition(".")
-    weight: Tensor = getattr(layers[name], part).data
-    weight.copy_((weight + norm.offset) * more**0.5 - norm.offset)
-    value = getattr(layers[owner], leaf)
-    setattr(layers[owner], leaf, (torch.finfo(weight.dtype).eps if value is None else value) * more)
+    return replace(norm, weight=f"{owner}.norm.weight", epsilon=f"{owner}.norm.{leaf}")
 
 
 def _attribute(path: str) -> tuple[str, str, int | None]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from pysolve.correlations import Indices
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.outputs import tensors_of
 from pysolve.nn.running import Batch, Output
@@ -29,6 +30,7 @@ def changed_outputs(
     values: Callable[[int], Mapping[str, Tensor]],
     *,
     base: Mapping[str, Tensor],
+    norms: Callable[[int], Mapping[str, Indices]] = lambda number: {},
 ) -> Iterator[tuple[int, Iterator[Output]]]:
     """Outputs of a network for several changes, each by itself.
 
@@ -47,6 +49,9 @@ def changed_outputs(
         From the number of a change to its new values.
     base : {state-dict name: tensor}
         Parameters of the network without a change, where they are not the model's.
+    norms : callable
+        From the number of a change to the channels that stay of layer norms, by their weights' names, which
+        are among ``names``.
 
     Yields
     ------
@@ -65,7 +70,7 @@ def changed_outputs(
     for place, node in enumerate(nodes):
         while waiting and starts[waiting[0]] == place:
             number = waiting.pop(0)
-            branch = walk.branch(values(number))
+            branch = walk.branch(values(number), norms(number))
             # Inside the loop: a generator that is abandoned must not leave gradients switched off.
             with torch.no_grad():
                 found = _run(branch, nodes[place:], finished)

@@ -42,7 +42,9 @@ NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
-_OWN = {nn.Linear, *CONVOLUTIONS, *EMBEDDINGS, *PADS, *NORMS, nn.GroupNorm, nn.RMSNorm, nn.PReLU}
+# Norms over all channels of a value, with a weight for each.
+WHOLE_NORMS = (nn.LayerNorm, nn.RMSNorm)
+_OWN = {nn.Linear, *CONVOLUTIONS, *EMBEDDINGS, *PADS, *NORMS, nn.GroupNorm, *WHOLE_NORMS, nn.PReLU}
 
 
 def plain(layer: nn.Module) -> type[nn.Module]:

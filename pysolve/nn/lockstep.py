@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, zip_longest
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 from tqdm.auto import tqdm
 
-from pysolve.correlations import Array, Correlations, group_columns
+from pysolve.correlations import Array, Correlations, Indices, group_columns
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, layer_values, read_as, read_by
 from pysolve.nn.graph.export import Graph
@@ -78,6 +79,7 @@ def refit(
     sampling: Sampling = Sampling(),
     only: Collection[str] | None = None,
     always: Collection[str] = (),
+    norms: Mapping[str, Indices] = MappingProxyType({}),
     prepare: Callable[[str], object] = lambda name: None,
     ranks: Ranks = ALONE,
     progress: bool = True,
@@ -99,6 +101,8 @@ def refit(
         Fit none but these layers.
     always : collection of str
         Layers to fit whether or not anything in front of them changed.
+    norms : {weight: (k,) int array}
+        Layer norms that are over some channels alone.
     prepare : callable
         Called with a layer's name before its correlations are summed, which take memory.
     ranks : Ranks
@@ -109,7 +113,7 @@ def refit(
     {state-dict name: tensor}
         ``values`` and the new ones, in the shapes of the original.
     """
-    walk, state = Walk(graph, model, batches, values), model.state_dict()
+    walk, state = Walk(graph, model, batches, values, norms), model.state_dict()
     fitted = {node: layer for node, layer in find_layers(graph, model).items() if layer.calls == 1}
     layers = {node: layer for node, layer in fitted.items() if only is None or layer.name in only}
     nodes = [node for node in graph.module.graph.nodes if node.op != "output"]

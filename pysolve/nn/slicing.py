@@ -19,6 +19,7 @@ from pysolve.nn.layer_kinds import (
     NORMS,
     PADS,
     WEIGHTED,
+    WHOLE_NORMS,
     Turned,
     inputs_first,
     plain,
@@ -33,14 +34,14 @@ _WIDTHS: dict[type[nn.Module], str] = {
     **dict.fromkeys(CONVOLUTIONS, "out_channels"),
     **dict.fromkeys(NORMS, "num_features"),
     nn.GroupNorm: "num_channels",
-    nn.RMSNorm: "normalized_shape",
+    **dict.fromkeys(WHOLE_NORMS, "normalized_shape"),
     nn.Embedding: "embedding_dim",
     nn.PReLU: "num_parameters",
 }
 _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
     "writers": (*WEIGHTED, nn.Embedding),
     "readers": WEIGHTED,
-    "passed": (*CONVOLUTIONS, *NORMS, nn.GroupNorm, nn.RMSNorm, nn.PReLU, *PADS),
+    "passed": (*CONVOLUTIONS, *NORMS, nn.GroupNorm, *WHOLE_NORMS, nn.PReLU, *PADS),
 }
 ROLES = tuple(_KINDS)
 _DOES = {"writers": "the writer makes", "readers": "the reader reads", "passed": "the layer between has"}
@@ -83,7 +84,7 @@ def outputs(layer: Narrowable) -> int:
     if plain(layer) in PADS:
         padding, channels = _padding(layer)
         return sum(padding[channels])
-    if isinstance(layer, nn.RMSNorm):
+    if isinstance(layer, WHOLE_NORMS):
         return int(layer.normalized_shape[-1])
     return int(getattr(layer, _WIDTHS[plain(layer)]))
 
@@ -193,7 +194,7 @@ def narrow(layer: Narrowable, cut: Cut) -> None:
         if isinstance(layer, nn.GroupNorm):
             layer.num_groups = int(cut.passed.reshape(layer.num_groups, -1).all(1).sum())
         width = int(kept.sum())
-        setattr(layer, _WIDTHS[plain(layer)], (width,) if isinstance(layer, nn.RMSNorm) else width)
+        setattr(layer, _WIDTHS[plain(layer)], (width,) if isinstance(layer, WHOLE_NORMS) else width)
 
 
 def numbered(layer: Narrowable, cut: Cut) -> nn.Module:
@@ -302,8 +303,6 @@ def _index(kept: Mask, values: Tensor) -> Tensor:
 def _remedy(layer: nn.Module, role: str) -> str:
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         return ", part of nn.MultiheadAttention, which must stay as wide as it is: leave its channels alone."
-    if isinstance(layer, nn.LayerNorm):
-        return ", which mixes channels: the ones that it normalises cannot be removed."
     kinds = ", ".join(kind.__name__ for kind in _KINDS[role])
     layers = "passed layers" if role == "passed" else role
     return (

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from types import MappingProxyType
 from typing import Any, cast
 from zlib import crc32
 
@@ -14,7 +15,9 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from pysolve.correlations import Indices
 from pysolve.nn.graph.export import Graph, is_in_place
+from pysolve.nn.norms import norm_nodes, norm_over
 
 
 class Walk:
@@ -30,41 +33,56 @@ class Walk:
     batches : sequence of batches
     values : {state-dict name: tensor}
         Parameters and buffers of the compressed network that differ from the original's; grows on the way.
+    norms : {weight: (k,) int array}
+        Layer norms that the compressed network has over some channels alone.
     """
 
     def __init__(
-        self, graph: Graph, model: nn.Module, batches: Sequence[Any], values: Mapping[str, Tensor]
+        self,
+        graph: Graph,
+        model: nn.Module,
+        batches: Sequence[Any],
+        values: Mapping[str, Tensor],
+        norms: Mapping[str, Indices] = MappingProxyType({}),
     ) -> None:
         state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         self.graph, self.values = graph, dict(values)
         self.fixed: dict[Node, Any] = {node: state[name].detach() for node, name in graph.parameters.items()}
         self.fixed.update(graph.constants)
         self.added: dict[Node, Tensor] = {}
+        self.norms = norm_nodes(graph, norms)
+        # Of a branch's original.
+        self.changed: dict[Node, Tensor] = {}
         self.batches = range(len(batches))
         bound = [graph.bind(batch) for batch in batches]
         self.original: dict[Node, list[Any]] = {node: [one[node] for one in bound] for node in graph.inputs}
         self.compressed = dict(self.original)
 
-    def branch(self, values: Mapping[str, Tensor]) -> Walk:
-        """A walk of its own from here on, in which the original has other parameters."""
+    def branch(
+        self, values: Mapping[str, Tensor], norms: Mapping[str, Indices] = MappingProxyType({})
+    ) -> Walk:
+        """A walk of its own from here on, in which the original has other parameters and norms."""
         other = copy(self)
         changed = {node: values[name] for node, name in self.graph.parameters.items() if name in values}
         other.fixed = {**self.fixed, **changed}
-        other.values, other.added = {}, {}
+        other.values, other.added, other.norms = {}, {}, {}
+        other.changed = norm_nodes(self.graph, norms)
         other.original, other.compressed = dict(self.original), dict(self.compressed)
         return other
 
     def run_original(self, node: Node) -> None:
         """The operator's results in the original network."""
         with _draws(node):
-            self.original[node] = [self._run(node, self._of_original(b)) for b in self.batches]
+            self.original[node] = [self._run(node, self._of_original(b), self.changed) for b in self.batches]
 
     def run_compressed(self, node: Node) -> None:
         """The operator's results in the compressed network, after ``run_original``."""
-        if node in self.added or any(map(self.differs, node.all_input_nodes)):
+        if node in self.added or node in self.norms or any(map(self.differs, node.all_input_nodes)):
             added = self.added.get(node, 0)
             with _draws(node):
-                self.compressed[node] = [self._run(node, self._of_compressed(b)) for b in self.batches]
+                self.compressed[node] = [
+                    self._run(node, self._of_compressed(b), self.norms) for b in self.batches
+                ]
             if node in self.added:
                 self.compressed[node] = [result + added for result in self.compressed[node]]
         else:
@@ -118,7 +136,7 @@ class Walk:
                 side[other] = seen.get(key, values)
             side[operand] = new
 
-    def _run(self, node: Node, value: Callable[[Node], Any]) -> Any:
+    def _run(self, node: Node, value: Callable[[Node], Any], norms: Mapping[Node, Tensor]) -> Any:
         if node.op == "get_attr":
             return getattr(self.graph.module, str(node.target))
         assert callable(node.target)
@@ -127,6 +145,8 @@ class Walk:
             # The two networks may share the operand, and other values may be views of it.
             operand = cast(Tensor, args[0]).detach()
             args = (_moved(operand, copy(operand.untyped_storage())), *args[1:])
+        if node in norms:
+            return norm_over(norms[node], args)
         return node.target(*args, **kwargs)
 
 

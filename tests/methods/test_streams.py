@@ -1,5 +1,7 @@
 """Streams in their principal axes: an equal network, its correlations, and plans for the original."""
 
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -12,18 +14,19 @@ from pysolve.methods.compress import compress
 from pysolve.methods.goal import Options
 from pysolve.methods.streams import in_principal_axes
 from pysolve.methods.studied import studied
-from pysolve.nn.apply import apply
+from pysolve.nn.apply import apply, masked
 from pysolve.nn.files.checkpoint import load, save
 from pysolve.nn.gather import gather
 from pysolve.nn.graph.sites import find_sites
+from pysolve.plan import Collapse, Plan
 
 WIDTH, WORDS = 12, 40
 
 
 class Block(nn.Module):
-    def __init__(self, width, bias):
+    def __init__(self, width, bias, norm):
         super().__init__()
-        self.norm = nn.RMSNorm(width, eps=0.01)
+        self.norm = norm(width, eps=0.01)
         self.up, self.down = nn.Linear(width, 16, bias=bias), nn.Linear(16, width, bias=bias)
 
     def forward(self, x):
@@ -31,24 +34,27 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    def __init__(self, *, tied=False, bias=False, outputs=WORDS, blocks=2):
+    def __init__(self, *, tied=False, bias=False, norm=nn.RMSNorm, blocks=2):
         super().__init__()
-        self.words = nn.Embedding(WORDS, WIDTH)
-        self.blocks = nn.Sequential(*(Block(WIDTH, bias) for _ in range(blocks)))
-        self.norm, self.head = nn.RMSNorm(WIDTH, eps=0.01), nn.Linear(WIDTH, outputs, bias=False)
+        self.words, self.places = nn.Embedding(WORDS, WIDTH), nn.Parameter(torch.randn(1, 6, WIDTH))
+        self.blocks = nn.Sequential(*(Block(WIDTH, bias, norm) for _ in range(blocks)))
+        self.norm, self.head = norm(WIDTH, eps=0.01), nn.Linear(WIDTH, WORDS, bias=bias and not tied)
         if tied:
             self.head.weight = self.words.weight
 
     def forward(self, ids):
-        return self.head(self.norm(self.blocks(self.words(ids))))
+        return self.head(self.norm(self.blocks(self.words(ids) + self.places)))
 
 
 def decoder(seed=0, **options):
     torch.manual_seed(seed)
     model = Decoder(**options).eval()
     for module in model.modules():
-        if isinstance(module, nn.RMSNorm):
-            nn.init.uniform_(module.weight, -2.0, 2.0)
+        if isinstance(module, nn.RMSNorm | nn.LayerNorm):
+            nn.init.uniform_(module.weight, 0.3, 2.0)
+            module.weight.data *= torch.randint(0, 2, (WIDTH,)) * 2 - 1
+            if isinstance(module, nn.LayerNorm):
+                nn.init.normal_(module.bias)
     return model
 
 
@@ -60,18 +66,27 @@ def study_of(model):
     return studied(model, ids().split(8), Options(), sites=True)
 
 
+def norms():
+    return st.sampled_from([nn.RMSNorm, nn.LayerNorm])
+
+
+@pytest.fixture(params=[nn.RMSNorm, nn.LayerNorm])
+def norm(request):
+    return request.param
+
+
 @settings(max_examples=10, deadline=None)
-@given(seed=st.integers(0, 50), bias=st.booleans(), blocks=st.integers(1, 3))
-def test_a_turned_network_gives_the_same(seed, bias, blocks):
-    model = decoder(seed, bias=bias, blocks=blocks)
+@given(seed=st.integers(0, 50), bias=st.booleans(), norm=norms(), blocks=st.integers(1, 3))
+def test_a_turned_network_gives_the_same(seed, bias, norm, blocks):
+    model = decoder(seed, bias=bias, norm=norm, blocks=blocks)
     turned = in_principal_axes(study_of(model))
     assert turned.turn is not None
     assert not turned.notes
     torch.testing.assert_close(turned.model(ids(seed=2)), model(ids(seed=2)), rtol=1e-4, atol=1e-5)
 
 
-def test_correlations_are_those_of_the_turned_network():
-    before = study_of(decoder(bias=True))
+def test_correlations_are_those_of_the_turned_network(norm):
+    before = study_of(decoder(bias=True, norm=norm))
     turned = in_principal_axes(before)
     found = gather(turned.model, [*before], layers=[*turned.correlations])
     for name, one in turned.correlations.items():
@@ -81,24 +96,45 @@ def test_correlations_are_those_of_the_turned_network():
         np.testing.assert_allclose(one.x_sum, found[name].x_sum, atol=1e-4 * scale, err_msg=name)
 
 
-def test_what_stays_of_a_stream_of_low_rank_is_all_of_it():
+def test_what_stays_of_a_stream_of_low_rank_is_all_of_it(norm):
     """Of a stream in three directions, whatever they are, three axes are enough: exact."""
-    model = decoder()
+    model = decoder(bias=True, norm=norm)
     mix = torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0][:, :3]
+    if norm is nn.LayerNorm:
+        mix = torch.linalg.qr(mix - mix.mean(0))[0]
     mix = mix @ mix.T
     with torch.no_grad():
         model.words.weight.copy_(model.words.weight @ mix)
+        model.places.copy_(model.places @ mix)
         for block in model.blocks:
             block.down.weight.copy_(mix @ block.down.weight)
-    small = compress(model, ids().split(8), keep={"words": 3}, progress=False, latency=False)
-    assert small.model.words.weight.shape == (WORDS, 3)
-    torch.testing.assert_close(small.model(ids(seed=2)), model(ids(seed=2)), rtol=1e-3, atol=1e-4)
+            block.down.bias.copy_(mix @ block.down.bias)
+    # Three directions without a mean take four channels.
+    keep = {"words": 3 + (norm is nn.LayerNorm)}
+    small = compress(model, ids().split(8), keep=keep, progress=False, latency=False)
+    assert small.model.words.weight.shape == (WORDS, keep["words"])
+    torch.testing.assert_close(small.model(ids(seed=2)), model(ids(seed=2)), rtol=1e-3, atol=1e-3)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 50), norm=norms(), keep=st.integers(1, WIDTH - 1))
+def test_one_cut_network_is_its_masked_original(seed, norm, keep):
+    model = decoder(seed, norm=norm)
+    (stream,) = (site for site in known_sites(norm) if site.norms)
+    plan = Plan((Collapse(stream, np.sort(np.random.default_rng(seed).permutation(WIDTH)[:keep])),))
+    small, wide = apply(model, plan), masked(model, plan)
+    torch.testing.assert_close(small(ids(seed=2)), wide(ids(seed=2)), rtol=1e-4, atol=1e-4)
+
+
+@cache
+def known_sites(norm):
+    return [site for site in find_sites(decoder(norm=norm), ids(2)) if site.pinned is None]
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_the_plan_makes_the_network_of_the_original(tied, tmp_path, monkeypatch):
+def test_the_plan_makes_the_network_of_the_original(tied, norm, tmp_path, monkeypatch):
     monkeypatch.setattr("pysolve.methods.streams._UNTIED", 2.0)
-    model = decoder(tied=tied)
+    model = decoder(tied=tied, norm=norm)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     small = compress(model, ids().split(8), keep={"words": 8}, progress=False, latency=False)
     wanted = small.model(ids(seed=2))
@@ -130,7 +166,7 @@ def test_a_large_tied_head_stays_tied_and_the_report_says_so():
 def test_a_layer_that_scales_channels_on_the_way_is_not_turned():
     class Scaled(Decoder):
         def __init__(self):
-            super().__init__()
+            super().__init__(bias=True)
             self.scale = nn.Parameter(torch.linspace(0.5, 2.0, WIDTH))
 
         def forward(self, ids):

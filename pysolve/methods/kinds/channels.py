@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 import numpy as np
+from scipy.linalg import solve_triangular
 
 from pysolve.correlations import Array, Correlations, Indices, group_columns
 from pysolve.layer.layer_fit import LayerFit
@@ -43,7 +44,8 @@ class Channels:
 
         def path(number: int) -> tuple[Indices, Array, float]:
             start, site = time.perf_counter(), sites[number]
-            order, error = _eliminated(*site_problem(site, study.correlations, widths(study, site)))
+            problem, left = site_problem(site, study.correlations, widths(study, site))
+            order, error = (_leading if _is_turned(study, site) else _eliminated)(problem, left)
             return order, error, time.perf_counter() - start
 
         found = zip(sites, ranks.shared_out(len(sites), path), strict=True)
@@ -58,6 +60,9 @@ class Channels:
         """
         start = time.perf_counter()
         problem, left = site_problem(site, study.correlations, widths(study, site))
+        if _is_turned(study, site):
+            found = _of_order(site, *_leading(problem, left))
+            return replace(found, seconds=time.perf_counter() - start)
         select = self.select if isinstance(self.select, str) else self.select[site]
         return replace(site_menu(site, problem, left, select), seconds=time.perf_counter() - start)
 
@@ -134,6 +139,22 @@ def _eliminated(problem: Problem, left: Sequence[float]) -> tuple[Indices, Array
     """Channels in the order of removal, and the error of every size."""
     path = elimination_path(problem, r_yy=left if len(left) > 1 else left[0])
     return path.order, np.maximum(2 * path.error / len(left), FLOOR)
+
+
+def _is_turned(study: Study, site: Site) -> bool:
+    return study.turn is not None and site in study.turn.sites
+
+
+def _leading(problem: Problem, left: Sequence[float]) -> tuple[Indices, Array]:
+    """Channels from the last to the first, and the error of every size, which one Cholesky factor tells."""
+    gains = np.zeros(problem.groups + 1)
+    for R, C in zip(problem.xx, problem.yx, strict=True):
+        ridge = np.finfo(float).eps * len(R) * max(float(np.trace(R)) / len(R), np.finfo(float).tiny)
+        factor = np.linalg.cholesky(R + ridge * np.eye(len(R)))
+        explained = np.square(solve_triangular(factor, C.T, lower=True)).sum(1)
+        gains[1:] += np.cumsum(explained.reshape(problem.groups, -1).sum(1))
+    error = (np.sum(left) - gains) / len(left)
+    return np.arange(problem.groups)[::-1], np.maximum(np.minimum.accumulate(error), FLOOR)
 
 
 def _of_order(site: Site, order: Indices, error: Array) -> Menu:

@@ -74,9 +74,7 @@ def step_record(step: Collapse) -> dict[str, object]:
         "rows": {name: ranges(table) for name, table in site.rows.items()},
         "columns": {name: ranges(table) for name, table in site.columns.items()},
         **({"integers": dict(site.integers)} if site.integers else {}),
-        **(
-            {"norms": [[norm.weight, norm.epsilon, norm.offset] for norm in site.norms]} if site.norms else {}
-        ),
+        **({"norms": [[*vars(one).values()] for one in site.norms]} if site.norms else {}),
     }
 
 
@@ -184,10 +182,11 @@ def _step(record: dict[str, object], width: Width, spent: dict[tuple[str, str], 
 
 
 def _norm(record: object) -> Norm:
-    weight, epsilon, offset = [*typed(record, list, "a norm"), None, None, None][:3]
+    weight, epsilon, offset, centred = [*typed(record, list, "a norm"), *[None] * 4][:4]
     if type(offset) is not float or not math.isfinite(offset):
         raise DataError(f"expected a norm to add a number to its weight, got {offset!r}.")
-    return Norm(typed(weight, str, "a norm's weight"), typed(epsilon, str, "a norm's epsilon"), offset)
+    names = typed(weight, str, "a norm's weight"), typed(epsilon, str, "a norm's epsilon")
+    return Norm(*names, offset, typed(centred, bool, "a norm's kind"))
 
 
 def _table(text: object, channels: int, limit: int, what: str) -> Indices:

@@ -10,8 +10,8 @@ from pysolve.nn.graph.calls import Call, Labels, is_of, meet, product_of, source
 from pysolve.nn.graph.classes import along, complete, labelled, lean, spread, squashed
 from pysolve.nn.graph.export import where
 from pysolve.nn.graph.norms import through_norm
-from pysolve.nn.graph.operators import Rule, biased_matmul, einsum, last_norm, matmul
-from pysolve.nn.layer_kinds import CONVOLUTIONS, LINEAR, PADS, plain, sides
+from pysolve.nn.graph.operators import Rule, biased_matmul, einsum, matmul
+from pysolve.nn.layer_kinds import CONVOLUTIONS, LINEAR, PADS, WHOLE_NORMS, plain, sides
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.masking import permanent_by
 
@@ -185,8 +185,9 @@ def _unite_twins(call: Call, layer: nn.Module, reason: str) -> None:
     for dim, size in enumerate(weight_of(layer).shape):
         roles = [(call.network.names[one], (sides(one) or ("", ""))[dim]) for one in group]
         labels = [call.ledger.member(name, role, size) for name, role in roles if role]
-        call.ledger.unite(*labels)
-        if len(labels) < len(group):
+        if labels:
+            call.ledger.unite(*labels)
+        if 0 < len(labels) < len(group):
             call.ledger.pin(labels[0], reason)
 
 
@@ -218,14 +219,16 @@ def group_norm(call: Call) -> Labels:
     return x
 
 
-def rms_norm(call: Call) -> Labels:
-    """A norm that can do with fewer channels; else it unites the last dimensions."""
+def last_norm(call: Call) -> Labels:
+    """A layer's norm over the last dimension can do with fewer channels; else it unites them."""
     layer = call.module
-    if not isinstance(layer, nn.RMSNorm) or call.first.ndim < 2 or not through_norm(call):
-        return last_norm(call)
+    if not isinstance(layer, WHOLE_NORMS) or call.first.ndim < 2 or not through_norm(call):
+        dims = range(-len(call.args["normalized_shape"]), 0)
+        call.ledger.mix(call.first, tuple(dims), call.says("mixes these channels"))
+        return call.first
     rows = call.ledger.member(call.network.names[layer], "passed", call.first.shape[-1])
     call.ledger.unite(rows, along(call.first, -1))
-    _pin_problem(call, layer, (nn.RMSNorm,), rows)
+    _pin_problem(call, layer, WHOLE_NORMS, rows)
     return call.first
 
 
@@ -291,7 +294,7 @@ _NAMES: dict[Rule, str] = {
     embedding: "embedding",
     channel_norm: "batch_norm instance_norm prelu",
     group_norm: "group_norm",
-    rms_norm: "rms_norm",
+    last_norm: "layer_norm rms_norm",
     pad: "pad constant_pad_nd",
 }
 RULES = {name: rule for rule, names in _NAMES.items() for name in names.split()}

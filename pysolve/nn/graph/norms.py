@@ -1,9 +1,11 @@
-"""Root mean square norms in a graph: over all channels of a value, with a weight for each of them."""
+"""Norms in a graph over all channels of a value, with a weight for each of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+import numpy as np
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -19,25 +21,39 @@ _PASSES |= {"view", "reshape", "_unsafe_view", "flatten"}
 
 
 def through_norm(call: Call) -> bool:
-    """Whether the call, a mean or a whole norm, is one through which channels can go; then it is noted.
+    """Whether the call, a mean or a whole norm, is of a norm through which channels can go; then it is noted.
 
-    Its labels must vary along the last dimension alone, and all channels there must have one.
+    Where not all channels have labels, which bare parameters may still be given, those that have are pinned.
+    Other dimensions along which these differ are
+    positions where some are alike, as the first of a class token is not; and heads where none are.
     """
     norm = _norm(call)
     core = squashed(lean(call.first))
-    if norm is None or not complete(core) or any(size > 1 for size in core.shape[:-1]):
+    varying = [dim for dim, size in enumerate(core.shape[:-1]) if size > 1]
+    if norm is None or any(_all_differ(core, dim) for dim in varying):
         return False
+    if not complete(core):
+        call.ledger.pin(core, call.says("mixes these channels"))
+        return True
     rows = call.ledger.member(norm.weight, "norms", call.first.shape[-1])
-    call.ledger.unite(rows, along(call.first, -1))
+    core = call.ledger.mix(core, varying, call.says("reads these channels alike"))
+    call.ledger.unite(rows, along(core.expand(call.first.shape), -1))
     call.network.norms[norm.weight] = norm
     return True
 
 
+def _all_differ(labels: Tensor, dim: int) -> bool:
+    """Whether no two places along a dimension have the same labels."""
+    places = np.unique(labels.movedim(dim, 0).flatten(1).numpy(), axis=0)
+    return len(places) == labels.shape[dim]
+
+
 def _norm(call: Call) -> Norm | None:
     """The norm that a call is, or whose mean square it takes."""
-    if call.name == "rms_norm":
+    if call.name in ("rms_norm", "layer_norm"):
         weight, epsilon = call.sources["weight"], call.sources["eps"]
-        return None if weight is None else _named(call, weight, 0.0, epsilon)
+        found = None if weight is None else _named(call, weight, 0.0, epsilon)
+        return found and replace(found, centred=call.name == "layer_norm")
     scaled = _scaled(call.node)
     if scaled is None:
         return None
@@ -125,7 +141,7 @@ def norm_before(graph: Graph, node: Node, norms: Sequence[Norm]) -> Norm | None:
     by_weight = {norm.weight: norm for norm in norms}
     while True:
         name = operator_name(node)
-        if name == "rms_norm" and isinstance(node.args[2], Node):
+        if name in ("rms_norm", "layer_norm") and isinstance(node.args[2], Node):
             return by_weight.get(graph.parameters.get(node.args[2], ""))
         if name == "mul":
             weights = [_weight(one)[0] for one in node.all_input_nodes]

@@ -103,13 +103,6 @@ def _dims(call: Call) -> tuple[int, ...]:
     return tuple(dim % max(call.first.ndim, 1) for dim in (dims if isinstance(dims, list) else [dims]))
 
 
-def last_norm(call: Call) -> Tensor:
-    """Layer norms, and RMS norms that cannot do with fewer channels, unite the last dimensions."""
-    dims = range(-len(call.args["normalized_shape"]), 0)
-    call.ledger.mix(call.first, tuple(dims), call.says("mixes these channels"))
-    return call.first
-
-
 def index(call: Call) -> Labels:
     """Positions may be picked by index; channels may not, as their indices change."""
     indices = call.args["indices"]
@@ -285,7 +278,6 @@ _NAMES: dict[Rule, str] = {
     mixture: """
         softmax _softmax log_softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort
     """,
-    last_norm: "layer_norm",
     split: "chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split",
     pool: """
         max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_max_pool1d
