@@ -74,9 +74,9 @@ SITES = {
         "7: fc1 → fc2",
         "3: fc2 → ! output",
     ],
-    "transformer_layer": ["7: linear1 → linear2", "1: linear2 → ! layer_norm mixes these channels"],
+    "transformer_layer": ["7: linear1 → linear2", "6: linear2 →  | norm2 ! meets these channels directly"],
     "layer_norm_stream": [
-        "1: stem fc2 → fc1 out ! layer_norm mixes these channels",
+        "6: stem fc2 → fc1 out | norm",
         "7: fc1 → fc2",
         "3: out → ! output",
     ],
@@ -190,8 +190,10 @@ def assert_cuts_cleanly(model, batch, sites, seed):
     """The cut network equals the masked one, in which the channels that go are silent already."""
     plan = random_plan(sites, seed)
     silenced = masked(model, plan)
-    for smaller in (apply(model, plan), apply(silenced, plan)):
-        assert_same(silenced, smaller, batch)
+    assert_same(silenced, apply(model, plan), batch)
+    # Layer norms of the masked network are none that can be cut.
+    if not any(norm.centred for step in plan.steps for norm in step.site.norms):
+        assert_same(silenced, apply(silenced, plan), batch)
 
 
 def poisoned_columns(model, batch, site, channel):

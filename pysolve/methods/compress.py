@@ -34,7 +34,7 @@ from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import REFITS, rebuild
 from pysolve.methods.result import finish, later_score
 from pysolve.methods.sizes import Sized, by_keep, by_lam, check_free, site_reports, within
-from pysolve.methods.streams import in_principal_axes
+from pysolve.methods.streams import as_needed, in_principal_axes
 from pysolve.methods.studied import studied
 from pysolve.methods.study import Clock, Study
 from pysolve.nn.divergence import Divergence, kl_divergence
@@ -295,6 +295,7 @@ def made(
     distill: Mapping[str, object],
 ) -> Compressed:
     """A studied network, refitted with some channels kept, cut, checked and reported."""
+    found = as_needed(found, sized.keep)
     rebuilt = rebuild(found, Chosen(sized.keep), refit)
     clock.stage("refit")
     laid = lay_out(found, rebuilt, "dense")

@@ -34,6 +34,7 @@ from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import Rebuilt, rebuild
 from pysolve.methods.result import finish
 from pysolve.methods.sizes import Sized, site_reports, sized
+from pysolve.methods.streams import as_needed, in_principal_axes
 from pysolve.methods.studied import studied
 from pysolve.methods.study import Clock, Study
 from pysolve.methods.weights import reasons, weights_of
@@ -172,6 +173,7 @@ def low_rank(
     weights, left = weights_of(network, options.ignore)
     plain = method == "svd"
     found = studied(network, batches, options, weights=weights, sites=prune, gather=not plain, left=left)
+    found = in_principal_axes(found) if prune and refit != "none" else found
     clock = Clock()
     kind, against = ranks_of(found, structure, plain)
     table = _table(found, kind, against, timed=layout == "auto")
@@ -189,6 +191,7 @@ def low_rank(
     chosen = Chosen(widths.keep if widths else {})
     for name, size in ranks.items():
         chosen |= table.menus[name].at(size)
+    found = as_needed(found, chosen.keep)
     unfitted = plain or refit == "none" or not (ranks or chosen.keep)
     rebuilt = rebuild(found, chosen, "none" if unfitted else refit, passes=PASSES)
     clock.stage("refit")

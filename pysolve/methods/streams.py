@@ -79,6 +79,12 @@ def in_principal_axes(study: Study) -> Study:
     return study
 
 
+def as_needed(study: Study, keep: Mapping[Site, Indices]) -> Study:
+    """The study before its streams were turned, where none of them loses channels."""
+    turn = study.turn
+    return study if turn is None or any(site in keep for site in turn.sites) else turn.before
+
+
 @dataclass(frozen=True, eq=False)
 class _Stream:
     """A stream and the way to its axes.
@@ -133,7 +139,7 @@ def _turned(study: Study, site: Site) -> Study | str:
         return f"turned, its outputs would differ by {difference:.1e}"
     assert own.graph is not None
     found = _of(own, network, own.graph)
-    turn = found.turn or Turn(study.model)
+    turn = found.turn or Turn(study)
     turn = replace(turn, values={**turn.values, **values}, sites=(*turn.sites, site))
     return replace(found, correlations=_Turned(found.correlations, stream, found.layers), turn=turn)
 
@@ -147,7 +153,7 @@ def _untied(study: Study, tied: Sequence[str]) -> Study:
     seen = gather_reached(network, study.calibration.kept, tied, full=False, progress=study.options.progress)
     known = {name: one for name, one in seen.items() if one is not None}
     known = of_all_processes(known, study.options.ranks) if study.options.ranks.size > 1 else known
-    before = study.turn or Turn(study.model)
+    before = study.turn or Turn(study)
     return replace(
         _of(study, network, graph),
         correlations=ChainMap(known, study.correlations),  # type: ignore[arg-type]

@@ -40,8 +40,8 @@ class Turn:
 
     Parameters
     ----------
-    original : nn.Module
-        The user's.
+    before : Study
+        Of the user's network.
     values : {state-dict name: array}
     untied : tuple of str
         Tensors that do not share their values with others any more.
@@ -49,7 +49,7 @@ class Turn:
         Whose channels are axes, those that matter most first.
     """
 
-    original: nn.Module
+    before: Study
     values: Mapping[str, AnyArray] = field(default_factory=dict)
     untied: tuple[str, ...] = ()
     sites: tuple[Site, ...] = ()
@@ -155,7 +155,7 @@ class Study:
     @property
     def original(self) -> nn.Module:
         """The user's network."""
-        return self.model if self.turn is None else self.turn.original
+        return self.model if self.turn is None else self.turn.before.model
 
     @property
     def held(self) -> list[Batch]:

@@ -15,7 +15,7 @@ from pysolve.correlations import Mask
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import Codebook
 from pysolve.nn.bare import find_member, forms_of_member
-from pysolve.nn.layer_kinds import sides, twins
+from pysolve.nn.layer_kinds import WHOLE_NORMS, sides, twins
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
 from pysolve.nn.norms import OverKept, kept_of_norms, rescale
@@ -38,7 +38,7 @@ from pysolve.nn.slicing import (
 from pysolve.nn.state import copy_of
 from pysolve.nn.values import checked, load, new_values
 from pysolve.nn.verify import mismatch
-from pysolve.plan import Collapse, Indices, Norm, Plan
+from pysolve.plan import Collapse, Indices, Norm, Plan, weight_name
 
 # Most steps that an error names; finding each takes about 2 log2(steps) runs of the network.
 _NAMED = 5
@@ -244,6 +244,11 @@ def _norms(model: nn.Module, plan: Plan) -> dict[Norm, float]:
     found: dict[str, tuple[Norm, float]] = {}
     state = dict(model.named_parameters(remove_duplicate=False))
     for step in plan.steps:
+        named = {norm.weight for norm in step.site.norms}
+        for name in step.site.passed:
+            if isinstance(find_member(model, name), WHOLE_NORMS) and weight_name(name) not in named:
+                what = f"{name} normalises all channels of {step.site.name}"
+                raise CollapseError(f"{what}: name it in the norms.")
         for norm in step.site.norms:
             owner, leaf, _ = _attribute(norm.epsilon)
             layer = find_layer(model, owner)

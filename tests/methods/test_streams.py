@@ -1,5 +1,6 @@
 """Streams in their principal axes: an equal network, its correlations, and plans for the original."""
 
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -10,8 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
+from pysolve.errors import CollapseError
 from pysolve.methods.compress import compress
 from pysolve.methods.goal import Options
+from pysolve.methods.kinds.channels import _leading
 from pysolve.methods.streams import in_principal_axes
 from pysolve.methods.studied import studied
 from pysolve.nn.apply import apply, masked
@@ -19,6 +22,7 @@ from pysolve.nn.files.checkpoint import load, save
 from pysolve.nn.gather import gather
 from pysolve.nn.graph.sites import find_sites
 from pysolve.plan import Collapse, Plan
+from pysolve.solve.problem import Problem
 
 WIDTH, WORDS = 12, 40
 
@@ -177,3 +181,34 @@ def test_a_layer_that_scales_channels_on_the_way_is_not_turned():
     assert any(site.norms for site in find_sites(model, ids(2)) if site.pinned is None)
     small = compress(model, ids().split(8), keep={"words": 8}, progress=False, latency=False)
     assert any("were selected, not turned" in note for note in small.report.notes)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1000), readers=st.integers(1, 3))
+def test_errors_of_leading_channels_are_those_of_least_squares(seed, readers):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((40, 6)) @ rng.standard_normal((6, 6))
+    ys = [x @ rng.standard_normal((6, 3)) + rng.standard_normal((40, 3)) for _ in range(readers)]
+    problem = Problem([x.T @ x] * readers, [y.T @ x for y in ys], 1, np.ones(6))
+    order, error = _leading(problem, [float(np.vdot(y, y)) for y in ys])
+    rests = [
+        np.mean([np.linalg.lstsq(x[:, :k], y, rcond=None)[1].sum() if k else np.vdot(y, y) for y in ys])
+        for k in range(7)
+    ]
+    np.testing.assert_array_equal(order, np.arange(6)[::-1])
+    np.testing.assert_allclose(error, rests, rtol=1e-6)
+
+
+def test_a_stream_that_stays_whole_is_not_turned():
+    model = decoder()
+    small = compress(model, ids().split(8), keep={"blocks.0.up": 8}, progress=False, latency=False)
+    torch.testing.assert_close(small.model.norm.weight, model.norm.weight, rtol=0, atol=0)
+    assert "words.weight" not in small.plan.values
+
+
+def test_a_site_that_passes_a_norm_names_it(norm):
+    model = decoder(norm=norm)
+    (stream,) = (site for site in known_sites(norm) if site.norms)
+    plan = Plan((Collapse(replace(stream, norms=stream.norms[1:]), np.arange(4)),))
+    with pytest.raises(CollapseError, match="name it in the norms"):
+        apply(model, plan)

@@ -197,9 +197,9 @@ def test_new_values_of_a_layer_hold_what_was_fitted_and_nothing_of_inputs_that_g
     weight = values["conv.weight"].double().numpy()
     np.testing.assert_allclose(weight[[1, 4]][:, [0, 2, 3]].reshape(2, 12), M, rtol=1e-6)
     assert not weight[[1, 4]][:, 1].any()
-    np.testing.assert_array_equal(weight[[0, 2, 3]], module.weight.detach().numpy()[[0, 2, 3]])
-    old = module.bias.detach().numpy() if bias else np.zeros(5)
-    np.testing.assert_allclose(values["conv.bias"].numpy(), [old[0], 3.0, old[2], old[3], -4.0])
+    # Outputs that go are zero: norms would count them.
+    assert not weight[[0, 2, 3]].any()
+    np.testing.assert_allclose(values["conv.bias"].numpy(), [0.0, 3.0, 0.0, 0.0, -4.0])
 
 
 def test_a_bias_that_a_batch_norm_takes_moves_its_mean():
@@ -244,7 +244,7 @@ TWINNED = [
     *("residual", "two_residuals", "projection_shortcut", "padded_shortcut_in_code", "depthwise", "grouped"),
     *("transposed", "dilated", "concat", "chunked_swiglu", "flattened_by_view", "upsampled", "instance_norm"),
     *("norm_without_affine", "squeeze_and_excite", "attention", "grouped_queries", "multihead_attention"),
-    *("rms_norm_stream", "embedding_stream", "conv3d", "in_place", "dead_end", "keywords"),
+    *("embedding_stream", "conv3d", "in_place", "dead_end", "keywords"),
 ]
 
 

@@ -263,8 +263,6 @@ def test_uneven_groups_are_refused(layer, kept, message):
 @pytest.mark.parametrize(
     ("layer", "role", "message"),
     [
-        (nn.LayerNorm(4), "passed", "LayerNorm, which mixes channels"),
-        (nn.RMSNorm(4), "passed", "RMSNorm, which mixes channels"),
         (nn.MultiheadAttention(4, 2).out_proj, "readers", "part of nn.MultiheadAttention"),
         (nn.ReLU(), "passed", "ReLU; passed layers .* leave out layers that hold nothing for each channel"),
         (nn.Linear(3, 4), "passed", "Linear; passed layers that can be narrowed are exactly Conv1d, "),

@@ -222,6 +222,8 @@ def group_norm(call: Call) -> Labels:
 def last_norm(call: Call) -> Labels:
     """A layer's norm over the last dimension can do with fewer channels; else it unites them."""
     layer = call.module
+    if not labelled(call.first):
+        return call.first
     if not isinstance(layer, WHOLE_NORMS) or call.first.ndim < 2 or not through_norm(call):
         dims = range(-len(call.args["normalized_shape"]), 0)
         call.ledger.mix(call.first, tuple(dims), call.says("mixes these channels"))

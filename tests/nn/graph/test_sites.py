@@ -105,23 +105,18 @@ class Written(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.fc1, self.norm, self.fc2, self.fc3 = (
-            nn.Linear(4, 6),
-            nn.LayerNorm(6),
-            nn.Linear(6, 8),
-            nn.Linear(8, 2),
-        )
+        self.fc1, self.fc2, self.fc3 = nn.Linear(4, 6), nn.Linear(6, 8), nn.Linear(8, 2)
 
     def forward(self, x):
-        x = self.norm(self.fc1(x))
+        x = self.fc1(x).softmax(1)
         x = self.fc2(x).unflatten(1, (2, 4)).flatten(1)
         return self.fc3(x).cumsum(0)
 
 
 def test_reasons_name_the_line_of_code():
-    norm, view, _ = find_sites(Written(), vectors(4, 4))
-    assert norm.pinned.startswith("layer_norm mixes these channels (test_sites.py:")
-    assert norm.pinned.endswith(": x = self.norm(self.fc1(x)))")
+    softmax, view, _ = find_sites(Written(), vectors(4, 4))
+    assert softmax.pinned.startswith("softmax mixes these channels (test_sites.py:")
+    assert softmax.pinned.endswith(": x = self.fc1(x).softmax(1))")
     assert view.pinned.startswith("a width is written into the code (test_sites.py:")
     assert ": x = self.fc2(x).unflatten(1, (2, 4)).flatten(1))" in view.pinned
 
