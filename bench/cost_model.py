@@ -26,9 +26,10 @@ from pysolve.nn.memory import in_bytes
 from pysolve.tables import Table, as_markdown
 
 app = typer.Typer(add_completion=False, help=__doc__)
-# Sizes that each site is measured at; samples that all measurements share, at most and for each given,
-# and the fewest of one; the share of the samples in the selection set, and its most.
-PROBES, SHARED, TIMES, LEAST, HELD, MOST = 4, 16384, 10, 48, 1 / 12, 256
+# Sizes that each site is measured at first, and with the one that is chosen; rows of outputs that the first
+# share, at most, and in passes; the fewest rows and samples of one; the share of the samples in the selection
+# set, and its most.
+FIRST, PROBES, SHARED, PASSES, LEAST_ROWS, LEAST, HELD, MOST = 2, 3, 16384, 4, 48, 4, 1 / 12, 256
 # Share of the inputs that stays.
 KEPT = 0.7
 
@@ -46,10 +47,11 @@ class Reader:
 
 @dataclass(frozen=True)
 class Network:
-    """A network by its layers, the samples it is compressed on, and further operations of a sample."""
+    """A network by its layers, its samples, and outputs and further operations of each."""
 
     readers: tuple[Reader, ...]
     samples: int
+    outputs: int = 1
     further: float = 0.0
 
     @property
@@ -104,8 +106,8 @@ NETWORKS = {
     "ResNet-50, 1,024 images": Network(residual(), 1024),
     "ViT-B/16, 1,024 images": Network(encoder(12, 768, 3072, 197), 1024),
     "BERT-base, 1,024 × 128 tokens": Network(encoder(12, 768, 3072, 128), 1024),
-    "decoder of 1.1 billion, 64 × 2,048": Network(decoder(22, 2048, 5632, 256, 32000, 2048), 64),
-    "decoder of 8 billion, 64 × 2,048": Network(decoder(32, 4096, 14336, 1024, 128256, 2048), 64),
+    "decoder of 1.1 billion, 64 × 2,048": Network(decoder(22, 2048, 5632, 256, 32000, 2048), 64, 2048),
+    "decoder of 8 billion, 64 × 2,048": Network(decoder(32, 4096, 14336, 1024, 128256, 2048), 64, 2048),
 }
 # The first is measured. GPUs: bfloat16 passes at 40 % of 800 TFLOP/s, sums at 60 % of 50; a host: 16 cores.
 MACHINES = {
@@ -128,9 +130,9 @@ def operations(network: Network) -> dict[str, tuple[float, float, float]]:
             sums += r.count * rows * d * d
             eliminated += r.count * 5 * d**3
             sites += r.count
-    probes = PROBES * sites
-    each = max(LEAST, min(SHARED, TIMES * network.samples) / probes)
-    share = 0.5 * probes * min(each, HELD * network.samples, MOST) / network.samples
+    shared = min(SHARED / network.outputs, PASSES * network.samples)
+    each = max(LEAST, LEAST_ROWS / network.outputs, shared / (FIRST * sites))
+    share = 0.5 * PROBES * sites * min(each, HELD * network.samples, MOST) / network.samples
     whole = network.one_pass
     return {
         "gather": (whole, sums, 0.0),

@@ -14,7 +14,7 @@ from pysolve.plan import Site
 # Error, as a share of the outputs' energy, that counts as none: below, float32 forward passes measure noise.
 FLOOR = 1e-9
 # Errors at which the divergence that a unit causes is measured.
-PROBED_ERRORS = (0.003, 0.02, 0.1, 0.3)
+PROBED_ERRORS = (0.02, 0.2)
 
 
 @dataclass(frozen=True, eq=False)

@@ -62,6 +62,14 @@ def class_dim(output: Tensor) -> int:
     return 1 if output.ndim == 2 or output.ndim >= 4 else -1
 
 
+def rows_of(output: Output) -> int:
+    """How many rows, samples or positions of these, ``kl_divergence`` takes the mean of."""
+    if isinstance(output, Distribution):
+        return max(1, output.batch_shape.numel())
+    found = main_output(output)
+    return found.numel() // max(1, found.shape[class_dim(found)]) if found.ndim > 1 else found.numel()
+
+
 def run(
     model: nn.Module, batches: Sequence[Batch], values: Mapping[str, Tensor] | None = None
 ) -> Iterator[Output]:

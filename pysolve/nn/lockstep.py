@@ -116,8 +116,9 @@ def refit(
     walk, state = Walk(graph, model, batches, values, norms), model.state_dict()
     fitted = {node: layer for node, layer in find_layers(graph, model).items() if layer.calls == 1}
     layers = {node: layer for node, layer in fitted.items() if only is None or layer.name in only}
-    nodes = [node for node in graph.module.graph.nodes if node.op != "output"]
-    finished, apart = last_uses(nodes), routed(graph)
+    every = [node for node in graph.module.graph.nodes if node.op != "output"]
+    nodes = every[: max(map(every.index, layers), default=-1) + 1]
+    finished, apart = last_uses(every), routed(graph)
     reads = _Reads(layers.values(), [*layers])
     with evaluating(model):
         for node in tqdm(nodes, "refit", unit="op", disable=None if progress else True):
@@ -131,7 +132,8 @@ def refit(
                     M, bias = ranks.first(_fitted(task, fit, layer.takes_bias or layer.name in new_biases))
                     walk.values |= layer_values(state, layer, cut, M, bias)
                     _show_new_bias(walk, node, layer)
-                walk.run_compressed(node)
+                if node is not nodes[-1]:
+                    walk.run_compressed(node)
             walk.forget(finished[node])
             reads.forget(finished[node])
     return walk.values
@@ -260,15 +262,10 @@ def _crossed(task: _Task) -> Correlations:
     kept = task.outputs.cpu()
     M = np.asarray(rows.matrix(layer.module).double().cpu()[kept].numpy())
     bias = layer.module.bias
-    offset = np.zeros(len(M)) if bias is None else np.asarray(bias.detach().double().cpu()[kept].numpy())
-    squares = torch.zeros(len(M), dtype=torch.float64)
-    for part, chosen in _chosen(task):
-        y = rows.outputs(layer.module, part, chosen)[:, task.outputs]
-        # A norm along the columns takes five times as long.
-        squares += y.double().square_().sum(0).cpu()
-    task.ranks.add_up(squares.numpy())
-    yx = M @ made.yx + np.outer(offset, made.x_sum)
-    return replace(made, yx=yx, yy=squares.numpy(), y_sum=M @ made.y_sum + made.count * offset)
+    b = np.zeros(len(M)) if bias is None else np.asarray(bias.detach().double().cpu()[kept].numpy())
+    mean = M @ made.y_sum
+    yy = np.vecdot(M @ made.yy, M) + b * (2 * mean + made.count * b)
+    return replace(made, yx=M @ made.yx + np.outer(b, made.x_sum), yy=yy, y_sum=mean + made.count * b)
 
 
 def _inputs_of_both(task: _Task) -> Correlations:
@@ -278,11 +275,11 @@ def _inputs_of_both(task: _Task) -> Correlations:
     taps = rows.taps(layer.module)
     columns = group_columns(task.inputs.cpu(), taps)
     width = taps * rows.channels(layer.module)[0]
-    blocks = _rows_of_both(task)
-    if not same:
-        return _over_all(task, blocks, len(columns), width)
-    found = _over_all(task, blocks, width, 0)
-    return replace(found.restrict(columns), yx=found.xx[:, columns], yy=np.diag(found.xx), y_sum=found.x_sum)
+    before = 0 if same else len(columns)
+    found = _over_all(task, _rows_of_both(task), before + width, 0)
+    kept, own = columns if same else np.arange(before), np.arange(before, before + width)
+    yx, yy = found.xx[np.ix_(own, kept)], found.xx[np.ix_(own, own)]
+    return replace(found.restrict(kept), yx=yx, yy=yy, y_sum=found.x_sum[own])
 
 
 def _rows_of_both(task: _Task) -> Iterator[tuple[Tensor]]:

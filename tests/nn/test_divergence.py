@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.functional import kl_div
 
 from pysolve.errors import DataError
-from pysolve.nn.divergence import kl_divergence, mean_divergence, run
+from pysolve.nn.divergence import kl_divergence, mean_divergence, rows_of, run
 
 # Shapes of outputs with classes, and the dimension that these lie along.
 CLASSES = {(5, 4): 1, (5, 7, 4): 2, (5, 4, 3, 3): 1, (5, 4, 2, 3, 3): 1}
@@ -34,6 +34,12 @@ def test_divergence_of_classes_is_that_of_torch_per_sample_and_position(shape, d
     a, b = draw(shape, 0), draw(shape, 1)
     total = kl_div(b.double().log_softmax(dim), a.double().log_softmax(dim), reduction="sum", log_target=True)
     assert kl_divergence(a, b).item() == pytest.approx(total.item() / (a.numel() / shape[dim]))
+
+
+@pytest.mark.parametrize(("shape", "rows"), [*zip(CLASSES, (5, 35, 45, 90), strict=True), ((5,), 5), ((), 1)])
+def test_rows_are_the_samples_and_positions_that_the_mean_is_taken_of(shape, rows):
+    assert rows_of(torch.zeros(shape)) == rows
+    assert rows_of({"loss": torch.zeros(()), "logits": torch.zeros(shape)}) == rows
 
 
 def test_divergence_is_not_changed_by_a_shift_of_all_logits():

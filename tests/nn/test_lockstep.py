@@ -555,6 +555,43 @@ def test_padding_that_is_not_of_zeros_is_not_padded_twice(mode):
     )
 
 
+def test_what_follows_the_last_layer_does_not_run(monkeypatch):
+    model, x = (
+        Net(lambda net, x: net.b(net.a(x).relu()).softmax(-1), a=nn.Linear(5, 8), b=nn.Linear(8, 4)),
+        vectors(20, 5),
+    )
+    ran = []
+    run = lockstep.Walk._run
+    monkeypatch.setattr(
+        lockstep.Walk,
+        "_run",
+        lambda walk, node, value: ran.append(str(node.target)) or run(walk, node, value),
+    )
+    refitted(model, [x], [], [], always=["a", "b"])
+    assert not any("softmax" in target for target in ran)
+    assert sum("linear" in target for target in ran) == 3
+
+
+@pytest.mark.parametrize("touched", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_correlations_from_inputs_of_both_are_those_with_the_outputs(touched, bias, monkeypatch):
+    model, x = chain(torch.float64, bias)
+    found = []
+
+    def noted(name, correlations, intercept):
+        found.append(correlations)
+        return nearly(model, {})(name, correlations, intercept)
+
+    values = new_first_layer(model) if touched else {}
+    for crossed in (True, False):
+        monkeypatch.setattr(lockstep, "_is_cheaper_crossed", lambda task, crossed=crossed: crossed)
+        refitted(model, [x], [], [], fit=noted, values=values, only=["2"], always=["2"], passes=0)
+    one, other = found
+    assert one.count == other.count
+    for part in ("xx", "yx", "x_sum", "y_sum", "energy"):
+        np.testing.assert_allclose(getattr(one, part), getattr(other, part), rtol=1e-9, atol=1e-9)
+
+
 def test_the_original_is_left_alone():
     model, batch = network("residual")
     model.train()

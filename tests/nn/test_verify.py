@@ -60,3 +60,29 @@ def test_class_numbers_must_be_equal():
 
     assert mismatch(Classes(), Classes(), probe()) is None
     assert mismatch(Classes(), nn.Sequential(nn.Softmin(1), Classes()), probe()) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_equal_infinities_are_no_difference_and_hide_none(dtype):
+    model, x = network().to(dtype), probe(dtype)
+    with torch.no_grad():
+        model.bias[0] = torch.inf
+    other = copy.deepcopy(model)
+    assert mismatch(model, other, x) is None
+    with torch.no_grad():
+        other.bias[1] += 1
+    assert "differ by 1.0e+00" in mismatch(model, other, x)
+
+
+def test_no_outputs_at_all_are_equal():
+    assert mismatch(network(), network(), probe()[:0]) is None
+
+
+def test_a_network_that_is_known_to_run_does_so_only_for_comparison():
+    ran = []
+    wide = network()
+    wide.register_forward_hook(lambda *_: ran.append(1))
+    assert "fails" in mismatch(wide, nn.Linear(5, 4), probe(), taken=True)
+    assert not ran
+    assert mismatch(wide, network(), probe(), taken=True) is None
+    assert ran

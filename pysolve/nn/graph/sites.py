@@ -33,11 +33,15 @@ from pysolve.nn.running import (
     find_matching,
     forward,
     in_training,
+    sample_leaves,
+    with_leaves,
 )
 from pysolve.nn.state import copy_of
 from pysolve.nn.verify import mismatch
 from pysolve.plan import Collapse, Indices, Plan, Site, tensor_name
 
+# Tokens of each text that sites are tried on.
+WORDS = 32
 # The code keeps channels: an error shows where, or nothing but other outputs.
 _WRITTEN, _COUNTED = "a width is written into the code", "the code counts on all of these channels"
 
@@ -91,11 +95,11 @@ def sites_in(model: nn.Module, graph: Graph, batch: Batch, *, ignore: Iterable[I
     ignored = layers | {
         tensor_name(one, leaf) for one in layers for leaf in own_tensors(find_layer(model, one))
     }
-    training = _in_training(model, graph, batch)
+    training, some = _in_training(model, graph, batch), _first_words(model, batch)
 
     def proven(lines: Mapping[Node, int]) -> tuple[list[Site], list[Node]]:
         classes = label_channels(model, graph, training, lines)
-        found = _proven(model, [_ignoring(site, ignored) for site in sites_of(classes)], batch)
+        found = _proven(model, [_ignoring(site, ignored) for site in sites_of(classes)], some)
         return found, _guilty_grids(classes, found)
 
     best, guilty = proven({})
@@ -118,6 +122,26 @@ def _guilty_grids(classes: Classes, sites: Sequence[Site]) -> list[Node]:
 def _freed(sites: Sequence[Site]) -> int:
     """Channels of layers that can go."""
     return sum(site.rows[name].size for site in sites if site.pinned is None for name in site.writers)
+
+
+def _first_words(model: nn.Module, batch: Batch) -> Batch:
+    """The beginnings of long texts, if that is what a batch holds, and the network takes them.
+
+    A trial on whole ones, with logits of all words for every token, takes a pass over the data for each site.
+    """
+    leaves = sample_leaves(batch)
+    lengths = {tuple(leaf.shape[1:]) for leaf in leaves.values()}
+    words = any(not leaf.is_floating_point() for leaf in leaves.values())
+    if not words or len(lengths) != 1 or len(size := lengths.pop()) != 1 or size[0] <= WORDS:
+        return batch
+    few = with_leaves(batch, {i: leaf[:, :WORDS] for i, leaf in leaves.items()})
+    try:
+        with evaluating(model):
+            forward(model, few)
+    # Whatever the network's own code raises.
+    except Exception:
+        return batch
+    return few
 
 
 def _in_training(model: nn.Module, graph: Graph, batch: Batch) -> Graph | None:
@@ -282,7 +306,7 @@ def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Batch, trains: 
         smaller = apply(model, plan)
     except CollapseError as error:
         return str(error)
-    difference = mismatch(masked(model, plan), smaller, batch)
+    difference = mismatch(masked(model, plan), smaller, batch, taken=True)
     if difference is None:
         trouble = _trouble(smaller, batch) if trains else None
         return trouble and f"training needs these channels{trouble}"

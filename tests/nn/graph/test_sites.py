@@ -26,7 +26,7 @@ import pysolve as ps
 from pysolve.errors import CollapseError, LayerNotFoundError, PysolveError
 from pysolve.nn.apply import apply
 from pysolve.nn.divergence import kl_divergence
-from pysolve.nn.graph.sites import find_sites
+from pysolve.nn.graph.sites import _first_words, find_sites
 from pysolve.nn.zoo import Mlp
 from pysolve.plan import Collapse, Plan
 from pysolve.training.loss import floating
@@ -330,3 +330,41 @@ def test_what_cannot_be_traced_is_one_error_that_names_the_line(capfd):
 
 def test_it_is_a_public_name():
     assert ps.find_sites is find_sites
+
+
+# --- long texts
+
+
+def texts(run, length=100, **layers):
+    """A network of words and 100 of these, and how long the texts are that it is run on."""
+    torch.manual_seed(0)
+    seen = []
+
+    def noted(net, ids):
+        seen.append(ids.shape[1])
+        return run(net, ids)
+
+    layers = {"words": nn.Embedding(11, 6), "up": nn.Linear(6, 8), "down": nn.Linear(8, 5), **layers}
+    return Net(noted, **layers).eval(), torch.randint(11, (4, length)), seen
+
+
+def test_sites_are_tried_on_the_beginnings_of_long_texts():
+    model, ids, seen = texts(lambda net, ids: net.down(net.up(net.words(ids)).relu()))
+    sites = find_sites(model, ids)
+    assert [site.pinned for site in sites if "up" in site.writers] == [None]
+    assert seen.count(32) > 5 > seen.count(100)
+
+
+def test_sites_are_tried_on_whole_texts_where_the_network_takes_no_others():
+    model, ids, seen = texts(
+        lambda net, ids: net.down(net.up(net.words(ids) + net.place.weight).relu()),
+        place=nn.Embedding(100, 6),
+    )
+    assert any(site.pinned is None for site in find_sites(model, ids))
+    assert set(seen) == {32, 100}
+    assert seen.count(32) == 1
+
+
+@pytest.mark.parametrize("x", [torch.randn(4, 100), torch.randint(9, (4, 20)), torch.randint(9, (4, 3, 50))])
+def test_only_long_texts_are_cut(x):
+    assert _first_words(nn.Identity(), x) is x
