@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cache
 
@@ -21,6 +22,8 @@ from pysolve.solve.problem import Problem
 from pysolve.solve.scaling import schur
 from pysolve.solve.selection import select_channels
 
+# Share of the mean square of inputs that is rounding of sums in single precision.
+_ROUNDING = 1e-7
 # A method of ``select_channels``, or scores of every channel, of which the largest stay, by site.
 Select = str | Mapping[Site, Array]
 
@@ -149,12 +152,19 @@ def _leading(problem: Problem, left: Sequence[float]) -> tuple[Indices, Array]:
     """Channels from the last to the first, and the error of every size, which one Cholesky factor tells."""
     gains = np.zeros(problem.groups + 1)
     for R, C in zip(problem.xx, problem.yx, strict=True):
-        ridge = np.finfo(float).eps * len(R) * max(float(np.trace(R)) / len(R), np.finfo(float).tiny)
-        factor = np.linalg.cholesky(R + ridge * np.eye(len(R)))
-        explained = np.square(solve_triangular(factor, C.T, lower=True)).sum(1)
+        explained = np.square(solve_triangular(_factor(R), C.T, lower=True)).sum(1)
         gains[1:] += np.cumsum(explained.reshape(problem.groups, -1).sum(1))
     error = (np.sum(left) - gains) / len(left)
     return np.arange(problem.groups)[::-1], np.maximum(np.minimum.accumulate(error), FLOOR)
+
+
+def _factor(R: Array) -> Array:
+    """Cholesky factor of a matrix that may be indefinite by the rounding of its sums."""
+    scale, ridge = float(np.trace(R)) / len(R) or 1.0, _ROUNDING
+    while True:
+        with suppress(np.linalg.LinAlgError):
+            return np.asarray(np.linalg.cholesky(R + ridge * scale * np.eye(len(R))))
+        ridge *= 10
 
 
 def _of_order(site: Site, order: Indices, error: Array) -> Menu:
