@@ -141,7 +141,11 @@ def _turned(study: Study, site: Site) -> Study | str:
     found = _of(own, network, own.graph)
     turn = found.turn or Turn(study)
     turn = replace(turn, values={**turn.values, **values}, sites=(*turn.sites, site))
-    return replace(found, correlations=_Turned(found.correlations, stream, found.layers), turn=turn)
+    return replace(
+        found,
+        correlations=_Turned(found.correlations, stream, found.layers, keep=own.options.memory is None),
+        turn=turn,
+    )
 
 
 def _untied(study: Study, tied: Sequence[str]) -> Study:
@@ -266,21 +270,35 @@ def _along(values: Tensor, dim: int, places: Indices, matrix: Array) -> Tensor:
 
 
 class _Turned(Mapping[str, Correlations]):
-    """Correlations of a turned network's layers, made when they are asked for."""
+    """Correlations of a turned network's layers, made when they are asked for.
+
+    Moments of what several layers read are kept, unless memory is bounded.
+    """
 
     def __init__(
-        self, known: Mapping[str, Correlations], stream: _Stream, layers: Mapping[str, Layer]
+        self, known: Mapping[str, Correlations], stream: _Stream, layers: Mapping[str, Layer], *, keep: bool
     ) -> None:
-        self.known, self.stream, self.layers = known, stream, layers
+        self.known, self.stream, self.layers, self.keep = known, stream, layers, keep
+        self.made: dict[int, tuple[Array, Array]] = {}
 
     def __getitem__(self, name: str) -> Correlations:
         found, site = self.known[name], self.stream.site
         if name in site.readers:
-            T = self.stream.read(name, len(found.xx))
-            xx = T @ found.xx @ T.T
-            found = replace(found, xx=(xx + xx.T) / 2, x_sum=T @ found.x_sum)
+            xx = self._moments(name, found.xx)
+            found = replace(found, xx=xx, x_sum=self.stream.read(name, len(xx)) @ found.x_sum)
         concerned = name in site.readers or name in site.writers
         return own_outputs(found, self.layers[name].module) if concerned else found
+
+    def _moments(self, name: str, xx: Array) -> Array:
+        before, after = self.made.get(id(xx), (None, xx))
+        if before is not xx:
+            T = self.stream.read(name, len(xx))
+            after = T @ xx @ T.T
+            after = (after + after.T) / 2
+            if self.keep:
+                # With the array itself, so that no other one gets its number.
+                self.made[id(xx)] = xx, after
+        return after
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.known)

@@ -22,7 +22,6 @@ from pysolve.nn.files.checkpoint import load, save
 from pysolve.nn.gather import gather
 from pysolve.nn.graph.sites import find_sites
 from pysolve.plan import Collapse, Plan
-from pysolve.solve.problem import Problem
 
 WIDTH, WORDS = 12, 40
 
@@ -183,20 +182,21 @@ def test_a_layer_that_scales_channels_on_the_way_is_not_turned():
     assert any("were selected, not turned" in note for note in small.report.notes)
 
 
-@settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 1000), readers=st.integers(1, 3))
-def test_errors_of_leading_channels_are_those_of_least_squares(seed, readers):
-    rng = np.random.default_rng(seed)
-    x = rng.standard_normal((40, 6)) @ rng.standard_normal((6, 6))
-    ys = [x @ rng.standard_normal((6, 3)) + rng.standard_normal((40, 3)) for _ in range(readers)]
-    problem = Problem([x.T @ x] * readers, [y.T @ x for y in ys], 1, np.ones(6))
-    order, error = _leading(problem, [float(np.vdot(y, y)) for y in ys])
-    rests = [
-        np.mean([np.linalg.lstsq(x[:, :k], y, rcond=None)[1].sum() if k else np.vdot(y, y) for y in ys])
-        for k in range(7)
-    ]
-    np.testing.assert_array_equal(order, np.arange(6)[::-1])
-    np.testing.assert_allclose(error, rests, rtol=1e-4)
+@pytest.mark.parametrize("bias", [False, True])
+def test_errors_of_leading_channels_are_those_of_least_squares(bias, norm):
+    turned = in_principal_axes(study_of(decoder(bias=bias, norm=norm)))
+    (site,) = turned.turn.sites
+    order, error = _leading(turned, site)
+    np.testing.assert_array_equal(order, np.arange(WIDTH)[::-1])
+    for k in (1, 5, WIDTH - 1):
+        lost = []
+        for name in site.readers:
+            known = turned.correlations[name]
+            R, C = known.covariance()
+            B = np.linalg.lstsq(R[:k, :k], C[:, :k].T, rcond=None)[0]
+            energy = np.einsum("ij,ij", turned.matrix(name) @ R, turned.matrix(name))
+            lost.append(1 - np.vdot(B.T, C[:, :k]) / energy)
+        np.testing.assert_allclose(error[k], np.mean(lost), rtol=1e-3, atol=1e-6)
 
 
 def test_a_stream_that_stays_whole_is_not_turned():

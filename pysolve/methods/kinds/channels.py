@@ -47,8 +47,9 @@ class Channels:
 
         def path(number: int) -> tuple[Indices, Array, float]:
             start, site = time.perf_counter(), sites[number]
-            problem, left = site_problem(site, study.correlations, widths(study, site))
-            order, error = (_leading if _is_turned(study, site) else _eliminated)(problem, left)
+            if _is_turned(study, site):
+                return *_leading(study, site), time.perf_counter() - start
+            order, error = _eliminated(*site_problem(site, study.correlations, widths(study, site)))
             return order, error, time.perf_counter() - start
 
         found = zip(sites, ranks.shared_out(len(sites), path), strict=True)
@@ -62,10 +63,10 @@ class Channels:
         Only elimination knows a path; the error of other selections is taken at a few sizes and interpolated.
         """
         start = time.perf_counter()
-        problem, left = site_problem(site, study.correlations, widths(study, site))
         if _is_turned(study, site):
-            found = _of_order(site, *_leading(problem, left))
+            found = _of_order(site, *_leading(study, site))
             return replace(found, seconds=time.perf_counter() - start)
+        problem, left = site_problem(site, study.correlations, widths(study, site))
         select = self.select if isinstance(self.select, str) else self.select[site]
         return replace(site_menu(site, problem, left, select), seconds=time.perf_counter() - start)
 
@@ -148,14 +149,20 @@ def _is_turned(study: Study, site: Site) -> bool:
     return study.turn is not None and site in study.turn.sites
 
 
-def _leading(problem: Problem, left: Sequence[float]) -> tuple[Indices, Array]:
-    """Channels from the last to the first, and the error of every size, which one Cholesky factor tells."""
-    gains = np.zeros(problem.groups + 1)
-    for R, C in zip(problem.xx, problem.yx, strict=True):
+def _leading(study: Study, site: Site) -> tuple[Indices, Array]:
+    """Channels from the last to the first, and the error of every size, which a Cholesky factor tells.
+
+    Reader by reader, for all of them together need not fit in memory.
+    """
+    names = [name for name in site.readers if name in study.correlations]
+    inputs, error = widths(study, site), np.zeros(site.channels + 1)
+    for name in names:
+        R, C, left = _reader(site, study.correlations[name], name, inputs[name], True)
         explained = np.square(solve_triangular(_factor(R), C.T, lower=True)).sum(1)
-        gains[1:] += np.cumsum(explained.reshape(problem.groups, -1).sum(1))
-    error = (np.sum(left) - gains) / len(left)
-    return np.arange(problem.groups)[::-1], np.maximum(np.minimum.accumulate(error), FLOOR)
+        error += left
+        error[1:] -= np.cumsum(explained.reshape(site.channels, -1).sum(1))
+    error = np.maximum(np.minimum.accumulate(error / max(1, len(names))), FLOOR)
+    return np.arange(site.channels)[::-1], error
 
 
 def _factor(R: Array) -> Array:
