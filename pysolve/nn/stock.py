@@ -30,11 +30,14 @@ class Stock:
     Parameters
     ----------
     config : PretrainedConfig
+    changes : {field: int}
+        By which it differs from that of ``Fields``.
     zeros : {state-dict name: shape}
         Biases that the class has then, and the network has not.
     """
 
     config: Any
+    changes: Mapping[str, int]
     zeros: Shapes
 
 
@@ -57,11 +60,14 @@ def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
 def skeleton(kind: type[nn.Module], config: Any) -> nn.Module:
     """A network of a class, without values."""
     with torch.device("meta"):
-        return kind(copy.deepcopy(config))
+        made: Any = kind(copy.deepcopy(config))
+        # Not every version ties weights that have no values by itself.
+        made.tie_weights()
+    return made  # type: ignore[no-any-return]
 
 
 def with_fields(config: Any, changes: Mapping[str, object]) -> Any:
-    """A configuration with other fields, which its own checks have accepted; ``a.b`` is field b of field a."""
+    """A configuration with other fields, if its own checks accept them; ``a.b`` is field b of field a."""
     record = config.to_dict()
     for path, value in changes.items():
         *owner, leaf = path.split(".")
@@ -72,66 +78,78 @@ def with_fields(config: Any, changes: Mapping[str, object]) -> Any:
     return type(config).from_dict(record)
 
 
-def stock_of(network: nn.Module) -> Stock:
+def stock_of(network: nn.Module, shapes: Shapes | None = None) -> Stock:
     """The configuration whose class has this network's tensors, numbers in modules, and ties.
+
+    ``shapes``: of the tensors, if not as they are.
 
     Raises
     ------
     NotStockError
         There is none: names the fields and the layers that differ.
     """
-    found = describe(network, shapes_of(network))
-    own = skeleton(type(network), found.config)
-    if _tied(own) != _tied(network):
-        found = Stock(with_fields(found.config, {"tie_word_embeddings": not _tied(own)}), found.zeros)
-        if _tied(skeleton(type(network), found.config)) != _tied(network):
-            raise NotStockError("other layers share their weights than those of the class.")
-    return Stock(_with_numbers(network, found.config), found.zeros)
+    kind, shapes = type(network), shapes or shapes_of(network)
+    config, zeros = _with_biases(kind, network.config, shapes)
+    found = describe(network, {**shapes, **zeros}, fields_of(network, config))
+    config = found.config
+    own = _tied(skeleton(kind, config))
+    if own != _tied(network):
+        config = with_fields(config, {"tie_word_embeddings": not own})
+        if _tied(skeleton(kind, config)) != _tied(network):
+            raise NotStockError("other layers share their weights than those of the class")
+    return Stock(_with_numbers(network, config), found.changes, zeros)
 
 
-def describe(network: nn.Module, shapes: Shapes) -> Stock:
+def describe(network: nn.Module, shapes: Shapes, fields: Fields) -> Stock:
     """The configuration under which a network's class has tensors of these shapes.
 
-    Each field is changed to see which sizes follow it, and by how much; fields are then solved for. What is
-    found is built to see that it has these shapes. Of several configurations, such as half of the heads or
-    heads of half the size, that one whose modules hold the network's numbers.
+    Fields are solved for, and what is found is built to see that it has these shapes. Of several
+    configurations, such as half of the heads or heads of half the size, that one whose modules hold the
+    network's numbers.
+
+    Raises
+    ------
+    NotStockError
+        There is none.
     """
-    kind, config = type(network), network.config
-    config, zeros = _with_biases(kind, config, shapes)
-    wanted = {**shapes, **zeros}
-    fields = _fields(kind, config)
-    if fields.explicit:
-        # Others no longer decide over these: heads over the size of a head, for one.
-        config = with_fields(config, fields.explicit)
-        fields = _fields(kind, config)
-    found = [*_solutions(kind, config, fields, wanted)]
+    kind, found = type(network), [*_solutions(type(network), fields, shapes)]
+    if told := _told(network, fields):
+        nearer = _fields(kind, with_fields(fields.config, told))
+        found += [{**told, **changes} for changes in _solutions(kind, nearer, shapes)]
     if not found:
-        raise NotStockError(_complaint(kind, config, fields, wanted))
-    best = min(found, key=lambda one: len(_numbers_apart(skeleton(kind, one), network)))
-    return Stock(best, zeros)
+        raise NotStockError(_complaint(kind, fields, shapes))
+    made = [with_fields(fields.config, changes) for changes in found]
+    apart = [len(_numbers_apart(skeleton(kind, one), network)) for one in made]
+    best = apart.index(min(apart))
+    return Stock(made[best], found[best], {})
 
 
 @dataclass(frozen=True, eq=False)
-class _Fields:
+class Fields:
     """What a configuration's fields do to a network's sizes.
 
     Parameters
     ----------
+    config : PretrainedConfig
+        With every field that a size follows written out.
     values : {field: int}
         As they are, with those that were not set.
     slopes : {field: {size: float}}
         By how much a size grows with the field.
-    explicit : {field: int}
-        Of fields that were not set, what they amount to.
     """
 
+    config: Any
     values: Mapping[str, int]
     slopes: Mapping[str, Mapping[Size, float]]
-    explicit: Mapping[str, int]
 
 
-def _fields(kind: type[nn.Module], config: Any) -> _Fields:
-    """Measure every whole number of a configuration, and every field that is not set."""
+def fields_of(network: nn.Module, config: Any = None) -> Fields:
+    """Change each field of a network's configuration to see which sizes follow it, and by how much."""
+    return _fields(type(network), network.config if config is None else config)
+
+
+def _fields(kind: type[nn.Module], config: Any) -> Fields:
+    """Every whole number of a configuration, and every field that is not set."""
     base = _sizes(kind, config, {})
     assert base is not None
     values, slopes, explicit = dict[str, int](), dict[str, Mapping[Size, float]](), dict[str, int]()
@@ -149,9 +167,11 @@ def _fields(kind: type[nn.Module], config: Any) -> _Fields:
         grown = _slopes(first, second, _TRIED[1] - _TRIED[0])
         amounts = {_TRIED[0] + (base[size] - first[size]) / slope for size, slope in grown.items()}
         if len(amounts) == 1 and (amount := amounts.pop()) == int(amount):
-            values[path] = explicit[path] = int(amount)
-            slopes[path] = grown
-    return _Fields(values, slopes, explicit)
+            explicit[path] = int(amount)
+    if explicit:
+        # Others no longer decide over these: heads over the size of a head, for one.
+        return _fields(kind, with_fields(config, explicit))
+    return Fields(config, values, slopes)
 
 
 def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, int | None]]:
@@ -190,26 +210,26 @@ def _slopes(base: Mapping[Size, int], other: Mapping[Size, int], step: int) -> d
 
 
 def _solutions(
-    kind: type[nn.Module], config: Any, fields: _Fields, wanted: Shapes, rounds: int = _ROUNDS
-) -> Iterator[Any]:
-    """Configurations of which the class has exactly these shapes."""
-    now = _sizes(kind, config, {})
-    if now is None or now.keys() != _flat(wanted).keys():
+    kind: type[nn.Module], fields: Fields, wanted: Shapes, rounds: int = _ROUNDS
+) -> Iterator[dict[str, int]]:
+    """Changes of fields with which the class has exactly these shapes."""
+    now, sizes = _sizes(kind, fields.config, {}), _flat(wanted)
+    if now is None or now.keys() != sizes.keys():
         return
-    for number, changes in enumerate(_assignments(now, fields, _flat(wanted), {})):
+    for number, changes in enumerate(_assignments(now, fields, sizes, {})):
         if number == _LEAVES:
             return
-        made = _sizes(kind, config, changes)
-        if made == _flat(wanted):
-            yield with_fields(config, changes) if changes else config
+        made = _sizes(kind, fields.config, changes)
+        if made == sizes:
+            yield changes
         elif made is not None and changes and rounds:
             # Sizes that two fields multiply to, such as heads of another size, and fewer of them.
-            nearer = with_fields(config, changes)
-            yield from _solutions(kind, nearer, _fields(kind, nearer), wanted, rounds - 1)
+            nearer = _fields(kind, with_fields(fields.config, changes))
+            yield from ({**changes, **more} for more in _solutions(kind, nearer, wanted, rounds - 1))
 
 
 def _assignments(
-    now: Mapping[Size, float], fields: _Fields, wanted: Mapping[Size, int], changes: Mapping[str, int]
+    now: Mapping[Size, float], fields: Fields, wanted: Mapping[Size, int], changes: Mapping[str, int]
 ) -> Iterator[dict[str, int]]:
     """Values of fields that together explain every size, if sizes add up."""
     wrong = next((size for size, value in now.items() if value != wanted[size]), None)
@@ -226,7 +246,9 @@ def _assignments(
             yield from _assignments(after, fields, wanted, {**changes, path: int(value)})
 
 
-def _with_biases(kind: type[nn.Module], config: Any, shapes: Shapes) -> tuple[Any, dict[str, tuple[int, ...]]]:
+def _with_biases(
+    kind: type[nn.Module], config: Any, shapes: Shapes
+) -> tuple[Any, dict[str, tuple[int, ...]]]:
     """A configuration under which the class has the network's biases, and those that it has then besides."""
     now = shapes_of(skeleton(kind, config))
     missing = [name for name in shapes if name not in now]
@@ -276,6 +298,19 @@ def _numbers(network: nn.Module) -> dict[str, float]:
     }
 
 
+def _told(network: nn.Module, fields: Fields) -> dict[str, int]:
+    """Fields of which modules hold other values under their names, all the same: ``head_dim``, for one."""
+    held: dict[str, set[float]] = {}
+    for name, value in _numbers(network).items():
+        held.setdefault(name.rpartition(".")[2], set()).add(value)
+    told = {path: held.get(path.rpartition(".")[2], set()) for path in fields.values}
+    return {
+        path: int(value)
+        for path, one in told.items()
+        if len(one) == 1 and (value := min(one)) != fields.values[path]
+    }
+
+
 def _numbers_apart(one: nn.Module, other: nn.Module) -> dict[str, tuple[float, float]]:
     """Numbers that the modules of two networks hold differently."""
     a, b = _numbers(one), _numbers(other)
@@ -302,12 +337,14 @@ def _with_numbers(network: nn.Module, config: Any) -> Any:
                 config, wrong = other, left
     if wrong:
         name, (old, now) = next(iter(wrong.items()))
-        raise NotStockError(f"{name} is {now:.6g} and {len(wrong)} such numbers differ, by the class {old:.6g}")
+        more = f", and {len(wrong) - 1} more numbers differ" if len(wrong) > 1 else ""
+        raise NotStockError(f"{name} is {now:.6g}, but {old:.6g} by the configuration{more}")
     return config
 
 
-def _complaint(kind: type[nn.Module], config: Any, fields: _Fields, wanted: Shapes) -> str:
+def _complaint(kind: type[nn.Module], fields: Fields, wanted: Shapes) -> str:
     """Which fields would need several values, or which sizes no field describes."""
+    config = fields.config
     now, flat = _sizes(kind, config, {}) or {}, _flat(wanted)
     wrong = [size for size in flat if now.get(size) != flat[size]]
     needed: dict[str, dict[float, list[str]]] = {}
@@ -315,7 +352,9 @@ def _complaint(kind: type[nn.Module], config: Any, fields: _Fields, wanted: Shap
         able = [path for path, slopes in fields.slopes.items() if size in slopes]
         if not able:
             name, axis = size
-            return f"no field of {type(config).__name__} gives {name} the size {flat[size]} (dimension {axis})"
+            return (
+                f"no field of {type(config).__name__} gives {name} the size {flat[size]} (dimension {axis})"
+            )
         # The most special field.
         path = min(able, key=lambda one: len(fields.slopes[one]))
         value = fields.values[path] + (flat[size] - now[size]) / fields.slopes[path][size]
@@ -325,13 +364,14 @@ def _complaint(kind: type[nn.Module], config: Any, fields: _Fields, wanted: Shap
         for size in slopes:
             if path in needed and size not in wrong:
                 needed[path].setdefault(float(fields.values[path]), []).append(size[0].rpartition(".")[0])
-    says = [
-        f"{path} would be " + " and ".join(f"{value:g} ({_some([*dict.fromkeys(names)])})" for value, names in by.items())
-        for path, by in needed.items()
-        if len(by) > 1
-    ]
+    says = [f"{path} would be {_several(by)}" for path, by in needed.items() if len(by) > 1]
     together = ", ".join(f"{path} = {next(iter(by)):g}" for path, by in needed.items())
     return "; ".join(says) or f"{type(config).__name__} refuses {together}"
+
+
+def _several(layers: Mapping[float, Sequence[str]]) -> str:
+    """Values, each with the layers that have it."""
+    return " and ".join(f"{value:g} ({_some([*dict.fromkeys(own)])})" for value, own in layers.items())
 
 
 def _some(names: Sequence[str]) -> str:

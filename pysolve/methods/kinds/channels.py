@@ -9,7 +9,7 @@ from functools import cache
 
 import numpy as np
 
-from pysolve.correlations import Array, Correlations, Indices, group_columns
+from pysolve.correlations import Array, Correlations, Indices, group_columns, without_sums
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
 from pysolve.methods.study import Study, widths
@@ -43,7 +43,7 @@ class Channels:
 
         def path(number: int) -> tuple[Indices, Array, float]:
             start, site = time.perf_counter(), sites[number]
-            order, error = _eliminated(*site_problem(site, study.correlations, widths(study, site)))
+            order, error = _eliminated(*site_problem(site, _known(study, site), widths(study, site)))
             return order, error, time.perf_counter() - start
 
         found = zip(sites, ranks.shared_out(len(sites), path), strict=True)
@@ -57,7 +57,7 @@ class Channels:
         Only elimination knows a path; the error of other selections is taken at a few sizes and interpolated.
         """
         start = time.perf_counter()
-        problem, left = site_problem(site, study.correlations, widths(study, site))
+        problem, left = site_problem(site, _known(study, site), widths(study, site))
         select = self.select if isinstance(self.select, str) else self.select[site]
         return replace(site_menu(site, problem, left, select), seconds=time.perf_counter() - start)
 
@@ -128,6 +128,16 @@ def reader_columns(site: Site, correlations: Correlations, reader: str, width: i
     taps = len(correlations.xx) // width
     table = site.columns_of(reader, width)
     return (table[:, :, None] * taps + np.arange(taps)).reshape(site.channels, -1)
+
+
+def _known(study: Study, site: Site) -> Mapping[str, Correlations]:
+    """Correlations of a site's readers; around zero of those that no bias can make up for the means."""
+    known = study.correlations
+    if study.options.new_biases:
+        return known
+    able = {name for name in site.readers if name in study.layers and study.layers[name].takes_bias}
+    own = {name: known[name] for name in site.readers if name in known}
+    return {name: one if name in able else without_sums(one) for name, one in own.items()}
 
 
 def _eliminated(problem: Problem, left: Sequence[float]) -> tuple[Indices, Array]:

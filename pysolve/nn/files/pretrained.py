@@ -7,40 +7,37 @@ import json
 import os
 import secrets
 import shutil
-import subprocess
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 
 from pysolve.compressed import Compressed
 from pysolve.errors import DataError, PysolveError
-from pysolve.nn.files import reopen
+from pysolve.nn.blocks import blocks_of
 from pysolve.nn.files.architecture import ordinary
-from pysolve.nn.files.checkpoint import load, save
-from pysolve.nn.running import Batch, device_of, evaluating, prepared
+from pysolve.nn.files.checkpoint import restored, save
+from pysolve.nn.files.reopening import Written, difference, outputs_again, reopened, written_of
+from pysolve.nn.running import Batch
 from pysolve.nn.stock import NotStockError, Stock, is_pretrained, skeleton, stock_of
 
 # Beside the original's configuration, in folders that are for ``load_pretrained``.
 FILE = "pysolve.safetensors"
-# How far outputs may be apart, as a share of the largest, where kernels give other bits in another process.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
-HALF_TOLERANCE = 1e-2
 # What belongs to a model beside its weights and its configurations.
 _CARRIED = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model"),
     *("sentencepiece*", "*.tiktoken", "*.spm", "chat_template*", "normalizer.json"),
     *("preprocessor_config.json", "*processor_config.json", "*processor.json"),
 )
-# Samples and tokens of the batch that is made where none is given.
-_SAMPLES, _TOKENS = 2, 8
+_BLOCKS = (
+    "layers differ, so it is written as block_configs of DeciLM: transformers needs that model's own "
+    "code; Llama's own layers, of these widths, gave the outputs"
+)
 
 
 @dataclass(frozen=True)
@@ -62,19 +59,6 @@ class Pretrained:
     stock: bool
     difference: float
     note: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class Written:
-    """A folder that is to be opened again, on these inputs, which must give these outputs."""
-
-    folder: Path
-    args: Sequence[Tensor]
-    kwargs: Mapping[str, Any]
-    outputs: Sequence[Tensor]
-    options: Mapping[str, str]
-    device: str
-    note: str = field(default="")
 
 
 def save_pretrained(
@@ -130,16 +114,15 @@ def save_pretrained(
     with _replacing(folder) as part:
         if stock:
             written = write_stock(network, part, batch)
-            difference = reopened([written])[0]
+            apart = reopened([written])[0]
         else:
-            written = _written(network, part, batch)
-            network.config.architectures = [type(network).__name__]
-            _write_configs(network, network.config, part)
+            written = written_of(network, part, batch)
+            _write_configs(network, part)
             save(compressed, part / FILE)
             again = load_pretrained(part).to(written.device)
-            difference = _difference(written, _outputs(again, written))
+            apart = difference(written, outputs_again(again, written))
         _carry(network, part, tokenizer)
-    return Pretrained(folder, stock, difference, written.note)
+    return Pretrained(folder, stock, apart, written.note)
 
 
 def load_pretrained(folder: str | os.PathLike[str]) -> nn.Module:
@@ -152,8 +135,8 @@ def load_pretrained(folder: str | os.PathLike[str]) -> nn.Module:
     Returns
     -------
     nn.Module
-        In evaluation mode. Where the folder has a plan, the class that its configuration names is made without
-        values, and the plan's network from it.
+        In evaluation mode. Where the folder has a plan, the class that its configuration names is made
+        without values, and the plan's network from it.
 
     Raises
     ------
@@ -171,7 +154,7 @@ def load_pretrained(folder: str | os.PathLike[str]) -> nn.Module:
         raise DataError(f"{folder}/config.json names no class of transformers: {config.architectures}.")
     if not (folder / FILE).exists():
         return kind.from_pretrained(folder, dtype="auto", local_files_only=True)  # type: ignore[no-any-return]
-    network = load(folder / FILE, _without_values(kind, config)).eval()
+    network = restored(folder / FILE, _without_values(kind, config), empty=True).eval()
     if hasattr(network, "generation_config"):
         network.generation_config = library.GenerationConfig.from_pretrained(folder, local_files_only=True)
     return network
@@ -179,84 +162,23 @@ def load_pretrained(folder: str | os.PathLike[str]) -> nn.Module:
 
 def write_stock(network: nn.Module, folder: Path, batch: Batch = None) -> Written:
     """Write a folder that transformers opens, which is to be opened again before it is trusted."""
-    written = _written(network, folder, batch)
+    written = written_of(network, folder, batch)
     try:
-        found = stock_of(network)
+        _write_model(network, stock_of(network), folder)
     except NotStockError as error:
-        raise PysolveError(
-            f"no configuration of {type(network).__name__} describes this network: {error}. Compress with "
-            'widths="uniform", or save it with stock=False, for load_pretrained alone.'
-        ) from error
-    _write_model(network, found, folder)
+        try:
+            stock, blocks = blocks_of(network)
+        except NotStockError as other:
+            more = f" ({other})" if "block_configs" in str(other) else ""
+            raise PysolveError(
+                f"no configuration of {type(network).__name__} describes this network: {error}{more}. "
+                'Compress with widths="uniform", or save it with stock=False, for load_pretrained alone.'
+            ) from error
+        _write_model(network, stock, folder)
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **blocks}, indent=2))
+        return replace(written, note=_BLOCKS)
     return written
-
-
-def reopened(written: Sequence[Written]) -> list[float]:
-    """Open folders in one fresh process without pysolve, and compare outputs.
-
-    Raises
-    ------
-    PysolveError
-        One cannot be opened, or its outputs are others.
-    """
-    jobs, places = [], [one.folder.with_name(f"{one.folder.name}.check") for one in written]
-    try:
-        for one, place in zip(written, places, strict=True):
-            place.mkdir()
-            tensors = {str(i): value for i, value in enumerate(one.args)}
-            tensors |= {name: value for name, value in one.kwargs.items() if isinstance(value, Tensor)}
-            save_file({name: value.contiguous().cpu() for name, value in tensors.items()}, place / "inputs")
-            jobs.append(
-                {
-                    "folder": str(one.folder),
-                    "inputs": str(place / "inputs"),
-                    "outputs": str(place / "outputs"),
-                    "plain": {name: value for name, value in one.kwargs.items() if name not in tensors},
-                    "options": dict(one.options),
-                    "device": one.device,
-                    "threads": torch.get_num_threads(),
-                }
-            )
-        (places[0] / "jobs").write_text(json.dumps(jobs))
-        _run(places[0] / "jobs")
-        found = [[*load_file(place / "outputs").items()] for place in places]
-        ordered = [[value for _, value in sorted(one, key=lambda pair: int(pair[0]))] for one in found]
-        return [_difference(one, outputs) for one, outputs in zip(written, ordered, strict=True)]
-    finally:
-        for place in places:
-            shutil.rmtree(place, ignore_errors=True)
-
-
-def example_of(network: Any) -> dict[str, Tensor]:
-    """A batch for a network of tokens, images or sound."""
-    config, what = network.config, network.main_input_name
-    text = config.get_text_config(decoder=True)
-    generator = torch.Generator().manual_seed(0)
-    longest = getattr(text, "max_position_embeddings", None) or _TOKENS
-
-    def tokens() -> Tensor:
-        shape = (_SAMPLES, min(_TOKENS, longest))
-        return torch.randint(text.vocab_size, shape, generator=generator)
-
-    found: dict[str, Tensor] = {}
-    if what == "input_ids":
-        found[what] = tokens()
-    elif what == "pixel_values":
-        size = config.image_size
-        sizes = size if isinstance(size, list | tuple) else (size, size)
-        found[what] = torch.randn(_SAMPLES, config.num_channels, *sizes, generator=generator)
-    elif what == "input_features" and hasattr(config, "max_source_positions"):
-        shape = (_SAMPLES, config.num_mel_bins, 2 * config.max_source_positions)
-        found[what] = torch.randn(shape, generator=generator)
-    else:
-        raise PysolveError(f"no batch is known for {type(network).__name__}, which reads {what}: give batch=.")
-    if getattr(config, "is_encoder_decoder", False):
-        found["decoder_input_ids"] = tokens()
-    home = device_of(network)
-    return {
-        name: value.to(home, network.dtype if value.is_floating_point() else None)
-        for name, value in found.items()
-    }
 
 
 def _network_of(compressed: Compressed) -> Any:
@@ -268,66 +190,23 @@ def _network_of(compressed: Compressed) -> Any:
     return network
 
 
-def _written(network: Any, folder: Path, batch: Batch) -> Written:
-    """What the network gives, for a folder that is to hold it."""
-    args, kwargs = prepared(network, example_of(network) if batch is None else batch)
-    names = ("attn_implementation", "experts_implementation")
-    given = {name: getattr(network.config, f"_{name}", None) for name in names}
-    options = {name: value for name, value in given.items() if isinstance(value, str)}
-    with evaluating(network, as_used=True):
-        outputs = reopen.outputs_of(network, args, kwargs)
-    return Written(folder, args, kwargs, outputs, options, str(device_of(network)))
-
-
-def _outputs(network: nn.Module, written: Written) -> list[Tensor]:
-    with evaluating(network, as_used=True):
-        return reopen.outputs_of(network, written.args, written.kwargs)
-
-
-def _difference(written: Written, found: Sequence[Tensor]) -> float:
-    """Between outputs, as a share of the largest."""
-    if [one.shape for one in found] != [one.shape for one in written.outputs]:
-        raise PysolveError("the folder was opened again, and gives outputs of other shapes.")
-    most = 0.0
-    for own, other in zip(written.outputs, found, strict=True):
-        apart = (own.cpu().double() - other.cpu().double()).abs()
-        # Where both are infinite, or nothing, they are alike.
-        apart[own.cpu().eq(other.cpu()) | (own.cpu().isnan() & other.cpu().isnan())] = 0.0
-        share = float(apart.max()) / max(float(own.abs().max()), 1e-30) if apart.numel() else 0.0
-        if not share <= TOLERANCE.get(own.dtype, HALF_TOLERANCE):
-            raise PysolveError(
-                f"the folder was opened again, and gives other outputs, {share:.2g} of the largest apart: "
-                "the class computes something else than the network. Please report this."
-            )
-        most = max(most, share)
-    return most
-
-
-def _run(jobs: Path) -> None:
-    """Let a fresh process open folders; what went wrong there, as an error."""
-    # Without the folder of the script, whose files have names of other packages.
-    command = [sys.executable, "-P", str(Path(reopen.__file__)), str(jobs)]
-    quiet = {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run(command, env={**os.environ, **quiet}, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
-        raise PysolveError(f"a fresh process cannot open the folder: {said[-1]}")
-
-
 def _write_model(network: Any, found: Stock, folder: Path) -> None:
     """The files of transformers: configuration, weights, generation."""
     shell: Any = skeleton(type(network), found.config)
-    state = network.state_dict()
     like = next(iter(network.parameters()))
     zeros = {name: torch.zeros(shape).to(like) for name, shape in found.zeros.items()}
-    shell.load_state_dict({**state, **zeros}, assign=True)
-    shell.tie_weights()
     if getattr(network, "generation_config", None) is not None:
         shell.generation_config = copy.deepcopy(network.generation_config)
-    shell.save_pretrained(folder)
+    # By which it writes the type of the values.
+    shell.to(network.dtype)
+    with _without_bars():
+        shell.save_pretrained(folder, state_dict={**network.state_dict(), **zeros})
 
 
-def _write_configs(network: Any, config: Any, folder: Path) -> None:
+def _write_configs(network: Any, folder: Path) -> None:
+    """The configuration of the network that was given to the first compression."""
+    config = copy.deepcopy(network.config)
+    config.architectures, config.dtype = [type(network).__name__], network.dtype
     config.save_pretrained(folder)
     if network.can_generate():
         network.generation_config.save_pretrained(folder)
@@ -337,11 +216,12 @@ def _without_values(kind: Any, config: Any) -> nn.Module:
     """The class of a configuration with parameters that hold nothing, and buffers as they are."""
     made = nn.Module.register_parameter
 
-    def empty(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:
-            parameter = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
-        made(self, name, parameter)
+    def empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), param.requires_grad)
+        made(self, name, param)
 
+    # On the meta device alone, buffers would hold nothing, either.
     nn.Module.register_parameter = empty  # type: ignore[method-assign]
     try:
         return kind(config)  # type: ignore[no-any-return]
@@ -359,6 +239,18 @@ def _carry(network: Any, folder: Path, tokenizer: Any) -> None:
         for file in home.glob(pattern):
             if file.is_file() and not (folder / file.name).exists():
                 shutil.copyfile(file, folder / file.name)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    logging = import_module("transformers.utils.logging")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 @contextmanager

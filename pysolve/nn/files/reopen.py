@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,7 @@ def _tensors(value: Any) -> list[Tensor]:
 
 def _opened(job: Mapping[str, Any]) -> Any:
     """The network in a folder, by the class that its configuration names."""
-    import transformers
-
+    transformers: Any = import_module("transformers")
     folder, options = job["folder"], {"dtype": "auto", **job["options"]}
     record = json.loads((Path(folder) / "config.json").read_text())
     if "block_configs" in record:
@@ -47,17 +47,15 @@ def _opened(job: Mapping[str, Any]) -> Any:
 
 def _by_blocks(transformers: Any, folder: Path, record: Mapping[str, Any]) -> Any:
     """A Llama whose MLPs are as wide as its ``block_configs`` say, of Llama's own layers."""
-    from transformers.models.llama.modeling_llama import LlamaMLP
-
+    made: Any = import_module("transformers.models.llama.modeling_llama").LlamaMLP
     known = {name: value for name, value in record.items() if name not in ("block_configs", "model_type")}
     config = transformers.LlamaConfig(**known)
     network = transformers.LlamaForCausalLM(config)
     for layer, block in zip(network.model.layers, record["block_configs"], strict=True):
         if config.num_attention_heads // block["attention"]["n_heads_in_group"] != config.num_key_value_heads:
-            raise ValueError("key/value heads differ.")
-        layer.mlp = LlamaMLP(
-            transformers.LlamaConfig(**{**known, "intermediate_size": block["ffn"]["intermediate_size"]})
-        )
+            raise ValueError("key/value heads differ")
+        width = -(-int(2 * block["ffn"]["ffn_mult"] * config.hidden_size / 3) // 256) * 256
+        layer.mlp = made(transformers.LlamaConfig(**{**known, "intermediate_size": width}))
     missing = network.load_state_dict(load_file(folder / "model.safetensors"), strict=False).missing_keys
     network.tie_weights()
     if missing and not (missing == ["lm_head.weight"] and config.tie_word_embeddings):
