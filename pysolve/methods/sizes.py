@@ -16,6 +16,7 @@ from pysolve.methods.menu import Menu
 from pysolve.methods.price import Probe
 from pysolve.methods.study import Study, widths
 from pysolve.methods.ties import RoundTo, Ties, alike, grouped, rounded, separate
+from pysolve.nn.stock import is_pretrained
 from pysolve.plan import Site
 from pysolve.report.rows import SiteReport, Solve
 from pysolve.solve.budget import Costs
@@ -92,7 +93,10 @@ def within(
     if len(other.groups) == len(own.groups):
         return chosen
     expected = _expected(costs, grouped(menus, other), other, target)
-    return replace(chosen, notes=(_compared(sum(predicted), expected, uniform=ties is not None),))
+    # Without asking which sites a configuration counts.
+    least = ties is None and is_pretrained(found.model)
+    note = _compared(sum(predicted), expected, uniform=ties is not None, least=least)
+    return replace(chosen, notes=(note,))
 
 
 def _expected(costs: Costs, units: Sequence[Menu], ties: Ties, target: Target) -> float | None:
@@ -104,10 +108,10 @@ def _expected(costs: Costs, units: Sequence[Menu], ties: Ties, target: Target) -
     return float(sum(unit.curve[k] for unit, k in zip(units, sizes, strict=True)))
 
 
-def _compared(own: float, other: float | None, *, uniform: bool) -> str:
+def _compared(own: float, other: float | None, *, uniform: bool, least: bool) -> str:
     """What either choice of widths is expected to cause, for the report."""
     kinds = ["layers of their own widths", "one width for all repeated layers"]
-    words = "beyond the target" if other is None else f"{other:.3g}"
+    words = "beyond the target" if other is None else f"{'at least ' * least}{other:.3g}"
     name = "per_layer" if uniform else "uniform"
     return (
         f"expected divergence: {own:.3g} with {kinds[uniform]}, {words} with {kinds[not uniform]} "

@@ -28,8 +28,8 @@ WIDTHS = ("per_layer", "uniform")
 RoundTo = int | Mapping[str | Site, int]
 # Positions among the free sites.
 Own = tuple[int, ...]
-# Up to so many channels, a configuration's checks are asked about every size; beyond, about so many.
-_ASKED, _SOME = 256, 64
+# Up to so many channels, a configuration is asked about every size; beyond, for a step of at most so many.
+_ASKED, _SOME = 256, 256
 # Groups of sites that share a field are looked for among so many at most.
 _JOINED = 4
 

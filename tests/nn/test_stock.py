@@ -135,3 +135,35 @@ def test_blocks_count_widths_in_256():
 def test_only_networks_of_the_library_have_configurations():
     assert not is_pretrained(torch.nn.Linear(2, 2))
     assert is_pretrained(made(transformers, "vit")[0])
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
+def test_layer_norms_bring_their_eps(name):
+    model, _ = made(transformers, name)
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.eps = 3e-5
+    found = type(model)(stock_of(model).config)
+    assert {one.eps for one in found.modules() if isinstance(one, torch.nn.LayerNorm)} == {3e-5}
+
+
+def test_what_the_configuration_refuses_is_said():
+    model, _ = made(transformers, "llama")
+    shapes = shapes_of(model)
+    narrow = {
+        name: tuple(15 if size == 16 and "_proj" not in name else size for size in shape)
+        for name, shape in shapes.items()
+    }
+    for name in narrow:
+        if (
+            "q_proj" in name
+            or "gate_proj" in name
+            or "up_proj" in name
+            or "k_proj" in name
+            or "v_proj" in name
+        ):
+            narrow[name] = (shapes[name][0], 15)
+        if "o_proj" in name or "down_proj" in name:
+            narrow[name] = (15, shapes[name][1])
+    with pytest.raises(NotStockError, match="LlamaConfig refuses hidden_size = 15"):
+        describe(model, narrow, fields_of(model))

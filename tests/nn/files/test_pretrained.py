@@ -1,8 +1,9 @@
 """Folders of transformers: opened again without pysolve, and equal, or not written at all."""
 
+import copy
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,16 @@ def test_a_folder_is_written_whole_with_what_belongs_to_it(small, tmp_path):
     with pytest.raises(FileExistsError, match="overwrite=True"):
         ps.save_pretrained(result, tmp_path / "out")
     assert result.model.config.num_attention_heads == 4
+
+
+def test_padded_batches_and_half_precision_compare_too(small, tmp_path):
+    result, _, _ = small
+    batch = {"input_ids": torch.arange(12).view(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
+    batch["attention_mask"][1, 4:] = 0
+    half = replace(result, model=copy.deepcopy(result.model).bfloat16())
+    assert ps.save_pretrained(half, tmp_path / "out", batch=batch).difference == 0
+    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
+    assert ps.load_pretrained(tmp_path / "out").dtype == torch.bfloat16
 
 
 def test_nothing_is_left_where_the_class_computes_something_else(small, tmp_path):
