@@ -58,11 +58,21 @@ def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def skeleton(kind: type[nn.Module], config: Any) -> nn.Module:
-    """A network of a class, without values."""
-    with torch.device("meta"):
-        made: Any = kind(copy.deepcopy(config))
-        # Not every version ties weights that have no values by itself.
-        made.tie_weights()
+    """A network of a class, without values.
+
+    Raises
+    ------
+    NotStockError
+        The class cannot make one.
+    """
+    try:
+        with torch.device("meta"):
+            made: Any = kind(copy.deepcopy(config))
+            # Not every version ties weights that have no values by itself.
+            made.tie_weights()
+    # Whatever constructors raise.
+    except Exception as error:
+        raise NotStockError(f"{kind.__name__} cannot be made without values: {error}") from error
     return made  # type: ignore[no-any-return]
 
 
@@ -113,7 +123,8 @@ def describe(network: nn.Module, shapes: Shapes, fields: Fields) -> Stock:
         There is none.
     """
     kind, found = type(network), [*_solutions(type(network), fields, shapes)]
-    if told := _told(network, fields):
+    told = _told(network, fields)
+    if told and _sizes(kind, fields.config, told):
         nearer = _fields(kind, with_fields(fields.config, told))
         found += [{**told, **changes} for changes in _solutions(kind, nearer, shapes)]
     if not found:

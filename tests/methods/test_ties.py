@@ -17,6 +17,7 @@ from pysolve.methods.price import price, probe
 from pysolve.methods.sizes import by_keep, within
 from pysolve.methods.studied import studied
 from pysolve.methods.ties import alike, grouped, rounded, separate, uniform
+from pysolve.nn.stock import with_fields
 from pysolve.solve.budget import limits_of
 
 QUIET = {"progress": False, "latency": False}
@@ -168,17 +169,15 @@ def test_a_configuration_refuses_sizes():
     study, model, _ = families("llama")
     ties = uniform(study)
     assert [mask.tolist() for mask in ties.allowed if len(mask) == 3] == [[True, True, True]]
-    # Of five groups of keys, whose heads must divide the hidden size of 20.
-    config = model.config.__class__(
-        **{**model.config.to_dict(), "hidden_size": 20, "num_attention_heads": 10}
-    )
-    config.num_key_value_heads, config.head_dim = 5, 4
-    wide = type(model)(config).eval()
-    study = studied(
-        wide, batches({"input_ids": torch.arange(12).view(2, 6)}), Options(progress=False), sites=True
-    )
-    (mask,) = [mask for mask in uniform(study).allowed if len(mask) == 6]
-    assert np.flatnonzero(mask).tolist() == [0, 1, 2, 5]
+    # Five groups of keys, whose heads must divide the hidden size of 20; and more neurons than are asked about.
+    changes = {"hidden_size": 20, "num_attention_heads": 10, "intermediate_size": 300}
+    config = with_fields(model.config, {**changes, "num_key_value_heads": 5, "head_dim": 4})
+    data = batches({"input_ids": torch.arange(12).view(2, 6)})
+    study = studied(type(model)(config).eval(), data, Options(progress=False), sites=True)
+    heads, neurons = sorted(uniform(study).allowed, key=len)
+    assert np.flatnonzero(heads).tolist() == [0, 1, 2, 5]
+    assert len(neurons) == 301
+    assert neurons.all()
 
 
 def test_one_field_may_count_encoder_and_decoder():
