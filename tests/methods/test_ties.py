@@ -169,7 +169,7 @@ def test_a_configuration_refuses_sizes():
     study, model, _ = families("llama")
     ties = uniform(study)
     assert [mask.tolist() for mask in ties.allowed if len(mask) == 3] == [[True, True, True]]
-    # Five groups of keys, whose heads must divide the hidden size of 20; and more neurons than are asked about.
+    # Five groups of keys, whose heads must divide the hidden size of 20; and many neurons.
     changes = {"hidden_size": 20, "num_attention_heads": 10, "intermediate_size": 300}
     config = with_fields(model.config, {**changes, "num_key_value_heads": 5, "head_dim": 4})
     data = batches({"input_ids": torch.arange(12).view(2, 6)})
