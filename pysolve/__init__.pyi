@@ -31,6 +31,9 @@ from .nn.files.checkpoint import file_bytes as file_bytes
 from .nn.files.checkpoint import load as load
 from .nn.files.checkpoint import save as save
 from .nn.files.checkpoint import stored_bytes as stored_bytes
+from .nn.files.pretrained import Pretrained as Pretrained
+from .nn.files.pretrained import load_pretrained as load_pretrained
+from .nn.files.pretrained import save_pretrained as save_pretrained
 from .nn.gather import gather as gather
 from .nn.graph.sites import find_sites as find_sites
 from .nn.inspect import inspect as inspect

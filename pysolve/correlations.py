@@ -254,6 +254,11 @@ class Correlations:
         return f"Correlations({d} inputs in groups of {self.group_size}, {h} outputs, {self.count} samples)"
 
 
+def without_sums(found: Correlations) -> Correlations:
+    """Correlations that centring does not change: of a layer without a bias to make up for means."""
+    return replace(found, x_sum=np.zeros_like(found.x_sum), y_sum=np.zeros_like(found.y_sum))
+
+
 def _centre(own: Correlations, strip: int = 256) -> Correlations:
     """Centred correlations in the place of the given ones."""
     x_mean, y_mean = own.x_sum / own.count, own.y_sum / own.count

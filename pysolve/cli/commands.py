@@ -121,7 +121,7 @@ def _parted(given: Mapping[str, Value]) -> tuple[Job, dict[str, Value]]:
 def write_compressed(verb: str, given: Mapping[str, Value]) -> None:
     """Make a network smaller by a function of pysolve, and write it with its report."""
     job, options = _parted(given)
-    state_dict = options.pop("state_dict")
+    state_dict, pretrained = options.pop("state_dict"), options.pop("pretrained", False)
     written = ["network.safetensors", "plan.json", "report.json", "report.md", "report.html"]
     written += ["state_dict.safetensors"] * state_dict
     with folder(job.out, written):
@@ -129,10 +129,12 @@ def write_compressed(verb: str, given: Mapping[str, Value]) -> None:
         result = getattr(ps, verb)(model, batches, evaluate=score, progress=job.progress, **options)
         ps.save(result, job.out / written[0])
         if state_dict:
-            write(job.out / written[-1], tensors(result.model.state_dict()))
+            # Tensors of several names are written under each, for load_state_dict.
+            state = {name: value.clone() for name, value in result.model.state_dict().items()}
+            write(job.out / written[-1], tensors(state))
         # Sizes of the network's file, and of one for the original where it has none.
         before = dict(result.report.before)
-        before.setdefault("file", len(tensors(model.state_dict())))
+        before.setdefault("file", len(tensors(_once(model))))
         after = {**result.report.after, "file": (job.out / written[0]).stat().st_size}
         notes = (*job.notes, *result.report.notes)
         report = replace(result.report, before=before, after=after, notes=notes)
@@ -144,7 +146,19 @@ def write_compressed(verb: str, given: Mapping[str, Value]) -> None:
         write(job.out / "report.json", json.dumps(record, indent=1))
         write(job.out / "report.md", f"# {title}\n\n{report.as_markdown()}")
         write(job.out / "report.html", page(report, title))
+        if pretrained:
+            ps.save_pretrained(result, job.out / "pretrained", overwrite=True)
+            written.append("pretrained/")
     job.show(str(report), record, written)
+
+
+def _once(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict of a network, tensors of several names under the first alone."""
+    first: dict[tuple[int, torch.Size], str] = {}
+    state = model.state_dict()
+    for name, value in state.items():
+        first.setdefault((value.data_ptr(), value.shape), name)
+    return {name: state[name] for name in first.values()}
 
 
 def write_study(given: Mapping[str, Value]) -> None:

@@ -113,7 +113,14 @@ def command(*names: str, **defaults: object) -> Callable[[Run], Run]:
     return made
 
 
-@command(*_INPUTS, "target", "select", "round_to", "refit", *_OUTPUTS, data=None, out="compressed")
+@command(
+    *_INPUTS,
+    *("target", "select", "widths", "round_to", "refit"),
+    *_OUTPUTS,
+    "pretrained",
+    data=None,
+    out="compressed",
+)
 def compress(**given: Value) -> None:
     """Make a network smaller, without labels and without training; write it with a report."""
     _write("compress", given)

@@ -97,6 +97,7 @@ OPTIONS = {
         shown="what suits the method",
     ),
     "distill": Option(str, "Match the original's outputs afterwards: 60s, 2m, or 5e for epochs.", "0"),
+    "widths": Option(str, "per_layer, or uniform: one for all repeated layers.", "per_layer"),
     "round_to": Option(int, "Widths in multiples of so many channels.", 1, least=1),
     "ignore": Option(list[str], "Layer to leave alone, or re:pattern; may be repeated."),
     "study": Option(Path, "A file that pysolve study wrote, instead of --data."),
@@ -106,6 +107,9 @@ OPTIONS = {
     "study.out": Option(Path, "File to write to.", ...),
     "solve.out": Option(Path, ".npz file for M, keep and lam."),
     "state_dict": Option(bool, "Write the tensors alone, too, in their new shapes.", False),
+    "pretrained": Option(
+        bool, "Write a folder that transformers opens, too: pretrained/.", False, "--save-pretrained"
+    ),
     "latency": Option(bool, "Time both networks and their layers.", True, "--latency/--no-latency"),
     "limit": Option(int, "Most inputs of an array to use.", 2000, "--samples", least=1),
     "device": Option(str, "Where to compute: cpu, cuda, cuda:1, ….", "cpu"),

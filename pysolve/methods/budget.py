@@ -62,8 +62,6 @@ def settle(
     layers: Sequence[RankMenu],
     target: Target,
     where: Probe,
-    *,
-    round_to: int = 1,
 ) -> Settled:
     """Sizes within the target, measured, and chosen anew until no prediction is far off.
 
@@ -74,7 +72,7 @@ def settle(
     """
     tried: list[Settled] = []
     for _ in range(MAX_ROUNDS):
-        sizes, ranks = choose(costs, sites, layers, target, round_to=round_to)
+        sizes, ranks = choose(costs, sites, layers, target)
         if tried and (sizes, ranks) == (tried[-1].sizes, tried[-1].ranks):
             break
         wanted = [*sizes, *(ranks.get(str(menu.unit), menu.whole) for menu in layers)]
@@ -103,7 +101,7 @@ def costs_of(study: Study, *, also: Sequence[str] = ()) -> Costs:
 
 
 def choose(
-    costs: Costs, sites: Sequence[Menu], layers: Sequence[RankMenu], target: Target, *, round_to: int = 1
+    costs: Costs, sites: Sequence[Menu], layers: Sequence[RankMenu], target: Target
 ) -> tuple[list[int], dict[str, int]]:
     """Channels that each site keeps, and ranks of the layers that are factored, for the least divergence.
 
@@ -119,15 +117,13 @@ def choose(
     sites : sequence of Menu
     layers : sequence of RankMenu
     target : {measure: share or number}
-    round_to : int
-        Sites keep multiples of so many channels, or all.
 
     Raises
     ------
     PysolveError
         When even the smallest sizes cost more than a target: says how much.
     """
-    search = _Search(costs, [menu.curve for menu in sites], layers, target, round_to)
+    search = _Search(costs, [menu.curve for menu in sites], layers, target)
     everything, nothing = frozenset(range(len(layers))), frozenset[int]()
     best = search.settled(everything)
     # Alone within one measure, what a layer costs as it is counts exactly.
@@ -145,12 +141,12 @@ class _Search:
     """Divergences of sets of layers that may be factored, each solved once."""
 
     def __init__(
-        self, costs: Costs, curves: Sequence[Array], layers: Sequence[RankMenu], target: Target, round_to: int
+        self, costs: Costs, curves: Sequence[Array], layers: Sequence[RankMenu], target: Target
     ) -> None:
         self.costs, self.layers = costs, layers
         self.rows, self.limits = limits_of(costs, target)
         self.which = [MEASURES.index(measure) for measure in self.rows]
-        self.sizes, self.divergences = site_sizes(costs, curves, round_to=round_to)
+        self.sizes, self.divergences = site_sizes(costs, curves)
         self.solved: dict[frozenset[int], tuple[float, Array]] = {}
 
     def divergence(self, chosen: frozenset[int]) -> float:

@@ -22,7 +22,6 @@ from pysolve.methods.goal import (
     check_keep,
     check_sites,
     check_target,
-    check_whole,
     network_of,
     options_for,
     placed,
@@ -37,6 +36,7 @@ from pysolve.methods.sizes import Sized, by_keep, by_lam, check_free, site_repor
 from pysolve.methods.streams import as_needed, in_principal_axes
 from pysolve.methods.studied import studied
 from pysolve.methods.study import Clock, Study
+from pysolve.methods.ties import RoundTo, check_round_to, check_widths, uniform
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.running import Batch, Device, Ignored
@@ -62,7 +62,8 @@ def compress(
     seed: int = 0,
     progress: bool = True,
     sites: Sequence[Site] | None = None,
-    round_to: int = 1,
+    widths: str = "per_layer",
+    round_to: RoundTo = 1,
     divergence: Divergence = kl_divergence,
     memory: Memory = None,
     transform: Transform | None = None,
@@ -116,7 +117,12 @@ def compress(
     sites : sequence of Site, optional
         Instead of those that ``find_sites`` finds; needed for a network that cannot be exported, whose
         readers are then refitted independently.
-    round_to : int
+    widths : "per_layer" or "uniform"
+        One size for corresponding sites of repeated layers, and no biases that layers did not have: what the
+        network's own class makes of other numbers, and other software reads. Of a network of transformers,
+        only what its configuration counts shrinks, to sizes that the configuration accepts;
+        ``save_pretrained`` writes it. The report says what either choice is expected to cause.
+    round_to : int, or {writer, pattern ``re:…`` or Site: int}
         Sites keep multiples of this many channels, or all.
     divergence : callable
         From the original's and another output to how far they are apart, averaged over samples.
@@ -160,6 +166,7 @@ def compress(
     targets = [] if wanted is None else [wanted]
     how = _checked(network, targets, select, refit, distill, sites, ignore, round_to)
     check_keep(keep, lam)
+    one = check_widths(widths, lam)
     options = options_for(
         network,
         ignore,
@@ -173,20 +180,22 @@ def compress(
         process_group,
         device,
     )
+    options = replace(options, new_biases=not one)
     network = placed(network, options)
     found = studied(network, batches, options, sites=True if sites is None else sites)
     check_free(found)
+    ties = uniform(found) if one else None
     found = in_principal_axes(found) if isinstance(select, str) and refit != "none" else found
     clock, channels = Clock(), Channels(_by_site(found, select))
     menus = channels.menus(found)
     if lam is not None:
         sized = by_lam(found, menus, lam)
     elif keep is not None:
-        sized = by_keep(found, menus, keep, round_to)
+        sized = by_keep(found, menus, keep, round_to, ties)
     else:
         assert wanted is not None
         where = probe(found, menus)
-        sized = within(found, price(found, menus, where), wanted, where, round_to)
+        sized = within(found, price(found, menus, where), wanted, where, round_to, ties)
     clock.stage("measure")
     return made(before, found, sized, clock, wanted, refit, how)
 
@@ -205,7 +214,8 @@ def sweep(
     seed: int = 0,
     progress: bool = True,
     sites: Sequence[Site] | None = None,
-    round_to: int = 1,
+    widths: str = "per_layer",
+    round_to: RoundTo = 1,
     divergence: Divergence = kl_divergence,
     memory: Memory = None,
     transform: Transform | None = None,
@@ -223,8 +233,8 @@ def sweep(
     targets : iterable of targets
     retrain : callable, optional
         Trains a network in place; each result is evaluated once more after it. Needs ``evaluate``.
-    select, refit, distill, ignore, seed, progress, sites, round_to, divergence, memory, transform, latency,
-    process_group, device
+    select, refit, distill, ignore, seed, progress, sites, widths, round_to, divergence, memory, transform,
+    latency, process_group, device
         As in ``compress``.
     checkpoint : path, optional
         Folder for sums, from which a killed call goes on, as in ``study``.
@@ -247,6 +257,7 @@ def sweep(
         raise TypeError(f"targets must be a list of targets, got one: pass [{dict(targets)}].")
     wanted = list(targets)
     how = _checked(network, wanted, select, refit, distill, sites, ignore, round_to)
+    one = check_widths(widths)
     options = options_for(
         network,
         ignore,
@@ -261,9 +272,11 @@ def sweep(
         device,
         checkpoint,
     )
+    options = replace(options, new_biases=not one)
     network = placed(network, options)
     found = studied(network, batches, options, sites=True if sites is None else sites)
     check_free(found)
+    ties = uniform(found) if one else None
     found = in_principal_axes(found) if isinstance(select, str) and refit != "none" else found
     clock, channels = Clock(), Channels(_by_site(found, select))
     menus = channels.menus(found)
@@ -273,7 +286,7 @@ def sweep(
     found, reports = replace(found, seconds={**found.seconds, **clock.seconds}), []
     for target in wanted:
         clock = Clock()
-        sized = within(found, menus, target, where, round_to)
+        sized = within(found, menus, target, where, round_to, ties)
         clock.stage("choose")
         result = made(before, found, sized, clock, target, refit, how)
         report = result.report
@@ -323,7 +336,7 @@ def _checked(
     distill: Length,
     sites: Sequence[Site] | None,
     ignore: Sequence[Ignored],
-    round_to: int,
+    round_to: RoundTo,
 ) -> dict[str, object]:
     """Refuse what can be told to be wrong without running the network; options of distillation."""
     for target in targets:
@@ -334,7 +347,7 @@ def _checked(
     one_of("refit", refit, REFITS)
     if sites is not None:
         check_sites(sites, ignore)
-    check_whole("round_to", round_to)
+    check_round_to(round_to)
     return check_distill(network, distill)
 
 

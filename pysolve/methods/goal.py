@@ -73,6 +73,8 @@ class Options:
         Where to compute, if not where the network is.
     home : torch.device, optional
         Where the network is, and the result is to be.
+    new_biases : bool
+        Whether layers may be given a bias that they did not have.
     """
 
     ignore: Sequence[Ignored] = ()
@@ -88,6 +90,7 @@ class Options:
     ranks: Ranks = field(default_factory=Ranks)
     device: torch.device | None = None
     home: torch.device | None = None
+    new_biases: bool = True
 
 
 def options_for(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pysolve.correlations import Array, Correlations, Indices
+from pysolve.correlations import Array, Correlations, Indices, Mask
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.plan import Site
 
@@ -86,6 +86,8 @@ class Menu:
         Spent on all of this.
     method : str
         How its sizes are chosen.
+    allowed : (n + 1,) bool array, optional
+        Sizes that it may have; all by default.
     """
 
     unit: Site | str
@@ -94,6 +96,7 @@ class Menu:
     measured: Mapping[int, float] = field(default_factory=dict)
     seconds: float = 0.0
     method: str = ""
+    allowed: Mask | None = None
 
     @property
     def whole(self) -> int:
@@ -107,9 +110,13 @@ class Menu:
 
     @property
     def curve(self) -> Array:
-        """(n + 1,) divergence to expect at every size, from what was measured so far."""
+        """(n + 1,) divergence to expect at every size, from what was measured so far.
+
+        Infinite where a size is not allowed.
+        """
         known = sorted(self.measured.items())
-        return divergence_curve(self.error, [k for k, _ in known], [value for _, value in known])
+        found = divergence_curve(self.error, [k for k, _ in known], [value for _, value in known])
+        return found if self.allowed is None else np.where(self.allowed, found, np.inf)
 
 
 def divergence_curve(error: Array, sizes: Sequence[int], divergences: Sequence[float]) -> Array:

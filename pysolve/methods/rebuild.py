@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
-from pysolve.correlations import Array, Correlations, Indices, group_columns
+from pysolve.correlations import Array, Correlations, Indices, group_columns, without_sums
 from pysolve.errors import PysolveError
 from pysolve.forms import Codebook, Form, Integers, LowRank
 from pysolve.layer.layer_fit import LayerFit
@@ -273,7 +273,7 @@ def _fit_layer(layer: Layer, task: Task, fit: Fit | None, intercept: bool, weigh
         M = fit(task.without_data()).weight
         bias = task.correlations.bias(M) if intercept else None
         return LayerFit(M, bias, task.correlations.share_lost(M, bias))
-    bare = replace(task, correlations=_without_sums(task.correlations))
+    bare = replace(task, correlations=without_sums(task.correlations))
     if not intercept:
         return replace(fit(bare), bias=None)
     found = fit(task)
@@ -293,7 +293,7 @@ def _offline(study: Study, left: Left, name: str, fit: Fit) -> LayerFit:
         return replace(fit(task.without_data()), bias=None)
     if layer is None or layer.takes_bias:
         return fit(task)
-    return replace(fit(replace(task, correlations=_without_sums(task.correlations))), bias=None)
+    return replace(fit(replace(task, correlations=without_sums(task.correlations))), bias=None)
 
 
 def _concerned(study: Study, chosen: Chosen, cuts: Mapping[str, Cut]) -> dict[str, Fit]:
@@ -390,8 +390,3 @@ def _batches(study: Study) -> tuple[list[Batch], str]:
 
 def _why_independent(reason: str) -> str:
     return f"{reason}, so its readers were refitted independently"
-
-
-def _without_sums(found: Correlations) -> Correlations:
-    """Correlations that centring does not change."""
-    return replace(found, x_sum=np.zeros_like(found.x_sum), y_sum=np.zeros_like(found.y_sum))

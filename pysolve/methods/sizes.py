@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pysolve.correlations import Indices
+from pysolve.correlations import Indices, Mask
 from pysolve.errors import PysolveError
-from pysolve.methods.budget import costs_of, settle
+from pysolve.methods.budget import choose, costs_of, settle
 from pysolve.methods.goal import Target, Values
 from pysolve.methods.kinds.channels import site_problem
 from pysolve.methods.menu import Menu
 from pysolve.methods.price import Probe
 from pysolve.methods.study import Study, widths
+from pysolve.methods.ties import RoundTo, Ties, alike, grouped, rounded, separate
+from pysolve.nn.stock import is_pretrained
 from pysolve.plan import Site
 from pysolve.report.rows import SiteReport, Solve
+from pysolve.solve.budget import Costs
 from pysolve.solve.certificate import certify
 from pysolve.solve.problem import Problem
 from pysolve.solve.selection import lasso_solution
@@ -40,6 +43,8 @@ class Sized:
         Divergence to expect of each, where that was measured.
     notes : tuple of str
     solves : tuple of Solve
+    pinned : {Site: str}
+        Why sites keep all of their channels, beside those that never could lose any.
     """
 
     menus: Sequence[Menu]
@@ -47,6 +52,7 @@ class Sized:
     predicted: Sequence[float] | None = None
     notes: tuple[str, ...] = ()
     solves: tuple[Solve, ...] = field(default=())
+    pinned: Mapping[Site, str] = field(default_factory=dict)
 
     @property
     def keep(self) -> dict[Site, Indices]:
@@ -63,10 +69,54 @@ def check_free(found: Study) -> None:
         raise PysolveError(f"no channel of this network can be removed: {why}.")
 
 
-def within(found: Study, menus: Sequence[Menu], target: Target, where: Probe, round_to: int = 1) -> Sized:
-    """The sizes of least divergence within a target."""
-    done = settle(found, costs_of(found), menus, (), target, where, round_to=round_to)
-    return sized(found, done.sites, done.sizes, done.predicted)
+def within(
+    found: Study,
+    menus: Sequence[Menu],
+    target: Target,
+    where: Probe,
+    round_to: RoundTo = 1,
+    ties: Ties | None = None,
+) -> Sized:
+    """The sizes of least divergence within a target; with ties, one for each group of sites."""
+    own, costs = rounded(found, ties or separate(found), round_to), costs_of(found)
+    units = grouped(menus, own)
+    done = settle(found, costs.tied(own.groups), units, (), target, where)
+    menus, sizes, predicted = [*menus], [0] * len(menus), [0.0] * len(menus)
+    for group, unit, k in zip(own.groups, done.sites, done.sizes, strict=True):
+        for i in group:
+            menus[i] = unit if len(group) == 1 else menus[i]
+            sizes[i], predicted[i] = k, float(menus[i].curve[k])
+    if not ties:
+        predicted = done.predicted
+    chosen = replace(sized(found, menus, sizes, predicted), pinned=own.pinned)
+    other = rounded(found, separate(found) if ties else alike(found), round_to)
+    if len(other.groups) == len(own.groups):
+        return chosen
+    expected = _expected(costs, grouped(menus, other), other, target)
+    # Without asking which sites a configuration counts.
+    least = ties is None and is_pretrained(found.model)
+    note = _compared(sum(predicted), expected, uniform=ties is not None, least=least)
+    return replace(chosen, notes=(note,))
+
+
+def _expected(costs: Costs, units: Sequence[Menu], ties: Ties, target: Target) -> float | None:
+    """The divergence to expect of the best sizes with some ties; None where none are within the target."""
+    try:
+        sizes, _ = choose(costs.tied(ties.groups), units, (), target)
+    except PysolveError:
+        return None
+    return float(sum(unit.curve[k] for unit, k in zip(units, sizes, strict=True)))
+
+
+def _compared(own: float, other: float | None, *, uniform: bool, least: bool) -> str:
+    """What either choice of widths is expected to cause, for the report."""
+    kinds = ["layers of their own widths", "one width for all repeated layers"]
+    words = "beyond the target" if other is None else f"{'at least ' * least}{other:.3g}"
+    name = "per_layer" if uniform else "uniform"
+    return (
+        f"expected divergence: {own:.3g} with {kinds[uniform]}, {words} with {kinds[not uniform]} "
+        f'(widths="{name}")'
+    )
 
 
 def sized(
@@ -78,11 +128,20 @@ def sized(
     return Sized(menus, kept, predicted, (), tuple(_lasso_solves(found, menus, sizes)))
 
 
-def by_keep(found: Study, menus: Sequence[Menu], keep: Values, round_to: int = 1) -> Sized:
-    """As many channels as told."""
+def by_keep(
+    found: Study, menus: Sequence[Menu], keep: Values, round_to: RoundTo = 1, ties: Ties | None = None
+) -> Sized:
+    """As many channels as told: of sites that are tied, as told of any of them."""
     _check_names(found, "keep", keep)
-    sizes = [_size(site, _entry(site, keep), round_to) for site in found.free]
-    return sized(found, menus, sizes)
+    own, sizes = rounded(found, ties or separate(found), round_to), [0] * len(menus)
+    for group, allowed in zip(own.groups, own.allowed, strict=True):
+        told = {found.free[i].name: _entry(found.free[i], keep) for i in group}
+        values = {value for value in told.values() if value is not None}
+        if len(values) > 1:
+            raise ValueError(f"these sites keep equally many channels, which cannot be several: {told}.")
+        for i in group:
+            sizes[i] = _size(found.free[i], next(iter(values), None), allowed)
+    return replace(sized(found, menus, sizes), pinned=own.pinned)
 
 
 def by_lam(found: Study, menus: Sequence[Menu], lam: Values) -> Sized:
@@ -119,8 +178,11 @@ def site_reports(found: Study, sized: Sized) -> Iterator[SiteReport]:
             k,
             error=float(menu.error[k]) * (k < site.channels),
             predicted=None if sized.predicted is None else sized.predicted[s],
-            measured=None if sized.predicted is None else menu.measured.get(k, 0.0),
+            measured=None
+            if sized.predicted is None
+            else menu.measured.get(k, 0.0 if k == site.channels else None),
             seconds=menu.seconds,
+            pinned=sized.pinned.get(site),
             curve=tuple((int(n), float(f"{menu.error[n]:.4g}")) for n in shown),
         )
 
@@ -190,8 +252,10 @@ def _entry(site: Site, values: Values) -> float | None:
     return next(iter(given.values()), None)
 
 
-def _size(site: Site, value: float | None, round_to: int) -> int:
+def _size(site: Site, value: float | None, allowed: Mask) -> int:
+    """The allowed size nearest to what was told, of two the larger."""
     if value is None:
         return site.channels
     wanted = value * site.channels if value <= 1 and not isinstance(value, int | np.integer) else value
-    return min(site.channels, max(1, round(wanted / round_to)) * round_to)
+    sizes = 1 + np.flatnonzero(allowed[1:])[::-1]
+    return int(sizes[np.argmin(np.abs(sizes - round(wanted)))])

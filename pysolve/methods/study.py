@@ -178,6 +178,8 @@ class Study:
     @property
     def new_biases(self) -> frozenset[str]:
         """Layers without a bias that may be given one: those that can lose inputs."""
+        if not self.options.new_biases:
+            return frozenset()
         readers = {self.layers[name] for site in self.free for name in site.readers if name in self.layers}
         return frozenset(layer.name for layer in readers if layer.calls == 1 and not layer.takes_bias)
 

@@ -7,10 +7,12 @@ from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
+from itertools import chain
 from operator import is_
 from types import SimpleNamespace
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -44,6 +46,27 @@ def copy_of(module: M, memo: dict[int, Any] | None = None) -> M:
             f"{type(module).__name__} cannot be copied: {what}. Set to None, or take off as a hook, what has "
             "no copies: locks, open files, generators, trainers."
         ) from error
+
+
+def without_values(module: M) -> M:
+    """A copy of a network or a layer on the meta device."""
+    memo: dict[int, Any] = {}
+    for tensor in chain(module.parameters(), module.buffers()):
+        empty = tensor.detach().to("meta")
+        memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+    return copy_of(module, memo)
+
+
+def with_values(module: M) -> M:
+    """A copy of a network or a layer with memory for tensors that have none."""
+    memo: dict[int, Any] = {}
+    for tensor in chain(module.parameters(), module.buffers()):
+        if tensor.is_meta:
+            new = torch.empty_like(tensor, device="cpu")
+            memo[id(tensor)] = (
+                nn.Parameter(new, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else new
+            )
+    return copy_of(module, memo)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +59,20 @@ class Costs:
         """Every measure of the network as it is, to which shares refer."""
         now = self.cost(self.channels)
         return {measure: now[measure] - float(self.added[m]) for m, measure in enumerate(MEASURES)}
+
+    def tied(self, groups: Sequence[Sequence[int]]) -> Costs:
+        """The costs as a function of one k for each group of sites, which keep equally many."""
+        one = np.zeros((len(self.channels), len(groups)))
+        for g, group in enumerate(groups):
+            one[list(group), g] = 1.0
+        return replace(
+            self,
+            channels=self.channels[[group[0] for group in groups]],
+            rows=self.rows @ one,
+            columns=self.columns @ one,
+            gradient=self.gradient @ one,
+            hessian=one.T @ self.hessian @ one,
+        )
 
     def cost(self, kept: npt.ArrayLike) -> dict[str, float]:
         """Every measure when site s keeps ``kept[s]`` channels."""

@@ -619,4 +619,30 @@ def test_a_folder_has_a_part_to_learn_from_and_one_to_test_on(mnist_folder):
 def test_options_of_a_command_are_arguments_of_its_function(verb):
     command = next(one for one in app.registered_commands if one.callback.__name__ == verb)
     options = {*signature(command.callback).parameters} - {field.name for field in fields(Job)}
-    assert options - {"state_dict", "bytes"} <= {*signature(getattr(ps, verb)).parameters}
+    assert options - {"state_dict", "bytes", "pretrained"} <= {*signature(getattr(ps, verb)).parameters}
+
+
+def test_a_folder_for_other_programs_is_written_where_asked_for(tmp_path, monkeypatch):
+    pytest.importorskip("transformers")
+    (tmp_path / "decoder.py").write_text(
+        textwrap.dedent("""
+            import torch
+            from families import made
+            import transformers
+
+            def make():
+                return made(transformers, "llama")[0]
+
+            def batches():
+                torch.manual_seed(1)
+                return [{"input_ids": torch.randint(30, (16, 6))} for _ in range(4)]
+        """)
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    words = ["compress", "decoder:make", "--data", "decoder:batches", "--target", "params=0.8", "--quiet"]
+    done = CliRunner().invoke(app, [*words, "--widths", "uniform", "--save-pretrained", "--out", "small"])
+    assert done.exit_code == 0, done.output
+    record = json.loads((tmp_path / "small/pretrained/config.json").read_text())
+    assert record["intermediate_size"] < 12
+    assert type(ps.load_pretrained(tmp_path / "small/pretrained")).__name__ == "LlamaForCausalLM"

@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 from scipy.linalg import solve_triangular
 
-from pysolve.correlations import Array, Correlations, Indices, group_columns
+from pysolve.correlations import Array, Correlations, Indices, group_columns, without_sums
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
 from pysolve.methods.study import Study, widths
@@ -49,7 +49,7 @@ class Channels:
             start, site = time.perf_counter(), sites[number]
             if _is_turned(study, site):
                 return *_leading(study, site), time.perf_counter() - start
-            order, error = _eliminated(*site_problem(site, study.correlations, widths(study, site)))
+            order, error = _eliminated(*site_problem(site, _known(study, site), widths(study, site)))
             return order, error, time.perf_counter() - start
 
         found = zip(sites, ranks.shared_out(len(sites), path), strict=True)
@@ -66,7 +66,7 @@ class Channels:
         if _is_turned(study, site):
             found = _of_order(site, *_leading(study, site))
             return replace(found, seconds=time.perf_counter() - start)
-        problem, left = site_problem(site, study.correlations, widths(study, site))
+        problem, left = site_problem(site, _known(study, site), widths(study, site))
         select = self.select if isinstance(self.select, str) else self.select[site]
         return replace(site_menu(site, problem, left, select), seconds=time.perf_counter() - start)
 
@@ -139,6 +139,18 @@ def reader_columns(site: Site, correlations: Correlations, reader: str, width: i
     return (table[:, :, None] * taps + np.arange(taps)).reshape(site.channels, -1)
 
 
+def _known(study: Study, site: Site) -> dict[str, Correlations]:
+    """Correlations of a site's readers, of those that were seen."""
+    return {name: _of_reader(study, name) for name in site.readers if name in study.correlations}
+
+
+def _of_reader(study: Study, name: str) -> Correlations:
+    """A reader's correlations; around zero where no bias can make up for the means."""
+    known = study.correlations[name]
+    able = study.options.new_biases or (name in study.layers and study.layers[name].takes_bias)
+    return known if able else without_sums(known)
+
+
 def _eliminated(problem: Problem, left: Sequence[float]) -> tuple[Indices, Array]:
     """Channels in the order of removal, and the error of every size."""
     path = elimination_path(problem, r_yy=left if len(left) > 1 else left[0])
@@ -157,7 +169,7 @@ def _leading(study: Study, site: Site) -> tuple[Indices, Array]:
     names = [name for name in site.readers if name in study.correlations]
     inputs, error = widths(study, site), np.zeros(site.channels + 1)
     for name in names:
-        R, C, left = _reader(site, study.correlations[name], name, inputs[name], True)
+        R, C, left = _reader(site, _of_reader(study, name), name, inputs[name], True)
         explained = np.square(solve_triangular(_factor(R), C.T, lower=True)).sum(1)
         error += left
         error[1:] -= np.cumsum(explained.reshape(site.channels, -1).sum(1))

@@ -28,6 +28,7 @@ from pysolve.nn.files.format2 import compact, expanded
 from pysolve.nn.files.plan_json import field, plain, typed
 from pysolve.nn.files.storage import bits, read, size, write
 from pysolve.nn.plain import unwrapped
+from pysolve.nn.state import with_values
 
 Record = dict[str, object]
 # Format versions: with each tensor for itself, and in one coded stream.
@@ -126,6 +127,11 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
     ImportError
         When the file needs constriction, which is not installed.
     """
+    return restored(path, model)
+
+
+def restored(path: str | os.PathLike[str], model: nn.Module, *, empty: bool = False) -> nn.Module:
+    """As ``load``; with ``empty``, parameters of ``model`` may be on the meta device."""
     _check_kind("model", model, nn.Module, "the original network, a torch.nn.Module")
     record, tensors = read(Path(path))
     version = record.get("version")
@@ -138,6 +144,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         model = ordinary(unwrapped(model))
         _check_original(record, model)
         network = rebuilt(record, model)
+        network = with_values(network) if empty else network
         _fill(network, _values(record, tensors, network))
         restore_modes(network, record)
     except ImportError as error:

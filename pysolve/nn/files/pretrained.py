@@ -1,0 +1,273 @@
+"""Networks of transformers in folders: those that it opens by itself, and those that need a plan."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pysolve.compressed import Compressed
+from pysolve.errors import DataError, PysolveError
+from pysolve.nn.blocks import blocks_of
+from pysolve.nn.files.architecture import ordinary
+from pysolve.nn.files.checkpoint import restored, save
+from pysolve.nn.files.reopening import Written, difference, outputs_again, reopened, written_of
+from pysolve.nn.running import Batch
+from pysolve.nn.stock import NotStockError, Stock, is_pretrained, skeleton, stock_of
+
+# Beside the original's configuration, in folders that are for ``load_pretrained``.
+FILE = "pysolve.safetensors"
+# What belongs to a model beside its weights and its configurations.
+_CARRIED = (
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model"),
+    *("sentencepiece*", "*.tiktoken", "*.spm", "chat_template*", "normalizer.json"),
+    *("preprocessor_config.json", "*processor_config.json", "*processor.json"),
+)
+_BLOCKS = (
+    "layers differ, so it is written as block_configs of DeciLM: transformers needs that model's own "
+    "code; Llama's own layers, of these widths, gave the outputs"
+)
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A folder that was written, and opened again.
+
+    Parameters
+    ----------
+    path : Path
+    stock : bool
+        Whether ``from_pretrained`` opens it without pysolve.
+    difference : float
+        Between the outputs of the network and of the opened one, as a share of the largest: 0 is bit for bit.
+    note : str
+        What else is to be known.
+    """
+
+    path: Path
+    stock: bool
+    difference: float
+    note: str = ""
+
+
+def save_pretrained(
+    compressed: Compressed,
+    folder: str | os.PathLike[str],
+    *,
+    stock: bool = True,
+    batch: Batch = None,
+    tokenizer: Any = None,
+    overwrite: bool = False,
+) -> Pretrained:
+    """Write a compressed network of transformers as a folder, and open it again to see that it is the same.
+
+    With ``stock``, the folder is what transformers itself would write: ``config.json`` with the widths of the
+    network, read back from its shapes, and ``model.safetensors`` with the names and ties of its class. Any
+    program that opens such folders opens it. It is opened in a fresh process that does not know pysolve, and
+    its outputs are compared, or nothing is left of it. Llamas whose layers have MLPs of different widths are
+    written as DeciLM's ``block_configs``, which vLLM and llama.cpp open and transformers needs that model's
+    own code for; what is opened then is Llama's own layers, of the widths that the folder says.
+
+    Parameters
+    ----------
+    compressed : Compressed
+        Whose network is one of transformers.
+    folder : str or path
+        Is written whole or not at all.
+    stock : bool
+        False: the original's configuration and a file as ``save`` writes it, from which ``load_pretrained``
+        makes the network: for what no configuration describes, such as factored layers and integers.
+    batch : one batch, optional
+        To compare outputs on; by default one is made for networks of tokens, images and sound.
+    tokenizer : optional
+        Or processor, which is saved with the network; by default, files of the folder that the original came
+        from are copied.
+    overwrite : bool
+        Whether an existing folder is replaced.
+
+    Returns
+    -------
+    Pretrained
+
+    Raises
+    ------
+    PysolveError
+        No configuration describes the network: names the fields and layers. The opened network gives other
+        outputs, or cannot be opened. No batch can be made.
+    FileExistsError
+        The folder exists.
+    """
+    network, folder = _network_of(compressed), Path(folder)
+    if folder.exists() and not overwrite:
+        raise FileExistsError(f"{folder} exists: choose another folder, or overwrite=True.")
+    with _replacing(folder) as part:
+        if stock:
+            written = write_stock(network, part, batch)
+            apart = reopened([written])[0]
+        else:
+            written = written_of(network, part, batch)
+            _write_configs(network, part)
+            save(compressed, part / FILE)
+            again = load_pretrained(part).to(written.device)
+            apart = difference(written, outputs_again(again, written))
+        _carry(network, part, tokenizer)
+    return Pretrained(folder, stock, apart, written.note)
+
+
+def load_pretrained(folder: str | os.PathLike[str]) -> nn.Module:
+    """The network in a folder that ``save_pretrained`` wrote, or any other of transformers.
+
+    Parameters
+    ----------
+    folder : str or path
+
+    Returns
+    -------
+    nn.Module
+        In evaluation mode. Where the folder has a plan, the class that its configuration names is made
+        without values, and the plan's network from it.
+
+    Raises
+    ------
+    DataError
+        It is no such folder.
+    """
+    folder = Path(folder)
+    library = import_module("transformers")
+    try:
+        config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
+        kind = getattr(library, (config.architectures or [""])[0], None)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{folder} holds no configuration of transformers: {error}") from error
+    if kind is None:
+        raise DataError(f"{folder}/config.json names no class of transformers: {config.architectures}.")
+    if not (folder / FILE).exists():
+        return kind.from_pretrained(folder, dtype="auto", local_files_only=True)  # type: ignore[no-any-return]
+    network = restored(folder / FILE, _without_values(kind, config), empty=True).eval()
+    if hasattr(network, "generation_config"):
+        network.generation_config = library.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return network
+
+
+def write_stock(network: nn.Module, folder: Path, batch: Batch = None) -> Written:
+    """Write a folder that transformers opens, which is to be opened again before it is trusted."""
+    written = written_of(network, folder, batch)
+    try:
+        _write_model(network, stock_of(network), folder)
+    except NotStockError as error:
+        try:
+            stock, blocks = blocks_of(network)
+        except NotStockError as other:
+            more = f" ({other})" if "block_configs" in str(other) else ""
+            raise PysolveError(
+                f"no configuration of {type(network).__name__} describes this network: {error}{more}. "
+                'Compress with widths="uniform", or save it with stock=False, for load_pretrained alone.'
+            ) from error
+        _write_model(network, stock, folder)
+        file = folder / "config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), **blocks}, indent=2))
+        return replace(written, note=_BLOCKS)
+    return written
+
+
+def _network_of(compressed: Compressed) -> Any:
+    if not isinstance(compressed, Compressed):
+        raise TypeError(f"compressed must be what compress returned, got {type(compressed).__name__}.")
+    network = ordinary(compressed.model)
+    if not is_pretrained(network):
+        raise PysolveError(f"{type(network).__name__} is no network of transformers: use pysolve.save.")
+    return network
+
+
+def _write_model(network: Any, found: Stock, folder: Path) -> None:
+    """The files of transformers: configuration, weights, generation."""
+    shell: Any = skeleton(type(network), found.config)
+    like = next(iter(network.parameters()))
+    zeros = {name: torch.zeros(shape).to(like) for name, shape in found.zeros.items()}
+    if getattr(network, "generation_config", None) is not None:
+        shell.generation_config = copy.deepcopy(network.generation_config)
+    # By which it writes the type of the values.
+    shell.to(network.dtype)
+    with _without_bars():
+        shell.save_pretrained(folder, state_dict={**network.state_dict(), **zeros})
+
+
+def _write_configs(network: Any, folder: Path) -> None:
+    """The configuration of the network that was given to the first compression."""
+    config = copy.deepcopy(network.config)
+    config.architectures, config.dtype = [type(network).__name__], network.dtype
+    config.save_pretrained(folder)
+    if network.can_generate():
+        network.generation_config.save_pretrained(folder)
+
+
+def _without_values(kind: Any, config: Any) -> nn.Module:
+    """The class of a configuration with parameters that hold nothing, and buffers as they are."""
+    made = nn.Module.register_parameter
+
+    def empty(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to("meta"), param.requires_grad)
+        made(self, name, param)
+
+    # On the meta device alone, buffers would hold nothing, either.
+    nn.Module.register_parameter = empty  # type: ignore[method-assign]
+    try:
+        return kind(config)  # type: ignore[no-any-return]
+    finally:
+        nn.Module.register_parameter = made  # type: ignore[method-assign]
+
+
+def _carry(network: Any, folder: Path, tokenizer: Any) -> None:
+    """Files of the tokenizer or processor."""
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+        return
+    home = Path(getattr(network, "name_or_path", "") or "")
+    for pattern in _CARRIED if str(home) != "." and home.is_dir() else ():
+        for file in home.glob(pattern):
+            if file.is_file() and not (folder / file.name).exists():
+                shutil.copyfile(file, folder / file.name)
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    logging = import_module("transformers.utils.logging")
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of ``folder`` once it is complete."""
+    if not folder.absolute().parent.is_dir():
+        raise FileNotFoundError(f"{folder} cannot be written: there is no folder {folder.parent}.")
+    part = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.part")
+    part.mkdir()
+    try:
+        yield part
+        if folder.exists():
+            old = part.with_suffix(".old")
+            os.replace(folder, old)
+            os.replace(part, folder)
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
+        else:
+            os.replace(part, folder)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
