@@ -29,7 +29,7 @@ app = typer.Typer(add_completion=False, help=__doc__)
 # Sizes that each site is measured at first, and with the one that is chosen; rows of outputs that the first
 # share, at most, and in passes; the fewest rows and samples of one; the share of the samples in the selection
 # set, and its most.
-FIRST, PROBES, SHARED, PASSES, LEAST_ROWS, LEAST, HELD, MOST = 2, 3, 16384, 4, 48, 4, 1 / 12, 256
+FIRST, PROBES, SHARED, PASSES, LEAST_ROWS, LEAST, HELD, MOST = 2, 3, 32768, 4, 48, 4, 1 / 12, 256
 # Share of the inputs that stays.
 KEPT = 0.7
 

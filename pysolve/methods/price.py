@@ -26,10 +26,11 @@ from pysolve.nn.samples import first_samples, samples_in
 # Divergences are means over rows of outputs: samples, or their positions. Work to measure them, in such rows
 # through the whole network at most, and in passes over what was given: all units share it, so that it does
 # not grow with the square of the depth. ResNet-20's sizes, chosen on 96 of 166 samples, cause up to a tenth
-# more. Fewer rows than the least tell too little: of codes, with 250, those of one layer were off by factors
-# of three to seven. Positions of one sample are alike: a decoder's sizes chosen on one text of 128 tokens
-# cause up to a tenth more divergence, on four as little as on 42.
-PROBE_ROWS, PASSES, LEAST_ROWS, LEAST_SAMPLES, LEAST_OF_CODES = 16384, 4, 48, 4, 256
+# more. Fewer rows than the least tell too little, and positions of one sample are alike: a decoder's sizes
+# chosen on one text of 128 tokens cause up to a tenth more divergence, on four as little as on 42.
+PROBE_ROWS, PASSES, LEAST_ROWS, LEAST_SAMPLES = 32768, 4, 48, 4
+# Samples for all codes, and for one layer's: with 250, those of one were off by factors of three to seven.
+MOST_OF_CODES, LEAST_OF_CODES = 16384, 256
 
 
 M = TypeVar("M", bound=Menu)
@@ -65,7 +66,7 @@ def probe_of_codes(study: Study, units: int, values: Mapping[str, Tensor]) -> Pr
     ``values`` are parameters of the network where they are not the original's.
     """
     assert study.calibration is not None
-    count = max(LEAST_OF_CODES, PROBE_ROWS // max(1, units))
+    count = max(LEAST_OF_CODES, MOST_OF_CODES // max(1, units))
     return _probe(study, study.first_kept(count), values)
 
 
