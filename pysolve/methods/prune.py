@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import nn
 from torch.distributed import ProcessGroup
@@ -36,6 +36,7 @@ from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import REFITS, rebuild
 from pysolve.methods.result import finish
 from pysolve.methods.sizes import by_keep, check_free, within
+from pysolve.methods.streams import in_principal_axes
 from pysolve.methods.studied import studied
 from pysolve.methods.study import Clock, Study
 from pysolve.methods.weights import reasons, weights_of
@@ -284,6 +285,7 @@ def _channels(
     """Whole channels, physically, through the same steps as ``compress``."""
     found = studied(network, batches, options, sites=True)
     check_free(found)
+    found = in_principal_axes(found) if goal.method == "elimination" and goal.refit != "none" else found
     clock = Clock()
     scores = scores_of(found, goal.method, goal.norm) if goal.method in OF_CHANNELS else None
     kind = Channels(goal.method if scores is None else scores)
@@ -292,20 +294,32 @@ def _channels(
         target, where = _as_target(goal.value), probe(found, menus)
         sized = within(found, price(found, menus, where), target, where)
     else:
-        sized = by_keep(found, menus, _kept(goal, scores))
+        sized = by_keep(found, menus, _kept(found, goal, scores))
+        whole = [site.name for site in found.free if site.norms and site not in sized.keep]
+        said = f"{', '.join(whole)}: all channels stay, for norms read them; name them, or give a target"
+        sized = replace(sized, notes=(*sized.notes, *([said] if whole else [])))
     clock.stage("measure")
     return made(before, found, sized, clock, target, goal.refit, goal.distill)
 
 
-def _kept(goal: _Goal, scores: Mapping[Site, Array] | None) -> float | Mapping[str | Site, float]:
-    """How many channels, or which share of them, every site keeps."""
+def _kept(
+    found: Study, goal: _Goal, scores: Mapping[Site, Array] | None
+) -> float | Mapping[str | Site, float]:
+    """How many channels, or which share of them, every site keeps.
+
+    Of a stream through norms, whose channels matter for all that reads it, scores take some only where told.
+    """
     value = goal.value
+    if scores is not None and not isinstance(value, Mapping):
+        scores = {site: one for site, one in scores.items() if not site.norms}
     if goal.what == "threshold" and scores is not None:
         return keep_above(scores, value)  # type: ignore[arg-type]
     if isinstance(value, Mapping):
         return {name: 1.0 - float(share) for name, share in value.items()}
     if goal.scope == "global" and scores is not None:
         return keep_by_share(scores, float(value))
+    if scores is not None:
+        return dict.fromkeys(scores, 1.0 - float(value))
     return 1.0 - float(value)
 
 
