@@ -20,7 +20,16 @@ from pysolve.methods.menu import Chosen, Menu
 from pysolve.methods.study import Study
 from pysolve.nn.apply import apply
 from pysolve.nn.state import without_values
-from pysolve.nn.stock import Fields, NotStockError, describe, fields_of, is_pretrained, shapes_of, with_fields
+from pysolve.nn.stock import (
+    Fields,
+    NotStockError,
+    describe,
+    fields_of,
+    is_pretrained,
+    shapes_of,
+    with_fields,
+    with_numbers,
+)
 from pysolve.plan import Collapse, Plan, Site
 
 WIDTHS = ("per_layer", "uniform")
@@ -199,10 +208,16 @@ def _allowed(found: Study, shell: nn.Module, fields: Fields, own: Sequence[int])
     if channels < 2:
         return "one channel is left of it"
     plan = Plan(tuple(Collapse(site, np.arange(some)) for site in sites))
+    narrow = apply(shell, plan)
     try:
-        half = describe(shell, shapes_of(apply(shell, plan)), fields)
+        half = describe(shell, shapes_of(narrow), fields)
     except NotStockError:
         return f"no field of {type(found.model.config).__name__} counts these channels alone"
+    try:
+        # One ε for norms over other channels as well, or a factor that the code takes from the width.
+        _ = with_numbers(narrow, half.config) if any(site.norms for site in sites) else None
+    except NotStockError as error:
+        return f"no configuration has these numbers: {error}"
     now = dict(fields.values)
     changed = {path: (now[path], value) for path, value in half.changes.items()}
 

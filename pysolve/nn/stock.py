@@ -107,7 +107,7 @@ def stock_of(network: nn.Module, shapes: Shapes | None = None) -> Stock:
         config = with_fields(config, {"tie_word_embeddings": not own})
         if _tied(skeleton(kind, config)) != _tied(network):
             raise NotStockError("other layers share their weights than those of the class")
-    return Stock(_with_numbers(network, config), found.changes, zeros)
+    return Stock(with_numbers(network, config), found.changes, zeros)
 
 
 def describe(network: nn.Module, shapes: Shapes, fields: Fields) -> Stock:
@@ -328,7 +328,7 @@ def _numbers_apart(one: nn.Module, other: nn.Module) -> dict[str, tuple[float, f
     return {name: (a[name], b[name]) for name in a if name in b and a[name] != b[name]}
 
 
-def _with_numbers(network: nn.Module, config: Any) -> Any:
+def with_numbers(network: nn.Module, config: Any) -> Any:
     """The configuration with the network's own small numbers, such as of norms.
 
     Whole numbers may be what they were before a cut, where no code reads them.

@@ -174,8 +174,9 @@ def test_a_configuration_refuses_sizes():
     config = with_fields(model.config, {**changes, "num_key_value_heads": 5, "head_dim": 4})
     data = batches({"input_ids": torch.arange(12).view(2, 6)})
     study = studied(type(model)(config).eval(), data, Options(progress=False), sites=True)
-    heads, neurons = sorted(uniform(study).allowed, key=len)
+    heads, stream, neurons = sorted(uniform(study).allowed, key=len)
     assert np.flatnonzero(heads).tolist() == [0, 1, 2, 5]
+    assert np.flatnonzero(stream).tolist() == [0, 10, 20]
     assert len(neurons) == 301
     assert neurons.all()
 

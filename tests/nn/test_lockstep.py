@@ -565,7 +565,7 @@ def test_what_follows_the_last_layer_does_not_run(monkeypatch):
     monkeypatch.setattr(
         lockstep.Walk,
         "_run",
-        lambda walk, node, value: ran.append(str(node.target)) or run(walk, node, value),
+        lambda walk, node, *given: ran.append(str(node.target)) or run(walk, node, *given),
     )
     refitted(model, [x], [], [], always=["a", "b"])
     assert not any("softmax" in target for target in ran)

@@ -33,12 +33,13 @@ from pysolve.nn.files import storage
 from pysolve.nn.files.architecture import fingerprint
 from pysolve.nn.files.format1 import Packed, coded, decoded, pack, unpack
 from pysolve.nn.files.storage import WORDS, bits, zipped
+from pysolve.nn.layer_kinds import WHOLE_NORMS
 from pysolve.nn.layers.factored import Factored
 from pysolve.nn.layers.masking import masks_of, unmasked
 from pysolve.nn.running import forward
 from pysolve.nn.slicing import WEIGHTED, outputs
 from pysolve.nn.zoo import Mlp
-from pysolve.plan import Collapse, Plan, Site
+from pysolve.plan import Collapse, Norm, Plan, Site
 from pysolve.report.report import Report
 
 REPORT = Report({"params": 10}, {"params": 5}, (), float("nan"), np.int64(3), 4, notes=("a → b",))
@@ -145,12 +146,15 @@ TABLES = {
 
 def free_sites(name):
     """Those of a network that can shrink, from their description."""
+    layers_of = dict(network(name)[0].named_modules())
     for i, line in enumerate(one for one in SITES[name] if "!" not in one):
         channels, layers = line.split(": ")
         makes, _, passed = layers.partition(" | ")
         writers, readers = (tuple(names.split()) for names in makes.split(" → "))
         tables = TABLES[name][i] if name in TABLES else {}
-        yield Site(int(channels), writers, readers, tuple(passed.split()), **tables)
+        names = [one for one in passed.split() if isinstance(layers_of.get(one), WHOLE_NORMS)]
+        norms = [Norm(f"{o}.weight", f"{o}.eps", 0.0, type(layers_of[o]) is nn.LayerNorm) for o in names]
+        yield Site(int(channels), writers, readers, tuple(passed.split()), **tables, norms=tuple(norms))
 
 
 @pytest.mark.parametrize("name", NETWORKS)

@@ -18,7 +18,7 @@ from pysolve.nn.files.reopening import reopened
 transformers = pytest.importorskip("transformers")
 
 QUIET = {"progress": False, "latency": False}
-SLOW = {"qwen2", "gemma2", "whisper", "qwen3_moe", "opt"}
+SLOW = {*FAMILIES} - {"bert", "llama", "mixtral"}
 
 
 @dataclass
