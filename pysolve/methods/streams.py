@@ -270,34 +270,46 @@ def _along(values: Tensor, dim: int, places: Indices, matrix: Array) -> Tensor:
 
 
 class _Turned(Mapping[str, Correlations]):
-    """Correlations of a turned network's layers, made when they are asked for.
-
-    Moments of what several layers read are kept, unless memory is bounded.
-    """
+    """Correlations of a turned network's layers, made when asked for; kept, unless memory is bounded."""
 
     def __init__(
         self, known: Mapping[str, Correlations], stream: _Stream, layers: Mapping[str, Layer], *, keep: bool
     ) -> None:
         self.known, self.stream, self.layers, self.keep = known, stream, layers, keep
-        self.made: dict[int, tuple[Array, Array]] = {}
+        self.made: dict[str, Correlations] = {}
+        self.moments: dict[int, tuple[Array, Array]] = {}
 
     def __getitem__(self, name: str) -> Correlations:
+        if name in self.made:
+            return self.made[name]
         found, site = self.known[name], self.stream.site
         if name in site.readers:
-            xx = self._moments(name, found.xx)
-            found = replace(found, xx=xx, x_sum=self.stream.read(name, len(xx)) @ found.x_sum)
-        concerned = name in site.readers or name in site.writers
-        return own_outputs(found, self.layers[name].module) if concerned else found
+            found = replace(
+                found, xx=self._moments(name, found.xx), x_sum=self._read(name, found) @ found.x_sum
+            )
+        if name in site.readers or name in site.writers:
+            found = own_outputs(found, self.layers[name].module)
+        if self.keep:
+            self.made[name] = found
+        return found
+
+    def __contains__(self, name: object) -> bool:
+        # That of Mapping makes what it is asked for.
+        return name in self.known
+
+    def _read(self, name: str, found: Correlations) -> Array:
+        return self.stream.read(name, len(found.xx))
 
     def _moments(self, name: str, xx: Array) -> Array:
-        before, after = self.made.get(id(xx), (None, xx))
+        """Those of what several layers read, made once."""
+        before, after = self.moments.get(id(xx), (None, xx))
         if before is not xx:
             T = self.stream.read(name, len(xx))
             after = T @ xx @ T.T
             after = (after + after.T) / 2
             if self.keep:
                 # With the array itself, so that no other one gets its number.
-                self.made[id(xx)] = xx, after
+                self.moments[id(xx)] = xx, after
         return after
 
     def __iter__(self) -> Iterator[str]:
