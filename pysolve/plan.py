@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -36,6 +36,19 @@ class Norm:
     epsilon: str
     offset: float = 0.0
     centred: bool = False
+
+    @property
+    def layer(self) -> str:
+        """The module that holds its weight."""
+        return self.weight.rpartition(".")[0]
+
+    @property
+    def inside(self) -> Norm:
+        """The same inside of what runs it over channels that stay."""
+        _, _, leaf = self.epsilon.rpartition(".")
+        weight = self.weight.rpartition(".")[2]
+        names = tensor_name(self.layer, f"norm.{weight}"), tensor_name(self.layer, f"norm.{leaf}")
+        return replace(self, weight=names[0], epsilon=names[1])
 
 
 @dataclass(frozen=True, eq=False)

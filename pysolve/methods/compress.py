@@ -185,7 +185,8 @@ def compress(
     found = studied(network, batches, options, sites=True if sites is None else sites)
     check_free(found)
     ties = uniform(found) if one else None
-    found = in_principal_axes(found) if isinstance(select, str) and refit != "none" else found
+    turns = select == "elimination" and refit != "none" and lam is None
+    found = in_principal_axes(found) if turns else found
     clock, channels = Clock(), Channels(_by_site(found, select))
     menus = channels.menus(found)
     if lam is not None:
@@ -277,7 +278,7 @@ def sweep(
     found = studied(network, batches, options, sites=True if sites is None else sites)
     check_free(found)
     ties = uniform(found) if one else None
-    found = in_principal_axes(found) if isinstance(select, str) and refit != "none" else found
+    found = in_principal_axes(found) if select == "elimination" and refit != "none" else found
     clock, channels = Clock(), Channels(_by_site(found, select))
     menus = channels.menus(found)
     where = probe(found, menus)

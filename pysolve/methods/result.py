@@ -111,7 +111,9 @@ def finish(
         notes = (*notes, CHOSEN_ON)
     model = at_home(model, study.options)
     lines = laid.lines if lines is None else lines
-    fitted = {name: found for name, found in study.correlations.items() if not is_stack(name)}
+    # A turned study makes correlations anew, and has as many samples.
+    known = study.correlations if study.turn is None else study.turn.before.correlations
+    fitted = {name: found for name, found in known.items() if not is_stack(name)}
     few = few_samples(_given(study), fitted)
     stuck = pinned(report.mass, study.sites) if any(site.pinned is None for site in study.sites) else []
     report = replace(

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.correlations import AnyArray, Array, Correlations, Indices
+from pysolve.methods.studied import widened
 from pysolve.methods.study import Study, Turn
 from pysolve.methods.weights import weight_name
-from pysolve.nn.apply import untie
 from pysolve.nn.bare import Bare, find_member
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.gather import gather_reached
@@ -31,6 +31,7 @@ from pysolve.nn.gathered import own_outputs
 from pysolve.nn.graph.branches import Layer, find_layers, read_by
 from pysolve.nn.graph.export import Graph, trace_once
 from pysolve.nn.graph.norms import norm_before
+from pysolve.nn.graph.sizes import of_other_sizes
 from pysolve.nn.layer_kinds import LINEAR, inputs_first, twins
 from pysolve.nn.layer_matrix import LAYERS
 from pysolve.nn.layers.base import weight_of
@@ -38,7 +39,7 @@ from pysolve.nn.outputs import tensors_of
 from pysolve.nn.ranks import of_all_processes
 from pysolve.nn.running import Batch, as_array, evaluating, find_layer, forward
 from pysolve.nn.samples import take
-from pysolve.nn.state import copy_of
+from pysolve.nn.state import copy_of, untie
 from pysolve.nn.values import load
 from pysolve.plan import Norm, Site, tensor_name
 
@@ -111,8 +112,7 @@ class _Stream:
 
 def _turned(study: Study, site: Site) -> Study | str:
     """The study with one stream in its axes, or why that is not possible."""
-    layers = {norm.weight.removesuffix(".weight") for norm in site.norms}
-    norms = layers | {norm.weight for norm in site.norms}
+    norms = {name for norm in site.norms for name in (norm.layer, norm.weight)}
     roles = ((site.readers, LINEAR), (site.writers, _MAKERS), (site.passed, Bare))
     strangers = [
         name
@@ -152,9 +152,11 @@ def _untied(study: Study, tied: Sequence[str]) -> Study:
     """The study of the network with weights of their own for layers that share them, and what these read."""
     assert study.calibration is not None
     names = tuple(weight_name(study.model, name) for name in tied)
-    network = untie(copy_of(study.model), names)
-    graph, _ = trace_once(network, take(study.held[0], 0, 2))
-    seen = gather_reached(network, study.calibration.kept, tied, full=False, progress=study.options.progress)
+    network, kept = untie(copy_of(study.model), names), study.calibration.kept
+    graph, _ = trace_once(network, study.held[0])
+    if any(study.options.ranks.counts(sum(of_other_sizes(graph, batch) for batch in kept))):
+        graph, _ = widened(network, study.held[0], graph)
+    seen = gather_reached(network, kept, tied, full=False, progress=study.options.progress)
     known = {name: one for name, one in seen.items() if one is not None}
     known = of_all_processes(known, study.options.ranks) if study.options.ranks.size > 1 else known
     before = study.turn or Turn(study)
@@ -232,9 +234,8 @@ def _network(model: nn.Module, stream: _Stream) -> tuple[nn.Module, dict[str, An
     for name in (*site.writers, *site.passed):
         member = find_member(network, name)
         if isinstance(member, Bare):
-            table, old = site.rows_of(name, member.values.numel()), state[name].double()
-            new = Q.T @ as_array(old.flatten())[table]
-            values[name] = old.flatten().put(torch.as_tensor(table), torch.as_tensor(new)).reshape(old.shape)
+            table, old = site.rows_of(name, member.values.numel()), as_array(state[name].double().flatten())
+            values[name] = _put(state[name], table, Q.T @ old[table])
         elif isinstance(member, nn.Module) and name in site.writers:
             tensor, bias = weight_name(network, name), tensor_name(name, "bias")
             dim = 1 if isinstance(member, nn.Embedding) or inputs_first(member) else 0
@@ -252,12 +253,17 @@ def _network(model: nn.Module, stream: _Stream) -> tuple[nn.Module, dict[str, An
         values[norm.weight] = torch.full_like(state[norm.weight], 1.0 - norm.offset)
         bias = norm.weight.removesuffix("weight") + "bias"
         if norm.centred and bias in state:
-            rows = site.rows_of(norm.weight.removesuffix(".weight"), site.channels)[:, 0]
-            _, shift = _affine(model, site, norm)
-            values[bias] = state[bias].double().put(torch.as_tensor(rows), torch.as_tensor(Q.T @ shift))
+            rows = site.rows_of(norm.layer, site.channels)[:, 0]
+            values[bias] = _put(state[bias], rows, Q.T @ _affine(model, site, norm)[1])
     values = {name: value.to(state[name]) for name, value in values.items()}
     load(network, values)
     return network, {name: as_array(value) for name, value in values.items()}
+
+
+def _put(values: Tensor, places: Indices, new: Array) -> Tensor:
+    """Values with others at some flat places."""
+    index = torch.as_tensor(places, device=values.device)
+    return values.double().put(index, torch.as_tensor(new, device=values.device))
 
 
 def _along(values: Tensor, dim: int, places: Indices, matrix: Array) -> Tensor:
@@ -284,9 +290,8 @@ class _Turned(Mapping[str, Correlations]):
             return self.made[name]
         found, site = self.known[name], self.stream.site
         if name in site.readers:
-            found = replace(
-                found, xx=self._moments(name, found.xx), x_sum=self._read(name, found) @ found.x_sum
-            )
+            T = self.stream.read(name, len(found.xx))
+            found = replace(found, xx=self._moments(T, found.xx), x_sum=T @ found.x_sum)
         if name in site.readers or name in site.writers:
             found = own_outputs(found, self.layers[name].module)
         if self.keep:
@@ -297,14 +302,10 @@ class _Turned(Mapping[str, Correlations]):
         # That of Mapping makes what it is asked for.
         return name in self.known
 
-    def _read(self, name: str, found: Correlations) -> Array:
-        return self.stream.read(name, len(found.xx))
-
-    def _moments(self, name: str, xx: Array) -> Array:
+    def _moments(self, T: Array, xx: Array) -> Array:
         """Those of what several layers read, made once."""
         before, after = self.moments.get(id(xx), (None, xx))
         if before is not xx:
-            T = self.stream.read(name, len(xx))
             after = T @ xx @ T.T
             after = (after + after.T) / 2
             if self.keep:
@@ -321,7 +322,7 @@ class _Turned(Mapping[str, Correlations]):
 
 def _affine(model: nn.Module, site: Site, norm: Norm) -> tuple[Array, Array]:
     """(channels,) gain of a norm, and its bias as a multiple of the gain, by the site's channels."""
-    state, layer = model.state_dict(), norm.weight.removesuffix(".weight")
+    state, layer = model.state_dict(), norm.layer
     gain = as_array(state[norm.weight]).astype(np.float64) + norm.offset
     passed = next(name for name in (norm.weight, layer) if name in site.passed)
     rows = site.rows_of(passed, len(gain))[:, 0]

@@ -225,7 +225,7 @@ def studied(
         base = replace(base, notes=(*base.notes, no_samples(unseen)))
         found = [_reached(site, correlations) for site in found]
     if graph and any(ranks.counts(sum(of_other_sizes(graph, batch) for batch in calibration.kept))):
-        graph, more_layers = _widened(model, first, graph)
+        graph, more_layers = widened(model, first, graph)
         layers |= more_layers
         clock.stage("find")
     if why and weights:
@@ -280,7 +280,7 @@ def _traced(
     )
 
 
-def _widened(model: nn.Module, first: Batch, graph: Graph) -> tuple[Graph, dict[str, Layer]]:
+def widened(model: nn.Module, first: Batch, graph: Graph) -> tuple[Graph, dict[str, Layer]]:
     """A graph for batches of other sizes, too, and its layers; the graph as it is where none can be made."""
     with suppress(PysolveError):
         graph = trace(model, few_samples(first), every_size=True, fixed_sizes=False)

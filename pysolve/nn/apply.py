@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
@@ -15,10 +14,10 @@ from pysolve.correlations import Mask
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import Codebook
 from pysolve.nn.bare import find_member, forms_of_member
-from pysolve.nn.layer_kinds import WHOLE_NORMS, sides, twins
+from pysolve.nn.layer_kinds import sides, twins
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
-from pysolve.nn.norms import OverKept, kept_of_norms, rescale
+from pysolve.nn.norms import OverKept, kept_of_norms, norms_of, rescale
 from pysolve.nn.plain import unwrapped
 from pysolve.nn.running import Batch, as_tensor, closest, find_layer
 from pysolve.nn.silenced import silenced
@@ -35,10 +34,10 @@ from pysolve.nn.slicing import (
     outputs,
     silence,
 )
-from pysolve.nn.state import copy_of
+from pysolve.nn.state import copy_of, untie
 from pysolve.nn.values import checked, load, new_values
 from pysolve.nn.verify import mismatch
-from pysolve.plan import Collapse, Indices, Norm, Plan, weight_name
+from pysolve.plan import Collapse, Indices, Plan
 
 # Most steps that an error names; finding each takes about 2 log2(steps) runs of the network.
 _NAMED = 5
@@ -98,7 +97,7 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
         old = getattr(layers[owner], leaf)
         new = value if position is None else (*old[:position], value, *old[position + 1 :])
         setattr(layers[owner], leaf, new)
-    for norm, more in _norms(model, plan).items():
+    for norm, more in norms_of(model, plan).items():
         rescale(smaller, norm, more)
     decoded = {name: form for name, form in plan.forms.items() if isinstance(form, Codebook)}
     load(smaller, {name: as_tensor(form.dense()) for name, form in decoded.items()})
@@ -130,9 +129,9 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
         layer = find_layer(wide, name)
         narrow(layer, cuts[name])
         wide = substitute(wide, layer, OverKept(layer, torch.as_tensor(kept)))
-    for norm, more in _norms(model, plan).items():
+    for norm, more in norms_of(model, plan).items():
         if norm.centred:
-            rescale(wide, _inside(norm), more)
+            rescale(wide, norm.inside, more)
     state, cut_members = wide.state_dict(keep_vars=True), _by_member(wide, cuts)
     for name, form in plan.forms.items():
         dense, tensor = as_tensor(form.dense()), state[name].data
@@ -143,24 +142,6 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
             places = getattr(narrowed, name.rpartition(".")[2]).long()
             tensor.put_(places.to(tensor.device), dense.to(tensor))
     return wide
-
-
-def untie(model: nn.Module, names: Sequence[str]) -> nn.Module:
-    """Give tensors that share the values of others their own, in place."""
-    for name in names:
-        owner, _, leaf = name.rpartition(".")
-        layer = find_layer(model, owner)
-        old = layer._parameters.get(leaf)
-        if old is None:
-            raise CollapseError(f"{type(model).__name__} has no parameter {name!r} to untie.")
-        setattr(layer, leaf, nn.Parameter(old.detach().clone(), old.requires_grad))
-    config = vars(model).get("config")
-    if names and config is not None and getattr(config, "tie_word_embeddings", False):
-        # Otherwise transformers ties them again when it saves or loads.
-        config = copy.copy(config)
-        config.tie_word_embeddings = False
-        vars(model)["config"] = config
-    return model
 
 
 def _untied(model: nn.Module, plan: Plan) -> nn.Module:
@@ -190,7 +171,7 @@ def _prepared(model: nn.Module, plan: Plan) -> tuple[nn.Module, dict[str, nn.Mod
             raise CollapseError(f"no channel of {step.site.name} would be left: {remedy}.")
     cuts = _cuts(model, plan)
     _integers(model, plan)
-    _norms(model, plan)
+    norms_of(model, plan)
     values = new_values(model, plan)
     members = _by_member(model, cuts)
     _check_forms(model, plan, members)
@@ -237,34 +218,6 @@ def _integers(model: nn.Module, plan: Plan) -> dict[str, int]:
                 raise CollapseError(f"{path} does not count the channels of {step.site.name}.")
             values[path] = each * len(step.keep)
     return values
-
-
-def _norms(model: nn.Module, plan: Plan) -> dict[Norm, float]:
-    """How many times as many channels each norm had; CollapseError where one is none, or is cut twice."""
-    found: dict[str, tuple[Norm, float]] = {}
-    state = dict(model.named_parameters(remove_duplicate=False))
-    for step in plan.steps:
-        named = {norm.weight for norm in step.site.norms}
-        for name in step.site.passed:
-            if isinstance(find_member(model, name), WHOLE_NORMS) and weight_name(name) not in named:
-                what = f"{name} normalises all channels of {step.site.name}"
-                raise CollapseError(f"{what}: name it in the norms.")
-        for norm in step.site.norms:
-            owner, leaf, _ = _attribute(norm.epsilon)
-            layer = find_layer(model, owner)
-            value = vars(layer).get(leaf)
-            known = type(value) is float or (value is None and isinstance(layer, nn.RMSNorm))
-            weight = state.get(norm.weight)
-            if norm.weight in found or not known or weight is None or weight.shape != (step.site.channels,):
-                raise CollapseError(f"{norm.weight} is no norm over the channels of {step.site.name}.")
-            found[norm.weight] = norm, step.site.channels / len(step.keep)
-    return {norm: more for norm, more in found.values()}
-
-
-def _inside(norm: Norm) -> Norm:
-    """The norm inside of what runs it over channels that stay."""
-    owner, leaf, _ = _attribute(norm.epsilon)
-    return replace(norm, weight=f"{owner}.norm.weight", epsilon=f"{owner}.norm.{leaf}")
 
 
 def _attribute(path: str) -> tuple[str, str, int | None]:

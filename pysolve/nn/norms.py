@@ -11,9 +11,12 @@ from torch.fx import Node
 from torch.nn import functional as F
 
 from pysolve.correlations import Indices
+from pysolve.errors import CollapseError
+from pysolve.nn.bare import find_member
 from pysolve.nn.graph.export import Graph
+from pysolve.nn.layer_kinds import WHOLE_NORMS
 from pysolve.nn.running import find_layer
-from pysolve.plan import Norm, Site
+from pysolve.plan import Norm, Plan, Site, weight_name
 
 
 class OverKept(nn.Module):
@@ -27,6 +30,34 @@ class OverKept(nn.Module):
         """(…, D) values."""
         kept = self.kept.to(x.device)
         return torch.zeros_like(x).index_copy(-1, kept, self.norm(x.index_select(-1, kept)))
+
+
+def norms_of(model: nn.Module, plan: Plan) -> dict[Norm, float]:
+    """How many times as many channels each norm of a plan had.
+
+    Raises
+    ------
+    CollapseError
+        One is no norm over the channels of its site, is cut twice, or passes channels without being named.
+    """
+    found: dict[str, tuple[Norm, float]] = {}
+    state = dict(model.named_parameters(remove_duplicate=False))
+    for step in plan.steps:
+        named = {norm.weight for norm in step.site.norms}
+        for name in step.site.passed:
+            if isinstance(find_member(model, name), WHOLE_NORMS) and weight_name(name) not in named:
+                what = f"{name} normalises all channels of {step.site.name}"
+                raise CollapseError(f"{what}: name it in the norms.")
+        for norm in step.site.norms:
+            owner, _, leaf = norm.epsilon.rpartition(".")
+            layer = find_layer(model, owner)
+            value = vars(layer).get(leaf)
+            known = type(value) is float or (value is None and isinstance(layer, nn.RMSNorm))
+            weight = state.get(norm.weight)
+            if norm.weight in found or not known or weight is None or weight.shape != (step.site.channels,):
+                raise CollapseError(f"{norm.weight} is no norm over the channels of {step.site.name}.")
+            found[norm.weight] = norm, step.site.channels / len(step.keep)
+    return {norm: more for norm, more in found.values()}
 
 
 def rescale(network: nn.Module, norm: Norm, more: float) -> None:
@@ -46,7 +77,7 @@ def kept_of_norms(keep: Mapping[Site, Indices]) -> dict[str, Indices]:
     for site, kept in keep.items():
         for norm in site.norms:
             if norm.centred and len(kept) < site.channels:
-                table = site.rows_of(norm.weight.removesuffix(".weight"), site.channels)
+                table = site.rows_of(norm.layer, site.channels)
                 found[norm.weight] = table[kept, 0]
     return found
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from itertools import chain
@@ -82,6 +82,23 @@ def keeping_state(*models: nn.Module) -> Iterator[None]:
     finally:
         for one in kept:
             one.put_back()
+
+
+def untie(model: M, names: Iterable[str]) -> M:
+    """Give tensors that share the values of others their own, in place."""
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        layer = dict(model.named_modules(remove_duplicate=False)).get(owner)
+        old = None if layer is None else layer._parameters.get(leaf)
+        if layer is None or old is None:
+            raise PysolveError(f"{type(model).__name__} has no parameter {name!r} to untie.")
+        setattr(layer, leaf, nn.Parameter(old.detach().clone(), old.requires_grad))
+        config = vars(model).get("config")
+        if config is not None and getattr(config, "tie_word_embeddings", False):
+            # Otherwise transformers ties them again when it saves or loads.
+            vars(model)["config"] = config = copy.copy(config)
+            config.tie_word_embeddings = False
+    return model
 
 
 def drop_graphs(model: nn.Module) -> None:

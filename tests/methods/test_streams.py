@@ -212,3 +212,32 @@ def test_a_site_that_passes_a_norm_names_it(norm):
     plan = Plan((Collapse(replace(stream, norms=stream.norms[1:]), np.arange(4)),))
     with pytest.raises(CollapseError, match="name it in the norms"):
         apply(model, plan)
+
+
+def test_a_penalty_finds_channels_not_axes():
+    model = decoder()
+    small = compress(model, ids().split(8), lam={"words": 1e-4}, progress=False, latency=False)
+    assert small.plan.untied == ()
+    assert "norm.weight" not in small.plan.values
+
+
+def test_code_for_batches_of_one_size_is_turned_as_well():
+    class Fixed(Decoder):
+        def forward(self, ids):
+            x = torch.stack([self.words(row) for row in ids]) + self.places
+            return self.head(self.norm(self.blocks(x)))
+
+    torch.manual_seed(0)
+    model = Fixed().eval()
+    small = compress(model, ids(96).split(8), keep={"words": 8}, progress=False, latency=False)
+    assert small.model.words.weight.shape == (WORDS, 8)
+    assert "norm.weight" in small.plan.values
+
+
+def test_bounded_memory_gives_the_same_axes():
+    model = decoder(bias=True)
+    found = [
+        compress(model, ids().split(8), keep={"words": 8}, memory=bound, progress=False, latency=False)
+        for bound in (None, "2GiB")
+    ]
+    torch.testing.assert_close(found[0].model(ids(seed=2)), found[1].model(ids(seed=2)), rtol=1e-4, atol=1e-4)
