@@ -81,6 +81,9 @@ def main(
     distill: Annotated[float, typer.Option(help="Seconds of label-free matching of the last row.")] = 0,
 ) -> None:
     """Compress by each kind of unit and by all of them."""
+    missing = [one for one in ("shakespeare_llama", "text/tinyshakespeare.txt") if not (data / one).exists()]
+    if missing:
+        raise typer.BadParameter(f"{data} has no {missing[0]}")
     model, (train, test) = decoder(data / "shakespeare_llama"), texts(data)
     batches, dense = windows(train, count), loss(model, test)
     sites = [site for site in ps.find_sites(model, batches[0]) if site.pinned is None]

@@ -98,7 +98,8 @@ def compress(
         over each site's readers r, whose non-zero groups stay.
     select : str, or {Site or its name: (channels,) scores}
         How channels are chosen: "elimination" or any method of ``select_channels``; or by scores of every
-        channel of every site that can shrink, of which the largest stay.
+        channel of every site that can shrink, of which the largest stay. By "elimination", with a target or
+        ``keep``, streams that norms alone read lose principal axes instead of channels.
     refit : "sequential", "independent", "bias" or "none"
         Every layer on the compressed network's own inputs; the readers alone on the original's; biases alone;
         or nothing at all: the weights that are left stay as they are.

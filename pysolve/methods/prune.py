@@ -145,6 +145,7 @@ def prune(
         importance propagated back from the network's outputs, or as ``compress`` selects.
     amount : float or {layer: float}
         Share of the weights, or of the channels, that goes; with a mapping, layers without an entry keep all.
+        One share for all sites leaves streams whole that norms read, unless they are chosen by "elimination".
     threshold : float or {layer: float}
         What scores below it goes: |w| for "magnitude", and the channels' scores. One channel stays.
     sensitivity : float or {layer: float}
