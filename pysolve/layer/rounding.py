@@ -150,7 +150,8 @@ def descend(target: Target, levels: Levels, codes: Codes) -> Codes:
         return round_nearest(target, levels)
     A, order, weights = target.A, _by_energy(target), target.rows
     M = np.ascontiguousarray(levels.values(codes, np.arange(len(A))).T)
-    codes, slope = np.ascontiguousarray(codes.T), A @ (M - target.V.T)
+    # A copy even of one row, whose transpose is contiguous as it is.
+    codes, slope = codes.T.copy(), A @ (M - target.V.T)
     for a in range(0, len(A), _WIDTH):
         own = order[a : a + _WIDTH]
         inner, local, before = A[np.ix_(own, own)], slope[own], M[own]

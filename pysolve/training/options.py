@@ -34,6 +34,8 @@ Step = Callable[[float], None]
 PRECISIONS = ("float32", "bfloat16", "auto")
 # Learning rates of a schedule that follows the clock.
 TICKS = 1000
+# Steps that fill the time exactly may exceed it by that share in floating point.
+_ROUNDING = 1e-12
 
 
 class BaseOptions(TypedDict, total=False):
@@ -118,7 +120,7 @@ class Run:
             return min(done, self.length)
         # By the clock, and as it will be after one more step: so the last step ends in time.
         after = before + (elapsed - before) * (done + 1) / done
-        return min(int(self.length * after / self.seconds), self.length)
+        return min(int(self.length * after / self.seconds * (1 + _ROUNDING)), self.length)
 
     def bfloat16(self, device: torch.device) -> bool:
         """Whether the network computes in bfloat16 on a device."""

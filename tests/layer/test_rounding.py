@@ -5,7 +5,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import seeds
 
@@ -132,7 +132,17 @@ def test_descent_never_raises_the_loss_and_ends_where_no_single_change_helps(cas
     assert (gain[inside] <= 1e-9 * (1 + np.square(best[inside]))).all()
 
 
+@given(cases)
+def test_codes_that_are_given_stay_as_they_were(case):
+    codes = round_nearest(case.target, case.levels)
+    before = codes.copy()
+    descend(case.target, case.levels, codes)
+    settle(case.target, case.levels, codes, 2)
+    assert np.array_equal(codes, before)
+
+
 @given(cases, st.integers(0, 4))
+@example(random_case(9, 1, 9, 2, "affine", True), 1)
 def test_alternating_never_raises_the_loss(case, passes):
     codes = round_with_feedback(case.target, case.levels)
     levels, settled, loss = settle(case.target, case.levels, codes, passes)

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import nn
 
@@ -66,6 +66,7 @@ def test_every_epoch_visits_every_example_once_in_parts_of_nearly_equal_size(n, 
 
 
 @given(st.integers(1, 500), st.floats(1e-3, 1.0), st.floats(0.01, 100.0))
+@example(1, 0.001, 16.586832594541438)
 def test_by_the_clock_steps_of_equal_length_fill_the_time_and_no_more(n, share, seconds):
     run, step, done = Run(n, seconds=seconds), share * seconds, 1
     while run.position(done, done * step) < run.length:

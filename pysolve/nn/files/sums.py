@@ -31,6 +31,8 @@ _TYPES: dict[str, Any] = {
 }
 _NAMES = {np.dtype(kind): name for name, kind in _TYPES.items()}
 _CHECKSUMS = "checksums"
+# CRC-32 of the header, itself taken as zeros there; before everything else of the metadata.
+_SEAL = b'{"__metadata__":{"crc32":"%08x",'
 _SUMS = tuple(one.name for one in fields(Correlations) if one.name not in ("count", "group_size"))
 
 
@@ -113,13 +115,14 @@ def write_arrays(path: Path, arrays: Mapping[str, AnyArray | Stored], metadata: 
     An existing file is replaced only once the new one is complete and on the disk.
     """
     sums = {name: one.checksum if isinstance(one, Stored) else _checksum(one) for name, one in arrays.items()}
-    header: dict[str, object] = {"__metadata__": {**metadata, _CHECKSUMS: json.dumps(sums)}}
+    header: dict[str, object] = {"__metadata__": {"crc32": f"{0:08x}", **metadata, _CHECKSUMS: json.dumps(sums)}}
     end = 0
     for name, array in arrays.items():
         places = [end, end := end + array.nbytes]
         header[name] = {"dtype": _NAMES[array.dtype], "shape": [*array.shape], "data_offsets": places}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
+    text = _SEAL % zlib.crc32(text) + text[len(_SEAL % 0) :]
     with replacing(path) as part, part.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays.values():
@@ -140,8 +143,13 @@ def open_arrays(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
             if length > size - 8:
                 raise ValueError(f"its header should take {length} bytes, but it has {size}")
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
+            text = file.read(length)
+        rest = text[len(_SEAL % 0) :]
+        if text != _SEAL % zlib.crc32(_SEAL % 0 + rest) + rest:
+            raise ValueError("the checksum of its header is wrong")
+        header = json.loads(text)
+        metadata = header.pop("__metadata__")
+        del metadata["crc32"]
         sums = json.loads(metadata.pop(_CHECKSUMS))
         arrays = {
             name: Stored(

@@ -72,15 +72,9 @@ def test_a_damaged_file_is_refused(tmp_path_factory, place, bit, cut):
     else:
         content[place] ^= 1 << bit
     path.write_bytes(content)
-    try:
-        stored, _ = open_arrays(path)
-        values = {name: one.read() for name, one in stored.items()}
-    except DataError:
-        return
-    # Names and blanks of the header have no checksum.
-    assert sorted(one.tobytes() for one in values.values()) == sorted(
-        one.tobytes() for one in (np.arange(40.0), np.ones((3, 3)))
-    )
+    with pytest.raises(DataError):
+        for one in open_arrays(path)[0].values():
+            one.read()
 
 
 def test_an_existing_file_stays_where_a_new_one_fails(tmp_path):
