@@ -115,7 +115,8 @@ def write_arrays(path: Path, arrays: Mapping[str, AnyArray | Stored], metadata: 
     An existing file is replaced only once the new one is complete and on the disk.
     """
     sums = {name: one.checksum if isinstance(one, Stored) else _checksum(one) for name, one in arrays.items()}
-    header: dict[str, object] = {"__metadata__": {"crc32": f"{0:08x}", **metadata, _CHECKSUMS: json.dumps(sums)}}
+    metadata = {"crc32": f"{0:08x}", **metadata, _CHECKSUMS: json.dumps(sums)}
+    header: dict[str, object] = {"__metadata__": metadata}
     end = 0
     for name, array in arrays.items():
         places = [end, end := end + array.nbytes]

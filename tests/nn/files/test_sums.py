@@ -22,6 +22,10 @@ def correlations(seed, d=3, h=2):
     return Correlations.from_samples(rng.standard_normal((9, d)), rng.standard_normal((9, h)))
 
 
+def everything(path):
+    return {name: one.read() for name, one in open_arrays(path)[0].items()}
+
+
 @given(st.dictionaries(st.text(min_size=1, max_size=5), ARRAYS, max_size=4))
 def test_arrays_come_back_as_they_were_and_other_programs_read_them(tmp_path_factory, values):
     path = tmp_path_factory.mktemp("arrays") / "file.safetensors"
@@ -73,8 +77,7 @@ def test_a_damaged_file_is_refused(tmp_path_factory, place, bit, cut):
         content[place] ^= 1 << bit
     path.write_bytes(content)
     with pytest.raises(DataError):
-        for one in open_arrays(path)[0].values():
-            one.read()
+        everything(path)
 
 
 def test_an_existing_file_stays_where_a_new_one_fails(tmp_path):
