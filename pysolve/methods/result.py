@@ -22,7 +22,7 @@ from pysolve.methods.layout import LaidOut
 from pysolve.methods.study import Clock, Study
 from pysolve.nn.bare import is_stack
 from pysolve.nn.calibration import HELD_OF, LEAST_APART
-from pysolve.nn.divergence import Divergence, kl_divergence, mean_divergence, run
+from pysolve.nn.divergence import Divergence, has_classes, kl_divergence, mean_divergence, run
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.files.architecture import fingerprint
 from pysolve.nn.files.checkpoint import file_bytes
@@ -37,6 +37,7 @@ from pysolve.plan import Plan
 from pysolve.report.report import Report
 from pysolve.report.rows import Latency, LayerReport, SiteReport, Solve, Stage
 from pysolve.report.warnings import few_samples, pinned, slower
+from pysolve.training.batches import mixable
 from pysolve.training.distill import distill as teach
 
 LOGGER = logging.getLogger("pysolve")
@@ -54,8 +55,11 @@ FITTED_ON = (
 )
 # Of what is not measured yet.
 NO_REPORT = Report(before={}, after={}, sites=(), divergence=float("nan"), samples=0, held=0)
-# Options of matching the original's outputs, unless others are given.
+# Options of matching the original's outputs, unless others are given: of samples that can be mixed, and of
+# tokens. A decoder at half of its MACs, in one pass over 2,048 texts of 128: +0.0147 nats instead of +0.0303;
+# by squared errors of 1,024 +0.0229 (by kl +0.0156), and at 1e-3 it gets worse.
 MATCHING: Mapping[str, object] = {"loss": "mse", "batch_size": 32, "mix": 0.5, "frozen": True}
+OF_TOKENS: Mapping[str, object] = {"batch_size": 8, "lr": 1e-4, "frozen": True}
 
 
 def finish(
@@ -176,7 +180,8 @@ def matched(
     assert study.calibration is not None
     student, run_options = copy_of(model), study.options
     mask_weights(student, {name: as_array(find_layer(student, name).weight) != 0 for name in zeros})  # type: ignore[arg-type]
-    given = {"seed": run_options.seed, "progress": run_options.progress, **MATCHING, **options}
+    common = {"seed": run_options.seed, "progress": run_options.progress}
+    given = {**common, **_matching(study, teacher), **options}
     teach(student, teacher, study.calibration.kept, **given)  # type: ignore[arg-type]
     if zeros:
         remove_masks(student)
@@ -184,6 +189,17 @@ def matched(
         student.load_state_dict(run_options.ranks.first(student.state_dict()))
     rise = increase(teacher, model, student, study.held, run_options.divergence)
     return (model, [f"distillation was undone: {rise}"]) if rise else (student, [])
+
+
+def _matching(study: Study, teacher: nn.Module) -> Mapping[str, object]:
+    """Options of matching that suit a network and its samples."""
+    held, divergence = study.held, study.options.divergence
+    if mixable(held[0]):
+        return MATCHING
+    # Nothing mixed, the same few texts again and again fit too well in the end.
+    best = {"evaluate": lambda student: -distance(teacher, student, held, divergence)}
+    loss = "kl" if has_classes(next(run(teacher, held[:1]))) else "mse"
+    return {**OF_TOKENS, "loss": loss, **best}
 
 
 def account(original: nn.Module, smaller: nn.Module, study: Study, *, spent: float = 0.0) -> Report:

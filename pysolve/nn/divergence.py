@@ -37,11 +37,9 @@ def kl_divergence(original: Output, output: Output) -> Tensor:
     if isinstance(original, Distribution) and isinstance(output, Distribution):
         with suppress(NotImplementedError):
             return torch.distributions.kl_divergence(original, output).mean()
-    named = logits_of(original) is original and not isinstance(original, Tensor | tuple | list)
     p, q = main_output(original), main_output(output)
-    dim = class_dim(p)
-    if not named and p.ndim > 1 and p.shape[dim] > 1 and p.numel():
-        p, q = (one.movedim(dim, -1).flatten(0, -2) for one in (p, q))
+    if has_classes(original):
+        p, q = (one.movedim(class_dim(p), -1).flatten(0, -2) for one in (p, q))
         # In blocks: logits of all words for all tokens take gigabytes in double precision.
         step = max(1, _BLOCK // p.shape[1])
         blocks = zip(torch.split(p, step), torch.split(q, step), strict=True)
@@ -55,6 +53,13 @@ def _of_rows(p: Tensor, q: Tensor) -> Tensor:
     log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
     # A class of logit −∞ adds nothing, where 0 · (∞ − ∞) would be NaN.
     return torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q)).sum()
+
+
+def has_classes(output: Output) -> bool:
+    """Whether ``kl_divergence`` compares distributions over classes, not numbers."""
+    named = logits_of(output) is output and not isinstance(output, Tensor | tuple | list)
+    found = main_output(output)
+    return not named and found.ndim > 1 and found.shape[class_dim(found)] > 1 and found.numel() > 0
 
 
 def class_dim(output: Tensor) -> int:

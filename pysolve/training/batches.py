@@ -119,6 +119,13 @@ def _together(parts: list[object]) -> Tensor | None:
     return torch.cat(tensors) if alike and len(tensors) == len(parts) else None
 
 
+def mixable(batch: Batch) -> bool:
+    """Whether its input holds samples that can be moved towards one another."""
+    args, kwargs = arguments(batch)
+    only = args[0] if args and not kwargs else None
+    return isinstance(only, Tensor) and only.ndim > 0 and only.is_floating_point()
+
+
 def mixed(batch: Tensor, samples: Tensor, mix: float) -> Tensor:
     """Floating-point samples, each moved towards a random one by a random share in [0, mix)."""
     if not mix or not samples.is_floating_point():
@@ -129,9 +136,10 @@ def mixed(batch: Tensor, samples: Tensor, mix: float) -> Tensor:
 
 
 def _mixed_batch(batch: Batch, mix: float) -> Batch:
-    args, kwargs = arguments(batch) if mix else ((), {})
-    mixable = bool(args) and not kwargs and isinstance(args[0], Tensor) and args[0].ndim > 0
-    return mixed(args[0], args[0], mix) if mixable else batch
+    if not mix or not mixable(batch):
+        return batch
+    (samples, *_), _ = arguments(batch)
+    return mixed(samples, samples, mix)
 
 
 def cached(

@@ -1,16 +1,19 @@
 """What a report says of two networks is what the networks are."""
 
+import copy
 import platform
 import time
 
 import numpy as np
 import pytest
 import torch
+from small import embedding_stream
 from torch import nn
 
 import pysolve as ps
+from pysolve.methods import result
 from pysolve.methods.goal import Options
-from pysolve.methods.result import account, costs, distance
+from pysolve.methods.result import account, costs, distance, matched
 from pysolve.methods.study import Study
 from pysolve.nn.calibration import Calibration
 from pysolve.nn.evaluate import macs, nbytes, parameters
@@ -28,7 +31,7 @@ def networks():
 
 def known(model, held=(), apart=None, **options):
     """A study of a network by samples that are held out."""
-    seen = Calibration(0, [*held], [*held] if apart is None else apart) if held else None
+    seen = Calibration(0, [*held], [*held] if apart is None else apart, [*held]) if held else None
     return Study(model, Options(**options), calibration=seen)
 
 
@@ -196,3 +199,56 @@ def test_layers_without_outputs_are_no_obstacle(verb):
     result = VERBS[verb](WithoutOutputs(), progress=False)
     assert np.isfinite(result.report.divergence) or verb in ("prune", "low_rank", "quantize")
     assert result.model(BATCHES[0]).shape == (32, 4)
+
+
+class Hidden(nn.Module):
+    """A network whose answer is no logits."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, ids):
+        return {"hidden": self.inner(ids)}
+
+
+def disturbed(model):
+    torch.manual_seed(1)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for one in other.parameters():
+            one += 0.1 * torch.randn_like(one)
+    return other
+
+
+@pytest.mark.parametrize(("kind", "loss"), [("vectors", "mse"), ("tokens", "kl"), ("hidden", "mse")])
+def test_matching_suits_the_samples_and_brings_outputs_nearer(kind, loss, monkeypatch):
+    used = {}
+
+    def teach(*networks, **options):
+        used.update(options)
+        return distill(*networks, **options)
+
+    distill = result.teach
+    monkeypatch.setattr(result, "teach", teach)
+    model, ids = embedding_stream()
+    batches = [torch.randint(11, ids.shape, generator=torch.Generator().manual_seed(i)) for i in range(8)]
+    if kind == "vectors":
+        model, batches = networks()[0], [torch.randn(16, 6)]
+    if kind == "hidden":
+        model = Hidden(model)
+    model = model.eval()
+    study, other = known(model, batches, progress=False), disturbed(model)
+    student, notes = matched(study, model, other, {"epochs": 5})
+    assert not notes
+    assert distance(model, student, batches) < distance(model, other, batches)
+    assert used["loss"] == loss
+    assert ("mix" in used) == (kind == "vectors")
+
+
+def test_of_tokens_the_epoch_nearest_to_the_original_stays():
+    model, ids = embedding_stream()
+    model, batches = model.eval(), [ids, (ids + 3) % 11]
+    study, other = known(model, batches, progress=False), disturbed(model)
+    one, many = (matched(study, model, other, {"epochs": n, "lr": 3.0})[0] for n in (1, 6))
+    assert distance(model, many, batches) <= max(distance(model, n, batches) for n in (one, other))
