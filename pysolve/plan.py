@@ -105,6 +105,23 @@ class Site:
                         f"indices of its own, got an array of shape {table.shape}."
                     )
 
+    def __eq__(self, other: object) -> bool:
+        """Whether it is the same channels of the same layers, found at another time perhaps."""
+        if not isinstance(other, Site):
+            return NotImplemented
+        return self is other or (
+            self._layers == other._layers
+            and _same_tables(self.rows, other.rows)
+            and _same_tables(self.columns, other.columns)
+        )
+
+    def __hash__(self) -> int:
+        return hash(self._layers)
+
+    @property
+    def _layers(self) -> tuple[object, ...]:
+        return self.channels, self.writers, self.readers, self.passed
+
     @property
     def name(self) -> str:
         """Its name in tables and errors: writers → readers, only the first of many."""
@@ -216,6 +233,10 @@ def tensor_name(layer: str, leaf: str) -> str:
 def weight_name(layer: str) -> str:
     """State-dict name of a layer's weight."""
     return tensor_name(layer, "weight")
+
+
+def _same_tables(some: Mapping[str, Indices], others: Mapping[str, Indices]) -> bool:
+    return some.keys() == others.keys() and all(np.array_equal(some[name], others[name]) for name in some)
 
 
 def _first(names: tuple[str, ...]) -> str:

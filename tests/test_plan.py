@@ -2,7 +2,9 @@
 
 import numpy as np
 import pytest
+import small
 
+import pysolve as ps
 from pysolve.plan import Collapse, Plan, Site
 
 SITE = Site(5, writers=("fc1",), readers=("fc2",))
@@ -36,3 +38,14 @@ def test_only_readers_of_the_site_may_get_new_weights():
 
 def test_a_plan_may_be_empty():
     assert Plan().steps == ()
+
+
+def test_the_same_channels_are_the_same_site_whenever_they_are_found():
+    net, x = small.residual()
+    first, again = (ps.find_sites(net, x) for _ in range(2))
+    assert first == again
+    assert len({*first, *again}) == len(first)
+    one = Site(4, ("a",), ("b",), rows={"a": [[0], [1], [2], [3]]})
+    assert one != Site(4, ("a",), ("b",), rows={"a": [[1], [0], [2], [3]]})
+    assert one != Site(4, ("a",), ("b",))
+    assert one != Site(4, ("a",), ("c",), rows=one.rows)

@@ -1,15 +1,14 @@
-"""The demonstration: train a small network, compress its fully connected part, show before and after."""
+"""The demonstration: train a small network, make it smaller in three ways, show accuracy against size."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -19,55 +18,78 @@ from torch import nn
 
 import pysolve as ps
 from pysolve.cli.datasets import Dataset, Images
-from pysolve.cli.outputs import folder
+from pysolve.cli.outputs import folder, write
 from pysolve.correlations import Array
-from pysolve.nn.evaluate import latency, macs, parameters
-from pysolve.nn.running import evaluating, forward
-from pysolve.nn.state import copy_of
+from pysolve.nn.evaluate import macs, parameters
+from pysolve.nn.running import find_layer
 from pysolve.nn.zoo import DigitsNet, LeNet5
-from pysolve.report import plots
+from pysolve.report import drawing
+from pysolve.report.page import page
 from pysolve.whole_files import replacing
 
 Network = DigitsNet | LeNet5
-# Figures of a network, by their names in the table.
-Costs = dict[str, float]
+# Results of one way to shrink, from large to small.
+Results = Mapping[str, list[ps.Compressed]]
+
+
+class Common(TypedDict):
+    """What all calls are given."""
+
+    evaluate: Callable[[nn.Module], float]
+    progress: bool
+    latency: bool
+
+
+WAYS = {
+    "magnitudes": "the largest weights stay, no refit",
+    "compress": "whole channels go, all layers are refitted",
+    "low_rank": "channels and ranks in one budget",
+    "deep_compress": "then few bits a weight, entropy-coded",
+}
+MAGNITUDES = "magnitudes"
+NETWORKS = tuple(name for name in WAYS if name != MAGNITUDES)
+FILES = ("dense.safetensors", *(f"{name}.safetensors" for name in NETWORKS), "report.html", "demo.png")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """Network and training, share of the neurons of ``fc1`` to keep, and number of threads."""
+    """Network and training, shares of the parameters to go down to, of the bytes of one of them, threads."""
 
     network: Callable[[], Network]
     epochs: int
     batch_size: int
     lr: float
-    share: float
+    shares: tuple[float, ...]
+    coded: float
     threads: int
 
 
 # More threads bring nothing to batches of 64 tiny images; on a busy machine two took 20 times as long as one.
-DIGITS = Setting(DigitsNet, epochs=20, batch_size=64, lr=5e-3, share=0.2, threads=1)
-MNIST = Setting(LeNet5, epochs=8, batch_size=256, lr=3e-3, share=0.112, threads=torch.get_num_threads())
+DIGITS = Setting(DigitsNet, 12, 64, 5e-3, shares=(0.1, 0.04, 0.015), coded=0.15, threads=1)
+MNIST = Setting(LeNet5, 8, 256, 3e-3, shares=(0.1, 0.04, 0.02), coded=0.15, threads=torch.get_num_threads())
 
 
 def run(data: Path | None, out: Path, *, seed: int = 0, epochs: int | None = None) -> None:
     """Run all steps from data to picture; ``data`` is a folder of MNIST files, None means embedded digits."""
     console = Console(highlight=False)
     dataset, setting = (ps.digits(seed), DIGITS) if data is None else (ps.mnist(data), MNIST)
-    names = ("dense.safetensors", "compressed.safetensors")
-    with folder(out, (*names, "demo.png")), threads(setting.threads):
+    with folder(out, FILES), threads(setting.threads):
         model = train(setting, dataset, seed, epochs or setting.epochs, console)
-        correlations = ps.gather(model, batches(dataset.x_train), layers=["fc2"])["fc2"]
-        solution = select(correlations, round(setting.share * correlations.groups), console)
-        M = np.asarray(ps.debias(correlations.centered(), keep=solution.keep))
-        refitted = plan(correlations, M, solution.keep)
-        smaller = ps.apply(model, refitted, probe=torch.from_numpy(dataset.x_test[:256]))
-        files = zip(names, (model, smaller), strict=True)
-        costs = [measure(network, dataset, out / name) for name, network in files]
-        console.print(table(*costs))
+        start = time.perf_counter()
+        found = shrunk(setting, model, dataset)
+        console.out(
+            f"Made it smaller {sum(map(len, found.values()))} times: {time.perf_counter() - start:.1f} s."
+        )
+        with replacing(out / FILES[0]) as part:
+            save_file(model.state_dict(), part)
+        size = (out / FILES[0]).stat().st_size
+        console.print(table(model, dataset, found, size))
+        for name in NETWORKS:
+            ps.save(found[name][-1], out / f"{name}.safetensors")
+        write(out / "report.html", page(found["low_rank"][-1].report, f"{type(model).__name__}, smaller"))
         with replacing(out / "demo.png") as part:
-            picture(model, dataset, correlations, solution, costs).savefig(part, dpi=150, format="png")
-    console.out(f"Wrote dense.safetensors, compressed.safetensors and demo.png to {out}/")
+            picture(model, dataset, found, size).savefig(part, dpi=150, format="png")
+    console.out(farewell(model, out))
 
 
 @contextmanager
@@ -101,101 +123,88 @@ def train(setting: Setting, dataset: Dataset, seed: int, epochs: int, console: C
     return model
 
 
-def select(correlations: ps.Correlations, wanted: int, console: Console) -> ps.Solution:
-    """Step 2: the lam whose solution keeps about ``wanted`` neurons, by bisection."""
-    problem = correlations.centered()
-    if not ps.lam_max(problem.r_xx, problem.r_yx):
-        raise ps.PysolveError(
-            "no neuron of fc1 has any effect on fc2, so there is nothing to choose: train again."
-        )
-    best = ps.lam_for_groups(problem, k=wanted)[0]
-    console.out(
-        f"Kept {len(best.keep)} of {problem.groups} neurons of fc1: a solve of {best.seconds:.2f} s at "
-        f"lam = {best.lam:.3g}, certified to be within {best.relative_gap:.1e} of the optimum."
-    )
-    return best
+def shrunk(setting: Setting, model: Network, dataset: Dataset) -> Results:
+    """Step 2: smaller and smaller in each way, by images without their labels; nothing is trained."""
+    images = batches(dataset.x_train[:2000])
+    study = ps.study(model, images, progress=False)
+    targets = [{"params": share} for share in setting.shares]
 
+    def score(network: nn.Module) -> float:
+        return ps.accuracy(network, dataset.x_test, dataset.y_test)
 
-def plan(correlations: ps.Correlations, M: Array, keep: npt.NDArray[np.intp]) -> ps.Plan:
-    """Step 3: remove the other neurons, and give ``fc2`` the weights ``M`` and the bias that suits them."""
-    site = ps.Site(correlations.groups, writers=("fc1",), readers=("fc2",))
-    return ps.Plan((ps.Collapse(site, keep, {"fc2": M[:, keep]}, {"fc2": correlations.bias(M)}),))
-
-
-def measure(model: nn.Module, dataset: Dataset, path: Path) -> Costs:
-    """Write the weights, and take all figures of one network."""
-    with replacing(path) as part:
-        save_file(model.state_dict(), part)
-    x = dataset.x_test
+    largest: dict[str | ps.Site, Array] = {site: strengths(model, site) for site in study.free}
+    common = Common(evaluate=score, progress=False, latency=False)
+    few = [ps.compress(model, study, target=one, **common) for one in targets]
     return {
-        "test accuracy": ps.accuracy(model, x, dataset.y_test),
-        "parameters": parameters(model),
-        "MACs per image": macs(model, torch.from_numpy(x[:1])),
-        "bytes on disk": path.stat().st_size,
-        "latency, 1 image": latency(model, x[:1], repeats=200).median,
-        "latency, 256 images": latency(model, x[:256], repeats=20).median,
+        MAGNITUDES: [
+            ps.compress(model, study, target=one, select=largest, refit="none", **common) for one in targets
+        ],
+        "compress": few,
+        "low_rank": [
+            ps.low_rank(model, study, target=one, prune=True, layout="factored", **common)
+            for one in targets[1:]
+        ],
+        "deep_compress": [
+            ps.deep_compress(one, images, target={"bytes": setting.coded}, **common) for one in few[1:]
+        ],
     }
 
 
-def table(before: Costs, after: Costs) -> Table:
-    """Before and after, side by side."""
+def strengths(model: Network, site: ps.Site) -> Array:
+    """Norms of the weights that make each channel."""
+    weight = find_layer(model, site.writers[0]).weight
+    assert isinstance(weight, torch.Tensor)
+    norms: Array = weight.detach().flatten(1).norm(dim=1).double().numpy()
+    return norms
+
+
+def table(model: Network, dataset: Dataset, found: Results, size: int) -> Table:
+    """The original, of ``size`` bytes, and the smallest result of each way."""
+    x = torch.from_numpy(dataset.x_test[:1])
     result = Table()
     result.add_column()
-    for column in ("before", "after", "left"):
+    for column in ("accuracy", "parameters", "MACs", "bytes on disk", "left"):
         result.add_column(column, justify="right")
-    for name, old in before.items():
-        new = after[name]
-        if name == "test accuracy":
-            result.add_row(name, f"{old:.2f} %", f"{new:.2f} %", "")
-            continue
-        shown = (f"{1e3 * cost:.2f} ms" if name.startswith("latency") else f"{cost:,}" for cost in (old, new))
-        result.add_row(name, *shown, f"{100 * new / old:.0f} %")
+    accuracy = ps.accuracy(model, dataset.x_test, dataset.y_test)
+    rows: list[tuple[str, nn.Module, float, int]] = [("original", model, accuracy, size)]
+    for name, results in found.items():
+        last = results[-1]
+        rows.append((name, last.model, last.report.score_after or 0.0, ps.file_bytes(last)))
+    for name, network, score, count in rows:
+        numbers = (f"{parameters(network):,}", f"{macs(network, x):,}", f"{count:,}")
+        result.add_row(name, f"{score:.2f} %", *numbers, f"{100 * count / size:.1f} %")
     return result
 
 
-def picture(
-    model: Network, dataset: Dataset, correlations: ps.Correlations, solution: ps.Solution, costs: list[Costs]
-) -> Figure:
-    """Accuracy at every size on the left, costs of the compressed network on the right."""
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(1.35, 1))
-    kept, curves = sweep(model, dataset, correlations, solution)
-    before, after = (one["test accuracy"] for one in costs)
-    plots.accuracy_curves(kept, curves, dense=before, chosen=len(solution.keep), ax=left)
-    left.set_title(f"{type(model).__name__} on {dataset.name}: removing neurons of fc1")
-    names = {"parameters": "parameters", "bytes on disk": "bytes on disk", "MACs": "MACs per image"}
-    old, new = ({label: one[name] for label, name in names.items()} for one in costs)
-    plots.cost_bars(old, new, {label: f"{new[label]:,} of {old[label]:,}" for label in names}, ax=right)
-    share = f"{len(solution.keep)} of {correlations.groups} neurons"
-    right.set_title(f"{share}: {before:.2f} → {after:.2f} % accuracy")
+def picture(model: Network, dataset: Dataset, found: Results, size: int) -> Figure:
+    """Accuracy against bytes on disk, of each way at each size."""
+    ax = drawing.new_axes(7.5, 4.4)
+    dense = ps.accuracy(model, dataset.x_test, dataset.y_test)
+    ax.axhline(dense, color=drawing.INK, linewidth=1, linestyle=(0, (4, 3)))
+    ax.plot(size, dense, "*", color=drawing.INK, markersize=13, label=f"original, {dense:.2f} %")
+    for (name, results), color, marker in zip(
+        found.items(), reversed(drawing.COLORS), drawing.MARKERS, strict=False
+    ):
+        sizes = [ps.file_bytes(one) for one in results]
+        scores = [one.report.score_after or 0.0 for one in results]
+        (line,) = ax.plot(sizes, scores, label=f"{name}: {WAYS[name]}", linewidth=1.8)
+        line.set(color=color, marker=marker, markersize=5.5)
+    drawing.log_axis(ax.xaxis)
+    ax.set(xlabel="bytes on disk", ylabel="test accuracy (%)", ylim=(0, 104))
+    ax.set_title(f"{type(model).__name__} on {dataset.name}, nothing retrained")
+    figure = drawing.finish(ax, grid="y", loc="lower right").figure
+    assert isinstance(figure, Figure)
     return figure
 
 
-def sweep(
-    model: Network, dataset: Dataset, correlations: ps.Correlations, solution: ps.Solution
-) -> tuple[list[int], dict[str, list[float]]]:
-    """Test accuracy of three ways to remove neurons, at the sizes that a path of lam passes through."""
-    problem = correlations.centered()
-    lams = ps.lam_max(problem.r_xx, problem.r_yx) * np.geomspace(0.6, 1e-3, 14)
-    path = [ps.solve_linear_reconstruction(problem.r_xx, problem.r_yx, lam, tol=1e-6) for lam in lams]
-    by_size = {len(one.keep): one for one in (*path, solution) if len(one.keep)}
-    kept = sorted(by_size)
-    score = head_accuracy(model, dataset)
-    strength = model.fc1.weight.detach().norm(dim=1).numpy()
-    weight, bias = (value.detach().double().numpy() for value in (model.fc2.weight, model.fc2.bias))
-    refitted = [np.asarray(ps.debias(problem, keep=by_size[k].keep)) for k in kept]
-    strongest = [weight * np.isin(np.arange(len(strength)), np.argsort(-strength)[:k]) for k in kept]
-    return kept, {
-        "group lasso, then least squares": [score(M, correlations.bias(M)) for M in refitted],
-        "group lasso": [score(M, correlations.bias(M)) for k in kept for M in by_size[k].readers],
-        "largest weights, no refit": [score(M, bias) for M in strongest],
-    }
-
-
-def head_accuracy(model: Network, dataset: Dataset) -> Callable[[Array, Array], float]:
-    """Accuracy as a function of fc2's weight and bias; the layers before it are computed once."""
-    headless = copy_of(model)
-    headless.fc2 = nn.Identity()  # type: ignore[assignment]
-    with evaluating(headless):
-        read = torch.cat([forward(headless, part) for part in batches(dataset.x_test)]).double().numpy()
-    return lambda M, bias: 100 * float(np.mean((read @ M.T + bias).argmax(1) == dataset.y_test))
+def farewell(model: Network, out: Path) -> str:
+    """What was written, and what to do next."""
+    kind = type(model).__name__
+    return "\n".join(
+        (
+            f"Wrote {', '.join(FILES)} to {out}/",
+            f"Look at {out / 'demo.png'} and open {out / 'report.html'}.",
+            f"Load one: ps.load('{out / 'compress.safetensors'}', pysolve.nn.zoo.{kind}())",
+            "Your own: pysolve compress package.module:make --data inputs.npy --target macs=0.5 --out small",
+        )
+    )
