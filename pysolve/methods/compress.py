@@ -327,6 +327,7 @@ def made(
         notes=(*sized.notes, *rebuilt.notes),
         distill=distill,
         selected=sized.predicted is not None,
+        together=sized.together,
     )
 
 

@@ -76,6 +76,7 @@ def finish(
     zeros: Sequence[str] = (),
     selected: bool = False,
     file: bool = False,
+    together: int | None = None,
 ) -> Compressed:
     """Match the original's outputs where asked for, measure, and report.
 
@@ -98,13 +99,16 @@ def finish(
         Whether sizes were chosen on the selection set.
     file : bool
         Whether the report gives the bytes of the file that ``save`` writes.
+    together : int, optional
+        Samples to time together; by default as many as a share of the call's seconds allows.
     """
     original, model = against or study.original, laid.model
     if distill:
         model, more = matched(study, original, model, distill, zeros)
         notes = (*notes, *more)
         clock.stage("distill")
-    report = account(original, model, study, spent=sum({**study.seconds, **clock.seconds}.values()))
+    spent = sum({**study.seconds, **clock.seconds}.values())
+    report = account(original, model, study, spent=spent, together=together)
     if study.calibration is not None and study.calibration.fitted_on:
         notes = (*notes, FITTED_ON)
     elif selected and study.apart is study.held:
@@ -186,7 +190,14 @@ def matched(
     return (model, [f"distillation was undone: {rise}"]) if rise else (student, [])
 
 
-def account(original: nn.Module, smaller: nn.Module, study: Study, *, spent: float = 0.0) -> Report:
+def account(
+    original: nn.Module,
+    smaller: nn.Module,
+    study: Study,
+    *,
+    spent: float = 0.0,
+    together: int | None = None,
+) -> Report:
     """Compare a network with its original; what was done to it is for the caller to add.
 
     Costs and times are taken on a batch of the selection set, the divergence on samples that nothing was
@@ -196,7 +207,8 @@ def account(original: nn.Module, smaller: nn.Module, study: Study, *, spent: flo
     first = study.held[0] if study.held else None
     work = None if first is None else workload(study.held)
     timed = first if study.options.latency else None
-    times, together = _latencies(original, smaller, timed, max(LEAST_TIMING, TIMING * spent))
+    seconds = max(LEAST_TIMING, TIMING * spent)
+    times, together = _latencies(original, smaller, timed, seconds, together)
     macs = [] if work is None else [sample_macs(model, work) for model in (original, smaller)]
     counts = [{"macs": sum(one.values())} for one in macs] or [{}, {}]
     timed = None if timed is None else take(timed, 0, together)
@@ -319,11 +331,11 @@ def _parts(batches: Sequence[Batch]) -> Iterator[Batch]:
 
 
 def _latencies(
-    original: nn.Module, smaller: nn.Module, batch: Batch, seconds: float
+    original: nn.Module, smaller: nn.Module, batch: Batch, seconds: float, asked: int | None = None
 ) -> tuple[tuple[tuple[Latency, Latency], ...], int]:
     """Times of one sample and of several together, and how many these are."""
     found: dict[int, tuple[Latency, Latency]] = {}
-    together = TOGETHER
+    together = asked or TOGETHER
     for size in (1, together) if batch is not None else ():
         part = take(batch, 0, min(size, together))
         try:
@@ -334,6 +346,6 @@ def _latencies(
         found[before.batch_size] = (before, after)
         # Latencies and times of layers, each of both networks; together samples take less than alone.
         calls = 2 * 2 * FEWEST
-        while size == 1 and together > 1 and calls * together * before.median > seconds:
+        while asked is None and size == 1 and together > 1 and calls * together * before.median > seconds:
             together //= 2
     return tuple(found.values()), together
