@@ -29,7 +29,7 @@ from pysolve.nn.files.checkpoint import file_bytes
 from pysolve.nn.layers.masking import mask_weights, remove_masks
 from pysolve.nn.nonzeros import nonzeros
 from pysolve.nn.per_sample import Workload, sample_macs, workload
-from pysolve.nn.profile import FEWEST, latencies, masses
+from pysolve.nn.profile import FEWEST, TOGETHER, latencies, masses
 from pysolve.nn.running import Batch, as_array, find_layer
 from pysolve.nn.samples import samples_in, take
 from pysolve.nn.state import copy_of
@@ -42,8 +42,8 @@ from pysolve.training.distill import distill as teach
 LOGGER = logging.getLogger("pysolve")
 # Parts of a batch that are compared by themselves.
 PARTS = 16
-# Most samples that are timed together; the share of a call's seconds that timing may add, or so many seconds.
-TOGETHER, TIMING, LEAST_TIMING = 64, 0.04, 1.0
+# The share of a call's seconds that timing may add, or so many seconds.
+TIMING, LEAST_TIMING = 0.04, 1.0
 CHOSEN_ON = (
     "the divergence is that of the samples that sizes were chosen on; of "
     f"{HELD_OF * 3 * LEAST_APART} samples or more, others are set apart for it"

@@ -20,6 +20,8 @@ from pysolve.report.rows import Latency, LayerMass
 
 # Calls of each network: at least, at most, and otherwise for this many seconds.
 FEWEST, MOST, SECONDS = 7, 100, 0.1
+# Most samples that are timed together.
+TOGETHER = 64
 # Share of all parameters from which a layer without MACs, such as an embedding, has a row of its own.
 LARGE = 0.01
 

@@ -159,7 +159,7 @@ class _Timer:
         assert isinstance(weight, Tensor)
         dims = 0 if plain(self.layer) in LINEAR else weight.ndim - 2
         shape[len(shape) - 1 - dims] = channels
-        x = torch.randn(shape, dtype=weight.dtype, device=weight.device)
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(weight)
         return x.to(memory_format=torch.channels_last) if self.seen.last else x
 
 
