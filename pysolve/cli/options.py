@@ -54,9 +54,12 @@ OPTIONS = {
     "test": Option(str, "Labelled data, as --data, to give the accuracy on."),
     "sweep.test": Option(str, "Labelled data, as --data, to give accuracies on.", ...),
     "target": Option(
-        list[str], "params, macs or bytes = share or number; may be repeated.", shown="params=0.25"
+        list[str], "params, macs, bytes or ms = share or number; may be repeated.", shown="params=0.25"
     ),
-    "prune.target": Option(list[str], "Instead: params, macs or bytes = share or number; may be repeated."),
+    "low_rank.target": Option(list[str], "params, macs or bytes = share or number; may be repeated."),
+    "prune.target": Option(
+        list[str], "Instead: params, of channels also macs, bytes or ms = share or number; may be repeated."
+    ),
     "quantize.target": Option(list[str], "Of a codebook, instead: bytes = share or number, of the file."),
     "sweep.target": Option(
         list[str],

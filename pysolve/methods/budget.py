@@ -18,7 +18,7 @@ from pysolve.methods.study import Study
 from pysolve.nn.costs import cost_model
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.per_sample import workload
-from pysolve.solve.budget import MEASURES, Costs, limits_of, site_sizes, unreachable
+from pysolve.solve.budget import Costs, limits_of, site_sizes, unreachable
 from pysolve.solve.knapsack import Knapsack, pack, solve
 
 # Measured divergence may exceed the predicted one so many times; otherwise sizes are chosen anew, so often.
@@ -145,7 +145,7 @@ class _Search:
     ) -> None:
         self.costs, self.layers = costs, layers
         self.rows, self.limits = limits_of(costs, target)
-        self.which = [MEASURES.index(measure) for measure in self.rows]
+        self.which = [costs.measures.index(measure) for measure in self.rows]
         self.sizes, self.divergences = site_sizes(costs, curves)
         self.solved: dict[frozenset[int], tuple[float, Array]] = {}
 
@@ -216,9 +216,17 @@ class _Search:
         if not sizes or not fits:
             return (0.0 if fits else np.inf), np.zeros(len(sizes))
         parts = (part[self.which] for part in costs.expansion())
-        found = solve(Knapsack(*pack(sizes, divergences), self.limits, *parts), near)
+        problem = Knapsack(*pack(sizes, divergences), self.limits, *parts)
+        found = solve(replace(problem, seen=self._seen(sizes)), near)
         rows = zip(sizes, divergences, found, strict=True)
         return float(sum(values[int(np.argmin(np.abs(row - k)))] for row, values, k in rows)), found
+
+    def _seen(self, sizes: Sequence[Array]) -> Array | None:
+        """What sizes of the sites count as in each measure."""
+        if not self.costs.seen or "ms" not in self.rows:
+            return None
+        seen = [row[k.astype(np.intp)] for row, k in zip(self.costs.seen, sizes, strict=True)]
+        return np.array([pack(seen if measure == "ms" else sizes, sizes)[0] for measure in self.rows])
 
 
 def _with_ranks(costs: Costs, factored: Sequence[RankMenu]) -> Costs:
@@ -229,11 +237,12 @@ def _with_ranks(costs: Costs, factored: Sequence[RankMenu]) -> Costs:
     between, none = np.eye(F), np.zeros((F, F))
     product = costs.product.copy()
     product[:, own] = 0.0
+    M = len(costs.measures)
     inner, outer = (
-        np.array([[getattr(one, part)[m] for one in factored] for m in MEASURES]).reshape(len(MEASURES), F)
+        np.array([[getattr(one, part)[m] for one in factored] for m in costs.measures]).reshape(M, F)
         for part in ("inner", "outer")
     )
-    zeros = np.zeros((len(MEASURES), 2 * F))
+    zeros = np.zeros((M, 2 * F))
     return replace(
         costs,
         channels=np.concatenate([costs.channels, widths]),

@@ -87,9 +87,12 @@ def compress(
         What users have: tensors, tuples or lists whose first item is the input, or mappings of keyword
         arguments; labels are ignored. Any amount of them; a Dataset of single samples; or what ``study``
         gathered.
-    target : {"params", "macs" or "bytes": number}
+    target : {"params", "macs", "bytes" or "ms": number}
         What the result may cost: a share of the original up to 1, or an integer above. Default
-        {"params": 0.25}, unless ``keep`` or ``lam`` is given.
+        {"params": 0.25}, unless ``keep`` or ``lam`` is given. "ms" are milliseconds of a batch (of up to 64
+        samples, of large networks fewer) where the call runs: networks are made and timed beside the
+        original until one is near the target, and the report says how near. Timings differ from call to call,
+        and so do the widths that they lead to.
     keep : float or {writer or Site: number}
         Instead of a target: the share (a float up to 1) or number of channels that each site keeps; sites
         without an entry keep all. Nothing is measured then but the result.
@@ -112,7 +115,8 @@ def compress(
     ignore : sequence of str, types or modules
         Layers to leave alone: names, patterns as ``re:…``, types, or the layers themselves.
     seed : int
-        Of the choice of rows and of distillation. The same seed gives the same network.
+        Of the choice of rows and of distillation. The same seed gives the same network, but for a target in
+        milliseconds.
     progress : bool
         Show progress bars, with the time left, when on a terminal.
     sites : sequence of Site, optional
@@ -135,8 +139,7 @@ def compress(
         Makes such inputs of an item of ``batches``, of a Dataset's sample: ``lambda item: item["pixels"]``.
     latency : bool
         Whether the report times both networks and their layers, which takes at most about a twentieth of the
-        call, or a second.
-
+        call, or a second. What a target in milliseconds needs is timed all the same.
     process_group : torch.distributed.ProcessGroup, optional
         All processes of the group make the same call, each with its share of the batches, of which the i-th
         of rank r is number i · size + r of all. Sums are added up over them, measurements and refits shared,
@@ -327,6 +330,7 @@ def made(
         notes=(*sized.notes, *rebuilt.notes),
         distill=distill,
         selected=sized.predicted is not None,
+        together=sized.together,
     )
 
 

@@ -334,7 +334,7 @@ def plain_target(target: Target | None) -> dict[str, float] | None:
     """A target in Python's own numbers, for the report."""
     if target is None:
         return None
-    return {measure: float(value) if value <= 1 else int(value) for measure, value in target.items()}
+    return {m: float(v) if v <= 1 or v != int(v) else int(v) for m, v in target.items()}
 
 
 def _with_values(plan: Plan) -> Plan:

@@ -42,6 +42,7 @@ from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.items import Transform
 from pysolve.nn.running import Batch, Device, Ignored, find_layer
 from pysolve.report.rows import LayerReport
+from pysolve.solve.budget import MEASURES
 
 METHODS = ("activation", "svd")
 LAYOUTS = ("auto", "factored")
@@ -398,7 +399,7 @@ def _check(
     check_layout(layout, LAYOUTS, "factored layers")
     exactly_one(rank=rank, energy=energy, target=target)
     if target is not None:
-        check_target(target)
+        check_target(target, MEASURES, "times of ranks are compared layer by layer, not budgeted")
     elif prune:
         raise ValueError("prune=True needs a target, within which channels and ranks compete.")
     for name, value in (

@@ -154,7 +154,7 @@ def prune(
         As "2:4": of every 4 consecutive inputs of an output 2 stay.
     target : {"params": float or int}
         Parameters that are not zero, biases and all, in the whole network: a share or a number. For channels
-        also "macs" and "bytes", as ``compress`` has them.
+        also "macs", "bytes" and "ms", as ``compress`` has them.
     scope : "local" or "global"
         The share of each layer, or of all together, which for "obs" is shared out by each layer's curve of
         error against weights. Channels' scores count as shares of their site's mean.

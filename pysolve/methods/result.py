@@ -29,7 +29,7 @@ from pysolve.nn.files.checkpoint import file_bytes
 from pysolve.nn.layers.masking import mask_weights, remove_masks
 from pysolve.nn.nonzeros import nonzeros
 from pysolve.nn.per_sample import Workload, sample_macs, workload
-from pysolve.nn.profile import FEWEST, latencies, masses
+from pysolve.nn.profile import FEWEST, TOGETHER, latencies, masses
 from pysolve.nn.running import Batch, as_array, find_layer
 from pysolve.nn.samples import samples_in, take
 from pysolve.nn.state import copy_of
@@ -43,8 +43,8 @@ from pysolve.training.distill import distill as teach
 LOGGER = logging.getLogger("pysolve")
 # Parts of a batch that are compared by themselves.
 PARTS = 16
-# Most samples that are timed together; the share of a call's seconds that timing may add, or so many seconds.
-TOGETHER, TIMING, LEAST_TIMING = 64, 0.04, 1.0
+# The share of a call's seconds that timing may add, or so many seconds.
+TIMING, LEAST_TIMING = 0.04, 1.0
 CHOSEN_ON = (
     "the divergence is that of the samples that sizes were chosen on; of "
     f"{HELD_OF * 3 * LEAST_APART} samples or more, others are set apart for it"
@@ -80,6 +80,7 @@ def finish(
     zeros: Sequence[str] = (),
     selected: bool = False,
     file: bool = False,
+    together: int | None = None,
 ) -> Compressed:
     """Match the original's outputs where asked for, measure, and report.
 
@@ -102,13 +103,16 @@ def finish(
         Whether sizes were chosen on the selection set.
     file : bool
         Whether the report gives the bytes of the file that ``save`` writes.
+    together : int, optional
+        Samples to time together; by default as many as a share of the call's seconds allows.
     """
     original, model = against or study.original, laid.model
     if distill:
         model, more = matched(study, original, model, distill, zeros)
         notes = (*notes, *more)
         clock.stage("distill")
-    report = account(original, model, study, spent=sum({**study.seconds, **clock.seconds}.values()))
+    spent = sum({**study.seconds, **clock.seconds}.values())
+    report = account(original, model, study, spent=spent, together=together)
     if study.calibration is not None and study.calibration.fitted_on:
         notes = (*notes, FITTED_ON)
     elif selected and study.apart is study.held:
@@ -202,7 +206,14 @@ def _matching(study: Study, teacher: nn.Module) -> Mapping[str, object]:
     return {**OF_TOKENS, "loss": loss, **best}
 
 
-def account(original: nn.Module, smaller: nn.Module, study: Study, *, spent: float = 0.0) -> Report:
+def account(
+    original: nn.Module,
+    smaller: nn.Module,
+    study: Study,
+    *,
+    spent: float = 0.0,
+    together: int | None = None,
+) -> Report:
     """Compare a network with its original; what was done to it is for the caller to add.
 
     Costs and times are taken on a batch of the selection set, the divergence on samples that nothing was
@@ -212,7 +223,8 @@ def account(original: nn.Module, smaller: nn.Module, study: Study, *, spent: flo
     first = study.held[0] if study.held else None
     work = None if first is None else workload(study.held)
     timed = first if study.options.latency else None
-    times, together = _latencies(original, smaller, timed, max(LEAST_TIMING, TIMING * spent))
+    seconds = max(LEAST_TIMING, TIMING * spent)
+    times, together = _latencies(original, smaller, timed, seconds, together)
     macs = [] if work is None else [sample_macs(model, work) for model in (original, smaller)]
     counts = [{"macs": sum(one.values())} for one in macs] or [{}, {}]
     timed = None if timed is None else take(timed, 0, together)
@@ -335,11 +347,11 @@ def _parts(batches: Sequence[Batch]) -> Iterator[Batch]:
 
 
 def _latencies(
-    original: nn.Module, smaller: nn.Module, batch: Batch, seconds: float
+    original: nn.Module, smaller: nn.Module, batch: Batch, seconds: float, asked: int | None = None
 ) -> tuple[tuple[tuple[Latency, Latency], ...], int]:
     """Times of one sample and of several together, and how many these are."""
     found: dict[int, tuple[Latency, Latency]] = {}
-    together = TOGETHER
+    together = asked or TOGETHER
     for size in (1, together) if batch is not None else ():
         part = take(batch, 0, min(size, together))
         try:
@@ -350,6 +362,6 @@ def _latencies(
         found[before.batch_size] = (before, after)
         # Latencies and times of layers, each of both networks; together samples take less than alone.
         calls = 2 * 2 * FEWEST
-        while size == 1 and together > 1 and calls * together * before.median > seconds:
+        while asked is None and size == 1 and together > 1 and calls * together * before.median > seconds:
             together //= 2
     return tuple(found.values()), together

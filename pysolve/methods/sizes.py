@@ -16,6 +16,7 @@ from pysolve.methods.menu import Menu
 from pysolve.methods.price import Probe
 from pysolve.methods.study import Study, widths
 from pysolve.methods.ties import RoundTo, Ties, alike, grouped, rounded, separate
+from pysolve.methods.timed import liked, settle_in_time
 from pysolve.nn.stock import is_pretrained
 from pysolve.plan import Site
 from pysolve.report.rows import SiteReport, Solve
@@ -45,6 +46,8 @@ class Sized:
     solves : tuple of Solve
     pinned : {Site: str}
         Why sites keep all of their channels, beside those that never could lose any.
+    together : int, optional
+        Samples that were timed together, where a target names milliseconds.
     """
 
     menus: Sequence[Menu]
@@ -53,6 +56,7 @@ class Sized:
     notes: tuple[str, ...] = ()
     solves: tuple[Solve, ...] = field(default=())
     pinned: Mapping[Site, str] = field(default_factory=dict)
+    together: int | None = None
 
     @property
     def keep(self) -> dict[Site, Indices]:
@@ -79,8 +83,13 @@ def within(
 ) -> Sized:
     """The sizes of least divergence within a target; with ties, one for each group of sites."""
     own, costs = rounded(found, ties or separate(found), round_to), costs_of(found)
-    units = grouped(menus, own)
-    done = settle(found, costs.tied(own.groups), units, (), target, where)
+    units, notes, together = grouped(menus, own), [], None
+    if "ms" in target:
+        in_time = settle_in_time(found, costs, own.groups, units, target, where)
+        done, costs, target, together = in_time.done, in_time.costs, in_time.target, in_time.samples
+        notes.append(in_time.note)
+    else:
+        done = settle(found, costs.tied(own.groups), units, (), target, where)
     menus, sizes, predicted = [*menus], [0] * len(menus), [0.0] * len(menus)
     for group, unit, k in zip(own.groups, done.sites, done.sizes, strict=True):
         for i in group:
@@ -88,21 +97,22 @@ def within(
             sizes[i], predicted[i] = k, float(menus[i].curve[k])
     if not ties:
         predicted = done.predicted
-    chosen = replace(sized(found, menus, sizes, predicted), pinned=own.pinned)
+    chosen = replace(sized(found, menus, sizes, predicted), pinned=own.pinned, together=together)
     other = rounded(found, separate(found) if ties else alike(found), round_to)
-    if len(other.groups) == len(own.groups):
-        return chosen
-    expected = _expected(costs, grouped(menus, other), other, target)
-    # Without asking which sites a configuration counts.
-    least = ties is None and is_pretrained(found.model)
-    note = _compared(sum(predicted), expected, uniform=ties is not None, least=least)
-    return replace(chosen, notes=(note,))
+    if len(other.groups) != len(own.groups):
+        expected = _expected(costs, grouped(menus, other), other, target)
+        # Without asking which sites a configuration counts.
+        least = ties is None and is_pretrained(found.model)
+        notes.append(_compared(sum(predicted), expected, uniform=ties is not None, least=least))
+    return replace(chosen, notes=tuple(notes))
 
 
 def _expected(costs: Costs, units: Sequence[Menu], ties: Ties, target: Target) -> float | None:
     """The divergence to expect of the best sizes with some ties; None where none are within the target."""
+    tied = costs.tied(ties.groups)
+    units = liked(units, tied) if tied.seen else units
     try:
-        sizes, _ = choose(costs.tied(ties.groups), units, (), target)
+        sizes, _ = choose(tied, units, (), target)
     except PysolveError:
         return None
     return float(sum(unit.curve[k] for unit, k in zip(units, sizes, strict=True)))

@@ -20,16 +20,22 @@ from pysolve.report.rows import Latency, LayerMass
 
 # Calls of each network: at least, at most, and otherwise for this many seconds.
 FEWEST, MOST, SECONDS = 7, 100, 0.1
+# Most samples that are timed together.
+TOGETHER = 64
 # Share of all parameters from which a layer without MACs, such as an embedding, has a row of its own.
 LARGE = 0.01
 
 
 def latencies(models: Sequence[nn.Module], batch: Batch) -> tuple[Latency, ...]:
     """Latencies of networks on a batch, called alternately, so that disturbances affect all of them."""
+    return tuple(summary(one, samples_in(batch)) for one in times_of(models, batch))
+
+
+def times_of(models: Sequence[nn.Module], batch: Batch, seconds: float = SECONDS) -> list[list[float]]:
+    """Seconds of the calls of networks on a batch, by turns: for each this many together, or ``FEWEST``."""
     with evaluating(*models, as_used=True):
         calls = [_call(model, batch) for model in models]
-        times = _by_turns(calls, [device_of(model) for model in models])
-    return tuple(summary(one, samples_in(batch)) for one in times)
+        return _by_turns(calls, [device_of(model) for model in models], seconds)
 
 
 def masses(
@@ -137,9 +143,11 @@ def _call(model: nn.Module, batch: Batch) -> Callable[[], object]:
     return call
 
 
-def _by_turns(calls: Sequence[Callable[[], object]], devices: Sequence[torch.device]) -> list[list[float]]:
+def _by_turns(
+    calls: Sequence[Callable[[], object]], devices: Sequence[torch.device], seconds: float
+) -> list[list[float]]:
     times: list[list[float]] = [[] for _ in calls]
-    while len(times[0]) < FEWEST or (len(times[0]) < MOST and min(map(sum, times)) < SECONDS):
+    while len(times[0]) < FEWEST or (len(times[0]) < MOST and min(map(sum, times)) < seconds):
         for call, device, own in zip(calls, devices, times, strict=True):
             own.append(seconds_of(call, device))
     return times

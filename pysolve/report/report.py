@@ -41,7 +41,7 @@ class Report:
     seconds : {stage: float}
     notes : tuple of str
         Other remarks for the user.
-    target : {"params", "macs" or "bytes": number}, optional
+    target : {"params", "macs", "bytes" or "ms": number}, optional
         The requested size, as ``compress`` takes it.
     layers : tuple of LayerReport
         Layers that were pruned weight by weight, factored or quantised.

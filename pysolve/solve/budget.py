@@ -12,6 +12,8 @@ from pysolve.errors import one_of, whole
 from pysolve.plan import Array, Indices
 
 MEASURES = ("params", "macs", "bytes")
+# What targets may name; milliseconds are measured, not counted, and only where a target names them.
+TARGETS = (*MEASURES, "ms")
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +34,10 @@ class Costs:
     measure, in the order of ``MEASURES``. ``added`` (3,) is the part of ``constant`` (3,) that the network
     does not have yet, such as biases that it will be given; ``layers`` are the layers' names. ``gradient``
     (3, S) and ``hessian`` (3, S, S), symmetric, are of what belongs to no layer, as attention does.
+
+    With ``measures`` beyond ``MEASURES``, milliseconds, the arrays have one more row. Kernels take as long
+    for some widths as for wider ones: ``seen[s]`` (K_s + 1,), not falling, are the channels that k_s counts
+    as in that last row.
     """
 
     channels: Indices
@@ -47,9 +53,11 @@ class Costs:
     layers: tuple[str, ...] = ()
     gradient: Array = field(default_factory=lambda: np.zeros(0))
     hessian: Array = field(default_factory=lambda: np.zeros(0))
+    measures: tuple[str, ...] = MEASURES
+    seen: Sequence[Array] = ()
 
     def __post_init__(self) -> None:
-        M, S = len(MEASURES), len(self.channels)
+        M, S = len(self.measures), len(self.channels)
         for name, shape in (("gradient", (M, S)), ("hessian", (M, S, S))):
             if not getattr(self, name).size:
                 object.__setattr__(self, name, np.zeros(shape))
@@ -58,7 +66,7 @@ class Costs:
     def original(self) -> dict[str, float]:
         """Every measure of the network as it is, to which shares refer."""
         now = self.cost(self.channels)
-        return {measure: now[measure] - float(self.added[m]) for m, measure in enumerate(MEASURES)}
+        return {measure: now[measure] - float(self.added[m]) for m, measure in enumerate(self.measures)}
 
     def tied(self, groups: Sequence[Sequence[int]]) -> Costs:
         """The costs as a function of one k for each group of sites, which keep equally many."""
@@ -72,16 +80,27 @@ class Costs:
             columns=self.columns @ one,
             gradient=self.gradient @ one,
             hessian=one.T @ self.hessian @ one,
+            seen=[np.mean([self.seen[s] for s in group], axis=0) for group in groups] if self.seen else (),
         )
 
     def cost(self, kept: npt.ArrayLike) -> dict[str, float]:
         """Every measure when site s keeps ``kept[s]`` channels."""
         k = np.asarray(kept)
+        total = self._cost(k)
+        if self.seen:
+            total[-1] = self._cost(self.as_seen(k))[-1]
+        return dict(zip(self.measures, total.tolist(), strict=True))
+
+    def as_seen(self, kept: Array) -> Array:
+        """(S,) channels that these count as in the last row."""
+        return np.array([row[int(k)] for row, k in zip(self.seen, kept, strict=True)])
+
+    def _cost(self, k: Array) -> Array:
         removed = self.channels - k
         out, into = self.outputs - self.rows @ removed, self.inputs - self.columns @ removed
         total = self.constant + self.product @ (out * into) + self.per_output @ out + self.per_input @ into
-        total = total + (self.gradient + 0.5 * self.hessian @ k) @ k
-        return dict(zip(MEASURES, total.tolist(), strict=True))
+        found: Array = total + (self.gradient + 0.5 * self.hessian @ k) @ k
+        return found
 
     def expansion(self) -> tuple[Array, Array, Array]:
         """(3,), (3, S) and (3, S, S) arrays c, g and H with  cost_m(k) = c_m + g_m·k + ½ kᵀ H_m k ."""
@@ -100,14 +119,15 @@ def check_targets(targets: object) -> None:
     if not isinstance(targets, Mapping):
         raise TypeError(f'targets are like {{"params": 0.5}}, got {type(targets).__name__}.')
     if not targets:
-        raise ValueError(f"targets names no measure: expected one or more of {', '.join(MEASURES)}.")
+        raise ValueError(f"targets names no measure: expected one or more of {', '.join(TARGETS)}.")
     for measure, value in targets.items():
-        one_of("measure", measure, MEASURES)
+        one_of("measure", measure, TARGETS)
         if isinstance(value, bool) or not isinstance(value, int | float | np.number):
             raise TypeError(f"the target for {measure} must be a number, got {type(value).__name__}.")
-        if not 0 < value < np.inf or (value > 1 and value != int(value)):
+        if not 0 < value < np.inf or (value > 1 and value != int(value) and measure != "ms"):
+            number = "a number" if measure == "ms" else "an integer"
             raise ValueError(
-                f"the target for {measure} must be a share in (0, 1] or an integer above 1, got {value}."
+                f"the target for {measure} must be a share in (0, 1] or {number} above 1, got {value}."
             )
 
 

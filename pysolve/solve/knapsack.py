@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,7 +23,8 @@ class Knapsack:
 
     A row of ``sizes`` (S, N) has the values of k_s, ascending; short ones end with their last size repeated,
     ``counts`` (S,) are different. ``divergences`` (S, N) has D of each, which does not rise along a row. The
-    costs, of (T,) constants, (T, S) gradients and symmetric (T, S, S) hessians, rise with every k_s.
+    costs, of (T,) constants, (T, S) gradients and symmetric (T, S, S) hessians, rise with every k_s. Where
+    sizes count for other numbers in the costs, ``seen`` (T, S, N), not falling along a row, has those.
     """
 
     sizes: Array
@@ -33,15 +34,20 @@ class Knapsack:
     constant: Array
     gradient: Array
     hessian: Array
+    seen: Array | None = None
+
+    def at(self, chosen: Indices) -> Array:
+        """Sizes at (…, S) indices as the costs see them: (1 or T, …, S)."""
+        return pick(self.sizes[None] if self.seen is None else self.seen, chosen)
 
     def divergence(self, chosen: Indices) -> float:
         """Sum over the sites."""
         return float(pick(self.divergences, chosen).sum())
 
     def costs(self, k: Array) -> tuple[Array, Array]:
-        """(T,) costs and (T, S) derivatives."""
-        slope = self.gradient + self.hessian @ k
-        return self.constant + 0.5 * (self.gradient + slope) @ k, slope
+        """(T,) costs and (T, S) derivatives, at (1 or T, S) sizes."""
+        slope = self.gradient + (self.hessian @ k[..., None])[..., 0]
+        return self.constant + (0.5 * (self.gradient + slope) * k).sum(-1), slope
 
     @property
     def bend(self) -> Array:
@@ -55,8 +61,8 @@ class Knapsack:
 
 
 def pick(table: Array, chosen: Indices) -> Array:
-    """(…, S) entries of an (S, N) table at (…, S) indices."""
-    return table[np.arange(len(table)), chosen]
+    """(…, S) entries of an (S, N) table at (…, S) indices; of several tables, (T, …, S)."""
+    return table[..., np.arange(table.shape[-2]), chosen]
 
 
 def pack(sizes: Sequence[Array], divergences: Sequence[Array]) -> tuple[Array, Array, Indices]:
@@ -89,33 +95,43 @@ def solve(problem: Knapsack, near: Array | None = None) -> Array:
 def _remove(problem: Knapsack, near: Array | None = None) -> Indices:
     """Down the convex hulls from all, the least divergence per cost saved first, until the limits hold."""
     stops = [_stops(problem, s) for s in range(len(problem.counts))]
-    sizes, divergences, counts = pack([s for _, s, _ in stops], [h for *_, h in stops])
+    chosen, hulls, counts = pack([c.astype(float) for c, _ in stops], [h for _, h in stops])
+    index = chosen.astype(np.intp)
+    few = replace(
+        problem,
+        sizes=np.take_along_axis(problem.sizes, index, 1),
+        divergences=hulls,
+        counts=counts,
+        seen=None if problem.seen is None else np.take_along_axis(problem.seen, index[None], 2),
+    )
     at, bend = counts - 1, problem.bend
     if near is not None:
-        at = np.minimum([int(np.searchsorted(s, k)) for (_, s, _), k in zip(stops, near, strict=True)], at)
+        at = np.minimum([int(np.searchsorted(s, k)) for s, k in zip(few.sizes, near, strict=True)], at)
     while True:
-        k, below = pick(sizes, at), np.maximum(at - 1, 0)
+        k, below = few.at(at), np.maximum(at - 1, 0)
         cost, slope = problem.costs(k)
         unmet = cost > problem.limits
-        step = k - pick(sizes, below)
+        step = k - few.at(below)
         saved = np.sum((step * (slope - bend * step) * problem.shares)[unmet], axis=0)
-        rate = _rate(pick(divergences, below) - pick(divergences, at), saved)
+        rate = _rate(pick(hulls, below) - pick(hulls, at), saved)
         if np.isinf(rate).all():
-            return np.array([stops[s][0][i] for s, i in enumerate(at)], dtype=np.intp)
+            return index[np.arange(len(at)), at]
         at[int(np.argmin(rate))] -= 1
 
 
-def _stops(problem: Knapsack, s: int) -> tuple[Indices, Array, Array]:
-    """Up to STEPS + 1 indices of sizes of a site, those sizes, and the convex hull of their divergences."""
+def _stops(problem: Knapsack, s: int) -> tuple[Indices, Array]:
+    """Up to STEPS + 1 indices of sizes of a site, and the convex hull of their divergences."""
     n = int(problem.counts[s])
     chosen = np.unique(np.linspace(0, n - 1, min(n, STEPS + 1)).round().astype(np.intp))
-    k, divergence = problem.sizes[s, chosen], problem.divergences[s, chosen]
+    # A hull over several measures is that over their mean.
+    k = problem.sizes[s, chosen] if problem.seen is None else problem.seen[:, s, chosen].mean(0)
+    divergence = problem.divergences[s, chosen]
     x, y, hull = k.tolist(), divergence.tolist(), [0]
     for i in range(1, len(x)):
         while len(hull) > 1 and _above(x, y, hull[-2], hull[-1], i):
             hull.pop()
         hull.append(i)
-    return chosen, k, np.interp(k, k[hull], divergence[hull])
+    return chosen, np.interp(k, k[hull], divergence[hull])
 
 
 def _above(x: list[float], y: list[float], a: int, b: int, c: int) -> bool:
@@ -129,8 +145,8 @@ def _raise_sizes(problem: Knapsack, chosen: Indices) -> Indices:
     for unit in (*(np.maximum(problem.counts // steps, 1) for steps in RESTORE), np.ones_like(chosen)):
         while True:
             above = np.minimum(chosen + unit, problem.counts - 1)
-            k = pick(problem.sizes, chosen)
-            step = pick(problem.sizes, above) - k
+            k = problem.at(chosen)
+            step = problem.at(above) - k
             cost, slope = problem.costs(k)
             paid = step * (slope + bend * step)
             fits = (above > chosen) & np.all(cost[:, None] + paid <= problem.limits[:, None], axis=0)
@@ -164,17 +180,17 @@ def _exchange(problem: Knapsack, start: Indices) -> Indices:
 
 def _best_pair(problem: Knapsack, chosen: Indices, s: int) -> tuple[float, list[int], list[int]]:
     """The largest fall of divergence when site s and one other change, the two sites, and their sizes."""
-    k, tried = pick(problem.sizes, chosen), _near(int(chosen[s]), int(problem.counts[s]))
+    k, tried = problem.at(chosen), _near(int(chosen[s]), int(problem.counts[s]))
     (cost, slope), bend = problem.costs(k), problem.bend
-    step = problem.sizes[s, tried] - k[s]
+    step = (problem.sizes[None] if problem.seen is None else problem.seen)[:, s, tried] - k[:, [s]]
     slack = (problem.limits - cost)[:, None] - step * (slope[:, [s]] + bend[:, [s]] * step)
     # (T, tried, S): slope of the cost in every other site, once s has moved.
-    slope = slope[:, None, :] + step[:, None] * problem.hessian[:, None, s, :]
-    low = np.full((len(tried), len(k)), -1)
+    slope = slope[:, None, :] + step[:, :, None] * problem.hessian[:, None, s, :]
+    low = np.full((len(tried), k.shape[-1]), -1)
     high = np.broadcast_to(problem.counts - 1, low.shape)
     for _ in range(problem.sizes.shape[1].bit_length()):
         middle = (low + high + 1) // 2
-        move = pick(problem.sizes, middle) - k
+        move = problem.at(middle) - k[:, None, :]
         fits = np.all(move * (slope + bend[:, None, :] * move) <= slack[:, :, None], axis=0)
         low, high = np.where(fits, middle, low), np.where(fits, high, middle - 1)
     divergence = problem.divergences[s, tried][:, None] + pick(problem.divergences, low)

@@ -457,6 +457,8 @@ def test_solve_certifies_and_writes_the_solution(home):
         (("compress", "mine:make", "--data", "inputs.npy", "--select", "best"), "best"),
         (("compress", "mine:make", "--data", "inputs.npy", "--ignore", "7"), "no layer '7'"),
         (("evaluate", "mine:make", "--data", "inputs.npy"), "labels are needed"),
+        (("low-rank", "mine:make", "--data", "inputs.npy", "--target", "ms=0.5"), "got ms"),
+        (("compress", "mine:make", "--data", "inputs.npy", "--target", "ms=1e-9"), "ms cannot go below"),
         (("compress", "mine:make", "--data", "inputs.npy", "--device", "cuda:99"), "compute on 'cuda:99'"),
         (("evaluate", "mine:make", "--data", "labelled.npz", "--device", "toaster"), "compute on 'toaster'"),
         (("evaluate", "mine:make", "--data", "wide.npz"), "cannot be multiplied"),
@@ -596,7 +598,12 @@ def test_an_interrupt_exits_with_130_and_leaves_nothing(home):
 
 @pytest.mark.parametrize(
     ("given", "expected"),
-    [(["params=0.25"], {"params": 0.25}), (["macs=0.5", "bytes=1e6"], {"macs": 0.5, "bytes": 1_000_000})],
+    [
+        (["params=0.25"], {"params": 0.25}),
+        (["macs=0.5", "bytes=1e6"], {"macs": 0.5, "bytes": 1_000_000}),
+        (["ms=0.5"], {"ms": 0.5}),
+        (["ms=2.5"], {"ms": 2.5}),
+    ],
 )
 def test_targets_are_shares_or_whole_numbers(given, expected):
     assert targets_of(given) == expected

@@ -1,16 +1,18 @@
 """Sizes stay within every target, use it up, and diverge little more than the best sizes."""
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
 import pytest
 from allocation import allocate
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from strategies import seeds
 
 from pysolve.errors import PysolveError
-from pysolve.solve.budget import MEASURES, Costs
+from pysolve.solve.budget import MEASURES, Costs, check_targets, limits_of, site_sizes
+from pysolve.solve.knapsack import Knapsack, pack, solve
 
 
 def chain(sizes, macs=1, bias=True):
@@ -294,3 +296,59 @@ def test_targets_must_be_shares_or_numbers_of_a_known_measure(targets, error, me
 def test_curves_and_steps_must_fit_the_sites(curves, changes, error, message):
     with pytest.raises(error, match=message):
         allocate(chain([4, 6, 3]), curves, {"params": 0.5}, **changes)
+
+
+ROWS = ("product", "per_output", "per_input", "constant", "gradient", "hessian")
+
+
+def timed(costs, rng):
+    """With a last measure for which sizes count as other numbers, in steps."""
+    rows = {name: np.concatenate([getattr(costs, name), getattr(costs, name)[1:2]]) for name in ROWS}
+    seen = []
+    for channels in costs.channels.tolist():
+        total = np.cumsum(rng.exponential(size=channels + 1) * (rng.random(channels + 1) < 0.6))
+        seen.append(channels * total / total[-1] if total[-1] else np.arange(channels + 1.0))
+    return replace(costs, **rows, added=np.zeros(4), measures=(*MEASURES, "ms"), seen=seen)
+
+
+@given(seeds, st.integers(20, 99), st.booleans())
+def test_sizes_that_count_as_others_are_chosen_as_well_as_by_trying_all(seed, share, several):
+    rng = np.random.default_rng(seed)
+    costs = timed(tangle(rng, 2, 7), rng)
+    curves = [random_curve(rng, k) for k in costs.channels]
+    # Of sizes that count as equally many, the largest.
+    for curve, seen in zip(curves, costs.seen, strict=True):
+        curve[:-1][np.diff(seen) <= 0] = np.inf
+    sizes, divergences = site_sizes(costs, curves)
+    rows, limits = limits_of(costs, {"ms": share / 100, **({"params": 0.8} if several else {})})
+    tables = [dict(zip(k.tolist(), d.tolist(), strict=True)) for k, d in zip(sizes, divergences, strict=True)]
+
+    def fits(k):
+        cost = costs.cost(k)
+        return all(cost[m] <= limit * (1 + 1e-12) for m, limit in zip(rows, limits, strict=True))
+
+    within = [k for k in product(*tables) if fits(k)]
+    assume(within)
+    best = min(sum(table[n] for table, n in zip(tables, k, strict=True)) for k in within)
+    as_seen = [seen[k.astype(int)] for seen, k in zip(costs.seen, sizes, strict=True)]
+    seen = np.array([pack(as_seen if m == "ms" else sizes, sizes)[0] for m in rows])
+    parts = (part[[costs.measures.index(m) for m in rows]] for part in costs.expansion())
+    found = solve(Knapsack(*pack(sizes, divergences), limits, *parts, seen=seen))
+    assert fits(found)
+    assert sum(table[k] for table, k in zip(tables, found, strict=True)) == pytest.approx(best)
+
+
+def test_tied_sites_count_as_their_mean():
+    costs = timed(chain((4, 6, 6, 3)), np.random.default_rng(0))
+    tied = costs.tied([[0, 1]])
+    np.testing.assert_allclose(tied.seen[0], (costs.seen[0] + costs.seen[1]) / 2)
+    assert tied.cost([3])["params"] == costs.cost([3, 3])["params"]
+
+
+@pytest.mark.parametrize(("value", "good"), [(0.5, True), (2.5, True), (7, True), (0, False), (-1, False)])
+def test_milliseconds_need_be_no_integers(value, good):
+    if good:
+        check_targets({"ms": value})
+    else:
+        with pytest.raises(ValueError, match="a number above 1"):
+            check_targets({"ms": value})
