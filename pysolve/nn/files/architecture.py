@@ -28,6 +28,7 @@ from pysolve.nn.files.plan_json import (
 from pysolve.nn.files.storage import bits, type_and_shape
 from pysolve.nn.layers.base import Dense
 from pysolve.nn.layers.factored import empty
+from pysolve.nn.layers.factored_embedding import FactoredEmbedding, FactoredHead
 from pysolve.nn.layers.masking import mask_weights, masks_of, unmasked
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import in_form, substitute
@@ -137,12 +138,29 @@ def _with_biases(network: nn.Module, biases: set[str]) -> nn.Module:
 def _factors(network: nn.Module, ranks: object) -> dict[str, LowRank]:
     """Factors of zeros, by weight."""
     forms = {}
-    for name, (rank, spatial) in factors_of(ranks).items():
-        layer = _dense(network, name, "cannot be factored")
-        if rank > layer.weight.numel():
+    for name, (rank, spatial, exact) in factors_of(ranks).items():
+        found = find_layer(network, name)
+        layer = found if isinstance(found, nn.Embedding) else _dense(network, name, "cannot be factored")
+        most = layer.weight.numel()
+        if isinstance(layer, nn.Embedding):
+            # More would only be larger, whatever a file says.
+            most = 0 if exact >= len(layer.weight) else min(layer.weight.shape)
+        elif exact:
+            raise DataError(f"{name} has no rows that are looked up.")
+        if rank > most:
             raise DataError(f"{name} cannot have rank {rank}.")
-        forms[weight_name(name)] = empty(layer, rank, spatial=spatial)
+        forms[weight_name(name)] = empty(layer, rank, spatial=spatial, rows=np.arange(exact))
     return forms
+
+
+def check_places(network: nn.Module) -> None:
+    """Refuse factored embeddings that give two rows one place, or have none for one, with a DataError."""
+    for name, layer in network.named_modules():
+        places = layer.places if isinstance(layer, FactoredEmbedding | FactoredHead) else None
+        if places is not None and not torch.equal(
+            places.sort().values.cpu(), torch.arange(len(places), dtype=places.dtype)
+        ):
+            raise DataError(f"the rows of {name} need a place each.")
 
 
 def _widths(network: nn.Module) -> Width:
