@@ -179,7 +179,7 @@ def low_rank(
         device,
     )
     network = placed(network, options)
-    weights, left = weights_of(network, options.ignore, (*WEIGHTED, nn.Embedding))
+    weights, left = weights_of(network, options.ignore, (*WEIGHTED, nn.Embedding), tied=True)
     plain = method == "svd"
     found = studied(network, batches, options, weights=weights, sites=prune, gather=not plain, left=left)
     found = in_principal_axes(found) if prune and refit != "none" else found

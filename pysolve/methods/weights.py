@@ -36,11 +36,16 @@ def weight_name(model: nn.Module, name: str) -> str:
 
 
 def weights_of(
-    model: nn.Module, ignore: Sequence[Ignored] = (), kinds: tuple[type[nn.Module], ...] = WEIGHTED
+    model: nn.Module,
+    ignore: Sequence[Ignored] = (),
+    kinds: tuple[type[nn.Module], ...] = WEIGHTED,
+    *,
+    tied: bool = False,
 ) -> tuple[dict[str, Tensor], list[Skipped]]:
     """Weights of layers of some kinds, by the layers' names, and all other matrices, which are left alone.
 
-    Where embeddings are among the kinds, a weight that heads share with one has the embedding's name.
+    A weight that several layers share is left alone; ``tied``: but not those that heads share with an
+    embedding, by whose name they go.
 
     Raises
     ------
@@ -52,7 +57,7 @@ def weights_of(
     ignored, modules = find_matching(model, ignore), dict(model.named_modules())
     owned = [p for module in modules.values() for _, p in module.named_parameters(recurse=False)]
     owners = Counter(map(id, owned))
-    pairs = tied_tables(model) if nn.Embedding in kinds else {}
+    pairs = tied_tables(model) if tied else {}
     kept_out = {modules[name] for name in ignored}
     tables = {one: others for one, others in pairs.items() if not kept_out & {one, *others}}
     served = {other for others in tables.values() for other in others}

@@ -22,7 +22,7 @@ from pysolve.nn.apply import untrue_forms
 from pysolve.nn.counting import layer_macs, macs
 from pysolve.nn.graph.branches import Layer as Seen
 from pysolve.nn.layer_kinds import LINEAR, is_extended, plain
-from pysolve.nn.layer_matrix import Layer
+from pysolve.nn.layer_matrix import Layer, channels
 from pysolve.nn.layers.base import Dense
 from pysolve.nn.layers.factored import CONVOLUTIONS, Factored, empty, factors
 from pysolve.nn.per_sample import sample_macs, workload
@@ -38,6 +38,8 @@ STRUCTURES = ("auto", "channel", "spatial")
 # Samples that layers run on to be counted and timed; samples that sensitivities are taken on, in as large
 # batches, and directions for each batch.
 TIMED, _SENSED, _DIRECTIONS = 64, 128, 2
+# Outputs of which what errors mean takes a matrix of at most 2 GiB.
+_WIDE = 16384
 
 Costs = Mapping[str, float]
 
@@ -283,9 +285,11 @@ def _sensed(study: Study) -> list[Batch]:
 def _metrics(study: Study, layers: Mapping[str, Layer]) -> dict[str, Array]:
     """Of each layer what an error means to the network, and as much again of the error itself.
 
-    Without the second part, which counts all outputs alike, errors go where the first order sees none.
+    Without the second part, which counts all outputs alike, errors go where the first order sees none. None
+    of layers with very many outputs, heads mostly, whose outputs are the network's and count alike.
     """
-    found = sensitivities(study.model, layers, _sensed(study), probes=_DIRECTIONS)
+    few = {name: layer for name, layer in layers.items() if channels(layer)[1] <= _WIDE}
+    found = sensitivities(study.model, few, _sensed(study), probes=_DIRECTIONS)
     return {name: S + np.eye(len(S)) for name, S in found.items()}
 
 

@@ -100,7 +100,14 @@ def rebuilt(record: Mapping[str, object], model: nn.Module) -> nn.Module:
 def _new_biases(compressed: Compressed) -> list[str]:
     """Biases that the original does not have or, where it is not known, that plans may have brought."""
     plans, original = (*compressed.earlier, compressed.plan), compressed.fingerprint
-    factored = {name for plan in plans for name in _factored(plan)}
+    layers = dict(compressed.model.named_modules())
+    # Embeddings had no bias before they became two.
+    factored = {
+        name
+        for plan in plans
+        for name in _factored(plan)
+        if not isinstance(layers.get(name), FactoredEmbedding)
+    }
     names = [name for name in compressed.model.state_dict() if name.rpartition(".")[2] == "bias"]
     biases = [*dict.fromkeys(_before_factoring(name, factored) for name in names)]
     if original is not None:

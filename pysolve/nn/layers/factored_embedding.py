@@ -223,6 +223,13 @@ class FactoredHead(Factored):
         return dense_layer(nn.Linear, weight, self.bias, sizes, trained=trained).train(self.training)
 
 
+def table_of(layer: nn.Module) -> nn.Parameter | None:
+    """What of a factored embedding all have that share it: the rows of its first factor."""
+    part = layer.inner if isinstance(layer, FactoredEmbedding) else None
+    part = layer.outer if isinstance(layer, FactoredHead) else part
+    return None if part is None else part._parameters.get("weight")
+
+
 def check_table(layer: nn.Module, form: LowRank) -> None:
     """Refuse an embedding that cannot be factored, and factors of another shape, with a PysolveError."""
     if not isinstance(layer, nn.Embedding):

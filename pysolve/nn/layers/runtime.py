@@ -11,7 +11,7 @@ from pysolve.errors import PysolveError
 from pysolve.forms import Integers, LowRank, RuntimeForm
 from pysolve.nn.layers.base import HOOKS, Dense, check_shape
 from pysolve.nn.layers.factored import Factored, check_factors
-from pysolve.nn.layers.factored_embedding import FactoredEmbedding, check_table
+from pysolve.nn.layers.factored_embedding import FactoredEmbedding, check_table, table_of
 from pysolve.nn.layers.quantized import QuantConv2d, QuantLinear, QuantWeight, check_integers
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear, SparseWeight
 from pysolve.nn.running import as_tensor
@@ -79,7 +79,17 @@ def to_dense(model: nn.Module) -> nn.Module:
     model : nn.Module
         Not changed.
     """
-    return _replaced(model, (SparseWeight, Factored, QuantWeight), lambda layer: layer.to_dense())
+    tables = dict[nn.Parameter, nn.Parameter]()
+
+    def dense(layer: Any) -> nn.Module:
+        made: nn.Module = layer.to_dense()
+        shared = table_of(layer)
+        # Heads go on sharing the weight of an embedding.
+        if shared is not None and isinstance(made.weight, nn.Parameter):
+            made.weight = tables.setdefault(shared, made.weight)
+        return made
+
+    return _replaced(model, (SparseWeight, Factored, QuantWeight), dense)
 
 
 def without_sparse(model: nn.Module) -> nn.Module:
