@@ -13,8 +13,8 @@ from pysolve.correlations import AnyArray
 from pysolve.errors import CollapseError, one_of
 from pysolve.forms import Codebook, Form, Integers, LowRank, Sparse
 from pysolve.methods.kinds.codes import coded_bits
-from pysolve.methods.kinds.embeddings import linear_heads
-from pysolve.methods.kinds.ranks import ASKS, RankMenu
+from pysolve.methods.kinds.embeddings import ASKS, linear_heads
+from pysolve.methods.kinds.ranks import RankMenu
 from pysolve.methods.rebuild import Rebuilt, forms_of, names_of
 from pysolve.methods.study import Study
 from pysolve.methods.weights import weight_name
@@ -197,10 +197,9 @@ def _padding(study: Study, name: str, dense: AnyArray) -> int:
 def _factored(study: Study, name: str, form: LowRank) -> LayerReport:
     outer = form.outer.shape[2:]
     spatial = any(size > 1 for size in outer)
-    share = form.density
-    return LayerReport(
-        name, share, f"rank {form.rank}{', spatial' * spatial}", f"{share:.0%} of the parameters"
-    )
+    share, n = form.density, len(form.rows)
+    why = f"{share:.0%} of the parameters" + (f", {n:,} rows exact" if n else "")
+    return LayerReport(name, share, f"rank {form.rank}{', spatial' * spatial}", why)
 
 
 def _integers(study: Study, name: str, form: Integers) -> tuple[LayerReport, Form | None]:

@@ -377,6 +377,8 @@ def _line(table: _Table, rebuilt: Rebuilt, laid: LaidOut, name: str) -> LayerRep
         why = "it became too narrow for its rank to pay" if done is not None else why
         return LayerReport(name, 1.0, "dense", why, before, after, error)
     why = done.why
+    if name in table.menus and (others := table.menus[name].names[1:]):
+        why += f", shared with {', '.join(others)}"
     if before is not None and after is not None:
         form = rebuilt.fits[name].form
         least = "at least " * (isinstance(form, LowRank) and form.rank < timed)

@@ -215,6 +215,33 @@ def test_a_table_that_rescales_its_rows_is_left_alone():
     assert "max_norm=5.0" in line(result).why
 
 
+class Scaled(nn.Embedding):
+    def forward(self, ids):
+        return 2 * super().forward(ids)
+
+
+class Shifted(nn.Embedding):
+    """Positions, from what they are of."""
+
+    def forward(self, ids):
+        return super().forward(torch.arange(ids.shape[1]) + 2)
+
+
+@pytest.mark.parametrize(("kind", "able"), [(Scaled, True), (Shifted, False)])
+def test_code_around_a_lookup_is_kept_or_found_to_need_the_whole_table(kind, able):
+    model = speaker()
+    model.words = kind(WORDS, WIDTH)
+    result = low(model, data(90), rank=4)
+    assert isinstance(result.model.words, FactoredEmbedding) == able
+    if able:
+        rows = unseen(data(90))
+        assert torch.equal(
+            result.model.words(torch.arange(WORDS))[rows], model.words(torch.arange(WORDS))[rows]
+        )
+    else:
+        assert "never occur" in line(result).why or "asks for more" in line(result).why
+
+
 def test_an_embedding_that_two_call_serves_both():
     class Twice(nn.Module):
         def __init__(self):

@@ -14,16 +14,19 @@ from pysolve.layer.embedding_rank import DecomposedTable, Uses, decompose_table,
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.methods.menu import Task
 from pysolve.methods.study import Study
-from pysolve.nn.apply import apply
+from pysolve.nn.apply import apply, untrue_forms
 from pysolve.nn.gather import gather_reached
-from pysolve.nn.layer_kinds import tied_tables
+from pysolve.nn.layer_kinds import is_extended, tied_tables
 from pysolve.nn.layers.factored import empty
 from pysolve.nn.lookups import lookup_counts, lookup_sensitivities
 from pysolve.nn.per_sample import sample_macs, workload
 from pysolve.nn.ranks import of_all_processes
 from pysolve.nn.running import Batch, find_layer
+from pysolve.nn.samples import take
 from pysolve.plan import Plan, weight_name
 
+# Why a layer stays as it is whose code, or the code around it, does not run with another in its place.
+ASKS = "the network's code asks for more than another layer in its place has"
 # What rows that never occur in the batches become.
 UNSEEN = ("exact", "approximate")
 
@@ -122,8 +125,32 @@ def tables_of(
             elif unseen == "approximate":
                 uses[name] = replace(one, counts=np.maximum(one.counts, 1.0))
                 apart[name] = np.zeros(0, np.intp)
-    found = {name: Table(one, apart[name], shared.get(name, ())) for name, one in uses.items()}
+    # Code that does more than to look up may count on whole tables.
+    forms = {
+        name: empty(layer, 1, rows=apart[name])
+        for name, layer in names.items()
+        if name in uses and is_extended(layer) and 0 < len(apart[name]) < len(layer.weight)
+    }
+    against |= untrue(study, forms)
+    found = {
+        name: Table(one, apart[name], shared.get(name, ()))
+        for name, one in uses.items()
+        if name not in against
+    }
     return _with_costs(study, found), against
+
+
+def untrue(study: Study, forms: Mapping[str, LowRank]) -> dict[str, str]:
+    """Layers that the network's code does not run in forms of these shapes, tried out with random factors."""
+    random, tried = np.random.default_rng(0), dict[str, Form]()
+    for name, one in forms.items():
+        outer, inner = (
+            random.standard_normal(part.shape) / part[0].size ** 0.5 for part in (one.outer, one.inner)
+        )
+        exact = None if one.exact is None else random.standard_normal(one.exact.shape)
+        tried[weight_name(name)] = LowRank(outer, inner, one.rows, exact)
+    unable = untrue_forms(study.model, Plan(forms=tried), take(study.held[0], 0, 2)) if forms else []
+    return {name: ASKS for name in forms if weight_name(name) in unable}
 
 
 def _heads(study: Study, *, original: bool = False) -> dict[str, tuple[str, ...]]:

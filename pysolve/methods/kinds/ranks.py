@@ -11,14 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pysolve.correlations import Array, Correlations
-from pysolve.forms import Form, LowRank
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.layer.reduced_rank import Decomposed, decompose
-from pysolve.methods.kinds.embeddings import Table, linear_heads, tables_of
+from pysolve.methods.kinds.embeddings import Table, linear_heads, tables_of, untrue
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
 from pysolve.methods.study import Study
-from pysolve.methods.weights import weight_name
-from pysolve.nn.apply import untrue_forms
 from pysolve.nn.counting import layer_macs, macs
 from pysolve.nn.graph.branches import Layer as Seen
 from pysolve.nn.layer_kinds import LINEAR, is_extended, plain
@@ -30,10 +27,7 @@ from pysolve.nn.profile import layer_inputs
 from pysolve.nn.running import Batch, find_layer
 from pysolve.nn.samples import samples_in, take
 from pysolve.nn.sensitivity import sensitivities
-from pysolve.plan import Plan
 
-# Why a layer stays as it is whose code, or the code around it, does not run with another in its place.
-ASKS = "the network's code asks for more than another layer in its place has"
 STRUCTURES = ("auto", "channel", "spatial")
 # Samples that layers run on to be counted and timed; samples that sensitivities are taken on, in as large
 # batches, and directions for each batch.
@@ -244,14 +238,10 @@ def _reads_the_same(one: Correlations | None, other: Correlations | None) -> boo
 
 def _untrue(study: Study, layers: Mapping[str, nn.Module]) -> dict[str, str]:
     """Layers that the network's code does not run as two, tried out with random factors."""
-    random, forms = np.random.default_rng(0), dict[str, Form]()
-    for name, layer in layers.items():
-        assert isinstance(layer, Dense | nn.Embedding)
-        one = empty(layer, 1)
-        parts = [random.standard_normal(part.shape) / part[0].size ** 0.5 for part in (one.outer, one.inner)]
-        forms[weight_name(study.model, name)] = LowRank(*parts)
-    unable = untrue_forms(study.model, Plan(forms=forms), take(study.held[0], 0, 2)) if forms else []
-    return {name: ASKS for name in layers if weight_name(study.model, name) in unable}
+    forms = {
+        name: empty(layer, 1) for name, layer in layers.items() if isinstance(layer, Dense | nn.Embedding)
+    }
+    return untrue(study, forms)
 
 
 def most_useful(inner: Costs, outer: Costs, dense: Costs) -> int:
