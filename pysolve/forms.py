@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import csr_array
 
-from pysolve.correlations import AnyArray
+from pysolve.correlations import AnyArray, Indices
 from pysolve.errors import DataError
 
 Gaps = npt.NDArray[np.uint8] | npt.NDArray[np.uint16]
@@ -95,13 +95,19 @@ class LowRank:
 
     W[h, c, …] = Σ_k outer[h, k, …] inner[k, c, …], where a kernel's size of 1 is spread along the other's. So
     a matrix is outer · inner; a convolution becomes one with its kernel to r channels and a 1 × 1 behind, or
-    one along the height and one along the width.
+    one along the height and one along the width. Of a table, an embedding's weight, some rows may be stored
+    as they are, apart from the product.
 
     Parameters
     ----------
-    outer : (h, r, …) array
+    outer : (h − n, r, …) array
+        Of the rows that are not stored apart, in their order.
     inner : (r, c, …) array
         Along each dimension of the kernel, one of the two has size 1.
+    rows : (n,) int array, optional
+        Rows that are stored apart, ascending; none by default.
+    exact : (n, c) array, optional
+        Their values.
 
     References
     ----------
@@ -111,6 +117,8 @@ class LowRank:
 
     outer: AnyArray
     inner: AnyArray
+    rows: Indices = field(default_factory=lambda: np.zeros(0, np.intp))
+    exact: AnyArray | None = None
 
     def __post_init__(self) -> None:
         shapes = f"{self.outer.shape} and {self.inner.shape}"
@@ -118,6 +126,11 @@ class LowRank:
             raise DataError(f"expected factors of shapes (h, r, …) and (r, c, …), got {shapes}.")
         if not self.rank or any(min(pair) != 1 for pair in self._kernels):
             raise DataError(f"along a kernel's dimension one factor must have size 1, got {shapes}.")
+        given = (0,) if self.exact is None else self.exact.shape
+        if len(self.rows) != given[0] or (self.exact is not None and given[1:] != self.inner.shape[1:]):
+            raise DataError(f"expected {len(self.rows)} rows of shape {self.inner.shape[1:]}, got {given}.")
+        if len(self.rows) and (self.outer.ndim != 2 or not _ascend(self.rows, self.shape[0])):
+            raise DataError(f"rows apart must ascend within 0 … {self.shape[0] - 1} of a matrix.")
 
     @property
     def rank(self) -> int:
@@ -127,7 +140,7 @@ class LowRank:
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the weight."""
-        return (len(self.outer), self.inner.shape[1], *map(max, self._kernels))
+        return (len(self.outer) + len(self.rows), self.inner.shape[1], *map(max, self._kernels))
 
     @property
     def _kernels(self) -> list[tuple[int, int]]:
@@ -135,17 +148,29 @@ class LowRank:
 
     def dense(self) -> AnyArray:
         """The weight, multiplied out."""
-        return np.asarray(np.einsum("hk...,kc...->hc...", self.outer, self.inner, optimize=True))
+        product = np.asarray(np.einsum("hk...,kc...->hc...", self.outer, self.inner, optimize=True))
+        if self.exact is None:
+            return product
+        return np.concatenate([product, self.exact])[self.places()]
+
+    def places(self) -> npt.NDArray[np.int32]:
+        """(h,) place of each row among those of the product, and behind them those that are apart."""
+        apart = np.isin(np.arange(self.shape[0]), self.rows)
+        found = np.empty(len(apart), np.int32)
+        found[np.argsort(apart, kind="stable")] = np.arange(len(apart))
+        return found
 
     @property
     def nbytes(self) -> int:
-        """Bytes of both factors."""
-        return self.outer.nbytes + self.inner.nbytes
+        """Bytes of both factors, and of the rows apart with the places of all."""
+        apart = 0 if self.exact is None else self.exact.nbytes + self.places().nbytes
+        return self.outer.nbytes + self.inner.nbytes + apart
 
     @property
     def density(self) -> float:
-        """Numbers of the factors as a share of the weight's."""
-        return (self.outer.size + self.inner.size) / max(1, int(np.prod(self.shape, dtype=np.int64)))
+        """Numbers of the factors, and of the rows apart, as a share of the weight's."""
+        apart = 0 if self.exact is None else self.exact.size
+        return (self.outer.size + self.inner.size + apart) / max(1, int(np.prod(self.shape, dtype=np.int64)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -288,6 +313,10 @@ def unpack(data: npt.NDArray[np.uint8], bits: int, shape: tuple[int, ...]) -> np
         raise DataError(f"{len(data)} bytes do not hold {size} codes of {bits} bits.")
     rows = np.unpackbits(data, count=size * bits).reshape(size, bits)
     return np.packbits(np.pad(rows, ((0, 0), (8 - bits, 0))), axis=1).reshape(shape)
+
+
+def _ascend(rows: Indices, limit: int) -> bool:
+    return bool(rows[0] >= 0 and rows[-1] < limit and (np.diff(rows) > 0).all())
 
 
 def _packed_bytes(size: int, bits: int) -> int:

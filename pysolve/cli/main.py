@@ -140,6 +140,7 @@ def prune(**given: Value) -> None:
     "prune",
     "method",
     "structure",
+    "unseen",
     *_REFITTED,
     data=None,
     out="factored",

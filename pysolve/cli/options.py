@@ -81,6 +81,7 @@ OPTIONS = {
     "scheme": Option(str, "int8-dynamic, int8, codebook or ternary.", "int8-dynamic"),
     "scope": Option(str, "The share of each layer, local, or of all, global.", "local"),
     "structure": Option(str, "Of convolutions: auto, channel or spatial.", "auto"),
+    "unseen": Option(str, "Rows of embeddings that never occur: exact or approximate.", "exact"),
     "prune.method": Option(
         str,
         "Of weights: obs, magnitude, wanda, std, random; of channels: elimination, lasso, ln, activation, "

@@ -208,7 +208,7 @@ class _Search:
         sizes, divergences = [*self.sizes], [*self.divergences]
         for one in factored:
             # A layer as it is counts as the rank that costs as much: of several measures, the larger one.
-            whole = max(one.dense[measure] / one.each[measure] for measure in self.rows)
+            whole = max(one.saved[measure] / one.each[measure] for measure in self.rows)
             sizes.append(np.append(np.arange(1.0, one.most + 1), max(whole, one.most + 1e-6)))
             divergences.append(np.maximum.accumulate(one.curve[:0:-1])[::-1])
         least = costs.cost([row[0] for row in sizes])
@@ -233,11 +233,18 @@ def _with_ranks(costs: Costs, factored: Sequence[RankMenu]) -> Costs:
     """Costs with a further site for each factored layer: the channels between its factors."""
     F, (L, S) = len(factored), costs.rows.shape
     own = [costs.layers.index(str(one.unit)) for one in factored]
+    shared = [costs.layers.index(name) for one in factored for name in one.names]
     widths = np.array([one.most + 1 for one in factored], dtype=np.intp)
     between, none = np.eye(F), np.zeros((F, F))
     product = costs.product.copy()
-    product[:, own] = 0.0
+    product[:, shared] = 0.0
     M = len(costs.measures)
+    per_output, constant = costs.per_output.copy(), costs.constant
+    # Rows of an embedding, which has no inputs, cost as much for each of its outputs.
+    width = np.maximum(costs.inputs[own], 1.0)
+    for i, table in ((i, one.table) for i, one in zip(own, factored, strict=True) if one.table is not None):
+        per_output[:, i] = np.array([table.fixed[m] for m in costs.measures]) / costs.outputs[i]
+        constant = constant + np.array([table.once[m] for m in costs.measures])
     inner, outer = (
         np.array([[getattr(one, part)[m] for one in factored] for m in costs.measures]).reshape(M, F)
         for part in ("inner", "outer")
@@ -247,13 +254,14 @@ def _with_ranks(costs: Costs, factored: Sequence[RankMenu]) -> Costs:
         costs,
         channels=np.concatenate([costs.channels, widths]),
         outputs=np.concatenate([costs.outputs, widths, costs.outputs[own]]),
-        inputs=np.concatenate([costs.inputs, costs.inputs[own], widths]),
+        inputs=np.concatenate([costs.inputs, width, widths]),
         rows=np.block([[costs.rows, np.zeros((L, F))], [np.zeros((F, S)), between], [costs.rows[own], none]]),
         columns=np.block(
             [[costs.columns, np.zeros((L, F))], [costs.columns[own], none], [np.zeros((F, S)), between]]
         ),
-        product=np.hstack([product, inner / costs.inputs[own], outer / costs.outputs[own]]),
-        per_output=np.hstack([costs.per_output, zeros]),
+        product=np.hstack([product, inner / width, outer / costs.outputs[own]]),
+        per_output=np.hstack([per_output, zeros]),
+        constant=constant,
         per_input=np.hstack([costs.per_input, zeros]),
         gradient=np.pad(costs.gradient, ((0, 0), (0, F))),
         hessian=np.pad(costs.hessian, ((0, 0), (0, F), (0, F))),

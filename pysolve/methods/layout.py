@@ -13,7 +13,8 @@ from pysolve.correlations import AnyArray
 from pysolve.errors import CollapseError, one_of
 from pysolve.forms import Codebook, Form, Integers, LowRank, Sparse
 from pysolve.methods.kinds.codes import coded_bits
-from pysolve.methods.kinds.ranks import ASKS, RankMenu
+from pysolve.methods.kinds.embeddings import ASKS, linear_heads
+from pysolve.methods.kinds.ranks import RankMenu
 from pysolve.methods.rebuild import Rebuilt, forms_of, names_of
 from pysolve.methods.study import Study
 from pysolve.methods.weights import weight_name
@@ -30,7 +31,7 @@ from pysolve.nn.profile import latencies, layer_inputs
 from pysolve.nn.running import as_array, find_layer
 from pysolve.nn.samples import samples_in, take
 from pysolve.nn.silenced import silenced
-from pysolve.nn.state import copy_of
+from pysolve.nn.state import all_names, copy_of
 from pysolve.plan import Collapse, Plan
 from pysolve.report.rows import LayerReport
 
@@ -124,7 +125,8 @@ def plan_of(study: Study, rebuilt: Rebuilt, forms: Mapping[str, Form] | None = N
     )
     # Zeros of what is cut anyway say nothing, and may stand in values that other layers share.
     fitted = {tensor for name in rebuilt.fits for tensor in names_of(study, name)}
-    unsaid = (silenced(study.model, rebuilt.chosen.keep).keys() - fitted) | forms.keys()
+    formed = {name for tensor in forms for name in all_names(study.model, tensor)}
+    unsaid = (silenced(study.model, rebuilt.chosen.keep).keys() - fitted) | formed
     values = {name: as_array(value) for name, value in rebuilt.values.items() if name not in unsaid}
     return Plan(steps, values, forms)
 
@@ -133,7 +135,8 @@ def seconds_of_both(study: Study, menu: RankMenu, rank: int, x: Tensor | None) -
     """Median seconds of a layer for its inputs, as it is and factored, by turns; None where not seen."""
     if x is None:
         return None
-    layer = find_layer(study.model, str(menu.unit))
+    name = str(menu.unit) if menu.table is None else linear_heads(study, menu.table.heads)[0]
+    layer = find_layer(study.model, name)
     assert isinstance(layer, Dense)
     two = Factored.from_form(layer, empty(layer, rank, spatial=menu.spatial))
     before, after = latencies((copy_of(layer), two), x)
@@ -194,10 +197,9 @@ def _padding(study: Study, name: str, dense: AnyArray) -> int:
 def _factored(study: Study, name: str, form: LowRank) -> LayerReport:
     outer = form.outer.shape[2:]
     spatial = any(size > 1 for size in outer)
-    share = form.density
-    return LayerReport(
-        name, share, f"rank {form.rank}{', spatial' * spatial}", f"{share:.0%} of the parameters"
-    )
+    share, n = form.density, len(form.rows)
+    why = f"{share:.0%} of the parameters" + (f", {n:,} rows exact" if n else "")
+    return LayerReport(name, share, f"rank {form.rank}{', spatial' * spatial}", why)
 
 
 def _integers(study: Study, name: str, form: Integers) -> tuple[LayerReport, Form | None]:

@@ -27,6 +27,7 @@ from pysolve.methods.goal import (
     placed,
 )
 from pysolve.methods.kinds.channels import Channels
+from pysolve.methods.kinds.embeddings import UNSEEN
 from pysolve.methods.kinds.ranks import STRUCTURES, RankMenu, Ranks, ranks_of
 from pysolve.methods.layout import LaidOut, check_layout, lay_out, seconds_of_both
 from pysolve.methods.menu import Chosen, Menu
@@ -40,6 +41,7 @@ from pysolve.methods.study import Clock, Study
 from pysolve.methods.weights import reasons, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.items import Transform
+from pysolve.nn.layer_kinds import WEIGHTED
 from pysolve.nn.running import Batch, Device, Ignored, find_layer
 from pysolve.report.rows import LayerReport
 from pysolve.solve.budget import MEASURES
@@ -62,6 +64,7 @@ def low_rank(
     method: str | None = None,
     structure: str = "auto",
     prune: bool = False,
+    unseen: str = "exact",
     refit: str = "sequential",
     layout: str = "auto",
     distill: Length = 0,
@@ -83,7 +86,8 @@ def low_rank(
     Parameters
     ----------
     model : nn.Module or Compressed
-        Not changed. Linear layers and convolutions without groups can be factored.
+        Not changed. Linear layers, convolutions without groups and embeddings can be factored; where heads
+        share an embedding's weight, they share its factors.
     batches : iterable of batches, optional
         As ``compress`` takes them, unlabelled; needed for "activation" and for a target.
     rank : int or {layer: int}
@@ -104,10 +108,14 @@ def low_rank(
     prune : bool
         With a target: channels may be removed as well, as ``compress`` does it. Each layer is pruned,
         factored, both, or left alone, for the least divergence together, and refitted once.
+    unseen : "exact" or "approximate"
+        Rows of an embedding that no batch looks up: stored as they are, or approximated as if they had been
+        looked up once.
     refit : "sequential", "independent" or "none"
         As ``compress`` has it; "none" where only weights are approximated.
     layout : "auto" or "factored"
-        "auto": layers that take longer as two, measured on a held-out batch, stay as they are.
+        "auto": layers that take longer as two, measured on a held-out batch, stay as they are; embeddings,
+        which multiply nothing, are not timed.
         "factored": the time does not matter.
     distill : number of seconds, or {"seconds" or "epochs": number, …}
         Label-free matching afterwards, as ``compress`` has it.
@@ -153,6 +161,7 @@ def low_rank(
         structure,
         layout,
         refit,
+        unseen,
         blind=batches is None,
         prune=prune,
         distill=how,
@@ -171,12 +180,12 @@ def low_rank(
         device,
     )
     network = placed(network, options)
-    weights, left = weights_of(network, options.ignore)
+    weights, left = weights_of(network, options.ignore, (*WEIGHTED, nn.Embedding), tied=True)
     plain = method == "svd"
     found = studied(network, batches, options, weights=weights, sites=prune, gather=not plain, left=left)
     found = in_principal_axes(found) if prune and refit != "none" else found
     clock = Clock()
-    kind, against = ranks_of(found, structure, plain)
+    kind, against = ranks_of(found, structure, plain, unseen)
     table = _table(found, kind, against, timed=layout == "auto")
     if isinstance(rank, Mapping):
         _check_named(found, table, rank)
@@ -247,7 +256,8 @@ def _table(found: Study, kind: Ranks, against: Mapping[str, str], *, timed: bool
         if name not in reasons:
             several = kind.menus(found, name)
             if not several:
-                reasons[name] = "too small for any rank to pay"
+                table = kind.tables.get(name)
+                reasons[name] = "too small for any rank to pay" if table is None else table.why_not()
                 continue
             menus[name] = several[0]
             if len(several) > 1:
@@ -282,7 +292,9 @@ def _ranks_as_told(
 def _ranks_within(found: Study, table: _Table, target: Target) -> tuple[Sized | None, dict[str, int], _Table]:
     """Channels and ranks within a target, for the least divergence."""
     sites: Sequence[Menu] = Channels().menus(found)
-    names, costs = [*table.menus], costs_of(found, also=[*table.menus])
+    table = _without_dearer(table, target)
+    also = [name for menu in table.menus.values() for name in menu.names]
+    names, costs = [*table.menus], costs_of(found, also=also)
     while True:
         where = probe(found, [*sites, *table.menus.values()])
         sites, layers = price(found, sites, where), price(found, [*table.menus.values()], where)
@@ -301,6 +313,16 @@ def _ranks_within(found: Study, table: _Table, target: Target) -> tuple[Sized | 
         table = faster
     chosen = sized(found, done.sites, done.sizes, done.predicted) if sites else None
     return chosen, done.ranks, faster
+
+
+def _without_dearer(table: _Table, target: Target) -> _Table:
+    """Take layers off the menus that cost nothing now of what is bounded: two would."""
+    dearer = {
+        name for name, menu in table.menus.items() if not any(menu.dense[measure] for measure in target)
+    }
+    menus = {name: menu for name, menu in table.menus.items() if name not in dearer}
+    why = dict.fromkeys(dearer, f"as two it would cost {' and '.join(target)}, of which it has none")
+    return replace(table, menus=menus, against={**table.against, **why})
 
 
 def _without_slower(table: _Table, ranks: Mapping[str, int]) -> _Table:
@@ -356,6 +378,8 @@ def _line(table: _Table, rebuilt: Rebuilt, laid: LaidOut, name: str) -> LayerRep
         why = "it became too narrow for its rank to pay" if done is not None else why
         return LayerReport(name, 1.0, "dense", why, before, after, error)
     why = done.why
+    if name in table.menus and (others := table.menus[name].names[1:]):
+        why += f", shared with {', '.join(others)}"
     if before is not None and after is not None:
         form = rebuilt.fits[name].form
         least = "at least " * (isinstance(form, LowRank) and form.rank < timed)
@@ -387,6 +411,7 @@ def _check(
     structure: str,
     layout: str,
     refit: str,
+    unseen: str,
     *,
     blind: bool,
     prune: bool,
@@ -396,6 +421,7 @@ def _check(
     one_of("method", method, METHODS)
     one_of("structure", structure, STRUCTURES)
     one_of("refit", refit, REFITS)
+    one_of("unseen", unseen, UNSEEN)
     check_layout(layout, LAYOUTS, "factored layers")
     exactly_one(rank=rank, energy=energy, target=target)
     if target is not None:

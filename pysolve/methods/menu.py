@@ -32,6 +32,8 @@ class Task:
         Which of the original layer's outputs these are.
     previous : LayerFit, optional
         What this task gave before, where targets have moved since.
+    places : (h, d) int array, optional
+        Of a weight that is no layer of ``Study.layers``, and was cut: its entries' places in the whole one.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Task:
     correlations: Correlations | None
     outputs: Indices
     previous: LayerFit | None = None
+    places: Indices | None = None
 
     def without_data(self) -> Task:
         """The weights alone."""

@@ -26,6 +26,7 @@ from pysolve.nn.norms import kept_of_norms
 from pysolve.nn.running import Batch, as_tensor
 from pysolve.nn.samples import samples_in
 from pysolve.nn.silenced import silenced
+from pysolve.nn.state import all_names
 from pysolve.plan import Collapse, Plan, Site
 
 REFITS = ("sequential", "independent", "bias", "none")
@@ -138,8 +139,8 @@ def changed_names(study: Study, chosen: Chosen) -> Iterator[str]:
 
 def names_of(study: Study, name: str) -> Iterator[str]:
     """State-dict names of what ``values_of`` gives a layer, or a bare parameter."""
-    yield weight_name(study.model, name)
-    layer = study.layers.get(name)
+    layer, weight = study.layers.get(name), weight_name(study.model, name)
+    yield from [weight] if layer is not None else all_names(study.model, weight)
     if layer is not None and layer.module.bias is not None:
         yield f"{name}.bias"
     elif layer is not None and layer.mean is not None:
@@ -322,7 +323,7 @@ def task_of(
     known = (study.correlations if correlations is None else correlations).get(name)
     if name in left.places:
         places = left.places[name].flatten(1).numpy()
-        return Task(name, W.ravel()[places], None, np.arange(len(places)), previous)
+        return Task(name, W.ravel()[places], None, np.arange(len(places)), previous, places)
     outputs = np.arange(len(W))
     if name not in cuts:
         return Task(name, W, known, outputs, previous)
@@ -347,10 +348,10 @@ def values_of(
     if layer is None:
         tensor = weight_name(study.model, name)
         old, new = state[tensor], as_tensor(found.weight).to(state[tensor])
-        if name not in left.places:
-            return {tensor: new.reshape(old.shape)}
-        places = left.places[name].to(old.device)
-        return {tensor: old.clone().put_(places, new.reshape(places.shape))}
+        if name in left.places:
+            places = left.places[name].to(old.device)
+            new = old.clone().put_(places, new.reshape(places.shape))
+        return dict.fromkeys(all_names(study.model, tensor), new.reshape(old.shape))
     bias = found.bias if layer.takes_bias else None
     return layer_values(state, layer, left.cuts.get(name), found.weight, bias)
 

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from pysolve.errors import PysolveError
 from pysolve.nn.evaluate import parameters
-from pysolve.nn.layer_kinds import EMBEDDINGS, WEIGHTED
+from pysolve.nn.layer_kinds import EMBEDDINGS, WEIGHTED, tied_tables
 from pysolve.nn.layers.masking import masks_of, permanent_by
 from pysolve.nn.layers.sparse import SparseWeight
 from pysolve.nn.running import Ignored, find_matching
@@ -36,9 +36,16 @@ def weight_name(model: nn.Module, name: str) -> str:
 
 
 def weights_of(
-    model: nn.Module, ignore: Sequence[Ignored] = (), kinds: tuple[type[nn.Module], ...] = WEIGHTED
+    model: nn.Module,
+    ignore: Sequence[Ignored] = (),
+    kinds: tuple[type[nn.Module], ...] = WEIGHTED,
+    *,
+    tied: bool = False,
 ) -> tuple[dict[str, Tensor], list[Skipped]]:
     """Weights of layers of some kinds, by the layers' names, and all other matrices, which are left alone.
+
+    A weight that several layers share is left alone; ``tied``: but not those that heads share with an
+    embedding, by whose name they go.
 
     Raises
     ------
@@ -50,6 +57,10 @@ def weights_of(
     ignored, modules = find_matching(model, ignore), dict(model.named_modules())
     owned = [p for module in modules.values() for _, p in module.named_parameters(recurse=False)]
     owners = Counter(map(id, owned))
+    pairs = tied_tables(model) if tied else {}
+    kept_out = {modules[name] for name in ignored}
+    tables = {one: others for one, others in pairs.items() if not kept_out & {one, *others}}
+    served = {other for others in tables.values() for other in others}
     found: dict[str, Tensor] = {}
     left: list[Skipped] = []
     for name, module in modules.items():
@@ -67,9 +78,11 @@ def weights_of(
             full = name if leaf == "weight" else f"{name}.{leaf}".lstrip(".")
             if value.ndim < 2 or not value.numel() or not value.is_floating_point():
                 continue
+            if value is own and module in served:
+                continue
             if value is not own or not isinstance(module, kinds):
                 left.append(Skipped(full, f"a weight of {type(module).__name__}", value.numel()))
-            elif owners[id(value)] > 1:
+            elif owners[id(value)] > 1 and module not in tables:
                 share = value.numel() // owners[id(value)]
                 left.append(Skipped(full, "another layer shares its weight", share))
             else:

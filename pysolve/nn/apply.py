@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from pysolve.correlations import Mask
 from pysolve.errors import CollapseError, PysolveError
-from pysolve.forms import Codebook
+from pysolve.forms import Codebook, LowRank
 from pysolve.nn.bare import find_member, forms_of_member
-from pysolve.nn.layer_kinds import sides, twins
+from pysolve.nn.layer_kinds import sides, tied_tables, twins
 from pysolve.nn.layers.base import weight_of
+from pysolve.nn.layers.factored_embedding import FactoredEmbedding
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
 from pysolve.nn.norms import OverKept, kept_of_norms, norms_of, rescale
 from pysolve.nn.plain import unwrapped
@@ -86,6 +87,7 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     model = _untied(unwrapped(model), plan)
     smaller, layers, cuts = _prepared(model, plan)
     pairs = twins(smaller)
+    tables = tied_tables(smaller)
     tied = {layers[name]: pairs[layers[name]] for name in cuts if layers.get(name) in pairs}
     for name, cut in cuts.items():
         narrow(find_member(smaller, name), cut)
@@ -104,7 +106,11 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     for name, form in plan.forms.items():
         if not isinstance(form, Codebook):
             layer = layers[name.rpartition(".")[0]]
-            smaller = substitute(smaller, layer, in_form(layer, form))
+            made = in_form(layer, form)
+            smaller = substitute(smaller, layer, made)
+            if layer in tables and isinstance(made, FactoredEmbedding):
+                for other in tables[layer]:
+                    smaller = substitute(smaller, other, made.tied(other))
     if probe is not None:
         _verify(model, smaller, plan, probe)
     return smaller
@@ -175,7 +181,14 @@ def _prepared(model: nn.Module, plan: Plan) -> tuple[nn.Module, dict[str, nn.Mod
     values = new_values(model, plan)
     members = _by_member(model, cuts)
     _check_forms(model, plan, members)
-    parts = [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in (*values, *plan.forms)]
+    tables = tied_tables(model)
+    # The factors of a table serve the layers that share it.
+    forms = [
+        name
+        for name, form in plan.forms.items()
+        if not isinstance(form, LowRank) or find_layer(model, name.rpartition(".")[0]) not in tables
+    ]
+    parts = [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in (*values, *forms)]
     touched: set[tuple[Narrowable, str]] = {(find_layer(model, name), part) for name, part in parts}
     _check_untied(model, touched | {(member, "") for member in members}, members)
     copied = copy_of(model)

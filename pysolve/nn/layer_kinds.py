@@ -88,6 +88,18 @@ def twins(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, ...]]:
     }
 
 
+def tied_tables(model: nn.Module) -> dict[nn.Module, tuple[nn.Module, ...]]:
+    """Embeddings whose weight serves heads, or other embeddings, too: the first of each group, and these."""
+    found: dict[nn.Module, tuple[nn.Module, ...]] = {}
+    pairs, seen = twins(model), set[nn.Module]()
+    for layer in model.modules():
+        if layer in pairs and layer not in seen and plain(layer) is nn.Embedding:
+            seen |= {layer, *pairs[layer]}
+            if all(type(other) in (nn.Linear, nn.Embedding) for other in pairs[layer]):
+                found[layer] = pairs[layer]
+    return found
+
+
 def is_extended(layer: nn.Module) -> bool:
     """Whether a layer's ``forward`` may do more than, or something else than, the plain layer's."""
     return type(layer) is not plain(layer)

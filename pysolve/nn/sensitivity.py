@@ -65,7 +65,7 @@ def sensitivities(
             for _ in range((probes or PROBES) if result.requires_grad else 0):
                 signs = torch.randint(0, 2, result.shape, generator=random).to(result) * 2 - 1
                 try:
-                    _add(sums, layers, offsets, result, _without_mean(signs))
+                    _add(sums, layers, offsets, result, without_mean(signs))
                 except RuntimeError:
                     # A tensor that the gradient needs was changed in place.
                     return {name: np.eye(one.d) for name, one in sums.items()}
@@ -81,7 +81,7 @@ def _offset(offsets: list[tuple[str, Tensor]], name: str, layer: Layer, x: Tenso
     return y.detach() + offset if not y.requires_grad else y + offset
 
 
-def _without_mean(v: Tensor) -> Tensor:
+def without_mean(v: Tensor) -> Tensor:
     """Remove the mean over classes."""
     return v if v.ndim < 2 else v - v.mean(class_dim(v), keepdim=True)
 

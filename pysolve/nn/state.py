@@ -84,6 +84,13 @@ def keeping_state(*models: nn.Module) -> Iterator[None]:
             one.put_back()
 
 
+def all_names(model: nn.Module, tensor: str) -> list[str]:
+    """State-dict names of a tensor, its own first and then those under which others share it."""
+    state = model.state_dict(keep_vars=True)
+    own = state.get(tensor)
+    return [tensor, *(name for name, one in state.items() if one is own and name != tensor)]
+
+
 def untie(model: M, names: Iterable[str]) -> M:
     """Give tensors that share the values of others their own, in place."""
     for name in names:

@@ -45,7 +45,8 @@ class Walk:
         values: Mapping[str, Tensor],
         norms: Mapping[str, Indices] = MappingProxyType({}),
     ) -> None:
-        state = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
+        state |= dict(model.named_buffers(remove_duplicate=False))
         self.graph, self.values = graph, dict(values)
         self.fixed: dict[Node, Any] = {node: state[name].detach() for node, name in graph.parameters.items()}
         self.fixed.update(graph.constants)

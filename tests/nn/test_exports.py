@@ -4,6 +4,7 @@ import copy
 import functools
 import io
 
+import numpy as np
 import pytest
 import torch
 from small import Net, network
@@ -12,6 +13,7 @@ from torch.export import Dim
 
 import pysolve as ps
 from pysolve.errors import CollapseError, PysolveError
+from pysolve.forms import LowRank
 from pysolve.nn.apply import apply
 from pysolve.nn.layers.factored import Factored
 from pysolve.nn.layers.runtime import to_dense
@@ -372,6 +374,25 @@ def test_an_onnx_model_of_a_factored_network_computes_the_same():
     x = samples(batch, 5)
     (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(y), model(x).detach(), atol=1e-5, rtol=1e-4)
+
+
+@onnx_warnings
+@pytest.mark.parametrize("apart", [0, 4])
+def test_an_onnx_model_of_a_factored_embedding_and_its_head_computes_the_same(apart):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model, rng = nn.Sequential(nn.Embedding(11, 6), nn.Tanh(), nn.Linear(6, 11)), np.random.default_rng(0)
+    model[2].weight = model[0].weight
+    rows, exact = np.arange(3, 3 + apart), rng.standard_normal((apart, 6))
+    parts = rng.standard_normal((11 - apart, 2)), rng.standard_normal((2, 6))
+    form = LowRank(*parts, rows, exact) if apart else LowRank(*parts)
+    smaller = apply(model.eval(), Plan(forms={"0.weight": form}))
+    ids = torch.arange(11).repeat(2, 1)
+    session = runtime.InferenceSession(
+        exported(smaller, ids).SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    (y,) = session.run(None, {session.get_inputs()[0].name: ids.repeat(3, 1).numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), smaller(ids.repeat(3, 1)).detach(), atol=1e-5, rtol=1e-4)
 
 
 def test_channels_of_factored_layers_can_go():

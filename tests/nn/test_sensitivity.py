@@ -135,7 +135,7 @@ def test_an_error_in_a_direction_that_the_outputs_do_not_see_counts_for_nothing(
     ("shape", "dim"), [((6, 5), 1), ((6, 5, 7), -1), ((6, 5, 7, 2), 1), ((6,), None)], ids=str
 )
 def test_classes_lie_where_the_divergence_finds_them(shape, dim):
-    v = sensitivity._without_mean(vectors(*shape))
+    v = sensitivity.without_mean(vectors(*shape))
     if dim is None:
         assert torch.equal(v, vectors(*shape))
     else:

@@ -11,32 +11,29 @@ from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pysolve.correlations import Array, Correlations
-from pysolve.forms import Form, LowRank
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.layer.reduced_rank import Decomposed, decompose
+from pysolve.methods.kinds.embeddings import Table, linear_heads, tables_of, untrue
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
 from pysolve.methods.study import Study
-from pysolve.methods.weights import weight_name
-from pysolve.nn.apply import untrue_forms
 from pysolve.nn.counting import layer_macs, macs
 from pysolve.nn.graph.branches import Layer as Seen
 from pysolve.nn.layer_kinds import LINEAR, is_extended, plain
-from pysolve.nn.layer_matrix import Layer
+from pysolve.nn.layer_matrix import Layer, channels
 from pysolve.nn.layers.base import Dense
 from pysolve.nn.layers.factored import CONVOLUTIONS, Factored, empty, factors
 from pysolve.nn.per_sample import sample_macs, workload
 from pysolve.nn.profile import layer_inputs
-from pysolve.nn.running import find_layer
+from pysolve.nn.running import Batch, find_layer
 from pysolve.nn.samples import samples_in, take
 from pysolve.nn.sensitivity import sensitivities
-from pysolve.plan import Plan
 
-# Why a layer stays as it is whose code, or the code around it, does not run with another in its place.
-ASKS = "the network's code asks for more than another layer in its place has"
 STRUCTURES = ("auto", "channel", "spatial")
 # Samples that layers run on to be counted and timed; samples that sensitivities are taken on, in as large
 # batches, and directions for each batch.
 TIMED, _SENSED, _DIRECTIONS = 64, 128, 2
+# Outputs of which what errors mean takes a matrix of at most 2 GiB.
+_WIDE = 16384
 
 Costs = Mapping[str, float]
 
@@ -53,6 +50,8 @@ class RankMenu(Menu):
         Whether the factors lie along height and width.
     inner, outer, dense : {"params", "macs", "bytes": number}
         What one rank costs in each factor, and what the layer's weight costs now.
+    table : Table, optional
+        Of an embedding; its rows are the inner factor's.
     """
 
     lost: Array = field(default_factory=lambda: np.zeros(0))
@@ -60,11 +59,24 @@ class RankMenu(Menu):
     inner: Costs = field(default_factory=dict)
     outer: Costs = field(default_factory=dict)
     dense: Costs = field(default_factory=dict)
+    table: Table | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The layers that are factored together."""
+        return (str(self.unit), *(() if self.table is None else self.table.heads))
 
     @property
     def most(self) -> int:
         """The largest rank that pays."""
         return self.whole - 1
+
+    @property
+    def saved(self) -> dict[str, float]:
+        """What all ranks together may cost."""
+        if self.table is None:
+            return {**self.dense}
+        return {m: self.dense[m] - self.table.fixed[m] - self.table.once[m] for m in self.dense}
 
     @property
     def each(self) -> dict[str, float]:
@@ -87,6 +99,7 @@ class Ranks:
         What each layer reads for some samples.
     counts : {layer: float}
         MACs of each layer for one sample.
+    tables : {embedding: Table}
     """
 
     structure: str = "auto"
@@ -94,9 +107,12 @@ class Ranks:
     metrics: Mapping[str, Array] = field(default_factory=dict)
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     counts: Mapping[str, float] = field(default_factory=dict)
+    tables: Mapping[str, Table] = field(default_factory=dict)
 
     def menus(self, study: Study, name: str) -> list[RankMenu]:
         """A layer in both structures, the better one at half the cost first; none where no rank pays."""
+        if name in self.tables:
+            return [self._menu_of_table(study, name)] if self.tables[name].most else []
         kernel = tuple(study.weights[name].shape[2:])
         flat = len(kernel) != 2 or min(kernel) == 1 or is_extended(find_layer(study.model, name))
         ways = {"channel": [False], "spatial": [True], "auto": [False, True]}[self.structure]
@@ -119,6 +135,25 @@ class Ranks:
             return Chosen(fits={name: partial(fit, rank=rank)})
 
         return RankMenu(name, error, at, lost=lost, spatial=spatial, inner=inner, outer=outer, dense=dense)
+
+    def _menu_of_table(self, study: Study, name: str) -> RankMenu:
+        """What an embedding loses at every rank, and what it costs."""
+        table, weight = self.tables[name], study.matrix(name)
+        whole = table.decomposed(weight)
+        lost = whole.tails[: table.most + 1]
+        error = np.minimum.accumulate(np.append(np.maximum(lost, FLOOR), FLOOR))
+
+        def fit(task: Task, rank: int) -> LayerFit:
+            uncut = task.weight.shape == weight.shape
+            columns = None if uncut or task.places is None else task.places[0]
+            made = whole if uncut else table.decomposed(task.weight, columns)
+            return table.fit(task, made, rank)
+
+        def at(rank: int) -> Chosen:
+            return Chosen(fits={name: partial(fit, rank=rank)})
+
+        inner, outer, dense = table.inner, table.outer, table.dense
+        return RankMenu(name, error, at, lost=lost, inner=inner, outer=outer, dense=dense, table=table)
 
     def fit(
         self,
@@ -150,24 +185,39 @@ class Ranks:
         return None if self.plain else study.correlations.get(name)
 
 
-def ranks_of(study: Study, structure: str, svd: bool) -> tuple[Ranks, dict[str, str]]:
+def ranks_of(study: Study, structure: str, svd: bool, unseen: str = "exact") -> tuple[Ranks, dict[str, str]]:
     """The kind for a studied network, and why some of its layers cannot be factored."""
     layers = {name: find_layer(study.model, name) for name in study.weights}
     against = {
         name: why for name, layer in layers.items() if (why := _reason_against(name, layer, study.layers))
     }
-    kind = Ranks(structure, svd)
+    if study.calibration is not None:
+        against |= _untrue(study, {name: layer for name, layer in layers.items() if name not in against})
+    embeddings = {
+        name: layer
+        for name, layer in layers.items()
+        if isinstance(layer, nn.Embedding) and name not in against
+    }
+    sensed = ([], 0) if study.calibration is None or svd else (_sensed(study), _DIRECTIONS)
+    tables, more = tables_of(study, embeddings, unseen, svd, sensed)
+    against |= more
+    layers = {name: layer for name, layer in layers.items() if not isinstance(layer, nn.Embedding)}
+    kind = Ranks(structure, svd, tables=tables)
     if study.calibration is None:
         return kind, against
-    against |= _untrue(study, {name: layer for name, layer in layers.items() if name not in against})
     if not svd:
         against |= dict.fromkeys(
             layers.keys() - study.correlations.keys() - against.keys(), "what it reads is not seen"
         )
         able = {name: study.layers[name].module for name in layers.keys() - against.keys()}
         kind = replace(kind, metrics=_metrics(study, able))
-    counts, inputs = sample_macs(study.model, workload(study.held)), take(study.held[0], 0, TIMED)
-    return replace(kind, inputs=layer_inputs(study.model, layers, inputs), counts=counts), against
+    counts, batch = sample_macs(study.model, workload(study.held)), take(study.held[0], 0, TIMED)
+    # An embedding, which multiplies nothing, takes longer as two in any case: the time is that of its head.
+    heads = {head: name for name, table in tables.items() for head in linear_heads(study, table.heads)[:1]}
+    timed = {**layers, **{head: find_layer(study.model, head) for head in heads}}
+    read = layer_inputs(study.model, timed, batch)
+    inputs = {heads.get(name, name): x for name, x in read.items()}
+    return replace(kind, inputs=inputs, counts=counts), against
 
 
 def _is_of(made: Decomposed, W: Array, known: Correlations | None) -> bool:
@@ -187,15 +237,14 @@ def _reads_the_same(one: Correlations | None, other: Correlations | None) -> boo
 
 
 def _untrue(study: Study, layers: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Layers that the network's code does not run as two, tried out with random factors."""
-    random, forms = np.random.default_rng(0), dict[str, Form]()
-    for name, layer in layers.items():
-        assert isinstance(layer, Dense)
-        one = empty(layer, 1)
-        parts = [random.standard_normal(part.shape) / part[0].size ** 0.5 for part in (one.outer, one.inner)]
-        forms[weight_name(study.model, name)] = LowRank(*parts)
-    unable = untrue_forms(study.model, Plan(forms=forms), take(study.held[0], 0, 2)) if forms else []
-    return {name: ASKS for name in layers if weight_name(study.model, name) in unable}
+    """Layers that the network's code does not run as two."""
+    forms = {
+        name: empty(layer, 1) for name, layer in layers.items() if isinstance(layer, Dense | nn.Embedding)
+    }
+    # Embeddings by themselves: behind one of rank one, whose rows are all alike to a norm, random layers
+    # make rounding large.
+    tables = {name: form for name, form in forms.items() if isinstance(layers[name], nn.Embedding)}
+    return untrue(study, tables) | untrue(study, {n: form for n, form in forms.items() if n not in tables})
 
 
 def most_useful(inner: Costs, outer: Costs, dense: Costs) -> int:
@@ -209,6 +258,8 @@ def _reason_against(name: str, layer: nn.Module, seen: Mapping[str, Seen]) -> st
         return "it is the whole network: put it into an nn.Sequential"
     if type(layer) is NonDynamicallyQuantizableLinear:
         return "attention calls its function, not the layer"
+    if isinstance(layer, nn.Embedding):
+        return None if layer.max_norm is None else f"it rescales its rows to max_norm={layer.max_norm}"
     if plain(layer) not in (*LINEAR, *CONVOLUTIONS):
         return f"a {type(layer).__name__} cannot be factored"
     if getattr(layer, "groups", 1) > 1:
@@ -218,15 +269,20 @@ def _reason_against(name: str, layer: nn.Module, seen: Mapping[str, Seen]) -> st
     return f"its own code {seen[name].besides}" if name in seen and seen[name].besides else None
 
 
+def _sensed(study: Study) -> list[Batch]:
+    """Samples that sensitivities are taken on."""
+    samples = study.first_kept(_SENSED)
+    return [take(b, i, i + TIMED) for b in samples for i in range(0, samples_in(b), TIMED)]
+
+
 def _metrics(study: Study, layers: Mapping[str, Layer]) -> dict[str, Array]:
     """Of each layer what an error means to the network, and as much again of the error itself.
 
-    Without the second part, which counts all outputs alike, errors go where the first order sees none.
+    Without the second part, which counts all outputs alike, errors go where the first order sees none. None
+    of layers with very many outputs, heads mostly, whose outputs are the network's and count alike.
     """
-    assert study.calibration is not None
-    samples = study.first_kept(_SENSED)
-    pieces = [take(b, i, i + TIMED) for b in samples for i in range(0, samples_in(b), TIMED)]
-    found = sensitivities(study.model, layers, pieces, probes=_DIRECTIONS)
+    few = {name: layer for name, layer in layers.items() if channels(layer)[1] <= _WIDE}
+    found = sensitivities(study.model, few, _sensed(study), probes=_DIRECTIONS)
     return {name: S + np.eye(len(S)) for name, S in found.items()}
 
 

@@ -28,6 +28,7 @@ from pysolve.nn.files.plan_json import (
 from pysolve.nn.files.storage import bits, type_and_shape
 from pysolve.nn.layers.base import Dense
 from pysolve.nn.layers.factored import empty
+from pysolve.nn.layers.factored_embedding import FactoredEmbedding, FactoredHead
 from pysolve.nn.layers.masking import mask_weights, masks_of, unmasked
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import in_form, substitute
@@ -99,7 +100,14 @@ def rebuilt(record: Mapping[str, object], model: nn.Module) -> nn.Module:
 def _new_biases(compressed: Compressed) -> list[str]:
     """Biases that the original does not have or, where it is not known, that plans may have brought."""
     plans, original = (*compressed.earlier, compressed.plan), compressed.fingerprint
-    factored = {name for plan in plans for name in _factored(plan)}
+    layers = dict(compressed.model.named_modules())
+    # Embeddings had no bias before they became two.
+    factored = {
+        name
+        for plan in plans
+        for name in _factored(plan)
+        if not isinstance(layers.get(name), FactoredEmbedding)
+    }
     names = [name for name in compressed.model.state_dict() if name.rpartition(".")[2] == "bias"]
     biases = [*dict.fromkeys(_before_factoring(name, factored) for name in names)]
     if original is not None:
@@ -137,12 +145,29 @@ def _with_biases(network: nn.Module, biases: set[str]) -> nn.Module:
 def _factors(network: nn.Module, ranks: object) -> dict[str, LowRank]:
     """Factors of zeros, by weight."""
     forms = {}
-    for name, (rank, spatial) in factors_of(ranks).items():
-        layer = _dense(network, name, "cannot be factored")
-        if rank > layer.weight.numel():
+    for name, (rank, spatial, exact) in factors_of(ranks).items():
+        found = find_layer(network, name)
+        layer = found if isinstance(found, nn.Embedding) else _dense(network, name, "cannot be factored")
+        most = layer.weight.numel()
+        if isinstance(layer, nn.Embedding):
+            # More would only be larger, whatever a file says.
+            most = 0 if exact >= len(layer.weight) else min(layer.weight.shape)
+        elif exact:
+            raise DataError(f"{name} has no rows that are looked up.")
+        if rank > most:
             raise DataError(f"{name} cannot have rank {rank}.")
-        forms[weight_name(name)] = empty(layer, rank, spatial=spatial)
+        forms[weight_name(name)] = empty(layer, rank, spatial=spatial, rows=np.arange(exact))
     return forms
+
+
+def check_places(network: nn.Module) -> None:
+    """Refuse factored embeddings that give two rows one place, or have none for one, with a DataError."""
+    for name, layer in network.named_modules():
+        places = layer.places if isinstance(layer, FactoredEmbedding | FactoredHead) else None
+        if places is not None and not torch.equal(
+            places.sort().values.cpu(), torch.arange(len(places), dtype=places.dtype)
+        ):
+            raise DataError(f"the rows of {name} need a place each.")
 
 
 def _widths(network: nn.Module) -> Width:

@@ -17,6 +17,7 @@ from pysolve.compressed import Compressed
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.files.architecture import (
     architecture,
+    check_places,
     fingerprint,
     modes_record,
     ordinary,
@@ -146,6 +147,7 @@ def restored(path: str | os.PathLike[str], model: nn.Module, *, empty: bool = Fa
         network = rebuilt(record, model)
         network = with_values(network) if empty else network
         _fill(network, _values(record, tensors, network))
+        check_places(network)
         restore_modes(network, record)
     except ImportError as error:
         raise ImportError(f"{path} cannot be read: {error}") from error

@@ -97,7 +97,8 @@ def form_record(form: Form) -> dict[str, object]:
                 "expected factors with the kernel first, or along the last dimension in the outer one, got "
                 f"{form.outer.shape} and {form.inner.shape}."
             )
-        return {"kind": "low-rank", "rank": form.rank, "spatial": spatial}
+        apart = {"exact": len(form.rows)} if len(form.rows) else {}
+        return {"kind": "low-rank", "rank": form.rank, "spatial": spatial, **apart}
     if isinstance(form, Integers):
         return {"kind": "int", "bits": form.bits, "group": form.group, "dynamic": form.dynamic}
     if isinstance(form, Codebook):
@@ -105,15 +106,18 @@ def form_record(form: Form) -> dict[str, object]:
     return {"kind": "csr", "density": form.density}
 
 
-def factors_of(records: object) -> dict[str, tuple[int, bool]]:
-    """Rank of each factored layer, and whether it lies along height and width, from their records."""
+def factors_of(records: object) -> dict[str, tuple[int, bool, int]]:
+    """Rank of each factored layer, whether it lies along height and width, and its rows that stay exact."""
     found = {}
     for name, record in typed(records, dict, "factored").items():
         given = typed(record, dict, "a factored layer")
         rank = typed(field(given, "rank"), int, "rank")
         if rank < 1:
             raise DataError(f"expected a rank of at least 1, got {rank}.")
-        found[name] = (rank, typed(field(given, "spatial"), bool, "spatial"))
+        exact = typed(given.get("exact", 0), int, "exact")
+        if exact < 0:
+            raise DataError(f"expected a number of rows that stay exact, got {exact}.")
+        found[name] = (rank, typed(field(given, "spatial"), bool, "spatial"), exact)
     return found
 
 

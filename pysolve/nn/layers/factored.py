@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pysolve.correlations import AnyArray
+from pysolve.correlations import AnyArray, Indices
 from pysolve.errors import PysolveError
 from pysolve.forms import LowRank
 from pysolve.nn.layer_kinds import LINEAR, Turned, is_extended, plain
@@ -106,6 +106,8 @@ class Factored(nn.Module):
 
 def check_factors(layer: nn.Module, form: LowRank) -> None:
     """Refuse a layer that cannot be factored, and factors of another shape, with a PysolveError."""
+    if form.exact is not None:
+        raise PysolveError("only of embeddings some rows are stored apart.")
     if plain(layer) not in (*LINEAR, *CONVOLUTIONS) or getattr(layer, "groups", 1) > 1:
         kind = type(layer).__name__
         raise PysolveError(f"only Linear layers and convolutions without groups can be factored, got {kind}.")
@@ -126,8 +128,14 @@ def factors(layer: nn.Module, form: LowRank) -> tuple[AnyArray, AnyArray]:
     return form.inner, form.outer
 
 
-def empty(layer: Dense, rank: int, *, spatial: bool = False) -> LowRank:
-    """Factors of zeros for a layer: with its kernel first, or along height and width."""
+def empty(
+    layer: Dense | nn.Embedding, rank: int, *, spatial: bool = False, rows: Indices | None = None
+) -> LowRank:
+    """Factors of zeros for a layer: with its kernel first, or along height and width; some rows apart."""
+    if rows is not None and len(rows):
+        (V, D), n = layer.weight.shape, len(rows)
+        parts = np.zeros((V - n, rank), np.float32), np.zeros((rank, D), np.float32)
+        return LowRank(*parts, rows, np.zeros((n, D), np.float32))
     h, c, *kernel = layer.weight.shape
     inside, outside = [*kernel], [1] * len(kernel)
     if spatial and kernel:

@@ -11,6 +11,7 @@ from pysolve.errors import PysolveError
 from pysolve.forms import Integers, LowRank, RuntimeForm
 from pysolve.nn.layers.base import HOOKS, Dense, check_shape
 from pysolve.nn.layers.factored import Factored, check_factors
+from pysolve.nn.layers.factored_embedding import FactoredEmbedding, check_table, table_of
 from pysolve.nn.layers.quantized import QuantConv2d, QuantLinear, QuantWeight, check_integers
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear, SparseWeight
 from pysolve.nn.running import as_tensor
@@ -20,7 +21,7 @@ from pysolve.nn.state import copy_of
 def check_form(layer: nn.Module, form: RuntimeForm) -> None:
     """Refuse a form that a layer's weight cannot take with a PysolveError."""
     if isinstance(form, LowRank):
-        check_factors(layer, form)
+        (check_table if isinstance(layer, nn.Embedding) else check_factors)(layer, form)
     elif isinstance(form, Integers):
         check_integers(layer, form)
     elif type(layer) not in (nn.Linear, nn.Conv2d):
@@ -35,6 +36,8 @@ def in_form(
     """The layer that takes the place of a dense one; PysolveError when its weight cannot take the form."""
     check_form(layer, form)
     if isinstance(form, LowRank):
+        if isinstance(layer, nn.Embedding):
+            return FactoredEmbedding.of_table(layer, form)
         assert isinstance(layer, Dense)
         return Factored.from_form(layer, form)
     if isinstance(form, Integers):
@@ -76,7 +79,17 @@ def to_dense(model: nn.Module) -> nn.Module:
     model : nn.Module
         Not changed.
     """
-    return _replaced(model, (SparseWeight, Factored, QuantWeight), lambda layer: layer.to_dense())
+    tables = dict[nn.Parameter, nn.Parameter]()
+
+    def dense(layer: Any) -> nn.Module:
+        made: nn.Module = layer.to_dense()
+        shared = table_of(layer)
+        # Heads go on sharing the weight of an embedding.
+        if shared is not None and isinstance(made.weight, nn.Parameter):
+            made.weight = tables.setdefault(shared, made.weight)
+        return made
+
+    return _replaced(model, (SparseWeight, Factored, QuantWeight), dense)
 
 
 def without_sparse(model: nn.Module) -> nn.Module:

@@ -1251,7 +1251,7 @@ def test_layers_cannot_be_made_larger_and_larger_by_factoring_their_factors(halv
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 4, 3), nn.Embedding(4, 4), nn.ReLU()]
+    "layer", [nn.Conv2d(4, 4, 3, groups=2), nn.ConvTranspose2d(4, 4, 3), nn.EmbeddingBag(4, 4), nn.ReLU()]
 )
 def test_records_that_factor_other_layers_are_refused(layer, halved):
     model = nn.Sequential(layer)

@@ -159,12 +159,16 @@ def test_a_field_that_is_missing_or_of_another_type_is_named():
 
 
 FORMS = {
-    "fc": (LowRank(np.ones((4, 3)), np.ones((3, 5))), (3, False)),
-    "kernel first": (LowRank(np.ones((4, 2, 1, 1)), np.ones((2, 5, 3, 3))), (2, False)),
-    "height and width": (LowRank(np.ones((4, 7, 1, 3)), np.ones((7, 5, 3, 1))), (7, True)),
-    "1 x 1": (LowRank(np.ones((4, 1, 1, 1)), np.ones((1, 5, 1, 1))), (1, False)),
-    "1-d": (LowRank(np.ones((4, 2, 1)), np.ones((2, 5, 3))), (2, False)),
-    "3-d": (LowRank(np.ones((4, 2, 1, 1, 2)), np.ones((2, 5, 3, 2, 1))), (2, True)),
+    "fc": (LowRank(np.ones((4, 3)), np.ones((3, 5))), (3, False, 0)),
+    "kernel first": (LowRank(np.ones((4, 2, 1, 1)), np.ones((2, 5, 3, 3))), (2, False, 0)),
+    "height and width": (LowRank(np.ones((4, 7, 1, 3)), np.ones((7, 5, 3, 1))), (7, True, 0)),
+    "1 x 1": (LowRank(np.ones((4, 1, 1, 1)), np.ones((1, 5, 1, 1))), (1, False, 0)),
+    "1-d": (LowRank(np.ones((4, 2, 1)), np.ones((2, 5, 3))), (2, False, 0)),
+    "3-d": (LowRank(np.ones((4, 2, 1, 1, 2)), np.ones((2, 5, 3, 2, 1))), (2, True, 0)),
+    "rows apart": (
+        LowRank(np.ones((4, 2)), np.ones((2, 5)), np.array([1, 4]), np.ones((2, 5))),
+        (2, False, 2),
+    ),
 }
 
 

@@ -1,0 +1,103 @@
+"""What is looked up in embeddings while a network runs, and what errors there mean to its outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+from torch.overrides import TorchFunctionMode
+
+from pysolve.correlations import Array
+from pysolve.nn.outputs import main_output
+from pysolve.nn.running import Batch, device_of, evaluating, forward
+from pysolve.nn.sensitivity import without_mean
+
+# Called with the name of a table, the rows that are looked up, and what is found; what it returns, if
+# anything, takes the place of that.
+Record = Callable[[str, Tensor, Tensor], Tensor | None]
+
+
+class _Lookups(TorchFunctionMode):
+    """Records what is looked up in some tables, whatever the code around it does."""
+
+    def __init__(self, tables: Mapping[str, Tensor], record: Record) -> None:
+        super().__init__()
+        self.names = {table.data_ptr(): name for name, table in tables.items()}
+        self.record = record
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is not embedding:
+            return result
+        ids, table = (*args, *(kwargs[key] for key in ("input", "weight") if key in kwargs))[:2]
+        name = self.names.get(table.data_ptr())
+        changed = None if name is None else self.record(name, ids, result)
+        return result if changed is None else changed
+
+
+def lookup_counts(
+    model: nn.Module, tables: Mapping[str, Tensor], batches: Iterable[Batch]
+) -> dict[str, Array]:
+    """(V,) how often each row of each table is looked up."""
+    found = {name: np.zeros(len(table)) for name, table in tables.items()}
+
+    def count(name: str, ids: Tensor, _: Tensor) -> None:
+        found[name] += np.bincount(ids.flatten().cpu().numpy(), minlength=len(found[name]))
+
+    with evaluating(model), _Lookups(tables, count):
+        for batch in batches:
+            forward(model, batch, device_of(model))
+    return found
+
+
+def lookup_sensitivities(
+    model: nn.Module,
+    tables: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    *,
+    probes: int,
+    seed: int = 0,
+) -> dict[str, Array]:
+    """(D, D) E[Jᵀ J] of what is looked up, J the derivative of the network's outputs by it.
+
+    As ``sensitivities`` has it, but in the outputs' own units; zero where no gradient is known.
+    """
+    sums = {name: np.zeros((table.shape[1],) * 2) for name, table in tables.items()}
+    counts = dict.fromkeys(tables, 0)
+    random = torch.Generator().manual_seed(seed)
+    offsets: list[tuple[str, Tensor]] = []
+    with evaluating(model), torch.enable_grad(), _Lookups(tables, partial(_offset, offsets)):
+        for batch in batches:
+            offsets.clear()
+            result = main_output(forward(model, batch, device_of(model)))
+            inputs = [offset for _, offset in offsets]
+            for _ in range(probes if result.requires_grad and inputs else 0):
+                signs = torch.randint(0, 2, result.shape, generator=random).to(result) * 2 - 1
+                try:
+                    found = torch.autograd.grad(
+                        result, inputs, without_mean(signs), retain_graph=True, allow_unused=True
+                    )
+                except RuntimeError:
+                    # A tensor that the gradient needs was changed in place.
+                    return {name: np.zeros_like(one) for name, one in sums.items()}
+                for (name, _), gradient in zip(offsets, found, strict=True):
+                    if gradient is not None:
+                        rows = gradient.flatten(0, -2).double()
+                        sums[name] += (rows.T @ rows).cpu().numpy()
+                        counts[name] += len(rows)
+    return {name: one / max(1, counts[name]) for name, one in sums.items()}
+
+
+def _offset(offsets: list[tuple[str, Tensor]], name: str, _: Tensor, found: Tensor) -> Tensor:
+    """Record that adds zeros to what is looked up; their gradient is that of it."""
+    offset = torch.zeros_like(found).requires_grad_()
+    offsets.append((name, offset))
+    return found.detach() + offset
