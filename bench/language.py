@@ -12,6 +12,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -58,7 +59,9 @@ def by_magnitude(model: nn.Module, batches: Batches, share: float) -> nn.Module:
     return small.model
 
 
-def by_torch_pruning(model: nn.Module, batches: Batches, share: float) -> nn.Module:
+def by_torch_pruning(
+    model: nn.Module, batches: Batches, share: float, *, everywhere: bool = True
+) -> nn.Module:
     """Group norms of neurons; finding the groups of heads and of the stream took over 8 minutes."""
     import torch_pruning as tp
 
@@ -72,7 +75,7 @@ def by_torch_pruning(model: nn.Module, batches: Batches, share: float) -> nn.Mod
                 small,
                 batches[0]["input_ids"][:1],
                 importance=tp.importance.GroupMagnitudeImportance(p=2),
-                global_pruning=True,
+                global_pruning=everywhere,
                 pruning_ratio=ratio,
                 max_pruning_ratio=0.99,
                 ignored_layers=[*others, small.model.embed_tokens],
@@ -171,6 +174,7 @@ def _at_share(
 PEERS = {
     "magnitudes of neurons and heads, no refit": by_magnitude,
     "torch-pruning, group norms of neurons": by_torch_pruning,
+    "torch-pruning, the same in each layer": partial(by_torch_pruning, everywhere=False),
     "the stream in axes of variance, no refit": by_plain_rotation,
     "pysolve.compress": by_pysolve,
 }

@@ -18,7 +18,7 @@ from torch import nn
 import pysolve as ps
 from pysolve.cli.inputs import load_network, load_samples
 from pysolve.cli.options import Value
-from pysolve.cli.outputs import folder, write
+from pysolve.cli.outputs import check_new, folder, write
 from pysolve.errors import DataError, PysolveError
 from pysolve.methods.goal import check_positive
 from pysolve.nn.evaluate import accuracy, latency, macs, nbytes, parameters
@@ -28,7 +28,7 @@ from pysolve.report.page import page
 from pysolve.report.plots import plot_pareto
 from pysolve.report.report import comparison
 from pysolve.tables import Table, as_text
-from pysolve.whole_files import check_writable, replacing
+from pysolve.whole_files import replacing
 
 # Titles of reports: what became of the network.
 _DONE = {
@@ -64,6 +64,7 @@ class Job:
     weights: Path | None
     test: str | None
     out: Path
+    overwrite: bool
     device: str
     limit: int
     as_json: bool
@@ -123,15 +124,15 @@ def write_compressed(verb: str, given: Mapping[str, Value]) -> None:
     job, options = _parted(given)
     state_dict, pretrained = options.pop("state_dict"), options.pop("pretrained", False)
     written = ["network.safetensors", "plan.json", "report.json", "report.md", "report.html"]
-    written += ["state_dict.safetensors"] * state_dict
-    with folder(job.out, written):
+    written += ["state_dict.safetensors"] * state_dict + ["pretrained"] * pretrained
+    with folder(job.out, written, overwrite=job.overwrite):
         model, batches, score = job.inputs()
         result = getattr(ps, verb)(model, batches, evaluate=score, progress=job.progress, **options)
         ps.save(result, job.out / written[0])
         if state_dict:
             # Tensors of several names are written under each, for load_state_dict.
             state = {name: value.clone() for name, value in result.model.state_dict().items()}
-            write(job.out / written[-1], tensors(state))
+            write(job.out / "state_dict.safetensors", tensors(state))
         # Sizes of the network's file, and of one for the original where it has none.
         before = dict(result.report.before)
         before.setdefault("file", len(tensors(_once(model))))
@@ -148,7 +149,6 @@ def write_compressed(verb: str, given: Mapping[str, Value]) -> None:
         write(job.out / "report.html", page(report, title))
         if pretrained:
             ps.save_pretrained(result, job.out / "pretrained", overwrite=True)
-            written.append("pretrained/")
     job.show(str(report), record, written)
 
 
@@ -164,7 +164,7 @@ def _once(model: nn.Module) -> dict[str, torch.Tensor]:
 def write_study(given: Mapping[str, Value]) -> None:
     """Gather what any verb needs of a network, and write it to a file."""
     out, device, quiet = Path(given["out"]), given["device"], given["quiet"]
-    check_writable(out)
+    check_new(out, overwrite=given["overwrite"])
     model = load_network(given["network"], given["weights"], device)
     batches = _batches(model, given["data"], given["limit"], device)
     options = {name: given[name] for name in ("memory", "checkpoint")}
@@ -186,7 +186,7 @@ def write_sweep(given: Mapping[str, Value]) -> None:
     targets = [targets_of([one]) for one in given["target"]]
     job, options = _parted({**given, "target": None})
     written = ["sweep.json", "pareto.png"]
-    with folder(job.out, written):
+    with folder(job.out, written, overwrite=job.overwrite):
         model, batches, score = job.inputs()
         reports = ps.sweep(model, batches, targets=targets, evaluate=score, progress=job.progress, **options)
         reports = [replace(report, notes=(*job.notes, *report.notes)) for report in reports]
@@ -214,7 +214,8 @@ def evaluate_network(
     """Print a network's accuracy on labelled data, its costs, and how long a batch takes."""
     model = load_network(network, weights, device)
     if compressed is not None:
-        model = ps.load(compressed, model)
+        inside = compressed / "network.safetensors"
+        model = ps.load(inside if inside.exists() else compressed, model)
     samples = load_samples(data, train=False)
     x, y = samples.labelled()
     samples.check_finite(model, len(x), "--data")
@@ -243,11 +244,18 @@ def evaluate_network(
 
 
 def solve_file(
-    file: Path, lam: float, relative: bool, method: str, group_size: int, out: Path | None, as_json: bool
+    file: Path,
+    lam: float,
+    relative: bool,
+    method: str,
+    group_size: int,
+    out: Path | None,
+    overwrite: bool,
+    as_json: bool,
 ) -> None:
     """Solve the reconstruction problem in an .npz file."""
     if out is not None:
-        check_writable(out)
+        check_new(out, overwrite=overwrite)
     if not file.is_file():
         raise DataError(f"there is no file {file}.")
     check_positive("lam", lam)

@@ -73,7 +73,7 @@ def run(data: Path | None, out: Path, *, seed: int = 0, epochs: int | None = Non
     """Run all steps from data to picture; ``data`` is a folder of MNIST files, None means embedded digits."""
     console = Console(highlight=False)
     dataset, setting = (ps.digits(seed), DIGITS) if data is None else (ps.mnist(data), MNIST)
-    with folder(out, FILES), threads(setting.threads):
+    with folder(out, FILES, overwrite=True), threads(setting.threads):
         model = train(setting, dataset, seed, epochs or setting.epochs, console)
         start = time.perf_counter()
         found = shrunk(setting, model, dataset)

@@ -19,7 +19,7 @@ from pysolve.errors import PysolveError, PysolveWarning
 Run = Callable[..., None]
 _INPUTS = ("network", "data", "weights")
 _OUTPUTS = (
-    *("study", "memory", "distill", "ignore", "test", "out"),
+    *("study", "memory", "distill", "ignore", "test", "out", "overwrite"),
     *("state_dict", "latency", "limit", "device", "seed", "as_json", "quiet"),
 )
 _REFITTED = ("refit", "layout", *_OUTPUTS)
@@ -30,6 +30,7 @@ _SWEPT = (
     "test",
     "target",
     "out",
+    "overwrite",
     "select",
     "ignore",
     "latency",
@@ -74,6 +75,7 @@ app = typer.Typer(
     cls=_Plain,
     help="Make trained neural networks smaller without retraining them.",
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -174,7 +176,7 @@ def _write(verb: str, given: dict[str, Value]) -> None:
     write_compressed(verb, given)
 
 
-@command(*_INPUTS, *_SWEPT, data=None, out="compressed")
+@command(*_INPUTS, *_SWEPT, data=None, out="swept")
 def sweep(**given: Value) -> None:
     """Try many sizes after one pass over the data, and show what each costs."""
     from pysolve.cli.commands import write_sweep
@@ -184,7 +186,7 @@ def sweep(**given: Value) -> None:
 
 @command(
     *_INPUTS,
-    *("ignore", "memory", "checkpoint", "out", "limit", "device", "quiet"),
+    *("ignore", "memory", "checkpoint", "out", "overwrite", "limit", "device", "quiet"),
     out="study.safetensors",
 )
 def study(**given: Value) -> None:
@@ -218,7 +220,7 @@ def evaluate(**given: Value) -> None:
     evaluate_network(**given)
 
 
-@command("file", "lam", "relative", "method", "group_size", "out", "as_json")
+@command("file", "lam", "relative", "method", "group_size", "out", "overwrite", "as_json")
 def solve(**given: Value) -> None:
     """Solve a reconstruction problem given by its correlation matrices, to a certified gap."""
     from pysolve.cli.commands import solve_file

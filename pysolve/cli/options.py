@@ -18,7 +18,7 @@ class Option:
     """One option of a command, of values of a ``kind`` between ``least`` and ``most``.
 
     The default is ``...`` where it must be given, None where the called function has one of its own, and
-    ``shown`` in other words. It is typed by its ``flag``, if not by its name; an argument is one without.
+    ``shown`` in other words. It is typed by its ``flag``, or two, if not by its name; an argument has none.
     """
 
     kind: object
@@ -37,7 +37,7 @@ class Option:
         else:
             info = typer.Option(
                 default,
-                self.flag or f"--{name.replace('_', '-')}",
+                *(self.flag or f"--{name.replace('_', '-')}").split(","),
                 help=self.help,
                 show_default=self.shown or default is not False,
                 min=self.least,
@@ -110,6 +110,7 @@ OPTIONS = {
     "out": Option(Path, "Folder to write to.", ...),
     "study.out": Option(Path, "File to write to.", ...),
     "solve.out": Option(Path, ".npz file for M, keep and lam."),
+    "overwrite": Option(bool, "Replace what an earlier command wrote to --out.", False),
     "state_dict": Option(bool, "Write the tensors alone, too, in their new shapes.", False),
     "pretrained": Option(
         bool, "Write a folder that transformers opens, too: pretrained/.", False, "--save-pretrained"
@@ -119,8 +120,8 @@ OPTIONS = {
     "device": Option(str, "Where to compute: cpu, cuda, cuda:1, ….", "cpu"),
     "seed": Option(int, "Of all random choices.", 0),
     "as_json": Option(bool, "Print JSON instead of tables.", False, "--json"),
-    "quiet": Option(bool, "Print nothing but errors.", False),
-    "compressed": Option(Path, "A file that compress wrote: the network is made as small first."),
+    "quiet": Option(bool, "Print nothing but errors, and what --json asks for.", False, "--quiet,-q"),
+    "compressed": Option(Path, "A file or folder that compress wrote: the network is made as small first."),
     "batch": Option(int, "Samples that are timed together.", 64, least=1),
     "file": Option(Path, "An .npz file with r_xx (d x d) and r_yx (h x d).", ..., argument=True),
     "lam": Option(float, "The penalty of the group lasso.", 0.1),
@@ -129,7 +130,7 @@ OPTIONS = {
     "demo.data": Option(
         Path, "Folder with the four MNIST files: train LeNet-5 on them instead of the digits."
     ),
-    "epochs": Option(int, "How long to train.", shown="20 for digits, 8 for MNIST", least=1),
+    "epochs": Option(int, "How long to train.", shown="12 for digits, 8 for MNIST", least=1),
 }
 
 

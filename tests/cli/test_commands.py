@@ -248,7 +248,7 @@ def test_samples_beyond_the_limit_and_gaps_that_a_network_fills_may_hold_anythin
     np.save("late.npy", x)
     command = ("prune", "--data", "late.npy", "--amount", "0.5", "--method", "magnitude", "--quiet")
     assert run(*command, "mine:make", "--samples", "100").exit_code == 0
-    assert run(*command, "mine:fills").exit_code == 0
+    assert run(*command, "mine:fills", "--overwrite").exit_code == 0
     assert run(*command, "mine:make").exit_code == 2
 
 
@@ -259,7 +259,7 @@ def test_a_place_that_cannot_be_written_costs_no_work(home, monkeypatch):
     monkeypatch.setattr("pysolve.cli.commands.load_network", no_work)
     (home / "full/report.md").mkdir(parents=True)
     for out, said in (("full", "report.md cannot be written"), ("mine.py", "is a file")):
-        result = run("compress", "mine:make", "--data", "inputs.npy", "--out", out)
+        result = run("compress", "mine:make", "--data", "inputs.npy", "--overwrite", "--out", out)
         assert (result.exit_code, said in result.stderr) == (2, True), result.stderr
     monkeypatch.setattr("tempfile.TemporaryFile", raises(PermissionError(13, "Permission denied")))
     result = run("compress", "mine:make", "--data", "inputs.npy", "--out", "new/folder")
@@ -279,7 +279,7 @@ def test_a_failure_at_the_end_leaves_the_files_that_were_there(home, monkeypatch
     assert run(*command).exit_code == 0
     before = {path.name: path.read_bytes() for path in (home / "pruned").iterdir()}
     monkeypatch.setattr(os, "replace", raises(OSError(28, "No space left on device")))
-    result = run(*command)
+    result = run(*command, "--overwrite")
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "No space left on device" in result.stderr
     assert {path.name: path.read_bytes() for path in (home / "pruned").iterdir()} == before
@@ -292,7 +292,7 @@ def test_json_and_quiet_print_nothing_else(home):
     result = run(*command, "--json")
     assert json.loads(result.stdout)["target"] == {"macs": 0.5}
     assert result.stderr == ""
-    result = run(*command, "--quiet", "--distill", "1e", "--round-to", "4", "--ignore", "re:4")
+    result = run(*command, "--quiet", "--overwrite", "--distill", "1e", "--round-to", "4", "--ignore", "re:4")
     assert (result.exit_code, result.output) == (0, "")
     report = json.loads((home / "compressed/report.json").read_text())
     assert all(site["kept"] % 4 == 0 for site in report["sites"] if site["pinned"] is None)
@@ -395,26 +395,27 @@ def test_sweep_shows_every_size(home):
     result = run(*command, "--target", "params=0.7", "--target", "macs=0.5")
     assert result.exit_code == 0, result.output
     assert result.stdout.count("\n") == 4
-    assert (home / "compressed/pareto.png").read_bytes().startswith(b"\x89PNG")
-    rows = json.loads((home / "compressed/sweep.json").read_text())
+    assert (home / "swept/pareto.png").read_bytes().startswith(b"\x89PNG")
+    rows = json.loads((home / "swept/sweep.json").read_text())
     assert [row["target"] for row in rows] == [{"params": 0.7}, {"macs": 0.5}]
-    assert json.loads(run(*command, "--json").stdout)[2]["target"] == {"params": 0.1}
+    assert json.loads(run(*command, "--overwrite", "--json").stdout)[2]["target"] == {"params": 0.1}
 
 
 def test_a_study_takes_the_place_of_the_data(home):
     command = ("study", "mine:make", "--data", "mine:batches", "--memory", "1GiB", "--checkpoint", "sums")
     for _ in range(2):
         # The second goes on from what the first left: all of it.
-        result = run(*command)
+        result = run(*command, "--overwrite")
         assert result.exit_code == 0, result.output
         assert "wrote study.safetensors" in result.stdout
     options = ("--study", "study.safetensors", "--target", "params=0.5", "--quiet")
     assert run("compress", "mine:make", *options).exit_code == 0
     found = (home / "compressed/network.safetensors").read_bytes()
-    run("compress", "mine:make", "--data", "mine:batches", "--target", "params=0.5", "--quiet")
+    options = ("--data", "mine:batches", "--target", "params=0.5", "--quiet")
+    assert run("compress", "mine:make", *options, "--overwrite").exit_code == 0
     assert (home / "compressed/network.safetensors").read_bytes() == found
     for wrong in ((), ("--data", "mine:batches", "--study", "study.safetensors")):
-        result = run("compress", "mine:make", *wrong)
+        result = run("compress", "mine:make", "--overwrite", *wrong)
         assert result.exit_code == 2
         assert "give --data, or --study" in result.output
 
@@ -653,3 +654,36 @@ def test_a_folder_for_other_programs_is_written_where_asked_for(tmp_path, monkey
     record = json.loads((tmp_path / "small/pretrained/config.json").read_text())
     assert record["intermediate_size"] < 12
     assert type(ps.load_pretrained(tmp_path / "small/pretrained")).__name__ == "LlamaForCausalLM"
+
+
+def test_results_of_an_earlier_command_stay_or_are_replaced_whole(home):
+    command = ("compress", "mine:make", "--data", "mine:batches", "--target", "macs=0.5", "-q")
+    assert run(*command, "--state-dict").exit_code == 0
+    before = {path.name: path.read_bytes() for path in (home / "compressed").iterdir()}
+    for other in (
+        command,
+        ("sweep", "mine:make", "--data", "mine:batches", "--test", "labelled.npz", "--out", "compressed"),
+    ):
+        result = run(*other)
+        assert (result.exit_code, "--overwrite" in result.stderr) == (2, True), result.stderr
+        assert {path.name: path.read_bytes() for path in (home / "compressed").iterdir()} == before
+    assert run(*command, "--overwrite").exit_code == 0
+    assert {path.name for path in (home / "compressed").iterdir()} == before.keys() - {
+        "state_dict.safetensors"
+    }
+
+
+def test_evaluate_takes_the_folder_that_compress_wrote(home):
+    assert run("compress", "mine:make", "--data", "mine:batches", "-q").exit_code == 0
+    found = [
+        json.loads(
+            run("evaluate", "mine:make", "--data", "labelled.npz", "--compressed", path, "--json").stdout
+        )
+        for path in ("compressed", "compressed/network.safetensors")
+    ]
+    assert found[0]["accuracy"] == found[1]["accuracy"]
+    assert found[0]["params"] < parameters(load_network("mine:make"))
+
+
+def test_help_has_a_short_name():
+    assert "--overwrite" in re.sub(r"\x1b\[[0-9;]*m", "", run("compress", "-h").output)
