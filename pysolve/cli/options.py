@@ -52,7 +52,6 @@ OPTIONS = {
     "data": Option(str, ".npy, .npz (x, y), a folder of IDX files, or package.module:function.", ...),
     "weights": Option(Path, "Its state dict: .safetensors, or .pt read as tensors."),
     "test": Option(str, "Labelled data, as --data, to give the accuracy on."),
-    "sweep.test": Option(str, "Labelled data, as --data, to give accuracies on.", ...),
     "target": Option(
         list[str], "params, macs, bytes or ms = share or number; may be repeated.", shown="params=0.25"
     ),

@@ -64,7 +64,7 @@ def front(
 def scored(
     reports: Sequence[Report] | Mapping[str, Sequence[Report]], measure: str
 ) -> dict[str, list[Report]]:
-    """Reports of each method, checked to have scores and the measure."""
+    """Reports of each method, checked to have the measure, and scores all of them or none."""
     if isinstance(reports, Report):
         raise TypeError(
             "reports must be a list of Report, as sweep returns it, got one Report: pass [report]."
@@ -73,12 +73,13 @@ def scored(
     methods = {str(label): list(runs) for label, runs in named.items()}
     if not any(methods.values()):
         raise ValueError("there are no reports to draw: pass what sweep returned for one target or more.")
+    none = all(one.score_after is None for runs in methods.values() for one in runs)
     for label, runs in methods.items():
         for i, one in enumerate(runs):
-            if one.score_before is None or one.score_after is None:
+            if not none and (one.score_before is None or one.score_after is None):
                 raise ValueError(
-                    f"report {i} of {label!r} has no score: give sweep or compress evaluate=, a function "
-                    "from a network to a score."
+                    f"report {i} of {label!r} has no score, but others have: give sweep or compress "
+                    "evaluate=, a function from a network to a score."
                 )
             if measure not in one.before:
                 known = ", ".join(one.before)

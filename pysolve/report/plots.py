@@ -40,7 +40,7 @@ def plot_pareto(
     lower_is_better: bool = False,
     ax: Axes | None = None,
 ) -> Axes:
-    """Plot score against size with the Pareto front of each method; returns the Axes.
+    """Plot score, or divergence, against size with the Pareto front of each method; returns the Axes.
 
     A solid line joins the Pareto-optimal results, a dashed one those after retraining; dominated results are
     faint points. The star at 100 % is the dense network.
@@ -48,7 +48,8 @@ def plot_pareto(
     Parameters
     ----------
     reports : list of Report, or {label: list of Report}
-        Results of ``sweep`` with ``evaluate``; of several methods, with a label each.
+        Results of ``sweep``; of several methods, with a label each. Of results without ``evaluate`` the
+        divergence is drawn.
     path, ax : optional
     measure : "params", "macs", "bytes" or another that the reports have
         Cost on the axis, which is logarithmic where less than an eighth is left.
@@ -62,18 +63,21 @@ def plot_pareto(
     TypeError
         When one Report is passed instead of a list.
     ValueError
-        When there are no reports, or one has no score or lacks the measure.
+        When there are no reports, or one lacks the measure or a score that others have.
     """
     methods = scored(reports, measure)
+    every = [one for runs in methods.values() for one in runs]
+    by_score = every[0].score_after is not None
+    lower_is_better, score = (lower_is_better, score) if by_score else (True, "divergence")
     ax = ax or drawing.new_axes()
     for (label, runs), (color, marker) in zip(methods.items(), drawing.styles(), strict=False):
         shares = [100 * one.share(measure) for one in runs]
-        plain, retrained = [one.score_after for one in runs], [one.retrained for one in runs]
+        plain = [one.score_after if by_score else one.divergence for one in runs]
+        retrained = [one.retrained for one in runs]
         _draw_front(ax, front(shares, plain, lower_is_better), color, marker, label)
         later = front(shares, retrained, lower_is_better)
         _draw_front(ax, later, color, marker, f"{label}, retrained", dashed=True)
-    every = [one for runs in methods.values() for one in runs]
-    dense = sorted({one.score_before for one in every if one.score_before is not None})
+    dense = sorted({one.score_before for one in every if one.score_before is not None}) if by_score else [0.0]
     ax.plot([100] * len(dense), dense, "*", color=INK, markersize=13, label="dense network", zorder=4)
     smallest = min(one.share(measure) for one in every)
     if 0 < smallest < 1 / 8:

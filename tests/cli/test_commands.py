@@ -401,6 +401,15 @@ def test_sweep_shows_every_size(home):
     assert json.loads(run(*command, "--overwrite", "--json").stdout)[2]["target"] == {"params": 0.1}
 
 
+def test_sweep_needs_no_labels(home):
+    result = run("sweep", "mine:make", "--data", "mine:batches", "--target", "params=0.7", "--json")
+    assert result.exit_code == 0, result.output
+    (row,) = json.loads(result.stdout)
+    assert row["score_after"] is None
+    assert row["divergence"] > 0
+    assert (home / "swept/pareto.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_study_takes_the_place_of_the_data(home):
     command = ("study", "mine:make", "--data", "mine:batches", "--memory", "1GiB", "--checkpoint", "sums")
     for _ in range(2):

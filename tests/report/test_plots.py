@@ -159,9 +159,18 @@ def test_no_reports_are_an_error(nothing):
         plot_pareto(nothing)
 
 
+def test_without_scores_the_divergence_is_drawn():
+    found = [replace(report(n), score_before=None, score_after=None, divergence=1 / n) for n in (100, 250)]
+    ax = plot_pareto(found)
+    drawn = {(x, y) for line in ax.get_lines() for x, y in zip(*line.get_data(), strict=True)}
+    assert drawn == {(10.0, 0.01), (25.0, 0.004), (100, 0.0)}
+    assert ax.get_ylabel() == "divergence"
+
+
 def test_reports_without_a_score_or_the_measure_say_what_to_do():
     with pytest.raises(
-        ValueError, match=r"report 1 of 'ours' has no score: give sweep or compress evaluate="
+        ValueError,
+        match=r"report 1 of 'ours' has no score, but others have: give sweep or compress evaluate=",
     ):
         plot_pareto({"ours": [report(), replace(report(), score_after=None)]})
     with pytest.raises(ValueError, match="no measure 'weight'; it has params, macs"):
