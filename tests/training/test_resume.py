@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, TensorDataset
 
 import pysolve as ps
@@ -254,3 +255,30 @@ def test_a_torn_file_is_told_and_an_interrupted_write_leaves_the_one_before(tmp_
     path.write_bytes(before[: len(before) // 2])
     with pytest.raises(ps.DataError, match="damaged"):
         fit(copy.deepcopy(whole), X, Y, **how, checkpoint=path)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Bytes of a checkpoint, and where they lie."""
+    path = tmp_path_factory.mktemp("damaged") / "a.pt"
+    fit(network(), X, Y, epochs=1, checkpoint=path)
+    return path.read_bytes(), path
+
+
+@given(place=st.integers(0, 10**6), bit=st.integers(0, 7))
+def test_a_changed_bit_is_refused_or_changes_nothing(checkpoint, place, bit):
+    content, path = checkpoint
+    changed = bytearray(content)
+    changed[place % len(content)] ^= 1 << bit
+    path.write_bytes(content)
+    wanted = resume._loaded(path)
+    path.write_bytes(changed)
+    try:
+        found = resume._loaded(path)
+    except (ps.DataError, OSError):
+        return
+    leaves, form = pytree.tree_flatten(wanted)
+    others, other_form = pytree.tree_flatten(found)
+    assert form == other_form
+    for one, other in zip(leaves, others, strict=True):
+        assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
