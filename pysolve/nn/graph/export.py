@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import re
+import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
@@ -25,6 +26,8 @@ from pysolve.nn.outputs import tensors_of
 from pysolve.nn.refusal import code_line, of_torch, output_of, sentence
 from pysolve.nn.running import Batch, Inputs, arguments, evaluating, few_samples, in_training, same_draws
 
+# torch traces one network at a time, and what is printed meanwhile is the whole process's.
+_TRACING = threading.RLock()
 # More samples than any batch has.
 _MANY = 2**40
 # A frame of a stack trace: file, line, and its code where that is known.
@@ -132,7 +135,7 @@ def trace(
     if (free_sizes or training) and all(t.ndim and len(t) == 1 for t in tensors):
         # torch.export takes a size of 1 for fixed, and batch norms do not train on one sample.
         args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.repeat_interleave(2, 0), (args, kwargs))
-    with (in_training if training else evaluating)(model):
+    with _TRACING, (in_training if training else evaluating)(model):
         if not training:
             with _quiet(), same_draws(model):
                 output_of(model, batch)

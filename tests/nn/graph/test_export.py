@@ -1,5 +1,8 @@
 """The number of samples is free first, all sizes where batches ask for it, and no try leaves marks."""
 
+from concurrent.futures import ThreadPoolExecutor
+
+import small
 import torch
 from small import Net
 from torch import nn
@@ -93,3 +96,13 @@ def test_networks_that_fail_only_while_they_are_compiled_are_traced_as_they_run(
     assert graph.takes_any_batch
     assert torch.compiler.is_compiling is asked
     assert sum(site.pinned is None for site in ps.find_sites(model, torch.randn(3, 4))) == 1
+
+
+def test_several_threads_trace_by_turns_and_what_is_printed_afterwards_is_seen(capsys):
+    nets = [small.residual(), small.swiglu(), small.attention(), small.conv3d()]
+    with ThreadPoolExecutor(len(nets)) as pool:
+        found = [*pool.map(lambda one: trace(*one), nets)]
+    counts = [len(graph.module.graph.nodes) for graph in found]
+    assert counts == [len(trace(*one).module.graph.nodes) for one in nets]
+    print("heard")
+    assert capsys.readouterr().out == "heard\n"
