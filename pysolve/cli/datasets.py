@@ -59,7 +59,8 @@ def digits(seed: int = 0) -> Dataset:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise ImportError(
-            "the digits data come with scikit-learn, which is not installed: pip install 'pysolve[demo]'."
+            "the digits data come with scikit-learn, which is not installed: pip install "
+            "'pysolve-compress[demo]'."
         ) from error
     images, labels = load_digits(return_X_y=True)
     labels = labels.astype(np.int64)

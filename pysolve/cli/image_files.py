@@ -123,7 +123,7 @@ def _decoded(content: bytes, shape: tuple[int, ...] | None) -> Bytes:
         from PIL import Image
     except ImportError as error:
         raise ImportError(
-            "JPEG images are read with Pillow, which is not installed: pip install 'pysolve[bench]'."
+            "JPEG images are read with Pillow, which is not installed: pip install 'pysolve-compress[bench]'."
         ) from error
     with Image.open(io.BytesIO(content), formats=("JPEG",)) as image:
         # The size is in the header: a wrong one costs no memory.

@@ -136,7 +136,7 @@ def test_no_digit_is_in_both_halves():
 
 def test_without_scikit_learn_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ImportError, match=r"pysolve\[demo\]"):
+    with pytest.raises(ImportError, match=r"pysolve-compress\[demo\]"):
         digits()
 
 

@@ -186,5 +186,5 @@ def test_something_else_than_an_archive_is_a_data_error(tmp_path):
 def test_without_pillow_the_error_names_the_extra(tmp_path, monkeypatch):
     path = write_jpegs(tmp_path / "set.npz")
     monkeypatch.setitem(sys.modules, "PIL", None)
-    with pytest.raises(ImportError, match=r"pysolve\[bench\]"):
+    with pytest.raises(ImportError, match=r"pysolve-compress\[bench\]"):
         read_jpegs(path)

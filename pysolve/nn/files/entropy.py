@@ -201,7 +201,7 @@ def _ans(frequencies: AnyArray, *data: npt.NDArray[np.uint32]) -> tuple[Coder, C
     except ImportError as error:
         raise ImportError(
             "asymmetric numeral systems come with constriction, which is not installed: "
-            "pip install 'pysolve[coding]', or choose \"huffman\"."
+            "pip install 'pysolve-compress[coding]', or choose \"huffman\"."
         ) from error
     stack = constriction.stream
     chances = frequencies / frequencies.sum(dtype=np.int64)

@@ -289,7 +289,7 @@ def torchao_tensor(codes: Tensor, scales: Tensor) -> Tensor:
     except ImportError as error:
         raise ImportError(
             "this form of a layer comes with torchao 0.18 or later, which is not installed: pip install "
-            "'pysolve[quant]', or run the layer as it is."
+            "'pysolve-compress[quant]', or run the layer as it is."
         ) from error
     inputs = QuantizeTensorToInt8Kwargs(PerRow())
     made: Tensor = Int8Tensor(codes, scales, [1, codes.shape[1]], scales.dtype, act_quant_kwargs=inputs)

@@ -114,7 +114,7 @@ def to_torchao(model: nn.Module) -> nn.Module:
     Raises
     ------
     ImportError
-        Without torchao: pip install 'pysolve[quant]'.
+        Without torchao: pip install 'pysolve-compress[quant]'.
     """
     return _replaced(model, (QuantLinear,), lambda layer: layer.to_torchao() if layer.dynamic else layer)
 

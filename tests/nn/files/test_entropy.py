@@ -191,6 +191,6 @@ def test_what_cannot_be_coded_is_refused():
 
 def test_without_the_coder_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "constriction", None)
-    with pytest.raises(ImportError, match=r"pysolve\[coding\]"):
+    with pytest.raises(ImportError, match=r"pysolve-compress\[coding\]"):
         encode(np.arange(3))
     assert np.array_equal(decode(encode(np.arange(3), "huffman"), most=3), np.arange(3))

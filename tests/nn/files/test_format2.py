@@ -222,9 +222,9 @@ def test_auto_is_ans_where_it_is_installed_and_huffman_elsewhere(tmp_path, monke
     ps.save(saved(model), path)
     monkeypatch.setitem(sys.modules, "constriction", None)
     assert file_bytes(saved(model)) == file_bytes(saved(model), coding="huffman")
-    with pytest.raises(ImportError, match=r"a\.safetensors .*pip install 'pysolve\[coding\]'"):
+    with pytest.raises(ImportError, match=r"a\.safetensors .*pip install 'pysolve-compress\[coding\]'"):
         ps.load(path, model)
-    with pytest.raises(ImportError, match=r"pysolve\[coding\]"):
+    with pytest.raises(ImportError, match=r"pysolve-compress\[coding\]"):
         ps.save(saved(model), path, coding="ans")
     ps.save(saved(model), path)
     assert_same(ps.load(path, LeNet5()).state_dict(), model.state_dict())

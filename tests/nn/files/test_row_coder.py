@@ -198,7 +198,7 @@ def test_without_the_coder_what_it_wrote_is_not_read_and_the_message_says_what_t
     told, data = stream_of(fitted(row, "ans"))
     other = stream_of(fitted(row, "huffman"))
     monkeypatch.setitem(sys.modules, "constriction", None)
-    with pytest.raises(ImportError, match=r"pysolve\[coding\]"):
+    with pytest.raises(ImportError, match=r"pysolve-compress\[coding\]"):
         row_of(told, Stream(data), 1000, np.uint8)
     assert np.array_equal(row_of(other[0], Stream(other[1]), 1000, np.uint8), row)
 

@@ -464,5 +464,5 @@ def test_torchao_takes_only_layers_that_round():
 
 def test_without_torchao_an_error_says_how_to_get_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
-    with pytest.raises(ImportError, match=r"pip install 'pysolve\[quant\]'"):
+    with pytest.raises(ImportError, match=r"pip install 'pysolve-compress\[quant\]'"):
         to_torchao(compressed().model)
