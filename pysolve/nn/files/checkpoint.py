@@ -61,9 +61,9 @@ def save(
         An existing file is replaced once the new one is complete.
     coding : "auto", "ans", "huffman" or "none"
         How numbers are entropy-coded: by asymmetric numeral systems, for which constriction is needed here
-        and to load the file (``pip install 'pysolve-compress[coding]'``), or by Huffman's codes. "auto" is the
-        first of them that is installed. "none" writes format 1: all tensors are the file's own, some without
-        their zeros, and the record is plain.
+        and to load the file (``pip install 'pysolve-compress[coding]'``), or by Huffman's codes. "auto" is
+        the first of them that is installed. "none" writes format 1: all tensors are the file's own, some
+        without their zeros, and the record is plain.
     report : bool
         Whether the record holds the report, too: some hundred bytes more, and, as a report has timings, other
         bytes in each run. Without, the same network makes the same file.
