@@ -50,6 +50,24 @@ def _shared_graphs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
+def _shared_fields() -> Iterator[None]:
+    """What the fields of one configuration count is measured once."""
+    from pysolve.nn import stock
+
+    measured, known = stock._fields, {}
+
+    def fields(kind: type, config: object) -> object:
+        key = kind, config.to_json_string(use_diff=False)
+        if key not in known:
+            known[key] = measured(kind, config)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stock, "_fields", fields)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
 def _few_runs() -> Iterator[None]:
     """Reports hold times, which hardly any test looks at."""
     with pytest.MonkeyPatch.context() as patch:
