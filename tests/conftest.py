@@ -20,12 +20,13 @@ settings.load_profile(os.environ.get("PYSOLVE_HYPOTHESIS", "default"))
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What modules hold stays for good: no search for garbage in it."""
+    """What modules hold stays for good, and so do graphs: no search for garbage in it, and few later."""
     gc.disable()
     try:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(10_000)
         gc.enable()
 
 
