@@ -20,12 +20,13 @@ settings.load_profile(os.environ.get("PYSOLVE_HYPOTHESIS", "default"))
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
-    """What modules hold stays for good: no search for garbage in it."""
+    """What modules hold stays for good, and so do graphs: no search for garbage in it, and few later."""
     gc.disable()
     try:
         return (yield)
     finally:
         gc.freeze()
+        gc.set_threshold(10_000)
         gc.enable()
 
 
@@ -46,6 +47,24 @@ def _shared_graphs() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for place in ("nn.graph.export", "nn.graph.sites", "methods.studied"):
             patch.setattr(f"pysolve.{place}.trace", traced)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_fields() -> Iterator[None]:
+    """What the fields of one configuration count is measured once."""
+    from pysolve.nn import stock
+
+    measured, known = stock._fields, {}
+
+    def fields(kind: type, config: object) -> object:
+        key = kind, config.to_json_string(use_diff=False)
+        if key not in known:
+            known[key] = measured(kind, config)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stock, "_fields", fields)
         yield
 
 

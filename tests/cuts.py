@@ -1,13 +1,16 @@
 """The sites of every small network, and what holds of a network whose sites are cut."""
 
 import copy
+from functools import cache
 
 import numpy as np
 import torch
+from small import network
 from torch import nn
 from torch.utils import _pytree as pytree
 
 from pysolve.nn.apply import apply, masked
+from pysolve.nn.graph.sites import find_sites
 from pysolve.nn.running import forward
 from pysolve.plan import Collapse, Plan
 
@@ -152,6 +155,12 @@ SITES = {
     "softmax_between": ["1: 0 → 2 ! softmax mixes these channels", "2: 2 → ! output"],
 }
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
+
+
+@cache
+def found(name):
+    """The sites of a small network; they hold nothing of it."""
+    return tuple(find_sites(*network(name)))
 
 
 def shown(site):

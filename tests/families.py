@@ -1,6 +1,10 @@
 """Small networks of transformers, one of each family that others open, with a batch for each."""
 
+from contextlib import suppress
+
 import torch
+
+from pysolve.nn.files import reopen
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 12}
 TEXT = {"vocab_size": 30, "max_position_embeddings": 16}
@@ -114,3 +118,10 @@ def batches(batch, count=4, size=16, seed=1):
         return torch.randint(30, shape, generator=drawn)
 
     return [{name: like(value) for name, value in batch.items()} for _ in range(count)]
+
+
+def opened_here(jobs):
+    """Open folders in this process, in the place of a fresh one that imports torch and the library again."""
+    # It complains of this process once all outputs are written.
+    with suppress(ImportError):
+        reopen.main(str(jobs))

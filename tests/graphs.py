@@ -68,10 +68,17 @@ def _plain(value, numbers):
         return type(value), value
     if isinstance(value, tuple | list):
         return type(value), *(_plain(one, numbers) for one in value)
-    if isinstance(value, dict | set) and not value:
-        return type(value)
+    if isinstance(value, set):
+        return type(value), frozenset(_plain(one, numbers) for one in value)
+    # Hooks may do anything.
+    if isinstance(value, dict) and not any(map(callable, value.values())):
+        return type(value), *((key, _plain(one, numbers)) for key, one in value.items())
     if isinstance(value, weakref.ref):
         return weakref.ref, _plain(value(), numbers)
+    if hasattr(value, "to_json_string"):
+        # A configuration of transformers; how attention and experts run is not among its fields.
+        hidden = [getattr(value, f"_{name}_implementation", None) for name in ("attn", "experts")]
+        return type(value), value.to_json_string(use_diff=False), *hidden
     # Of other tensors the values are in the graph.
     if id(value) in numbers:
         return numbers[id(value)]

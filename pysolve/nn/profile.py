@@ -28,10 +28,10 @@ LARGE = 0.01
 
 def latencies(models: Sequence[nn.Module], batch: Batch) -> tuple[Latency, ...]:
     """Latencies of networks on a batch, called alternately, so that disturbances affect all of them."""
-    return tuple(summary(one, samples_in(batch)) for one in times_of(models, batch))
+    return tuple(summary(one, samples_in(batch)) for one in times_of(models, batch, SECONDS))
 
 
-def times_of(models: Sequence[nn.Module], batch: Batch, seconds: float = SECONDS) -> list[list[float]]:
+def times_of(models: Sequence[nn.Module], batch: Batch, seconds: float) -> list[list[float]]:
     """Seconds of the calls of networks on a batch, by turns: for each this many together, or ``FEWEST``."""
     with evaluating(*models, as_used=True):
         calls = [_call(model, batch) for model in models]

@@ -167,9 +167,9 @@ def _fields(kind: type[nn.Module], config: Any) -> Fields:
     for path, value in _leaves(config):
         if value is not None:
             tried = (2 * value, value // 2, value + 1, value - 1)
-            at = next((t for t in tried if t > 0 and _sizes(kind, config, {path: t})), None)
-            other = None if at is None else _sizes(kind, config, {path: at})
-            if at is not None and other is not None and (grown := _slopes(base, other, at - value)):
+            made = ((t, _sizes(kind, config, {path: t})) for t in tried if t > 0)
+            at, other = next(((t, sizes) for t, sizes in made if sizes), (value, base))
+            if grown := _slopes(base, other, at - value):
                 values[path], slopes[path] = value, grown
             continue
         first, second = (_sizes(kind, config, {path: t}) for t in _TRIED)

@@ -5,6 +5,7 @@ import multiprocessing
 import pickle
 import threading
 from contextlib import contextmanager
+from functools import cache
 
 import numpy as np
 import pytest
@@ -43,13 +44,21 @@ def random_dense(*shape, dtype=np.float32, seed=1):
     return np.random.default_rng(seed).standard_normal(shape).astype(dtype)
 
 
-def assert_close(result, csr, dense):
-    """Within rounding of SciPy's product in double precision: relative to Σ |a| |x|."""
+def bounds(csr, dense):
+    """SciPy's product in double precision, and Σ |a| |x|, to which rounding is relative."""
     expected = csr.astype(float) @ dense.astype(float)
-    scale = abs(csr).astype(float) @ np.abs(dense.astype(float)) + 1e-300
+    return expected, abs(csr).astype(float) @ np.abs(dense.astype(float)) + 1e-300
+
+
+def assert_within(result, csr, expected, scale):
     assert result.dtype == csr.dtype
     assert result.shape == expected.shape
     assert np.all(np.abs(result - expected) <= TOLERANCE[np.dtype(csr.dtype)] * scale)
+
+
+def assert_close(result, csr, dense):
+    """Within rounding of SciPy's product."""
+    assert_within(result, csr, *bounds(csr, dense))
 
 
 sizes = st.one_of(st.integers(0, 40), st.sampled_from([63, 64, 65, 127, 129, 300]))
@@ -75,18 +84,25 @@ def test_both_layouts_agree_with_scipy(product, level, threads):
         assert_close(ps.csr_matmul(csr, dense), csr, dense)
 
 
+@cache
+def large(dtype, batch):
+    """A sparse matrix, a dense one, and the bounds of their product."""
+    csr = random_csr(500, 1700, 0.5 if batch == 1 else 0.1, dtype)
+    csr.data *= 1 if batch > 1 else 1.5
+    dense = random_dense(1700, batch, dtype=dtype)
+    return csr, dense, *bounds(csr, dense)
+
+
 @pytest.mark.parametrize("level", LEVELS)
 @pytest.mark.parametrize("threads", [1, 2, 3, 4])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("batch", [1, 2, 64, 200])
 def test_large_products_are_shared_between_threads(level, threads, dtype, batch):
-    csr = random_csr(500, 1700, 0.5 if batch == 1 else 0.1, dtype)
-    csr.data *= 1 if batch > 1 else 1.5
-    dense = random_dense(1700, batch, dtype=dtype)
+    csr, dense, expected, scale = large(dtype, batch)
     matrix = ps.SparseMatrix.from_csr(csr)
     with running(level, threads):
-        assert_close(matrix @ dense, csr, dense)
-        assert_close(matrix.matmul(np.ascontiguousarray(dense.T)).T, csr, dense)
+        assert_within(matrix @ dense, csr, expected, scale)
+        assert_within(matrix.matmul(np.ascontiguousarray(dense.T)).T, csr, expected, scale)
 
 
 @pytest.mark.parametrize("columns", [65536, 65537, 200_000])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from allocation import allocate
+from cuts import found, free
 from hypothesis import given
 from hypothesis import strategies as st
 from small import NETWORKS, Net, chains, network, vectors
@@ -97,25 +98,25 @@ def test_any_mlp_costs_what_one_built_narrower_costs(sizes, seed):
     assert costs.cost(kept) == counted(Mlp((sizes[0], *kept, sizes[-1])), x)
 
 
-def check_found_sites(model, batch, seed=0, tries=3):
-    rng, sites = np.random.default_rng(seed), find_sites(model, batch)
-    costs, free = cost_model(model, sites, batch), [site for site in sites if site.pinned is None]
+def check_sites(model, batch, sites, seed=0, tries=3):
+    rng = np.random.default_rng(seed)
+    costs, cut = cost_model(model, sites, batch), free(sites)
     assert costs.original == counted(model, batch)
     for _ in range(tries):
-        kept = {site: int(rng.integers(1, site.channels + 1)) for site in free}
-        smaller = narrowed(model, free, [*kept.values()], rng)
+        kept = {site: int(rng.integers(1, site.channels + 1)) for site in cut}
+        smaller = narrowed(model, cut, [*kept.values()], rng)
         assert costs.cost([kept.get(site, site.channels) for site in sites]) == counted(smaller, batch)
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_every_network_costs_at_any_widths_what_is_counted(name):
-    check_found_sites(*network(name))
+    check_sites(*network(name), found(name))
 
 
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_half_the_macs_of_every_network_are_half_of_those_counted(name):
     model, batch = network(name)
-    sites = [site for site in find_sites(model, batch) if site.pinned is None]
+    sites = free(found(name))
     costs, whole = cost_model(model, sites, batch), counted(model, batch)["macs"]
 
     def share(kept):
@@ -134,7 +135,7 @@ def test_half_the_macs_of_every_network_are_half_of_those_counted(name):
 
 @given(chains(), seeds)
 def test_any_convolutional_network_costs_at_any_widths_what_is_counted(example, seed):
-    check_found_sites(*example, seed, tries=1)
+    check_sites(*example, find_sites(*example), seed, tries=1)
 
 
 def test_samples_of_several_lengths_cost_the_mean():

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import published_problem
-from sklearn.linear_model import MultiTaskLasso
 from strategies import instances
 
 import pysolve as ps
@@ -242,6 +241,9 @@ def test_the_published_toy_problem(method):
 @pytest.mark.parametrize("method", FAST)
 def test_agrees_with_an_independent_solver(method):
     """scikit-learn's MultiTaskLasso minimises ½/n ‖Y − X W‖² + α Σ_j ‖W_j‖ on the samples themselves."""
+    # Not above: all processes would wait for it.
+    from sklearn.linear_model import MultiTaskLasso
+
     rng = np.random.default_rng(1)
     x = rng.standard_normal((200, 12)) @ rng.standard_normal((12, 12))
     y = x @ rng.standard_normal((12, 4)) + rng.standard_normal((200, 4))

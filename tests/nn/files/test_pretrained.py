@@ -3,15 +3,17 @@
 import copy
 import json
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES, batches, made
+from families import FAMILIES, batches, made, opened_here
 from safetensors.torch import load_file
 
 import pysolve as ps
+from pysolve.nn.files import reopening
 from pysolve.nn.files.pretrained import FILE, write_stock
 from pysolve.nn.files.reopening import reopened
 
@@ -31,10 +33,17 @@ class Case:
     difference: float
 
 
-def halved(name):
-    """A family's network with half of its widths, as far as its configuration counts them."""
+@cache
+def compressed(name):
+    """A family's network with half of the widths that its configuration counts, what it was, and batches."""
     model, batch = made(transformers, name)
-    return model, ps.compress(model, batches(batch), keep=0.5, widths="uniform", **QUIET).model
+    data = batches(batch)
+    return ps.compress(model, data, keep=0.5, widths="uniform", **QUIET), model, data
+
+
+def halved(name):
+    result, model, _ = compressed(name)
+    return model, result.model
 
 
 def with_bias():
@@ -57,13 +66,28 @@ def in_blocks():
     return model, ps.compress(model, batches(batch), keep=keep, refit="none", **QUIET).model
 
 
+def in_half_precision():
+    model, smaller = halved("llama")
+    return model, copy.deepcopy(smaller).bfloat16()
+
+
+def padded():
+    """A batch whose second text is shorter."""
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[1, 4:] = 0
+    return {"input_ids": torch.arange(12).view(2, 6), "attention_mask": mask}
+
+
 def written(names, folder):
     """Cases by name, all opened in one process."""
-    makers = {"with_bias": with_bias, "in_blocks": in_blocks}
+    makers = {"with_bias": with_bias, "in_blocks": in_blocks, "in_half_precision": in_half_precision}
     pairs = {name: makers[name]() if name in makers else halved(name) for name in names}
     for name in names:
         (folder / name).mkdir()
-    apart = reopened([write_stock(model, folder / name) for name, (_, model) in pairs.items()])
+    given = {"in_half_precision": padded()}
+    apart = reopened(
+        [write_stock(model, folder / name, given.get(name)) for name, (_, model) in pairs.items()]
+    )
     return {
         name: Case(*pair, folder / name, one) for (name, pair), one in zip(pairs.items(), apart, strict=True)
     }
@@ -72,7 +96,8 @@ def written(names, folder):
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     names = [name for name in FAMILIES if name not in SLOW]
-    return written([*names, "with_bias", "in_blocks"], tmp_path_factory.mktemp("quick"))
+    names += ["with_bias", "in_blocks", "in_half_precision"]
+    return written(names, tmp_path_factory.mktemp("quick"))
 
 
 @pytest.fixture(scope="module")
@@ -138,10 +163,8 @@ def test_llamas_of_different_layers_are_blocks(quick):
 
 @pytest.fixture(scope="module")
 def small():
-    """A compressed Llama, and its batches."""
-    model, batch = made(transformers, "llama")
-    data = batches(batch)
-    return ps.compress(model, data, keep=0.5, widths="uniform", **QUIET), model, data
+    """A compressed Llama, what it was, and its batches."""
+    return compressed("llama")
 
 
 def test_a_folder_is_written_whole_with_what_belongs_to_it(small, tmp_path):
@@ -165,24 +188,22 @@ def test_a_folder_is_written_whole_with_what_belongs_to_it(small, tmp_path):
     assert result.model.config.num_attention_heads == 4
 
 
-def test_padded_batches_and_half_precision_compare_too(small, tmp_path):
-    result, _, _ = small
-    batch = {"input_ids": torch.arange(12).view(2, 6), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
-    batch["attention_mask"][1, 4:] = 0
-    half = replace(result, model=copy.deepcopy(result.model).bfloat16())
-    assert ps.save_pretrained(half, tmp_path / "out", batch=batch).difference == 0
-    assert json.loads((tmp_path / "out/config.json").read_text())["dtype"] == "bfloat16"
-    assert ps.load_pretrained(tmp_path / "out").dtype == torch.bfloat16
+def test_padded_batches_and_half_precision_compare_too(quick):
+    case = quick["in_half_precision"]
+    assert case.difference == 0
+    assert json.loads((case.folder / "config.json").read_text())["dtype"] == "bfloat16"
+    assert ps.load_pretrained(case.folder).dtype == torch.bfloat16
 
 
-def test_nothing_is_left_where_the_class_computes_something_else(small, tmp_path):
+def test_nothing_is_left_where_the_class_computes_something_else(small, tmp_path, monkeypatch):
     result, _, _ = small
+    monkeypatch.setattr(reopening, "_run", opened_here)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").touch()
     handle = result.model.lm_head.register_forward_hook(lambda *call: 2 * call[-1])
     try:
         with pytest.raises(ps.PysolveError, match=r"gives other outputs, 0\.5 of the largest apart"):
-            ps.save_pretrained(result, tmp_path / "out", overwrite=True)
+            ps.save_pretrained(result, tmp_path / "out", batch=padded(), overwrite=True)
     finally:
         handle.remove()
     assert os.listdir(tmp_path) == ["out"]

@@ -1,7 +1,6 @@
 """Every site of a network is found, and nothing that is no site: by example, by poison and by cutting."""
 
 import copy
-import functools
 import logging
 from dataclasses import dataclass, replace
 
@@ -12,6 +11,7 @@ from cuts import (
     SITES,
     assert_cuts_cleanly,
     assert_poison_stays_inside,
+    found,
     free,
     outputs,
     shown,
@@ -30,11 +30,6 @@ from pysolve.nn.graph.sites import _first_words, find_sites
 from pysolve.nn.zoo import Mlp
 from pysolve.plan import Collapse, Plan
 from pysolve.training.loss import floating
-
-
-@functools.cache
-def found(name):
-    return tuple(find_sites(*network(name)))
 
 
 def test_every_network_is_listed():
