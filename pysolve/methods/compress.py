@@ -186,7 +186,8 @@ def compress(
     )
     options = replace(options, new_biases=not one)
     network = placed(network, options)
-    found = studied(network, batches, options, sites=True if sites is None else sites)
+    every = True if sites is None else sites
+    found = studied(network, batches, options, sites=every, experts=lam is None)
     check_free(found)
     ties = uniform(found) if one else None
     turns = select == "elimination" and refit != "none" and lam is None
@@ -279,7 +280,7 @@ def sweep(
     )
     options = replace(options, new_biases=not one)
     network = placed(network, options)
-    found = studied(network, batches, options, sites=True if sites is None else sites)
+    found = studied(network, batches, options, sites=True if sites is None else sites, experts=True)
     check_free(found)
     ties = uniform(found) if one else None
     found = in_principal_axes(found) if select == "elimination" and refit != "none" else found

@@ -20,6 +20,7 @@ from pysolve.nn.layers.factored_embedding import FactoredEmbedding
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
 from pysolve.nn.norms import OverKept, kept_of_norms, norms_of, rescale
 from pysolve.nn.plain import unwrapped
+from pysolve.nn.routers import choose_among, chosen_by_routers
 from pysolve.nn.running import Batch, as_tensor, closest, find_layer
 from pysolve.nn.silenced import silenced
 from pysolve.nn.slicing import (
@@ -56,7 +57,7 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     layers grouped and depthwise convolutions, batch, instance and group norms, PReLU, constant padding of
     the channel dimension, and bare parameters and buffers, by their names in the state dict. Matrices in one
     parameter of the network's own, as of experts, write and read, too: ``experts.down_proj:oi``, or ``:io``
-    where inputs come before outputs.
+    where inputs come before outputs; and whole experts go with the rows of their router, as ``:e``.
     From grouped layers whole groups are removed, or as many channels from each. Layers of classes that extend
     these are narrowed like them; only the probe tells whether their code still does the same. Layers that
     share their weight must lose the same of it, and go on sharing it.
@@ -120,7 +121,8 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy as wide as the original that ignores the channels a plan removes; ``apply`` must equal it.
 
     The plan's new values are in place, and the weights of all readers are zero for the removed channels;
-    writers and passed layers stay as they are, but where norms would count what they make.
+    writers and passed layers stay as they are, but where norms would count what they make. Routers never
+    choose experts that are removed.
     Forms are multiplied out, and those of narrowed layers put where the kept entries are. Raises what
     ``apply`` does, but runs nothing.
     """
@@ -130,6 +132,7 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
             silence(find_member(wide, name), cut.columns)
     keep = {step.site: step.keep for step in plan.steps}
     load(wide, silenced(wide, keep))
+    choose_among(wide, chosen_by_routers(wide, keep))
     for weight, kept in kept_of_norms(keep).items():
         name = weight.removesuffix(".weight")
         layer = find_layer(wide, name)

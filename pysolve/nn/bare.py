@@ -68,11 +68,7 @@ class Bare:
         new = old.detach()
         for dim, places in enumerate(self.places(kept)):
             new = new.index_select(dim, torch.from_numpy(places).to(new.device))
-        setattr(
-            self.owner,
-            self.leaf,
-            nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new,
-        )
+        setattr(self.owner, self.leaf, _like(old, new))
 
 
 @dataclass(frozen=True)
@@ -80,14 +76,15 @@ class Stack:
     """Matrices in one parameter, such as those of all experts of a mixture, which are narrowed alike.
 
     In a site it is named as in the state dict, and behind a colon by the order of its last two dimensions:
-    ``experts.down_proj:oi`` for outputs before inputs, ``:io`` for inputs before outputs.
+    ``experts.down_proj:oi`` for outputs before inputs, ``:io`` for inputs before outputs. As ``:e`` it is a
+    parameter or buffer of any shape, whose first dimension counts the experts themselves.
 
     Parameters
     ----------
     owner : nn.Module
     leaf : str
         Its name there.
-    order : "oi" or "io"
+    order : "oi", "io" or "e"
     """
 
     owner: nn.Module
@@ -108,19 +105,19 @@ class Stack:
 
     @property
     def outputs(self) -> int:
-        """Rows of each matrix of  y = M x ."""
+        """Rows of each matrix of  y = M x , or experts."""
         return self.values.shape[self._dim("o")]
 
     @property
     def inputs(self) -> int:
-        """Columns of each matrix of  y = M x ."""
+        """Columns of each matrix of  y = M x , or experts."""
         return self.values.shape[self._dim("i")]
 
     def narrow(self, rows: Mask, columns: Mask) -> None:
         """Cut the tensor in place of the old one."""
         old = self.values
         new = self._picked(self._picked(old.detach(), "o", rows), "i", columns)
-        setattr(self.owner, self.leaf, nn.Parameter(new.contiguous(), old.requires_grad))
+        setattr(self.owner, self.leaf, _like(old, new.contiguous()))
 
     def silenced(self, rows: Mask | None, columns: Mask | None) -> Tensor:
         """The tensor with zeros for the outputs and inputs that go."""
@@ -132,19 +129,25 @@ class Stack:
         return values
 
     def _dim(self, letter: str) -> int:
-        return self.order.index(letter) - 2
+        return 0 if self.order == EXPERTS else self.order.index(letter) - 2
 
     def _picked(self, tensor: Tensor, letter: str, kept: Mask) -> Tensor:
         places = torch.from_numpy(np.flatnonzero(kept)).to(tensor.device)
         return tensor if kept.all() else tensor.index_select(self._dim(letter), places)
 
 
-ORDERS = ("oi", "io")
+EXPERTS = "e"
+ORDERS = ("oi", "io", EXPERTS)
 
 
 def is_stack(name: str) -> bool:
     """Whether a member of a site is named as matrices in one parameter."""
     return name.rpartition(":")[2] in ORDERS and ":" in name
+
+
+def of_experts(name: str) -> bool:
+    """Whether a member of a site is one whose first dimension counts experts."""
+    return name.endswith(f":{EXPERTS}")
 
 
 def find_member(model: nn.Module, name: str) -> nn.Module | Bare | Stack:
@@ -167,8 +170,10 @@ def member(modules: Mapping[str, nn.Module], name: str) -> nn.Module | Bare | St
         return None
     if order not in ORDERS:
         return None if order else Bare(owner, leaf)
-    tensor = owner._parameters.get(leaf)
-    return Stack(owner, leaf, order) if tensor is not None and tensor.ndim > 2 else None
+    tensor = getattr(owner, leaf)
+    if order == EXPERTS:
+        return Stack(owner, leaf, order) if tensor.ndim else None
+    return Stack(owner, leaf, order) if isinstance(tensor, nn.Parameter) and tensor.ndim > 2 else None
 
 
 def forms_of_member(owner: nn.Module, leaf: str) -> tuple[Bare | Stack, ...]:
@@ -179,3 +184,8 @@ def forms_of_member(owner: nn.Module, leaf: str) -> tuple[Bare | Stack, ...]:
 def own_tensors(owner: nn.Module) -> set[str]:
     """Names of the parameters and buffers that a module holds itself."""
     return {leaf for leaf, one in chain(owner._parameters.items(), owner._buffers.items()) if one is not None}
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    """The new values as a parameter where the old ones were."""
+    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new

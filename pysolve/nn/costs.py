@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pysolve.correlations import Array, Indices
 from pysolve.errors import PysolveError
-from pysolve.nn.bare import Bare, Stack, find_member
+from pysolve.nn.bare import EXPERTS, Bare, Stack, find_member
 from pysolve.nn.counting import by_layer
 from pysolve.nn.cut_costs import rest_of
 from pysolve.nn.evaluate import nbytes, parameters
@@ -21,6 +21,11 @@ from pysolve.nn.running import Batch, find_layer
 from pysolve.nn.slicing import ROLES, Narrowable, channels_of, check_kind, inputs, outputs
 from pysolve.plan import Site
 from pysolve.solve.budget import Costs
+
+# Experts in the place of a role's channels, by role and matrices.
+_Extents = Mapping[tuple[str, Narrowable], int]
+# Number of a site, role, name and layer.
+_Use = tuple[int, str, str, Narrowable]
 
 
 def cost_model(
@@ -63,7 +68,7 @@ def cost_model(
     PysolveError
         When a grouped layer would lose whole groups for one site and parts of them for another.
     """
-    uses = list(_uses(model, sites))
+    uses, extents = _of_experts(list(_uses(model, sites)))
     extra = [find_layer(model, name) for name in extra_biases]
     for name, layer in zip(extra_biases, extra, strict=True):
         check_kind(name, layer, "readers")
@@ -71,14 +76,18 @@ def cost_model(
     names |= {layer: name for layer, name in zip(extra, extra_biases, strict=True) if layer not in names}
     names |= {layer: name for name in also if (layer := find_layer(model, name)) not in names}
     layers = [*names]
-    rows, columns = _tables(sites, uses, layers)
-    out, into = (np.array([*map(width, layers)], dtype=float) for width in (outputs, _inputs))
+    rows, columns = _tables(sites, uses, layers, extents)
+    out, into = (
+        np.array([extents.get((side, layer), width(layer)) for layer in layers], dtype=float)
+        for side, width in (("writers", outputs), ("readers", _inputs))
+    )
     work = as_workload(example)
     now, weights = sample_calls_and_weights(model, work)
     count = partial(sample_calls, work=work, weights=weights)
     first: dict[object, str] = {module: name for name, module in model.named_modules()}
     first, macs = {layer: first.get(layer, name) for layer, name in names.items()}, by_layer(now)
-    product, per_output = _coefficients(layers, {layer: macs.get(first[layer], 0.0) for layer in layers})
+    counts = {layer: macs.get(first[layer], 0.0) for layer in layers}
+    product, per_output = _coefficients(layers, counts, out, into)
 
     def explained(kept: Indices) -> dict[str, float]:
         gone = np.array([site.channels for site in sites]) - kept
@@ -111,7 +120,7 @@ def cost_model(
     )
 
 
-def _uses(model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[int, str, str, Narrowable]]:
+def _uses(model: nn.Module, sites: Sequence[Site]) -> Iterator[_Use]:
     """Site, role, name and layer, for every layer that loses channels with a site."""
     roles: dict[Narrowable, set[bool]] = {}
     for s, site in enumerate(sites):
@@ -128,13 +137,41 @@ def _uses(model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[int, str, s
                 yield s, role, name, layer
 
 
+def _of_experts(uses: list[_Use]) -> tuple[list[_Use], dict[tuple[str, Narrowable], int]]:
+    """Uses with each tensor once, and how many experts are in the place of its outputs or inputs.
+
+    Those that stay whole: a cost is a product of two sizes, and experts are a third one.
+    """
+    matrices = {
+        (layer.owner, layer.leaf): layer
+        for _, _, _, layer in uses
+        if isinstance(layer, Stack) and layer.order != EXPERTS
+    }
+    cut = {(role, layer) for _, role, _, layer in uses}
+    found, extents = list[_Use](), dict[tuple[str, Narrowable], int]()
+    for s, role, name, layer in uses:
+        if isinstance(layer, Stack) and layer.order == EXPERTS:
+            other = matrices.get((layer.owner, layer.leaf))
+            if other is not None:
+                role = next(side for side in ("readers", "writers") if (side, other) not in cut)
+                extents[role, other] = len(layer.values)
+                name, layer = f"{name.rpartition(':')[0]}:{other.order}", other
+            elif role == "readers":
+                extents["writers", layer] = 1
+            else:
+                extents["readers", layer] = 1
+        found.append((s, role, name, layer))
+    return found, extents
+
+
 def _tables(
-    sites: Sequence[Site], uses: Sequence[tuple[int, str, str, Narrowable]], layers: Sequence[Narrowable]
+    sites: Sequence[Site], uses: Sequence[_Use], layers: Sequence[Narrowable], extents: _Extents
 ) -> tuple[Array, Array]:
     """(L, S) outputs, and inputs of each group, that belong to one channel of a site."""
     rows, columns = np.zeros((2, len(layers), len(sites)))
     for s, role, name, layer in uses:
-        each = channels_of(sites[s], role, name, layer).shape[1]
+        experts = extents.get((role, layer), 0) if sites[s].router else 0
+        each = experts // sites[s].channels or channels_of(sites[s], role, name, layer).shape[1]
         if role == "readers":
             columns[layers.index(layer), s] = each / _groups(layer)
         else:
@@ -142,12 +179,13 @@ def _tables(
     return rows, columns
 
 
-def _coefficients(layers: Sequence[Narrowable], counts: Mapping[Narrowable, float]) -> tuple[Array, Array]:
+def _coefficients(
+    layers: Sequence[Narrowable], counts: Mapping[Narrowable, float], widths: Array, depths: Array
+) -> tuple[Array, Array]:
     """(3, L) costs for each pair of an output and an input of its group, and for each output alone."""
     product, per_output = np.zeros((2, len(layers), 3))
     shared: set[int] = set()
-    for layer, pair, single in zip(layers, product, per_output, strict=True):
-        out, into = outputs(layer), _inputs(layer)
+    for layer, pair, single, out, into in zip(layers, product, per_output, widths, depths, strict=True):
         if isinstance(layer, Bare):
             single += layer.costs / out
             continue

@@ -13,6 +13,7 @@ from scipy.linalg import solve_triangular
 
 from pysolve.correlations import Array, Correlations, Indices, group_columns, without_sums
 from pysolve.layer.layer_fit import LayerFit
+from pysolve.methods.kinds.experts import expert_path
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
 from pysolve.methods.study import Study, widths
 from pysolve.plan import Site
@@ -47,6 +48,8 @@ class Channels:
 
         def path(number: int) -> tuple[Indices, Array, float]:
             start, site = time.perf_counter(), sites[number]
+            if site.router is not None:
+                return *expert_path(study, site), time.perf_counter() - start
             if _is_turned(study, site):
                 return *_leading(study, site), time.perf_counter() - start
             order, error = _eliminated(*site_problem(site, _known(study, site), widths(study, site)))
@@ -61,8 +64,13 @@ class Channels:
         """What the readers lose with 1 … all channels, as a share of their outputs' energy, refitted.
 
         Only elimination knows a path; the error of other selections is taken at a few sizes and interpolated.
+        Whole experts are eliminated whatever the selection, but for scores.
         """
         start = time.perf_counter()
+        if site.router is not None:
+            scores = None if isinstance(self.select, str) else self.select[site]
+            found = _of_order(site, *expert_path(study, site, scores))
+            return replace(found, seconds=time.perf_counter() - start)
         if _is_turned(study, site):
             found = _of_order(site, *_leading(study, site))
             return replace(found, seconds=time.perf_counter() - start)
