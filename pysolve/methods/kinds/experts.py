@@ -17,10 +17,12 @@ from pysolve.nn.graph.experts import block_of
 from pysolve.nn.outputs import tensors_of
 from pysolve.nn.routers import choosing, chosen_by_routers
 from pysolve.nn.running import Batch, evaluating, find_layer, forward, hooked
+from pysolve.nn.samples import samples_in
 from pysolve.plan import Site
 
-# Samples that tell what experts do. Each run of a mixture without some takes as long as the mixture does.
-_SAMPLES = 64
+# Rows of outputs that tell what experts do: each run of a mixture without some takes as long as the mixture
+# does. And samples that tell how many rows are in one.
+_ROWS, _FEW = 4096, 4
 
 
 def expert_path(study: Study, site: Site, scores: Array | None = None) -> tuple[Indices, Array]:
@@ -38,9 +40,10 @@ def expert_path(study: Study, site: Site, scores: Array | None = None) -> tuple[
     scores : (channels,) array, optional
         The order instead: those of the largest scores stay.
     """
-    block, calls = find_layer(study.model, block_of(site)), []
-    for args, kwargs, output in _calls(study.model, block, study.first_kept(_SAMPLES)):
-        calls.append((args, kwargs, output))
+    block, few = find_layer(study.model, block_of(site)), study.first_kept(_FEW)
+    rows = sum(output[..., 0].numel() for _, _, output in _calls(study.model, block, few))
+    count = max(_FEW, _ROWS * sum(map(samples_in, few)) // max(1, rows))
+    calls = [*_calls(study.model, block, study.first_kept(count))]
     energy = sum(float(output.double().square().sum()) for _, _, output in calls) or 1.0
 
     def lost(gone: list[int]) -> float:

@@ -7,7 +7,7 @@ the one whose router never chooses them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -36,15 +36,18 @@ def expert_sites(model: nn.Module, graph: Graph, problem: Problem, free: Sequenc
         Other sites that can shrink: a tensor whose inputs and outputs can both go keeps its experts, for
         costs are products of two sizes.
     """
-    modules, offered = dict(model.named_modules()), list[list[Site]]()
+    modules = dict(model.named_modules())
     crossed = {name.partition(":")[0] for site in free for name in site.writers if ":" in name}
     crossed &= {name.partition(":")[0] for site in free for name in site.readers if ":" in name}
-    for name, experts in modules.items():
-        count, leaves = _experts(experts)
-        if leaves and (offers := [*_offers(modules, graph, name, count, leaves)]):
-            both = {one.partition(":")[0] for one in offers[0].readers} & crossed
-            why = "their inputs and their outputs can shrink already" if both else None
-            offered.append([replace(one, pinned=why or one.pinned) for one in offers])
+    offered = []
+    for (block, count), readers in _mixtures(modules).items():
+        offers = [*_offers(modules, graph, block, count, tuple(readers))]
+        if {one.partition(":")[0] for one in readers} & crossed:
+            why = (
+                "inputs and outputs of these experts can shrink already, and costs are products of two sizes"
+            )
+            offers = [replace(one, pinned=why) for one in offers]
+        offered.append(offers)
     firsts = [offers[0] for offers in offered if offers[0].pinned is None]
     # Most often all of them can go: copies of the network are tried once for all mixtures.
     sound = bool(firsts) and not any(map(problem, _trials(firsts)))
@@ -64,13 +67,29 @@ def block_of(site: Site) -> str:
     return ".".join(parts[0][:shared])
 
 
-def _experts(module: nn.Module) -> tuple[int, list[str]]:
-    """How many experts a module holds in parameters, and all its tensors that count them."""
+def _mixtures(modules: Mapping[str, nn.Module]) -> dict[tuple[str, int], list[str]]:
+    """Members that count experts, by the module that holds them with a router, and their number."""
+    counts = {name: count for name, module in modules.items() if (count := _experts(module)) > 1}
+    found: dict[tuple[str, int], list[str]] = {}
+    for name, count in counts.items():
+        parts = name.split(".") if name else []
+        blocks = [".".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
+        block = next((one for one in blocks if _routers(modules, one, count, counts)), None)
+        if block is not None:
+            leaves = _leaves(modules[name], count)
+            found.setdefault((block, count), []).extend(_members(name, leaves))
+    return found
+
+
+def _experts(module: nn.Module) -> int:
+    """How many experts a module holds in parameters; 0 where it holds none."""
     stacks = [one for one in module._parameters.values() if one is not None and one.ndim > 2]
     counts = {len(one) for one in stacks}
-    if len(counts) != 1 or 1 in counts or type(module).__module__.startswith("torch."):
-        return 0, []
-    return len(stacks[0]), _leaves(module, len(stacks[0]))
+    return counts.pop() if len(counts) == 1 and not type(module).__module__.startswith("torch.") else 0
+
+
+def _members(path: str, leaves: Sequence[str]) -> list[str]:
+    return [f"{tensor_name(path, leaf)}:{EXPERTS}" for leaf in leaves]
 
 
 def _leaves(module: nn.Module, count: int, dims: int | None = None) -> list[str]:
@@ -82,27 +101,27 @@ def _leaves(module: nn.Module, count: int, dims: int | None = None) -> list[str]
 
 
 def _offers(
-    modules: Mapping[str, nn.Module], graph: Graph, name: str, count: int, leaves: Sequence[str]
+    modules: Mapping[str, nn.Module], graph: Graph, block: str, count: int, readers: tuple[str, ...]
 ) -> Iterator[Site]:
-    """Sites that experts may be, with the routers nearest to them."""
-    readers = tuple(f"{tensor_name(name, leaf)}:{EXPERTS}" for leaf in leaves)
-    parts = name.split(".") if name else []
-    for depth in range(len(parts), -1, -1):
-        block = ".".join(parts[:depth])
-        inside = {
-            path: module
-            for path, module in modules.items()
-            if (not block or path == block or path.startswith(f"{block}.")) and path != name
-        }
-        routers = {path: members for path, one in inside.items() if (members := _router(path, one, count))}
-        held = modules[block]
-        more = [] if block in routers or block == name else _leaves(held, count, 1)
-        for members in routers.values():
-            writers = (*members, *(f"{tensor_name(block, leaf)}:{EXPERTS}" for leaf in more))
-            within = {**inside, name: modules[name]}
-            yield from _sites(within, _chosen(graph, block), count, writers, readers)
-        if routers:
-            return
+    """Sites that experts may be, with each of the routers beside them."""
+    apart = {name.partition(":")[0].rpartition(".")[0] for name in readers}
+    routers = _routers(modules, block, count, apart)
+    more = [] if {block} & (routers.keys() | apart) else _members(block, _leaves(modules[block], count, 1))
+    inside = {path: module for path, module in modules.items() if _is_in(path, block)}
+    for members in routers.values():
+        yield from _sites(inside, _chosen(graph, block), count, (*members, *more), readers)
+
+
+def _routers(
+    modules: Mapping[str, nn.Module], block: str, count: int, apart: Collection[str]
+) -> dict[str, list[str]]:
+    """Members of sites that may choose among so many experts, by the modules inside of a block."""
+    inside = ((path, one) for path, one in modules.items() if _is_in(path, block) and path not in apart)
+    return {path: members for path, one in inside if (members := _router(path, one, count))}
+
+
+def _is_in(path: str, block: str) -> bool:
+    return not block or path == block or path.startswith(f"{block}.")
 
 
 def _router(path: str, module: nn.Module, count: int) -> list[str]:
@@ -115,7 +134,7 @@ def _router(path: str, module: nn.Module, count: int) -> list[str]:
     leaves = _leaves(module, count, 2)
     tables = [leaf for leaf in leaves if module._parameters.get(leaf) is not None]
     able = bool(tables) and module._parameters[tables[0]].ndim == 2  # type: ignore[union-attr]
-    return [f"{tensor_name(path, leaf)}:{EXPERTS}" for leaf in leaves] if able else []
+    return _members(path, leaves) if able else []
 
 
 def _sites(
@@ -135,19 +154,24 @@ def _sites(
     integers = [path for path, value in named.items() if value == count and "expert" in _leaf(path)]
     integers = [path for path in integers if "per_tok" not in path and "top" not in _leaf(path)]
     groups = {value for path, value in named.items() if "group" in _leaf(path) and "top" not in _leaf(path)}
-    for size in (1, *sorted(one for one in groups if 1 < one < count and count % one == 0)):
+    most = [value for path, value in named.items() if "per_tok" in path or _leaf(path) in ("top_k", "topk")]
+    chosen = max([chosen, *(value for value in most if value <= count)])
+    sizes = [(1, chosen)]
+    # A router that takes the best groups looks at several experts of each.
+    for size in sorted(one for one in groups if 1 < one < count and count % one == 0):
+        sizes += [(size, least) for least in (-(-chosen // size), chosen)]
+    for size, least in sizes:
         channels = count // size
         table = np.arange(count).reshape(size, channels).T
-        tables = {} if size == 1 else dict.fromkeys((*writers, *readers), table)
         yield Site(
             channels,
             writers,
             readers,
-            rows={name: table for name in writers if name in tables},
-            columns={name: table for name in readers if name in tables},
+            rows={} if size == 1 else dict.fromkeys(writers, table),
+            columns={} if size == 1 else dict.fromkeys(readers, table),
             integers=dict.fromkeys(integers, size),
-            least=max(1, -(-chosen // size)),
-            pinned="every token goes to all of them" if chosen >= count else None,
+            least=least,
+            pinned="every token goes to all of them" if least >= channels else None,
         )
 
 

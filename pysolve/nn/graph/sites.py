@@ -111,7 +111,10 @@ def sites_in(model: nn.Module, graph: Graph, batch: Batch, *, ignore: Iterable[I
         best = max(best, found, key=_freed)
     free = [site for site in best if site.pinned is None]
     problem = _trial(model, some)
-    return [*best, *(_ignoring(site, ignored) for site in expert_sites(model, graph, problem, free))]
+    experts = [_ignoring(site, ignored) for site in expert_sites(model, graph, problem, free)]
+    # The logits of a router, which its softmax mixes.
+    logits = {name for site in experts if site.pinned is None for name in site.writers}
+    return [*(site for site in best if site.pinned is None or not logits.issuperset(site.writers)), *experts]
 
 
 def _trial(model: nn.Module, batch: Batch) -> Problem:

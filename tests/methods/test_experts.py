@@ -1,0 +1,117 @@
+"""Whole experts that matter least go first, at least as many stay as each token goes to."""
+
+import numpy as np
+import pytest
+import small
+import torch
+
+import pysolve as ps
+from pysolve.nn.evaluate import nbytes, parameters
+from pysolve.nn.per_sample import sample_macs
+
+QUIET = {"progress": False, "latency": False}
+
+
+def data(count=6):
+    torch.manual_seed(1)
+    return [torch.randn(64, 5) for _ in range(count)]
+
+
+def copied(model, pairs):
+    """A network some of whose experts are copies of others, and chosen as often."""
+    mixture = model.mixture
+    with torch.no_grad():
+        for old, new in pairs:
+            for tensor in (mixture.gate.weight, mixture.gate.bias, *mixture.experts.parameters()):
+                tensor[new] = tensor[old]
+    return model
+
+
+def step_of(result):
+    return next(step for step in result.plan.steps if step.site.router)
+
+
+@pytest.mark.parametrize("refit", ["sequential", "none"])
+def test_copies_go_first_and_nothing_is_lost(refit):
+    model = copied(small.mixture(top_k=1)[0], [(0, 3), (1, 4)])
+    result = ps.compress(model, data(), keep={"mixture.gate": 4}, refit=refit, **QUIET)
+    kept = step_of(result).keep.tolist()
+    assert {2, 5} <= {*kept}
+    assert len({0, 3} & {*kept}) == len({1, 4} & {*kept}) == 1
+    (line,) = (line for line in result.report.sites if line.name.startswith("mixture.gate →"))
+    assert (line.channels, line.kept) == (6, 4)
+    assert line.error < 1e-8
+    assert result.report.divergence < 1e-9
+
+
+def test_removal_is_what_the_outputs_lose():
+    model, _ = small.mixture()
+    result = ps.compress(model, data(), keep={"mixture.gate": 5}, **QUIET)
+    (line,) = (line for line in result.report.sites if line.name.startswith("mixture.gate →"))
+    x, lost = torch.cat([*map(torch.as_tensor, data())]), []
+    for e in range(6):
+        other, _ = small.mixture()
+        other.mixture.gate.bias.data[e] = -torch.inf
+        with torch.no_grad():
+            y = model.mixture(x)
+            lost.append(float((other.mixture(x) - y).square().sum() / y.square().sum()))
+    assert step_of(result).removed.tolist() == [int(np.argmin(lost))]
+    assert line.error == pytest.approx(min(lost), rel=0.5)
+
+
+def test_scores_decide_where_they_are_given():
+    model, batch = small.mixture()
+    sites = [site for site in ps.find_sites(model, batch) if site.pinned is None]
+    scores = {site: np.arange(site.channels, 0, -1.0) for site in sites}
+    result = ps.compress(model, data(), keep=0.5, select=scores, **QUIET)
+    assert step_of(result).keep.tolist() == [0, 1, 2]
+
+
+def test_no_fewer_stay_than_each_token_goes_to():
+    model, _ = small.mixture(top_k=3)
+    result = ps.compress(model, data(), keep={"mixture.gate": 1}, **QUIET)
+    assert len(step_of(result).keep) == 3
+
+
+@pytest.mark.parametrize("target", [{"params": 0.6}, {"bytes": 0.45}, {"macs": 0.9}])
+def test_targets_share_out_experts_and_channels(target, tmp_path):
+    model, batch = small.mixture()
+    # Two experts are hardly ever chosen.
+    model.mixture.gate.bias.data[[1, 4]] = -3.0
+    result = ps.compress(model, data(), target=target, **QUIET)
+    ((measure, share),) = target.items()
+    after = {"params": parameters(result.model), "bytes": nbytes(result.model)}
+    after["macs"] = sum(sample_macs(result.model, batch).values())
+    before = {"params": parameters(model), "bytes": nbytes(model)}
+    before["macs"] = sum(sample_macs(model, batch).values())
+    assert after[measure] <= share * before[measure]
+    if measure != "macs":
+        assert not {1, 4} & {*step_of(result).keep.tolist()}
+    ps.save(result, tmp_path / "cut.safetensors")
+    restored = ps.load(tmp_path / "cut.safetensors", model)
+    with torch.no_grad():
+        assert torch.equal(restored(batch), result.model(batch))
+
+
+def test_a_second_call_goes_on_from_the_first(tmp_path):
+    model, batch = small.mixture()
+    first = ps.compress(model, data(), keep={"mixture.gate": 4}, **QUIET)
+    second = ps.compress(first, data(), keep={"mixture.gate": 3}, **QUIET)
+    assert second.model.mixture.num_experts == 3
+    ps.save(second, tmp_path / "cut.safetensors")
+    with torch.no_grad():
+        assert torch.equal(ps.load(tmp_path / "cut.safetensors", model)(batch), second.model(batch))
+
+
+def test_other_verbs_leave_experts_whole():
+    model, _ = small.mixture()
+    result = ps.prune(model, data(), method="ln", amount=0.5, **{"progress": False})
+    assert result.model.mixture.num_experts == 6
+    reasons = [line.pinned for line in result.report.sites if line.name.startswith("mixture.gate →")]
+    assert reasons == ["whole experts go by compress and sweep alone"]
+
+
+def test_sweeps_remove_experts():
+    model, _ = small.mixture()
+    few, fewer = ps.sweep(model, data(), targets=[{"params": 0.8}, {"params": 0.5}], **QUIET)
+    assert fewer.divergence >= few.divergence
