@@ -197,6 +197,16 @@ def site_reports(found: Study, sized: Sized) -> Iterator[SiteReport]:
         )
 
 
+def experts_lost(found: Study, sized: Sized) -> dict[str, tuple[int, int, float]]:
+    """Of mixtures with fewer experts, by the router: how many before and after, and what the first took."""
+    rows = zip(found.free, sized.menus, sized.kept, strict=True)
+    return {
+        site.router.removesuffix(".weight"): (site.channels, len(kept), float(menu.error[site.channels - 1]))
+        for site, menu, kept in rows
+        if site.router is not None and len(kept) < site.channels
+    }
+
+
 def _lasso_solves(found: Study, menus: Sequence[Menu], sizes: Sequence[int]) -> Iterator[Solve]:
     """The solves that the lasso took its channels from."""
     for site, menu, k in zip(found.free, menus, sizes, strict=True):

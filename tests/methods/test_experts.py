@@ -115,3 +115,19 @@ def test_sweeps_remove_experts():
     model, _ = small.mixture()
     few, fewer = ps.sweep(model, data(), targets=[{"params": 0.8}, {"params": 0.5}], **QUIET)
     assert fewer.divergence >= few.divergence
+
+
+def test_experts_that_are_not_redundant_are_warned_of():
+    model, _ = small.mixture(top_k=1)
+    # Each is chosen as often.
+    gate = model.mixture.gate
+    gate.weight.data, gate.bias.data = torch.eye(6, 5) - torch.eye(6, 5).roll(1, 0), torch.zeros(6)
+    result = ps.compress(model, data(), keep={"mixture.gate": 3}, **QUIET)
+    (warning,) = (one for one in result.report.warnings if "redundant" in one)
+    assert "the experts of mixture.gate are not redundant" in warning
+    assert "of 6 3 are left. ignore=['mixture.gate']" in warning
+    whole = ps.compress(model, data(), target={"params": 0.6}, ignore=["mixture.gate"], **QUIET)
+    assert whole.model.mixture.num_experts == 6
+    copies = copied(small.mixture(top_k=1)[0], [(0, 3), (1, 4)])
+    result = ps.compress(copies, data(), keep={"mixture.gate": 4}, **QUIET)
+    assert not any("redundant" in one for one in result.report.warnings)
