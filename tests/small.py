@@ -826,8 +826,9 @@ def chains(draw):
 class Mixture(nn.Module):
     """Each row takes the best of some experts, in stacked matrices or in a list of networks."""
 
-    def __init__(self, experts=6, top_k=2, *, listed=False, width=5, inner=7):
+    def __init__(self, experts=6, top_k=2, *, listed=False, by_rows=False, width=5, inner=7):
         super().__init__()
+        self.by_rows = by_rows
         self.num_experts, self.top_k = experts, top_k
         self.gate = nn.Linear(width, experts)
         if listed:
@@ -841,6 +842,12 @@ class Mixture(nn.Module):
     def forward(self, x):
         weights, chosen = self.gate(x).softmax(-1).topk(self.top_k, -1)
         weights = weights / weights.sum(-1, keepdim=True)
+        if self.by_rows:
+            total = torch.zeros_like(x)
+            for e, expert in enumerate(self.experts):
+                rows, place = torch.where(chosen == e)
+                total = total.index_add(0, rows, expert(x[rows]) * weights[rows, place, None])
+            return total
         gates = torch.zeros(len(x), self.num_experts).scatter(-1, chosen, weights)
         return sum(gates[:, e, None] * self.experts[e](x) for e in range(self.num_experts))
 

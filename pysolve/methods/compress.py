@@ -32,7 +32,16 @@ from pysolve.methods.menu import Chosen
 from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import REFITS, rebuild
 from pysolve.methods.result import finish, later_score
-from pysolve.methods.sizes import Sized, by_keep, by_lam, check_free, experts_lost, site_reports, within
+from pysolve.methods.sizes import (
+    Sized,
+    by_keep,
+    by_lam,
+    check_free,
+    experts_lost,
+    site_reports,
+    with_costs,
+    within,
+)
 from pysolve.methods.streams import as_needed, in_principal_axes
 from pysolve.methods.studied import studied
 from pysolve.methods.study import Clock, Study
@@ -189,6 +198,7 @@ def compress(
     network = placed(network, options)
     every = True if sites is None else sites
     found = studied(network, batches, options, sites=every, experts=lam is None)
+    found = found if wanted is None else with_costs(found)
     check_free(found)
     ties = uniform(found) if one else None
     turns = select == "elimination" and refit != "none" and lam is None
@@ -282,6 +292,7 @@ def sweep(
     options = replace(options, new_biases=not one)
     network = placed(network, options)
     found = studied(network, batches, options, sites=True if sites is None else sites, experts=True)
+    found = with_costs(found)
     check_free(found)
     ties = uniform(found) if one else None
     found = in_principal_axes(found) if select == "elimination" and refit != "none" else found

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pysolve.correlations import Mask
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import Codebook, LowRank
-from pysolve.nn.bare import find_member, forms_of_member
+from pysolve.nn.bare import Listed, find_member, forms_of_member
 from pysolve.nn.layer_kinds import sides, tied_tables, twins
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.factored_embedding import FactoredEmbedding
@@ -90,8 +90,9 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     pairs = twins(smaller)
     tables = tied_tables(smaller)
     tied = {layers[name]: pairs[layers[name]] for name in cuts if layers.get(name) in pairs}
-    for name, cut in cuts.items():
-        narrow(find_member(smaller, name), cut)
+    lists = [name for name in cuts if isinstance(find_member(smaller, name), Listed)]
+    for name in (one for one in cuts if one not in lists):
+        narrow(find_member(smaller, name), cuts[name])
     for layer, others in tied.items():
         for other in others:
             other.weight = layer.weight
@@ -112,6 +113,9 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
             if layer in tables and isinstance(made, FactoredEmbedding):
                 for other in tables[layer]:
                     smaller = substitute(smaller, other, made.tied(other))
+    # Modules behind those that go get new names; of lists in lists the inner ones come first.
+    for name in sorted(lists, key=len, reverse=True):
+        narrow(find_member(smaller, name), cuts[name])
     if probe is not None:
         _verify(model, smaller, plan, probe)
     return smaller
@@ -128,8 +132,9 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     """
     wide, _, cuts = _prepared(_untied(unwrapped(model), plan), plan)
     for name, cut in cuts.items():
-        if not cut.columns.all():
-            silence(find_member(wide, name), cut.columns)
+        one = find_member(wide, name)
+        if not cut.columns.all() and not isinstance(one, Listed):
+            silence(one, cut.columns)
     keep = {step.site: step.keep for step in plan.steps}
     load(wide, silenced(wide, keep))
     choose_among(wide, chosen_by_routers(wide, keep))

@@ -136,6 +136,32 @@ class Stack:
         return tensor if kept.all() else tensor.index_select(self._dim(letter), places)
 
 
+@dataclass(frozen=True)
+class Listed:
+    """Experts that are modules in a list, in a site named as the list with ``:e`` behind it.
+
+    Parameters
+    ----------
+    modules : nn.ModuleList
+    """
+
+    modules: nn.ModuleList
+
+    @property
+    def costs(self) -> Array:
+        """(3,) parameters, MACs and bytes of all of them; MACs fall in no such way."""
+        state = self.modules.state_dict(keep_vars=True).values()
+        entries = sum(one.numel() for one in state if isinstance(one, nn.Parameter))
+        return np.array([float(entries), 0.0, float(sum(one.nbytes for one in state))])
+
+    def narrow(self, kept: Mask) -> None:
+        """Leave modules out of the list, in place; those behind them get new names."""
+        every = [*self.modules]
+        while len(self.modules):
+            self.modules.pop(-1)
+        self.modules.extend(every[i] for i in np.flatnonzero(kept))
+
+
 EXPERTS = "e"
 ORDERS = ("oi", "io", EXPERTS)
 
@@ -150,7 +176,7 @@ def of_experts(name: str) -> bool:
     return name.endswith(f":{EXPERTS}")
 
 
-def find_member(model: nn.Module, name: str) -> nn.Module | Bare | Stack:
+def find_member(model: nn.Module, name: str) -> nn.Module | Bare | Stack | Listed:
     """The layer, stack, bare parameter or buffer of a name; LayerNotFoundError where there is none."""
     # Costs ask for every member of dozens of networks: listing all modules each time takes seconds.
     with suppress(AttributeError):
@@ -159,11 +185,13 @@ def find_member(model: nn.Module, name: str) -> nn.Module | Bare | Stack:
     return find_layer(model, name) if (found := member(modules, name)) is None else found
 
 
-def member(modules: Mapping[str, nn.Module], name: str) -> nn.Module | Bare | Stack | None:
+def member(modules: Mapping[str, nn.Module], name: str) -> nn.Module | Bare | Stack | Listed | None:
     """The same among modules under all their names; None where there is none."""
     if name in modules:
         return modules[name]
     path, _, order = name.partition(":")
+    if order == EXPERTS and isinstance(listed := modules.get(path), nn.ModuleList):
+        return Listed(listed)
     prefix, _, leaf = path.rpartition(".")
     owner = modules.get(prefix)
     if owner is None or leaf not in own_tensors(owner):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pysolve.correlations import Array, Indices
 from pysolve.errors import PysolveError
-from pysolve.nn.bare import EXPERTS, Bare, Stack, find_member
+from pysolve.nn.bare import EXPERTS, Bare, Listed, Stack, find_member
 from pysolve.nn.counting import by_layer
 from pysolve.nn.cut_costs import rest_of
 from pysolve.nn.evaluate import nbytes, parameters
@@ -149,7 +149,9 @@ def _of_experts(uses: list[_Use]) -> tuple[list[_Use], dict[tuple[str, Narrowabl
     cut = {(role, layer) for _, role, _, layer, _ in uses}
     found, extents = list[_Use](), dict[tuple[str, Narrowable], int]()
     for s, role, name, layer, each in uses:
-        key = None if isinstance(layer, nn.Module) else (layer.owner, layer.leaf)
+        key = None if isinstance(layer, nn.Module | Listed) else (layer.owner, layer.leaf)
+        if isinstance(layer, Listed):
+            extents["writers", layer] = 1
         if isinstance(layer, Bare) and key in counted:
             # Single entries of each expert.
             role, layer = "writers", counted[key]
@@ -185,6 +187,9 @@ def _coefficients(
     for layer, pair, single, out, into in zip(layers, product, per_output, widths, depths, strict=True):
         if isinstance(layer, Bare):
             single += layer.costs / out
+            continue
+        if isinstance(layer, Listed):
+            pair += layer.costs / (out * into)
             continue
         if isinstance(layer, Stack):
             entries = float(layer.values.numel() * isinstance(layer.values, nn.Parameter))

@@ -131,3 +131,30 @@ def test_experts_that_are_not_redundant_are_warned_of():
     copies = copied(small.mixture(top_k=1)[0], [(0, 3), (1, 4)])
     result = ps.compress(copies, data(), keep={"mixture.gate": 4}, **QUIET)
     assert not any("redundant" in one for one in result.report.warnings)
+
+
+@pytest.mark.parametrize("by_rows", [False, True])
+def test_experts_in_a_list_are_compressed_and_saved(by_rows, tmp_path):
+    model, batch = small.mixture(listed=True, by_rows=by_rows)
+    result = ps.compress(model, data(), keep=0.5, **QUIET)
+    assert len(result.model.mixture.experts) == 3
+    # Those of the experts that stay, under their new names.
+    assert [one[0].out_features for one in result.model.mixture.experts] == [7 if by_rows else 4] * 3
+    ps.save(result, tmp_path / "cut.safetensors")
+    again = ps.compress(result, data(), keep={"mixture.gate": 2}, **QUIET)
+    ps.save(again, tmp_path / "again.safetensors")
+    for name, one in (("cut", result), ("again", again)):
+        with torch.no_grad():
+            assert torch.equal(ps.load(tmp_path / f"{name}.safetensors", model)(batch), one.model(batch))
+
+
+def test_a_target_takes_channels_or_experts_of_a_list():
+    model, _ = small.mixture(listed=True)
+    result = ps.compress(model, data(), target={"params": 0.7}, **QUIET)
+    assert len(result.model.mixture.experts) == 6
+    (line,) = (line for line in result.report.sites if line.name.startswith("mixture.gate →"))
+    assert "ignore=['re:mixture.experts..*']" in line.pinned
+    ignore = ["re:mixture.experts..*"]
+    result = ps.compress(model, data(), target={"params": 0.7}, ignore=ignore, **QUIET)
+    assert len(result.model.mixture.experts) < 6
+    assert parameters(result.model) <= 0.7 * parameters(model)

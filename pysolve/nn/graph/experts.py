@@ -51,7 +51,11 @@ def expert_sites(model: nn.Module, graph: Graph, problem: Problem, free: Sequenc
     firsts = [offers[0] for offers in offered if offers[0].pinned is None]
     # Most often all of them can go: copies of the network are tried once for all mixtures.
     sound = bool(firsts) and not any(map(problem, _trials(firsts)))
-    return [offers[0] if sound else _first_sound(offers, problem) for offers in offered]
+    found = [offers[0] if sound else _first_sound(offers, problem) for offers in offered]
+    # Lists of blocks may be as long as some layer is wide.
+    lists = {f"{name}:{EXPERTS}" for name, module in modules.items() if isinstance(module, nn.ModuleList)}
+    blocks = {name for name in lists if "expert" not in name}
+    return [one for one in found if one.pinned is None or not blocks.intersection(one.readers)]
 
 
 def block_of(site: Site) -> str:
@@ -76,13 +80,24 @@ def _mixtures(modules: Mapping[str, nn.Module]) -> dict[tuple[str, int], list[st
         blocks = [".".join(parts[:depth]) for depth in range(len(parts), -1, -1)]
         block = next((one for one in blocks if _routers(modules, one, count, counts)), None)
         if block is not None:
-            leaves = _leaves(modules[name], count)
-            found.setdefault((block, count), []).extend(_members(name, leaves))
+            found.setdefault((block, count), []).extend(_counting(name, modules[name], count))
     return found
 
 
+def _counting(name: str, module: nn.Module, count: int) -> list[str]:
+    """Members of a site that a module of experts is."""
+    if isinstance(module, nn.ModuleList):
+        return [f"{name}:{EXPERTS}"]
+    return _members(name, _leaves(module, count))
+
+
 def _experts(module: nn.Module) -> int:
-    """How many experts a module holds in parameters; 0 where it holds none."""
+    """How many experts a module holds, in parameters or as modules that are alike; 0 where it holds none."""
+    if isinstance(module, nn.ModuleList):
+        kinds = {
+            (type(one), *((name, value.shape) for name, value in one.named_parameters())) for one in module
+        }
+        return len(module) if len(kinds) == 1 and any(True for _ in module.parameters()) else 0
     stacks = [one for one in module._parameters.values() if one is not None and one.ndim > 2]
     counts = {len(one) for one in stacks}
     return counts.pop() if len(counts) == 1 and not type(module).__module__.startswith("torch.") else 0
@@ -104,7 +119,8 @@ def _offers(
     modules: Mapping[str, nn.Module], graph: Graph, block: str, count: int, readers: tuple[str, ...]
 ) -> Iterator[Site]:
     """Sites that experts may be, with each of the routers beside them."""
-    apart = {name.partition(":")[0].rpartition(".")[0] for name in readers}
+    paths = (name.partition(":")[0] for name in readers)
+    apart = {path if path in modules else path.rpartition(".")[0] for path in paths}
     routers = _routers(modules, block, count, apart)
     more = [] if {block} & (routers.keys() | apart) else _members(block, _leaves(modules[block], count, 1))
     inside = {path: module for path, module in modules.items() if _is_in(path, block)}
@@ -116,8 +132,13 @@ def _routers(
     modules: Mapping[str, nn.Module], block: str, count: int, apart: Collection[str]
 ) -> dict[str, list[str]]:
     """Members of sites that may choose among so many experts, by the modules inside of a block."""
-    inside = ((path, one) for path, one in modules.items() if _is_in(path, block) and path not in apart)
-    return {path: members for path, one in inside if (members := _router(path, one, count))}
+    experts = [one for one in apart if not _is_in(block, one)]
+    beside = (
+        (path, one)
+        for path, one in modules.items()
+        if _is_in(path, block) and path not in apart and not any(_is_in(path, e) for e in experts)
+    )
+    return {path: members for path, one in beside if (members := _router(path, one, count))}
 
 
 def _is_in(path: str, block: str) -> bool:

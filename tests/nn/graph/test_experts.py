@@ -65,6 +65,28 @@ def test_without_some_experts_is_with_a_router_that_never_chooses_them(kept, see
     assert smaller.mixture.experts.num_experts == smaller.mixture.gate.out_features == len(kept)
 
 
+@pytest.mark.parametrize("by_rows", [False, True])
+@given(st.sets(st.integers(0, 5), min_size=2, max_size=5))
+@settings(max_examples=6, deadline=None)
+def test_experts_in_a_list_go_alike(by_rows, kept):
+    model, batch = small.mixture(listed=True, by_rows=by_rows)
+    (site,) = experts_of(model, batch)
+    assert (site.writers, site.readers, site.pinned) == (("mixture.gate",), ("mixture.experts:e",), None)
+    step = Collapse(site, np.array(sorted(kept)))
+    smaller = apply(model, Plan((step,)), probe=batch)
+    for new, old in zip(smaller.mixture.experts, step.keep, strict=True):
+        assert torch.equal(new[0].weight, model.mixture.experts[old][0].weight)
+    model.mixture.gate.bias.data[step.removed] = -torch.inf
+    torch.testing.assert_close(outputs(smaller, batch), outputs(model, batch))
+
+
+def test_lists_of_blocks_are_no_experts():
+    torch.manual_seed(0)
+    layers = {"blocks": nn.ModuleList(nn.Linear(5, 5) for _ in range(3)), "out": nn.Linear(5, 3)}
+    model = small.Net(lambda net, x: net.out(net.blocks[2](net.blocks[1](net.blocks[0](x).relu()))), **layers)
+    assert not experts_of(model.eval(), torch.randn(4, 5))
+
+
 def test_sites_say_which_experts_there_are():
     model, batch = small.mixture()
     (site,) = experts_of(model, batch)
