@@ -103,12 +103,58 @@ def test_a_second_call_goes_on_from_the_first(tmp_path):
         assert torch.equal(ps.load(tmp_path / "cut.safetensors", model)(batch), second.model(batch))
 
 
-def test_other_verbs_leave_experts_whole():
+@pytest.mark.parametrize("method", ["ln", "nisp", "lasso"])
+def test_pruning_leaves_experts_whole(method):
     model, _ = small.mixture()
-    result = ps.prune(model, data(), method="ln", amount=0.5, **{"progress": False})
-    assert result.model.mixture.num_experts == 6
-    reasons = [line.pinned for line in result.report.sites if line.name.startswith("mixture.gate →")]
+    result = ps.prune(model, data(), method=method, amount=0.5, progress=False)
+    assert result.model.mixture.experts.down.shape[0] == 6
+    assert result.model.mixture.experts.down.shape[2] < 7
+    reasons = [line.pinned for line in result.report.sites if line.name.startswith("mixture.gate → mix")]
     assert reasons == ["whole experts go by compress and sweep alone"]
+
+
+def test_other_verbs_and_penalties_leave_experts_whole():
+    model, _ = small.mixture()
+    options = {"progress": False}
+    for result in (
+        ps.low_rank(model, data(), target={"params": 0.8}, prune=True, layout="factored", **options),
+        ps.deep_compress(model, data(), target={"bytes": 0.5}, **options),
+        ps.compress(model, data(), lam=0.1, **options),
+    ):
+        assert len(result.model.mixture.experts.down) == 6
+
+
+def test_networks_with_fewer_experts_are_quantised_and_saved(tmp_path):
+    model, batch = small.mixture()
+    known = ps.study(model, data(), progress=False)
+    known.save(tmp_path / "study.safetensors")
+    known = ps.Study.load(tmp_path / "study.safetensors", model)
+    first = ps.compress(model, known, keep={"mixture.gate": 3, "mixture.experts.up:oi": 4}, **QUIET)
+    second = ps.quantize(first, data(), scheme="codebook", progress=False)
+    ps.save(second, tmp_path / "cut.safetensors")
+    with torch.no_grad():
+        assert torch.equal(ps.load(tmp_path / "cut.safetensors", model)(batch), second.model(batch))
+
+
+def test_sites_by_hand_serve_networks_that_cannot_be_exported():
+    torch.manual_seed(0)
+    model, batch = small.mixture()
+    exported = model.run
+    # A number that is looked at while the code runs.
+    model.run = lambda net, x: exported(net, x) if float(x.sum()) > -torch.inf else x
+    sites = [
+        ps.Site(
+            6,
+            ("mixture.gate",),
+            ("mixture.experts.up:e", "mixture.experts.up_bias:e", "mixture.experts.down:e"),
+            integers={"mixture.num_experts": 1, "mixture.experts.num_experts": 1},
+            least=2,
+        )
+    ]
+    result = ps.compress(model, data(), target={"params": 0.7}, sites=sites, **QUIET)
+    assert parameters(result.model) <= 0.7 * parameters(model)
+    assert len(result.model.mixture.experts.down) >= 2
+    del batch
 
 
 def test_sweeps_remove_experts():

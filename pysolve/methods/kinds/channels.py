@@ -46,10 +46,13 @@ class Channels:
         if ranks.size == 1 or self.select != "elimination":
             return [self.menu(study, site) for site in sites]
 
+        # Their samples are those of all processes.
+        experts = {site: ranks.first(_timed_path(study, site)) for site in sites if site.router is not None}
+
         def path(number: int) -> tuple[Indices, Array, float]:
             start, site = time.perf_counter(), sites[number]
-            if site.router is not None:
-                return *expert_path(study, site), time.perf_counter() - start
+            if site in experts:
+                return experts[site]
             if _is_turned(study, site):
                 return *_leading(study, site), time.perf_counter() - start
             order, error = _eliminated(*site_problem(site, _known(study, site), widths(study, site)))
@@ -163,6 +166,11 @@ def _eliminated(problem: Problem, left: Sequence[float]) -> tuple[Indices, Array
     """Channels in the order of removal, and the error of every size."""
     path = elimination_path(problem, r_yy=left if len(left) > 1 else left[0])
     return path.order, np.maximum(2 * path.error / len(left), FLOOR)
+
+
+def _timed_path(study: Study, site: Site) -> tuple[Indices, Array, float]:
+    start = time.perf_counter()
+    return *expert_path(study, site), time.perf_counter() - start
 
 
 def _is_turned(study: Study, site: Site) -> bool:

@@ -51,7 +51,8 @@ def expert_path(study: Study, site: Site, scores: Array | None = None) -> tuple[
         total = 0.0
         with evaluating(study.model), choosing(study.model, chosen_by_routers(study.model, {site: kept})):
             for args, kwargs, output in calls:
-                other = tensors_of(block(*args, **kwargs))[0]
+                own, named = _copied((args, kwargs))
+                other = tensors_of(block(*own, **named))[0]
                 total += float((other.double() - output.double()).square().sum())
         return total / energy
 
@@ -78,14 +79,25 @@ def _calls(
     model: nn.Module, block: nn.Module, batches: list[Batch]
 ) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
     """Arguments and first output of every call of a module."""
-    seen: list[tuple[tuple[Any, ...], dict[str, Any], Tensor]] = []
+    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    made: list[Tensor] = []
 
-    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
-        seen.append((args, kwargs, tensors_of(output)[0].clone()))
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given.append(_copied((args, kwargs)))
 
-    for batch in batches:
-        with evaluating(model), hooked([block.register_forward_hook(note, with_kwargs=True)]):
+    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        made.append(tensors_of(output)[0].clone())
+
+    hooks = (
+        block.register_forward_pre_hook(before, with_kwargs=True),
+        block.register_forward_hook(after),
+    )
+    with hooked(hooks), evaluating(model):
+        for batch in batches:
             forward(model, batch)
-        yield from seen
-        seen.clear()
+    return ((args, kwargs, output) for (args, kwargs), output in zip(given, made, strict=True))
+
+
+def _copied(values: Any) -> Any:
+    """Arguments with copies of all tensors: code may write into them."""
+    return pytree.tree_map_only(Tensor, torch.clone, values)
