@@ -66,7 +66,8 @@ def cost_model(
     CollapseError
         When a site names a layer that cannot be narrowed.
     PysolveError
-        When a grouped layer would lose whole groups for one site and parts of them for another.
+        When a grouped layer would lose whole groups for one site and parts of them for another, or a tensor
+        experts, inputs and outputs.
     """
     uses, extents = _of_experts(list(_uses(model, sites)))
     extra = [find_layer(model, name) for name in extra_biases]
@@ -158,7 +159,13 @@ def _of_experts(uses: list[_Use]) -> tuple[list[_Use], dict[tuple[str, Narrowabl
             extents[role, layer] = layer.values.numel()
         elif isinstance(layer, Stack) and layer.order == EXPERTS:
             if other := matrices.get((layer.owner, layer.leaf)):
-                role = next(side for side in ("readers", "writers") if (side, other) not in cut)
+                whole = [side for side in ("readers", "writers") if (side, other) not in cut]
+                if not whole:
+                    raise PysolveError(
+                        f"{name} loses experts, inputs and outputs, and the cost model has products of two "
+                        "sizes: leave out one of the sites."
+                    )
+                role = whole[0]
                 extents[role, other] = len(layer.values)
                 name, layer = f"{name.rpartition(':')[0]}:{other.order}", other
             else:

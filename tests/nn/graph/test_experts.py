@@ -1,5 +1,7 @@
 """Whole experts go with the rows of their router: as if it never chose them."""
 
+from dataclasses import replace
+
 import families
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
 
-from pysolve.errors import CollapseError
+from pysolve.errors import CollapseError, PysolveError
 from pysolve.nn.apply import apply, masked
 from pysolve.nn.costs import cost_model
 from pysolve.nn.evaluate import nbytes, parameters
@@ -209,3 +211,15 @@ def test_biases_go_with_their_experts():
     smaller = apply(model, Plan((Collapse(site, np.array([1, 3])),)), probe=batch)
     assert smaller.model.layers[0].mlp.router.bias.shape == (2,)
     assert smaller.model.layers[0].mlp.experts.gate_up_proj_bias.shape[0] == 2
+
+
+def test_costs_have_products_of_two_sizes():
+    torch.manual_seed(0)
+    layers = {"stem": nn.Linear(4, 5), "mixture": small.Mixture(), "out": nn.Linear(5, 3)}
+    model = small.Net(lambda net, x: net.out(net.mixture(net.stem(x))), **layers).eval()
+    batch = torch.randn(20, 4)
+    sites = [
+        replace(site, pinned=site.pinned if not site.router else None) for site in find_sites(model, batch)
+    ]
+    with pytest.raises(PysolveError, match="leave out one of the sites"):
+        cost_model(model, sites, batch)
