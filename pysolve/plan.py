@@ -80,6 +80,8 @@ class Site:
         ``"1.unflattened_size.0"``, and how much of them one channel is: they shrink with the channels.
     norms : tuple of Norm
         Norms over all of these channels, as of the stream of a decoder.
+    least : int
+        Channels that must stay: as many experts as each token goes to.
     """
 
     channels: int
@@ -91,6 +93,7 @@ class Site:
     pinned: str | None = None
     integers: Mapping[str, int] = field(default_factory=dict, repr=False)
     norms: tuple[Norm, ...] = field(default=(), repr=False)
+    least: int = 1
 
     def __post_init__(self) -> None:
         for what, members in (("rows", (*self.writers, *self.passed)), ("columns", self.readers)):
@@ -132,6 +135,14 @@ class Site:
         """Output channels of its first writer that are in it, however they belong together."""
         table = self.rows.get(next(iter(self.writers), ""))
         return self.channels if table is None else table.size
+
+    @property
+    def router(self) -> str | None:
+        """State-dict name of the weight whose rows choose these channels, where they are whole experts."""
+        if not any(name.endswith(":e") for name in self.readers):
+            return None
+        first = self.writers[0]
+        return first.removesuffix(":e") if first.endswith(":e") else weight_name(first)
 
     @property
     def makers(self) -> list[tuple[str, str]]:

@@ -821,3 +821,53 @@ def chains(draw):
     blocks = draw(st.lists(kinds, min_size=2, max_size=5))
     torch.manual_seed(draw(st.integers(0, 1000)))
     return Chain([("plain", 3), *blocks]).eval(), images(size=4)
+
+
+class Mixture(nn.Module):
+    """Each row takes the best of some experts, in stacked matrices or in a list of networks."""
+
+    def __init__(self, experts=6, top_k=2, *, listed=False, by_rows=False, width=5, inner=7):
+        super().__init__()
+        self.by_rows = by_rows
+        self.num_experts, self.top_k = experts, top_k
+        self.gate = nn.Linear(width, experts)
+        if listed:
+            self.experts = nn.ModuleList(
+                nn.Sequential(nn.Linear(width, inner), nn.ReLU(), nn.Linear(inner, width))
+                for _ in range(experts)
+            )
+        else:
+            self.experts = Fused(experts, width, inner)
+
+    def forward(self, x):
+        weights, chosen = self.gate(x).softmax(-1).topk(self.top_k, -1)
+        weights = weights / weights.sum(-1, keepdim=True)
+        if self.by_rows:
+            total = torch.zeros_like(x)
+            for e, expert in enumerate(self.experts):
+                rows, place = torch.where(chosen == e)
+                total = total.index_add(0, rows, expert(x[rows]) * weights[rows, place, None])
+            return total
+        gates = torch.zeros(len(x), self.num_experts).scatter(-1, chosen, weights)
+        return sum(gates[:, e, None] * self.experts[e](x) for e in range(self.num_experts))
+
+
+class Fused(nn.Module):
+    """Experts in two tensors and the biases of one."""
+
+    def __init__(self, experts, width, inner):
+        super().__init__()
+        self.num_experts = experts
+        self.up = nn.Parameter(torch.randn(experts, inner, width) / 2)
+        self.up_bias = nn.Parameter(torch.randn(experts, inner) / 2)
+        self.down = nn.Parameter(torch.randn(experts, width, inner) / 2)
+
+    def __getitem__(self, e):
+        return lambda x: F.linear(F.linear(x, self.up[e], self.up_bias[e]).relu(), self.down[e])
+
+
+def mixture(**options):
+    """A mixture between two layers, whose inputs are a shortcut around it."""
+    torch.manual_seed(0)
+    layers = {"mixture": Mixture(**options), "out": nn.Linear(5, 3)}
+    return Net(lambda net, x: net.out(x + net.mixture(x)), **layers).eval(), vectors(40, 5)

@@ -25,7 +25,7 @@ def scores_of(study: Study, method: str, norm: float = 2) -> dict[Site, Array]:
         return activations(study)
     if method == "ln":
         return norms(study.model, study.free, norm)
-    found = importances(study.model, study.sites)
+    found = importances(study.model, [site for site in study.sites if site.router is None])
     return {site: found[site] for site in study.free}
 
 

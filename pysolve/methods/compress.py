@@ -32,7 +32,16 @@ from pysolve.methods.menu import Chosen
 from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import REFITS, rebuild
 from pysolve.methods.result import finish, later_score
-from pysolve.methods.sizes import Sized, by_keep, by_lam, check_free, site_reports, within
+from pysolve.methods.sizes import (
+    Sized,
+    by_keep,
+    by_lam,
+    check_free,
+    experts_lost,
+    site_reports,
+    with_costs,
+    within,
+)
 from pysolve.methods.streams import as_needed, in_principal_axes
 from pysolve.methods.studied import studied
 from pysolve.methods.study import Clock, Study
@@ -42,6 +51,7 @@ from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.running import Batch, Device, Ignored
 from pysolve.plan import Site
 from pysolve.report.report import Report
+from pysolve.report.warnings import needed_experts
 from pysolve.solve.selection import select_channels
 
 DEFAULT: Target = {"params": 0.25}
@@ -186,7 +196,9 @@ def compress(
     )
     options = replace(options, new_biases=not one)
     network = placed(network, options)
-    found = studied(network, batches, options, sites=True if sites is None else sites)
+    every = True if sites is None else sites
+    found = studied(network, batches, options, sites=every, experts=lam is None)
+    found = found if wanted is None else with_costs(found)
     check_free(found)
     ties = uniform(found) if one else None
     turns = select == "elimination" and refit != "none" and lam is None
@@ -279,7 +291,8 @@ def sweep(
     )
     options = replace(options, new_biases=not one)
     network = placed(network, options)
-    found = studied(network, batches, options, sites=True if sites is None else sites)
+    found = studied(network, batches, options, sites=True if sites is None else sites, experts=True)
+    found = with_costs(found)
     check_free(found)
     ties = uniform(found) if one else None
     found = in_principal_axes(found) if select == "elimination" and refit != "none" else found
@@ -328,6 +341,7 @@ def made(
         sites=[*site_reports(found, sized)],
         solves=sized.solves,
         notes=(*sized.notes, *rebuilt.notes),
+        warnings=needed_experts(experts_lost(found, sized)),
         distill=distill,
         selected=sized.predicted is not None,
         together=sized.together,

@@ -109,7 +109,8 @@ class Menu:
     def probes(self, shares: Sequence[float] = PROBED_ERRORS) -> list[int]:
         """Sizes whose errors are next to those at which divergence is measured."""
         found = (int(np.searchsorted(-self.error, -share)) for share in shares)
-        return sorted({max(1, min(size, self.whole - 1)) for size in found})
+        least = self.unit.least if isinstance(self.unit, Site) else 1
+        return sorted({max(least, min(size, self.whole - 1)) for size in found})
 
     @property
     def curve(self) -> Array:

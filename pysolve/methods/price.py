@@ -20,6 +20,7 @@ from pysolve.nn.divergence import mean_divergence, rows_of, run
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.sizes import fits
 from pysolve.nn.norms import kept_of_norms
+from pysolve.nn.routers import chosen_by_routers
 from pysolve.nn.running import Batch, Output
 from pysolve.nn.samples import first_samples, samples_in
 
@@ -93,6 +94,7 @@ def measured(study: Study, wanted: Sequence[tuple[M, Sequence[int]]], where: Pro
         lambda number: independent(study, choices[number]).values,
         where,
         norms=lambda number: kept_of_norms(choices[number].keep),
+        routers=lambda number: chosen_by_routers(study.model, choices[number].keep),
     )
     hidden, start = None if study.options.progress else True, time.perf_counter()
     for number, value in tqdm(found, "measure", len(changed), unit="size", disable=hidden):
@@ -108,6 +110,7 @@ def divergences(
     values: Callable[[int], Mapping[str, Tensor]],
     where: Probe,
     norms: Callable[[int], Mapping[str, Indices]] = lambda number: {},
+    routers: Callable[[int], Mapping[str, Indices]] = lambda number: {},
 ) -> Iterator[tuple[int, float]]:
     """The number of each of several changes, in any order, and the divergence that it causes by itself.
 
@@ -123,6 +126,8 @@ def divergences(
     where : Probe
     norms : callable
         From the number of a change to the channels that stay of layer norms; known in graphs alone.
+    routers : callable
+        From the number of a change to the experts that stay, by their routers' weights.
     """
     graph, batches = study.graph, where.batches
     ranks = study.options.ranks
@@ -141,10 +146,13 @@ def divergences(
             named,
             of_own,
             base=where.values,
-            norms=lambda number: norms(own[number]),
+            norms=lambda number: {**norms(own[number]), **routers(own[number])},
         )
     else:
-        found = ((i, run(study.model, batches, {**where.values, **of_own(i)})) for i in range(len(own)))
+        found = (
+            (i, run(study.model, batches, {**where.values, **of_own(i)}, routers(own[i])))
+            for i in range(len(own))
+        )
     sizes = [*map(samples_in, batches)]
     each = (
         (own[i], mean_divergence(where.outputs, outputs, sizes, study.options.divergence))
@@ -155,7 +163,8 @@ def divergences(
 
 def divergence_of(study: Study, chosen: Chosen, where: Probe) -> float:
     """Divergence of the network's outputs with this chosen, every layer fitted on the original's inputs."""
-    outputs = run(study.model, where.batches, independent(study, chosen).values)
+    routers = chosen_by_routers(study.model, chosen.keep)
+    outputs = run(study.model, where.batches, independent(study, chosen).values, routers)
     sizes = [*map(samples_in, where.batches)]
     return mean_divergence(where.outputs, outputs, sizes, study.options.divergence)
 

@@ -23,6 +23,7 @@ from pysolve.nn.layer_kinds import inputs_first, twins
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.lockstep import Sampling, refit
 from pysolve.nn.norms import kept_of_norms
+from pysolve.nn.routers import chosen_by_routers
 from pysolve.nn.running import Batch, as_tensor
 from pysolve.nn.samples import samples_in
 from pysolve.nn.silenced import silenced
@@ -133,6 +134,7 @@ def changed_names(study: Study, chosen: Chosen) -> Iterator[str]:
     """State-dict names of what ``independent`` may change."""
     yield from silenced(study.model, chosen.keep)
     yield from kept_of_norms(chosen.keep)
+    yield from chosen_by_routers(study.model, chosen.keep)
     for name in _concerned(study, chosen, cuts_of(chosen.keep, study.layers)):
         yield from names_of(study, name)
 
@@ -252,7 +254,7 @@ def _walked(
         new_biases=study.new_biases if chosen.keep else (),
         only=None if chosen.keep else {name for name in study.weights if study.walks(name)},
         always={name for name in chosen.fits if study.walks(name)},
-        norms=kept_of_norms(chosen.keep),
+        norms={**kept_of_norms(chosen.keep), **chosen_by_routers(study.model, chosen.keep)},
         prepare=prepare,
         ranks=study.options.ranks,
         sampling=sampling,

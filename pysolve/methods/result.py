@@ -85,6 +85,7 @@ def finish(
     solves: Sequence[Solve] = (),
     stages: Sequence[Stage] = (),
     notes: Sequence[str] = (),
+    warnings: Sequence[str] = (),
     distill: Mapping[str, object] | None = None,
     zeros: Sequence[str] = (),
     selected: bool = False,
@@ -102,7 +103,7 @@ def finish(
     clock : Clock
     against : nn.Module, optional
         What the report compares with, by default the network that was studied.
-    target, samples, sites, lines, solves, stages, notes
+    target, samples, sites, lines, solves, stages, notes, warnings
         For the report.
     distill : {option: value}, optional
         Of ``check_distill``; undone where it harmed on held-out samples.
@@ -140,7 +141,7 @@ def finish(
         sites=tuple(sites),
         layers=tuple(lines),
         solves=tuple(solves),
-        warnings=(*few, *stuck, *slower(report.latencies, lines)),
+        warnings=(*warnings, *few, *stuck, *slower(report.latencies, lines)),
         notes=tuple(dict.fromkeys((*_left_alone(study), *study.notes, *notes, *report.notes))),
     )
     result = following(before, Compressed(model, whole_plan(study, laid.plan), report))

@@ -17,6 +17,7 @@ from pysolve.methods.price import Probe
 from pysolve.methods.study import Study, widths
 from pysolve.methods.ties import RoundTo, Ties, alike, grouped, rounded, separate
 from pysolve.methods.timed import liked, settle_in_time
+from pysolve.nn.bare import Listed, find_member
 from pysolve.nn.stock import is_pretrained
 from pysolve.plan import Site
 from pysolve.report.rows import SiteReport, Solve
@@ -71,6 +72,34 @@ def check_free(found: Study) -> None:
         reasons = sorted({site.pinned for site in found.sites if site.pinned})
         why = "; ".join(reasons) or "it has no sites"
         raise PysolveError(f"no channel of this network can be removed: {why}.")
+
+
+def with_costs(found: Study) -> Study:
+    """The study with those sites alone whose costs are known: experts in a list, or what is inside of them.
+
+    What an expert costs depends on the channels that it keeps, and which experts go is not known beforehand.
+    """
+    inside = [name for site in found.free for name in site.writers if site.router is None]
+    lists = {
+        name.removesuffix(":e")
+        for site in found.free
+        for name in site.readers
+        if site.router is not None and isinstance(find_member(found.model, name), Listed)
+    }
+    shrink = {one for one in lists if any(name.startswith(f"{one}.") for name in inside)}
+
+    def known(site: Site) -> Site:
+        named = [name for name in site.readers if name.removesuffix(":e") in shrink and name.endswith(":e")]
+        if not named:
+            return site
+        path = named[0].removesuffix(":e")
+        return replace(
+            site,
+            pinned="under a target these experts lose channels: keep removes whole ones, as does a target "
+            f"with ignore=['re:{path}..*']",
+        )
+
+    return replace(found, sites=[known(site) for site in found.sites])
 
 
 def within(
@@ -195,6 +224,16 @@ def site_reports(found: Study, sized: Sized) -> Iterator[SiteReport]:
             pinned=sized.pinned.get(site),
             curve=tuple((int(n), float(f"{menu.error[n]:.4g}")) for n in shown),
         )
+
+
+def experts_lost(found: Study, sized: Sized) -> dict[str, tuple[int, int, float]]:
+    """Of mixtures with fewer experts, by the router: how many before and after, and what the first took."""
+    rows = zip(found.free, sized.menus, sized.kept, strict=True)
+    return {
+        site.router.removesuffix(".weight"): (site.channels, len(kept), float(menu.error[site.channels - 1]))
+        for site, menu, kept in rows
+        if site.router is not None and len(kept) < site.channels
+    }
 
 
 def _lasso_solves(found: Study, menus: Sequence[Menu], sizes: Sequence[int]) -> Iterator[Solve]:

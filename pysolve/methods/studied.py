@@ -126,6 +126,7 @@ def studied(
     needed: bool = True,
     gather: bool = True,
     trace: bool = True,
+    experts: bool = False,
     left: Sequence[Skipped] = (),
     notes: Sequence[str] = (),
 ) -> Study:
@@ -148,6 +149,8 @@ def studied(
         Whether correlations of the weights' layers are needed beforehand, beside those of sites' readers.
     trace : bool
         Without, the first batch is there to measure on, and nothing is fitted.
+    experts : bool
+        Whether whole experts may go, where sites are looked for.
     left : sequence of Skipped
     notes : sequence of str
 
@@ -181,6 +184,8 @@ def studied(
             output_of(model, first)
         return replace(base, calibration=Calibration(0, [first], [first]))
     graph, nodes, found, why = _traced(model, first, sites, options.ignore, needed)
+    if sites is True and not experts:
+        found = [_whole(site) for site in found]
     seen = {layer.name: layer for layer in nodes.values()}
     named = [name for site in found for name in (*site.readers, *site.writers)]
     layers = {layer.name: layer for layer in _unseen(model, [*named, *([] if graph else weights)])} | seen
@@ -242,9 +247,20 @@ def studied(
     )
 
 
+def _whole(site: Site) -> Site:
+    """The site, pinned where its channels are whole experts."""
+    if site.pinned is not None or site.router is None:
+        return site
+    return replace(site, pinned="whole experts go by compress and sweep alone")
+
+
 def _reached(site: Site, correlations: Mapping[str, Correlations]) -> Site:
     """The site, pinned where no sample has reached any of its readers."""
-    if site.pinned is not None or any(name in correlations for name in site.readers):
+    if (
+        site.pinned is not None
+        or site.router is not None
+        or any(name in correlations for name in site.readers)
+    ):
         return site
     return replace(site, pinned=f"no sample reached {', '.join(site.readers)}")
 

@@ -64,7 +64,7 @@ class Ties:
 
 def separate(found: Study) -> Ties:
     """Every site by itself, with any size."""
-    return Ties([[i] for i in range(len(found.free))], [np.ones(s.channels + 1, bool) for s in found.free])
+    return Ties([[i] for i in range(len(found.free))], [_every(site) for site in found.free])
 
 
 def alike(found: Study) -> Ties:
@@ -73,7 +73,7 @@ def alike(found: Study) -> Ties:
     for i, site in enumerate(found.free):
         groups.setdefault(_pattern(site), []).append(i)
     sites = found.free
-    return Ties([*groups.values()], [np.ones(sites[own[0]].channels + 1, bool) for own in groups.values()])
+    return Ties([*groups.values()], [_every(sites[own[0]]) for own in groups.values()])
 
 
 def uniform(found: Study) -> Ties:
@@ -170,6 +170,12 @@ def _together(menus: Sequence[Menu], allowed: Mask) -> Menu:
     )
 
 
+def _every(site: Site) -> Mask:
+    """All sizes of a site, but for those below the least."""
+    k = np.arange(site.channels + 1)
+    return np.asarray((k == 0) | (k >= site.least))
+
+
 def _only_all(channels: int) -> Mask:
     mask = np.zeros(channels + 1, bool)
     mask[channels] = True
@@ -204,7 +210,7 @@ def _allowed(found: Study, shell: nn.Module, fields: Fields, own: Sequence[int])
     """Sizes of some sites, together, of which a configuration exists; why there is none."""
     sites = [found.free[i] for i in own]
     channels = sites[0].channels
-    some = channels // 2
+    some = max(channels // 2, sites[0].least)
     if channels < 2:
         return "one channel is left of it"
     plan = Plan(tuple(Collapse(site, np.arange(some)) for site in sites))
@@ -227,12 +233,12 @@ def _allowed(found: Study, shell: nn.Module, fields: Fields, own: Sequence[int])
             fields.config, {path: int(value) for path, value in steps.items()}
         )
 
-    mask = np.ones(channels + 1, bool)
+    mask = _every(sites[0])
     if channels <= _ASKED:
-        mask[1:channels] = [accepted(k) for k in range(1, channels)]
+        mask[1:channels] &= [accepted(k) for k in range(1, channels)]
         return mask
     step = next((r for r in range(1, _SOME) if accepted(channels - r) and accepted(channels - 2 * r)), None)
-    mask[:channels] = False if step is None else (channels - np.arange(channels)) % step == 0
+    mask[:channels] &= False if step is None else (channels - np.arange(channels)) % step == 0
     return mask
 
 

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from pysolve.correlations import Mask
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import Codebook, LowRank
-from pysolve.nn.bare import find_member, forms_of_member
+from pysolve.nn.bare import Listed, find_member, forms_of_member
 from pysolve.nn.layer_kinds import sides, tied_tables, twins
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.factored_embedding import FactoredEmbedding
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
 from pysolve.nn.norms import OverKept, kept_of_norms, norms_of, rescale
 from pysolve.nn.plain import unwrapped
+from pysolve.nn.routers import choose_among, chosen_by_routers
 from pysolve.nn.running import Batch, as_tensor, closest, find_layer
 from pysolve.nn.silenced import silenced
 from pysolve.nn.slicing import (
@@ -56,7 +57,7 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     layers grouped and depthwise convolutions, batch, instance and group norms, PReLU, constant padding of
     the channel dimension, and bare parameters and buffers, by their names in the state dict. Matrices in one
     parameter of the network's own, as of experts, write and read, too: ``experts.down_proj:oi``, or ``:io``
-    where inputs come before outputs.
+    where inputs come before outputs; and whole experts go with the rows of their router, as ``:e``.
     From grouped layers whole groups are removed, or as many channels from each. Layers of classes that extend
     these are narrowed like them; only the probe tells whether their code still does the same. Layers that
     share their weight must lose the same of it, and go on sharing it.
@@ -89,8 +90,9 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     pairs = twins(smaller)
     tables = tied_tables(smaller)
     tied = {layers[name]: pairs[layers[name]] for name in cuts if layers.get(name) in pairs}
-    for name, cut in cuts.items():
-        narrow(find_member(smaller, name), cut)
+    lists = [name for name in cuts if isinstance(find_member(smaller, name), Listed)]
+    for name in (one for one in cuts if one not in lists):
+        narrow(find_member(smaller, name), cuts[name])
     for layer, others in tied.items():
         for other in others:
             other.weight = layer.weight
@@ -111,6 +113,9 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
             if layer in tables and isinstance(made, FactoredEmbedding):
                 for other in tables[layer]:
                     smaller = substitute(smaller, other, made.tied(other))
+    # Modules behind those that go get new names; of lists in lists the inner ones come first.
+    for name in sorted(lists, key=len, reverse=True):
+        narrow(find_member(smaller, name), cuts[name])
     if probe is not None:
         _verify(model, smaller, plan, probe)
     return smaller
@@ -120,16 +125,19 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     """A copy as wide as the original that ignores the channels a plan removes; ``apply`` must equal it.
 
     The plan's new values are in place, and the weights of all readers are zero for the removed channels;
-    writers and passed layers stay as they are, but where norms would count what they make.
+    writers and passed layers stay as they are, but where norms would count what they make. Routers never
+    choose experts that are removed.
     Forms are multiplied out, and those of narrowed layers put where the kept entries are. Raises what
     ``apply`` does, but runs nothing.
     """
     wide, _, cuts = _prepared(_untied(unwrapped(model), plan), plan)
     for name, cut in cuts.items():
-        if not cut.columns.all():
-            silence(find_member(wide, name), cut.columns)
+        one = find_member(wide, name)
+        if not cut.columns.all() and not isinstance(one, Listed):
+            silence(one, cut.columns)
     keep = {step.site: step.keep for step in plan.steps}
     load(wide, silenced(wide, keep))
+    choose_among(wide, chosen_by_routers(wide, keep))
     for weight, kept in kept_of_norms(keep).items():
         name = weight.removesuffix(".weight")
         layer = find_layer(wide, name)

@@ -68,11 +68,7 @@ class Bare:
         new = old.detach()
         for dim, places in enumerate(self.places(kept)):
             new = new.index_select(dim, torch.from_numpy(places).to(new.device))
-        setattr(
-            self.owner,
-            self.leaf,
-            nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new,
-        )
+        setattr(self.owner, self.leaf, _like(old, new))
 
 
 @dataclass(frozen=True)
@@ -80,14 +76,15 @@ class Stack:
     """Matrices in one parameter, such as those of all experts of a mixture, which are narrowed alike.
 
     In a site it is named as in the state dict, and behind a colon by the order of its last two dimensions:
-    ``experts.down_proj:oi`` for outputs before inputs, ``:io`` for inputs before outputs.
+    ``experts.down_proj:oi`` for outputs before inputs, ``:io`` for inputs before outputs. As ``:e`` it is a
+    parameter or buffer of any shape, whose first dimension counts the experts themselves.
 
     Parameters
     ----------
     owner : nn.Module
     leaf : str
         Its name there.
-    order : "oi" or "io"
+    order : "oi", "io" or "e"
     """
 
     owner: nn.Module
@@ -108,19 +105,19 @@ class Stack:
 
     @property
     def outputs(self) -> int:
-        """Rows of each matrix of  y = M x ."""
+        """Rows of each matrix of  y = M x , or experts."""
         return self.values.shape[self._dim("o")]
 
     @property
     def inputs(self) -> int:
-        """Columns of each matrix of  y = M x ."""
+        """Columns of each matrix of  y = M x , or experts."""
         return self.values.shape[self._dim("i")]
 
     def narrow(self, rows: Mask, columns: Mask) -> None:
         """Cut the tensor in place of the old one."""
         old = self.values
         new = self._picked(self._picked(old.detach(), "o", rows), "i", columns)
-        setattr(self.owner, self.leaf, nn.Parameter(new.contiguous(), old.requires_grad))
+        setattr(self.owner, self.leaf, _like(old, new.contiguous()))
 
     def silenced(self, rows: Mask | None, columns: Mask | None) -> Tensor:
         """The tensor with zeros for the outputs and inputs that go."""
@@ -132,14 +129,41 @@ class Stack:
         return values
 
     def _dim(self, letter: str) -> int:
-        return self.order.index(letter) - 2
+        return 0 if self.order == EXPERTS else self.order.index(letter) - 2
 
     def _picked(self, tensor: Tensor, letter: str, kept: Mask) -> Tensor:
         places = torch.from_numpy(np.flatnonzero(kept)).to(tensor.device)
         return tensor if kept.all() else tensor.index_select(self._dim(letter), places)
 
 
-ORDERS = ("oi", "io")
+@dataclass(frozen=True)
+class Listed:
+    """Experts that are modules in a list, in a site named as the list with ``:e`` behind it.
+
+    Parameters
+    ----------
+    modules : nn.ModuleList
+    """
+
+    modules: nn.ModuleList
+
+    @property
+    def costs(self) -> Array:
+        """(3,) parameters, MACs and bytes of all of them; MACs fall in no such way."""
+        state = self.modules.state_dict(keep_vars=True).values()
+        entries = sum(one.numel() for one in state if isinstance(one, nn.Parameter))
+        return np.array([float(entries), 0.0, float(sum(one.nbytes for one in state))])
+
+    def narrow(self, kept: Mask) -> None:
+        """Leave modules out of the list, in place; those behind them get new names."""
+        every = [*self.modules]
+        while len(self.modules):
+            self.modules.pop(-1)
+        self.modules.extend(every[i] for i in np.flatnonzero(kept))
+
+
+EXPERTS = "e"
+ORDERS = ("oi", "io", EXPERTS)
 
 
 def is_stack(name: str) -> bool:
@@ -147,7 +171,12 @@ def is_stack(name: str) -> bool:
     return name.rpartition(":")[2] in ORDERS and ":" in name
 
 
-def find_member(model: nn.Module, name: str) -> nn.Module | Bare | Stack:
+def of_experts(name: str) -> bool:
+    """Whether a member of a site is one whose first dimension counts experts."""
+    return name.endswith(f":{EXPERTS}")
+
+
+def find_member(model: nn.Module, name: str) -> nn.Module | Bare | Stack | Listed:
     """The layer, stack, bare parameter or buffer of a name; LayerNotFoundError where there is none."""
     # Costs ask for every member of dozens of networks: listing all modules each time takes seconds.
     with suppress(AttributeError):
@@ -156,19 +185,23 @@ def find_member(model: nn.Module, name: str) -> nn.Module | Bare | Stack:
     return find_layer(model, name) if (found := member(modules, name)) is None else found
 
 
-def member(modules: Mapping[str, nn.Module], name: str) -> nn.Module | Bare | Stack | None:
+def member(modules: Mapping[str, nn.Module], name: str) -> nn.Module | Bare | Stack | Listed | None:
     """The same among modules under all their names; None where there is none."""
     if name in modules:
         return modules[name]
     path, _, order = name.partition(":")
+    if order == EXPERTS and isinstance(listed := modules.get(path), nn.ModuleList):
+        return Listed(listed)
     prefix, _, leaf = path.rpartition(".")
     owner = modules.get(prefix)
     if owner is None or leaf not in own_tensors(owner):
         return None
     if order not in ORDERS:
         return None if order else Bare(owner, leaf)
-    tensor = owner._parameters.get(leaf)
-    return Stack(owner, leaf, order) if tensor is not None and tensor.ndim > 2 else None
+    tensor = getattr(owner, leaf)
+    if order == EXPERTS:
+        return Stack(owner, leaf, order) if tensor.ndim else None
+    return Stack(owner, leaf, order) if isinstance(tensor, nn.Parameter) and tensor.ndim > 2 else None
 
 
 def forms_of_member(owner: nn.Module, leaf: str) -> tuple[Bare | Stack, ...]:
@@ -179,3 +212,8 @@ def forms_of_member(owner: nn.Module, leaf: str) -> tuple[Bare | Stack, ...]:
 def own_tensors(owner: nn.Module) -> set[str]:
     """Names of the parameters and buffers that a module holds itself."""
     return {leaf for leaf, one in chain(owner._parameters.items(), owner._buffers.items()) if one is not None}
+
+
+def _like(old: Tensor, new: Tensor) -> Tensor:
+    """The new values as a parameter where the old ones were."""
+    return nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pysolve.correlations import Array, Indices
 from pysolve.errors import PysolveError
-from pysolve.nn.bare import Bare, Stack, find_member
+from pysolve.nn.bare import EXPERTS, Bare, Listed, Stack, find_member
 from pysolve.nn.counting import by_layer
 from pysolve.nn.cut_costs import rest_of
 from pysolve.nn.evaluate import nbytes, parameters
@@ -21,6 +21,9 @@ from pysolve.nn.running import Batch, find_layer
 from pysolve.nn.slicing import ROLES, Narrowable, channels_of, check_kind, inputs, outputs
 from pysolve.plan import Site
 from pysolve.solve.budget import Costs
+
+# Number of a site, role, name, layer, and how many of its channels are one of the site's.
+_Use = tuple[int, str, str, Narrowable, int]
 
 
 def cost_model(
@@ -35,6 +38,8 @@ def cost_model(
 
     Exactly the ``parameters``, ``sample_macs`` and ``nbytes`` of the network that ``apply`` makes. Layers
     cost what their widths say; the MACs of all else, such as attention's, are read off networks that are cut.
+    Experts take as many MACs however many there are, for each token goes to as many; of code that runs all of
+    them for all tokens, that is more than the network with fewer takes.
 
     Parameters
     ----------
@@ -61,24 +66,30 @@ def cost_model(
     CollapseError
         When a site names a layer that cannot be narrowed.
     PysolveError
-        When a grouped layer would lose whole groups for one site and parts of them for another.
+        When a grouped layer would lose whole groups for one site and parts of them for another, or a tensor
+        experts, inputs and outputs.
     """
-    uses = list(_uses(model, sites))
+    uses, extents = _of_experts(list(_uses(model, sites)))
     extra = [find_layer(model, name) for name in extra_biases]
     for name, layer in zip(extra_biases, extra, strict=True):
         check_kind(name, layer, "readers")
-    names: dict[Narrowable, str] = {layer: name for _, _, name, layer in uses}
+    names: dict[Narrowable, str] = {layer: name for _, _, name, layer, _ in uses}
     names |= {layer: name for layer, name in zip(extra, extra_biases, strict=True) if layer not in names}
     names |= {layer: name for name in also if (layer := find_layer(model, name)) not in names}
     layers = [*names]
     rows, columns = _tables(sites, uses, layers)
-    out, into = (np.array([*map(width, layers)], dtype=float) for width in (outputs, _inputs))
+    out, into = (
+        np.array([extents.get((side, layer), width(layer)) for layer in layers], dtype=float)
+        for side, width in (("writers", outputs), ("readers", _inputs))
+    )
     work = as_workload(example)
     now, weights = sample_calls_and_weights(model, work)
     count = partial(sample_calls, work=work, weights=weights)
-    first: dict[object, str] = {module: name for name, module in model.named_modules()}
-    first, macs = {layer: first.get(layer, name) for layer, name in names.items()}, by_layer(now)
-    product, per_output = _coefficients(layers, {layer: macs.get(first[layer], 0.0) for layer in layers})
+    called: dict[object, str] = {module: name for name, module in model.named_modules()}
+    first = {layer: called.get(_multiplying(layer), name) for layer, name in names.items()}
+    macs = by_layer(now)
+    counts = {layer: macs.get(first[layer], 0.0) for layer in layers}
+    product, per_output = _coefficients(layers, counts, out, into)
 
     def explained(kept: Indices) -> dict[str, float]:
         gone = np.array([site.channels for site in sites]) - kept
@@ -111,7 +122,7 @@ def cost_model(
     )
 
 
-def _uses(model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[int, str, str, Narrowable]]:
+def _uses(model: nn.Module, sites: Sequence[Site]) -> Iterator[_Use]:
     """Site, role, name and layer, for every layer that loses channels with a site."""
     roles: dict[Narrowable, set[bool]] = {}
     for s, site in enumerate(sites):
@@ -125,16 +136,48 @@ def _uses(model: nn.Module, sites: Sequence[Site]) -> Iterator[tuple[int, str, s
                         f"{name} passes on the channels of one site and writes or reads those of another, "
                         "which the cost model does not cover: leave out one of the two sites."
                     )
-                yield s, role, name, layer
+                yield s, role, name, layer, channels_of(site, role, name, layer).shape[1]
 
 
-def _tables(
-    sites: Sequence[Site], uses: Sequence[tuple[int, str, str, Narrowable]], layers: Sequence[Narrowable]
-) -> tuple[Array, Array]:
+def _of_experts(uses: list[_Use]) -> tuple[list[_Use], dict[tuple[str, Narrowable], int]]:
+    """Uses with each tensor once, and how wide tensors are that count experts, by role.
+
+    A cost is a product of two sizes: experts are in the place of outputs or inputs, whichever stay whole.
+    """
+    stacks = [layer for _, _, _, layer, _ in uses if isinstance(layer, Stack)]
+    counted = {(one.owner, one.leaf): one for one in stacks if one.order == EXPERTS}
+    matrices = {(one.owner, one.leaf): one for one in stacks if one.order != EXPERTS}
+    cut = {(role, layer) for _, role, _, layer, _ in uses}
+    found, extents = list[_Use](), dict[tuple[str, Narrowable], int]()
+    for s, role, name, layer, each in uses:
+        key = None if isinstance(layer, nn.Module | Listed) else (layer.owner, layer.leaf)
+        if isinstance(layer, Listed):
+            extents["writers", layer] = 1
+        if isinstance(layer, Bare) and key in counted:
+            # Single entries of each expert.
+            role, layer = "writers", counted[key]
+            extents[role, layer] = layer.values.numel()
+        elif isinstance(layer, Stack) and layer.order == EXPERTS:
+            if other := matrices.get((layer.owner, layer.leaf)):
+                whole = [side for side in ("readers", "writers") if (side, other) not in cut]
+                if not whole:
+                    raise PysolveError(
+                        f"{name} loses experts, inputs and outputs, and the cost model has products of two "
+                        "sizes: leave out one of the sites."
+                    )
+                role = whole[0]
+                extents[role, other] = len(layer.values)
+                name, layer = f"{name.rpartition(':')[0]}:{other.order}", other
+            else:
+                extents.setdefault(("readers" if role == "writers" else "writers", layer), 1)
+        found.append((s, role, name, layer, each))
+    return found, extents
+
+
+def _tables(sites: Sequence[Site], uses: Sequence[_Use], layers: Sequence[Narrowable]) -> tuple[Array, Array]:
     """(L, S) outputs, and inputs of each group, that belong to one channel of a site."""
     rows, columns = np.zeros((2, len(layers), len(sites)))
-    for s, role, name, layer in uses:
-        each = channels_of(sites[s], role, name, layer).shape[1]
+    for s, role, _, layer, each in uses:
         if role == "readers":
             columns[layers.index(layer), s] = each / _groups(layer)
         else:
@@ -142,17 +185,23 @@ def _tables(
     return rows, columns
 
 
-def _coefficients(layers: Sequence[Narrowable], counts: Mapping[Narrowable, float]) -> tuple[Array, Array]:
+def _coefficients(
+    layers: Sequence[Narrowable], counts: Mapping[Narrowable, float], widths: Array, depths: Array
+) -> tuple[Array, Array]:
     """(3, L) costs for each pair of an output and an input of its group, and for each output alone."""
     product, per_output = np.zeros((2, len(layers), 3))
     shared: set[int] = set()
-    for layer, pair, single in zip(layers, product, per_output, strict=True):
-        out, into = outputs(layer), _inputs(layer)
+    for layer, pair, single, out, into in zip(layers, product, per_output, widths, depths, strict=True):
         if isinstance(layer, Bare):
             single += layer.costs / out
             continue
+        if isinstance(layer, Listed):
+            pair += layer.costs / (out * into)
+            continue
         if isinstance(layer, Stack):
-            pair += np.array([layer.values.numel(), 0.0, layer.values.nbytes]) / (out * into)
+            entries = float(layer.values.numel() * isinstance(layer.values, nn.Parameter))
+            macs = counts[layer] if _multiplying(layer) is not layer else 0.0
+            pair += np.array([entries, macs, layer.values.nbytes]) / (out * into)
             continue
         for name, tensor in layer.state_dict(keep_vars=True).items():
             # What layers share is there, and goes, once.
@@ -164,6 +213,12 @@ def _coefficients(layers: Sequence[Narrowable], counts: Mapping[Narrowable, floa
             elif tensor.ndim and out and tensor.shape[-1] == out:
                 single += np.array([entries, 0.0, once * tensor.nbytes]) / out
     return product.T, per_output.T
+
+
+def _multiplying(layer: Narrowable) -> object:
+    """The module whose MACs are those of a layer, or of a router's own weight."""
+    router = isinstance(layer, Stack) and layer.order == EXPERTS and layer.values.ndim == 2
+    return layer.owner if router and isinstance(layer, Stack) and layer.leaf == "weight" else layer
 
 
 def _new_bias(layer: nn.Module) -> Array:

@@ -87,7 +87,9 @@ class _Cuts:
     def __init__(self, model: nn.Module, sites: Sequence[Site], count: Count) -> None:
         self.model, self.sites, self.count = model, sites, count
         self.channels = np.array([site.channels for site in sites], dtype=np.intp)
-        self.free = [s for s, site in enumerate(sites) if site.pinned is None and site.channels > 1]
+        # Each token goes to as many experts, however many there are.
+        able = [site.pinned is None and site.router is None for site in sites]
+        self.free = [s for s, site in enumerate(sites) if able[s] and site.channels > 1]
         self.found: dict[tuple[int, ...], list[Call] | None] = {}
 
     def kept(self, chosen: Sequence[int], parts: int = 2) -> Indices:

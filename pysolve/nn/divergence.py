@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +13,10 @@ from torch.distributions import Distribution
 from torch.func import functional_call
 from torch.utils import _pytree as pytree
 
+from pysolve.correlations import Indices
 from pysolve.errors import DataError
 from pysolve.nn.outputs import logits_of, main_output
+from pysolve.nn.routers import choosing
 from pysolve.nn.running import Batch, Output, arguments, evaluating, forward, same_draws
 
 # From the original's output and another one to the mean divergence per sample.
@@ -76,15 +79,20 @@ def rows_of(output: Output) -> int:
 
 
 def run(
-    model: nn.Module, batches: Sequence[Batch], values: Mapping[str, Tensor] | None = None
+    model: nn.Module,
+    batches: Sequence[Batch],
+    values: Mapping[str, Tensor] | None = None,
+    chosen: Mapping[str, Indices] = MappingProxyType({}),
 ) -> Iterator[Output]:
     """Outputs batch by batch, with the parameters and buffers in ``values`` replaced.
+
+    Routers choose among ``chosen`` experts alone, by their weights' names.
 
     Networks that draw random numbers draw the same for the same batch.
     """
     for batch in batches:
         # Inside the loop: a generator that is abandoned must not leave gradients switched off.
-        with evaluating(model), same_draws(model):
+        with evaluating(model), same_draws(model), choosing(model, chosen, values):
             if values is None:
                 output = forward(model, batch)
             else:

@@ -13,7 +13,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pysolve.correlations import Indices, Mask
 from pysolve.errors import CollapseError
-from pysolve.nn.bare import Bare, Stack
+from pysolve.nn.bare import Bare, Listed, Stack
 from pysolve.nn.layer_kinds import (
     CONVOLUTIONS,
     NORMS,
@@ -46,7 +46,7 @@ _KINDS: dict[str, tuple[type[nn.Module], ...]] = {
 ROLES = tuple(_KINDS)
 _DOES = {"writers": "the writer makes", "readers": "the reader reads", "passed": "the layer between has"}
 # What can be a member of a site.
-Narrowable = nn.Module | Bare | Stack
+Narrowable = nn.Module | Bare | Stack | Listed
 # Where linear layers hold their numbers of outputs and inputs.
 _SIZES: dict[type[nn.Module], tuple[str, ...]] = {
     nn.Linear: ("out_features", "in_features"),
@@ -81,6 +81,8 @@ def outputs(layer: Narrowable) -> int:
         return layer.values.numel()
     if isinstance(layer, Stack):
         return layer.outputs
+    if isinstance(layer, Listed):
+        return 0
     if plain(layer) in PADS:
         padding, channels = _padding(layer)
         return sum(padding[channels])
@@ -95,6 +97,8 @@ def inputs(layer: Narrowable) -> int:
         return 0
     if isinstance(layer, Stack):
         return layer.inputs
+    if isinstance(layer, Listed):
+        return len(layer.modules)
     if isinstance(layer, Turned):
         return len(layer.weight)
     name = "in_features" if isinstance(layer, nn.Linear) else "in_channels"
@@ -129,6 +133,10 @@ def check_kind(name: str, layer: Narrowable, role: str) -> None:
         if role == "passed":
             raise CollapseError(f"{name} are matrices, which write and read channels but pass none.")
         return
+    if isinstance(layer, Listed):
+        if role != "readers":
+            raise CollapseError(f"{name} are experts in a list, which read what a router chooses.")
+        return
     if plain(layer) not in _KINDS[role]:
         raise CollapseError(f"{name} is a {type(layer).__name__}{_remedy(layer, role)}")
     own = {key for key, _ in layer.named_parameters(recurse=False)}
@@ -153,7 +161,7 @@ def check_cut(name: str, layer: Narrowable, cut: Cut) -> None:
     if isinstance(layer, Bare):
         layer.places(cut.passed)
         return
-    if isinstance(layer, Stack):
+    if isinstance(layer, Stack | Listed):
         return
     groups = getattr(layer, "num_groups", None) or getattr(layer, "groups", None)
     if groups is None:
@@ -180,6 +188,8 @@ def narrow(layer: Narrowable, cut: Cut) -> None:
         layer.narrow(cut.passed)
     elif isinstance(layer, Stack):
         layer.narrow(cut.rows, cut.columns)
+    elif isinstance(layer, Listed):
+        layer.narrow(cut.columns)
     elif plain(layer) in PADS:
         padding, channels = _padding(layer)
         front, back = np.split(cut.passed, [padding[channels.start]])
@@ -202,6 +212,7 @@ def numbered(layer: Narrowable, cut: Cut) -> nn.Module:
 
     Of a tensor that is no layer's: a module that holds nothing else.
     """
+    assert not isinstance(layer, Listed)
     if not isinstance(layer, nn.Module):
         holder, values = nn.Module(), layer.values
         numbers = torch.arange(values.numel(), dtype=torch.float64).reshape(values.shape)
@@ -220,7 +231,7 @@ def numbered(layer: Narrowable, cut: Cut) -> nn.Module:
 
 def silence(layer: Narrowable, columns: Mask) -> None:
     """Set the weight of the removed input channels of what multiplies to zero, in place."""
-    assert not isinstance(layer, Bare)
+    assert not isinstance(layer, Bare | Listed)
     if isinstance(layer, Stack):
         layer.values.data.copy_(layer.silenced(None, columns))
         return
@@ -232,6 +243,7 @@ def silence(layer: Narrowable, columns: Mask) -> None:
 
 def muted(layer: Narrowable, kept: Mask) -> dict[str, Tensor]:
     """Tensors of what makes or passes channels, by their names there, with zeros for those that go."""
+    assert not isinstance(layer, Listed)
     if isinstance(layer, Bare):
         flat = layer.values.detach().flatten()
         return {layer.leaf: flat.index_fill(0, _index(~kept, flat), 0).reshape(layer.values.shape)}

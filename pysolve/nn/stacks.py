@@ -45,7 +45,7 @@ def stack_correlations(
     -------
     {reader: Correlations}
     """
-    names = {name for site in sites if site.pinned is None for name in site.readers if is_stack(name)}
+    names = _matrices_read(sites)
     if not names:
         return {}
     energies = {}
@@ -63,7 +63,7 @@ def stack_correlations(
 
 def stack_notes(sites: Iterable[Site]) -> list[str]:
     """What the report says of stacks whose inputs can go."""
-    names = {name for site in sites if site.pinned is None for name in site.readers if is_stack(name)}
+    names = _matrices_read(sites)
     if not names:
         return []
     more = ", …" * (len(names) > _NAMED)
@@ -71,6 +71,12 @@ def stack_notes(sites: Iterable[Site]) -> list[str]:
         f"matrices in one parameter are not refitted ({', '.join(sorted(names)[:_NAMED])}{more}); of their "
         "inputs, those stay that add most"
     ]
+
+
+def _matrices_read(sites: Iterable[Site]) -> set[str]:
+    """Matrices in parameters that can lose inputs."""
+    free = [site for site in sites if site.pinned is None and site.router is None]
+    return {name for site in free for name in site.readers if is_stack(name)}
 
 
 def _energies(

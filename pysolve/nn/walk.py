@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from functools import partial
 from types import MappingProxyType
 from typing import Any, cast
 from zlib import crc32
@@ -18,6 +19,10 @@ from torch.utils import _pytree as pytree
 from pysolve.correlations import Indices
 from pysolve.nn.graph.export import Graph, is_in_place
 from pysolve.nn.norms import norm_nodes, norm_over
+from pysolve.nn.routers import never_chosen, router_nodes
+
+# What runs in the place of an operator, on its node, arguments and keyword arguments.
+Other = Callable[[Node, Sequence[Any], Mapping[str, Any]], Any]
 
 
 class Walk:
@@ -34,7 +39,8 @@ class Walk:
     values : {state-dict name: tensor}
         Parameters and buffers of the compressed network that differ from the original's; grows on the way.
     norms : {weight: (k,) int array}
-        Layer norms that the compressed network has over some channels alone.
+        Layer norms that the compressed network has over some channels alone, and experts among which its
+        routers choose.
     """
 
     def __init__(
@@ -51,9 +57,9 @@ class Walk:
         self.fixed: dict[Node, Any] = {node: state[name].detach() for node, name in graph.parameters.items()}
         self.fixed.update(graph.constants)
         self.added: dict[Node, Tensor] = {}
-        self.norms = norm_nodes(graph, norms)
+        self.norms = _others(graph, norms)
         # Of a branch's original.
-        self.changed: dict[Node, Tensor] = {}
+        self.changed: dict[Node, Other] = {}
         self.batches = range(len(batches))
         bound = [graph.bind(batch) for batch in batches]
         self.original: dict[Node, list[Any]] = {node: [one[node] for one in bound] for node in graph.inputs}
@@ -67,7 +73,7 @@ class Walk:
         changed = {node: values[name] for node, name in self.graph.parameters.items() if name in values}
         other.fixed = {**self.fixed, **changed}
         other.values, other.added, other.norms = {}, {}, {}
-        other.changed = norm_nodes(self.graph, norms)
+        other.changed = _others(self.graph, norms)
         other.original, other.compressed = dict(self.original), dict(self.compressed)
         return other
 
@@ -137,7 +143,7 @@ class Walk:
                 side[other] = seen.get(key, values)
             side[operand] = new
 
-    def _run(self, node: Node, value: Callable[[Node], Any], norms: Mapping[Node, Tensor]) -> Any:
+    def _run(self, node: Node, value: Callable[[Node], Any], norms: Mapping[Node, Other]) -> Any:
         if node.op == "get_attr":
             return getattr(self.graph.module, str(node.target))
         assert callable(node.target)
@@ -147,8 +153,28 @@ class Walk:
             operand = cast(Tensor, args[0]).detach()
             args = (_moved(operand, copy(operand.untyped_storage())), *args[1:])
         if node in norms:
-            return norm_over(norms[node], args)
+            return norms[node](node, args, kwargs)
         return node.target(*args, **kwargs)
+
+
+def _others(graph: Graph, kept: Mapping[str, Indices]) -> dict[Node, Other]:
+    """Operators that norms over some channels run instead, and routers that choose among some experts."""
+
+    def normed(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], own: Tensor) -> Any:
+        return norm_over(own, args)
+
+    def routed(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], own: Tensor, count: int) -> Any:
+        return never_chosen(cast(Any, node.target)(*args, **kwargs), own, count)
+
+    shapes = {name: node.meta["val"].shape for node, name in graph.parameters.items() if name in kept}
+    norms = {name: one for name, one in kept.items() if len(shapes.get(name, ())) == 1}
+    found: dict[Node, Other] = {
+        node: partial(normed, own=own) for node, own in norm_nodes(graph, norms).items()
+    }
+    for name in kept.keys() & shapes.keys() - norms.keys():
+        for node, own in router_nodes(graph, {name: kept[name]}).items():
+            found[node] = partial(routed, own=own, count=shapes[name][0])
+    return found
 
 
 def last_uses(nodes: Sequence[Node]) -> dict[Node, list[Node]]:

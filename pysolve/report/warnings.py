@@ -15,6 +15,8 @@ PINNED = 0.3
 # A fit needs this many samples, or this many rows (samples × positions) per input of a layer: with 256 images
 # LeNet-5 loses 0.2 points and ResNet-20 1.3 against 2,000, with 512 nothing measurable.
 SAMPLES, ROWS = 500, 4
+# Share of a mixture's outputs that is lost with its first expert, from which on experts are not redundant.
+NEEDED = 0.05
 
 
 def slower(latencies: Sequence[tuple[Latency, Latency]], layers: Sequence[LayerReport] = ()) -> list[str]:
@@ -65,4 +67,23 @@ def few_samples(samples: int, correlations: Mapping[str, Correlations]) -> list[
     return [
         f"few samples: {samples} were given, and {worst} was fitted on {count:,.0f} rows for its {inputs:,} "
         f"inputs. Give {SAMPLES} or better 1,000."
+    ]
+
+
+def needed_experts(lost: Mapping[str, tuple[int, int, float]]) -> list[str]:
+    """Mixtures that lost experts though none is redundant.
+
+    ``lost`` has, by the router, how many experts there were, how many stay, and the share of the mixture's
+    outputs that the first one takes.
+    """
+    needed = {name: one for name, one in lost.items() if one[2] > NEEDED}
+    if not needed:
+        return []
+    worst = max(needed, key=lambda name: needed[name][2])
+    before, after, share = needed[worst]
+    more = f" (and {len(needed) - 1} more)" * (len(needed) > 1)
+    return [
+        f"the experts of {worst}{more} are not redundant: the first that went takes {share:.0%} of the "
+        f"mixture's outputs (E‖y − ŷ‖² / E‖y‖²), and of {before} {after} are left. "
+        f"ignore=[{worst!r}] keeps them whole, and lets their neurons go."
     ]

@@ -13,6 +13,7 @@ from scipy.linalg import solve_triangular
 
 from pysolve.correlations import Array, Correlations, Indices, group_columns, without_sums
 from pysolve.layer.layer_fit import LayerFit
+from pysolve.methods.kinds.experts import expert_path
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
 from pysolve.methods.study import Study, widths
 from pysolve.plan import Site
@@ -45,8 +46,13 @@ class Channels:
         if ranks.size == 1 or self.select != "elimination":
             return [self.menu(study, site) for site in sites]
 
+        # Their samples are those of all processes.
+        experts = {site: ranks.first(_timed_path(study, site)) for site in sites if site.router is not None}
+
         def path(number: int) -> tuple[Indices, Array, float]:
             start, site = time.perf_counter(), sites[number]
+            if site in experts:
+                return experts[site]
             if _is_turned(study, site):
                 return *_leading(study, site), time.perf_counter() - start
             order, error = _eliminated(*site_problem(site, _known(study, site), widths(study, site)))
@@ -61,8 +67,13 @@ class Channels:
         """What the readers lose with 1 … all channels, as a share of their outputs' energy, refitted.
 
         Only elimination knows a path; the error of other selections is taken at a few sizes and interpolated.
+        Whole experts are eliminated whatever the selection, but for scores.
         """
         start = time.perf_counter()
+        if site.router is not None:
+            scores = None if isinstance(self.select, str) else self.select[site]
+            found = _of_order(site, *expert_path(study, site, scores))
+            return replace(found, seconds=time.perf_counter() - start)
         if _is_turned(study, site):
             found = _of_order(site, *_leading(study, site))
             return replace(found, seconds=time.perf_counter() - start)
@@ -155,6 +166,11 @@ def _eliminated(problem: Problem, left: Sequence[float]) -> tuple[Indices, Array
     """Channels in the order of removal, and the error of every size."""
     path = elimination_path(problem, r_yy=left if len(left) > 1 else left[0])
     return path.order, np.maximum(2 * path.error / len(left), FLOOR)
+
+
+def _timed_path(study: Study, site: Site) -> tuple[Indices, Array, float]:
+    start = time.perf_counter()
+    return *expert_path(study, site), time.perf_counter() - start
 
 
 def _is_turned(study: Study, site: Site) -> bool:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +18,7 @@ from pysolve.errors import CollapseError, PysolveError
 from pysolve.nn.apply import apply, masked
 from pysolve.nn.bare import own_tensors
 from pysolve.nn.graph.classes import ROLES, Classes, Member
+from pysolve.nn.graph.experts import Problem, expert_sites
 from pysolve.nn.graph.export import Graph, trace
 from pysolve.nn.graph.integers import choices, counting, integers_read
 from pysolve.nn.graph.labels import label_channels
@@ -69,8 +71,8 @@ def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[Igno
     Returns
     -------
     list of Site
-        In the order in which the network first uses their writers. Sites that cannot shrink say why in
-        ``pinned``.
+        In the order in which the network first uses their writers, whole experts last. Sites that cannot
+        shrink say why in ``pinned``.
 
     Raises
     ------
@@ -107,7 +109,27 @@ def sites_in(model: nn.Module, graph: Graph, batch: Batch, *, ignore: Iterable[I
     for line in (0, -1) if guilty else ():
         found, _ = proven(dict.fromkeys(guilty, line))
         best = max(best, found, key=_freed)
-    return best
+    free = [site for site in best if site.pinned is None]
+    problem = _trial(model, some)
+    experts = [_ignoring(site, ignored) for site in expert_sites(model, graph, problem, free)]
+    # The logits of a router, which its softmax mixes.
+    logits = {name for site in experts if site.pinned is None for name in site.writers}
+    return [*(site for site in best if site.pinned is None or not logits.issuperset(site.writers)), *experts]
+
+
+def _trial(model: nn.Module, batch: Batch) -> Problem:
+    """What is wrong with the network, and with one of random weights, when some channels are removed."""
+
+    @cache
+    def networks() -> tuple[list[nn.Module], bool]:
+        return [model, _randomized(model, batch)], _trouble(copy_of(model), batch) is None
+
+    def problem(steps: Sequence[Collapse]) -> str | None:
+        found, trains = networks()
+        problems = (_problem(network, steps, batch, trains) for network in found)
+        return next((one for one in problems if one is not None), None)
+
+    return problem
 
 
 def _guilty_grids(classes: Classes, sites: Sequence[Site]) -> list[Node]:

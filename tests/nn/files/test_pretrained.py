@@ -131,6 +131,15 @@ def test_uniform_widths_open_in_a_fresh_process(quick, name):
     assert_opens(quick[name])
 
 
+def test_fewer_experts_are_a_number_of_the_configuration(quick):
+    case = quick["mixtral"]
+    assert case.model.config.num_local_experts == 4
+    opened = type(case.model).from_pretrained(case.folder)
+    assert opened.config.num_local_experts == 2
+    assert opened.config.num_experts_per_tok == 2
+    assert opened.model.layers[0].mlp.gate.weight.shape == (2, 16)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(SLOW))
 def test_other_families_open_too(slow, name):
