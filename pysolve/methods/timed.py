@@ -31,6 +31,8 @@ LONGEST, SECONDS = 0.25, 0.5
 # Candidates that are made and timed; how near to the target, as a share of it, is near enough to stop, and
 # how far above it counts as within.
 ROUNDS, NEAR, WITHIN = 6, 0.02, 0.05
+# Shares of the prediction that are as good as equal.
+CLOSE = 1e-3
 # A size that counts as at most so much less than a larger one, as a share of the whole site, is none.
 SAME = 0.01
 # Calls that take so much longer than the fastest one, in the median, tell of a busy machine, on which they
@@ -110,18 +112,26 @@ def settle_in_time(
     # Predicted and measured milliseconds that belong together.
     known = {tied.cost(tied.channels)["ms"]: whole, tied.cost(smallest)["ms"]: share * whole}
     tried: list[tuple[float, float, Settled, Target]] = []
-    for _ in range(ROUNDS):
-        wanted = {**target, "ms": _share_for(limit, known, whole)}
+    # Shares of the prediction that were found to be within the limit, and beyond it.
+    asked, low, high = _share_for(limit, known, whole), 0.0, 1.0
+    for _ in range(2 * ROUNDS):
+        wanted = {**target, "ms": asked}
         done = settle(study, tied, units, (), wanted, where)
         units = done.sites
-        if any(done.sizes == other.sizes for _, _, other, _ in tried):
+        again = next((one for one in tried if one[2].sizes == done.sizes), None)
+        if again is None:
+            predicted = tied.cost(done.sizes)["ms"]
+            share, busy = _share(study, done.chosen.keep, batch)
+            known[predicted] = share * whole
+            tried.append((share * whole, predicted, done, wanted))
+        found = (again or tried[-1])[0]
+        low, high = (low, min(high, asked)) if found > limit else (max(low, asked), high)
+        if abs(found / limit - 1) <= NEAR or len(tried) == ROUNDS or high - low <= CLOSE:
             break
-        predicted = tied.cost(done.sizes)["ms"]
-        share, busy = _share(study, done.chosen.keep, batch)
-        known[predicted] = share * whole
-        tried.append((share * whole, predicted, done, wanted))
-        if abs(share * whole / limit - 1) <= NEAR:
-            break
+        asked = _share_for(limit, known, whole)
+        if again is not None or not low < asked < high:
+            # Times rise in steps: sizes in between are asked for.
+            asked = (low + high) / 2
     # Above the target only where no other is near.
     best = min(tried, key=lambda one: (one[0] > (1 + WITHIN) * limit, abs(one[0] / limit - 1)))
     note = _note(best[0], best[1], limit, whole, samples_in(batch), busy)
