@@ -12,6 +12,9 @@ from pysolve.correlations import Array as Array
 from pysolve.correlations import Indices as Indices
 from pysolve.forms import Form
 
+# Order of a member of a site whose first dimension counts experts: "experts.down_proj:e", "experts:e".
+EXPERTS = "e"
+
 
 @dataclass(frozen=True)
 class Norm:
@@ -139,10 +142,10 @@ class Site:
     @property
     def router(self) -> str | None:
         """State-dict name of the weight whose rows choose these channels, where they are whole experts."""
-        if not any(name.endswith(":e") for name in self.readers):
+        if not any(map(of_experts, self.readers)):
             return None
         first = self.writers[0]
-        return first.removesuffix(":e") if first.endswith(":e") else weight_name(first)
+        return owner(first) if of_experts(first) else weight_name(first)
 
     @property
     def makers(self) -> list[tuple[str, str]]:
@@ -248,6 +251,16 @@ def weight_name(layer: str) -> str:
 
 def _same_tables(some: Mapping[str, Indices], others: Mapping[str, Indices]) -> bool:
     return some.keys() == others.keys() and all(np.array_equal(some[name], others[name]) for name in some)
+
+
+def of_experts(name: str) -> bool:
+    """Whether a member of a site is one whose first dimension counts experts."""
+    return name.endswith(f":{EXPERTS}")
+
+
+def owner(name: str) -> str:
+    """The parameter or module of a member that counts experts."""
+    return name.removesuffix(f":{EXPERTS}")
 
 
 def _first(names: tuple[str, ...]) -> str:

@@ -19,7 +19,7 @@ from pysolve.methods.ties import RoundTo, Ties, alike, grouped, rounded, separat
 from pysolve.methods.timed import liked, settle_in_time
 from pysolve.nn.bare import Listed, find_member
 from pysolve.nn.stock import is_pretrained
-from pysolve.plan import Site
+from pysolve.plan import Site, of_experts, owner
 from pysolve.report.rows import SiteReport, Solve
 from pysolve.solve.budget import Costs
 from pysolve.solve.certificate import certify
@@ -81,7 +81,7 @@ def with_costs(found: Study) -> Study:
     """
     inside = [name for site in found.free for name in site.writers if site.router is None]
     lists = {
-        name.removesuffix(":e")
+        owner(name)
         for site in found.free
         for name in site.readers
         if site.router is not None and isinstance(find_member(found.model, name), Listed)
@@ -89,10 +89,11 @@ def with_costs(found: Study) -> Study:
     shrink = {one for one in lists if any(name.startswith(f"{one}.") for name in inside)}
 
     def known(site: Site) -> Site:
-        named = [name for name in site.readers if name.removesuffix(":e") in shrink and name.endswith(":e")]
-        if not named:
+        path = next(
+            (owner(name) for name in site.readers if of_experts(name) and owner(name) in shrink), None
+        )
+        if path is None:
             return site
-        path = named[0].removesuffix(":e")
         return replace(
             site,
             pinned="under a target these experts lose channels: keep removes whole ones, as does a target "

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from pysolve.correlations import Array, Indices, Mask
 from pysolve.errors import CollapseError
 from pysolve.nn.running import find_layer
+from pysolve.plan import EXPERTS
 
 
 @dataclass(frozen=True)
@@ -162,18 +163,12 @@ class Listed:
         self.modules.extend(every[i] for i in np.flatnonzero(kept))
 
 
-EXPERTS = "e"
 ORDERS = ("oi", "io", EXPERTS)
 
 
 def is_stack(name: str) -> bool:
     """Whether a member of a site is named as matrices in one parameter."""
     return name.rpartition(":")[2] in ORDERS and ":" in name
-
-
-def of_experts(name: str) -> bool:
-    """Whether a member of a site is one whose first dimension counts experts."""
-    return name.endswith(f":{EXPERTS}")
 
 
 def find_member(model: nn.Module, name: str) -> nn.Module | Bare | Stack | Listed:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pysolve.correlations import Array, Indices
 from pysolve.errors import PysolveError
-from pysolve.nn.bare import EXPERTS, Bare, Listed, Stack, find_member
+from pysolve.nn.bare import Bare, Listed, Stack, find_member
 from pysolve.nn.counting import by_layer
 from pysolve.nn.cut_costs import rest_of
 from pysolve.nn.evaluate import nbytes, parameters
@@ -19,7 +19,7 @@ from pysolve.nn.layer_kinds import CONVOLUTIONS, WEIGHTED, plain
 from pysolve.nn.per_sample import Workload, as_workload, sample_calls, sample_calls_and_weights
 from pysolve.nn.running import Batch, find_layer
 from pysolve.nn.slicing import ROLES, Narrowable, channels_of, check_kind, inputs, outputs
-from pysolve.plan import Site
+from pysolve.plan import EXPERTS, Site
 from pysolve.solve.budget import Costs
 
 # Number of a site, role, name, layer, and how many of its channels are one of the site's.

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.correlations import Indices, Mask
-from pysolve.nn.bare import Bare, Stack, find_member, is_stack, of_experts
+from pysolve.nn.bare import Bare, Stack, find_member, is_stack
 from pysolve.nn.slicing import channels_of, inputs, muted, outputs
-from pysolve.plan import Site, tensor_name
+from pysolve.plan import Site, of_experts, tensor_name
 
 
 def silenced(model: nn.Module, keep: Mapping[Site, Indices]) -> dict[str, Tensor]:

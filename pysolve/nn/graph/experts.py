@@ -13,11 +13,10 @@ from dataclasses import replace
 import numpy as np
 from torch import Tensor, nn
 
-from pysolve.nn.bare import EXPERTS
 from pysolve.nn.graph.calls import operator_name
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.layer_kinds import plain
-from pysolve.plan import Collapse, Site, tensor_name
+from pysolve.plan import EXPERTS, Collapse, Site, tensor_name
 
 # Why a network without some channels is not right; None where it is.
 Problem = Callable[[Sequence[Collapse]], str | None]
