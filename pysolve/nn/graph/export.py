@@ -59,6 +59,7 @@ class Graph:
     inputs: tuple[Node, ...]
     shared: frozenset[int]
     _keys: tuple[str, ...]
+    _layers: tuple[tuple[nn.Module, int], ...]
 
     @property
     def takes_any_batch(self) -> bool:
@@ -66,6 +67,10 @@ class Graph:
         values = [node.meta.get("val") for i, node in enumerate(self.inputs) if i not in self.shared]
         sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim]
         return all(admits(size, count) for size in sizes for count in (2, _MANY))
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether this network was traced: the same layer objects, with as many hooks."""
+        return self._layers == _layers(model)
 
     @property
     def used(self) -> set[str]:
@@ -154,6 +159,7 @@ def trace(
         inputs=tuple(node for key, node in placeholders.items() if key not in {*names, *constants}),
         shared=batch.shared if isinstance(batch, Inputs) else frozenset(),
         _keys=tuple(kwargs),
+        _layers=_layers(model),
     )
 
 
@@ -185,6 +191,11 @@ def is_in_place(node: Node) -> bool:
     """Whether an operator writes into one of its operands."""
     schema = getattr(node.target, "_schema", None)
     return bool(schema and schema.is_mutable)
+
+
+def _layers(model: nn.Module) -> tuple[tuple[nn.Module, int], ...]:
+    """All layers and how many hooks each has."""
+    return tuple((m, len(m._forward_hooks) + len(m._forward_pre_hooks)) for m in model.modules())
 
 
 def _first_name(model: nn.Module, name: str) -> str:
