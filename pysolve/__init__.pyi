@@ -55,6 +55,7 @@ from .report.plots import plot_elimination as plot_elimination
 from .report.plots import plot_pareto as plot_pareto
 from .report.plots import plot_weights as plot_weights
 from .report.report import Report as Report
+from .report.sweep import Sweep as Sweep
 from .solve.certificate import Certificate as Certificate
 from .solve.certificate import certify as certify
 from .solve.certificate import lam_max as lam_max

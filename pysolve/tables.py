@@ -8,6 +8,8 @@ from textwrap import wrap
 
 # Characters of a terminal's line, and the least width of a column of words.
 WIDTH, NARROW = 110, 24
+# Lines that an object may take at a prompt.
+_SCREEN = 24
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,12 @@ def _widths(cells: list[list[str]], words: list[bool], width: int) -> list[int]:
         spare = sum(found) + 2 * (len(found) - 1) - width
         found[i] = max(min(found[i], NARROW), found[i] - max(0, spare))
     return found
+
+
+def one_screen(lines: list[str]) -> str:
+    """As many lines as a prompt shows, and how many there are more."""
+    more = len(lines) - _SCREEN
+    return "\n".join(lines if more <= 0 else [*lines[:_SCREEN], f"… {more} more lines: print() shows all"])
 
 
 def as_markdown(table: Table) -> list[str]:

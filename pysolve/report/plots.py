@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 from pysolve.correlations import Array
 from pysolve.report import drawing
-from pysolve.report.curves import Curve, error_curves, front, histograms, histories_of, scored
+from pysolve.report.curves import Curve, Results, error_curves, front, histograms, histories_of, scored
 from pysolve.report.drawing import COLORS, INK, NAMED, Path
 from pysolve.report.report import Report
 from pysolve.solve.elimination import EliminationPath
@@ -32,7 +32,7 @@ _DASHES = (0, (4, 3))
 
 
 def plot_pareto(
-    reports: Sequence[Report] | Mapping[str, Sequence[Report]],
+    reports: Results | Mapping[str, Results],
     path: Path | None = None,
     *,
     measure: str = "params",
@@ -47,7 +47,7 @@ def plot_pareto(
 
     Parameters
     ----------
-    reports : list of Report, or {label: list of Report}
+    reports : list of Compressed or Report, or {label: such a list}
         Results of ``sweep``; of several methods, with a label each. Of results without ``evaluate`` the
         divergence is drawn.
     path, ax : optional
@@ -61,7 +61,7 @@ def plot_pareto(
     Raises
     ------
     TypeError
-        When one Report is passed instead of a list.
+        When one result is passed instead of a list.
     ValueError
         When there are no reports, or one lacks the measure or a score that others have.
     """
