@@ -96,7 +96,7 @@ def as_markdown(table: Table) -> list[str]:
 
 
 def as_html(table: Table) -> str:
-    """A ``<table>`` in a box that scrolls in a narrow window."""
+    """A ``<table>`` in a box that scrolls where a page does not lay it out for narrow windows."""
     shown, bars = table.shown, dict(table.bars)
     lines = ['<div class="scroll"><table>', f"<caption>{escape(table.title)}</caption>" * bool(table.title)]
     kinds = {c: ' class="words"' if c in table.words else "" for c in shown}
@@ -106,7 +106,8 @@ def as_html(table: Table) -> str:
         lines.append("<tr>")
         for c in shown:
             bar = f' style="--share:{100 * bars[c][r]:.1f}%"' if c in bars else ""
-            lines.append(f"<td{kinds[c]}{bar}>{escape(row[c])}</td>")
+            # What a narrow page puts in front of a cell, which has no head above it there.
+            lines.append(f'<td{kinds[c]}{bar} data-head="{escape(table.head[c])}">{escape(row[c])}</td>')
         lines.append("</tr>")
     return "\n".join([*filter(None, lines), "</tbody></table></div>"])
 

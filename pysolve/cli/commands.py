@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import date
 from io import BytesIO
 from pathlib import Path
+from shlex import join
 from zipfile import BadZipFile
 
 import numpy as np
@@ -141,10 +144,15 @@ def write_compressed(verb: str, given: Mapping[str, Value]) -> None:
         write(job.out / "plan.json", json.dumps({**plan, "earlier": earlier} if earlier else plan, indent=1))
         write(job.out / "report.json", json.dumps(record, indent=1))
         write(job.out / "report.md", f"# {title}\n\n{report.as_markdown()}")
-        write(job.out / "report.html", page(report, title))
+        write(job.out / "report.html", page(report, title, _made_by()))
         if pretrained:
             ps.save_pretrained(result, job.out / "pretrained", overwrite=True)
     job.show(str(report), record, written)
+
+
+def _made_by() -> dict[str, str]:
+    """Day and command, for the page."""
+    return {"day": date.today().isoformat(), "command": join(["pysolve", *sys.argv[1:]])}
 
 
 def _once(model: nn.Module) -> dict[str, torch.Tensor]:

@@ -230,8 +230,7 @@ def plot_channels(report: Report, path: Path | None = None, *, ax: Axes | None =
         ax.text(101.5, row, text, va="center", fontsize=size, color=INK, alpha=0.6 if one.pinned else 1)
     ax.set_yticks(rows, [drawing.shortened(one.name) for one in sites], fontsize=size)
     ax.set(xlabel="channels kept (%)", xlim=(0, 100), ylim=(len(sites) - 0.4, -0.6))
-    legend = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "borderaxespad": 0.2}
-    return drawing.finish(ax, path, grid=None, **legend)
+    return drawing.finish(ax, path, grid=None, ncols=3)
 
 
 def plot_weights(

@@ -25,7 +25,7 @@ _COSTS = {
     "params": "parameters",
     "nonzeros": "non-zeros",
     "macs": "MACs a sample",
-    "bytes": "bytes",
+    "bytes": "bytes in memory",
     "file": "bytes on disk",
 }
 

@@ -143,7 +143,7 @@ EXAMPLE = Report(
 def test_a_report_prints_costs_divergence_sites_and_seconds():
     text = str(EXAMPLE)
     for part in (
-        "parameters      1,000    250   25.0%",
+        "parameters        1,000    250   25.0%",
         "divergence  0.25 on 100 held-out samples, refitted on 900",
         "4/8",
         "12.50%",
