@@ -51,8 +51,8 @@ _TERMS = {
     "site": "Channels that are removed together: layers that make them → layers that read them.",
     "kept": "Channels, or the share of the weights, that is left.",
     "error": "Share of what the layers that read a site compute, or of a layer's outputs, that refits lose.",
-    "divergence": "How far outputs are from the original's, on samples that no fit and no choice has seen: of "
-    "classes the Kullback-Leibler divergence in nats, of others the mean square by the variance.",
+    "divergence": "How far outputs are from the original's, on samples that no fit and no choice has seen: "
+    "of classes the Kullback-Leibler divergence in nats, of others the mean square by the variance.",
     "predicted div.": "Divergence with this site alone made smaller, as expected when sizes were chosen.",
     "measured div.": "The same, measured at the size that was chosen.",
     "MACs": "Multiplications with an addition; those of one sample.",
