@@ -21,6 +21,7 @@ namespace py = pybind11;
 using namespace pysolve;
 
 void load_blas();
+void register_rounding(py::module_& m);
 void register_sparse(py::module_& m);
 
 namespace {
@@ -286,5 +287,6 @@ PYBIND11_MODULE(_core, m) {
     register_selection(m);
     register_checks(m);
     register_obs(m);
+    register_rounding(m);
     register_sparse(m);
 }
