@@ -26,6 +26,7 @@ from pysolve.errors import DataError, PysolveError
 from pysolve.methods.goal import check_positive
 from pysolve.nn.evaluate import accuracy, latency, macs, nbytes, parameters
 from pysolve.nn.files.plan_json import plain, plan_record
+from pysolve.nn.progress import stage, whole
 from pysolve.nn.running import Batch
 from pysolve.report.page import page
 from pysolve.report.plots import plot_pareto
@@ -123,7 +124,8 @@ def write_compressed(verb: str, given: Mapping[str, Value]) -> None:
     state_dict, pretrained = options.pop("state_dict"), options.pop("pretrained", False)
     written = ["network.safetensors", "plan.json", "report.json", "report.md", "report.html"]
     written += ["state_dict.safetensors"] * state_dict + ["pretrained"] * pretrained
-    with folder(job.out, written, overwrite=job.overwrite):
+    with folder(job.out, written, overwrite=job.overwrite), whole(verb, job.progress):
+        stage("load")
         model, batches, score = job.inputs()
         result = getattr(ps, verb)(model, batches, evaluate=score, progress=job.progress, **options)
         ps.save(result, job.out / written[0])
@@ -190,7 +192,8 @@ def write_sweep(given: Mapping[str, Value]) -> None:
     job, options = _parted({**given, "target": None})
     networks = [f"{'_'.join(f'{m}={v:g}' for m, v in target.items())}.safetensors" for target in targets]
     written = ["sweep.json", "pareto.png", *networks]
-    with folder(job.out, written, overwrite=job.overwrite):
+    with folder(job.out, written, overwrite=job.overwrite), whole("sweep", job.progress):
+        stage("load")
         model, batches, score = job.inputs()
         found = ps.sweep(model, batches, targets=targets, evaluate=score, progress=job.progress, **options)
         reports = [replace(report, notes=(*job.notes, *report.notes)) for report in found.reports]
