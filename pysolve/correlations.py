@@ -232,8 +232,9 @@ class Correlations:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one ``.npz`` file; an existing file is replaced only once the new one is complete."""
-        with replacing(path) as part, part.open("wb") as file:
-            np.savez(file, **{f.name: getattr(self, f.name) for f in fields(self)})
+        values: dict[str, Any] = {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
+        with replacing(path, sum(one.nbytes for one in values.values())) as part, part.open("wb") as file:
+            np.savez(file, **values)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Correlations:

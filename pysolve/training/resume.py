@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils import _pytree as pytree
 
 from pysolve.errors import DataError
 from pysolve.nn.running import device_of
@@ -92,8 +93,10 @@ def write(path: Path, progress: Progress, parts: Parts, settings: Mapping[str, o
         "after_step": None if own is None else own(),
         "random": _random(parts),
     }
-    with replacing(path) as part:
-        torch.save(state, part)
+    size = sum(one.nbytes for one in pytree.tree_leaves(state) if isinstance(one, Tensor))
+    # Given a path, torch tells of a full disk without the system's words.
+    with replacing(path, size) as part, part.open("wb") as file:
+        torch.save(state, file)
 
 
 def read(path: Path, parts: Parts, settings: Mapping[str, object]) -> Progress:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from pysolve.nn.files.checkpoint import restored, save
 from pysolve.nn.files.reopening import Written, difference, outputs_again, reopened, written_of
 from pysolve.nn.running import Batch
 from pysolve.nn.stock import NotStockError, Stock, is_pretrained, skeleton, stock_of
+from pysolve.whole_files import replacing_folder
 
 # Beside the original's configuration, in folders that are for ``load_pretrained``.
 FILE = "pysolve.safetensors"
@@ -111,7 +111,7 @@ def save_pretrained(
     network, folder = _network_of(compressed), Path(folder)
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists: choose another folder, or overwrite=True.")
-    with _replacing(folder) as part:
+    with replacing_folder(folder, sum(one.nbytes for one in network.state_dict().values())) as part:
         if stock:
             written = write_stock(network, part, batch)
             apart = reopened([written])[0]
@@ -251,23 +251,3 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of ``folder`` once it is complete."""
-    if not folder.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{folder} cannot be written: there is no folder {folder.parent}.")
-    part = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.part")
-    part.mkdir()
-    try:
-        yield part
-        if folder.exists():
-            old = part.with_suffix(".old")
-            os.replace(folder, old)
-            os.replace(part, folder)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        else:
-            os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -74,7 +74,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, object
     there would be more record than ``read`` takes.
     """
     content, metadata = _sealed(tensors, record)
-    with replacing(path) as part:
+    with replacing(path, sum(one.nbytes for one in content.values())) as part:
         save_file(content, part, metadata=metadata)
         _check_header(part)
 

@@ -124,7 +124,7 @@ def write_arrays(path: Path, arrays: Mapping[str, AnyArray | Stored], metadata: 
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     text = _SEAL % zlib.crc32(text) + text[len(_SEAL % 0) :]
-    with replacing(path) as part, part.open("wb") as file:
+    with replacing(path, 8 + len(text) + end) as part, part.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays.values():
             values = array.read() if isinstance(array, Stored) else array

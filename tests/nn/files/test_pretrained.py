@@ -264,7 +264,7 @@ def test_what_is_no_network_of_the_library_is_refused(small, tmp_path):
     plain = ps.compress(model, [torch.randn(40, 4)], keep=0.5, **QUIET)
     with pytest.raises(ps.PysolveError, match=r"Sequential is no network of transformers: use pysolve\.save"):
         ps.save_pretrained(plain, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
+    with pytest.raises(ps.PysolveError, match="there is no folder"):
         ps.save_pretrained(result, tmp_path / "none" / "out")
     with pytest.raises(ps.DataError, match="no configuration of transformers"):
         ps.load_pretrained(tmp_path)
