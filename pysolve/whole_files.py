@@ -83,7 +83,7 @@ def check_writable(path: Path) -> None:
 
 
 def unwritten(path: Path, error: Exception, needed: str) -> WriteError:
-    """What became of a file that needs so many bytes, for an error that ``from_system`` says is the system's."""
+    """What became of a file that needs so many bytes, for an error that ``from_system`` knows."""
     number = from_system(error)
     why = os.strerror(number) if number else str(error).rstrip(".")
     if not path.parent.is_dir():
