@@ -239,7 +239,9 @@ class Correlations:
         names = [f.name for f in fields(cls)]
         try:
             with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-                values = {name: _member(archive, f"{name}.npy", os.stat(path).st_size) for name in names}
+                values: dict[str, Any] = {
+                    name: _member(archive, f"{name}.npy", os.stat(path).st_size) for name in names
+                }
             counts = {name: whole(name, values[name].item()) for name in ("count", "group_size")}
             found = cls(**{**values, **counts})
             check_finite(found)
@@ -249,8 +251,8 @@ class Correlations:
         except Exception as error:
             why = str(error).rstrip(".")
             raise DataError(
-                f"{path!s} is not a file written by Correlations.save, or it is damaged: {why}. Copy it anew, "
-                "or gather again."
+                f"{path!s} is not a file written by Correlations.save, or it is damaged: {why}. Copy it "
+                "anew, or gather again."
             ) from error
         return found
 

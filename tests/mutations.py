@@ -509,7 +509,7 @@ def whole(name, place):
 
 
 def main(count, seed, names):
-    rng, told, counts = np.random.default_rng(seed), Counter(), Counter()
+    told, counts = Counter(), Counter()
     with tempfile.TemporaryDirectory() as place:
         for number in range(count):
             name = names[number % len(names)]

@@ -60,7 +60,8 @@ def architecture(compressed: Compressed) -> dict[str, object]:
     plans = [one for one in (*compressed.earlier, compressed.plan) if one.steps or one.untied or one.forms]
     if len(plans) > _STAGES:
         raise PysolveError(
-            f"the network was compressed {len(plans)} times, and files hold up to {_STAGES}: save its state dict."
+            f"the network was compressed {len(plans)} times, and files hold up to {_STAGES}: save its state "
+            "dict."
         )
     return {
         "stages": [[step_record(step) for step in plan.steps] for plan in plans],

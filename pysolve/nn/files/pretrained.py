@@ -6,7 +6,8 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -28,6 +29,9 @@ from pysolve.whole_files import replacing_folder
 
 # Beside the original's configuration, in folders that are for ``load_pretrained``.
 FILE = "pysolve.safetensors"
+# CRC-32 of each file that ``load_pretrained`` has transformers read.
+SUMS = "pysolve.json"
+_SUMMED = ("config.json", "generation_config.json", "model*.safetensors*")
 # What belongs to a model beside its weights and its configurations.
 _CARRIED = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model"),
@@ -122,6 +126,8 @@ def save_pretrained(
             again = load_pretrained(part).to(written.device)
             apart = difference(written, outputs_again(again, written))
         _carry(network, part, tokenizer)
+        names = sorted(file.name for pattern in _SUMMED for file in part.glob(pattern))
+        (part / SUMS).write_text(_sums(part, names))
     return Pretrained(folder, stock, apart, written.note)
 
 
@@ -141,9 +147,10 @@ def load_pretrained(folder: str | os.PathLike[str]) -> nn.Module:
     Raises
     ------
     DataError
-        It is no such folder.
+        It is no such folder, or damaged: ``save_pretrained`` writes checksums of its files.
     """
     folder = Path(folder)
+    _check_sums(folder)
     library = import_module("transformers")
     try:
         config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
@@ -152,12 +159,58 @@ def load_pretrained(folder: str | os.PathLike[str]) -> nn.Module:
         raise DataError(f"{folder} holds no configuration of transformers: {error}") from error
     if kind is None:
         raise DataError(f"{folder}/config.json names no class of transformers: {config.architectures}.")
-    if not (folder / FILE).exists():
-        return kind.from_pretrained(folder, dtype="auto", local_files_only=True)  # type: ignore[no-any-return]
-    network = restored(folder / FILE, _without_values(kind, config), empty=True).eval()
-    if hasattr(network, "generation_config"):
-        network.generation_config = library.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        if not (folder / FILE).exists():
+            return kind.from_pretrained(  # type: ignore[no-any-return]
+                folder, dtype="auto", local_files_only=True
+            )
+        network = restored(folder / FILE, _without_values(kind, config), empty=True).eval()
+        if hasattr(network, "generation_config"):
+            made = library.GenerationConfig.from_pretrained(folder, local_files_only=True)
+            network.generation_config = made
+    except (PysolveError, ImportError):
+        raise
+    # Classes of transformers do not name theirs.
+    except Exception as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DataError(
+            f"{folder} cannot be opened: {why}. Copy it anew, or save the network again."
+        ) from error
     return network
+
+
+def _check_sums(folder: Path) -> None:
+    """DataError where files are not those that were written; folders of others have no checksums."""
+    file = folder / SUMS
+    if not file.exists():
+        return
+    wrong = SUMS
+    try:
+        text = file.read_bytes().decode()
+        known = json.loads(text)
+        if text == _sums(folder, known):
+            return
+        wrong = next(name for name in known if known[name] != _crc32(folder / name))
+    # RuntimeError: JSON that is nested too deeply. StopIteration: the checksums themselves are damaged.
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, StopIteration):
+        pass
+    raise DataError(
+        f"{folder} is damaged, or {wrong} was changed: its checksum is another. Copy the folder anew; or "
+        f"remove {SUMS} if the change was yours."
+    )
+
+
+def _sums(folder: Path, names: Iterable[str]) -> str:
+    """Checksums of files as JSON."""
+    return json.dumps({name: _crc32(folder / name) for name in names}, indent=1)
+
+
+def _crc32(path: Path) -> int:
+    found = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            found = zlib.crc32(block, found)
+    return found
 
 
 def write_stock(network: nn.Module, folder: Path, batch: Batch = None) -> Written:

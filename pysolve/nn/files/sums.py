@@ -221,7 +221,13 @@ def sums_from(arrays: Mapping[str, Stored], record: Mapping[str, Any]) -> Stored
 def _sums_of(arrays: Mapping[str, Stored], record: Mapping[str, Any]) -> StoredSums:
     parts = {part: arrays[record[part]] for part in _SUMS}
     h, d = parts["yx"].shape
-    shapes = {"xx": [(d, d)], "yx": [(h, d)], "yy": [(h, h), (h,)], "x_sum": [(d,)], "y_sum": [(h,)]}
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "xx": [(d, d)],
+        "yx": [(h, d)],
+        "yy": [(h, h), (h,)],
+        "x_sum": [(d,)],
+        "y_sum": [(h,)],
+    }
     for part, known in shapes.items():
         if parts[part].shape not in known or parts[part].dtype != np.float64:
             raise ValueError(f"{part} is of {parts[part].dtype} and shape {parts[part].shape}")
