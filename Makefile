@@ -10,7 +10,11 @@ PYTHON ?= python3
 VENV ?= .venv
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc pysolve -name '*.[chp]*' -not -name '*.pyc')
 
-.PHONY: demo test lint clean
+# Seconds, seed and formats of `make fuzz`.
+SECONDS ?= 600
+SEED ?= $(shell date +%s)
+
+.PHONY: demo test lint fuzz clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/pysolve demo
@@ -23,6 +27,9 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+fuzz: $(VENV)/.installed
+	$(VENV)/bin/python -W ignore tests/mutations.py --seconds $(SECONDS) --seed $(SEED)
 
 $(VENV)/.installed: $(SOURCES)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

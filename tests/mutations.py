@@ -1,8 +1,10 @@
 """Damaged and forged files of every format, and a judge: the same content, or a refusal that says what to do.
 
-`python tests/mutations.py COUNT SEED` tries many; `tests/test_mutations.py` tries some.
+`python tests/mutations.py --seconds 600 --seed 0 [FORMAT …]` tries as many as there is time for, `--count` so
+many; `tests/test_mutations.py` tries some.
 """
 
+import argparse
 import copy
 import json
 import struct
@@ -508,24 +510,36 @@ def whole(name, place):
     return _WHOLE[name]
 
 
-def main(count, seed, names):
-    told, counts = Counter(), Counter()
+GOOD = ("same", "refused", "not written")
+
+
+def main():
+    """Try changed files until the time is over, print what is wrong, and count."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("formats", nargs="*")
+    parser.add_argument("--seconds", type=float, default=600)
+    parser.add_argument("--count", type=int, default=10**9)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    names = given.formats or [name for name in FORMATS if name not in ("stock", "plan")]
+    told, counts, end = Counter(), Counter(), time.monotonic() + given.seconds
+    print(f"seed {given.seed}", flush=True)
     with tempfile.TemporaryDirectory() as place:
-        for number in range(count):
+        for number in range(given.count):
+            if time.monotonic() > end:
+                break
             name = names[number % len(names)]
-            one = np.random.default_rng([seed, number])
             with tempfile.TemporaryDirectory(dir=place) as home:
-                how, became = tried(name, one, home)
-            counts[name, became if became in ("same", "refused", "not written") else "WRONG"] += 1
-            if became not in ("same", "refused", "not written"):
-                told[name, how.split(" of ")[0], became] += 1
-                if told[name, how.split(" of ")[0], became] == 1:
-                    print(f"{name} {seed}/{number}: {how}: {became}", flush=True)
+                how, became = tried(name, np.random.default_rng([given.seed, number]), home)
+            counts[name, became if became in GOOD else "WRONG"] += 1
+            if became not in GOOD:
+                told[name, how, became] += 1
+                if told[name, how, became] == 1:
+                    print(f"{name} {given.seed}/{number}: {how}: {became}", flush=True)
     for key, times in sorted(counts.items()):
         print(*key, times)
     return sum(times for (_, became), times in counts.items() if became == "WRONG")
 
 
 if __name__ == "__main__":
-    chosen = sys.argv[3:] or [name for name in FORMATS if name not in ("stock", "plan")]
-    sys.exit(bool(main(int(sys.argv[1]), int(sys.argv[2]), chosen)))
+    sys.exit(bool(main()))

@@ -141,8 +141,8 @@ def load_pretrained(folder: str | os.PathLike[str]) -> nn.Module:
     Returns
     -------
     nn.Module
-        In evaluation mode. Where the folder has a plan, the class that its configuration names is made
-        without values, and the plan's network from it.
+        In evaluation mode, from ``.safetensors`` files alone. Where the folder has a plan, the class that its
+        configuration names is made without values, and the plan's network from it.
 
     Raises
     ------
@@ -157,12 +157,13 @@ def load_pretrained(folder: str | os.PathLike[str]) -> nn.Module:
         kind = getattr(library, (config.architectures or [""])[0], None)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} holds no configuration of transformers: {error}") from error
-    if kind is None:
+    # A name of the library that makes no network would be called with what the folder says.
+    if not (isinstance(kind, type) and issubclass(kind, library.PreTrainedModel)):
         raise DataError(f"{folder}/config.json names no class of transformers: {config.architectures}.")
     try:
         if not (folder / FILE).exists():
             return kind.from_pretrained(  # type: ignore[no-any-return]
-                folder, dtype="auto", local_files_only=True
+                folder, dtype="auto", local_files_only=True, use_safetensors=True
             )
         network = restored(folder / FILE, _without_values(kind, config), empty=True).eval()
         if hasattr(network, "generation_config"):
