@@ -162,7 +162,7 @@ def load_pretrained(folder: str | os.PathLike[str]) -> nn.Module:
         raise DataError(f"{folder}/config.json names no class of transformers: {config.architectures}.")
     try:
         if not (folder / FILE).exists():
-            return kind.from_pretrained(  # type: ignore[no-any-return]
+            return kind.from_pretrained(  # type: ignore[attr-defined, no-any-return]
                 folder, dtype="auto", local_files_only=True, use_safetensors=True
             )
         network = restored(folder / FILE, _without_values(kind, config), empty=True).eval()

@@ -94,6 +94,15 @@ def read_study(path: Path, model: nn.Module) -> tuple[Calibration, StoredCorrela
             f"{path} was not written by Study.save, or it is damaged: {error}. Copy it anew, or gather again."
         ) from error
     check_network(network, model, str(path))
+    layers = dict(model.named_modules(remove_duplicate=False))
+    for name, one in correlations.stored.items():
+        weight = getattr(layers.get(name), "weight", None)
+        h, d = one.arrays["yx"].shape
+        if isinstance(weight, nn.Parameter) and weight.numel() != h * d:
+            raise DataError(
+                f"{path} is damaged: {name} has {weight.numel()} weights, not {h} x {d}. Copy it anew, or "
+                "gather again."
+            )
     return Calibration(limit, held, apart, kept, seen, out), correlations
 
 
