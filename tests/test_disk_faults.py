@@ -88,6 +88,10 @@ WRITERS = {
 }
 
 
+# It is opened again in a fresh process each time.
+SLOW = {"pretrained": pytest.mark.slow}
+
+
 def contents(folder):
     return {str(one.relative_to(folder)): one.read_bytes() for one in folder.rglob("*") if one.is_file()}
 
@@ -110,7 +114,7 @@ def fails(number, path):
     return function
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=SLOW.get(n, ())) for n in WRITERS])
 def test_a_disk_that_is_full_is_told_with_bytes_and_leaves_the_old_file(name, tmp_path):
     path = tmp_path / "file"
     writer = WRITERS[name]

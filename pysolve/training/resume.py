@@ -227,8 +227,11 @@ def _check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer) -> None:
         raise ValueError("its optimizer's state is not that of these parameters")
     for number, one in states.items():
         for name, value in one.items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != parameters[number].shape:
-                raise ValueError(f"{name} of parameter {number} has shape {[*value.shape]}")
+            if not isinstance(value, Tensor):
+                continue
+            counts = value.dtype in (torch.int32, torch.int64)
+            if not (value.is_floating_point() or counts) or value.shape not in ((), parameters[number].shape):
+                raise ValueError(f"{name} of parameter {number} is {value.dtype} of {[*value.shape]}")
 
 
 def _layout(parts: Parts) -> dict[str, object]:
