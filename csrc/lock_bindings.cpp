@@ -1,9 +1,9 @@
 // When the interpreter ends, nobody asks for its lock any more.
-#include "lock.hpp"
-
 #include <atomic>
 #include <chrono>
 #include <thread>
+
+#include "lock.hpp"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>

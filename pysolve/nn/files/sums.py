@@ -231,7 +231,7 @@ def _sums_of(arrays: Mapping[str, Stored], record: Mapping[str, Any]) -> StoredS
     for part, known in shapes.items():
         if parts[part].shape not in known or parts[part].dtype != np.float64:
             raise ValueError(f"{part} is of {parts[part].dtype} and shape {parts[part].shape}")
-    count, size = whole("count", record["count"]), whole("group_size", record["group_size"])
+    count, size = whole("count", record["count"], 1, 2**62), whole("group_size", record["group_size"])
     if d % size:
         raise ValueError(f"{d} inputs are no groups of {size}")
     return StoredSums(parts, count, size)
