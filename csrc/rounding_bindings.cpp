@@ -6,6 +6,7 @@
 #include <optional>
 #include <string>
 
+#include "lock.hpp"
 #include "pysolve/rounding.hpp"
 
 namespace py = pybind11;
@@ -54,7 +55,7 @@ py::tuple rounded(const Levels& levels, const Matrix& base, const Matrix& slope,
                               codes.mutable_data(),
                               {change.mutable_data(), n, h, h}};
     {
-        const py::gil_scoped_release unlock;
+        const Unlocked unlock;
         round_block(levels, block);
     }
     return py::make_tuple(std::move(codes), std::move(change));

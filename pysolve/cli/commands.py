@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
-from io import BytesIO
 from pathlib import Path
 from shlex import join
 from zipfile import BadZipFile
@@ -201,9 +200,7 @@ def write_sweep(given: Mapping[str, Value]) -> None:
             ps.save(result, job.out / name)
         rows = [plain(report.as_dict()) for report in reports]
         write(job.out / "sweep.json", json.dumps(rows, indent=1))
-        with BytesIO() as picture:
-            plot_pareto(reports).figure.figure.savefig(picture, dpi=160)
-            write(job.out / "pareto.png", picture.getvalue())
+        plot_pareto(reports, path=job.out / "pareto.png")
     job.show("\n".join(as_text(comparison(reports))), rows, written)
     if job.progress:
         # What the table has no room for.
@@ -299,7 +296,7 @@ def solve_file(
         lam = lam * most
     solution = ps.solve_linear_reconstruction(r_xx, r_yx, lam, method, group_size=group_size)
     if out is not None:
-        with replacing(out) as part, part.open("wb") as opened:
+        with replacing(out, np.asarray(solution.M).nbytes) as part, part.open("wb") as opened:
             np.savez(opened, M=solution.M, keep=solution.keep, lam=solution.lam)
     if not as_json:
         typer.echo(str(solution))

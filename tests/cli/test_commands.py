@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -296,6 +297,27 @@ def test_a_failure_at_the_end_leaves_the_files_that_were_there(home, monkeypatch
     assert {path.name: path.read_bytes() for path in (home / "pruned").iterdir()} == before
     assert run(*command, "--out", "new").exit_code == 2
     assert not (home / "new").exists()
+
+
+@pytest.mark.parametrize("most", [0, 300, 1000])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("prune", "mine:make", "--data", "inputs.npy", "--amount", "0.5", "--method", "magnitude"),
+        ("sweep", "mine:make", "--data", "inputs.npy", "--target", "params=0.5"),
+        ("study", "mine:make", "--data", "inputs.npy"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_status_2(home, command, most):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        result = run(*command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (result.exit_code, result.stderr.count("Error: ")) == (2, 1), result.output
+    assert "cannot be written: File too large. It needs " in result.stderr
+    assert not [*home.rglob("*.part")]
 
 
 def test_json_and_quiet_print_nothing_else(home):
