@@ -1,6 +1,7 @@
 """The command line compresses a user's own network, from files and functions of theirs."""
 
 import json
+import logging
 import os
 import re
 import resource
@@ -453,6 +454,18 @@ def test_a_written_report_is_shown_again(home):
     assert json.loads(run("report", "compressed", "--json").stdout)["target"] == {"params": 0.5}
     shown = run("sweep", *command, "--target", "macs=0.7").stdout.rsplit("\nWrote", 1)[0]
     assert run("report", "swept").stdout == f"{shown}\n"
+
+
+def test_notes_are_said_on_the_way_where_asked(home, caplog):
+    command = ("compress", "mine:make", "--data", "mine:batches", "--target", "params=0.5", "--quiet")
+    logger = logging.getLogger("pysolve")
+    try:
+        assert run(*command, "--overwrite").exit_code == 0
+        assert not [one for one in caplog.records if one.name == "pysolve"]
+        assert run("-v", *command, "--overwrite").exit_code == 0
+        assert [one for one in caplog.records if one.name == "pysolve"]
+    finally:
+        logger.setLevel(logging.NOTSET)
 
 
 @pytest.mark.parametrize("content", ["", "[", "{}", "[1]", '"x"', '{"before": 1, "after": {}}'])
