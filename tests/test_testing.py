@@ -77,6 +77,12 @@ class Claim:
     relative_gap: float = 0.0
 
 
+@pytest.mark.parametrize("seed", [100589])
+def test_what_the_fuzzer_has_found_is_right(seed):
+    """Least squares along a direction in which rounding leaves R indefinite certified zero."""
+    assert judge_solver(own_solver(seed), hostile_problem(seed)).faults == ()
+
+
 @pytest.mark.parametrize(
     ("claim", "fault"),
     [

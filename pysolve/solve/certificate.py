@@ -174,7 +174,10 @@ def _bound(problem: Problem, M: Sequence[Array], G: Sequence[Array], lam: float,
     # Products with (B − M) R and G on unpenalised columns, both zero but for rounding, cancel.
     slope = _inner(away, M, problem)[penalised].sum() - _inner(G, D, problem)[~penalised].sum()
     bend = _inner(away, D, problem)
-    square = 0.5 * max(bend.sum(), 0.0) - bend[~penalised].sum()
+    # R may be indefinite by rounding, which counts where B is large.
+    reach = sum(float(np.square(d * unit).sum()) for d, (unit, _, _) in zip(D, problem.spectra, strict=True))
+    doubt = EPS * problem.inputs * reach
+    square = 0.5 * (max(bend.sum(), 0.0) + doubt) - bend[~penalised].sum()
     lowest = float("inf")
     for cost, spill in _rounding(problem, M, G, E):
         room = thresholds - spill
