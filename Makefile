@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc pysolve -name '*.[chp]*' -not -name '*.pyc')
 
-# Seconds, seed and formats of `make fuzz`.
+# Seconds and seed of each part of `make fuzz`: hostile problems for the solvers, damaged files.
 SECONDS ?= 600
 SEED ?= $(shell date +%s)
 
@@ -41,6 +41,7 @@ wheel:
 	rm -r dist/built
 
 fuzz: $(VENV)/.installed
+	$(VENV)/bin/python -m pysolve.testing --seconds $(SECONDS) --seed $(SEED)
 	$(VENV)/bin/python -W ignore tests/mutations.py --seconds $(SECONDS) --seed $(SEED)
 
 $(VENV)/.installed: $(SOURCES)

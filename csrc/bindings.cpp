@@ -5,13 +5,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <chrono>
 #include <string>
 
 #include "lock.hpp"
 #include "pysolve/alternate.hpp"
 #include "pysolve/elimination.hpp"
 #include "pysolve/fista.hpp"
+#include "pysolve/interrupt.hpp"
 #include "pysolve/newton.hpp"
 #include "pysolve/obs.hpp"
 #include "pysolve/problem.hpp"
@@ -82,23 +82,20 @@ Array to_array(const Vector& values, Shape... shape) {
     return Array({static_cast<py::ssize_t>(shape)...}, values.data());
 }
 
-// Runs `solve` without the lock; polls for Ctrl-C at most every 20 ms, so that the lock is rarely asked for.
+// Runs `solve` without the lock; asks for Ctrl-C at most every 20 ms, so that the lock is rarely needed.
 template <class Solve>
 auto run(const py::object& callback, const Solve& solve) {
-    using Clock = std::chrono::steady_clock;
-    auto last = Clock::now();
     Index reported = -1;
     const Monitor monitor = [&](const Progress& progress) {
-        const auto now = Clock::now();
-        const bool news = !callback.is_none() && progress.iteration > reported;
-        if (!news && now - last < std::chrono::milliseconds(20)) return;
-        last = now;
+        check_interrupt();
+        if (callback.is_none() || progress.iteration <= reported) return;
         const Locked lock;
         if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-        if (news) callback(progress.iteration, progress.objective, progress.gap);
+        callback(progress.iteration, progress.objective, progress.gap);
         reported = progress.iteration;
     };
     const Unlocked unlock;
+    const Interruptible listening(check_signals);
     return solve(monitor);
 }
 
@@ -256,6 +253,7 @@ void register_checks(py::module_& m) {
             expect_shape("the matrix", matrix, {n, n});
             const MatrixView<double> view{matrix.mutable_data(), n, n, n};
             const Unlocked unlock;
+            const Interruptible listening(check_signals);
             return cholesky(view);
         },
         py::arg("matrix").noconvert());

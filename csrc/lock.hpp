@@ -1,4 +1,4 @@
-// The interpreter's lock, for threads that may still compute when the interpreter ends.
+// The interpreter's lock, for threads that may still compute when the interpreter ends, and its signals.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -41,6 +41,12 @@ class Locked {
   private:
     PyGILState_STATE state_;
 };
+
+// For `Interruptible`, without the lock held.
+inline void check_signals() {
+    const Locked lock;
+    if (PyErr_CheckSignals() != 0) throw pybind11::error_already_set();
+}
 
 void register_lock();
 

@@ -74,6 +74,7 @@ from .solve.solvers import fista as fista
 from .solve.solvers import newton as newton
 from .solve.solvers import proximal_gradient as proximal_gradient
 from .solve.solvers import solve_linear_reconstruction as solve_linear_reconstruction
+from .testing import check_solver as check_solver
 from .training.distill import distill as distill
 from .training.finetune import finetune as finetune
 from .training.fit import fit as fit

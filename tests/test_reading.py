@@ -31,7 +31,9 @@ def test_nothing_unpickles():
                 names.add((path.name, node.module.split(".")[0]))
     assert [one for one in names if one[1] in FORBIDDEN] == []
     # Of modules, as in torch.compile, another thing has such a name.
-    assert [(p.name, o, n) for p, o, n, _, _ in calls() if n in FORBIDDEN and o in ("", "builtins")] == []
+    found = {p.name for p, o, n, _, _ in calls() if n in FORBIDDEN and o in ("", "builtins")}
+    # export_code tries the code that it has just made.
+    assert found == {"code.py"}
 
 
 def test_torch_reads_plain_values_and_numpy_no_objects():
@@ -47,5 +49,5 @@ def test_torch_reads_plain_values_and_numpy_no_objects():
 def test_no_file_says_what_is_imported():
     for path, _, name, _, given in calls():
         if name == "import_module":
-            # The command line imports the module that its user names.
-            assert path.name == "inputs.py" or isinstance(given[0], ast.Constant), path
+            # The command line and export_code import the module that their user names.
+            assert path.name in ("inputs.py", "code.py") or isinstance(given[0], ast.Constant), path

@@ -8,6 +8,8 @@
 #include <string>
 #include <utility>
 
+#include "pysolve/interrupt.hpp"
+
 namespace pysolve {
 
 namespace {
@@ -129,6 +131,7 @@ Sparse<T> prepare(const CsrView<T, I>& csr, Index entries, Index block) {
     std::vector<Index> columns, starts{0};
     std::vector<std::pair<Index, T>> sorted;
     for (Index r = 0; r < csr.rows; ++r) {
+        check_interrupt();
         add_row(csr, r, sorted, A, columns);
         starts.push_back(static_cast<Index>(A.values.size()));
     }
@@ -143,6 +146,7 @@ Sparse<T> prepare(const CsrView<T, I>& csr, Index entries, Index block) {
     check_memory(A);
     A.bounds.assign(static_cast<std::size_t>((A.blocks() + 1) * A.rows), 0);
     for (Index r = 0; r < A.rows; ++r) {
+        check_interrupt();
         Index i = starts[static_cast<std::size_t>(r)];
         const Index stop = starts[static_cast<std::size_t>(r) + 1];
         for (Index b = 0; b <= A.blocks(); ++b) {

@@ -3,6 +3,7 @@
 #include <iterator>
 
 #include "csr_tiles.hpp"
+#include "pysolve/interrupt.hpp"
 
 namespace pysolve {
 
@@ -161,6 +162,7 @@ void multiply(const Sparse<T>& A, Dense<const T> X, Index batch, Dense<T> Y, con
     static thread_local Scratch<T> scratch;
     // Whole tiles as long as there is one for each thread, then the rows of what is left.
     parallel(threads, whole, [&](Index t) {
+        check_interrupt();
         static thread_local Scratch<T> own;
         const Tile& tile = tiles[static_cast<std::size_t>(t)];
         const T* x = in_place(X, tile);
@@ -173,6 +175,7 @@ void multiply(const Sparse<T>& A, Dense<const T> X, Index batch, Dense<T> Y, con
     });
     const auto cuts = cuts_of(A, threads);
     for (Index t = whole; t < count; ++t) {
+        check_interrupt();
         const Tile& tile = tiles[static_cast<std::size_t>(t)];
         const T* x = in_place(X, tile);
         if (!x) {
@@ -195,6 +198,7 @@ void value_gradient(const Sparse<T>& A, Dense<const T> G, Dense<const T> X, Inde
     static thread_local Scratch<T> above, below;
     const auto cuts = cuts_of(A, threads);
     for (const Tile& tile : tiles_of<T>(A.rows + A.columns, batch)) {
+        check_interrupt();
         T* g = above.get(A.rows * tile.width);
         T* x = below.get(A.columns * tile.width);
         pack_all(threads, G, tile, A.rows, g);

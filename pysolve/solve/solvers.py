@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from pysolve import _core
 from pysolve.errors import one_of
-from pysolve.solve.certificate import certificate_of
+from pysolve.solve.certificate import certificate_of, lift_of, relative, shift_of
 from pysolve.solve.problem import (
     Matrices,
     Problems,
@@ -219,8 +219,10 @@ def _solve(
         M = refitted(scaled, M)
         judged = certificate_of(problem, M, lam)
         objective, gap, kkt = judged.objective + known, judged.gap, judged.kkt
-    reference = abs(objective)
-    relative_gap = 0.0 if gap == 0 else gap / reference if reference else float("inf")
+    else:
+        lift = lift_of(problem, M)
+        objective, gap = objective - lift, gap + lift
+    relative_gap = relative(gap, objective)
     reached = relative_gap <= tol
     # The core itself ends early only where it is as near as it can tell.
     ended = result.gap <= result.floor or result.iterations < limit
@@ -238,4 +240,5 @@ def _solve(
         seconds=time.perf_counter() - began,
         status="converged" if reached else "precision" if ended else "max_iter",
         history=History(seconds, objectives * energy + constant, gaps * energy),
+        shift=shift_of(problem),
     )
