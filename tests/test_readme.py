@@ -12,6 +12,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from outputs import alike, current
 
 import pysolve as ps
 from pysolve.methods import goal, layout, menu, price, rebuild, result, studied, study
@@ -19,19 +20,44 @@ from pysolve.methods import weights as of_weights
 from pysolve.methods.kinds import codes
 
 ROOT = Path(__file__).parent.parent
-PAGES = {p.relative_to(ROOT).as_posix(): p.read_text() for p in (ROOT / "README.md", *ROOT.glob("docs/*.md"))}
+FILES = ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md")
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text() for path in FILES}
 README, ARCHITECTURE = PAGES["README.md"], PAGES["docs/architecture.md"]
 PYTHON = re.compile(r"```python\n(.*?)```", re.DOTALL)
-BLOCKS = PYTHON.findall(README + PAGES["docs/guide.md"])
+BLOCKS = PYTHON.findall(README + PAGES["docs/guide.md"] + PAGES["docs/index.md"])
 FENCED = re.compile(r"```.*?```", re.DOTALL)
 ROOMS = "methods|nn|solve|layer|report|training|cli|csrc|pysolve|bench|examples|tests"
-FILES = re.compile(rf"\b(?:{ROOMS})/[\w/.]*\.(?:py|cpp|hpp|pyi)\b")
+MENTIONED = re.compile(rf"\b(?:{ROOMS})/[\w/.]*\.(?:py|cpp|hpp|pyi)\b")
 
 
 @pytest.mark.parametrize("code", BLOCKS)
 def test_its_examples_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "an example of the docs", "exec"), {"__name__": "example"})
+
+
+@pytest.mark.slow
+def test_the_guide_shows_what_its_commands_print(tmp_path):
+    pasted = PAGES["docs/guide.md"]
+    printed = current(pasted, tmp_path)
+    assert printed.splitlines() == pasted.splitlines(), (
+        "`make outputs` writes them anew; see what is said of them"
+    )
+
+
+@pytest.mark.parametrize(
+    ("pasted", "printed", "same"),
+    [
+        ("bytes on disk  25,876 12.1%", "bytes on disk  18,819  8.8%", False),
+        ("parameters  5,285", "parameters 5,301", True),
+        ("latency 0.07 ms (0.07 … 0.08)  81.7%", "latency 10.07 ms (9.1 … 12)  40.2%", True),
+        ("divergence 7.537e-05", "divergence 0.0001", True),
+        ("0 → 4  32", "0 → 6  32", False),
+        ("Wrote a.json to small/", "Wrote a.json to swept/", False),
+    ],
+)
+def test_outputs_are_compared_beyond_times_and_roundings(pasted, printed, same):
+    assert alike(pasted, printed) is same
 
 
 def test_its_commands_are_those_of_the_makefile():
@@ -62,7 +88,7 @@ def test_names_and_files_that_are_mentioned_exist(name):
             assert hasattr(import_module(module), mentioned)
         except AttributeError:
             import_module(f"{module}.{mentioned}")
-    for path in FILES.findall(FENCED.sub("", text)):
+    for path in MENTIONED.findall(FENCED.sub("", text)):
         assert (ROOT / path).exists() or (ROOT / "pysolve" / path).exists(), path
 
 
