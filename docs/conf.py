@@ -23,6 +23,7 @@ mermaid_init_js = "mermaid.initialize({startOnLoad: true, securityLevel: 'strict
 
 nb_execution_mode = "cache"
 nb_execution_raise_on_error = True
+nb_execution_in_temp = True
 nb_execution_timeout = 300
 nb_merge_streams = True
 
