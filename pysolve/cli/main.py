@@ -212,6 +212,14 @@ def inspect(**given: Value) -> None:
     show_sites(**given)
 
 
+@command("file", "as_json")
+def report(**given: Value) -> None:
+    """Show a saved report again."""
+    from pysolve.cli.commands import show_report
+
+    show_report(**given)
+
+
 @command(*_INPUTS, "compressed", "batch", "device", "as_json")
 def evaluate(**given: Value) -> None:
     """Show a network's accuracy on labelled data, its size, and how long it takes."""

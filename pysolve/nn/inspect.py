@@ -19,6 +19,7 @@ from pysolve.nn.running import Batch, Ignored
 from pysolve.nn.samples import laid_out
 from pysolve.plan import Site
 from pysolve.solve.budget import Costs
+from pysolve.tables import Table, as_html, one_screen
 
 # Characters of a line of the table, and of a site's name in it.
 _LINE, _NAME = 110, 52
@@ -69,6 +70,19 @@ class Inspection:
     def as_dict(self) -> dict[str, Any]:
         """Everything as plain numbers, strings, sequences and dictionaries, for JSON."""
         return asdict(self)
+
+    def __repr__(self) -> str:
+        return one_screen(str(self).splitlines())
+
+    def _repr_html_(self) -> str:
+        """Shown by notebooks."""
+        free = [row for row in self.rows if row.pinned is None]
+        cells = ((row.name, f"{row.channels:,}", f"{row.params:.1%}", f"{row.macs:.1%}") for row in free)
+        shrink = Table("Can shrink", ("site", "channels", "parameters", "MACs"), tuple(cells))
+        pinned = ((row.name, f"{row.channels:,}", row.pinned) for row in self.rows if row.pinned is not None)
+        stay = Table("Cannot shrink", ("site", "channels", "because"), tuple(pinned), words=(0, 2))
+        totals = f"<p>{self.params:,} parameters, {self.macs:,} MACs a sample, {self.bytes:,} bytes</p>"
+        return "\n".join([totals, *(as_html(table) for table in (shrink, stay) if table.rows)])
 
     def __str__(self) -> str:
         width = min(_NAME, max((len(row.name) for row in self.rows), default=0))

@@ -75,7 +75,9 @@ def finish(ax: Axes, path: Path | None = None, *, grid: str | None = "both", **l
     """Add the legend and a light grid, remove boxes, use one ink, and save the figure if asked."""
     if ax.get_legend_handles_labels()[0]:
         look = {"frameon": False, "labelcolor": INK, "labelspacing": 0.35, "handlelength": 2.4}
-        ax.legend(**{**look, **legend})
+        # Above the axes nothing hides a curve.
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2, "borderaxespad": 0.2}
+        ax.legend(**{**look, **(legend if "loc" in legend else {**place, **legend})})
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[:].set_color(INK)
     ax.tick_params(which="both", color=INK, labelcolor=INK)

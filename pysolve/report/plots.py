@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 from pysolve.correlations import Array
 from pysolve.report import drawing
-from pysolve.report.curves import Curve, error_curves, front, histograms, histories_of, scored
+from pysolve.report.curves import Curve, Results, error_curves, front, histograms, histories_of, scored
 from pysolve.report.drawing import COLORS, INK, NAMED, Path
 from pysolve.report.report import Report
 from pysolve.solve.elimination import EliminationPath
@@ -32,7 +32,7 @@ _DASHES = (0, (4, 3))
 
 
 def plot_pareto(
-    reports: Sequence[Report] | Mapping[str, Sequence[Report]],
+    reports: Results | Mapping[str, Results],
     path: Path | None = None,
     *,
     measure: str = "params",
@@ -47,7 +47,7 @@ def plot_pareto(
 
     Parameters
     ----------
-    reports : list of Report, or {label: list of Report}
+    reports : list of Compressed or Report, or {label: such a list}
         Results of ``sweep``; of several methods, with a label each. Of results without ``evaluate`` the
         divergence is drawn.
     path, ax : optional
@@ -61,7 +61,7 @@ def plot_pareto(
     Raises
     ------
     TypeError
-        When one Report is passed instead of a list.
+        When one result is passed instead of a list.
     ValueError
         When there are no reports, or one lacks the measure or a score that others have.
 
@@ -71,8 +71,8 @@ def plot_pareto(
     >>> import pysolve as ps
     >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
     >>> batches = [torch.randn(100, 16) for _ in range(5)]
-    >>> reports = ps.sweep(model, batches, targets=[{"params": 0.5}, {"params": 0.25}], latency=False)
-    >>> axes = ps.plot_pareto(reports, "pareto.png")
+    >>> results = ps.sweep(model, batches, targets=[{"params": 0.5}, {"params": 0.25}], latency=False)
+    >>> axes = ps.plot_pareto(results, "pareto.png")
     """
     methods = scored(reports, measure)
     every = [one for runs in methods.values() for one in runs]
@@ -267,8 +267,7 @@ def plot_channels(report: Report, path: Path | None = None, *, ax: Axes | None =
         ax.text(101.5, row, text, va="center", fontsize=size, color=INK, alpha=0.6 if one.pinned else 1)
     ax.set_yticks(rows, [drawing.shortened(one.name) for one in sites], fontsize=size)
     ax.set(xlabel="channels kept (%)", xlim=(0, 100), ylim=(len(sites) - 0.4, -0.6))
-    legend = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "borderaxespad": 0.2}
-    return drawing.finish(ax, path, grid=None, **legend)
+    return drawing.finish(ax, path, grid=None, ncols=3)
 
 
 def plot_weights(

@@ -44,6 +44,16 @@ MODULE = """
         x = torch.cat(batches())
         return x, make()(x).argmax(1)
 
+    def rated(network):
+        x, y = labelled()
+        return 100 * float((network(x).argmax(1) == y).float().mean())
+
+    def words(network):
+        return "good"
+
+    def broken_score(network):
+        return {}["x"]
+
     def one():
         return torch.cat(batches())
 
@@ -409,6 +419,41 @@ def test_sweep_needs_no_labels(home):
     assert row["score_after"] is None
     assert row["divergence"] > 0
     assert (home / "swept/pareto.png").read_bytes().startswith(b"\x89PNG")
+    smaller = ps.load(home / "swept/params=0.7.safetensors", load_network("mine:make"))
+    assert parameters(smaller) == row["after"]["params"]
+
+
+def test_a_written_report_is_shown_again(home):
+    command = ("mine:make", "--data", "mine:batches", "--target", "params=0.5")
+    shown = run("compress", *command).stdout.rsplit("\nWrote", 1)[0]
+    for place in ("compressed", "compressed/report.json"):
+        assert run("report", place).stdout == f"{shown}\n"
+    assert json.loads(run("report", "compressed", "--json").stdout)["target"] == {"params": 0.5}
+    shown = run("sweep", *command, "--target", "macs=0.7").stdout.rsplit("\nWrote", 1)[0]
+    assert run("report", "swept").stdout == f"{shown}\n"
+
+
+@pytest.mark.parametrize("content", ["", "[", "{}", "[1]", '"x"', '{"before": 1, "after": {}}'])
+def test_what_is_no_report_is_refused(home, content):
+    (home / "some.json").write_text(content)
+    for file in ("some.json", "none.json", "."):
+        result = run("report", file)
+        assert result.exit_code == 2
+        assert result.stderr.count("\n") == 1
+
+
+def test_a_function_of_the_network_scores_it(home):
+    command = ("compress", "mine:make", "--data", "mine:batches", "--json", "--overwrite", "--test")
+    labelled = json.loads(run(*command, "mine:labelled").stdout)
+    result = run(*command, "mine:rated")
+    assert result.exit_code == 0, result.output
+    scored = json.loads(result.stdout)
+    for when in ("score_before", "score_after"):
+        assert scored[when] == pytest.approx(labelled[when], rel=1e-6)
+    for name, said in (("mine:words", "must return a number"), ("mine:broken_score", "failed: KeyError")):
+        result = run(*command, name)
+        assert result.exit_code == 2
+        assert said in result.stderr
 
 
 def test_a_study_takes_the_place_of_the_data(home):
