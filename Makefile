@@ -34,9 +34,11 @@ docs linkcheck: $(VENV)/.installed
 outputs: $(VENV)/.installed
 	$(VENV)/bin/python tests/outputs.py
 
-# Every command that prints figures of the README and of docs/, with how long it takes.
+# Every command that prints figures of the README and of docs/; `make bench BENCH=--run` runs them all, for hours,
+# `make bench BENCH='--run --only solvers'` some of them.
 bench: $(VENV)/.installed
-	$(VENV)/bin/python bench/all.py
+	$(if $(BENCH),$(VENV)/bin/pip install -q -c constraints.txt '.[bench]')
+	$(VENV)/bin/python bench/all.py $(BENCH)
 
 # An sdist in dist/, and the wheel built from it, that needs no compiler and no libraries but the system's.
 wheel:

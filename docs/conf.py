@@ -10,7 +10,7 @@ import pysolve
 # For the tutorials: threads of tiny products only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-project, author, release = "pysolve", "the pysolve authors", pysolve.__version__
+project, author, release = "pysolve", "the pysolve developers", pysolve.__version__
 extensions = ["sphinx.ext.autodoc", "sphinx.ext.autosummary", "numpydoc", "myst_nb", "sphinxcontrib.mermaid"]
 exclude_patterns = ["images"]
 templates_path = ["templates"]

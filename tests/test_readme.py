@@ -60,6 +60,13 @@ def test_outputs_are_compared_beyond_times_and_roundings(pasted, printed, same):
     assert alike(pasted, printed) is same
 
 
+def test_every_command_that_prints_figures_is_listed():
+    listed = (ROOT / "bench/all.py").read_text()
+    for page in PAGES.values():
+        for script in re.findall(r"`python ((?:bench|examples)/\w+\.py(?: [a-z]\w*)?)", page):
+            assert f'"{script}' in listed, script
+
+
 def test_its_commands_are_those_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text()
     for command in (
@@ -132,3 +139,9 @@ def test_the_kind_of_the_architecture_page_goes_through_the_pipeline():
 def test_importing_the_package_imports_nothing_heavy():
     code = "import sys, pysolve; assert not {'torch', 'numpy', 'scipy'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_citation_has_the_version_and_the_licence():
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {ps.__version__}\n" in citation
+    assert "\nlicense: MIT\n" in citation
