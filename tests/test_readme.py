@@ -3,8 +3,10 @@
 import functools
 import operator
 import re
+import socket
 import subprocess
 import sys
+from collections import OrderedDict
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -34,6 +36,36 @@ MENTIONED = re.compile(rf"\b(?:{ROOMS})/[\w/.]*\.(?:py|cpp|hpp|pyi)\b")
 def test_its_examples_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "an example of the docs", "exec"), {"__name__": "example"})
+
+
+@pytest.fixture
+def one_process(monkeypatch):
+    """What torchrun tells a process that is alone."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    told = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    yield
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("page", [pytest.param("docs/plots.md", marks=pytest.mark.slow), "docs/scale.md"])
+@pytest.mark.usefixtures("one_process")
+def test_examples_that_go_on_from_a_network_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    widths = {"fc1": (16, 128), "fc2": (128, 64), "fc3": (64, 4)}
+    layers = OrderedDict()
+    for name, width in widths.items():
+        layers |= {name: torch.nn.Linear(*width), f"{name}-relu": torch.nn.ReLU()}
+    batches = [torch.randn(100, 16) for _ in range(8)]
+    names = {"ps": ps, "dist": torch.distributed, "batches": batches, "loader_of_this_rank": batches}
+    names |= {"model": torch.nn.Sequential(layers).eval()}
+    names |= {"evaluate": lambda network: network(batches[0]).mean().item(), "retrain": lambda network: None}
+    for code in PYTHON.findall(PAGES[page]):
+        exec(compile(code, page, "exec"), names)
 
 
 @pytest.mark.slow
