@@ -10,7 +10,11 @@ PYTHON ?= python3
 VENV ?= .venv
 SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc pysolve -name '*.[chp]*' -not -name '*.pyc')
 
-.PHONY: demo test lint docs linkcheck outputs bench wheel clean
+# Seconds, seed and formats of `make fuzz`.
+SECONDS ?= 600
+SEED ?= $(shell date +%s)
+
+.PHONY: demo test lint docs linkcheck outputs bench wheel fuzz clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/pysolve demo
@@ -51,6 +55,9 @@ wheel:
 	  PATH="$(abspath $(VENV))/bin:$$PATH" $(VENV)/bin/auditwheel repair dist/built/*.whl -w dist; \
 	else mv dist/built/*.whl dist/; fi
 	rm -r dist/built
+
+fuzz: $(VENV)/.installed
+	$(VENV)/bin/python -W ignore tests/mutations.py --seconds $(SECONDS) --seed $(SEED)
 
 $(VENV)/.installed: $(SOURCES)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

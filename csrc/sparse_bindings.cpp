@@ -7,6 +7,7 @@
 #include <optional>
 #include <string>
 
+#include "lock.hpp"
 #include "pysolve/csr.hpp"
 #include "pysolve/threads.hpp"
 
@@ -55,7 +56,7 @@ Sparse<T> from_arrays(Index rows, Index columns, const py::array& indptr, const 
     const auto starts = py::array_t<I, py::array::c_style>::ensure(indptr);
     const auto positions = py::array_t<I, py::array::c_style>::ensure(indices);
     if (!starts || !positions) throw py::type_error("indptr and indices must hold integers");
-    const py::gil_scoped_release unlock;
+    const Unlocked unlock;
     return prepare(CsrView<T, I>{rows, columns, starts.data(), positions.data(), values.data()},
                    values.size(), block);
 }
@@ -89,7 +90,7 @@ void multiply_into(const Sparse<T>& A, const Matrix<T>& x, bool batch_major, Mat
                               std::to_string(bias->size()));
     const Dense<T> target{out.mutable_data(), Y.stride, Y.layout};
     const T* added = bias ? bias->data() : nullptr;
-    const py::gil_scoped_release unlock;
+    const Unlocked unlock;
     multiply(A, X, batch, target, added, relu, threads);
 }
 
@@ -103,7 +104,7 @@ py::array_t<T> gradient_by_values(const Sparse<T>& A, const Matrix<T>& g, const 
     py::array_t<T> out(A.entries);
     T* target = out.mutable_data();
     {
-        const py::gil_scoped_release unlock;
+        const Unlocked unlock;
         value_gradient(A, G, X, batch, target, threads);
     }
     return out;

@@ -29,8 +29,11 @@ Index reach(const Sparse<T>& A, Index b, Index feature_bytes) {
     const bool narrow = feature_bytes <= (A.masks.empty() ? 128 : 64);
     const Index fitting = std::max(A.block, (narrow ? second_cache : first_cache) / feature_bytes);
     const Index span_end = A.origin(b) + column_span;
-    const Index column = std::min(b * A.block + fitting, span_end);
-    return std::clamp(column / A.block, b + 1, A.blocks());
+    const Index column = std::min(A.start(b) + fitting, span_end);
+    if (A.present.empty()) return std::clamp(column / A.block, b + 1, A.blocks());
+    Index next = b + 1;
+    while (next < A.blocks() && A.start(next) + A.block <= column) ++next;
+    return next;
 }
 
 template <class T>

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
-from io import BytesIO
 from pathlib import Path
 from shlex import join
 from zipfile import BadZipFile
@@ -26,6 +25,7 @@ from pysolve.errors import DataError, PysolveError
 from pysolve.methods.goal import check_positive
 from pysolve.nn.evaluate import accuracy, latency, macs, nbytes, parameters
 from pysolve.nn.files.plan_json import plain, plan_record
+from pysolve.nn.progress import stage, whole
 from pysolve.nn.running import Batch
 from pysolve.report.page import page
 from pysolve.report.plots import plot_pareto
@@ -123,7 +123,8 @@ def write_compressed(verb: str, given: Mapping[str, Value]) -> None:
     state_dict, pretrained = options.pop("state_dict"), options.pop("pretrained", False)
     written = ["network.safetensors", "plan.json", "report.json", "report.md", "report.html"]
     written += ["state_dict.safetensors"] * state_dict + ["pretrained"] * pretrained
-    with folder(job.out, written, overwrite=job.overwrite):
+    with folder(job.out, written, overwrite=job.overwrite), whole(verb, job.progress):
+        stage("load")
         model, batches, score = job.inputs()
         result = getattr(ps, verb)(model, batches, evaluate=score, progress=job.progress, **options)
         ps.save(result, job.out / written[0])
@@ -190,7 +191,8 @@ def write_sweep(given: Mapping[str, Value]) -> None:
     job, options = _parted({**given, "target": None})
     networks = [f"{'_'.join(f'{m}={v:g}' for m, v in target.items())}.safetensors" for target in targets]
     written = ["sweep.json", "pareto.png", *networks]
-    with folder(job.out, written, overwrite=job.overwrite):
+    with folder(job.out, written, overwrite=job.overwrite), whole("sweep", job.progress):
+        stage("load")
         model, batches, score = job.inputs()
         found = ps.sweep(model, batches, targets=targets, evaluate=score, progress=job.progress, **options)
         reports = [replace(report, notes=(*job.notes, *report.notes)) for report in found.reports]
@@ -198,9 +200,7 @@ def write_sweep(given: Mapping[str, Value]) -> None:
             ps.save(result, job.out / name)
         rows = [plain(report.as_dict()) for report in reports]
         write(job.out / "sweep.json", json.dumps(rows, indent=1))
-        with BytesIO() as picture:
-            plot_pareto(reports).figure.figure.savefig(picture, dpi=160)
-            write(job.out / "pareto.png", picture.getvalue())
+        plot_pareto(reports, path=job.out / "pareto.png")
     job.show("\n".join(as_text(comparison(reports))), rows, written)
     if job.progress:
         # What the table has no room for.
@@ -296,7 +296,7 @@ def solve_file(
         lam = lam * most
     solution = ps.solve_linear_reconstruction(r_xx, r_yx, lam, method, group_size=group_size)
     if out is not None:
-        with replacing(out) as part, part.open("wb") as opened:
+        with replacing(out, np.asarray(solution.M).nbytes) as part, part.open("wb") as opened:
             np.savez(opened, M=solution.M, keep=solution.keep, lam=solution.lam)
     if not as_json:
         typer.echo(str(solution))

@@ -48,6 +48,7 @@ from pysolve.methods.study import Clock, Study
 from pysolve.methods.ties import RoundTo, check_round_to, check_widths, uniform
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.items import Transform, check_batches
+from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored
 from pysolve.plan import Site
 from pysolve.report.sweep import Sweep
@@ -57,6 +58,7 @@ from pysolve.solve.selection import select_channels
 DEFAULT: Target = {"params": 0.25}
 
 
+@one_bar
 def compress(
     model: nn.Module | Compressed,
     batches: Iterable[Batch] | Study,
@@ -229,6 +231,7 @@ def compress(
     return made(before, found, sized, clock, wanted, refit, how)
 
 
+@one_bar
 def sweep(
     model: nn.Module | Compressed,
     batches: Iterable[Batch] | Study,

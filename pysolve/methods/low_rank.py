@@ -42,6 +42,7 @@ from pysolve.methods.weights import reasons, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.items import Transform
 from pysolve.nn.layer_kinds import WEIGHTED
+from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored, find_layer
 from pysolve.report.rows import LayerReport
 from pysolve.solve.budget import MEASURES
@@ -54,6 +55,7 @@ REFITS = ("sequential", "independent", "none")
 PASSES = 3
 
 
+@one_bar
 def low_rank(
     model: nn.Module | Compressed,
     batches: Iterable[Batch] | Study | None = None,

@@ -43,6 +43,7 @@ from pysolve.methods.weights import reasons, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.items import Transform
+from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored
 from pysolve.plan import Site
 
@@ -96,6 +97,7 @@ class _Goal:
         return self.of_channels or self.refit != "none" or self.method in ("wanda", "obs")
 
 
+@one_bar
 def prune(
     model: nn.Module | Compressed,
     batches: Iterable[Batch] | Study | None = None,

@@ -39,6 +39,7 @@ from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes
 from pysolve.nn.files.checkpoint import file_bytes
 from pysolve.nn.items import Transform
+from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored
 from pysolve.plan import Plan, Site
 
@@ -47,6 +48,7 @@ LAYOUTS = ("dense", "auto", "sparse", "shared")
 FEWEST, _SPARE, _TRIES = 24, 0.01, 4
 
 
+@one_bar
 def quantize(
     model: nn.Module | Compressed,
     batches: Iterable[Batch] | Study | None = None,

@@ -33,6 +33,7 @@ from pysolve.nn.graph.sites import sites_in
 from pysolve.nn.graph.sizes import fits, of_other_sizes
 from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.layer_matrix import LAYERS, groups
+from pysolve.nn.progress import one_bar
 from pysolve.nn.ranks import of_all_processes
 from pysolve.nn.refusal import output_of
 from pysolve.nn.running import (
@@ -48,6 +49,7 @@ from pysolve.nn.stacks import stack_correlations, stack_notes
 from pysolve.plan import Site
 
 
+@one_bar
 def study(
     model: nn.Module | Compressed,
     batches: Iterable[Batch],

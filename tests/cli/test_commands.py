@@ -1,8 +1,10 @@
 """The command line compresses a user's own network, from files and functions of theirs."""
 
 import json
+import logging
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -298,6 +300,27 @@ def test_a_failure_at_the_end_leaves_the_files_that_were_there(home, monkeypatch
     assert not (home / "new").exists()
 
 
+@pytest.mark.parametrize("most", [0, 300, 1000])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("prune", "mine:make", "--data", "inputs.npy", "--amount", "0.5", "--method", "magnitude"),
+        ("sweep", "mine:make", "--data", "inputs.npy", "--target", "params=0.5"),
+        ("study", "mine:make", "--data", "inputs.npy"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_status_2(home, command, most):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        result = run(*command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (result.exit_code, result.stderr.count("Error: ")) == (2, 1), result.output
+    assert "cannot be written: File too large. It needs " in result.stderr
+    assert not [*home.rglob("*.part")]
+
+
 def test_json_and_quiet_print_nothing_else(home):
     command = ("compress", "mine:make", "--data", "mine:batches", "--target", "macs=0.5")
     result = run(*command, "--json")
@@ -431,6 +454,18 @@ def test_a_written_report_is_shown_again(home):
     assert json.loads(run("report", "compressed", "--json").stdout)["target"] == {"params": 0.5}
     shown = run("sweep", *command, "--target", "macs=0.7").stdout.rsplit("\nWrote", 1)[0]
     assert run("report", "swept").stdout == f"{shown}\n"
+
+
+def test_notes_are_said_on_the_way_where_asked(home, caplog):
+    command = ("compress", "mine:make", "--data", "mine:batches", "--target", "params=0.5", "--quiet")
+    logger = logging.getLogger("pysolve")
+    try:
+        assert run(*command, "--overwrite").exit_code == 0
+        assert not [one for one in caplog.records if one.name == "pysolve"]
+        assert run("-v", *command, "--overwrite").exit_code == 0
+        assert [one for one in caplog.records if one.name == "pysolve"]
+    finally:
+        logger.setLevel(logging.NOTSET)
 
 
 @pytest.mark.parametrize("content", ["", "[", "{}", "[1]", '"x"', '{"before": 1, "after": {}}'])

@@ -403,3 +403,44 @@ def test_products_from_many_threads_do_not_disturb_each_other():
         for worker in workers:
             worker.join()
     assert wrong == [False] * 80
+
+
+def few_entries(rows, columns, count, seed=0, dtype=np.float32):
+    """A huge matrix with a few entries."""
+    rng = np.random.default_rng(seed)
+    at = np.sort(rng.integers(0, rows, count))
+    indptr = np.searchsorted(at, np.arange(rows + 1)).astype(np.int32)
+    indices = rng.integers(0, columns, count).astype(np.int32)
+    return sp.csr_array((rng.standard_normal(count).astype(dtype), indices, indptr), shape=(rows, columns))
+
+
+def test_columns_without_entries_take_no_memory():
+    csr = few_entries(20_000, 2**31 - 1, 1)
+    matrix = ps.SparseMatrix.from_csr(csr)
+    assert matrix.nbytes < 1e6
+    back = matrix.to_csr()
+    assert np.array_equal(back.indices, csr.indices)
+    assert np.array_equal(back.indptr, csr.indptr)
+
+
+def test_what_memory_has_no_room_for_is_refused_with_the_figure_before_it_is_taken():
+    csr = few_entries(2_000_000, 2**31 - 1, 60_000)
+    with pytest.raises(MemoryError, match=r"2000000 x 2147483647 with 60000 .* takes 4\d{5} MB .* are free"):
+        ps.SparseMatrix.from_csr(csr)
+
+
+@given(
+    st.integers(1, 60),
+    st.integers(70_000, 300_000),
+    st.integers(0, 40),
+    st.sampled_from([1, 2, 17]),
+    st.integers(0, 99),
+)
+def test_products_skip_columns_without_entries(rows, columns, count, batch, seed):
+    csr = few_entries(rows, columns, count, seed, np.float64)
+    matrix, x = ps.SparseMatrix.from_csr(csr), np.random.default_rng(seed).standard_normal((batch, columns))
+    for level in LEVELS:
+        with running(level):
+            np.testing.assert_allclose(matrix.matmul(x), (csr @ x.T).T, rtol=1e-12, atol=1e-12)
+            found = matrix.matmul(np.ascontiguousarray(x.T), "feature")
+            np.testing.assert_allclose(found, csr @ x.T, rtol=1e-12, atol=1e-12)

@@ -264,13 +264,20 @@ def _check_original(record: Record, model: nn.Module) -> None:
 def _fill(network: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Put the values in place; data types follow them."""
     own = network.state_dict(keep_vars=True)
+    types: dict[tuple[str, torch.dtype], torch.dtype] = {}
     for name, tensor in values.items():
         target = own[name]
         if target.is_meta:
             raise DataError(f"{name} is on the meta device. Make the original where it can hold values.")
+        floats = target.is_floating_point() and tensor.is_floating_point()
+        if target.dtype != tensor.dtype and not floats:
+            raise DataError(f"expected {name} in {target.dtype}, got {tensor.dtype}.")
+        # A network may have been converted since, but no layer in part.
+        if tensor.is_floating_point():
+            layer = name.rpartition(".")[0], target.dtype
+            if types.setdefault(layer, tensor.dtype) != tensor.dtype:
+                raise DataError(f"expected {name} in {types[layer]}, as its layer is, got {tensor.dtype}.")
         if target.dtype != tensor.dtype:
-            if not (target.is_floating_point() and tensor.is_floating_point()):
-                raise DataError(f"expected {name} in {target.dtype}, got {tensor.dtype}.")
             target.data = target.data.to(tensor.dtype)
     state = OrderedDict(values)
     # Without versions, layers take their values for older ones, and some rebuild themselves.

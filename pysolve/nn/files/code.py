@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from inspect import Parameter, signature
+from io import BytesIO
 from pathlib import Path
 from pprint import pformat
 from textwrap import indent
@@ -140,9 +141,10 @@ def export_code(
                 f"plain code cannot make this {kind}: {why}. Give example_inputs to export it instead."
             ) from None
         program = program_of(model, batch)
-        # An open file, for torch.export warns of names that end in anything but pt2.
-        with replacing(path.with_suffix(".pt2")) as part, open(part, "wb") as file:
-            torch.export.save(program, file)
+        content = BytesIO()
+        torch.export.save(program, content)
+        with replacing(path.with_suffix(".pt2"), content.tell()) as part:
+            part.write_bytes(content.getvalue())
         code = _PROGRAM.format(about=about, weights=path.with_suffix(".pt2").name)
     else:
         with replacing(path.with_suffix(".safetensors")) as part:
