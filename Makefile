@@ -14,7 +14,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc pysol
 SECONDS ?= 600
 SEED ?= $(shell date +%s)
 
-.PHONY: demo test lint wheel fuzz clean
+.PHONY: demo test lint docs linkcheck outputs bench wheel fuzz clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/pysolve demo
@@ -27,6 +27,22 @@ lint: $(VENV)/.installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+# The site, in build/docs. linkcheck follows links to other sites, for which it needs a network.
+docs linkcheck: $(VENV)/.installed
+	$(VENV)/bin/pip install -q -c constraints.txt '.[docs]'
+	rm -rf docs/api
+	$(VENV)/bin/python -m sphinx -q -W --keep-going -b $(if $(filter docs,$@),html,$@) docs build/$@
+
+# What commands print in the guide, written anew.
+outputs: $(VENV)/.installed
+	$(VENV)/bin/python tests/outputs.py
+
+# Every command that prints figures of the README and of docs/; `make bench BENCH=--run` runs them all, for hours,
+# `make bench BENCH='--run --only solvers'` some of them.
+bench: $(VENV)/.installed
+	$(if $(BENCH),$(VENV)/bin/pip install -q -c constraints.txt '.[bench]')
+	$(VENV)/bin/python bench/all.py $(BENCH)
 
 # An sdist in dist/, and the wheel built from it, that needs no compiler and no libraries but the system's.
 wheel:

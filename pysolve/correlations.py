@@ -94,6 +94,16 @@ class Correlations:
     group_size : int
         Consecutive inputs that belong to one channel: 1 for a Linear after a Linear, taps for a
         convolution, height × width for a Linear after a flatten.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> known = ps.Correlations(x.T @ x, y.T @ x, y.T @ y, 1000, x.sum(0), y.sum(0))
+    >>> ps.select_channels(known.centered(), k=5)
+    array([0, 1, 2, 3, 4])
     """
 
     xx: Array

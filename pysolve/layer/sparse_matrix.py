@@ -41,6 +41,16 @@ class SparseMatrix:
         Bytes of values, indices and row bounds in memory.
     values : (nnz,) array
         The entries row by row, in each row by columns. May be written to.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> import scipy.sparse as sp
+    >>> csr = sp.random_array((64, 128), density=0.125, format="csr", dtype=np.float32)
+    >>> matrix = ps.SparseMatrix.from_csr(csr)
+    >>> matrix.nnz, (matrix @ np.ones((128, 8), np.float32)).shape
+    (1024, (64, 8))
     """
 
     def __init__(self, core: _Core) -> None:
@@ -240,6 +250,15 @@ def csr_matmul(csr: csr_array | csr_matrix, dense: npt.ArrayLike, out: AnyArray 
     ------
     TypeError, ValueError
         For anything but a CSR matrix and an array that fits it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> import scipy.sparse as sp
+    >>> csr = sp.random_array((64, 128), density=0.1, format="csr", dtype=np.float32)
+    >>> ps.csr_matmul(csr, np.ones((128, 8), np.float32)).shape
+    (64, 8)
     """
     return SparseMatrix.from_csr(csr).matmul(dense, layout="feature", out=out)
 
@@ -253,10 +272,26 @@ def set_num_threads(threads: int) -> None:
     ------
     ValueError, TypeError
         For anything but an integer of at least 1.
+
+    Examples
+    --------
+    >>> import pysolve as ps
+    >>> before = ps.get_num_threads()
+    >>> ps.set_num_threads(2)
+    >>> ps.get_num_threads()
+    2
+    >>> ps.set_num_threads(before)
     """
     _core.set_num_threads(whole("threads", threads))
 
 
 def get_num_threads() -> int:
-    """The number of threads that a sparse product may use; at first that of the process's processors."""
+    """The number of threads that a sparse product may use; at first that of the process's processors.
+
+    Examples
+    --------
+    >>> import pysolve as ps
+    >>> ps.get_num_threads() >= 1
+    True
+    """
     return int(_core.num_threads())

@@ -172,6 +172,18 @@ def compress(
         that cannot be traced.
     TypeError, ValueError
         Arguments that make no sense, before any work.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> smaller = ps.compress(model, batches, target={"params": 0.5}, latency=False)
+    >>> smaller.report.after["params"] <= 0.5 * smaller.report.before["params"]
+    True
+    >>> smaller.model(batches[0]).shape
+    torch.Size([100, 4])
     """
     check_batches(batches)
     before, network = network_of(model, dense=False)
@@ -268,6 +280,17 @@ def sweep(
     ------
     PysolveError, TypeError, ValueError
         As ``compress``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> targets = [{"params": 0.5}, {"params": 0.25}]
+    >>> results = ps.sweep(model, batches, targets=targets, latency=False)
+    >>> [result.report.after["params"] for result in results]
+    [655, 319]
     """
     check_batches(batches)
     before, network = network_of(model, dense=False)

@@ -133,6 +133,16 @@ def deep_compress(
     References
     ----------
     S. Han, H. Mao, W. J. Dally, Deep compression, 2016.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> tiny = ps.deep_compress(model, batches, target={"bytes": 0.2, "params": 1}, latency=False)
+    >>> ps.file_bytes(tiny) == tiny.report.after["file"]
+    True
     """
     check_batches(batches)
     before, network = network_of(model)

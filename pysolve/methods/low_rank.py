@@ -151,6 +151,16 @@ def low_rank(
     References
     ----------
     A. J. Izenman, Reduced-rank regression for the multivariate linear model, 1975.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> factored = ps.low_rank(model, batches, rank=2, layout="factored", latency=False)
+    >>> factored.model[0].inner, factored.model[0].outer
+    (Linear(in_features=16, out_features=2, bias=False), Linear(in_features=2, out_features=64, bias=True))
     """
     before, network = network_of(model, dense=False)
     method = method or ("svd" if batches is None else "activation")

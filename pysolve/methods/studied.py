@@ -96,6 +96,17 @@ def study(
         ``memory`` is too little; the checkpoint is of another network.
     DataError
         The network refuses a batch; batches hold NaN, or differ from those of an earlier pass.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> found = ps.study(model, batches)
+    >>> sorted(found.correlations)
+    ['0', '2']
+    >>> smaller = ps.compress(model, found, keep=0.5, latency=False)  # and so do the other verbs
     """
     check_batches(batches)
     _, network = network_of(model)

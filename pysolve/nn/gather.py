@@ -83,6 +83,16 @@ def gather(
         When a layer is of another kind or grouped, never runs, or runs differently in the two networks.
     DataError
         When there are no samples, or inputs or outputs are NaN or infinite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> found = ps.gather(model, batches)["2"]
+    >>> found.count, found.r_xx.shape, found.r_yx.shape
+    (500, (64, 64), (4, 64))
     """
     model = plain_network(model)
     target_model = None if target_model is None else plain_network(target_model)

@@ -130,6 +130,21 @@ def inspect(
         When torch.export cannot follow the network.
     LayerNotFoundError
         When a name or pattern in ``ignore`` belongs to no layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> print(ps.inspect(model, torch.randn(10, 16)))
+    1,348 parameters, 1,280 MACs a sample, 5,392 bytes
+    <BLANKLINE>
+    can shrink     channels    params      MACs
+    0 → 2                64    99.7 %   100.0 %
+    params, MACs: the share that removing all channels of the site would save
+    <BLANKLINE>
+    cannot shrink  channels  because
+    2 → nothing           4  the network's output
     """
     model, example_inputs = plain_network(model), example_of(example_inputs, transform)
     found = list(find_sites(model, example_inputs, ignore=ignore) if sites is None else sites)

@@ -70,7 +70,18 @@ _TERMS = {
 
 
 def page(report: Report, title: str, more: Mapping[str, str] | None = None) -> str:
-    """The whole report as HTML that needs no other file; ``more`` are facts about how it was made."""
+    """The whole report as HTML that needs no other file; ``more`` are facts about how it was made.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> from pathlib import Path
+    >>> smaller = ps.compress(model, batches, keep=0.5, latency=False)
+    >>> size = Path("report.html").write_text(ps.page(smaller.report, "Half of the channels"), "utf-8")
+    """
     lines = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',

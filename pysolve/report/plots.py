@@ -64,6 +64,15 @@ def plot_pareto(
         When one result is passed instead of a list.
     ValueError
         When there are no reports, or one lacks the measure or a score that others have.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> results = ps.sweep(model, batches, targets=[{"params": 0.5}, {"params": 0.25}], latency=False)
+    >>> axes = ps.plot_pareto(results, "pareto.png")
     """
     methods = scored(reports, measure)
     every = [one for runs in methods.values() for one in runs]
@@ -127,6 +136,16 @@ def plot_convergence(
         When ``histories`` is not a mapping.
     ValueError
         When it is empty.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> solutions = {solve.__name__: solve((r_xx, r_yx), 0.1) for solve in (ps.newton, ps.fista)}
+    >>> axes = ps.plot_convergence(solutions, "convergence.png")
     """
     known = histories_of(histories)
     ax = ax or drawing.new_axes()
@@ -167,6 +186,15 @@ def plot_elimination(
         When ``curves`` is none of these.
     ValueError
         When there are no curves.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> axes = ps.plot_elimination(ps.elimination_path((r_xx, r_yx)), "elimination.png")
     """
     found = error_curves(curves)
     ax = ax or drawing.new_axes()
@@ -212,6 +240,15 @@ def plot_channels(report: Report, path: Path | None = None, *, ax: Axes | None =
     ------
     ValueError
         When the report has no sites.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> smaller = ps.compress(model, batches, keep=0.5, latency=False)
+    >>> axes = ps.plot_channels(smaller.report, "channels.png")
     """
     sites = report.sites
     if not sites:
@@ -260,6 +297,13 @@ def plot_weights(
         When ``weights`` is not a mapping.
     ValueError
         When there are no weights, one is not finite, or a threshold is negative or of an unknown layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> axes = ps.plot_weights(model.state_dict(), "weights.png", thresholds=0.05)
     """
     limits, layers = histograms(weights, thresholds, bins)
     ax = ax or drawing.new_axes()

@@ -50,7 +50,7 @@ REFINEMENTS = 4
 
 @dataclass(frozen=True)
 class Certificate:
-    """objective P(M); gap ≥ P(M) − min P; relative_gap = gap/|P(M)|; kkt: largest violation of optimality.
+    """objective P(M); gap ≥ P(M) − min P; relative_gap = gap/abs(P(M)); kkt: largest violation of optimality.
 
     ``shift`` is the largest amount by which the diagonal of an r_xx was raised, as in ``Solution``.
 
@@ -81,6 +81,16 @@ def lam_max(
     ------
     ValueError, TypeError
         For input that is no such problem.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> ps.newton((r_xx, r_yx), 1.01 * ps.lam_max(r_xx, r_yx)).keep.size
+    0
     """
     return scale(problem_of(problem, group_size, weights)).lam_max
 
@@ -109,6 +119,16 @@ def certify(
     ------
     ValueError, TypeError
         For input that is no such problem, or an M of another shape.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> ps.certify((r_xx, r_yx), ps.debias(r_xx, r_yx, range(5)), lam=1e-3).relative_gap < 0.01
+    True
     """
     problem, lam = problem_of(problem, group_size, weights), check_lam(lam)
     answers = answers_of("M", M, problem)

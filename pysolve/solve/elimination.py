@@ -105,6 +105,19 @@ def elimination_path(
     References
     ----------
     B. Hassibi, D. Stork, Second order derivatives for network pruning: optimal brain surgeon, 1993.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> path = ps.elimination_path((r_xx, r_yx))
+    >>> path.keep(5)
+    array([0, 1, 2, 3, 4])
+    >>> path.error.shape
+    (21,)
     """
     problem = problem_of(problem, group_size)
     constant = half_trace(r_yy, len(problem.xx))

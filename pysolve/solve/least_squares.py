@@ -49,6 +49,17 @@ def debias(
     ------
     ValueError, TypeError
         For input that is no such problem, or where r_xx on the kept inputs is singular at ``ridge``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> M = ps.debias(r_xx, r_yx, keep=[0, 1, 2, 3, 4])
+    >>> bool(np.allclose(M[:, :5], 1)), bool((M[:, 5:] == 0).all())
+    (True, True)
     """
     problem = problem_of(problem, group_size)
     columns = group_columns(_checked_keep(keep, problem.groups), problem.group_size)

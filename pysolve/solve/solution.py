@@ -32,7 +32,7 @@ class Solution:
     objective : float
         P(M), plus ½ E‖y‖² when ``r_yy`` was given.
     gap, relative_gap : float
-        Proven bound on P(M) − min P, and the same divided by |objective|.
+        Proven bound on P(M) − min P, and the same divided by abs(objective).
     kkt : float
         Largest violation of the optimality conditions over the groups.
     iterations : int

@@ -76,12 +76,34 @@ def save(
         "ans" without constriction.
     TypeError, ValueError
         For anything but a ``Compressed``; for an unknown coding.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> smaller = ps.compress(model, batches, keep=0.5, latency=False)
+    >>> ps.save(smaller, "smaller.safetensors")
     """
     write(Path(path), *_content(compressed, coding, report))
 
 
 def file_bytes(compressed: Compressed, *, coding: str = "auto", report: bool = False) -> int:
-    """Bytes of the file that ``save`` would write, exactly; parameters and errors as there."""
+    """Bytes of the file that ``save`` would write, exactly; parameters and errors as there.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> from pathlib import Path
+    >>> smaller = ps.compress(model, batches, keep=0.5, latency=False)
+    >>> ps.save(smaller, "smaller.safetensors")
+    >>> ps.file_bytes(smaller) == Path("smaller.safetensors").stat().st_size
+    True
+    """
     return size(*_content(compressed, coding, report))
 
 
@@ -99,6 +121,13 @@ def stored_bytes(model: nn.Module, coding: str = "auto") -> dict[str, int]:
     {state-dict name: int}
         Bytes of tables and data, without the record: 0 for a tensor of one value, for further
         names of a tensor, and for the indices of a sparse layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> ps.stored_bytes(torch.nn.BatchNorm1d(64))["weight"]  # all of them are 1
+    0
     """
     model, kind = ordinary(model), _kind(coding)
     packed = compact(model, kind) if kind else pack(model)
@@ -127,6 +156,18 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         names the first difference. Files are safe to load whoever wrote them.
     ImportError
         When the file needs constriction, which is not installed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> smaller = ps.compress(model, batches, keep=0.5, latency=False)
+    >>> ps.save(smaller, "smaller.safetensors")
+    >>> restored = ps.load("smaller.safetensors", model)
+    >>> torch.equal(restored(batches[0]), smaller.model(batches[0]))
+    True
     """
     return restored(path, model)
 

@@ -109,6 +109,14 @@ def export_code(
         The code does not make this network, and there are no example inputs to export it with.
     ValueError
         ``path`` does not end in ``.py``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> ps.export_code(ps.compress(model, batches, keep=0.5, latency=False), "small.py")
     """
     path = Path(path)
     if path.suffix != ".py":

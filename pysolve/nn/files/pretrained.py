@@ -111,6 +111,20 @@ def save_pretrained(
         outputs, or cannot be opened. No batch can be made.
     FileExistsError
         The folder exists.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval()
+    >>> batches = [{"input_ids": torch.randint(50, (16, 12))} for _ in range(8)]
+    >>> smaller = ps.compress(model, batches, target={"macs": 0.7}, widths="uniform", latency=False)
+    >>> ps.save_pretrained(smaller, "smaller").difference
+    0.0
+    >>> LlamaForCausalLM.from_pretrained("smaller").config.num_hidden_layers
+    2
     """
     network, folder = _network_of(compressed), Path(folder)
     if folder.exists() and not overwrite:
@@ -148,6 +162,19 @@ def load_pretrained(folder: str | os.PathLike[str]) -> nn.Module:
     ------
     DataError
         It is no such folder, or damaged: ``save_pretrained`` writes checksums of its files.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval()
+    >>> batches = [{"input_ids": torch.randint(50, (16, 12))} for _ in range(8)]
+    >>> smaller = ps.compress(model, batches, target={"macs": 0.7}, latency=False)
+    >>> saved = ps.save_pretrained(smaller, "smaller", stock=False)  # widths of any layer
+    >>> ps.load_pretrained("smaller")(**batches[0]).logits.shape
+    torch.Size([16, 12, 50])
     """
     folder = Path(folder)
     _check_sums(folder)
