@@ -30,13 +30,14 @@ from pysolve.methods.kinds.channels import Channels, Select
 from pysolve.methods.layout import lay_out
 from pysolve.methods.menu import Chosen
 from pysolve.methods.price import price, probe
-from pysolve.methods.rebuild import REFITS, rebuild
+from pysolve.methods.rebuild import REFITS, Rebuilt, rebuild
 from pysolve.methods.result import finish, later_score
 from pysolve.methods.sizes import (
     Sized,
     by_keep,
     by_lam,
     check_free,
+    expected,
     experts_lost,
     site_reports,
     with_costs,
@@ -51,6 +52,7 @@ from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.running import Batch, Device, Ignored
 from pysolve.plan import Site
 from pysolve.report.report import Report
+from pysolve.report.rows import Expected
 from pysolve.report.warnings import needed_experts
 from pysolve.solve.selection import select_channels
 
@@ -80,6 +82,7 @@ def compress(
     latency: bool = True,
     process_group: ProcessGroup | None = None,
     device: Device = None,
+    dry_run: bool = False,
 ) -> Compressed:
     """Make a network smaller, without labels and without training it again.
 
@@ -157,6 +160,9 @@ def compress(
     device : torch.device or str, optional
         Where to compute: a copy of the network and the batches are moved there; by default both must be on
         one device. The result is where ``model`` is; ``evaluate`` is called with networks there.
+    dry_run : bool
+        Cut nothing: the result is the network as it is, and ``report.expected`` tells which divergence to
+        expect of the target and, where it is one share, of others.
 
     Returns
     -------
@@ -177,6 +183,8 @@ def compress(
     if len(given) > 1:
         raise ValueError(f"give one of target, keep and lam, got {' and '.join(given)}.")
     wanted = DEFAULT if not given else target
+    if dry_run and (wanted is None or "ms" in wanted):
+        raise ValueError('a dry run tells what targets of "params", "macs" and "bytes" would cost; give one.')
     targets = [] if wanted is None else [wanted]
     how = _checked(network, targets, select, refit, distill, sites, ignore, round_to)
     check_keep(keep, lam)
@@ -212,7 +220,11 @@ def compress(
     else:
         assert wanted is not None
         where = probe(found, menus)
-        sized = within(found, price(found, menus, where), wanted, where, round_to, ties)
+        menus = price(found, menus, where)
+        if dry_run:
+            clock.stage("measure")
+            return told(before, found, clock, expected(found, menus, wanted, round_to, ties))
+        sized = within(found, menus, wanted, where, round_to, ties)
     clock.stage("measure")
     return made(before, found, sized, clock, wanted, refit, how)
 
@@ -314,6 +326,15 @@ def sweep(
             report = replace(report, retrained=score, notes=(*report.notes, *notes))
         reports.append(report)
     return reports
+
+
+def told(
+    before: nn.Module | Compressed, found: Study, clock: Clock, targets: Sequence[Expected]
+) -> Compressed:
+    """The network as it is, with a report of what targets would cost."""
+    found = as_needed(found, {})
+    found = replace(found, options=replace(found.options, latency=False))
+    return finish(before, found, lay_out(found, Rebuilt(Chosen()), "dense"), clock, expected=targets)
 
 
 def made(

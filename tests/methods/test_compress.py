@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -233,6 +234,29 @@ def test_a_target_out_of_reach_names_the_smallest_one():
     with pytest.raises(ps.PysolveError, match=r"params cannot go below 17 \(7.05 %\)"):
         compressed(target={"params": 0.05})
     assert compressed(target={"params": 17}).report.after["params"] == 17
+
+
+# --- what is told before anything is cut
+
+
+def test_a_dry_run_changes_nothing_and_tells_what_targets_would_cost():
+    model = mlp()
+    told = compressed(model, target={"params": 0.45}, dry_run=True)
+    assert_equal(state(told.model), state(model))
+    assert told.plan.steps == ()
+    shares = [one.target["params"] for one in told.report.expected]
+    assert shares == [0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.3]
+    found = [one.divergence for one in told.report.expected]
+    assert all(0 <= more <= less for more, less in pairwise(found))
+    assert "params 0.45" in str(told.report)
+
+
+def test_a_dry_run_says_which_targets_are_out_of_reach_and_takes_several_measures():
+    told = compressed(target={"params": 0.05}, dry_run=True).report
+    assert [one.divergence is None for one in told.expected] == [False] * 7 + [True]
+    assert "out of reach" in str(told)
+    both = compressed(target={"params": 0.5, "macs": 0.6}, dry_run=True).report
+    assert [one.target for one in both.expected] == [{"params": 0.5, "macs": 0.6}]
 
 
 # --- what stays as it was
@@ -822,6 +846,8 @@ def test_a_sweep_evaluates_before_and_after_retraining():
         ({"distill": {"epochs": 1.5}}, ValueError, "an integer number of epochs, got 1.5"),
         ({"distill": -1}, ValueError, "distill in seconds must be positive"),
         ({"distill": True}, TypeError, "must be a number, got bool"),
+        ({"dry_run": True, "keep": 0.5}, ValueError, "a dry run tells what targets"),
+        ({"dry_run": True, "target": {"ms": 1.0}}, ValueError, "a dry run tells what targets"),
         ({"round_to": 0}, ValueError, "round_to must be an integer of at least 1, got 0"),
         ({"round_to": 1.5}, ValueError, "round_to must be an integer"),
         ({"memory": 0}, ValueError, "memory must be positive"),
