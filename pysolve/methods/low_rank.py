@@ -279,7 +279,7 @@ def _made(found: Study, plan: _Plan, refit: str) -> _Made:
 
 
 def _nearest(found: Study, made: Sequence[_Made]) -> tuple[_Made, tuple[str, ...]]:
-    """The network whose outputs are nearest to the original's on the selection set, and what is to be said."""
+    """The network whose outputs are nearest to the original's on the selection set, and what to say of it."""
     if len(made) == 1:
         return made[0], ()
     both, alone = (
