@@ -30,7 +30,7 @@ from pysolve.methods.kinds.channels import Channels, Select
 from pysolve.methods.layout import lay_out
 from pysolve.methods.menu import Chosen
 from pysolve.methods.price import price, probe
-from pysolve.methods.rebuild import REFITS, Rebuilt, rebuild
+from pysolve.methods.rebuild import PASSES, REFITS, Rebuilt, rebuild
 from pysolve.methods.result import finish, later_score
 from pysolve.methods.sizes import (
     Sized,
@@ -348,7 +348,7 @@ def made(
 ) -> Compressed:
     """A studied network, refitted with some channels kept, cut, checked and reported."""
     found = as_needed(found, sized.keep)
-    rebuilt = rebuild(found, Chosen(sized.keep), refit)
+    rebuilt = rebuild(found, Chosen(sized.keep), refit, passes=PASSES)
     clock.stage("refit")
     laid = lay_out(found, rebuilt, "dense")
     clock.stage("apply")

@@ -35,7 +35,7 @@ from pysolve.methods.kinds.ranks import STRUCTURES, RankMenu, Ranks, ranks_of
 from pysolve.methods.layout import LaidOut, check_layout, lay_out, seconds_of_both
 from pysolve.methods.menu import Chosen, Menu
 from pysolve.methods.price import price, probe
-from pysolve.methods.rebuild import Rebuilt, rebuild
+from pysolve.methods.rebuild import PASSES, Rebuilt, rebuild
 from pysolve.methods.result import distance, finish
 from pysolve.methods.sizes import Sized, site_reports, sized
 from pysolve.methods.streams import as_needed, in_principal_axes
@@ -52,9 +52,6 @@ from pysolve.solve.budget import MEASURES
 METHODS = ("activation", "svd")
 LAYOUTS = ("auto", "factored")
 REFITS = ("sequential", "independent", "none")
-# Further fits of layers that a ReLU follows: of LeNet-5's factors, a second and third lower the divergence by
-# 2.5 to 9 %.
-PASSES = 3
 
 
 def low_rank(

@@ -43,7 +43,7 @@ from pysolve.nn.state import copy_of
 from pysolve.plan import Plan
 from pysolve.report.report import Report
 from pysolve.report.rows import Expected, Latency, LayerReport, SiteReport, Solve, Stage
-from pysolve.report.warnings import few_samples, pinned, slower
+from pysolve.report.warnings import few_samples, lean, pinned, slower
 from pysolve.training.batches import mixable
 from pysolve.training.distill import distill as teach
 
@@ -128,6 +128,8 @@ def finish(
         notes = (*notes, FITTED_ON)
     elif selected and study.apart is study.held:
         notes = (*notes, CHOSEN_ON)
+    if not distill and study.options.divergence is kl_divergence:
+        notes = (*notes, *lean(report.divergence))
     model = at_home(model, study.options)
     lines = laid.lines if lines is None else lines
     # A turned study makes correlations anew, and has as many samples.
