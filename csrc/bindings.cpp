@@ -1,16 +1,17 @@
-// With blas_bindings.cpp and sparse_bindings.cpp the only file that knows Python: shapes, dtypes, the lock,
-// signals.
+// With blas_bindings.cpp, lock_bindings.cpp and sparse_bindings.cpp the only file that knows Python: shapes,
+// dtypes, the lock, signals.
 #include <pybind11/functional.h>
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <chrono>
 #include <string>
 
+#include "lock.hpp"
 #include "pysolve/alternate.hpp"
 #include "pysolve/elimination.hpp"
 #include "pysolve/fista.hpp"
+#include "pysolve/interrupt.hpp"
 #include "pysolve/newton.hpp"
 #include "pysolve/obs.hpp"
 #include "pysolve/problem.hpp"
@@ -21,6 +22,7 @@ namespace py = pybind11;
 using namespace pysolve;
 
 void load_blas();
+void register_rounding(py::module_& m);
 void register_sparse(py::module_& m);
 
 namespace {
@@ -80,23 +82,20 @@ Array to_array(const Vector& values, Shape... shape) {
     return Array({static_cast<py::ssize_t>(shape)...}, values.data());
 }
 
-// Runs `solve` without the lock; polls for Ctrl-C at most every 20 ms, so that the lock is rarely asked for.
+// Runs `solve` without the lock; asks for Ctrl-C at most every 20 ms, so that the lock is rarely needed.
 template <class Solve>
 auto run(const py::object& callback, const Solve& solve) {
-    using Clock = std::chrono::steady_clock;
-    auto last = Clock::now();
     Index reported = -1;
     const Monitor monitor = [&](const Progress& progress) {
-        const auto now = Clock::now();
-        const bool news = !callback.is_none() && progress.iteration > reported;
-        if (!news && now - last < std::chrono::milliseconds(20)) return;
-        last = now;
-        const py::gil_scoped_acquire lock;
+        check_interrupt();
+        if (callback.is_none() || progress.iteration <= reported) return;
+        const Locked lock;
         if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-        if (news) callback(progress.iteration, progress.objective, progress.gap);
+        callback(progress.iteration, progress.objective, progress.gap);
         reported = progress.iteration;
     };
-    const py::gil_scoped_release unlock;
+    const Unlocked unlock;
+    const Interruptible listening(check_signals);
     return solve(monitor);
 }
 
@@ -253,7 +252,8 @@ void register_checks(py::module_& m) {
             const Index n = matrix.shape(0);
             expect_shape("the matrix", matrix, {n, n});
             const MatrixView<double> view{matrix.mutable_data(), n, n, n};
-            const py::gil_scoped_release unlock;
+            const Unlocked unlock;
+            const Interruptible listening(check_signals);
             return cholesky(view);
         },
         py::arg("matrix").noconvert());
@@ -279,6 +279,7 @@ void register_obs(py::module_& m) {
 
 PYBIND11_MODULE(_core, m) {
     m.doc() = "The compiled core of pysolve: see csrc/include/pysolve for what each routine solves.";
+    register_lock();
     load_blas();
     register_problem(m);
     register_prox(m);
@@ -286,5 +287,6 @@ PYBIND11_MODULE(_core, m) {
     register_selection(m);
     register_checks(m);
     register_obs(m);
+    register_rounding(m);
     register_sparse(m);
 }

@@ -7,7 +7,9 @@
 #include <optional>
 #include <string>
 
+#include "lock.hpp"
 #include "pysolve/csr.hpp"
+#include "pysolve/interrupt.hpp"
 #include "pysolve/threads.hpp"
 
 namespace py = pybind11;
@@ -36,9 +38,11 @@ Index row_stride(const char* name, const Matrix<T>& array, Index rows, Index col
                               std::to_string(columns) + ", got " + shape_of(array));
     if (!array.size()) return columns;
     const auto size = static_cast<py::ssize_t>(sizeof(T));
-    if ((columns > 1 && array.strides(1) != size) || array.strides(0) % size || array.strides(0) < 0)
+    // NumPy leaves any number as the stride of a dimension of one.
+    const py::ssize_t stride = rows > 1 ? array.strides(0) : columns * size;
+    if ((columns > 1 && array.strides(1) != size) || stride % size || stride < 0)
         throw py::value_error(std::string(name) + " must have contiguous rows");
-    return array.strides(0) / size;
+    return stride / size;
 }
 
 template <class T>
@@ -55,7 +59,8 @@ Sparse<T> from_arrays(Index rows, Index columns, const py::array& indptr, const 
     const auto starts = py::array_t<I, py::array::c_style>::ensure(indptr);
     const auto positions = py::array_t<I, py::array::c_style>::ensure(indices);
     if (!starts || !positions) throw py::type_error("indptr and indices must hold integers");
-    const py::gil_scoped_release unlock;
+    const Unlocked unlock;
+    const Interruptible listening(check_signals);
     return prepare(CsrView<T, I>{rows, columns, starts.data(), positions.data(), values.data()},
                    values.size(), block);
 }
@@ -89,13 +94,14 @@ void multiply_into(const Sparse<T>& A, const Matrix<T>& x, bool batch_major, Mat
                               std::to_string(bias->size()));
     const Dense<T> target{out.mutable_data(), Y.stride, Y.layout};
     const T* added = bias ? bias->data() : nullptr;
-    const py::gil_scoped_release unlock;
+    const Unlocked unlock;
+    const Interruptible listening(check_signals);
     multiply(A, X, batch, target, added, relu, threads);
 }
 
 template <class T>
-py::array_t<T> gradient_by_values(const Sparse<T>& A, const Matrix<T>& g, const Matrix<T>& x, bool batch_major,
-                                  int threads) {
+py::array_t<T> gradient_by_values(const Sparse<T>& A, const Matrix<T>& g, const Matrix<T>& x,
+                                  bool batch_major, int threads) {
     if (x.ndim() != 2) throw py::value_error("the inputs must have two dimensions, got " + shape_of(x));
     const Index batch = x.shape(batch_major ? 0 : 1);
     const Dense<const T> X = input("the inputs", x, batch_major, A.columns, batch);
@@ -103,7 +109,8 @@ py::array_t<T> gradient_by_values(const Sparse<T>& A, const Matrix<T>& g, const 
     py::array_t<T> out(A.entries);
     T* target = out.mutable_data();
     {
-        const py::gil_scoped_release unlock;
+        const Unlocked unlock;
+        const Interruptible listening(check_signals);
         value_gradient(A, G, X, batch, target, threads);
     }
     return out;

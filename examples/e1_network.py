@@ -56,8 +56,8 @@ def compare_sizes(model: LeNet5, dataset: Dataset, shares: Sequence[float] = SHA
         retrain(trained)
         lasso.append(replace(found.report, retrained=evaluate(trained)))
     targets = [{"params": one.after["params"]} for one in lasso] + [{"params": PUBLISHED[0] / 100}]
-    elimination = ps.sweep(model, images, targets=targets, evaluate=evaluate, retrain=retrain, progress=False)
-    pairs = [Pair(*both) for both in zip([*shares, None], [*lasso, None], elimination, strict=True)]
+    swept = ps.sweep(model, images, targets=targets, evaluate=evaluate, retrain=retrain, progress=False)
+    pairs = [Pair(*both) for both in zip([*shares, None], [*lasso, None], swept.reports, strict=True)]
     return sorted(pairs, key=lambda pair: pair.elimination.after["params"])
 
 

@@ -48,9 +48,7 @@ def trained() -> DigitsNet:
     return model
 
 
-def sweeps(
-    model: DigitsNet, dataset: Dataset, batches: tuple[torch.Tensor, ...]
-) -> dict[str, list[ps.Report]]:
+def sweeps(model: DigitsNet, dataset: Dataset, batches: tuple[torch.Tensor, ...]) -> dict[str, ps.Sweep]:
     """Two ways to choose channels, at every target, also retrained for two epochs."""
 
     def evaluate(network: nn.Module) -> float:

@@ -31,6 +31,7 @@ from .nn.files.checkpoint import file_bytes as file_bytes
 from .nn.files.checkpoint import load as load
 from .nn.files.checkpoint import save as save
 from .nn.files.checkpoint import stored_bytes as stored_bytes
+from .nn.files.code import export_code as export_code
 from .nn.files.pretrained import Pretrained as Pretrained
 from .nn.files.pretrained import load_pretrained as load_pretrained
 from .nn.files.pretrained import save_pretrained as save_pretrained
@@ -55,6 +56,7 @@ from .report.plots import plot_elimination as plot_elimination
 from .report.plots import plot_pareto as plot_pareto
 from .report.plots import plot_weights as plot_weights
 from .report.report import Report as Report
+from .report.sweep import Sweep as Sweep
 from .solve.certificate import Certificate as Certificate
 from .solve.certificate import certify as certify
 from .solve.certificate import lam_max as lam_max
@@ -72,6 +74,7 @@ from .solve.solvers import fista as fista
 from .solve.solvers import newton as newton
 from .solve.solvers import proximal_gradient as proximal_gradient
 from .solve.solvers import solve_linear_reconstruction as solve_linear_reconstruction
+from .testing import check_solver as check_solver
 from .training.distill import distill as distill
 from .training.finetune import finetune as finetune
 from .training.fit import fit as fit

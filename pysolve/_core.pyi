@@ -37,6 +37,29 @@ class Result:
     @property
     def history(self) -> Array: ...
 
+class Levels:
+    def round_block(
+        self,
+        *,
+        base: Array,
+        slope: Array,
+        divisor: Array,
+        power: Array,
+        outputs: Array,
+        coupling: Array,
+        inputs: npt.NDArray[np.int64],
+        mask: npt.NDArray[np.bool_] | None,
+    ) -> tuple[npt.NDArray[np.int64], Array]: ...
+
+class GridLevels(Levels):
+    def __init__(self, *, scales: Array, zeros: Array, low: float, high: float, group: int) -> None: ...
+
+class SharedLevels(Levels):
+    def __init__(self, values: Array) -> None: ...
+
+class PricedLevels(Levels):
+    def __init__(self, *, values: Array, bits: Array, lam: float) -> None: ...
+
 def cholesky(matrix: Array) -> bool: ...
 def eliminate_rows(inverse: Array, W: Array) -> tuple[npt.NDArray[np.int32], Array]: ...
 def prox_group_lasso(V: Array, group_size: int, thresholds: Array) -> Array: ...

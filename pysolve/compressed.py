@@ -36,6 +36,9 @@ class Compressed:
     earlier: tuple[Plan, ...] = ()
     fingerprint: Mapping[str, str] | None = None
 
+    def __repr__(self) -> str:
+        return f"Compressed {type(self.model).__name__}\n{self.report!r}"
+
     def _repr_html_(self) -> str:
         """Shown by notebooks."""
         return self.report._repr_html_()

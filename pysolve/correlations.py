@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
 import zipfile
-import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import reduce
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pysolve.errors import DataError
+from pysolve.errors import DataError, whole
 from pysolve.whole_files import replacing
 
 Array = npt.NDArray[np.float64]
@@ -28,9 +28,6 @@ _CONSTANT = 1e-10
 
 # Mean squares of inputs below this, as only networks that compute nothing have: products of them underflow.
 _NOTHING = 1e-80
-
-# Exceptions of reading a damaged or foreign .npz file.
-_DAMAGED = (OSError, ValueError, TypeError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
 
 
 def as_numpy(name: str, values: Any) -> AnyArray:
@@ -97,6 +94,16 @@ class Correlations:
     group_size : int
         Consecutive inputs that belong to one channel: 1 for a Linear after a Linear, taps for a
         convolution, height × width for a Linear after a flatten.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> known = ps.Correlations(x.T @ x, y.T @ x, y.T @ y, 1000, x.sum(0), y.sum(0))
+    >>> ps.select_channels(known.centered(), k=5)
+    array([0, 1, 2, 3, 4])
     """
 
     xx: Array
@@ -232,26 +239,58 @@ class Correlations:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one ``.npz`` file; an existing file is replaced only once the new one is complete."""
-        with replacing(path) as part, part.open("wb") as file:
-            np.savez(file, **{f.name: getattr(self, f.name) for f in fields(self)})
+        values: dict[str, Any] = {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
+        with replacing(path, sum(one.nbytes for one in values.values())) as part, part.open("wb") as file:
+            np.savez(file, **values)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Correlations:
         """Read a file that ``save`` wrote; DataError when it is not one."""
         names = [f.name for f in fields(cls)]
         try:
-            # Given a path, np.load leaves a damaged file open.
-            with open(path, "rb") as content, np.load(content, allow_pickle=False) as file:
-                values = {name: file[name] for name in names}
-            return cls(**{**values, "count": int(values["count"]), "group_size": int(values["group_size"])})
+            with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+                values: dict[str, Any] = {
+                    name: _member(archive, f"{name}.npy", os.stat(path).st_size) for name in names
+                }
+            counts = {name: whole(name, values[name].item()) for name in ("count", "group_size")}
+            found = cls(**{**values, **counts})
+            check_finite(found)
         except FileNotFoundError:
             raise
-        except _DAMAGED as error:
-            raise DataError(f"{path!s} is not a file written by Correlations.save: {error}") from error
+        # Whatever a file may hold: zipfile and NumPy do not name their errors.
+        except Exception as error:
+            why = str(error).rstrip(".")
+            raise DataError(
+                f"{path!s} is not a file written by Correlations.save, or it is damaged: {why}. Copy it "
+                "anew, or gather again."
+            ) from error
+        return found
 
     def __repr__(self) -> str:
         h, d = self.yx.shape
         return f"Correlations({d} inputs in groups of {self.group_size}, {h} outputs, {self.count} samples)"
+
+
+def check_finite(found: Correlations) -> None:
+    """Raise DataError for sums that no samples have."""
+    for one in fields(found):
+        if not np.isfinite(getattr(found, one.name)).all():
+            raise DataError(f"its {one.name} holds NaN or infinity.")
+
+
+def _member(archive: zipfile.ZipFile, name: str, most: int) -> AnyArray:
+    """An array of an archive, with its checksum; no more than ``most`` bytes are read."""
+    size = archive.getinfo(name).file_size
+    if size > most:
+        raise DataError(f"{name} takes {size:,} bytes, the file {most:,}.")
+    with archive.open(name) as file:
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise DataError(f"{name} is no array that NumPy wrote with such a name.")
+        shape, fortran, kind = np.lib.format.read_array_header_1_0(file)
+        content = file.read()
+    if kind.kind not in "fiub" or math.prod(shape) * kind.itemsize != len(content):
+        raise DataError(f"{name} should hold {kind} of shape {shape}, but has {len(content)} bytes.")
+    return np.frombuffer(content, kind).reshape(shape, order="F" if fortran else "C")
 
 
 def without_sums(found: Correlations) -> Correlations:

@@ -22,6 +22,10 @@ class DataError(PysolveError):
     """A data file or a batch that is missing, empty or malformed."""
 
 
+class WriteError(PysolveError, OSError):
+    """A file that cannot be written: the disk is full or read-only, a quota is used up, a folder is gone."""
+
+
 class PysolveWarning(UserWarning):
     """A possible problem of a result, and its remedy; also among the ``warnings`` of its report."""
 

@@ -14,6 +14,8 @@ from pysolve.forms import Form
 
 # Order of a member of a site whose first dimension counts experts: "experts.down_proj:e", "experts:e".
 EXPERTS = "e"
+# Sites that a plan names at a prompt.
+_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,9 @@ class Collapse:
         if strangers:
             raise ValueError(f"{sorted(strangers)} do not read these channels; readers: {self.site.readers}.")
 
+    def __repr__(self) -> str:
+        return f"Collapse({self.site.name!r}, keeps {len(self.keep)} of {self.site.channels})"
+
     @property
     def removed(self) -> Indices:
         """Removed channels, ascending."""
@@ -237,6 +242,10 @@ class Plan:
     values: Mapping[str, AnyArray] = field(default_factory=dict)
     forms: Mapping[str, Form] = field(default_factory=dict)
     untied: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        sites = ", ".join(map(repr, self.steps[:_SHOWN])) + ", …" * (len(self.steps) > _SHOWN)
+        return f"Plan(steps=({sites}), {len(self.values)} values, {len(self.forms)} forms)"
 
 
 def tensor_name(layer: str, leaf: str) -> str:

@@ -8,6 +8,8 @@ from textwrap import wrap
 
 # Characters of a terminal's line, and the least width of a column of words.
 WIDTH, NARROW = 110, 24
+# Lines that an object may take at a prompt.
+_SCREEN = 24
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,12 @@ def _widths(cells: list[list[str]], words: list[bool], width: int) -> list[int]:
     return found
 
 
+def one_screen(lines: list[str]) -> str:
+    """As many lines as a prompt shows, and how many there are more."""
+    more = len(lines) - _SCREEN
+    return "\n".join(lines if more <= 0 else [*lines[:_SCREEN], f"… {more} more lines: print() shows all"])
+
+
 def as_markdown(table: Table) -> list[str]:
     """Lines of a pipe table."""
     shown = table.shown
@@ -88,7 +96,7 @@ def as_markdown(table: Table) -> list[str]:
 
 
 def as_html(table: Table) -> str:
-    """A ``<table>`` in a box that scrolls in a narrow window."""
+    """A ``<table>`` in a box that scrolls where a page does not lay it out for narrow windows."""
     shown, bars = table.shown, dict(table.bars)
     lines = ['<div class="scroll"><table>', f"<caption>{escape(table.title)}</caption>" * bool(table.title)]
     kinds = {c: ' class="words"' if c in table.words else "" for c in shown}
@@ -98,7 +106,8 @@ def as_html(table: Table) -> str:
         lines.append("<tr>")
         for c in shown:
             bar = f' style="--share:{100 * bars[c][r]:.1f}%"' if c in bars else ""
-            lines.append(f"<td{kinds[c]}{bar}>{escape(row[c])}</td>")
+            # What a narrow page puts in front of a cell, which has no head above it there.
+            lines.append(f'<td{kinds[c]}{bar} data-head="{escape(table.head[c])}">{escape(row[c])}</td>')
         lines.append("</tr>")
     return "\n".join([*filter(None, lines), "</tbody></table></div>"])
 

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "pysolve/interrupt.hpp"
 #include "pysolve/lanes.hpp"
 
 namespace pysolve {
@@ -14,29 +15,52 @@ int to_int(Index n) {
     return static_cast<int>(n);
 }
 
+// Multiplications of one call, some 50 ms: an interrupt must not wait for longer work.
+constexpr double longest = 1e9;
+
+// Rows of a product with so many multiplications a row that go into one call.
+Index piece_of(Index rows, Index per_row) {
+    check_interrupt();
+    const double fit = longest / static_cast<double>(std::max(per_row, Index{1}));
+    return fit >= static_cast<double>(rows) ? rows : std::max(static_cast<Index>(fit), Index{64});
+}
+
 // Row-major matrices are the column-major transposes of themselves: outᵀ = Bᵀ A.
 template <class T, class Routine>
 void gemm(Routine* routine, MatrixView<const T> A, MatrixView<const T> B, MatrixView<T> out, bool symmetric) {
     char no = 'N', yes = 'T';
     T one = 1, zero = 0;
-    int m = to_int(B.cols), n = to_int(A.cols), k = to_int(A.rows);
+    int m = to_int(B.cols), k = to_int(A.rows);
     int lda = to_int(A.stride), ldb = to_int(B.stride), ldo = to_int(out.stride);
-    routine(&no, symmetric ? &no : &yes, &m, &n, &k, &one, const_cast<T*>(B.data), &ldb,
-            const_cast<T*>(A.data), &lda, &zero, out.data, &ldo);
+    const Index piece = piece_of(A.cols, B.cols * A.rows);
+    for (Index i = 0; i < A.cols; i += piece) {
+        int n = to_int(std::min(piece, A.cols - i));
+        check_interrupt();
+        routine(&no, symmetric ? &no : &yes, &m, &n, &k, &one, const_cast<T*>(B.data), &ldb,
+                const_cast<T*>(A.data + (symmetric ? i * A.stride : i)), &lda, &zero,
+                out.data + i * out.stride, &ldo);
+    }
 }
 
 // out += factor · op(A) B
 void add_gemm(double factor, bool transposed, MatrixView<const double> A, MatrixView<const double> B,
               MatrixView<double> out) {
     char no = 'N', yes = 'T';
-    int m = to_int(out.cols), n = to_int(out.rows), k = to_int(B.rows);
+    int m = to_int(out.cols), k = to_int(B.rows);
     int lda = to_int(A.stride), ldb = to_int(B.stride), ldo = to_int(out.stride);
     double one = 1.0;
-    blas.dgemm(&no, transposed ? &yes : &no, &m, &n, &k, &factor, const_cast<double*>(B.data), &ldb,
-               const_cast<double*>(A.data), &lda, &one, out.data, &ldo);
+    const Index piece = piece_of(out.rows, out.cols * B.rows);
+    for (Index i = 0; i < out.rows; i += piece) {
+        int n = to_int(std::min(piece, out.rows - i));
+        check_interrupt();
+        blas.dgemm(&no, transposed ? &yes : &no, &m, &n, &k, &factor, const_cast<double*>(B.data), &ldb,
+                   const_cast<double*>(A.data + (transposed ? i : i * A.stride)), &lda, &one,
+                   out.data + i * out.stride, &ldo);
+    }
 }
 
 void syrk(char transposed, Index depth, double factor, MatrixView<const double> A, MatrixView<double> out) {
+    check_interrupt();
     char lower = 'L';
     int n = to_int(out.rows), k = to_int(depth), lda = to_int(A.stride), ldo = to_int(out.stride);
     double one = 1.0;
@@ -55,6 +79,12 @@ void syr2k(char transposed, Index depth, double factor, MatrixView<const double>
 
 // Triangles up to this size go to BLAS.
 constexpr Index leaf = 64;
+
+// Whether the triangle of n × depth by depth × n takes longer than an interrupt should wait.
+bool too_long(Index n, Index depth) {
+    return n > 2 * leaf &&
+           0.5 * static_cast<double>(n) * static_cast<double>(n) * static_cast<double>(depth) > longest;
+}
 
 Index split(Index n) {
     return (n / 2 + leaf / 2 - 1) / (leaf / 2) * (leaf / 2);
@@ -82,6 +112,7 @@ MatrixView<double> columns(MatrixView<double> X, Index first, Index last) {
 }
 
 void leaf_solve(char side, char transposed, MatrixView<const double> U, MatrixView<double> X) {
+    check_interrupt();
     char lower = 'L', no = 'N';
     int m = to_int(X.cols), n = to_int(X.rows), ldu = to_int(U.stride), ldx = to_int(X.stride);
     double one = 1.0;
@@ -122,6 +153,7 @@ void solve_right(MatrixView<const double> U, MatrixView<double> X) {
 // X ← factor · op(U) X, or X op(U) on the right
 void multiply_triangle(double factor, bool right, bool transposed, MatrixView<const double> U,
                        MatrixView<double> X) {
+    check_interrupt();
     char side = right ? 'L' : 'R', lower = 'L', trans = transposed ? 'T' : 'N', no = 'N';
     int m = to_int(X.cols), n = to_int(X.rows), ldu = to_int(U.stride), ldx = to_int(X.stride);
     blas.dtrmm(&side, &lower, &trans, &no, &m, &n, &factor, const_cast<double*>(U.data), &ldu, X.data, &ldx);
@@ -175,6 +207,11 @@ void multiply_transposed(MatrixView<const float> A, MatrixView<const float> B, M
 }
 
 void multiply_self(MatrixView<const double> A, MatrixView<double> out) {
+    if (too_long(A.rows, A.cols)) {
+        for (Index i = 0; i < out.rows; ++i) std::fill_n(out.data + i * out.stride + i, out.rows - i, 0.0);
+        return add_self(1.0, A, out);
+    }
+    check_interrupt();
     char lower = 'L', yes = 'T';
     int n = to_int(A.rows), k = to_int(A.cols), lda = to_int(A.stride), ldo = to_int(out.stride);
     double one = 1.0, zero = 0.0;
@@ -189,29 +226,43 @@ void add_product(double factor, MatrixView<const double> A, MatrixView<const dou
     double one = 1.0;
     constexpr Index one_thread = 250'000, least = 64;  // multiplications; rows below which pieces cost speed
     Index piece = one_thread / std::max(B.rows * A.cols, Index{1});
-    if (piece < least) piece = A.rows;
+    if (piece < least) piece = piece_of(A.rows, B.rows * A.cols);
     for (Index i = 0; i < A.rows; i += piece) {
         int n = to_int(std::min(piece, A.rows - i));
+        check_interrupt();
         blas.dgemm(&yes, &no, &m, &n, &k, &factor, const_cast<double*>(B.data), &ldb,
                    const_cast<double*>(A.data + i * A.stride), &lda, &one, out.data + i * out.stride, &ldo);
     }
 }
 
 void add_self(double factor, MatrixView<const double> A, MatrixView<double> out) {
-    syrk('T', A.cols, factor, A, out);
+    if (!too_long(out.rows, A.cols)) return syrk('T', A.cols, factor, A, out);
+    const Halves<double> half(out);
+    const auto above = rows(A, 0, half.at), below = rows(A, half.at, A.rows);
+    add_self(factor, above, half.first);
+    add_product(factor, above, below, half.corner);
+    add_self(factor, below, half.second);
 }
 
 void add_self_transposed(double factor, MatrixView<const double> A, MatrixView<double> out) {
-    syrk('N', A.rows, factor, A, out);
+    if (!too_long(out.rows, A.rows)) return syrk('N', A.rows, factor, A, out);
+    const Halves<double> half(out);
+    const MatrixView<const double> left{A.data, A.rows, half.at, A.stride},
+        right{A.data + half.at, A.rows, A.cols - half.at, A.stride};
+    add_self_transposed(factor, left, half.first);
+    add_gemm(factor, true, left, right, half.corner);
+    add_self_transposed(factor, right, half.second);
 }
 
 void add_cross(double factor, MatrixView<const double> A, MatrixView<const double> B,
                MatrixView<double> out) {
+    check_interrupt();
     syr2k('T', A.cols, factor, A, B, out);
 }
 
 void add_cross_transposed(double factor, MatrixView<const double> A, MatrixView<const double> B,
                           MatrixView<double> out) {
+    check_interrupt();
     syr2k('N', A.rows, factor, A, B, out);
 }
 

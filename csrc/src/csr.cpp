@@ -1,10 +1,14 @@
 #include "pysolve/csr.hpp"
 
 #include <algorithm>
+#include <fstream>
 #include <limits>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
+
+#include "pysolve/interrupt.hpp"
 
 namespace pysolve {
 
@@ -67,6 +71,44 @@ Index block_for(Index columns, double density) {
     return std::max<Index>(1, std::min(block, columns));
 }
 
+// Blocks with entries, ascending.
+std::vector<Index> blocks_of(const std::vector<Index>& columns, Index block) {
+    std::vector<Index> found;
+    found.reserve(columns.size() + 1);
+    for (Index column : columns) found.push_back(column / block);
+    if (found.empty()) found.push_back(0);
+    std::sort(found.begin(), found.end());
+    found.erase(std::unique(found.begin(), found.end()), found.end());
+    return found;
+}
+
+struct TooLarge : std::bad_alloc {
+    std::string text;
+    explicit TooLarge(std::string text_) : text(std::move(text_)) {}
+    const char* what() const noexcept override { return text.c_str(); }
+};
+
+// Bytes of memory that are free; as many as there can be where the system does not tell.
+double free_memory() {
+    std::ifstream file("/proc/meminfo");
+    std::string word;
+    while (file >> word)
+        if (double kib = 0; word == "MemAvailable:" && file >> kib) return kib * 1024;
+    return std::numeric_limits<double>::max();
+}
+
+template <class T>
+void check_memory(const Sparse<T>& A) {
+    const double bytes = static_cast<double>(A.blocks() + 1) * static_cast<double>(A.rows) * sizeof(Index);
+    // Small amounts are not worth a look at the system.
+    if (bytes < 1 << 28 || bytes < free_memory()) return;
+    const auto millions = [](double value) { return std::to_string(static_cast<Index>(value / 1e6)); };
+    throw TooLarge("a matrix of " + std::to_string(A.rows) + " x " + std::to_string(A.columns) + " with " +
+                   std::to_string(A.entries) + " entries in " + std::to_string(A.blocks()) +
+                   " blocks of columns takes " + millions(bytes) + " MB for where its rows begin there, but " +
+                   millions(free_memory()) + " MB are free");
+}
+
 template <class T>
 std::vector<std::uint64_t> masks_of(const Sparse<T>& A, const std::vector<Index>& columns) {
     std::vector<std::uint64_t> masks(static_cast<std::size_t>(A.rows * A.words()));
@@ -89,6 +131,7 @@ Sparse<T> prepare(const CsrView<T, I>& csr, Index entries, Index block) {
     std::vector<Index> columns, starts{0};
     std::vector<std::pair<Index, T>> sorted;
     for (Index r = 0; r < csr.rows; ++r) {
+        check_interrupt();
         add_row(csr, r, sorted, A, columns);
         starts.push_back(static_cast<Index>(A.values.size()));
     }
@@ -97,12 +140,18 @@ Sparse<T> prepare(const CsrView<T, I>& csr, Index entries, Index block) {
     const double density = static_cast<double>(A.entries) /
                            std::max(1.0, static_cast<double>(A.rows) * static_cast<double>(A.columns));
     A.block = block ? block : block_for(A.columns, density);
+    // Bounds of all blocks would take more than the entries.
+    if (A.all_blocks() > 4 * A.entries / std::max<Index>(1, A.rows) + 4)
+        A.present = blocks_of(columns, A.block);
+    check_memory(A);
     A.bounds.assign(static_cast<std::size_t>((A.blocks() + 1) * A.rows), 0);
     for (Index r = 0; r < A.rows; ++r) {
+        check_interrupt();
         Index i = starts[static_cast<std::size_t>(r)];
         const Index stop = starts[static_cast<std::size_t>(r) + 1];
         for (Index b = 0; b <= A.blocks(); ++b) {
-            while (i < stop && columns[static_cast<std::size_t>(i)] < b * A.block) ++i;
+            const Index until = b < A.blocks() ? A.start(b) : A.columns;
+            while (i < stop && columns[static_cast<std::size_t>(i)] < until) ++i;
             A.bounds[static_cast<std::size_t>(b * A.rows + r)] = i;
         }
     }

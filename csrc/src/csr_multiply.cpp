@@ -3,6 +3,7 @@
 #include <iterator>
 
 #include "csr_tiles.hpp"
+#include "pysolve/interrupt.hpp"
 
 namespace pysolve {
 
@@ -29,8 +30,11 @@ Index reach(const Sparse<T>& A, Index b, Index feature_bytes) {
     const bool narrow = feature_bytes <= (A.masks.empty() ? 128 : 64);
     const Index fitting = std::max(A.block, (narrow ? second_cache : first_cache) / feature_bytes);
     const Index span_end = A.origin(b) + column_span;
-    const Index column = std::min(b * A.block + fitting, span_end);
-    return std::clamp(column / A.block, b + 1, A.blocks());
+    const Index column = std::min(A.start(b) + fitting, span_end);
+    if (A.present.empty()) return std::clamp(column / A.block, b + 1, A.blocks());
+    Index next = b + 1;
+    while (next < A.blocks() && A.start(next) + A.block <= column) ++next;
+    return next;
 }
 
 template <class T>
@@ -158,6 +162,7 @@ void multiply(const Sparse<T>& A, Dense<const T> X, Index batch, Dense<T> Y, con
     static thread_local Scratch<T> scratch;
     // Whole tiles as long as there is one for each thread, then the rows of what is left.
     parallel(threads, whole, [&](Index t) {
+        check_interrupt();
         static thread_local Scratch<T> own;
         const Tile& tile = tiles[static_cast<std::size_t>(t)];
         const T* x = in_place(X, tile);
@@ -170,6 +175,7 @@ void multiply(const Sparse<T>& A, Dense<const T> X, Index batch, Dense<T> Y, con
     });
     const auto cuts = cuts_of(A, threads);
     for (Index t = whole; t < count; ++t) {
+        check_interrupt();
         const Tile& tile = tiles[static_cast<std::size_t>(t)];
         const T* x = in_place(X, tile);
         if (!x) {
@@ -192,6 +198,7 @@ void value_gradient(const Sparse<T>& A, Dense<const T> G, Dense<const T> X, Inde
     static thread_local Scratch<T> above, below;
     const auto cuts = cuts_of(A, threads);
     for (const Tile& tile : tiles_of<T>(A.rows + A.columns, batch)) {
+        check_interrupt();
         T* g = above.get(A.rows * tile.width);
         T* x = below.get(A.columns * tile.width);
         pack_all(threads, G, tile, A.rows, g);

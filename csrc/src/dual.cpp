@@ -62,6 +62,7 @@ DualBound::DualBound(const Problem& problem, double lam)
         }
     }
     energy_ = dot(RB, B);
+    length_ = norm(B);
     for (Index g = 0; g < problem.groups(); ++g) {
         c_norms_[static_cast<std::size_t>(g)] = norm(problem.group(problem.yx, g));
         scales_[static_cast<std::size_t>(g)] = norm(problem.group(std::as_const(B).data(), g));
@@ -97,7 +98,10 @@ Certificate DualBound::operator()(double lam, const Vector& M, const Vector& T) 
     const double scale = 0.5 * quadratic + std::abs(linear) + penalty;
     // ⟨R(B − M), M⟩ and ⟨R(B − M), B − M⟩, with ⟨R B, M⟩ = ⟨C, M⟩ + ⟨E, M⟩.
     const double slope = linear + inexact - quadratic;
-    const double bend = std::max(energy_ - 2.0 * (linear - inexact) + quadratic, 0.0);
+    // R may be indefinite by rounding, which counts where B is large.
+    const double reach = length_ + norm(M);
+    const double bend = std::max(energy_ - 2.0 * (linear - inexact) + quadratic, 0.0) +
+                        eps * static_cast<double>(p.inputs) * reach * reach;
     certificate.floor = 4.0 * eps * scale + 2.0 * noise * std::abs(slope);
     if (s >= 0.0) {
         const double rest = 1.0 - s;

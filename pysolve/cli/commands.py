@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from io import BytesIO
+from datetime import date
 from pathlib import Path
+from shlex import join
 from zipfile import BadZipFile
 
 import numpy as np
@@ -16,17 +18,18 @@ from safetensors.torch import save as tensors
 from torch import nn
 
 import pysolve as ps
-from pysolve.cli.inputs import load_network, load_samples
+from pysolve.cli.inputs import load_network, load_samples, load_score
 from pysolve.cli.options import Value
 from pysolve.cli.outputs import check_new, folder, write
 from pysolve.errors import DataError, PysolveError
 from pysolve.methods.goal import check_positive
 from pysolve.nn.evaluate import accuracy, latency, macs, nbytes, parameters
 from pysolve.nn.files.plan_json import plain, plan_record
+from pysolve.nn.progress import stage, whole
 from pysolve.nn.running import Batch
 from pysolve.report.page import page
 from pysolve.report.plots import plot_pareto
-from pysolve.report.report import comparison
+from pysolve.report.report import Report, comparison
 from pysolve.tables import Table, as_text
 from pysolve.whole_files import replacing
 
@@ -104,12 +107,7 @@ class Job:
             if self.study is None
             else ps.Study.load(self.study, model)
         )
-        if self.test is None:
-            return model, batches, None
-        tested = load_samples(self.test, train=False)
-        x, y = tested.labelled()
-        tested.check_finite(model, len(x), "--test")
-        return model, batches, lambda network: accuracy(network, x, y)
+        return model, batches, None if self.test is None else load_score(self.test, model)
 
     def show(self, as_text: str, as_data: object, written: Sequence[str]) -> None:
         """Print the result, and which files were written."""
@@ -145,7 +143,8 @@ def write_compressed(verb: str, given: Mapping[str, Value]) -> None:
         return
     written = ["network.safetensors", "plan.json", "report.json", "report.md", "report.html"]
     written += ["state_dict.safetensors"] * state_dict + ["pretrained"] * pretrained
-    with folder(job.out, written, overwrite=job.overwrite):
+    with folder(job.out, written, overwrite=job.overwrite), whole(verb, job.progress):
+        stage("load")
         model, batches, score = job.inputs()
         result = getattr(ps, verb)(model, batches, evaluate=score, progress=job.progress, **options)
         ps.save(result, job.out / written[0])
@@ -166,10 +165,15 @@ def write_compressed(verb: str, given: Mapping[str, Value]) -> None:
         write(job.out / "plan.json", json.dumps({**plan, "earlier": earlier} if earlier else plan, indent=1))
         write(job.out / "report.json", json.dumps(record, indent=1))
         write(job.out / "report.md", f"# {title}\n\n{report.as_markdown()}")
-        write(job.out / "report.html", page(report, title))
+        write(job.out / "report.html", page(report, title, _made_by()))
         if pretrained:
             ps.save_pretrained(result, job.out / "pretrained", overwrite=True)
     job.show(str(report), record, written)
+
+
+def _made_by() -> dict[str, str]:
+    """Day and command, for the page."""
+    return {"day": date.today().isoformat(), "command": join(["pysolve", *sys.argv[1:]])}
 
 
 def _once(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -205,21 +209,41 @@ def write_sweep(given: Mapping[str, Value]) -> None:
     """Compress a network to many sizes after one pass over the data, and write the reports."""
     targets = [targets_of([one]) for one in given["target"]]
     job, options = _parted({**given, "target": None})
-    written = ["sweep.json", "pareto.png"]
-    with folder(job.out, written, overwrite=job.overwrite):
+    networks = [f"{'_'.join(f'{m}={v:g}' for m, v in target.items())}.safetensors" for target in targets]
+    written = ["sweep.json", "pareto.png", *networks]
+    with folder(job.out, written, overwrite=job.overwrite), whole("sweep", job.progress):
+        stage("load")
         model, batches, score = job.inputs()
-        reports = ps.sweep(model, batches, targets=targets, evaluate=score, progress=job.progress, **options)
-        reports = [replace(report, notes=(*job.notes, *report.notes)) for report in reports]
+        found = ps.sweep(model, batches, targets=targets, evaluate=score, progress=job.progress, **options)
+        reports = [replace(report, notes=(*job.notes, *report.notes)) for report in found.reports]
+        for name, result in zip(networks, found, strict=True):
+            ps.save(result, job.out / name)
         rows = [plain(report.as_dict()) for report in reports]
         write(job.out / "sweep.json", json.dumps(rows, indent=1))
-        with BytesIO() as picture:
-            plot_pareto(reports).figure.figure.savefig(picture, dpi=160)
-            write(job.out / "pareto.png", picture.getvalue())
+        plot_pareto(reports, path=job.out / "pareto.png")
     job.show("\n".join(as_text(comparison(reports))), rows, written)
     if job.progress:
         # What the table has no room for.
         for text in dict.fromkeys((*job.notes, *(text for report in reports for text in report.warnings))):
             typer.echo(text, err=True)
+
+
+def show_report(file: Path, as_json: bool) -> None:
+    """Print a report that a command has written, or several of a sweep."""
+    names = ("report.json", "sweep.json")
+    inside = next((file / name for name in names if (file / name).is_file()), file)
+    if not inside.is_file():
+        raise DataError(f"there is no report {inside}: give report.json, sweep.json, or a folder with one.")
+    try:
+        record = json.loads(inside.read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(f"{inside} is no JSON file: {error}") from error
+    several = isinstance(record, list)
+    reports = [Report.from_dict(one) for one in (record if several else [record])]
+    if as_json:
+        typer.echo(json.dumps(record, indent=1))
+    else:
+        typer.echo("\n".join(as_text(comparison(reports))) if several else str(reports[0]))
 
 
 def evaluate_network(
@@ -292,7 +316,7 @@ def solve_file(
         lam = lam * most
     solution = ps.solve_linear_reconstruction(r_xx, r_yx, lam, method, group_size=group_size)
     if out is not None:
-        with replacing(out) as part, part.open("wb") as opened:
+        with replacing(out, np.asarray(solution.M).nbytes) as part, part.open("wb") as opened:
             np.savez(opened, M=solution.M, keep=solution.keep, lam=solution.lam)
     if not as_json:
         typer.echo(str(solution))

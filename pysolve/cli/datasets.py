@@ -54,6 +54,13 @@ def digits(seed: int = 0) -> Dataset:
     ----------
     seed : int
         Decides which images are tested on.
+
+    Examples
+    --------
+    >>> import pysolve as ps
+    >>> data = ps.digits()
+    >>> data.x_train.shape, data.y_test.shape
+    ((1438, 1, 8, 8), (359,))
     """
     try:
         from sklearn.datasets import load_digits
@@ -93,6 +100,13 @@ def mnist(folder: str | os.PathLike[str], *, mean: float = 0.1307, std: float = 
         and so on; they may also lie in torchvision's ``MNIST/raw`` or ``FashionMNIST/raw`` below it.
     mean, std : float
         Of the training pixels, scaled to 0 … 1. The defaults are MNIST's; Fashion-MNIST has 0.2860, 0.3530.
+
+    Examples
+    --------
+    >>> import pysolve as ps
+    >>> data = ps.mnist("mnist")
+    >>> data.x_train.shape
+    (60000, 1, 28, 28)
     """
     place = _idx_folder(Path(folder))
     x_train, y_train = _split(place, "train", mean, std)
@@ -157,6 +171,13 @@ def cifar(folder: str | os.PathLike[str], *, train: int | None = None) -> Datase
         Holds one ``train*.npz`` and one ``test*.npz``, both with ``jpeg``, ``offsets`` and ``labels``.
     train : int, optional
         How many training images to read, from the first on; all by default.
+
+    Examples
+    --------
+    >>> import pysolve as ps
+    >>> data = ps.cifar("cifar10_jpeg", train=100)
+    >>> data.x_train.shape
+    (100, 3, 32, 32)
     """
     place = Path(folder).resolve()
     x_train, y_train = _colors(_archive(place, "train"), train)

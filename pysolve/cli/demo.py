@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
-from safetensors.torch import save_file
+from safetensors.torch import save as tensors
 from torch import nn
 
 import pysolve as ps
@@ -25,7 +25,6 @@ from pysolve.nn.running import find_layer
 from pysolve.nn.zoo import DigitsNet, LeNet5
 from pysolve.report import drawing
 from pysolve.report.page import page
-from pysolve.whole_files import replacing
 
 Network = DigitsNet | LeNet5
 # Results of one way to shrink, from large to small.
@@ -80,15 +79,13 @@ def run(data: Path | None, out: Path, *, seed: int = 0, epochs: int | None = Non
         console.out(
             f"Made it smaller {sum(map(len, found.values()))} times: {time.perf_counter() - start:.1f} s."
         )
-        with replacing(out / FILES[0]) as part:
-            save_file(model.state_dict(), part)
+        write(out / FILES[0], tensors(model.state_dict()))
         size = (out / FILES[0]).stat().st_size
         console.print(table(model, dataset, found, size))
         for name in NETWORKS:
             ps.save(found[name][-1], out / f"{name}.safetensors")
         write(out / "report.html", page(found["low_rank"][-1].report, f"{type(model).__name__}, smaller"))
-        with replacing(out / "demo.png") as part:
-            picture(model, dataset, found, size).savefig(part, dpi=150, format="png")
+        drawing.save_figure(picture(model, dataset, found, size), out / "demo.png", dpi=150)
     console.out(farewell(model, out))
 
 

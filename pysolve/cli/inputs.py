@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
+from inspect import signature
+from numbers import Real
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -21,6 +24,7 @@ from pysolve.cli.datasets import mnist
 from pysolve.cli.weights import fill
 from pysolve.errors import DataError, PysolveError
 from pysolve.methods.goal import checked_device
+from pysolve.nn.evaluate import accuracy
 from pysolve.nn.running import Batch, as_array, as_input, device_of, evaluating, forward
 
 Values = npt.NDArray[np.generic]
@@ -115,8 +119,57 @@ def load_samples(name: str, *, train: bool = True) -> Samples:
     return Samples(made=made)
 
 
+def load_score(name: str, model: nn.Module) -> Callable[[nn.Module], float]:
+    """A network's score: its accuracy on labelled data, or what a function of the network returns.
+
+    ``name`` is one that ``load_samples`` takes, checked with the ``model`` before any work, or a function of
+    one argument, from a network to a number.
+    """
+    score = _imported(name, "function") if _names_code(name) else None
+    if score is not None and _takes_one(score):
+
+        def scored(network: nn.Module) -> float:
+            found = _told(name, partial(score, network))
+            if not isinstance(found, Real):
+                raise PysolveError(f"{name} must return a number, a network's score, got {found!r}.")
+            return float(found)
+
+        return scored
+    tested = load_samples(name, train=False)
+    x, y = tested.labelled()
+    tested.check_finite(model, len(x), "--test")
+    return lambda network: accuracy(network, x, y)
+
+
+def _names_code(name: str) -> bool:
+    path = Path(name)
+    return ":" in name and not path.exists() and path.suffix not in (".npy", ".npz")
+
+
+def _takes_one(function: Callable[..., object]) -> bool:
+    """Whether a function cannot be called without an argument."""
+    try:
+        needed = [one for one in signature(function).parameters.values() if one.default is one.empty]
+    except (TypeError, ValueError):
+        return False
+    return any(one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD) for one in needed)
+
+
 def _called(name: str, what: str) -> object:
     """Result of the function that ``package.module:function`` names."""
+    return _told(name, _imported(name, what))
+
+
+def _told(name: str, call: Callable[[], object]) -> object:
+    """Result of the user's code, whose errors name it."""
+    try:
+        return call()
+    except (Exception, SystemExit) as error:
+        raise PysolveError(f"{name} failed: {told(error)}") from error
+
+
+def _imported(name: str, what: str) -> Callable[..., object]:
+    """The function that ``package.module:function`` names."""
     module, _, function = name.partition(":")
     if not module or not function or "/" in module or module.endswith(".py"):
         raise PysolveError(f"expected package.module:{what}, as in import, got {name!r}.")
@@ -132,10 +185,7 @@ def _called(name: str, what: str) -> object:
         found = getattr(found, part)
     if not callable(found):
         raise PysolveError(f"{name} must be callable, got {type(found).__name__}.")
-    try:
-        return found()
-    except (Exception, SystemExit) as error:
-        raise PysolveError(f"{name} failed: {told(error)}") from error
+    return found
 
 
 def _arrays(path: Path) -> Samples:

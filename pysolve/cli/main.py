@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable
 from inspect import Signature
@@ -76,7 +77,6 @@ app = typer.Typer(
     help="Make trained neural networks smaller without retraining them.",
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -99,8 +99,14 @@ def _options(
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say on the way what reports have as notes.")
+    ] = False,
 ) -> None:
     """Options in front of a command."""
+    if verbose:
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("pysolve").setLevel(logging.INFO)
 
 
 def command(*names: str, **defaults: object) -> Callable[[Run], Run]:
@@ -210,6 +216,14 @@ def inspect(**given: Value) -> None:
     from pysolve.cli.commands import show_sites
 
     show_sites(**given)
+
+
+@command("file", "as_json")
+def report(**given: Value) -> None:
+    """Show a saved report again."""
+    from pysolve.cli.commands import show_report
+
+    show_report(**given)
 
 
 @command(*_INPUTS, "compressed", "batch", "device", "as_json")

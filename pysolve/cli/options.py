@@ -51,7 +51,7 @@ OPTIONS = {
     "network": Option(str, "package.module:factory, a function that makes the network.", ..., argument=True),
     "data": Option(str, ".npy, .npz (x, y), a folder of IDX files, or package.module:function.", ...),
     "weights": Option(Path, "Its state dict: .safetensors, or .pt read as tensors."),
-    "test": Option(str, "Labelled data, as --data, to give the accuracy on."),
+    "test": Option(str, "Labelled data, as --data, to give the accuracy on; or a function of the network."),
     "target": Option(
         list[str], "params, macs, bytes or ms = share or number; may be repeated.", shown="params=0.25"
     ),
@@ -125,6 +125,7 @@ OPTIONS = {
     "compressed": Option(Path, "A file or folder that compress wrote: the network is made as small first."),
     "batch": Option(int, "Samples that are timed together.", 64, least=1),
     "file": Option(Path, "An .npz file with r_xx (d x d) and r_yx (h x d).", ..., argument=True),
+    "report.file": Option(Path, "report.json, sweep.json, or the folder of one.", ..., argument=True),
     "lam": Option(float, "The penalty of the group lasso.", 0.1),
     "relative": Option(bool, "lam as a share of the one that keeps nothing.", True, "--relative/--absolute"),
     "group_size": Option(int, "Columns that are kept or removed together.", 1, least=1),

@@ -75,5 +75,6 @@ def _remove(path: Path) -> None:
 
 def write(path: Path, content: str | bytes) -> None:
     """Write a whole file or none."""
-    with replacing(path) as part:
-        part.write_bytes(content if isinstance(content, bytes) else f"{content}\n".encode())
+    content = content if isinstance(content, bytes) else f"{content}\n".encode()
+    with replacing(path, len(content)) as part:
+        part.write_bytes(content)

@@ -10,6 +10,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from pysolve import _core
 from pysolve.correlations import Array, Indices, Mask
 from pysolve.forms import Codebook
 from pysolve.layer.clusters import k_means, nearest
@@ -30,6 +31,11 @@ class SharedValues:
 
     centroids: Array
     zero: bool = False
+
+    @cached_property
+    def compiled(self) -> _core.Levels:
+        """The same values, for whole blocks of inputs."""
+        return _core.SharedLevels(self.centroids)
 
     def codes(self, values: Array, columns: Columns | None = None, curvature: npt.ArrayLike = 1.0) -> Codes:
         """Codes of the nearest values."""
@@ -99,6 +105,11 @@ class PricedValues(SharedValues):
 
     lam: float
     bits: Array
+
+    @cached_property
+    def compiled(self) -> _core.Levels:
+        """The same values and prices, for whole blocks of inputs."""
+        return _core.PricedLevels(values=self.centroids, bits=self.bits, lam=self.lam)
 
     def codes(self, values: Array, columns: Columns | None = None, curvature: npt.ArrayLike = 1.0) -> Codes:
         """Codes of least ½ curvature (value − centroid)² + lam · bits."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
+from pysolve import _core
 from pysolve.correlations import Array
 from pysolve.forms import Integers
 from pysolve.layer.rounding import Codes, Columns, Target
@@ -28,6 +30,12 @@ class Grid:
     zeros: Array = field(repr=False)
     bits: int
     group: int
+
+    @cached_property
+    def compiled(self) -> _core.GridLevels:
+        """The same values, for whole blocks of inputs."""
+        low, high = _limits(self.bits)
+        return _core.GridLevels(scales=self.scales, zeros=self.zeros, low=low, high=high, group=self.group)
 
     def codes(self, values: Array, columns: Columns, curvature: npt.ArrayLike = 1.0) -> Codes:
         """Codes of the nearest values: (h,) for one column, (h, n) for several."""

@@ -143,7 +143,7 @@ def checked_layer(
     if isinstance(r_xx, Correlations):
         half_trace(r_xx.r_yy)
         r_yx, r_xx = r_xx.r_yx, r_xx.r_xx
-    R, C = (checked_correlations("r_xx", r_xx), None) if r_yx is None else checked_reader(r_xx, r_yx)
+    R, C = (checked_correlations("r_xx", r_xx), None) if r_yx is None else checked_reader(r_xx, r_yx)[:2]
     if R.shape != (W.shape[1],) * 2 or (C is not None and C.shape != W.shape):
         got = f"{R.shape}" + ("" if C is None else f" and yx of {C.shape}")
         raise ValueError(

@@ -114,6 +114,16 @@ def obs_prune(
     ----------
     B. Hassibi, D. Stork, Second order derivatives for network pruning: optimal brain surgeon, 1993.
     E. Frantar, D. Alistarh, SparseGPT, 2023 (the sweep). X. Meng et al., ALPS, 2024 (ADMM).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> rng = np.random.default_rng(0)
+    >>> x, W = rng.standard_normal((1000, 20)), rng.standard_normal((3, 20))
+    >>> found = ps.obs_prune(W, x.T @ x / 1000, amount=0.5)
+    >>> int((found.weight != 0).sum())
+    30
     """
     _check(amount, count, pattern, mask, scope, method)
     problem = layer_problem(W, r_xx, r_yx, ridge=ridge)

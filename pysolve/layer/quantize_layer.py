@@ -107,6 +107,16 @@ def quantize_layer(
     References
     ----------
     E. Frantar et al., GPTQ, 2023. S. Han et al., Deep compression, 2016.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> rng = np.random.default_rng(0)
+    >>> x, W = rng.standard_normal((1000, 20)), rng.standard_normal((3, 20))
+    >>> found = ps.quantize_layer(W, x.T @ x / 1000, bits=2)
+    >>> len(np.unique(found.form.dense()))
+    4
     """
     W = checked_matrix("W", W)
     _check(scheme, method, bits, group, rounds, lam, outputs)

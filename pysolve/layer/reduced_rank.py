@@ -71,6 +71,16 @@ def reduced_rank(
     References
     ----------
     A. J. Izenman, Reduced-rank regression for the multivariate linear model, 1975.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> rng = np.random.default_rng(0)
+    >>> x, W = rng.standard_normal((1000, 20)), rng.standard_normal((30, 20))
+    >>> found = ps.reduced_rank(W, x.T @ x / 1000, rank=5)
+    >>> found.form.outer.shape, found.form.inner.shape
+    ((30, 5), (5, 20))
     """
     W = checked_matrix("W", W)
     known = _correlations(W, r_xx, r_yx)

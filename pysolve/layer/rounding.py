@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
+from pysolve import _core
 from pysolve.correlations import Array, Indices, Mask
 from pysolve.forms import QuantForm
 from pysolve.layer.layer_problem import LayerProblem, blocks, refit_rows
@@ -84,6 +85,10 @@ def target_of(problem: LayerProblem, mask: Mask | None, outputs: Array | None = 
 class Levels(Protocol):
     """The values that a weight may take: a ``Grid``, or ``SharedValues``."""
 
+    @property
+    def compiled(self) -> _core.Levels:
+        """The same values, for whole blocks of inputs."""
+
     def codes(self, values: Array, columns: Columns, curvature: npt.ArrayLike) -> Codes:
         """Codes of least ½ curvature (value − level)² + price, of the values' shape: (h,) or (h, n)."""
 
@@ -130,14 +135,20 @@ def round_with_feedback(target: Target, levels: Levels) -> Codes:
     # Inputs in rows, so that each is contiguous.
     codes, errors = np.empty(V.shape[::-1], np.int64), np.empty(V.shape[::-1])
     for b in range(len(back), 0, -_WIDTH):
-        a = max(0, b - _WIDTH)
-        owed = L[b:, a:b].T @ errors[b:]
-        for k in range(b - 1, a - 1, -1):
-            j = int(back[k])
-            wanted = V[:, j] - owed[k - a] / L[k, k]
-            codes[j] = _rounded(target, levels, wanted, j, weights * L[k, k] ** 2)
-            errors[k] = levels.values(codes[j], j) - V[:, j]
-            owed[: k - a] += L[k, a:k, None] * errors[k]
+        # The last input first.
+        own = np.arange(b - 1, max(0, b - _WIDTH) - 1, -1)
+        owed, inputs = L[b:, own].T @ errors[b:], back[own]
+        divisor = L[own, own]
+        codes[inputs], errors[own] = levels.compiled.round_block(
+            base=V.T[inputs],
+            slope=owed,
+            divisor=divisor,
+            power=np.square(divisor),
+            outputs=weights,
+            coupling=L[np.ix_(own, own)],
+            inputs=inputs,
+            mask=None if target.mask is None else target.mask.T[inputs],
+        )
     return np.ascontiguousarray(codes.T)
 
 
@@ -154,13 +165,19 @@ def descend(target: Target, levels: Levels, codes: Codes) -> Codes:
     codes, slope = codes.T.copy(), A @ (M - target.V.T)
     for a in range(0, len(A), _WIDTH):
         own = order[a : a + _WIDTH]
-        inner, local, before = A[np.ix_(own, own)], slope[own], M[own]
-        for k, j in enumerate(own.tolist()):
-            codes[j] = _rounded(target, levels, M[j] - local[k] / inner[k, k], j, weights * inner[k, k])
-            change = levels.values(codes[j], j) - M[j]
-            local += inner[k, :, None] * change
-            M[j] += change
-        slope += A[:, own] @ (M[own] - before)
+        inner, divisor = A[np.ix_(own, own)], A[own, own]
+        codes[own], change = levels.compiled.round_block(
+            base=M[own],
+            slope=slope[own],
+            divisor=divisor,
+            power=divisor,
+            outputs=weights,
+            coupling=inner,
+            inputs=own,
+            mask=None if target.mask is None else target.mask.T[own],
+        )
+        M[own] += change
+        slope += A[:, own] @ change
     return np.ascontiguousarray(codes.T)
 
 

@@ -21,6 +21,10 @@ _CORES: dict[np.dtype[Any], Any] = {
 }
 
 
+# Numbers that are copied at once, for at most some 50 ms: an interrupt must not wait for more.
+_LONGEST = 1 << 21
+
+
 class SparseMatrix:
     """A sparse h × d matrix, stored for fast products with dense ones. Make one with ``from_csr``.
 
@@ -37,6 +41,16 @@ class SparseMatrix:
         Bytes of values, indices and row bounds in memory.
     values : (nnz,) array
         The entries row by row, in each row by columns. May be written to.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> import scipy.sparse as sp
+    >>> csr = sp.random_array((64, 128), density=0.125, format="csr", dtype=np.float32)
+    >>> matrix = ps.SparseMatrix.from_csr(csr)
+    >>> matrix.nnz, (matrix @ np.ones((128, 8), np.float32)).shape
+    (1024, (64, 8))
     """
 
     def __init__(self, core: _Core) -> None:
@@ -136,8 +150,7 @@ class SparseMatrix:
             return np.asarray(self.matmul(dense[None], bias=bias, relu=relu, out=rows, threads=threads)[0])
         if dense.ndim != 2:
             raise ValueError(f"expected a vector or a matrix, got {dense.ndim} dimensions.")
-        if dense.strides[1] != dense.itemsize or dense.strides[0] < 0:
-            dense = np.ascontiguousarray(dense)
+        dense = _in_rows(dense)
         if out is None:
             b = dense.shape[0 if batch_major else 1]
             out = np.empty((b, self.shape[0]) if batch_major else (self.shape[0], b), self.dtype)
@@ -178,7 +191,7 @@ class SparseMatrix:
         -------
         (nnz,) array
         """
-        g, dense = (np.ascontiguousarray(self._checked("the array", array)) for array in (gradient, x))
+        g, dense = (_in_rows(self._checked("the array", array)) for array in (gradient, x))
         found = self._core.value_gradient(g, dense, _is_batch(layout), threads or _core.num_threads())
         return np.asarray(found)
 
@@ -199,6 +212,18 @@ class SparseMatrix:
     def __repr__(self) -> str:
         density = self.nnz / max(1, self.shape[0] * self.shape[1])
         return f"SparseMatrix({self.shape[0]} x {self.shape[1]}, {self.dtype}, density {density:.3g})"
+
+
+def _in_rows(dense: AnyArray) -> AnyArray:
+    """The matrix, or a copy whose rows are contiguous, in memory as the processor reads it."""
+    if dense.ndim == 2 and dense.strides[1] == dense.itemsize and dense.strides[0] >= 0:
+        return np.require(dense, requirements="A")
+    if dense.size <= _LONGEST or dense.ndim != 2:
+        return np.require(dense, requirements=("C", "A"))
+    rows, copy = max(_LONGEST // dense.shape[1], 1), np.empty(dense.shape, dense.dtype)
+    for first in range(0, len(copy), rows):
+        copy[first : first + rows] = dense[first : first + rows]
+    return copy
 
 
 def _is_batch(layout: str) -> bool:
@@ -225,6 +250,15 @@ def csr_matmul(csr: csr_array | csr_matrix, dense: npt.ArrayLike, out: AnyArray 
     ------
     TypeError, ValueError
         For anything but a CSR matrix and an array that fits it.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> import scipy.sparse as sp
+    >>> csr = sp.random_array((64, 128), density=0.1, format="csr", dtype=np.float32)
+    >>> ps.csr_matmul(csr, np.ones((128, 8), np.float32)).shape
+    (64, 8)
     """
     return SparseMatrix.from_csr(csr).matmul(dense, layout="feature", out=out)
 
@@ -238,10 +272,26 @@ def set_num_threads(threads: int) -> None:
     ------
     ValueError, TypeError
         For anything but an integer of at least 1.
+
+    Examples
+    --------
+    >>> import pysolve as ps
+    >>> before = ps.get_num_threads()
+    >>> ps.set_num_threads(2)
+    >>> ps.get_num_threads()
+    2
+    >>> ps.set_num_threads(before)
     """
     _core.set_num_threads(whole("threads", threads))
 
 
 def get_num_threads() -> int:
-    """The number of threads that a sparse product may use; at first that of the process's processors."""
+    """The number of threads that a sparse product may use; at first that of the process's processors.
+
+    Examples
+    --------
+    >>> import pysolve as ps
+    >>> ps.get_num_threads() >= 1
+    True
+    """
     return int(_core.num_threads())

@@ -49,16 +49,18 @@ from pysolve.methods.study import Clock, Study
 from pysolve.methods.ties import RoundTo, check_round_to, check_widths, uniform
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.items import Transform, check_batches
+from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored
 from pysolve.plan import Site
-from pysolve.report.report import Report
 from pysolve.report.rows import Expected
+from pysolve.report.sweep import Sweep
 from pysolve.report.warnings import needed_experts
 from pysolve.solve.selection import select_channels
 
 DEFAULT: Target = {"params": 0.25}
 
 
+@one_bar
 def compress(
     model: nn.Module | Compressed,
     batches: Iterable[Batch] | Study,
@@ -176,6 +178,18 @@ def compress(
         that cannot be traced.
     TypeError, ValueError
         Arguments that make no sense, before any work.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> smaller = ps.compress(model, batches, target={"params": 0.5}, latency=False)
+    >>> smaller.report.after["params"] <= 0.5 * smaller.report.before["params"]
+    True
+    >>> smaller.model(batches[0]).shape
+    torch.Size([100, 4])
     """
     check_batches(batches)
     before, network = network_of(model, dense=False)
@@ -229,6 +243,7 @@ def compress(
     return made(before, found, sized, clock, wanted, refit, how)
 
 
+@one_bar
 def sweep(
     model: nn.Module | Compressed,
     batches: Iterable[Batch] | Study,
@@ -252,7 +267,7 @@ def sweep(
     process_group: ProcessGroup | None = None,
     device: Device = None,
     checkpoint: str | os.PathLike[str] | None = None,
-) -> list[Report]:
+) -> Sweep:
     """Compress to several targets after one pass over the data.
 
     Parameters
@@ -261,7 +276,7 @@ def sweep(
         As in ``compress``.
     targets : iterable of targets
     retrain : callable, optional
-        Trains a network in place; each result is evaluated once more after it. Needs ``evaluate``.
+        Trains each result in place, which is evaluated once more after it. Needs ``evaluate``.
     select, refit, distill, ignore, seed, progress, sites, widths, round_to, divergence, memory, transform,
     latency, process_group, device
         As in ``compress``.
@@ -270,13 +285,24 @@ def sweep(
 
     Returns
     -------
-    list of Report
-        In the order of the targets: what ``compress`` reports of each.
+    Sweep
+        A sequence of ``Compressed``, in the order of the targets: what ``compress`` makes of each.
 
     Raises
     ------
     PysolveError, TypeError, ValueError
         As ``compress``.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> targets = [{"params": 0.5}, {"params": 0.25}]
+    >>> results = ps.sweep(model, batches, targets=targets, latency=False)
+    >>> [result.report.after["params"] for result in results]
+    [655, 319]
     """
     check_batches(batches)
     before, network = network_of(model, dense=False)
@@ -313,19 +339,19 @@ def sweep(
     where = probe(found, menus)
     menus = price(found, menus, where)
     clock.stage("measure")
-    found, reports = replace(found, seconds={**found.seconds, **clock.seconds}), []
+    found, results = replace(found, seconds={**found.seconds, **clock.seconds}), []
     for target in wanted:
         clock = Clock()
         sized = within(found, menus, target, where, round_to, ties)
         clock.stage("choose")
         result = made(before, found, sized, clock, target, refit, how)
-        report = result.report
         if retrain is not None:
             retrain(result.model)
             score, notes = later_score(options, result.model)
-            report = replace(report, retrained=score, notes=(*report.notes, *notes))
-        reports.append(report)
-    return reports
+            notes = (*result.report.notes, *notes)
+            result = replace(result, report=replace(result.report, retrained=score, notes=notes))
+        results.append(result)
+    return Sweep(results)
 
 
 def told(

@@ -54,6 +54,7 @@ from pysolve.nn.apply import apply
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.items import Transform, check_batches
+from pysolve.nn.progress import one_bar, part
 from pysolve.nn.running import Batch, Device, Ignored
 from pysolve.plan import Site
 
@@ -65,6 +66,7 @@ _SAMPLES = 4096
 _WHOLE, _BEFORE = 0.9, 0.6
 
 
+@one_bar
 def deep_compress(
     model: nn.Module | Compressed,
     batches: Iterable[Batch] | Study,
@@ -131,6 +133,16 @@ def deep_compress(
     References
     ----------
     S. Han, H. Mao, W. J. Dally, Deep compression, 2016.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> tiny = ps.deep_compress(model, batches, target={"bytes": 0.2, "params": 1}, latency=False)
+    >>> ps.file_bytes(tiny) == tiny.report.after["file"]
+    True
     """
     check_batches(batches)
     before, network = network_of(model)
@@ -158,29 +170,33 @@ def deep_compress(
     share = _share(asked.get("params", None if size else 1.0), network)
     kind = Codes(bits=bits)
     make = partial(subject_of, to_bytes=size is not None, gather=bool(zeros))
-    subject, notes = _studied(partial(make, network, batches, options, kind), share)
+    with part(1, 3, "study"):
+        subject, notes = _studied(partial(make, network, batches, options, kind), share)
     stages = Stages(network, subject.study)
     stages.note("original", network, nbytes(network), 0.0)
-    width = None
-    if subject.study.free and size and share is None and is_small(subject, size):
-        width = _smallest(before, subject, network, size, cut=bool(how), loose=bool(how) or layout != "dense")
-    if subject.study.free and width is None:
-        width = _width(subject, size, share)
-    if width is not None and width.keep:
-        stages.rebuilt("collapsed", subject.study, Chosen(width.keep), width.seconds)
-        if how:
-            before, subject = _matched_first(before, subject, width.keep, batches, how, stages, make)
-            width = replace(width, start=None, cut=True)
-    keep = {} if width is None or width.cut else width.keep
-    if width is not None and keep and size is not None:
-        subject = priced(subject, keep)
-    if zeros:
-        subject = replace(subject, kind=replace(subject.kind, pruned=_pruned(subject, zeros)))
-        stages.rebuilt("sparse", subject.study, Chosen(keep, subject.kind.pruned))
-    start, part = time.perf_counter(), _part(how, 1 - _BEFORE if width and width.cut else 1.0)
-    rebuilt, laid = coded(
-        before, subject, network, size, layout, part, keep=keep, start=width.start if width else None
-    )
+    with part(2, 3, "channels"):
+        width = None
+        if subject.study.free and size and share is None and is_small(subject, size):
+            width = _smallest(
+                before, subject, network, size, cut=bool(how), loose=bool(how) or layout != "dense"
+            )
+        if subject.study.free and width is None:
+            width = _width(subject, size, share)
+        if width is not None and width.keep:
+            stages.rebuilt("collapsed", subject.study, Chosen(width.keep), width.seconds)
+            if how:
+                before, subject = _matched_first(before, subject, width.keep, batches, how, stages, make)
+                width = replace(width, start=None, cut=True)
+        keep = {} if width is None or width.cut else width.keep
+        if width is not None and keep and size is not None:
+            subject = priced(subject, keep)
+        if zeros:
+            subject = replace(subject, kind=replace(subject.kind, pruned=_pruned(subject, zeros)))
+            stages.rebuilt("sparse", subject.study, Chosen(keep, subject.kind.pruned))
+    start, rest = time.perf_counter(), _part(how, 1 - _BEFORE if width and width.cut else 1.0)
+    known = width.start if width else None
+    with part(3, 3, "codes"):
+        rebuilt, laid = coded(before, subject, network, size, layout, rest, keep=keep, start=known)
     stages.note(
         "shared, matched" if how else "shared",
         laid.model,

@@ -94,6 +94,16 @@ def prune_gradually(
     ----------
     M. Zhu, S. Gupta, To prune, or not to prune, 2017. J. Lee et al., Layer-adaptive sparsity for the
     magnitude-based pruning, 2021.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [(torch.randn(50, 16), torch.randint(4, (50,))) for _ in range(4)]
+    >>> pruned = ps.prune_gradually(model, batches, amount={"0": 0.75}, layout="dense", epochs=2)
+    >>> float((pruned.model[0].weight == 0).float().mean())
+    0.75
     """
     run_of(1, training, BaseOptions)
     if steps < 1:
@@ -139,8 +149,8 @@ def network_surgery(
         ``prune_gradually`` has it. Thresholds are the sizes below which so many weights lie; they rise along
         the same schedule. Give this or ``rate``.
     rate : float or {layer: float}
-        c of t = max(0, mean + c · std) of the |w| that a layer starts with, as published; layers without an
-        entry keep all. How many weights that leaves shows only in the end.
+        c of t = max(0, mean + c · std) of the ``|w|`` that a layer starts with, as published; other layers
+        keep all. How many weights that leaves shows only in the end.
     probability : float or {layer: float}
         With which a layer's mask is looked at after a step, in the beginning; it falls to a tenth of that.
     loss, ignore, layout, evaluate, transform, **training
@@ -154,6 +164,16 @@ def network_surgery(
     References
     ----------
     Y. Guo, A. Yao, Y. Chen, Dynamic network surgery for efficient DNNs, 2016.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [(torch.randn(50, 16), torch.randint(4, (50,))) for _ in range(4)]
+    >>> pruned = ps.network_surgery(model, batches, amount={"0": 0.75}, layout="dense", epochs=2)
+    >>> float((pruned.model[0].weight == 0).float().mean())
+    0.75
     """
     seed = run_of(1, training, BaseOptions).seed
     if (amount is None) == (rate is None):

@@ -45,6 +45,7 @@ from pysolve.methods.weights import reasons, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.items import Transform
 from pysolve.nn.layer_kinds import WEIGHTED
+from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored, find_layer
 from pysolve.report.rows import LayerReport
 from pysolve.solve.budget import MEASURES
@@ -54,6 +55,7 @@ LAYOUTS = ("auto", "factored")
 REFITS = ("sequential", "independent", "none")
 
 
+@one_bar
 def low_rank(
     model: nn.Module | Compressed,
     batches: Iterable[Batch] | Study | None = None,
@@ -149,6 +151,16 @@ def low_rank(
     References
     ----------
     A. J. Izenman, Reduced-rank regression for the multivariate linear model, 1975.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> factored = ps.low_rank(model, batches, rank=2, layout="factored", latency=False)
+    >>> factored.model[0].inner, factored.model[0].outer
+    (Linear(in_features=16, out_features=2, bias=False), Linear(in_features=2, out_features=64, bias=True))
     """
     before, network = network_of(model, dense=False)
     method = method or ("svd" if batches is None else "activation")

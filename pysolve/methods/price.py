@@ -9,7 +9,6 @@ from math import ceil
 from typing import TypeVar
 
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from pysolve.correlations import Indices
 from pysolve.methods.menu import Chosen, Menu
@@ -20,6 +19,7 @@ from pysolve.nn.divergence import mean_divergence, rows_of, run
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.sizes import fits
 from pysolve.nn.norms import kept_of_norms
+from pysolve.nn.progress import steps
 from pysolve.nn.routers import chosen_by_routers
 from pysolve.nn.running import Batch, Output
 from pysolve.nn.samples import first_samples, samples_in
@@ -96,8 +96,8 @@ def measured(study: Study, wanted: Sequence[tuple[M, Sequence[int]]], where: Pro
         norms=lambda number: kept_of_norms(choices[number].keep),
         routers=lambda number: chosen_by_routers(study.model, choices[number].keep),
     )
-    hidden, start = None if study.options.progress else True, time.perf_counter()
-    for number, value in tqdm(found, "measure", len(changed), unit="size", disable=hidden):
+    shown, start = study.options.progress, time.perf_counter()
+    for number, value in steps(found, "measure", len(changed), unit="size", shown=shown):
         (i, size), now = changed[number], time.perf_counter()
         known, seconds = {**menus[i].measured, size: value}, menus[i].seconds + now - start
         menus[i], start = replace(menus[i], measured=known, seconds=seconds), now

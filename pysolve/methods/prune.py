@@ -43,6 +43,7 @@ from pysolve.methods.weights import reasons, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.items import Transform
+from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored
 from pysolve.plan import Site
 
@@ -96,6 +97,7 @@ class _Goal:
         return self.of_channels or self.refit != "none" or self.method in ("wanda", "obs")
 
 
+@one_bar
 def prune(
     model: nn.Module | Compressed,
     batches: Iterable[Batch] | Study | None = None,
@@ -139,17 +141,17 @@ def prune(
         samples are held out: layers are timed and the report's divergence is taken on them.
     method : str
         For weights "magnitude", "random", "std", "wanda" or "obs"; for channels "ln", "activation", "nisp",
-        "elimination" or "lasso". A weight is judged by |w|, nothing, |w| / std(w of the layer),
-        |w_ij| sqrt(E[x_j²]), or what the layer's outputs lose without it when the others compensate
+        "elimination" or "lasso". A weight is judged by ``|w|``, nothing, ``|w| / std(w)`` of the layer,
+        ``|w_ij| sqrt(E[x_j²])``, or what the layer's outputs lose without it when the others compensate
         (optimal brain surgeon). A channel by the norm ‖w_c‖ of the weights that write it, by E[x_c], by its
         importance propagated back from the network's outputs, or as ``compress`` selects.
     amount : float or {layer: float}
         Share of the weights, or of the channels, that goes; with a mapping, layers without an entry keep all.
         One share for all sites leaves streams whole that norms read, unless they are chosen by "elimination".
     threshold : float or {layer: float}
-        What scores below it goes: |w| for "magnitude", and the channels' scores. One channel stays.
+        What scores below it goes: ``|w|`` for "magnitude", and the channels' scores. One channel stays.
     sensitivity : float or {layer: float}
-        |w| below this many standard deviations of the layer's weights goes; for "std".
+        ``|w|`` below this many standard deviations of the layer's weights goes; for "std".
     pattern : str
         As "2:4": of every 4 consecutive inputs of an output 2 stay.
     target : {"params": float or int}
@@ -198,6 +200,16 @@ def prune(
     ----------
     B. Hassibi, D. Stork, Optimal brain surgeon, 1993 ("obs"). M. Sun et al., Wanda, 2024. R. Yu et al., NISP,
     2018.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> pruned = ps.prune(model, batches, method="obs", amount=0.75, layout="dense", latency=False)
+    >>> float((pruned.model[0].weight == 0).float().mean())
+    0.75
     """
     before, network = network_of(model)
     given = {"amount": amount, "threshold": threshold, "sensitivity": sensitivity, "pattern": pattern}

@@ -39,6 +39,7 @@ from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes
 from pysolve.nn.files.checkpoint import file_bytes
 from pysolve.nn.items import Transform
+from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored
 from pysolve.plan import Plan, Site
 
@@ -47,6 +48,7 @@ LAYOUTS = ("dense", "auto", "sparse", "shared")
 FEWEST, _SPARE, _TRIES = 24, 0.01, 4
 
 
+@one_bar
 def quantize(
     model: nn.Module | Compressed,
     batches: Iterable[Batch] | Study | None = None,
@@ -136,6 +138,16 @@ def quantize(
     ----------
     E. Frantar et al., GPTQ, 2023. S. Han et al., Deep compression, 2016. C. Zhu et al., Trained ternary
     quantization, 2017.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> small = ps.quantize(model, batches, scheme="codebook", bits=3, latency=False)
+    >>> len(small.model[0].weight.unique())
+    8
     """
     before, network = network_of(model)
     how = check_distill(network, distill, ("trained",))

@@ -30,9 +30,10 @@ from pysolve.nn.graph.branches import Layer, find_layers
 from pysolve.nn.graph.export import Graph, trace, trace_once
 from pysolve.nn.graph.routes import routed
 from pysolve.nn.graph.sites import sites_in
-from pysolve.nn.graph.sizes import of_other_sizes
+from pysolve.nn.graph.sizes import fits, of_other_sizes
 from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.layer_matrix import LAYERS, groups
+from pysolve.nn.progress import one_bar
 from pysolve.nn.ranks import of_all_processes
 from pysolve.nn.refusal import output_of
 from pysolve.nn.running import (
@@ -48,6 +49,7 @@ from pysolve.nn.stacks import stack_correlations, stack_notes
 from pysolve.plan import Site
 
 
+@one_bar
 def study(
     model: nn.Module | Compressed,
     batches: Iterable[Batch],
@@ -94,6 +96,17 @@ def study(
         ``memory`` is too little; the checkpoint is of another network.
     DataError
         The network refuses a batch; batches hold NaN, or differ from those of an earlier pass.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> found = ps.study(model, batches)
+    >>> sorted(found.correlations)
+    ['0', '2']
+    >>> smaller = ps.compress(model, found, keep=0.5, latency=False)  # and so do the other verbs
     """
     check_batches(batches)
     _, network = network_of(model)
@@ -183,7 +196,7 @@ def studied(
         with evaluating(model):
             output_of(model, first)
         return replace(base, calibration=Calibration(0, [first], [first]))
-    graph, nodes, found, why = _traced(model, first, sites, options.ignore, needed)
+    graph, nodes, found, why = _traced(model, first, sites, options.ignore, needed, known)
     if sites is True and not experts:
         found = [_whole(site) for site in found]
     seen = {layer.name: layer for layer in nodes.values()}
@@ -276,24 +289,42 @@ def _is_gathered(layer: Layer | None, graph: Graph | None, every: bool) -> bool:
 
 
 def _traced(
-    model: nn.Module, first: Batch, sites: Sequence[Site] | bool, ignore: Sequence[Ignored], needed: bool
+    model: nn.Module,
+    first: Batch,
+    sites: Sequence[Site] | bool,
+    ignore: Sequence[Ignored],
+    needed: bool,
+    known: Study | None,
 ) -> tuple[Graph | None, dict[Node, Layer], Sequence[Site], str]:
-    """The graph, its layers, the sites, and why there is no graph."""
-    given = () if isinstance(sites, bool) else tuple(sites)
+    """The graph, its layers, the sites, and why there is no graph; of a study, what it knows of them."""
+    given: Sequence[Site] = () if isinstance(sites, bool) else tuple(sites)
+    graph, few = _graph_of(known, model, first), few_samples(first)
     try:
-        graph, few = trace_once(model, first)
+        if graph is None:
+            graph, few = trace_once(model, first)
     except DataError:
         raise
     except PysolveError as error:
         if sites is True and needed:
             raise
         return None, {}, given, str(error)
-    return (
-        graph,
-        find_layers(graph, model),
-        sites_in(model, graph, few, ignore=ignore) if sites is True else given,
-        "",
-    )
+    if sites is True:
+        given = _sites_of(known, graph, ignore) or sites_in(model, graph, few, ignore=ignore)
+    return graph, find_layers(graph, model), given, ""
+
+
+def _graph_of(known: Study | None, model: nn.Module, first: Batch) -> Graph | None:
+    """The graph that a study has of this very network, for any number of samples like the first ones."""
+    if known is None or known.graph is None or not known.graph.is_of(model):
+        return None
+    return known.graph if known.graph.takes_any_batch and fits(known.graph, first) else None
+
+
+def _sites_of(known: Study | None, graph: Graph, ignore: Sequence[Ignored]) -> Sequence[Site]:
+    """The sites that a study has found in its graph; none where whole experts are, which verbs differ in."""
+    if known is None or graph is not known.graph or [*known.options.ignore] != [*ignore]:
+        return ()
+    return () if any(site.router is not None for site in known.sites) else known.sites
 
 
 def widened(model: nn.Module, first: Batch, graph: Graph) -> tuple[Graph, dict[str, Layer]]:

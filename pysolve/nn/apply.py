@@ -84,6 +84,21 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
         tells the two networks apart: names the steps that make the difference.
     LayerNotFoundError
         When the network has no layer of a name in the plan.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> import numpy as np
+    >>> site = ps.Site(channels=64, writers=("0",), readers=("2",))
+    >>> plan = ps.Plan((ps.Collapse(site, keep=np.arange(48)),))
+    >>> ps.apply(model, plan, probe=torch.randn(10, 16))
+    Sequential(
+      (0): Linear(in_features=16, out_features=48, bias=True)
+      (1): ReLU()
+      (2): Linear(in_features=48, out_features=4, bias=True)
+    )
     """
     model = _untied(unwrapped(model), plan)
     smaller, layers, cuts = _prepared(model, plan)

@@ -41,6 +41,14 @@ def accuracy(model: nn.Module, x: Values, y: Values, *, batch_size: int = 1000) 
         When there is not one class number for each input, or one is beyond the network's classes.
     TypeError
         When the network returns anything but scores.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Identity()
+    >>> ps.accuracy(model, torch.eye(4), torch.tensor([0, 1, 2, 0]))
+    75.0
     """
     inputs, labels = labelled(model, x, y)
     if labels.ndim != 1:

@@ -8,7 +8,6 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import numpy as np
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
-from tqdm.auto import tqdm
 
 from pysolve.correlations import Correlations
 from pysolve.errors import DataError, PysolveError
@@ -19,6 +18,7 @@ from pysolve.nn.gathered import Gathered, Record, run_watched
 from pysolve.nn.items import Transform, batched
 from pysolve.nn.layer_matrix import LAYERS, Layer
 from pysolve.nn.plain import plain_network
+from pysolve.nn.progress import steps
 from pysolve.nn.running import Batch, Device, evaluating
 from pysolve.plan import Site
 
@@ -83,6 +83,16 @@ def gather(
         When a layer is of another kind or grouped, never runs, or runs differently in the two networks.
     DataError
         When there are no samples, or inputs or outputs are NaN or infinite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> found = ps.gather(model, batches)["2"]
+    >>> found.count, found.r_xx.shape, found.r_yx.shape
+    (500, (64, 64), (4, 64))
     """
     model = plain_network(model)
     target_model = None if target_model is None else plain_network(target_model)
@@ -140,7 +150,7 @@ def gather_reached(
     wanted: dict[str, deque[Tensor]] = {name: deque() for name in targets}
     shares = positions if isinstance(positions, Mapping) else dict.fromkeys(names, positions)
     found = Gathered(own, shares, double, own=target_model is None, rounded=not full)
-    seen, bar = 0, tqdm(batches, "gather", unit="batch", disable=None if progress else True)
+    seen, bar = 0, steps(batches, "gather", unit="batch", shown=progress)
     with evaluating(model, *([] if target_model is None else [target_model])):
         for seen, batch in enumerate(bar, start=1):  # noqa: B007
             if target_model is None:

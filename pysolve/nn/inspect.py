@@ -19,6 +19,7 @@ from pysolve.nn.running import Batch, Ignored
 from pysolve.nn.samples import laid_out
 from pysolve.plan import Site
 from pysolve.solve.budget import Costs
+from pysolve.tables import Table, as_html, one_screen
 
 # Characters of a line of the table, and of a site's name in it.
 _LINE, _NAME = 110, 52
@@ -70,6 +71,19 @@ class Inspection:
         """Everything as plain numbers, strings, sequences and dictionaries, for JSON."""
         return asdict(self)
 
+    def __repr__(self) -> str:
+        return one_screen(str(self).splitlines())
+
+    def _repr_html_(self) -> str:
+        """Shown by notebooks."""
+        free = [row for row in self.rows if row.pinned is None]
+        cells = ((row.name, f"{row.channels:,}", f"{row.params:.1%}", f"{row.macs:.1%}") for row in free)
+        shrink = Table("Can shrink", ("site", "channels", "parameters", "MACs"), tuple(cells))
+        pinned = ((row.name, f"{row.channels:,}", row.pinned) for row in self.rows if row.pinned is not None)
+        stay = Table("Cannot shrink", ("site", "channels", "because"), tuple(pinned), words=(0, 2))
+        totals = f"<p>{self.params:,} parameters, {self.macs:,} MACs a sample, {self.bytes:,} bytes</p>"
+        return "\n".join([totals, *(as_html(table) for table in (shrink, stay) if table.rows)])
+
     def __str__(self) -> str:
         width = min(_NAME, max((len(row.name) for row in self.rows), default=0))
         width = max(width, len("cannot shrink"))
@@ -116,6 +130,21 @@ def inspect(
         When torch.export cannot follow the network.
     LayerNotFoundError
         When a name or pattern in ``ignore`` belongs to no layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> print(ps.inspect(model, torch.randn(10, 16)))
+    1,348 parameters, 1,280 MACs a sample, 5,392 bytes
+    <BLANKLINE>
+    can shrink     channels    params      MACs
+    0 → 2                64    99.7 %   100.0 %
+    params, MACs: the share that removing all channels of the site would save
+    <BLANKLINE>
+    cannot shrink  channels  because
+    2 → nothing           4  the network's output
     """
     model, example_inputs = plain_network(model), example_of(example_inputs, transform)
     found = list(find_sites(model, example_inputs, ignore=ignore) if sites is None else sites)

@@ -32,13 +32,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from tqdm.auto import tqdm
 
 from pysolve.correlations import Array, Correlations, Indices, group_columns
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, layer_values, read_as, read_by
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.routes import routed
+from pysolve.nn.progress import steps
 from pysolve.nn.ranks import ALONE, Ranks, merged
 from pysolve.nn.running import evaluating
 from pysolve.nn.sums import Sums, room
@@ -124,7 +124,7 @@ def refit(
     finished, apart = last_uses(every), routed(graph)
     reads = _Reads(layers.values(), [*layers])
     with evaluating(model):
-        for node in tqdm(nodes, "refit", unit="op", disable=None if progress else True):
+        for node in steps(nodes, "refit", unit="op", shown=progress):
             if node.op != "placeholder":
                 walk.run_original(node)
                 layer = layers.get(node)

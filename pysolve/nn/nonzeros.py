@@ -109,6 +109,16 @@ def nonzeros(model: nn.Module) -> Nonzeros:
     -------
     Nonzeros
         ``table()`` shows non-zeros, their share, the pruned, and the bytes dense, as a bitmask and as CSR.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> ps.mask_weights(model, {"0": torch.eye(64, 16, dtype=torch.bool)})
+    >>> found = ps.nonzeros(model)
+    >>> found.nonzeros, found.size, found.bytes("csr")
+    (340, 1348, 3016)
     """
     plain = unshared(unmasked(model))
     owners: dict[int, SparseWeight | QuantWeight] = {}

@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import nn
 from torch.fx import Node
-from tqdm.auto import tqdm
 
 from pysolve.correlations import Correlations
 from pysolve.errors import PysolveError
@@ -23,6 +22,7 @@ from pysolve.nn.gathered import Gathered, own_outputs
 from pysolve.nn.graph.branches import Layer, read_as
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.memory import Bound, free_memory, in_bytes, room_for, sample_bytes, windows
+from pysolve.nn.progress import part, steps
 from pysolve.nn.ranks import ALONE, Ranks, merged
 from pysolve.nn.running import Batch, evaluating
 from pysolve.nn.samples import samples_in
@@ -175,7 +175,7 @@ def gathered(
         folder = SumsFolder(own, identity)
     if plan.said:
         LOGGER.info("%s", plan.said)
-    found, hidden = dict[str, Correlations](), None if progress else True
+    found = dict[str, Correlations]()
     # What any process lacks is gathered by all.
     here = ranks.all({name for name in plan.sharing if folder is not None and folder.has(name)})
     done = set.intersection(*here)
@@ -188,9 +188,8 @@ def gathered(
             sums.start_as(model, example)
         begun = folder.resume(sums) if folder is not None else 0
         batches = stream(number) if folder is None else folder.verified(stream(number))
-        title = f"gather {number + 1} of {len(passes)}" if len(passes) > 1 else "gather"
-        with evaluating(model):
-            for index, batch in enumerate(tqdm(batches, title, unit="batch", disable=hidden)):
+        with evaluating(model), part(number + 1, len(passes), "passes"):
+            for index, batch in enumerate(steps(batches, "gather", unit="batch", shown=progress)):
                 if names and index >= begun:
                     sums.run(model, batch)
                     if folder is not None:

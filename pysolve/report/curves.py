@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pysolve.compressed import Compressed
 from pysolve.correlations import AnyArray, Array, Indices
 from pysolve.report.report import Report
 from pysolve.report.rows import SiteReport
@@ -61,16 +62,20 @@ def front(
     return points[:, best], points[:, ~best]
 
 
-def scored(
-    reports: Sequence[Report] | Mapping[str, Sequence[Report]], measure: str
-) -> dict[str, list[Report]]:
+# One or more results, or their reports.
+Results = Sequence[Report | Compressed]
+
+
+def scored(reports: Results | Mapping[str, Results], measure: str) -> dict[str, list[Report]]:
     """Reports of each method, checked to have the measure, and scores all of them or none."""
-    if isinstance(reports, Report):
-        raise TypeError(
-            "reports must be a list of Report, as sweep returns it, got one Report: pass [report]."
-        )
+    if isinstance(reports, Report | Compressed):
+        kind = type(reports).__name__
+        raise TypeError(f"reports must be a list, such as sweep returns, got one {kind}: pass [it].")
     named = reports if isinstance(reports, Mapping) else {"compressed": reports}
-    methods = {str(label): list(runs) for label, runs in named.items()}
+    methods = {
+        str(label): [one.report if isinstance(one, Compressed) else one for one in runs]
+        for label, runs in named.items()
+    }
     if not any(methods.values()):
         raise ValueError("there are no reports to draw: pass what sweep returned for one target or more.")
     none = all(one.score_after is None for runs in methods.values() for one in runs)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator, Sequence
 from itertools import cycle
+from pathlib import Path as PathOf
 
 import numpy as np
-from matplotlib import colormaps
+from matplotlib import colormaps, rcParams
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
+
+from pysolve.whole_files import replacing
 
 Path = str | os.PathLike[str]
 
@@ -75,7 +79,9 @@ def finish(ax: Axes, path: Path | None = None, *, grid: str | None = "both", **l
     """Add the legend and a light grid, remove boxes, use one ink, and save the figure if asked."""
     if ax.get_legend_handles_labels()[0]:
         look = {"frameon": False, "labelcolor": INK, "labelspacing": 0.35, "handlelength": 2.4}
-        ax.legend(**{**look, **legend})
+        # Above the axes nothing hides a curve.
+        place = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 2, "borderaxespad": 0.2}
+        ax.legend(**{**look, **(legend if "loc" in legend else {**place, **legend})})
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[:].set_color(INK)
     ax.tick_params(which="both", color=INK, labelcolor=INK)
@@ -86,5 +92,19 @@ def finish(ax: Axes, path: Path | None = None, *, grid: str | None = "both", **l
         ax.grid(axis=grid, color=INK, alpha=0.12)  # type: ignore[arg-type]
     if path is not None:
         # Axes may lie in a part of a figure, which cannot be saved alone.
-        ax.figure.figure.savefig(path, dpi=160)
+        save_figure(ax.figure.figure, path)
     return ax
+
+
+def save_figure(figure: Figure, path: Path, *, dpi: int = 160) -> None:
+    """Write a figure, completely or not at all, in the format of the name's ending."""
+    path = PathOf(path)
+    # As matplotlib names files without an ending.
+    kind = path.suffix.removeprefix(".") or str(rcParams["savefig.format"])
+    path = path if path.suffix else path.with_name(f"{path.name}.{kind}")
+    # Some writers of pictures say nothing of a full disk.
+    with io.BytesIO() as picture:
+        figure.savefig(picture, dpi=dpi, format=kind)
+        content = picture.getvalue()
+    with replacing(path, len(content)) as part:
+        part.write_bytes(content)

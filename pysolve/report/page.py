@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from html import escape
 from io import StringIO
 from typing import Any
@@ -34,14 +34,54 @@ th, td { padding: .3rem .6rem; border-bottom: 1px solid var(--line); text-align:
 th { font-weight: 600; } .words { text-align: left; } td.words:last-child { white-space: normal; }
 td[style] { background: linear-gradient(to right, var(--bar) var(--share), transparent 0); }
 .warning { background: var(--warn); border-left: .25rem solid var(--edge); padding: .5rem .9rem; }
+@media (max-width: 40rem) { thead { display: none; } tr { display: block; padding: .4rem 0;
+  border-bottom: 1px solid var(--line); } td, td.words { display: flex; gap: 1rem; border: 0;
+  justify-content: space-between; text-align: right; white-space: normal; padding: .1rem .3rem;
+  overflow-wrap: anywhere; }
+  td::before { content: attr(data-head); color: var(--soft); text-align: left; white-space: nowrap; }
+  td:empty { display: none; } td:first-child { font-weight: 600; } dl { display: block; } }
 figure { margin: 1rem 0; } figure svg { display: block; max-width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: .9rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dd { margin: 0; }
 """
 
 
-def page(report: Report, title: str) -> str:
-    """The whole report as HTML that needs no other file."""
+# What the page's words mean, in its order.
+_TERMS = {
+    "site": "Channels that are removed together: layers that make them → layers that read them.",
+    "kept": "Channels, or the share of the weights, that is left.",
+    "error": "Share of what the layers that read a site compute, or of a layer's outputs, that refits lose.",
+    "divergence": "How far outputs are from the original's, on samples that no fit and no choice has seen: "
+    "of classes the Kullback-Leibler divergence in nats, of others the mean square by the variance.",
+    "predicted div.": "Divergence with this site alone made smaller, as expected when sizes were chosen.",
+    "measured div.": "The same, measured at the size that was chosen.",
+    "MACs": "Multiplications with an addition; those of one sample.",
+    "bytes in memory": "Of all tensors of the network's state dict.",
+    "bytes on disk": "Of the file that pysolve.save writes; of the original, of its tensors as safetensors.",
+    "bits per weight": "Of the file, by the number of the original's weights.",
+    "bits": "Per weight, after entropy coding.",
+    "layout": "How a layer runs: dense, sparse, in two factors (rank), with shared values, or masked.",
+    "of the total": "The layer's share of the smaller network's parameters.",
+    "relative gap": "By how much the objective can at most be above the optimum, as a share of it: a proof.",
+    "KKT": "How far the conditions of an optimum are violated; 0 at an optimum.",
+    "lam": "Penalty of the group lasso: the larger, the fewer channels.",
+    "score": "What the function that was given to evaluate returns, such as the accuracy in per cent.",
+}
+
+
+def page(report: Report, title: str, more: Mapping[str, str] | None = None) -> str:
+    """The whole report as HTML that needs no other file; ``more`` are facts about how it was made.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> from pathlib import Path
+    >>> smaller = ps.compress(model, batches, keep=0.5, latency=False)
+    >>> size = Path("report.html").write_text(ps.page(smaller.report, "Half of the channels"), "utf-8")
+    """
     lines = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
@@ -55,8 +95,22 @@ def page(report: Report, title: str) -> str:
     for table in report.tables():
         lines += [f"<h2>{escape(table.title)}</h2>", as_html(table)]
         lines += _pictures(report) if table.title == "Sites" else []
-    facts = (f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in report.facts().items())
-    return "\n".join([*lines, "<h2>How it was made</h2><dl>", *facts, "</dl></body></html>"])
+    lines += ["<h2>How it was made</h2>", _definitions({**report.facts(), **(more or {})})]
+    lines += ["<h2>Words</h2>", _definitions(_terms(report)), "</body></html>"]
+    return "\n".join(lines)
+
+
+def _terms(report: Report) -> dict[str, str]:
+    """The words that stand in the tables or before the facts."""
+    tables = report.tables()
+    shown = {table.head[c] for table in tables for c in table.shown} | set(report.facts())
+    shown |= {row[0].removesuffix(" a sample") for row in tables[0].rows}
+    return {word: text for word, text in _TERMS.items() if word in shown}
+
+
+def _definitions(texts: Mapping[str, str]) -> str:
+    pairs = (f"<dt>{escape(name)}</dt><dd>{escape(text)}</dd>" for name, text in texts.items())
+    return f"<dl>{''.join(pairs)}</dl>"
 
 
 def _cards(report: Report) -> Iterator[tuple[str, str]]:

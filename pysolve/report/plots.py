@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 
 from pysolve.correlations import Array
 from pysolve.report import drawing
-from pysolve.report.curves import Curve, error_curves, front, histograms, histories_of, scored
+from pysolve.report.curves import Curve, Results, error_curves, front, histograms, histories_of, scored
 from pysolve.report.drawing import COLORS, INK, NAMED, Path
 from pysolve.report.report import Report
 from pysolve.solve.elimination import EliminationPath
@@ -32,7 +32,7 @@ _DASHES = (0, (4, 3))
 
 
 def plot_pareto(
-    reports: Sequence[Report] | Mapping[str, Sequence[Report]],
+    reports: Results | Mapping[str, Results],
     path: Path | None = None,
     *,
     measure: str = "params",
@@ -47,7 +47,7 @@ def plot_pareto(
 
     Parameters
     ----------
-    reports : list of Report, or {label: list of Report}
+    reports : list of Compressed or Report, or {label: such a list}
         Results of ``sweep``; of several methods, with a label each. Of results without ``evaluate`` the
         divergence is drawn.
     path, ax : optional
@@ -61,9 +61,18 @@ def plot_pareto(
     Raises
     ------
     TypeError
-        When one Report is passed instead of a list.
+        When one result is passed instead of a list.
     ValueError
         When there are no reports, or one lacks the measure or a score that others have.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> results = ps.sweep(model, batches, targets=[{"params": 0.5}, {"params": 0.25}], latency=False)
+    >>> axes = ps.plot_pareto(results, "pareto.png")
     """
     methods = scored(reports, measure)
     every = [one for runs in methods.values() for one in runs]
@@ -127,6 +136,16 @@ def plot_convergence(
         When ``histories`` is not a mapping.
     ValueError
         When it is empty.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> solutions = {solve.__name__: solve((r_xx, r_yx), 0.1) for solve in (ps.newton, ps.fista)}
+    >>> axes = ps.plot_convergence(solutions, "convergence.png")
     """
     known = histories_of(histories)
     ax = ax or drawing.new_axes()
@@ -167,6 +186,15 @@ def plot_elimination(
         When ``curves`` is none of these.
     ValueError
         When there are no curves.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> axes = ps.plot_elimination(ps.elimination_path((r_xx, r_yx)), "elimination.png")
     """
     found = error_curves(curves)
     ax = ax or drawing.new_axes()
@@ -212,6 +240,15 @@ def plot_channels(report: Report, path: Path | None = None, *, ax: Axes | None =
     ------
     ValueError
         When the report has no sites.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> smaller = ps.compress(model, batches, keep=0.5, latency=False)
+    >>> axes = ps.plot_channels(smaller.report, "channels.png")
     """
     sites = report.sites
     if not sites:
@@ -230,8 +267,7 @@ def plot_channels(report: Report, path: Path | None = None, *, ax: Axes | None =
         ax.text(101.5, row, text, va="center", fontsize=size, color=INK, alpha=0.6 if one.pinned else 1)
     ax.set_yticks(rows, [drawing.shortened(one.name) for one in sites], fontsize=size)
     ax.set(xlabel="channels kept (%)", xlim=(0, 100), ylim=(len(sites) - 0.4, -0.6))
-    legend = {"loc": "lower left", "bbox_to_anchor": (0, 1), "ncols": 3, "borderaxespad": 0.2}
-    return drawing.finish(ax, path, grid=None, **legend)
+    return drawing.finish(ax, path, grid=None, ncols=3)
 
 
 def plot_weights(
@@ -261,6 +297,13 @@ def plot_weights(
         When ``weights`` is not a mapping.
     ValueError
         When there are no weights, one is not finite, or a threshold is negative or of an unknown layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> axes = ps.plot_weights(model.state_dict(), "weights.png", thresholds=0.05)
     """
     limits, layers = histograms(weights, thresholds, bins)
     ax = ax or drawing.new_axes()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
+from html import escape
 from textwrap import wrap
 from typing import Any
 
+from pysolve.errors import DataError
 from pysolve.report.rows import (
     Expected,
     Latency,
@@ -18,14 +20,23 @@ from pysolve.report.rows import (
     formatted,
     in_words,
 )
-from pysolve.tables import WIDTH, Table, as_html, as_markdown, as_text
+from pysolve.tables import WIDTH, Table, as_html, as_markdown, as_text, one_screen
 
+# Entries of reports by the fields that hold them.
+_ROWS: Mapping[str, type] = {
+    "sites": SiteReport,
+    "layers": LayerReport,
+    "stages": Stage,
+    "mass": LayerMass,
+    "solves": Solve,
+    "expected": Expected,
+}
 # Measures in the order of the table, with their names.
 _COSTS = {
     "params": "parameters",
     "nonzeros": "non-zeros",
     "macs": "MACs a sample",
-    "bytes": "bytes",
+    "bytes": "bytes in memory",
     "file": "bytes on disk",
 }
 
@@ -100,6 +111,29 @@ class Report:
         """Everything as plain numbers, strings, lists and dictionaries."""
         return asdict(self)
 
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Report:
+        """The report of what ``as_dict`` gave, also from JSON, which has null for a divergence of none.
+
+        Raises
+        ------
+        DataError
+            The record is of something else.
+        """
+        try:
+            known = dict(record)
+            for name, kind in _ROWS.items():
+                known[name] = tuple(kind(**row) for row in known.get(name, ()))
+            known["sites"] = tuple(replace(s, curve=tuple(map(tuple, s.curve))) for s in known["sites"])
+            pairs = known.get("latencies", ())
+            known["latencies"] = tuple((Latency(**slow), Latency(**fast)) for slow, fast in pairs)
+            for name in ("notes", "warnings"):
+                known[name] = tuple(known.get(name, ()))
+            known["divergence"] = float("nan") if known["divergence"] is None else known["divergence"]
+            return cls(**known)
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise DataError(f"expected a report as as_dict gives it: {error}") from error
+
     def brief(self) -> Report:
         """The report without its large and reproducible parts: curves, layers' costs, stages, file sizes."""
         before, after = ({m: v for m, v in one.items() if m != "file"} for one in (self.before, self.after))
@@ -151,29 +185,46 @@ class Report:
     def as_markdown(self) -> str:
         """The whole report as Markdown."""
         lines = [f"- {name}: {text}" for name, text in self.facts().items()]
-        for kind, texts in (("Warning", self.warnings), ("Note", self.notes)):
-            lines += ["", *(f"> **{kind}**: {text}" for text in texts)] if texts else []
+        for kind in ("Warning", "Note"):
+            texts = [f"> **{kind}**: {text}" for known, text in self._said() if known == kind]
+            lines += ["", *texts] if texts else []
         for table in self.tables():
             lines += ["", f"## {table.title}", "", *as_markdown(table)]
         return "\n".join(lines)
 
     def _repr_html_(self) -> str:
-        """The first two tables, for notebooks."""
-        return "\n".join(map(as_html, self.tables()[:2]))
+        """Costs, facts, what was said, and the next table, for notebooks."""
+        costs, *others = self.tables()
+        facts = Table("", ("", ""), tuple(self.facts().items()), words=(0, 1))
+        said = [f"<p><b>{kind}</b>: {escape(text)}</p>" for kind, text in self._said()]
+        return "\n".join([as_html(costs), as_html(facts), *said, *map(as_html, others[:1])])
+
+    def __repr__(self) -> str:
+        more = ", ".join(table.title.lower() for table in self.tables()[1:])
+        return one_screen([*self._head(), *self._words(), *[f"print() shows {more}"] * bool(more)])
 
     def __str__(self) -> str:
-        costs, *others = self.tables()
-        lines, facts = as_text(costs), self.facts()
+        lines = self._head()
+        for table in self.tables()[1:]:
+            # Costs of every layer are too long for a terminal; files have them.
+            lines += ["", *as_text(table)] if table.title != "Layers" else []
+        return "\n".join([*lines, *self._words()])
+
+    def _head(self) -> list[str]:
+        """Lines of costs and facts."""
+        lines, facts = as_text(self.tables()[0]), self.facts()
         width = max(map(len, facts), default=0)
         for name, text in facts.items():
             lines += _wrapped(f"{name:<{width}}  ", text)
-        for table in others:
-            # Costs of every layer are too long for a terminal; files have them.
-            lines += ["", *as_text(table)] if table.title != "Layers" else []
-        for kind, texts in (("Warning", self.warnings), ("Note", self.notes)):
-            for text in texts:
-                lines += _wrapped(f"{kind}: ", text)
-        return "\n".join(lines)
+        return lines
+
+    def _words(self) -> list[str]:
+        """Lines of warnings and notes."""
+        return [line for kind, text in self._said() for line in _wrapped(f"{kind}: ", text)]
+
+    def _said(self) -> list[tuple[str, str]]:
+        """Warnings and notes."""
+        return [("Warning", text) for text in self.warnings] + [("Note", text) for text in self.notes]
 
 
 def comparison(reports: Iterable[Report]) -> Table:

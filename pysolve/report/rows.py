@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ class SiteReport:
     measured: float | None = None
     seconds: float = 0.0
     pinned: str | None = None
-    curve: tuple[tuple[int, float], ...] = ()
+    curve: tuple[tuple[int, float], ...] = field(default=(), repr=False)
     HEAD = ("site", "kept", "error", "predicted div.", "measured div.", "seconds", "pinned because")
 
     def cells(self) -> tuple[str, ...]:

@@ -12,6 +12,10 @@ the Fenchel–Young terms instead of P(M) + ½⟨N R, N⟩, which would cancel:
 
 Unpenalised columns u ask for (N R − C)_u = 0: those of M and B are refitted first. What rounding leaves
 there, in a problem that may be nearly singular, is part of the gap.
+
+Where rounding has left the given R indefinite, P has no minimum, and R is raised, R + diag(t). P is that of
+the given R; the gap is that of the raised one plus ½ Σ_i t_i ‖M_i‖², by which the two differ at M. It bounds
+P(M) − P(N) for all N with Σ_i t_i ‖N_i‖² up to twice that of M.
 """
 
 from __future__ import annotations
@@ -39,13 +43,16 @@ from pysolve.solve.scaling import scale
 Inverse = Callable[[Array], Array]
 
 EPS = float(np.finfo(np.float64).eps)
+LARGEST_FLOAT = float(np.finfo(np.float64).max)
 # Steps of an unpenalised fit; each leaves a share of eps / (smallest eigenvalue) of the one before.
 REFINEMENTS = 4
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """objective P(M); gap ≥ P(M) − min P; relative_gap = gap/|P(M)|; kkt: largest violation of optimality.
+    """objective P(M); gap ≥ P(M) − min P; relative_gap = gap/abs(P(M)); kkt: largest violation of optimality.
+
+    ``shift`` is the largest amount by which the diagonal of an r_xx was raised, as in ``Solution``.
 
     kkt is max_g of ‖G_g + lam w_g M_g/‖M_g‖‖ on non-zero groups and (‖G_g‖ − lam w_g)₊ on zero ones.
     """
@@ -54,6 +61,7 @@ class Certificate:
     gap: float
     relative_gap: float
     kkt: float
+    shift: float = 0.0
 
 
 @takes_problem
@@ -73,6 +81,16 @@ def lam_max(
     ------
     ValueError, TypeError
         For input that is no such problem.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> ps.newton((r_xx, r_yx), 1.01 * ps.lam_max(r_xx, r_yx)).keep.size
+    0
     """
     return scale(problem_of(problem, group_size, weights)).lam_max
 
@@ -101,6 +119,16 @@ def certify(
     ------
     ValueError, TypeError
         For input that is no such problem, or an M of another shape.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> ps.certify((r_xx, r_yx), ps.debias(r_xx, r_yx, range(5)), lam=1e-3).relative_gap < 0.01
+    True
     """
     problem, lam = problem_of(problem, group_size, weights), check_lam(lam)
     answers = answers_of("M", M, problem)
@@ -109,9 +137,32 @@ def certify(
 
 def certificate_of(problem: Problem, M: Sequence[Array], lam: float) -> Certificate:
     """``certify`` on checked input."""
-    objective, gap = _objective(problem, M, lam), _gap(problem, M, lam)
-    relative = 0.0 if gap == 0.0 else gap / abs(objective) if objective else float("inf")
-    return Certificate(objective, gap, relative, _kkt(problem, M, lam))
+    lift = lift_of(problem, M)
+    objective, gap = _objective(problem, M, lam) - lift, _gap(problem, M, lam) + lift
+    return Certificate(objective, gap, relative(gap, objective), _kkt(problem, M, lam), shift_of(problem))
+
+
+def relative(gap: float, objective: float) -> float:
+    """gap/|objective|, a number wherever the gap is one."""
+    if gap == 0 or np.isinf(gap):
+        return gap
+    return min(gap / abs(objective), LARGEST_FLOAT) if objective else LARGEST_FLOAT
+
+
+def lift_of(problem: Problem, M: Sequence[Array]) -> float:
+    """½ Σ_i t_i ‖M_i‖² for the amounts t by which the diagonals were raised: P of the raised R less P."""
+    return 0.5 * sum(float(np.square(m).sum(0) @ t) for m, t in zip(M, problem.lifts, strict=True))
+
+
+def shift_of(problem: Problem) -> float:
+    """The largest amount by which a diagonal was raised, or that R_uu would need to be surely definite."""
+    shift, u = max(float(t.max()) for t in problem.lifts), _unpenalised(problem)
+    for R in problem.xx if len(u) else ():
+        unit, values, _ = spectrum_of(R[np.ix_(u, u)])
+        rounding = 2 * EPS * len(u) * float(values[-1])
+        if values[0] < rounding:
+            shift = max(shift, rounding * float(np.square(unit).max()))
+    return shift
 
 
 def _objective(problem: Problem, M: Sequence[Array], lam: float) -> float:
@@ -143,7 +194,10 @@ def _bound(problem: Problem, M: Sequence[Array], G: Sequence[Array], lam: float,
     # Products with (B − M) R and G on unpenalised columns, both zero but for rounding, cancel.
     slope = _inner(away, M, problem)[penalised].sum() - _inner(G, D, problem)[~penalised].sum()
     bend = _inner(away, D, problem)
-    square = 0.5 * max(bend.sum(), 0.0) - bend[~penalised].sum()
+    # R may be indefinite by rounding, which counts where B is large.
+    reach = sum(float(np.square(d * unit).sum()) for d, (unit, _, _) in zip(D, problem.spectra, strict=True))
+    doubt = EPS * problem.inputs * reach
+    square = 0.5 * (max(bend.sum(), 0.0) + doubt) - bend[~penalised].sum()
     lowest = float("inf")
     for cost, spill in _rounding(problem, M, G, E):
         room = thresholds - spill

@@ -32,6 +32,8 @@ RIDGES = (1e-8, 1e-6, 1e-4, 1e-2)
 # Costs of removal come out to about 1e-15 times the largest entry of the inverse: 1e2 in LeNet's fc1, 1e8
 # with repeated inputs. Beyond this, errors are computed afresh.
 TRUSTED_INVERSE = 1e4
+# Groups that are named at a prompt.
+_SHOWN = 8
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +55,10 @@ class EliminationPath:
     error: Array
     ridge: float
     problem: Problem = field(repr=False)
+
+    def __repr__(self) -> str:
+        last = ", ".join(map(str, self.order[: -_SHOWN - 1 : -1])) + ", …" * (len(self.order) > _SHOWN)
+        return f"EliminationPath({len(self.order)} groups, most wanted first: {last})"
 
     def keep(self, k: int) -> Indices:
         """The k kept groups, ascending."""
@@ -99,6 +105,19 @@ def elimination_path(
     References
     ----------
     B. Hassibi, D. Stork, Second order derivatives for network pruning: optimal brain surgeon, 1993.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> path = ps.elimination_path((r_xx, r_yx))
+    >>> path.keep(5)
+    array([0, 1, 2, 3, 4])
+    >>> path.error.shape
+    (21,)
     """
     problem = problem_of(problem, group_size)
     constant = half_trace(r_yy, len(problem.xx))

@@ -9,10 +9,14 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
+from pysolve import _core
 from pysolve.correlations import Array, Correlations, Indices, group_columns, group_indices
 from pysolve.solve.problem import Matrices, Problems, one_or_all, problem_of, takes_problem
 
 Ridge = float | Literal["auto"]
+
+# Multiplications of one call of LAPACK, some 200 ms: an interrupt must not wait for longer ones.
+LONGEST = 4e9
 
 # Ridges that "auto" tries, relative to each input's own variance.
 AUTO_RIDGES = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
@@ -45,6 +49,17 @@ def debias(
     ------
     ValueError, TypeError
         For input that is no such problem, or where r_xx on the kept inputs is singular at ``ridge``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> M = ps.debias(r_xx, r_yx, keep=[0, 1, 2, 3, 4])
+    >>> bool(np.allclose(M[:, :5], 1)), bool((M[:, 5:] == 0).all())
+    (True, True)
     """
     problem = problem_of(problem, group_size)
     columns = group_columns(_checked_keep(keep, problem.groups), problem.group_size)
@@ -107,9 +122,7 @@ def refit(
         except scipy.linalg.LinAlgError:
             ridge = max(10 * ridge, 1e-12)
     # An input that never varies keeps its weight.
-    change = np.where(
-        variance > 0, scipy.linalg.cho_solve(factor, change.T, check_finite=False).T / unit, 0.0
-    )
+    change = np.where(variance > 0, _solved(factor, change) / unit, 0.0)
     M = prior + change
     if not intercept:
         return M, None
@@ -130,7 +143,7 @@ def _ridge_solve(R: Array, C: Array, ridge: Ridge) -> Array:
             factor = _factor(R, epsilon)
         except scipy.linalg.LinAlgError:
             continue
-        return np.asarray(scipy.linalg.cho_solve(factor, C.T, check_finite=False).T / unit)
+        return _solved(factor, C) / unit
     raise ValueError(f'r_xx on the kept inputs is singular at ridge={ridge}; use a larger one or "auto".')
 
 
@@ -138,9 +151,23 @@ def _factor(R: Array, ridge: float) -> tuple[Array, bool]:
     """Cholesky factor of  R + ridge I."""
     raised = R.copy()
     raised.flat[:: len(R) + 1] += ridge
+    if len(R) ** 3 > 3 * LONGEST:
+        # In pieces, unlike SciPy's.
+        if not _core.cholesky(raised):
+            raise scipy.linalg.LinAlgError("not positive definite")
+        return raised.T, True
     # Of the transpose, which is the same matrix, in the order that LAPACK overwrites without a copy.
     found = scipy.linalg.cho_factor(raised.T, lower=True, check_finite=False, overwrite_a=True)
     return found[0], found[1]
+
+
+def _solved(factor: tuple[Array, bool], C: Array) -> Array:
+    """C (R + ridge I)⁻¹, some outputs at a time: an interrupt waits for no more."""
+    found, together = np.empty_like(C), max(int(LONGEST / C.shape[1] ** 2), 64)
+    for first in range(0, len(C), together):
+        rows = slice(first, first + together)
+        found[rows] = scipy.linalg.cho_solve(factor, C[rows].T, check_finite=False).T
+    return found
 
 
 def _checked_keep(keep: npt.ArrayLike, groups: int) -> Indices:

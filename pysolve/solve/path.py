@@ -51,6 +51,16 @@ def regularization_path(
         No penalised group has any effect on the outputs, so there is no lam_max to start from.
     ValueError, TypeError
         For input that is no such problem.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> [len(solution.keep) for solution in ps.regularization_path((r_xx, r_yx), n_lams=5)]
+    [0, 5, 5, 5, 5]
     """
     solve, problem = solver_named(method), problem_of(problem, group_size, weights)
     if lams is None:
@@ -101,6 +111,17 @@ def lam_for_groups(
         No penalised group has any effect on the outputs, so there is nothing to choose.
     ValueError, TypeError
         For input that is no such problem, or a k out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> (solution,) = ps.lam_for_groups((r_xx, r_yx), k=4)
+    >>> solution.keep.size
+    4
     """
     k, max_solves = whole("k", k), whole("max_solves", max_solves)
     solve, problem = solver_named(method), problem_of(problem, group_size, weights)

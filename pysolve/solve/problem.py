@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
@@ -19,9 +20,12 @@ T_co = TypeVar("T_co", covariant=True)
 
 Spectrum = tuple[Array, Array, Array]
 
-# Negative eigenvalues up to these shares of the trace (of R at unit diagonal) pass as rounding: in float64,
-# and in sums gathered in float32.
-ROUNDING_SHARES = (1e-14, 1e-12, 1e-10, 1e-8, 1e-7)
+# Negative eigenvalues up to these shares of the trace (of R at unit diagonal) pass as rounding: the first in
+# float64, the last in sums gathered in float32.
+ROUNDING_SHARES = tuple((10.0 ** (np.arange(-28, -11) / 2)).tolist())
+
+# Variances below have lost digits: their squares underflow.
+TINY = float(np.finfo(np.float64).tiny)
 
 # Products of three numbers up to this are finite, and so are sums of them.
 LARGEST = 1e90
@@ -34,13 +38,15 @@ class Problem:
     The readers read the same d inputs and share their groups, consecutive blocks of ``group_size`` inputs:
     ‖M_g‖ runs over the columns of group g in every M_r. ``xx`` has R_r = E[x xᵀ] (d, d) of each reader,
     symmetric positive semi-definite, ``yx`` C_r = E[y xᵀ] (h_r, d), ``weights`` w_g ≥ 0: a group of weight 0
-    is not penalised. ``problem_of`` makes and checks it.
+    is not penalised. ``problem_of`` makes and checks it. Where rounding had left R_r indefinite, its diagonal
+    was multiplied by 1 + ``raised[r]``.
     """
 
     xx: tuple[Array, ...]
     yx: tuple[Array, ...]
     group_size: int
     weights: Array
+    raised: tuple[float, ...] = ()
 
     @property
     def inputs(self) -> int:
@@ -54,6 +60,12 @@ class Problem:
     def penalised(self) -> Mask:
         """Mask over the groups."""
         return self.weights > 0
+
+    @cached_property
+    def lifts(self) -> tuple[Array, ...]:
+        """What was added to the diagonal of each R_r as given, (d,)."""
+        shares = self.raised or (0.0,) * len(self.xx)
+        return tuple(np.diag(R) * (share / (1 + share)) for R, share in zip(self.xx, shares, strict=True))
 
     @cached_property
     def spectra(self) -> tuple[Spectrum, ...]:
@@ -111,7 +123,7 @@ def problem_of(
     if not readers:
         raise ValueError("expected at least one problem, got an empty list.")
     pairs = [(p.r_xx, p.r_yx) if isinstance(p, Correlations) else _pair(p) for p in readers]
-    xx, yx = zip(*(checked_reader(*pair) for pair in pairs), strict=True)
+    xx, yx, raised = zip(*(checked_reader(*pair) for pair in pairs), strict=True)
     d = len(xx[0])
     if d == 0:
         raise ValueError("r_xx must not be empty; a problem needs at least one input.")
@@ -126,7 +138,7 @@ def problem_of(
             raise ValueError(f"readers must share their groups, got group sizes {sorted(sizes)}.")
         group_size = sizes.pop() if sizes else 1
     group_size = checked_group_size(group_size, d)
-    return Problem(xx, yx, group_size, checked_weights(weights, d // group_size))
+    return Problem(xx, yx, group_size, checked_weights(weights, d // group_size), raised)
 
 
 def one_or_all(M: Sequence[Array]) -> Matrices:
@@ -185,6 +197,11 @@ def checked_matrix(name: str, value: npt.ArrayLike, *, largest: float = LARGEST)
 
 def checked_correlations(name: str, value: npt.ArrayLike) -> Array:
     """``value`` as a symmetric positive semi-definite matrix, up to what rounding in float32 takes."""
+    return _raised(name, value)[0]
+
+
+def _raised(name: str, value: npt.ArrayLike) -> tuple[Array, float]:
+    """``checked_correlations``, and the share by which each diagonal entry was raised."""
     xx = checked_matrix(name, value)
     if xx.shape[0] != xx.shape[1]:
         raise ValueError(f"{name} must be square, got {xx.shape[0]} x {xx.shape[1]}.")
@@ -195,9 +212,9 @@ def checked_correlations(name: str, value: npt.ArrayLike) -> Array:
         raise ValueError(
             f"{name} is not symmetric: mirrored entries differ by up to {asymmetry:.3g} of the largest."
         )
-    if asymmetry > 1e-13:
+    if asymmetry:
         xx = (xx + xx.T) / 2
-    return _semidefinite(name, xx)
+    return _semidefinite(name, _without_vanished(name, xx))
 
 
 def checked_group_size(group_size: int, columns: int) -> int:
@@ -272,23 +289,25 @@ def _pair(value: object) -> Pair:
     return value[0], value[1]
 
 
-def checked_reader(r_xx: npt.ArrayLike, r_yx: npt.ArrayLike) -> tuple[Array, Array]:
-    """E[x xᵀ] and E[y xᵀ] of one reader, as far as data can have them."""
-    xx, yx = checked_correlations("r_xx", r_xx), checked_matrix("r_yx", r_yx)
+def checked_reader(r_xx: npt.ArrayLike, r_yx: npt.ArrayLike) -> tuple[Array, Array, float]:
+    """E[x xᵀ] and E[y xᵀ] of one reader, as far as data can have them, and its ``Problem.raised``."""
+    (xx, share), yx = _raised("r_xx", r_xx), checked_matrix("r_yx", r_yx)
     d = len(xx)
     if yx.shape[1] != d:
         raise ValueError(
             f"r_yx has {yx.shape[1]} columns but r_xx is {d} x {d}; both must describe the same inputs. "
             "Were they gathered from the same layer?"
         )
-    # C² ≤ R E[y²]: beyond this, E[y²] could be no number.
-    impossible = np.count_nonzero(np.any(np.abs(yx) > LARGEST * np.sqrt(np.abs(np.diag(xx))), axis=0))
+    # C² ≤ R E[y²]: beyond this, E[y²] could be no number. R may be zero by underflow alone.
+    variance = np.diag(xx)
+    impossible = np.count_nonzero(np.any(np.abs(yx) > LARGEST * np.sqrt(np.maximum(variance, TINY)), axis=0))
     if impossible:
         raise ValueError(
             f"r_yx is not zero for {impossible} inputs whose r_xx is zero; an input that is always 0 "
             "correlates with nothing. Were they gathered from the same data?"
         )
-    return xx, yx
+    vanished = (variance == 0) & yx.any(0)
+    return xx, np.where(vanished, 0.0, yx) if vanished.any() else yx, share
 
 
 def _asymmetry(xx: Array) -> float:
@@ -306,22 +325,39 @@ def _peak(matrix: Array) -> float:
     return max(float(matrix.max(initial=0.0)), -float(matrix.min(initial=0.0)))
 
 
-def _semidefinite(name: str, xx: Array) -> Array:
-    """xx, its diagonal raised by a share as small as what rounding in float32 takes; ValueError beyond."""
-    diagonal, d = np.diag(xx), len(xx)
+def _without_vanished(name: str, xx: Array) -> Array:
+    """xx with zeros for inputs whose variance underflows, or is zero but for rounding in the largest one."""
+    diagonal = np.diag(xx)
     if diagonal.min(initial=0.0) < -1e-9 * diagonal.max(initial=0.0):
         raise ValueError(f"{name} has a negative diagonal entry, {diagonal.min():.3g}; E[x xᵀ] cannot.")
+    vanished = diagonal < TINY
+    if vanished.any() and xx[vanished].any():
+        xx = xx.copy()
+        xx[vanished] = xx[:, vanished] = 0.0
+    return xx
+
+
+def _semidefinite(name: str, xx: Array) -> tuple[Array, float]:
+    """xx, its diagonal raised by a share as small as what rounding in float32 takes; ValueError beyond."""
+    diagonal, d = np.diag(xx), len(xx)
     unit = np.sqrt(np.where(diagonal > 0, diagonal, 1.0))
-    for share in ROUNDING_SHARES:
+
+    def suffices(share: float) -> bool:
         scaled = xx / unit[:, None]
         scaled /= unit
-        if factors(scaled, share * d):
-            # At the first, smallest share the factorisation may only have met its own rounding.
-            return xx if share == ROUNDING_SHARES[0] else xx + np.diag(share * d * diagonal)
-    raise ValueError(
-        f"{name} is not positive semi-definite, so it is no correlation matrix E[x xᵀ]. Was a centred or "
-        "approximate matrix computed with too few digits? Sum it up, and centre it, in float64."
-    )
+        return factors(scaled, share * d)
+
+    # At the first, smallest share the factorisation may only have met its own rounding.
+    if suffices(ROUNDING_SHARES[0]):
+        return xx, 0.0
+    if not suffices(ROUNDING_SHARES[-1]):
+        raise ValueError(
+            f"{name} is not positive semi-definite, so it is no correlation matrix E[x xᵀ]. Was a centred or "
+            "approximate matrix computed with too few digits? Sum it up, and centre it, in float64."
+        )
+    least = bisect_left(ROUNDING_SHARES, True, lo=1, hi=len(ROUNDING_SHARES) - 1, key=suffices)
+    share = ROUNDING_SHARES[least] * d
+    return xx + np.diag(share * diagonal), share
 
 
 def factors(matrix: Array, shift: float) -> bool:

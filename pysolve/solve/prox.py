@@ -33,6 +33,14 @@ def prox_group_lasso(
     ------
     ValueError, TypeError
         For a V that is no finite real matrix, or options out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> ps.prox_group_lasso([[3.0, 0.3], [4.0, 0.4]], t=1.0)
+    array([[2.4, 0. ],
+           [3.2, 0. ]])
     """
     V = checked_matrix("V", V, largest=np.inf)
     if not (np.isfinite(t) and t >= 0):

@@ -70,6 +70,16 @@ def select_channels(
     ------
     ValueError, TypeError
         For input that is no such problem, an unknown method, or a k out of range.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> ps.select_channels((r_xx, r_yx), k=5)
+    array([0, 1, 2, 3, 4])
     """
     selector = _SELECTORS[one_of("method", method, METHODS)]
     problem = problem_of(problem, group_size)

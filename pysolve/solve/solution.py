@@ -32,7 +32,7 @@ class Solution:
     objective : float
         P(M), plus ½ E‖y‖² when ``r_yy`` was given.
     gap, relative_gap : float
-        Proven bound on P(M) − min P, and the same divided by |objective|.
+        Proven bound on P(M) − min P, and the same divided by abs(objective).
     kkt : float
         Largest violation of the optimality conditions over the groups.
     iterations : int
@@ -43,6 +43,12 @@ class Solution:
         "converged" (relative gap ≤ tol), "precision" (the gap is at what float64 can certify, above tol) or
         "max_iter".
     history : History
+    shift : float
+        Largest amount by which the diagonal of an r_xx was raised, in its units: where rounding has left it
+        indefinite, P has no minimum. R_ii is raised by ``shift`` R_ii/max R_ii. ``objective`` is that of the
+        given r_xx; ``gap`` holds against all matrices up to √2 times as large as M,  Σ_i R_ii ‖M_i‖²  being
+        the square of the size. An amount that float64's rounding of the unpenalised groups alone explains
+        is reported, not added.
     """
 
     M: Matrices
@@ -57,6 +63,7 @@ class Solution:
     seconds: float
     status: str
     history: History = field(repr=False)
+    shift: float = 0.0
 
     @property
     def readers(self) -> tuple[Array, ...]:

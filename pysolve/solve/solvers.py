@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from pysolve import _core
 from pysolve.errors import one_of
-from pysolve.solve.certificate import certificate_of
+from pysolve.solve.certificate import certificate_of, lift_of, relative, shift_of
 from pysolve.solve.problem import (
     Matrices,
     Problems,
@@ -92,6 +92,20 @@ def solve_linear_reconstruction(
     ------
     ValueError, TypeError
         For input that is no such problem, or an unknown method.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> lam = 0.1 * ps.lam_max(r_xx, r_yx)
+    >>> solution = ps.solve_linear_reconstruction(r_xx, r_yx, lam)
+    >>> solution.keep
+    array([0, 1, 2, 3, 4])
+    >>> solution.status, solution.relative_gap <= 1e-8
+    ('converged', True)
     """
     return solver_named(method)(problem, lam, **options)
 
@@ -101,6 +115,16 @@ def proximal_gradient(problem: Problems, lam: float, **options: Unpack[Options])
     """Plain forward–backward splitting: M ← prox_{lam/L}(M − (M R − C)/L), L ≥ λ_max(R).
 
     Solves the problem of ``solve_linear_reconstruction``, and takes what that takes.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> ps.proximal_gradient((r_xx, r_yx), lam=0.1, tol=1e-6).keep
+    array([0, 1, 2, 3, 4])
     """
     core = partial(_core.fista, momentum=False, restart=False, q=0.0)
     return _solve("proximal_gradient", core, problem, lam, **options)
@@ -121,6 +145,16 @@ def fista(
     ----------
     A. Beck, M. Teboulle, A fast iterative shrinkage-thresholding algorithm, 2009.
     B. O'Donoghue, E. Candès, Adaptive restart for accelerated gradient schemes, 2015.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> ps.fista((r_xx, r_yx), lam=0.1, tol=1e-6).keep
+    array([0, 1, 2, 3, 4])
     """
     if not q > -2:
         raise ValueError(f"q must be greater than -2, got {q}.")
@@ -136,6 +170,16 @@ def alternate_minimization(
 
     ``epsilon`` is relative to the problem scaled to λ_max = 1. Problem and other options as in
     ``solve_linear_reconstruction``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> ps.alternate_minimization((r_xx, r_yx), lam=0.1, rounds=20).keep
+    array([0, 1, 2, 3, 4])
     """
     if rounds < 1 or not epsilon > 0:
         raise ValueError(f"rounds must be at least 1 and epsilon positive, got {rounds} and {epsilon}.")
@@ -151,6 +195,16 @@ def newton(problem: Problems, lam: float, **options: Unpack[Options]) -> Solutio
     Hessian, on a working set of groups. Quadratic convergence, exact zeros; a step costs about
     4/3 a³ + 3 h a² for a active columns; an iteration is one round over all groups, of which few are needed.
     Problem and options as in ``solve_linear_reconstruction``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> import pysolve as ps
+    >>> x = np.random.default_rng(0).standard_normal((1000, 20))
+    >>> y = x[:, :5] @ np.ones((5, 3))
+    >>> r_xx, r_yx = x.T @ x / 1000, y.T @ x / 1000
+    >>> ps.newton((r_xx, r_yx), lam=0.1).keep
+    array([0, 1, 2, 3, 4])
     """
     return _solve("newton", _core.newton, problem, lam, **options)
 
@@ -219,8 +273,10 @@ def _solve(
         M = refitted(scaled, M)
         judged = certificate_of(problem, M, lam)
         objective, gap, kkt = judged.objective + known, judged.gap, judged.kkt
-    reference = abs(objective)
-    relative_gap = 0.0 if gap == 0 else gap / reference if reference else float("inf")
+    else:
+        lift = lift_of(problem, M)
+        objective, gap = objective - lift, gap + lift
+    relative_gap = relative(gap, objective)
     reached = relative_gap <= tol
     # The core itself ends early only where it is as near as it can tell.
     ended = result.gap <= result.floor or result.iterations < limit
@@ -238,4 +294,5 @@ def _solve(
         seconds=time.perf_counter() - began,
         status="converged" if reached else "precision" if ended else "max_iter",
         history=History(seconds, objectives * energy + constant, gaps * energy),
+        shift=shift_of(problem),
     )

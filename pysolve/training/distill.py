@@ -117,6 +117,17 @@ def distill(
     G. Hinton, O. Vinyals, J. Dean, Distilling the knowledge in a neural network, 2015. A. Romero et al.,
     FitNets: Hints for thin deep nets, 2015. L. Beyer et al., Knowledge distillation: A good teacher is
     patient and consistent, 2022. H. Zhang et al., mixup: Beyond empirical risk minimization, 2018.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> smaller = ps.compress(model, batches, keep=0.25, refit="none", latency=False).model
+    >>> losses = ps.distill(smaller, model, batches, loss="mse", epochs=5)
+    >>> losses[-1] < losses[0]
+    True
     """
     _check_networks(student, teacher)
     terms = losses.DistillationLoss(

@@ -97,6 +97,16 @@ def finetune(
     References
     ----------
     L. N. Smith, N. Topin, Super-convergence, 2019.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [(torch.randn(50, 16), torch.randint(4, (50,))) for _ in range(4)]
+    >>> losses = ps.finetune(model, batches, epochs=5)
+    >>> losses[-1] < losses[0]
+    True
     """
     check_model("model", model)
     run = run_of(1, training)

@@ -55,6 +55,16 @@ def fit(
         When inputs and labels differ in number, a sample is not finite, or the network refuses a batch.
     PysolveError
         When the loss becomes NaN or infinite.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> x, y = torch.randn(200, 16), torch.randint(4, (200,))
+    >>> losses = ps.fit(model, x, y, epochs=5)
+    >>> losses[-1] < losses[0]
+    True
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")

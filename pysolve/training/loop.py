@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from pysolve.errors import DataError, PysolveError
+from pysolve.nn.progress import in_call, passed, stage
 from pysolve.nn.running import Batch, device_of, keeping_modes
 from pysolve.nn.state import drop_graphs
 from pysolve.training.options import Run, optimizer_of, schedule_of
@@ -64,6 +65,7 @@ def optimise(
     settings = {name: plain(value) for name, value in (run.settings() | dict(extras.settings or {})).items()}
     path = None if run.checkpoint is None else Path(run.checkpoint)
     with _bar(run) as bar, torch.enable_grad(), _random_state(run.seed, device_of(model)):
+        stage("train")
         progress = Progress() if path is None else read(path, parts, settings)
         start = time.perf_counter() - progress.elapsed
         if extras.prepare is not None and not progress.finished:
@@ -112,6 +114,7 @@ def _epoch(
         progress.position = max(progress.position, position)
         bar.set_postfix(epoch=epoch, loss=f"{total / seen:.4g}", refresh=False)
         bar.update(progress.position - bar.n)
+        passed(progress.position / run.length)
         if run.after_step is not None:
             run.after_step(progress.position / run.length)
         if progress.position == run.length:
@@ -209,7 +212,7 @@ def shuffled(n: int, steps: int, seed: int) -> Passes[Tensor]:
 
 def _bar(run: Run) -> tqdm[NoReturn]:
     form = None if run.seconds is None else "{l_bar}{bar}| {elapsed}<{remaining}{postfix}"
-    off = None if run.progress else True
+    off = None if run.progress and not in_call() else True
     return tqdm(total=run.length, desc="train", unit="batch", disable=off, bar_format=form)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils import _pytree as pytree
 
 from pysolve.errors import DataError
 from pysolve.nn.running import device_of
@@ -82,28 +84,94 @@ def put(model: nn.Module, values: Mapping[str, Tensor]) -> None:
 
 def write(path: Path, progress: Progress, parts: Parts, settings: Mapping[str, object]) -> None:
     """Write a training's state, completely or not at all."""
-    own = getattr(parts.after_step, "state_dict", None)
     state = {
         "pysolve training": _VERSION,
         "settings": {**settings, **_layout(parts)},
         "progress": vars(progress),
-        "modules": [copied(module) for module in parts.modules],
-        "optimizer": parts.optimizer.state_dict(),
-        "after_step": None if own is None else own(),
-        "random": _random(parts),
+        **_state(parts),
     }
-    with replacing(path) as part:
-        torch.save(state, part)
+    size = sum(one.nbytes for one in pytree.tree_leaves(state) if isinstance(one, Tensor))
+    # Given a path, torch tells of a full disk without the system's words.
+    with replacing(path, size) as part, part.open("wb") as file:
+        torch.save(state, file)
 
 
 def read(path: Path, parts: Parts, settings: Mapping[str, object]) -> Progress:
-    """Restore a training's state from a file, if it exists, and return its progress."""
+    """Restore a training's state from a file, if it exists, and return its progress.
+
+    Raises
+    ------
+    DataError
+        The file is damaged, or of another training; then nothing has changed.
+    """
     if not path.parent.is_dir():
         raise DataError(f"checkpoint {path} cannot be written: there is no folder {path.parent}.")
     if not path.exists():
         return Progress()
     state = _loaded(path)
-    _check_same(path, state["settings"], {**settings, **_layout(parts)})
+    try:
+        _check_same(path, state["settings"], {**settings, **_layout(parts)})
+        progress = _progress(state["progress"], parts.modules[0])
+        for module, values in zip(parts.modules, state["modules"], strict=True):
+            _check_alike(values, tensors_of(module))
+        _check_optimizer(state["optimizer"], parts.optimizer)
+        before = deepcopy(_state(parts))
+        try:
+            _restore(state, parts)
+        except Exception:
+            _restore(before, parts)
+            raise
+    except DataError:
+        raise
+    except Exception as error:
+        raise _broken(path, f"it lacks {error}" if isinstance(error, KeyError) else str(error)) from error
+    # Learning rates are in the optimizer's state; a schedule needs its position alone.
+    parts.schedule.last_epoch = progress.position
+    return progress
+
+
+def _broken(path: Path, why: str) -> DataError:
+    return DataError(
+        f"{path} is damaged, or no checkpoint: {why.rstrip('.')}. Give another path, or remove it."
+    )
+
+
+def _loaded(path: Path) -> dict[str, Any]:
+    """The state in a file that may hold anything."""
+    with open(path, "rb") as file:
+        try:
+            # Other files torch would take for its older format, and warn.
+            if not zipfile.is_zipfile(file):
+                raise _broken(path, "it is no archive")
+            # torch does not compare the checksums that it writes.
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise _broken(path, f"the checksum of {damaged} is wrong")
+            file.seek(0)
+            # Plain tensors and numbers alone: such files are safe whoever wrote them.
+            state: object = torch.load(file, map_location="cpu", weights_only=True)
+        except DataError:
+            raise
+        except Exception as error:
+            raise _broken(path, (str(error).splitlines() or [type(error).__name__])[0]) from error
+    if not isinstance(state, dict) or state.get("pysolve training") != _VERSION:
+        raise DataError(f"{path} is no checkpoint of a training that this pysolve knows: give another path.")
+    return state
+
+
+def _state(parts: Parts) -> dict[str, Any]:
+    """What a training changes, beside its progress."""
+    own = getattr(parts.after_step, "state_dict", None)
+    return {
+        "modules": [copied(module) for module in parts.modules],
+        "optimizer": parts.optimizer.state_dict(),
+        "after_step": None if own is None else own(),
+        "random": _random(parts),
+    }
+
+
+def _restore(state: Mapping[str, Any], parts: Parts) -> None:
     for module, values in zip(parts.modules, state["modules"], strict=True):
         put(module, values)
     parts.optimizer.load_state_dict(state["optimizer"])
@@ -111,34 +179,59 @@ def read(path: Path, parts: Parts, settings: Mapping[str, object]) -> Progress:
     if own is not None:
         own(state["after_step"])
     _set_random(parts, state["random"])
-    known = {one.name for one in fields(Progress)}
-    progress = Progress(**{name: value for name, value in state["progress"].items() if name in known})
-    # Learning rates are in the optimizer's state; a schedule needs its position alone.
-    parts.schedule.last_epoch = progress.position
-    return progress
 
 
-def _loaded(path: Path) -> dict[str, Any]:
-    """The state in a file that may hold anything."""
-    broken = DataError(f"{path} is damaged, or no checkpoint: give another path, or remove it.")
-    # Other files torch would take for its older format, and warn.
-    if not zipfile.is_zipfile(path):
-        raise broken
-    try:
-        # torch does not compare the checksums that it writes.
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise broken
-        # Plain tensors and numbers alone: such files are safe whoever wrote them.
-        state: object = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, DataError):
-        raise
-    except Exception as error:
-        raise broken from error
-    if not isinstance(state, dict) or state.get("pysolve training") != _VERSION:
-        raise DataError(f"{path} is no checkpoint of a training that this pysolve knows: give another path.")
-    return state
+def _progress(saved: object, model: nn.Module) -> Progress:
+    """Progress of the types and signs that it may have."""
+    if not isinstance(saved, dict):
+        raise TypeError("its progress is none")
+    found = Progress(**{one.name: saved[one.name] for one in fields(Progress)})
+    for name, value in vars(Progress()).items():
+        if type(getattr(found, name)) is not type(value):
+            raise TypeError(f"expected {name} of its progress to be {value!r} or so")
+    # Losses may be no floats but what functions of the user gave.
+    numbers = [found.done, found.position, found.stale, found.elapsed, found.before]
+    if not all(0 <= one < math.inf for one in numbers) or not all(map(math.isfinite, found.losses)):
+        raise ValueError("its progress has negative or infinite numbers")
+    if found.best or found.score > -math.inf:
+        _check_alike(found.best, tensors_of(model))
+    return found
+
+
+def _check_alike(saved: object, now: Mapping[str, Tensor]) -> None:
+    """Raise unless a file's tensors are those of these names, shapes and types."""
+    if not isinstance(saved, dict) or saved.keys() != now.keys():
+        raise ValueError("its tensors are not those of the network")
+    for name, own in now.items():
+        value = saved[name]
+        if not isinstance(value, Tensor) or (value.shape, value.dtype) != (own.shape, own.dtype):
+            raise ValueError(f"{name} is no {own.dtype} of shape {[*own.shape]}")
+
+
+def _check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """Raise unless a file's optimizer has the options and the tensors of this one."""
+    groups = optimizer.param_groups
+    for group, own in zip(saved["param_groups"], groups, strict=True):
+        for name in own.keys() - {"params"}:
+            value, known = group[name], own[name]
+            # What schedules move are numbers.
+            moves = isinstance(known, float | int | tuple | Tensor) and not isinstance(known, bool)
+            numbers = pytree.tree_leaves(value)
+            if type(value) is not type(known) or (not moves and value != known):
+                raise ValueError(f"{name} of its optimizer is {value!r}, not {known!r}")
+            if moves and not all(math.isfinite(one) for one in numbers):
+                raise ValueError(f"{name} of its optimizer is {value!r}")
+    parameters = [value for group in groups for value in group["params"]]
+    states = saved["state"]
+    if not states.keys() <= {*range(len(parameters))} or len({frozenset(one) for one in states.values()}) > 1:
+        raise ValueError("its optimizer's state is not that of these parameters")
+    for number, one in states.items():
+        for name, value in one.items():
+            if not isinstance(value, Tensor):
+                continue
+            counts = value.dtype in (torch.int32, torch.int64)
+            if not (value.is_floating_point() or counts) or value.shape not in ((), parameters[number].shape):
+                raise ValueError(f"{name} of parameter {number} is {value.dtype} of {[*value.shape]}")
 
 
 def _layout(parts: Parts) -> dict[str, object]:

@@ -1,8 +1,10 @@
 """The command line compresses a user's own network, from files and functions of theirs."""
 
 import json
+import logging
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -43,6 +45,16 @@ MODULE = """
     def labelled():
         x = torch.cat(batches())
         return x, make()(x).argmax(1)
+
+    def rated(network):
+        x, y = labelled()
+        return 100 * float((network(x).argmax(1) == y).float().mean())
+
+    def words(network):
+        return "good"
+
+    def broken_score(network):
+        return {}["x"]
 
     def one():
         return torch.cat(batches())
@@ -297,6 +309,27 @@ def test_a_failure_at_the_end_leaves_the_files_that_were_there(home, monkeypatch
     assert not (home / "new").exists()
 
 
+@pytest.mark.parametrize("most", [0, 300, 1000])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("prune", "mine:make", "--data", "inputs.npy", "--amount", "0.5", "--method", "magnitude"),
+        ("sweep", "mine:make", "--data", "inputs.npy", "--target", "params=0.5"),
+        ("study", "mine:make", "--data", "inputs.npy"),
+    ],
+)
+def test_a_full_disk_is_one_line_and_status_2(home, command, most):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        result = run(*command)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert (result.exit_code, result.stderr.count("Error: ")) == (2, 1), result.output
+    assert "cannot be written: File too large. It needs " in result.stderr
+    assert not [*home.rglob("*.part")]
+
+
 def test_json_and_quiet_print_nothing_else(home):
     command = ("compress", "mine:make", "--data", "mine:batches", "--target", "macs=0.5")
     result = run(*command, "--json")
@@ -418,6 +451,53 @@ def test_sweep_needs_no_labels(home):
     assert row["score_after"] is None
     assert row["divergence"] > 0
     assert (home / "swept/pareto.png").read_bytes().startswith(b"\x89PNG")
+    smaller = ps.load(home / "swept/params=0.7.safetensors", load_network("mine:make"))
+    assert parameters(smaller) == row["after"]["params"]
+
+
+def test_a_written_report_is_shown_again(home):
+    command = ("mine:make", "--data", "mine:batches", "--target", "params=0.5")
+    shown = run("compress", *command).stdout.rsplit("\nWrote", 1)[0]
+    for place in ("compressed", "compressed/report.json"):
+        assert run("report", place).stdout == f"{shown}\n"
+    assert json.loads(run("report", "compressed", "--json").stdout)["target"] == {"params": 0.5}
+    shown = run("sweep", *command, "--target", "macs=0.7").stdout.rsplit("\nWrote", 1)[0]
+    assert run("report", "swept").stdout == f"{shown}\n"
+
+
+def test_notes_are_said_on_the_way_where_asked(home, caplog):
+    command = ("compress", "mine:make", "--data", "mine:batches", "--target", "params=0.5", "--quiet")
+    logger = logging.getLogger("pysolve")
+    try:
+        assert run(*command, "--overwrite").exit_code == 0
+        assert not [one for one in caplog.records if one.name == "pysolve"]
+        assert run("-v", *command, "--overwrite").exit_code == 0
+        assert [one for one in caplog.records if one.name == "pysolve"]
+    finally:
+        logger.setLevel(logging.NOTSET)
+
+
+@pytest.mark.parametrize("content", ["", "[", "{}", "[1]", '"x"', '{"before": 1, "after": {}}'])
+def test_what_is_no_report_is_refused(home, content):
+    (home / "some.json").write_text(content)
+    for file in ("some.json", "none.json", "."):
+        result = run("report", file)
+        assert result.exit_code == 2
+        assert result.stderr.count("\n") == 1
+
+
+def test_a_function_of_the_network_scores_it(home):
+    command = ("compress", "mine:make", "--data", "mine:batches", "--json", "--overwrite", "--test")
+    labelled = json.loads(run(*command, "mine:labelled").stdout)
+    result = run(*command, "mine:rated")
+    assert result.exit_code == 0, result.output
+    scored = json.loads(result.stdout)
+    for when in ("score_before", "score_after"):
+        assert scored[when] == pytest.approx(labelled[when], rel=1e-6)
+    for name, said in (("mine:words", "must return a number"), ("mine:broken_score", "failed: KeyError")):
+        result = run(*command, name)
+        assert result.exit_code == 2
+        assert said in result.stderr
 
 
 def test_a_study_takes_the_place_of_the_data(home):

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from strategies import seeds
 
-from pysolve.layer.codebooks import share_values
+from pysolve.layer.codebooks import share_values, spaced_values
 from pysolve.layer.grids import fit_grid
 from pysolve.layer.rounding import Target, descend, round_best, round_nearest, round_with_feedback, settle
 
@@ -66,6 +66,33 @@ def test_only_allowed_values_are_taken_and_zeros_stay(case):
         assert np.array_equal(case.levels.values(case.levels.codes(M, case.columns), case.columns), M)
         if case.target.mask is not None:
             assert not M[~case.target.mask].any()
+
+
+@given(cases, st.booleans(), st.floats(1e-6, 1.0))
+def test_compiled_blocks_choose_as_single_inputs_do(case, priced, lam):
+    V, A, mask = case.target.V, case.target.A, case.target.mask
+    levels = spaced_values(case.target, 7, lam) if priced else case.levels
+    curvature = np.linspace(0.5, 2.0, len(V))
+    codes, change = levels.compiled.round_block(
+        base=V.T,
+        slope=np.zeros_like(V.T),
+        divisor=np.diag(A),
+        power=np.diag(A),
+        outputs=curvature,
+        coupling=A,
+        inputs=case.columns,
+        mask=None if mask is None else mask.T,
+    )
+    # Each input's errors have moved those after it; slopes begin at none.
+    slope = np.zeros_like(V)
+    for j in case.columns:
+        wanted = V[:, j] - slope[:, j] / A[j, j]
+        expected = levels.codes(wanted, j, curvature * A[j, j])
+        if mask is not None:
+            expected = np.where(mask[:, j], expected, levels.zero_codes(j))
+        assert np.array_equal(codes[j], expected)
+        assert np.array_equal(change[j], levels.values(codes[j], j) - V[:, j])
+        slope += np.outer(change[j], A[j])
 
 
 def sequential_oracle(case):

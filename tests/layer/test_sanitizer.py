@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PLAIN = ("threads", "csr", "csr_levels", "csr_multiply", "csr_plain")
+PLAIN = ("interrupt", "threads", "csr", "csr_levels", "csr_multiply", "csr_plain")
 LEVELS = {
     "csr_avx2": ["-mavx2", "-mfma"],
     "csr_avx512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mfma", "-mpopcnt"],

@@ -2,8 +2,11 @@
 
 import copy
 import multiprocessing
+import os
 import pickle
+import signal
 import threading
+import time
 from contextlib import contextmanager
 from functools import cache
 
@@ -403,3 +406,106 @@ def test_products_from_many_threads_do_not_disturb_each_other():
         for worker in workers:
             worker.join()
     assert wrong == [False] * 80
+
+
+def few_entries(rows, columns, count, seed=0, dtype=np.float32):
+    """A huge matrix with a few entries."""
+    rng = np.random.default_rng(seed)
+    at = np.sort(rng.integers(0, rows, count))
+    indptr = np.searchsorted(at, np.arange(rows + 1)).astype(np.int32)
+    indices = rng.integers(0, columns, count).astype(np.int32)
+    return sp.csr_array((rng.standard_normal(count).astype(dtype), indices, indptr), shape=(rows, columns))
+
+
+def test_columns_without_entries_take_no_memory():
+    csr = few_entries(20_000, 2**31 - 1, 1)
+    matrix = ps.SparseMatrix.from_csr(csr)
+    assert matrix.nbytes < 1e6
+    back = matrix.to_csr()
+    assert np.array_equal(back.indices, csr.indices)
+    assert np.array_equal(back.indptr, csr.indptr)
+
+
+def test_what_memory_has_no_room_for_is_refused_with_the_figure_before_it_is_taken():
+    csr = few_entries(2_000_000, 2**31 - 1, 60_000)
+    with pytest.raises(MemoryError, match=r"2000000 x 2147483647 with 60000 .* takes 4\d{5} MB .* are free"):
+        ps.SparseMatrix.from_csr(csr)
+
+
+@given(
+    st.integers(1, 60),
+    st.integers(70_000, 300_000),
+    st.integers(0, 40),
+    st.sampled_from([1, 2, 17]),
+    st.integers(0, 99),
+)
+def test_products_skip_columns_without_entries(rows, columns, count, batch, seed):
+    csr = few_entries(rows, columns, count, seed, np.float64)
+    matrix, x = ps.SparseMatrix.from_csr(csr), np.random.default_rng(seed).standard_normal((batch, columns))
+    for level in LEVELS:
+        with running(level):
+            np.testing.assert_allclose(matrix.matmul(x), (csr @ x.T).T, rtol=1e-12, atol=1e-12)
+            found = matrix.matmul(np.ascontiguousarray(x.T), "feature")
+            np.testing.assert_allclose(found, csr @ x.T, rtol=1e-12, atol=1e-12)
+
+
+def layouts(matrix):
+    """The same numbers in other memory orders, with any stride where a dimension is one."""
+    h, d = matrix.shape
+    wide = np.zeros((2 * h, 3 * d), matrix.dtype)
+    wide[::2, ::3] = matrix
+    crooked = np.zeros(matrix.nbytes + 1, np.uint8)[1:].view(matrix.dtype).reshape(matrix.shape)
+    crooked[...] = matrix
+    locked = matrix.copy()
+    locked.flags.writeable = False
+    yield from (matrix, np.asfortranarray(matrix), wide[::2, ::3], np.flip(np.flip(matrix).copy()))
+    yield from (crooked, locked)
+    odd = (-40 if h == 1 else matrix.strides[0], 3 if d == 1 else matrix.strides[1])
+    yield np.lib.stride_tricks.as_strided(matrix, matrix.shape, odd)
+
+
+@pytest.mark.parametrize("layout", ["feature", "batch"])
+@given(
+    shape=st.sampled_from([(15, 1), (1, 15), (7, 20), (0, 5), (5, 0), (300, 15), (1, 1)]),
+    batch=st.sampled_from([0, 1, 2, 16, 257]),
+    repeated=st.sampled_from([(), (0,), (1,), (0, 1)]),
+    dtype=st.sampled_from([np.float32, np.float64]),
+)
+def test_arrays_of_every_layout_are_multiplied(layout, shape, batch, repeated, dtype):
+    csr = random_csr(*shape, 0.4, dtype)
+    matrix, (h, d) = ps.SparseMatrix.from_csr(csr), shape
+    feature = layout == "feature"
+    x, g = (random_dense(*((n, batch) if feature else (batch, n)), dtype=dtype) for n in (d, h))
+    for axis in repeated:
+        if x.shape[axis]:
+            x = np.broadcast_to(x.take([0], axis), x.shape)
+    wanted = csr @ x if feature else (csr @ x.T).T
+    slope = g @ x.T if feature else g.T @ x
+    entries = csr.tocoo()
+    for own in (x, *layouts(x.copy())):
+        np.testing.assert_allclose(matrix.matmul(own, layout), wanted, rtol=1e-4, atol=1e-4)
+        for other in layouts(g):
+            found = matrix.value_gradient(other, own, layout)
+            np.testing.assert_allclose(found, slope[entries.row, entries.col], rtol=1e-3, atol=1e-3)
+
+
+def test_an_array_larger_than_what_is_copied_at_once_is_the_same(monkeypatch):
+    csr, x = random_csr(20, 30, 0.4), random_dense(57, 30)
+    wanted = ps.SparseMatrix.from_csr(csr).matmul(np.ascontiguousarray(x.T), "feature")
+    monkeypatch.setattr("pysolve.layer.sparse_matrix._LONGEST", 100)
+    np.testing.assert_array_equal(ps.SparseMatrix.from_csr(csr).matmul(x.T, "feature"), wanted)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_control_c_ends_a_product(threads):
+    matrix, x = ps.SparseMatrix.from_csr(random_csr(1024, 1024, 0.3)), random_dense(4, 1024)
+    # No memory for the samples: all rows are the same ones.
+    x = np.lib.stride_tricks.as_strided(x, (200_000, 1024), (0, 4))
+    out = np.lib.stride_tricks.as_strided(np.empty(1024, np.float32), (200_000, 1024), (0, 4))
+    killer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT))
+    killer.start()
+    start = time.process_time()
+    with pytest.raises(KeyboardInterrupt):
+        matrix.matmul(x, out=out, threads=threads)
+    assert time.process_time() - start < 0.5 + 0.2 * threads

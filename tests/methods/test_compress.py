@@ -133,7 +133,7 @@ def swept():
         {"params": 0.5, "macs": 0.4, "bytes": 0.45},
     )
     model = mlp((20, 120, 110, 5))
-    return targets, ps.sweep(model, samples(100, 20), targets=targets, progress=False)
+    return targets, ps.sweep(model, samples(100, 20), targets=targets, progress=False).reports
 
 
 def test_targets_are_reached_within_a_per_cent_and_never_exceeded():
@@ -773,9 +773,12 @@ def test_nothing_is_printed_and_no_bar_is_shown(capsys):
 def test_a_sweep_is_what_compress_does_at_each_target():
     model, targets = mlp((6, 40, 30, 4)), [{"params": 0.4}, {"params": 0.5, "macs": 0.6}]
     options = {"distill": {"epochs": 1}, "seed": 1, "round_to": 1, "memory": "64MiB"}
-    reports = ps.sweep(model, samples(), targets=iter(targets), progress=False, **options)
-    for target, report in zip(targets, reports, strict=True):
-        wanted = compressed(model, target=target, **options).report
+    results = ps.sweep(model, samples(), targets=iter(targets), progress=False, **options)
+    for target, result in zip(targets, results, strict=True):
+        alone = compressed(model, target=target, **options)
+        for one, other in zip(result.model.parameters(), alone.model.parameters(), strict=True):
+            assert torch.equal(one, other)
+        report, wanted = result.report, alone.report
         for field in ("before", "after", "divergence", "samples", "held", "notes", "target"):
             assert getattr(report, field) == getattr(wanted, field), field
         for what in ("kept", "predicted", "measured"):
@@ -785,7 +788,7 @@ def test_a_sweep_is_what_compress_does_at_each_target():
 
 
 def test_a_sweep_of_nothing_is_empty():
-    assert ps.sweep(mlp(), samples(), targets=[], progress=False) == []
+    assert ps.sweep(mlp(), samples(), targets=[], progress=False) == ()
 
 
 def test_a_sweep_evaluates_before_and_after_retraining():
@@ -800,7 +803,7 @@ def test_a_sweep_evaluates_before_and_after_retraining():
         return sum(float(parameter.detach().abs().sum()) for parameter in network.parameters())
 
     model = mlp()
-    reports = ps.sweep(
+    results = ps.sweep(
         model,
         samples(),
         targets=[{"params": 0.7}, {"params": 0.3}],
@@ -808,10 +811,11 @@ def test_a_sweep_evaluates_before_and_after_retraining():
         retrain=retrain,
         progress=False,
     )
+    reports = results.reports
     assert [report.retrained for report in reports] == [0.0, 0.0]
     assert all(report.score_after > 0 for report in reports)
     assert {report.score_before for report in reports} == {evaluate(model)}
-    assert len(retrained) == 2
+    assert [result.model for result in results] == retrained
 
 
 # --- arguments
@@ -965,7 +969,7 @@ def test_a_bias_that_a_layer_did_not_have_must_be_worth_its_parameters():
     model = nn.Sequential(*layers)
     assert compressed(model, keep=0.5).model[2].bias is not None
     targets = [{"params": share} for share in (0.3, 0.45, 0.6, 0.75)]
-    reports = ps.sweep(model, samples(), targets=targets, progress=False)
+    reports = ps.sweep(model, samples(), targets=targets, progress=False).reports
     assert all(
         report.share("params") <= target["params"] for report, target in zip(reports, targets, strict=True)
     )

@@ -159,7 +159,7 @@ def test_sites_by_hand_serve_networks_that_cannot_be_exported():
 
 def test_sweeps_remove_experts():
     model, _ = small.mixture()
-    few, fewer = ps.sweep(model, data(), targets=[{"params": 0.8}, {"params": 0.5}], **QUIET)
+    few, fewer = ps.sweep(model, data(), targets=[{"params": 0.8}, {"params": 0.5}], **QUIET).reports
     assert fewer.divergence >= few.divergence
 
 

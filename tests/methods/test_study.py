@@ -335,3 +335,56 @@ def test_batches_with_tensors_for_all_samples_are_gone_through_as_often_as_neede
     passes_for = passes.passes_for
     monkeypatch.setattr("pysolve.nn.calibration.passes_for", in_passes)
     assert_same_network(free, OF_STUDIES["compress"](model, masked()))
+
+
+@pytest.fixture
+def exports(monkeypatch):
+    """How many times torch.export has run."""
+    export, calls = torch.export.export, []
+    monkeypatch.setattr(
+        torch.export, "export", lambda *args, **kwargs: calls.append(0) or export(*args, **kwargs)
+    )
+    return calls
+
+
+def perceptron():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 4)).eval()
+
+
+def test_verbs_trace_a_network_that_was_studied_no_more(exports):
+    model = perceptron()
+    known = ps.study(model, data(), progress=False)
+    before = len(exports)
+    small = ps.compress(model, known, target={"params": 0.5}, progress=False)
+    ps.low_rank(model, known, rank=2, layout="factored", progress=False)
+    assert len(exports) == before
+    fresh = ps.compress(model, data(), target={"params": 0.5}, progress=False)
+    for own, other in zip(small.model.parameters(), fresh.model.parameters(), strict=True):
+        assert torch.equal(own, other)
+
+
+def replaced(model):
+    model[1] = nn.GELU()
+
+
+def hooked(model):
+    model[1].register_forward_hook(lambda layer, inputs, output: output.tanh())
+
+
+@pytest.mark.parametrize("change", [replaced, hooked])
+def test_a_network_that_changed_after_its_study_is_traced_anew(exports, change):
+    model = perceptron()
+    known = ps.study(model, data(), progress=False)
+    change(model)
+    before = len(exports)
+    ps.compress(model, known, target={"params": 0.5}, progress=False)
+    assert len(exports) > before
+
+
+def test_other_layers_to_leave_alone_are_found_in_the_same_graph():
+    model = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 12), nn.ReLU(), nn.Linear(12, 4)).eval()
+    known = ps.study(model, data(), progress=False)
+    small = ps.compress(model, known, target={"params": 0.6}, ignore=["0"], progress=False)
+    assert small.model[0].out_features == 12
+    assert small.model[2].out_features < 12

@@ -129,8 +129,8 @@ def test_uniform_layers_get_no_biases():
     own = ps.compress(network(), data, keep=0.5, **QUIET).model.state_dict().keys()
     one = ps.compress(network(), data, keep=0.5, widths="uniform", **QUIET).model.state_dict().keys()
     assert own > one == network().state_dict().keys()
-    reports = ps.sweep(network(), data, targets=[{"params": 0.6}], widths="uniform", **QUIET)
-    first, second, _ = (site.kept for site in reports[0].sites if site.pinned is None)
+    (result,) = ps.sweep(network(), data, targets=[{"params": 0.6}], widths="uniform", **QUIET)
+    first, second, _ = (site.kept for site in result.report.sites if site.pinned is None)
     assert first == second
 
 

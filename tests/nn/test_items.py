@@ -123,8 +123,9 @@ def test_verbs_take_a_dataset_and_a_transform(verb):
 
 
 def test_sweep_gather_inspect_and_find_sites_take_them_too():
-    (report,) = ps.sweep(net(), Records(), targets=[{"params": 0.6}], transform=pixels, progress=False)
-    assert report.after == ps.sweep(net(), plain(), targets=[{"params": 0.6}], progress=False)[0].after
+    (one,) = ps.sweep(net(), Records(), targets=[{"params": 0.6}], transform=pixels, progress=False)
+    (other,) = ps.sweep(net(), plain(), targets=[{"params": 0.6}], progress=False)
+    assert one.report.after == other.report.after
     found, expected = ps.gather(net(), Records(), transform=pixels, **RUN), ps.gather(net(), plain(), **RUN)
     assert np.array_equal(found["2"].xx, expected["2"].xx)
     table = str(ps.inspect(net(), X))

@@ -98,6 +98,15 @@ def test_a_report_without_sites_has_no_pictures():
     assert page(REPORT, "x").count("<svg") == 2
 
 
+def test_every_word_of_the_tables_that_needs_it_is_explained():
+    html = page(REPORT, "x", {"command": "pysolve compress <mine>"})
+    words = html[html.index("<h2>Words</h2>") :]
+    for word in ("site", "divergence", "MACs", "bytes on disk", "relative gap", "KKT", "lam", "score"):
+        assert f"<dt>{word}</dt>" in words
+    assert "bits per weight" not in words
+    assert "pysolve compress &lt;mine&gt;" in html
+
+
 def near(pixels, color):
     return int((np.abs(pixels - np.array(color)).max(axis=2) <= 6).sum())
 

@@ -175,7 +175,7 @@ def test_reports_without_a_score_or_the_measure_say_what_to_do():
         plot_pareto({"ours": [report(), replace(report(), score_after=None)]})
     with pytest.raises(ValueError, match="no measure 'weight'; it has params, macs"):
         plot_pareto([report()], measure="weight")
-    with pytest.raises(TypeError, match=r"pass \[report\]"):
+    with pytest.raises(TypeError, match=r"pass \[it\]"):
         plot_pareto(report())
 
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pysolve.nn.files.plan_json import plain
 from pysolve.report.report import Report, comparison
 from pysolve.report.rows import Latency, LayerMass, LayerReport, SiteReport, Solve, Stage
 from pysolve.solve.budget import MEASURES
@@ -142,7 +143,7 @@ EXAMPLE = Report(
 def test_a_report_prints_costs_divergence_sites_and_seconds():
     text = str(EXAMPLE)
     for part in (
-        "parameters      1,000    250   25.0%",
+        "parameters        1,000    250   25.0%",
         "divergence  0.25 on 100 held-out samples, refitted on 900",
         "4/8",
         "12.50%",
@@ -225,3 +226,16 @@ def test_pruned_layers_are_listed_with_what_they_run_as():
 
 def test_without_held_out_samples_no_divergence_is_claimed():
     assert "divergence" not in str(replace(EXAMPLE, held=0, divergence=float("nan")))
+
+
+@given(reports())
+def test_a_report_comes_back_from_json(report):
+    again = Report.from_dict(json.loads(json.dumps(plain(report.as_dict()))))
+    assert plain(again.as_dict()) == plain(report.as_dict())
+    assert again.tables()[0] == report.tables()[0]
+
+
+@given(reports())
+def test_a_prompt_shows_at_most_one_screen(report):
+    assert repr(report).count("\n") <= 24
+    assert repr(report).startswith(str(report).split("\n\n")[0][:100])

@@ -2,6 +2,7 @@ import itertools
 import os
 import signal
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -287,3 +288,26 @@ def test_a_path_refuses_sizes_it_does_not_have():
         path.keep(4)
     with pytest.raises(ValueError, match="within 0 … 3, got -1"):
         path.refit(-1)
+
+
+@pytest.mark.usefixtures("interruptible")
+@pytest.mark.parametrize("verb", ["swap", "debias", "alternate"])
+def test_control_c_ends_long_calls_at_once(verb):
+    """Also those that are few products of large matrices."""
+    R = np.eye(2400) + 0.01
+    C = np.random.default_rng(0).standard_normal((600, 2400))
+    calls = {
+        "swap": lambda: ps.select_channels(R, C, 200, method="swap"),
+        "debias": lambda: [ps.debias(R, C, np.arange(2400)) for _ in range(9)],
+        "alternate": lambda: ps.alternate_minimization((R, C), 0.1, tol=0.0),
+    }
+    sent = []
+
+    def interrupt():
+        sent.append(time.process_time())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Timer(0.3, interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        calls[verb]()
+    assert time.process_time() - sent[0] < 0.5

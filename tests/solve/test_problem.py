@@ -1,8 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from reference import exact_objective, lowest_found
+from strategies import seeds
 
 import pysolve as ps
+from pysolve.solve.problem import problem_of
 
 EYE, ROW = np.eye(4), np.ones((2, 4))
 
@@ -153,13 +158,13 @@ def test_every_function_takes_correlations_pairs_and_two_matrices(verb):
     (layer, _), (M, _) = of_two_layers()
     wanted = VERBS[verb](layer, M=M)
     R, C = layer.r_xx, layer.r_yx
-    for given, options in [
+    for matrices, options in [
         ((layer,), {}),
         ((R, C), {"group_size": 2}),
         (((R, C),), {"group_size": 2}),
         ((torch.from_numpy(R), C.tolist()), {"group_size": 2}),
     ]:
-        assert_same(VERBS[verb](*given, M=M, **options), wanted)
+        assert_same(VERBS[verb](*matrices, M=M, **options), wanted)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -168,8 +173,8 @@ def test_every_function_takes_several_readers_as_a_list_of_problems_or_lists_of_
     wanted = VERBS[verb](layers, M=M)
     R, C = [one.r_xx for one in layers], [one.r_yx for one in layers]
     assert isinstance(wanted, float | np.ndarray) or [m.shape for m in wanted] == [(3, 8), (2, 8)]
-    for given in [(list(zip(R, C, strict=True)),), (R, C), ((R, C),), (tuple(zip(R, C, strict=True)),)]:
-        assert_same(VERBS[verb](*given, M=M, group_size=2), wanted)
+    for matrices in [(list(zip(R, C, strict=True)),), (R, C), ((R, C),), (tuple(zip(R, C, strict=True)),)]:
+        assert_same(VERBS[verb](*matrices, M=M, group_size=2), wanted)
     single = VERBS[verb](layers[:1], M=M[:1])
     assert_same(single, VERBS[verb]([R[0]], [C[0]], M=M[0], group_size=2))
 
@@ -188,3 +193,94 @@ def test_what_is_required_cannot_be_forgotten(verb):
         verb(EYE, ROW)
     with pytest.raises(TypeError, match=r"a problem is a Correlations or a tuple|missing"):
         verb(EYE)
+
+
+def layouts(matrix):
+    """The same numbers in other memory orders, and not to be written to."""
+    wide = np.zeros((2 * len(matrix), 3 * matrix.shape[1]))
+    wide[::2, ::3] = matrix
+    locked = np.asfortranarray(matrix.copy())
+    locked.flags.writeable = False
+    return [np.asfortranarray(matrix), wide[::2, ::3], np.flip(np.flip(matrix).copy()), locked]
+
+
+def hostile_samples(rng, kind, n, d):
+    """Samples of fewer rows than columns: integers, powers, copies, constants, columns 12 decades apart."""
+    x = rng.standard_normal((n, d))
+    if kind == "integers":
+        x = rng.integers(-3, 9, (n, d)).astype(float)
+    elif kind == "powers":
+        x = (5 * rng.random((n, 1))) ** np.arange(d)
+    elif kind == "copies":
+        x[:, 1:] = x[:, :1]
+    elif kind == "constant":
+        x += 1e4 * rng.random(d)
+        x[:, 0] = 1.0
+    elif kind == "decades":
+        x *= 10.0 ** rng.uniform(-6, 6, d)
+    return x
+
+
+ENTRIES = {
+    "newton": lambda R, C, W: ps.newton((R, C), float(0.2 * np.abs(C).max())).M,
+    "certify": lambda R, C, W: ps.certify(R, C, W, 1.0).gap,
+    "lam_max": lambda R, C, W: ps.lam_max(R, C),
+    "debias": lambda R, C, W: ps.debias(R, C, [0, 1]),
+    "path": lambda R, C, W: ps.elimination_path(R, C).error,
+    "swap": lambda R, C, W: ps.select_channels(R, C, 2, method="swap"),
+    "obs": lambda R, C, W: ps.obs_prune(W, R, amount=0.5).weight,
+    "quantize": lambda R, C, W: ps.quantize_layer(W, R, C, bits=3).weight,
+}
+
+
+@settings(max_examples=8)
+@given(
+    seed=seeds,
+    kind=st.sampled_from(["normal", "integers", "powers", "copies", "constant", "decades"]),
+    n=st.integers(1, 12),
+    d=st.integers(3, 30),
+)
+def test_what_data_can_have_is_accepted_everywhere_in_any_memory_order(seed, kind, n, d):
+    rng = np.random.default_rng(seed)
+    x = hostile_samples(rng, kind, n, d)
+    R, C, W = x.T @ x / n, (x @ rng.standard_normal((d, 2))).T @ x / n, rng.standard_normal((2, d))
+    for entry in ENTRIES.values():
+        wanted = entry(R, C, W)
+        for other in zip(layouts(R), layouts(C), layouts(W), strict=True):
+            np.testing.assert_array_equal(entry(*other), wanted)
+
+
+@pytest.mark.parametrize("exponent", [-170, -162, -155, -150, -100])
+@pytest.mark.parametrize("verb", ["newton", "certify", "lam_max", "debias", "path", "swap"])
+def test_an_input_whose_square_underflows_is_one_that_is_zero(exponent, verb):
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((20, 4))
+    x[:, 1] *= 10.0**exponent
+    R, C = x.T @ x / 20, (x @ rng.standard_normal((4, 2))).T @ x / 20
+    found = ENTRIES[verb](R, C, np.zeros((2, 4)))
+    assert np.isfinite(found).all()
+    if verb == "newton":
+        assert not found[:, 1].any()
+
+
+@settings(max_examples=15)
+@given(seed=seeds, d=st.integers(2, 40))
+def test_sums_in_single_precision_are_raised_by_little_and_that_is_said(seed, d):
+    rng = np.random.default_rng(seed)
+    n = int(rng.integers(2, d + 2))
+    x = rng.standard_normal((n, d)).astype(np.float32)
+    R, C = x.T @ x / np.float32(n), x[:, :2].T @ x / np.float32(n)
+    problem = problem_of((R, C))
+    own = R.astype(np.float64) / 2 + R.T.astype(np.float64) / 2
+    lowest = np.linalg.eigvalsh(own / np.sqrt(np.outer(np.diag(own), np.diag(own))))[0]
+    (lift,) = problem.lifts
+    np.testing.assert_allclose(problem.xx[0], own + np.diag(lift), rtol=1e-14)
+    # Within the step of the shares above what the lowest eigenvalue asks for.
+    assert 0 <= lift.max() <= np.diag(own).max() * max(4 * -lowest, 1e-12 * d)
+    solution = ps.newton((R, C), 0.05, tol=1e-5)
+    assert solution.shift == pytest.approx(lift.max(), rel=1e-12)
+    assert ps.certify(R, C, solution.M, 0.05).shift == solution.shift
+    exact = exact_objective(own, C, solution.M, 0.05)
+    assert solution.objective == pytest.approx(exact, rel=1e-12)
+    below = exact - lowest_found(own, C, solution.M, 0.05)
+    assert below <= solution.gap * (1 + 1e-9) + 1e-12 * abs(exact)

@@ -35,22 +35,30 @@ template <class T>
 struct Sparse {
     Index rows = 0, columns = 0, entries = 0, block = 1;
     std::vector<Index> bounds;
+    // Which blocks have entries, where few of them do; else empty, and all are there.
+    std::vector<Index> present;
     std::vector<std::uint16_t> indices;
     // And 64 bytes that may be read.
     std::vector<T> values;
     // Of a matrix that is not very sparse: a bit for every place, rows of whole words.
     std::vector<std::uint64_t> masks;
 
-    Index blocks() const { return std::max<Index>(1, (columns + block - 1) / block); }
+    Index all_blocks() const { return std::max<Index>(1, (columns + block - 1) / block); }
+    Index blocks() const { return present.empty() ? all_blocks() : static_cast<Index>(present.size()); }
+    // The first column of block b.
+    Index start(Index b) const {
+        return (present.empty() ? b : present[static_cast<std::size_t>(b)]) * block;
+    }
     Index words() const { return (columns + 63) / 64; }
     // Where block b's entries begin, row by row; of b = blocks(), where the rows end.
     const Index* bound(Index b) const { return bounds.data() + b * rows; }
     // What the indices of block b count from.
-    Index origin(Index b) const { return b * block / column_span * column_span; }
+    Index origin(Index b) const { return start(b) / column_span * column_span; }
 };
 
 // Throws std::invalid_argument, before anything is read through an index, unless the starts ascend from 0 or
-// later to `entries` at most, all indices lie within the columns, and these are fewer than 2³¹.
+// later to `entries` at most, all indices lie within the columns, and these are fewer than 2³¹;
+// std::bad_alloc, before the memory is taken, where there is not so much.
 // block: 0 for the width that suits the density.
 template <class T, class I>
 Sparse<T> prepare(const CsrView<T, I>& csr, Index entries, Index block = 0);

@@ -72,6 +72,7 @@ class DualBound {
     Vector residual_, c_norms_;  // ‖E_g‖, ‖C_g‖
     Vector scales_;
     double energy_ = 0.0;  // ⟨R B, B⟩
+    double length_ = 0.0;  // ‖B‖
 };
 
 // Per group: ‖G_g + lam w_g M_g/‖M_g‖‖ where M_g ≠ 0, otherwise (‖G_g‖ − lam w_g)₊, with G = T − C.

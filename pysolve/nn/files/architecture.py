@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.compressed import Compressed
-from pysolve.errors import DataError
+from pysolve.errors import DataError, PysolveError
 from pysolve.forms import Codebook, Integers, LowRank, Sparse
 from pysolve.nn.apply import apply
 from pysolve.nn.bare import member
@@ -37,6 +37,8 @@ from pysolve.nn.running import as_array, find_layer
 from pysolve.nn.slicing import inputs, outputs
 from pysolve.plan import Plan, tensor_name, weight_name
 
+# Plans that change shapes, each of which takes a copy of the network.
+_STAGES = 100
 # Times the original's parameters that factored layers may have: full ranks double them.
 _GROWTH = 4
 
@@ -51,8 +53,16 @@ def fingerprint(model: nn.Module) -> dict[str, str]:
 
 
 def architecture(compressed: Compressed) -> dict[str, object]:
-    """Stages, new biases, sparse and quantised layers of a compressed network, as ``save`` writes them."""
-    plans = (*compressed.earlier, compressed.plan)
+    """Stages, new biases, sparse and quantised layers of a compressed network, as ``save`` writes them.
+
+    Raises PysolveError for more stages than ``rebuilt`` takes.
+    """
+    plans = [one for one in (*compressed.earlier, compressed.plan) if one.steps or one.untied or one.forms]
+    if len(plans) > _STAGES:
+        raise PysolveError(
+            f"the network was compressed {len(plans)} times, and files hold up to {_STAGES}: save its state "
+            "dict."
+        )
     return {
         "stages": [[step_record(step) for step in plan.steps] for plan in plans],
         "factored": [_factored(plan) for plan in plans],
@@ -72,12 +82,16 @@ def rebuilt(record: Mapping[str, object], model: nn.Module) -> nn.Module:
     biases = {*strings(field(record, "biases"), "biases")} - model.state_dict().keys()
     network = _with_biases(model, biases)
     stages = typed(field(record, "stages"), list, "stages")
+    if len(stages) > _STAGES:
+        raise DataError(f"it has {len(stages)} stages, more than {_STAGES}.")
     # Older files have no such field.
     factored = typed(record.get("factored", []), list, "factored")
     factored = [*factored[: len(stages)], *[{}] * (len(stages) - len(factored))]
     untied = [*typed(record.get("untied", []), list, "untied"), *[[]] * len(stages)]
     for stage, ranks, own in zip(stages, factored, untied, strict=False):
-        plan = Plan(steps_of(stage, _widths(network)), untied=tuple(strings(own, "untied")))
+        # Older files have steps that keep every channel.
+        steps = [one for one in steps_of(stage, _widths(network)) if len(one.keep) < one.site.channels]
+        plan = Plan(tuple(steps), untied=tuple(strings(own, "untied")))
         network = apply(network, plan) if plan.steps or plan.untied else network
         if forms := _factors(network, ranks):
             # New biases of layers that factoring made.

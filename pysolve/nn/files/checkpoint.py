@@ -76,12 +76,34 @@ def save(
         "ans" without constriction.
     TypeError, ValueError
         For anything but a ``Compressed``; for an unknown coding.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> smaller = ps.compress(model, batches, keep=0.5, latency=False)
+    >>> ps.save(smaller, "smaller.safetensors")
     """
     write(Path(path), *_content(compressed, coding, report))
 
 
 def file_bytes(compressed: Compressed, *, coding: str = "auto", report: bool = False) -> int:
-    """Bytes of the file that ``save`` would write, exactly; parameters and errors as there."""
+    """Bytes of the file that ``save`` would write, exactly; parameters and errors as there.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> from pathlib import Path
+    >>> smaller = ps.compress(model, batches, keep=0.5, latency=False)
+    >>> ps.save(smaller, "smaller.safetensors")
+    >>> ps.file_bytes(smaller) == Path("smaller.safetensors").stat().st_size
+    True
+    """
     return size(*_content(compressed, coding, report))
 
 
@@ -99,6 +121,13 @@ def stored_bytes(model: nn.Module, coding: str = "auto") -> dict[str, int]:
     {state-dict name: int}
         Bytes of tables and data, without the record: 0 for a tensor of one value, for further
         names of a tensor, and for the indices of a sparse layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> ps.stored_bytes(torch.nn.BatchNorm1d(64))["weight"]  # all of them are 1
+    0
     """
     model, kind = ordinary(model), _kind(coding)
     packed = compact(model, kind) if kind else pack(model)
@@ -127,6 +156,18 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
         names the first difference. Files are safe to load whoever wrote them.
     ImportError
         When the file needs constriction, which is not installed.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> batches = [torch.randn(100, 16) for _ in range(5)]
+    >>> smaller = ps.compress(model, batches, keep=0.5, latency=False)
+    >>> ps.save(smaller, "smaller.safetensors")
+    >>> restored = ps.load("smaller.safetensors", model)
+    >>> torch.equal(restored(batches[0]), smaller.model(batches[0]))
+    True
     """
     return restored(path, model)
 
@@ -223,13 +264,20 @@ def _check_original(record: Record, model: nn.Module) -> None:
 def _fill(network: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Put the values in place; data types follow them."""
     own = network.state_dict(keep_vars=True)
+    types: dict[tuple[str, torch.dtype], torch.dtype] = {}
     for name, tensor in values.items():
         target = own[name]
         if target.is_meta:
             raise DataError(f"{name} is on the meta device. Make the original where it can hold values.")
+        floats = target.is_floating_point() and tensor.is_floating_point()
+        if target.dtype != tensor.dtype and not floats:
+            raise DataError(f"expected {name} in {target.dtype}, got {tensor.dtype}.")
+        # A network may have been converted since, but no layer in part.
+        if tensor.is_floating_point():
+            layer = name.rpartition(".")[0], target.dtype
+            if types.setdefault(layer, tensor.dtype) != tensor.dtype:
+                raise DataError(f"expected {name} in {types[layer]}, as its layer is, got {tensor.dtype}.")
         if target.dtype != tensor.dtype:
-            if not (target.is_floating_point() and tensor.is_floating_point()):
-                raise DataError(f"expected {name} in {target.dtype}, got {tensor.dtype}.")
             target.data = target.data.to(tensor.dtype)
     state = OrderedDict(values)
     # Without versions, layers take their values for older ones, and some rebuild themselves.

@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import os
-import secrets
 import shutil
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -25,9 +25,13 @@ from pysolve.nn.files.checkpoint import restored, save
 from pysolve.nn.files.reopening import Written, difference, outputs_again, reopened, written_of
 from pysolve.nn.running import Batch
 from pysolve.nn.stock import NotStockError, Stock, is_pretrained, skeleton, stock_of
+from pysolve.whole_files import replacing_folder
 
 # Beside the original's configuration, in folders that are for ``load_pretrained``.
 FILE = "pysolve.safetensors"
+# CRC-32 of each file that ``load_pretrained`` has transformers read.
+SUMS = "pysolve.json"
+_SUMMED = ("config.json", "generation_config.json", "model*.safetensors*")
 # What belongs to a model beside its weights and its configurations.
 _CARRIED = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "spiece.model"),
@@ -107,11 +111,25 @@ def save_pretrained(
         outputs, or cannot be opened. No batch can be made.
     FileExistsError
         The folder exists.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval()
+    >>> batches = [{"input_ids": torch.randint(50, (16, 12))} for _ in range(8)]
+    >>> smaller = ps.compress(model, batches, target={"macs": 0.7}, widths="uniform", latency=False)
+    >>> ps.save_pretrained(smaller, "smaller").difference
+    0.0
+    >>> LlamaForCausalLM.from_pretrained("smaller").config.num_hidden_layers
+    2
     """
     network, folder = _network_of(compressed), Path(folder)
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists: choose another folder, or overwrite=True.")
-    with _replacing(folder) as part:
+    with replacing_folder(folder, sum(one.nbytes for one in network.state_dict().values())) as part:
         if stock:
             written = write_stock(network, part, batch)
             apart = reopened([written])[0]
@@ -122,6 +140,8 @@ def save_pretrained(
             again = load_pretrained(part).to(written.device)
             apart = difference(written, outputs_again(again, written))
         _carry(network, part, tokenizer)
+        names = sorted(file.name for pattern in _SUMMED for file in part.glob(pattern))
+        (part / SUMS).write_text(_sums(part, names))
     return Pretrained(folder, stock, apart, written.note)
 
 
@@ -135,29 +155,90 @@ def load_pretrained(folder: str | os.PathLike[str]) -> nn.Module:
     Returns
     -------
     nn.Module
-        In evaluation mode. Where the folder has a plan, the class that its configuration names is made
-        without values, and the plan's network from it.
+        In evaluation mode, from ``.safetensors`` files alone. Where the folder has a plan, the class that its
+        configuration names is made without values, and the plan's network from it.
 
     Raises
     ------
     DataError
-        It is no such folder.
+        It is no such folder, or damaged: ``save_pretrained`` writes checksums of its files.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> from transformers import LlamaConfig, LlamaForCausalLM
+    >>> shape = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=50, **shape)).eval()
+    >>> batches = [{"input_ids": torch.randint(50, (16, 12))} for _ in range(8)]
+    >>> smaller = ps.compress(model, batches, target={"macs": 0.7}, latency=False)
+    >>> saved = ps.save_pretrained(smaller, "smaller", stock=False)  # widths of any layer
+    >>> ps.load_pretrained("smaller")(**batches[0]).logits.shape
+    torch.Size([16, 12, 50])
     """
     folder = Path(folder)
+    _check_sums(folder)
     library = import_module("transformers")
     try:
         config = library.AutoConfig.from_pretrained(folder, local_files_only=True)
         kind = getattr(library, (config.architectures or [""])[0], None)
     except (OSError, ValueError) as error:
         raise DataError(f"{folder} holds no configuration of transformers: {error}") from error
-    if kind is None:
+    # A name of the library that makes no network would be called with what the folder says.
+    if not (isinstance(kind, type) and issubclass(kind, library.PreTrainedModel)):
         raise DataError(f"{folder}/config.json names no class of transformers: {config.architectures}.")
-    if not (folder / FILE).exists():
-        return kind.from_pretrained(folder, dtype="auto", local_files_only=True)  # type: ignore[no-any-return]
-    network = restored(folder / FILE, _without_values(kind, config), empty=True).eval()
-    if hasattr(network, "generation_config"):
-        network.generation_config = library.GenerationConfig.from_pretrained(folder, local_files_only=True)
+    try:
+        if not (folder / FILE).exists():
+            return kind.from_pretrained(  # type: ignore[attr-defined, no-any-return]
+                folder, dtype="auto", local_files_only=True, use_safetensors=True
+            )
+        network = restored(folder / FILE, _without_values(kind, config), empty=True).eval()
+        if hasattr(network, "generation_config"):
+            made = library.GenerationConfig.from_pretrained(folder, local_files_only=True)
+            network.generation_config = made
+    except (PysolveError, ImportError):
+        raise
+    # Classes of transformers do not name theirs.
+    except Exception as error:
+        why = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise DataError(
+            f"{folder} cannot be opened: {why}. Copy it anew, or save the network again."
+        ) from error
     return network
+
+
+def _check_sums(folder: Path) -> None:
+    """DataError where files are not those that were written; folders of others have no checksums."""
+    file = folder / SUMS
+    if not file.exists():
+        return
+    wrong = SUMS
+    try:
+        text = file.read_bytes().decode()
+        known = json.loads(text)
+        if text == _sums(folder, known):
+            return
+        wrong = next(name for name in known if known[name] != _crc32(folder / name))
+    # RuntimeError: JSON that is nested too deeply. StopIteration: the checksums themselves are damaged.
+    except (OSError, ValueError, TypeError, AttributeError, RuntimeError, StopIteration):
+        pass
+    raise DataError(
+        f"{folder} is damaged, or {wrong} was changed: its checksum is another. Copy the folder anew; or "
+        f"remove {SUMS} if the change was yours."
+    )
+
+
+def _sums(folder: Path, names: Iterable[str]) -> str:
+    """Checksums of files as JSON."""
+    return json.dumps({name: _crc32(folder / name) for name in names}, indent=1)
+
+
+def _crc32(path: Path) -> int:
+    found = 0
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            found = zlib.crc32(block, found)
+    return found
 
 
 def write_stock(network: nn.Module, folder: Path, batch: Batch = None) -> Written:
@@ -251,23 +332,3 @@ def _without_bars() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which takes the place of ``folder`` once it is complete."""
-    if not folder.absolute().parent.is_dir():
-        raise FileNotFoundError(f"{folder} cannot be written: there is no folder {folder.parent}.")
-    part = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.part")
-    part.mkdir()
-    try:
-        yield part
-        if folder.exists():
-            old = part.with_suffix(".old")
-            os.replace(folder, old)
-            os.replace(part, folder)
-            shutil.rmtree(old) if old.is_dir() else old.unlink()
-        else:
-            os.replace(part, folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

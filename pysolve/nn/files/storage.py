@@ -74,7 +74,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], record: Mapping[str, object
     there would be more record than ``read`` takes.
     """
     content, metadata = _sealed(tensors, record)
-    with replacing(path) as part:
+    with replacing(path, sum(one.nbytes for one in content.values())) as part:
         save_file(content, part, metadata=metadata)
         _check_header(part)
 
@@ -163,10 +163,11 @@ def _check_header(path: Path) -> None:
     length = int.from_bytes(start, "little")
     if size < 8 or length > size - 8:
         raise DataError(f"its header should take {length} bytes, but the file has {size}.")
-    _check_length(length, size)
+    check_length(length, size)
 
 
-def _check_length(length: int, size: int) -> None:
+def check_length(length: int, size: int) -> None:
+    """DataError for more header than is read of a file of this size."""
     if length > _limit(size):
         raise DataError(f"its header takes {length} of its {size} bytes, more than a quarter and 2 MB.")
 
@@ -187,7 +188,7 @@ def _sealed(
     if not short:
         return others, {_KEY: f'{{"checksum":{zlib.crc32(text)},"record":{text.decode()}}}'}
     stream = tensors.get(STREAM, torch.zeros(0, dtype=torch.uint8))
-    _check_length(len(text), stream.nbytes + sum(tensor.nbytes for tensor in others.values()))
+    check_length(len(text), stream.nbytes + sum(tensor.nbytes for tensor in others.values()))
     packed = zipped(text)
     whole = torch.cat([torch.frombuffer(bytearray(packed), dtype=torch.uint8), stream])
     return {STREAM: whole, **others}, {_KEY: f"2 {checksum(whole)} {len(packed)}"}

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from pysolve import __version__
 from pysolve.correlations import AnyArray, Correlations
-from pysolve.errors import DataError, PysolveError
+from pysolve.errors import DataError, PysolveError, whole
 from pysolve.nn.calibration import Calibration
 from pysolve.nn.files.storage import in_order
 from pysolve.nn.files.sums import (
@@ -30,6 +30,8 @@ from pysolve.nn.running import Batch, Inputs, arguments
 
 _KEY, _VERSION = "pysolve_study", 1
 _LISTS = ("held", "apart", "kept")
+# Of batches, as torch names them; None: no container.
+_CONTAINERS = (None, "builtins.dict", "builtins.list", "builtins.tuple", "collections.OrderedDict")
 
 
 def write_study(
@@ -83,12 +85,24 @@ def read_study(path: Path, model: nn.Module) -> tuple[Calibration, StoredCorrela
         if record["version"] != _VERSION:
             raise DataError(f"{path} has version {record['version']}: this pysolve reads {_VERSION}.")
         held, apart, kept = ([_batch_from(arrays, b) for b in record["samples"][name]] for name in _LISTS)
-        limit, seen, out = (int(record[name]) for name in ("limit", "seen", "out"))
+        limit, seen, out = (whole(name, record[name], 0) for name in ("limit", "seen", "out"))
         correlations = sums_from(arrays, record["correlations"])
-        network = record["network"]
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise DataError(f"{path} was not written by Study.save, or it is damaged: {error}.") from error
+        network = dict(record["network"])
+    # RuntimeError: JSON that is nested too deeply.
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise DataError(
+            f"{path} was not written by Study.save, or it is damaged: {error}. Copy it anew, or gather again."
+        ) from error
     check_network(network, model, str(path))
+    layers = dict(model.named_modules(remove_duplicate=False))
+    for name, one in correlations.stored.items():
+        weight = getattr(layers.get(name), "weight", None)
+        h, d = one.arrays["yx"].shape
+        if isinstance(weight, nn.Parameter) and weight.numel() != h * d:
+            raise DataError(
+                f"{path} is damaged: {name} has {weight.numel()} weights, not {h} x {d}. Copy it anew, or "
+                "gather again."
+            )
     return Calibration(limit, held, apart, kept, seen, out), correlations
 
 
@@ -124,7 +138,28 @@ def _batch_to_write(batch: Batch, name: str) -> tuple[dict[str, AnyArray | Store
                 "and plain values."
             )
     shared = sorted(batch.shared) if isinstance(batch, Inputs) else None
-    return arrays, {"form": pytree.treespec_dumps(form), "leaves": record, "shared": shared}
+    told = pytree.treespec_dumps(form)
+    try:
+        _check_form(json.loads(told)[1])
+    except ValueError as error:
+        raise PysolveError(f"a study with {error} in its batches cannot be saved.") from error
+    return arrays, {"form": told, "leaves": record, "shared": shared}
+
+
+def _check_form(form: Mapping[str, Any]) -> None:
+    """ValueError for the form of a batch with anything but plain containers.
+
+    For others, torch would import modules that the file names.
+    """
+    kind, context, parts = form["type"], form["context"], form["children_spec"]
+    plain = context is None or json.loads(context) is None
+    if kind in ("builtins.dict", "collections.OrderedDict"):
+        keys = json.loads(context)
+        plain = len(keys) == len(parts) and all(isinstance(key, str | int) for key in keys)
+    if kind not in _CONTAINERS or not plain:
+        raise ValueError(f"a {kind}")
+    for one in parts:
+        _check_form(one)
 
 
 def _batch_from(arrays: Mapping[str, Stored], record: Mapping[str, Any]) -> Batch:
@@ -132,12 +167,18 @@ def _batch_from(arrays: Mapping[str, Stored], record: Mapping[str, Any]) -> Batc
         _tensor(arrays[one["tensor"]], one["dtype"]) if "tensor" in one else one["value"]
         for one in record["leaves"]
     ]
+    _check_form(json.loads(record["form"])[1])
     args, kwargs = pytree.tree_unflatten(leaves, pytree.treespec_loads(record["form"]))
+    if not isinstance(kwargs, dict) or len(args) != (not kwargs):
+        raise ValueError("a batch has no inputs")
     if record["shared"] is not None:
-        return Inputs(kwargs, record["shared"])
+        return Inputs(kwargs, [whole("the number of an input", one, 0) for one in record["shared"]])
     return kwargs if kwargs else args[0]
 
 
 def _tensor(stored: Stored, kind: str) -> Tensor:
     values = torch.from_numpy(stored.read())
-    return values.view(torch.bfloat16) if kind == "bfloat16" else values
+    values = values.view(torch.bfloat16) if kind == "bfloat16" else values
+    if str(values.dtype) != f"torch.{kind}":
+        raise ValueError(f"samples are {values.dtype}, not {kind}")
+    return values

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -11,8 +12,9 @@ from typing import Any
 
 import numpy as np
 
-from pysolve.correlations import AnyArray, Correlations
-from pysolve.errors import DataError
+from pysolve.correlations import AnyArray, Correlations, check_finite
+from pysolve.errors import DataError, whole
+from pysolve.nn.files.storage import check_length
 from pysolve.whole_files import replacing
 
 _TYPES: dict[str, Any] = {
@@ -48,16 +50,22 @@ class Stored:
 
     @property
     def nbytes(self) -> int:
-        return self.dtype.itemsize * int(np.prod(self.shape, dtype=np.int64))
+        return self.dtype.itemsize * math.prod(self.shape)
 
     def read(self) -> AnyArray:
         """The array; read, not mapped, since mapped pages count as memory of the process."""
-        with open(self.path, "rb") as file:
-            file.seek(self.start)
-            found = np.fromfile(file, self.dtype, int(np.prod(self.shape, dtype=np.int64)))
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(self.start)
+                found = np.fromfile(file, self.dtype, math.prod(self.shape))
+        except OSError as error:
+            raise DataError(f"{self.path} cannot be read any more: {error}.") from error
         if _checksum(found) != self.checksum:
-            raise DataError(f"{self.path} is damaged: copy it anew, or gather again.")
+            raise self.damaged("a checksum is wrong")
         return found.reshape(self.shape)
+
+    def damaged(self, why: str) -> DataError:
+        return DataError(f"{self.path} is damaged: {why}. Copy it anew, or gather again.")
 
 
 @dataclass(frozen=True)
@@ -71,7 +79,12 @@ class StoredSums:
     def read(self) -> Correlations:
         """The correlations."""
         arrays = {name: one.read() for name, one in self.arrays.items()}
-        return Correlations(**arrays, count=self.count, group_size=self.group_size)
+        try:
+            found = Correlations(**arrays, count=self.count, group_size=self.group_size)
+            check_finite(found)
+        except (ValueError, DataError) as error:
+            raise self.arrays["xx"].damaged(str(error).rstrip(".")) from error
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,7 +137,8 @@ def write_arrays(path: Path, arrays: Mapping[str, AnyArray | Stored], metadata: 
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     text = _SEAL % zlib.crc32(text) + text[len(_SEAL % 0) :]
-    with replacing(path) as part, part.open("wb") as file:
+    check_length(len(text), 8 + len(text) + end)
+    with replacing(path, 8 + len(text) + end) as part, part.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for array in arrays.values():
             values = array.read() if isinstance(array, Stored) else array
@@ -144,6 +158,7 @@ def open_arrays(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
             length, size = int.from_bytes(file.read(8), "little"), path.stat().st_size
             if length > size - 8:
                 raise ValueError(f"its header should take {length} bytes, but it has {size}")
+            check_length(length, size)
             text = file.read(length)
         rest = text[len(_SEAL % 0) :]
         if text != _SEAL % zlib.crc32(_SEAL % 0 + rest) + rest:
@@ -152,18 +167,26 @@ def open_arrays(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
         metadata = header.pop("__metadata__")
         del metadata["crc32"]
         sums = json.loads(metadata.pop(_CHECKSUMS))
-        arrays = {
-            name: Stored(
-                path, np.dtype(_TYPES[one["dtype"]]), (*one["shape"],), 8 + length + first, sums[name]
+        if not all(isinstance(one, str) for one in metadata.values()):
+            raise ValueError("its metadata are no texts")
+        arrays, end = dict[str, Stored](), 8 + length
+        for name, one in header.items():
+            shape = tuple(whole("a size", n, 0, size) for n in one["shape"])
+            arrays[name] = Stored(
+                path, np.dtype(_TYPES[one["dtype"]]), shape, end, whole("a checksum", sums[name], 0)
             )
-            for name, one in header.items()
-            for first in one["data_offsets"][:1]
-        }
-        if any(one.start + one.nbytes > size for one in arrays.values()):
-            raise ValueError("it ends too early")
+            places = [end - 8 - length, (end := end + arrays[name].nbytes) - 8 - length]
+            if one["data_offsets"] != places:
+                raise ValueError(f"{name} does not lie at bytes {places[0]} … {places[1]}")
+        if end != size:
+            raise ValueError(f"it should have {end} bytes, and has {size}")
+    except FileNotFoundError:
+        raise
     # RuntimeError: JSON that is nested too deeply.
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise DataError(f"{path} is no file of sums, or it is damaged: {error}.") from error
+    except (DataError, OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise DataError(
+            f"{path} is no file of sums, or it is damaged: {error}. Copy it anew, or gather again."
+        ) from error
     return arrays, metadata
 
 
@@ -188,13 +211,30 @@ def sums_to_write(
 
 
 def sums_from(arrays: Mapping[str, Stored], record: Mapping[str, Any]) -> StoredCorrelations:
-    """Correlations of a file's arrays and the record that ``sums_to_write`` gave."""
-    return StoredCorrelations(
-        {
-            layer: StoredSums({part: arrays[one[part]] for part in _SUMS}, one["count"], one["group_size"])
-            for layer, one in record.items()
-        }
-    )
+    """Correlations of a file's arrays and the record that ``sums_to_write`` gave.
+
+    Raises KeyError, TypeError or ValueError for another record.
+    """
+    return StoredCorrelations({layer: _sums_of(arrays, one) for layer, one in record.items()})
+
+
+def _sums_of(arrays: Mapping[str, Stored], record: Mapping[str, Any]) -> StoredSums:
+    parts = {part: arrays[record[part]] for part in _SUMS}
+    h, d = parts["yx"].shape
+    shapes: dict[str, list[tuple[int, ...]]] = {
+        "xx": [(d, d)],
+        "yx": [(h, d)],
+        "yy": [(h, h), (h,)],
+        "x_sum": [(d,)],
+        "y_sum": [(h,)],
+    }
+    for part, known in shapes.items():
+        if parts[part].shape not in known or parts[part].dtype != np.float64:
+            raise ValueError(f"{part} is of {parts[part].dtype} and shape {parts[part].shape}")
+    count, size = whole("count", record["count"], 1, 2**62), whole("group_size", record["group_size"])
+    if d % size:
+        raise ValueError(f"{d} inputs are no groups of {size}")
+    return StoredSums(parts, count, size)
 
 
 def _checksum(values: AnyArray) -> int:

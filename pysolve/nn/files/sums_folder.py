@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 import time
 import weakref
@@ -27,6 +28,7 @@ from pysolve.whole_files import replacing
 # Sums on the way are put away where that takes at most such a share of the time, every so many seconds.
 SHARE, SECONDS = 0.05, 60.0
 _RECORD, _PART = "record.json", "part.safetensors"
+_FILE = re.compile(r"\d{1,9}\.safetensors")
 _OTHER = "Give another folder, or delete this one to begin anew."
 
 
@@ -50,17 +52,22 @@ class SumsFolder:
         if path is None:
             weakref.finalize(self, rmtree, self.path, ignore_errors=True)
             return
-        path.mkdir(parents=True, exist_ok=True)
         record = path / _RECORD
-        if not record.exists():
-            _write_json(record, {"identity": identity})
+        with self._writing():
+            path.mkdir(parents=True, exist_ok=True)
+            if not record.exists():
+                _write_json(record, {"identity": identity})
         found = _read_json(record)
         if found.get("identity") != json.loads(json.dumps(identity)):
             before, now = found.get("identity", {}), dict(identity)
             others = [name for name in now if before.get(name) != json.loads(json.dumps(now[name]))]
             raise PysolveError(f"{path} holds sums of another {' and other '.join(others)}. {_OTHER}")
-        self.files = {name: path / file for name, file in found.get("files", {}).items()}
-        self.batches = found.get("batches", [])
+        with _reading(record):
+            self.batches = _numbers(found.get("batches", []))
+            for name, file in found.get("files", {}).items():
+                if not (isinstance(file, str) and _FILE.fullmatch(file) and (path / file).is_file()):
+                    raise ValueError(f"there is no file {file}")
+                self.files[name] = path / file
 
     def has(self, name: str) -> bool:
         """Whether the sums of a layer are complete."""
@@ -94,10 +101,11 @@ class SumsFolder:
         if not self.kept or not path.exists():
             return 0
         arrays, metadata = open_arrays(path)
-        if json.loads(metadata["layers"]) != [*sums.layers]:
-            return 0
-        sums.resume({name: one.read() for name, one in arrays.items()})
-        batches = json.loads(metadata["batches"])
+        with _reading(path):
+            if json.loads(metadata["layers"]) != [*sums.layers]:
+                return 0
+            batches = _numbers(json.loads(metadata["batches"]))
+            sums.resume({name: one.read() for name, one in arrays.items()})
         self.batches = self.batches or batches
         return len(batches)
 
@@ -134,7 +142,8 @@ class SumsFolder:
         found: dict[str, Any] = {}
         for path in self.files.values():
             arrays, metadata = open_arrays(path)
-            found |= sums_from(arrays, json.loads(metadata["correlations"])).stored
+            with _reading(path):
+                found |= sums_from(arrays, json.loads(metadata["correlations"])).stored
         (self.path / _PART).unlink(missing_ok=True)
         return StoredCorrelations({name: found[name] for name in names if name in found}, self)
 
@@ -166,16 +175,39 @@ def network_checksums(model: nn.Module) -> dict[str, int]:
     return {name: checksum(one) for name, one in model.state_dict().items() if isinstance(one, Tensor)}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Errors of a file that holds something else say so."""
     try:
-        found = json.loads(path.read_text())
-    except ValueError as error:
+        yield
+    except DataError:
+        raise
+    # RuntimeError: JSON that is nested too deeply, and what torch makes of wrong tensors.
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise DataError(f"{path} is damaged: {error}. {_OTHER}") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{path} is no record of sums. {_OTHER}")
+
+
+def _numbers(values: object) -> list[int]:
+    if not isinstance(values, list) or not all(type(one) is int for one in values):
+        raise ValueError("checksums of batches are no numbers")
+    return values
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """A record whose checksum is right."""
+    with _reading(path):
+        text = path.read_text()
+        found = json.loads(text)["record"]
+        if not isinstance(found, dict) or text != _sealed(found):
+            raise ValueError("its checksum is wrong")
     return found
 
 
 def _write_json(path: Path, record: Mapping[str, object]) -> None:
     with replacing(path) as part:
-        part.write_text(json.dumps(record))
+        part.write_text(_sealed(record))
+
+
+def _sealed(record: Mapping[str, object]) -> str:
+    text = json.dumps(record)
+    return f'{{"crc32": {zlib.crc32(text.encode())}, "record": {text}}}'

@@ -59,6 +59,7 @@ class Graph:
     inputs: tuple[Node, ...]
     shared: frozenset[int]
     _keys: tuple[str, ...]
+    _layers: tuple[tuple[nn.Module, int], ...]
 
     @property
     def takes_any_batch(self) -> bool:
@@ -66,6 +67,10 @@ class Graph:
         values = [node.meta.get("val") for i, node in enumerate(self.inputs) if i not in self.shared]
         sizes = [v.shape[0] for v in values if isinstance(v, Tensor) and v.ndim]
         return all(admits(size, count) for size in sizes for count in (2, _MANY))
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether this network was traced: the same layer objects, with as many hooks."""
+        return self._layers == _layers(model)
 
     @property
     def used(self) -> set[str]:
@@ -130,11 +135,7 @@ def trace(
     PysolveError
         When torch.export cannot follow the network: names the line.
     """
-    args, kwargs = arguments(batch)
-    tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    if (free_sizes or training) and all(t.ndim and len(t) == 1 for t in tensors):
-        # torch.export takes a size of 1 for fixed, and batch norms do not train on one sample.
-        args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.repeat_interleave(2, 0), (args, kwargs))
+    args, kwargs = _several(batch) if free_sizes or training else arguments(batch)
     with _TRACING, (in_training if training else evaluating)(model):
         if not training:
             with _quiet(), same_draws(model):
@@ -154,7 +155,20 @@ def trace(
         inputs=tuple(node for key, node in placeholders.items() if key not in {*names, *constants}),
         shared=batch.shared if isinstance(batch, Inputs) else frozenset(),
         _keys=tuple(kwargs),
+        _layers=_layers(model),
     )
+
+
+def program_of(model: nn.Module, batch: Batch) -> ExportedProgram:
+    """A network in evaluation mode as torch.export has it, for any number of samples where its code allows.
+
+    Raises
+    ------
+    PysolveError
+        When torch.export cannot follow the network: names the line.
+    """
+    with _TRACING, evaluating(model):
+        return _export(model, *_several(batch), [1, 0])
 
 
 def trace_once(model: nn.Module, batch: Batch) -> tuple[Graph, Batch]:
@@ -185,6 +199,24 @@ def is_in_place(node: Node) -> bool:
     """Whether an operator writes into one of its operands."""
     schema = getattr(node.target, "_schema", None)
     return bool(schema and schema.is_mutable)
+
+
+def _layers(model: nn.Module) -> tuple[tuple[nn.Module, int], ...]:
+    """All layers and how many hooks each has."""
+    return tuple((m, len(m._forward_hooks) + len(m._forward_pre_hooks)) for m in model.modules())
+
+
+def _several(batch: Batch) -> tuple[Any, Any]:
+    """Arguments of a batch, of one sample twice.
+
+    torch.export takes a size of 1 for fixed, and batch norms do not train on one sample.
+    """
+    given = arguments(batch)
+    tensors = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Tensor)]
+    if not all(t.ndim and len(t) == 1 for t in tensors):
+        return given
+    args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf.repeat_interleave(2, 0), given)
+    return args, kwargs
 
 
 def _first_name(model: nn.Module, name: str) -> str:

@@ -80,6 +80,14 @@ def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[Igno
         When torch.export cannot follow the network: names the line.
     LayerNotFoundError
         When a name or pattern in ``ignore`` belongs to no layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> [(site.name, site.channels, site.pinned) for site in ps.find_sites(model, torch.randn(10, 16))]
+    [('0 → 2', 64, None), ('2 → nothing', 4, "the network's output")]
     """
     model, example_inputs = plain_network(model), example_of(example_inputs)
     find_matching(model, ignore)

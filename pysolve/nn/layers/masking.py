@@ -69,6 +69,15 @@ def mask_weights(
     ValueError
         Before anything is changed: when a mask does not fit; when a layer's weight is no parameter of its
         own but computed, or shared with another layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> ps.mask_weights(model, {"0": torch.eye(64, 16, dtype=torch.bool)})
+    >>> int((model[0].weight != 0).sum())
+    16
     """
     layers = {name: find_layer(model, name) for name in masks}
     given: dict[nn.Module, tuple[str, Tensor]] = {}
@@ -92,7 +101,17 @@ def mask_weights(
 
 
 def masks_of(model: nn.Module) -> dict[str, Mask]:
-    """The masks of a network's weights, by the layers' first names; changes to them take effect."""
+    """The masks of a network's weights, by the layers' first names; changes to them take effect.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> ps.mask_weights(model, {"0": torch.eye(64, 16, dtype=torch.bool)})
+    >>> list(ps.masks_of(model))
+    ['0']
+    """
     layers = model.named_modules()
     return {name: mask for name, layer in layers if (mask := mask_of(layer)) is not None}
 
@@ -119,7 +138,18 @@ def below(layer: nn.Module) -> nn.Parameter:
 
 
 def remove_masks(model: nn.Module) -> None:
-    """Make masked weights ordinary ones again, exactly those in use; in place, and the same parameters."""
+    """Make masked weights ordinary ones again, exactly those in use; in place, and the same parameters.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> ps.mask_weights(model, {"0": torch.eye(64, 16, dtype=torch.bool)})
+    >>> ps.remove_masks(model)
+    >>> ps.masks_of(model), int((model[0].weight != 0).sum())
+    ({}, 16)
+    """
     for layer in list(model.modules()):
         remove_mask(layer)
 

@@ -151,6 +151,16 @@ def share_weights(
     ValueError
         Before anything is changed: when a codebook does not fit; when a layer's weight is masked, computed
         from other values, or shared with another layer.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> found = ps.quantize_layer(model[0].weight, bits=3)
+    >>> ps.share_weights(model, {"0": found.form})
+    >>> [tuple(parameter.shape) for parameter in model[0].parameters()]
+    [(64,), (8,)]
     """
     if trained not in TRAINED:
         raise ValueError(f"trained must be one of {', '.join(TRAINED)}, got {trained!r}.")
@@ -179,6 +189,15 @@ def ternary_weights(
     ------
     ValueError
         As ``share_weights``, or when a threshold is not within 0 and 1.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> ps.ternary_weights(model, ["0"], threshold=0.5)
+    >>> len(model[0].weight.unique())
+    3
     """
     if isinstance(layers, str):
         raise TypeError(f"layers must be a sequence of names, got the string {layers!r}: pass [{layers!r}].")
@@ -201,7 +220,17 @@ def sharing_of(layer: nn.Module) -> Sharing | None:
 
 
 def codebooks_of(model: nn.Module) -> dict[str, Codebook]:
-    """The codes and values that are in use, by the layers' first names; of half precision in float32."""
+    """The codes and values that are in use, by the layers' first names; of half precision in float32.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> ps.ternary_weights(model, ["0"])
+    >>> ps.codebooks_of(model)["0"].codes.shape
+    (64, 16)
+    """
     books = {}
     for name, sharing in shared_of(model).items():
         codes, values = sharing.in_use(below(find_layer(model, name)))
@@ -210,7 +239,18 @@ def codebooks_of(model: nn.Module) -> dict[str, Codebook]:
 
 
 def remove_sharing(model: nn.Module) -> None:
-    """Make weights that share values ordinary ones again, exactly those in use; in place."""
+    """Make weights that share values ordinary ones again, exactly those in use; in place.
+
+    Examples
+    --------
+    >>> import torch
+    >>> import pysolve as ps
+    >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
+    >>> ps.ternary_weights(model, ["0"])
+    >>> ps.remove_sharing(model)
+    >>> model[0].weight.shape, ps.codebooks_of(model)
+    (torch.Size([64, 16]), {})
+    """
     for layer in list(model.modules()):
         _remove(layer)
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import pysolve as ps
 from pysolve.nn.files import reopening
-from pysolve.nn.files.pretrained import FILE, write_stock
+from pysolve.nn.files.pretrained import FILE, SUMS, write_stock
 from pysolve.nn.files.reopening import reopened
 
 transformers = pytest.importorskip("transformers")
@@ -188,7 +188,7 @@ def test_a_folder_is_written_whole_with_what_belongs_to_it(small, tmp_path):
     finally:
         result.model.config._name_or_path = result.model.name_or_path = ""
     assert found == ps.Pretrained(tmp_path / "out", stock=True, difference=0.0)
-    files = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
+    files = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", SUMS}
     assert {*os.listdir(tmp_path / "out")} == files
     assert {*os.listdir(tmp_path)} == {"home", "out"}
     assert type(ps.load_pretrained(tmp_path / "out")) is type(model)
@@ -238,7 +238,7 @@ def test_what_no_configuration_describes_is_saved_with_its_plan(small, tmp_path)
         folder = tmp_path / str(number)
         found = ps.save_pretrained(result, folder, stock=False, tokenizer=Words())
         assert (found.stock, found.difference) == (False, 0.0)
-        files = {"config.json", "generation_config.json", FILE, "words.json"}
+        files = {"config.json", "generation_config.json", FILE, SUMS, "words.json"}
         assert {*os.listdir(folder)} == files
         opened = ps.load_pretrained(folder)
         assert not any(tensor.is_meta for tensor in (*opened.parameters(), *opened.buffers()))
@@ -264,7 +264,7 @@ def test_what_is_no_network_of_the_library_is_refused(small, tmp_path):
     plain = ps.compress(model, [torch.randn(40, 4)], keep=0.5, **QUIET)
     with pytest.raises(ps.PysolveError, match=r"Sequential is no network of transformers: use pysolve\.save"):
         ps.save_pretrained(plain, tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match="there is no folder"):
+    with pytest.raises(ps.PysolveError, match="there is no folder"):
         ps.save_pretrained(result, tmp_path / "none" / "out")
     with pytest.raises(ps.DataError, match="no configuration of transformers"):
         ps.load_pretrained(tmp_path)

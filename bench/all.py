@@ -1,0 +1,128 @@
+"""Every command that prints figures of the README and of docs/: a list, or all of them, one after the other.
+
+python bench/all.py [--run] [--only TEXT] [--data DIR]
+
+Without --run nothing is computed. With it, tables follow the machine and the versions that they are measured
+with, and each command's minutes come last; --only takes those that hold the text. They need the extra bench,
+real images and networks in the folder that PYSOLVE_DATA or --data names, and an idle machine.
+"""
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ.get("PYSOLVE_DATA", "data"))
+PACKAGES = ("pysolve-compress", "torch", "numpy", "scipy", "transformers", "torch-pruning", "torchao")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A command, the page that quotes it, and about how many minutes two cores take, where that is known."""
+
+    command: str
+    page: str
+    minutes: float | None = None
+
+
+# DATA stands for the folder of images and networks.
+ALL = (
+    Bench("bench/solvers.py --only published", "benchmarks.md"),
+    Bench("bench/solvers.py --only published --tol 1e-10", "benchmarks.md"),
+    Bench("bench/solvers.py --only packages", "benchmarks.md"),
+    Bench("bench/solvers.py --only large --threads 2", "benchmarks.md"),
+    Bench("bench/elimination.py", "benchmarks.md"),
+    Bench("bench/networks.py compare --data DATA --threads 2 --match 60", "README.md, benchmarks.md"),
+    Bench("bench/networks.py depth --data DATA", "benchmarks.md"),
+    Bench("bench/latency_target.py --data DATA --runs 2", "benchmarks.md"),
+    Bench("bench/pruning.py methods --data DATA", "README.md, benchmarks.md"),
+    Bench("bench/pruning.py sweep", "benchmarks.md", 1),
+    Bench("bench/pruning.py surgery --data DATA", "benchmarks.md", 14),
+    Bench("bench/lowrank.py networks --data DATA", "README.md, benchmarks.md"),
+    Bench("bench/lowrank.py layers", "benchmarks.md"),
+    Bench("bench/distill.py match --data DATA", "benchmarks.md", 12),
+    Bench("bench/distill.py speed --data DATA", "benchmarks.md"),
+    Bench("bench/deep_compression.py --data DATA", "README.md, benchmarks.md"),
+    Bench("bench/csr.py --data DATA", "benchmarks.md"),
+    Bench("bench/zoo.py", "benchmarks.md"),
+    Bench("bench/scale.py gather", "benchmarks.md"),
+    Bench("bench/scale.py passes", "benchmarks.md"),
+    Bench("bench/scale.py growth", "scale.md"),
+    Bench("bench/scale.py decoders", "scale.md", 15),
+    Bench("bench/cost_model.py", "scale.md"),
+    Bench("bench/device.py", "scale.md", 6),
+    Bench("bench/language.py DATA", "benchmarks.md"),
+    Bench("bench/golden.py compare", "benchmarks.md"),
+    Bench("bench/calibration.py counts --data DATA", "guide.md"),
+    Bench("bench/calibration.py kinds --data DATA", "guide.md"),
+    Bench("bench/calibration.py matching --data DATA", "guide.md"),
+    Bench("examples/compress_llm.py DATA", "guide.md, benchmarks.md"),
+    Bench("examples/e1_linear_reconstruction.py --data DATA", "benchmarks.md"),
+    Bench("examples/e2_pruning.py --data DATA", "benchmarks.md"),
+    Bench("examples/e2_quantization.py --data DATA", "benchmarks.md"),
+    Bench("examples/e2_lowrank_distill.py --data DATA", "benchmarks.md"),
+    Bench("examples/e3_svd_mlp.py --data DATA", "benchmarks.md", 21),
+    Bench("examples/e4_efficiency.py --data DATA", "benchmarks.md", 17),
+    Bench("examples/e4_quantization.py --data DATA", "benchmarks.md"),
+    Bench("examples/e5_deep_compression.py --data DATA", "benchmarks.md", 7),
+    Bench("examples/e5_prune_retrain.py --data DATA", "benchmarks.md"),
+    Bench("examples/pictures.py docs/images", "plots.md", 1),
+)
+
+
+def main(
+    run: Annotated[bool, typer.Option(help="Run them.")] = False,
+    only: Annotated[str, typer.Option(help="Those whose command or page holds this.")] = "",
+    data: Annotated[Path, typer.Option(help="Folder with the networks and the images.")] = DATA,
+) -> None:
+    """List the commands, or run them."""
+    chosen = [one for one in ALL if only in f"{one.command} {one.page}"]
+    for one in chosen:
+        about = f"about {one.minutes:g} min" if one.minutes else ""
+        typer.echo(f"python {one.command:60} {about:13} {one.page}")
+    if not run:
+        raise typer.Exit
+    typer.echo("\n" + machine())
+    failed = [one.command for one in chosen if not done(one, data)]
+    if failed:
+        typer.echo("Failed: " + "; ".join(failed), err=True)
+        raise typer.Exit(1)
+
+
+def done(bench: Bench, data: Path) -> bool:
+    """Whether the command ran to its end; says how long it took."""
+    words = [str(data) if word == "DATA" else word for word in bench.command.split()]
+    typer.echo(f"\n## python {shlex.join(words)}\n")
+    start = time.perf_counter()
+    ended = subprocess.run([sys.executable, *words], cwd=ROOT, check=False)
+    typer.echo(
+        f"\n{(time.perf_counter() - start) / 60:.1f} minutes, load {os.getloadavg()[0]:.1f} at the end"
+    )
+    return ended.returncode == 0
+
+
+def machine() -> str:
+    """Processor, cores, load and versions, in one line."""
+    cpus = Path("/proc/cpuinfo")
+    lines = cpus.read_text().splitlines() if cpus.exists() else []
+    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    made_with = [f"python {platform.python_version()}"]
+    for name in PACKAGES:
+        try:
+            made_with.append(f"{name} {version(name)}")
+        except PackageNotFoundError:
+            made_with.append(f"no {name}")
+    return f"{model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {', '.join(made_with)}"
+
+
+if __name__ == "__main__":
+    typer.run(main)
