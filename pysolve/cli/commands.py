@@ -64,8 +64,9 @@ def show_sites(
     record, lines = asdict(found), [str(found)]
     if expect:
         given = _batches(model, data, limit, device)
-        options = {"ignore": ignore or (), "latency": False, "progress": not as_json}
-        told = ps.compress(model, given, target={"macs": 0.5}, dry_run=True, **options).report
+        told = ps.compress(
+            model, given, target={"macs": 0.5}, ignore=ignore or (), progress=not as_json, dry_run=True
+        ).report
         record["expected"] = [asdict(one) for one in told.expected]
         lines += as_text(told.targets())
     typer.echo(json.dumps(record, indent=1, default=str) if as_json else "\n".join(lines))

@@ -26,7 +26,7 @@ from pysolve.methods.goal import (
     options_for,
     placed,
 )
-from pysolve.methods.kinds.channels import Channels, Select
+from pysolve.methods.kinds.channels import ELIMINATIONS, SENSITIVITY, Channels, Select
 from pysolve.methods.layout import lay_out
 from pysolve.methods.menu import Chosen
 from pysolve.methods.price import price, probe
@@ -115,8 +115,10 @@ def compress(
         Instead of a target: the penalty of the joint group lasso  Σ_r ½ E‖y_r − M_r x‖² + lam Σ_g ‖M_g‖_F
         over each site's readers r, whose non-zero groups stay.
     select : str, or {Site or its name: (channels,) scores}
-        How channels are chosen: "elimination" or any method of ``select_channels``; or by scores of every
-        channel of every site that can shrink, of which the largest stay. By "elimination", with a target or
+        How channels are chosen: "elimination" or any method of ``select_channels``; "sensitivity", which is
+        elimination in the metric of what errors mean to the network's outputs, and takes gradients; or by
+        scores of every channel of every site that can shrink, of which the largest stay. By either
+        elimination, with a target or
         ``keep``, streams that norms alone read lose principal axes instead of channels.
     refit : "sequential", "independent", "bias" or "none"
         Every layer on the compressed network's own inputs; the readers alone on the original's; biases alone;
@@ -223,7 +225,7 @@ def compress(
     found = found if wanted is None else with_costs(found)
     check_free(found)
     ties = uniform(found) if one else None
-    turns = select == "elimination" and refit != "none" and lam is None
+    turns = select in ELIMINATIONS and refit != "none" and lam is None
     found = in_principal_axes(found) if turns else found
     clock, channels = Clock(), Channels(_by_site(found, select))
     menus = channels.menus(found)
@@ -333,7 +335,7 @@ def sweep(
     found = with_costs(found)
     check_free(found)
     ties = uniform(found) if one else None
-    found = in_principal_axes(found) if select == "elimination" and refit != "none" else found
+    found = in_principal_axes(found) if select in ELIMINATIONS and refit != "none" else found
     clock, channels = Clock(), Channels(_by_site(found, select))
     menus = channels.menus(found)
     where = probe(found, menus)
@@ -408,7 +410,7 @@ def _checked(
     """Refuse what can be told to be wrong without running the network; options of distillation."""
     for target in targets:
         check_target(target)
-    if not isinstance(select, Mapping):
+    if not isinstance(select, Mapping) and select != SENSITIVITY:
         # A problem of one channel: whether the method exists is checked where it is known.
         select_channels(np.eye(1), np.eye(1), 1, method=select)
     one_of("refit", refit, REFITS)

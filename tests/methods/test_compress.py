@@ -236,6 +236,29 @@ def test_a_target_out_of_reach_names_the_smallest_one():
     assert compressed(target={"params": 17}).report.after["params"] == 17
 
 
+# --- which channels go
+
+
+def test_by_sensitivity_channels_stay_that_the_networks_outputs_depend_on():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 10), nn.Tanh(), nn.Linear(10, 3)).eval()
+    with torch.no_grad():
+        # Four channels for two outputs that are read, and four for eight that hardly are.
+        signs = torch.randn(10, 8).sign() / 2
+        signs[:2, 4:] = signs[2:, :4] = 0.0
+        model[0].weight.copy_(torch.eye(8))
+        model[2].weight.copy_(signs)
+        model[4].weight[:, 2:] *= 1e-3
+    batches = [torch.randn(100, 8) for _ in range(4)]
+
+    def kept(select):
+        found = compressed(model, batches, target=None, keep={"0": 4, "2": 10}, select=select)
+        return {step.site.name: step.keep.tolist() for step in found.plan.steps}
+
+    assert kept("sensitivity") == {"0 → 2": [0, 1, 2, 3]}
+    assert kept("elimination") == {"0 → 2": [4, 5, 6, 7]}
+
+
 # --- what is told before anything is cut
 
 
