@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pysolve.cli.datasets import Dataset, cifar, mnist
 from pysolve.nn.evaluate import accuracy, macs, parameters
 from pysolve.nn.running import keeping_modes
-from pysolve.nn.zoo import LeNet5, Mlp, MnistCnn, ResNet
+from pysolve.nn.zoo import LeanNet, LeNet5, Mlp, MnistCnn, ResNet
 
 # Share of the network's parameters or multiply-accumulates that may be left.
 Target = dict[str, float]
@@ -29,6 +29,7 @@ DATA = experiment.DATA
 LENET_RECIPE = {"epochs": 8, "batch_size": 256, "lr": 3e-3}
 LENET_300_RECIPE = {"epochs": 10, "batch_size": 128, "lr": 2e-3}
 PERCEPTRON_RECIPE = {"epochs": 5, "batch_size": 64, "lr": 1e-3}
+LEAN_RECIPE = {"epochs": 28, "batch_size": 64, "lr": 0.1}
 CALIBRATION = 2000
 
 
@@ -109,12 +110,23 @@ def perceptron(data: Path, out: Path) -> Subject:
     return _subject("784–512–256–128–10 on MNIST", model, images, (), ("fc4",))
 
 
+def lean(data: Path, out: Path, gated: bool = False) -> Subject:
+    """Inverted residuals on JPEG-recompressed CIFAR-10, with ReLU6, or with hard-swish and gates."""
+    images, name = cifar(data / "cifar10_jpeg"), "lean-gated" if gated else "lean"
+    path = out / "lean" / f"{name}.safetensors"
+    model = experiment.kept(partial(LeanNet, gated), images, path, LEAN_RECIPE, train=experiment.augmented)
+    title = f"{'Gated lean' if gated else 'Lean'} network on JPEG-recompressed CIFAR-10, 5000 images"
+    return _subject(title, model, images, ({"macs": 0.75}, {"macs": 0.5}), residual_writers(model))
+
+
 SUBJECTS: dict[str, Callable[[Path, Path], Subject]] = {
     "lenet": lenet,
     "resnet20": resnet20,
     "mnist-cnn": mnist_cnn,
     "lenet-300-100": lenet_300_100,
     "mlp": perceptron,
+    "lean": lean,
+    "lean-gated": partial(lean, gated=True),
 }
 
 
@@ -130,6 +142,12 @@ def residual_stream(model: ResNet) -> tuple[str, ...]:
     """The layers that write the residual stream, and the last one."""
     inner = [name for name, _ in model.named_modules() if name.startswith("layer") and name.endswith("conv2")]
     return ("conv1", *inner, "linear")
+
+
+def residual_writers(model: LeanNet) -> tuple[str, ...]:
+    """The layers that write the streams between blocks, and the last one."""
+    inner = [f"blocks.{i}.layers.{len(block.layers) - 2}" for i, block in enumerate(model.blocks)]
+    return (*inner, "linear")
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:

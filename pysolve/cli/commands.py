@@ -40,9 +40,16 @@ _DONE = {
 
 
 def show_sites(
-    network: str, data: str, weights: Path | None, ignore: Sequence[str], device: str, as_json: bool
+    network: str,
+    data: str,
+    weights: Path | None,
+    ignore: Sequence[str],
+    expect: bool,
+    limit: int,
+    device: str,
+    as_json: bool,
 ) -> None:
-    """Print which channels of a network can be removed."""
+    """Print which channels of a network can be removed, and what targets would cost where asked for."""
     model = load_network(network, weights, device)
     samples = load_samples(data)
     batch = next(iter(samples.batches(1, device)), None)
@@ -50,7 +57,15 @@ def show_sites(
         raise DataError("the data hold no batch.")
     samples.check_finite(model, 1, "--data")
     found = ps.inspect(model, batch, ignore=ignore or ())
-    typer.echo(json.dumps(asdict(found), indent=1, default=str) if as_json else str(found))
+    record, lines = asdict(found), [str(found)]
+    if expect:
+        given = _batches(model, data, limit, device)
+        told = ps.compress(
+            model, given, target={"macs": 0.5}, ignore=ignore or (), progress=not as_json, dry_run=True
+        ).report
+        record["expected"] = [asdict(one) for one in told.expected]
+        lines += as_text(told.targets())
+    typer.echo(json.dumps(record, indent=1, default=str) if as_json else "\n".join(lines))
 
 
 @dataclass(frozen=True)
@@ -96,7 +111,7 @@ class Job:
         if self.as_json:
             typer.echo(json.dumps(as_data, indent=1))
         elif not self.quiet:
-            typer.echo(f"{as_text}\nWrote {', '.join(written)} to {self.out}/")
+            typer.echo(f"{as_text}\nWrote {', '.join(written)} to {self.out}/" if written else as_text)
 
 
 def _no_weights(network: str) -> str:
@@ -117,6 +132,12 @@ def write_compressed(verb: str, given: Mapping[str, Value]) -> None:
     """Make a network smaller by a function of pysolve, and write it with its report."""
     job, options = _parted(given)
     state_dict, pretrained = options.pop("state_dict"), options.pop("pretrained", False)
+    if options.get("dry_run"):
+        model, batches, score = job.inputs()
+        told = ps.compress(model, batches, evaluate=score, progress=job.progress, **options).report
+        told = replace(told, notes=(*job.notes, *told.notes))
+        job.show(str(told), plain(told.as_dict()), ())
+        return
     written = ["network.safetensors", "plan.json", "report.json", "report.md", "report.html"]
     written += ["state_dict.safetensors"] * state_dict + ["pretrained"] * pretrained
     with folder(job.out, written, overwrite=job.overwrite), whole(verb, job.progress):

@@ -123,7 +123,7 @@ def command(*names: str, **defaults: object) -> Callable[[Run], Run]:
 
 @command(
     *_INPUTS,
-    *("target", "select", "widths", "round_to", "refit"),
+    *("target", "dry_run", "select", "widths", "round_to", "refit"),
     *_OUTPUTS,
     "pretrained",
     data=None,
@@ -210,7 +210,7 @@ def demo(**given: Value) -> None:
     run(**given)
 
 
-@command(*_INPUTS, "ignore", "device", "as_json")
+@command(*_INPUTS, "ignore", "expect", "limit", "device", "as_json")
 def inspect(**given: Value) -> None:
     """Show what of a network can shrink, and what cannot and why, before any work."""
     from pysolve.cli.commands import show_sites

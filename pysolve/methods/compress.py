@@ -26,17 +26,18 @@ from pysolve.methods.goal import (
     options_for,
     placed,
 )
-from pysolve.methods.kinds.channels import Channels, Select
+from pysolve.methods.kinds.channels import ELIMINATIONS, SENSITIVITY, Channels, Select
 from pysolve.methods.layout import lay_out
 from pysolve.methods.menu import Chosen
 from pysolve.methods.price import price, probe
-from pysolve.methods.rebuild import REFITS, rebuild
+from pysolve.methods.rebuild import PASSES, REFITS, Rebuilt, rebuild
 from pysolve.methods.result import finish, later_score
 from pysolve.methods.sizes import (
     Sized,
     by_keep,
     by_lam,
     check_free,
+    expected,
     experts_lost,
     site_reports,
     with_costs,
@@ -51,6 +52,7 @@ from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored
 from pysolve.plan import Site
+from pysolve.report.rows import Expected
 from pysolve.report.sweep import Sweep
 from pysolve.report.warnings import needed_experts
 from pysolve.solve.selection import select_channels
@@ -82,6 +84,7 @@ def compress(
     latency: bool = True,
     process_group: ProcessGroup | None = None,
     device: Device = None,
+    dry_run: bool = False,
 ) -> Compressed:
     """Make a network smaller, without labels and without training it again.
 
@@ -112,8 +115,10 @@ def compress(
         Instead of a target: the penalty of the joint group lasso  Σ_r ½ E‖y_r − M_r x‖² + lam Σ_g ‖M_g‖_F
         over each site's readers r, whose non-zero groups stay.
     select : str, or {Site or its name: (channels,) scores}
-        How channels are chosen: "elimination" or any method of ``select_channels``; or by scores of every
-        channel of every site that can shrink, of which the largest stay. By "elimination", with a target or
+        How channels are chosen: "elimination" or any method of ``select_channels``; "sensitivity", which is
+        elimination in the metric of what errors mean to the network's outputs, and takes gradients; or by
+        scores of every channel of every site that can shrink, of which the largest stay. By either
+        elimination, with a target or
         ``keep``, streams that norms alone read lose principal axes instead of channels.
     refit : "sequential", "independent", "bias" or "none"
         Every layer on the compressed network's own inputs; the readers alone on the original's; biases alone;
@@ -159,6 +164,9 @@ def compress(
     device : torch.device or str, optional
         Where to compute: a copy of the network and the batches are moved there; by default both must be on
         one device. The result is where ``model`` is; ``evaluate`` is called with networks there.
+    dry_run : bool
+        Cut nothing: the result is the network as it is, and ``report.expected`` tells which divergence to
+        expect of the target and, where it is one share, of others.
 
     Returns
     -------
@@ -191,6 +199,8 @@ def compress(
     if len(given) > 1:
         raise ValueError(f"give one of target, keep and lam, got {' and '.join(given)}.")
     wanted = DEFAULT if not given else target
+    if dry_run and (wanted is None or "ms" in wanted):
+        raise ValueError('a dry run tells what targets of "params", "macs" and "bytes" would cost; give one.')
     targets = [] if wanted is None else [wanted]
     how = _checked(network, targets, select, refit, distill, sites, ignore, round_to)
     check_keep(keep, lam)
@@ -215,7 +225,7 @@ def compress(
     found = found if wanted is None else with_costs(found)
     check_free(found)
     ties = uniform(found) if one else None
-    turns = select == "elimination" and refit != "none" and lam is None
+    turns = select in ELIMINATIONS and refit != "none" and lam is None
     found = in_principal_axes(found) if turns else found
     clock, channels = Clock(), Channels(_by_site(found, select))
     menus = channels.menus(found)
@@ -226,7 +236,11 @@ def compress(
     else:
         assert wanted is not None
         where = probe(found, menus)
-        sized = within(found, price(found, menus, where), wanted, where, round_to, ties)
+        menus = price(found, menus, where)
+        if dry_run:
+            clock.stage("measure")
+            return told(before, found, clock, expected(found, menus, wanted, round_to, ties))
+        sized = within(found, menus, wanted, where, round_to, ties)
     clock.stage("measure")
     return made(before, found, sized, clock, wanted, refit, how)
 
@@ -321,7 +335,7 @@ def sweep(
     found = with_costs(found)
     check_free(found)
     ties = uniform(found) if one else None
-    found = in_principal_axes(found) if select == "elimination" and refit != "none" else found
+    found = in_principal_axes(found) if select in ELIMINATIONS and refit != "none" else found
     clock, channels = Clock(), Channels(_by_site(found, select))
     menus = channels.menus(found)
     where = probe(found, menus)
@@ -342,6 +356,15 @@ def sweep(
     return Sweep(results)
 
 
+def told(
+    before: nn.Module | Compressed, found: Study, clock: Clock, targets: Sequence[Expected]
+) -> Compressed:
+    """The network as it is, with a report of what targets would cost."""
+    found = as_needed(found, {})
+    found = replace(found, options=replace(found.options, latency=False))
+    return finish(before, found, lay_out(found, Rebuilt(Chosen()), "dense"), clock, expected=targets)
+
+
 def made(
     before: nn.Module | Compressed,
     found: Study,
@@ -353,7 +376,7 @@ def made(
 ) -> Compressed:
     """A studied network, refitted with some channels kept, cut, checked and reported."""
     found = as_needed(found, sized.keep)
-    rebuilt = rebuild(found, Chosen(sized.keep), refit)
+    rebuilt = rebuild(found, Chosen(sized.keep), refit, passes=PASSES)
     clock.stage("refit")
     laid = lay_out(found, rebuilt, "dense")
     clock.stage("apply")
@@ -387,7 +410,7 @@ def _checked(
     """Refuse what can be told to be wrong without running the network; options of distillation."""
     for target in targets:
         check_target(target)
-    if not isinstance(select, Mapping):
+    if not isinstance(select, Mapping) and select != SENSITIVITY:
         # A problem of one channel: whether the method exists is checked where it is known.
         select_channels(np.eye(1), np.eye(1), 1, method=select)
     one_of("refit", refit, REFITS)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from typing import Any
 
 from torch import nn
@@ -32,8 +35,8 @@ from pysolve.methods.kinds.ranks import STRUCTURES, RankMenu, Ranks, ranks_of
 from pysolve.methods.layout import LaidOut, check_layout, lay_out, seconds_of_both
 from pysolve.methods.menu import Chosen, Menu
 from pysolve.methods.price import price, probe
-from pysolve.methods.rebuild import Rebuilt, rebuild
-from pysolve.methods.result import finish
+from pysolve.methods.rebuild import PASSES, Rebuilt, rebuild
+from pysolve.methods.result import distance, finish
 from pysolve.methods.sizes import Sized, site_reports, sized
 from pysolve.methods.streams import as_needed, in_principal_axes
 from pysolve.methods.studied import studied
@@ -50,9 +53,6 @@ from pysolve.solve.budget import MEASURES
 METHODS = ("activation", "svd")
 LAYOUTS = ("auto", "factored")
 REFITS = ("sequential", "independent", "none")
-# Further fits of layers that a ReLU follows: of LeNet-5's factors, a second and third lower the divergence by
-# 2.5 to 9 %.
-PASSES = 3
 
 
 @one_bar
@@ -204,20 +204,15 @@ def low_rank(
     if not table.menus and not found.free:
         why = _reasons(table.against) or f"none has its own weight{reasons(left)}"
         raise PysolveError(f"no layer can be factored: {why}.")
-    widths = None
     if target is None:
-        ranks, table = _ranks_as_told(table, rank, energy)
+        plans = [_Plan(None, *_ranks_as_told(table, rank, energy))]
     else:
-        widths, ranks, table = _ranks_within(found, table, target)
+        plans = _plans_within(found, table, target)
     clock.stage("choose")
-    chosen = Chosen(widths.keep if widths else {})
-    for name, size in ranks.items():
-        chosen |= table.menus[name].at(size)
-    found = as_needed(found, chosen.keep)
-    unfitted = plain or refit == "none" or not (ranks or chosen.keep)
-    rebuilt = rebuild(found, chosen, "none" if unfitted else refit, passes=PASSES)
+    made = [_made(found, plan, "none" if plain else refit) for plan in plans]
     clock.stage("refit")
-    laid = lay_out(found, rebuilt, "factored")
+    best, notes = _nearest(found, made)
+    found, plan, rebuilt, laid = best.study, best.plan, best.rebuilt, best.laid
     clock.stage("apply")
     return finish(
         before,
@@ -226,9 +221,9 @@ def low_rank(
         clock,
         target=target,
         samples=rebuilt.samples,
-        sites=[*site_reports(found, widths)] if widths else [],
-        lines=[_line(table, rebuilt, laid, name) for name in weights],
-        notes=rebuilt.notes,
+        sites=[*site_reports(found, plan.widths)] if plan.widths else [],
+        lines=[_line(plan.table, rebuilt, laid, name) for name in weights],
+        notes=(*rebuilt.notes, *notes),
         distill=how,
         selected=target is not None,
     )
@@ -257,6 +252,53 @@ class _Table:
     timed: bool
     seconds: Mapping[str, tuple[int, float, float]]
     study: Study
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """Channels that stay, where some go, and ranks of the layers that are factored."""
+
+    widths: Sized | None
+    ranks: Mapping[str, int]
+    table: _Table
+
+    @property
+    def chosen(self) -> Chosen:
+        """What it makes of the network."""
+        sizes = [self.table.menus[name].at(rank) for name, rank in self.ranks.items()]
+        return reduce(or_, sizes, Chosen(self.widths.keep if self.widths else {}))
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """A plan carried out, on a study that is turned where the plan needs it."""
+
+    plan: _Plan
+    study: Study
+    rebuilt: Rebuilt
+    laid: LaidOut
+
+
+def _made(found: Study, plan: _Plan, refit: str) -> _Made:
+    """The network that a plan makes, refitted."""
+    chosen = plan.chosen
+    found = as_needed(found, chosen.keep)
+    rebuilt = rebuild(found, chosen, refit if chosen.fits or chosen.keep else "none", passes=PASSES)
+    return _Made(plan, found, rebuilt, lay_out(found, rebuilt, "factored"))
+
+
+def _nearest(found: Study, made: Sequence[_Made]) -> tuple[_Made, tuple[str, ...]]:
+    """The network whose outputs are nearest to the original's on the selection set, and what to say of it."""
+    if len(made) == 1:
+        return made[0], ()
+    both, alone = (
+        distance(found.original, one.laid.model, found.held, found.options.divergence) for one in made
+    )
+    if both <= alone:
+        return made[0], ()
+    return made[1], (
+        f"no layer is factored: a divergence of {alone:.3g} without and of {both:.3g} with ranks",
+    )
 
 
 def _table(found: Study, kind: Ranks, against: Mapping[str, str], *, timed: bool) -> _Table:
@@ -301,8 +343,11 @@ def _ranks_as_told(
         table = faster
 
 
-def _ranks_within(found: Study, table: _Table, target: Target) -> tuple[Sized | None, dict[str, int], _Table]:
-    """Channels and ranks within a target, for the least divergence."""
+def _plans_within(found: Study, table: _Table, target: Target) -> list[_Plan]:
+    """Channels and ranks within a target, for the least divergence; and channels alone, where that can be.
+
+    What single units cause adds up less well where there are more kinds of them.
+    """
     sites: Sequence[Menu] = Channels().menus(found)
     table = _without_dearer(table, target)
     also = [name for menu in table.menus.values() for name in menu.names]
@@ -324,7 +369,12 @@ def _ranks_within(found: Study, table: _Table, target: Target) -> tuple[Sized | 
             break
         table = faster
     chosen = sized(found, done.sites, done.sizes, done.predicted) if sites else None
-    return chosen, done.ranks, faster
+    plans = [_Plan(chosen, done.ranks, faster)]
+    if sites and done.ranks:
+        with suppress(PysolveError):
+            alone = settle(found, costs_of(found), done.sites, (), target, where)
+            plans.append(_Plan(sized(found, alone.sites, alone.sizes, alone.predicted), {}, faster))
+    return plans
 
 
 def _without_dearer(table: _Table, target: Target) -> _Table:

@@ -42,8 +42,8 @@ from pysolve.nn.samples import samples_in, take
 from pysolve.nn.state import copy_of
 from pysolve.plan import Plan
 from pysolve.report.report import Report
-from pysolve.report.rows import Latency, LayerReport, SiteReport, Solve, Stage
-from pysolve.report.warnings import few_samples, pinned, slower
+from pysolve.report.rows import Expected, Latency, LayerReport, SiteReport, Solve, Stage
+from pysolve.report.warnings import few_samples, lean, pinned, slower
 from pysolve.training.batches import mixable
 from pysolve.training.distill import distill as teach
 
@@ -91,6 +91,7 @@ def finish(
     selected: bool = False,
     file: bool = False,
     together: int | None = None,
+    expected: Sequence[Expected] = (),
 ) -> Compressed:
     """Match the original's outputs where asked for, measure, and report.
 
@@ -103,7 +104,7 @@ def finish(
     clock : Clock
     against : nn.Module, optional
         What the report compares with, by default the network that was studied.
-    target, samples, sites, lines, solves, stages, notes, warnings
+    target, samples, sites, lines, solves, stages, notes, warnings, expected
         For the report.
     distill : {option: value}, optional
         Of ``check_distill``; undone where it harmed on held-out samples.
@@ -127,6 +128,8 @@ def finish(
         notes = (*notes, FITTED_ON)
     elif selected and study.apart is study.held:
         notes = (*notes, CHOSEN_ON)
+    if not distill and study.options.divergence is kl_divergence:
+        notes = (*notes, *lean(report.divergence))
     model = at_home(model, study.options)
     lines = laid.lines if lines is None else lines
     # A turned study makes correlations anew, and has as many samples.
@@ -141,6 +144,7 @@ def finish(
         sites=tuple(sites),
         layers=tuple(lines),
         solves=tuple(solves),
+        expected=tuple(expected),
         warnings=(*warnings, *few, *stuck, *slower(report.latencies, lines)),
         notes=tuple(dict.fromkeys((*_left_alone(study), *study.notes, *notes, *report.notes))),
     )

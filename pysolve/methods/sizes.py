@@ -20,7 +20,7 @@ from pysolve.methods.timed import liked, settle_in_time
 from pysolve.nn.bare import Listed, find_member
 from pysolve.nn.stock import is_pretrained
 from pysolve.plan import Site, of_experts, owner
-from pysolve.report.rows import SiteReport, Solve
+from pysolve.report.rows import Expected, SiteReport, Solve
 from pysolve.solve.budget import Costs
 from pysolve.solve.certificate import certify
 from pysolve.solve.problem import Problem
@@ -28,6 +28,11 @@ from pysolve.solve.selection import lasso_solution
 from pysolve.solve.solution import Solution
 from pysolve.solve.solvers import newton
 
+# Shares of a measure that a dry run tells of.
+LADDER = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+# Of the sum of divergences of single sites, refitted on the original's inputs, so much is left when layers
+# are refitted one after the other.
+REFITTED = 0.7
 # Sizes at which the report tells a site's error.
 CURVE_POINTS = 33
 
@@ -135,6 +140,23 @@ def within(
         least = ties is None and is_pretrained(found.model)
         notes.append(_compared(sum(predicted), expected, uniform=ties is not None, least=least))
     return replace(chosen, notes=tuple(notes))
+
+
+def expected(
+    found: Study,
+    menus: Sequence[Menu],
+    target: Target,
+    round_to: RoundTo = 1,
+    ties: Ties | None = None,
+) -> tuple[Expected, ...]:
+    """What a target would cost, before anything is cut; of a single share, also what others would cost."""
+    own, costs = rounded(found, ties or separate(found), round_to), costs_of(found)
+    units = grouped(menus, own)
+    (measure, share), *more = target.items()
+    shares = [] if more or share > 1 else LADDER
+    wanted = [{measure: other} for other in sorted({*shares, share}, reverse=True)] if not more else [target]
+    sums = ((one, _expected(costs, units, own, one)) for one in wanted)
+    return tuple(Expected(one, None if found is None else REFITTED * found) for one, found in sums)
 
 
 def _expected(costs: Costs, units: Sequence[Menu], ties: Ties, target: Target) -> float | None:

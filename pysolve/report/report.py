@@ -9,7 +9,17 @@ from textwrap import wrap
 from typing import Any
 
 from pysolve.errors import DataError
-from pysolve.report.rows import Latency, LayerMass, LayerReport, SiteReport, Solve, Stage, formatted
+from pysolve.report.rows import (
+    Expected,
+    Latency,
+    LayerMass,
+    LayerReport,
+    SiteReport,
+    Solve,
+    Stage,
+    formatted,
+    in_words,
+)
 from pysolve.tables import WIDTH, Table, as_html, as_markdown, as_text, one_screen
 
 # Entries of reports by the fields that hold them.
@@ -19,6 +29,7 @@ _ROWS: Mapping[str, type] = {
     "stages": Stage,
     "mass": LayerMass,
     "solves": Solve,
+    "expected": Expected,
 }
 # Measures in the order of the table, with their names.
 _COSTS = {
@@ -65,6 +76,8 @@ class Report:
         Every convex solve whose solution chose channels.
     warnings : tuple of str
         Possible problems of the result, and their remedies.
+    expected : tuple of Expected
+        Of a dry run: what targets would cost.
     made_with : {name: str}
         Versions, the seed and the machine.
     """
@@ -87,6 +100,7 @@ class Report:
     latencies: tuple[tuple[Latency, Latency], ...] = ()
     solves: tuple[Solve, ...] = ()
     warnings: tuple[str, ...] = ()
+    expected: tuple[Expected, ...] = ()
     made_with: Mapping[str, str] = field(default_factory=dict)
 
     def share(self, measure: str) -> float:
@@ -127,7 +141,7 @@ class Report:
         return replace(self, before=before, after=after, mass=(), stages=(), sites=sites)
 
     def tables(self) -> list[Table]:
-        """Costs, stages, sites, changed layers, costs of layers and convex solves, where there are any."""
+        """Costs, targets, stages, sites, changed layers, costs of layers, solves, where there are any."""
         kept = tuple(site.kept / max(1, site.channels) for site in self.sites)
         dense = tuple(layer.density for layer in self.layers)
         total = sum(layer.left for layer in self.mass)
@@ -139,6 +153,7 @@ class Report:
         )
         found = (
             _costs(self),
+            self.targets(),
             Table("Stages", Stage.HEAD, stages),
             Table("Sites", SiteReport.HEAD, sites, words=(0, 6), bars=((1, kept),)),
             Table("Weights by layer", LayerReport.HEAD, layers, words=(0, 4, 7), bars=((1, dense),)),
@@ -147,12 +162,15 @@ class Report:
         )
         return [table for table in found if table.rows]
 
+    def targets(self) -> Table:
+        """What targets would cost, of a dry run."""
+        return Table("Targets", Expected.HEAD, tuple(one.cells() for one in self.expected), words=(0,))
+
     def facts(self) -> dict[str, str]:
         """Target, divergence, time and versions, in words."""
         found = {}
         if self.target is not None:
-            asked = (f"{m} {v:.4g}" if v <= 1 else f"{m} {v:,}" for m, v in self.target.items())
-            found["target"] = ", ".join(asked)
+            found["target"] = in_words(self.target)
         if self.held or self.divergence == self.divergence:
             used = f", refitted on {self.samples:,}" if self.samples else ""
             on = f"{self.held:,} held-out samples" if self.held else "samples that layers were fitted on"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -49,6 +50,32 @@ class Solve:
         """A row under ``HEAD``."""
         found = (f"{self.lam:.3g}", f"{self.kept:,}", f"{self.relative_gap:.1e}", f"{self.kkt:.1e}")
         return (self.site, self.method, *found, f"{self.iterations}", f"{self.seconds:.3f}")
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a target would cost, told before anything is cut.
+
+    Parameters
+    ----------
+    target : {measure: number}
+    divergence : float, optional
+        To expect of the network's outputs from the original's; None where no sizes are within the target.
+    """
+
+    target: Mapping[str, float]
+    divergence: float | None
+    HEAD = ("target", "divergence to expect")
+
+    def cells(self) -> tuple[str, ...]:
+        """A row under ``HEAD``."""
+        found = "out of reach" if self.divergence is None else f"{self.divergence:.3g}"
+        return (in_words(self.target), found)
+
+
+def in_words(target: Mapping[str, float]) -> str:
+    """A target's measures and numbers."""
+    return ", ".join(f"{m} {v:.4g}" if v <= 1 else f"{m} {v:,}" for m, v in target.items())
 
 
 @dataclass(frozen=True)

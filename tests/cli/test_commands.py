@@ -132,6 +132,15 @@ def test_inspect_shows_what_can_shrink(home):
     assert [row["channels"] for row in found["rows"] if row["pinned"] is None] == [32, 16]
 
 
+def test_a_dry_run_prints_what_targets_would_cost_and_writes_nothing(home):
+    result = run("compress", "mine:make", "--data", "inputs.npy", "--target", "params=0.55", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert re.search(r"params 0\.55 +\d", result.stdout)
+    assert not (home / "compressed").exists()
+    told = json.loads(run("inspect", "mine:make", "--data", "inputs.npy", "--expect", "--json").stdout)
+    assert [one["target"]["macs"] for one in told["expected"]] == [0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]
+
+
 @pytest.mark.parametrize("data", ["mine:batches", "mine:one", "inputs.npy", "labelled.npz"])
 def test_compress_writes_a_network_that_loads_and_its_report(home, data):
     result = run("compress", "mine:make", "--data", data, "--target", "params=0.5", "--test", "labelled.npz")

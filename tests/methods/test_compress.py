@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import cache
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -233,6 +234,52 @@ def test_a_target_out_of_reach_names_the_smallest_one():
     with pytest.raises(ps.PysolveError, match=r"params cannot go below 17 \(7.05 %\)"):
         compressed(target={"params": 0.05})
     assert compressed(target={"params": 17}).report.after["params"] == 17
+
+
+# --- which channels go
+
+
+def test_by_sensitivity_channels_stay_that_the_networks_outputs_depend_on():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 10), nn.Tanh(), nn.Linear(10, 3)).eval()
+    with torch.no_grad():
+        # Four channels for two outputs that are read, and four for eight that hardly are.
+        signs = torch.randn(10, 8).sign() / 2
+        signs[:2, 4:] = signs[2:, :4] = 0.0
+        model[0].weight.copy_(torch.eye(8))
+        model[2].weight.copy_(signs)
+        model[4].weight[:, 2:] *= 1e-3
+    batches = [torch.randn(100, 8) for _ in range(4)]
+
+    def kept(select):
+        found = compressed(model, batches, target=None, keep={"0": 4, "2": 10}, select=select)
+        return {step.site.name: step.keep.tolist() for step in found.plan.steps}
+
+    assert kept("sensitivity") == {"0 → 2": [0, 1, 2, 3]}
+    assert kept("elimination") == {"0 → 2": [4, 5, 6, 7]}
+
+
+# --- what is told before anything is cut
+
+
+def test_a_dry_run_changes_nothing_and_tells_what_targets_would_cost():
+    model = mlp()
+    told = compressed(model, target={"params": 0.45}, dry_run=True)
+    assert_equal(state(told.model), state(model))
+    assert told.plan.steps == ()
+    shares = [one.target["params"] for one in told.report.expected]
+    assert shares == [0.9, 0.8, 0.7, 0.6, 0.5, 0.45, 0.4, 0.3]
+    found = [one.divergence for one in told.report.expected]
+    assert all(0 <= more <= less for more, less in pairwise(found))
+    assert "params 0.45" in str(told.report)
+
+
+def test_a_dry_run_says_which_targets_are_out_of_reach_and_takes_several_measures():
+    told = compressed(target={"params": 0.05}, dry_run=True).report
+    assert [one.divergence is None for one in told.expected] == [False] * 7 + [True]
+    assert "out of reach" in str(told)
+    both = compressed(target={"params": 0.5, "macs": 0.6}, dry_run=True).report
+    assert [one.target for one in both.expected] == [{"params": 0.5, "macs": 0.6}]
 
 
 # --- what stays as it was
@@ -826,6 +873,8 @@ def test_a_sweep_evaluates_before_and_after_retraining():
         ({"distill": {"epochs": 1.5}}, ValueError, "an integer number of epochs, got 1.5"),
         ({"distill": -1}, ValueError, "distill in seconds must be positive"),
         ({"distill": True}, TypeError, "must be a number, got bool"),
+        ({"dry_run": True, "keep": 0.5}, ValueError, "a dry run tells what targets"),
+        ({"dry_run": True, "target": {"ms": 1.0}}, ValueError, "a dry run tells what targets"),
         ({"round_to": 0}, ValueError, "round_to must be an integer of at least 1, got 0"),
         ({"round_to": 1.5}, ValueError, "round_to must be an integer"),
         ({"memory": 0}, ValueError, "memory must be positive"),

@@ -679,6 +679,26 @@ def test_channels_may_go_as_well(build):
         assert result.model(data[0]).shape == model(data[0]).shape
 
 
+@pytest.mark.parametrize("nearer", ["with ranks", "without"])
+def test_of_channels_with_ranks_and_alone_the_nearer_network_is_kept(nearer, monkeypatch):
+    found = []
+
+    def distance(original, other, *rest):
+        found.append(any(isinstance(layer, Factored) for layer in other.modules()))
+        return float(found[-1] == (nearer == "without"))
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 4)).eval()
+    model[2].weight.data = torch.randn(24, 2) @ torch.randn(2, 24) / 5
+    monkeypatch.setattr(verb, "distance", distance)
+    result = low(model, batches(), target={"params": 0.6}, prune=True)
+    assert found == [True, False]
+    assert result.report.share("params") <= 0.6
+    factored = any(isinstance(layer, Factored) for layer in result.model.modules())
+    assert factored == (nearer == "with ranks")
+    assert any("no layer is factored" in note for note in result.report.notes) == (not factored)
+
+
 @pytest.mark.parametrize("prune", [False, True])
 def test_macs_of_attention_count_in_the_target(prune):
     torch.manual_seed(0)

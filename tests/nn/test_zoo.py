@@ -8,7 +8,8 @@ from torch.nn.functional import avg_pool2d, pad, relu
 
 from pysolve.cli.datasets import cifar, mnist
 from pysolve.nn.evaluate import accuracy, macs, parameters
-from pysolve.nn.zoo import DigitsNet, LeNet5, LeNetC5, Mlp, MnistCnn, ResNet
+from pysolve.nn.graph.sites import find_sites
+from pysolve.nn.zoo import DigitsNet, LeanNet, LeNet5, LeNetC5, Mlp, MnistCnn, ResNet
 
 
 def test_lenet_has_431080_parameters_in_its_published_shapes():
@@ -153,3 +154,15 @@ def test_real_networks_fit_the_published_weights_and_reach_their_accuracy(data_f
     images, digits = cifar(data_folder / "cifar10_jpeg", train=1), mnist(data_folder / "mnist")
     assert accuracy(resnet, images.x_test, images.y_test) == pytest.approx(87.86, abs=0.03)
     assert accuracy(cnn, digits.x_test, digits.y_test) == pytest.approx(99.06, abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("gated", "params", "cost"), [(False, 141_722, 7_096_960), (True, 233_654, 7_187_712)]
+)
+def test_the_lean_networks_have_inverted_residuals_in_which_all_channels_can_shrink(gated, params, cost):
+    model, x = LeanNet(gated).eval(), torch.randn(2, 3, 32, 32)
+    assert (parameters(model), macs(model, x[:1])) == (params, cost)
+    depthwise = [m for m in model.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1]
+    assert len(depthwise) == 7
+    assert all(site.pinned is None for site in find_sites(model, x) if site.readers != ())
+    assert model(x).shape == (2, 10)

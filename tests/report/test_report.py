@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pysolve.nn.files.plan_json import plain
 from pysolve.report.report import Report, comparison
-from pysolve.report.rows import Latency, LayerMass, LayerReport, SiteReport, Solve, Stage
+from pysolve.report.rows import Expected, Latency, LayerMass, LayerReport, SiteReport, Solve, Stage
 from pysolve.solve.budget import MEASURES
 
 WORDS = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z", "M"]), min_size=1, max_size=30)
@@ -91,6 +91,7 @@ def test_a_report_goes_through_json_and_back(report):
         ("mass", LayerMass),
         ("solves", Solve),
         ("stages", Stage),
+        ("expected", Expected),
     ):
         found[name] = tuple(kind(**entry) for entry in found[name])
     found["sites"] = tuple(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pysolve.correlations import Correlations
 from pysolve.plan import Site
 from pysolve.report.rows import Latency, LayerMass, LayerReport
-from pysolve.report.warnings import ROWS, SAMPLES, SLOWER, few_samples, pinned, slower
+from pysolve.report.warnings import FAR, ROWS, SAMPLES, SLOWER, few_samples, lean, pinned, slower
 
 
 def mass(name, params=100, seconds=1e-3, seconds_left=1e-3):
@@ -52,3 +52,10 @@ def test_few_samples_are_a_warning_that_names_the_worst_layer():
     assert "40 were given" in text
     assert "c was fitted on 5 rows for its 10 inputs" in text
     assert few_samples(SAMPLES, poor) == []
+
+
+def test_far_outputs_are_told_with_what_brings_them_nearer():
+    assert lean(FAR) == lean(float("nan")) == []
+    (text,) = lean(0.25)
+    assert "divergence 0.25" in text
+    assert all(remedy in text for remedy in ("distill=60", "more samples", "dry_run=True"))

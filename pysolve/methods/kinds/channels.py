@@ -14,6 +14,7 @@ from scipy.linalg import solve_triangular
 from pysolve.correlations import Array, Correlations, Indices, group_columns, without_sums
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.methods.kinds.experts import expert_path
+from pysolve.methods.kinds.sensed import metrics_of
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
 from pysolve.methods.study import Study, widths
 from pysolve.plan import Site
@@ -25,6 +26,10 @@ from pysolve.solve.selection import select_channels
 
 # Share of the mean square of inputs that is rounding of sums in single precision.
 _ROUNDING = 1e-7
+# Elimination in the metric of the network's outputs: what errors do to them to first order, and a tenth of
+# the errors themselves. A lean network at 30 % of its MACs: divergence 0.098 instead of 0.109.
+SENSITIVITY, _ALIKE, _DIRECTIONS = "sensitivity", 0.1, 4
+ELIMINATIONS: tuple[object, ...] = ("elimination", SENSITIVITY)
 # A method of ``select_channels``, or scores of every channel, of which the largest stay, by site.
 Select = str | Mapping[Site, Array]
 
@@ -36,12 +41,18 @@ class Channels:
     Parameters
     ----------
     select : str or {Site: (channels,) scores}
+        "sensitivity": elimination in the metric of what errors mean to the network's outputs.
+    metrics : {reader: (h, h) array}
+        What errors at a reader's outputs mean; by default all count alike.
     """
 
     select: Select = field(default="elimination")
+    metrics: Mapping[str, Array] = field(default_factory=dict)
 
     def menus(self, study: Study) -> list[Menu]:
         """The menu of every site that can shrink; eliminations are shared out among processes."""
+        if self.select == SENSITIVITY:
+            return Channels("elimination", _metrics(study)).menus(study)
         sites, ranks = study.free, study.options.ranks
         if ranks.size == 1 or self.select != "elimination":
             return [self.menu(study, site) for site in sites]
@@ -55,7 +66,9 @@ class Channels:
                 return experts[site]
             if _is_turned(study, site):
                 return *_leading(study, site), time.perf_counter() - start
-            order, error = _eliminated(*site_problem(site, _known(study, site), widths(study, site)))
+            order, error = _eliminated(
+                *site_problem(site, _known(study, site, self.metrics), widths(study, site))
+            )
             return order, error, time.perf_counter() - start
 
         found = zip(sites, ranks.shared_out(len(sites), path), strict=True)
@@ -77,7 +90,7 @@ class Channels:
         if _is_turned(study, site):
             found = _of_order(site, *_leading(study, site))
             return replace(found, seconds=time.perf_counter() - start)
-        problem, left = site_problem(site, _known(study, site), widths(study, site))
+        problem, left = site_problem(site, _known(study, site, self.metrics), widths(study, site))
         select = self.select if isinstance(self.select, str) else self.select[site]
         return replace(site_menu(site, problem, left, select), seconds=time.perf_counter() - start)
 
@@ -150,9 +163,29 @@ def reader_columns(site: Site, correlations: Correlations, reader: str, width: i
     return (table[:, :, None] * taps + np.arange(taps)).reshape(site.channels, -1)
 
 
-def _known(study: Study, site: Site) -> dict[str, Correlations]:
-    """Correlations of a site's readers, of those that were seen."""
-    return {name: _of_reader(study, name) for name in site.readers if name in study.correlations}
+def _known(study: Study, site: Site, metrics: Mapping[str, Array]) -> dict[str, Correlations]:
+    """Correlations of a site's readers, of those that were seen, with outputs that count alike."""
+    known = {name: _of_reader(study, name) for name in site.readers if name in study.correlations}
+    return {
+        n: _weighed(one, study.matrix(n), metrics[n]) if n in metrics else one for n, one in known.items()
+    }
+
+
+def _metrics(study: Study) -> dict[str, Array]:
+    """What errors at the outputs of layers that read sites mean to the network's."""
+    readers = {name for site in study.free for name in site.readers if name in study.correlations}
+    layers = {name: study.layers[name].module for name in sorted(readers) if name in study.layers}
+    return metrics_of(study, layers, alike=_ALIKE, directions=_DIRECTIONS)
+
+
+def _weighed(known: Correlations, W: Array, metric: Array) -> Correlations:
+    """Correlations with outputs A y of  y = W x + b,  AᵀA the metric by which errors count."""
+    values, vectors = np.linalg.eigh(metric)
+    A = np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T
+    R, _ = known.covariance()
+    M, mean = A @ W, A @ known.y_sum / known.count
+    yy = known.count * (np.vecdot(M @ R, M) + mean**2)
+    return replace(known, yx=A @ known.yx, yy=yy, y_sum=A @ known.y_sum)
 
 
 def _of_reader(study: Study, name: str) -> Correlations:

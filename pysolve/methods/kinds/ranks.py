@@ -14,26 +14,22 @@ from pysolve.correlations import Array, Correlations
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.layer.reduced_rank import Decomposed, decompose
 from pysolve.methods.kinds.embeddings import Table, linear_heads, tables_of, untrue
+from pysolve.methods.kinds.sensed import metrics_of, sensed
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
 from pysolve.methods.study import Study
 from pysolve.nn.counting import layer_macs, macs
 from pysolve.nn.graph.branches import Layer as Seen
 from pysolve.nn.layer_kinds import LINEAR, is_extended, plain
-from pysolve.nn.layer_matrix import Layer, channels
 from pysolve.nn.layers.base import Dense
 from pysolve.nn.layers.factored import CONVOLUTIONS, Factored, empty, factors
 from pysolve.nn.per_sample import sample_macs, workload
 from pysolve.nn.profile import layer_inputs
-from pysolve.nn.running import Batch, find_layer
-from pysolve.nn.samples import samples_in, take
-from pysolve.nn.sensitivity import sensitivities
+from pysolve.nn.running import find_layer
+from pysolve.nn.samples import take
 
 STRUCTURES = ("auto", "channel", "spatial")
-# Samples that layers run on to be counted and timed; samples that sensitivities are taken on, in as large
-# batches, and directions for each batch.
-TIMED, _SENSED, _DIRECTIONS = 64, 128, 2
-# Outputs of which what errors mean takes a matrix of at most 2 GiB.
-_WIDE = 16384
+# Samples that layers run on to be counted and timed; directions for each batch of sensitivities.
+TIMED, _DIRECTIONS = 64, 2
 
 Costs = Mapping[str, float]
 
@@ -198,8 +194,8 @@ def ranks_of(study: Study, structure: str, svd: bool, unseen: str = "exact") -> 
         for name, layer in layers.items()
         if isinstance(layer, nn.Embedding) and name not in against
     }
-    sensed = ([], 0) if study.calibration is None or svd else (_sensed(study), _DIRECTIONS)
-    tables, more = tables_of(study, embeddings, unseen, svd, sensed)
+    sensing = ([], 0) if study.calibration is None or svd else (sensed(study), _DIRECTIONS)
+    tables, more = tables_of(study, embeddings, unseen, svd, sensing)
     against |= more
     layers = {name: layer for name, layer in layers.items() if not isinstance(layer, nn.Embedding)}
     kind = Ranks(structure, svd, tables=tables)
@@ -210,7 +206,7 @@ def ranks_of(study: Study, structure: str, svd: bool, unseen: str = "exact") -> 
             layers.keys() - study.correlations.keys() - against.keys(), "what it reads is not seen"
         )
         able = {name: study.layers[name].module for name in layers.keys() - against.keys()}
-        kind = replace(kind, metrics=_metrics(study, able))
+        kind = replace(kind, metrics=metrics_of(study, able, alike=1.0, directions=_DIRECTIONS))
     counts, batch = sample_macs(study.model, workload(study.held)), take(study.held[0], 0, TIMED)
     # An embedding, which multiplies nothing, takes longer as two in any case: the time is that of its head.
     heads = {head: name for name, table in tables.items() for head in linear_heads(study, table.heads)[:1]}
@@ -267,23 +263,6 @@ def _reason_against(name: str, layer: nn.Module, seen: Mapping[str, Seen]) -> st
     if is_extended(layer) and (name not in seen or seen[name].besides is None):
         return f"what the code of a {type(layer).__name__} does is not seen"
     return f"its own code {seen[name].besides}" if name in seen and seen[name].besides else None
-
-
-def _sensed(study: Study) -> list[Batch]:
-    """Samples that sensitivities are taken on."""
-    samples = study.first_kept(_SENSED)
-    return [take(b, i, i + TIMED) for b in samples for i in range(0, samples_in(b), TIMED)]
-
-
-def _metrics(study: Study, layers: Mapping[str, Layer]) -> dict[str, Array]:
-    """Of each layer what an error means to the network, and as much again of the error itself.
-
-    Without the second part, which counts all outputs alike, errors go where the first order sees none. None
-    of layers with very many outputs, heads mostly, whose outputs are the network's and count alike.
-    """
-    few = {name: layer for name, layer in layers.items() if channels(layer)[1] <= _WIDE}
-    found = sensitivities(study.model, few, _sensed(study), probes=_DIRECTIONS)
-    return {name: S + np.eye(len(S)) for name, S in found.items()}
 
 
 def _costs(

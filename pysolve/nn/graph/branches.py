@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
+from math import inf
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from pysolve.plan import Indices
 _PLAIN = {"dropout", "contiguous", "clone", "alias", "detach"}
 _RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", *_PLAIN}
 _POOLS = {"max_pool1d", "max_pool2d", "max_pool3d"}
+# Bounds beyond which operators are flat.
+_FLAT = {"relu": (0.0, inf), "relu6": (0.0, 6.0), "hardswish": (-3.0, inf), "hardsigmoid": (-3.0, 3.0)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,8 +44,9 @@ class Layer:
         State-dict name of that norm's running mean, which can absorb the layer's bias.
     shortcut : Node, optional
         Node that the layer's branch is added to.
-    rectified : bool
-        Whether a ReLU follows, possibly after max-pooling.
+    flat : (float, float), optional
+        Bounds beyond which what follows, possibly after max-pooling, is flat: 0 and ∞ of a ReLU, 0 and 6 of
+        ReLU6.
     besides : str, optional
         What the code of a layer that extends torch's own does that two layers in its place would not do;
         nothing: "". None where no graph shows it.
@@ -54,7 +58,7 @@ class Layer:
     norm: Node | None = None
     mean: str | None = None
     shortcut: Node | None = None
-    rectified: bool = False
+    flat: tuple[float, float] | None = None
     besides: str | None = None
 
     @property
@@ -168,8 +172,16 @@ def _layer(graph: Graph, node: Node, name: str, module: rows.Layer, calls: int) 
         user = None if shortcut is None else _only_user(user)
     while user is not None and operator_name(user) in _POOLS:
         user = _only_user(user)
-    rectified = user is not None and operator_name(user) == "relu"
-    return Layer(name, module, calls, norm, _own_mean(graph, norm), shortcut, rectified)
+    flat = None if user is None else _flat(user)
+    return Layer(name, module, calls, norm, _own_mean(graph, norm), shortcut, flat)
+
+
+def _flat(node: Node) -> tuple[float, float] | None:
+    """Bounds beyond which an operator is flat; None where it is nowhere."""
+    if operator_name(node) == "hardtanh":
+        low, high = [*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :]]
+        return float(low), float(high)  # type: ignore[arg-type]
+    return _FLAT.get(operator_name(node))
 
 
 def _is_norm_of(graph: Graph, norm: Node, node: Node, module: rows.Layer) -> bool:
