@@ -179,8 +179,8 @@ def _layer(graph: Graph, node: Node, name: str, module: rows.Layer, calls: int) 
 def _flat(node: Node) -> tuple[float, float] | None:
     """Bounds beyond which an operator is flat; None where it is nowhere."""
     if operator_name(node) == "hardtanh":
-        low, high = [*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :]]
-        return float(low), float(high)  # type: ignore[arg-type]
+        bounds = [*node.args[1:], *(-1.0, 1.0)[len(node.args) - 1 :]]
+        return float(bounds[0]), float(bounds[1])  # type: ignore[arg-type]
     return _FLAT.get(operator_name(node))
 
 
