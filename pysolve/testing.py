@@ -260,6 +260,11 @@ def check_solver(solve: Solve, *, problems: int = 200, seed: int = 0, tol: float
         How many, from which on.
     tol : float, optional
         As for ``judge``; without it, only what the solver claims is judged.
+
+    Examples
+    --------
+    >>> import pysolve as ps
+    >>> ps.check_solver(ps.newton, problems=3)
     """
     for number in range(seed, seed + problems):
         problem = hostile_problem(number)

@@ -41,12 +41,15 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _shared_graphs() -> Iterator[None]:
-    """Networks of one structure are traced once."""
-    from graphs import traced
+    """Networks of one structure are traced once, and looked through once where their values are the same."""
+    from graphs import calls, exported, sites_in, traced
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pysolve.nn.graph.export._export", exported)
         for place in ("nn.graph.export", "nn.graph.sites", "methods.studied"):
             patch.setattr(f"pysolve.{place}.trace", traced)
+        patch.setattr("pysolve.methods.studied.sites_in", sites_in)
+        patch.setattr("pysolve.nn.per_sample.calls", calls)
         yield
 
 
@@ -73,6 +76,7 @@ def _few_runs() -> Iterator[None]:
     """Reports hold times, which hardly any test looks at."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pysolve.nn.profile.SECONDS", 0.0)
+        patch.setattr("pysolve.nn.profile.FEWEST", 3)
         yield
 
 

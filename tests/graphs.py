@@ -1,16 +1,28 @@
-"""One graph for all networks of one structure: to trace a small network takes longer than all the rest."""
+"""One graph for all networks of one structure: to trace a small network takes longer than all the rest.
 
+What verbs find in a graph and count of a network's calls is shared by those of the same values, too.
+"""
+
+import hashlib
 import weakref
+from itertools import chain
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pysolve.nn.graph import export
+from pysolve.errors import PysolveError
+from pysolve.nn import counting
+from pysolve.nn.graph import export, sites
 from pysolve.nn.running import Inputs, arguments
 
-_GRAPHS = {}
-# As it is before anything stands in its place.
-_trace = export.trace
+_GRAPHS, _SITES, _CALLS = {}, {}, {}
+# As they are before anything stands in their place.
+_trace, _export = export.trace, export._export
+_sites_in, _calls = sites.sites_in, counting.calls
+
+
+_PLAIN = Tensor, nn.Parameter
 
 
 class _UnknownError(Exception):
@@ -24,8 +36,58 @@ def traced(model, batch, **options):
     except _UnknownError:
         return _trace(model, batch, **options)
     if key not in _GRAPHS:
-        _GRAPHS[key] = _trace(model, batch, **options)
+        try:
+            _GRAPHS[key] = _trace(model, batch, **options)
+        except PysolveError as error:
+            # What the network itself refuses may depend on values.
+            if type(error) is PysolveError:
+                _GRAPHS[key] = error.args
+            raise
+    if isinstance(_GRAPHS[key], tuple):
+        raise PysolveError(*_GRAPHS[key])
     return _GRAPHS[key]
+
+
+def exported(*given):
+    """``_export`` without torch's cache of operators: small networks hardly ever repeat one."""
+    from torch._dynamo import config
+
+    with config.patch(fake_tensor_cache_enabled=False):
+        return _export(*given)
+
+
+def sites_in(model, graph, batch, *, ignore=()):
+    """``sites_in``, but of equal networks of one graph those of the first."""
+    try:
+        key = graph, _content(model, batch), _plain(tuple(ignore), {})
+    except _UnknownError:
+        return _sites_in(model, graph, batch, ignore=ignore)
+    if key not in _SITES:
+        _SITES[key] = _sites_in(model, graph, batch, ignore=ignore)
+    return [*_SITES[key]]
+
+
+def calls(model, batch):
+    """``calls``, but equal networks are counted once."""
+    try:
+        key = _content(model, batch)
+    except _UnknownError:
+        return _calls(model, batch)
+    if key not in _CALLS:
+        _CALLS[key] = _calls(model, batch)
+    return [*_CALLS[key]]
+
+
+def _content(model, batch):
+    """A network with its values and a batch, as a key."""
+    digest = hashlib.blake2b()
+    held = [(*module._parameters.values(), *module._buffers.values()) for module in model.modules()]
+    for one in (*chain(*held), *pytree.tree_leaves(arguments(batch))):
+        if isinstance(one, Tensor):
+            if one.device.type != "cpu" or one.layout is not torch.strided or type(one) not in _PLAIN:
+                raise _UnknownError
+            digest.update(one.detach().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return _structure(model), _shapes(batch), digest.digest()
 
 
 def _shapes(batch):

@@ -9,9 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from datetime import date
 from pathlib import Path
 from shlex import join
-from zipfile import BadZipFile
 
-import numpy as np
 import torch
 import typer
 from safetensors.torch import save as tensors
@@ -22,7 +20,6 @@ from pysolve.cli.inputs import load_network, load_samples, load_score
 from pysolve.cli.options import Value
 from pysolve.cli.outputs import check_new, folder, write
 from pysolve.errors import DataError, PysolveError
-from pysolve.methods.goal import check_positive
 from pysolve.nn.evaluate import accuracy, latency, macs, nbytes, parameters
 from pysolve.nn.files.plan_json import plain, plan_record
 from pysolve.nn.progress import stage, whole
@@ -31,7 +28,6 @@ from pysolve.report.page import page
 from pysolve.report.plots import plot_pareto
 from pysolve.report.report import Report, comparison
 from pysolve.tables import Table, as_text
-from pysolve.whole_files import replacing
 
 # Titles of reports: what became of the network.
 _DONE = {
@@ -286,45 +282,6 @@ def evaluate_network(
         ("latency", f"{time} for {time.batch_size} samples on {threads}"),
     )
     typer.echo("\n".join(as_text(Table("", ("", ""), rows, words=(0, 1)))).strip("\n"))
-
-
-def solve_file(
-    file: Path,
-    lam: float,
-    relative: bool,
-    method: str,
-    group_size: int,
-    out: Path | None,
-    overwrite: bool,
-    as_json: bool,
-) -> None:
-    """Solve the reconstruction problem in an .npz file."""
-    if out is not None:
-        check_new(out, overwrite=overwrite)
-    if not file.is_file():
-        raise DataError(f"there is no file {file}.")
-    check_positive("lam", lam)
-    try:
-        with file.open("rb") as opened:
-            arrays = np.load(opened, allow_pickle=False)
-            r_xx, r_yx = arrays["r_xx"], arrays["r_yx"]
-    except (KeyError, ValueError, EOFError, OSError, IndexError, BadZipFile) as error:
-        raise DataError(f"{file} must be an .npz file with r_xx and r_yx: {error}") from error
-    if relative:
-        most = ps.lam_max(r_xx, r_yx, group_size=group_size)
-        if not most:
-            raise DataError(f"r_yx in {file} is zero: no group is worth keeping at any lam.")
-        lam = lam * most
-    solution = ps.solve_linear_reconstruction(r_xx, r_yx, lam, method, group_size=group_size)
-    if out is not None:
-        with replacing(out, np.asarray(solution.M).nbytes) as part, part.open("wb") as opened:
-            np.savez(opened, M=solution.M, keep=solution.keep, lam=solution.lam)
-    if not as_json:
-        typer.echo(str(solution))
-        return
-    found = {"lam": solution.lam, "kept": len(solution.keep), "groups": r_xx.shape[0] // group_size}
-    names = ("objective", "relative_gap", "kkt", "iterations", "seconds")
-    typer.echo(json.dumps(found | {name: getattr(solution, name) for name in names}, indent=1))
 
 
 def targets_of(given: Sequence[str]) -> dict[str, float]:

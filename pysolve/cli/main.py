@@ -237,6 +237,6 @@ def evaluate(**given: Value) -> None:
 @command("file", "lam", "relative", "method", "group_size", "out", "overwrite", "as_json")
 def solve(**given: Value) -> None:
     """Solve a reconstruction problem given by its correlation matrices, to a certified gap."""
-    from pysolve.cli.commands import solve_file
+    from pysolve.cli.solving import solve_file
 
     solve_file(**given)

@@ -9,6 +9,8 @@ from pysolve.correlations import AnyArray, Array, Indices
 # Different values up to which the clusters are exact; more are gathered in so many bins first.
 BINS = 4096
 _ROUNDS = 50
+# Places up to which all costs at once take less time than halving.
+_FEW = 128
 
 
 def k_means(values: AnyArray, k: int, weights: AnyArray | None = None) -> Array:
@@ -75,8 +77,10 @@ def _exact(places: Array, masses: Array, k: int) -> Array:
     sums = np.zeros((3, n + 1))
     np.cumsum(masses / masses.sum() * around ** np.arange(3)[:, None], axis=1, out=sums[:, 1:])
     best, begins = _cost(sums, np.zeros(n, np.intp), np.arange(1, n + 1)), np.zeros((k, n), np.intp)
+    table = _all_costs(sums) if n <= _FEW else None
     for size in range(1, k):
-        best, begins[size] = _one_more(sums, best, size)
+        found = None if table is None else _one_more_of_few(table, best, size)
+        best, begins[size] = _one_more(sums, best, size) if found is None else found
     ends, starts = n, []
     for size in range(k - 1, -1, -1):
         starts.append(begins[size, ends - 1])
@@ -89,6 +93,24 @@ def _cost(sums: Array, first: Indices, end: Indices) -> Array:
     mass, moment, energy = sums[:, end] - sums[:, first]
     # Next to much heavier ones, places can have no mass left.
     return np.asarray(np.maximum(energy - moment * moment / np.where(mass > 0, mass, np.inf), 0.0))
+
+
+def _all_costs(sums: Array) -> Array:
+    """Costs of places b … e as one cluster, a row for each e; infinite where b > e."""
+    places = np.arange(sums.shape[1] - 1)
+    costs = _cost(sums, places[None, :], places[:, None] + 1)
+    return np.where(places[None, :] <= places[:, None], costs, np.inf)
+
+
+def _one_more_of_few(table: Array, best: Array, size: int) -> tuple[Array, Indices] | None:
+    """``_one_more`` by trying everything; None where ties leave beginnings that do not ascend."""
+    costs, begins = np.zeros(len(best)), np.arange(len(best))
+    sums = table[size:, size:] + best[size - 1 : -1]
+    begin = sums.argmin(1)
+    if (begin[1:] < begin[:-1]).any():
+        return None
+    costs[size:], begins[size:] = sums[np.arange(len(sums)), begin], begin + size
+    return costs, begins
 
 
 def _one_more(sums: Array, best: Array, size: int) -> tuple[Array, Indices]:

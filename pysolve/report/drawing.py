@@ -34,9 +34,18 @@ NAMED = 6
 _FINE, _COARSE = 2000, 1e6
 
 
+class Shown(Axes):
+    """Axes that notebooks show."""
+
+    def _repr_png_(self) -> bytes:
+        with io.BytesIO() as picture:
+            self.figure.figure.savefig(picture, dpi=100, format="png")
+            return picture.getvalue()
+
+
 def new_axes(width: float = 7.0, height: float = 4.2) -> Axes:
     """Axes in a new figure."""
-    return Figure(figsize=(width, height), layout="constrained").add_subplot()
+    return Figure(figsize=(width, height), layout="constrained").add_subplot(axes_class=Shown)
 
 
 def styles() -> Iterator[tuple[str, str]]:

@@ -39,7 +39,8 @@ td[style] { background: linear-gradient(to right, var(--bar) var(--share), trans
   justify-content: space-between; text-align: right; white-space: normal; padding: .1rem .3rem;
   overflow-wrap: anywhere; }
   td::before { content: attr(data-head); color: var(--soft); text-align: left; white-space: nowrap; }
-  td:empty { display: none; } td:first-child { font-weight: 600; } dl { display: block; } }
+  td:empty, td[data-head=""]::before { display: none; }
+  td:first-child { font-weight: 600; } dl { display: block; } }
 figure { margin: 1rem 0; } figure svg { display: block; max-width: 100%; height: auto; }
 figcaption { color: var(--soft); font-size: .9rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; } dd { margin: 0; }

@@ -12,6 +12,7 @@ import textwrap
 import time
 import warnings
 from dataclasses import fields
+from importlib import import_module
 from inspect import signature
 
 import numpy as np
@@ -101,6 +102,23 @@ MODULE = """
     def score():
         return 0.5
     """
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_pictures():
+    """Pictures of equal sizes are drawn once: most of what a command takes."""
+    module = import_module("pysolve.report.page")
+    draw, drawn = module._pictures, {}
+
+    def pictures(report):
+        key = tuple((site.name, site.kept, site.pinned, len(site.curve)) for site in report.sites)
+        if key not in drawn:
+            drawn[key] = draw(report)
+        return drawn[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_pictures", pictures)
+        yield
 
 
 @pytest.fixture

@@ -139,3 +139,20 @@ def test_the_demo_hardly_loses_accuracy(digits_demo):
     found = dict(re.findall(r"(\w+)\W+([\d.]+) %", result.stdout))
     assert float(found["original"]) > 80
     assert min(float(found[name]) for name in demo.NETWORKS) > float(found["original"]) - 6
+
+
+def test_solving_needs_no_torch(tmp_path):
+    code = (
+        "import sys, numpy as np\n"
+        "np.savez('p.npz', r_xx=np.eye(3), r_yx=np.ones((2, 3)))\n"
+        "sys.argv = ['pysolve', 'solve', 'p.npz']\n"
+        "from pysolve.cli.main import main\n"
+        "try:\n"
+        "    main()\n"
+        "except SystemExit as end:\n"
+        "    assert not end.code\n"
+        "assert not {'torch', 'matplotlib', 'sklearn'} & sys.modules.keys(), 'heavy imports'\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "Solution(" in done.stdout

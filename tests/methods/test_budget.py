@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 import pytest
@@ -73,6 +74,18 @@ def candidates(model, batch, spatial=()):
     return found
 
 
+@cache
+def prepared(build, spatial=(), last=0):
+    """A network, its batch, the last candidates or all, and the costs of all sizes and of the whole."""
+    model, batch = build()
+    found = candidates(model, batch, spatial)[-last:]
+    return model, batch, found, costs_of(model, batch, found), counted(model, batch)
+
+
+def costs_of(model, batch, found):
+    return cost_model(model, [], batch, also=[one.unit for one in found])
+
+
 def falling(found, seed):
     rng = np.random.default_rng(seed)
     curves = []
@@ -82,9 +95,7 @@ def falling(found, seed):
     return curves
 
 
-def shared(model, batch, found, curves, targets):
-    names = [one.unit for one in found]
-    costs = cost_model(model, [], batch, also=names)
+def shared(costs, found, curves, targets):
     menus = [
         replace(one, measured={k: float(curve[k]) for k in range(1, one.most + 1)})
         for one, curve in zip(found, curves, strict=True)
@@ -122,12 +133,10 @@ targets = st.dictionaries(st.sampled_from(MEASURES), portions, min_size=1, max_s
 def test_the_network_that_is_made_costs_no_more_than_the_target_and_no_rank_more_would_fit(
     case, seed, wanted
 ):
-    (build, spatial), before = case, None
-    model, batch = build()
-    found = candidates(model, batch, spatial)
-    curves, before = falling(found, seed), counted(model, batch)
+    model, batch, found, costs, before = prepared(*case)
+    curves = falling(found, seed)
     try:
-        ranks = shared(model, batch, found, curves, wanted)
+        ranks = shared(costs, found, curves, wanted)
     except ps.PysolveError:
         smallest = counted(factored(model, found, {one.unit: 1 for one in found}), batch)
         assert not within(smallest, before, wanted)
@@ -148,11 +157,8 @@ def test_the_network_that_is_made_costs_no_more_than_the_target_and_no_rank_more
 @given(networks, seeds, st.sampled_from(MEASURES), st.floats(0.5, 0.95))
 @settings(max_examples=15)
 def test_one_measure_is_shared_out_nearly_as_well_as_by_trying_all_ranks(case, seed, measure, value):
-    build, spatial = case
-    model, batch = build()
-    found = candidates(model, batch, spatial)[-2:]
+    _, _, found, costs, before = prepared(*case, last=2)
     curves = falling(found, seed)
-    before = counted(model, batch)
     rest = before[measure] - sum(one.dense[measure] for one in found)
     best = np.inf
     for choice in itertools.product(*[range(1, one.most + 2) for one in found]):
@@ -163,7 +169,7 @@ def test_one_measure_is_shared_out_nearly_as_well_as_by_trying_all_ranks(case, s
         if cost <= value * before[measure] + 1e-9:
             best = min(best, sum(curve[k] for curve, k in zip(curves, choice, strict=True)))
     try:
-        ranks = shared(model, batch, found, curves, {measure: value})
+        ranks = shared(costs, found, curves, {measure: value})
     except ps.PysolveError:
         assert best == np.inf
         return
@@ -173,44 +179,40 @@ def test_one_measure_is_shared_out_nearly_as_well_as_by_trying_all_ranks(case, s
 
 def test_nothing_is_factored_where_nothing_has_to_be_saved():
     for build, spatial in ((mlp, ()), (images, ()), (images, ("a", "b"))):
-        model, batch = build()
-        found = candidates(model, batch, spatial)
+        _, _, found, costs, _ = prepared(build, spatial)
         curves = falling(found, 0)
         for wanted in ({m: 1.0} for m in MEASURES):
-            assert shared(model, batch, found, curves, wanted) == {}
-        assert shared(model, batch, found, curves, dict.fromkeys(MEASURES, 1.0)) == {}
-        assert shared(model, batch, found, curves, {"params": 10**9}) == {}
+            assert shared(costs, found, curves, wanted) == {}
+        assert shared(costs, found, curves, dict.fromkeys(MEASURES, 1.0)) == {}
+        assert shared(costs, found, curves, {"params": 10**9}) == {}
 
 
 def test_a_layer_that_costs_nothing_is_factored_first():
-    model, batch = mlp()
-    found = candidates(model, batch)
+    _, _, found, costs, _ = prepared(mlp)
     curves = falling(found, 0)
     for i, one in enumerate(found):
         divergences = [*curves]
         divergences[i] = np.array([np.inf, *[1e-9] * one.most, 0.0])
-        ranks = shared(model, batch, found, divergences, {"params": 0.9})
+        ranks = shared(costs, found, divergences, {"params": 0.9})
         assert one.unit in ranks
 
 
 @pytest.mark.parametrize("measure", MEASURES)
 def test_a_target_out_of_reach_is_refused_and_the_smallest_cost_named(measure):
-    model, batch = images()
-    found = candidates(model, batch)
+    model, batch, found, costs, before = prepared(images)
     smallest = counted(factored(model, found, {one.unit: 1 for one in found}), batch)
-    before = counted(model, batch)
     share_left = smallest[measure] / before[measure]
     with pytest.raises(ps.PysolveError, match=rf"{measure}.*{smallest[measure]:,}"):
-        shared(model, batch, found, falling(found, 0), {measure: 0.99 * share_left})
-    ranks = shared(model, batch, found, falling(found, 0), {measure: int(smallest[measure])})
+        shared(costs, found, falling(found, 0), {measure: 0.99 * share_left})
+    ranks = shared(costs, found, falling(found, 0), {measure: int(smallest[measure])})
     assert ranks == {one.unit: 1 for one in found}
 
 
 def test_without_candidates_only_a_target_that_holds_already_is_met():
-    model, batch = mlp()
-    assert shared(model, batch, [], [], {"params": 1.0}) == {}
+    costs = costs_of(*mlp(), [])
+    assert shared(costs, [], [], {"params": 1.0}) == {}
     with pytest.raises(ps.PysolveError, match="params"):
-        shared(model, batch, [], [], {"params": 0.9})
+        shared(costs, [], [], {"params": 0.9})
 
 
 def test_the_costs_of_a_candidate_are_those_of_the_two_layers():

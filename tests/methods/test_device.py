@@ -64,7 +64,7 @@ def test_a_copy_elsewhere_gives_the_same_network_at_home(verb, elsewhere):
     assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
     assert {*map(frozenset, scored)} == {frozenset([torch.device("cpu")])}
     if verb == "sweep":
-        assert [one.divergence for one in there] == [one.divergence for one in also]
+        assert [one.report.divergence for one in there] == [one.report.divergence for one in also]
         return
     mine, theirs = there.model.state_dict(), also.model.state_dict()
     assert mine.keys() == theirs.keys()

@@ -17,6 +17,11 @@ from pysolve.nn.per_sample import sample_macs
 from pysolve.nn.profile import FEWEST, latencies, masses
 
 
+@pytest.fixture(autouse=True)
+def _as_many_runs(monkeypatch):
+    monkeypatch.setattr(profile, "FEWEST", FEWEST)
+
+
 def mlp(widths):
     torch.manual_seed(0)
     return nn.Sequential(*[nn.Linear(a, b) for a, b in pairwise(widths)])

@@ -7,6 +7,10 @@ from hypothesis import strategies as st
 from pysolve.report.drawing import finish, log_axis, new_axes, sequence, shortened
 
 
+def test_notebooks_show_what_is_drawn():
+    assert new_axes()._repr_png_().startswith(b"\x89PNG")
+
+
 @given(st.floats(1e-6, 1e6), st.floats(1.5, 1e12))
 def test_a_logarithmic_axis_has_a_few_numbers_that_can_be_read(low, span):
     ax = new_axes()

@@ -176,8 +176,9 @@ def small():
     return compressed("llama")
 
 
-def test_a_folder_is_written_whole_with_what_belongs_to_it(small, tmp_path):
+def test_a_folder_is_written_whole_with_what_belongs_to_it(small, tmp_path, monkeypatch):
     result, model, _ = small
+    monkeypatch.setattr(reopening, "_run", opened_here)
     home = tmp_path / "home"
     model.save_pretrained(home)
     (home / "tokenizer.json").write_text("{}")
