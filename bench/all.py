@@ -44,6 +44,8 @@ ALL = (
     Bench("bench/networks.py compare --data DATA --threads 2 --match 60", "README.md, benchmarks.md"),
     Bench("bench/networks.py depth --data DATA", "benchmarks.md"),
     Bench("bench/latency_target.py --data DATA --runs 2", "benchmarks.md"),
+    Bench("bench/lean.py train --data DATA", "benchmarks.md"),
+    Bench("bench/lean.py losses --data DATA", "benchmarks.md"),
     Bench("bench/pruning.py methods --data DATA", "README.md, benchmarks.md"),
     Bench("bench/pruning.py sweep", "benchmarks.md", 1),
     Bench("bench/pruning.py surgery --data DATA", "benchmarks.md", 14),

@@ -99,6 +99,7 @@ def measured(subject: Subject, share: float) -> Iterator[Row]:
     yield judged(
         subject, share, "all of it, and batch norms anew", with_norms(whole.model, subject.calibration)
     )
+    yield judged(subject, share, 'select="sensitivity"', made(select="sensitivity"))
     for images in (500, 1000):
         yield judged(subject, share, f"{images:,} images", made(images))
     for seconds in (10, 60):

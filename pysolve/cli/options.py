@@ -78,7 +78,7 @@ OPTIONS = {
     "group": Option(int, "Of int8: so many inputs share a scale.", shown="all", least=1),
     "dry_run": Option(bool, "Write nothing: print what targets would cost.", False),
     "expect": Option(bool, "Measure, too, what shares of the MACs would cost: takes all of the data.", False),
-    "select": Option(str, "How channels are chosen.", "elimination"),
+    "select": Option(str, "How channels are chosen: elimination, sensitivity, lasso, ….", "elimination"),
     "scheme": Option(str, "int8-dynamic, int8, codebook or ternary.", "int8-dynamic"),
     "scope": Option(str, "The share of each layer, local, or of all, global.", "local"),
     "structure": Option(str, "Of convolutions: auto, channel or spatial.", "auto"),
