@@ -7,6 +7,8 @@ from pathlib import Path
 # Thousands of tiny products: threads only wait for each other, badly so on a busy machine.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# torch.export keeps what operators give: of networks that hardly repeat one, that takes longer than they do.
+os.environ.setdefault("TORCH_FAKE_TENSOR_DISPATCH_CACHE", "0")
 
 import pytest
 from hypothesis import settings

@@ -7,6 +7,7 @@ import hashlib
 import weakref
 from itertools import chain
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -49,10 +50,17 @@ def traced(model, batch, **options):
 
 
 def exported(*given):
-    """``_export`` without torch's cache of operators: small networks hardly ever repeat one."""
-    from torch._dynamo import config
+    """``_export``; torch looks up the code of all frames at each operator, here not of pytest's."""
+    from torch.utils import _traceback
 
-    with config.patch(fake_tensor_cache_enabled=False):
+    extract = _traceback._extract_symbolized_tb
+
+    def inner(frames, skip):
+        last = next((i for i, one in enumerate(frames) if one["name"] == "exported"), len(frames))
+        return extract(frames[:last], skip)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_traceback, "_extract_symbolized_tb", inner)
         return _export(*given)
 
 

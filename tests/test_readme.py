@@ -14,6 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from families import opened_here
 from outputs import alike, current
 
 import pysolve as ps
@@ -35,6 +36,8 @@ MENTIONED = re.compile(rf"\b(?:{ROOMS})/[\w/.]*\.(?:py|cpp|hpp|pyi)\b")
 @pytest.mark.parametrize("code", BLOCKS)
 def test_its_examples_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # That a fresh process opens folders is tested in tests/nn/files/test_pretrained.py.
+    monkeypatch.setattr("pysolve.nn.files.reopening._run", opened_here)
     exec(compile(code, "an example of the docs", "exec"), {"__name__": "example"})
 
 

@@ -82,6 +82,10 @@ MODULE = """
         yield torch.randn(50, 12)
         raise KeyError("later")
 
+    def interrupted():
+        yield torch.randn(50, 12)
+        raise KeyboardInterrupt
+
     class Odd(nn.Module):
         def forward(self, x):
             assert len(x) == 3, "three only"
@@ -704,6 +708,13 @@ def test_debug_shows_where_an_error_came_from(home):
 
 @pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_exits_with_130_and_leaves_nothing(home):
+    result = run("compress", "mine:make", "--data", "mine:interrupted", "--quiet")
+    assert (result.exit_code, result.output) == (130, "")
+    assert not os.path.exists(home / "compressed")
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_a_process_with_130_and_leaves_nothing(home):
     command = [sys.executable, "-m", "pysolve", "compress", "mine:make", "--data", "mine:slow", "--quiet"]
     with subprocess.Popen(command, cwd=home, stderr=subprocess.PIPE, text=True) as child:
         while not (home / "started").exists() and child.poll() is None:

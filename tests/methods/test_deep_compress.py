@@ -228,7 +228,7 @@ def test_the_plans_make_the_network_again():
 
 def test_training_between_the_stages_brings_outputs_closer():
     data, lost = images(8), []
-    for how in (0, {"epochs": 40}):
+    for how in (0, {"epochs": 15}):
         result = deep(data=data, target_params=0.4, bits=2, distill=how)
         lost.append(distance(convolutional(), result.model, data))
     assert lost[1] < 0.95 * lost[0]

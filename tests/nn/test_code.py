@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,12 @@ def inputs(kind):
     return torch.randn(size, generator=generator)
 
 
+@cache
+def halved(kind):
+    """A network with half of its parameters."""
+    return ps.compress(network(kind), [inputs(kind)], target={"params": 0.5}, **QUIET)
+
+
 def opened(path):
     """The network of a written module, made by a process that cannot import pysolve."""
     names = {"__file__": str(path)}
@@ -88,8 +95,7 @@ def test_code_makes_the_network_again_bit_for_bit(kind, tmp_path):
 
 
 def test_a_process_without_pysolve_opens_it(tmp_path):
-    x = inputs("sequential")
-    result = ps.compress(network("sequential"), [x], target={"params": 0.5}, **QUIET)
+    x, result = inputs("sequential"), halved("sequential")
     ps.export_code(result, tmp_path / "small.py")
     torch.save((x, result.model(x).detach()), tmp_path / "pair.pt")
     code = (
@@ -124,7 +130,7 @@ def test_what_no_code_makes_is_exported_or_refused(tmp_path):
     ],
 )
 def test_an_original_that_cannot_be_made_is_named(make, said, tmp_path):
-    result = ps.compress(network("lenet"), [inputs("lenet")], target={"params": 0.5}, **QUIET)
+    result = halved("lenet")
     with pytest.raises(ps.PysolveError, match=said):
         ps.export_code(result, tmp_path / "small.py", make=make)
     with pytest.raises(ValueError, match=r"\.py"):
