@@ -16,7 +16,6 @@ from .layer.sparse_matrix import csr_matmul as csr_matmul
 from .layer.sparse_matrix import get_num_threads as get_num_threads
 from .layer.sparse_matrix import set_num_threads as set_num_threads
 from .methods.compress import compress as compress
-from .methods.compress import sweep as sweep
 from .methods.deep_compress import deep_compress as deep_compress
 from .methods.gradual import network_surgery as network_surgery
 from .methods.gradual import prune_gradually as prune_gradually
@@ -25,6 +24,7 @@ from .methods.prune import prune as prune
 from .methods.quantize import quantize as quantize
 from .methods.studied import study as study
 from .methods.study import Study as Study
+from .methods.sweep import sweep as sweep
 from .nn.apply import apply as apply
 from .nn.evaluate import accuracy as accuracy
 from .nn.files.checkpoint import file_bytes as file_bytes

@@ -7,16 +7,23 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
-from typing import Any
 
 from torch import nn
 from torch.distributed import ProcessGroup
 
 from pysolve.compressed import Compressed
 from pysolve.errors import PysolveError, exactly_one, one_of
-from pysolve.forms import LowRank
 from pysolve.layer.reduced_rank import rank_keeping
 from pysolve.methods.budget import costs_of, settle
+from pysolve.methods.candidates import (
+    Candidates,
+    candidates_of,
+    check_named,
+    line_of,
+    reasons_of,
+    without_dearer,
+    without_slower,
+)
 from pysolve.methods.goal import (
     Evaluate,
     Length,
@@ -31,8 +38,8 @@ from pysolve.methods.goal import (
 )
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.kinds.embeddings import UNSEEN
-from pysolve.methods.kinds.ranks import STRUCTURES, RankMenu, Ranks, ranks_of
-from pysolve.methods.layout import LaidOut, check_layout, lay_out, seconds_of_both
+from pysolve.methods.kinds.ranks import STRUCTURES, ranks_of
+from pysolve.methods.layout import LaidOut, check_layout, lay_out
 from pysolve.methods.menu import Chosen, Menu
 from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import PASSES, Rebuilt, rebuild
@@ -46,8 +53,7 @@ from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.items import Transform
 from pysolve.nn.layer_kinds import WEIGHTED
 from pysolve.nn.progress import one_bar
-from pysolve.nn.running import Batch, Device, Ignored, find_layer
-from pysolve.report.rows import LayerReport
+from pysolve.nn.running import Batch, Device, Ignored
 from pysolve.solve.budget import MEASURES
 
 METHODS = ("activation", "svd")
@@ -198,11 +204,11 @@ def low_rank(
     found = in_principal_axes(found) if prune and refit != "none" else found
     clock = Clock()
     kind, against = ranks_of(found, structure, plain, unseen)
-    table = _table(found, kind, against, timed=layout == "auto")
+    table = candidates_of(found, kind, against, timed=layout == "auto")
     if isinstance(rank, Mapping):
-        _check_named(found, table, rank)
+        check_named(found, table, rank)
     if not table.menus and not found.free:
-        why = _reasons(table.against) or f"none has its own weight{reasons(left)}"
+        why = reasons_of(table.against) or f"none has its own weight{reasons(left)}"
         raise PysolveError(f"no layer can be factored: {why}.")
     if target is None:
         plans = [_Plan(None, *_ranks_as_told(table, rank, energy))]
@@ -222,36 +228,11 @@ def low_rank(
         target=target,
         samples=rebuilt.samples,
         sites=[*site_reports(found, plan.widths)] if plan.widths else [],
-        lines=[_line(plan.table, rebuilt, laid, name) for name in weights],
+        lines=[line_of(plan.table, rebuilt, laid, name) for name in weights],
         notes=(*rebuilt.notes, *notes),
         distill=how,
         selected=target is not None,
     )
-
-
-@dataclass(frozen=True, eq=False)
-class _Table:
-    """Layers that could be factored, and why the others cannot.
-
-    Parameters
-    ----------
-    kind : Ranks
-    menus, spare : {layer: RankMenu}
-        And the other structure of a convolution.
-    against : {layer: str}
-    timed : bool
-        Whether layers that would take longer are left alone.
-    seconds : {layer: (int, float, float)}
-        A rank that was timed, of this layer or of one like it; what that took as it is and factored.
-    """
-
-    kind: Ranks
-    menus: Mapping[str, RankMenu]
-    spare: Mapping[str, RankMenu]
-    against: Mapping[str, str]
-    timed: bool
-    seconds: Mapping[str, tuple[int, float, float]]
-    study: Study
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,7 +241,7 @@ class _Plan:
 
     widths: Sized | None
     ranks: Mapping[str, int]
-    table: _Table
+    table: Candidates
 
     @property
     def chosen(self) -> Chosen:
@@ -301,27 +282,9 @@ def _nearest(found: Study, made: Sequence[_Made]) -> tuple[_Made, tuple[str, ...
     )
 
 
-def _table(found: Study, kind: Ranks, against: Mapping[str, str], *, timed: bool) -> _Table:
-    """The menus of all layers that can be factored."""
-    menus: dict[str, RankMenu] = {}
-    spare: dict[str, RankMenu] = {}
-    reasons = dict(against)
-    for name in found.weights:
-        if name not in reasons:
-            several = kind.menus(found, name)
-            if not several:
-                table = kind.tables.get(name)
-                reasons[name] = "too small for any rank to pay" if table is None else table.why_not()
-                continue
-            menus[name] = several[0]
-            if len(several) > 1:
-                spare[name] = several[1]
-    return _Table(kind, menus, spare, reasons, timed, {}, found)
-
-
 def _ranks_as_told(
-    table: _Table, rank: int | Mapping[str, int] | None, energy: float | None
-) -> tuple[dict[str, int], _Table]:
+    table: Candidates, rank: int | Mapping[str, int] | None, energy: float | None
+) -> tuple[dict[str, int], Candidates]:
     """Ranks of the layers that are factored, all the same, by energy or by name."""
     while True:
         ranks, against = dict[str, int](), dict(table.against)
@@ -337,19 +300,19 @@ def _ranks_as_told(
             else:
                 ranks[name] = int(wanted)
         table = replace(table, against=against)
-        faster = _without_slower(table, ranks)
+        faster = without_slower(table, ranks)
         if faster is table or faster.menus == table.menus:
             return ranks, faster
         table = faster
 
 
-def _plans_within(found: Study, table: _Table, target: Target) -> list[_Plan]:
+def _plans_within(found: Study, table: Candidates, target: Target) -> list[_Plan]:
     """Channels and ranks within a target, for the least divergence; and channels alone, where that can be.
 
     What single units cause adds up less well where there are more kinds of them.
     """
     sites: Sequence[Menu] = Channels().menus(found)
-    table = _without_dearer(table, target)
+    table = without_dearer(table, target)
     also = [name for menu in table.menus.values() for name in menu.names]
     names, costs = [*table.menus], costs_of(found, also=also)
     while True:
@@ -364,7 +327,7 @@ def _plans_within(found: Study, table: _Table, target: Target) -> list[_Plan]:
                 f"{error}{hint}layout='factored' they count." if gone else str(error)
             ) from None
         sites, table = done.sites, replace(table, menus={str(menu.unit): menu for menu in done.layers})
-        faster = _without_slower(table, done.ranks)
+        faster = without_slower(table, done.ranks)
         if faster.menus == table.menus:
             break
         table = faster
@@ -375,94 +338,6 @@ def _plans_within(found: Study, table: _Table, target: Target) -> list[_Plan]:
             alone = settle(found, costs_of(found), done.sites, (), target, where)
             plans.append(_Plan(sized(found, alone.sites, alone.sizes, alone.predicted), {}, faster))
     return plans
-
-
-def _without_dearer(table: _Table, target: Target) -> _Table:
-    """Take layers off the menus that cost nothing now of what is bounded: two would."""
-    dearer = {
-        name for name, menu in table.menus.items() if not any(menu.dense[measure] for measure in target)
-    }
-    menus = {name: menu for name, menu in table.menus.items() if name not in dearer}
-    why = dict.fromkeys(dearer, f"as two it would cost {' and '.join(target)}, of which it has none")
-    return replace(table, menus=menus, against={**table.against, **why})
-
-
-def _without_slower(table: _Table, ranks: Mapping[str, int]) -> _Table:
-    """Take layers that take longer as two off the menus, or give them their other structure."""
-    if not table.timed:
-        return table
-    menus, spare = dict(table.menus), dict(table.spare)
-    against, seconds = dict(table.against), dict(table.seconds)
-    timed: dict[Any, list[tuple[int, float, float]]] = {}
-    # The largest first: where they are faster as two, so are smaller ones of all layers like these.
-    for name, rank in sorted(ranks.items(), key=lambda pair: -pair[1]):
-        if rank > seconds.get(name, (0, 0.0, 0.0))[0]:
-            times = timed.setdefault(_kind_of(table, name), [])
-            if not any(_tells(one, rank) for one in times):
-                both = seconds_of_both(table.study, menus[name], rank, table.kind.inputs.get(name))
-                both = table.study.options.ranks.first(both)
-                if both is None:
-                    continue
-                times.append((rank, *both))
-            seconds[name] = next(one for one in times if _tells(one, rank))
-        least, before, after = seconds[name]
-        if after >= before:
-            against[name] = f"rank {least} would take {after / before:.2f} times as long"
-            del seconds[name], menus[name]
-            if name in spare:
-                menus[name] = spare.pop(name)
-    # In the network's order, as the first time.
-    ordered = {name: menus[name] for name in table.menus if name in menus}
-    return replace(table, menus=ordered, spare=spare, against=against, seconds=seconds)
-
-
-def _kind_of(table: _Table, name: str) -> Any:
-    """Equal where two layers take as long at equal ranks."""
-    layer, x = find_layer(table.study.model, name), table.kind.inputs.get(name)
-    weight = table.study.weights[name]
-    shapes = weight.shape, weight.dtype, None if x is None else x.shape
-    return type(layer), repr(layer), *shapes, table.menus[name].spatial
-
-
-def _tells(timed: tuple[int, float, float], rank: int) -> bool:
-    """Whether a time at one rank says which is faster at another."""
-    known, before, after = timed
-    return rank <= known if after < before else rank >= known
-
-
-def _line(table: _Table, rebuilt: Rebuilt, laid: LaidOut, name: str) -> LayerReport:
-    """What became of a layer, and why."""
-    timed, before, after = table.seconds.get(name, (0, None, None))
-    done = next((line for line in laid.lines if line.name == name), None)
-    error = rebuilt.fits[name].error if name in rebuilt.fits else None
-    if done is None or not done.layout.startswith("rank"):
-        why = table.against.get(name, "others lose less for what they save")
-        why = "it became too narrow for its rank to pay" if done is not None else why
-        return LayerReport(name, 1.0, "dense", why, before, after, error)
-    why = done.why
-    if name in table.menus and (others := table.menus[name].names[1:]):
-        why += f", shared with {', '.join(others)}"
-    if before is not None and after is not None:
-        form = rebuilt.fits[name].form
-        least = "at least " * (isinstance(form, LowRank) and form.rank < timed)
-        why += f", {least}{before / after:.1f} times as fast"
-    return replace(done, why=why, dense_seconds=before, new_seconds=after, error=error)
-
-
-def _reasons(against: Mapping[str, str]) -> str:
-    return "; ".join(f"{name}: {why}" for name, why in [*against.items()][:3])
-
-
-def _check_named(found: Study, table: _Table, ranks: Mapping[str, int]) -> None:
-    """Refuse layers that cannot have the rank they were named with."""
-    for name, rank in ranks.items():
-        find_layer(found.model, name)
-        if name not in table.menus:
-            raise PysolveError(f"{name} cannot be factored: {table.against.get(name, 'it has no weight')}.")
-        if rank > (most := table.menus[name].most):
-            raise PysolveError(
-                f"rank {rank} of {name} would be no smaller than the layer is: at most {most}."
-            )
 
 
 def _check(
