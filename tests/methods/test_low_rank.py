@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pysolve as ps
+from pysolve.methods import candidates
 from pysolve.methods import low_rank as verb
 from pysolve.methods.result import costs
 from pysolve.nn.layers.factored import Factored
@@ -261,7 +262,7 @@ def test_layers_that_would_be_slower_are_left_alone(monkeypatch):
         assert len(x) <= 64
         return (1.0, 2.0) if one.unit == "0" else (1.0, 0.5)
 
-    monkeypatch.setattr(verb, "seconds_of_both", seconds)
+    monkeypatch.setattr(candidates, "seconds_of_both", seconds)
     result = low(model, rank=3, layout="auto")
     assert ranks(result) == {"2": 3, "4": 3}
     assert lines(result)["0"].why == "rank 3 would take 2.00 times as long"
@@ -276,7 +277,7 @@ def test_layers_that_would_be_slower_are_left_alone(monkeypatch):
 
 
 def test_where_all_would_be_slower_nothing_is_done(monkeypatch):
-    monkeypatch.setattr(verb, "seconds_of_both", lambda *_: (1.0, 1.0))
+    monkeypatch.setattr(candidates, "seconds_of_both", lambda *_: (1.0, 1.0))
     model = mlp()
     for goal in ({"rank": 2}, {"energy": 0.5}):
         result = low(model, layout="auto", **goal)
@@ -288,7 +289,9 @@ def test_where_all_would_be_slower_nothing_is_done(monkeypatch):
 
 
 def test_a_structure_that_is_slower_gives_way_to_the_other(monkeypatch):
-    monkeypatch.setattr(verb, "seconds_of_both", lambda layer, one, *_: (1.0, 2.0 if one.spatial else 0.5))
+    monkeypatch.setattr(
+        candidates, "seconds_of_both", lambda layer, one, *_: (1.0, 2.0 if one.spatial else 0.5)
+    )
     result = low(convolutional(), images(), rank=2, layout="auto")
     assert ranks(result) == {"0": 2, "3": 2, "6": 2}
     assert all(result.model.get_submodule(name).inner.kernel_size == (3, 3) for name in ("0", "3"))
@@ -523,8 +526,8 @@ def test_the_original_its_modes_and_the_random_state_are_untouched(monkeypatch):
     model[1].train()
     model[3].weight.requires_grad_(False)
     before = copy.deepcopy(model.state_dict())
-    data, timed = images(), verb.seconds_of_both
-    monkeypatch.setattr(verb, "seconds_of_both", lambda *given: (timed(*given), (2.0, 1.0))[1])
+    data, timed = images(), candidates.seconds_of_both
+    monkeypatch.setattr(candidates, "seconds_of_both", lambda *given: (timed(*given), (2.0, 1.0))[1])
     copies = [x.clone() for x in data]
     state = torch.get_rng_state()
     result = low(model, data, target={"params": 0.6}, layout="auto")
