@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file
 from typer.testing import CliRunner
@@ -142,10 +143,10 @@ def test_the_demo_hardly_loses_accuracy(digits_demo):
 
 
 def test_solving_needs_no_torch(tmp_path):
+    np.savez(tmp_path / "p.npz", r_xx=np.eye(3), r_yx=np.ones((2, 3)))
     code = (
-        "import sys, numpy as np\n"
-        "np.savez('p.npz', r_xx=np.eye(3), r_yx=np.ones((2, 3)))\n"
-        "sys.argv = ['pysolve', 'solve', 'p.npz']\n"
+        "import sys\n"
+        f"sys.argv = ['pysolve', 'solve', {str(tmp_path / 'p.npz')!r}]\n"
         "from pysolve.cli.main import main\n"
         "try:\n"
         "    main()\n"
@@ -153,6 +154,6 @@ def test_solving_needs_no_torch(tmp_path):
         "    assert not end.code\n"
         "assert not {'torch', 'matplotlib', 'sklearn'} & sys.modules.keys(), 'heavy imports'\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Solution(" in done.stdout
