@@ -15,9 +15,8 @@ from pysolve.testing import (
     hostile_problems,
     judge,
     judge_solver,
-    main,
-    own_solver,
 )
+from pysolve.testing.__main__ import main, own_solver
 
 
 def newton(problem, lam=None, **options):
@@ -115,6 +114,6 @@ def test_the_command_tells_seeds_and_what_was_wrong(capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["testing", "--seed", "7", "--problems", "3"])
     assert main() == 0
     assert "3 problems, seeds 7 to 9: 0 wrong" in capsys.readouterr().out
-    monkeypatch.setattr("pysolve.testing.lam_max", lambda *given, **how: 1e300)
+    monkeypatch.setattr("pysolve.testing.__main__.lam_max", lambda *given, **how: 1e300)
     assert main() == 1
     assert "hostile_problem(7)" in capsys.readouterr().out
