@@ -2,7 +2,6 @@
 
 import json
 import sys
-import time
 from dataclasses import replace
 
 import mutations
@@ -48,7 +47,7 @@ def test_many_changed_files_are_refused_or_hold_the_same(name, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["every channel kept", "one channel less", "nothing"])
-def test_thousands_of_stages_are_refused_before_any_work(kind, tmp_path):
+def test_thousands_of_stages_are_refused_before_any_work(kind, tmp_path, monkeypatch):
     ps.save(compressed(), tmp_path / "file")
     record, tensors = storage.read(tmp_path / "file")
     step = record["stages"][0][0]
@@ -58,10 +57,14 @@ def test_thousands_of_stages_are_refused_before_any_work(kind, tmp_path):
         "nothing": [[]] * 5000,
     }[kind]
     storage.write(tmp_path / "file", tensors, {**record, "stages": stages})
-    start = time.process_time()
+
+    def work(*given, **options):
+        raise AssertionError("work was done")
+
+    for name in ("apply", "steps_of", "substitute"):
+        monkeypatch.setattr(f"pysolve.nn.files.architecture.{name}", work)
     with pytest.raises(ps.DataError, match=r"file does not fit .* it has 5000 stages, more than 100"):
         ps.load(tmp_path / "file", network())
-    assert time.process_time() - start < 0.5
 
 
 def test_what_could_not_be_read_again_is_not_written(tmp_path):

@@ -28,6 +28,7 @@ from pysolve.report.page import page
 from pysolve.report.plots import plot_pareto
 from pysolve.report.report import Report, comparison
 from pysolve.tables import Table, as_text
+from pysolve.whole_files import replacing_folder
 
 # Titles of reports: what became of the network.
 _DONE = {
@@ -206,15 +207,15 @@ def write_sweep(given: Mapping[str, Value]) -> None:
     """Compress a network to many sizes after one pass over the data, and write the reports."""
     targets = [targets_of([one]) for one in given["target"]]
     job, options = _parted({**given, "target": None})
-    networks = [f"{'_'.join(f'{m}={v:g}' for m, v in target.items())}.safetensors" for target in targets]
-    written = ["sweep.json", "pareto.png", *networks]
+    written = ["sweep.json", "pareto.png", "networks"]
     with folder(job.out, written, overwrite=job.overwrite), whole("sweep", job.progress):
         stage("load")
         model, batches, score = job.inputs()
         found = ps.sweep(model, batches, targets=targets, evaluate=score, progress=job.progress, **options)
         reports = [replace(report, notes=(*job.notes, *report.notes)) for report in found.reports]
-        for name, result in zip(networks, found, strict=True):
-            ps.save(result, job.out / name)
+        with replacing_folder(job.out / "networks") as networks:
+            for given_target, result in zip(given["target"], found, strict=True):
+                ps.save(result, networks / f"{given_target}.safetensors")
         rows = [plain(report.as_dict()) for report in reports]
         write(job.out / "sweep.json", json.dumps(rows, indent=1))
         plot_pareto(reports, path=job.out / "pareto.png")
@@ -278,7 +279,9 @@ def evaluate_network(
     threads = f"{time.threads} thread{'s' * (time.threads > 1)}"
     rows = (
         ("accuracy", f"{found['accuracy']:.2f} % of {len(x):,}"),
-        *((name, f"{found[name]:,}") for name in ("params", "macs", "bytes")),
+        ("parameters", f"{found['params']:,}"),
+        ("MACs a sample", f"{found['macs']:,}"),
+        ("bytes in memory", f"{found['bytes']:,}"),
         ("latency", f"{time} for {time.batch_size} samples on {threads}"),
     )
     typer.echo("\n".join(as_text(Table("", ("", ""), rows, words=(0, 1)))).strip("\n"))

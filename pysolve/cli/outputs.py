@@ -12,7 +12,7 @@ from pysolve.errors import DataError
 from pysolve.whole_files import check_writable, replacing
 
 # All that commands write into folders, and which of it are folders.
-FOLDERS = ("pretrained",)
+FOLDERS = ("pretrained", "networks")
 RESULTS = (
     *("network.safetensors", "plan.json", "report.json", "report.md", "report.html"),
     *("state_dict.safetensors", *FOLDERS, "sweep.json", "pareto.png"),

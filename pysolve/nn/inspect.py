@@ -81,13 +81,15 @@ class Inspection:
         shrink = Table("Can shrink", ("site", "channels", "parameters", "MACs"), tuple(cells))
         pinned = ((row.name, f"{row.channels:,}", row.pinned) for row in self.rows if row.pinned is not None)
         stay = Table("Cannot shrink", ("site", "channels", "because"), tuple(pinned), words=(0, 2))
-        totals = f"<p>{self.params:,} parameters, {self.macs:,} MACs a sample, {self.bytes:,} bytes</p>"
+        totals = (
+            f"<p>{self.params:,} parameters, {self.macs:,} MACs a sample, {self.bytes:,} bytes in memory</p>"
+        )
         return "\n".join([totals, *(as_html(table) for table in (shrink, stay) if table.rows)])
 
     def __str__(self) -> str:
         width = min(_NAME, max((len(row.name) for row in self.rows), default=0))
         width = max(width, len("cannot shrink"))
-        lines = [f"{self.params:,} parameters, {self.macs:,} MACs a sample, {self.bytes:,} bytes"]
+        lines = [f"{self.params:,} parameters, {self.macs:,} MACs a sample, {self.bytes:,} bytes in memory"]
         lines += _free_lines([row for row in self.rows if row.pinned is None], width)
         lines += _pinned_lines([row for row in self.rows if row.pinned is not None], width)
         return "\n".join(lines)
@@ -137,7 +139,7 @@ def inspect(
     >>> import pysolve as ps
     >>> model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.ReLU(), torch.nn.Linear(64, 4))
     >>> print(ps.inspect(model, torch.randn(10, 16)))
-    1,348 parameters, 1,280 MACs a sample, 5,392 bytes
+    1,348 parameters, 1,280 MACs a sample, 5,392 bytes in memory
     <BLANKLINE>
     can shrink     channels    params      MACs
     0 → 2                64    99.7 %   100.0 %

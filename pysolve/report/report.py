@@ -235,7 +235,7 @@ def comparison(reports: Iterable[Report]) -> Table:
         shares = [f"{report.share(measure):.1%}" for measure in ("params", "macs", "bytes")]
         scores = (formatted(score, ".2f") for score in (report.score_after, report.retrained))
         rows.append((asked, *shares, f"{report.divergence:.4g}", *scores))
-    head = ("target", "parameters", "MACs", "bytes", "divergence", "score", "retrained")
+    head = ("target", "parameters", "MACs", "bytes in memory", "divergence", "score", "retrained")
     return Table("Sizes", head, tuple(rows))
 
 

@@ -219,7 +219,7 @@ def test_the_compressed_file_is_evaluated_like_the_network_it_came_from(home):
     assert small["params"] <= 0.6 * whole["params"]
     assert small["latency_ms"] > 0
     text = run(*command).stdout
-    assert re.search(rf"params +{small['params']:,}", text)
+    assert re.search(rf"parameters +{small['params']:,}", text)
 
 
 def test_labels_may_come_from_a_function(home):
@@ -464,6 +464,9 @@ def test_sweep_shows_every_size(home):
     rows = json.loads((home / "swept/sweep.json").read_text())
     assert [row["target"] for row in rows] == [{"params": 0.7}, {"macs": 0.5}]
     assert json.loads(run(*command, "--overwrite", "--json").stdout)[2]["target"] == {"params": 0.1}
+    # None of the networks before is left.
+    names = sorted(path.stem for path in (home / "swept/networks").iterdir())
+    assert names == ["params=0.1", "params=0.25", "params=0.5"]
 
 
 def test_sweep_needs_no_labels(home):
@@ -473,7 +476,7 @@ def test_sweep_needs_no_labels(home):
     assert row["score_after"] is None
     assert row["divergence"] > 0
     assert (home / "swept/pareto.png").read_bytes().startswith(b"\x89PNG")
-    smaller = ps.load(home / "swept/params=0.7.safetensors", load_network("mine:make"))
+    smaller = ps.load(home / "swept/networks/params=0.7.safetensors", load_network("mine:make"))
     assert parameters(smaller) == row["after"]["params"]
 
 

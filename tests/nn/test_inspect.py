@@ -50,7 +50,7 @@ def test_rows_name_layers_and_reasons():
 
 def test_the_table_reads_like_this():
     assert str(inspect(DigitsNet(), DIGITS, sites=SITES)).splitlines() == [
-        "138,698 parameters, 216,576 MACs a sample, 554,792 bytes",
+        "138,698 parameters, 216,576 MACs a sample, 554,792 bytes in memory",
         "",
         "can shrink     channels    params      MACs",
         "conv1 → conv2        16     3.4 %    38.3 %",
@@ -134,7 +134,11 @@ def test_long_names_lose_what_both_layers_share_and_then_their_beginnings():
 
 def test_a_network_without_free_sites_says_so():
     text = str(inspect(nn.Flatten(), torch.zeros(1, 4), sites=[]))
-    assert text.splitlines() == ["0 parameters, 0 MACs a sample, 0 bytes", "", "no channels can be removed"]
+    assert text.splitlines() == [
+        "0 parameters, 0 MACs a sample, 0 bytes in memory",
+        "",
+        "no channels can be removed",
+    ]
 
 
 def test_a_network_without_macs_has_no_share_of_them():

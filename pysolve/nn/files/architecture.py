@@ -79,11 +79,11 @@ def architecture(compressed: Compressed) -> dict[str, object]:
 
 def rebuilt(record: Mapping[str, object], model: nn.Module) -> nn.Module:
     """A copy of the original with the compressed network's layers, and any values."""
-    biases = {*strings(field(record, "biases"), "biases")} - model.state_dict().keys()
-    network = _with_biases(model, biases)
     stages = typed(field(record, "stages"), list, "stages")
     if len(stages) > _STAGES:
         raise DataError(f"it has {len(stages)} stages, more than {_STAGES}.")
+    biases = {*strings(field(record, "biases"), "biases")} - model.state_dict().keys()
+    network = _with_biases(model, biases)
     # Older files have no such field.
     factored = typed(record.get("factored", []), list, "factored")
     factored = [*factored[: len(stages)], *[{}] * (len(stages) - len(factored))]
