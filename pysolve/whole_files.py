@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -103,6 +104,14 @@ def from_system(error: BaseException) -> int | None:
         return error.errno or 0
     told = _OS_ERROR.search(str(error))
     return None if told is None else int(told[1])
+
+
+def crc32_of(file: BinaryIO, size: int) -> int:
+    """CRC-32 of the next ``size`` bytes of a file, or of those that there are."""
+    found = 0
+    while block := file.read(min(size, 1 << 22)):
+        found, size = zlib.crc32(block, found), size - len(block)
+    return found
 
 
 @contextmanager

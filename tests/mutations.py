@@ -278,7 +278,14 @@ def opened_checkpoint(folder):
 
 def forged_checkpoint(folder, rng):
     state = torch.load(folder / "file", weights_only=True)
-    torch.save(changed(state, rng), folder / "file")
+    sealed(changed(state, rng), folder / "file")
+
+
+def sealed(state, path):
+    """Write a checkpoint of any state, with its checksum."""
+    with path.open("w+b") as file:
+        torch.save(state, file)
+        resume.seal(file)
 
 
 # --- folders of transformers

@@ -8,7 +8,7 @@ import mutations
 import numpy as np
 import pytest
 import torch
-from mutations import FORMATS, batches, compressed, judged, network, tried
+from mutations import FORMATS, batches, compressed, judged, network, sealed, tried
 
 import pysolve as ps
 from pysolve.nn.files import storage
@@ -29,6 +29,20 @@ def assert_survives(name, count, seed, place):
 @pytest.mark.parametrize("name", OWN)
 def test_changed_files_are_refused_or_hold_the_same(name, tmp_path):
     assert_survives(name, 25, 1, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [
+        ("checkpoint", (2855, 23204, 43595, 60906, 143422, 144780, 190147, 280706, 294839, 348991, 381233)),
+        ("study", (25659, 70109, 95092)),
+    ],
+)
+def test_what_once_went_unnoticed_is_refused(name, numbers, tmp_path):
+    for number in numbers:
+        home = tmp_path / str(number)
+        home.mkdir()
+        assert tried(name, np.random.default_rng([20261129, number]), home)[1] in ("same", "refused")
 
 
 # Folders of the first kind are opened in fresh processes, which takes long.
@@ -107,9 +121,12 @@ def test_checkpoints_of_trainings_that_went_on_are_read_and_forged_ones_change_n
         (whole["modules"], 0, {}, "its tensors are not those of the network"),
         (whole["random"], "global", torch.zeros(3), "RNG state"),
         (whole, "after_step", {}, "it lacks 'count'"),
+        (whole["optimizer"]["state"][0], "exp_avg", torch.zeros(()), "state is not that of these parameters"),
+        (whole["optimizer"]["state"][1], "step", torch.zeros(20), "state is not that of these parameters"),
+        (group, "params", [1, 0, *group["params"][2:]], "its optimizer's parameters are others"),
     ):
         before, place[name] = place[name], value
-        torch.save(whole, tmp_path / "file")
+        sealed(whole, tmp_path / "file")
         place[name] = before
         with pytest.raises(ps.DataError, match=f"file is damaged, or no checkpoint: .*{said}.*Give another"):
             one.open(tmp_path)

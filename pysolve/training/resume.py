@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import zipfile
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,11 @@ from torch.utils import _pytree as pytree
 from pysolve.errors import DataError
 from pysolve.nn.running import device_of
 from pysolve.training.options import Step
-from pysolve.whole_files import replacing
+from pysolve.whole_files import crc32_of, replacing
 
-_VERSION = 1
+_VERSION = 2
+# Bytes of the CRC-32 behind the archive, of all of it: its own leave out names and directory.
+_SEAL = 4
 
 
 @dataclass
@@ -92,8 +95,17 @@ def write(path: Path, progress: Progress, parts: Parts, settings: Mapping[str, o
     }
     size = sum(one.nbytes for one in pytree.tree_leaves(state) if isinstance(one, Tensor))
     # Given a path, torch tells of a full disk without the system's words.
-    with replacing(path, size) as part, part.open("wb") as file:
+    with replacing(path, size) as part, part.open("w+b") as file:
         torch.save(state, file)
+        seal(file)
+
+
+def seal(file: BinaryIO) -> None:
+    """Put the checksum of a file's whole content behind it."""
+    size = file.tell()
+    file.seek(0)
+    found = crc32_of(file, size)
+    file.write(found.to_bytes(_SEAL, "little"))
 
 
 def read(path: Path, parts: Parts, settings: Mapping[str, object]) -> Progress:
@@ -115,6 +127,7 @@ def read(path: Path, parts: Parts, settings: Mapping[str, object]) -> Progress:
         for module, values in zip(parts.modules, state["modules"], strict=True):
             _check_alike(values, tensors_of(module))
         _check_optimizer(state["optimizer"], parts.optimizer)
+        _check_step(state["optimizer"], parts.optimizer)
         before = deepcopy(_state(parts))
         try:
             _restore(state, parts)
@@ -143,11 +156,10 @@ def _loaded(path: Path) -> dict[str, Any]:
             # Other files torch would take for its older format, and warn.
             if not zipfile.is_zipfile(file):
                 raise _broken(path, "it is no archive")
-            # torch does not compare the checksums that it writes.
-            with zipfile.ZipFile(file) as archive:
-                damaged = archive.testzip()
-            if damaged is not None:
-                raise _broken(path, f"the checksum of {damaged} is wrong")
+            size = max(os.fstat(file.fileno()).st_size - _SEAL, 0)
+            file.seek(0)
+            if crc32_of(file, size).to_bytes(_SEAL, "little") != file.read():
+                raise _broken(path, "its checksum is wrong")
             file.seek(0)
             # Plain tensors and numbers alone: such files are safe whoever wrote them.
             state: object = torch.load(file, map_location="cpu", weights_only=True)
@@ -209,14 +221,16 @@ def _check_alike(saved: object, now: Mapping[str, Tensor]) -> None:
 
 
 def _check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer) -> None:
-    """Raise unless a file's optimizer has the options and the tensors of this one."""
-    groups = optimizer.param_groups
+    """Raise unless a file's optimizer has the options and the parameters of this one."""
+    groups, own_groups = optimizer.param_groups, optimizer.state_dict()["param_groups"]
+    if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own_groups]:
+        raise ValueError("its optimizer's parameters are others")
     for group, own in zip(saved["param_groups"], groups, strict=True):
         for name in own.keys() - {"params"}:
             value, known = group[name], own[name]
             # What schedules move are numbers.
             moves = isinstance(known, float | int | tuple | Tensor) and not isinstance(known, bool)
-            numbers = pytree.tree_leaves(value)
+            numbers = [one for one in pytree.tree_leaves(value) if one is not None]
             if type(value) is not type(known) or (not moves and value != known):
                 raise ValueError(f"{name} of its optimizer is {value!r}, not {known!r}")
             if moves and not all(math.isfinite(one) for one in numbers):
@@ -227,11 +241,33 @@ def _check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer) -> None:
         raise ValueError("its optimizer's state is not that of these parameters")
     for number, one in states.items():
         for name, value in one.items():
-            if not isinstance(value, Tensor):
-                continue
-            counts = value.dtype in (torch.int32, torch.int64)
-            if not (value.is_floating_point() or counts) or value.shape not in ((), parameters[number].shape):
-                raise ValueError(f"{name} of parameter {number} is {value.dtype} of {[*value.shape]}")
+            counts = isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
+            if isinstance(value, Tensor) and not (value.is_floating_point() or counts):
+                raise ValueError(f"{name} of parameter {number} is {value.dtype}")
+
+
+def _check_step(saved: Mapping[str, Any], optimizer: Optimizer) -> None:
+    """Raise where a copy of the optimizer takes no step with a file's state, but takes one with its own.
+
+    Which shapes a state has is each optimizer's own affair.
+    """
+    error = _step_error(optimizer, saved)
+    if error is not None and _step_error(optimizer, optimizer.state_dict()) is None:
+        raise ValueError(f"its optimizer's state is not that of these parameters: {error}")
+
+
+def _step_error(optimizer: Optimizer, state: Mapping[str, Any]) -> Exception | None:
+    """What a copy of an optimizer raises in a step without gradients from some state."""
+    try:
+        own = deepcopy(optimizer)
+        own.load_state_dict(deepcopy(dict(state)))
+        for parameter in chain.from_iterable(group["params"] for group in own.param_groups):
+            parameter.grad = torch.zeros_like(parameter)
+        # A schedule has put a method of the original in the place of the copy's.
+        type(own).step(own, lambda: 0.0)
+    except Exception as error:
+        return error
+    return None
 
 
 def _layout(parts: Parts) -> dict[str, object]:

@@ -6,7 +6,6 @@ import copy
 import json
 import os
 import shutil
-import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from pysolve.nn.files.checkpoint import restored, save
 from pysolve.nn.files.reopening import Written, difference, outputs_again, reopened, written_of
 from pysolve.nn.running import Batch
 from pysolve.nn.stock import NotStockError, Stock, is_pretrained, skeleton, stock_of
-from pysolve.whole_files import replacing_folder
+from pysolve.whole_files import crc32_of, replacing_folder
 
 # Beside the original's configuration, in folders that are for ``load_pretrained``.
 FILE = "pysolve.safetensors"
@@ -234,11 +233,8 @@ def _sums(folder: Path, names: Iterable[str]) -> str:
 
 
 def _crc32(path: Path) -> int:
-    found = 0
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            found = zlib.crc32(block, found)
-    return found
+        return crc32_of(file, path.stat().st_size)
 
 
 def write_stock(network: nn.Module, folder: Path, batch: Batch = None) -> Written:

@@ -14,7 +14,8 @@ from torch.utils import _pytree as pytree
 
 from pysolve import __version__
 from pysolve.correlations import AnyArray, Correlations
-from pysolve.errors import DataError, PysolveError, whole
+from pysolve.errors import DataError, LayerNotFoundError, PysolveError, whole
+from pysolve.nn.bare import find_member
 from pysolve.nn.calibration import Calibration
 from pysolve.nn.files.storage import in_order
 from pysolve.nn.files.sums import (
@@ -96,6 +97,11 @@ def read_study(path: Path, model: nn.Module) -> tuple[Calibration, StoredCorrela
     check_network(network, model, str(path))
     layers = dict(model.named_modules(remove_duplicate=False))
     for name, one in correlations.stored.items():
+        if not _multiplies(model, name):
+            raise DataError(
+                f"{path} is damaged: it has sums of {name!r}, which is no layer. Copy it anew, or gather "
+                "again."
+            )
         weight = getattr(layers.get(name), "weight", None)
         h, d = one.arrays["yx"].shape
         if isinstance(weight, nn.Parameter) and weight.numel() != h * d:
@@ -104,6 +110,17 @@ def read_study(path: Path, model: nn.Module) -> tuple[Calibration, StoredCorrela
                 "gather again."
             )
     return Calibration(limit, held, apart, kept, seen, out), correlations
+
+
+def _multiplies(model: nn.Module, name: str) -> bool:
+    """Whether a network has a layer, or another member of sites, with values of its own by this name."""
+    try:
+        member = find_member(model, name)
+    except LayerNotFoundError:
+        return False
+    if not isinstance(member, nn.Module):
+        return True
+    return hasattr(member, "weight") or any(True for _ in member.parameters(recurse=False))
 
 
 def check_network(known: Mapping[str, int], model: nn.Module, what: str) -> None:
