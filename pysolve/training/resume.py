@@ -237,9 +237,13 @@ def _check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer) -> None:
                 raise ValueError(f"{name} of its optimizer is {value!r}")
     parameters = [value for group in groups for value in group["params"]]
     states = saved["state"]
-    if not states.keys() <= {*range(len(parameters))} or len({frozenset(one) for one in states.values()}) > 1:
+    if not states.keys() <= {*range(len(parameters))}:
         raise ValueError("its optimizer's state is not that of these parameters")
+    # Adafactor keeps other values of matrices than of vectors.
+    names = {parameters[number].ndim: one.keys() for number, one in states.items()}
     for number, one in states.items():
+        if one.keys() != names[parameters[number].ndim]:
+            raise ValueError("its optimizer's state is not that of these parameters")
         for name, value in one.items():
             counts = isinstance(value, Tensor) and value.dtype in (torch.int32, torch.int64)
             if isinstance(value, Tensor) and not (value.is_floating_point() or counts):
