@@ -14,7 +14,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find csrc pysol
 SECONDS ?= 600
 SEED ?= $(shell date +%s)
 
-.PHONY: demo test lint docs linkcheck outputs bench wheel fuzz clean
+.PHONY: demo test lint docs linkcheck outputs bench wheel fuzz sanitize tidy audit coverage clean
 
 demo: $(VENV)/.installed
 	$(VENV)/bin/pysolve demo
@@ -59,6 +59,44 @@ wheel:
 fuzz: $(VENV)/.installed
 	$(VENV)/bin/python -m pysolve.testing --seconds $(SECONDS) --seed $(SEED)
 	$(VENV)/bin/python -W ignore tests/mutations.py --seconds $(SECONDS) --seed $(SEED)
+
+# Tests of the C++ core under sanitizers: addresses and undefined behaviour, then threads. Linux with GCC. The one for
+# threads knows none that start after a fork, and on some kernels only address spaces that are not randomised.
+sanitize: $(VENV)/.address $(VENV)/.thread
+	cd $(VENV)/.address && LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 $(INSTRUMENTED) \
+	  $(addprefix $(CURDIR)/tests/,solve layer test_threads.py test_testing.py test_border.py)
+	cd $(VENV)/.thread && LD_PRELOAD="$$(gcc -print-file-name=libtsan.so)" \
+	  TSAN_OPTIONS=halt_on_error=1:suppressions=$(CURDIR)/tests/tsan.supp $(INSTRUMENTED) -k "not after_a_fork" \
+	  $(addprefix $(CURDIR)/tests/,test_threads.py layer/test_sparse_matrix.py)
+
+# Known vulnerabilities of what is installed, and all of it as a bill of materials (CycloneDX), build/sbom.json.
+audit: $(VENV)/.installed
+	$(VENV)/bin/pip install -q pip-audit
+	mkdir -p build
+	$(VENV)/bin/pip-audit --local --format cyclonedx-json --output build/sbom.json
+
+# clang-tidy over csrc/, by .clang-tidy.
+tidy: $(VENV)/.installed
+	$(VENV)/bin/pip install -q clang-tidy cmake ninja pybind11
+	$(VENV)/bin/cmake -S . -B build/tidy -G Ninja -DCMAKE_EXPORT_COMPILE_COMMANDS=ON \
+	  -Dpybind11_DIR="$$($(VENV)/bin/python -m pybind11 --cmakedir)" -DPython_EXECUTABLE=$(abspath $(VENV))/bin/python
+	$(VENV)/bin/python $(VENV)/bin/run-clang-tidy.py -quiet -p build/tidy -clang-tidy-binary $(VENV)/bin/clang-tidy csrc
+
+# Lines of pysolve/ and of csrc/ that all tests run, the slow ones among them.
+coverage: $(VENV)/.coverage
+	cd $(VENV)/.coverage && $(INSTRUMENTED) -n 2 -m "" --cov=pysolve --cov-report=term $(CURDIR)/tests
+	$(VENV)/bin/gcovr --root csrc --print-summary build/coverage
+
+FLAGS_address := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+FLAGS_thread := -fsanitize=thread
+FLAGS_coverage := --coverage -fprofile-update=atomic
+INSTRUMENTED = setarch -R $(abspath $(VENV))/bin/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR)
+$(VENV)/.address $(VENV)/.thread $(VENV)/.coverage: $(VENV)/.%: $(VENV)/.installed
+	rm -rf $@ build/$*
+	$(VENV)/bin/pip install -q -c constraints.txt pytest-cov gcovr
+	$(VENV)/bin/pip install -q --no-deps --target $@ -C build-dir=build/$* -C cmake.build-type=RelWithDebInfo \
+	  -C cmake.define.PYSOLVE_INSTRUMENT="$(FLAGS_$*)" .
 
 $(VENV)/.installed: $(SOURCES)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)

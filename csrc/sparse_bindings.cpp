@@ -133,7 +133,7 @@ void register_for(py::module_& m, const char* name) {
             })
         .def_property_readonly(
             "values",
-            [](py::object self) {
+            [](const py::object& self) {
                 auto& A = self.cast<Self&>();
                 return py::array_t<T>(A.entries, A.values.data(), self);
             },

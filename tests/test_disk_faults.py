@@ -88,8 +88,8 @@ WRITERS = {
 }
 
 
-# It is opened again in a fresh process each time.
-SLOW = {"pretrained": pytest.mark.slow}
+# They are opened again each time, one of them in a fresh process.
+SLOW = {name: pytest.mark.slow for name in ("pretrained", "plan of pretrained")}
 
 
 def contents(folder):

@@ -33,6 +33,7 @@ ROOMS = "methods|nn|solve|layer|report|training|cli|csrc|pysolve|bench|examples|
 MENTIONED = re.compile(rf"\b(?:{ROOMS})/[\w/.]*\.(?:py|cpp|hpp|pyi)\b")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", BLOCKS)
 def test_its_examples_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -105,8 +105,8 @@ void check_memory(const Sparse<T>& A) {
     const auto millions = [](double value) { return std::to_string(static_cast<Index>(value / 1e6)); };
     throw TooLarge("a matrix of " + std::to_string(A.rows) + " x " + std::to_string(A.columns) + " with " +
                    std::to_string(A.entries) + " entries in " + std::to_string(A.blocks()) +
-                   " blocks of columns takes " + millions(bytes) + " MB for where its rows begin there, but " +
-                   millions(free_memory()) + " MB are free");
+                   " blocks of columns takes " + millions(bytes) +
+                   " MB for where its rows begin there, but " + millions(free_memory()) + " MB are free");
 }
 
 template <class T>

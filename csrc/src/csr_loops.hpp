@@ -48,6 +48,7 @@ void rows_of(const Part<T>& part, ptrdiff_t first, ptrdiff_t last, const T* x, T
     using V = typename Vector<T, lanes>::type;
     constexpr int chains = vectors >= 8 ? 1 : vectors >= 4 ? 2 : vectors == 2 ? 4 : 8;
     constexpr ptrdiff_t width = lanes * vectors;
+    constexpr ptrdiff_t line_size = 64 / sizeof(T);
     for (ptrdiff_t r = first; r < last; ++r, out += stride) {
         V sums[chains][vectors];
         const V start = spread<V>(bias ? bias[r] : T(0));
@@ -62,7 +63,7 @@ void rows_of(const Part<T>& part, ptrdiff_t first, ptrdiff_t last, const T* x, T
         // The next row's entries: where a block ends the processor does not foresee them.
         const ptrdiff_t next = part.starts[r + 1];
 #pragma GCC unroll 8
-        for (int line = 0; line < 8; ++line) __builtin_prefetch(part.values + next + line * 64 / sizeof(T));
+        for (int line = 0; line < 8; ++line) __builtin_prefetch(part.values + next + line * line_size);
 #pragma GCC unroll 4
         for (int line = 0; line < 4; ++line) __builtin_prefetch(part.indices + next + line * 32);
         for (; i + chains <= stop; i += chains) {

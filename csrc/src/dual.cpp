@@ -40,6 +40,7 @@ DualBound::DualBound(const Problem& problem, double lam)
     const Index n = problem.inputs;
     if (n == 0) return;
     std::vector<Vector> factors;
+    factors.reserve(problem.readers.size());
     for (const Reader& reader : problem.readers) factors.push_back(factor_with_ridge(reader.xx, n));
 
     // B ← B + (R + ridge)⁻¹ (C − R B): the first round leaves what the ridge and rounding do.

@@ -22,6 +22,7 @@ Scales join(const std::vector<std::pair<double, Index>>& found, const Scales& at
     const std::size_t room = std::max<std::size_t>(64, 2 * at.groups.size());
     const std::size_t count = found.size() <= room + room / 2 ? found.size() : room;
     std::vector<std::pair<Index, double>> all;
+    all.reserve(at.groups.size() + count);
     for (std::size_t a = 0; a < at.groups.size(); ++a) all.emplace_back(at.groups[a], at.values[a]);
     share /= std::max(1.0, 0.05 * static_cast<double>(count));
     for (std::size_t i = 0; i < count; ++i) all.emplace_back(found[i].second, share * found[i].first);

@@ -761,6 +761,7 @@ def test_options_of_a_command_are_arguments_of_its_function(verb):
     assert options - {"state_dict", "bytes", "pretrained"} <= {*signature(getattr(ps, verb)).parameters}
 
 
+@pytest.mark.slow
 def test_a_folder_for_other_programs_is_written_where_asked_for(tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     (tmp_path / "decoder.py").write_text(

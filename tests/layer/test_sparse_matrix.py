@@ -6,34 +6,21 @@ import os
 import pickle
 import signal
 import threading
-from contextlib import contextmanager
 from functools import cache
 
 import numpy as np
 import pytest
 import scipy.sparse as sp
+from compiled import running
 from hypothesis import given
 from hypothesis import strategies as st
 
 import pysolve as ps
 from pysolve import _core
-from pysolve.layer.sparse_matrix import get_num_threads, set_num_threads
+from pysolve.layer.sparse_matrix import set_num_threads
 
 LEVELS = _core.levels()
 TOLERANCE = {np.dtype(np.float32): 2e-5, np.dtype(np.float64): 1e-13}
-
-
-@contextmanager
-def running(level=None, threads=1):
-    """Another level and number of threads inside."""
-    before = _core.level(), get_num_threads()
-    try:
-        _core.set_level(level or before[0])
-        set_num_threads(threads)
-        yield
-    finally:
-        _core.set_level(before[0])
-        set_num_threads(before[1])
 
 
 def random_csr(rows, columns, density, dtype=np.float32, seed=0):

@@ -94,6 +94,7 @@ def test_code_makes_the_network_again_bit_for_bit(kind, tmp_path):
     assert "pysolve" not in (tmp_path / "small.py").read_text().split('"""')[2].replace("pysolve.nn.zoo", "")
 
 
+@pytest.mark.slow
 def test_a_process_without_pysolve_opens_it(tmp_path):
     x, result = inputs("sequential"), halved("sequential")
     ps.export_code(result, tmp_path / "small.py")

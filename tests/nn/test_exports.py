@@ -22,6 +22,8 @@ from pysolve.plan import Collapse, Plan, Site
 
 NAMES = ("residual", "grouped", "two_residuals", "transformer_layer")
 ALL = [("residual", "compressed"), ("grouped", "pruned"), *((name, "both") for name in NAMES)]
+# One of each kind of export is quick.
+FEW = [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in NAMES[1:])]
 FREE_BATCH = ({0: Dim.DYNAMIC},)
 every_network = pytest.mark.parametrize(("name", "kind"), ALL)
 # What torch says of itself while torch.onnx copies an exported program.
@@ -144,7 +146,7 @@ def fresh_compiler():
 # torch hides this one from users, but cannot where warnings are errors.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FEW)
 def test_a_compiled_network_computes_the_same_and_has_the_same_gradients(name, monkeypatch):
     model, batch = made(name, "both")
     x, y = batch.clone().requires_grad_(), batch.clone().requires_grad_()
@@ -186,7 +188,7 @@ def test_what_surrounds_a_sparse_layer_is_compiled():
 
 
 @onnx_warnings
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FEW)
 def test_an_onnx_model_computes_the_same_for_any_batch(name):
     onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")

@@ -199,15 +199,20 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def small(monkeypatch):
-    """Nothing is taken yet, and products take little memory."""
+def untouched(monkeypatch):
+    """Nothing is taken yet, and nothing can be given back."""
     monkeypatch.setattr("pysolve.nn.memory.resident", lambda: 0)
+    monkeypatch.setattr("pysolve.nn.memory._give_back", lambda: None)
+
+
+@pytest.fixture
+def small(untouched, monkeypatch):
+    """Products take little memory, too."""
     monkeypatch.setattr("pysolve.nn.passes.room", lambda inputs: 0)
     monkeypatch.setattr(passes, "MATRICES", 0)
 
 
-def test_the_least_memory_that_is_named_is_enough(monkeypatch):
-    monkeypatch.setattr("pysolve.nn.memory.resident", lambda: 0)
+def test_the_least_memory_that_is_named_is_enough(untouched):
     with pytest.raises(PysolveError, match=r"the correlations of conv .* a batch of 4 samples") as caught:
         planned(Bound(1, 0))
     least = int(re.search(r"memory='(\d+)MiB'", str(caught.value))[1])

@@ -29,26 +29,31 @@ def pretending(name, changes):
     return model, other, batch
 
 
+CHANGES = [
+    ("bert", {"intermediate_size": 7}),
+    ("bert", {"hidden_size": 12, "intermediate_size": 9, "vocab_size": 25}),
+    ("gpt2", {"n_inner": 40}),
+    ("gpt2", {"n_embd": 12, "n_inner": 64}),
+    ("llama", {"num_attention_heads": 2, "num_key_value_heads": 1}),
+    ("llama", {"head_dim": 2}),
+    ("llama", {"head_dim": 2, "num_attention_heads": 2, "num_key_value_heads": 1}),
+    ("llama", {"hidden_size": 12, "intermediate_size": 5, "rms_norm_eps": 1.3e-6}),
+]
+OTHER_FAMILIES = [
+    ("qwen3", {"head_dim": 4, "hidden_size": 10}),
+    ("gemma2", {"hidden_size": 12, "head_dim": 4}),
+    ("vit", {"intermediate_size": 5, "patch_size": 2}),
+    ("t5", {"d_ff": 5, "num_heads": 2}),
+    ("t5", {"d_kv": 2, "d_model": 10}),
+    ("whisper", {"decoder_ffn_dim": 5, "d_model": 12}),
+    ("mixtral", {"num_local_experts": 3, "intermediate_size": 8}),
+    ("qwen3_moe", {"num_local_experts": 3, "moe_intermediate_size": 4}),
+]
+
+
 @pytest.mark.parametrize(
     ("name", "changes"),
-    [
-        ("bert", {"intermediate_size": 7}),
-        ("bert", {"hidden_size": 12, "intermediate_size": 9, "vocab_size": 25}),
-        ("gpt2", {"n_inner": 40}),
-        ("gpt2", {"n_embd": 12, "n_inner": 64}),
-        ("llama", {"num_attention_heads": 2, "num_key_value_heads": 1}),
-        ("llama", {"head_dim": 2}),
-        ("llama", {"head_dim": 2, "num_attention_heads": 2, "num_key_value_heads": 1}),
-        ("llama", {"hidden_size": 12, "intermediate_size": 5, "rms_norm_eps": 1.3e-6}),
-        ("qwen3", {"head_dim": 4, "hidden_size": 10}),
-        ("gemma2", {"hidden_size": 12, "head_dim": 4}),
-        ("vit", {"intermediate_size": 5, "patch_size": 2}),
-        ("t5", {"d_ff": 5, "num_heads": 2}),
-        ("t5", {"d_kv": 2, "d_model": 10}),
-        ("whisper", {"decoder_ffn_dim": 5, "d_model": 12}),
-        ("mixtral", {"num_local_experts": 3, "intermediate_size": 8}),
-        ("qwen3_moe", {"num_local_experts": 3, "moe_intermediate_size": 4}),
-    ],
+    [*CHANGES, *(pytest.param(*one, marks=pytest.mark.slow) for one in OTHER_FAMILIES)],
 )
 def test_fields_are_found_again(name, changes):
     _, other, _ = pretending(name, changes)

@@ -3,8 +3,10 @@
 
 #include <cstddef>
 
-// The loader picks the clone that fits the processor. Elsewhere the one plain version serves.
-#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__)
+// The loader picks the clone that fits the processor, before a sanitizer of threads is ready for its
+// question. Elsewhere the one plain version serves.
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__) && \
+    !defined(__SANITIZE_THREAD__)
 #define PYSOLVE_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #define PYSOLVE_INLINE __attribute__((always_inline)) inline  // a call would leave the clone
 #else
