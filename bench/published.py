@@ -1,17 +1,16 @@
-"""The published experiments in parts: functions of the examples, a table or two each."""
+"""The published experiments in parts: functions of the examples, a table or two each.
 
-import sys
+Import ``common`` before: it says where the examples are.
+"""
+
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-sys.path.append(str(Path(__file__).parent.parent / "examples"))
 
 import e1_layers
 import e1_linear_reconstruction as e1
 import e1_network
 import e1_solvers
-import e2_lowrank_distill
 import e2_pruning
 import e2_quantization
 import e2_ranks
@@ -232,9 +231,7 @@ PARTS = (
         f"{OWN_CIFAR} Published accuracies are not at hand; ResNet-18 is trained for 3 epochs.",
     ),
     Part("e5-weights", "Weights by standard deviation", "e5_prune_retrain.py", deviations),
-    Part(
-        "e5-channels", "Global instead of local", "e5_prune_retrain.py", importance, "No figures published."
-    ),
+    Part("e5-channels", "Global instead of local", "e5_prune_retrain.py", importance, "Nothing published."),
     Part("e5-surgery", "Dynamic network surgery", "e5_prune_retrain.py", surgery),
     Part("e5-lenet5", "Deep compression: LeNet-5", "e5_deep_compression.py", stages("LeNet-5")),
     Part("e5-lenet300", "Deep compression: LeNet-300-100", "e5_deep_compression.py", stages("LeNet-300-100")),

@@ -2,10 +2,11 @@
 
 python bench/results.py [--out DIR] [--only TEXT] [--again] [--data DIR]
 
-Each part leaves one JSON file in DIR, with its tables, machine, versions, seed, date and seconds. A part whose file
-is there is not measured again, so that a run that was stopped goes on where it stood; --again measures all
-that are chosen, --only chooses those whose name holds the text. What fails is said, the others go on, and the
-status is 1. Images and networks come from the folder that PYSOLVE_DATA or --data names.
+Each part leaves one JSON file in DIR: its tables, machine, versions, seed, date and seconds. A part whose
+file is there is not measured again, so that a run that was stopped goes on where it stood; --again measures
+all that are chosen, --only chooses those whose name holds the text. What fails is said, the others go on,
+and the status is 1. Images and networks come from the folder that PYSOLVE_DATA or --data names; networks
+that are trained, and pictures, are kept in DIR/trained.
 """
 
 import json
@@ -19,16 +20,13 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated
 
-from published import EXPERIMENTS, PARTS, Part
-
-# After ``published``, whose first import limits the threads of BLAS.
-# isort: split
+import common
 import numpy as np
 import scipy
 import torch
 import typer
 from all import DATA, ROOT, processor
-from common import DataOption
+from published import EXPERIMENTS, PARTS, Part
 from rich.console import RenderableType
 from rich.table import Table as RichTable
 from rich.text import Text
@@ -42,25 +40,20 @@ PAGE = ROOT / "docs" / "results.md"
 INTRODUCTION = """\
 # Published experiments
 
-The five published experiments that the library reproduces, in its examples' tables: what is published beside ours.
-Accuracies are of test sets, in per cent. Written by
+Five publications, measured anew by the examples: what is published beside ours. Accuracies are of test sets,
+in per cent. `python bench/results.py --data DIR` measures what is missing in bench/measured, one file a
+part, and writes this page. Pictures, and comparisons with other tools, are in [Measured](benchmarks.md).
 
-```sh
-python bench/results.py --data DATA
-```
+Machines:
 
-which goes on where it was stopped, and keeps every part with its conditions in a JSON file. Pictures and
-comparisons with other tools: [benchmarks](benchmarks.md).
 """
-
-OutOption = Annotated[Path, typer.Option(help="Folder for the results, trained networks and pictures.")]
 
 
 def main(
-    out: OutOption = Path("results/published"),
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = ROOT / "bench" / "measured",
     only: Annotated[str, typer.Option(help="Parts whose name holds this.")] = "",
     again: Annotated[bool, typer.Option(help="Measure parts again that have been measured.")] = False,
-    data: DataOption = DATA,
+    data: common.DataOption = DATA,
 ) -> None:
     """Measure the parts that are missing, and write the page."""
     chosen = [part for part in PARTS if only in part.name]
@@ -80,12 +73,13 @@ def main(
 def done(part: Part, data: Path, out: Path) -> bool:
     """Measure a part and keep it; False if it fails, which leaves the file that was there."""
     typer.echo(f"{part.name}: {part.title}")
-    out.mkdir(parents=True, exist_ok=True)
+    work = out / "trained"
+    work.mkdir(parents=True, exist_ok=True)
     start, cpu, load = time.perf_counter(), time.process_time(), os.getloadavg()[0]
     try:
         with demo.threads(1):
             torch.manual_seed(SEED)
-            shown = [stored(one) for one in part.measure(data, out, SEED)]
+            shown = [stored(one) for one in part.measure(data, work, SEED)]
     except Exception:
         traceback.print_exc()
         return False
