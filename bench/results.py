@@ -36,6 +36,7 @@ from pysolve.cli import demo
 from pysolve.tables import Table, as_markdown
 
 SEED = 0
+MEASURED = ROOT / "bench" / "measured"
 PAGE = ROOT / "docs" / "results.md"
 INTRODUCTION = """\
 # Published experiments
@@ -45,12 +46,11 @@ in per cent. `python bench/results.py --data DIR` measures what is missing in be
 part, and writes this page. Pictures, and comparisons with other tools, are in [Measured](benchmarks.md).
 
 Machines:
-
 """
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Folder of the results.")] = ROOT / "bench" / "measured",
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = MEASURED,
     only: Annotated[str, typer.Option(help="Parts whose name holds this.")] = "",
     again: Annotated[bool, typer.Option(help="Measure parts again that have been measured.")] = False,
     data: common.DataOption = DATA,

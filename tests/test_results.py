@@ -1,4 +1,4 @@
-"""Published experiments: parts are kept and not measured twice, one that fails stops no other, all are shown."""
+"""Published experiments: parts are kept, not measured twice, shown; one that fails stops no other."""
 
 import json
 
@@ -95,3 +95,7 @@ def test_parts_have_names_of_their_own_and_belong_to_an_experiment(published):
     names = [part.name for part in published.PARTS]
     assert len(names) == len(set(names))
     assert {name[:2].upper() for name in names} == {*published.EXPERIMENTS}
+
+
+def test_the_page_is_made_of_the_files(results, published):
+    assert results.page(published.PARTS, results.MEASURED) == results.PAGE.read_text()
