@@ -5,10 +5,10 @@ Import ``common`` before: it says where the examples are.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import e1_layers
-import e1_linear_reconstruction as e1
 import e1_network
 import e1_solvers
 import e2_pruning
@@ -28,11 +28,13 @@ import e5_prune_retrain
 import e5_stages
 import e5_surgery
 import e5_weights
+from e5_deep_compression import NETWORKS
 from experiment import adam, kept, score
 from rich.console import RenderableType
+from torch import nn
 
 from pysolve.cli.datasets import Dataset, cifar, mnist
-from pysolve.nn.zoo import LeNet5, LeNetC5, Mlp
+from pysolve.nn.zoo import LeNetC5, Mlp
 from pysolve.tables import Table
 
 Shown = Iterator[Table | RenderableType]
@@ -63,9 +65,12 @@ class Part:
     note: str = ""
 
 
-def lenet5(data: Path, out: Path, seed: int) -> tuple[LeNet5, Dataset]:
-    dataset = mnist(data / "mnist")
-    return kept(LeNet5, dataset, out / "lenet5.safetensors", e1.RECIPE, seed), dataset
+def lenet(name: str, data: Path, out: Path, seed: int) -> tuple[nn.Module, Dataset]:
+    dataset, one = mnist(data / "mnist"), NETWORKS[name]
+    return kept(one.make, dataset, out / one.file, one.recipe, seed), dataset
+
+
+lenet5 = partial(lenet, "LeNet-5")
 
 
 def perceptron(data: Path, out: Path, seed: int) -> tuple[Mlp, Dataset]:
@@ -172,17 +177,22 @@ def importance(data: Path, out: Path, seed: int) -> Shown:
     yield e5_channels.compare_rankings(*lenet5(data, out, seed))
 
 
-def surgery(data: Path, out: Path, seed: int) -> Shown:
-    return e5_surgery.compare_surgery(*lenet5(data, out, seed), out / "e5-surgery.png")
+def surgery(name: str) -> Callable[[Path, Path, int], Shown]:
+    """Both ways to prune one of the networks while it is trained."""
+
+    def measure(data: Path, out: Path, seed: int) -> Shown:
+        path = out / f"e5-surgery-{name}.png"
+        return e5_surgery.compare_surgery(*lenet(name, data, out, seed), path, name=name)
+
+    return measure
 
 
 def stages(name: str) -> Callable[[Path, Path, int], Shown]:
     """Deep compression of one of the networks."""
-    one = e5_deep_compression.NETWORKS[name]
+    one = NETWORKS[name]
 
     def measure(data: Path, out: Path, seed: int) -> Shown:
-        dataset = mnist(data / "mnist")
-        model = kept(one.make, dataset, out / one.file, one.recipe, seed)
+        model, dataset = lenet(name, data, out, seed)
         found = e5_stages.all_stages(model, dataset, one.published, epochs=one.epochs)
         title = f"{name} on MNIST: files, and accuracy on the test set (%)"
         yield e5_stages.stages_table(title, model, found, one.published)
@@ -232,7 +242,13 @@ PARTS = (
     ),
     Part("e5-weights", "Weights by standard deviation", "e5_prune_retrain.py", deviations),
     Part("e5-channels", "Global instead of local", "e5_prune_retrain.py", importance, "Nothing published."),
-    Part("e5-surgery", "Dynamic network surgery", "e5_prune_retrain.py", surgery),
+    Part("e5-surgery5", "Dynamic network surgery: LeNet-5", "e5_prune_retrain.py", surgery("LeNet-5")),
+    Part(
+        "e5-surgery300",
+        "Dynamic network surgery: LeNet-300-100",
+        "e5_prune_retrain.py",
+        surgery("LeNet-300-100"),
+    ),
     Part("e5-lenet5", "Deep compression: LeNet-5", "e5_deep_compression.py", stages("LeNet-5")),
     Part("e5-lenet300", "Deep compression: LeNet-300-100", "e5_deep_compression.py", stages("LeNet-300-100")),
     Part("e5-ternary", "Trained ternary quantisation", "e5_deep_compression.py", ternary),
