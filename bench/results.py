@@ -91,7 +91,7 @@ def done(part: Part, data: Path, out: Path) -> bool:
     content = {
         "part": part.name,
         "shown": shown,
-        "machine": f"{processor()}, {os.cpu_count()} cores, one thread",
+        "machine": f"{processor()}, {os.cpu_count()} cores, one thread of torch",
         "versions": versions,
         "load": round(load, 1),
         "seed": SEED,
