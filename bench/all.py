@@ -77,6 +77,7 @@ ALL = (
     Bench("examples/e4_quantization.py --data DATA", "benchmarks.md"),
     Bench("examples/e5_deep_compression.py --data DATA", "benchmarks.md", 7),
     Bench("examples/e5_prune_retrain.py --data DATA", "benchmarks.md"),
+    Bench("bench/results.py --data DATA", "results.md"),
     Bench("examples/pictures.py docs/images", "plots.md", 1),
 )
 
@@ -112,18 +113,22 @@ def done(bench: Bench, data: Path) -> bool:
     return ended.returncode == 0
 
 
-def machine() -> str:
-    """Processor, cores, load and versions, in one line."""
+def processor() -> str:
+    """Its model, or else its architecture."""
     cpus = Path("/proc/cpuinfo")
     lines = cpus.read_text().splitlines() if cpus.exists() else []
-    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+    return next((line.split(": ")[1] for line in lines if line.startswith("model name")), platform.machine())
+
+
+def machine() -> str:
+    """Processor, cores, load and versions, in one line."""
     made_with = [f"python {platform.python_version()}"]
     for name in PACKAGES:
         try:
             made_with.append(f"{name} {version(name)}")
         except PackageNotFoundError:
             made_with.append(f"no {name}")
-    return f"{model}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {', '.join(made_with)}"
+    return f"{processor()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {', '.join(made_with)}"
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""LeNet-5 pruned while it is trained: dynamic surgery, and gradual pruning to the same size."""
+"""Networks pruned while they are trained: dynamic surgery, and gradual pruning to the same size."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -16,11 +16,10 @@ from pysolve.nn.nonzeros import Nonzeros, nonzeros
 from pysolve.report import drawing
 from pysolve.tables import as_text
 
-# Shares of all weights that are removed; biases, 580 of 431,080 parameters, stay.
-AMOUNTS = (0.9925,)
+# Times fewer parameters, as published, and shares of all weights that are removed for it; biases stay.
+PUBLISHED = {"LeNet-5": 108, "LeNet-300-100": 56}
+AMOUNTS = {"LeNet-5": 0.9925, "LeNet-300-100": 0.984}
 EPOCHS, LR = 8, 3e-3
-PUBLISHED = 108
-LAYERS = ("conv1", "conv2", "fc1", "fc2")
 METHODS = {"dynamic surgery": network_surgery, "gradual": prune_gradually}
 
 
@@ -40,15 +39,16 @@ def compare_surgery(
     dataset: Dataset,
     path: Path,
     *,
-    amounts: Sequence[float] = AMOUNTS,
+    name: str = "LeNet-5",
+    amount: float | None = None,
     epochs: int = EPOCHS,
 ) -> Iterator[RenderableType]:
-    """Both methods at every size."""
-    before = score(model, dataset)
-    outcomes = [train(model, dataset, method, amount, epochs) for amount in amounts for method in METHODS]
-    yield surgery_table(before, outcomes, epochs)
+    """Both methods at one size, the published one by default."""
+    before, share = score(model, dataset), AMOUNTS[name] if amount is None else amount
+    outcomes = [train(model, dataset, method, share, epochs) for method in METHODS]
+    yield surgery_table(name, before, outcomes, epochs)
     yield "\n".join(["", *as_text(outcomes[0].counts.table()), ""])
-    draw(before, outcomes, path)
+    draw(name, before, outcomes, path)
 
 
 def train(model: nn.Module, dataset: Dataset, method: str, amount: float, epochs: int) -> Outcome:
@@ -61,33 +61,32 @@ def train(model: nn.Module, dataset: Dataset, method: str, amount: float, epochs
     return Outcome(method, amount, score(pruned, dataset), nonzeros(pruned), seconds)
 
 
-def surgery_table(before: float, outcomes: Sequence[Outcome], epochs: int) -> Table:
+def surgery_table(name: str, before: float, outcomes: Sequence[Outcome], epochs: int) -> Table:
     """Published and ours."""
     caption = f"Dense network: {before:.2f} %. {epochs} epochs on labels; parameters: weights and biases."
     columns = ("", "weights pruned", "parameters left", "times fewer", "accuracy", "seconds")
-    table = terminal_table("LeNet-5 on MNIST: pruned while trained", columns, caption)
-    table.add_row("published, dynamic surgery", "", "", f"{PUBLISHED}", "", "")
+    table = terminal_table(f"{name} on MNIST: pruned while trained", columns, caption)
+    table.add_row("published, dynamic surgery", "", "", f"{PUBLISHED[name]}", "", "")
     for one in outcomes:
         shown = (f"{one.counts.nonzeros:,}", f"{one.counts.rate:.1f}", f"{one.accuracy:.2f}")
         table.add_row(one.method, f"{one.amount:.2%}", *shown, f"{one.seconds:.0f}")
     return table
 
 
-def draw(before: float, outcomes: Sequence[Outcome], path: Path) -> None:
+def draw(name: str, before: float, outcomes: Sequence[Outcome], path: Path) -> None:
     """Share of each layer's weights that is left, by method."""
     bars = {}
     for one in outcomes:
-        sizes = {tensor.name: tensor for tensor in one.counts.tensors}
-        weights = {name: sizes[f"{name}.weight"] for name in LAYERS}
-        shares = {name: 100 * weight.nonzeros / weight.size for name, weight in weights.items()}
+        weights = [tensor for tensor in one.counts.tensors if tensor.name.endswith(".weight")]
+        shares = {one.name.removesuffix(".weight"): 100 * one.nonzeros / one.size for one in weights}
         bars[f"{one.method}: {one.counts.rate:.0f} times fewer, {one.accuracy:.2f} %"] = shares
     ax = drawing.new_axes(7.5)
     width = 0.8 / len(bars)
     for i, (label, shares) in enumerate(bars.items()):
-        places = [layer + (i - (len(bars) - 1) / 2) * width for layer in range(len(LAYERS))]
+        places = [layer + (i - (len(bars) - 1) / 2) * width for layer in range(len(shares))]
         color = drawing.COLORS[i % len(drawing.COLORS)]
         shown = ax.bar(places, [*shares.values()], 0.95 * width, color=color, label=label)
         ax.bar_label(shown, fmt="%.2g", fontsize=8)
-    ax.set(yscale="log", ylabel="weights left (%)", title=f"LeNet-5 on MNIST, dense {before:.2f} %")
-    ax.set_xticks(range(len(LAYERS)), LAYERS)
+    ax.set(yscale="log", ylabel="weights left (%)", title=f"{name} on MNIST, dense {before:.2f} %")
+    ax.set_xticks(range(len(shares)), [*shares])
     drawing.finish(ax, path, grid=None)

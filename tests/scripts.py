@@ -1,4 +1,4 @@
-"""The examples as modules, and images in place of real ones."""
+"""The examples and benchmarks as modules, and images in place of real ones."""
 
 import importlib
 import os
@@ -15,23 +15,23 @@ from typer.testing import CliRunner
 from pysolve.cli import demo
 from pysolve.cli.datasets import Dataset
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES, BENCH = (Path(__file__).parent.parent / name for name in ("examples", "bench"))
 
 
 @contextmanager
 def imported(*names: str) -> Iterator[dict]:
-    """Example modules by their names, out of reach again afterwards."""
-    before = set(sys.modules)
-    sys.path.insert(0, str(EXAMPLES))
+    """Modules of examples or benchmarks by their names, out of reach again afterwards."""
+    before, path = set(sys.modules), [*sys.path]
+    sys.path[:0] = map(str, (EXAMPLES, BENCH))
     yield {name: importlib.import_module(name) for name in names}
-    sys.path.remove(str(EXAMPLES))
+    sys.path[:] = path
     for name in set(sys.modules) - before:
-        if Path(getattr(sys.modules[name], "__file__", None) or "").parent == EXAMPLES:
+        if Path(getattr(sys.modules[name], "__file__", None) or "").parent in (EXAMPLES, BENCH):
             del sys.modules[name]
 
 
 def modules_of(*names: str) -> object:
-    """A fixture: example modules by their names."""
+    """A fixture: modules of examples or benchmarks by their names."""
 
     @pytest.fixture(scope="module")
     def modules() -> Iterator[dict]:

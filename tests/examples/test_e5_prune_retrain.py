@@ -5,7 +5,7 @@ import pytest
 from scripts import check_command, images_of, modules_of, text_of
 
 from pysolve.nn.evaluate import parameters
-from pysolve.nn.zoo import LeNet5, LeNetC5
+from pysolve.nn.zoo import LeNet5, LeNetC5, Mlp
 
 pytestmark = pytest.mark.slow
 
@@ -63,15 +63,23 @@ def test_every_ranking_has_a_row(modules, seeded, data):
     assert [row[0] for row in rows[4:]] == ["elimination"]
 
 
-def test_surgery_is_compared_with_gradual_pruning(modules, seeded, data, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "make", "wanted"),
+    [
+        # 2 % of 430,500 weights, and 580 biases; of 266,200, and 410.
+        ("LeNet-5", LeNet5, ("9,190", "108", "46.9")),
+        ("LeNet-300-100", lambda: Mlp((784, 300, 100, 10)), ("5,734", "56", "46.5")),
+    ],
+)
+def test_surgery_is_compared_with_gradual_pruning(modules, seeded, data, tmp_path, name, make, wanted):
     parts = modules["e5_surgery"].compare_surgery(
-        seeded(LeNet5), data, tmp_path / "surgery.png", amounts=(0.98,), epochs=1
+        seeded(make), data, tmp_path / "surgery.png", name=name, amount=0.98, epochs=1
     )
     text = text_of(*parts)
-    # 2 % of 430,500 weights, and 580 biases.
-    assert text.count("9,190") == 3
-    for wanted in ("108", "98.00%", "46.9"):
-        assert wanted in text
+    left, *others = wanted
+    assert text.count(left) == 3
+    for one in (name, "98.00%", *others):
+        assert one in text
     assert (tmp_path / "surgery.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -79,7 +87,7 @@ def test_the_whole_script_prints_every_part(modules, seeded, data, tmp_path, mon
     script = modules["e5_prune_retrain"]
     monkeypatch.setattr(script, "kept", lambda make, *args: seeded(make))
     for name in ("weights", "surgery"):
-        monkeypatch.setattr(script, f"compare_{name}", lambda *args, name=name, **options: iter([name]))
+        monkeypatch.setattr(script, f"compare_{name}", lambda *args, part=name, **options: iter([part]))
     monkeypatch.setattr(script, "compare_rankings", lambda *args, **options: "channels")
     script.run(data, tmp_path / "out", 0, quick=True)
-    assert capsys.readouterr().out.split()[:3] == ["weights", "channels", "surgery"]
+    assert capsys.readouterr().out.split()[:4] == ["weights", "channels", "surgery", "surgery"]
