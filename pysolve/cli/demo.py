@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save as tensors
+from threadpoolctl import threadpool_limits
 from torch import nn
 
 import pysolve as ps
@@ -64,6 +65,7 @@ class Setting:
 
 
 # More threads bring nothing to batches of 64 tiny images; on a busy machine two took 20 times as long as one.
+# Solves of these small layers, by SciPy's BLAS, took four times as long.
 DIGITS = Setting(DigitsNet, 12, 64, 5e-3, shares=(0.1, 0.04, 0.015), coded=0.15, threads=1)
 MNIST = Setting(LeNet5, 8, 256, 3e-3, shares=(0.1, 0.04, 0.02), coded=0.15, threads=torch.get_num_threads())
 
@@ -91,11 +93,12 @@ def run(data: Path | None, out: Path, *, seed: int = 0, epochs: int | None = Non
 
 @contextmanager
 def threads(count: int) -> Iterator[None]:
-    """Let torch use so many threads for a while."""
+    """Let torch and BLAS use so many threads for a while."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
-        yield
+        with threadpool_limits(count, user_api="blas"):
+            yield
     finally:
         torch.set_num_threads(before)
 
