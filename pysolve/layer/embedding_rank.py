@@ -23,6 +23,7 @@ import scipy.linalg
 
 from pysolve.correlations import Array, Indices
 from pysolve.layer.spectrum import balanced
+from pysolve.solve.lapack import eigh
 
 # Rounds of solving for A and B in turn; they end where one gains less than this share of what is lost.
 _ROUNDS, _GAIN = 20, 1e-3
@@ -103,10 +104,10 @@ def decompose_table(table: Array, uses: Uses) -> DecomposedTable:
     # What all rows have in common, and how much each counts.
     weights = counts if R is None else np.ones(len(table))
     common = S if R is None else _definite(counts.mean() * S + R)
-    values, vectors = scipy.linalg.eigh(common, check_finite=False)
+    values, vectors = eigh(common)
     root = vectors * np.sqrt(np.maximum(values, 0.0)) @ vectors.T
     inner = root @ (table.T @ (weights[:, None] * table)) @ root
-    energies, directions = scipy.linalg.eigh((inner + inner.T) / 2, check_finite=False)
+    energies, directions = eigh((inner + inner.T) / 2)
     return DecomposedTable(table, uses, directions[:, ::-1], root, np.maximum(energies[::-1], 0.0))
 
 
@@ -121,12 +122,12 @@ def _in_turn(E: Array, uses: Uses, A: Array, B: Array) -> tuple[Array, Array]:
     """Factors that are solved for in turn, until little is gained."""
     assert uses.moments is not None
     n, S, R = uses.counts[:, None], _definite(uses.metric), _definite(uses.moments)
-    s, W = scipy.linalg.eigh(S, R, check_finite=False)
+    s, W = eigh(S, R)
     lost = table_loss(E, A @ B, uses)
     for _ in range(_ROUNDS):
-        p, U = scipy.linalg.eigh(B @ S @ B.T, _definite(B @ R @ B.T), check_finite=False)
+        p, U = eigh(B @ S @ B.T, _definite(B @ R @ B.T))
         A = ((n * (E @ (S @ B.T)) + E @ (R @ B.T)) @ U / (n * p + 1)) @ U.T
-        p, U = scipy.linalg.eigh(A.T @ (n * A), _definite(A.T @ A), check_finite=False)
+        p, U = eigh(A.T @ (n * A), _definite(A.T @ A))
         right = (A.T @ (n * E)) @ S + (A.T @ E) @ R
         B = U @ ((U.T @ right @ W) / (1 + np.outer(p, s))) @ W.T
         before, lost = lost, table_loss(E, A @ B, uses)

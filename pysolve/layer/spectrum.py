@@ -18,6 +18,7 @@ from scipy.sparse.linalg import eigsh
 
 from pysolve.correlations import Array, Correlations
 from pysolve.forms import LowRank
+from pysolve.solve.lapack import eigh
 from pysolve.solve.least_squares import prior_ridge, refit
 
 # From so many rows on, and up to this share of them, a few eigenvectors are cheaper by Lanczos. A randomised
@@ -97,6 +98,6 @@ def _leading(S: Array, k: int) -> tuple[Array, Array]:
     if n >= _LARGE and k <= _FEW * n and S.any():
         values, vectors = eigsh(S, k=k, v0=np.random.default_rng(0).standard_normal(n))
     else:
-        values, vectors = scipy.linalg.eigh(S, subset_by_index=(n - k, n - 1), check_finite=False)
+        values, vectors = (found[..., n - k :] for found in eigh(S))
     order = np.argsort(-values, kind="stable")
     return values[order], vectors[:, order]

@@ -42,6 +42,7 @@ from pysolve.nn.samples import take
 from pysolve.nn.state import copy_of, untie
 from pysolve.nn.values import load
 from pysolve.plan import Norm, Site, tensor_name
+from pysolve.solve.lapack import eigh
 
 # Samples on which the turned network must equal the original, and to what share of its outputs.
 _PROBED = 4
@@ -211,9 +212,9 @@ def _stream(study: Study, site: Site) -> _Stream:
 
 def _axes(moments: Array, weights: Array) -> Array:
     """Eigenvectors of S^½ A S^½, those of the largest values first."""
-    values, vectors = np.linalg.eigh(moments)
+    values, vectors = eigh(moments)
     root = vectors * np.sqrt(np.maximum(values, 0.0)) @ vectors.T
-    return np.ascontiguousarray(np.linalg.eigh(root @ weights @ root)[1][:, ::-1])
+    return np.ascontiguousarray(eigh(root @ weights @ root)[1][:, ::-1])
 
 
 def _without_mean(n: int) -> Array:

@@ -257,9 +257,11 @@ def _largest_step(gg: float, ge: float, ee: float, threshold: float) -> float:
         return 1.0
     if ee > threshold**2:
         return -1.0
-    # ‖E + s (G − E)‖² = threshold² has exactly one root in [0, 1]: below at s = 0, above at s = 1.
+    # ‖E + s (G − E)‖² = threshold² has exactly one root in [0, 1]: below at s = 0, above at s = 1. Where G
+    # is E but for rounding, there is nothing to divide by.
     a, b, c = gg - 2 * ge + ee, ge - ee, ee - threshold**2
-    return float(np.clip(-c / (b + np.sqrt(b * b - a * c)), 0.0, 1.0))
+    divisor = b + np.sqrt(max(b * b - a * c, 0.0))
+    return float(np.clip(-c / divisor, 0.0, 1.0)) if divisor > 0 else 0.0
 
 
 def _kkt(problem: Problem, M: Sequence[Array], lam: float) -> float:

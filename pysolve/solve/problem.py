@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pysolve import _core
 from pysolve.correlations import Array, Correlations, Mask, as_numpy
 from pysolve.errors import whole
+from pysolve.solve.lapack import eigh
 
 P = ParamSpec("P")
 T_co = TypeVar("T_co", covariant=True)
@@ -76,7 +77,7 @@ class Problem:
 def spectrum_of(R: Array) -> Spectrum:
     """Scale of each input, and the eigenvalues, rising, and eigenvectors of R at unit diagonal."""
     unit = np.sqrt(np.where(np.diag(R) > 0, np.diag(R), 1.0))
-    return unit, *np.linalg.eigh(R / unit / unit[:, None])
+    return unit, *eigh(R / unit / unit[:, None])
 
 
 Pair = tuple[npt.ArrayLike, npt.ArrayLike]

@@ -15,6 +15,7 @@ import numpy as np
 
 from pysolve import _core
 from pysolve.correlations import Array, Indices, group_columns, group_norms
+from pysolve.solve.lapack import eigh
 from pysolve.solve.problem import Problem, factors
 
 EPS = float(np.finfo(np.float64).eps)
@@ -171,7 +172,7 @@ def schur(
     estimates, and eigenvalues of R_uu below 1e-11 and variances left below 1e-10 count as zero.
     """
     unit = np.sqrt(np.where(np.diag(R)[u] > 0, np.diag(R)[u], 1.0))
-    values, vectors = np.linalg.eigh(R[np.ix_(u, u)] / unit / unit[:, None])
+    values, vectors = eigh(R[np.ix_(u, u)] / unit / unit[:, None])
     sound = values > (2 * EPS * len(u) if exact else 1e-11) * values[-1]
     root = vectors[:, sound] / np.sqrt(values[sound]) / unit[:, None]  # root @ rootᵀ = R_uu⁺
     half, half_yx = R[np.ix_(p, u)] @ root, C[:, u] @ root

@@ -6,6 +6,7 @@ from reference import objective, proximal_gradient
 from strategies import instances, seeds
 
 import pysolve as ps
+from pysolve.solve.certificate import _largest_step
 
 
 @given(instances(spread=0.5), seeds, st.floats(0, 2))
@@ -87,3 +88,17 @@ def test_several_readers_are_certified_together():
 def test_refuses_a_matrix_of_another_shape():
     with pytest.raises(ValueError, match=r"M has shape .*\(1, 3\).* needs .*\(1, 2\)"):
         ps.certify(np.eye(2), np.ones((1, 2)), np.ones((1, 3)), 1.0)
+
+
+@given(seeds, st.sampled_from([0.0, 1e-16, 1e-8, 1.0]), st.floats(0.5, 2), st.integers(1, 4))
+def test_the_step_towards_a_feasible_point_is_feasible(seed, apart, share, n):
+    """‖s G + (1 − s) E‖ ≤ threshold, G as near to E as rounding allows, E on the border or inside."""
+    rng = np.random.default_rng(seed)
+    E, direction = rng.standard_normal((2, n))
+    G = E + apart * direction
+    gg, ge, ee = float(G @ G), float(G @ E), float(E @ E)
+    threshold = max(share, 1.0) * np.sqrt(ee) if share < 1.5 else np.sqrt(0.5 * (gg + ee))
+    s = _largest_step(gg, ge, ee, threshold)
+    assert s == -1 or 0 <= s <= 1
+    if s >= 0:
+        assert np.linalg.norm(s * G + (1 - s) * E) <= threshold * (1 + 1e-12)

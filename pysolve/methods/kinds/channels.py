@@ -19,6 +19,7 @@ from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
 from pysolve.methods.study import Study, widths
 from pysolve.plan import Site
 from pysolve.solve.elimination import elimination_path
+from pysolve.solve.lapack import eigh
 from pysolve.solve.least_squares import least_squares, refit
 from pysolve.solve.problem import Problem
 from pysolve.solve.scaling import schur
@@ -180,7 +181,7 @@ def _metrics(study: Study) -> dict[str, Array]:
 
 def _weighed(known: Correlations, W: Array, metric: Array) -> Correlations:
     """Correlations with outputs A y of  y = W x + b,  AᵀA the metric by which errors count."""
-    values, vectors = np.linalg.eigh(metric)
+    values, vectors = eigh(metric)
     A = np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T
     R, _ = known.covariance()
     M, mean = A @ W, A @ known.y_sum / known.count
