@@ -48,7 +48,7 @@ from pysolve.methods.rate import (
 from pysolve.methods.rebuild import rebuild
 from pysolve.methods.result import NO_REPORT, distance, finish, following, matched
 from pysolve.methods.sizes import Sized, site_reports, sized, within
-from pysolve.methods.stages import Stages, packed
+from pysolve.methods.stages import Stages, packed, sparse_bytes
 from pysolve.methods.study import Clock, Study
 from pysolve.nn.apply import apply
 from pysolve.nn.divergence import Divergence, kl_divergence
@@ -192,7 +192,7 @@ def deep_compress(
             subject = priced(subject, keep)
         if zeros:
             subject = replace(subject, kind=replace(subject.kind, pruned=_pruned(subject, zeros)))
-            stages.rebuilt("sparse", subject.study, Chosen(keep, subject.kind.pruned))
+            stages.rebuilt("sparse", subject.study, Chosen(keep, subject.kind.pruned), size=sparse_bytes)
     start, rest = time.perf_counter(), _part(how, 1 - _BEFORE if width and width.cut else 1.0)
     known = width.start if width else None
     with part(3, 3, "codes"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,6 +17,7 @@ from pysolve.methods.result import distance, later_score
 from pysolve.methods.study import Study
 from pysolve.nn.apply import apply
 from pysolve.nn.evaluate import nbytes, parameters
+from pysolve.nn.running import as_array
 from pysolve.plan import Plan
 from pysolve.report.rows import Stage
 
@@ -45,11 +47,28 @@ class Stages:
         lost = distance(self.original, network, self.study.apart, self.study.options.divergence)
         self.rows.append(Stage(name, size, parameters(self.original), lost, seconds, score))
 
-    def rebuilt(self, name: str, study: Study, chosen: Chosen, seconds: float = 0.0) -> None:
+    def rebuilt(
+        self,
+        name: str,
+        study: Study,
+        chosen: Chosen,
+        seconds: float = 0.0,
+        size: Callable[[nn.Module], int] = nbytes,
+    ) -> None:
         """Write down what a network is with no more than this chosen."""
         start = time.perf_counter()
         network = apply(study.model, plan_of(study, rebuild(study, chosen), {}))
-        self.note(name, network, nbytes(network), seconds + time.perf_counter() - start)
+        self.note(name, network, size(network), seconds + time.perf_counter() - start)
+
+
+def sparse_bytes(network: nn.Module) -> int:
+    """Bytes of its tensors, as entries and gaps where this is less."""
+    total = nbytes(network)
+    for weight in network.parameters():
+        sparse = Sparse.from_dense(as_array(weight))
+        # What NumPy has no type for, such as bfloat16, is wider as an array.
+        total += min(0, len(sparse.values) * weight.element_size() + sparse.gaps.nbytes - weight.nbytes)
+    return total
 
 
 def packed(study: Study, plan: Plan) -> int:

@@ -165,9 +165,9 @@ def test_stages_come_in_order_and_each_tells_what_it_left():
         "shared, matched",
         "coded",
     ]
-    first, collapsed, taught, _, shared, coded = result.report.stages
+    first, collapsed, taught, sparse, shared, coded = result.report.stages
     assert first.divergence == 0
-    assert first.bytes > collapsed.bytes == taught.bytes > shared.bytes
+    assert first.bytes > collapsed.bytes == taught.bytes > sparse.bytes > shared.bytes
     assert first.score == parameters(convolutional())
     assert collapsed.score == coded.score == parameters(result.model)
     assert coded.divergence == result.report.divergence == pytest.approx(shared.divergence)
