@@ -9,7 +9,7 @@ namespace pysolve {
 namespace {
 
 Level best_level() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(_WIN32)
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -38,7 +38,7 @@ void set_level(Level level) {
 
 template <>
 const Kernels<float>& kernels() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(_WIN32)
     if (current == Level::avx512) return avx512_float;
     if (current == Level::avx2) return avx2_float;
 #endif
@@ -47,7 +47,7 @@ const Kernels<float>& kernels() {
 
 template <>
 const Kernels<double>& kernels() {
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(_WIN32)
     if (current == Level::avx512) return avx512_double;
     if (current == Level::avx2) return avx2_double;
 #endif

@@ -44,8 +44,11 @@ def row_paths(problem: LayerProblem, rows: npt.ArrayLike | None = None) -> RowPa
     V = np.ascontiguousarray(V if rows is None else V[np.asarray(rows)])
     A = problem.metric()
     peak = float(np.abs(V).max(initial=0.0)) or 1.0
-    inverse = scipy.linalg.inv(A, overwrite_a=True, check_finite=False, assume_a="pos")
-    order, change = _core.eliminate_rows(np.ascontiguousarray(inverse), V / peak)
+    factor, _ = scipy.linalg.cho_factor(A, lower=True, overwrite_a=True, check_finite=False)
+    half, _ = scipy.linalg.lapack.dpotri(factor, lower=True, overwrite_c=True)
+    inverse = np.tril(half)
+    inverse += np.tril(half, -1).T
+    order, change = _core.eliminate_rows(inverse, V / peak)
     loss = np.array([isotonic_regression(row).x for row in change]) if change.size else change
     return RowPaths(order, np.asarray(loss * peak**2))
 
