@@ -109,10 +109,11 @@ class Menu:
         return len(self.error) - 1
 
     def probes(self, shares: Sequence[float] = PROBED_ERRORS) -> list[int]:
-        """Sizes whose errors are next to those at which divergence is measured."""
+        """Sizes whose errors are next to those at which divergence is measured, and none where all may go."""
         found = (int(np.searchsorted(-self.error, -share)) for share in shares)
         least = self.unit.least if isinstance(self.unit, Site) else 1
-        return sorted({max(least, min(size, self.whole - 1)) for size in found})
+        sizes = {max(least, 1, min(size, self.whole - 1)) for size in found}
+        return sorted(sizes if least else {0, *sizes})
 
     @property
     def curve(self) -> Array:
@@ -129,7 +130,8 @@ def divergence_curve(error: Array, sizes: Sequence[int], divergences: Sequence[f
     """The divergence that every size causes, from measurements at a few sizes.
 
     Divergence is taken for a power of the error between neighbouring measurements, log-linear, and for the
-    same power beyond the outer ones; the unit as it is causes none, and size 0 is not allowed.
+    same power beyond the outer ones; the unit as it is causes none, and size 0 is not allowed unless it was
+    measured.
 
     Parameters
     ----------
@@ -152,7 +154,7 @@ def divergence_curve(error: Array, sizes: Sequence[int], divergences: Sequence[f
     curve = np.where(error < x[0], y[0] + _power(x[:2], y[:2]) * (error - x[0]), curve)
     curve = np.where(error > x[-1], y[-1] + _power(x[-2:], y[-2:]) * (error - x[-1]), curve)
     found = np.maximum.accumulate(np.exp(curve)[::-1])[::-1]
-    found[0], found[-1] = np.inf, 0.0
+    found[0], found[-1] = found[0] if 0 in at else np.inf, 0.0
     return np.asarray(found)
 
 

@@ -325,9 +325,15 @@ def _entry(site: Site, values: Values) -> float | None:
 
 
 def _size(site: Site, value: float | None, allowed: Mask) -> int:
-    """The allowed size nearest to what was told, of two the larger."""
+    """The allowed size nearest to what was told, of two the larger; none only where that was told."""
     if value is None:
         return site.channels
+    if not value:
+        if site.least:
+            raise ValueError(
+                f"keep of {site.name} is 0, but what would be left is more than a constant in a sum: keep one."
+            )
+        return 0
     wanted = value * site.channels if value <= 1 and not isinstance(value, int | np.integer) else value
     sizes = 1 + np.flatnonzero(allowed[1:])[::-1]
     return int(sizes[np.argmin(np.abs(sizes - round(wanted)))])

@@ -140,6 +140,7 @@ def studied(
     gather: bool = True,
     trace: bool = True,
     experts: bool = False,
+    branches: bool = False,
     left: Sequence[Skipped] = (),
     notes: Sequence[str] = (),
 ) -> Study:
@@ -164,6 +165,8 @@ def studied(
         Without, the first batch is there to measure on, and nothing is fitted.
     experts : bool
         Whether whole experts may go, where sites are looked for.
+    branches : bool
+        Whether all channels of a residual branch may go.
     left : sequence of Skipped
     notes : sequence of str
 
@@ -199,6 +202,8 @@ def studied(
     graph, nodes, found, why = _traced(model, first, sites, options.ignore, needed, known)
     if sites is True and not experts:
         found = [_whole(site) for site in found]
+    if not branches:
+        found = [replace(site, least=max(1, site.least)) for site in found]
     seen = {layer.name: layer for layer in nodes.values()}
     named = [name for site in found for name in (*site.readers, *site.writers)]
     layers = {layer.name: layer for layer in _unseen(model, [*named, *([] if graph else weights)])} | seen

@@ -97,7 +97,7 @@ def settle_in_time(
         The smallest network takes longer; other measures, as ``settle``.
     """
     batch = _batch(study)
-    smallest = [int(np.flatnonzero(_allowed(unit)[1:])[0]) + 1 for unit in units]
+    smallest = [int(np.flatnonzero(_allowed(unit))[0]) for unit in units]
     small = np.zeros(len(costs.channels))
     for group, k in zip(groups, smallest, strict=True):
         small[list(group)] = k
@@ -300,7 +300,7 @@ def _share_for(limit: float, known: Mapping[float, float], whole: float) -> floa
 
 
 def _allowed(unit: Menu) -> Mask:
-    return np.ones(unit.whole + 1, bool) if unit.allowed is None else unit.allowed
+    return np.isfinite(unit.curve)
 
 
 def _joined(array: Array, row: Array) -> Array:
