@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from pysolve.nn.apply import apply, masked
+from pysolve.nn.continued import continued, part_ways
 from pysolve.nn.graph.branches import Layer, find_layers, read_by
 from pysolve.nn.graph.calls import operator_name, product_of
 from pysolve.nn.graph.export import Graph, is_in_place
@@ -23,7 +25,7 @@ from pysolve.nn.graph.sizes import hint
 from pysolve.nn.layer_kinds import LINEAR, twins
 from pysolve.nn.layer_matrix import channels
 from pysolve.nn.running import Batch, evaluating, find_layer, forward, hooked
-from pysolve.plan import Branch, Collapse, Site
+from pysolve.plan import Branch, Collapse, Plan, Site
 
 # What is wrong when some channels are removed; None if nothing.
 Problem = Callable[[Sequence[Collapse]], str | None]
@@ -47,7 +49,8 @@ def with_branches(
     """The same sites; those all of whose channels can go have their branch, and 0 for the least that stay.
 
     Every one is tried: with modules that compute nothing for layers without channels, and where the code
-    between them takes none, with one for the whole module that holds them.
+    between them takes none, with one for the whole module that holds them. Decoders that keep what they have
+    read must go on from it as before: they may count words by what one attention has kept.
     """
     found = [(node, layer) for node, layer in find_layers(graph, model).items() if layer.calls == 1]
     seen = _Seen(model, graph, {layer.name: (node, layer) for node, layer in found}, twins(model))
@@ -57,6 +60,7 @@ def with_branches(
     others = {i: branch for i, branch in branches.items() if i not in proven}
     whole = dict(_whole(seen, {i: (sites[i], branch) for i, branch in others.items()}, batch))
     proven |= _sound({i: _emptied(sites[i], branch) for i, branch in whole.items()}, problem, proven)
+    proven = _going_on(proven, model, batch)
     return [proven[i].site if i in proven else site for i, site in enumerate(sites)]
 
 
@@ -79,6 +83,26 @@ def _sound(
     middle = len(items) // 2
     left = _sound(dict(items[:middle]), problem, also)
     return left | _sound(dict(items[middle:]), problem, {**also, **left})
+
+
+def _going_on(steps: Mapping[int, Collapse], model: nn.Module, batch: Batch) -> dict[int, Collapse]:
+    """Steps without which a decoder goes on from what it kept as before.
+
+    Half of them at a time at most: without any attention, nothing depends on how many words were read.
+    """
+
+    def able(some: Sequence[int]) -> list[int]:
+        plan = Plan(tuple(steps[i] for i in some))
+        if not some or not part_ways(masked(model, plan), apply(model, plan), batch):
+            return [*some]
+        middle = len(some) // 2
+        return [*able(some[:middle]), *able(some[middle:])] if middle else []
+
+    numbers = sorted(steps)
+    if not numbers or continued(model, batch) is None:
+        return dict(steps)
+    middle = len(numbers) // 2
+    return {i: steps[i] for i in (*able(numbers[:middle]), *able(numbers[middle:]))}
 
 
 def _branch(seen: _Seen, site: Site) -> Branch | None:
@@ -146,18 +170,33 @@ def _idle(seen: _Seen, site: Site, readers: Collection[Node]) -> Iterator[str]:
     """Layers with parameters whose results nothing reads without a site's channels."""
     idle: set[Node] = set()
     for node in reversed(seen.graph.module.graph.nodes):
-        if node.op not in ("placeholder", "output") and node.users:
-            if all(user in idle or (user in readers and read_by(user) is node) for user in node.users):
-                idle.add(node)
+        if node.op in ("placeholder", "output") or node in readers or not (node.users or _is_check(node)):
+            continue
+        if all(user in idle or (user in readers and read_by(user) is node) for user in node.users):
+            idle.add(node)
     nodes: dict[str, list[Node]] = {}
     for node in seen.graph.module.graph.nodes:
-        for name in _modules_of(node):
+        for name in _modules_of(node) if not _is_same(node) else ():
             nodes.setdefault(name, []).append(node)
     members = {*site.writers, *site.passed, *site.readers}
     for name, module in seen.model.named_modules():
         leaf = not [*module.children()] and [*module.parameters(recurse=False)]
         if leaf and name in nodes and name not in members and idle.issuperset(nodes[name]):
             yield name
+
+
+def _is_check(node: Node) -> bool:
+    """Whether a node only looks at values, as torch.export does in front of changes of type."""
+    return operator_name(node).startswith("_assert")
+
+
+def _is_same(node: Node) -> bool:
+    """Whether a node gives what it takes, so that others may use its result in the place of that."""
+    given = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+    if given is None or operator_name(node) not in ("to", *_SAME):
+        return False
+    before, after = given.meta.get("val"), node.meta.get("val")
+    return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
 
 
 def _modules_of(node: Node) -> list[str]:
