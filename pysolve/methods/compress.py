@@ -220,9 +220,7 @@ def compress(
     options = replace(options, new_biases=not one)
     network = placed(network, options)
     every = True if sites is None else sites
-    found = studied(
-        network, batches, options, sites=every, experts=lam is None, branches=not one and refit != "none"
-    )
+    found = studied(network, batches, options, sites=every, experts=lam is None, branches=not one)
     found = found if wanted is None else with_costs(found)
     check_free(found)
     ties = uniform(found) if one else None

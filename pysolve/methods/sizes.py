@@ -262,7 +262,7 @@ def experts_lost(found: Study, sized: Sized) -> dict[str, tuple[int, int, float]
 def _lasso_solves(found: Study, menus: Sequence[Menu], sizes: Sequence[int]) -> Iterator[Solve]:
     """The solves that the lasso took its channels from."""
     for site, menu, k in zip(found.free, menus, sizes, strict=True):
-        if menu.method not in ("lasso", "weighted_lasso") or k == site.channels:
+        if menu.method not in ("lasso", "weighted_lasso") or k in (0, site.channels):
             continue
         problem, _ = site_problem(site, found.correlations, widths(found, site))
         solved = lasso_solution(problem, k, weighted=menu.method == "weighted_lasso")
@@ -331,7 +331,8 @@ def _size(site: Site, value: float | None, allowed: Mask) -> int:
     if not value:
         if site.least:
             raise ValueError(
-                f"keep of {site.name} is 0, but what would be left is more than a constant in a sum: keep one."
+                f"keep of {site.name} is 0, but one channel must stay: without any, more than a constant in "
+                'a sum would be left, or, with widths="uniform", other layers than the class has.'
             )
         return 0
     wanted = value * site.channels if value <= 1 and not isinstance(value, int | np.integer) else value

@@ -126,7 +126,9 @@ def study(
     )
     network = placed(network, options)
     weights, left = weights_of(network, options.ignore)
-    return studied(network, batches, options, weights=weights, sites=True, needed=False, left=left)
+    return studied(
+        network, batches, options, weights=weights, sites=True, needed=False, branches=True, left=left
+    )
 
 
 def studied(

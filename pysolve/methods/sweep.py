@@ -128,9 +128,7 @@ def sweep(
     options = replace(options, new_biases=not one)
     network = placed(network, options)
     every = True if sites is None else sites
-    found = studied(
-        network, batches, options, sites=every, experts=True, branches=not one and refit != "none"
-    )
+    found = studied(network, batches, options, sites=every, experts=True, branches=not one)
     found = with_costs(found)
     check_free(found)
     ties = uniform(found) if one else None

@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
@@ -112,7 +111,7 @@ def _branch(seen: _Seen, site: Site) -> Branch | None:
     if not all(map(seen.nodes.__contains__, site.readers)):
         return None
     readers = [seen.nodes[name] for name in site.readers]
-    for node, layer in readers:
+    for _, layer in readers:
         width = channels(layer.module)[0]
         if layer.module in seen.shared or site.columns_of(layer.name, width).size < width:
             return None
@@ -218,7 +217,12 @@ def _whole(
         if len(found) == 1 and found[0] is not None:
             argument, results, position = found[0]
             inside = tuple(one for one in branch.idle if not one.startswith(f"{name}."))
-            yield i, replace(branch, idle=inside, whole=name, argument=argument, results=results, position=position)
+            yield (
+                i,
+                replace(
+                    branch, idle=inside, whole=name, argument=argument, results=results, position=position
+                ),
+            )
 
 
 def _holder(seen: _Seen, site: Site) -> str:
@@ -267,7 +271,10 @@ def _described(
     if not found:
         return None
     shape = parts[found[0]].shape
-    given = [*enumerate(args), *kwargs.items()]
-    alike = [key for key, one in given if isinstance(one, Tensor) and one.shape[:-1] == shape[:-1]]
-    alike = [key for key in alike if torch.is_floating_point(dict(given)[key])]
+    given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+    alike = [
+        key
+        for key, one in given.items()
+        if isinstance(one, Tensor) and one.is_floating_point() and one.shape[:-1] == shape[:-1]
+    ]
     return (alike[0], len(parts) * (type(output) is tuple), found[0]) if alike else None

@@ -100,7 +100,7 @@ class PassedBy(nn.Module):
 
 
 def sizes(x: Tensor, channels: int, spatial: Spatial) -> tuple[int, ...]:
-    """Sizes of what a layer of so many outputs makes of an input; of one sample without its dimension, too."""
+    """Sizes of what a layer of so many outputs makes of an input, of one sample alone or of several."""
     lead = x.ndim - 1 - len(spatial)
     behind = x.shape[lead + 1 :]
     moved = ((n * up + more) // down + 1 for n, (up, more, down) in zip(behind, spatial, strict=True))
