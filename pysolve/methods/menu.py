@@ -145,17 +145,20 @@ def divergence_curve(error: Array, sizes: Sequence[int], divergences: Sequence[f
     (n + 1,) array
         Never rises with the size.
     """
-    at, error = np.asarray(sizes, dtype=np.intp), np.log(error)
+    known = dict(zip(sizes, divergences, strict=True))
+    nothing = known.pop(0, np.inf)
+    at, error = np.array([*known], dtype=np.intp), np.log(error)
     if not len(at):
-        return np.array([np.inf, *[0.0] * (len(error) - 1)])
+        return np.array([nothing, *[0.0] * (len(error) - 1)])
     order = np.argsort(error[at], kind="stable")
-    x, y = error[at][order], np.maximum.accumulate(np.log(np.maximum(divergences, FLOOR))[order])
+    x, y = error[at][order], np.maximum.accumulate(np.log(np.maximum([*known.values()], FLOOR))[order])
     curve = np.interp(error, x, y)
     curve = np.where(error < x[0], y[0] + _power(x[:2], y[:2]) * (error - x[0]), curve)
     curve = np.where(error > x[-1], y[-1] + _power(x[-2:], y[-2:]) * (error - x[-1]), curve)
     found = np.maximum.accumulate(np.exp(curve)[::-1])[::-1]
-    found[0], found[-1] = found[0] if 0 in at else np.inf, 0.0
-    return np.asarray(found)
+    found[0], found[-1] = nothing, 0.0
+    # Nothing at all is no point of the curve, whose other end it would move, but bounds it.
+    return np.minimum(found, nothing)
 
 
 def _power(x: Array, y: Array) -> float:

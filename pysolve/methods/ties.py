@@ -173,7 +173,8 @@ def _together(menus: Sequence[Menu], allowed: Mask) -> Menu:
 
 def _every(site: Site) -> Mask:
     """All sizes of a site, but for those below the least."""
-    return np.arange(site.channels + 1) >= site.least
+    k = np.arange(site.channels + 1)
+    return np.asarray((k == 0) | (k >= site.least))
 
 
 def _only_all(channels: int) -> Mask:

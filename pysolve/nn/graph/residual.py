@@ -271,10 +271,10 @@ def _described(
     if not found:
         return None
     shape = parts[found[0]].shape
-    given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
     alike = [
         key
-        for key, one in given.items()
+        for key, one in given
         if isinstance(one, Tensor) and one.is_floating_point() and one.shape[:-1] == shape[:-1]
     ]
     return (alike[0], len(parts) * (type(output) is tuple), found[0]) if alike else None
