@@ -28,8 +28,9 @@ from pysolve.plan import Branch, Collapse, Plan, Site
 
 # What is wrong when some channels are removed; None if nothing.
 Problem = Callable[[Sequence[Collapse]], str | None]
-# Operators between the last layer and the module's end that leave a constant what it is.
+# Operators that are the identity in evaluation mode, and those that lay a tensor out anew.
 _SAME = {"dropout", "contiguous", "clone", "alias", "detach"}
+_VIEWS = {"view", "_unsafe_view", "reshape"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,7 +239,7 @@ def _holder(seen: _Seen, site: Site) -> str:
     name = ".".join(common)
     inside = [node for node in seen.graph.module.graph.nodes if name and name in _modules_of(node)]
     while len(ends := [*last.users]) == 1 and ends[0] in inside:
-        if operator_name(ends[0]) not in _SAME:
+        if operator_name(ends[0]) not in _SAME | _VIEWS:
             return ""
         last = ends[0]
     leaving = {one for one in inside if any(user not in inside for user in one.users)}
