@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from pysolve.nn.layer_kinds import LINEAR, TRANSPOSED, WEIGHTED, plain
 from pysolve.nn.layer_matrix import margins
+from pysolve.nn.layers.base import seen, weight_of
 from pysolve.nn.state import copy_of
 
 # Of each spatial dimension (up, more, down): a size becomes (size · up + more) // down + 1.
@@ -20,16 +21,27 @@ class Empty(nn.Module):
 
     Parameters
     ----------
+    nothing : (0, …) tensor
+        The layer's weight without outputs.
     spatial : tuple of (int, int, int)
         Of convolutions, how each spatial dimension changes; none of a Linear.
     """
 
-    def __init__(self, spatial: Spatial = ()) -> None:
+    nothing: Tensor
+    bias = None
+
+    def __init__(self, nothing: Tensor, spatial: Spatial = ()) -> None:
         super().__init__()
+        self.register_buffer("nothing", nothing, persistent=False)
         self.spatial = spatial
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_empty(sizes(x, 0, self.spatial))
+
+    @property
+    def weight(self) -> Tensor:
+        """A weight of no outputs, for code that asks a layer for it."""
+        return seen(self.nothing)
 
     def extra_repr(self) -> str:
         return f"spatial={self.spatial}" if self.spatial else ""
@@ -54,14 +66,16 @@ class Constant(nn.Module):
         self.bias, self.spatial, self.written = bias, spatial, written
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = self.bias.to(x.dtype).reshape(-1, *(1 for _ in self.spatial))
+        # Views of parameters ask for gradients where there are none, which torch's counters do not expect.
+        bias = self.bias if torch.is_grad_enabled() else self.bias.detach()
+        bias = bias.to(x.dtype).reshape(-1, *(1 for _ in self.spatial))
         y = bias.expand(sizes(x, len(bias), self.spatial))
         return y.clone(memory_format=torch.contiguous_format) if self.written else y
 
     @property
     def weight(self) -> Tensor:
-        """A weight of no inputs, for code that asks a layer for its type."""
-        return self.bias.new_empty((len(self.bias), 0))
+        """A weight of no inputs, for code that asks a layer for it."""
+        return seen(self.bias.detach().new_empty((len(self.bias), 0)))
 
     def extra_repr(self) -> str:
         return f"{len(self.bias)}" + (f", spatial={self.spatial}" if self.spatial else "")
@@ -123,7 +137,10 @@ def spatial_of(layer: nn.Module) -> Spatial:
 
 def without_outputs(layer: nn.Module) -> nn.Module:
     """What takes the place of a layer that makes or passes no channels."""
-    return Empty(spatial_of(layer)) if plain(layer) in WEIGHTED else nn.Identity()
+    if plain(layer) not in WEIGHTED:
+        return nn.Identity()
+    weight = weight_of(layer).detach()
+    return Empty(weight.new_empty((0, *weight.shape[1:])), spatial_of(layer))
 
 
 def without_inputs(layer: nn.Module, *, written: bool = False) -> Constant:

@@ -15,7 +15,9 @@ from torch.nn import functional as F
 import pysolve as ps
 from pysolve.errors import CollapseError
 from pysolve.nn.apply import apply, masked
+from pysolve.nn.costs import cost_model
 from pysolve.nn.counting import macs
+from pysolve.nn.evaluate import parameters
 from pysolve.nn.layers.idle import Constant, Empty, PassedBy
 from pysolve.nn.verify import mismatch
 from pysolve.plan import Branch, Collapse, Plan, Site
@@ -164,14 +166,31 @@ def test_without_its_branches_a_network_computes_nothing_for_them(make):
     gone = branches(ps.find_sites(model, batch))
     assert gone
     smaller = apply(model, empty(gone.values()), probe=batch)
+    # As it is used, in whatever ways torch has for that.
+    with torch.no_grad():
+        smaller.eval()(batch)
     for site in gone.values():
         for name in (*site.writers, *site.readers):
             left = dict(smaller.named_modules()).get(name)
             assert left is None or isinstance(left, Empty | Constant | nn.Identity)
-    assert macs(smaller, batch) < macs(model, batch)
+    assert 0 < macs(smaller, batch) < macs(model, batch)
     for site in gone.values():
         names = [name for name, _ in smaller.named_parameters()]
         assert not any(f"{writer}." in name for writer in site.writers for name in names)
+
+
+@pytest.mark.parametrize("make", [written_block, attending, *(partial(network, name) for name in BRANCHES)])
+def test_costs_without_branches_are_those_of_the_network(make):
+    model, batch = make()
+    sites = [site for site in ps.find_sites(model, batch) if site.pinned is None]
+    costs = cost_model(model, sites, batch)
+    left = costs.cost([0 if site.least == 0 else site.channels for site in sites])
+    smaller = apply(model, empty([site for site in sites if site.least == 0]))
+    assert left["macs"] * macs(model, batch) == pytest.approx(costs.original["macs"] * macs(smaller, batch))
+    # Norms that have nothing to do are gone as well.
+    idle = [name for site in sites if site.branch for name in site.branch.idle]
+    norms = sum(parameters(model.get_submodule(name)) for name in idle)
+    assert 0 <= left["params"] - parameters(smaller) <= norms + 6
 
 
 def test_batch_norms_behind_the_branch_take_its_constant():

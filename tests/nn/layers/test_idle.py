@@ -76,9 +76,11 @@ def test_linear_layers_without_inputs_are_their_biases(layer, shape):
     bias = torch.zeros(3) if layer.bias is None else layer.bias
     torch.testing.assert_close(constant(torch.ones(*shape, 0)), bias.expand(*shape, 3), rtol=0, atol=0)
     assert without_outputs(layer)(torch.ones(*shape, 4)).shape == (*shape, 0)
-    # Code may ask for the type of a weight.
+    # Code may ask for a weight.
     assert constant.weight.shape == (3, 0)
     assert constant.weight.dtype == layer.weight.dtype
+    assert without_outputs(layer).weight.shape == (0, layer.weight.shape[1])
+    assert not without_outputs(layer).state_dict()
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -127,7 +129,7 @@ def test_a_module_that_is_passed_by_returns_what_it_did(argument, given):
 
 
 def test_they_can_be_exported_and_trained():
-    net = nn.Sequential(Empty(), nn.ReLU(), Constant(nn.Parameter(vectors(3))))
+    net = nn.Sequential(Empty(torch.ones(0, 4)), nn.ReLU(), Constant(nn.Parameter(vectors(3))))
     x = torch.ones(2, 4)
     program = torch.export.export(net, (x,))
     torch.testing.assert_close(program.module()(x), net(x), rtol=0, atol=0)
