@@ -17,7 +17,7 @@ from torch.fx import Node
 
 from pysolve.nn.apply import apply, masked
 from pysolve.nn.continued import continued, part_ways
-from pysolve.nn.graph.branches import Layer, find_layers, read_by
+from pysolve.nn.graph.branches import Layer, find_layers, idle_nodes, is_same
 from pysolve.nn.graph.calls import operator_name, product_of
 from pysolve.nn.graph.export import Graph, is_in_place
 from pysolve.nn.graph.sizes import hint
@@ -168,35 +168,16 @@ def _norm_of(seen: _Seen, layer: Layer) -> str:
 
 def _idle(seen: _Seen, site: Site, readers: Collection[Node]) -> Iterator[str]:
     """Layers with parameters whose results nothing reads without a site's channels."""
-    idle: set[Node] = set()
-    for node in reversed(seen.graph.module.graph.nodes):
-        if node.op in ("placeholder", "output") or node in readers or not (node.users or _is_check(node)):
-            continue
-        if all(user in idle or (user in readers and read_by(user) is node) for user in node.users):
-            idle.add(node)
+    idle = idle_nodes(seen.graph, readers)
     nodes: dict[str, list[Node]] = {}
     for node in seen.graph.module.graph.nodes:
-        for name in _modules_of(node) if not _is_same(node) else ():
+        for name in _modules_of(node) if not is_same(node) else ():
             nodes.setdefault(name, []).append(node)
     members = {*site.writers, *site.passed, *site.readers}
     for name, module in seen.model.named_modules():
         leaf = not [*module.children()] and [*module.parameters(recurse=False)]
         if leaf and name in nodes and name not in members and idle.issuperset(nodes[name]):
             yield name
-
-
-def _is_check(node: Node) -> bool:
-    """Whether a node only looks at values, as torch.export does in front of changes of type."""
-    return operator_name(node).startswith("_assert")
-
-
-def _is_same(node: Node) -> bool:
-    """Whether a node gives what it takes, so that others may use its result in the place of that."""
-    given = node.args[0] if node.args and isinstance(node.args[0], Node) else None
-    if given is None or operator_name(node) not in ("to", *_SAME):
-        return False
-    before, after = given.meta.get("val"), node.meta.get("val")
-    return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
 
 
 def _modules_of(node: Node) -> list[str]:
