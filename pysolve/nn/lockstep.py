@@ -39,7 +39,7 @@ from pysolve.nn import layer_matrix as rows
 from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, layer_values, read_as, read_by
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.routes import routed
-from pysolve.nn.lookahead import sums_beyond, what_went
+from pysolve.nn.lookahead import is_linear, sums_beyond, what_went
 from pysolve.nn.progress import steps
 from pysolve.nn.ranks import ALONE, Ranks, merged
 from pysolve.nn.running import evaluating
@@ -140,6 +140,8 @@ def refit(
                     went = what_went(walk, rest, *beyond[node], finished) if node in beyond else None
                     kept = kept_channels(layer, cut)
                     task = _Task(walk, node, layer, *kept, sampling, reads, apart, ranks, went)
+                    if went and not is_linear(_summed(task, _samples(task, shortcuts=False, alone=True))):
+                        task = replace(task, went=None)
                     M, bias = ranks.first(_fitted(task, fit, layer.takes_bias or layer.name in new_biases))
                     walk.values |= layer_values(state, layer, cut, M, bias)
                     _show_new_bias(walk, node, layer)
@@ -356,8 +358,11 @@ def _moved(
     return replace(correlations, yx=new_yx, yy=squares.cpu().numpy(), y_sum=new_sum)
 
 
-def _samples(task: _Task, *, shortcuts: bool = True) -> Iterator[_Rows]:
-    """Rows of inputs x̂, targets y corrected for the shortcut, and compressed shortcuts ŝ; always the same."""
+def _samples(task: _Task, *, shortcuts: bool = True, alone: bool = False) -> Iterator[_Rows]:
+    """Rows of inputs x̂, targets y corrected for the shortcut, and compressed shortcuts ŝ; always the same.
+
+    ``alone``: targets are what went.
+    """
     layer, walk, shortcut = task.layer, task.walk, task.shortcut
     dim = _channel_dim(layer)
     gain, _, active = _norm(task)
@@ -365,8 +370,8 @@ def _samples(task: _Task, *, shortcuts: bool = True) -> Iterator[_Rows]:
         x = walk.value(read_by(task.node), b)
         if len(task.inputs) < x.shape[dim]:
             x = x.index_select(dim, task.inputs)
-        target, missing = y, [] if task.went is None else [task.went[b]]
-        if shortcut is not None:
+        target, missing = torch.zeros_like(y) if alone else y, [] if task.went is None else [task.went[b]]
+        if shortcut is not None and not alone:
             missing.append(walk.original[shortcut][b] - walk.compressed[shortcut][b])
         for lost in missing:
             if layer.norm is not None:
