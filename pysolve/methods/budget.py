@@ -215,23 +215,11 @@ class _Search:
         fits = all(least[m] <= limit for m, limit in zip(self.rows, self.limits, strict=True))
         if not sizes or not fits:
             return (0.0 if fits else np.inf), np.zeros(len(sizes))
-        parts = [part[self.which] for part in costs.expansion()]
-
-        def solved(sizes: Sequence[Array], divergences: Sequence[Array]) -> tuple[float, Array]:
-            problem = Knapsack(*pack(sizes, divergences), self.limits, *parts)
-            found = solve(replace(problem, seen=self._seen(sizes)), near)
-            rows = zip(sizes, divergences, found, strict=True)
-            return float(sum(values[int(np.argmin(np.abs(row - k)))] for row, values, k in rows)), found
-
-        best = solved(sizes, divergences)
-        starts = [int(row[0] == 0 and len(row) > 1) for row in sizes]
-        some = [row[i:] for row, i in zip(sizes, starts, strict=True)]
-        least = costs.cost([row[0] for row in some])
-        if any(starts) and all(least[m] <= limit for m, limit in zip(self.rows, self.limits, strict=True)):
-            # Exchanges of two sites seldom get back from branches that are gone.
-            others = [row[i:] for row, i in zip(divergences, starts, strict=True)]
-            best = min(best, solved(some, others), key=lambda one: one[0])
-        return best
+        parts = (part[self.which] for part in costs.expansion())
+        problem = Knapsack(*pack(sizes, divergences), self.limits, *parts)
+        found = solve(replace(problem, seen=self._seen(sizes)), near)
+        rows = zip(sizes, divergences, found, strict=True)
+        return float(sum(values[int(np.argmin(np.abs(row - k)))] for row, values, k in rows)), found
 
     def _seen(self, sizes: Sequence[Array]) -> Array | None:
         """What sizes of the sites count as in each measure."""
