@@ -8,7 +8,7 @@ from torch import nn
 
 from pysolve.errors import CollapseError
 from pysolve.nn.bare import Bare, find_member
-from pysolve.nn.layer_kinds import WEIGHTED, plain
+from pysolve.nn.layer_kinds import NORMS, WEIGHTED, plain
 from pysolve.nn.layers.idle import Constant, Empty, PassedBy, norm_of_nothing, without_inputs, without_outputs
 from pysolve.nn.layers.runtime import substitute
 from pysolve.nn.running import find_layer
@@ -38,6 +38,8 @@ def emptied(model: nn.Module, sites: Iterable[Site]) -> nn.Module:
                 model = substitute(model, find_layer(model, name), without_outputs(find_layer(model, name)))
         for name in site.branch.idle:
             layer = find_layer(model, name)
+            if layer is model:
+                raise CollapseError("a branch that is gone cannot leave the whole network without work.")
             if not isinstance(layer, _IDLE):
                 model = substitute(model, layer, without_outputs(layer))
     for site in sites:
@@ -55,6 +57,8 @@ def _without_inputs(model: nn.Module, name: str, branch: Branch) -> nn.Module:
     if norm is None:
         return substitute(model, layer, without_inputs(layer, written=branch.written))
     behind = find_layer(model, norm)
+    if plain(behind) not in NORMS or outputs(behind) != outputs(layer):
+        raise CollapseError(f"{norm} is no batch norm over what {name} makes.")
     model = substitute(model, behind, norm_of_nothing(behind, layer, written=branch.written))
     return substitute(model, layer, without_outputs(layer))
 

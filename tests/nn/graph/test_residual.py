@@ -1,5 +1,6 @@
 """Which branches can go whole, what goes with them, and that nothing but their constants is left."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -240,6 +241,24 @@ def test_one_channel_stays_where_there_is_no_branch():
         apply(model, empty([site]))
     with pytest.raises(ValueError, match="needs a Branch"):
         Site(4, ("a",), ("b",), least=0)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norms": {"block.conv2": "block.bn1"}}, "block.bn1 is no batch norm over what block.conv2 makes"),
+        ({"norms": {"block.conv2": "fc"}}, "fc is no batch norm"),
+        ({"idle": ("",)}, "cannot leave the whole network without work"),
+        ({"whole": "fc"}, "fc holds no constant that block.conv2 could leave"),
+        ({"whole": "block", "norms": {"block.conv2": "block.bn2"}}, "block holds no constant"),
+    ],
+)
+def test_a_branch_that_is_none_is_refused(changes, message):
+    model, batch = written_block()
+    site = branches(ps.find_sites(model, batch))["block.conv1"]
+    other = replace(site, branch=replace(site.branch, **changes))
+    with pytest.raises(CollapseError, match=message):
+        apply(model, empty([other]))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
