@@ -227,12 +227,17 @@ def by_lam(found: Study, menus: Sequence[Menu], lam: Values) -> Sized:
 def site_reports(found: Study, sized: Sized) -> Iterator[SiteReport]:
     """What happened to every site."""
     numbers = iter(range(len(sized.menus)))
+    gone = [site.branch for site, kept in sized.keep.items() if site.branch is not None and not len(kept)]
+    idle = {name for branch in gone for name in branch.idle}
     for site in found.sites:
         if site.pinned is not None:
             yield SiteReport(site.name, site.width, site.width, pinned=site.pinned)
             continue
         s = next(numbers)
         menu, k = sized.menus[s], len(sized.kept[s])
+        if site.writers and idle.issuperset(site.writers):
+            # Without the last channels of a branch, those in front of them go, too.
+            k = 0
         shown = np.unique(np.geomspace(1, site.channels, CURVE_POINTS).round().astype(int))
         yield SiteReport(
             site.name,

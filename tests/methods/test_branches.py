@@ -165,6 +165,24 @@ def test_convolutions_leave_a_block_that_adds_a_constant():
     torch.testing.assert_close(y, F.relu(x + result.model[2].bn2.bias.detach().reshape(-1, 1, 1)))
 
 
+def test_channels_in_front_of_a_branch_s_last_ones_go_along():
+    class Deep(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second, self.third = nn.Linear(4, 9), nn.Linear(9, 7), nn.Linear(7, 4)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.head(x + self.third(F.relu(self.second(F.relu(self.first(x))))))
+
+    torch.manual_seed(0)
+    result = ps.compress(Deep().eval(), data(), keep={"second": 0}, **QUIET)
+    assert kept(result) == {"first": 0, "second": 0}
+    assert [*dict(result.model.named_parameters())] == ["third.bias", "head.weight", "head.bias"]
+    with pytest.raises(ValueError, match="one channel must stay"):
+        ps.compress(Deep().eval(), data(), keep={"first": 0}, **QUIET)
+
+
 def test_what_follows_makes_up_for_a_branch():
     model, batches = network(), data()
     apart, after = (
