@@ -56,6 +56,36 @@ class Norm:
         return replace(self, weight=names[0], epsilon=names[1])
 
 
+@dataclass(frozen=True)
+class Branch:
+    """What is left of a residual branch none of whose channels stays, of  x + f(x)  a constant:  x + b.
+
+    Parameters
+    ----------
+    norms : {reader: str}
+        Batch norms right behind readers: what they make of the reader's bias is the constant.
+    idle : tuple of str
+        Further layers whose results nothing reads then, such as the norm in front of the branch.
+    written : bool
+        Whether the network's code writes into the constant, as  out += x  does.
+    whole : str
+        Module that does not run at all then, for its code takes no fewer than one channel: attention.
+    argument : int or str
+        The one of its arguments, by position or keyword, whose shape its result has.
+    results, position : int
+        How many results it has, 0 where it returns one tensor and no tuple, and which of them is the
+        constant; the others are None.
+    """
+
+    norms: Mapping[str, str] = field(default_factory=dict)
+    idle: tuple[str, ...] = ()
+    written: bool = False
+    whole: str = ""
+    argument: int | str = 0
+    results: int = 0
+    position: int = 0
+
+
 @dataclass(frozen=True, eq=False)
 class Site:
     """A set of channels that can shrink: which layers make them, pass them on and read them.
@@ -86,7 +116,10 @@ class Site:
     norms : tuple of Norm
         Norms over all of these channels, as of the stream of a decoder.
     least : int
-        Channels that must stay: as many experts as each token goes to.
+        Channels that must stay: as many experts as each token goes to; none where the site has a branch.
+    branch : Branch, optional
+        Where readers without these channels give a constant which is added to what goes past them: what
+        becomes of the network's modules then.
     """
 
     channels: int
@@ -99,8 +132,11 @@ class Site:
     integers: Mapping[str, int] = field(default_factory=dict, repr=False)
     norms: tuple[Norm, ...] = field(default=(), repr=False)
     least: int = 1
+    branch: Branch | None = None
 
     def __post_init__(self) -> None:
+        if self.least < 1 and self.branch is None:
+            raise ValueError("a site all of whose channels can go (least=0) needs a Branch.")
         for what, members in (("rows", (*self.writers, *self.passed)), ("columns", self.readers)):
             given = {name: np.asarray(table, dtype=np.intp) for name, table in getattr(self, what).items()}
             object.__setattr__(self, what, given)

@@ -146,7 +146,7 @@ class _Search:
         self.costs, self.layers = costs, layers
         self.rows, self.limits = limits_of(costs, target)
         self.which = [costs.measures.index(measure) for measure in self.rows]
-        self.sizes, self.divergences = site_sizes(costs, curves)
+        self.sizes, self.divergences = site_sizes(costs, curves, least=0)
         self.solved: dict[frozenset[int], tuple[float, Array]] = {}
 
     def divergence(self, chosen: frozenset[int]) -> float:

@@ -108,7 +108,8 @@ def compress(
         and so do the widths that they lead to.
     keep : float or {writer or Site: number}
         Instead of a target: the share (a float up to 1) or number of channels that each site keeps; sites
-        without an entry keep all. Nothing is measured then but the result.
+        without an entry keep all. 0, by name, removes a residual branch. Nothing is measured then but the
+        result.
     lam : float or {writer or Site: float}
         Instead of a target: the penalty of the joint group lasso  Σ_r ½ E‖y_r − M_r x‖² + lam Σ_g ‖M_g‖_F
         over each site's readers r, whose non-zero groups stay.
@@ -219,7 +220,7 @@ def compress(
     options = replace(options, new_biases=not one)
     network = placed(network, options)
     every = True if sites is None else sites
-    found = studied(network, batches, options, sites=every, experts=lam is None)
+    found = studied(network, batches, options, sites=every, experts=lam is None, branches=not one)
     found = found if wanted is None else with_costs(found)
     check_free(found)
     ties = uniform(found) if one else None

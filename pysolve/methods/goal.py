@@ -281,7 +281,8 @@ def check_keep(keep: Values | None, lam: Values | None) -> None:
             if value is None:
                 continue
             full = f"{what} of {_shown(name)}" if name else what
-            check_positive(full, value)
+            if what == "lam" or not name or isinstance(value, bool) or value != 0:
+                check_positive(full, value)
             if what == "keep" and float(value) > 1 and float(value) != int(value):
                 raise ValueError(f"{full} must be a share in (0, 1] or an integer, got {value}.")
 

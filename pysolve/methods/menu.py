@@ -109,10 +109,11 @@ class Menu:
         return len(self.error) - 1
 
     def probes(self, shares: Sequence[float] = PROBED_ERRORS) -> list[int]:
-        """Sizes whose errors are next to those at which divergence is measured."""
+        """Sizes whose errors are next to those at which divergence is measured, and none where all may go."""
         found = (int(np.searchsorted(-self.error, -share)) for share in shares)
         least = self.unit.least if isinstance(self.unit, Site) else 1
-        return sorted({max(least, min(size, self.whole - 1)) for size in found})
+        sizes = {max(least, 1, min(size, self.whole - 1)) for size in found}
+        return sorted(sizes if least else {0, *sizes})
 
     @property
     def curve(self) -> Array:
@@ -129,7 +130,8 @@ def divergence_curve(error: Array, sizes: Sequence[int], divergences: Sequence[f
     """The divergence that every size causes, from measurements at a few sizes.
 
     Divergence is taken for a power of the error between neighbouring measurements, log-linear, and for the
-    same power beyond the outer ones; the unit as it is causes none, and size 0 is not allowed.
+    same power beyond the outer ones; the unit as it is causes none, and size 0 is not allowed unless it was
+    measured.
 
     Parameters
     ----------
@@ -143,17 +145,20 @@ def divergence_curve(error: Array, sizes: Sequence[int], divergences: Sequence[f
     (n + 1,) array
         Never rises with the size.
     """
-    at, error = np.asarray(sizes, dtype=np.intp), np.log(error)
+    known = dict(zip(sizes, divergences, strict=True))
+    nothing = known.pop(0, np.inf)
+    at, error = np.array([*known], dtype=np.intp), np.log(error)
     if not len(at):
-        return np.array([np.inf, *[0.0] * (len(error) - 1)])
+        return np.array([nothing, *[0.0] * (len(error) - 1)])
     order = np.argsort(error[at], kind="stable")
-    x, y = error[at][order], np.maximum.accumulate(np.log(np.maximum(divergences, FLOOR))[order])
+    x, y = error[at][order], np.maximum.accumulate(np.log(np.maximum([*known.values()], FLOOR))[order])
     curve = np.interp(error, x, y)
     curve = np.where(error < x[0], y[0] + _power(x[:2], y[:2]) * (error - x[0]), curve)
     curve = np.where(error > x[-1], y[-1] + _power(x[-2:], y[-2:]) * (error - x[-1]), curve)
     found = np.maximum.accumulate(np.exp(curve)[::-1])[::-1]
-    found[0], found[-1] = np.inf, 0.0
-    return np.asarray(found)
+    found[0], found[-1] = nothing, 0.0
+    # Nothing at all is no point of the curve, whose other end it would move, but bounds it.
+    return np.minimum(found, nothing)
 
 
 def _power(x: Array, y: Array) -> float:

@@ -51,7 +51,7 @@ class Probe:
 
 def probe(study: Study, menus: Sequence[Menu]) -> Probe:
     """Samples of the selection set for the probes of some units."""
-    changes = max(1, sum(len(menu.probes()) for menu in menus))
+    changes = max(1, sum(sum(size > 0 for size in menu.probes()) for menu in menus))
     given = study.calibration.seen + study.calibration.out if study.calibration else 0
     few = _probe(study, first_samples(study.held, LEAST_SAMPLES))
     each = sum(map(rows_of, few.outputs)) / sum(map(samples_in, few.batches))

@@ -227,12 +227,17 @@ def by_lam(found: Study, menus: Sequence[Menu], lam: Values) -> Sized:
 def site_reports(found: Study, sized: Sized) -> Iterator[SiteReport]:
     """What happened to every site."""
     numbers = iter(range(len(sized.menus)))
+    gone = [site.branch for site, kept in sized.keep.items() if site.branch is not None and not len(kept)]
+    idle = {name for branch in gone for name in branch.idle}
     for site in found.sites:
         if site.pinned is not None:
             yield SiteReport(site.name, site.width, site.width, pinned=site.pinned)
             continue
         s = next(numbers)
         menu, k = sized.menus[s], len(sized.kept[s])
+        if site.writers and idle.issuperset(site.writers):
+            # Without the last channels of a branch, those in front of them go, too.
+            k = 0
         shown = np.unique(np.geomspace(1, site.channels, CURVE_POINTS).round().astype(int))
         yield SiteReport(
             site.name,
@@ -262,7 +267,7 @@ def experts_lost(found: Study, sized: Sized) -> dict[str, tuple[int, int, float]
 def _lasso_solves(found: Study, menus: Sequence[Menu], sizes: Sequence[int]) -> Iterator[Solve]:
     """The solves that the lasso took its channels from."""
     for site, menu, k in zip(found.free, menus, sizes, strict=True):
-        if menu.method not in ("lasso", "weighted_lasso") or k == site.channels:
+        if menu.method not in ("lasso", "weighted_lasso") or k in (0, site.channels):
             continue
         problem, _ = site_problem(site, found.correlations, widths(found, site))
         solved = lasso_solution(problem, k, weighted=menu.method == "weighted_lasso")
@@ -325,9 +330,16 @@ def _entry(site: Site, values: Values) -> float | None:
 
 
 def _size(site: Site, value: float | None, allowed: Mask) -> int:
-    """The allowed size nearest to what was told, of two the larger."""
+    """The allowed size nearest to what was told, of two the larger; none only where that was told."""
     if value is None:
         return site.channels
+    if not value:
+        if site.least:
+            raise ValueError(
+                f"keep of {site.name} is 0, but one channel must stay: without any, more than a constant in "
+                'a sum would be left, or, with widths="uniform", other layers than the class has.'
+            )
+        return 0
     wanted = value * site.channels if value <= 1 and not isinstance(value, int | np.integer) else value
     sizes = 1 + np.flatnonzero(allowed[1:])[::-1]
     return int(sizes[np.argmin(np.abs(sizes - round(wanted)))])

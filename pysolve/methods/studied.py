@@ -126,7 +126,9 @@ def study(
     )
     network = placed(network, options)
     weights, left = weights_of(network, options.ignore)
-    return studied(network, batches, options, weights=weights, sites=True, needed=False, left=left)
+    return studied(
+        network, batches, options, weights=weights, sites=True, needed=False, branches=True, left=left
+    )
 
 
 def studied(
@@ -140,6 +142,7 @@ def studied(
     gather: bool = True,
     trace: bool = True,
     experts: bool = False,
+    branches: bool = False,
     left: Sequence[Skipped] = (),
     notes: Sequence[str] = (),
 ) -> Study:
@@ -164,6 +167,8 @@ def studied(
         Without, the first batch is there to measure on, and nothing is fitted.
     experts : bool
         Whether whole experts may go, where sites are looked for.
+    branches : bool
+        Whether all channels of a residual branch may go.
     left : sequence of Skipped
     notes : sequence of str
 
@@ -199,6 +204,8 @@ def studied(
     graph, nodes, found, why = _traced(model, first, sites, options.ignore, needed, known)
     if sites is True and not experts:
         found = [_whole(site) for site in found]
+    if not branches:
+        found = [replace(site, least=max(1, site.least)) for site in found]
     seen = {layer.name: layer for layer in nodes.values()}
     named = [name for site in found for name in (*site.readers, *site.writers)]
     layers = {layer.name: layer for layer in _unseen(model, [*named, *([] if graph else weights)])} | seen

@@ -127,7 +127,8 @@ def sweep(
     )
     options = replace(options, new_biases=not one)
     network = placed(network, options)
-    found = studied(network, batches, options, sites=True if sites is None else sites, experts=True)
+    every = True if sites is None else sites
+    found = studied(network, batches, options, sites=every, experts=True, branches=not one)
     found = with_costs(found)
     check_free(found)
     ties = uniform(found) if one else None

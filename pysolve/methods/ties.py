@@ -153,8 +153,9 @@ def check_widths(widths: str, lam: object = None) -> bool:
 
 def _together(menus: Sequence[Menu], allowed: Mask) -> Menu:
     first = menus[0]
-    sizes = sorted({size for menu in menus for size in menu.measured if size < menu.whole})
     curves = [menu.curve for menu in menus]
+    sizes = sorted({size for menu in menus for size in menu.measured if size < menu.whole})
+    sizes = [size for size in sizes if all(np.isfinite(curve[size]) for curve in curves)]
 
     def at(size: int) -> Chosen:
         return reduce(or_, (menu.at(size) for menu in menus))

@@ -97,7 +97,7 @@ def settle_in_time(
         The smallest network takes longer; other measures, as ``settle``.
     """
     batch = _batch(study)
-    smallest = [int(np.flatnonzero(_allowed(unit)[1:])[0]) + 1 for unit in units]
+    smallest = [int(np.flatnonzero(_allowed(unit))[0]) for unit in units]
     small = np.zeros(len(costs.channels))
     for group, k in zip(groups, smallest, strict=True):
         small[list(group)] = k
@@ -266,7 +266,10 @@ def _faster(allowed: Mask, seen: Array) -> Mask:
 def _counts_as(
     costs: Costs, s: int, curves: Sequence[WidthTimes | None], seconds: Array, rest: float
 ) -> Array:
-    """(K + 1,) channels that each size of a site counts as, by the times of the layers that it is part of."""
+    """(K + 1,) channels that each size of a site counts as, by the times of the layers that it is part of.
+
+    Layers without channels are not called: none counts as fewer than none.
+    """
     K = int(costs.channels[s])
     k = np.arange(K + 1)
     time = rest * k
@@ -277,12 +280,10 @@ def _counts_as(
                 (curve.by_inputs, costs.inputs[i], costs.columns[i, s]),
             ):
                 at = np.maximum(0, width - each * (K - k)).astype(np.intp)
-                time = time + seconds[i] * shares[at] * (each > 0)
+                time = time + seconds[i] * shares[at] * (each > 0) * (at > 0)
     if K < 2 or time[K] - time[1] <= 0:
         return k.astype(float)
-    found = 1 + (K - 1) * (time - time[1]) / (time[K] - time[1])
-    found[0] = 0.0
-    return np.asarray(found)
+    return np.asarray(1 + (K - 1) * (time - time[1]) / (time[K] - time[1]))
 
 
 def _step(each: Array) -> int:
@@ -300,7 +301,7 @@ def _share_for(limit: float, known: Mapping[float, float], whole: float) -> floa
 
 
 def _allowed(unit: Menu) -> Mask:
-    return np.ones(unit.whole + 1, bool) if unit.allowed is None else unit.allowed
+    return np.isfinite(unit.curve)
 
 
 def _joined(array: Array, row: Array) -> Array:

@@ -14,6 +14,7 @@ from pysolve.correlations import Mask
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import Codebook, LowRank
 from pysolve.nn.bare import Listed, find_member, forms_of_member
+from pysolve.nn.emptied import emptied
 from pysolve.nn.layer_kinds import sides, tied_tables, twins
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.factored_embedding import FactoredEmbedding
@@ -128,6 +129,7 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
             if layer in tables and isinstance(made, FactoredEmbedding):
                 for other in tables[layer]:
                     smaller = substitute(smaller, other, made.tied(other))
+    smaller = emptied(smaller, [step.site for step in plan.steps if not len(step.keep)])
     # Modules behind those that go get new names; of lists in lists the inner ones come first.
     for name in sorted(lists, key=len, reverse=True):
         narrow(find_member(smaller, name), cuts[name])
@@ -195,7 +197,7 @@ def _prepared(model: nn.Module, plan: Plan) -> tuple[nn.Module, dict[str, nn.Mod
     for step in plan.steps:
         if step.site.pinned is not None:
             raise CollapseError(f"the channels of {step.site.name} cannot be removed: {step.site.pinned}.")
-        if not len(step.keep):
+        if len(step.keep) < min(1, step.site.least):
             remedy = "solve with lam below lam_max(r_xx, r_yx) instead"
             raise CollapseError(f"no channel of {step.site.name} would be left: {remedy}.")
     cuts = _cuts(model, plan)

@@ -7,9 +7,10 @@ layers that read one tensor have more outputs together than inputs, the products
 inputs serve all of them: with y = M x + b,  Σ y x̂ᵀ = M Σ x x̂ᵀ + b Σ x̂ᵀ.
 
 Two things make the target of a layer better than y. Where its branch is added to a shortcut, it compensates
-what the shortcut has lost, so that the error which a stream has gathered is repaired at every sum:
+what the shortcut has lost, so that the error which a stream has gathered is repaired at every sum, and what
+branches right behind it added that are gone:
 
-    y + (s − ŝ)     s: the original shortcut, ŝ: the compressed one.
+    y + (s − ŝ) + g     s: the original shortcut, ŝ: the compressed one, g: what went.
 
 And where only the positive part of the result is read, any result below zero is as good as another: there
 the fitted value itself, cut off at zero, is the target of the next of a few fits. From fit to fit the bound
@@ -38,6 +39,7 @@ from pysolve.nn import layer_matrix as rows
 from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, layer_values, read_as, read_by
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.routes import routed
+from pysolve.nn.lookahead import is_linear, sums_beyond, what_went
 from pysolve.nn.progress import steps
 from pysolve.nn.ranks import ALONE, Ranks, merged
 from pysolve.nn.running import evaluating
@@ -123,15 +125,23 @@ def refit(
     nodes = every[: max(map(every.index, layers), default=-1) + 1]
     finished, apart = last_uses(every), routed(graph)
     reads = _Reads(layers.values(), [*layers])
+    gone = {node for node, layer in fitted.items() if layer.name in cuts and not len(cuts[layer.name].inputs)}
+    beyond = sums_beyond(graph, fitted, gone) if gone else {}
     with evaluating(model):
         for node in steps(nodes, "refit", unit="op", shown=progress):
             if node.op != "placeholder":
                 walk.run_original(node)
                 layer = layers.get(node)
-                if layer is not None and (layer.name in always or _is_touched(walk, node, layer, cuts)):
+                touched = layer is not None and (node in beyond or _is_touched(walk, node, layer, cuts))
+                if layer is not None and (layer.name in always or touched):
                     prepare(layer.name)
                     cut = cuts.get(layer.name)
-                    task = _Task(walk, node, layer, *kept_channels(layer, cut), sampling, reads, apart, ranks)
+                    rest = every[every.index(node) + 1 :]
+                    went = what_went(walk, rest, *beyond[node], finished) if node in beyond else None
+                    kept = kept_channels(layer, cut)
+                    task = _Task(walk, node, layer, *kept, sampling, reads, apart, ranks, went)
+                    if went and not is_linear(_summed(task, _samples(task, shortcuts=False, alone=True))):
+                        task = replace(task, went=None)
                     M, bias = ranks.first(_fitted(task, fit, layer.takes_bias or layer.name in new_biases))
                     walk.values |= layer_values(state, layer, cut, M, bias)
                     _show_new_bias(walk, node, layer)
@@ -162,7 +172,7 @@ class _Reads:
 
 @dataclass(frozen=True, eq=False)
 class _Task:
-    """One layer to refit: its kept inputs and outputs, and where it stands."""
+    """One layer to refit: its kept inputs and outputs, where it stands, and what it is to make besides."""
 
     walk: Walk
     node: Node
@@ -173,6 +183,7 @@ class _Task:
     reads: _Reads
     routed: Collection[Node] = ()
     ranks: Ranks = ALONE
+    went: Sequence[Tensor] | None = None
 
     @property
     def shortcut(self) -> Node | None:
@@ -253,7 +264,7 @@ def _is_cheaper_crossed(task: _Task) -> bool:
     same = not task.walk.differs(read_by(task.node))
     crossed = inputs * inputs / 2 if same else own + inputs * kept
     outputs = task.reads.outputs[read_as(task.layer, task.node)]
-    return task.shortcut is None and crossed <= own + outputs * kept
+    return task.shortcut is None and task.went is None and crossed <= own + outputs * kept
 
 
 def _crossed(task: _Task) -> Correlations:
@@ -347,8 +358,11 @@ def _moved(
     return replace(correlations, yx=new_yx, yy=squares.cpu().numpy(), y_sum=new_sum)
 
 
-def _samples(task: _Task, *, shortcuts: bool = True) -> Iterator[_Rows]:
-    """Rows of inputs x̂, targets y corrected for the shortcut, and compressed shortcuts ŝ; always the same."""
+def _samples(task: _Task, *, shortcuts: bool = True, alone: bool = False) -> Iterator[_Rows]:
+    """Rows of inputs x̂, targets y corrected for the shortcut, and compressed shortcuts ŝ; always the same.
+
+    ``alone``: targets are what went.
+    """
     layer, walk, shortcut = task.layer, task.walk, task.shortcut
     dim = _channel_dim(layer)
     gain, _, active = _norm(task)
@@ -356,14 +370,15 @@ def _samples(task: _Task, *, shortcuts: bool = True) -> Iterator[_Rows]:
         x = walk.value(read_by(task.node), b)
         if len(task.inputs) < x.shape[dim]:
             x = x.index_select(dim, task.inputs)
-        target = y
-        if shortcut is not None:
-            lost = walk.original[shortcut][b] - walk.compressed[shortcut][b]
+        target, missing = torch.zeros_like(y) if alone else y, [] if task.went is None else [task.went[b]]
+        if shortcut is not None and not alone:
+            missing.append(walk.original[shortcut][b] - walk.compressed[shortcut][b])
+        for lost in missing:
             if layer.norm is not None:
                 lost = lost * _along(dim, torch.where(active, 1 / gain, 0.0), y)
-            target = y + lost
-            if shortcuts:
-                target = torch.cat([target, walk.compressed[shortcut][b].expand_as(y)], dim)
+            target = target + lost
+        if shortcut is not None and shortcuts:
+            target = torch.cat([target, walk.compressed[shortcut][b].expand_as(y)], dim)
         for read, wanted in rows.blocks(
             layer.module,
             x,

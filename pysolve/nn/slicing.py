@@ -175,7 +175,7 @@ def check_cut(name: str, layer: Narrowable, cut: Cut) -> None:
         )
     for what, kept in (("output", cut.rows), ("input", cut.columns)):
         left = kept.reshape(groups, -1)[whole].sum(1)
-        if kept.size and left.min() < left.max():
+        if kept.size and left.size and left.min() < left.max():
             raise CollapseError(
                 f"{name} has {groups} groups, which must all keep equally many {what} channels, got "
                 f"{left.min()} to {left.max()}: remove as many from each."

@@ -206,6 +206,8 @@ def _near_mean(rows: Tensor) -> tuple[Tensor, Tensor]:
     precision many equal terms are all rounded to the same side.
     """
     values = rows.double()
+    if not values.shape[1]:
+        return values.new_zeros(0), values.new_ones(0)
     mean, spread = values.mean(0), values.std(0, correction=0)
     step = torch.exp2((spread / 8).log2().floor())
     rounded = torch.where(step > 0, (mean / step).round() * step, mean)

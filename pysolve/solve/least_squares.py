@@ -115,15 +115,16 @@ def refit(
     change = (C - prior @ R) / unit
     R /= unit
     R /= unit[:, None]
-    while True:
+    M = prior
+    while len(columns):
         try:
             factor = _factor(R, ridge)
-            break
         except scipy.linalg.LinAlgError:
             ridge = max(10 * ridge, 1e-12)
-    # An input that never varies keeps its weight.
-    change = np.where(variance > 0, _solved(factor, change) / unit, 0.0)
-    M = prior + change
+            continue
+        # An input that never varies keeps its weight.
+        M = prior + np.where(variance > 0, _solved(factor, change) / unit, 0.0)
+        break
     if not intercept:
         return M, None
     return M, (correlations.y_sum - M @ correlations.x_sum[columns]) / correlations.count

@@ -39,6 +39,19 @@ def test_between_measurements_divergence_is_a_power_of_the_error():
     np.testing.assert_allclose(curve[1:-1], 5 * error[1:-1] ** 1.5, rtol=1e-9)
 
 
+@given(CURVES, st.data())
+def test_nothing_at_all_bounds_the_curve_and_moves_no_point_of_it_that_is_lower(error, data):
+    channels = len(error) - 1
+    sizes = data.draw(st.lists(st.integers(1, channels), max_size=4, unique=True))
+    divergences = data.draw(st.lists(st.floats(0, 10.0), min_size=len(sizes), max_size=len(sizes)))
+    nothing = data.draw(st.floats(0, 10.0))
+    curve = divergence_curve(error, [0, *sizes], [nothing, *divergences])
+    assert curve[0] == nothing
+    assert np.all(curve[:-1] >= curve[1:])
+    without = divergence_curve(error, sizes, divergences)
+    np.testing.assert_array_equal(curve[1:], np.minimum(without[1:], nothing))
+
+
 def test_a_single_channel_has_a_curve_without_measurements():
     curve = divergence_curve(np.array([1.0, FLOOR]), [], [])
     np.testing.assert_array_equal(curve, [np.inf, 0.0])

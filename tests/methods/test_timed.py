@@ -119,6 +119,28 @@ def test_widths_that_kernels_like_are_found(monkeypatch):
     assert {k % 8 for k in kept} == {0}
 
 
+class Branch(nn.Module):
+    """x + f(x), hardly dependent on x."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 16), nn.Linear(16, 12)
+        self.down.weight.data *= 1e-2
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def test_branches_go_where_layers_take_as_long_whatever_their_widths(monkeypatch):
+    clock(monkeypatch, lambda out, into: 1e-3 + 1e-7 * out * into)
+    torch.manual_seed(0)
+    model = nn.Sequential(*(Branch() for _ in range(4)), nn.Linear(12, 5))
+    result = ps.compress(model, samples(), target={"ms": 0.6}, latency=False, progress=False)
+    # Two of four are left: five layers of nine.
+    assert sum(site.kept == 0 for site in result.report.sites) == 2
+    assert len(layers_of(result.model)) == 5
+
+
 def test_other_measures_hold_as_well(monkeypatch):
     clock(monkeypatch)
     result = compressed({"ms": 0.6, "params": 0.3})

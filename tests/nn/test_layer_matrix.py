@@ -207,6 +207,16 @@ def test_no_samples_make_no_rows(kind):
         assert (read.shape, written.shape, others) == ((0, 18), (0, 3), [])
 
 
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_no_channels_make_rows_of_nothing(kind):
+    layer, x = kind(2, 3, 3), torch.zeros(4, 2, 5, 5)
+    y = layer(x).detach()
+    for chosen in (None, torch.arange(7)):
+        (read, written), *others = rows.blocks(layer, x[:, :0], y, chosen)
+        count = y[:, 0].numel() if chosen is None else 7
+        assert (read.shape, written.shape, others) == ((count, 0), (count, 3), [])
+
+
 def test_shapes_that_do_not_fit_are_refused():
     layer, x = nn.Conv2d(2, 3, 3), torch.zeros(1, 2, 5, 5)
     with pytest.raises(ValueError, match=r"4 dimensions, or 3 for one sample, got shape \(5, 5\)"):

@@ -2,9 +2,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import instances
+from strategies import instances, seeds
 
 import pysolve as ps
+from pysolve.solve.least_squares import refit
 
 
 @given(instances(), st.data())
@@ -86,3 +87,15 @@ def test_keep_cannot_be_forgotten():
 def test_bad_types_are_refused(keep, message):
     with pytest.raises(TypeError, match=message):
         ps.debias(np.eye(3), np.ones((1, 3)), keep)
+
+
+@given(seeds)
+def test_without_any_inputs_the_mean_is_left(seed):
+    rng = np.random.default_rng(seed)
+    x, y = rng.standard_normal((20, 3)), rng.standard_normal((20, 2)) + 1.0
+    known = ps.Correlations.from_samples(x, y)
+    M, bias = refit(known, np.zeros(0, np.intp), np.zeros((2, 0)))
+    assert M.shape == (2, 0)
+    np.testing.assert_allclose(bias, y.mean(0))
+    M, bias = refit(known, np.zeros(0, np.intp), np.zeros((2, 0)), intercept=False)
+    assert (M.shape, bias) == ((2, 0), None)

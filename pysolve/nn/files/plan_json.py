@@ -14,12 +14,14 @@ import numpy.typing as npt
 from pysolve.correlations import Indices
 from pysolve.errors import DataError
 from pysolve.forms import Codebook, Form, Integers, LowRank
-from pysolve.plan import Collapse, Norm, Plan, Site
+from pysolve.plan import Branch, Collapse, Norm, Plan, Site
 
 # From "rows" or "columns" and a layer's name to how many output or input channels it has.
 Width = Callable[[str, str], int]
 T = TypeVar("T")
 _RANGES = re.compile(r"[0-9]{1,10}(-[0-9]{1,10})?( [0-9]{1,10}(-[0-9]{1,10})?)*")
+# Most results that a module which is passed by returns.
+_RESULTS = 100
 _KINDS = {dict: "an object", list: "a list", str: "a string", int: "an integer", bool: "true or false"}
 
 
@@ -75,7 +77,13 @@ def step_record(step: Collapse) -> dict[str, object]:
         "columns": {name: ranges(table) for name, table in site.columns.items()},
         **({"integers": dict(site.integers)} if site.integers else {}),
         **({"norms": [[*vars(one).values()] for one in site.norms]} if site.norms else {}),
+        **({"branch": _branch_record(site.branch)} if site.branch and not len(step.keep) else {}),
     }
+
+
+def _branch_record(branch: Branch) -> dict[str, object]:
+    """What goes with a branch of which no channel is kept."""
+    return {**vars(branch), "norms": dict(branch.norms), "idle": [*branch.idle]}
 
 
 def plan_record(plan: Plan) -> dict[str, object]:
@@ -178,11 +186,43 @@ def _step(record: dict[str, object], width: Width, spent: dict[tuple[str, str], 
     integers = {typed(path, str, "a path"): typed(each, int, "a count") for path, each in counts.items()}
     norms = tuple(_norm(one) for one in typed(record.get("norms", []), list, "norms"))
     rows, columns = tables["rows"], tables["columns"]
+    branch = None if len(keep) or "branch" not in record else _branch(record["branch"])
     try:
-        site = Site(channels, writers, readers, passed, rows, columns, integers=integers, norms=norms)
+        site = Site(
+            channels,
+            writers,
+            readers,
+            passed,
+            rows,
+            columns,
+            integers=integers,
+            norms=norms,
+            least=1 if branch is None else 0,
+            branch=branch,
+        )
         return Collapse(site, keep)
     except ValueError as error:
         raise DataError(str(error)) from error
+
+
+def _branch(record: object) -> Branch:
+    given = typed(record, dict, "a branch")
+    norms = typed(field(given, "norms"), dict, "norms")
+    argument = field(given, "argument")
+    if type(argument) is not int and type(argument) is not str:
+        raise DataError(f"expected the number or the name of an argument, got {argument!r}.")
+    results, position = (typed(field(given, name), int, name) for name in ("results", "position"))
+    if not 0 <= position < max(1, results) <= _RESULTS:
+        raise DataError(f"expected one of up to {_RESULTS} results, got number {position} of {results}.")
+    return Branch(
+        {typed(name, str, "a reader"): typed(norm, str, "a norm") for name, norm in norms.items()},
+        tuple(strings(field(given, "idle"), "idle")),
+        typed(field(given, "written"), bool, "written"),
+        typed(field(given, "whole"), str, "whole"),
+        argument,
+        results,
+        position,
+    )
 
 
 def _norm(record: object) -> Norm:

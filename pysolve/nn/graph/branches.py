@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from math import inf
@@ -42,8 +42,8 @@ class Layer:
         Batch norm that is its only reader.
     mean : str, optional
         State-dict name of that norm's running mean, which can absorb the layer's bias.
-    shortcut : Node, optional
-        Node that the layer's branch is added to.
+    shortcut, sum : Node, optional
+        Node that the layer's branch is added to, and their sum.
     flat : (float, float), optional
         Bounds beyond which what follows, possibly after max-pooling, is flat: 0 and ∞ of a ReLU, 0 and 6 of
         ReLU6.
@@ -58,6 +58,7 @@ class Layer:
     norm: Node | None = None
     mean: str | None = None
     shortcut: Node | None = None
+    sum: Node | None = None
     flat: tuple[float, float] | None = None
     besides: str | None = None
 
@@ -115,6 +116,28 @@ def _called(graph: Graph, node: Node, name: str, module: rows.Layer, weight: Nod
     return as_called(module, call)
 
 
+def idle_nodes(graph: Graph, readers: Collection[Node]) -> set[Node]:
+    """Operators whose results nothing needs when these layers read nothing."""
+    idle: set[Node] = set()
+    for node in reversed(graph.module.graph.nodes):
+        if node.op in ("placeholder", "output") or node in readers:
+            continue
+        if not node.users and not operator_name(node).startswith("_assert"):
+            continue
+        if all(user in idle or (user in readers and read_by(user) is node) for user in node.users):
+            idle.add(node)
+    return idle
+
+
+def is_same(node: Node) -> bool:
+    """Whether a node gives what it takes, so that others may use its result in the place of that."""
+    given = node.args[0] if node.args and isinstance(node.args[0], Node) else None
+    if given is None or operator_name(node) not in ("to", *_PLAIN):
+        return False
+    before, after = given.meta.get("val"), node.meta.get("val")
+    return isinstance(before, Tensor) and isinstance(after, Tensor) and before.dtype == after.dtype
+
+
 def _besides(node: Node, name: str, module: rows.Layer) -> str:
     """What the code of a layer does that its first factor, which keeps this code, would not do as well."""
     after = [user for user in _beyond(node, lambda one: [*one.users]) if _is_inside(user, name)]
@@ -165,15 +188,15 @@ def _layer(graph: Graph, node: Node, name: str, module: rows.Layer, calls: int) 
     last, user = node, _only_user(node)
     while user is not None and (user is norm or operator_name(user) in _PLAIN):
         last, user = user, _only_user(user)
-    shortcut = None
+    shortcut = total = None
     if user is not None and operator_name(user) == "add" and not user.kwargs:
         others = [operand for operand in user.args if isinstance(operand, Node) and operand is not last]
-        shortcut = others[0] if len(others) == 1 else None
-        user = None if shortcut is None else _only_user(user)
+        shortcut, total = (others[0], user) if len(others) == 1 else (None, None)
+        user = None if total is None else _only_user(total)
     while user is not None and operator_name(user) in _POOLS:
         user = _only_user(user)
     flat = None if user is None else _flat(user)
-    return Layer(name, module, calls, norm, _own_mean(graph, norm), shortcut, flat)
+    return Layer(name, module, calls, norm, _own_mean(graph, norm), shortcut, total, flat)
 
 
 def _flat(node: Node) -> tuple[float, float] | None:

@@ -22,6 +22,7 @@ from pysolve.nn.graph.experts import Problem, expert_sites
 from pysolve.nn.graph.export import Graph, trace
 from pysolve.nn.graph.integers import choices, counting, integers_read
 from pysolve.nn.graph.labels import label_channels
+from pysolve.nn.graph.residual import with_branches
 from pysolve.nn.items import example_of
 from pysolve.nn.outputs import tensors_of
 from pysolve.nn.plain import plain_network
@@ -119,6 +120,7 @@ def sites_in(model: nn.Module, graph: Graph, batch: Batch, *, ignore: Iterable[I
         best = max(best, found, key=_freed)
     free = [site for site in best if site.pinned is None]
     problem = _trial(model, some)
+    best = with_branches(best, model, graph, some, problem)
     experts = [_ignoring(site, ignored) for site in expert_sites(model, graph, problem, free)]
     # The logits of a router, which its softmax mixes.
     logits = {name for site in experts if site.pinned is None for name in site.writers}

@@ -22,7 +22,7 @@ from pysolve.nn.files.plan_json import (
     strings,
     typed,
 )
-from pysolve.plan import Collapse, Plan, Site
+from pysolve.plan import Branch, Collapse, Plan, Site
 
 
 @given(st.lists(st.integers(0, 40), unique=True))
@@ -135,6 +135,49 @@ def test_what_is_no_step_is_refused(changes, message):
     record = step_record(Collapse(Site(6, ("a",), ("c", "d")), [0, 3]))
     with pytest.raises(DataError, match=message):
         steps_of([record | changes], width)
+
+
+BRANCHES = st.builds(
+    Branch,
+    st.sampled_from([{}, {"c": "bn"}]),
+    st.sampled_from([(), ("norm", "conv")]),
+    st.booleans(),
+    st.sampled_from(["", "attention"]),
+    st.sampled_from([0, 2, "hidden_states"]),
+    st.just(2),
+    st.integers(0, 1),
+)
+
+
+@given(BRANCHES)
+def test_what_is_left_of_a_branch_survives(branch):
+    site = Site(6, ("a", "b"), ("c", "d"), least=0, branch=branch)
+    (again,) = steps_of(json.loads(json.dumps([step_record(Collapse(site, []))])), width)
+    assert again.site.branch == branch
+    assert not len(again.keep)
+    # Of a site that keeps a channel, nothing is to be known.
+    assert "branch" not in step_record(Collapse(site, [0]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norms": []}, "expected norms to be an object"),
+        ({"norms": {"c": 3}}, "expected a norm to be a string"),
+        ({"idle": "norm"}, "expected idle to be a list"),
+        ({"written": 1}, "expected written to be true or false"),
+        ({"whole": None}, "expected whole to be a string, got null"),
+        ({"argument": 1.5}, r"number or the name of an argument, got 1\.5"),
+        ({"results": 10**9}, "expected one of up to 100 results"),
+        ({"results": 2, "position": 2}, "got number 2 of 2"),
+        ({"position": -1}, "got number -1 of 0"),
+    ],
+)
+def test_what_is_no_branch_is_refused(changes, message):
+    record = step_record(Collapse(Site(6, ("a",), ("c",), least=0, branch=Branch()), []))
+    record["branch"] |= changes
+    with pytest.raises(DataError, match=message):
+        steps_of([record], width)
 
 
 def test_steps_may_share_a_layer_but_not_its_channels():
