@@ -91,7 +91,8 @@ def norm_nodes(graph: Graph, kept: Mapping[str, Indices]) -> dict[Node, Tensor]:
 
 def norm_over(kept: Tensor, args: Sequence[Any]) -> Tensor:
     """A call of a layer norm over some channels, scaled as if the others were zero; zero for these."""
-    x, _, weight, bias, epsilon = args[:5]
+    # Exported graphs of some releases leave out what is the operator's default.
+    x, _, weight, bias, epsilon = (*args, *(None, None, 1e-5)[len(args) - 2 :])[:5]
     kept = kept.to(x.device)
     more = x.shape[-1] / len(kept)
     own = None if bias is None else bias.index_select(0, kept)

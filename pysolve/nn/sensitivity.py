@@ -62,7 +62,7 @@ def sensitivities(
         for batch in batches:
             offsets.clear()
             result = main_output(forward(model, batch, device_of(model)))
-            for _ in range((probes or PROBES) if result.requires_grad else 0):
+            for _ in range((probes or PROBES) if offsets and result.requires_grad else 0):
                 signs = torch.randint(0, 2, result.shape, generator=random).to(result) * 2 - 1
                 try:
                     _add(sums, layers, offsets, result, without_mean(signs))

@@ -233,3 +233,7 @@ def test_outputs_in_structures_are_followed():
     model, batch = network("keywords")
     found = sensitivities(model, named(model, "fc1"), [batch])
     assert not np.array_equal(found["fc1"], np.eye(7))
+
+
+def test_of_no_layers_there_are_none():
+    assert sensitivities(mlp(), {}, [torch.randn(3, 4)]) == {}
