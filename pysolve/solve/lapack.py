@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from queue import SimpleQueue
+from contextlib import suppress
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 import numpy as np
@@ -61,7 +62,11 @@ def answering(function: Callable[[Array], T]) -> Callable[[Array], T]:
                 done.put((None, error))
 
         threading.Thread(target=work).start()
-        found, error = done.get()
+        while True:
+            # An interrupt just before it begins to wait does not wake it.
+            with suppress(Empty):
+                found, error = done.get(timeout=0.1)
+                break
         if error is not None:
             raise error
         return found  # type: ignore[return-value]
