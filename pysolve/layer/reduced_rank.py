@@ -41,8 +41,9 @@ def reduced_rank(
 ) -> FactoredLayer:
     """The best layer of low rank, exactly.
 
-    Solves  min E (y − M x − b)ᵀ S (y − M x − b) + ε Σ_j R_jj (M_j − W_j)ᵀ S (M_j − W_j)  over M of rank r, or
-    without ``r_xx``, min ‖W − M‖_F, the truncated singular value decomposition.
+    Solves  min E (y − M x − b)ᵀ S (y − M x − b) + ε Σ_j v_j (M_j − W_j)ᵀ S (M_j − W_j)  over M of rank r, v
+    the variances of the inputs or a hundredth of the median one if that is more; or without ``r_xx``,
+    min ‖W − M‖_F, the truncated singular value decomposition.
 
     Parameters
     ----------

@@ -19,7 +19,7 @@ from scipy.sparse.linalg import eigsh
 from pysolve.correlations import Array, Correlations
 from pysolve.forms import LowRank
 from pysolve.solve.lapack import eigh
-from pysolve.solve.least_squares import prior_ridge, refit
+from pysolve.solve.least_squares import prior_ridge, pull, refit
 
 # From so many rows on, and up to this share of them, a few eigenvectors are cheaper by Lanczos. A randomised
 # decomposition (torch.svd_lowrank) takes less than half the time from 2,048 rows on, at 3 % more error.
@@ -71,7 +71,7 @@ def activation_spectrum(W: Array, correlations: Correlations, rank: int | None =
     ridge = prior_ridge(d, correlations.count)
     B, _ = refit(correlations, np.arange(d), W, ridge=ridge)
     R = correlations.centered().r_xx
-    return _spectrum(B, R + ridge * np.diag(np.diag(R)), rank)
+    return _spectrum(B, R + ridge * np.diag(pull(np.diag(R))), rank)
 
 
 def balanced(outer: Array, inner: Array) -> LowRank:

@@ -78,6 +78,10 @@ def least_squares(R: Array, C: Array, columns: Indices, ridge: Ridge = "auto") -
     return M
 
 
+# Share of the median variance below which an input counts as one that hardly ever varies.
+_RARE = 1e-2
+
+
 def prior_ridge(inputs: int, samples: float) -> float:
     """Ridge towards known weights, relative to each input's variance, for a fit of k inputs to n samples.
 
@@ -85,6 +89,13 @@ def prior_ridge(inputs: int, samples: float) -> float:
     tenth of its parameters, 512 images: 97.95 instead of 99.14).
     """
     return max(1e-4, 0.1 * inputs / samples)
+
+
+def pull(variance: Array) -> Array:
+    """(k,) v of ``refit`` for inputs of these variances; 0 for those that never vary."""
+    seen = variance > 0
+    usual = np.median(variance[seen]) if seen.any() else 0.0
+    return np.where(seen, np.maximum(variance, _RARE * usual), 0.0)
 
 
 def refit(
@@ -97,11 +108,13 @@ def refit(
 ) -> tuple[Array, Array | None]:
     """Least squares on some inputs, with a ridge towards prior weights.
 
-    Solves  min_{M, b}  ½ E‖y − M x − b‖² + ½ ε Σ_i R_ii ‖M_i − prior_i‖²   with x the inputs in ``columns``.
+    Solves  min_{M, b}  ½ E‖y − M x − b‖² + ½ ε Σ_i v_i ‖M_i − prior_i‖²  with x the inputs in ``columns`` and
+    v_i the variance R_ii, or a hundredth of the median variance if that is more: inputs that hardly ever
+    vary, as of neurons that a few samples switch on, would get weights that fit these and throw others off.
 
-    ε, relative to each input's own variance (default ``prior_ridge``), is raised tenfold until the matrix can
-    be factored. With an intercept, inputs that ``Correlations.centered`` takes for constants keep their
-    weights. Returns M (h, k) and b (h,); without ``intercept``, b is 0 and None is returned for it.
+    ε (default ``prior_ridge``) is raised tenfold until the matrix can be factored. With an intercept, inputs
+    that ``Correlations.centered`` takes for constants keep their weights. Returns M (h, k) and b (h,);
+    without ``intercept``, b is 0 and None is returned for it.
     """
     if intercept:
         R, C = correlations.covariance(columns)
@@ -112,13 +125,14 @@ def refit(
     if ridge is None:
         ridge = prior_ridge(len(columns), correlations.count)
     unit = np.sqrt(np.where(variance > 0, variance, 1.0))
+    rare = np.where(variance > 0, pull(variance) / unit**2, 1.0)
     change = (C - prior @ R) / unit
     R /= unit
     R /= unit[:, None]
     M = prior
     while len(columns):
         try:
-            factor = _factor(R, ridge)
+            factor = _factor(R, ridge * rare)
         except scipy.linalg.LinAlgError:
             ridge = max(10 * ridge, 1e-12)
             continue
@@ -148,8 +162,8 @@ def _ridge_solve(R: Array, C: Array, ridge: Ridge) -> Array:
     raise ValueError(f'r_xx on the kept inputs is singular at ridge={ridge}; use a larger one or "auto".')
 
 
-def _factor(R: Array, ridge: float) -> tuple[Array, bool]:
-    """Cholesky factor of  R + ridge I."""
+def _factor(R: Array, ridge: Array | float) -> tuple[Array, bool]:
+    """Cholesky factor of R with ``ridge`` added to its diagonal."""
     raised = R.copy()
     raised.flat[:: len(R) + 1] += ridge
     if len(R) ** 3 > 3 * LONGEST:

@@ -48,17 +48,24 @@ def layers(draw, regular=False):
     return W, Correlations.from_samples(x, y)
 
 
+def ridges(own):
+    """ε v_j: v the variances, those far below the usual one raised."""
+    v = np.diag(own.r_xx)
+    usual = np.median(v[v > 0]) if v.any() else 0.0
+    return prior_ridge(len(v), own.count) * np.where(v > 0, np.maximum(v, usual / 100), 0)
+
+
 def objective(M, W, known):
-    """½ E‖y − M x − b‖² + ½ ε Σ_j R_jj ‖M_j − W_j‖² with the best b."""
+    """½ E‖y − M x − b‖² + ½ ε Σ_j v_j ‖M_j − W_j‖² with the best b."""
     own = known.centered()
-    ridge = prior_ridge(len(own.xx), own.count) * np.diag(own.r_xx)
+    ridge = ridges(own)
     return own.error(M) + 0.5 * float((ridge * np.square(M - W)).sum())
 
 
 def quadratic(W, known):
     """G and C of the objective: ½ tr(M G Mᵀ) − ⟨C, M⟩ + constant."""
     own = known.centered()
-    ridge = np.diag(prior_ridge(len(own.xx), own.count) * np.diag(own.r_xx))
+    ridge = np.diag(ridges(own))
     return own.r_xx + ridge, own.r_yx + W @ ridge
 
 

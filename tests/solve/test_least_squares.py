@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 from strategies import instances, seeds
 
 import pysolve as ps
+from pysolve.correlations import Correlations
 from pysolve.solve.least_squares import refit
 
 
@@ -99,3 +100,17 @@ def test_without_any_inputs_the_mean_is_left(seed):
     np.testing.assert_allclose(bias, y.mean(0))
     M, bias = refit(known, np.zeros(0, np.intp), np.zeros((2, 0)), intercept=False)
     assert (M.shape, bias) == ((2, 0), None)
+
+
+def test_inputs_that_few_samples_switch_on_keep_their_weights():
+    """What they did in these samples would be fitted exactly, by weights without bounds."""
+    rng = np.random.default_rng(0)
+    n, h = 20_000, 3
+    x = np.maximum(rng.standard_normal((n, 6)), 0)
+    x[:, 5] = 0
+    x[:2, 5] = 1e-3
+    W = rng.standard_normal((h, 6))
+    y = x @ W.T + 0.1 * rng.standard_normal((n, h))
+    y[:2] += 5
+    M, _ = refit(Correlations.from_samples(x, y), np.arange(6), W)
+    np.testing.assert_allclose(M, W, atol=0.05)
