@@ -160,10 +160,21 @@ def fits(draw):
     return x, y, columns, rng.standard_normal((3, len(columns)))
 
 
+def constants(x):
+    """Sums of squares do not show how inputs vary that vary by less than 1e-5 of their mean."""
+    return x.var(0) <= 1e-10 * np.square(x).mean(0)
+
+
+def pulls(x, intercept):
+    """Variances, those of a hundredth of the median and below raised to it."""
+    v = np.where(constants(x), 0.0, x.var(0)) if intercept else np.square(x).mean(0)
+    return np.maximum(v, np.median(v[v > 0]) / 100) if v.any() else v
+
+
 def objective(x, y, M, b, prior, ridge):
-    variance = x.var(0) if b is not None else np.square(x).mean(0)
     fitted = x @ M.T + (0.0 if b is None else b)
-    return 0.5 * np.square(y - fitted).sum(1).mean() + 0.5 * ridge * np.sum(variance * np.square(M - prior))
+    v = pulls(x, b is not None)
+    return 0.5 * np.square(y - fitted).sum(1).mean() + 0.5 * ridge * np.sum(v * np.square(M - prior))
 
 
 def hardly_varies(share):
@@ -183,8 +194,7 @@ def test_a_refit_minimises_what_it_states(fit, intercept, ridge):
     M, b = refit(Correlations.from_samples(x, y), columns, prior, ridge=ridge, intercept=intercept)
     assert (b is not None) == intercept
     x = x[:, columns]
-    # Sums of squares do not show how inputs vary that vary by less than 1e-5 of their mean.
-    still = intercept & (x.var(0) <= 1e-10 * np.square(x).mean(0))
+    still = intercept & constants(x)
     np.testing.assert_array_equal(M[:, still], prior[:, still])
     best = objective(x, y, M, b, prior, ridge)
     rng = np.random.default_rng(0)
@@ -201,7 +211,7 @@ def test_a_refit_has_no_gradient_left(fit, intercept):
     M, b = refit(Correlations.from_samples(x, y), columns, prior, ridge=1e-3, intercept=intercept)
     x = x[:, columns]
     u, v = (centred(x), centred(y)) if intercept else (x, y)
-    gradient = (u @ M.T - v).T @ u / len(x) + 1e-3 * np.square(u).mean(0) * (M - prior)
+    gradient = (u @ M.T - v).T @ u / len(x) + 1e-3 * pulls(x, intercept) * (M - prior)
     # Centring leaves rounding of the size of the mean squares.
     scale = np.square(x).mean(0).max() * (1 + np.abs(prior).max()) + np.abs(y.T @ x / len(x)).max()
     assert np.abs(gradient).max() <= 1e-8 * scale
