@@ -136,8 +136,9 @@ def refit(
                 if layer is not None and (layer.name in always or touched):
                     prepare(layer.name)
                     cut = cuts.get(layer.name)
-                    rest = every[every.index(node) + 1 :]
-                    went = what_went(walk, rest, *beyond[node], finished) if node in beyond else None
+                    went = None
+                    if node in beyond:
+                        went = what_went(walk, every[every.index(node) + 1 :], *beyond[node], finished)
                     kept = kept_channels(layer, cut)
                     task = _Task(walk, node, layer, *kept, sampling, reads, apart, ranks, went)
                     if went and not is_linear(_summed(task, _samples(task, shortcuts=False, alone=True))):
