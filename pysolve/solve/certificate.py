@@ -257,11 +257,12 @@ def _largest_step(gg: float, ge: float, ee: float, threshold: float) -> float:
         return 1.0
     if ee > threshold**2:
         return -1.0
-    # ‖E + s (G − E)‖² = threshold² has exactly one root in [0, 1]: below at s = 0, above at s = 1. Where G
-    # is E but for rounding, there is nothing to divide by.
+    # ‖E + s (G − E)‖² = threshold² has exactly one root in [0, 1]: below at s = 0, above at s = 1. Each of
+    # the two formulas cancels where the other one does not; where G is E but for rounding, there is no step.
     a, b, c = gg - 2 * ge + ee, ge - ee, ee - threshold**2
-    divisor = b + np.sqrt(max(b * b - a * c, 0.0))
-    return float(np.clip(-c / divisor, 0.0, 1.0)) if divisor > 0 else 0.0
+    root = np.sqrt(max(b * b - a * c, 0.0))
+    over, under = (root - b, a) if b < 0 else (-c, b + root)
+    return float(np.clip(over / under, 0.0, 1.0)) if under > 0 else 0.0
 
 
 def _kkt(problem: Problem, M: Sequence[Array], lam: float) -> float:

@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from reference import objective, proximal_gradient
 from strategies import instances, seeds
@@ -90,6 +90,7 @@ def test_refuses_a_matrix_of_another_shape():
         ps.certify(np.eye(2), np.ones((1, 2)), np.ones((1, 3)), 1.0)
 
 
+@example(1436, 1.0, 1.0, 3)  # E on the border, and G beyond the other side of it
 @given(seeds, st.sampled_from([0.0, 1e-16, 1e-8, 1.0]), st.floats(0.5, 2), st.integers(1, 4))
 def test_the_step_towards_a_feasible_point_is_feasible(seed, apart, share, n):
     """‖s G + (1 − s) E‖ ≤ threshold, G as near to E as rounding allows, E on the border or inside."""
