@@ -28,6 +28,7 @@ from pysolve.nn.routers import chosen_by_routers
 from pysolve.nn.running import Batch, as_tensor
 from pysolve.nn.samples import samples_in
 from pysolve.nn.silenced import silenced
+from pysolve.nn.stacks import not_refitted
 from pysolve.nn.state import all_names
 from pysolve.plan import Collapse, Plan, Site
 
@@ -54,7 +55,7 @@ class Rebuilt:
         That layers were fitted on.
     notes : tuple of str
     experts : tuple of str
-        Matrices of experts that were refitted, by state-dict name.
+        Matrices and biases of experts that were refitted, by state-dict name.
     """
 
     chosen: Chosen
@@ -105,10 +106,16 @@ def rebuild(
     passes : int
         Further fits of layers that a ReLU follows, with targets that it leaves free.
     experts : bool
-        Whether experts that stay where others go are refitted on the way, too.
+        Whether experts that lose inputs, or other experts beside them, are refitted on the way, too.
     """
     if refit == "none" or study.calibration is None:
         return _plain(study, chosen)
+    found = _fitted(study, chosen, refit, passes, experts and refit == "sequential")
+    return replace(found, notes=(*found.notes, *not_refitted(chosen.keep, found.experts)))
+
+
+def _fitted(study: Study, chosen: Chosen, refit: str, passes: int, experts: bool) -> Rebuilt:
+    """The network refitted in one of the ways that take data."""
     if refit == "independent" or study.graph is None:
         found = independent(study, chosen)
         why = (
@@ -126,8 +133,7 @@ def rebuild(
     if not batches:
         return replace(independent(study, chosen), notes=(_why_independent(reason),))
     moves = Sampling(passes=passes if refit == "sequential" else 0, seed=study.options.seed)
-    weights = refit == "sequential"
-    return _walked(study, chosen, batches, reason, moves, weights=weights, experts=experts and weights)
+    return _walked(study, chosen, batches, reason, moves, weights=refit == "sequential", experts=experts)
 
 
 def independent(study: Study, chosen: Chosen) -> Rebuilt:
@@ -286,7 +292,7 @@ def _walked(
     seen = study.calibration.seen
     notes = (f"the refit used {used} of {seen} samples: {reason}",) if used < seen else ()
     unreached = (no_samples(unseen),) if unseen else ()
-    stacks = dict.fromkeys(one.weight for one in mixtures)
+    stacks = dict.fromkeys(name for one in mixtures for name in (one.weight, one.bias) if name)
     refitted = tuple(name for name in stacks if new.get(name) is not before.get(name))
     return Rebuilt(chosen, new, fits, used, (*(notes if chosen.keep else ()), *unreached), refitted)
 

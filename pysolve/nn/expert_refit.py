@@ -27,11 +27,10 @@ from pysolve.nn.ranks import ALONE, Ranks, summed
 from pysolve.nn.walk import Walk
 from pysolve.solve.least_squares import refit
 
-# Inputs of experts that are fitted jointly: all of small mixtures. Beyond, groups of experts follow each other.
+# Inputs of experts that are fitted jointly: all of small mixtures. Of others, groups of experts in turn.
 TOGETHER = 4096
-# Share of a result that rounding may leave unexplained.
-_UNEXPLAINED = {torch.float64: 1e-6, torch.float32: 1e-3}
-_OF_HALVES = 0.05
+# Share of a result that rounding may leave unexplained, also in half precision.
+_UNEXPLAINED = 0.02
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +58,7 @@ class _Parameters:
         return {self.mixture.weight: weight, **bias}
 
     def matrix(self, experts: Indices) -> Tensor:
-        """(outputs, k) of the inputs and outputs that stay, of one expert after the other, its bias behind."""
+        """(outputs, k) of what stays, of one expert after the other, its bias behind."""
         outputs, inputs = (
             torch.as_tensor(one, device=self.weight.device)
             for one in (self.mixture.outputs, self.mixture.inputs)
@@ -85,19 +84,31 @@ class _Parameters:
         return _Parameters(self.mixture, weight, bias)
 
 
-def refit_experts(walk: Walk, mixture: Mixture, ranks: Ranks = ALONE) -> dict[str, Tensor]:
-    """New matrices and biases of the experts that stay; nothing where the parameters act otherwise.
+def refit_experts(
+    walk: Walk, node: Node, mixtures: Sequence[Mixture], ranks: Ranks = ALONE
+) -> dict[str, Tensor]:
+    """New matrices and biases of the mixtures that begin at an operator, each as the first that it can be.
 
     Parameters
     ----------
     walk : Walk
-        Right in front of the first of the mixture's operators.
-    mixture : Mixture
+        Right in front of the operator.
+    node : Node
+    mixtures : sequence of Mixture
+        What matrices and their biases may add up to; where parameters act otherwise, nothing is refitted.
     ranks : Ranks
         Processes that walk with other batches.
     """
-    if not all(ranks.all(not walk.batches or _is_sound(walk, mixture))):
-        return {}
+    found = dict[str, Tensor]()
+    for mixture in mixtures:
+        if mixture.nodes[0] is not node or mixture.weight in found:
+            continue
+        if all(ranks.all(not walk.batches or _is_sound(walk, mixture))):
+            found |= _fitted(walk, mixture, ranks)
+    return found
+
+
+def _fitted(walk: Walk, mixture: Mixture, ranks: Ranks) -> dict[str, Tensor]:
     now = _now(walk, mixture)
     width = len(mixture.inputs) + (now.bias is not None)
     groups = np.array_split(mixture.experts, -(-len(mixture.experts) * width // TOGETHER))
@@ -106,7 +117,9 @@ def refit_experts(walk: Walk, mixture: Mixture, ranks: Ranks = ALONE) -> dict[st
     for group in filter(len, groups):
         old = now.matrix(group)
 
-        def blocks(now: _Parameters = now, group: Indices = group, old: Tensor = old) -> Iterator[tuple[Tensor, ...]]:
+        def blocks(
+            now: _Parameters = now, group: Indices = group, old: Tensor = old
+        ) -> Iterator[tuple[Tensor, ...]]:
             for b in walk.batches:
                 z = _inputs(walk, b, now, group)
                 missing = targets[b] - _result(walk, b, now)[:, outputs]
@@ -165,20 +178,20 @@ def _run(walk: Walk, nodes: Sequence[Node]) -> None:
 
 def _inputs(walk: Walk, b: int, now: _Parameters, experts: Indices) -> Tensor:
     """(n, k) of all rows what each of some experts multiplies: p_e h_e, and with biases p_e."""
-    mixture, found = now.mixture, list[Tensor]()
-    nothing = now.only(mixture.experts[:0])
-    base = _result(walk, b, nothing)
-    h, inputs = now.weight.shape[1], torch.as_tensor(mixture.inputs, device=now.weight.device)
-    for e in experts.tolist():
-        for some in inputs.split(h):
-            weight = torch.zeros_like(now.weight)
-            weight[e, torch.arange(len(some), device=some.device), some] = 1
-            probe = _Parameters(mixture, weight, nothing.bias)
-            found.append((_result(walk, b, probe) - base)[:, : len(some)])
-        if nothing.bias is not None:
-            bias = torch.zeros_like(nothing.bias)
-            bias[e] = 1
-            found.append((_result(walk, b, _Parameters(mixture, nothing.weight, bias)) - base)[:, :1])
+    mixture, nothing, home = now.mixture, now.only(experts[:0]), now.weight.device
+    width = len(mixture.inputs) + (now.bias is not None)
+    # As many columns at once as there are outputs that tell them; a bias has none in the matrices.
+    columns = torch.cat([torch.as_tensor(mixture.inputs), torch.full((1,), -1)])[:width].repeat(len(experts))
+    of = torch.as_tensor(experts).repeat_interleave(width)
+    base, found = _result(walk, b, nothing), list[Tensor]()
+    for e, column in zip(
+        *(torch.split(one.to(home), now.weight.shape[1]) for one in (of, columns)), strict=True
+    ):
+        probe, place, inner = now.only(experts[:0]), torch.arange(len(e), device=home), column >= 0
+        probe.weight[e[inner], place[inner], column[inner]] = 1
+        if probe.bias is not None:
+            probe.bias[e[~inner], place[~inner]] = 1
+        found.append((_result(walk, b, probe) - base)[:, : len(e)])
     return torch.cat(found, 1)
 
 
@@ -190,4 +203,4 @@ def _is_sound(walk: Walk, mixture: Mixture) -> bool:
     made = _result(walk, 0, now.only(every)) - _result(walk, 0, now.only(nothing))
     made = made[:, outputs.to(made.device)].double()
     apart = (made - z.double() @ now.matrix(every).double().T).norm()
-    return bool(apart <= _UNEXPLAINED.get(now.weight.dtype, _OF_HALVES) * made.norm())
+    return bool(apart <= _UNEXPLAINED * made.norm())

@@ -112,7 +112,7 @@ def refit(
     norms : {weight: (k,) int array}
         Layer norms that are over some channels alone.
     mixtures : sequence of Mixture
-        Those whose experts are refitted, too.
+        Matrices in one parameter that are refitted, too.
     prepare : callable
         Called with a layer's name before its correlations are summed, which take memory.
     ranks : Ranks
@@ -127,8 +127,8 @@ def refit(
     fitted = {node: layer for node, layer in find_layers(graph, model).items() if layer.calls == 1}
     layers = {node: layer for node, layer in fitted.items() if only is None or layer.name in only}
     every = [node for node in graph.module.graph.nodes if node.op != "output"]
-    starts = [mixture.nodes[0] for mixture in mixtures]
-    nodes = every[: max(map(every.index, [*layers, *starts]), default=-1) + 1]
+    ends = [*layers, *(mixture.nodes[0] for mixture in mixtures)]
+    nodes = every[: max(map(every.index, ends), default=-1) + 1]
     finished, apart = last_uses(every), routed(graph)
     reads = _Reads(layers.values(), [*layers])
     gone = {node for node, layer in fitted.items() if layer.name in cuts and not len(cuts[layer.name].inputs)}
@@ -136,8 +136,7 @@ def refit(
     with evaluating(model):
         for node in steps(nodes, "refit", unit="op", shown=progress):
             if node.op != "placeholder":
-                if node in starts:
-                    walk.values |= _of_experts(walk, [one for one in mixtures if one.nodes[0] is node], ranks)
+                walk.values |= refit_experts(walk, node, mixtures, ranks)
                 walk.run_original(node)
                 layer = layers.get(node)
                 touched = layer is not None and (node in beyond or _is_touched(walk, node, layer, cuts))
@@ -159,15 +158,6 @@ def refit(
             walk.forget(finished[node])
             reads.forget(finished[node])
     return walk.values
-
-
-def _of_experts(walk: Walk, offers: Sequence[Mixture], ranks: Ranks) -> dict[str, Tensor]:
-    """New values of the experts of mixtures, each by the first of what it may be."""
-    found = dict[str, Tensor]()
-    for mixture in offers:
-        if mixture.weight not in found:
-            found |= refit_experts(walk, mixture, ranks)
-    return found
 
 
 class _Reads:

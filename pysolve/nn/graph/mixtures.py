@@ -1,4 +1,4 @@
-"""Matrices of experts in one parameter, from the first operator that reads them to the sum of what they make."""
+"""Matrices of experts in one parameter: the operators from the first that reads them to their sum."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from pysolve.nn.graph.routes import routed
 from pysolve.nn.slicing import channels_of
 from pysolve.plan import Site
 
-# Operators that leave numbers in their order.
-_RESHAPES = {"to", "view", "reshape", "flatten", "unflatten", "contiguous", "clone", "dropout", "alias", "detach"}
+# Operators in which results of experts are weighed and added up, or put into another shape.
+_SUMS = {"to", "view", "reshape", "flatten", "unflatten", "contiguous", "clone", "dropout", "alias", "detach"}
+_SUMS |= {"squeeze", "unsqueeze", "transpose", "permute", "mul", "div", "sum", "mean"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,9 +83,7 @@ def mixtures_in(graph: Graph, model: nn.Module, keep: Mapping[Site, Indices]) ->
     return found
 
 
-def _experts(
-    model: nn.Module, keep: Mapping[Site, Indices], first: Mapping[str, int]
-) -> dict[str, Indices]:
+def _experts(model: nn.Module, keep: Mapping[Site, Indices], first: Mapping[str, int]) -> dict[str, Indices]:
     """Experts that stay, by the parameter of three dimensions that is read last in each mixture."""
     found: dict[str, Indices] = {}
     for site, kept in keep.items():
@@ -131,11 +130,11 @@ def _region(graph: Graph, parameters: Collection[Node], apart: Collection[Node])
 
 
 def _summed(node: Node) -> Node:
-    """The value behind sums over the experts of a row, which may be in another order in another network."""
-    user = _follower(node)
-    while user is not None and operator_name(user) in (*_RESHAPES, "sum") and _is_row(user):
-        node, user = user, _follower(user)
-    return node
+    """The value behind the weights and sums of experts, whose order may differ from network to network."""
+    last, user = node, _follower(node)
+    while user is not None and operator_name(user) in _SUMS and _is_row(user):
+        last, user = user, _follower(user)
+    return last
 
 
 def _is_row(node: Node) -> bool:
