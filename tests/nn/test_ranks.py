@@ -20,7 +20,7 @@ example = one_of("torchrun_compress")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 WORKER = """
-import os, sys
+import atexit, os, sys
 from datetime import timedelta
 import torch, torch.distributed as dist
 from safetensors.torch import save_file
@@ -30,6 +30,8 @@ from torchrun_compress import batches, network
 torch.set_num_threads(1)
 rank, size, folder = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 dist.init_process_group("gloo", f"file://{{folder}}/meet", timedelta(seconds=20), size, rank)
+# Threads of a group that is left standing now and then abort a process that ends.
+atexit.register(dist.destroy_process_group)
 group, given, model = dist.group.WORLD, batches(rank, size), network()
 options, dense = dict(progress=False, process_group=group), dict(layout="dense")
 def write(name, result):
