@@ -50,6 +50,7 @@ from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored
+from pysolve.nn.threads import threads_of_torch
 from pysolve.plan import Site
 from pysolve.report.rows import Expected
 from pysolve.report.warnings import needed_experts
@@ -58,6 +59,7 @@ from pysolve.solve.selection import select_channels
 DEFAULT: Target = {"params": 0.25}
 
 
+@threads_of_torch
 @one_bar
 def compress(
     model: nn.Module | Compressed,

@@ -56,6 +56,7 @@ from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.progress import one_bar, part
 from pysolve.nn.running import Batch, Device, Ignored
+from pysolve.nn.threads import threads_of_torch
 from pysolve.plan import Site
 
 # Bits a weight at which the search for a width begins, the factor between widths, and how many are tried.
@@ -66,6 +67,7 @@ _SAMPLES = 4096
 _WHOLE, _BEFORE = 0.9, 0.6
 
 
+@threads_of_torch
 @one_bar
 def deep_compress(
     model: nn.Module | Compressed,
