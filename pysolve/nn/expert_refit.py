@@ -122,6 +122,7 @@ def _fitted(walk: Walk, mixture: Mixture, ranks: Ranks) -> dict[str, Tensor]:
         ) -> Iterator[tuple[Tensor, ...]]:
             for b in walk.batches:
                 z = _inputs(walk, b, now, group)
+                z = z.to(torch.promote_types(z.dtype, torch.float32))
                 missing = targets[b] - _result(walk, b, now)[:, outputs]
                 yield z, missing + z @ old.to(z).T
 

@@ -78,8 +78,8 @@ def mixtures_in(graph: Graph, model: nn.Module, keep: Mapping[Site, Indices]) ->
             for turned in (False, True):
                 if width == shapes[weight][1 + turned] and (bias is None or width == shapes[bias][1]):
                     inputs, outputs = _left(model, keep, weight, turned)
-                    shortcut = _shortcut(nodes[-1])
-                    found.append(Mixture(weight, bias, turned, left, inputs, outputs, nodes, shortcut))
+                    one = Mixture(weight, bias, turned, left, inputs, outputs, nodes, _shortcut(nodes[-1]))
+                    found += [one] if len(inputs) else []
     return found
 
 
