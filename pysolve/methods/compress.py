@@ -222,7 +222,9 @@ def compress(
     options = replace(options, new_biases=not one)
     network = placed(network, options)
     every = True if sites is None else sites
-    found = studied(network, batches, options, sites=every, experts=lam is None, branches=not one)
+    # What a class makes of one number for all layers may be without some, if that is told.
+    branches = not one or (isinstance(keep, Mapping) and 0 in keep.values())
+    found = studied(network, batches, options, sites=every, experts=lam is None, branches=branches)
     found = found if wanted is None else with_costs(found)
     check_free(found)
     ties = uniform(found) if one else None

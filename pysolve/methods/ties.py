@@ -108,6 +108,19 @@ def uniform(found: Study) -> Ties:
     return Ties([*kept, *whole], [*kept.values(), *whole.values()], pinned)
 
 
+def apart(ties: Ties, gone: Sequence[int]) -> Ties:
+    """The ties with some sites by themselves, all of whose channels go: layers without them are no layers."""
+    rows = [
+        ([i for i in group if i not in gone], mask)
+        for group, mask in zip(ties.groups, ties.allowed, strict=True)
+    ]
+    rows += [
+        ([i], mask) for group, mask in zip(ties.groups, ties.allowed, strict=True) for i in group if i in gone
+    ]
+    rows = [(group, mask) for group, mask in rows if group]
+    return replace(ties, groups=[group for group, _ in rows], allowed=[mask for _, mask in rows])
+
+
 def rounded(found: Study, ties: Ties, round_to: RoundTo) -> Ties:
     """The ties with sizes that are multiples of numbers, or all channels.
 

@@ -23,6 +23,7 @@ from pysolve.nn.files.architecture import ordinary
 from pysolve.nn.files.checkpoint import restored, save
 from pysolve.nn.files.reopening import Written, difference, outputs_again, reopened, written_of
 from pysolve.nn.running import Batch
+from pysolve.nn.shorter import without_idle_layers
 from pysolve.nn.stock import NotStockError, Stock, is_pretrained, skeleton, stock_of
 from pysolve.whole_files import crc32_of, replacing_folder
 
@@ -239,19 +240,20 @@ def _crc32(path: Path) -> int:
 
 def write_stock(network: nn.Module, folder: Path, batch: Batch = None) -> Written:
     """Write a folder that transformers opens, which is to be opened again before it is trusted."""
-    written = written_of(network, folder, batch)
+    written, shorter = written_of(network, folder, batch), network
     try:
-        _write_model(network, stock_of(network), folder)
+        shorter = without_idle_layers(network)
+        _write_model(shorter, stock_of(shorter), folder)
     except NotStockError as error:
         try:
-            stock, blocks = blocks_of(network)
+            stock, blocks = blocks_of(shorter)
         except NotStockError as other:
             more = f" ({other})" if "block_configs" in str(other) else ""
             raise PysolveError(
                 f"no configuration of {type(network).__name__} describes this network: {error}{more}. "
                 'Compress with widths="uniform", or save it with stock=False, for load_pretrained alone.'
             ) from error
-        _write_model(network, stock, folder)
+        _write_model(shorter, stock, folder)
         file = folder / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **blocks}, indent=2))
         return replace(written, note=_BLOCKS)
@@ -276,8 +278,11 @@ def _write_model(network: Any, found: Stock, folder: Path) -> None:
         shell.generation_config = copy.deepcopy(network.generation_config)
     # By which it writes the type of the values.
     shell.to(network.dtype)
+    # Branches that are gone have left zeros.
+    names = shell.state_dict().keys()
+    own = {name: value for name, value in network.state_dict().items() if name in names}
     with _without_bars():
-        shell.save_pretrained(folder, state_dict={**network.state_dict(), **zeros})
+        shell.save_pretrained(folder, state_dict={**own, **zeros})
 
 
 def _write_configs(network: Any, folder: Path) -> None:
