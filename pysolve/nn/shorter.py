@@ -59,6 +59,13 @@ def without_idle_layers(network: Any) -> Any:
     return shorter
 
 
+def partly_idle(network: nn.Module) -> str | None:
+    """The first layer of a list of which one branch is gone, and not all of them."""
+    lists = ((name, one) for name, one in network.named_modules() if isinstance(one, nn.ModuleList))
+    layers = ((f"{name}.{i}", layer) for name, one in lists for i, layer in enumerate(one))
+    return next((name for name, one in layers if constants_of(one) and not _is_idle(one)), None)
+
+
 def constants_of(layer: nn.Module) -> dict[str, Constant]:
     """What is left of branches inside of a layer."""
     return {name: one for name, one in layer.named_modules() if isinstance(one, Constant)}
