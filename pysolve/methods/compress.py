@@ -144,7 +144,8 @@ def compress(
         One size for corresponding sites of repeated layers, and no biases that layers did not have: what the
         network's own class makes of other numbers, and other software reads. Of a network of transformers,
         only what its configuration counts shrinks, to sizes that the configuration accepts;
-        ``save_pretrained`` writes it. The report says what either choice is expected to cause.
+        ``save_pretrained`` writes it. What ``keep`` names with 0 goes in this layer alone, without a
+        constant. The report says what either choice is expected to cause.
     round_to : int, or {writer, pattern ``re:…`` or Site: int}
         Sites keep multiples of this many channels, or all.
     divergence : callable

@@ -339,7 +339,7 @@ def _size(site: Site, value: float | None, allowed: Mask) -> int:
         if site.least:
             raise ValueError(
                 f"keep of {site.name} is 0, but one channel must stay: without any, more than a constant in "
-                'a sum would be left, or, with widths="uniform", other layers than the class has.'
+                "a sum would be left."
             )
         return 0
     wanted = value * site.channels if value <= 1 and not isinstance(value, int | np.integer) else value
