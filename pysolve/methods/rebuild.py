@@ -16,7 +16,7 @@ from pysolve.methods.kinds.channels import ridge_fit
 from pysolve.methods.menu import Chosen, Fit, Task
 from pysolve.methods.study import Study, no_samples
 from pysolve.methods.weights import weight_name
-from pysolve.nn.apply import kept_entries
+from pysolve.nn.cuts import kept_entries
 from pysolve.nn.graph.branches import Cut, Layer, layer_values
 from pysolve.nn.graph.sizes import usable
 from pysolve.nn.layer_kinds import inputs_first, twins
