@@ -26,11 +26,11 @@ from pysolve.methods.goal import (
     placed,
 )
 from pysolve.methods.kinds.channels import ELIMINATIONS, SENSITIVITY, Channels, Select
-from pysolve.methods.layout import lay_out
+from pysolve.methods.layout import LaidOut, lay_out
 from pysolve.methods.menu import Chosen
 from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import PASSES, REFITS, Rebuilt, rebuild
-from pysolve.methods.result import finish
+from pysolve.methods.result import distance, finish
 from pysolve.methods.sizes import (
     Sized,
     by_keep,
@@ -266,10 +266,7 @@ def made(
 ) -> Compressed:
     """A studied network, refitted with some channels kept, cut, checked and reported."""
     found = as_needed(found, sized.keep)
-    rebuilt = rebuild(found, Chosen(sized.keep), refit, passes=PASSES)
-    clock.stage("refit")
-    laid = lay_out(found, rebuilt, "dense")
-    clock.stage("apply")
+    rebuilt, laid = _rebuilt(found, Chosen(sized.keep), refit, clock)
     return finish(
         before,
         found,
@@ -285,6 +282,32 @@ def made(
         selected=sized.predicted is not None,
         together=sized.together,
     )
+
+
+def _rebuilt(found: Study, chosen: Chosen, refit: str, clock: Clock) -> tuple[Rebuilt, LaidOut]:
+    """The network refitted and cut; refits of experts are undone where the selection set is no nearer."""
+
+    def one(experts: bool) -> tuple[Rebuilt, LaidOut]:
+        rebuilt = rebuild(found, chosen, refit, passes=PASSES, experts=experts)
+        clock.stage("refit")
+        laid = lay_out(found, rebuilt, "dense")
+        clock.stage("apply")
+        return rebuilt, laid
+
+    rebuilt, laid = one(True)
+    if not rebuilt.experts or not found.held:
+        return rebuilt, laid
+    other, without = one(False)
+    before, after = (
+        distance(found.original, one.model, found.held, found.options.divergence) for one in (without, laid)
+    )
+    if after < before:
+        return rebuilt, laid
+    note = (
+        "experts keep the weights that they have: on the selection set the divergence is "
+        f"{before:.3g} with these, {after:.3g} with refitted ones"
+    )
+    return replace(other, notes=(*other.notes, note)), without
 
 
 def checked(
