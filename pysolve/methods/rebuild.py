@@ -22,7 +22,8 @@ from pysolve.nn.graph.mixtures import mixtures_in
 from pysolve.nn.graph.sizes import usable
 from pysolve.nn.layer_kinds import inputs_first, twins
 from pysolve.nn.layer_matrix import channels, taps
-from pysolve.nn.lockstep import Sampling, refit
+from pysolve.nn.layer_refit import Sampling
+from pysolve.nn.lockstep import refit
 from pysolve.nn.norms import kept_of_norms
 from pysolve.nn.routers import chosen_by_routers
 from pysolve.nn.running import Batch, as_tensor
