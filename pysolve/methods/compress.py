@@ -168,7 +168,8 @@ def compress(
         one device. The result is where ``model`` is; ``evaluate`` is called with networks there.
     dry_run : bool
         Cut nothing: the result is the network as it is, and ``report.expected`` tells which divergence to
-        expect of the target and, where it is one share, of others.
+        expect of the target, which is measured, and, where it is one share, of others, which follow from it
+        and from the divergences of single sites.
 
     Returns
     -------
@@ -241,12 +242,34 @@ def compress(
         assert wanted is not None
         where = probe(found, menus)
         menus = price(found, menus, where)
+        costs = expected(found, menus, wanted, round_to, ties) if dry_run else ()
+        if any(one.target == wanted and one.divergence is None for one in costs):
+            clock.stage("measure")
+            return told(before, found, clock, costs)
+        sized = within(found, menus, wanted, where, round_to, ties)
         if dry_run:
             clock.stage("measure")
-            return told(before, found, clock, expected(found, menus, wanted, round_to, ties))
-        sized = within(found, menus, wanted, where, round_to, ties)
+            return told(before, found, clock, measured(found, costs, wanted, sized, refit, clock))
     clock.stage("measure")
     return made(before, found, sized, clock, wanted, refit, how)
+
+
+def measured(
+    found: Study, costs: Sequence[Expected], target: Target, sized: Sized, refit: str, clock: Clock
+) -> list[Expected]:
+    """What targets would cost, by the network that one of them makes.
+
+    The others differ from the sums of their single sites by the same factor.
+    """
+    own = next(one.divergence for one in costs if one.target == target)
+    if not own or not found.apart:
+        return [*costs]
+    found = as_needed(found, sized.keep)
+    _, laid = _rebuilt(found, Chosen(sized.keep), refit, clock)
+    factor = distance(found.original, laid.model, found.apart, found.options.divergence) / own
+    return [
+        replace(one, divergence=None if one.divergence is None else factor * one.divergence) for one in costs
+    ]
 
 
 def told(

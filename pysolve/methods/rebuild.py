@@ -16,13 +16,14 @@ from pysolve.methods.kinds.channels import ridge_fit
 from pysolve.methods.menu import Chosen, Fit, Task
 from pysolve.methods.study import Study, no_samples
 from pysolve.methods.weights import weight_name
-from pysolve.nn.apply import kept_entries
+from pysolve.nn.cuts import kept_entries
 from pysolve.nn.graph.branches import Cut, Layer, layer_values
 from pysolve.nn.graph.mixtures import mixtures_in
 from pysolve.nn.graph.sizes import usable
 from pysolve.nn.layer_kinds import inputs_first, twins
 from pysolve.nn.layer_matrix import channels, taps
-from pysolve.nn.lockstep import Sampling, refit
+from pysolve.nn.layer_refit import Sampling
+from pysolve.nn.lockstep import refit
 from pysolve.nn.norms import kept_of_norms
 from pysolve.nn.routers import chosen_by_routers
 from pysolve.nn.running import Batch, as_tensor
