@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.functional import max_pool2d, relu
 
 from pysolve.correlations import group_columns
-from pysolve.methods.rebuild import cuts_of
+from pysolve.methods.tasks import cuts_of
 from pysolve.nn import layer_refit, lockstep
 from pysolve.nn.apply import apply, masked
 from pysolve.nn.gather import gather
