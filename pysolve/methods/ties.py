@@ -110,15 +110,12 @@ def uniform(found: Study) -> Ties:
 
 def apart(ties: Ties, gone: Sequence[int]) -> Ties:
     """The ties with some sites by themselves, all of whose channels go: layers without them are no layers."""
-    rows = [
-        ([i for i in group if i not in gone], mask)
-        for group, mask in zip(ties.groups, ties.allowed, strict=True)
-    ]
-    rows += [
-        ([i], mask) for group, mask in zip(ties.groups, ties.allowed, strict=True) for i in group if i in gone
-    ]
-    rows = [(group, mask) for group, mask in rows if group]
-    return replace(ties, groups=[group for group, _ in rows], allowed=[mask for _, mask in rows])
+    groups, allowed = list[Sequence[int]](), list[Mask]()
+    for group, mask in zip(ties.groups, ties.allowed, strict=True):
+        parts = [[i for i in group if i not in gone], *([i] for i in group if i in gone)]
+        groups += [part for part in parts if part]
+        allowed += [mask for part in parts if part]
+    return replace(ties, groups=groups, allowed=allowed)
 
 
 def rounded(found: Study, ties: Ties, round_to: RoundTo) -> Ties:

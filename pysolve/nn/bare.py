@@ -218,10 +218,9 @@ def member(modules: Mapping[str, nn.Module], name: str) -> nn.Module | Bare | St
     tensor = getattr(owner, leaf)
     if order == EXPERTS:
         return Stack(owner, leaf, order) if tensor.ndim else None
-    gates = type(owner) in GATES and leaf.startswith("weight_") and order == "oi"
-    return (
-        Stack(owner, leaf, order) if isinstance(tensor, nn.Parameter) and (tensor.ndim > 2 or gates) else None
-    )
+    gates = type(owner) in GATES and leaf.startswith(("weight_ih", "weight_hh")) and order == "oi"
+    several = isinstance(tensor, nn.Parameter) and (tensor.ndim > 2 or gates)
+    return Stack(owner, leaf, order) if several else None
 
 
 def forms_of_member(owner: nn.Module, leaf: str) -> tuple[Bare | Stack, ...]:

@@ -105,7 +105,7 @@ def _energies(
                     stack = _stack(model, name)
                     for b in walk.batches:
                         value = walk.value(read, b)
-                        if stack.leaf.startswith("weight_hh"):
+                        if isinstance(stack.owner, nn.RNNBase) and stack.leaf.startswith("weight_hh"):
                             value = _states(stack, walk.value(node, b)[0])
                         count, squares = _squares(value, stack.inputs)
                         before = found.get(name, (0, np.zeros(stack.inputs)))
