@@ -111,9 +111,9 @@ def main(
     other, batches, own = other_text(data), windows(train, count), own_text(model, count)
     dense = loss(model, test), loss(model, other)
     sites = [site for site in ps.find_sites(model, batches[0]) if site.pinned is None]
-    words = "units", "above", "other text", "divergence", "params", "bytes", "ms", "seconds"
+    words = "units", "loss", "other text", "diverg.", "params", "bytes", "ms", "sec."
     for target in share or [0.7, 0.5]:
-        title = f"{target:.0%} of the MACs; loss {dense[0]:.4f} before, of another text {dense[1]:.4f}"
+        title = f"{target:.0%} of the MACs; before, loss {dense[0]:.4f}, of another text {dense[1]:.4f}"
         table = Table(*words, title=title)
         for units in UNITS:
             start = time.perf_counter()
@@ -126,7 +126,7 @@ def main(
                     distill=distill if units == "all" else 0,
                 )
             except ps.PysolveError:
-                table.add_row(units, "out of reach")
+                table.add_row(units, "none")
                 continue
             seconds, report = time.perf_counter() - start, small.report
             slow, fast = report.latencies[-1]
