@@ -126,7 +126,7 @@ def main(
                     distill=distill if units == "all" else 0,
                 )
             except ps.PysolveError:
-                table.add_row(units, "none")
+                table.add_row(units, "out of reach")
                 continue
             seconds, report = time.perf_counter() - start, small.report
             slow, fast = report.latencies[-1]
