@@ -15,6 +15,7 @@ from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import Codebook, LowRank
 from pysolve.nn.bare import Listed, find_member, forms_of_member
 from pysolve.nn.emptied import emptied
+from pysolve.nn.heads import check_scale, keep_scale
 from pysolve.nn.layer_kinds import sides, tied_tables, twins
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.factored_embedding import FactoredEmbedding
@@ -119,6 +120,8 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
         setattr(layers[owner], leaf, new)
     for norm, more in norms_of(model, plan).items():
         rescale(smaller, norm, more)
+    for step in plan.steps:
+        keep_scale(smaller, step, cuts)
     decoded = {name: form for name, form in plan.forms.items() if isinstance(form, Codebook)}
     load(smaller, {name: as_tensor(form.dense()) for name, form in decoded.items()})
     for name, form in plan.forms.items():
@@ -203,6 +206,7 @@ def _prepared(model: nn.Module, plan: Plan) -> tuple[nn.Module, dict[str, nn.Mod
     cuts = _cuts(model, plan)
     _integers(model, plan)
     norms_of(model, plan)
+    check_scale(model, plan)
     values = new_values(model, plan)
     members = _by_member(model, cuts)
     _check_forms(model, plan, members)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from pysolve.nn.graph.calls import Call, Labels, meet, pointwise
-from pysolve.nn.graph.classes import complete, labelled, lean, none, squashed
+from pysolve.nn.graph.classes import Attended, complete, labelled, lean, none, squashed
 from pysolve.nn.graph.norms import through_norm
 
 Rule = Callable[[Call], Labels]
@@ -229,11 +229,24 @@ def attention(call: Call) -> Tensor:
     query, key, value = (call.args[name] for name in ("query", "key", "value"))
     if call.args.get("enable_gqa"):
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+    if call.network.inner:
+        return _dimensions(call, query, key, value)
     scores = _contract(call, (query, call.sources["query"]), (key, call.sources["key"]))
     if isinstance(call.args["attn_mask"], Tensor):
         mask = (call.args["attn_mask"], call.sources["attn_mask"])
         scores = meet(call, [(scores, call.sources["query"]), mask])
     return _contract(call, (scores, call.sources["query"]), (value.mT, call.sources["value"]))
+
+
+def _dimensions(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention by dimension: each is one channel of queries, keys and values, the same in all heads."""
+    call.network.attended.append(Attended(call.node, query, key, value))
+    reason = call.says("multiplies these channels")
+    parts = [call.ledger.mix(one, range(one.ndim - 1), reason) for one in (query, key, value)]
+    call.ledger.unite(*(one.expand(*[1] * (one.ndim - 1), -1) for one in parts))
+    if isinstance(call.args["attn_mask"], Tensor):
+        call.ledger.pin(call.args["attn_mask"], reason)
+    return call.ledger.mix(value, (-2,), reason).expand(call.result.shape)
 
 
 def einsum(call: Call) -> Labels:
