@@ -74,8 +74,8 @@ class Attention:
     keys, values : (G, d) int array
         Output channels of the layers between; H / G heads in a row share them.
     scale : str, optional
-        Path of the attribute that holds 1/√d; "" where the code takes it from sizes; None where the scale does
-        not follow the size of a head.
+        Path of the attribute that holds 1/√d; "" where the code takes it from sizes; None where the scale
+        does not follow the size of a head.
     """
 
     query: str
@@ -124,8 +124,8 @@ class Site:
     """A set of channels that can shrink: which layers make them, pass them on and read them.
 
     A channel here is whatever must be removed together: one feature map, one neuron, one attention head, one
-    dimension of all heads, one group of a grouped convolution. ``rows`` and ``columns`` give its indices in each layer; a layer that they
-    do not name has its channels in order, in equal consecutive blocks.
+    dimension of all heads, one group of a grouped convolution. ``rows`` and ``columns`` give its indices in
+    each layer; a layer that they do not name has its channels in order, in equal consecutive blocks.
 
     Parameters
     ----------
@@ -231,6 +231,11 @@ class Site:
         roles = (("writers", self.writers), ("passed", self.passed))
         passes = {*weights, *(weight.removesuffix(".weight") for weight in weights)}
         return [(role, name) for role, names in roles for name in names if weights and name not in passes]
+
+    def overlaps(self, other: Site) -> bool:
+        """Whether a reader would lose some inputs for either site, as for heads and their dimensions."""
+        shared = self.columns.keys() & other.columns.keys()
+        return any(np.intersect1d(self.columns[name], other.columns[name]).size for name in shared)
 
     def rows_of(self, layer: str, width: int) -> Indices:
         """(channels, r) output channels of a writer or a passed layer that is ``width`` channels wide."""

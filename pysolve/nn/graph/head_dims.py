@@ -51,7 +51,9 @@ def head_dims(
             continue
         rng = np.random.default_rng(0)
         for number in range(len([*_variants(model, site, read)])):
-            offered = {j: [*_variants(model, found[j], read)] for j in range(i, len(found)) if j not in proven}
+            offered = {
+                j: [*_variants(model, found[j], read)] for j in range(i, len(found)) if j not in proven
+            }
             tried = {j: _half(one[number], rng) for j, one in offered.items() if number < len(one)}
             if problem([tried[i]]) is not None:
                 continue
