@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.correlations import AnyArray, Array, Indices
+from pysolve.methods.heads import in_head_axes
 from pysolve.methods.studied import widened
 from pysolve.methods.study import Study, Turn
 from pysolve.methods.turning import Turned, along, apart, put, study_of
@@ -76,9 +77,18 @@ def in_principal_axes(study: Study) -> Study:
 
 
 def as_needed(study: Study, keep: Mapping[Site, Indices]) -> Study:
-    """The study before its streams were turned, where none of them loses channels."""
+    """The study without what was turned for nothing: streams and heads that lose no channels."""
     turn = study.turn
-    return study if turn is None or any(site in keep for site in turn.sites) else turn.before
+    if turn is None:
+        return study
+    heads = [site for site in turn.sites if site.attention]
+    used, streams = [site for site in heads if site in keep], [one for one in turn.sites if one not in heads]
+    if (not streams or any(site in keep for site in streams)) and len(used) == len(heads):
+        return study
+    before = replace(turn.before, sites=study.sites)
+    if any(site in keep for site in streams):
+        before = in_principal_axes(before)
+    return in_head_axes(before, used) if used else before
 
 
 @dataclass(frozen=True, eq=False)

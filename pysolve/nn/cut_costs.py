@@ -89,11 +89,11 @@ def rest_of(
 
 
 def _compatible(sites: Sequence[Site]) -> list[list[int]]:
-    """Sites that one network can lose channels of, all of them in one of the sets: heads, or their dimensions."""
+    """Sets of sites that one network can lose channels of: with heads, or with their dimensions."""
     dims = [s for s, site in enumerate(sites) if site.attention]
     if not dims:
         return [[*range(len(sites))]]
-    whole = [s for s, site in enumerate(sites) if any(site.overlaps(sites[d]) for d in dims if d != s)]
+    whole = [s for s, one in enumerate(sites) if any(one.overlaps(sites[d]) for d in dims if d != s)]
     return [[s for s in range(len(sites)) if s not in one] for one in (dims, whole)]
 
 

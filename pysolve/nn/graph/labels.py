@@ -42,8 +42,8 @@ def label_channels(
     norms unite all of these; operators without a rule pin the channels that they read. Bare parameters and
     buffers that would pin channels get labels, too, which unite with those that they meet. Channels that meet
     parameters used in ``training`` alone, a graph of the network in training mode, are pinned: no data show
-    what these parameters are for. ``lines`` keeps rows or columns of some views together. ``inner``: channels are
-    dimensions of attention heads, not whole heads.
+    what these parameters are for. ``lines`` keeps rows or columns of some views together.
+    ``inner``: channels are dimensions of attention heads, not whole heads.
     """
     bare: dict[str, int] = {}
     while True:
