@@ -214,6 +214,8 @@ def _allowed(found: Study, shell: nn.Module, fields: Fields, own: Sequence[int])
     some = max(channels // 2, sites[0].least)
     if channels < 2:
         return "one channel is left of it"
+    if any(one.queries.shape[1] > channels for site in sites for one in site.attention):
+        return "no configuration says which frequencies of positions stay"
     plan = Plan(tuple(Collapse(site, np.arange(some)) for site in sites))
     narrow = apply(shell, plan)
     try:

@@ -69,6 +69,8 @@ class Network:
         Norms over all channels of a value.
     inner : bool
         Follow the dimensions of attention heads instead of whole heads.
+    scored : {Node: (labels, labels)}
+        Products of queries and keys, where their dimensions are followed.
     attended : list of Attended
         Attention, where its dimensions are followed.
     ledger : Ledger
@@ -88,6 +90,7 @@ class Network:
     grids: dict[Node, Tensor] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
     inner: bool = False
+    scored: dict[Node, tuple[Tensor, Tensor]] = field(default_factory=dict)
     attended: list[Attended] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
 
