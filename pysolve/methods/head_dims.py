@@ -48,21 +48,12 @@ def without_dims(found: Study) -> tuple[Study, list[Site]]:
 def with_dims(
     found: Study, dims: Sequence[Site], kind: Channels, menus: Sequence[Menu], *, one: bool
 ) -> Dims | None:
-    """The study with heads in their axes and menus of their dimensions; None where no head has axes."""
+    """The study with heads in their axes, and menus of their dimensions; None where there are none."""
     if not dims or found.graph is None:
         return None
     turned = in_head_axes(replace(found, sites=[*found.sites, *dims]), dims)
-    able = [site for site in turned.free if site.attention]
-    if not able:
-        return None
-    more = [kind.menu(turned, site) for site in able]
-    ties = None
-    if one:
-        try:
-            ties = uniform(turned)
-        except PysolveError:
-            return None
-    return Dims(turned, [*menus, *more], ties)
+    more = [kind.menu(turned, site) for site in turned.free if site.attention]
+    return Dims(turned, [*menus, *more], uniform(turned) if one else None)
 
 
 def priced(dims: Dims, where: Probe) -> Dims:
@@ -87,9 +78,10 @@ def contest(
     """
     study = dims.study
     own = rounded(study, dims.ties or separate(study), round_to)
-    costs = costs_of(study).tied(own.groups)
-    units = grouped(dims.menus, own)
     rivals = _rivals(study, own)
+    if not rivals:
+        return found, heads
+    costs, units = costs_of(study).tied(own.groups), grouped(dims.menus, own)
     chosen = _chosen(costs, units, rivals, target)
     if not chosen:
         return found, heads

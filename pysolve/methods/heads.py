@@ -102,7 +102,9 @@ def _turned(study: Study, sites: Sequence[Site]) -> Study | str:
     heads = [one for site in sites for one in site.attention]
     for one in heads:
         for name in (one.query, one.key, one.value, one.output):
-            if name not in study.correlations or study.layers[name].calls != 1:
+            if name not in study.correlations:
+                return f"nothing is known of what {name} reads"
+            if study.layers[name].calls != 1:
                 return f"{name} does not run just once"
             if not isinstance(find_layer(study.model, name), LINEAR):
                 return f"{name} cannot be turned"

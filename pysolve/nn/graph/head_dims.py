@@ -96,11 +96,11 @@ def _attention(graph: Graph, attended: Attended, writers: Sequence[Member]) -> A
 
 def _located(labels: Tensor, writers: Sequence[Member]) -> tuple[str, Indices] | None:
     """The layer that makes all of these channels, and (heads, d) of its rows."""
-    heads, d = labels.shape[-3], labels.shape[-1]
-    core = squashed(labels)
-    if core.numel() != heads * d or core.min() < 0:
+    core, d = squashed(labels), labels.shape[-1]
+    if core.numel() != core.shape[-3] * d or core.min() < 0:
         return None
-    table = core.reshape(heads, d).numpy()
+    # Of keys that all heads share there is one row.
+    table = np.broadcast_to(core.reshape(-1, d).numpy(), (labels.shape[-3], d))
     for member in writers:
         start, stop = int(member.labels.min()), int(member.labels.max())
         if start <= table.min() and table.max() <= stop:
