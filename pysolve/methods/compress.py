@@ -250,7 +250,7 @@ def compress(
     elif keep is not None:
         own = [site for site in inner if isinstance(keep, Mapping) and site in keep]
         if dims := with_dims(found, own, channels, menus, one=one):
-            found, menus, ties = dims.study, dims.menus, dims.ties
+            found, menus, ties = dims.study, [*dims.menus], dims.ties
         sized = by_keep(found, menus, keep, round_to, ties)
     else:
         assert wanted is not None

@@ -143,7 +143,7 @@ def _axes(study: Study, site: Site, one: Attention) -> _Axes:
         heads = range(g * each, (g + 1) * each)
         N = np.eye(d)
         if not _by_position(site):
-            Q = sum(_moments(study, one.query, one.queries[h])[0] for h in heads)
+            Q = np.sum([_moments(study, one.query, one.queries[h])[0] for h in heads], axis=0)
             N = _of_scores(Q, _moments(study, one.key, rows)[1])
         keys.append(N)
         Z, A = _results(study, one, [one.outputs[h] for h in heads])
@@ -228,7 +228,7 @@ def _network(model: nn.Module, axes: Sequence[_Axes]) -> tuple[nn.Module, dict[s
     network = copy_of(model)
     state = network.state_dict()
     values = dict[str, Tensor]()
-    new: ChainMap[str, Tensor] = ChainMap(values, state)  # type: ignore[arg-type]
+    new: ChainMap[str, Tensor] = ChainMap(values, state)
     for name, rows, matrix in (turn for one in axes for turn in _turns(one)):
         tensor, bias = weight_name(network, name), tensor_name(name, "bias")
         first = inputs_first(find_layer(network, name))
@@ -250,7 +250,7 @@ def _turns(axes: _Axes) -> Iterator[tuple[str, Indices, Array]]:
     """Layers, rows, and what these are multiplied by."""
     one, each = axes.one, len(axes.one.queries) // len(axes.one.keys)
     for h, rows in enumerate(one.queries):
-        yield one.query, rows, np.linalg.inv(axes.keys[h // each]).T
+        yield one.query, rows, np.asarray(np.linalg.inv(axes.keys[h // each]).T)
     for rows, N in zip(one.keys, axes.keys, strict=True):
         yield one.key, rows, N
     for rows, M in zip(one.values, axes.values, strict=True):

@@ -261,7 +261,10 @@ def _attention(record: object, width: Width, tables: Mapping[str, Mapping[str, I
         raise DataError("expected heads of one size.")
     if len(found["queries"]) % len(found["keys"]):
         raise DataError("expected as many heads for each group of keys.")
-    return Attention(**names, **found, scale=None if scale is None else typed(scale, str, "a scale"))
+    query, key, value, output = names.values()
+    queries, keys, values, outputs = found.values()
+    own = None if scale is None else typed(scale, str, "a scale")
+    return Attention(query, key, value, output, queries, keys, values, outputs, own)
 
 
 def _shaped(table: Indices, heads: int, what: str) -> Indices:
