@@ -40,9 +40,11 @@ class Dims:
 
 
 def without_dims(found: Study) -> tuple[Study, list[Site]]:
-    """The study without sites of heads' dimensions, and those of them that can shrink."""
-    dims = [site for site in found.free if site.attention]
-    return replace(found, sites=[site for site in found.sites if not site.attention]), dims
+    """The study without heads' dimensions, with notes of why some stay, and the sites of those that can go."""
+    dims = [site for site in found.sites if site.attention]
+    whole = replace(found, sites=[site for site in found.sites if not site.attention])
+    said = (f"{site.name}, no dimensions can go: {site.pinned}" for site in dims if site.pinned is not None)
+    return replace(whole, notes=(*whole.notes, *said)), [site for site in dims if site.pinned is None]
 
 
 def with_dims(

@@ -16,10 +16,10 @@ from pysolve.nn.graph.calls import product_of, stored
 from pysolve.nn.graph.classes import Attended, Classes, Member, squashed
 from pysolve.nn.graph.experts import Problem
 from pysolve.nn.graph.export import Graph
-from pysolve.nn.graph.integers import choices, counting
+from pysolve.nn.graph.integers import choices, counting, integers_read
 from pysolve.nn.graph.labels import label_channels
 from pysolve.nn.graph.residual import sound
-from pysolve.nn.running import find_layer
+from pysolve.nn.running import Batch, find_layer
 from pysolve.plan import Attention, Collapse, Indices, Site, tensor_name
 
 # From sites to the sites that labels make of them.
@@ -27,42 +27,45 @@ SitesOf = Callable[[Classes], list[Site]]
 
 
 def head_dims(
-    model: nn.Module, graph: Graph, sites_of: SitesOf, problem: Problem, read: Mapping[str, int]
+    model: nn.Module, graph: Graph, batch: Batch, sites_of: SitesOf, problem: Problem
 ) -> list[Site]:
-    """The sites of dimensions of heads that work, with what follows their number.
+    """The sites of dimensions of heads, with what follows their number; pinned where they do not work.
 
     Parameters
     ----------
     model : nn.Module
     graph : Graph
+    batch : one batch
     sites_of : callable
         From classes of labels to sites.
     problem : callable
         From steps to what is wrong with the network that loses their channels; None if nothing is.
-    read : {path of an attribute: int}
-        Integers that the network's code reads.
     """
     classes = label_channels(model, graph, inner=True)
-    found = [site for site in _described(model, graph, classes, sites_of(classes)) if site.pinned is None]
-    proven: dict[int, Site] = {}
+    every = [*_described(graph, classes, sites_of(classes))]
+    found = [site for site in every if site.pinned is None]
+    proven, read = dict[int, Site](), integers_read(model, batch, trains=False) if found else {}
     # Layers repeat each other: what works for one is tried for all that are left.
     for i, site in enumerate(found):
         if i in proven:
             continue
-        rng = np.random.default_rng(0)
+        rng, problems = np.random.default_rng(0), list[str]()
         for number in range(len([*_variants(model, site, read)])):
             offered = {
                 j: [*_variants(model, found[j], read)] for j in range(i, len(found)) if j not in proven
             }
             tried = {j: _half(one[number], rng) for j, one in offered.items() if number < len(one)}
-            if problem([tried[i]]) is not None:
+            if (wrong := problem([tried[i]])) is not None:
+                problems.append(wrong)
                 continue
             proven |= {j: step.site for j, step in sound(tried, problem).items()}
             break
-    return [proven[i] for i in sorted(proven)]
+        else:
+            proven[i] = replace(site, pinned=problems[0])
+    return [*(proven[i] for i in sorted(proven)), *(site for site in every if site.pinned is not None)]
 
 
-def _described(model: nn.Module, graph: Graph, classes: Classes, sites: Sequence[Site]) -> Iterator[Site]:
+def _described(graph: Graph, classes: Classes, sites: Sequence[Site]) -> Iterator[Site]:
     """Sites that hold dimensions of heads, with the rows of each head."""
     writers = [member for member in classes.members if member.role == "writers"]
     heads: dict[int, list[Attention]] = {}

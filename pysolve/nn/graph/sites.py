@@ -134,10 +134,8 @@ def sites_in(
     # The logits of a router, which its softmax mixes.
     logits = {name for site in experts if site.pinned is None for name in site.writers}
     best = [site for site in best if site.pinned is None or not logits.issuperset(site.writers)]
-    if heads:
-        read = integers_read(model, some, trains=_trouble(copy_of(model), some) is None)
-        experts += [_ignoring(site, ignored) for site in head_dims(model, graph, sites_of, problem, read)]
-    return [*best, *experts]
+    dims = head_dims(model, graph, some, sites_of, problem) if heads else ()
+    return [*best, *experts, *(_ignoring(site, ignored) for site in dims)]
 
 
 def _trial(model: nn.Module, batch: Batch) -> Problem:
