@@ -40,7 +40,7 @@ class Dims:
 
 
 def without_dims(found: Study) -> tuple[Study, list[Site]]:
-    """The study without heads' dimensions, with notes of why some stay, and the sites of those that can go."""
+    """The study without heads' dimensions, with notes of why some stay, and those that can go."""
     dims = [site for site in found.sites if site.attention]
     whole = replace(found, sites=[site for site in found.sites if not site.attention])
     said = (f"{site.name}, no dimensions can go: {site.pinned}" for site in dims if site.pinned is not None)
