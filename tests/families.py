@@ -86,6 +86,25 @@ def qwen3_moe(t):
     return t.Qwen3MoeForCausalLM(t.Qwen3MoeConfig(**TEXT, **GROUPED, **SMALL, **more)), {"input_ids": IDS}
 
 
+def deepseek(t, **more):
+    """Experts in two groups, of which the better one is looked at."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
+    config = t.DeepseekV3Config(
+        **{**TEXT, **sizes, "num_key_value_heads": 2, "moe_intermediate_size": 8},
+        **{"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2},
+        **{"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
+        **{"v_head_dim": 4, "first_k_dense_replace": 1},
+    )
+    return t.DeepseekV3ForCausalLM(config), {"input_ids": IDS}
+
+
+def gpt_oss(t):
+    """Biases of experts and of the router."""
+    more = {"head_dim": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = t.GptOssConfig(**TEXT, **GROUPED, **SMALL, **more)
+    return t.GptOssForCausalLM(config), {"input_ids": IDS}
+
+
 def opt(t):
     config = t.OPTConfig(
         **{"vocab_size": 30, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4},
@@ -99,11 +118,14 @@ FAMILIES = {
     **{one.__name__: one for one in (whisper, mixtral, qwen3_moe, opt)},
 }
 
+# Mixtures of experts.
+MIXTURES = {one.__name__: one for one in (mixtral, qwen3_moe, deepseek, gpt_oss)}
+
 
 def made(t, name, seed=0):
     """A family's network in evaluation mode, and its batch; ``t`` is the library."""
     torch.manual_seed(seed)
-    model, batch = FAMILIES[name](t)
+    model, batch = {**FAMILIES, **MIXTURES}[name](t)
     return model.eval(), batch
 
 

@@ -39,10 +39,14 @@ def exact_objective(R, C, M, lam, group_size=1, weights=None):
     return float(0.5 * ((M @ R) * M).sum() - (C * M).sum() + lam * (weights * norms).sum())
 
 
-def lowest_found(R, C, M, lam, group_size=1, weights=None):
-    """The lowest objective on the way of reweighted ridge fits down from M, with ridges of all sizes."""
+def lowest_found(R, C, M, lam, group_size=1, weights=None, shift=0.0):
+    """The lowest objective on the way of reweighted ridge fits down from M, with ridges of all sizes.
+
+    With a shift, of the fits that it says something about: P itself has no minimum then.
+    """
     weights = np.ones(len(R) // group_size) if weights is None else weights
     best = exact_objective(R, C, M, lam, group_size, weights)
+    largest = 2 * np.square(M).sum(0) @ np.diag(R) if shift else np.inf
     for ridge in 10.0 ** np.arange(-15, -6, 2):
         N = M
         for _ in range(60):
@@ -52,7 +56,8 @@ def lowest_found(R, C, M, lam, group_size=1, weights=None):
             unit = np.sqrt(np.where(np.diag(A) > 0, np.diag(A), 1.0))
             A = A / unit / unit[:, None] + ridge * np.eye(len(R))
             N = np.linalg.solve(A, (C / unit).T).T / unit
-            best = min(best, exact_objective(R, C, N, lam, group_size, weights))
+            if np.square(N).sum(0) @ np.diag(R) <= largest:
+                best = min(best, exact_objective(R, C, N, lam, group_size, weights))
     return best
 
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
@@ -14,7 +13,6 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import save as tensors
-from threadpoolctl import threadpool_limits
 from torch import nn
 
 import pysolve as ps
@@ -23,6 +21,7 @@ from pysolve.cli.outputs import folder, write
 from pysolve.correlations import Array
 from pysolve.nn.evaluate import macs, parameters
 from pysolve.nn.running import find_layer
+from pysolve.nn.threads import threads
 from pysolve.nn.zoo import DigitsNet, LeNet5
 from pysolve.report import drawing
 from pysolve.report.page import page
@@ -89,18 +88,6 @@ def run(data: Path | None, out: Path, *, seed: int = 0, epochs: int | None = Non
         write(out / "report.html", page(found["low_rank"][-1].report, f"{type(model).__name__}, smaller"))
         drawing.save_figure(picture(model, dataset, found, size), out / "demo.png", dpi=150)
     console.out(farewell(model, out))
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    """Let torch and BLAS use so many threads for a while."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        with threadpool_limits(count, user_api="blas"):
-            yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def batches(images: Images) -> tuple[torch.Tensor, ...]:

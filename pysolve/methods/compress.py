@@ -27,11 +27,11 @@ from pysolve.methods.goal import (
 )
 from pysolve.methods.head_dims import contest, priced, with_dims, without_dims
 from pysolve.methods.kinds.channels import ELIMINATIONS, SENSITIVITY, Channels, Select
-from pysolve.methods.layout import lay_out
+from pysolve.methods.layout import LaidOut, lay_out
 from pysolve.methods.menu import Chosen
 from pysolve.methods.price import price, probe
 from pysolve.methods.rebuild import PASSES, REFITS, Rebuilt, rebuild
-from pysolve.methods.result import finish
+from pysolve.methods.result import distance, finish
 from pysolve.methods.sizes import (
     Sized,
     by_keep,
@@ -51,6 +51,7 @@ from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored
+from pysolve.nn.threads import threads_of_torch
 from pysolve.plan import Site
 from pysolve.report.rows import Expected
 from pysolve.report.warnings import needed_experts
@@ -59,6 +60,7 @@ from pysolve.solve.selection import select_channels
 DEFAULT: Target = {"params": 0.25}
 
 
+@threads_of_torch
 @one_bar
 def compress(
     model: nn.Module | Compressed,
@@ -287,10 +289,7 @@ def made(
 ) -> Compressed:
     """A studied network, refitted with some channels kept, cut, checked and reported."""
     found = as_needed(found, sized.keep)
-    rebuilt = rebuild(found, Chosen(sized.keep), refit, passes=PASSES)
-    clock.stage("refit")
-    laid = lay_out(found, rebuilt, "dense")
-    clock.stage("apply")
+    rebuilt, laid = _rebuilt(found, Chosen(sized.keep), refit, clock)
     return finish(
         before,
         found,
@@ -306,6 +305,32 @@ def made(
         selected=sized.predicted is not None,
         together=sized.together,
     )
+
+
+def _rebuilt(found: Study, chosen: Chosen, refit: str, clock: Clock) -> tuple[Rebuilt, LaidOut]:
+    """The network refitted and cut; refits of experts are undone where the selection set is no nearer."""
+
+    def one(experts: bool) -> tuple[Rebuilt, LaidOut]:
+        rebuilt = rebuild(found, chosen, refit, passes=PASSES, experts=experts)
+        clock.stage("refit")
+        laid = lay_out(found, rebuilt, "dense")
+        clock.stage("apply")
+        return rebuilt, laid
+
+    rebuilt, laid = one(True)
+    if not rebuilt.experts or not found.held:
+        return rebuilt, laid
+    other, without = one(False)
+    before, after = (
+        distance(found.original, one.model, found.held, found.options.divergence) for one in (without, laid)
+    )
+    if after < before:
+        return rebuilt, laid
+    note = (
+        "experts keep the weights that they have: on the selection set the divergence is "
+        f"{before:.3g} with these, {after:.3g} with refitted ones"
+    )
+    return replace(other, notes=(*other.notes, note)), without
 
 
 def checked(

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
-import numpy as np
 from torch import nn
 from torch.distributed import ProcessGroup
 
@@ -27,45 +26,37 @@ from pysolve.methods.goal import (
     options_for,
     placed,
 )
-from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.kinds.codes import Codes
 from pysolve.methods.kinds.zeros import Zeros
 from pysolve.methods.layout import check_layout, plan_of
 from pysolve.methods.matching import check_trained
-from pysolve.methods.menu import Chosen, Fit, Menu
-from pysolve.methods.price import Probe, price, probe
-from pysolve.methods.quantize import FEWEST, LAYOUTS, aim_of, coded, file_of, in_bytes, out_of_reach
+from pysolve.methods.menu import Chosen, Fit
+from pysolve.methods.quantize import LAYOUTS, coded, in_bytes
 from pysolve.methods.rate import (
-    Coded,
     Subject,
-    about_bytes,
-    is_small,
-    least_bytes,
     priced,
     subject_of,
-    within_bytes,
 )
 from pysolve.methods.rebuild import rebuild
-from pysolve.methods.result import NO_REPORT, distance, finish, following, matched
-from pysolve.methods.sizes import Sized, site_reports, sized, within
+from pysolve.methods.result import NO_REPORT, finish, following, matched
+from pysolve.methods.sizes import site_reports
 from pysolve.methods.stages import Stages, packed, sparse_bytes
 from pysolve.methods.study import Clock, Study
+from pysolve.methods.widths import chosen_width
 from pysolve.nn.apply import apply
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.progress import one_bar, part
 from pysolve.nn.running import Batch, Device, Ignored
+from pysolve.nn.threads import threads_of_torch
 from pysolve.plan import Site
 
-# Bits a weight at which the search for a width begins, the factor between widths, and how many are tried.
-_BITS, _WIDER, _WIDTHS = 2.0, 1.6, 5
-# Samples at most, beside the selection set, that tell which width is best.
-_SAMPLES = 4096
-# Share of the parameters from which on all channels stay; of the training, before weights share values.
-_WHOLE, _BEFORE = 0.9, 0.6
+# Share of the training before weights share values.
+_BEFORE = 0.6
 
 
+@threads_of_torch
 @one_bar
 def deep_compress(
     model: nn.Module | Compressed,
@@ -175,13 +166,9 @@ def deep_compress(
     stages = Stages(network, subject.study)
     stages.note("original", network, nbytes(network), 0.0)
     with part(2, 3, "channels"):
-        width = None
-        if subject.study.free and size and share is None and is_small(subject, size):
-            width = _smallest(
-                before, subject, network, size, cut=bool(how), loose=bool(how) or layout != "dense"
-            )
-        if subject.study.free and width is None:
-            width = _width(subject, size, share)
+        width = chosen_width(
+            before, subject, network, size, share, cut=bool(how), loose=bool(how) or layout != "dense"
+        )
         if width is not None and width.keep:
             stages.rebuilt("collapsed", subject.study, Chosen(width.keep), width.seconds)
             if how:
@@ -221,36 +208,6 @@ def deep_compress(
     return replace(result, report=replace(result.report, stages=tuple(stages.rows)))
 
 
-@dataclass(frozen=True, eq=False)
-class _Width:
-    """A network with channels for a share of its parameters.
-
-    Parameters
-    ----------
-    share : float
-    sized : Sized
-    divergence : float
-        Of its outputs within about the bytes.
-    start : Coded, optional
-        What that was measured on.
-    seconds : float
-    cut : bool
-        Whether its channels have been removed already.
-    """
-
-    share: float
-    sized: Sized
-    divergence: float = float("inf")
-    start: Coded | None = None
-    seconds: float = 0.0
-    cut: bool = False
-
-    @property
-    def keep(self) -> dict[Site, Indices]:
-        """Channels that stay of the sites that lose some."""
-        return self.sized.keep
-
-
 def _studied(make: Callable[..., Subject], share: float | None) -> tuple[Subject, list[str]]:
     """One study for channels and codes; without channels where these are searched for and cannot be found."""
     wide = share is not None and share >= 1
@@ -267,94 +224,6 @@ def _studied(make: Callable[..., Subject], share: float | None) -> tuple[Subject
         if share is not None:
             raise
         return make(), [f"all channels stay: {error}"]
-
-
-def _width(subject: Subject, size: int | None, share: float | None) -> _Width | None:
-    """Channels for a share of the parameters; without one, for the share that is best within the bytes."""
-    start, study = time.perf_counter(), subject.study
-    menus = Channels().menus(study)
-    where = probe(study, menus)
-    menus = price(study, menus, where)
-    at = partial(_sized, study, menus, where)
-    if share is not None:
-        return _Width(share, at(share), seconds=time.perf_counter() - start)
-    assert size is not None
-    best = _least(partial(_drafted, subject, size, at), 8 * size / _BITS / parameters(study.model))
-    # So few bytes that no width comes near: all channels will tell how many it takes.
-    return None if best.start is None else replace(best, seconds=time.perf_counter() - start)
-
-
-def _smallest(
-    before: nn.Module | Compressed,
-    subject: Subject,
-    original: nn.Module,
-    size: int,
-    *,
-    cut: bool,
-    loose: bool,
-) -> _Width | None:
-    """One channel of every site, or all, where the file may be too large with others.
-
-    ``cut`` and ``loose`` are those of ``file_of`` and ``aim_of``.
-
-    Raises
-    ------
-    PysolveError
-        It is too large with either.
-    """
-    start, study, measure = time.perf_counter(), subject.study, partial(file_of, before, subject, cut=cut)
-    menus = Channels().menus(study)
-    one, whole = [1] * len(menus), [site.channels for site in study.free]
-    widths = [sized(study, menus, sizes, [0.0] * len(menus)) for sizes in (one, whole)]
-    # Training before the weights take their values may change what the file takes, too.
-    least = [least_bytes(subject, measure, width.keep) + FEWEST * cut for width in widths]
-    if min(least) > aim_of(size, loose):
-        raise out_of_reach(min(least), size, original, loose)
-    if max(least) <= aim_of(size, loose):
-        return None
-    return _Width(0.0, widths[int(np.argmin(least))], seconds=time.perf_counter() - start)
-
-
-def _sized(study: Study, menus: Sequence[Menu], where: Probe, share: float) -> Sized:
-    """Channels for a share of the parameters."""
-    if share >= 1:
-        return sized(study, menus, [site.channels for site in study.free], [0.0] * len(menus))
-    return within(study, menus, {"params": share}, where)
-
-
-def _drafted(
-    subject: Subject, size: int, at: Callable[[float], Sized], share: float, near: Coded | None = None
-) -> _Width:
-    """What channels for a share of the parameters leave within about the bytes."""
-    study = subject.study
-    try:
-        wide = at(share)
-    except PysolveError:
-        return _Width(share, Sized((), ()))
-    done = within_bytes(subject, size, partial(about_bytes, subject), keep=wide.keep, start=near, rough=True)
-    assert done.rebuilt is not None
-    network = apply(study.model, plan_of(study, done.rebuilt))
-    assert study.calibration is not None
-    # Those of the selection set alone are too few to tell widths apart.
-    seen = [*study.first_kept(_SAMPLES), *study.held]
-    lost = distance(study.model, network, seen, study.options.divergence)
-    return _Width(share, wide, lost, replace(done, rebuilt=None))
-
-
-def _least(width: Callable[[float, Coded | None], _Width], start: float) -> _Width:
-    """The width of least divergence: up, or else down, as long as that gains."""
-    best = width(start if start < _WHOLE else 1.0, None)
-    tried = {best.share: best.divergence}
-    for factor in (_WIDER, 1 / _WIDER):
-        share = next(iter(tried))
-        while len(tried) < _WIDTHS and tried[share] <= best.divergence:
-            share = share * factor if share * factor < _WHOLE else 1.0
-            if share in tried:
-                break
-            new = width(share, best.start)
-            tried[share] = new.divergence
-            best = new if new.divergence < best.divergence else best
-    return best
 
 
 def _matched_first(

@@ -124,7 +124,7 @@ def plan_of(study: Study, rebuilt: Rebuilt, forms: Mapping[str, Form] | None = N
         Collapse(site, keep) for site, keep in rebuilt.chosen.keep.items() if len(keep) < site.channels
     )
     # Zeros of what is cut anyway say nothing, and may stand in values that other layers share.
-    fitted = {tensor for name in rebuilt.fits for tensor in names_of(study, name)}
+    fitted = {tensor for name in rebuilt.fits for tensor in names_of(study, name)}.union(rebuilt.experts)
     formed = {name for tensor in forms for name in all_names(study.model, tensor)}
     unsaid = (silenced(study.model, rebuilt.chosen.keep).keys() - fitted) | formed
     values = {name: as_array(value) for name, value in rebuilt.values.items() if name not in unsaid}

@@ -54,6 +54,7 @@ from pysolve.nn.items import Transform
 from pysolve.nn.layer_kinds import WEIGHTED
 from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored
+from pysolve.nn.threads import threads_of_torch
 from pysolve.solve.budget import MEASURES
 
 METHODS = ("activation", "svd")
@@ -61,6 +62,7 @@ LAYOUTS = ("auto", "factored")
 REFITS = ("sequential", "independent", "none")
 
 
+@threads_of_torch
 @one_bar
 def low_rank(
     model: nn.Module | Compressed,

@@ -45,6 +45,7 @@ from pysolve.nn.evaluate import parameters
 from pysolve.nn.items import Transform
 from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored
+from pysolve.nn.threads import threads_of_torch
 from pysolve.plan import Site
 
 METHODS = (*OF_WEIGHTS, "obs", *OF_CHANNELS, "elimination", "lasso")
@@ -97,6 +98,7 @@ class _Goal:
         return self.of_channels or self.refit != "none" or self.method in ("wanda", "obs")
 
 
+@threads_of_torch
 @one_bar
 def prune(
     model: nn.Module | Compressed,

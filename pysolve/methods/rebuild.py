@@ -16,8 +16,9 @@ from pysolve.methods.kinds.channels import ridge_fit
 from pysolve.methods.menu import Chosen, Fit, Task
 from pysolve.methods.study import Study, no_samples
 from pysolve.methods.weights import weight_name
-from pysolve.nn.apply import kept_entries
+from pysolve.nn.cuts import kept_entries
 from pysolve.nn.graph.branches import Cut, Layer, layer_values
+from pysolve.nn.graph.mixtures import mixtures_in
 from pysolve.nn.graph.sizes import usable
 from pysolve.nn.layer_kinds import inputs_first, twins
 from pysolve.nn.layer_matrix import channels, taps
@@ -27,6 +28,7 @@ from pysolve.nn.routers import chosen_by_routers
 from pysolve.nn.running import Batch, as_tensor
 from pysolve.nn.samples import samples_in
 from pysolve.nn.silenced import silenced
+from pysolve.nn.stacks import not_refitted
 from pysolve.nn.state import all_names
 from pysolve.plan import Collapse, Plan, Site
 
@@ -52,6 +54,8 @@ class Rebuilt:
     samples : int
         That layers were fitted on.
     notes : tuple of str
+    experts : tuple of str
+        Matrices and biases of experts that were refitted, by state-dict name.
     """
 
     chosen: Chosen
@@ -59,6 +63,7 @@ class Rebuilt:
     fits: Mapping[str, LayerFit] = field(default_factory=dict)
     samples: int = 0
     notes: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +91,9 @@ def left_of(study: Study, keep: Mapping[Site, Indices]) -> Left:
     return Left(cuts_of(keep, study.layers), {tensors[name]: one for name, one in places.items()})
 
 
-def rebuild(study: Study, chosen: Chosen, refit: str = "sequential", *, passes: int = 1) -> Rebuilt:
+def rebuild(
+    study: Study, chosen: Chosen, refit: str = "sequential", *, passes: int = 1, experts: bool = True
+) -> Rebuilt:
     """Refit a network to what the original computes.
 
     Parameters
@@ -98,9 +105,17 @@ def rebuild(study: Study, chosen: Chosen, refit: str = "sequential", *, passes: 
         biases alone, so that outputs keep their means; or weights that are left stay as they are.
     passes : int
         Further fits of layers that a ReLU follows, with targets that it leaves free.
+    experts : bool
+        Whether experts that lose inputs, or other experts beside them, are refitted on the way, too.
     """
     if refit == "none" or study.calibration is None:
         return _plain(study, chosen)
+    found = _fitted(study, chosen, refit, passes, experts and refit == "sequential")
+    return replace(found, notes=(*found.notes, *not_refitted(chosen.keep, found.experts)))
+
+
+def _fitted(study: Study, chosen: Chosen, refit: str, passes: int, experts: bool) -> Rebuilt:
+    """The network refitted in one of the ways that take data."""
     if refit == "independent" or study.graph is None:
         found = independent(study, chosen)
         why = (
@@ -118,7 +133,7 @@ def rebuild(study: Study, chosen: Chosen, refit: str = "sequential", *, passes: 
     if not batches:
         return replace(independent(study, chosen), notes=(_why_independent(reason),))
     moves = Sampling(passes=passes if refit == "sequential" else 0, seed=study.options.seed)
-    return _walked(study, chosen, batches, reason, moves, weights=refit == "sequential")
+    return _walked(study, chosen, batches, reason, moves, weights=refit == "sequential", experts=experts)
 
 
 def independent(study: Study, chosen: Chosen) -> Rebuilt:
@@ -208,7 +223,14 @@ def _plain(study: Study, chosen: Chosen) -> Rebuilt:
 
 
 def _walked(
-    study: Study, chosen: Chosen, batches: Sequence[Batch], reason: str, sampling: Sampling, *, weights: bool
+    study: Study,
+    chosen: Chosen,
+    batches: Sequence[Batch],
+    reason: str,
+    sampling: Sampling,
+    *,
+    weights: bool,
+    experts: bool,
 ) -> Rebuilt:
     """The lockstep walk: every layer on what the rebuilt network reads by now."""
     assert study.graph is not None
@@ -247,6 +269,8 @@ def _walked(
         fits[name] = found if name in chosen.fits else bare
         return found.weight, found.bias
 
+    mixtures = mixtures_in(study.graph, study.model, chosen.keep) if experts else []
+    before = dict(values)
     new = refit(
         study.graph,
         study.model,
@@ -258,6 +282,7 @@ def _walked(
         only=None if chosen.keep else {name for name in study.weights if study.walks(name)},
         always={name for name in chosen.fits if study.walks(name)},
         norms={**kept_of_norms(chosen.keep), **chosen_by_routers(study.model, chosen.keep)},
+        mixtures=mixtures,
         prepare=prepare,
         ranks=study.options.ranks,
         sampling=sampling,
@@ -267,7 +292,9 @@ def _walked(
     seen = study.calibration.seen
     notes = (f"the refit used {used} of {seen} samples: {reason}",) if used < seen else ()
     unreached = (no_samples(unseen),) if unseen else ()
-    return Rebuilt(chosen, new, fits, used, (*(notes if chosen.keep else ()), *unreached))
+    stacks = dict.fromkeys(name for one in mixtures for name in (one.weight, one.bias) if name)
+    refitted = tuple(name for name in stacks if new.get(name) is not before.get(name))
+    return Rebuilt(chosen, new, fits, used, (*(notes if chosen.keep else ()), *unreached), refitted)
 
 
 def _fit_layer(layer: Layer, task: Task, fit: Fit | None, intercept: bool, weights: bool) -> LayerFit:

@@ -46,9 +46,11 @@ from pysolve.nn.running import (
 )
 from pysolve.nn.samples import laid_out, moved, on_device, peek
 from pysolve.nn.stacks import stack_correlations, stack_notes
+from pysolve.nn.threads import threads_of_torch
 from pysolve.plan import Site
 
 
+@threads_of_torch
 @one_bar
 def study(
     model: nn.Module | Compressed,

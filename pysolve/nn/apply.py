@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import chain, islice
+from itertools import islice
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pysolve.correlations import Mask
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import Codebook, LowRank
-from pysolve.nn.bare import Listed, find_member, forms_of_member
+from pysolve.nn.bare import Listed, find_member
+from pysolve.nn.cuts import attribute, by_member, check_untied, counted, cuts_of, numbered_in
 from pysolve.nn.emptied import emptied
 from pysolve.nn.heads import check_scale, keep_scale
-from pysolve.nn.layer_kinds import sides, tied_tables, twins
-from pysolve.nn.layers.base import weight_of
+from pysolve.nn.layer_kinds import tied_tables, twins
 from pysolve.nn.layers.factored_embedding import FactoredEmbedding
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
 from pysolve.nn.norms import OverKept, kept_of_norms, norms_of, rescale
@@ -26,22 +24,15 @@ from pysolve.nn.routers import choose_among, chosen_by_routers
 from pysolve.nn.running import Batch, as_tensor, closest, find_layer
 from pysolve.nn.silenced import silenced
 from pysolve.nn.slicing import (
-    ROLES,
     Cut,
     Narrowable,
-    channels_of,
-    check_cut,
-    check_kind,
-    inputs,
     narrow,
-    numbered,
-    outputs,
     silence,
 )
 from pysolve.nn.state import copy_of, untie
 from pysolve.nn.values import checked, load, new_values
 from pysolve.nn.verify import mismatch
-from pysolve.plan import Collapse, Indices, Plan
+from pysolve.plan import Collapse, Plan
 
 # Most steps that an error names; finding each takes about 2 log2(steps) runs of the network.
 _NAMED = 5
@@ -113,8 +104,8 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     for layer, others in tied.items():
         for other in others:
             other.weight = layer.weight
-    for path, value in _integers(model, plan).items():
-        owner, leaf, position = _attribute(path)
+    for path, value in counted(model, plan).items():
+        owner, leaf, position = attribute(path)
         old = getattr(layers[owner], leaf)
         new = value if position is None else (*old[:position], value, *old[position + 1 :])
         setattr(layers[owner], leaf, new)
@@ -166,10 +157,10 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     for norm, more in norms_of(model, plan).items():
         if norm.centred:
             rescale(wide, norm.inside, more)
-    state, cut_members = wide.state_dict(keep_vars=True), _by_member(wide, cuts)
+    state, cut_members = wide.state_dict(keep_vars=True), by_member(wide, cuts)
     for name, form in plan.forms.items():
         dense, tensor = as_tensor(form.dense()), state[name].data
-        narrowed = _numbered(wide, name, cut_members)
+        narrowed = numbered_in(wide, name, cut_members)
         if narrowed is None:
             tensor.copy_(dense)
         else:
@@ -182,19 +173,6 @@ def _untied(model: nn.Module, plan: Plan) -> nn.Module:
     return untie(copy_of(model), plan.untied) if plan.untied else model
 
 
-def kept_entries(model: nn.Module, plan: Plan, names: Iterable[str]) -> dict[str, Tensor]:
-    """Flat indices of what a plan's steps leave of tensors, in the shapes that these then have.
-
-    Of those among ``names`` that lose anything.
-    """
-    members, found = _by_member(model, _cuts(model, plan)), dict[str, Tensor]()
-    for name in names:
-        narrowed = _numbered(model, name, members)
-        if narrowed is not None:
-            found[name] = getattr(narrowed, name.rpartition(".")[2]).detach().long().cpu()
-    return found
-
-
 def _prepared(model: nn.Module, plan: Plan) -> tuple[nn.Module, dict[str, nn.Module], dict[str, Cut]]:
     """A copy with new values in their original shapes, its layers and their cuts; checks come first."""
     for step in plan.steps:
@@ -203,12 +181,12 @@ def _prepared(model: nn.Module, plan: Plan) -> tuple[nn.Module, dict[str, nn.Mod
         if len(step.keep) < min(1, step.site.least):
             remedy = "solve with lam below lam_max(r_xx, r_yx) instead"
             raise CollapseError(f"no channel of {step.site.name} would be left: {remedy}.")
-    cuts = _cuts(model, plan)
-    _integers(model, plan)
+    cuts = cuts_of(model, plan)
+    counted(model, plan)
     norms_of(model, plan)
     check_scale(model, plan)
     values = new_values(model, plan)
-    members = _by_member(model, cuts)
+    members = by_member(model, cuts)
     _check_forms(model, plan, members)
     tables = tied_tables(model)
     # The factors of a table serve the layers that share it.
@@ -219,68 +197,10 @@ def _prepared(model: nn.Module, plan: Plan) -> tuple[nn.Module, dict[str, nn.Mod
     ]
     parts = [(name.rpartition(".")[0], name.rpartition(".")[2]) for name in (*values, *forms)]
     touched: set[tuple[Narrowable, str]] = {(find_layer(model, name), part) for name, part in parts}
-    _check_untied(model, touched | {(member, "") for member in members}, members)
+    check_untied(model, touched | {(member, "") for member in members}, members)
     copied = copy_of(model)
     load(copied, values)
     return copied, dict(copied.named_modules(remove_duplicate=False)), cuts
-
-
-def _cuts(model: nn.Module, plan: Plan) -> dict[str, Cut]:
-    """The kept channels of each layer after all steps, under the first name of a layer that has several."""
-    uses: dict[str, list[tuple[str, Collapse]]] = {}
-    for step in plan.steps:
-        for role in ROLES:
-            for name in dict.fromkeys(getattr(step.site, role)):
-                uses.setdefault(name, []).append((role, step))
-    cuts: dict[str, Cut] = {}
-    names: dict[Narrowable, str] = {}
-    for name, steps in uses.items():
-        layer = find_member(model, name)
-        cut = _cut(name, layer, steps)
-        check_cut(name, layer, cut)
-        first = names.setdefault(layer, name)
-        if cuts.setdefault(first, cut) != cut:
-            raise CollapseError(
-                f"{first} and {name} are one layer under two names, which would lose different channels: "
-                "remove the same channels under both."
-            )
-    return cuts
-
-
-def _integers(model: nn.Module, plan: Plan) -> dict[str, int]:
-    """New values of the integers that count channels; CollapseError where they do not count these now."""
-    values: dict[str, int] = {}
-    for step in plan.steps:
-        for path, each in step.site.integers.items():
-            owner, leaf, position = _attribute(path)
-            value = vars(find_layer(model, owner)).get(leaf)
-            if position is not None:
-                value = value[position] if type(value) is tuple and position < len(value) else None
-            if path in values or type(value) is not int or value != each * step.site.channels:
-                raise CollapseError(f"{path} does not count the channels of {step.site.name}.")
-            values[path] = each * len(step.keep)
-    return values
-
-
-def _attribute(path: str) -> tuple[str, str, int | None]:
-    """Module, attribute, and position in it where it is a tuple."""
-    *owner, leaf = path.split(".")
-    position = int(leaf) if owner and leaf.isdecimal() and leaf.isascii() else None
-    if position is not None:
-        *owner, leaf = owner
-    return ".".join(owner), leaf, position
-
-
-def _by_member(model: nn.Module, cuts: Mapping[str, Cut]) -> dict[Narrowable, Cut]:
-    return {find_member(model, name): cut for name, cut in cuts.items()}
-
-
-def _numbered(model: nn.Module, tensor: str, cuts: Mapping[Narrowable, Cut]) -> nn.Module | None:
-    """``numbered`` of what a tensor is cut with, its layer or itself; None where it stays whole."""
-    owner, _, leaf = tensor.rpartition(".")
-    layer = find_layer(model, owner)
-    cut = next((one for one in (layer, *forms_of_member(layer, leaf)) if one in cuts), None)
-    return None if cut is None else numbered(cut, cuts[cut])
 
 
 def _check_forms(model: nn.Module, plan: Plan, cuts: Mapping[Narrowable, Cut]) -> None:
@@ -296,7 +216,7 @@ def _check_forms(model: nn.Module, plan: Plan, cuts: Mapping[Narrowable, Cut]) -
         layer = find_layer(model, owner)
         if first.setdefault((layer, leaf), name) != name:
             raise CollapseError(f"{first[layer, leaf]} and {name} are one tensor, which can have one form.")
-        narrowed = _numbered(model, name, cuts) or layer
+        narrowed = numbered_in(model, name, cuts) or layer
         try:
             if isinstance(form, Codebook):
                 checked("decoded values", form.dense(), getattr(narrowed, leaf).shape, state[name].dtype)
@@ -306,52 +226,6 @@ def _check_forms(model: nn.Module, plan: Plan, cuts: Mapping[Narrowable, Cut]) -
                 check_form(narrowed, form)
         except PysolveError as error:
             raise CollapseError(f"{name} cannot take this form: {error}") from error
-
-
-def _cut(name: str, layer: Narrowable, uses: list[tuple[str, Collapse]]) -> Cut:
-    """The kept channels of one layer."""
-    for role, _ in uses:
-        check_kind(name, layer, role)
-    kept = {role: np.ones(inputs(layer) if role == "readers" else outputs(layer), bool) for role in ROLES}
-    tables: dict[str, list[Indices]] = {"rows": [], "columns": []}
-    for role, step in uses:
-        table = channels_of(step.site, role, name, layer)
-        tables["columns" if role == "readers" else "rows"].append(table.ravel())
-        kept[role][table[step.removed]] = False
-    for what, parts in tables.items():
-        if parts and len(np.unique(np.concatenate(parts))) < sum(map(len, parts)):
-            raise CollapseError(
-                f"several steps cut the same channels of {name}: say in the sites' {what} which are "
-                "whose, or apply one plan after the other."
-            )
-    return Cut(kept["writers"], kept["passed"], kept["readers"])
-
-
-def _check_untied(
-    model: nn.Module, touched: set[tuple[Narrowable, str]], cuts: Mapping[Narrowable, Cut]
-) -> None:
-    """Refuse to change parameters that another layer uses too, but for weights that are cut alike in all.
-
-    ``touched`` are layers' named ones, with "" all of them.
-    """
-    pairs: dict[Narrowable, Sequence[nn.Module]] = {one: others for one, others in twins(model).items()}
-    owners: dict[int, dict[Narrowable, str]] = {}
-    for prefix, layer in model.named_modules():
-        for name, tensor in chain(layer.named_parameters(recurse=False), layer.named_buffers(recurse=False)):
-            # Pointer 0: nothing is stored, on the meta device for example.
-            if tensor.data_ptr():
-                forms = forms_of_member(layer, name)
-                user = next((one for one in forms if (one, "") in touched), layer)
-                owners.setdefault(tensor.data_ptr(), {}).setdefault(user, f"{prefix}.{name}".strip("."))
-    for users in owners.values():
-        changed = {u for u, name in users.items() if {(u, ""), (u, name.rpartition(".")[2])} & touched}
-        alike = all(_cut_alike(layer, pairs.get(layer, ()), cuts) for layer in users)
-        if len(users) > 1 and changed and not (alike and not {(u, "weight") for u in users} & touched):
-            own, other = sorted(users, key=lambda layer: layer not in changed)[:2]
-            raise CollapseError(
-                f"{users[own].rpartition('.')[0]} shares its values with {users[other]}: untie them before "
-                "changing one."
-            )
 
 
 def untrue_forms(model: nn.Module, plan: Plan, probe: Batch) -> list[str]:
@@ -372,21 +246,6 @@ def untrue_forms(model: nn.Module, plan: Plan, probe: Batch) -> list[str]:
 
     names = [name for name, form in plan.forms.items() if not isinstance(form, Codebook)]
     return guilty(names) if fails(names) and mismatch(model, model, probe) is None else []
-
-
-def _cut_alike(layer: Narrowable, others: Sequence[nn.Module], cuts: Mapping[Narrowable, Cut]) -> bool:
-    """Whether a layer keeps the same of its weight as others that share it."""
-    if not isinstance(layer, nn.Module) or not others or not all(one in cuts for one in (layer, *others)):
-        return False
-    first, *rest = (_kept(one, cuts[one]) for one in (layer, *others))
-    return all(np.array_equal(a, b) for one in rest for a, b in zip(one, first, strict=True))
-
-
-def _kept(layer: nn.Module, cut: Cut) -> list[Mask]:
-    """Kept rows and columns of a layer's matrix, as it is stored."""
-    whole = np.ones(len(weight_of(layer)), bool)
-    of = {"writers": cut.rows, "readers": cut.columns, "": whole}
-    return [of[role] for role in sides(layer) or ()]
 
 
 def _verify(model: nn.Module, smaller: nn.Module, plan: Plan, probe: Batch) -> None:

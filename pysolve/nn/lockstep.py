@@ -25,7 +25,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain, zip_longest
+from itertools import zip_longest
 from types import MappingProxyType
 from typing import Any
 
@@ -36,14 +36,16 @@ from torch.fx import Node
 
 from pysolve.correlations import Array, Correlations, Indices, group_columns
 from pysolve.nn import layer_matrix as rows
+from pysolve.nn.expert_refit import refit_experts
 from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, layer_values, read_as, read_by
 from pysolve.nn.graph.export import Graph
+from pysolve.nn.graph.mixtures import Mixture
 from pysolve.nn.graph.routes import routed
 from pysolve.nn.lookahead import is_linear, sums_beyond, what_went
 from pysolve.nn.progress import steps
-from pysolve.nn.ranks import ALONE, Ranks, merged
+from pysolve.nn.ranks import ALONE, Ranks, summed
 from pysolve.nn.running import evaluating
-from pysolve.nn.sums import Sums, room
+from pysolve.nn.sums import room
 from pysolve.nn.walk import Walk, last_uses
 
 # New (h, d) weight and (h,) bias (None: it needs none) of a layer, from its name, the correlations of its
@@ -85,6 +87,7 @@ def refit(
     only: Collection[str] | None = None,
     always: Collection[str] = (),
     norms: Mapping[str, Indices] = MappingProxyType({}),
+    mixtures: Sequence[Mixture] = (),
     prepare: Callable[[str], object] = lambda name: None,
     ranks: Ranks = ALONE,
     progress: bool = True,
@@ -108,6 +111,8 @@ def refit(
         Layers to fit whether or not anything in front of them changed.
     norms : {weight: (k,) int array}
         Layer norms that are over some channels alone.
+    mixtures : sequence of Mixture
+        Matrices in one parameter that are refitted, too.
     prepare : callable
         Called with a layer's name before its correlations are summed, which take memory.
     ranks : Ranks
@@ -122,7 +127,8 @@ def refit(
     fitted = {node: layer for node, layer in find_layers(graph, model).items() if layer.calls == 1}
     layers = {node: layer for node, layer in fitted.items() if only is None or layer.name in only}
     every = [node for node in graph.module.graph.nodes if node.op != "output"]
-    nodes = every[: max(map(every.index, layers), default=-1) + 1]
+    ends = [*layers, *(mixture.nodes[0] for mixture in mixtures)]
+    nodes = every[: max(map(every.index, ends), default=-1) + 1]
     finished, apart = last_uses(every), routed(graph)
     reads = _Reads(layers.values(), [*layers])
     gone = {node for node, layer in fitted.items() if layer.name in cuts and not len(cuts[layer.name].inputs)}
@@ -130,6 +136,7 @@ def refit(
     with evaluating(model):
         for node in steps(nodes, "refit", unit="op", shown=progress):
             if node.op != "placeholder":
+                walk.values |= refit_experts(walk, node, mixtures, ranks)
                 walk.run_original(node)
                 layer = layers.get(node)
                 touched = layer is not None and (node in beyond or _is_touched(walk, node, layer, cuts))
@@ -242,17 +249,7 @@ def _summed(task: _Task, samples: Iterable[_Rows]) -> Correlations:
 
 def _over_all(task: _Task, blocks: Iterable[tuple[Tensor, ...]], inputs: int, outputs: int) -> Correlations:
     """Correlations of blocks of rows, of all processes."""
-    sums, given = Sums.zeros(inputs, outputs, task.layer.module.weight.device), iter(blocks)
-    first = next(given, None)
-    if task.ranks.size > 1:
-        # Products are rounded as in one process.
-        start = task.ranks.first(None if first is None else sums.start_of(*first))
-        if start is not None and sums.is_single(*(first or ())):
-            sums.start(*start)
-    for parts in () if first is None else chain([first], given):
-        sums.add(*parts)
-    own = sums.correlations(last=True) if sums.count else None
-    found = merged(own, inputs, outputs, 1, task.ranks)
+    found = summed(blocks, inputs, outputs, task.layer.module.weight.device, task.ranks)
     assert found is not None
     return found
 

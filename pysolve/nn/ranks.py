@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import PysolveError
 from pysolve.nn.refusal import sentence
+from pysolve.nn.sums import Sums
 
 T = TypeVar("T")
 # Numbers that are summed over processes at once.
@@ -144,6 +146,23 @@ def merged(own: Correlations | None, d: int, h: int, group_size: int, ranks: Ran
     ranks.add_up(*parts.values())
     count = sum(ranks.counts(own.count if own else 0))
     return Correlations(**parts, count=count, group_size=group_size) if count else None
+
+
+def summed(
+    blocks: Iterable[tuple[Tensor, ...]], inputs: int, outputs: int, device: torch.device, ranks: Ranks
+) -> Correlations | None:
+    """Correlations of blocks of rows, inputs and outputs, over all processes; None where none has any."""
+    sums, given = Sums.zeros(inputs, outputs, device), iter(blocks)
+    first = next(given, None)
+    if ranks.size > 1:
+        # Products are rounded as in one process.
+        start = ranks.first(None if first is None else sums.start_of(*first))
+        if start is not None and sums.is_single(*(first or ())):
+            sums.start(*start)
+    for parts in () if first is None else chain([first], given):
+        sums.add(*parts)
+    own = sums.correlations(last=True) if sums.count else None
+    return merged(own, inputs, outputs, 1, ranks)
 
 
 _FAILED = -(2**40)

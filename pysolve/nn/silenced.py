@@ -17,9 +17,9 @@ from pysolve.plan import Site, of_experts, tensor_name
 def silenced(model: nn.Module, keep: Mapping[Site, Indices]) -> dict[str, Tensor]:
     """Tensors with zeros for channels that go, by their names in the state dict.
 
-    Inputs of matrices in one parameter, which are not refitted; and of sites with norms, whose means would
-    count them, all that makes these channels. Other layers' inputs are refitted without. Experts that go
-    lose their biases in the choice; their logits are for ``pysolve.nn.routers``.
+    Inputs of matrices in one parameter, not all of which are refitted; and of sites with norms, whose means
+    would count them, all that makes these channels. Other layers' inputs are refitted without. Experts that
+    go lose their biases in the choice; their logits are for ``pysolve.nn.routers``.
     """
     rows, columns, found = dict[str, Mask](), dict[str, Mask](), dict[str, Tensor]()
     for site, kept in keep.items():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from pysolve.correlations import Array, Correlations
+from pysolve.correlations import Array, Correlations, Indices
 from pysolve.nn.bare import Stack, find_member, is_stack
 from pysolve.nn.graph.calls import holder, operator_name
 from pysolve.nn.graph.export import Graph
@@ -31,7 +31,7 @@ def stack_correlations(
     """What stacks that read the channels of sites lose without some of them, as diagonal correlations.
 
     Each input counts by itself, with Σ x² over all matrices and the mean over these of its weights' squares:
-    which matrix takes which row is left aside. Nothing is refitted, so nothing compensates.
+    which matrix takes which row is left aside, and so is what a refit compensates.
 
     Parameters
     ----------
@@ -68,9 +68,17 @@ def stack_notes(sites: Iterable[Site]) -> list[str]:
         return []
     more = ", …" * (len(names) > _NAMED)
     return [
-        f"matrices in one parameter are not refitted ({', '.join(sorted(names)[:_NAMED])}{more}); of their "
-        "inputs, those stay that add most"
+        f"of the inputs of matrices in one parameter ({', '.join(sorted(names)[:_NAMED])}{more}), those stay "
+        "that add most"
     ]
+
+
+def not_refitted(keep: Mapping[Site, Indices], refitted: Collection[str]) -> tuple[str, ...]:
+    """What the report says of stacks that lost inputs and have their old weights for the others."""
+    names = _matrices_read(site for site, kept in keep.items() if len(kept) < site.channels)
+    names = {name for name in names if name.partition(":")[0] not in refitted}
+    more = ", …" * (len(names) > _NAMED)
+    return (f"not refitted: {', '.join(sorted(names)[:_NAMED])}{more}",) if names else ()
 
 
 def _matrices_read(sites: Iterable[Site]) -> set[str]:

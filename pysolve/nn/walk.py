@@ -77,6 +77,19 @@ class Walk:
         other.original, other.compressed = dict(self.original), dict(self.compressed)
         return other
 
+    def onward(self, b: int, values: Mapping[str, Tensor]) -> Walk:
+        """A walk of its own from here on, of one batch, whose original is the compressed network.
+
+        ``values`` are parameters that it has in the place of those.
+        """
+        other, own = copy(self), {**self.values, **values}
+        changed = {node: own[name] for node, name in self.graph.parameters.items() if name in own}
+        other.fixed, other.changed = {**self.fixed, **changed}, self.norms
+        other.values, other.added, other.norms, other.batches = {}, {}, {}, range(1)
+        other.original = {node: [each[b]] for node, each in self.compressed.items()}
+        other.compressed = dict(other.original)
+        return other
+
     def run_original(self, node: Node) -> None:
         """The operator's results in the original network."""
         with _draws(node):

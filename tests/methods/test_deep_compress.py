@@ -14,15 +14,11 @@ from torch import nn
 
 import pysolve as ps
 from pysolve.methods import result as ending
-from pysolve.methods.deep_compress import _least, _Width
 from pysolve.methods.result import distance
-from pysolve.methods.sizes import Sized
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.files.storage import bits as raw
 from pysolve.nn.layers.sharing import shared_of
 from pysolve.nn.slicing import WEIGHTED
-
-NOTHING = Sized((), ())
 
 
 def convolutional():
@@ -326,33 +322,6 @@ def test_what_cannot_be_meant_is_refused_before_any_work(options, message):
 def test_what_is_no_network_is_refused():
     with pytest.raises(TypeError, match=r"torch\.nn\.Module"):
         deep({"weight": 1}, bits=4)
-
-
-# --- the search for a width
-
-
-@given(st.floats(0.01, 2), st.floats(0.05, 1))
-def test_the_best_width_near_the_start_is_found(best, start):
-    calls = []
-
-    def width(share, near):
-        calls.append(share)
-        return _Width(share, NOTHING, abs(share - best))
-
-    found = _least(width, start)
-    assert len(calls) == len(set(calls)) <= 5
-    assert found.divergence == abs(found.share - best) == min(abs(share - best) for share in calls)
-    assert all(0 < share < 0.9 or share == 1 for share in calls)
-
-
-def test_widths_that_cannot_be_are_passed_over():
-    assert (
-        _least(
-            lambda share, near: _Width(share, NOTHING) if share < 0.3 else _Width(share, NOTHING, 1 / share),
-            0.2,
-        ).share
-        > 0.3
-    )
 
 
 @pytest.mark.parametrize("kind", ["weights of zero", "inputs that never change"])

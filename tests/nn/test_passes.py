@@ -1,5 +1,6 @@
 """Sums in several passes, on disk, and taken up after a kill are those of one pass in memory, to the bit."""
 
+import gc
 import os
 import re
 import signal
@@ -268,3 +269,19 @@ def test_a_process_that_is_killed_is_gone_on_from(tmp_path):
     run.send_signal(signal.SIGKILL)
     assert run.wait() == -signal.SIGKILL
     assert_same(gathered(None, tmp_path / "sums"))
+
+
+@pytest.mark.slow
+def test_temporary_files_of_a_process_that_was_killed_go_with_the_next(tmp_path, monkeypatch):
+    made = "from pysolve.nn.files.sums_folder import SumsFolder as S; kept = S(None, {}); print(kept.path)"
+    script = [sys.executable, "-c", f"import os; {made}; os.kill(os.getpid(), 9)"]
+    for _ in range(2):
+        dead = subprocess.run(script, env={**os.environ, "TMPDIR": str(tmp_path)}, check=False)
+        assert dead.returncode == -signal.SIGKILL
+        assert len([*tmp_path.iterdir()]) == 1
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    living, next_one = sums_folder.SumsFolder(None, {}), sums_folder.SumsFolder(None, {})
+    assert {*tmp_path.iterdir()} == {living.path, next_one.path}
+    del living, next_one
+    gc.collect()
+    assert not [*tmp_path.iterdir()]

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from functools import cache
 from pathlib import Path
+from textwrap import indent
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ example = one_of("torchrun_compress")
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 WORKER = """
-import os, sys
+import os, sys, traceback
 from datetime import timedelta
 import torch, torch.distributed as dist
 from safetensors.torch import save_file
@@ -34,7 +35,15 @@ group, given, model = dist.group.WORLD, batches(rank, size), network()
 options, dense = dict(progress=False, process_group=group), dict(layout="dense")
 def write(name, result):
     save_file(result.model.state_dict(), f"{{folder}}/{{name}}-{{rank}}.safetensors")
+status = 0
+try:
 {body}
+except Exception:
+    traceback.print_exc()
+    status = 1
+# Not by way of the interpreter's end: threads of gloo abort about one in a hundred processes there.
+sys.stderr.flush()
+os._exit(status)
 """
 
 VERBS = {
@@ -50,7 +59,7 @@ VERBS = {
 
 def start(size, folder, body):
     script = folder / "worker.py"
-    script.write_text(WORKER.format(examples=str(EXAMPLES), body=body))
+    script.write_text(WORKER.format(examples=str(EXAMPLES), body=indent(body, " " * 4)))
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     return [
         subprocess.Popen(

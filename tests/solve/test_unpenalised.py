@@ -27,7 +27,7 @@ def test_no_independent_fit_is_lower_than_the_gap_allows(method, problem):
     lam = case.share * (ps.lam_max(case.r_xx, case.r_yx, **how) or 1.0)
     solution = ps.solve_linear_reconstruction(case.r_xx, case.r_yx, lam, method, max_iter=2000, **how)
     value = exact_objective(case.r_xx, case.r_yx, solution.M, lam, **how)
-    below = value - lowest_found(case.r_xx, case.r_yx, solution.M, lam, **how)
+    below = value - lowest_found(case.r_xx, case.r_yx, solution.M, lam, **how, shift=solution.shift)
     noise = 1e-9 * abs(value) + 1e-12 * np.trace(case.r_yy)
     certificate = ps.certify(case.r_xx, case.r_yx, solution.M, lam, **how)
     # Rounding may leave R indefinite and P without a minimum: then the gap is larger than P.
@@ -47,7 +47,7 @@ def test_any_matrix_is_certified_for_the_problem_itself(problem, offset, seed):
     M = M * (1 + offset * np.random.default_rng(seed).standard_normal(M.shape))
     value = exact_objective(case.r_xx, case.r_yx, M, lam, **how)
     certificate = ps.certify(case.r_xx, case.r_yx, M, lam, **how)
-    below = value - lowest_found(case.r_xx, case.r_yx, M, lam, **how)
+    below = value - lowest_found(case.r_xx, case.r_yx, M, lam, **how, shift=certificate.shift)
     slack = 1e-12 * terms(case, M, lam, weights)
     assert below <= certificate.gap * (1 + 1e-6) + slack or certificate.relative_gap > 1
 
@@ -95,7 +95,7 @@ def test_every_solution_of_a_path_is_certified(problem):
         return
     for one in ps.regularization_path(case.r_xx, case.r_yx, n_lams=4, ratio=1e-2, **how):
         value = exact_objective(case.r_xx, case.r_yx, one.M, one.lam, **how)
-        below = value - lowest_found(case.r_xx, case.r_yx, one.M, one.lam, **how)
+        below = value - lowest_found(case.r_xx, case.r_yx, one.M, one.lam, **how, shift=one.shift)
         slack = 1e-9 * abs(value) + 1e-12 * np.trace(case.r_yy)
         assert below <= one.gap * (1 + 1e-9) + slack or one.relative_gap > 1
 

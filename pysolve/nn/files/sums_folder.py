@@ -9,9 +9,8 @@ import time
 import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from shutil import rmtree
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from pysolve.nn.files.sums import StoredCorrelations, open_arrays, sums_from, su
 from pysolve.nn.gathered import Gathered
 from pysolve.nn.refusal import by_name
 from pysolve.nn.running import Batch
-from pysolve.whole_files import replacing
+from pysolve.whole_files import claimed, replacing
 
 # Sums on the way are put away where that takes at most such a share of the time, every so many seconds.
 SHARE, SECONDS = 0.05, 60.0
@@ -38,19 +37,21 @@ class SumsFolder:
     Parameters
     ----------
     path : Path, optional
-        Made where it does not exist; without, a temporary one, which goes with the correlations.
+        Made where it does not exist; without, a temporary one, which goes with the correlations, or
+        where the process is killed before the next one is made.
     identity : mapping
         What the sums are of, for JSON: a folder with another one is refused.
     """
 
     def __init__(self, path: Path | None, identity: Mapping[str, object]) -> None:
         self.kept = path is not None
-        self.path = Path(tempfile.mkdtemp(prefix="pysolve-")) if path is None else path
+        claim = ExitStack()
+        self.path = path or claim.enter_context(claimed(Path(tempfile.gettempdir()), "pysolve"))
         self.files: dict[str, Path] = {}
         self.batches: list[int] = []
         self.saved, self.cost = time.monotonic(), 0.0
         if path is None:
-            weakref.finalize(self, rmtree, self.path, ignore_errors=True)
+            weakref.finalize(self, claim.close)
             return
         record = path / _RECORD
         with self._writing():

@@ -32,25 +32,6 @@ def experts_of(model, batch):
     return [site for site in find_sites(model, batch) if site.router is not None]
 
 
-def deepseek(t, **more):
-    """Experts in two groups, of which the better one is looked at."""
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 12}
-    config = t.DeepseekV3Config(
-        **{**families.TEXT, **sizes, "num_key_value_heads": 2, "moe_intermediate_size": 8},
-        **{"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2},
-        **{"q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4},
-        **{"v_head_dim": 4, "first_k_dense_replace": 1},
-    )
-    return t.DeepseekV3ForCausalLM(config), {"input_ids": families.IDS}
-
-
-def gpt_oss(t):
-    """Biases of experts and of the router."""
-    more = {"head_dim": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
-    config = t.GptOssConfig(**families.TEXT, **families.GROUPED, **families.SMALL, **more)
-    return t.GptOssForCausalLM(config), {"input_ids": families.IDS}
-
-
 @given(st.sets(st.integers(0, 5), min_size=2, max_size=5), st.integers(0, 2**16))
 @settings(max_examples=20, deadline=None)
 def test_without_some_experts_is_with_a_router_that_never_chooses_them(kept, seed):
@@ -194,7 +175,7 @@ def test_whole_experts_and_their_neurons_go_together():
 def test_as_many_experts_of_each_group_stay():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    model, batch = deepseek(transformers)
+    model, batch = families.deepseek(transformers)
     (site,) = experts_of(model.eval(), batch)
     assert (site.pinned, site.channels, site.least) == (None, 4, 2)
     smaller = apply(model, Plan((Collapse(site, np.array([0, 2, 3])),)), probe=batch)
@@ -205,7 +186,7 @@ def test_as_many_experts_of_each_group_stay():
 def test_biases_go_with_their_experts():
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
-    model, batch = gpt_oss(transformers)
+    model, batch = families.gpt_oss(transformers)
     site, other = experts_of(model.eval(), batch)
     assert site.pinned is other.pinned is None
     smaller = apply(model, Plan((Collapse(site, np.array([1, 3])),)), probe=batch)
