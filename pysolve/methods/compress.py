@@ -171,7 +171,8 @@ def compress(
         Whether attention may lose dimensions of its heads in the place of whole heads, layer by layer, where
         a target in parameters, MACs or bytes costs less divergence then: the same ones of all heads of a
         layer, of queries and keys as of values, in their principal axes. Takes an elimination, and refits.
-        With ``keep``, by their sites, which ``find_sites`` finds with the same option.
+        With ``keep``, by their sites, which ``find_sites`` finds with the same option. A dry run tells of
+        whole heads.
     dry_run : bool
         Cut nothing: the result is the network as it is, and ``report.expected`` tells which divergence to
         expect of the target and, where it is one share, of others.
@@ -238,7 +239,7 @@ def compress(
         sites=every,
         experts=lam is None,
         branches=not one,
-        heads=turns and (head_dims or named),
+        heads=turns and (head_dims or named or any(site.attention for site in sites or ())),
     )
     found = found if wanted is None else with_costs(found)
     found, inner = without_dims(found)

@@ -30,9 +30,9 @@ from pysolve.nn.values import load
 from pysolve.plan import Attention, Site, tensor_name
 from pysolve.solve.lapack import eigh
 
-# Share of their mean variance that directions of keys and of heads' results count for at least: what a turned
-# network's rounding grows by. With 1e-6, single precision differed by 2e-5.
-_DAMPING = 1e-3
+# Share of their mean variance that directions of keys and of heads' results have at least: others would be
+# stretched without bound.
+_DAMPING = 1e-4
 _TINY = float(np.finfo(float).tiny)
 
 
@@ -136,21 +136,25 @@ def _pinned(study: Study, site: Site, why: str) -> Study:
 
 def _axes(study: Study, site: Site, one: Attention) -> _Axes:
     """The axes of one attention."""
-    each, d = len(one.queries) // len(one.keys), one.queries.shape[1]
-    keys, values = [], []
+    d = one.queries.shape[1]
+    keys = [np.eye(d)] * len(one.keys)
+    if not _by_position(site):
+        Q, K = _moments(study, one.query, one.queries), _moments(study, one.key, one.keys)
+        sums = [np.sum([Q[h][0] for h in own], axis=0) for own in _groups(one)]
+        keys = [_of_scores(total, centred) for total, (_, centred) in zip(sums, K, strict=True)]
     places = np.concatenate([_dims(site, one, channel) for channel in order_of(study, site)])
-    for g, rows in enumerate(one.keys):
-        heads = range(g * each, (g + 1) * each)
-        N = np.eye(d)
-        if not _by_position(site):
-            Q = np.sum([_moments(study, one.query, one.queries[h])[0] for h in heads], axis=0)
-            N = _of_scores(Q, _moments(study, one.key, rows)[1])
-        keys.append(N)
-        Z, A = _results(study, one, [one.outputs[h] for h in heads])
+    values = []
+    for Z, A in _results(study, one):
         M = np.empty((d, d))
         M[places] = _of_results(Z, A)
         values.append(M)
     return _Axes(one, keys, values)
+
+
+def _groups(one: Attention) -> list[range]:
+    """Heads that share keys and values."""
+    each = len(one.queries) // len(one.keys)
+    return [range(g * each, (g + 1) * each) for g in range(len(one.keys))]
 
 
 def _of_scores(Q: Array, K: Array) -> Array:
@@ -175,24 +179,29 @@ def _roots(moments: Array) -> tuple[Array, Array]:
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 
 
-def _moments(study: Study, name: str, rows: Indices) -> tuple[Array, Array]:
-    """E[y yᵀ] and cov(y) of some outputs of a layer."""
-    known, W = study.correlations[name], study.matrix(name)[rows]
+def _moments(study: Study, name: str, heads: Iterable[Indices]) -> list[tuple[Array, Array]]:
+    """E[y yᵀ] and cov(y) of some outputs of a layer, head by head."""
+    known, weight = study.correlations[name], study.matrix(name)
     bias = study.layers[name].module.bias
-    shift = np.zeros(len(rows)) if bias is None else as_array(bias.detach()).astype(np.float64)[rows]
-    through = W @ known.x_sum / known.count
-    mean, own = through + shift, W @ known.xx @ W.T / known.count
-    covariance = own - np.outer(through, through)
-    return covariance + np.outer(mean, mean), covariance
+    shift = np.zeros(len(weight)) if bias is None else as_array(bias.detach()).astype(np.float64)
+    found, x = [], known.x_sum / known.count
+    for rows in heads:
+        W = weight[rows]
+        covariance = W @ known.xx @ W.T / known.count - np.outer(W @ x, W @ x)
+        mean = W @ x + shift[rows]
+        found.append((covariance + np.outer(mean, mean), covariance))
+    return found
 
 
-def _results(study: Study, one: Attention, heads: Sequence[Indices]) -> tuple[Array, Array]:
-    """Sums over heads of their results' covariances and of the output layer's squares."""
+def _results(study: Study, one: Attention) -> Iterator[tuple[Array, Array]]:
+    """Sums over heads of their results' covariances and of the output layer's squares, by group of values."""
     known, W = study.correlations[one.output], study.matrix(one.output)
     able = study.options.new_biases or study.layers[one.output].takes_bias
     R, _ = (known if able else without_sums(known)).covariance()
-    Z = np.sum([R[np.ix_(columns, columns)] for columns in heads], axis=0)
-    return Z, np.sum([W[:, columns].T @ W[:, columns] for columns in heads], axis=0)
+    for own in _groups(one):
+        heads = [one.outputs[h] for h in own]
+        Z = np.sum([R[np.ix_(columns, columns)] for columns in heads], axis=0)
+        yield Z, np.sum([W[:, columns].T @ W[:, columns] for columns in heads], axis=0)
 
 
 def _energies(study: Study, site: Site, one: Attention) -> Array:
@@ -200,14 +209,13 @@ def _energies(study: Study, site: Site, one: Attention) -> Array:
 
     Where positions turn them, of all angles: different frequencies then have nothing in common.
     """
-    each, found = len(one.queries) // len(one.keys), np.zeros((site.channels,) * 2)
-    dims = [_dims(site, one, channel) for channel in range(site.channels)]
-    for h, rows in enumerate(one.queries):
-        Q, (K, centred) = _moments(study, one.query, rows)[0], _moments(study, one.key, one.keys[h // each])
+    found, dims = np.zeros((site.channels,) * 2), [_dims(site, one, c) for c in range(site.channels)]
+    queries, keys = _moments(study, one.query, one.queries), _moments(study, one.key, one.keys)
+    for (K, centred), own in zip(keys, _groups(one), strict=True):
+        Q = np.sum([queries[h][0] for h in own], axis=0)
         if _by_position(site):
-            found += np.diag(
-                [np.trace(Q[np.ix_(own, own)]) * np.trace(K[np.ix_(own, own)]) / 2 for own in dims]
-            )
+            powers = [np.trace(Q[np.ix_(pair, pair)]) * np.trace(K[np.ix_(pair, pair)]) for pair in dims]
+            found += np.diag(powers) / 2
         else:
             found += Q * centred
     return found

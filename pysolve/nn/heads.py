@@ -8,7 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pysolve.correlations import Indices
 from pysolve.errors import CollapseError
+from pysolve.nn.bare import find_member
 from pysolve.nn.layer_kinds import inputs_first
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.running import find_layer
@@ -44,12 +46,12 @@ def keep_scale(network: nn.Module, step: Collapse, cuts: Mapping[str, Cut]) -> N
         if one.scale:
             owner, leaf, _ = _scale(network, one)
             setattr(owner, leaf, now**-0.5)
-        kept = next(cut for name, cut in cuts.items() if name == one.query).rows
-        rows = (np.cumsum(kept) - 1)[one.queries[kept[one.queries]]]
         layer = find_layer(network, one.query)
-        _multiply(weight_of(layer), 1 if inputs_first(layer) else 0, rows.ravel(), (now / d) ** 0.5)
+        kept = next(cut.rows for name, cut in cuts.items() if find_member(network, name) is layer)
+        rows = (np.cumsum(kept) - 1)[one.queries[kept[one.queries]]]
+        _multiply(weight_of(layer), 1 if inputs_first(layer) else 0, rows, (now / d) ** 0.5)
         if isinstance(bias := getattr(layer, "bias", None), Tensor):
-            _multiply(bias, 0, rows.ravel(), (now / d) ** 0.5)
+            _multiply(bias, 0, rows, (now / d) ** 0.5)
 
 
 def _scale(network: nn.Module, one: Attention) -> tuple[nn.Module, str, object]:
@@ -59,6 +61,6 @@ def _scale(network: nn.Module, one: Attention) -> tuple[nn.Module, str, object]:
     return layer, leaf, vars(layer).get(leaf)
 
 
-def _multiply(values: Tensor, dim: int, places: np.ndarray, factor: float) -> None:
+def _multiply(values: Tensor, dim: int, places: Indices, factor: float) -> None:
     index = torch.as_tensor(places, device=values.device)
     values.data.index_copy_(dim, index, values.data.index_select(dim, index) * factor)

@@ -262,7 +262,7 @@ def _scores(scored: Mapping[Node, object], node: Node) -> Node | None:
         found = next((one for one in near if one in scored), None)
         if found is not None:
             return found
-        near = [other for one in near for other in one.all_input_nodes]
+        near = [*dict.fromkeys(other for one in near for other in one.all_input_nodes)]
     return None
 
 
