@@ -25,7 +25,7 @@ def data():
 
 def flat(rank=2):
     """A network all of whose heads matter, and whose dimensions beyond the first do not."""
-    return of_rank(network(d=6, heads=3), rank)
+    return of_rank(network(blocks=1, d=6, heads=3), rank)
 
 
 def dims_of(model):
@@ -62,7 +62,7 @@ def test_what_every_size_costs_is_what_torch_counts():
 
 def test_none_go_where_heads_cost_less():
     """Silent heads go first; then the call is as if dimensions had never been asked for."""
-    model = network(heads=4)
+    model = network(blocks=1, heads=4)
     for one in (module for module in model.modules() if isinstance(module, Attention)):
         one.o.weight.data[:, :8] = 0.0
     plain, asked = (
@@ -82,7 +82,7 @@ def test_as_many_as_told_of_low_rank_are_exact():
 
 
 def test_files_hold_them(tmp_path):
-    model = network(heads=4, groups=2, scale="held")
+    model = network(blocks=1, heads=4, groups=2, scale="held")
     small = compress(model, data(), keep=dict.fromkeys(dims_of(model), 3), **QUIET)
     save(small, tmp_path / "small.safetensors")
     again, x = load(tmp_path / "small.safetensors", model), inputs(4)
@@ -91,14 +91,14 @@ def test_files_hold_them(tmp_path):
 
 
 def test_heads_and_their_dimensions_do_not_go_together():
-    model = network()
-    first, _ = dims_of(model)
+    model = network(blocks=1)
+    (first,) = dims_of(model)
     with pytest.raises(ValueError, match="removes whole heads, too"):
         compress(model, data(), keep={first: 2, "1.attend.q": 2}, **QUIET)
 
 
 def test_a_share_of_all_sites_is_of_heads():
-    model = network()
+    model = network(blocks=1)
     plain, asked = (compress(model, data(), keep=0.5, head_dims=h, **QUIET) for h in (False, True))
     assert not in_each(asked)
     assert asked.model[1].attend.q.weight.shape == plain.model[1].attend.q.weight.shape

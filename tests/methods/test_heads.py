@@ -29,6 +29,7 @@ def turned(study):
     return in_head_axes(study, dims_of(study))
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 50),
@@ -45,9 +46,16 @@ def test_a_turned_network_gives_the_same(seed, heads, bias, scale):
     torch.testing.assert_close(found.model(x), model(x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_turned_network_of_grouped_queries_gives_the_same():
+    model, x = network(blocks=1, heads=4, groups=2), inputs(8, seed=2)
+    found = turned(study_of(model))
+    assert found.turn is not None
+    torch.testing.assert_close(found.model(x), model(x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("groups", [4, 2])
 def test_correlations_are_those_of_the_turned_network(groups):
-    before = study_of(network(heads=4, groups=groups))
+    before = study_of(network(blocks=1, heads=4, groups=groups))
     found = turned(before)
     seen = gather(found.model, [*before], layers=[*found.correlations])
     for name, one in found.correlations.items():
@@ -103,7 +111,7 @@ def test_lost_scores_are_those_of_all_pairs():
 
 
 def test_dimensions_of_low_rank_come_first():
-    study = turned(study_of(of_rank(network(), 2)))
+    study = turned(study_of(of_rank(network(blocks=1), 2)))
     for site in dims_of(study):
         assert (scores_lost(study, site, order_of(study, site))[2:] < 1e-4).all()
 

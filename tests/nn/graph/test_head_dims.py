@@ -23,6 +23,7 @@ def dims_of(model, x):
     return [site for site in find_sites(model, x, head_dims=True) if site.attention]
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(
     seed=st.integers(0, 50),
@@ -44,18 +45,26 @@ def test_any_dimensions_can_go(seed, heads, d, bias, scale, products, data):
     assert mismatch(masked(model, Plan(steps)), apply(model, Plan(steps)), x) is None
 
 
+@pytest.mark.parametrize("products", [False, True])
+def test_some_dimensions_of_grouped_heads_can_go(products):
+    model, x = network(blocks=1, heads=4, groups=2, products=products), inputs(4)
+    (site,) = dims_of(model, x)
+    plan = Plan((Collapse(site, np.array([0, 3])),))
+    assert mismatch(masked(model, plan), apply(model, plan), x) is None
+
+
 @pytest.mark.parametrize(("scale", "held"), [("held", "1.attend.scaling"), ("sizes", ""), ("fixed", None)])
 def test_where_the_scale_is_held(scale, held):
-    first, _ = dims_of(network(scale=scale), inputs(4))
-    assert [one.scale for one in first.attention] == [held]
-    smaller = apply(network(scale=scale), Plan((Collapse(first, np.arange(2)),)))
+    (site,) = dims_of(network(blocks=1, scale=scale), inputs(4))
+    assert [one.scale for one in site.attention] == [held]
+    smaller = apply(network(blocks=1, scale=scale), Plan((Collapse(site, np.arange(2)),)))
     if held:
         assert smaller[1].attend.scaling == 2**-0.5
 
 
 def test_rows_of_each_head_and_of_those_that_share_keys():
-    first, _ = dims_of(network(heads=4, groups=2), inputs(4))
-    (one,) = first.attention
+    (site,) = dims_of(network(blocks=1, heads=4, groups=2), inputs(4))
+    (one,) = site.attention
     assert (one.query, one.key, one.value, one.output) == tuple(f"1.attend.{name}" for name in "qkvo")
     np.testing.assert_array_equal(one.queries, np.arange(16).reshape(4, 4))
     np.testing.assert_array_equal(one.keys, np.arange(8).reshape(2, 4))
