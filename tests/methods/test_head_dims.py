@@ -5,7 +5,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from families import batches, made
+from families import GROUPED, IDS, SMALL, TEXT, batches, made
 from heads import Attention, inputs, network, of_rank
 
 import pysolve as ps
@@ -134,3 +134,16 @@ def test_sizes_that_no_configuration_has_stay(family, why):
     assert lines
     assert all(line.pinned is not None and why in line.pinned for line in lines)
     np.testing.assert_array_equal([line.kept for line in lines], [line.channels for line in lines])
+
+
+@pytest.mark.slow
+def test_frequencies_that_stay_are_in_no_folder_of_the_class(tmp_path):
+    t = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    model = t.LlamaForCausalLM(t.LlamaConfig(**TEXT, **GROUPED, **SMALL, head_dim=8)).eval()
+    (site,) = (one for one in find_sites(model, {"input_ids": IDS}, head_dims=True) if one.attention)
+    small = compress(model, batches({"input_ids": IDS}), keep={site: 3}, **QUIET)
+    with pytest.raises(ps.PysolveError, match=r"rotary_emb\.inv_freq holds other numbers"):
+        ps.save_pretrained(small, tmp_path / "stock")
+    assert not (tmp_path / "stock").exists()
+    assert ps.save_pretrained(small, tmp_path / "own", stock=False).difference == 0.0
