@@ -31,11 +31,11 @@ from pysolve.methods.compress import made
 from pysolve.methods.goal import Options
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.price import price, probe
-from pysolve.methods.rebuild import cuts_of
 from pysolve.methods.result import distance
 from pysolve.methods.sizes import Sized, within
 from pysolve.methods.studied import studied
 from pysolve.methods.study import Clock, Study
+from pysolve.methods.tasks import cuts_of
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.tables import Table, as_markdown

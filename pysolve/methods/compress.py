@@ -171,11 +171,11 @@ def compress(
         Whether attention may lose dimensions of its heads in the place of whole heads, layer by layer, where
         a target in parameters, MACs or bytes costs less divergence then: the same ones of all heads of a
         layer, of queries and keys as of values, in their principal axes. Takes an elimination, and refits.
-        With ``keep``, by their sites, which ``find_sites`` finds with the same option. A dry run tells of
-        whole heads.
+        With ``keep``, by their sites, which ``find_sites`` finds with the same option.
     dry_run : bool
         Cut nothing: the result is the network as it is, and ``report.expected`` tells which divergence to
-        expect of the target and, where it is one share, of others.
+        expect of the target, which is measured, and, where it is one share, of others, which follow from it
+        and from the divergences of single sites.
 
     Returns
     -------
@@ -259,15 +259,37 @@ def compress(
         assert wanted is not None
         where = probe(found, menus)
         menus = price(found, menus, where)
-        if dry_run:
+        costs = expected(found, menus, wanted, round_to, ties) if dry_run else ()
+        if any(one.target == wanted and one.divergence is None for one in costs):
             clock.stage("measure")
-            return told(before, found, clock, expected(found, menus, wanted, round_to, ties))
+            return told(before, found, clock, costs)
         sized = within(found, menus, wanted, where, round_to, ties)
         dims = None if "ms" in wanted else with_dims(found, inner, channels, menus, one=one)
         if dims is not None:
             found, sized = contest(found, sized, priced(dims, where), wanted, where, round_to)
+        if dry_run:
+            clock.stage("measure")
+            return told(before, found, clock, measured(found, costs, wanted, sized, refit, clock))
     clock.stage("measure")
     return made(before, found, sized, clock, wanted, refit, how)
+
+
+def measured(
+    found: Study, costs: Sequence[Expected], target: Target, sized: Sized, refit: str, clock: Clock
+) -> list[Expected]:
+    """What targets would cost, by the network that one of them makes.
+
+    The others differ from the sums of their single sites by the same factor.
+    """
+    own = next(one.divergence for one in costs if one.target == target)
+    if not own or not found.apart:
+        return [*costs]
+    found = as_needed(found, sized.keep)
+    _, laid = _rebuilt(found, Chosen(sized.keep), refit, clock)
+    factor = distance(found.original, laid.model, found.apart, found.options.divergence) / own
+    return [
+        replace(one, divergence=None if one.divergence is None else factor * one.divergence) for one in costs
+    ]
 
 
 def told(

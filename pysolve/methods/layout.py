@@ -15,8 +15,9 @@ from pysolve.forms import Codebook, Form, Integers, LowRank, Sparse
 from pysolve.methods.kinds.codes import coded_bits
 from pysolve.methods.kinds.embeddings import ASKS, linear_heads
 from pysolve.methods.kinds.ranks import RankMenu
-from pysolve.methods.rebuild import Rebuilt, forms_of, names_of
+from pysolve.methods.rebuild import Rebuilt, forms_of
 from pysolve.methods.study import Study
+from pysolve.methods.tasks import names_of
 from pysolve.methods.weights import weight_name
 from pysolve.nn.apply import apply, untrue_forms
 from pysolve.nn.evaluate import latency, nbytes

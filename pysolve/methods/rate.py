@@ -24,18 +24,10 @@ from pysolve.methods.kinds.codes import (
 )
 from pysolve.methods.menu import Chosen
 from pysolve.methods.price import divergences, probe_of_codes
-from pysolve.methods.rebuild import (
-    Rebuilt,
-    independent,
-    left_of,
-    names_of,
-    rebuild,
-    task_of,
-    tasks_of,
-    values_of,
-)
+from pysolve.methods.rebuild import Rebuilt, independent, rebuild
 from pysolve.methods.studied import studied
 from pysolve.methods.study import Study
+from pysolve.methods.tasks import left_of, names_of, task_of, tasks_of, values_of
 from pysolve.methods.weights import Skipped, reasons, weights_of
 from pysolve.nn.evaluate import nbytes
 from pysolve.nn.layer_kinds import EMBEDDINGS, WEIGHTED

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import Codebook, LowRank
 from pysolve.nn.bare import Listed, find_member
-from pysolve.nn.cuts import attribute, by_member, check_untied, counted, cuts_of, numbered_in
+from pysolve.nn.cuts import attribute, by_member, check_untied, counted, cuts_of_plan, numbered_in
 from pysolve.nn.emptied import emptied
 from pysolve.nn.heads import check_scale, keep_scale
 from pysolve.nn.layer_kinds import tied_tables, twins
@@ -181,7 +181,7 @@ def _prepared(model: nn.Module, plan: Plan) -> tuple[nn.Module, dict[str, nn.Mod
         if len(step.keep) < min(1, step.site.least):
             remedy = "solve with lam below lam_max(r_xx, r_yx) instead"
             raise CollapseError(f"no channel of {step.site.name} would be left: {remedy}.")
-    cuts = cuts_of(model, plan)
+    cuts = cuts_of_plan(model, plan)
     counted(model, plan)
     norms_of(model, plan)
     check_scale(model, plan)

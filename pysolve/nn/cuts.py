@@ -28,7 +28,7 @@ from pysolve.nn.slicing import (
 from pysolve.plan import Collapse, Indices, Plan
 
 
-def cuts_of(model: nn.Module, plan: Plan) -> dict[str, Cut]:
+def cuts_of_plan(model: nn.Module, plan: Plan) -> dict[str, Cut]:
     """The kept channels of each layer after all steps, under the first name of a layer that has several."""
     uses: dict[str, list[tuple[str, Collapse]]] = {}
     for step in plan.steps:
@@ -68,7 +68,7 @@ def kept_entries(model: nn.Module, plan: Plan, names: Iterable[str]) -> dict[str
 
     Of those among ``names`` that lose anything.
     """
-    members, found = by_member(model, cuts_of(model, plan)), dict[str, Tensor]()
+    members, found = by_member(model, cuts_of_plan(model, plan)), dict[str, Tensor]()
     for name in names:
         narrowed = numbered_in(model, name, members)
         if narrowed is not None:

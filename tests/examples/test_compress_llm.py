@@ -41,8 +41,20 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_every_kind_of_unit_has_a_row(llm, folder, capsys):
+def test_every_kind_of_unit_has_a_row(llm, folder, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     llm.main(folder, share=[0.8], count=24, distill=0)
     printed = capsys.readouterr().out
     assert all(unit in printed for unit in llm.UNITS)
     assert "80%" in printed
+
+
+def test_a_model_writes_windows_of_its_own_and_reads_another_text(llm, folder):
+    model = llm.decoder(folder / "shakespeare_llama")
+    written = llm.own_text(model, 10)
+    assert [one["input_ids"].shape for one in written] == [(8, llm.LENGTH), (2, llm.LENGTH)]
+    again = llm.own_text(model, 10)
+    assert all(torch.equal(a["input_ids"], b["input_ids"]) for a, b in zip(written, again, strict=True))
+    other = llm.other_text(folder)
+    assert other.shape == (llm.OTHER, llm.LENGTH)
+    assert other.max() < model.config.vocab_size

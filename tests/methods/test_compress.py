@@ -272,6 +272,7 @@ def test_a_dry_run_changes_nothing_and_tells_what_targets_would_cost():
     found = [one.divergence for one in told.report.expected]
     assert all(0 <= more <= less for more, less in pairwise(found))
     assert "params 0.45" in str(told.report)
+    assert found[5] == pytest.approx(compressed(model, target={"params": 0.45}).report.divergence, rel=1e-6)
 
 
 def test_a_dry_run_says_which_targets_are_out_of_reach_and_takes_several_measures():

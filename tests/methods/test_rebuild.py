@@ -12,8 +12,9 @@ from torch.nn.functional import relu
 from pysolve.correlations import group_columns
 from pysolve.methods.goal import Options
 from pysolve.methods.menu import Chosen
-from pysolve.methods.rebuild import cuts_of, independent
+from pysolve.methods.rebuild import independent
 from pysolve.methods.study import Study
+from pysolve.methods.tasks import cuts_of
 from pysolve.nn.apply import apply, masked
 from pysolve.nn.calibration import Calibration
 from pysolve.nn.divergence import run

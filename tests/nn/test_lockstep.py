@@ -14,15 +14,15 @@ from torch import nn
 from torch.nn.functional import max_pool2d, relu
 
 from pysolve.correlations import group_columns
-from pysolve.methods.rebuild import cuts_of
-from pysolve.nn import lockstep
+from pysolve.methods.tasks import cuts_of
+from pysolve.nn import layer_refit, lockstep
 from pysolve.nn.apply import apply, masked
 from pysolve.nn.gather import gather
 from pysolve.nn.graph.branches import Cut, Layer, find_layers, layer_values
 from pysolve.nn.graph.labels import label_channels
 from pysolve.nn.graph.sites import sites_of
 from pysolve.nn.layer_matrix import channels, matrix, taps
-from pysolve.nn.lockstep import Sampling
+from pysolve.nn.layer_refit import Sampling
 from pysolve.nn.running import evaluating, forward
 from pysolve.plan import Collapse, Plan
 from pysolve.solve.least_squares import refit as least_squares
@@ -332,7 +332,7 @@ def test_a_branch_repairs_what_its_shortcut_has_lost(convolve, monkeypatch):
     _, repaired = refitted(model, [batch], [site], [np.arange(2)])
     # The second branch can represent all that the first one lost.
     assert error(exact, output(apply(model, repaired), batch)) < 1e-6
-    monkeypatch.setattr(lockstep._Task, "shortcut", None)
+    monkeypatch.setattr(layer_refit.Task, "shortcut", None)
     _, plain = refitted(model, [batch], [site], [np.arange(2)])
     assert error(exact, output(apply(model, plain), batch)) > 1e-3
 
@@ -354,7 +354,7 @@ def test_repairing_a_stream_of_nonlinear_branches_pays(monkeypatch):
         for repair in (True, False):
             with monkeypatch.context() as patch:
                 if not repair:
-                    patch.setattr(lockstep._Task, "shortcut", None)
+                    patch.setattr(layer_refit.Task, "shortcut", None)
                 _, plan = refitted(model, [batch], sites, [np.arange(4) for _ in sites])
             errors.append(error(exact, output(apply(model, plan), batch)))
     assert np.all(np.less(errors[::2], errors[1::2])), errors
@@ -370,7 +370,7 @@ def test_a_channel_that_its_norm_silences_breaks_nothing(convolve, monkeypatch):
     assert all(value.isfinite().all() for value in values.values())
     assert output(apply(model, plan, probe=batch), batch).isfinite().all()
     # Nothing that it does could make up for what the shortcut lost.
-    monkeypatch.setattr(lockstep._Task, "shortcut", None)
+    monkeypatch.setattr(layer_refit.Task, "shortcut", None)
     plain, _ = refitted(model, [batch], sites, [np.arange(3) for _ in sites])
     torch.testing.assert_close(values["b2.weight"][2:4], plain["b2.weight"][2:4])
     assert (values["b2.weight"][:2] - plain["b2.weight"][:2]).abs().max() > 1e-2
@@ -612,7 +612,7 @@ def test_correlations_from_inputs_of_both_are_those_with_the_outputs(touched, bi
 
     values = new_first_layer(model) if touched else {}
     for crossed in (True, False):
-        monkeypatch.setattr(lockstep, "_is_cheaper_crossed", lambda task, crossed=crossed: crossed)
+        monkeypatch.setattr(layer_refit, "_is_cheaper_crossed", lambda task, crossed=crossed: crossed)
         refitted(model, [x], [], [], fit=noted, values=values, only=["2"], always=["2"], passes=0)
     one, other = found
     assert one.count == other.count
