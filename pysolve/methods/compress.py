@@ -146,7 +146,8 @@ def compress(
         One size for corresponding sites of repeated layers, and no biases that layers did not have: what the
         network's own class makes of other numbers, and other software reads. Of a network of transformers,
         only what its configuration counts shrinks, to sizes that the configuration accepts;
-        ``save_pretrained`` writes it. The report says what either choice is expected to cause.
+        ``save_pretrained`` writes it. What ``keep`` names with 0 goes in this layer alone, without a
+        constant. The report says what either choice is expected to cause.
     round_to : int, or {writer, pattern ``re:…`` or Site: int}
         Sites keep multiples of this many channels, or all.
     divergence : callable
@@ -230,6 +231,8 @@ def compress(
     options = replace(options, new_biases=not one)
     network = placed(network, options)
     every = True if sites is None else sites
+    # What a class makes of one number for all layers may be without some, if that is told.
+    branches = not one or (isinstance(keep, Mapping) and 0 in keep.values())
     turns = select in ELIMINATIONS and refit != "none" and lam is None
     named = isinstance(keep, Mapping) and any(isinstance(key, Site) and key.attention for key in keep)
     found = studied(
@@ -238,7 +241,7 @@ def compress(
         options,
         sites=every,
         experts=lam is None,
-        branches=not one,
+        branches=branches,
         heads=turns and (head_dims or named or any(site.attention for site in sites or ())),
     )
     found = found if wanted is None else with_costs(found)

@@ -15,7 +15,7 @@ from pysolve.methods.kinds.channels import site_problem
 from pysolve.methods.menu import Menu
 from pysolve.methods.price import Probe
 from pysolve.methods.study import Study, widths
-from pysolve.methods.ties import RoundTo, Ties, alike, grouped, rounded, separate
+from pysolve.methods.ties import RoundTo, Ties, alike, apart, grouped, rounded, separate
 from pysolve.methods.timed import liked, settle_in_time
 from pysolve.nn.bare import Listed, find_member
 from pysolve.nn.stock import is_pretrained
@@ -193,9 +193,10 @@ def sized(
 def by_keep(
     found: Study, menus: Sequence[Menu], keep: Values, round_to: RoundTo = 1, ties: Ties | None = None
 ) -> Sized:
-    """As many channels as told: of sites that are tied, as told of any of them."""
+    """As many channels as told: of sites that are tied, as told of any of them; 0 of each that is told so."""
     _check_names(found, "keep", keep)
-    own, sizes = rounded(found, ties or separate(found), round_to), [0] * len(menus)
+    gone = [i for i, site in enumerate(found.free) if isinstance(keep, Mapping) and _entry(site, keep) == 0]
+    own, sizes = apart(rounded(found, ties or separate(found), round_to), gone), [0] * len(menus)
     for group, allowed in zip(own.groups, own.allowed, strict=True):
         told = {found.free[i].name: _entry(found.free[i], keep) for i in group}
         values = {value for value in told.values() if value is not None}
@@ -203,7 +204,8 @@ def by_keep(
             raise ValueError(f"these sites keep equally many channels, which cannot be several: {told}.")
         for i in group:
             sizes[i] = _size(found.free[i], next(iter(values), None), allowed)
-    chosen = replace(sized(found, menus, sizes), pinned=own.pinned)
+    whole = {site: why for site, why in own.pinned.items() if found.free.index(site) not in gone}
+    chosen = replace(sized(found, menus, sizes), pinned=whole)
     for site in chosen.keep:
         if site.attention and any(site.overlaps(other) for other in chosen.keep if other is not site):
             raise ValueError(
@@ -344,7 +346,7 @@ def _size(site: Site, value: float | None, allowed: Mask) -> int:
         if site.least:
             raise ValueError(
                 f"keep of {site.name} is 0, but one channel must stay: without any, more than a constant in "
-                'a sum would be left, or, with widths="uniform", other layers than the class has.'
+                "a sum would be left."
             )
         return 0
     wanted = value * site.channels if value <= 1 and not isinstance(value, int | np.integer) else value

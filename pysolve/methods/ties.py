@@ -108,6 +108,16 @@ def uniform(found: Study) -> Ties:
     return Ties([*kept, *whole], [*kept.values(), *whole.values()], pinned)
 
 
+def apart(ties: Ties, gone: Sequence[int]) -> Ties:
+    """The ties with some sites by themselves, all of whose channels go: layers without them are no layers."""
+    groups, allowed = list[Sequence[int]](), list[Mask]()
+    for group, mask in zip(ties.groups, ties.allowed, strict=True):
+        parts = [[i for i in group if i not in gone], *([i] for i in group if i in gone)]
+        groups += [part for part in parts if part]
+        allowed += [mask for part in parts if part]
+    return replace(ties, groups=groups, allowed=allowed)
+
+
 def rounded(found: Study, ties: Ties, round_to: RoundTo) -> Ties:
     """The ties with sizes that are multiples of numbers, or all channels.
 

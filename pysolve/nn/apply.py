@@ -50,7 +50,8 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     layers grouped and depthwise convolutions, batch, instance and group norms, PReLU, constant padding of
     the channel dimension, and bare parameters and buffers, by their names in the state dict. Matrices in one
     parameter of the network's own, as of experts, write and read, too: ``experts.down_proj:oi``, or ``:io``
-    where inputs come before outputs; and whole experts go with the rows of their router, as ``:e``.
+    where inputs come before outputs, and so do those of recurrent layers' gates, ``lstm.weight_hh_l0:oi``;
+    whole experts go with the rows of their router, as ``:e``.
     From grouped layers whole groups are removed, or as many channels from each. Layers of classes that extend
     these are narrowed like them; only the probe tells whether their code still does the same. Layers that
     share their weight must lose the same of it, and go on sharing it.

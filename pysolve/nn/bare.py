@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +79,8 @@ class Stack:
 
     In a site it is named as in the state dict, and behind a colon by the order of its last two dimensions:
     ``experts.down_proj:oi`` for outputs before inputs, ``:io`` for inputs before outputs. As ``:e`` it is a
-    parameter or buffer of any shape, whose first dimension counts the experts themselves.
+    parameter or buffer of any shape, whose first dimension counts the experts themselves. Weights of
+    recurrent layers are the matrices of their gates, one below the other: ``lstm.weight_hh_l0:oi``.
 
     Parameters
     ----------
@@ -101,33 +103,51 @@ class Stack:
     @property
     def matrices(self) -> Tensor:
         """(…, outputs, inputs), a view."""
-        values = self.values.detach()
+        values = self._apart(self.values.detach())
         return values if self.order == "oi" else values.mT
 
     @property
     def outputs(self) -> int:
         """Rows of each matrix of  y = M x , or experts."""
-        return self.values.shape[self._dim("o")]
+        return self._apart(self.values).shape[self._dim("o")]
 
     @property
     def inputs(self) -> int:
         """Columns of each matrix of  y = M x , or experts."""
-        return self.values.shape[self._dim("i")]
+        return self._apart(self.values).shape[self._dim("i")]
 
     def narrow(self, rows: Mask, columns: Mask) -> None:
         """Cut the tensor in place of the old one."""
         old = self.values
-        new = self._picked(self._picked(old.detach(), "o", rows), "i", columns)
-        setattr(self.owner, self.leaf, _like(old, new.contiguous()))
+        new = self._picked(self._picked(self._apart(old.detach()), "o", rows), "i", columns)
+        setattr(self.owner, self.leaf, _like(old, self._together(new).contiguous()))
+        if self._gates:
+            owner: Any = self.owner
+            # All layers in it have as many hidden units; the first ones read its inputs.
+            owner.hidden_size = int(rows.sum())
+            if self.leaf.startswith("weight_ih_l0"):
+                owner.input_size = int(columns.sum())
 
     def silenced(self, rows: Mask | None, columns: Mask | None) -> Tensor:
         """The tensor with zeros for the outputs and inputs that go."""
-        values = self.values.detach()
+        values = self._apart(self.values.detach())
         for letter, kept in (("o", rows), ("i", columns)):
             if kept is not None:
                 gone = torch.from_numpy(np.flatnonzero(~kept)).to(values.device)
                 values = values.index_fill(self._dim(letter), gone, 0)
-        return values
+        return self._together(values)
+
+    def _apart(self, values: Tensor) -> Tensor:
+        """A recurrent layer's weight with a dimension for its gates; others as they are."""
+        return values.reshape(self._gates, -1, values.shape[-1]) if self._gates else values
+
+    def _together(self, values: Tensor) -> Tensor:
+        return values.flatten(0, 1) if self._gates else values
+
+    @property
+    def _gates(self) -> int:
+        """Matrices in a recurrent layer's weight; 0 of other parameters."""
+        return 0 if self.order == EXPERTS else GATES.get(type(self.owner), 0)
 
     def _dim(self, letter: str) -> int:
         return 0 if self.order == EXPERTS else self.order.index(letter) - 2
@@ -164,6 +184,8 @@ class Listed:
 
 
 ORDERS = ("oi", "io", EXPERTS)
+# Matrices in one weight of a recurrent layer.
+GATES: Mapping[type[nn.Module], int] = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
 
 
 def is_stack(name: str) -> bool:
@@ -196,7 +218,9 @@ def member(modules: Mapping[str, nn.Module], name: str) -> nn.Module | Bare | St
     tensor = getattr(owner, leaf)
     if order == EXPERTS:
         return Stack(owner, leaf, order) if tensor.ndim else None
-    return Stack(owner, leaf, order) if isinstance(tensor, nn.Parameter) and tensor.ndim > 2 else None
+    gates = type(owner) in GATES and leaf.startswith(("weight_ih", "weight_hh")) and order == "oi"
+    several = isinstance(tensor, nn.Parameter) and (tensor.ndim > 2 or gates)
+    return Stack(owner, leaf, order) if several else None
 
 
 def forms_of_member(owner: nn.Module, leaf: str) -> tuple[Bare | Stack, ...]:

@@ -45,7 +45,7 @@ def stack_correlations(
     -------
     {reader: Correlations}
     """
-    names = _matrices_read(sites)
+    names = {name for name in _matrices_read(sites) if _is_shown(_stack(model, name))}
     if not names:
         return {}
     energies = {}
@@ -98,16 +98,34 @@ def _energies(
     with evaluating(model), torch.no_grad():
         for node in nodes if batches else ():
             if node.op != "placeholder":
-                for name, read in _reads(graph, paths, node):
-                    width = _stack(model, name).inputs
-                    for b in walk.batches:
-                        count, squares = _squares(walk.value(read, b), width)
-                        before = found.get(name, (0, np.zeros(width)))
-                        found[name] = before[0] + count, before[1] + squares
+                reads = [*_reads(graph, paths, node)]
                 walk.run_original(node)
                 walk.run_compressed(node)
+                for name, read in reads:
+                    stack = _stack(model, name)
+                    for b in walk.batches:
+                        value = walk.value(read, b)
+                        if isinstance(stack.owner, nn.RNNBase) and stack.leaf.startswith("weight_hh"):
+                            value = _states(stack, walk.value(node, b)[0])
+                        count, squares = _squares(value, stack.inputs)
+                        before = found.get(name, (0, np.zeros(stack.inputs)))
+                        found[name] = before[0] + count, before[1] + squares
             walk.forget(finished[node])
     return found
+
+
+def _is_shown(stack: Stack) -> bool:
+    """Whether a graph has what a stack reads: not what recurrent layers hand on inside of a module."""
+    owner = stack.owner
+    if not isinstance(owner, nn.RNNBase):
+        return True
+    shown = 0 if stack.leaf.startswith("weight_ih") else owner.num_layers - 1
+    return stack.leaf.removesuffix("_reverse").endswith(f"_l{shown}")
+
+
+def _states(stack: Stack, made: Tensor) -> Tensor:
+    """Hidden units of one direction of what a recurrent layer makes."""
+    return made[..., -stack.inputs :] if stack.leaf.endswith("_reverse") else made[..., : stack.inputs]
 
 
 def _reads(graph: Graph, paths: Mapping[str, str], node: Node) -> Iterator[tuple[str, Node]]:

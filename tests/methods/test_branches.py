@@ -192,11 +192,22 @@ def test_what_follows_makes_up_for_a_branch():
     assert after < apart
 
 
-@pytest.mark.parametrize("keep", [{"0": 0}, {"1.up": 0}])
-def test_one_channel_stays_where_it_must(keep):
-    widths = "uniform" if "1.up" in keep else "per_layer"
+@pytest.mark.parametrize("widths", ["per_layer", "uniform"])
+def test_one_channel_stays_where_it_must(widths):
     with pytest.raises(ValueError, match="one channel must stay"):
-        ps.compress(network(), data(), keep=keep, widths=widths, **QUIET)
+        ps.compress(network(), data(), keep={"0": 0}, widths=widths, **QUIET)
+
+
+def test_branches_that_are_told_to_go_leave_the_others_one_width_and_no_constant():
+    model = network()
+    with torch.no_grad():
+        for block in (model[1], model[2], model[3]):
+            block.down.bias = None
+    keep = {"2.up": 0, "1.up": 0.5}
+    result = ps.compress(model, data(), keep=keep, widths="uniform", **QUIET)
+    assert (kept(result)["1.up"], kept(result)["2.up"], kept(result)["3.up"]) == (6, 0, 6)
+    assert not result.model[2].down.bias.any()
+    assert result.model[1].down.bias is None
 
 
 def test_a_share_of_all_sites_never_takes_branches():
@@ -257,7 +268,7 @@ def test_folders_of_transformers_say_what_is_missing(tmp_path):
     model, _ = families.llama(transformers)
     batches = [{"input_ids": torch.randint(30, (8, 10))} for _ in range(6)]
     result = ps.compress(model.eval(), batches, keep={"model.layers.1.mlp.up_proj": 0}, **QUIET)
-    with pytest.raises(PysolveError, match=r"no model\.layers\.1\.mlp"):
+    with pytest.raises(PysolveError, match=r"model\.layers\.1, one of whose branches is gone"):
         ps.save_pretrained(result, tmp_path / "stock")
     assert not (tmp_path / "stock").exists()
     assert ps.save_pretrained(result, tmp_path / "own", stock=False).difference == 0

@@ -210,8 +210,8 @@ def test_what_no_site_can_reduce_counts_in_the_target():
     model, batches = Net(run, **layers).eval(), [torch.randn(16, 3, 4) for _ in range(4)]
     recurrent, others = 3 * 24 * (4 + 8), 40 * (8 + 3)
     with pytest.raises(ps.PysolveError, match=rf"macs cannot go below {recurrent + 11} \(67.1 %\)"):
-        compressed(model, batches, target={"macs": 0.6})
-    result = compressed(model, batches, target={"macs": 0.8})
+        compressed(model, batches, target={"macs": 0.6}, ignore=["rnn"])
+    result = compressed(model, batches, target={"macs": 0.8}, ignore=["rnn"])
     assert result.report.before["macs"] == recurrent + others
     assert result.report.after["macs"] == recurrent + 11 * int((0.8 * (recurrent + others) - recurrent) / 11)
 

@@ -23,6 +23,7 @@ from pysolve.nn.files.architecture import ordinary
 from pysolve.nn.files.checkpoint import restored, save
 from pysolve.nn.files.reopening import Written, difference, outputs_again, reopened, written_of
 from pysolve.nn.running import Batch
+from pysolve.nn.shorter import partly_idle, without_idle_layers
 from pysolve.nn.stock import NotStockError, Stock, is_pretrained, skeleton, stock_of
 from pysolve.whole_files import crc32_of, replacing_folder
 
@@ -80,9 +81,11 @@ def save_pretrained(
     With ``stock``, the folder is what transformers itself would write: ``config.json`` with the widths of the
     network, read back from its shapes, and ``model.safetensors`` with the names and ties of its class. Any
     program that opens such folders opens it. It is opened in a fresh process that does not know pysolve, and
-    its outputs are compared, or nothing is left of it. Llamas whose layers have MLPs of different widths are
-    written as DeciLM's ``block_configs``, which vLLM and llama.cpp open and transformers needs that model's
-    own code for; what is opened then is Llama's own layers, of the widths that the folder says.
+    its outputs are compared, or nothing is left of it. Layers all of whose branches are gone are counted out.
+
+    Llamas whose layers have MLPs of different widths, or lack a branch, are written as DeciLM's
+    ``block_configs``, which vLLM and llama.cpp open and transformers needs that model's own code for; what is
+    opened then is Llama's own layers, as the folder says.
 
     Parameters
     ----------
@@ -241,21 +244,18 @@ def _crc32(path: Path) -> int:
 
 def write_stock(network: nn.Module, folder: Path, batch: Batch = None) -> Written:
     """Write a folder that transformers opens, which is to be opened again before it is trusted."""
-    written = written_of(network, folder, batch)
+    written, shorter = written_of(network, folder, batch), network
     try:
-        found = stock_of(network)
-        _check_buffers(network, found.config)
-        _write_model(network, found, folder)
+        shorter = without_idle_layers(network)
+        found = stock_of(shorter)
+        _check_buffers(shorter, found.config)
+        _write_model(shorter, found, folder)
     except NotStockError as error:
         try:
-            stock, blocks = blocks_of(network)
+            stock, blocks = blocks_of(shorter)
         except NotStockError as other:
-            more = f" ({other})" if "block_configs" in str(other) else ""
-            raise PysolveError(
-                f"no configuration of {type(network).__name__} describes this network: {error}{more}. "
-                'Compress with widths="uniform", or save it with stock=False, for load_pretrained alone.'
-            ) from error
-        _write_model(network, stock, folder)
+            raise PysolveError(_refusal(shorter, error, other)) from error
+        _write_model(shorter, stock, folder)
         file = folder / "config.json"
         file.write_text(json.dumps({**json.loads(file.read_text()), **blocks}, indent=2))
         return replace(written, note=_BLOCKS)
@@ -279,6 +279,23 @@ def _check_buffers(network: Any, config: Any) -> None:
             )
 
 
+def _refusal(network: nn.Module, error: NotStockError, other: NotStockError) -> str:
+    """Why no folder of transformers describes a network, and what to do."""
+    kind, more = type(network).__name__, f" ({other})" if "block_configs" in str(other) else ""
+    rest = "save it with stock=False, for load_pretrained alone."
+    partly = partly_idle(network)
+    if partly is None:
+        return (
+            f"no configuration of {kind} describes this network: {error}{more}. Compress with "
+            f'widths="uniform", or {rest}'
+        )
+    return (
+        f"no configuration of {kind} describes {partly}, one of whose branches is gone{more}. Llamas are "
+        "written with block_configs for such layers; of other networks let all branches of the layer go "
+        f'(keep={{…: 0}} for each, widths="uniform"), for it is counted out then, or {rest}'
+    )
+
+
 def _network_of(compressed: Compressed) -> Any:
     if not isinstance(compressed, Compressed):
         raise TypeError(f"compressed must be what compress returned, got {type(compressed).__name__}.")
@@ -297,8 +314,11 @@ def _write_model(network: Any, found: Stock, folder: Path) -> None:
         shell.generation_config = copy.deepcopy(network.generation_config)
     # By which it writes the type of the values.
     shell.to(network.dtype)
+    # Branches that are gone have left zeros.
+    names = shell.state_dict().keys()
+    own = {name: value for name, value in network.state_dict().items() if name in names}
     with _without_bars():
-        shell.save_pretrained(folder, state_dict={**network.state_dict(), **zeros})
+        shell.save_pretrained(folder, state_dict={**own, **zeros})
 
 
 def _write_configs(network: Any, folder: Path) -> None:

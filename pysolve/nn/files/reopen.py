@@ -45,21 +45,41 @@ def _opened(job: Mapping[str, Any]) -> Any:
     return network
 
 
+class _Nothing(nn.Module):
+    """A branch that adds nothing: of attention a tuple, as Llama's own gives it."""
+
+    def __init__(self, is_attention: bool) -> None:
+        super().__init__()
+        self.is_attention = is_attention
+
+    def forward(self, x: Tensor | None = None, **named: Any) -> Any:
+        zeros = torch.zeros_like(named["hidden_states"] if x is None else x)
+        return (zeros, None) if self.is_attention else zeros
+
+
 def _by_blocks(transformers: Any, folder: Path, record: Mapping[str, Any]) -> Any:
-    """A Llama whose MLPs are as wide as its ``block_configs`` say, of Llama's own layers."""
+    """A Llama whose branches are as its ``block_configs`` say, of Llama's own layers."""
     made: Any = import_module("transformers.models.llama.modeling_llama").LlamaMLP
     known = {name: value for name, value in record.items() if name not in ("block_configs", "model_type")}
     config = transformers.LlamaConfig(**known)
     network = transformers.LlamaForCausalLM(config)
     for layer, block in zip(network.model.layers, record["block_configs"], strict=True):
-        if config.num_attention_heads // block["attention"]["n_heads_in_group"] != config.num_key_value_heads:
+        heads, ffn = block["attention"], block["ffn"]
+        if heads["no_op"]:
+            layer.input_layernorm, layer.self_attn = nn.Identity(), _Nothing(True)
+        elif config.num_attention_heads // heads["n_heads_in_group"] != config.num_key_value_heads:
             raise ValueError("key/value heads differ")
-        width = -(-int(2 * block["ffn"]["ffn_mult"] * config.hidden_size / 3) // 256) * 256
+        if ffn["no_op"]:
+            layer.post_attention_layernorm, layer.mlp = nn.Identity(), _Nothing(False)
+            continue
+        width = -(-int(2 * ffn["ffn_mult"] * config.hidden_size / 3) // 256) * 256
         layer.mlp = made(transformers.LlamaConfig(**{**known, "intermediate_size": width}))
-    missing = network.load_state_dict(load_file(folder / "model.safetensors"), strict=False).missing_keys
+    told = network.load_state_dict(load_file(folder / "model.safetensors"), strict=False)
     network.tie_weights()
-    if missing and not (missing == ["lm_head.weight"] and config.tie_word_embeddings):
-        raise ValueError(f"the file has no {missing}")
+    if told.unexpected_keys:
+        raise ValueError(f"the file has {told.unexpected_keys} besides")
+    if told.missing_keys and not (told.missing_keys == ["lm_head.weight"] and config.tie_word_embeddings):
+        raise ValueError(f"the file has no {told.missing_keys}")
     return network.to(getattr(torch, record["dtype"]))
 
 

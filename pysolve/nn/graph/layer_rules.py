@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from pysolve.nn.bare import GATES
 from pysolve.nn.graph.calls import Call, Labels, is_of, meet, product_of, source, stack_of, stored
 from pysolve.nn.graph.classes import along, complete, labelled, lean, spread, squashed
 from pysolve.nn.graph.export import where
@@ -191,6 +194,47 @@ def _unite_twins(call: Call, layer: nn.Module, reason: str) -> None:
             call.ledger.pin(labels[0], reason)
 
 
+def recurrent(call: Call) -> Labels:
+    """Reads the last dimension and writes hidden units: the same number in all layers and both directions.
+
+    The unit of a number goes from all of them together, for a module has one size.
+    """
+    layer: Any = call.module
+    reason = call.says("is not understood")
+    if type(layer) not in GATES or layer.proj_size or layer in call.network.ties:
+        return call.opaque(reason)
+    names = [call.network.parameters.get(node) for node in call.sources["params"]]
+    own = call.network.names[layer]
+    if not all(name and name.rpartition(".")[0] == own for name in names):
+        return call.opaque(reason)
+    states = call.args["hx"]
+    for value in states if isinstance(states, list | tuple) else [states]:
+        call.ledger.pin(value, call.says("takes them for states"))
+    each, ways = 4 if call.args["has_biases"] else 2, 2 if call.args["bidirectional"] else 1
+    x, made = _read(call, call.args["input"], -1), list[Tensor]()
+    units, gates = layer.hidden_size, GATES[type(layer)]
+    for first in range(0, len(names), each):
+        if first % (each * ways) == 0 and made:
+            x = torch.cat(made[-ways:])
+        by_input, by_state, *biases = names[first : first + each]
+        read = call.ledger.member(f"{by_input}:oi", "readers", len(x))
+        call.ledger.unite(read, x)
+        rows = call.ledger.member(f"{by_input}:oi", "writers", units)
+        for role in ("writers", "readers"):
+            call.ledger.unite(rows, call.ledger.member(f"{by_state}:oi", role, units))
+        for bias in biases:
+            assert bias is not None
+            for part in call.ledger.member(bias, "passed", gates * units).chunk(gates):
+                call.ledger.unite(rows, part)
+        if made:
+            call.ledger.unite(rows, made[0])
+        made.append(rows)
+    shapes = [one.shape for one in call.result]
+    last = spread(torch.cat(made[-ways:]), -1, shapes[0])
+    kept = [spread(made[0], -1, shape) for shape in shapes[1:]]
+    return [last, *kept]
+
+
 def embedding(call: Call) -> Labels:
     """Writes the last dimension."""
     layer = call.module
@@ -293,6 +337,7 @@ _NAMES: dict[Rule, str] = {
     grouped_product: "_grouped_mm grouped_mm grouped_mm_fallback",
     einsum_of_stack: "einsum",
     convolution: "convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
+    recurrent: "lstm gru rnn_tanh rnn_relu",
     embedding: "embedding",
     channel_norm: "batch_norm instance_norm prelu",
     group_norm: "group_norm",

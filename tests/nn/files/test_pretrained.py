@@ -66,6 +66,37 @@ def in_blocks():
     return model, ps.compress(model, batches(batch), keep=keep, refit="none", **QUIET).model
 
 
+@cache
+def deep(kind="Llama"):
+    """A decoder of three layers with neurons that the format of blocks can count, and its batches."""
+    sizes = {"hidden_size": 16, "num_hidden_layers": 3, "intermediate_size": 512}
+    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=30, tie_word_embeddings=True, **sizes)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    return model, batches({"input_ids": torch.arange(12).view(2, 6)})
+
+
+def without(keep, kind="Llama", **options):
+    """The decoder without some channels."""
+    model, data = deep(kind)
+    named = {f"model.layers.{i}.{name}": size for (i, name), size in keep.items()}
+    return ps.compress(model, data, keep=named, **{"widths": "uniform", **QUIET, **options})
+
+
+HEADS, NEURONS = "self_attn.q_proj", "mlp.gate_proj"
+
+
+def fewer_layers():
+    """No second layer, and half of the neurons in the others."""
+    return deep()[0], without({(1, HEADS): 0, (1, NEURONS): 0, (0, NEURONS): 0.5}).model
+
+
+def without_branches():
+    """No attention in the second layer, no MLP in the third."""
+    return deep()[0], without({(1, HEADS): 0, (2, NEURONS): 0}).model
+
+
 def in_half_precision():
     model, smaller = halved("llama")
     return model, copy.deepcopy(smaller).bfloat16()
@@ -80,7 +111,8 @@ def padded():
 
 def written(names, folder):
     """Cases by name, all opened in one process."""
-    makers = {"with_bias": with_bias, "in_blocks": in_blocks, "in_half_precision": in_half_precision}
+    makers = {one.__name__: one for one in (with_bias, in_blocks, in_half_precision)}
+    makers |= {one.__name__: one for one in (fewer_layers, without_branches)}
     pairs = {name: makers[name]() if name in makers else halved(name) for name in names}
     for name in names:
         (folder / name).mkdir()
@@ -96,7 +128,7 @@ def written(names, folder):
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
     names = [name for name in FAMILIES if name not in SLOW]
-    names += ["with_bias", "in_blocks", "in_half_precision"]
+    names += ["with_bias", "in_blocks", "in_half_precision", "fewer_layers", "without_branches"]
     return written(names, tmp_path_factory.mktemp("quick"))
 
 
@@ -168,6 +200,40 @@ def test_llamas_of_different_layers_are_blocks(quick):
     record = json.loads((case.folder / "config.json").read_text())
     assert record["architectures"] == ["DeciLMForCausalLM"]
     assert [one["ffn"]["ffn_mult"] * 16 / 1.5 for one in record["block_configs"]] == [256, 512]
+
+
+def test_layers_that_add_nothing_are_counted_out(quick):
+    case = quick["fewer_layers"]
+    assert_opens(case)
+    record = json.loads((case.folder / "config.json").read_text())
+    assert (record["num_hidden_layers"], record["intermediate_size"]) == (2, 256)
+    assert len(case.model.model.layers) == case.model.config.num_hidden_layers == 3
+
+
+def test_llamas_without_a_branch_are_blocks(quick):
+    case = quick["without_branches"]
+    assert case.difference == 0
+    blocks = json.loads((case.folder / "config.json").read_text())["block_configs"]
+    assert [one["attention"]["no_op"] for one in blocks] == [False, True, False]
+    assert [one["ffn"]["no_op"] for one in blocks] == [False, False, True]
+    stored = load_file(case.folder / "model.safetensors")
+    assert not any(name.startswith("model.layers.1.self_attn") for name in stored)
+    assert "model.layers.1.input_layernorm.weight" not in stored
+    assert "model.layers.2.post_attention_layernorm.weight" not in stored
+
+
+@pytest.mark.slow
+def test_what_no_folder_says_of_branches_is_refused_with_a_remedy(tmp_path):
+    kept = without({(1, HEADS): 0}, "Qwen2")
+    with pytest.raises(ps.PysolveError, match=r"Qwen2ForCausalLM describes model\.layers\.1, one of whose"):
+        ps.save_pretrained(kept, tmp_path / "out")
+    left = without({(1, HEADS): 0}, widths="per_layer")
+    with pytest.raises(ps.PysolveError, match=r"has left a constant: widths=\"uniform\" leaves none"):
+        ps.save_pretrained(left, tmp_path / "out")
+    odd = without({(1, HEADS): 0, (0, NEURONS): 0.3})
+    with pytest.raises(ps.PysolveError, match=r"multiples of 256 in block_configs, got"):
+        ps.save_pretrained(odd, tmp_path / "out")
+    assert ps.save_pretrained(odd, tmp_path / "out", stock=False).difference == 0
 
 
 @pytest.fixture(scope="module")

@@ -210,7 +210,7 @@ def test_norms_in_code_are_pinned_with_their_parameters():
     assert "batch_norm runs outside of a layer" in sites_of(classes_of(model, vectors(2, 4)))[0].pinned
 
 
-def test_recurrent_layers_are_not_understood_and_what_they_make_is_no_channel():
+def test_hidden_units_go_with_the_channels_that_they_meet():
     def run(net, x):
         return net.b(net.rnn(net.a(x))[0] + net.c(x))
 
@@ -220,9 +220,19 @@ def test_recurrent_layers_are_not_understood_and_what_they_make_is_no_channel():
         "c": nn.Linear(4, 6),
         "b": nn.Linear(6, 2),
     }
-    into, beside, _ = sites_of(classes_of(Net(run, **layers), vectors(2, 5, 4)))
+    into, hidden, _ = sites_of(classes_of(Net(run, **layers), vectors(2, 5, 4)))
+    assert (into.writers, into.readers) == (("a",), ("rnn.weight_ih_l0:oi",))
+    assert hidden.writers == ("rnn.weight_ih_l0:oi", "rnn.weight_hh_l0:oi", "c")
+    assert hidden.readers == ("rnn.weight_hh_l0:oi", "b")
+    assert into.pinned is hidden.pinned is None
+
+
+def test_recurrent_layers_whose_weights_are_computed_are_not_understood():
+    layers = {"a": nn.Linear(4, 6), "rnn": nn.GRU(6, 6, batch_first=True), "b": nn.Linear(6, 2)}
+    model = Net(lambda net, x: net.b(net.rnn(net.a(x))[0]), **layers)
+    torch.nn.utils.parametrizations.weight_norm(model.rnn, "weight_hh_l0")
+    into, _ = sites_of(classes_of(model, vectors(2, 5, 4)))
     assert "gru is not understood" in into.pinned
-    assert "the result of gru meets these channels directly" in beside.pinned
 
 
 class Falcon(nn.Linear):
