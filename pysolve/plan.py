@@ -56,6 +56,39 @@ class Norm:
         return replace(self, weight=names[0], epsilon=names[1])
 
 
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """Heads whose dimensions are the channels of a site:  softmax(s · q kᵀ) v  in each of H heads.
+
+    Of d dimensions that become d', the scale s of the scores stays what it is: where it follows the size of a
+    head, queries are multiplied by √(d' / d).
+
+    Parameters
+    ----------
+    query, key, value : str
+        Layers that make them, which may be one.
+    output : str
+        Layer that reads the heads' results.
+    queries, outputs : (H, d) int array
+        Output channels of the first layer, and input channels of the last, by head and dimension.
+    keys, values : (G, d) int array
+        Output channels of the layers between; H / G heads in a row share them.
+    scale : str, optional
+        Path of the attribute that holds 1/√d; "" where the code takes it from sizes; None where the scale
+        does not follow the size of a head.
+    """
+
+    query: str
+    key: str
+    value: str
+    output: str
+    queries: Indices
+    keys: Indices
+    values: Indices
+    outputs: Indices
+    scale: str | None = None
+
+
 @dataclass(frozen=True)
 class Branch:
     """What is left of a residual branch none of whose channels stays, of  x + f(x)  a constant:  x + b.
@@ -91,8 +124,8 @@ class Site:
     """A set of channels that can shrink: which layers make them, pass them on and read them.
 
     A channel here is whatever must be removed together: one feature map, one neuron, one attention head, one
-    group of a grouped convolution. ``rows`` and ``columns`` give its indices in each layer; a layer that they
-    do not name has its channels in order, in equal consecutive blocks.
+    dimension of all heads, one group of a grouped convolution. ``rows`` and ``columns`` give its indices in
+    each layer; a layer that they do not name has its channels in order, in equal consecutive blocks.
 
     Parameters
     ----------
@@ -120,6 +153,8 @@ class Site:
     branch : Branch, optional
         Where readers without these channels give a constant which is added to what goes past them: what
         becomes of the network's modules then.
+    attention : tuple of Attention
+        Heads whose dimensions these channels are.
     """
 
     channels: int
@@ -133,6 +168,7 @@ class Site:
     norms: tuple[Norm, ...] = field(default=(), repr=False)
     least: int = 1
     branch: Branch | None = None
+    attention: tuple[Attention, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         if self.least < 1 and self.branch is None:
@@ -169,7 +205,7 @@ class Site:
     @property
     def name(self) -> str:
         """Its name in tables and errors: writers → readers, only the first of many."""
-        return f"{_first(self.writers)} → {_first(self.readers)}"
+        return f"{_first(self.writers)} → {_first(self.readers)}" + ", in each head" * bool(self.attention)
 
     @property
     def width(self) -> int:
@@ -187,11 +223,19 @@ class Site:
 
     @property
     def makers(self) -> list[tuple[str, str]]:
-        """Role and name of what makes or passes the channels that norms over all of them would count."""
+        """Role and name of what makes or passes channels that no reader hears alone: norms or scores do."""
+        scored = {name for one in self.attention for name in (one.query, one.key)}
+        if scored:
+            return [("writers", name) for name in self.writers if name in scored]
         weights = {norm.weight for norm in self.norms if not norm.centred}
         roles = (("writers", self.writers), ("passed", self.passed))
         passes = {*weights, *(weight.removesuffix(".weight") for weight in weights)}
         return [(role, name) for role, names in roles for name in names if weights and name not in passes]
+
+    def overlaps(self, other: Site) -> bool:
+        """Whether a reader would lose some inputs for either site, as for heads and their dimensions."""
+        shared = self.columns.keys() & other.columns.keys()
+        return any(np.intersect1d(self.columns[name], other.columns[name]).size for name in shared)
 
     def rows_of(self, layer: str, width: int) -> Indices:
         """(channels, r) output channels of a writer or a passed layer that is ``width`` channels wide."""

@@ -64,14 +64,14 @@ def exported(*given):
         return _export(*given)
 
 
-def sites_in(model, graph, batch, *, ignore=()):
+def sites_in(model, graph, batch, *, ignore=(), heads=False):
     """``sites_in``, but of equal networks of one graph those of the first."""
     try:
-        key = graph, _content(model, batch), _plain(tuple(ignore), {})
+        key = graph, heads, _content(model, batch), _plain(tuple(ignore), {})
     except _UnknownError:
-        return _sites_in(model, graph, batch, ignore=ignore)
+        return _sites_in(model, graph, batch, ignore=ignore, heads=heads)
     if key not in _SITES:
-        _SITES[key] = _sites_in(model, graph, batch, ignore=ignore)
+        _SITES[key] = _sites_in(model, graph, batch, ignore=ignore, heads=heads)
     return [*_SITES[key]]
 
 

@@ -123,7 +123,7 @@ def command(*names: str, **defaults: object) -> Callable[[Run], Run]:
 
 @command(
     *_INPUTS,
-    *("target", "dry_run", "select", "widths", "round_to", "refit"),
+    *("target", "dry_run", "select", "widths", "round_to", "head_dims", "refit"),
     *_OUTPUTS,
     "pretrained",
     data=None,

@@ -25,6 +25,7 @@ from pysolve.methods.goal import (
     options_for,
     placed,
 )
+from pysolve.methods.head_dims import contest, priced, with_dims, without_dims
 from pysolve.methods.kinds.channels import ELIMINATIONS, SENSITIVITY, Channels, Select
 from pysolve.methods.layout import LaidOut, lay_out
 from pysolve.methods.menu import Chosen
@@ -85,6 +86,7 @@ def compress(
     process_group: ProcessGroup | None = None,
     device: Device = None,
     dry_run: bool = False,
+    head_dims: bool = False,
 ) -> Compressed:
     """Make a network smaller, without labels and without training it again.
 
@@ -166,6 +168,11 @@ def compress(
     device : torch.device or str, optional
         Where to compute: a copy of the network and the batches are moved there; by default both must be on
         one device. The result is where ``model`` is; ``evaluate`` is called with networks there.
+    head_dims : bool
+        Whether attention may lose dimensions of its heads in the place of whole heads, layer by layer, where
+        a target in parameters, MACs or bytes costs less divergence then: the same ones of all heads of a
+        layer, of queries and keys as of values, in their principal axes. Takes an elimination, and refits.
+        With ``keep``, by their sites, which ``find_sites`` finds with the same option.
     dry_run : bool
         Cut nothing: the result is the network as it is, and ``report.expected`` tells which divergence to
         expect of the target, which is measured, and, where it is one share, of others, which follow from it
@@ -226,17 +233,30 @@ def compress(
     every = True if sites is None else sites
     # What a class makes of one number for all layers may be without some, if that is told.
     branches = not one or (isinstance(keep, Mapping) and 0 in keep.values())
-    found = studied(network, batches, options, sites=every, experts=lam is None, branches=branches)
+    turns = select in ELIMINATIONS and refit != "none" and lam is None
+    named = isinstance(keep, Mapping) and any(isinstance(key, Site) and key.attention for key in keep)
+    found = studied(
+        network,
+        batches,
+        options,
+        sites=every,
+        experts=lam is None,
+        branches=branches,
+        heads=turns and (head_dims or named or any(site.attention for site in sites or ())),
+    )
     found = found if wanted is None else with_costs(found)
+    found, inner = without_dims(found)
     check_free(found)
     ties = uniform(found) if one else None
-    turns = select in ELIMINATIONS and refit != "none" and lam is None
     found = in_principal_axes(found) if turns else found
     clock, channels = Clock(), Channels(by_site(found, select))
     menus = channels.menus(found)
     if lam is not None:
         sized = by_lam(found, menus, lam)
     elif keep is not None:
+        own = [site for site in inner if isinstance(keep, Mapping) and site in keep]
+        if dims := with_dims(found, own, channels, menus, one=one):
+            found, menus, ties = dims.study, [*dims.menus], dims.ties
         sized = by_keep(found, menus, keep, round_to, ties)
     else:
         assert wanted is not None
@@ -247,6 +267,9 @@ def compress(
             clock.stage("measure")
             return told(before, found, clock, costs)
         sized = within(found, menus, wanted, where, round_to, ties)
+        dims = None if "ms" in wanted else with_dims(found, inner, channels, menus, one=one)
+        if dims is not None:
+            found, sized = contest(found, sized, priced(dims, where), wanted, where, round_to)
         if dry_run:
             clock.stage("measure")
             return told(before, found, clock, measured(found, costs, wanted, sized, refit, clock))

@@ -205,7 +205,13 @@ def by_keep(
         for i in group:
             sizes[i] = _size(found.free[i], next(iter(values), None), allowed)
     whole = {site: why for site, why in own.pinned.items() if found.free.index(site) not in gone}
-    return replace(sized(found, menus, sizes), pinned=whole)
+    chosen = replace(sized(found, menus, sizes), pinned=whole)
+    for site in chosen.keep:
+        if site.attention and any(site.overlaps(other) for other in chosen.keep if other is not site):
+            raise ValueError(
+                f"keep removes whole heads, too, where it removes {site.name}: give one of both."
+            )
+    return chosen
 
 
 def by_lam(found: Study, menus: Sequence[Menu], lam: Values) -> Sized:
@@ -307,8 +313,9 @@ def _check_names(found: Study, what: str, values: Values) -> None:
     for name in values if isinstance(values, Mapping) else ():
         if isinstance(name, Site):
             if name not in found.free:
+                why = next((f": {one.pinned}" for one in found.sites if one == name and one.pinned), "")
                 raise ValueError(
-                    f"{what} names the site {name.name}, which is none of those that can shrink."
+                    f"{what} names the site {name.name}, which is none of those that can shrink{why}."
                 )
         elif name not in writers:
             why = (

@@ -13,40 +13,35 @@ S. Ashkboos et al., SliceGPT: Compress large language models by deleting rows an
 from __future__ import annotations
 
 from collections import ChainMap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pysolve.correlations import AnyArray, Array, Correlations, Indices
+from pysolve.correlations import AnyArray, Array, Indices
+from pysolve.methods.heads import in_head_axes
 from pysolve.methods.studied import widened
 from pysolve.methods.study import Study, Turn
+from pysolve.methods.turning import Turned, along, apart, put, study_of
 from pysolve.methods.weights import weight_name
 from pysolve.nn.bare import Bare, find_member
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.gather import gather_reached
-from pysolve.nn.gathered import own_outputs
-from pysolve.nn.graph.branches import Layer, find_layers, read_by
-from pysolve.nn.graph.export import Graph, trace_once
+from pysolve.nn.graph.branches import find_layers, read_by
+from pysolve.nn.graph.export import trace_once
 from pysolve.nn.graph.norms import norm_before
 from pysolve.nn.graph.sizes import of_other_sizes
 from pysolve.nn.layer_kinds import LINEAR, inputs_first, twins
-from pysolve.nn.layer_matrix import LAYERS
 from pysolve.nn.layers.base import weight_of
-from pysolve.nn.outputs import tensors_of
 from pysolve.nn.ranks import of_all_processes
-from pysolve.nn.running import Batch, as_array, evaluating, find_layer, forward
-from pysolve.nn.samples import take
+from pysolve.nn.running import as_array, find_layer
 from pysolve.nn.state import copy_of, untie
 from pysolve.nn.values import load
 from pysolve.plan import Norm, Site, tensor_name
 from pysolve.solve.lapack import eigh
 
-# Samples on which the turned network must equal the original, and to what share of its outputs.
-_PROBED = 4
-_EXACT = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
 # A gain below this share of the largest is none: nothing is read of that channel.
 _SILENT = 1e-6
 # A tied head is given a weight of its own where that adds less than this share of the parameters.
@@ -82,9 +77,18 @@ def in_principal_axes(study: Study) -> Study:
 
 
 def as_needed(study: Study, keep: Mapping[Site, Indices]) -> Study:
-    """The study before its streams were turned, where none of them loses channels."""
+    """The study without what was turned for nothing: streams and heads that lose no channels."""
     turn = study.turn
-    return study if turn is None or any(site in keep for site in turn.sites) else turn.before
+    if turn is None:
+        return study
+    heads = [site for site in turn.sites if site.attention]
+    used, streams = [site for site in heads if site in keep], [one for one in turn.sites if one not in heads]
+    if (not streams or any(site in keep for site in streams)) and len(used) == len(heads):
+        return study
+    before = replace(turn.before, sites=study.sites)
+    if any(site in keep for site in streams):
+        before = in_principal_axes(before)
+    return in_head_axes(before, used) if used else before
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,16 +139,23 @@ def _turned(study: Study, site: Site) -> Study | str:
         return f"{often[0]} does not run just once"
     stream = _stream(own, site)
     network, values = _network(own.model, stream)
-    difference = _difference(study.model, network, take(study.held[0], 0, _PROBED))
-    if not difference <= _EXACT.get(next(network.parameters()).dtype, 1e-5):
+    difference = apart(study, network)
+    if difference is not None:
         return f"turned, its outputs would differ by {difference:.1e}"
     assert own.graph is not None
-    found = _of(own, network, own.graph)
+    found = study_of(own, network, own.graph)
     turn = found.turn or Turn(study)
     turn = replace(turn, values={**turn.values, **values}, sites=(*turn.sites, site))
     return replace(
         found,
-        correlations=_Turned(found.correlations, stream, found.layers, keep=own.options.memory is None),
+        correlations=Turned(
+            found.correlations,
+            site.readers,
+            stream.read,
+            site.writers,
+            found.layers,
+            keep=own.options.memory is None,
+        ),
         turn=turn,
     )
 
@@ -162,23 +173,10 @@ def _untied(study: Study, tied: Sequence[str]) -> Study:
     known = of_all_processes(known, study.options.ranks) if study.options.ranks.size > 1 else known
     before = study.turn or Turn(study)
     return replace(
-        _of(study, network, graph),
+        study_of(study, network, graph),
         correlations=ChainMap(known, study.correlations),  # type: ignore[arg-type]
         turn=replace(before, untied=(*before.untied, *names)),
     )
-
-
-def _of(study: Study, network: nn.Module, graph: Graph) -> Study:
-    """The study of another network of the same layers."""
-    seen = {layer.name: layer for layer in find_layers(graph, network).values()}
-    others = dict[str, Layer]()
-    for name, layer in study.layers.items():
-        module = network.get_submodule(name)
-        if name not in seen and isinstance(module, LAYERS):
-            others[name] = replace(layer, module=module)
-    state = network.state_dict(keep_vars=True)
-    weights = {name: state[weight_name(network, name)] for name in study.weights}
-    return replace(study, model=network, graph=graph, layers={**others, **seen}, weights=weights)
 
 
 def _stream(study: Study, site: Site) -> _Stream:
@@ -236,89 +234,29 @@ def _network(model: nn.Module, stream: _Stream) -> tuple[nn.Module, dict[str, An
         member = find_member(network, name)
         if isinstance(member, Bare):
             table, old = site.rows_of(name, member.values.numel()), as_array(state[name].double().flatten())
-            values[name] = _put(state[name], table, Q.T @ old[table])
+            values[name] = put(state[name], table, Q.T @ old[table])
         elif isinstance(member, nn.Module) and name in site.writers:
             tensor, bias = weight_name(network, name), tensor_name(name, "bias")
             dim = 1 if isinstance(member, nn.Embedding) or inputs_first(member) else 0
             rows = site.rows_of(name, state[tensor].shape[dim])[:, 0]
-            values[tensor] = _along(state[tensor], dim, rows, Q.T)
+            values[tensor] = along(state[tensor], dim, rows, Q.T)
             if bias in state:
-                values[bias] = _along(state[bias], 0, rows, Q.T)
+                values[bias] = along(state[bias], 0, rows, Q.T)
     for name in site.readers:
         tensor = weight_name(network, name)
         V = values.get(tensor, state[tensor])
         dim = 0 if inputs_first(find_layer(network, name)) else 1
         columns = site.columns_of(name, V.shape[dim])[:, 0]
-        values[tensor] = _along(V, dim, columns, Q.T * stream.gains[name])
+        values[tensor] = along(V, dim, columns, Q.T * stream.gains[name])
     for norm in site.norms:
         values[norm.weight] = torch.full_like(state[norm.weight], 1.0 - norm.offset)
         bias = norm.weight.removesuffix("weight") + "bias"
         if norm.centred and bias in state:
             rows = site.rows_of(norm.layer, site.channels)[:, 0]
-            values[bias] = _put(state[bias], rows, Q.T @ _affine(model, site, norm)[1])
+            values[bias] = put(state[bias], rows, Q.T @ _affine(model, site, norm)[1])
     values = {name: value.to(state[name]) for name, value in values.items()}
     load(network, values)
     return network, {name: as_array(value) for name, value in values.items()}
-
-
-def _put(values: Tensor, places: Indices, new: Array) -> Tensor:
-    """Values with others at some flat places."""
-    index = torch.as_tensor(places, device=values.device)
-    return values.double().put(index, torch.as_tensor(new, device=values.device))
-
-
-def _along(values: Tensor, dim: int, places: Indices, matrix: Array) -> Tensor:
-    """Values with some places along a dimension multiplied by a matrix."""
-    index = torch.as_tensor(places, device=values.device)
-    values = values.double()
-    part = values.index_select(dim, index).movedim(dim, 0)
-    new = torch.tensordot(torch.as_tensor(matrix, device=values.device), part, 1)
-    return values.index_copy(dim, index, new.movedim(0, dim))
-
-
-class _Turned(Mapping[str, Correlations]):
-    """Correlations of a turned network's layers, made when asked for; kept, unless memory is bounded."""
-
-    def __init__(
-        self, known: Mapping[str, Correlations], stream: _Stream, layers: Mapping[str, Layer], *, keep: bool
-    ) -> None:
-        self.known, self.stream, self.layers, self.keep = known, stream, layers, keep
-        self.made: dict[str, Correlations] = {}
-        self.moments: dict[int, tuple[Array, Array]] = {}
-
-    def __getitem__(self, name: str) -> Correlations:
-        if name in self.made:
-            return self.made[name]
-        found, site = self.known[name], self.stream.site
-        if name in site.readers:
-            T = self.stream.read(name, len(found.xx))
-            found = replace(found, xx=self._moments(T, found.xx), x_sum=T @ found.x_sum)
-        if name in site.readers or name in site.writers:
-            found = own_outputs(found, self.layers[name].module)
-        if self.keep:
-            self.made[name] = found
-        return found
-
-    def __contains__(self, name: object) -> bool:
-        # That of Mapping makes what it is asked for.
-        return name in self.known
-
-    def _moments(self, T: Array, xx: Array) -> Array:
-        """Those of what several layers read, made once."""
-        before, after = self.moments.get(id(xx), (None, xx))
-        if before is not xx:
-            after = T @ xx @ T.T
-            after = (after + after.T) / 2
-            if self.keep:
-                # With the array itself, so that no other one gets its number.
-                self.moments[id(xx)] = xx, after
-        return after
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.known)
-
-    def __len__(self) -> int:
-        return len(self.known)
 
 
 def _affine(model: nn.Module, site: Site, norm: Norm) -> tuple[Array, Array]:
@@ -336,12 +274,3 @@ def _inverse(gain: Array) -> Array:
     """1 / gain, and zero where nothing is heard."""
     heard = np.abs(gain) > _SILENT * np.abs(gain).max()
     return np.divide(1.0, gain, out=np.zeros_like(gain), where=heard)
-
-
-def _difference(original: nn.Module, other: nn.Module, batch: Batch) -> float:
-    """‖difference‖ / ‖outputs‖ of two networks, the largest of all outputs."""
-    with evaluating(original, other):
-        pairs = zip(*(tensors_of(forward(one, batch)) for one in (original, other)), strict=True)
-        return max(
-            float((a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-30)) for a, b in pairs
-        )

@@ -129,7 +129,15 @@ def study(
     network = placed(network, options)
     weights, left = weights_of(network, options.ignore)
     return studied(
-        network, batches, options, weights=weights, sites=True, needed=False, branches=True, left=left
+        network,
+        batches,
+        options,
+        weights=weights,
+        sites=True,
+        needed=False,
+        branches=True,
+        heads=True,
+        left=left,
     )
 
 
@@ -145,6 +153,7 @@ def studied(
     trace: bool = True,
     experts: bool = False,
     branches: bool = False,
+    heads: bool = False,
     left: Sequence[Skipped] = (),
     notes: Sequence[str] = (),
 ) -> Study:
@@ -171,6 +180,8 @@ def studied(
         Whether whole experts may go, where sites are looked for.
     branches : bool
         Whether all channels of a residual branch may go.
+    heads : bool
+        Whether sites that are looked for are those of heads' dimensions as well.
     left : sequence of Skipped
     notes : sequence of str
 
@@ -203,7 +214,8 @@ def studied(
         with evaluating(model):
             output_of(model, first)
         return replace(base, calibration=Calibration(0, [first], [first]))
-    graph, nodes, found, why = _traced(model, first, sites, options.ignore, needed, known)
+    graph, nodes, found, why = _traced(model, first, sites, options.ignore, needed, known, heads)
+    found = [site for site in found if heads or not site.attention]
     if sites is True and not experts:
         found = [_whole(site) for site in found]
     if not branches:
@@ -212,7 +224,9 @@ def studied(
     named = [name for site in found for name in (*site.readers, *site.writers)]
     layers = {layer.name: layer for layer in _unseen(model, [*named, *([] if graph else weights)])} | seen
     clock.stage("find")
-    readers = [name for site in found if site.pinned is None for name in site.readers if not is_stack(name)]
+    free = [site for site in found if site.pinned is None]
+    readers = [name for site in free for name in site.readers if not is_stack(name)]
+    readers += [name for site in free if site.attention for name in site.writers]
     # What the walk through the graph cannot fit on the way.
     apart = {nodes[node].name for node in routed(graph) if node in nodes} if graph else set()
     asked = {name for name in weights if gather or name in apart}
@@ -304,6 +318,7 @@ def _traced(
     ignore: Sequence[Ignored],
     needed: bool,
     known: Study | None,
+    heads: bool,
 ) -> tuple[Graph | None, dict[Node, Layer], Sequence[Site], str]:
     """The graph, its layers, the sites, and why there is no graph; of a study, what it knows of them."""
     given: Sequence[Site] = () if isinstance(sites, bool) else tuple(sites)
@@ -318,7 +333,7 @@ def _traced(
             raise
         return None, {}, given, str(error)
     if sites is True:
-        given = _sites_of(known, graph, ignore) or sites_in(model, graph, few, ignore=ignore)
+        given = _sites_of(known, graph, ignore) or sites_in(model, graph, few, ignore=ignore, heads=heads)
     return graph, find_layers(graph, model), given, ""
 
 

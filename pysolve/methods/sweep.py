@@ -21,6 +21,7 @@ from pysolve.methods.goal import (
     options_for,
     placed,
 )
+from pysolve.methods.head_dims import contest, priced, with_dims, without_dims
 from pysolve.methods.kinds.channels import ELIMINATIONS, Channels
 from pysolve.methods.price import price, probe
 from pysolve.methods.result import later_score
@@ -67,6 +68,7 @@ def sweep(
     process_group: ProcessGroup | None = None,
     device: Device = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    head_dims: bool = False,
 ) -> Sweep:
     """Compress to several targets after one pass over the data.
 
@@ -78,7 +80,7 @@ def sweep(
     retrain : callable, optional
         Trains each result in place, which is evaluated once more after it. Needs ``evaluate``.
     select, refit, distill, ignore, seed, progress, sites, widths, round_to, divergence, memory, transform,
-    latency, process_group, device
+    latency, process_group, device, head_dims
         As in ``compress``.
     checkpoint : path, optional
         Folder for sums, from which a killed call goes on, as in ``study``.
@@ -130,22 +132,29 @@ def sweep(
     options = replace(options, new_biases=not one)
     network = placed(network, options)
     every = True if sites is None else sites
-    found = studied(network, batches, options, sites=every, experts=True, branches=not one)
-    found = with_costs(found)
+    turns = select in ELIMINATIONS and refit != "none"
+    found = studied(
+        network, batches, options, sites=every, experts=True, branches=not one, heads=turns and head_dims
+    )
+    found, inner = without_dims(with_costs(found))
     check_free(found)
     ties = uniform(found) if one else None
-    found = in_principal_axes(found) if select in ELIMINATIONS and refit != "none" else found
+    found = in_principal_axes(found) if turns else found
     clock, channels = Clock(), Channels(by_site(found, select))
     menus = channels.menus(found)
     where = probe(found, menus)
     menus = price(found, menus, where)
+    dims = with_dims(found, inner, channels, menus, one=one)
+    dims = None if dims is None else priced(dims, where)
     clock.stage("measure")
     found, results = replace(found, seconds={**found.seconds, **clock.seconds}), []
     for target in wanted:
         clock = Clock()
-        sized = within(found, menus, target, where, round_to, ties)
+        study, sized = found, within(found, menus, target, where, round_to, ties)
+        if dims is not None and "ms" not in target:
+            study, sized = contest(found, sized, dims, target, where, round_to)
         clock.stage("choose")
-        result = made(before, found, sized, clock, target, refit, how)
+        result = made(before, study, sized, clock, target, refit, how)
         if retrain is not None:
             retrain(result.model)
             score, notes = later_score(options, result.model)

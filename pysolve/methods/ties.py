@@ -200,7 +200,7 @@ def _pattern(site: Site) -> object:
     def names(layers: Sequence[str]) -> tuple[object, ...]:
         return tuple((_starred(name), tables[name].shape if name in tables else None) for name in layers)
 
-    return site.channels, names(site.writers), names(site.passed), names(site.readers)
+    return site.channels, len(site.attention), names(site.writers), names(site.passed), names(site.readers)
 
 
 def _starred(name: str) -> str:
@@ -209,9 +209,11 @@ def _starred(name: str) -> str:
 
 def _joined(found: Study, refused: Mapping[Own, object]) -> Iterator[tuple[Own, ...]]:
     """Groups of equally many channels, together: one field may count those of encoder and decoder."""
-    by_channels: dict[int, list[Own]] = {}
+    by_channels: dict[object, list[Own]] = {}
     for own in refused:
-        by_channels.setdefault(found.free[own[0]].channels, []).append(own)
+        site = found.free[own[0]]
+        # Heads and their dimensions are never cut together.
+        by_channels.setdefault((site.channels, bool(site.attention)), []).append(own)
     for several in by_channels.values():
         for count in range(min(len(several), _JOINED), 1, -1):
             yield from combinations(several, count)
@@ -224,6 +226,8 @@ def _allowed(found: Study, shell: nn.Module, fields: Fields, own: Sequence[int])
     some = max(channels // 2, sites[0].least)
     if channels < 2:
         return "one channel is left of it"
+    if any(one.queries.shape[1] > channels for site in sites for one in site.attention):
+        return "no configuration says which frequencies of positions stay"
     plan = Plan(tuple(Collapse(site, np.arange(some)) for site in sites))
     narrow = apply(shell, plan)
     try:

@@ -14,6 +14,7 @@ from pysolve.forms import Codebook, LowRank
 from pysolve.nn.bare import Listed, find_member
 from pysolve.nn.cuts import attribute, by_member, check_untied, counted, cuts_of_plan, numbered_in
 from pysolve.nn.emptied import emptied
+from pysolve.nn.heads import check_scale, keep_scale
 from pysolve.nn.layer_kinds import tied_tables, twins
 from pysolve.nn.layers.factored_embedding import FactoredEmbedding
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
@@ -111,6 +112,8 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
         setattr(layers[owner], leaf, new)
     for norm, more in norms_of(model, plan).items():
         rescale(smaller, norm, more)
+    for step in plan.steps:
+        keep_scale(smaller, step, cuts)
     decoded = {name: form for name, form in plan.forms.items() if isinstance(form, Codebook)}
     load(smaller, {name: as_tensor(form.dense()) for name, form in decoded.items()})
     for name, form in plan.forms.items():
@@ -182,6 +185,7 @@ def _prepared(model: nn.Module, plan: Plan) -> tuple[nn.Module, dict[str, nn.Mod
     cuts = cuts_of_plan(model, plan)
     counted(model, plan)
     norms_of(model, plan)
+    check_scale(model, plan)
     values = new_values(model, plan)
     members = by_member(model, cuts)
     _check_forms(model, plan, members)

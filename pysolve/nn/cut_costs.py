@@ -44,7 +44,8 @@ def rest_of(
     fewer heads, a layer that runs over heads fewer positions. The numbers are found by cutting a copy of the
     network and counting again: all sites at once; where that is not explained, those sites whose number has a
     one in each binary place; where several sites share a size, one by one. A last network, cut by a quarter,
-    checks them. Operators whose sizes fall in another way, and networks that do not run when they are cut,
+    checks them. Heads and their dimensions, which no network loses both of, are cut one after the other.
+    Operators whose sizes fall in another way, and networks that do not run when they are cut,
     count as they are now, layers by their widths.
 
     Parameters
@@ -58,38 +59,54 @@ def rest_of(
     explained : callable
         From channels kept to the MACs of those modules for which they are known; others stay as they are.
     """
-    cuts, S = _Cuts(model, sites, count), len(sites)
+    S = len(sites)
     gradient, hessian, modules = np.zeros(S), np.zeros((S, S)), []
-    half = cuts.kept(cuts.free)
-    everything = cuts.calls(half) if cuts.free else None
-    before, after = by_layer(now), by_layer(everything or ())
-    widths, removed = explained(half), cuts.channels - half
-    for name, macs in before.items() if everything is not None else ():
-        fall = macs - after.get(name, 0.0)
-        if abs(fall - (macs - widths.get(name, macs))) <= _ROUNDING * macs:
+    parts = [_Cuts(model, sites, count, own) for own in _compatible(sites)]
+    parts = [cuts for cuts in parts if cuts.free and cuts.calls(cuts.half) is not None]
+    after = [by_layer(cuts.calls(cuts.half) or ()) for cuts in parts]
+    widths = [explained(cuts.half) for cuts in parts]
+    for name, macs in by_layer(now).items():
+        falls = [macs - one.get(name, 0.0) for one in after]
+        known = [macs - one.get(name, macs) for one in widths]
+        if all(abs(a - b) <= _ROUNDING * macs for a, b in zip(falls, known, strict=True)):
             continue
-        found = [_quadratic(*one) for one in cuts.steps([call for call in now if call.layer == name])]
-        slope = sum((one for one, _ in found), start=np.zeros(S))
-        bend = sum((one for _, one in found), start=np.zeros((S, S)))
+        found = [cuts.quadratic([call for call in now if call.layer == name]) for cuts in parts]
+        removed = [cuts.channels - cuts.half for cuts in parts]
+        told = [(slope - bend @ r / 2) @ r for (slope, bend), r in zip(found, removed, strict=True)]
         # The number of an expert's tokens, for example, falls in no such way.
-        if name in widths and abs(fall - (slope - bend @ removed / 2) @ removed) > _ROUNDING * macs:
+        if name in widths[0] and any(abs(a - b) > _ROUNDING * macs for a, b in zip(falls, told, strict=True)):
             continue
         modules.append(name)
-        gradient += slope
-        hessian += bend
+        counted = np.zeros(S, bool)
+        for cuts, (slope, bend) in zip(parts, found, strict=True):
+            own = np.isin(np.arange(S), cuts.free)
+            gradient += slope * (own & ~counted)
+            hessian += bend * (np.outer(own, own) & ~np.outer(counted, counted))
+            counted |= own
     # Of channels kept instead of channels added.
-    return Rest(modules, gradient - hessian @ cuts.channels, hessian)
+    channels = np.array([site.channels for site in sites])
+    return Rest(modules, gradient - hessian @ channels, hessian)
+
+
+def _compatible(sites: Sequence[Site]) -> list[list[int]]:
+    """Sets of sites that one network can lose channels of: with heads, or with their dimensions."""
+    dims = [s for s, site in enumerate(sites) if site.attention]
+    if not dims:
+        return [[*range(len(sites))]]
+    whole = [s for s, one in enumerate(sites) if any(one.overlaps(sites[d]) for d in dims if d != s)]
+    return [[s for s in range(len(sites)) if s not in one] for one in (dims, whole)]
 
 
 class _Cuts:
     """Calls of the network with some sites cut; each network is cut and counted once."""
 
-    def __init__(self, model: nn.Module, sites: Sequence[Site], count: Count) -> None:
+    def __init__(self, model: nn.Module, sites: Sequence[Site], count: Count, own: Collection[int]) -> None:
         self.model, self.sites, self.count = model, sites, count
         self.channels = np.array([site.channels for site in sites], dtype=np.intp)
         # Each token goes to as many experts, however many there are.
         able = [site.pinned is None and site.router is None for site in sites]
-        self.free = [s for s, site in enumerate(sites) if able[s] and site.channels > 1]
+        self.free = [s for s in own if able[s] and sites[s].channels > 1]
+        self.half = self.kept(self.free)
         self.found: dict[tuple[int, ...], list[Call] | None] = {}
 
     def kept(self, chosen: Sequence[int], parts: int = 2) -> Indices:
@@ -110,6 +127,14 @@ class _Cuts:
             except Exception:
                 self.found[key] = None
         return self.found[key]
+
+    def quadratic(self, now: Sequence[Call]) -> tuple[Array, Array]:
+        """(S,) and (S, S) arrays that say how MACs of one module fall."""
+        slope, bend = np.zeros(len(self.sites)), np.zeros((len(self.sites),) * 2)
+        for one in self.steps(now):
+            more = _quadratic(*one)
+            slope, bend = slope + more[0], bend + more[1]
+        return slope, bend
 
     def steps(self, now: Sequence[Call]) -> list[tuple[Call, Array]]:
         """Calls of one module that change, with (sizes, S): how much of a size belongs to one channel."""

@@ -196,7 +196,8 @@ def gathered(
                         folder.put_away(sums, index + 1)
         for name, known in _merged(sums, names, ranks):
             made = {} if known is None else {name: known}
-            for other in plan.sharing[name][1:] if made else ():
+            others = [one for one in plan.sharing[name] if one != name]
+            for other in others if made else ():
                 made[other] = own_outputs(made[name], plan.layers[other])
             if folder is None:
                 found |= made
@@ -218,7 +219,7 @@ def _merged(sums: Gathered, names: Sequence[str], ranks: Ranks) -> Iterator[tupl
 
 
 def _sharing(nodes: Mapping[Node, Layer], names: Sequence[str]) -> dict[str, list[str]]:
-    """Layers that read the same tensor, by the first of them."""
+    """Layers that read the same tensor, by the one that is first in the graph."""
     first: dict[Any, str] = {}
     reads = {
         one.name: first.setdefault(read_as(one, node), one.name)

@@ -5,6 +5,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from heads import inputs, network
 from small import Net, attention
 from torch import nn
 from torch.nn import functional as F
@@ -12,6 +13,7 @@ from torch.nn import functional as F
 from pysolve.nn.apply import apply
 from pysolve.nn.costs import cost_model
 from pysolve.nn.cut_costs import _Cuts
+from pysolve.nn.evaluate import parameters
 from pysolve.nn.graph.sites import find_sites
 from pysolve.nn.per_sample import sample_macs
 from pysolve.plan import Collapse, Plan, Site
@@ -49,6 +51,27 @@ def test_a_transformer_costs_at_any_heads_and_widths_what_is_counted():
     slopes = {2 * 36 * 3 * (site.channels in (2, 3) and "attend" in site.name) for site in sites}
     assert {*costs.gradient[1]} == slopes
     assert not costs.hessian.any()
+
+
+def test_heads_or_their_dimensions_cost_what_is_counted():
+    """Whichever a layer loses, beside what the other layers lose."""
+    model, x = network(blocks=2, heads=3, d=3, hidden=3), inputs(2)
+    sites = [
+        site for site in find_sites(model, x, head_dims=True) if site.pinned is None and len(site.rows) < 4
+    ]
+    costs = cost_model(model, sites, x)
+    assert sum(bool(site.attention) for site in sites) == 2
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        kept = np.array([rng.integers(1, site.channels + 1) for site in sites])
+        for s, site in enumerate(sites):
+            for other in (t for t in range(s) if site.overlaps(sites[t])):
+                whole = s if rng.random() < 0.5 else other
+                kept[whole] = sites[whole].channels
+        steps = (Collapse(site, np.arange(k)) for site, k in zip(sites, kept, strict=True))
+        smaller = apply(model, Plan(tuple(one for one in steps if len(one.removed))))
+        assert costs.cost(kept)["macs"] == sum(sample_macs(smaller, x).values())
+        assert costs.cost(kept)["params"] == parameters(smaller)
 
 
 def test_only_few_networks_are_cut(monkeypatch):

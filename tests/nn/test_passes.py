@@ -99,6 +99,15 @@ def test_layers_that_read_the_same_are_summed_once():
     assert ONE["q"].xx is ONE["v"].xx
 
 
+def test_layers_are_gathered_whatever_their_order():
+    plan = planned(None, NAMES[::-1])
+    found = passes.gathered(MODEL, lambda number: iter(batches()), plan, SHARES, ["v"], progress=False)
+    assert {*found} == {*ONE}
+    for name, wanted in ONE.items():
+        np.testing.assert_array_equal(found[name].xx, wanted.xx)
+        np.testing.assert_array_equal(found[name].yx, wanted.yx)
+
+
 @pytest.mark.parametrize("split", [[["q", "out", "conv", "unused"]], [["q"], ["out", "conv"], ["unused"]]])
 def test_sums_in_passes_and_on_disk_are_those_of_one_pass(split):
     assert_same(gathered(each=split, on_disk=True))

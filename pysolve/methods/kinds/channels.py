@@ -13,6 +13,7 @@ from scipy.linalg import solve_triangular
 
 from pysolve.correlations import Array, Correlations, Indices, group_columns, without_sums
 from pysolve.layer.layer_fit import LayerFit
+from pysolve.methods.heads import order_of, scores_lost
 from pysolve.methods.kinds.experts import expert_path
 from pysolve.methods.kinds.sensed import metrics_of
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
@@ -214,17 +215,21 @@ def _is_turned(study: Study, site: Site) -> bool:
 def _leading(study: Study, site: Site) -> tuple[Indices, Array]:
     """Channels from the last to the first, and the error of every size, which a Cholesky factor tells.
 
-    Reader by reader, for all of them together need not fit in memory.
+    Reader by reader, for all of them together need not fit in memory. Scores of attention count as one more.
     """
     names = [name for name in site.readers if name in study.correlations]
-    inputs, error = widths(study, site), np.zeros(site.channels + 1)
+    inputs, error, order = widths(study, site), np.zeros(site.channels + 1), order_of(study, site)
     for name in names:
         R, C, left = _reader(site, _of_reader(study, name), name, inputs[name], True)
+        places = group_columns(order, len(R) // site.channels)
+        R, C = R[np.ix_(places, places)], C[:, places]
         explained = np.square(solve_triangular(_factor(R), C.T, lower=True)).sum(1)
         error += left
         error[1:] -= np.cumsum(explained.reshape(site.channels, -1).sum(1))
-    error = np.maximum(np.minimum.accumulate(error / max(1, len(names))), FLOOR)
-    return np.arange(site.channels)[::-1], error
+    error /= max(1, len(names))
+    if site.attention:
+        error = (error + scores_lost(study, site, order)) / 2
+    return order[::-1], np.maximum(np.minimum.accumulate(error), FLOOR)
 
 
 def _factor(R: Array) -> Array:

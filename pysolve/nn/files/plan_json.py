@@ -14,7 +14,7 @@ import numpy.typing as npt
 from pysolve.correlations import Indices
 from pysolve.errors import DataError
 from pysolve.forms import Codebook, Form, Integers, LowRank
-from pysolve.plan import Branch, Collapse, Norm, Plan, Site
+from pysolve.plan import Attention, Branch, Collapse, Norm, Plan, Site
 
 # From "rows" or "columns" and a layer's name to how many output or input channels it has.
 Width = Callable[[str, str], int]
@@ -22,6 +22,8 @@ T = TypeVar("T")
 _RANGES = re.compile(r"[0-9]{1,10}(-[0-9]{1,10})?( [0-9]{1,10}(-[0-9]{1,10})?)*")
 # Most results that a module which is passed by returns.
 _RESULTS = 100
+# Tables of heads, and the layers that they are of.
+_TABLES = {"queries": "query", "keys": "key", "values": "value", "outputs": "output"}
 _KINDS = {dict: "an object", list: "a list", str: "a string", int: "an integer", bool: "true or false"}
 
 
@@ -77,8 +79,16 @@ def step_record(step: Collapse) -> dict[str, object]:
         "columns": {name: ranges(table) for name, table in site.columns.items()},
         **({"integers": dict(site.integers)} if site.integers else {}),
         **({"norms": [[*vars(one).values()] for one in site.norms]} if site.norms else {}),
+        **({"attention": [*map(_attention_record, site.attention)]} if site.attention else {}),
         **({"branch": _branch_record(site.branch)} if site.branch and not len(step.keep) else {}),
     }
+
+
+def _attention_record(one: Attention) -> dict[str, object]:
+    """Layers of heads, and their rows head by head."""
+    tables = {name: ranges(getattr(one, name)) for name in _TABLES}
+    layers = {name: getattr(one, name) for name in _TABLES.values()}
+    return {**layers, **tables, "groups": len(one.keys), "heads": len(one.queries), "scale": one.scale}
 
 
 def _branch_record(branch: Branch) -> dict[str, object]:
@@ -186,6 +196,7 @@ def _step(record: dict[str, object], width: Width, spent: dict[tuple[str, str], 
     integers = {typed(path, str, "a path"): typed(each, int, "a count") for path, each in counts.items()}
     norms = tuple(_norm(one) for one in typed(record.get("norms", []), list, "norms"))
     rows, columns = tables["rows"], tables["columns"]
+    heads = typed(record.get("attention", []), list, "attention")
     branch = None if len(keep) or "branch" not in record else _branch(record["branch"])
     try:
         site = Site(
@@ -199,6 +210,7 @@ def _step(record: dict[str, object], width: Width, spent: dict[tuple[str, str], 
             norms=norms,
             least=1 if branch is None else 0,
             branch=branch,
+            attention=tuple(_attention(one, width, tables) for one in heads),
         )
         return Collapse(site, keep)
     except ValueError as error:
@@ -223,6 +235,42 @@ def _branch(record: object) -> Branch:
         results,
         position,
     )
+
+
+def _attention(record: object, width: Width, tables: Mapping[str, Mapping[str, Indices]]) -> Attention:
+    given = typed(record, dict, "attention")
+    names = {name: typed(field(given, name), str, name) for name in _TABLES.values()}
+    scale = field(given, "scale")
+    found = {}
+    for what, layer in _TABLES.items():
+        side, name = "columns" if layer == "output" else "rows", names[layer]
+        if name not in tables[side]:
+            raise DataError(f"expected {what} of heads in a layer of the site, got {name!r}.")
+        table = indices_of(field(given, what), width(side, name), what)
+        count = typed(
+            field(given, "groups" if layer in ("key", "value") else "heads"), int, "a number of heads"
+        )
+        if not np.isin(table, tables[side][name]).all():
+            raise DataError(f"expected {what} of heads among the site's {side} of {name}.")
+        found[what] = _shaped(table, count, what)
+    shapes = (
+        {found[what].shape for what in ("queries", "outputs")},
+        {found[w].shape for w in ("keys", "values")},
+    )
+    if any(len(one) > 1 for one in shapes) or len({one.shape[1] for one in found.values()}) > 1:
+        raise DataError("expected heads of one size.")
+    if len(found["queries"]) % len(found["keys"]):
+        raise DataError("expected as many heads for each group of keys.")
+    query, key, value, output = names.values()
+    queries, keys, values, outputs = found.values()
+    own = None if scale is None else typed(scale, str, "a scale")
+    return Attention(query, key, value, output, queries, keys, values, outputs, own)
+
+
+def _shaped(table: Indices, heads: int, what: str) -> Indices:
+    if heads < 1 or not len(table) or len(table) % heads:
+        raise DataError(f"expected {what} of equally many dimensions for each of {heads} heads.")
+    return table.reshape(heads, -1)
 
 
 def _norm(record: object) -> Norm:

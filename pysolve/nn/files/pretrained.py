@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pysolve.compressed import Compressed
 from pysolve.errors import DataError, PysolveError
@@ -38,6 +38,8 @@ _CARRIED = (
     *("sentencepiece*", "*.tiktoken", "*.spm", "chat_template*", "normalizer.json"),
     *("preprocessor_config.json", "*processor_config.json", "*processor.json"),
 )
+# By how much buffers may differ: more than half types round.
+_NEAR = 1e-2
 _BLOCKS = (
     "layers differ, so it is written as block_configs of DeciLM: transformers needs that model's own "
     "code; Llama's own layers, of these widths, gave the outputs"
@@ -245,7 +247,9 @@ def write_stock(network: nn.Module, folder: Path, batch: Batch = None) -> Writte
     written, shorter = written_of(network, folder, batch), network
     try:
         shorter = without_idle_layers(network)
-        _write_model(shorter, stock_of(shorter), folder)
+        found = stock_of(shorter)
+        _check_buffers(shorter, found.config)
+        _write_model(shorter, found, folder)
     except NotStockError as error:
         try:
             stock, blocks = blocks_of(shorter)
@@ -256,6 +260,23 @@ def write_stock(network: nn.Module, folder: Path, batch: Batch = None) -> Writte
         file.write_text(json.dumps({**json.loads(file.read_text()), **blocks}, indent=2))
         return replace(written, note=_BLOCKS)
     return written
+
+
+def _check_buffers(network: Any, config: Any) -> None:
+    """Refuse a network with buffers that no file holds and the class makes otherwise: frequencies, say."""
+    state, made = network.state_dict(), dict[str, Tensor]()
+    for name, buffer in network.named_buffers():
+        if name in state or not buffer.is_floating_point():
+            continue
+        made = made or dict(_without_values(type(network), config).named_buffers())
+        own, other = buffer.double().cpu(), made.get(name)
+        if other is None or own.shape != other.shape:
+            continue
+        if not torch.allclose(own, other.double(), rtol=_NEAR):
+            raise PysolveError(
+                f"no configuration of {type(network).__name__} describes this network: {name} holds other "
+                "numbers than the class gives it. Save it with stock=False, for load_pretrained alone."
+            )
 
 
 def _refusal(network: nn.Module, error: NotStockError, other: NotStockError) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from pysolve.nn.graph.classes import Ledger, complete, labelled, lean, squashed
+from pysolve.nn.graph.classes import Attended, Ledger, complete, labelled, lean, squashed
 from pysolve.nn.graph.export import where
 from pysolve.nn.layer_kinds import CONVOLUTIONS, inputs_first, plain
 from pysolve.nn.products import Product, product
@@ -67,6 +67,12 @@ class Network:
         Of all such views.
     norms : {weight: Norm}
         Norms over all channels of a value.
+    inner : bool
+        Follow the dimensions of attention heads instead of whole heads.
+    scored : {Node: (labels, labels)}
+        Products of queries and keys, where their dimensions are followed.
+    attended : list of Attended
+        Attention, where its dimensions are followed.
     ledger : Ledger
     """
 
@@ -83,6 +89,9 @@ class Network:
     lines: Mapping[Node, int] = field(default_factory=dict)
     grids: dict[Node, Tensor] = field(default_factory=dict)
     norms: dict[str, Norm] = field(default_factory=dict)
+    inner: bool = False
+    scored: dict[Node, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    attended: list[Attended] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
 
 

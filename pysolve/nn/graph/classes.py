@@ -38,6 +38,16 @@ class Member:
 
 
 @dataclass(frozen=True, eq=False)
+class Attended:
+    """Labels of queries, keys and values that meet: (…, heads, positions, d), keys and values repeated."""
+
+    node: Node
+    query: Tensor
+    key: Tensor
+    value: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Classes:
     """Classes of united labels.
 
@@ -57,6 +67,8 @@ class Classes:
         Views that lay channels out in a grid, and the classes of these.
     norms : {weight: Norm}
         Norms over all channels of a value.
+    attended : tuple of Attended
+        Attention whose dimensions were followed.
     """
 
     members: tuple[Member, ...]
@@ -66,6 +78,7 @@ class Classes:
     blamed: frozenset[Blame] = frozenset()
     grids: Mapping[Node, set[int]] = field(default_factory=dict)
     norms: Mapping[str, Norm] = field(default_factory=dict)
+    attended: tuple[Attended, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)

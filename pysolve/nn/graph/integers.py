@@ -71,12 +71,13 @@ def counting(site: Site, read: Mapping[str, int]) -> dict[str, int]:
     """Integers that may count a site's channels, and how much of them one channel is.
 
     They are in modules that hold members of the site, up to the one that holds all, or in ``Unflatten``
-    there; and they equal the site's channels, or the channels that these are in one of the layers.
+    there; and they equal the site's channels, or the channels that these are in one of the layers or heads.
     """
     members = [name.split(".")[:-1] for name in (*site.writers, *site.passed, *site.readers)]
     shared = len([*takewhile(lambda parts: len({*parts}) == 1, zip(*members, strict=False))])
     owners = {".".join(parts[:n]) for parts in members for n in range(shared, len(parts) + 1)}
     each = {1, *(table.shape[1] for table in chain(site.rows.values(), site.columns.values()))}
+    each |= {one.queries.shape[1] // site.channels for one in site.attention}
     sizes = {site.channels * one: one for one in each}
     return {
         path: sizes[value]

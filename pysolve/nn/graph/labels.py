@@ -29,7 +29,12 @@ _WRAPPERS = {"wrap_with_autocast", "wrap_with_set_grad_enabled", "tag_activation
 
 
 def label_channels(
-    model: nn.Module, graph: Graph, training: Graph | None = None, lines: Mapping[Node, int] | None = None
+    model: nn.Module,
+    graph: Graph,
+    training: Graph | None = None,
+    lines: Mapping[Node, int] | None = None,
+    *,
+    inner: bool = False,
 ) -> Classes:
     """Give every channel that a layer makes a label, and run the graph's operators on the labels.
 
@@ -38,10 +43,11 @@ def label_channels(
     buffers that would pin channels get labels, too, which unite with those that they meet. Channels that meet
     parameters used in ``training`` alone, a graph of the network in training mode, are pinned: no data show
     what these parameters are for. ``lines`` keeps rows or columns of some views together.
+    ``inner``: channels are dimensions of attention heads, not whole heads.
     """
     bare: dict[str, int] = {}
     while True:
-        network = _labelled(model, graph, bare, lines or {})
+        network = _labelled(model, graph, bare, lines or {}, inner=inner)
         found = network.ledger.resolve()
         new = {name: dim for name, dim in _bare(network, found) if name not in bare}
         if not new:
@@ -51,12 +57,14 @@ def label_channels(
         _pin_trained(network, _network(model, training, unseen=set(network.state) - graph.used), training)
         found = network.ledger.resolve()
     grids = {node: {*found.roots[one].tolist()} for node, one in network.grids.items()}
-    return replace(found, grids=grids, norms=network.norms)
+    return replace(found, grids=grids, norms=network.norms, attended=tuple(network.attended))
 
 
-def _labelled(model: nn.Module, graph: Graph, bare: Mapping[str, int], lines: Mapping[Node, int]) -> Network:
+def _labelled(
+    model: nn.Module, graph: Graph, bare: Mapping[str, int], lines: Mapping[Node, int], *, inner: bool
+) -> Network:
     """The network with its ledger after one run, bare tensors labelled along these dimensions."""
-    network = replace(_network(model, graph), lines=lines)
+    network = replace(_network(model, graph), lines=lines, inner=inner)
     made = {
         node: _bare_labels(network, name, bare[name])
         for node, name in graph.parameters.items()

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from pysolve.nn.graph.calls import Call, Labels, meet, pointwise
-from pysolve.nn.graph.classes import complete, labelled, lean, none, squashed
+from pysolve.nn.graph.classes import Attended, complete, labelled, lean, none, squashed
 from pysolve.nn.graph.norms import through_norm
 
 Rule = Callable[[Call], Labels]
+# Most operators between scores and what they weigh.
+_STEPS = 12
 
 
 def shape(call: Call) -> Labels:
@@ -200,6 +202,8 @@ def _contract(call: Call, left: tuple[Tensor, Node], right: tuple[Tensor, Node])
 
     One head that serves many (multi-query attention) stays, and the others can go one by one.
     """
+    if call.network.inner:
+        return _contract_dims(call, left, right)
     a, b = lean(left[0]).unsqueeze(-2), lean(right[0]).unsqueeze(-3)
     for many, one in ((a, b), (b, a)):
         if _serves(one, many):
@@ -229,11 +233,54 @@ def attention(call: Call) -> Tensor:
     query, key, value = (call.args[name] for name in ("query", "key", "value"))
     if call.args.get("enable_gqa"):
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+    if call.network.inner:
+        return _dimensions(call, query, key, value)
     scores = _contract(call, (query, call.sources["query"]), (key, call.sources["key"]))
     if isinstance(call.args["attn_mask"], Tensor):
         mask = (call.args["attn_mask"], call.sources["attn_mask"])
         scores = meet(call, [(scores, call.sources["query"]), mask])
     return _contract(call, (scores, call.sources["query"]), (value.mT, call.sources["value"]))
+
+
+def _contract_dims(call: Call, left: tuple[Tensor, Node], right: tuple[Tensor, Node]) -> Tensor:
+    """As ``_contract`` by dimension: of queries and keys, or of what their scores weigh."""
+    if labelled(left[0]) and labelled(right[0]):
+        call.network.scored[call.node] = left[0], right[0]
+        _together(call, left[0], right[0])
+        return none((*call.result.shape[:-2], left[0].shape[-2], right[0].shape[-2]))
+    scored = call.network.scored.get(_scores(call.network.scored, left[1]) or call.node)
+    if scored is None or not labelled(right[0]):
+        both = [(left[0].unsqueeze(-2), left[1]), (right[0].unsqueeze(-3), right[1])]
+        return call.ledger.mix(meet(call, both), (-1,), call.says("mixes these channels")).squeeze(-1)
+    return _dimensions(call, *scored, right[0].mT)
+
+
+def _scores(scored: Mapping[Node, object], node: Node) -> Node | None:
+    """The product of queries and keys that softmax and the like have made a value of."""
+    near = [node]
+    for _ in range(_STEPS):
+        found = next((one for one in near if one in scored), None)
+        if found is not None:
+            return found
+        near = [*dict.fromkeys(other for one in near for other in one.all_input_nodes)]
+    return None
+
+
+def _dimensions(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention by dimension: each is one channel of queries, keys and values, the same in all heads."""
+    call.network.attended.append(Attended(call.node, query, key, value))
+    _together(call, query, key, value)
+    if isinstance(mask := call.args.get("attn_mask"), Tensor):
+        call.ledger.pin(mask, call.says("adds these channels"))
+    top = call.ledger.mix(value, (-2,), call.says("mixes these channels"))
+    return top.expand(*call.result.shape[:-1], -1)
+
+
+def _together(call: Call, *values: Tensor) -> None:
+    """Unite the last dimensions of values, over all of the others."""
+    reason = call.says("multiplies these channels")
+    tops = [call.ledger.mix(one, range(one.ndim - 1), reason) for one in values]
+    call.ledger.unite(*(one.reshape(-1) for one in tops))
 
 
 def einsum(call: Call) -> Labels:

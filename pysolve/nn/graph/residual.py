@@ -56,10 +56,10 @@ def with_branches(
     seen = _Seen(model, graph, {layer.name: (node, layer) for node, layer in found}, twins(model))
     branches = {i: branch for i, site in enumerate(sites) if (branch := _branch(seen, site)) is not None}
     layers = {i: _emptied(sites[i], branch) for i, branch in branches.items()}
-    proven = _sound(layers, problem)
+    proven = sound(layers, problem)
     others = {i: branch for i, branch in branches.items() if i not in proven}
     whole = dict(_whole(seen, {i: (sites[i], branch) for i, branch in others.items()}, batch))
-    proven |= _sound({i: _emptied(sites[i], branch) for i, branch in whole.items()}, problem, proven)
+    proven |= sound({i: _emptied(sites[i], branch) for i, branch in whole.items()}, problem, proven)
     proven = _going_on(proven, model, batch)
     return [proven[i].site if i in proven else site for i, site in enumerate(sites)]
 
@@ -68,7 +68,7 @@ def _emptied(site: Site, branch: Branch) -> Collapse:
     return Collapse(replace(site, least=0, branch=branch), np.zeros(0, np.intp))
 
 
-def _sound(
+def sound(
     steps: Mapping[int, Collapse], problem: Problem, also: Mapping[int, Collapse] | None = None
 ) -> dict[int, Collapse]:
     """Steps that work together, by bisection."""
@@ -81,8 +81,8 @@ def _sound(
     if len(items) == 1:
         return {}
     middle = len(items) // 2
-    left = _sound(dict(items[:middle]), problem, also)
-    return left | _sound(dict(items[middle:]), problem, {**also, **left})
+    left = sound(dict(items[:middle]), problem, also)
+    return left | sound(dict(items[middle:]), problem, {**also, **left})
 
 
 def _going_on(steps: Mapping[int, Collapse], model: nn.Module, batch: Batch) -> dict[int, Collapse]:

@@ -20,6 +20,7 @@ from pysolve.nn.bare import own_tensors
 from pysolve.nn.graph.classes import ROLES, Classes, Member
 from pysolve.nn.graph.experts import Problem, expert_sites
 from pysolve.nn.graph.export import Graph, trace
+from pysolve.nn.graph.head_dims import head_dims
 from pysolve.nn.graph.integers import choices, counting, integers_read
 from pysolve.nn.graph.labels import label_channels
 from pysolve.nn.graph.residual import with_branches
@@ -49,7 +50,9 @@ WORDS = 32
 _WRITTEN, _COUNTED = "a width is written into the code", "the code counts on all of these channels"
 
 
-def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[Ignored] = ()) -> list[Site]:
+def find_sites(
+    model: nn.Module, example_inputs: Batch, *, ignore: Iterable[Ignored] = (), head_dims: bool = False
+) -> list[Site]:
     """Find all sets of channels that can be removed together, and say of all others what keeps them.
 
     The network is traced with torch.export, every channel that a layer makes gets a label, and the labels
@@ -68,12 +71,15 @@ def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[Igno
     ignore : iterable of str, types or modules
         Layers whose channels must stay, with all that they hold: names, patterns ``"re:…"`` that match whole
         names, types, or the layers themselves.
+    head_dims : bool
+        Also the dimensions of attention heads, of all heads of a layer together. They overlap with whole
+        heads: a plan may cut one of both in each layer.
 
     Returns
     -------
     list of Site
-        In the order in which the network first uses their writers, whole experts last. Sites that cannot
-        shrink say why in ``pinned``.
+        In the order in which the network first uses their writers, whole experts and dimensions of heads
+        last. Sites that cannot shrink say why in ``pinned``.
 
     Raises
     ------
@@ -96,12 +102,15 @@ def find_sites(model: nn.Module, example_inputs: Batch, *, ignore: Iterable[Igno
     if few is not example_inputs:
         # A batch size may be written into the code.
         with suppress(PysolveError):
-            return sites_in(model, trace(model, few, free_sizes=False), few, ignore=ignore)
-    return sites_in(model, trace(model, example_inputs, free_sizes=False), example_inputs, ignore=ignore)
+            return sites_in(model, trace(model, few, free_sizes=False), few, ignore=ignore, heads=head_dims)
+    graph = trace(model, example_inputs, free_sizes=False)
+    return sites_in(model, graph, example_inputs, ignore=ignore, heads=head_dims)
 
 
-def sites_in(model: nn.Module, graph: Graph, batch: Batch, *, ignore: Iterable[Ignored] = ()) -> list[Site]:
-    """``find_sites`` of a network that has been traced with this batch."""
+def sites_in(
+    model: nn.Module, graph: Graph, batch: Batch, *, ignore: Iterable[Ignored] = (), heads: bool = False
+) -> list[Site]:
+    """``find_sites`` of a network that has been traced with this batch; ``heads``: with their dimensions."""
     layers = find_matching(model, ignore)
     ignored = layers | {
         tensor_name(one, leaf) for one in layers for leaf in own_tensors(find_layer(model, one))
@@ -124,7 +133,9 @@ def sites_in(model: nn.Module, graph: Graph, batch: Batch, *, ignore: Iterable[I
     experts = [_ignoring(site, ignored) for site in expert_sites(model, graph, problem, free)]
     # The logits of a router, which its softmax mixes.
     logits = {name for site in experts if site.pinned is None for name in site.writers}
-    return [*(site for site in best if site.pinned is None or not logits.issuperset(site.writers)), *experts]
+    best = [site for site in best if site.pinned is None or not logits.issuperset(site.writers)]
+    dims = head_dims(model, graph, some, sites_of, problem) if heads else ()
+    return [*best, *experts, *(_ignoring(site, ignored) for site in dims)]
 
 
 def _trial(model: nn.Module, batch: Batch) -> Problem:

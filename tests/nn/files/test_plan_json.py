@@ -22,7 +22,7 @@ from pysolve.nn.files.plan_json import (
     strings,
     typed,
 )
-from pysolve.plan import Branch, Collapse, Plan, Site
+from pysolve.plan import Attention, Branch, Collapse, Plan, Site
 
 
 @given(st.lists(st.integers(0, 40), unique=True))
@@ -83,7 +83,7 @@ def test_numbers_become_plain():
         plain([object()])
 
 
-WIDTHS = {"a": 12, "b": 12, "norm": 12, "c": 24, "d": 6}
+WIDTHS = {"a": 12, "b": 12, "norm": 12, "c": 24, "d": 6, "e": 6}
 
 
 def width(what, name):
@@ -176,6 +176,45 @@ def test_what_is_left_of_a_branch_survives(branch):
 def test_what_is_no_branch_is_refused(changes, message):
     record = step_record(Collapse(Site(6, ("a",), ("c",), least=0, branch=Branch()), []))
     record["branch"] |= changes
+    with pytest.raises(DataError, match=message):
+        steps_of([record], width)
+
+
+def heads_site(scale="b.scaling"):
+    """Four heads of three dimensions, two of which share keys and values."""
+    queries, keys = np.arange(12).reshape(4, 3), np.arange(6).reshape(2, 3)
+    one = Attention("a", "d", "e", "c", queries, keys, keys, queries, scale)
+    rows = {"a": queries.T, "d": keys.T, "e": keys.T}
+    return Site(3, ("a", "d", "e"), ("c",), (), rows, {"c": queries.T}, attention=(one,))
+
+
+@given(st.sampled_from(["b.scaling", "", None]))
+def test_heads_survive(scale):
+    (again,) = steps_of(json.loads(json.dumps([step_record(Collapse(heads_site(scale), [0, 2]))])), width)
+    (one,), (wanted,) = again.site.attention, heads_site(scale).attention
+    for name, value in vars(wanted).items():
+        np.testing.assert_array_equal(getattr(one, name), value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": "c"}, "expected queries of heads in a layer of the site, got 'c'"),
+        ({"heads": 5}, "queries of equally many dimensions for each of 5 heads"),
+        ({"heads": 0}, "for each of 0 heads"),
+        ({"heads": 10**15}, "for each of 1000000000000000 heads"),
+        ({"heads": True}, "expected a number of heads to be an integer, got true or false"),
+        ({"groups": 3}, "expected heads of one size"),
+        ({"queries": "0-10"}, "queries of equally many dimensions"),
+        ({"queries": "0-12"}, "expected queries within 0 … 11"),
+        ({"keys": "0-2"}, "expected heads of one size|expected keys"),
+        ({"outputs": "12-23"}, "outputs of heads among the site's columns of c"),
+        ({"scale": 3}, "expected a scale to be a string, got an integer"),
+    ],
+)
+def test_what_are_no_heads_is_refused(changes, message):
+    record = step_record(Collapse(heads_site(), [0, 2]))
+    record["attention"][0] |= changes
     with pytest.raises(DataError, match=message):
         steps_of([record], width)
 

@@ -1,0 +1,172 @@
+"""Sites whose channels are dimensions of attention heads: the same of all heads of a layer go together.
+
+They overlap with the sites of whole heads, and a plan may cut one of both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+from torch import Tensor, nn
+from torch.fx import Node
+
+from pysolve.nn.graph.calls import product_of, stored
+from pysolve.nn.graph.classes import Attended, Classes, Member, squashed
+from pysolve.nn.graph.experts import Problem
+from pysolve.nn.graph.export import Graph
+from pysolve.nn.graph.integers import choices, counting, integers_read
+from pysolve.nn.graph.labels import label_channels
+from pysolve.nn.graph.residual import sound
+from pysolve.nn.running import Batch, find_layer
+from pysolve.plan import Attention, Collapse, Indices, Site, tensor_name
+
+# From sites to the sites that labels make of them.
+SitesOf = Callable[[Classes], list[Site]]
+
+
+def head_dims(
+    model: nn.Module, graph: Graph, batch: Batch, sites_of: SitesOf, problem: Problem
+) -> list[Site]:
+    """The sites of dimensions of heads, with what follows their number; pinned where they do not work.
+
+    Parameters
+    ----------
+    model : nn.Module
+    graph : Graph
+    batch : one batch
+    sites_of : callable
+        From classes of labels to sites.
+    problem : callable
+        From steps to what is wrong with the network that loses their channels; None if nothing is.
+    """
+    classes = label_channels(model, graph, inner=True)
+    every = [*_described(graph, classes, sites_of(classes))]
+    found = [site for site in every if site.pinned is None]
+    proven, read = dict[int, Site](), integers_read(model, batch, trains=False) if found else {}
+    # Layers repeat each other: what works for one is tried for all that are left.
+    for i, site in enumerate(found):
+        if i in proven:
+            continue
+        rng, problems = np.random.default_rng(0), list[str]()
+        for number in range(len([*_variants(model, site, read)])):
+            offered = {
+                j: [*_variants(model, found[j], read)] for j in range(i, len(found)) if j not in proven
+            }
+            tried = {j: _half(one[number], rng) for j, one in offered.items() if number < len(one)}
+            if (wrong := problem([tried[i]])) is not None:
+                problems.append(wrong)
+                continue
+            proven |= {j: step.site for j, step in sound(tried, problem).items()}
+            break
+        else:
+            proven[i] = replace(site, pinned=problems[0])
+    return [*(proven[i] for i in sorted(proven)), *(site for site in every if site.pinned is not None)]
+
+
+def _described(graph: Graph, classes: Classes, sites: Sequence[Site]) -> Iterator[Site]:
+    """Sites that hold dimensions of heads, with the rows of each head."""
+    writers = [member for member in classes.members if member.role == "writers"]
+    heads: dict[int, list[Attention]] = {}
+    for attended in classes.attended:
+        one = _attention(graph, attended, writers)
+        owner = None if one is None else _owner(sites, one)
+        if one is None or owner is None:
+            continue
+        site = sites[owner]
+        columns = site.columns.get(one.output)
+        if columns is not None and columns.size == one.queries.size:
+            outputs = np.sort(columns.ravel()).reshape(one.queries.shape)
+            heads.setdefault(owner, []).append(replace(one, outputs=outputs))
+    for i, several in heads.items():
+        yield replace(sites[i], attention=tuple(several))
+
+
+def _attention(graph: Graph, attended: Attended, writers: Sequence[Member]) -> Attention | None:
+    """Which layers make queries, keys and values, and their rows; None where several make one of them."""
+    found = [_located(labels, writers) for labels in (attended.query, attended.key, attended.value)]
+    output = _reader(graph, attended.node)
+    if output is None or not all(found):
+        return None
+    (query, queries), (key, keys), (value, values) = (one for one in found if one)
+    shared = [_shared(one) for one in (keys, values)]
+    if any(one is None for one in shared) or len({one.shape for one in shared if one is not None}) > 1:
+        return None
+    keys, values = (one for one in shared if one is not None)
+    return Attention(query, key, value, output, queries, keys, values, queries)
+
+
+def _located(labels: Tensor, writers: Sequence[Member]) -> tuple[str, Indices] | None:
+    """The layer that makes all of these channels, and (heads, d) of its rows."""
+    core, d = squashed(labels), labels.shape[-1]
+    if core.numel() != core.shape[-3] * d or core.min() < 0:
+        return None
+    # Of keys that all heads share there is one row.
+    table = np.broadcast_to(core.reshape(-1, d).numpy(), (labels.shape[-3], d))
+    for member in writers:
+        start, stop = int(member.labels.min()), int(member.labels.max())
+        if start <= table.min() and table.max() <= stop:
+            return member.layer, np.asarray(table - start, dtype=np.intp)
+    return None
+
+
+def _shared(table: Indices) -> Indices | None:
+    """(G, d) rows without repetitions, where heads in a row share them; None where others do."""
+    _, first = np.unique(table[:, 0], return_index=True)
+    own = table[np.sort(first)]
+    same = len(table) % len(own) == 0 and np.array_equal(np.repeat(own, len(table) // len(own), 0), table)
+    return own if same else None
+
+
+def _reader(graph: Graph, node: Node) -> str | None:
+    """The layer that reads what attention gives."""
+    while len(users := [*node.users]) == 1:
+        call = product_of(users[0])
+        if call is not None and call.x is node and isinstance(call.weight, Node):
+            name = graph.parameters.get(stored(call.weight)[0])
+            return None if name is None else name.rpartition(".")[0]
+        node = users[0]
+    return None
+
+
+def _owner(sites: Sequence[Site], one: Attention) -> int | None:
+    """The site that holds all dimensions of some heads."""
+    for i, site in enumerate(sites):
+        parts = ((one.query, one.queries), (one.key, one.keys), (one.value, one.values))
+        if all(name in site.rows and np.isin(rows, site.rows[name]).all() for name, rows in parts):
+            return i
+    return None
+
+
+def _variants(model: nn.Module, site: Site, read: Mapping[str, int]) -> Iterator[Site]:
+    """The site with what may follow the size of its heads: the scale of scores, and integers."""
+    offers = counting(site, read)
+    names = [*choices({path.rpartition(".")[2] for path in offers}), set[str]()]
+    for scales in _scales(model, site):
+        heads = tuple(replace(one, scale=s) for one, s in zip(site.attention, scales, strict=True))
+        for chosen in names:
+            integers = {path: each for path, each in offers.items() if path.rpartition(".")[2] in chosen}
+            yield replace(site, attention=heads, integers=integers)
+
+
+def _scales(model: nn.Module, site: Site) -> Iterator[tuple[str | None, ...]]:
+    """Where 1/√d may be held: in an attribute of the module around the layers, in the code, or nowhere."""
+    held = [_held(model, one) for one in site.attention]
+    if all(held):
+        yield tuple(held)
+    yield tuple("" for _ in held)
+    yield tuple(None for _ in held)
+
+
+def _held(model: nn.Module, one: Attention) -> str:
+    """The attribute of the module around queries that is 1/√d; "" where none or several are."""
+    owner = one.query.rpartition(".")[0]
+    values = vars(find_layer(model, owner)).items()
+    wanted = one.queries.shape[1] ** -0.5
+    names = [name for name, value in values if type(value) is float and value == wanted]
+    return tensor_name(owner, names[0]) if len(names) == 1 else ""
+
+
+def _half(site: Site, rng: np.random.Generator) -> Collapse:
+    return Collapse(site, np.sort(rng.choice(site.channels, max(1, site.channels // 2), replace=False)))
