@@ -22,7 +22,7 @@ from pathlib import Path
 import typer
 from common import OutOption, write
 
-from pysolve.nn.memory import in_bytes
+from pysolve.nn.gathering.memory import in_bytes
 from pysolve.tables import Table, as_markdown
 
 app = typer.Typer(add_completion=False, help=__doc__)

@@ -34,10 +34,10 @@ from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attentio
 
 import pysolve as ps
 from pysolve.compressed import Compressed
-from pysolve.nn import profile
+from pysolve.nn.cost import profile
 from pysolve.nn.divergence import kl_divergence
 from pysolve.nn.evaluate import parameters
-from pysolve.nn.walk import Walk
+from pysolve.nn.refit.walk import Walk
 from pysolve.training.fit import fit
 
 DATA = Path(os.environ.get("PYSOLVE_DATA", "data"))

@@ -27,7 +27,7 @@ from subjects import SUBJECTS
 from torch import Tensor, nn
 
 import pysolve as ps
-from pysolve.nn.profile import times_of
+from pysolve.nn.cost.profile import times_of
 from pysolve.nn.running import arguments
 from pysolve.nn.samples import samples_in, take
 

@@ -34,7 +34,7 @@ from pysolve.cli.datasets import mnist
 from pysolve.compressed import Compressed
 from pysolve.layer.layer_problem import layer_problem
 from pysolve.layer.searches import Zeros, sweep
-from pysolve.nn.nonzeros import nonzeros
+from pysolve.nn.cost.nonzeros import nonzeros
 from pysolve.tables import Table
 
 # Shares of the weights that are removed, and of the parameters that are left.

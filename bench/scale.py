@@ -30,8 +30,8 @@ from decoder import SHAPES, Shape, decoder, tokens
 from torch import Tensor, nn
 
 import pysolve as ps
-from pysolve.nn.gather import gather_reached
-from pysolve.nn.memory import in_bytes, resident
+from pysolve.nn.gathering.gather import gather_reached
+from pysolve.nn.gathering.memory import in_bytes, resident
 from pysolve.nn.zoo import ResNet
 from pysolve.report.report import Report
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import pysolve as ps
 from pysolve.cli.datasets import Dataset
-from pysolve.nn.apply import masked
+from pysolve.nn.cut.apply import masked
 from pysolve.nn.evaluate import accuracy, parameters
 from pysolve.nn.running import evaluating, forward
 from pysolve.nn.zoo import LeNet5

@@ -13,8 +13,8 @@ from torch import nn
 
 import pysolve as ps
 from pysolve.cli.datasets import Dataset
+from pysolve.nn.cost.nonzeros import nonzeros
 from pysolve.nn.evaluate import parameters
-from pysolve.nn.nonzeros import nonzeros
 from pysolve.report.drawing import COLORS, finish
 from pysolve.tables import Table
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from pysolve.cli.datasets import Dataset
 from pysolve.methods.gradual import network_surgery, prune_gradually
-from pysolve.nn.nonzeros import Nonzeros, nonzeros
+from pysolve.nn.cost.nonzeros import Nonzeros, nonzeros
 from pysolve.report import drawing
 from pysolve.tables import as_text
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import pysolve as ps
 from pysolve.cli.datasets import Dataset
-from pysolve.nn.nonzeros import Nonzeros, nonzeros
+from pysolve.nn.cost.nonzeros import Nonzeros, nonzeros
 from pysolve.report import drawing
 from pysolve.tables import as_text
 from pysolve.training.finetune import finetune

@@ -25,7 +25,8 @@ from .methods.quantize import quantize as quantize
 from .methods.studied import study as study
 from .methods.study import Study as Study
 from .methods.sweep import sweep as sweep
-from .nn.apply import apply as apply
+from .nn.cost.nonzeros import nonzeros as nonzeros
+from .nn.cut.apply import apply as apply
 from .nn.evaluate import accuracy as accuracy
 from .nn.files.checkpoint import file_bytes as file_bytes
 from .nn.files.checkpoint import load as load
@@ -35,7 +36,7 @@ from .nn.files.code import export_code as export_code
 from .nn.files.pretrained import Pretrained as Pretrained
 from .nn.files.pretrained import load_pretrained as load_pretrained
 from .nn.files.pretrained import save_pretrained as save_pretrained
-from .nn.gather import gather as gather
+from .nn.gathering.gather import gather as gather
 from .nn.graph.sites import find_sites as find_sites
 from .nn.inspect import inspect as inspect
 from .nn.layers.masking import mask_weights as mask_weights
@@ -45,7 +46,6 @@ from .nn.layers.sharing import codebooks_of as codebooks_of
 from .nn.layers.sharing import remove_sharing as remove_sharing
 from .nn.layers.sharing import share_weights as share_weights
 from .nn.layers.sharing import ternary_weights as ternary_weights
-from .nn.nonzeros import nonzeros as nonzeros
 from .plan import Collapse as Collapse
 from .plan import Plan as Plan
 from .plan import Site as Site

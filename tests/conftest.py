@@ -51,7 +51,7 @@ def _shared_graphs() -> Iterator[None]:
         for place in ("nn.graph.export", "nn.graph.sites", "methods.studied"):
             patch.setattr(f"pysolve.{place}.trace", traced)
         patch.setattr("pysolve.methods.studied.sites_in", sites_in)
-        patch.setattr("pysolve.nn.per_sample.calls", calls)
+        patch.setattr("pysolve.nn.cost.per_sample.calls", calls)
         yield
 
 
@@ -77,8 +77,8 @@ def _shared_fields() -> Iterator[None]:
 def _few_runs() -> Iterator[None]:
     """Reports hold times, which hardly any test looks at."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("pysolve.nn.profile.SECONDS", 0.0)
-        patch.setattr("pysolve.nn.profile.FEWEST", 3)
+        patch.setattr("pysolve.nn.cost.profile.SECONDS", 0.0)
+        patch.setattr("pysolve.nn.cost.profile.FEWEST", 3)
         yield
 
 

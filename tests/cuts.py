@@ -9,7 +9,7 @@ from small import network
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from pysolve.nn.apply import apply, masked
+from pysolve.nn.cut.apply import apply, masked
 from pysolve.nn.graph.sites import find_sites
 from pysolve.nn.running import forward
 from pysolve.plan import Collapse, Plan

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import PysolveError
-from pysolve.nn import counting
+from pysolve.nn.cost import counting
 from pysolve.nn.graph import export, sites
 from pysolve.nn.running import Inputs, arguments
 

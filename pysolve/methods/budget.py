@@ -15,9 +15,9 @@ from pysolve.methods.kinds.ranks import RankMenu
 from pysolve.methods.menu import Chosen, Menu
 from pysolve.methods.price import Probe, divergence_of, measured
 from pysolve.methods.study import Study
-from pysolve.nn.costs import cost_model
+from pysolve.nn.cost.costs import cost_model
+from pysolve.nn.cost.per_sample import workload
 from pysolve.nn.evaluate import nbytes, parameters
-from pysolve.nn.per_sample import workload
 from pysolve.solve.budget import Costs, limits_of, site_sizes, unreachable
 from pysolve.solve.knapsack import Knapsack, pack, solve
 

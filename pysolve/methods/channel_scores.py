@@ -10,10 +10,10 @@ from torch import nn
 from pysolve.correlations import Array, Indices, group_columns
 from pysolve.layer.scores import channel_norms
 from pysolve.methods.study import Study
-from pysolve.nn.bare import Stack, find_member, is_stack
+from pysolve.nn.cut.bare import Stack, find_member, is_stack
+from pysolve.nn.cut.slicing import inputs
 from pysolve.nn.layer_matrix import LAYERS, groups, matrix, taps
 from pysolve.nn.running import as_array
-from pysolve.nn.slicing import inputs
 from pysolve.plan import Site
 
 SCORES: tuple[str, ...] = ("ln", "activation", "nisp")

@@ -43,7 +43,7 @@ from pysolve.methods.sizes import site_reports
 from pysolve.methods.stages import Stages, packed, sparse_bytes
 from pysolve.methods.study import Clock, Study
 from pysolve.methods.widths import chosen_width
-from pysolve.nn.apply import apply
+from pysolve.nn.cut.apply import apply
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.items import Transform, check_batches

@@ -20,10 +20,10 @@ from pysolve.compressed import Compressed
 from pysolve.errors import PysolveError
 from pysolve.forms import Sparse
 from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.nn.gathering.memory import Bound
 from pysolve.nn.items import Transform
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import without_sparse
-from pysolve.nn.memory import Bound
 from pysolve.nn.plain import check_plain, plain_network
 from pysolve.nn.ranks import Ranks
 from pysolve.nn.running import Device, Ignored, device_of, find_matching

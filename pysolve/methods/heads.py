@@ -23,10 +23,10 @@ from pysolve.correlations import AnyArray, Array, Indices, without_sums
 from pysolve.methods.study import Study, Turn
 from pysolve.methods.turning import Turned, along, apart, study_of
 from pysolve.methods.weights import weight_name
+from pysolve.nn.cut.values import load
 from pysolve.nn.layer_kinds import LINEAR, inputs_first
 from pysolve.nn.running import as_array, find_layer
 from pysolve.nn.state import copy_of
-from pysolve.nn.values import load
 from pysolve.plan import Attention, Site, tensor_name
 from pysolve.solve.lapack import eigh
 

@@ -19,7 +19,10 @@ from pysolve.methods.rebuild import Rebuilt, forms_of
 from pysolve.methods.study import Study
 from pysolve.methods.tasks import names_of
 from pysolve.methods.weights import weight_name
-from pysolve.nn.apply import apply, untrue_forms
+from pysolve.nn.cost.nonzeros import zero_rows
+from pysolve.nn.cost.profile import latencies, layer_inputs
+from pysolve.nn.cut.apply import apply, untrue_forms
+from pysolve.nn.cut.silenced import silenced
 from pysolve.nn.evaluate import latency, nbytes
 from pysolve.nn.layer_kinds import EMBEDDINGS
 from pysolve.nn.layers.base import Dense
@@ -27,11 +30,8 @@ from pysolve.nn.layers.factored import Factored, empty
 from pysolve.nn.layers.masking import mask_weights
 from pysolve.nn.layers.runtime import in_form
 from pysolve.nn.layers.sharing import share_weights
-from pysolve.nn.nonzeros import zero_rows
-from pysolve.nn.profile import latencies, layer_inputs
 from pysolve.nn.running import as_array, find_layer
 from pysolve.nn.samples import samples_in, take
-from pysolve.nn.silenced import silenced
 from pysolve.nn.state import all_names, copy_of
 from pysolve.plan import Collapse, Plan
 from pysolve.report.rows import LayerReport

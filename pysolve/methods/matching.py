@@ -15,7 +15,7 @@ from pysolve.methods.rate import Subject
 from pysolve.methods.rebuild import Rebuilt, forms_of
 from pysolve.methods.result import increase
 from pysolve.methods.weights import weight_name
-from pysolve.nn.apply import apply
+from pysolve.nn.cut.apply import apply
 from pysolve.nn.layer_kinds import inputs_first
 from pysolve.nn.layers.sharing import (
     TRAINED,

@@ -15,12 +15,12 @@ from pysolve.methods.menu import Chosen, Menu
 from pysolve.methods.rebuild import changed_names, independent
 from pysolve.methods.study import Study
 from pysolve.nn.changed import changed_outputs, is_repeatable
+from pysolve.nn.cut.norms import kept_of_norms
+from pysolve.nn.cut.routers import chosen_by_routers
 from pysolve.nn.divergence import mean_divergence, rows_of, run
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.sizes import fits
-from pysolve.nn.norms import kept_of_norms
 from pysolve.nn.progress import steps
-from pysolve.nn.routers import chosen_by_routers
 from pysolve.nn.running import Batch, Output
 from pysolve.nn.samples import first_samples, samples_in
 

@@ -34,7 +34,7 @@ from pysolve.methods.rate import Coded, Subject, shortened, subject_of, within_b
 from pysolve.methods.rebuild import Rebuilt, rebuild
 from pysolve.methods.result import assembled, finish
 from pysolve.methods.study import Clock, Study
-from pysolve.nn.apply import apply
+from pysolve.nn.cut.apply import apply
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import nbytes
 from pysolve.nn.files.checkpoint import file_bytes

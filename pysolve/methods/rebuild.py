@@ -17,19 +17,19 @@ from pysolve.methods.menu import Chosen, Fit, Task
 from pysolve.methods.study import Study, no_samples
 from pysolve.methods.tasks import Left, cuts_of, left_of, names_of, shaped, task_of, values_of
 from pysolve.methods.weights import weight_name
+from pysolve.nn.cut.norms import kept_of_norms
+from pysolve.nn.cut.routers import chosen_by_routers
+from pysolve.nn.cut.silenced import silenced
+from pysolve.nn.cut.stacks import not_refitted
 from pysolve.nn.graph.branches import Cut, Layer
 from pysolve.nn.graph.mixtures import mixtures_in
 from pysolve.nn.graph.sizes import usable
 from pysolve.nn.layer_kinds import twins
 from pysolve.nn.layer_matrix import channels
-from pysolve.nn.layer_refit import Sampling
-from pysolve.nn.lockstep import refit
-from pysolve.nn.norms import kept_of_norms
-from pysolve.nn.routers import chosen_by_routers
+from pysolve.nn.refit.layer_refit import Sampling
+from pysolve.nn.refit.lockstep import refit
 from pysolve.nn.running import Batch
 from pysolve.nn.samples import samples_in
-from pysolve.nn.silenced import silenced
-from pysolve.nn.stacks import not_refitted
 
 REFITS = ("sequential", "independent", "bias", "none")
 # Further fits of layers that a ReLU or the like follows, of channels and ranks. The second and third lower

@@ -20,8 +20,10 @@ from pysolve.errors import PysolveWarning
 from pysolve.methods.goal import Options, Target, at_home, plain_target, score_of
 from pysolve.methods.layout import LaidOut
 from pysolve.methods.study import Clock, Study
-from pysolve.nn.bare import is_stack
-from pysolve.nn.calibration import HELD_OF, LEAST_APART
+from pysolve.nn.cost.nonzeros import nonzeros
+from pysolve.nn.cost.per_sample import Workload, sample_macs, workload
+from pysolve.nn.cost.profile import FEWEST, TOGETHER, latencies, masses
+from pysolve.nn.cut.bare import is_stack
 from pysolve.nn.divergence import (
     Divergence,
     has_classes,
@@ -33,10 +35,8 @@ from pysolve.nn.divergence import (
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.files.architecture import fingerprint
 from pysolve.nn.files.checkpoint import file_bytes
+from pysolve.nn.gathering.calibration import HELD_OF, LEAST_APART
 from pysolve.nn.layers.masking import mask_weights, remove_masks
-from pysolve.nn.nonzeros import nonzeros
-from pysolve.nn.per_sample import Workload, sample_macs, workload
-from pysolve.nn.profile import FEWEST, TOGETHER, latencies, masses
 from pysolve.nn.running import Batch, as_array, find_layer
 from pysolve.nn.samples import samples_in, take
 from pysolve.nn.state import copy_of

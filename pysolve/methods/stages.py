@@ -15,7 +15,7 @@ from pysolve.methods.menu import Chosen
 from pysolve.methods.rebuild import rebuild
 from pysolve.methods.result import distance, later_score
 from pysolve.methods.study import Study
-from pysolve.nn.apply import apply
+from pysolve.nn.cut.apply import apply
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.running import as_array
 from pysolve.plan import Plan

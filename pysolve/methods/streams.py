@@ -26,9 +26,10 @@ from pysolve.methods.studied import widened
 from pysolve.methods.study import Study, Turn
 from pysolve.methods.turning import Turned, along, apart, put, study_of
 from pysolve.methods.weights import weight_name
-from pysolve.nn.bare import Bare, find_member
+from pysolve.nn.cut.bare import Bare, find_member
+from pysolve.nn.cut.values import load
 from pysolve.nn.evaluate import parameters
-from pysolve.nn.gather import gather_reached
+from pysolve.nn.gathering.gather import gather_reached
 from pysolve.nn.graph.branches import find_layers, read_by
 from pysolve.nn.graph.export import trace_once
 from pysolve.nn.graph.norms import norm_before
@@ -38,7 +39,6 @@ from pysolve.nn.layers.base import weight_of
 from pysolve.nn.ranks import of_all_processes
 from pysolve.nn.running import as_array, find_layer
 from pysolve.nn.state import copy_of, untie
-from pysolve.nn.values import load
 from pysolve.plan import Norm, Site, tensor_name
 from pysolve.solve.lapack import eigh
 

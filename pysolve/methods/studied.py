@@ -19,13 +19,14 @@ from pysolve.errors import DataError, PysolveError
 from pysolve.methods.goal import Memory, Options, network_of, options_for, placed
 from pysolve.methods.study import Clock, Study, no_samples
 from pysolve.methods.weights import Skipped, weights_of
-from pysolve.nn.bare import is_stack
-from pysolve.nn.calibration import Calibration, calibrate
+from pysolve.nn.cut.bare import is_stack
+from pysolve.nn.cut.stacks import stack_correlations, stack_notes
 from pysolve.nn.divergence import kl_divergence
 from pysolve.nn.files.study_file import check_network
 from pysolve.nn.files.sums import some_of
 from pysolve.nn.files.sums_folder import network_checksums
-from pysolve.nn.gather import reads_more
+from pysolve.nn.gathering.calibration import Calibration, calibrate
+from pysolve.nn.gathering.gather import reads_more
 from pysolve.nn.graph.branches import Layer, find_layers
 from pysolve.nn.graph.export import Graph, trace, trace_once
 from pysolve.nn.graph.routes import routed
@@ -45,7 +46,6 @@ from pysolve.nn.running import (
     few_samples,
 )
 from pysolve.nn.samples import laid_out, moved, on_device, peek
-from pysolve.nn.stacks import stack_correlations, stack_notes
 from pysolve.nn.threads import threads_of_torch
 from pysolve.plan import Site
 

@@ -16,10 +16,11 @@ from pysolve.correlations import AnyArray, Array, Correlations
 from pysolve.errors import PysolveError
 from pysolve.methods.goal import Options
 from pysolve.methods.weights import Skipped
-from pysolve.nn.bare import is_stack
-from pysolve.nn.calibration import Calibration
+from pysolve.nn.cut.bare import is_stack
+from pysolve.nn.cut.stacks import stack_inputs
 from pysolve.nn.files.study_file import check_network, read_study, write_study
 from pysolve.nn.files.sums_folder import network_checksums
+from pysolve.nn.gathering.calibration import Calibration
 from pysolve.nn.graph.branches import Layer
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.layer_matrix import channels, matrix
@@ -30,7 +31,6 @@ from pysolve.nn.running import (
     device_of,
 )
 from pysolve.nn.samples import first_samples, moved
-from pysolve.nn.stacks import stack_inputs
 from pysolve.plan import Site
 
 

@@ -14,7 +14,7 @@ from pysolve.layer.layer_fit import LayerFit
 from pysolve.methods.menu import Chosen, Task
 from pysolve.methods.study import Study
 from pysolve.methods.weights import weight_name
-from pysolve.nn.cuts import kept_entries
+from pysolve.nn.cut.cuts import kept_entries
 from pysolve.nn.graph.branches import Cut, Layer, layer_values
 from pysolve.nn.layer_kinds import inputs_first
 from pysolve.nn.layer_matrix import channels, taps

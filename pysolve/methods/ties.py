@@ -18,7 +18,7 @@ from pysolve.errors import PysolveError, one_of
 from pysolve.methods.goal import check_whole
 from pysolve.methods.menu import Chosen, Menu
 from pysolve.methods.study import Study
-from pysolve.nn.apply import apply
+from pysolve.nn.cut.apply import apply
 from pysolve.nn.state import without_values
 from pysolve.nn.stock import (
     Fields,

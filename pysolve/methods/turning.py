@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from pysolve.correlations import Array, Correlations, Indices
 from pysolve.methods.study import Study
 from pysolve.methods.weights import weight_name
-from pysolve.nn.gathered import own_outputs
+from pysolve.nn.gathering.gathered import own_outputs
 from pysolve.nn.graph.branches import Layer, find_layers
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.layer_matrix import LAYERS

@@ -22,7 +22,7 @@ from pysolve.methods.rate import Coded, Subject, about_bytes, is_small, least_by
 from pysolve.methods.result import distance
 from pysolve.methods.sizes import Sized, sized, within
 from pysolve.methods.study import Study
-from pysolve.nn.apply import apply
+from pysolve.nn.cut.apply import apply
 from pysolve.nn.evaluate import parameters
 from pysolve.plan import Site
 

@@ -1,18 +1,17 @@
 """Networks: from a network to correlations, and from a plan to a smaller network.
 
-zoo                     reference networks of the demo, the examples and the tests
 running                 finding layers, running a network without changing it
-items                   the user's items become batches
-calibration             calibration samples, kept while the batches stream by
+samples, items, sound   the user's items become batches; samples of them; what cannot be fitted to
 graph/                  the network as a graph, and the sites whose channels can be removed
+gathering/              correlations of layers, summed while the batches stream by
 layer_matrix            a layer as y = M x + b
-gather, walk, lockstep  correlations of layers; the original and the smaller network side by side
 divergence, sensitivity  distance of outputs from the original's, and its increase per error of a layer
-costs, evaluate, profile, inspect, nonzeros  sizes, MACs, latency, accuracy
-
-slicing, values, apply, verify  a plan carried out: narrower layers, new values, other forms, one check
+cost/                   parameters, MACs, bytes and times, also at other widths
+refit/                  the original and the smaller network side by side, layer after layer refitted
+cut/                    a plan carried out: narrower layers, new values, other forms, one check
 layers/                 layers that run sparse, factored, in integers, masked or with shared values
-files/                  save and load
+files/                  save and load; folders of transformers, whose configurations stock reads back
+inspect, evaluate       what can shrink before any work starts; accuracy, size, latency
 """
 
 from pysolve.nn.layers.factored import Factored

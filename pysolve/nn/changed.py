@@ -12,8 +12,8 @@ from torch.fx import Node
 from pysolve.correlations import Indices
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.outputs import tensors_of
+from pysolve.nn.refit.walk import Walk, draws, last_uses
 from pysolve.nn.running import Batch, Output
-from pysolve.nn.walk import Walk, draws, last_uses
 
 
 def is_repeatable(graph: Graph) -> bool:

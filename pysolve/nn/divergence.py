@@ -15,8 +15,8 @@ from torch.utils import _pytree as pytree
 
 from pysolve.correlations import Indices
 from pysolve.errors import DataError
+from pysolve.nn.cut.routers import choosing
 from pysolve.nn.outputs import logits_of, main_output
-from pysolve.nn.routers import choosing
 from pysolve.nn.running import Batch, Output, arguments, evaluating, forward, same_draws
 
 # From the original's output and another one to the mean divergence per sample.

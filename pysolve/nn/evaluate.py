@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.errors import DataError
-from pysolve.nn.counting import layer_macs as layer_macs
-from pysolve.nn.counting import macs as macs
+from pysolve.nn.cost.counting import layer_macs as layer_macs
+from pysolve.nn.cost.counting import macs as macs
 from pysolve.nn.layer_kinds import WEIGHTED
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.sharing import unshared

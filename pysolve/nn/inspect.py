@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from pysolve.nn.costs import cost_model
+from pysolve.nn.cost.costs import cost_model
 from pysolve.nn.graph.sites import find_sites
 from pysolve.nn.items import Transform, example_of
 from pysolve.nn.plain import plain_network

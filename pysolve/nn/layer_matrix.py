@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import Conv1d, Conv2d, Conv3d, ConvTranspose1d, ConvTranspose2d, ConvTranspose3d, Linear
 from torch.nn.functional import pad
 
+from pysolve.nn.gathering.sums import ROOM
 from pysolve.nn.layer_kinds import LINEAR, TRANSPOSED, WEIGHTED, Turned, inputs_first
-from pysolve.nn.sums import ROOM
 
 LAYERS = WEIGHTED
 Convolution = Conv1d | Conv2d | Conv3d | ConvTranspose1d | ConvTranspose2d | ConvTranspose3d

@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 
 from pysolve.correlations import Array, Correlations
 from pysolve.errors import PysolveError
+from pysolve.nn.gathering.sums import Sums
 from pysolve.nn.refusal import sentence
-from pysolve.nn.sums import Sums
 
 T = TypeVar("T")
 # Numbers that are summed over processes at once.

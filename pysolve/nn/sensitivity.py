@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from pysolve.correlations import Array
 from pysolve.nn.divergence import class_dim
+from pysolve.nn.gathering.sums import Sums
+from pysolve.nn.gathering.watching import watching
 from pysolve.nn.layer_matrix import Layer, channels, outputs
 from pysolve.nn.outputs import main_output
 from pysolve.nn.running import Batch, device_of, evaluating, forward
-from pysolve.nn.sums import Sums
-from pysolve.nn.watching import watching
 
 # Random directions of the network's outputs per batch.
 PROBES = 8

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.errors import DataError
+from pysolve.nn.gathering.memory import free_memory
 from pysolve.nn.items import Transform, batched
-from pysolve.nn.memory import free_memory
 from pysolve.nn.running import Batch, calling_layers, evaluating, find_layer, keeping_modes
 from pysolve.nn.state import keeping_state
 from pysolve.training import loss as losses

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import pysolve as ps
 from pysolve.errors import PysolveError
-from pysolve.nn.counting import macs
+from pysolve.nn.cost.counting import macs
 from pysolve.nn.divergence import kl_divergence
 from pysolve.nn.evaluate import nbytes, parameters
 

@@ -16,7 +16,7 @@ import pysolve as ps
 from pysolve.methods.budget import choose
 from pysolve.methods.kinds.ranks import RankMenu, most_useful
 from pysolve.methods.result import costs as counted
-from pysolve.nn.costs import cost_model
+from pysolve.nn.cost.costs import cost_model
 from pysolve.nn.evaluate import layer_macs
 from pysolve.nn.layers.factored import Factored, empty
 from pysolve.plan import Plan

@@ -22,10 +22,10 @@ from pysolve.methods.result import CHOSEN_ON
 from pysolve.methods.sizes import by_keep, by_lam, within
 from pysolve.methods.studied import studied
 from pysolve.methods.study import Clock
-from pysolve.nn import calibration
-from pysolve.nn.counting import layer_macs
+from pysolve.nn.cost.counting import layer_macs
 from pysolve.nn.divergence import kl_divergence, mean_divergence, run
 from pysolve.nn.evaluate import macs, nbytes, parameters
+from pysolve.nn.gathering import calibration
 from pysolve.nn.zoo import Mlp
 from pysolve.plan import Site
 from pysolve.solve.least_squares import refit as refitted
@@ -411,7 +411,7 @@ def test_code_that_fixes_the_batch_size_uses_whole_batches():
 
 
 def test_little_memory_means_fewer_samples_and_a_note(monkeypatch):
-    monkeypatch.setattr("pysolve.nn.passes.free_memory", lambda: 3000)
+    monkeypatch.setattr("pysolve.nn.gathering.passes.free_memory", lambda: 3000)
     report = compressed().report
     assert report.samples < 112
     too_many = f"the refit used {report.samples} of 112 samples: more would not fit in memory"
@@ -1012,7 +1012,7 @@ def test_layers_that_cannot_be_given_a_bias_are_not_counted_with_one():
 
 
 def test_what_a_layer_was_known_to_need_holds_where_samples_tell_nothing(monkeypatch):
-    monkeypatch.setattr("pysolve.nn.passes.free_memory", lambda: 1)
+    monkeypatch.setattr("pysolve.nn.gathering.passes.free_memory", lambda: 1)
     one, alone = compressed(keep=0.5), compressed(refit="independent", keep=0.5)
     assert one.report.samples == 1
     # A single sample has no variance, so nothing speaks against the weights fitted before.

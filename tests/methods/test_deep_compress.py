@@ -15,10 +15,10 @@ from torch import nn
 import pysolve as ps
 from pysolve.methods import result as ending
 from pysolve.methods.result import distance
+from pysolve.nn.cut.slicing import WEIGHTED
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.files.storage import bits as raw
 from pysolve.nn.layers.sharing import shared_of
-from pysolve.nn.slicing import WEIGHTED
 
 
 def convolutional():

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import pysolve as ps
-from pysolve.nn.counting import macs
+from pysolve.nn.cost.counting import macs
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.layers.factored_embedding import FactoredEmbedding, FactoredHead
 

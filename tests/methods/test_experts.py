@@ -6,8 +6,8 @@ import small
 import torch
 
 import pysolve as ps
+from pysolve.nn.cost.per_sample import sample_macs
 from pysolve.nn.evaluate import nbytes, parameters
-from pysolve.nn.per_sample import sample_macs
 
 QUIET = {"progress": False, "latency": False}
 

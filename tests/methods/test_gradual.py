@@ -11,10 +11,10 @@ from torch.utils.data import DataLoader, TensorDataset
 import pysolve as ps
 from pysolve.cli.datasets import digits
 from pysolve.methods.gradual import network_surgery, prune_gradually
+from pysolve.nn.cost.nonzeros import nonzeros
 from pysolve.nn.evaluate import accuracy
 from pysolve.nn.layers.masking import masks_of, unmasked
 from pysolve.nn.layers.sparse import SparseLinear
-from pysolve.nn.nonzeros import nonzeros
 from pysolve.nn.zoo import Mlp
 from pysolve.training.fit import fit
 

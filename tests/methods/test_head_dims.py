@@ -11,10 +11,10 @@ from heads import Attention, inputs, network, of_rank
 import pysolve as ps
 from pysolve.methods.compress import compress
 from pysolve.methods.sweep import sweep
+from pysolve.nn.cost.per_sample import sample_macs
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.files.checkpoint import load, save
 from pysolve.nn.graph.sites import find_sites
-from pysolve.nn.per_sample import sample_macs
 
 QUIET = {"progress": False, "latency": False}
 

@@ -14,7 +14,7 @@ from pysolve.methods.goal import Options
 from pysolve.methods.heads import _of_results, _of_scores, in_head_axes, order_of, scores_lost
 from pysolve.methods.streams import as_needed
 from pysolve.methods.studied import studied
-from pysolve.nn.gather import gather
+from pysolve.nn.gathering.gather import gather
 
 
 def study_of(model, n=48):

@@ -26,13 +26,13 @@ from pysolve.methods.rebuild import rebuild
 from pysolve.methods.result import distance
 from pysolve.methods.studied import studied
 from pysolve.nn import QuantConv2d, QuantLinear, SparseLinear, to_dense
-from pysolve.nn.apply import apply
+from pysolve.nn.cut.apply import apply
+from pysolve.nn.cut.slicing import WEIGHTED
 from pysolve.nn.divergence import kl_divergence
 from pysolve.nn.evaluate import nbytes
 from pysolve.nn.files.checkpoint import file_bytes
 from pysolve.nn.files.storage import bits as raw
 from pysolve.nn.layers.sharing import Shared, shared_of
-from pysolve.nn.slicing import WEIGHTED
 
 SCHEMES = {"int8": 8, "int8-dynamic": 8, "codebook": 4, "ternary": 4}
 

@@ -15,10 +15,10 @@ from pysolve.methods.menu import Chosen
 from pysolve.methods.rebuild import independent
 from pysolve.methods.study import Study
 from pysolve.methods.tasks import cuts_of
-from pysolve.nn.apply import apply, masked
-from pysolve.nn.calibration import Calibration
+from pysolve.nn.cut.apply import apply, masked
 from pysolve.nn.divergence import run
-from pysolve.nn.gather import gather
+from pysolve.nn.gathering.calibration import Calibration
+from pysolve.nn.gathering.gather import gather
 from pysolve.nn.graph.branches import Layer
 from pysolve.nn.graph.sites import find_sites
 from pysolve.nn.layer_matrix import LAYERS, channels, matrix, taps

@@ -15,8 +15,8 @@ from pysolve.methods import result
 from pysolve.methods.goal import Options
 from pysolve.methods.result import account, costs, distance, matched
 from pysolve.methods.study import Study
-from pysolve.nn.calibration import Calibration
 from pysolve.nn.evaluate import macs, nbytes, parameters
+from pysolve.nn.gathering.calibration import Calibration
 from pysolve.nn.zoo import LeNet5
 
 

@@ -17,9 +17,9 @@ from pysolve.methods.goal import Options
 from pysolve.methods.kinds.channels import _leading
 from pysolve.methods.streams import in_principal_axes
 from pysolve.methods.studied import studied
-from pysolve.nn.apply import apply, masked
+from pysolve.nn.cut.apply import apply, masked
 from pysolve.nn.files.checkpoint import load, save
-from pysolve.nn.gather import gather
+from pysolve.nn.gathering.gather import gather
 from pysolve.nn.graph.sites import find_sites
 from pysolve.plan import Collapse, Plan
 

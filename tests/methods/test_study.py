@@ -12,8 +12,8 @@ from pysolve.methods.goal import Options, bytes_in
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.studied import studied
 from pysolve.methods.weights import weights_of
-from pysolve.nn import passes
-from pysolve.nn.gather import gather
+from pysolve.nn.gathering import passes
+from pysolve.nn.gathering.gather import gather
 
 
 class Experts(nn.Module):
@@ -117,7 +117,7 @@ class Branches(nn.Module):
 
 def test_layers_that_read_one_tensor_share_its_sums_and_have_their_own(monkeypatch):
     torch.manual_seed(0)
-    monkeypatch.setattr("pysolve.nn.calibration.ROWS_PER_INPUT", 10**6)
+    monkeypatch.setattr("pysolve.nn.gathering.calibration.ROWS_PER_INPUT", 10**6)
     model, batches = Branches().eval(), [torch.randn(3, 3, 6, 6), torch.randn(2, 3, 6, 6)]
     weights, _ = weights_of(model)
     found = studied(model, batches, Options(progress=False), weights=weights).correlations
@@ -288,7 +288,7 @@ def test_bounded_memory_gives_the_same_network(monkeypatch, verb):
         return replace(plan, each=[[name] for name in plan.sharing])
 
     passes_for = passes.passes_for
-    monkeypatch.setattr("pysolve.nn.calibration.passes_for", on_disk)
+    monkeypatch.setattr("pysolve.nn.gathering.calibration.passes_for", on_disk)
     assert_same_network(OF_STUDIES[verb](model, pictures()), free)
     assert forced
 
@@ -333,7 +333,7 @@ def test_batches_with_tensors_for_all_samples_are_gone_through_as_often_as_neede
         return replace(plan, on_disk=True, each=[[name] for name in plan.sharing])
 
     passes_for = passes.passes_for
-    monkeypatch.setattr("pysolve.nn.calibration.passes_for", in_passes)
+    monkeypatch.setattr("pysolve.nn.gathering.calibration.passes_for", in_passes)
     assert_same_network(free, OF_STUDIES["compress"](model, masked()))
 
 

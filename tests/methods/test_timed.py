@@ -10,7 +10,7 @@ from torch import nn
 
 import pysolve as ps
 from pysolve.methods import timed
-from pysolve.nn import width_times
+from pysolve.nn.cost import width_times
 from pysolve.nn.zoo import Mlp
 
 

@@ -14,7 +14,7 @@ from torch.export import Dim
 import pysolve as ps
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import LowRank
-from pysolve.nn.apply import apply
+from pysolve.nn.cut.apply import apply
 from pysolve.nn.layers.factored import Factored
 from pysolve.nn.layers.runtime import to_dense
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear

@@ -8,7 +8,7 @@ from torch import nn
 
 import pysolve as ps
 from pysolve.errors import DataError
-from pysolve.nn.costs import cost_model
+from pysolve.nn.cost.costs import cost_model
 from pysolve.nn.refusal import by_name, output_of
 from pysolve.plan import Plan, Site
 

@@ -14,12 +14,12 @@ from pysolve.layer.embedding_rank import DecomposedTable, Uses, decompose_table,
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.methods.menu import Task
 from pysolve.methods.study import Study
-from pysolve.nn.apply import apply, untrue_forms
-from pysolve.nn.gather import gather_reached
+from pysolve.nn.cost.per_sample import sample_macs, workload
+from pysolve.nn.cut.apply import apply, untrue_forms
+from pysolve.nn.gathering.gather import gather_reached
+from pysolve.nn.gathering.lookups import lookup_counts, lookup_sensitivities
 from pysolve.nn.layer_kinds import is_extended, tied_tables
 from pysolve.nn.layers.factored import empty
-from pysolve.nn.lookups import lookup_counts, lookup_sensitivities
-from pysolve.nn.per_sample import sample_macs, workload
 from pysolve.nn.ranks import of_all_processes
 from pysolve.nn.running import Batch, find_layer
 from pysolve.nn.samples import take

@@ -13,9 +13,9 @@ from torch.utils import _pytree as pytree
 from pysolve.correlations import Array, Indices
 from pysolve.methods.menu import FLOOR
 from pysolve.methods.study import Study
+from pysolve.nn.cut.routers import choosing, chosen_by_routers
 from pysolve.nn.graph.experts import block_of
 from pysolve.nn.outputs import tensors_of
-from pysolve.nn.routers import choosing, chosen_by_routers
 from pysolve.nn.running import Batch, evaluating, find_layer, forward, hooked
 from pysolve.nn.samples import samples_in
 from pysolve.plan import Site

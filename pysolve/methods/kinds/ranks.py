@@ -17,13 +17,13 @@ from pysolve.methods.kinds.embeddings import Table, linear_heads, tables_of, unt
 from pysolve.methods.kinds.sensed import metrics_of, sensed
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
 from pysolve.methods.study import Study
-from pysolve.nn.counting import layer_macs, macs
+from pysolve.nn.cost.counting import layer_macs, macs
+from pysolve.nn.cost.per_sample import sample_macs, workload
+from pysolve.nn.cost.profile import layer_inputs
 from pysolve.nn.graph.branches import Layer as Seen
 from pysolve.nn.layer_kinds import LINEAR, is_extended, plain
 from pysolve.nn.layers.base import Dense
 from pysolve.nn.layers.factored import CONVOLUTIONS, Factored, empty, factors
-from pysolve.nn.per_sample import sample_macs, workload
-from pysolve.nn.profile import layer_inputs
 from pysolve.nn.running import find_layer
 from pysolve.nn.samples import take
 

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from pysolve.compressed import Compressed
 from pysolve.errors import DataError, PysolveError
 from pysolve.forms import Codebook, Integers, LowRank, Sparse
-from pysolve.nn.apply import apply
-from pysolve.nn.bare import member
+from pysolve.nn.cut.apply import apply
+from pysolve.nn.cut.bare import member
+from pysolve.nn.cut.slicing import inputs, outputs
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.files.format1 import sparse_layers
 from pysolve.nn.files.plan_json import (
@@ -34,7 +35,6 @@ from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import in_form, substitute
 from pysolve.nn.layers.sharing import share_weights, shared_of, unshared
 from pysolve.nn.running import as_array, find_layer
-from pysolve.nn.slicing import inputs, outputs
 from pysolve.plan import Plan, tensor_name, weight_name
 
 # Plans that change shapes, each of which takes a copy of the network.

@@ -15,8 +15,7 @@ from torch.utils import _pytree as pytree
 from pysolve import __version__
 from pysolve.correlations import AnyArray, Correlations
 from pysolve.errors import DataError, LayerNotFoundError, PysolveError, whole
-from pysolve.nn.bare import find_member
-from pysolve.nn.calibration import Calibration
+from pysolve.nn.cut.bare import find_member
 from pysolve.nn.files.storage import in_order
 from pysolve.nn.files.sums import (
     Stored,
@@ -27,6 +26,7 @@ from pysolve.nn.files.sums import (
     write_arrays,
 )
 from pysolve.nn.files.sums_folder import network_checksums
+from pysolve.nn.gathering.calibration import Calibration
 from pysolve.nn.running import Batch, Inputs, arguments
 
 _KEY, _VERSION = "pysolve_study", 1

@@ -19,7 +19,7 @@ from pysolve.correlations import Correlations
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.files.storage import checksum
 from pysolve.nn.files.sums import StoredCorrelations, open_arrays, sums_from, sums_to_write, write_arrays
-from pysolve.nn.gathered import Gathered
+from pysolve.nn.gathering.gathered import Gathered
 from pysolve.nn.refusal import by_name
 from pysolve.nn.running import Batch
 from pysolve.whole_files import claimed, replacing

@@ -14,10 +14,10 @@ from torch.fx import Node
 
 from pysolve.correlations import Array, group_columns
 from pysolve.nn import layer_matrix as rows
+from pysolve.nn.gathering.products import as_called
 from pysolve.nn.graph.calls import is_of, operator_name, product_of, stored
 from pysolve.nn.graph.export import Graph, is_in_place, where
 from pysolve.nn.layer_kinds import LINEAR, Turned, is_extended, plain
-from pysolve.nn.products import as_called
 from pysolve.plan import Indices
 
 # Operators that a branch may pass before a sum: in evaluation mode they are the identity.

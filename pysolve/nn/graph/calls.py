@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
+from pysolve.nn.gathering.products import Product, product
 from pysolve.nn.graph.classes import Attended, Ledger, complete, labelled, lean, squashed
 from pysolve.nn.graph.export import where
 from pysolve.nn.layer_kinds import CONVOLUTIONS, inputs_first, plain
-from pysolve.nn.products import Product, product
 from pysolve.plan import Norm
 
 # Labels of an operator's result: one tensor of them or several.

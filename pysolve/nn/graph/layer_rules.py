@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from pysolve.nn.bare import GATES
+from pysolve.nn.cut.bare import GATES
 from pysolve.nn.graph.calls import Call, Labels, is_of, meet, product_of, source, stack_of, stored
 from pysolve.nn.graph.classes import along, complete, labelled, lean, spread, squashed
 from pysolve.nn.graph.export import where

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from pysolve.correlations import Indices
-from pysolve.nn.bare import Stack, find_member, is_stack
+from pysolve.nn.cut.bare import Stack, find_member, is_stack
+from pysolve.nn.cut.slicing import channels_of
 from pysolve.nn.graph.calls import operator_name
 from pysolve.nn.graph.export import Graph, is_in_place
 from pysolve.nn.graph.routes import routed
-from pysolve.nn.slicing import channels_of
 from pysolve.plan import Site
 
 # Operators in which results of experts are weighed and added up, or put into another shape.

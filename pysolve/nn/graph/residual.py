@@ -15,8 +15,8 @@ import numpy as np
 from torch import Tensor, nn
 from torch.fx import Node
 
-from pysolve.nn.apply import apply, masked
-from pysolve.nn.continued import continued, part_ways
+from pysolve.nn.cut.apply import apply, masked
+from pysolve.nn.cut.continued import continued, part_ways
 from pysolve.nn.graph.branches import Layer, find_layers, idle_nodes, is_same
 from pysolve.nn.graph.calls import operator_name, product_of
 from pysolve.nn.graph.export import Graph, is_in_place

@@ -15,8 +15,9 @@ from torch import nn
 from torch.fx import Node
 
 from pysolve.errors import CollapseError, PysolveError
-from pysolve.nn.apply import apply, masked
-from pysolve.nn.bare import own_tensors
+from pysolve.nn.cut.apply import apply, masked
+from pysolve.nn.cut.bare import own_tensors
+from pysolve.nn.cut.verify import mismatch
 from pysolve.nn.graph.classes import ROLES, Classes, Member
 from pysolve.nn.graph.experts import Problem, expert_sites
 from pysolve.nn.graph.export import Graph, trace
@@ -41,7 +42,6 @@ from pysolve.nn.running import (
     with_leaves,
 )
 from pysolve.nn.state import copy_of
-from pysolve.nn.verify import mismatch
 from pysolve.plan import Collapse, Indices, Plan, Site, tensor_name
 
 # Tokens of each text that sites are tried on.

@@ -29,6 +29,7 @@ import pysolve as ps
 from pysolve.compressed import Compressed
 from pysolve.forms import Codebook, Integers, LowRank, Sparse
 from pysolve.methods.result import following
+from pysolve.nn.cut.slicing import WEIGHTED, outputs
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.files import storage
 from pysolve.nn.files.architecture import fingerprint
@@ -38,7 +39,6 @@ from pysolve.nn.layer_kinds import WHOLE_NORMS
 from pysolve.nn.layers.factored import Factored
 from pysolve.nn.layers.masking import masks_of, unmasked
 from pysolve.nn.running import forward
-from pysolve.nn.slicing import WEIGHTED, outputs
 from pysolve.nn.zoo import Mlp
 from pysolve.plan import Collapse, Norm, Plan, Site
 from pysolve.report.report import Report

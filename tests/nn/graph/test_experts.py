@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from pysolve.errors import CollapseError, PysolveError
-from pysolve.nn.apply import apply, masked
-from pysolve.nn.costs import cost_model
+from pysolve.nn.cost.costs import cost_model
+from pysolve.nn.cost.per_sample import sample_macs
+from pysolve.nn.cut.apply import apply, masked
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.graph.sites import find_sites
 from pysolve.nn.outputs import tensors_of
-from pysolve.nn.per_sample import sample_macs
 from pysolve.nn.running import evaluating, forward
 from pysolve.plan import Collapse, Plan
 

@@ -11,9 +11,9 @@ from small import Net, vectors
 from torch import nn
 from torch.nn import functional as F
 
-from pysolve.nn.apply import apply, masked
+from pysolve.nn.cut.apply import apply, masked
+from pysolve.nn.cut.verify import mismatch
 from pysolve.nn.graph.sites import find_sites
-from pysolve.nn.verify import mismatch
 from pysolve.plan import Collapse, Plan
 
 scales = st.sampled_from(["held", "sizes", "fixed"])

@@ -5,7 +5,7 @@ import pytest
 import torch
 from cuts import assert_cuts_cleanly, assert_poison_stays_inside, free
 
-from pysolve.nn.apply import apply
+from pysolve.nn.cut.apply import apply
 from pysolve.nn.graph.sites import find_sites
 from pysolve.plan import Collapse, Plan
 

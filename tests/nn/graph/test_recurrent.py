@@ -12,11 +12,11 @@ from small import Net
 from torch import nn
 
 import pysolve as ps
-from pysolve.nn.apply import apply, masked
-from pysolve.nn.costs import cost_model
+from pysolve.nn.cost.costs import cost_model
+from pysolve.nn.cost.per_sample import sample_macs
+from pysolve.nn.cut.apply import apply, masked
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.graph.sites import find_sites
-from pysolve.nn.per_sample import sample_macs
 from pysolve.plan import Collapse, Plan
 
 INPUTS, UNITS = 6, 8

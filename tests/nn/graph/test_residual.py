@@ -15,12 +15,12 @@ from torch.nn import functional as F
 
 import pysolve as ps
 from pysolve.errors import CollapseError
-from pysolve.nn.apply import apply, masked
-from pysolve.nn.costs import cost_model
-from pysolve.nn.counting import macs
+from pysolve.nn.cost.costs import cost_model
+from pysolve.nn.cost.counting import macs
+from pysolve.nn.cut.apply import apply, masked
+from pysolve.nn.cut.verify import mismatch
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.layers.idle import Constant, Empty, PassedBy
-from pysolve.nn.verify import mismatch
 from pysolve.plan import Branch, Collapse, Plan, Site
 
 # Branches of the small networks, and what has nothing to do without them.

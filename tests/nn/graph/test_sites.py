@@ -24,7 +24,7 @@ from torch.nn import functional as F
 
 import pysolve as ps
 from pysolve.errors import CollapseError, LayerNotFoundError, PysolveError
-from pysolve.nn.apply import apply
+from pysolve.nn.cut.apply import apply
 from pysolve.nn.divergence import kl_divergence
 from pysolve.nn.graph.sites import _first_words, find_sites
 from pysolve.nn.zoo import Mlp

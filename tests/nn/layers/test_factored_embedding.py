@@ -13,8 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import pysolve as ps
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import LowRank
-from pysolve.nn.apply import apply, masked
-from pysolve.nn.counting import macs
+from pysolve.nn.cost.counting import macs
+from pysolve.nn.cut.apply import apply, masked
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.layers.factored import Factored
 from pysolve.nn.layers.factored_embedding import FactoredEmbedding, FactoredHead

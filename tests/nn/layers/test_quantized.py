@@ -18,9 +18,9 @@ from pysolve.methods.goal import Options
 from pysolve.methods.result import account
 from pysolve.methods.study import Study
 from pysolve.nn import QuantConv2d, QuantLinear, to_dense, to_torchao
-from pysolve.nn.calibration import Calibration
 from pysolve.nn.evaluate import macs, nbytes, parameters
 from pysolve.nn.files.architecture import architecture, fingerprint, rebuilt
+from pysolve.nn.gathering.calibration import Calibration
 from pysolve.nn.layers import quantized
 from pysolve.nn.layers.base import answers_of
 from pysolve.nn.layers.quantized import multiplies_exactly, restored

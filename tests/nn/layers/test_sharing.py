@@ -14,6 +14,7 @@ from torch.nn.utils import parametrizations, parametrize
 
 import pysolve as ps
 from pysolve.forms import Codebook
+from pysolve.nn.cut.slicing import CONVOLUTIONS, WEIGHTED
 from pysolve.nn.files.storage import bits
 from pysolve.nn.layers.masking import mask_weights
 from pysolve.nn.layers.sharing import (
@@ -26,7 +27,6 @@ from pysolve.nn.layers.sharing import (
     ternary_weights,
     unshared,
 )
-from pysolve.nn.slicing import CONVOLUTIONS, WEIGHTED
 from pysolve.nn.zoo import Mlp
 
 OPTIMIZERS = {

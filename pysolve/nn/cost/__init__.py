@@ -1,0 +1,1 @@
+"""Parameters, multiply-accumulates, bytes and times of networks, and of networks that are cut."""

@@ -1,0 +1,1 @@
+"""Correlations of layers, summed while batches go through a network."""

@@ -1,0 +1,75 @@
+"""What the weights of a network's layers are multiplied with while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from pysolve.nn.gathering.products import as_called, product
+from pysolve.nn.layer_kinds import inputs_first, is_extended
+from pysolve.nn.layer_matrix import Layer
+
+# Called with the name of a layer, the layer as it is called, its input and its output; what it returns, if
+# anything, takes the output's place.
+Record = Callable[[str, Layer, Tensor, Tensor], Tensor | None]
+
+
+@contextmanager
+def watching(layers: Mapping[str, Layer], record: Record) -> Iterator[None]:
+    """Record every call of some layers: of torch's own the call, of others that of their weight's operator.
+
+    A convolution that pads by itself, say, reads the padded input.
+    """
+
+    def hook_for(name: str) -> Callable[..., Tensor | None]:
+        def hook(
+            layer: Layer, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor
+        ) -> Tensor | None:
+            return record(name, layer, args[0] if args else kwargs["input"], y)
+
+        return hook
+
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            if not is_extended(layer):
+                # First of all hooks: users' own may change what the layer itself gives.
+                hook = layer.register_forward_hook(hook_for(name), with_kwargs=True, prepend=True)
+                stack.callback(hook.remove)
+        extended = {name: layer for name, layer in layers.items() if is_extended(layer)}
+        if extended:
+            stack.enter_context(_Operators(extended, record))
+        yield
+
+
+class _Operators(TorchFunctionMode):
+    """Records the operators that take the weights of some layers."""
+
+    def __init__(self, layers: Mapping[str, Layer], record: Record) -> None:
+        super().__init__()
+        self.layers = {layer.weight.data_ptr(): (name, layer) for name, layer in layers.items()}
+        self.record = record
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        call = product(getattr(func, "__name__", ""), args, kwargs)
+        if call is None or not isinstance(call.weight, Tensor):
+            return result
+        name, layer = self.layers.get(call.weight.data_ptr(), ("", None))
+        if layer is None or not call.of(layer) or not _is_weight(call.weight, layer, call.takes_inputs_first):
+            return result
+        called = as_called(layer, call)
+        changed = None if called is None else self.record(name, called, call.x, result)
+        return result if changed is None else changed
+
+
+def _is_weight(given: Tensor, layer: Layer, inputs_are_first: bool) -> bool:
+    """Whether an operator is given a layer's weight as it is stored, or turned as it takes it."""
+    own = layer.weight if layer.weight.ndim > 2 or inputs_first(layer) == inputs_are_first else layer.weight.T
+    return given.shape == own.shape and given.stride() == own.stride()

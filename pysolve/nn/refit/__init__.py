@@ -1,0 +1,1 @@
+"""The original and the smaller network side by side, layer after layer refitted."""

@@ -1,0 +1,130 @@
+"""One walk through a network, original and compressed side by side, refitting layer after layer.
+
+Every operator runs on all batches before the next one does. At a layer, the compressed network's inputs x̂
+and the original's outputs y of all samples are at hand: its correlations are summed, it is refitted, and the
+walk goes on with its new outputs. Cost: two forward passes and the correlations, whatever the depth. Where
+layers that read one tensor have more outputs together than inputs, the products Σ x x̂ᵀ with the original's
+inputs serve all of them: with y = M x + b,  Σ y x̂ᵀ = M Σ x x̂ᵀ + b Σ x̂ᵀ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+from torch import Tensor, nn
+from torch.fx import Node
+
+from pysolve.correlations import Indices
+from pysolve.nn import layer_matrix as rows
+from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, layer_values, read_by
+from pysolve.nn.graph.export import Graph
+from pysolve.nn.graph.mixtures import Mixture
+from pysolve.nn.graph.routes import routed
+from pysolve.nn.progress import steps
+from pysolve.nn.ranks import ALONE, Ranks
+from pysolve.nn.refit.expert_refit import refit_experts
+from pysolve.nn.refit.layer_refit import SAMPLING, Fit, Reads, Sampling, Task, along, channel_dim, fitted
+from pysolve.nn.refit.lookahead import sums_beyond, what_went
+from pysolve.nn.refit.walk import Walk, last_uses
+from pysolve.nn.running import evaluating
+
+
+def refit(
+    graph: Graph,
+    model: nn.Module,
+    batches: Sequence[Any],
+    cuts: Mapping[str, Cut],
+    fit: Fit,
+    *,
+    values: Mapping[str, Tensor],
+    new_biases: Collection[str] = (),
+    sampling: Sampling = SAMPLING,
+    only: Collection[str] | None = None,
+    always: Collection[str] = (),
+    norms: Mapping[str, Indices] = MappingProxyType({}),
+    mixtures: Sequence[Mixture] = (),
+    prepare: Callable[[str], object] = lambda name: None,
+    ranks: Ranks = ALONE,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """New parameters of every layer that lost inputs or whose inputs changed, front to back.
+
+    Parameters
+    ----------
+    graph : Graph
+        Of ``model``, the original; nothing in it is changed.
+    cuts : {layer: Cut}
+        What stays of each layer; a layer not named stays whole.
+    fit : Fit
+    values : {state-dict name: tensor}
+        What layers that cannot be refitted here (those called several times) take instead.
+    new_biases : collection of str
+        Layers without a bias that may be given one; a batch norm right behind a layer always takes one.
+    only : collection of str, optional
+        Fit none but these layers.
+    always : collection of str
+        Layers to fit whether or not anything in front of them changed.
+    norms : {weight: (k,) int array}
+        Layer norms that are over some channels alone.
+    mixtures : sequence of Mixture
+        Matrices in one parameter that are refitted, too.
+    prepare : callable
+        Called with a layer's name before its correlations are summed, which take memory.
+    ranks : Ranks
+        Processes that walk with other batches.
+
+    Returns
+    -------
+    {state-dict name: tensor}
+        ``values`` and the new ones, in the shapes of the original.
+    """
+    walk, state = Walk(graph, model, batches, values, norms), model.state_dict()
+    called = {node: layer for node, layer in find_layers(graph, model).items() if layer.calls == 1}
+    layers = {node: layer for node, layer in called.items() if only is None or layer.name in only}
+    every = [node for node in graph.module.graph.nodes if node.op != "output"]
+    ends = [*layers, *(mixture.nodes[0] for mixture in mixtures)]
+    nodes = every[: max(map(every.index, ends), default=-1) + 1]
+    finished, apart = last_uses(every), routed(graph)
+    reads = Reads(layers.values(), [*layers])
+    gone = {node for node, layer in called.items() if layer.name in cuts and not len(cuts[layer.name].inputs)}
+    beyond = sums_beyond(graph, called, gone) if gone else {}
+    with evaluating(model):
+        for node in steps(nodes, "refit", unit="op", shown=progress):
+            if node.op != "placeholder":
+                walk.values |= refit_experts(walk, node, mixtures, ranks)
+                walk.run_original(node)
+                layer = layers.get(node)
+                touched = layer is not None and (node in beyond or _is_touched(walk, node, layer, cuts))
+                if layer is not None and (layer.name in always or touched):
+                    prepare(layer.name)
+                    cut = cuts.get(layer.name)
+                    went = None
+                    if node in beyond:
+                        went = what_went(walk, every[every.index(node) + 1 :], *beyond[node], finished)
+                    kept = kept_channels(layer, cut)
+                    task = Task(walk, node, layer, *kept, sampling, reads, apart, ranks, went)
+                    M, bias = ranks.first(fitted(task, fit, layer.takes_bias or layer.name in new_biases))
+                    walk.values |= layer_values(state, layer, cut, M, bias)
+                    _show_new_bias(walk, node, layer)
+                if node is not nodes[-1]:
+                    walk.run_compressed(node)
+            walk.forget(finished[node])
+            reads.forget(finished[node])
+    return walk.values
+
+
+def _is_touched(walk: Walk, node: Node, layer: Layer, cuts: Mapping[str, Cut]) -> bool:
+    """Whether a layer lost inputs, reads anything new, or can compensate what its shortcut lost."""
+    if layer.name in cuts and len(cuts[layer.name].inputs) < rows.channels(layer.module)[0]:
+        return True
+    shortcut = layer.shortcut if layer.shortcut in walk.original else None
+    return walk.differs(read_by(node)) or (shortcut is not None and walk.differs(shortcut))
+
+
+def _show_new_bias(walk: Walk, node: Node, layer: Layer) -> None:
+    """Let the walk add a bias that the graph does not know of."""
+    new = walk.values.get(f"{layer.name}.bias")
+    if layer.module.bias is None and new is not None:
+        walk.added[node] = along(channel_dim(layer), new, walk.original[node][0])

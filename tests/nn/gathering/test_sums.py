@@ -1,0 +1,76 @@
+"""Sums of any pieces are those of all samples at once, and single-precision products keep their bound."""
+
+from dataclasses import replace
+from unittest import mock
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pysolve.correlations import Correlations
+from pysolve.nn.gathering import sums as module
+from pysolve.nn.gathering.sums import Sums
+
+seeds = st.integers(0, 10**6)
+
+
+@given(
+    seeds,
+    st.integers(1, 12),
+    st.integers(1, 5),
+    st.booleans(),
+    st.booleans(),
+    st.integers(20, 99),
+    st.integers(1, 9),
+)
+def test_sums_of_any_pieces_are_those_of_all_samples(seed, d, h, full, by_columns, room, strip):
+    rng = np.random.default_rng(seed)
+    x, y = (torch.from_numpy(rng.standard_normal((15, width))) for width in (d, h))
+    stored = x.T.contiguous().T if by_columns else x
+    with mock.patch.multiple(module, ROOM=room, _STRIP=strip):
+        sums = Sums.zeros(d, h, x.device, full=full)
+        for part in np.split(np.arange(15), sorted(rng.integers(0, 16, 2))):
+            sums.add(stored[part[0] : part[-1] + 1] if len(part) else stored[:0], y[part])
+    found, wanted = sums.correlations(), Correlations.from_samples(x.numpy(), y.numpy())
+    if not full:
+        wanted = replace(wanted, yy=np.diag(wanted.yy))
+    assert found.count == sums.count == 15
+    for name in ("xx", "yx", "yy", "x_sum", "y_sum"):
+        np.testing.assert_allclose(getattr(found, name), getattr(wanted, name), rtol=1e-12, atol=1e-12)
+    np.testing.assert_array_equal(found.xx, found.xx.T)
+    np.testing.assert_array_equal(found.yy, found.yy.T)
+
+
+INPUTS = {
+    "normal": lambda x: x,
+    "positive": np.abs,
+    "rectified": lambda x: np.maximum(x, 0),
+    "far mean": lambda x: 3 + 1e-3 * x,
+    "scales": lambda x: x * np.geomspace(1e-3, 1e3, x.shape[1]),
+    "common": lambda x: x + 5 * x[:, :1],
+    "tiny": lambda x: 1e-25 * x,
+    "huge": lambda x: 1e25 * x,
+    "bits": lambda x: (x > 0).astype(float),
+}
+
+
+@pytest.mark.parametrize("kind", INPUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_in_single_precision_are_within_their_bound(kind, dtype):
+    rng = np.random.default_rng(0)
+    x = torch.from_numpy(INPUTS[kind](rng.standard_normal((9000, 260)))).to(dtype)
+    y = torch.from_numpy(rng.standard_normal((9000, 3))).to(dtype)
+    sums = Sums.zeros(260, 3, x.device)
+    for some in range(0, 9000, 3500):
+        sums.add(x[some : some + 3500], y[some : some + 3500])
+    found = sums.correlations()
+    wanted = Correlations.from_samples(x.double().numpy(), y.double().numpy())
+    for own, other in ((found, wanted), (found.centered(), wanted.centered())):
+        assert np.linalg.norm(own.xx - other.xx) <= 1e-6 * np.linalg.norm(other.xx)
+        scale = np.sqrt(np.linalg.norm(other.xx) * np.linalg.norm(other.yy))
+        assert np.linalg.norm(own.yx - other.yx) <= 1e-6 * scale
+        np.testing.assert_allclose(own.yy, np.diag(other.yy), rtol=1e-6)
+    scale = np.sqrt(9000 * np.diag(wanted.xx))
+    assert np.all(np.abs(found.x_sum - wanted.x_sum) <= 1e-7 * scale)
