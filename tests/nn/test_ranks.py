@@ -142,7 +142,7 @@ FAILURES = {
     "dies": ("if rank == 1: os._exit(3)", 3, "the processes of the group could not go on"),
     "fails": ("if rank == 1: given[2] = given[2] * float('nan')", 1, "process 1 of the group failed"),
     "hangs": (
-        "if rank == 1:\n    import time\n    time.sleep(60)\n    os._exit(3)",
+        "if rank == 1:\n    import time\n    time.sleep(30)\n    os._exit(3)",
         3,
         "the processes of the group could not go on",
     ),
