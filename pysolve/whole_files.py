@@ -130,7 +130,8 @@ def remove_leftovers(folder: Path) -> None:
     """Remove what processes that died have left in a folder of what they were writing."""
     with suppress(OSError):
         for part in [one for one in os.scandir(folder) if _PART.fullmatch(one.name)]:
-            with suppress(OSError):
+            # A lock that holds no name is somebody else's.
+            with suppress(OSError, ValueError):
                 if part.is_dir(follow_symlinks=False):
                     _remove_dead(Path(part.path))
 

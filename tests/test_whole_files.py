@@ -89,3 +89,14 @@ def test_checkpoints_correlations_and_networks_leave_nothing_behind(tmp_path, mo
         with pytest.raises(OSError, match="No space left"):
             write(tmp_path / "file")
         assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name", [b"\xff", b"a/b"])
+def test_locks_of_others_stand_in_nobodys_way(tmp_path, name):
+    other = tmp_path / "theirs.0123abcd.part"
+    other.mkdir()
+    (other / "pysolve.lock").write_bytes(name)
+    with replacing(tmp_path / "file") as new:
+        new.write_bytes(b"whole")
+    assert (tmp_path / "file").read_bytes() == b"whole"
+    assert (other / "pysolve.lock").read_bytes() == name

@@ -51,6 +51,8 @@ class SumsFolder:
         self.batches: list[int] = []
         self.saved, self.cost = time.monotonic(), 0.0
         if path is None:
+            # Folders of temporary files are open to all users; sums of private data are not for them.
+            self.path.chmod(0o700)
             weakref.finalize(self, claim.close)
             return
         record = path / _RECORD

@@ -4,6 +4,7 @@ import gc
 import os
 import re
 import signal
+import stat
 import subprocess
 import sys
 import time
@@ -291,6 +292,7 @@ def test_temporary_files_of_a_process_that_was_killed_go_with_the_next(tmp_path,
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     living, next_one = sums_folder.SumsFolder(None, {}), sums_folder.SumsFolder(None, {})
     assert {*tmp_path.iterdir()} == {living.path, next_one.path}
+    assert {stat.S_IMODE(one.stat().st_mode) for one in tmp_path.iterdir()} == {0o700}
     del living, next_one
     gc.collect()
     assert not [*tmp_path.iterdir()]
