@@ -91,7 +91,7 @@ coverage: $(VENV)/.coverage
 
 FLAGS_address := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 FLAGS_thread := -fsanitize=thread
-FLAGS_coverage := --coverage -fprofile-update=atomic
+FLAGS_coverage := --coverage -fprofile-update=atomic -DPYSOLVE_ONE_CLONE
 INSTRUMENTED = setarch -R $(abspath $(VENV))/bin/python -m pytest -c $(CURDIR)/pyproject.toml --rootdir $(CURDIR)
 $(VENV)/.address $(VENV)/.thread $(VENV)/.coverage: $(VENV)/.%: $(VENV)/.installed
 	rm -rf $@ build/$*

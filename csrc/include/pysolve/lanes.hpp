@@ -4,9 +4,9 @@
 #include <cstddef>
 
 // The loader picks the clone that fits the processor, before a sanitizer of threads is ready for its
-// question. Elsewhere the one plain version serves.
+// question. Elsewhere the one plain version serves, and where lines are counted: of several clones one runs.
 #if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__) && defined(__linux__) && \
-    !defined(__SANITIZE_THREAD__)
+    !defined(__SANITIZE_THREAD__) && !defined(PYSOLVE_ONE_CLONE)
 #define PYSOLVE_CLONES __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #define PYSOLVE_INLINE __attribute__((always_inline)) inline  // a call would leave the clone
 #else
