@@ -36,7 +36,7 @@ from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.layer_matrix import LAYERS, groups
 from pysolve.nn.progress import one_bar
 from pysolve.nn.ranks import of_all_processes
-from pysolve.nn.refusal import output_of
+from pysolve.nn.refusal import check_many, output_of
 from pysolve.nn.running import (
     Batch,
     Device,
@@ -205,6 +205,7 @@ def studied(
     else:
         first, batches = peek(batches, options.transform)
         first, batches = laid_out(model, moved(first, options.device), on_device(batches, options.device))
+        check_many(model, first)
     ranks = options.ranks
     if ranks.size > 1:
         ranks.check_same("network", network_checksums(model))

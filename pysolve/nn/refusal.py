@@ -14,13 +14,33 @@ from torch.utils import _pytree as pytree
 
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.layer_kinds import EMBEDDINGS
-from pysolve.nn.running import Batch, Device, Output, arguments, closest, evaluating, forward, prepared
+from pysolve.nn.outputs import main_output
+from pysolve.nn.running import (
+    Batch,
+    Device,
+    Output,
+    arguments,
+    closest,
+    evaluating,
+    few_samples,
+    forward,
+    prepared,
+    same_draws,
+)
 
 _TORCH, _NN = Path(torch.__file__).parent, Path(__file__).parent
 # Where networks are called from, which is not where their errors come from.
-_CALLERS = {str(_NN / name) for name in ("graph/export.py", "graph/sites.py", "refusal.py", "running.py")}
+_CALLERS = {
+    str(_NN / name)
+    for name in ("graph/export.py", "graph/sites.py", "graph/trials.py", "refusal.py", "running.py")
+}
 # Layers of this package that stand for torch's.
 _LAYERS = {str(_NN / "layers" / name) for name in ("sparse.py", "products.py")}
+
+_SINGLE = (
+    " It is a single sample, without a dimension of samples, as it seems: give batches of many, such as "
+    "torch.stack(samples).split(100), or a Dataset."
+)
 
 
 def output_of(model: nn.Module, batch: Batch, device: Device = None) -> Output:
@@ -139,15 +159,38 @@ def _types(model: nn.Module, batch: Batch) -> str:
     return ""
 
 
+def check_many(model: nn.Module, batch: Batch) -> None:
+    """Refuse a single sample where the network takes one as well as a batch, but not a part of one.
+
+    Raises
+    ------
+    DataError
+        The network makes of the batch what it makes of it as the only one of a batch.
+    """
+    few = few_samples(batch)
+    if few is batch or _tried(model, few) is not None:
+        return
+    alone, among = _tried(model, batch), _tried(model, _as_only(batch))
+    if alone is not None and among is not None and among.shape == (1, *alone.shape):
+        raise DataError(f"expected batches of samples, got {_described(batch)}.{_SINGLE}")
+
+
 def _single(model: nn.Module, batch: Batch) -> str:
     """What to do where the batch is one sample: tried out."""
+    return "" if _tried(model, _as_only(batch)) is None else _SINGLE
+
+
+def _as_only(batch: Batch) -> Batch:
+    """A batch of one sample, of a sample."""
     args, kwargs = pytree.tree_map_only(Tensor, lambda leaf: leaf[None], arguments(batch))
+    return kwargs or args
+
+
+def _tried(model: nn.Module, batch: Batch) -> Tensor | None:
+    """The main tensor that the network makes of a batch; None where it refuses it."""
     try:
-        with evaluating(model):
-            forward(model, kwargs or args)
+        with evaluating(model), same_draws(model):
+            return main_output(forward(model, batch))
+    # Whatever the network's own code raises.
     except Exception:
-        return ""
-    return (
-        " It is a single sample, without a dimension of samples, as it seems: give batches of many, such as "
-        "torch.stack(samples).split(100), or a Dataset."
-    )
+        return None

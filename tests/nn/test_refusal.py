@@ -9,7 +9,7 @@ from torch import nn
 import pysolve as ps
 from pysolve.errors import DataError
 from pysolve.nn.cost.costs import cost_model
-from pysolve.nn.refusal import by_name, output_of
+from pysolve.nn.refusal import by_name, check_many, output_of
 from pysolve.plan import Plan, Site
 
 
@@ -123,3 +123,23 @@ def test_forms_that_are_no_batch_have_their_remedies():
 def test_values_of_a_batch_have_the_names_of_their_places():
     assert [*by_name(torch.zeros(2))] == ["input"]
     assert [*by_name({"mask": None, "states": (1, {"h": 2})})] == ["mask", "states[0]", "states[1]['h']"]
+
+
+def test_samples_without_their_dimension_are_refused_though_the_network_takes_them():
+    layers = nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)
+    model, samples = nn.Sequential(*layers), list(torch.randn(20, 8))
+    for call in (
+        lambda: ps.compress(model, samples, keep=0.5, progress=False),
+        lambda: ps.prune(model, samples, method="obs", amount=0.5, progress=False),
+        lambda: ps.quantize(model, samples, scheme="codebook", progress=False),
+    ):
+        with pytest.raises(DataError, match=r"got input: float32\[8\]. It is a single sample"):
+            call()
+
+
+def test_a_network_for_batches_of_one_size_alone_is_not_taken_for_one_of_single_samples():
+    class Fixed(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.view(6, 8))
+
+    check_many(Fixed(8, 4), torch.randn(6, 8))

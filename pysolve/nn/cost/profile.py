@@ -14,9 +14,10 @@ from torch.utils import _pytree as pytree
 from pysolve.nn.cost.nonzeros import nonzeros, padding
 from pysolve.nn.cost.per_sample import sample_macs
 from pysolve.nn.evaluate import COUNTED, parameters, seconds_of, summary, wait
-from pysolve.nn.running import Batch, arguments, device_of, evaluating, forward, hooked
+from pysolve.nn.refusal import output_of
+from pysolve.nn.running import Batch, arguments, device_of, evaluating, hooked
 from pysolve.nn.samples import samples_in
-from pysolve.report.rows import Latency, LayerMass
+from pysolve.report.rows import REST, Latency, LayerMass
 
 # Calls of each network: at least, at most, and otherwise for this many seconds.
 FEWEST, MOST, SECONDS = 7, 100, 0.1
@@ -76,7 +77,7 @@ def masses(
         )
         found.append(LayerMass(name, size, left.get(name, 0), *(one.get(name, 0) for one in counts), *times))
     rest = parameters(before) - sum(sizes.values()), left.get(None, 0), *(one.get(None, 0) for one in counts)
-    return (*found, LayerMass("all others", *rest)) if any(rest) else tuple(found)
+    return (*found, LayerMass(REST, *rest)) if any(rest) else tuple(found)
 
 
 def layer_inputs(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
@@ -89,7 +90,7 @@ def layer_inputs(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch
 
     hooks = (layer.register_forward_pre_hook(partial(remember, name)) for name, layer in layers.items())
     with evaluating(model), hooked(hooks):
-        forward(model, batch)
+        output_of(model, batch)
     return seen
 
 
