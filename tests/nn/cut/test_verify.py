@@ -86,3 +86,21 @@ def test_a_network_that_is_known_to_run_does_so_only_for_comparison():
     assert not ran
     assert mismatch(wide, network(), probe(), taken=True) is None
     assert ran
+
+
+@pytest.mark.parametrize(("shift", "equal"), [(1e-3, True), (1e-1, False)])
+def test_networks_that_amplify_rounding_may_differ_by_as_much_as_other_rounding_does(shift, equal):
+    class Cancelled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = network()
+            self.large = nn.Parameter(torch.full((4,), 1e4))
+            self.scale = nn.Parameter(torch.tensor(10.0))
+
+        def forward(self, x):
+            return (self.inner(x) + self.large - 1e4) * self.scale
+
+    model, other = Cancelled(), Cancelled()
+    with torch.no_grad():
+        other.large += shift
+    assert (mismatch(model, other, probe()) is None) == equal
