@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from pysolve.correlations import Indices
 from pysolve.errors import CollapseError
@@ -20,16 +21,42 @@ from pysolve.plan import Norm, Plan, Site, weight_name
 
 
 class OverKept(nn.Module):
-    """A narrowed norm on the channels that stay of a wide value; zero for the others."""
+    """A narrowed norm on the channels that stay of a wide value; zero for the others.
+
+    What its own code does besides, such as putting channels last, is done with the wide value.
+    """
 
     def __init__(self, norm: nn.Module, kept: Tensor) -> None:
         super().__init__()
         self.norm, self.kept = norm, kept
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(…, D) values."""
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the norm gives."""
+        with _Among(self.kept):
+            return self.norm(*args, **kwargs)
+
+
+class _Among(TorchFunctionMode):
+    """Layer norms are over some channels of (…, D) values."""
+
+    def __init__(self, kept: Tensor) -> None:
+        super().__init__()
+        self.kept = kept
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        given = dict(kwargs or {})
+        if func not in (F.layer_norm, torch.layer_norm):
+            return func(*args, **given)
+        x, *rest = args or [given.pop("input")]
         kept = self.kept.to(x.device)
-        return torch.zeros_like(x).index_copy(-1, kept, self.norm(x.index_select(-1, kept)))
+        made = func(x.index_select(-1, kept), *rest, **given)
+        return torch.zeros_like(x).index_copy(-1, kept, made)
 
 
 def norms_of(model: nn.Module, plan: Plan) -> dict[Norm, float]:
