@@ -645,6 +645,42 @@ def pooled_by_scores():
     return Net(run, **layers, query=nn.Parameter(torch.randn(6, 1)), out=nn.Linear(5, 2)), vectors(4, 3, 4)
 
 
+def matrices_of_parameters():
+    """Products with parameters in several forms, as in code that has no layers."""
+
+    def run(net, x):
+        x = torch.addmm(net.bias, F.linear((x @ net.a).relu(), net.b).tanh(), net.c)
+        return net.out(x.relu())
+
+    shapes = {"a": (4, 6), "b": (5, 6), "bias": (7,), "c": (5, 7)}
+    values = {name: nn.Parameter(torch.randn(shape)) for name, shape in shapes.items()}
+    return Net(run, **values, out=nn.Linear(7, 2)), vectors(4, 4)
+
+
+class ChannelsFirst(nn.LayerNorm):
+    """As in ConvNeXt."""
+
+    def forward(self, x):
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def channels_first_norm():
+    layers = nn.Conv2d(3, 6, 3), ChannelsFirst(6), nn.Conv2d(6, 5, 1), nn.ReLU(), nn.Conv2d(5, 2, 1)
+    return nn.Sequential(*layers), images()
+
+
+def size_of_another():
+    """As in SegFormer: a view of one layer's channels counts those of another's input."""
+
+    def run(net, x):
+        x = net.a(x)
+        y = net.norm(net.b(x).reshape(len(x), x.shape[1], -1).mT)
+        return net.d(y.mean(1)) + net.c(x).mean((2, 3))
+
+    layers = {"a": nn.Conv2d(3, 8, 1), "b": nn.Conv2d(8, 8, 2, stride=2), "c": nn.Conv2d(8, 2, 1)}
+    return Net(run, **layers, norm=nn.LayerNorm(8), d=nn.Linear(8, 2)), images()
+
+
 def single_head():
     def run(net, x):
         return net.o((net.q(x) @ net.k(x).mT).softmax(-1) @ net.v(x))
@@ -691,6 +727,7 @@ NETWORKS = {
         *(counted_heads, one_key_head, added_parameter_is_summed, shuffled_pixels, unshuffled_pixels),
         *(vectors_to_images, unflattened, class_token, shuffled_channels, shuffled_by_views),
         *(interleaved_by_views, pooled_by_scores, single_head, gated_images, outer_product),
+        *(matrices_of_parameters, channels_first_norm, size_of_another),
     )
 }
 

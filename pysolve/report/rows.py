@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+# Name of the row of costs that are in no layer of their own.
+REST = "all others"
+
 
 @dataclass(frozen=True)
 class Latency:

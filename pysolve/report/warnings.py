@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from pysolve.correlations import Correlations
 from pysolve.plan import Site
-from pysolve.report.rows import Latency, LayerMass, LayerReport
+from pysolve.report.rows import REST, Latency, LayerMass, LayerReport
 
 # A network is slower when it takes so many times as long as before.
 SLOWER = 1.2
@@ -43,8 +43,9 @@ def pinned(mass: Sequence[LayerMass], sites: Sequence[Site]) -> list[str]:
     """Whether many parameters are in layers that no site can make smaller."""
     free = [site for site in sites if site.pinned is None]
     shrinks = {name for site in free for name in (*site.writers, *site.readers, *site.passed)}
-    # Matrices in a parameter of a module, such as experts.
-    shrinks |= {name.rpartition(".")[0] for name in shrinks if ":" in name}
+    # Matrices in a parameter of a module, such as experts; of one without a row they are in the last.
+    owners, rows = {name.rpartition(".")[0] for name in shrinks if ":" in name}, {one.name for one in mass}
+    shrinks |= owners | ({REST} if owners - rows else set())
     stuck = [layer for layer in mass if layer.name not in shrinks and layer.macs]
     share = sum(layer.params for layer in stuck) / max(1, sum(layer.params for layer in mass))
     if share < PINNED:

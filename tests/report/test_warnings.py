@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from pysolve.correlations import Correlations
 from pysolve.plan import Site
-from pysolve.report.rows import Latency, LayerMass, LayerReport
+from pysolve.report.rows import REST, Latency, LayerMass, LayerReport
 from pysolve.report.warnings import FAR, ROWS, SAMPLES, SLOWER, few_samples, lean, pinned, slower
 
 
@@ -37,6 +37,13 @@ def test_what_cannot_shrink_is_a_warning_where_it_is_much():
     assert pinned([mass("a"), mass("b"), mass("c", params=50)], sites) == []
     (text,) = pinned([mass("a"), mass("b"), mass("c", params=300), mass("d", params=100)], sites)
     assert text.startswith("67% of the parameters are in layers that cannot shrink (c, d)")
+
+
+def test_matrices_that_the_network_itself_holds_shrink_in_the_row_of_all_others():
+    sites = [Site(8, ("w:io",), ("v:io",))]
+    assert pinned([mass(REST)], sites) == []
+    assert pinned([mass(REST), mass("a", params=300)], sites) != []
+    assert pinned([mass(REST), mass("a")], [Site(8, ("a.w:io",), ("a.v:io",))]) != []
 
 
 def correlations(rows, inputs):

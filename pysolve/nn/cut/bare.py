@@ -75,7 +75,7 @@ class Bare:
 
 @dataclass(frozen=True)
 class Stack:
-    """Matrices in one parameter, such as those of all experts of a mixture, which are narrowed alike.
+    """A matrix in a parameter, or several that are narrowed alike, such as those of all experts of a mixture.
 
     In a site it is named as in the state dict, and behind a colon by the order of its last two dimensions:
     ``experts.down_proj:oi`` for outputs before inputs, ``:io`` for inputs before outputs. As ``:e`` it is a
@@ -219,7 +219,7 @@ def member(modules: Mapping[str, nn.Module], name: str) -> nn.Module | Bare | St
     if order == EXPERTS:
         return Stack(owner, leaf, order) if tensor.ndim else None
     gates = type(owner) in GATES and leaf.startswith(("weight_ih", "weight_hh")) and order == "oi"
-    several = isinstance(tensor, nn.Parameter) and (tensor.ndim > 2 or gates)
+    several = isinstance(tensor, nn.Parameter) and (tensor.ndim > 1 or gates)
     return Stack(owner, leaf, order) if several else None
 
 

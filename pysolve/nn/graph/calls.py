@@ -196,14 +196,14 @@ def is_of(call: Product, layer: nn.Module, weight: Node) -> bool:
 def stack_of(call: Call, node: object) -> tuple[str, bool] | None:
     """Name of the parameter whose matrices a value holds, all or some, and whether it swaps their dimensions.
 
-    A parameter of three dimensions or more of the network's own, not of a layer, which has no other name.
+    A matrix, or several of them, of the network's own, not of a layer, which has no other name.
     """
     if not isinstance(node, Node):
         return None
     node, turned = holder(node)
     name = call.network.parameters.get(node, "")
     tensor = call.network.state.get(name)
-    if not isinstance(tensor, nn.Parameter) or tensor.ndim < 3 or not is_own(call.network, name):
+    if not isinstance(tensor, nn.Parameter) or tensor.ndim < 2 or not is_own(call.network, name):
         return None
     owner = call.network.modules[name.rpartition(".")[0]]
     return (name, turned) if plain(owner) is type(owner) else None

@@ -19,8 +19,9 @@ from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.integers import choices, counting, integers_read
 from pysolve.nn.graph.labels import label_channels
 from pysolve.nn.graph.residual import sound
+from pysolve.nn.graph.trials import half
 from pysolve.nn.running import Batch, find_layer
-from pysolve.plan import Attention, Collapse, Indices, Site, tensor_name
+from pysolve.plan import Attention, Indices, Site, tensor_name
 
 # From sites to the sites that labels make of them.
 SitesOf = Callable[[Classes], list[Site]]
@@ -54,7 +55,7 @@ def head_dims(
             offered = {
                 j: [*_variants(model, found[j], read)] for j in range(i, len(found)) if j not in proven
             }
-            tried = {j: _half(one[number], rng) for j, one in offered.items() if number < len(one)}
+            tried = {j: half(one[number], rng) for j, one in offered.items() if number < len(one)}
             if (wrong := problem([tried[i]])) is not None:
                 problems.append(wrong)
                 continue
@@ -166,7 +167,3 @@ def _held(model: nn.Module, one: Attention) -> str:
     wanted = one.queries.shape[1] ** -0.5
     names = [name for name, value in values if type(value) is float and value == wanted]
     return tensor_name(owner, names[0]) if len(names) == 1 else ""
-
-
-def _half(site: Site, rng: np.random.Generator) -> Collapse:
-    return Collapse(site, np.sort(rng.choice(site.channels, max(1, site.channels // 2), replace=False)))

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import cache
 from itertools import pairwise
 
 import numpy as np
-import torch
 from torch import nn
 from torch.fx import Node
 
-from pysolve.errors import CollapseError, PysolveError
-from pysolve.nn.cut.apply import apply, masked
+from pysolve.errors import PysolveError
 from pysolve.nn.cut.bare import own_tensors
-from pysolve.nn.cut.verify import mismatch
 from pysolve.nn.graph.classes import ROLES, Classes, Member
-from pysolve.nn.graph.experts import Problem, expert_sites
+from pysolve.nn.graph.experts import expert_sites
 from pysolve.nn.graph.export import Graph, trace
 from pysolve.nn.graph.head_dims import head_dims
-from pysolve.nn.graph.integers import choices, counting, integers_read
 from pysolve.nn.graph.labels import label_channels
 from pysolve.nn.graph.residual import with_branches
+from pysolve.nn.graph.trials import COUNTED, WRITTEN, proven_sites, trial
 from pysolve.nn.items import example_of
-from pysolve.nn.outputs import tensors_of
 from pysolve.nn.plain import plain_network
-from pysolve.nn.refusal import code_line
 from pysolve.nn.running import (
     Batch,
     Ignored,
@@ -37,17 +30,13 @@ from pysolve.nn.running import (
     find_layer,
     find_matching,
     forward,
-    in_training,
     sample_leaves,
     with_leaves,
 )
-from pysolve.nn.state import copy_of
-from pysolve.plan import Collapse, Indices, Plan, Site, tensor_name
+from pysolve.plan import Indices, Site, tensor_name
 
 # Tokens of each text that sites are tried on.
 WORDS = 32
-# The code keeps channels: an error shows where, or nothing but other outputs.
-_WRITTEN, _COUNTED = "a width is written into the code", "the code counts on all of these channels"
 
 
 def find_sites(
@@ -119,7 +108,7 @@ def sites_in(
 
     def proven(lines: Mapping[Node, int]) -> tuple[list[Site], list[Node]]:
         classes = label_channels(model, graph, training, lines)
-        found = _proven(model, [_ignoring(site, ignored) for site in sites_of(classes)], some)
+        found = proven_sites(model, [_ignoring(site, ignored) for site in sites_of(classes)], some)
         return found, _guilty_grids(classes, found)
 
     best, guilty = proven({})
@@ -128,7 +117,7 @@ def sites_in(
         found, _ = proven(dict.fromkeys(guilty, line))
         best = max(best, found, key=_freed)
     free = [site for site in best if site.pinned is None]
-    problem = _trial(model, some)
+    problem = trial(model, some)
     best = with_branches(best, model, graph, some, problem)
     experts = [_ignoring(site, ignored) for site in expert_sites(model, graph, problem, free)]
     # The logits of a router, which its softmax mixes.
@@ -138,24 +127,9 @@ def sites_in(
     return [*best, *experts, *(_ignoring(site, ignored) for site in dims)]
 
 
-def _trial(model: nn.Module, batch: Batch) -> Problem:
-    """What is wrong with the network, and with one of random weights, when some channels are removed."""
-
-    @cache
-    def networks() -> tuple[list[nn.Module], bool]:
-        return [model, _randomized(model, batch)], _trouble(copy_of(model), batch) is None
-
-    def problem(steps: Sequence[Collapse]) -> str | None:
-        found, trains = networks()
-        problems = (_problem(network, steps, batch, trains) for network in found)
-        return next((one for one in problems if one is not None), None)
-
-    return problem
-
-
 def _guilty_grids(classes: Classes, sites: Sequence[Site]) -> list[Node]:
     """Views that lay channels out in a grid which cannot lose some of them just so."""
-    written = [site for site in sites if (site.pinned or "").startswith((_WRITTEN, _COUNTED))]
+    written = [site for site in sites if (site.pinned or "").startswith((WRITTEN, COUNTED))]
     members = {member.layer: member for member in classes.members if member.role == "writers"}
     rows = [members[name].labels[site.rows[name]] for site in written for name in site.writers]
     held = {root for labels in rows for root in classes.roots[labels].ravel().tolist()}
@@ -267,134 +241,3 @@ def _ignoring(site: Site, ignored: set[str]) -> Site:
         if {name, name.partition(":")[0]} & ignored
     ]
     return replace(site, pinned=f"`{named[0]}` is to be ignored") if named else site
-
-
-def _proven(model: nn.Module, sites: Sequence[Site], batch: Batch) -> list[Site]:
-    """The same sites, with those pinned whose removal breaks the network.
-
-    A random half of the channels of every free site is removed twice: in the network itself, and in a copy
-    with random weights of unit gain, in which no effect is too small to be measured. A network that runs in
-    training mode must still do so.
-    """
-    rng = np.random.default_rng(0)
-    proven = list(sites)
-    trains = any(site.pinned is None for site in sites) and _trouble(copy_of(model), batch) is None
-    for network in (model, _randomized(model, batch)):
-        steps = {i: _half(site, rng) for i, site in enumerate(proven) if site.pinned is None}
-        if not steps or _problem(network, [*steps.values()], batch, trains) is None:
-            continue
-        problems = _faults(network, steps, {}, batch, trains)[1]
-        if problems and mismatch(copy_of(model), copy_of(model), batch, seeds=(0, 1)):
-            problems = dict.fromkeys(problems, "the network's outputs are random, and others without these")
-        followed = _followed(network, proven, problems, batch, trains) if network is model else {}
-        for i, problem in problems.items():
-            proven[i] = followed[i] if i in followed else replace(proven[i], pinned=problem)
-    return proven
-
-
-def _followed(
-    model: nn.Module, sites: Sequence[Site], problems: Mapping[int, str], batch: Batch, trains: bool
-) -> dict[int, Site]:
-    """Sites that work once integers of the network's own modules follow the cut, with these integers."""
-    rng, found = np.random.default_rng(0), dict[int, Site]()
-    written = [i for i, problem in problems.items() if problem.startswith((_WRITTEN, _COUNTED))]
-    read = integers_read(model, batch, trains=trains) if written else {}
-    offers = {i: counting(sites[i], read) for i in written}
-    claims = Counter(path for offer in offers.values() for path in offer)
-    for names in choices({path.rpartition(".")[2] for path in claims}):
-        steps = {}
-        for i in offers.keys() - found.keys():
-            chosen = {
-                path: each
-                for path, each in offers[i].items()
-                if claims[path] == 1 and path.rpartition(".")[2] in names
-            }
-            if chosen:
-                steps[i] = _half(replace(sites[i], integers=chosen), rng)
-        if len(steps) > 1 and _problem(model, [*steps.values()][:1], batch, trains):
-            continue
-        found |= {i: step.site for i, step in _faults(model, steps, {}, batch, trains)[0].items()}
-    return found
-
-
-def _half(site: Site, rng: np.random.Generator) -> Collapse:
-    keep = rng.choice(site.channels, max(1, site.channels // 2), replace=False)
-    return Collapse(site, np.sort(keep))
-
-
-def _faults(
-    model: nn.Module,
-    steps: Mapping[int, Collapse],
-    sound: Mapping[int, Collapse],
-    batch: Batch,
-    trains: bool,
-) -> tuple[dict[int, Collapse], dict[int, str]]:
-    """Steps that work together with sound ones, and the problems of the others, by bisection."""
-    problem = _problem(model, [*sound.values(), *steps.values()], batch, trains) if steps else None
-    if problem is None:
-        return dict(steps), {}
-    if len(steps) == 1:
-        return {}, dict.fromkeys(steps, problem)
-    items = list(steps.items())
-    middle = len(items) // 2
-    left, wrong = _faults(model, dict(items[:middle]), sound, batch, trains)
-    right, more = _faults(model, dict(items[middle:]), {**sound, **left}, batch, trains)
-    return {**left, **right}, {**wrong, **more}
-
-
-def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Batch, trains: bool) -> str | None:
-    """Problem when these channels are removed, in training mode too if it ``trains``; None if none."""
-    plan = Plan(tuple(steps))
-    try:
-        smaller = apply(model, plan)
-    except CollapseError as error:
-        return str(error)
-    difference = mismatch(masked(model, plan), smaller, batch, taken=True)
-    if difference is None:
-        trouble = _trouble(smaller, batch) if trains else None
-        return trouble and f"training needs these channels{trouble}"
-    try:
-        with evaluating(smaller):
-            forward(smaller, batch)
-    # Whatever the network's own code raises when its layers are narrower.
-    except Exception as error:
-        return f"{_WRITTEN}{_told(error)}"
-    return f"{_COUNTED}: without some of them {difference}"
-
-
-def _trouble(model: nn.Module, batch: Batch) -> str | None:
-    """What a network raises in training mode, which changes its statistics; None if it runs."""
-    try:
-        with in_training(model):
-            forward(model, batch)
-    except Exception as error:
-        return _told(error)
-    return None
-
-
-def _told(error: Exception) -> str:
-    """The line of the network's code that raised an error, and its first line."""
-    return f"{code_line(error)}: {next(iter(str(error).splitlines()), repr(error))}"
-
-
-def _randomized(model: nn.Module, batch: Batch) -> nn.Module:
-    """A copy with random weights of unit gain; the model itself where that gives no finite output."""
-    network = copy_of(model)
-    generator = torch.Generator().manual_seed(0)
-    for parameter in network.parameters():
-        if parameter.is_floating_point():
-            values = torch.rand(parameter.shape, generator=generator) + 0.5
-            if parameter.ndim > 1:
-                values = torch.randn(parameter.shape, generator=generator)
-                values *= (len(parameter) / max(1, parameter.numel())) ** 0.5
-            parameter.data.copy_(values)
-    for module in network.modules():
-        if isinstance(module, nn.modules.batchnorm._NormBase):
-            module.reset_running_stats()
-    try:
-        with evaluating(network):
-            outputs = tensors_of(forward(network, batch))
-    except Exception:
-        return model
-    finite = all(bool(output.isfinite().all()) for output in outputs)
-    return network if finite else model

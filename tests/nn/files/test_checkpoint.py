@@ -29,6 +29,7 @@ import pysolve as ps
 from pysolve.compressed import Compressed
 from pysolve.forms import Codebook, Integers, LowRank, Sparse
 from pysolve.methods.result import following
+from pysolve.nn.cut.bare import find_member
 from pysolve.nn.cut.slicing import WEIGHTED, outputs
 from pysolve.nn.evaluate import parameters
 from pysolve.nn.files import storage
@@ -167,7 +168,7 @@ def test_every_network_comes_back_to_the_bit(name, tmp_path):
         keep = np.sort(rng.choice(site.channels, rng.integers(1, site.channels), replace=False))
         steps.append(Collapse(site, keep))
         for reader in site.readers:
-            layer = model.get_submodule(reader)
+            layer = find_member(model, reader)
             if type(layer) in WEIGHTED and layer.bias is None:
                 biases[f"{reader}.bias"] = rng.standard_normal(outputs(layer))
     result = made(model, Plan(tuple(steps), biases))
