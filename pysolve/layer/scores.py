@@ -12,8 +12,8 @@ from pysolve.correlations import Array
 
 def channel_norms(weight: npt.ArrayLike, *, n: float = 2, axis: int = 0) -> Array:
     """‖w_c‖_n of every channel of a weight array, n > 0; axis 0 has a layer's outputs, 1 its inputs."""
-    if not n > 0:
-        raise ValueError(f"n, the order of the norm, must be positive, got {n}.")
+    if not isinstance(n, int | float | np.number) or not n > 0:
+        raise ValueError(f"n, the order of the norm, must be a positive number, got {n!r}.")
     w = np.moveaxis(np.asarray(weight, dtype=np.float64), axis, 0)
     w = np.abs(w.reshape(len(w), -1))
     peak = w.max(initial=0.0)

@@ -18,6 +18,7 @@ from pysolve.methods.goal import (
     Memory,
     Target,
     check_distill,
+    check_flags,
     check_keep,
     check_sites,
     check_target,
@@ -204,6 +205,7 @@ def compress(
     torch.Size([100, 4])
     """
     check_batches(batches)
+    check_flags(dry_run=dry_run, head_dims=head_dims)
     before, network = network_of(model, dense=False)
     given = [name for name, one in (("target", target), ("keep", keep), ("lam", lam)) if one is not None]
     if len(given) > 1:
@@ -325,7 +327,7 @@ def made(
         samples=rebuilt.samples,
         sites=[*site_reports(found, sized)],
         solves=sized.solves,
-        notes=(*sized.notes, *rebuilt.notes),
+        notes=(*sized.said, *rebuilt.notes),
         warnings=needed_experts(experts_lost(found, sized)),
         distill=distill,
         selected=sized.predicted is not None,

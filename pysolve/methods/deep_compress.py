@@ -138,8 +138,8 @@ def deep_compress(
     check_batches(batches)
     before, network = network_of(model)
     how = check_distill(network, distill, ("trained",))
+    _check(target, zeros, bits, how, layout)
     asked = dict(target or {})
-    _check(asked, zeros, bits, how, layout)
     if iter(batches) is batches:
         batches = list(batches)
     options = options_for(
@@ -273,7 +273,7 @@ def _share(number: float | None, network: nn.Module) -> float | None:
 
 
 def _check(
-    target: Mapping[str, float],
+    target: Target | None,
     zeros: float | None,
     bits: int | None,
     distill: Mapping[str, object],

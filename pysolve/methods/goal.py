@@ -114,8 +114,14 @@ def options_for(
     LayerNotFoundError
         What is to be ignored matches no layer.
     TypeError, ValueError
-        ``memory`` is no positive number; ``evaluate`` returns none; a pattern is no regular expression.
+        ``memory`` is no positive number, ``seed`` no whole one; ``evaluate`` returns none, or is no function;
+        a pattern is no regular expression.
     """
+    check_whole("seed", seed, 0, 2**63 - 1)
+    check_flags(progress=progress, latency=latency)
+    for what, function in (("divergence", divergence), ("evaluate", evaluate)):
+        if not (callable(function) or (what == "evaluate" and function is None)):
+            raise TypeError(f"{what} must be a function, got {function!r}.")
     matched = find_matching(network, ignore)
     bound = None if memory is None else Bound.of(bytes_in(memory), memory)
     folder = None if checkpoint is None else Path(checkpoint)
@@ -128,8 +134,8 @@ def options_for(
         ignore,
         divergence,
         bound,
-        seed,
-        progress and ranks.rank == 0,
+        int(seed),
+        bool(progress) and ranks.rank == 0,
         evaluate,
         score,
         transform,
@@ -260,6 +266,21 @@ def check_whole(what: str, value: object, least: int = 1, most: int | None = Non
         raise ValueError(f"{what} must be an integer of {span}, got {value!r}.")
 
 
+def check_flags(**flags: object) -> None:
+    """Refuse what is neither true nor false."""
+    for what, value in flags.items():
+        if not isinstance(value, Integral | np.bool_) or value not in (0, 1):
+            raise TypeError(f"{what} must be True or False, got {value!r}.")
+
+
+def check_pattern(what: str, name: object) -> None:
+    """Refuse a pattern ``re:…`` that is no regular expression."""
+    try:
+        re.compile(name[3:] if isinstance(name, str) and name.startswith("re:") else "")
+    except re.error as error:
+        raise ValueError(f"{name!r} in {what} is no regular expression: {error}.") from error
+
+
 def check_positive(what: str, value: object) -> None:
     """Refuse what is no positive, finite number."""
     if isinstance(value, bool) or not isinstance(value, Real | np.number):
@@ -289,6 +310,8 @@ def check_keep(keep: Values | None, lam: Values | None) -> None:
 
 def check_sites(sites: Sequence[Site], ignore: Collection[Ignored]) -> None:
     """Refuse what is no list of sites, and layers to ignore besides."""
+    if isinstance(sites, Site):
+        raise TypeError("sites must be a list of Site, got one: pass [site].")
     strangers = [type(site).__name__ for site in sites if not isinstance(site, Site)]
     if strangers:
         raise TypeError(f"sites must be a list of Site, got a {strangers[0]} in it.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
 
+import numpy as np
 from torch import nn
 from torch.distributed import ProcessGroup
 
@@ -30,6 +31,7 @@ from pysolve.methods.goal import (
     Memory,
     Target,
     check_distill,
+    check_flags,
     check_target,
     check_whole,
     network_of,
@@ -210,7 +212,7 @@ def low_rank(
     if isinstance(rank, Mapping):
         check_named(found, table, rank)
     if not table.menus and not found.free:
-        why = reasons_of(table.against) or f"none has its own weight{reasons(left)}"
+        why = reasons_of(table.against) or f"none has its own weight{reasons(left, ignore)}"
         raise PysolveError(f"no layer can be factored: {why}.")
     if target is None:
         plans = [_Plan(None, *_ranks_as_told(table, rank, energy))]
@@ -357,6 +359,7 @@ def _check(
     distill: Mapping[str, object],
 ) -> None:
     """What can be told to be wrong before any work."""
+    check_flags(prune=prune)
     one_of("method", method, METHODS)
     one_of("structure", structure, STRUCTURES)
     one_of("refit", refit, REFITS)
@@ -371,8 +374,8 @@ def _check(
         rank.items() if isinstance(rank, Mapping) else [("", rank)] if rank is not None else []
     ):
         check_whole(f"the rank of {name}" if name else "rank", value)
-    if energy is not None and not 0 < energy <= 1:
-        raise ValueError(f"energy must be a share in (0, 1], got {energy}.")
+    if energy is not None and not (isinstance(energy, int | float | np.number) and 0 < energy <= 1):
+        raise ValueError(f"energy must be a share in (0, 1], got {energy!r}.")
     if blind and (method == "activation" or target is not None or distill):
         what = "a target" if target is not None else 'method="activation"'
         raise ValueError(f"{what} needs batches: unlabelled inputs.")

@@ -251,9 +251,8 @@ def _weights(
     """Single weights become zero, others are refitted, layers run sparse where that is faster and smaller."""
     weights, left = weights_of(network, options.ignore)
     if not weights:
-        raise PysolveError(
-            f"there is nothing to prune: no Linear layer or convolution has its own weight{reasons(left)}."
-        )
+        why = f"no Linear layer or convolution has its own weight{reasons(left, options.ignore)}"
+        raise PysolveError(f"there is nothing to prune: {why}.")
     wanted = {goal.what: goal.value}
     if goal.what == "target":
         wanted = {"amount": _amount(network, [w.numel() for w in weights.values()], goal)}

@@ -115,7 +115,7 @@ def subject_of(
             kind_of = type(modules[name]).__name__
             left.append(Skipped(name, f"a weight of {kind_of}", weights.pop(name).numel()))
     if not weights:
-        why = f"no layer for {kind.scheme} has its own weight{reasons(left)}"
+        why = f"no layer for {kind.scheme} has its own weight{reasons(left, options.ignore)}"
         raise PysolveError(f"there is nothing to quantise: {why}.")
     bare = {} if integers else dict(bare_parameters(model, find_matching(model, options.ignore)))
     many = {name: value for name, value in bare.items() if is_many(value)}

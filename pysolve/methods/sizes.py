@@ -65,6 +65,12 @@ class Sized:
     together: int | None = None
 
     @property
+    def said(self) -> tuple[str, ...]:
+        """The notes, and whether nothing goes."""
+        none = () if self.keep else ("nothing was removed: what was asked for keeps all channels",)
+        return (*none, *self.notes)
+
+    @property
     def keep(self) -> dict[Site, Indices]:
         """By site, of those that lose channels."""
         pairs = zip(self.menus, self.kept, strict=True)

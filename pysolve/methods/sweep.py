@@ -17,6 +17,7 @@ from pysolve.methods.goal import (
     Length,
     Memory,
     Target,
+    check_flags,
     network_of,
     options_for,
     placed,
@@ -112,6 +113,7 @@ def sweep(
         raise ValueError("retrain needs evaluate, which says how good the network is afterwards.")
     if isinstance(targets, Mapping):
         raise TypeError(f"targets must be a list of targets, got one: pass [{dict(targets)}].")
+    check_flags(head_dims=head_dims)
     wanted = list(targets)
     how = checked(network, wanted, select, refit, distill, sites, ignore, round_to)
     one = check_widths(widths)

@@ -15,7 +15,7 @@ from torch import nn
 
 from pysolve.correlations import Mask
 from pysolve.errors import PysolveError, one_of
-from pysolve.methods.goal import check_whole
+from pysolve.methods.goal import check_pattern, check_whole
 from pysolve.methods.menu import Chosen, Menu
 from pysolve.methods.study import Study
 from pysolve.nn.cut.apply import apply
@@ -150,6 +150,7 @@ def check_round_to(round_to: RoundTo) -> None:
         check_whole("round_to", round_to)
         return
     for name, value in round_to.items():
+        check_pattern("round_to", name)
         check_whole(f"round_to of {name.name if isinstance(name, Site) else name}", value)
 
 

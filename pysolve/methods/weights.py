@@ -90,8 +90,10 @@ def weights_of(
     return found, left
 
 
-def reasons(left: Sequence[Skipped], shown: int = 5) -> str:
+def reasons(left: Sequence[Skipped], ignore: Sequence[Ignored] = (), shown: int = 5) -> str:
     """Names of weights that are left alone, and why, to go on after a sentence; "" where there are none."""
+    if not left and len(ignore):
+        return " that is not to be ignored"
     names = [f"{one.name or 'the network'} ({one.why})" for one in left]
     more = [f"{len(names) - shown} more"] if len(names) > shown else []
     return f": {', '.join([*names[:shown], *more])}" if left else ""

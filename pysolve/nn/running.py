@@ -47,10 +47,9 @@ def closest(name: str, known: Iterable[str], otherwise: str) -> str:
 
 def find_matching(model: nn.Module, ignore: Iterable[Ignored]) -> set[str]:
     """Names of the layers that names, patterns ``re:…``, types or layers stand for, with what they hold."""
-    if isinstance(ignore, str | type | nn.Module):
-        raise TypeError(
-            f"ignore must be a sequence of names, types or layers, got {ignore!r}: pass [{ignore!r}]."
-        )
+    if isinstance(ignore, str | type | nn.Module) or not isinstance(ignore, Iterable):
+        remedy = "leave it out" if ignore is None else f"pass [{ignore!r}]"
+        raise TypeError(f"ignore must be a sequence of names, types or layers, got {ignore!r}: {remedy}.")
     first = {module: name for name, module in model.named_modules()}
     matches = [part for one in ignore for layer in _matching(model, one) for part in layer.modules()]
     return {first[layer] for layer in matches}

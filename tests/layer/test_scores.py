@@ -19,7 +19,7 @@ def test_norms_are_those_of_each_channel(seed, n, axis):
 def test_norms_neither_overflow_nor_divide_by_zero():
     np.testing.assert_allclose(channel_norms([[3e200, 4e200], [0, 0]]), [5e200, 0])
     np.testing.assert_array_equal(channel_norms(np.zeros((2, 0))), [0, 0])
-    with pytest.raises(ValueError, match="order of the norm, must be positive, got 0"):
+    with pytest.raises(ValueError, match="order of the norm, must be a positive number, got 0"):
         channel_norms([[1.0]], n=0)
 
 

@@ -886,6 +886,17 @@ def test_a_sweep_evaluates_before_and_after_retraining():
             "ignore is for sites that",
         ),
         ({"ignore": "fc1"}, TypeError, "ignore must be a sequence of names"),
+        ({"ignore": None}, TypeError, "ignore must be a sequence of names"),
+        ({"sites": Site(12, ("fc1",), ("fc2",))}, TypeError, "sites must be a list of Site, got one"),
+        ({"round_to": {"re:[": 4}}, ValueError, "'re:[' in round_to is no regular expression"),
+        ({"seed": "first"}, ValueError, "seed must be an integer of 0 … 9223372036854775807, got 'first'"),
+        ({"seed": 1.5}, ValueError, "seed must be an integer"),
+        ({"seed": -1}, ValueError, "seed must be an integer"),
+        ({"divergence": "kl"}, TypeError, "divergence must be a function, got 'kl'"),
+        ({"evaluate": 99.0}, TypeError, "evaluate must be a function, got 99.0"),
+        ({"dry_run": "no"}, TypeError, "dry_run must be True or False, got 'no'"),
+        ({"head_dims": None}, TypeError, "head_dims must be True or False"),
+        ({"latency": "no"}, TypeError, "latency must be True or False"),
         ({"ignore": ["fc9"]}, ps.LayerNotFoundError, "no layer 'fc9'"),
         ({"sites": [Site(12, ("fc1",), ("fc9",))]}, ps.LayerNotFoundError, "no layer 'fc9'"),
     ],
@@ -897,6 +908,14 @@ def test_wrong_arguments_are_named_before_any_work(options, error, message):
     assert message in str(info.value)
     if error in (TypeError, ValueError) and "ignore" not in options:
         assert len(list(batches)) == 4
+
+
+@pytest.mark.parametrize("options", [{"keep": 1.0}, {"keep": {}}, {"keep": 0.5, "round_to": 100}])
+def test_where_nothing_is_removed_a_note_says_so(options):
+    result = compressed(seed=np.int64(1), progress=np.False_, **options)
+    assert result.report.after["params"] == result.report.before["params"]
+    assert any(note.startswith("nothing was removed") for note in result.report.notes)
+    assert not any(note.startswith("nothing was removed") for note in compressed(keep=0.5).report.notes)
 
 
 @pytest.mark.parametrize(

@@ -416,6 +416,9 @@ def test_masked_weights_are_refused():
         ({"rank": 2, "structure": "x"}, ValueError, "unknown structure 'x'"),
         ({"rank": 2, "layout": "sparse"}, ValueError, "layout=.sparse. is not for"),
         ({"rank": 2, "prune": True}, ValueError, "prune=True needs a target"),
+        ({"energy": "0.9"}, ValueError, r"a share in \(0, 1\], got '0.9'"),
+        ({"target": {"params": 0.7}, "prune": "yes"}, TypeError, "prune must be True or False, got 'yes'"),
+        ({"rank": 2, "ignore": [nn.Linear]}, ps.PysolveError, "has its own weight that is not to be ignored"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(options, error, message):
