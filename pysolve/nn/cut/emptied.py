@@ -34,7 +34,8 @@ def emptied(model: nn.Module, sites: Iterable[Site]) -> nn.Module:
             model = _without_inputs(model, name, site.branch)
         for name in (*site.writers, *site.passed):
             member = find_member(model, name)
-            if not isinstance(member, Bare) and not outputs(member):
+            # What reads another site that is gone has been replaced already.
+            if not isinstance(member, (Bare, *_IDLE)) and not outputs(member):
                 model = substitute(model, find_layer(model, name), without_outputs(find_layer(model, name)))
         for name in site.branch.idle:
             layer = find_layer(model, name)
@@ -51,6 +52,8 @@ def emptied(model: nn.Module, sites: Iterable[Site]) -> nn.Module:
 
 def _without_inputs(model: nn.Module, name: str, branch: Branch) -> nn.Module:
     layer = find_layer(model, name)
+    if isinstance(layer, _IDLE):
+        return model
     if plain(layer) not in WEIGHTED or inputs(layer):
         raise CollapseError(f"{name} still reads something when all channels of the branch are removed.")
     norm = branch.norms.get(name)

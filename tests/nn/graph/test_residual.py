@@ -105,6 +105,27 @@ def attending():
     return Net(run, **layers, fc=nn.Linear(8, 3)).eval(), vectors(2, 5, 4)
 
 
+def nested():
+    """Inside of the branch is a sum with another, as with positions in the attention of Swin V2."""
+
+    def run(net, x):
+        x = net.stem(x)
+        inner = net.query(x) + net.last(F.relu(net.first(x)))
+        return net.fc(x + net.down(inner * net.value(x)))
+
+    sizes = {
+        "stem": (4, 6),
+        "query": (6, 5),
+        "value": (6, 5),
+        "first": (6, 4),
+        "last": (4, 5),
+        "down": (5, 6),
+    }
+    torch.manual_seed(0)
+    layers = {name: nn.Linear(*size) for name, size in sizes.items()}
+    return Net(run, **layers, fc=nn.Linear(6, 3)).eval(), vectors(4, 4)
+
+
 def gated():
     """What the branch makes is a factor, too."""
 
@@ -160,7 +181,7 @@ def test_any_of_them_can_go_beside_channels_of_others(name, data):
 
 
 @pytest.mark.parametrize(
-    "make", [written_block, bottleneck, attending, *(partial(network, name) for name in BRANCHES)]
+    "make", [written_block, bottleneck, attending, nested, *(partial(network, name) for name in BRANCHES)]
 )
 def test_without_its_branches_a_network_computes_nothing_for_them(make):
     model, batch = make()
@@ -180,7 +201,9 @@ def test_without_its_branches_a_network_computes_nothing_for_them(make):
         assert not any(f"{writer}." in name for writer in site.writers for name in names)
 
 
-@pytest.mark.parametrize("make", [written_block, attending, *(partial(network, name) for name in BRANCHES)])
+@pytest.mark.parametrize(
+    "make", [written_block, attending, nested, *(partial(network, name) for name in BRANCHES)]
+)
 def test_costs_without_branches_are_those_of_the_network(make):
     model, batch = make()
     sites = [site for site in ps.find_sites(model, batch) if site.pinned is None]
