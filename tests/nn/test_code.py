@@ -136,3 +136,16 @@ def test_an_original_that_cannot_be_made_is_named(make, said, tmp_path):
         ps.export_code(result, tmp_path / "small.py", make=make)
     with pytest.raises(ValueError, match=r"\.py"):
         ps.export_code(result, Path(tmp_path) / "small.pt")
+
+
+def test_the_class_itself_makes_the_original(tmp_path):
+    result = halved("lenet")
+    ps.export_code(result, tmp_path / "small.py", make=type(result.model))
+    pairs = zip(opened(tmp_path / "small.py").parameters(), result.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    for given, make in ((result.model, None), (result, 3), (result, nn.Linear(2, 2))):
+        with pytest.raises(TypeError, match="must be"):
+            ps.export_code(given, tmp_path / "small.py", make=make)
+    for make, said in (("torch:pi", "is no function"), (":make", "cannot be imported")):
+        with pytest.raises(ps.PysolveError, match=said):
+            ps.export_code(result, tmp_path / "small.py", make=make)

@@ -82,7 +82,7 @@ def export_code(
     compressed: Compressed,
     path: str | os.PathLike[str],
     *,
-    make: str | None = None,
+    make: str | Callable[[], nn.Module] | None = None,
     example_inputs: Batch | None = None,
 ) -> None:
     """Write a compressed network as Python code without pysolve, ``small.py``, and its weights beside it.
@@ -97,14 +97,17 @@ def export_code(
     compressed : Compressed
     path : str or path
         Ends in ``.py``. Files of the same names are replaced.
-    make : str, optional
-        ``package.module:factory``, what makes the original without arguments. By default its class, if that
-        can be imported and needs no arguments; an ``nn.Sequential`` of PyTorch's layers is written out.
+    make : str or callable, optional
+        ``package.module:factory``, or that function or class itself: what makes the original without
+        arguments. By default its class, if that can be imported and needs no arguments; an ``nn.Sequential``
+        of PyTorch's layers is written out.
     example_inputs : one batch, optional
         As ``inspect`` takes it. Outputs of the network that the code makes are compared with it, too.
 
     Raises
     ------
+    TypeError
+        What is given is no result, or ``make`` no function.
     PysolveError
         The code does not make this network, and there are no example inputs to export it with.
     ValueError
@@ -121,6 +124,14 @@ def export_code(
     path = Path(path)
     if path.suffix != ".py":
         raise ValueError(f"path must end in .py, got {path}.")
+    if not isinstance(compressed, Compressed):
+        raise TypeError(
+            f"compressed must be what compress or prune returned, got {type(compressed).__name__}."
+        )
+    if make is not None and not isinstance(make, str):
+        if not callable(make) or not hasattr(make, "__qualname__"):
+            raise TypeError(f'make must be "package.module:factory", or a function, got {make!r}.')
+        make = f"{make.__module__}:{make.__qualname__}"
     model, kind = compressed.model, type(compressed.model).__name__
     batch = None if example_inputs is None else example_of(example_inputs)
     shares = ", ".join(
@@ -178,14 +189,15 @@ def _source_of(model: nn.Module, make: str | None) -> _Source | None:
     kind = type(model)
     module, _, name = make.partition(":") if make else (kind.__module__, "", kind.__qualname__)
     if module == "__main__" or "<locals>" in name:
-        raise _Beyond(f"its class {name} cannot be imported; give make='package.module:factory'")
+        raise _Beyond(f"{name} cannot be imported; give make='package.module:factory'")
     try:
         factory = import_module(module)
         for part in name.split("."):
             factory = getattr(factory, part)
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, ValueError) as error:
         raise _Beyond(f"{make or name} cannot be imported ({error})") from error
-    assert callable(factory)
+    if not callable(factory):
+        raise _Beyond(f"{make} is no function")
     needed = [p for p in signature(factory).parameters.values() if p.default is p.empty]
     if any(p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD) for p in needed):
         raise _Beyond(f"{name} needs the arguments {', '.join(p.name for p in needed)}; give make=")
