@@ -133,7 +133,7 @@ def line_of(table: Candidates, rebuilt: Rebuilt, laid: LaidOut, name: str) -> La
 
 
 def reasons_of(against: Mapping[str, str]) -> str:
-    return "; ".join(f"{name}: {why}" for name, why in [*against.items()][:3])
+    return "; ".join(f"{name}: {why}" if name else why for name, why in [*against.items()][:3])
 
 
 def check_named(found: Study, table: Candidates, ranks: Mapping[str, int]) -> None:

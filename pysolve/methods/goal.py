@@ -315,6 +315,9 @@ def check_sites(sites: Sequence[Site], ignore: Collection[Ignored]) -> None:
     strangers = [type(site).__name__ for site in sites if not isinstance(site, Site)]
     if strangers:
         raise TypeError(f"sites must be a list of Site, got a {strangers[0]} in it.")
+    idle = [site.name for site in sites if site.pinned is None and not (site.writers and site.readers)]
+    if idle:
+        raise ValueError(f"a site needs layers that write its channels, and that read them, got {idle[0]}.")
     if len(ignore):
         raise ValueError("ignore is for sites that are looked for: take what must stay out of sites instead.")
 

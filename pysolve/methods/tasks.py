@@ -20,7 +20,7 @@ from pysolve.nn.layer_kinds import inputs_first
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.running import as_tensor
 from pysolve.nn.state import all_names
-from pysolve.plan import Collapse, Plan, Site
+from pysolve.plan import Collapse, Plan, Site, tensor_name
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ def names_of(study: Study, name: str) -> Iterator[str]:
     layer, weight = study.layers.get(name), weight_name(study.model, name)
     yield from [weight] if layer is not None else all_names(study.model, weight)
     if layer is not None and layer.module.bias is not None:
-        yield f"{name}.bias"
+        yield tensor_name(name, "bias")
     elif layer is not None and layer.mean is not None:
         yield layer.mean
 

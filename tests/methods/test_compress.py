@@ -888,6 +888,7 @@ def test_a_sweep_evaluates_before_and_after_retraining():
         ({"ignore": "fc1"}, TypeError, "ignore must be a sequence of names"),
         ({"ignore": None}, TypeError, "ignore must be a sequence of names"),
         ({"sites": Site(12, ("fc1",), ("fc2",))}, TypeError, "sites must be a list of Site, got one"),
+        ({"sites": [Site(12, ("fc1",), ())]}, ValueError, "a site needs layers that write its channels"),
         ({"round_to": {"re:[": 4}}, ValueError, "'re:[' in round_to is no regular expression"),
         ({"seed": "first"}, ValueError, "seed must be an integer of 0 … 9223372036854775807, got 'first'"),
         ({"seed": 1.5}, ValueError, "seed must be an integer"),

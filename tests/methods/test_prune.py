@@ -125,6 +125,22 @@ def test_what_obs_reports_is_what_the_layers_miss():
     assert all(a.error < b.error for a, b in zip(report.layers, worse.layers, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [(lambda: nn.Linear(6, 5), (6,)), (lambda: nn.Conv2d(3, 5, 3, bias=False), (3, 5, 5))],
+)
+def test_a_network_of_one_layer_is_pruned_as_that_layer_is_in_another(make, shape):
+    torch.manual_seed(0)
+    layer, data = make().eval(), [torch.randn(40, *shape) for _ in range(3)]
+    alone, inside = (
+        ps.prune(net, data, method="obs", amount=0.5, layout="dense", progress=False, latency=False)
+        for net in (layer, nn.Sequential(layer))
+    )
+    torch.testing.assert_close(alone.model.weight, inside.model[0].weight)
+    assert alone.report.layers[0].error == pytest.approx(inside.report.layers[0].error)
+    assert alone.report.notes == inside.report.notes == ()
+
+
 def test_global_obs_gives_the_weights_to_layers_that_need_them():
     model = mlp()
     with torch.no_grad():

@@ -18,7 +18,7 @@ from pysolve.nn.gathering.products import as_called
 from pysolve.nn.graph.calls import is_of, operator_name, product_of, stored
 from pysolve.nn.graph.export import Graph, is_in_place, where
 from pysolve.nn.layer_kinds import LINEAR, Turned, is_extended, plain
-from pysolve.plan import Indices
+from pysolve.plan import Indices, tensor_name
 
 # Operators that a branch may pass before a sum: in evaluation mode they are the identity.
 _PLAIN = {"dropout", "contiguous", "clone", "alias", "detach"}
@@ -78,7 +78,7 @@ class Cut:
 
 def find_layers(graph: Graph, model: nn.Module) -> dict[Node, Layer]:
     """All Linear layers and ungrouped convolutions of a graph, by the nodes that call them."""
-    modules = {f"{name}.weight": (name, module) for name, module in model.named_modules()}
+    modules = {tensor_name(name, "weight"): (name, module) for name, module in model.named_modules()}
     layers: dict[Node, Layer] = {}
     for weight, parameter in graph.parameters.items():
         name, module = modules.get(parameter, ("", None))
@@ -108,7 +108,7 @@ def _called(graph: Graph, node: Node, name: str, module: rows.Layer, weight: Nod
     call = product_of(node)
     if call is None or not is_of(call, module, weight):
         return None
-    own = None if module.bias is None else f"{name}.bias"
+    own = None if module.bias is None else tensor_name(name, "bias")
     if (call.bias is not None and call.bias not in graph.parameters) or graph.parameters.get(
         call.bias
     ) != own:
@@ -253,10 +253,10 @@ def layer_values(
     columns = torch.as_tensor(group_columns(inputs.cpu(), rows.taps(layer.module)), device=weight.device)
     new = torch.zeros_like(weight)
     new[outputs[:, None], columns] = torch.as_tensor(M).to(weight)
-    values = {f"{layer.name}.weight": rows.weight_like(layer.module, new)}
+    values = {tensor_name(layer.name, "weight"): rows.weight_like(layer.module, new)}
     if bias is None:
         return values
-    own, change = f"{layer.name}.bias", torch.as_tensor(bias).to(weight)
+    own, change = tensor_name(layer.name, "bias"), torch.as_tensor(bias).to(weight)
     if own not in state and layer.mean is not None:
         return {**values, layer.mean: state[layer.mean].index_add(0, outputs, change, alpha=-1)}
     return {**values, own: new.new_zeros(len(new)).index_copy(0, outputs, change)}

@@ -29,6 +29,7 @@ from pysolve.nn.refit.layer_refit import SAMPLING, Fit, Reads, Sampling, Task, a
 from pysolve.nn.refit.lookahead import sums_beyond, what_went
 from pysolve.nn.refit.walk import Walk, last_uses
 from pysolve.nn.running import evaluating
+from pysolve.plan import tensor_name
 
 
 def refit(
@@ -125,6 +126,6 @@ def _is_touched(walk: Walk, node: Node, layer: Layer, cuts: Mapping[str, Cut]) -
 
 def _show_new_bias(walk: Walk, node: Node, layer: Layer) -> None:
     """Let the walk add a bias that the graph does not know of."""
-    new = walk.values.get(f"{layer.name}.bias")
+    new = walk.values.get(tensor_name(layer.name, "bias"))
     if layer.module.bias is None and new is not None:
         walk.added[node] = along(channel_dim(layer), new, walk.original[node][0])
