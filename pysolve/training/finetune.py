@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from pysolve.errors import DataError
 from pysolve.nn.items import Items, Transform, batched, check_batches
-from pysolve.nn.refusal import output_of
+from pysolve.nn.refusal import in_words, output_of, sentence
 from pysolve.nn.running import NO_BATCHES, Batch, Output, device_of, keeping_modes
 from pysolve.training.loop import Extras, computing, in_float32, nonfinite_batch, optimise
 from pysolve.training.options import TrainingOptions, run_of
@@ -120,11 +120,30 @@ def finetune(
             output = output_of(model, batch, device)
         if isinstance(batch, Mapping):
             return in_float32(own_loss(output))
-        return loss(in_float32(output), batch[1].to(device))
+        return loss_on(loss, in_float32(output), batch[1].to(device))
 
     extras = Extras[Batch](generators=generators(loader), nonfinite=nonfinite_batch)
     with keeping_modes(model):
         return optimise(model.train(), loss_of, run, lambda _: one_by_one(loader), extras)
+
+
+def loss_on(loss: Loss, output: Output, labels: Tensor) -> Tensor:
+    """The loss of outputs on their labels.
+
+    Raises
+    ------
+    DataError
+        Labels that the cross entropy refuses; other functions' errors are their own.
+    """
+    try:
+        return loss(output, labels)
+    except (IndexError, ValueError, TypeError, RuntimeError) as error:
+        if loss is not cross_entropy or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise DataError(
+            f"the cross entropy of outputs {in_words(output)} refuses labels {in_words(labels)}: "
+            f"{sentence(error)}. Classes are counted from 0, one for each sample; or give another loss."
+        ) from error
 
 
 def one_by_one(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:

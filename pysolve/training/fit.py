@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from pysolve.nn.refusal import output_of
 from pysolve.nn.running import Values, device_of, keeping_modes, labelled
-from pysolve.training.finetune import Loss
+from pysolve.training.finetune import Loss, loss_on
 from pysolve.training.loop import Extras, computing, in_float32, nonfinite_sample, optimise, shuffled
 from pysolve.training.options import TrainingOptions, run_of
 
@@ -75,7 +75,7 @@ def fit(
     def loss_of(rows: Tensor) -> Tensor:
         with computing(run, device):
             output = output_of(model, inputs[rows], device)
-        return loss(in_float32(output), labels[rows].to(device))
+        return loss_on(loss, in_float32(output), labels[rows].to(device))
 
     extras = Extras[Tensor](settings={"samples": n}, nonfinite=lambda rows, _: nonfinite_sample(inputs, rows))
     with keeping_modes(model):

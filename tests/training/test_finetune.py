@@ -70,6 +70,13 @@ def test_any_labelled_batches_lower_the_loss(batches):
     assert history[-1] < 0.8 * history[0]
 
 
+@pytest.mark.parametrize("labels", [torch.full((6,), 7), torch.zeros(5, dtype=torch.long)])
+def test_labels_that_the_cross_entropy_refuses_are_named(labels):
+    x = torch.cat([x for x, _ in pairs()])[:6]
+    with pytest.raises(ps.DataError, match=r"refuses labels int64\[\d\]: .*counted from 0"):
+        finetune(mlp(), [(x, labels)], epochs=1)
+
+
 @pytest.mark.parametrize("kind", [SimpleNamespace, dict])
 def test_mappings_train_a_network_by_its_own_loss(kind):
     history = finetune(Scored(kind), [{"x": x, "labels": y} for x, y in pairs()], epochs=8, lr=0.1)
