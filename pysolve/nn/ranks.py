@@ -149,18 +149,25 @@ def merged(own: Correlations | None, d: int, h: int, group_size: int, ranks: Ran
 
 
 def summed(
-    blocks: Iterable[tuple[Tensor, ...]], inputs: int, outputs: int, device: torch.device, ranks: Ranks
+    blocks: Iterable[tuple[tuple[Tensor, ...], Tensor | None]],
+    inputs: int,
+    outputs: int,
+    device: torch.device,
+    ranks: Ranks,
 ) -> Correlations | None:
-    """Correlations of blocks of rows, inputs and outputs, over all processes; None where none has any."""
+    """Correlations of blocks of rows, inputs and outputs, over all processes; None where none has any.
+
+    With each block its rows' weights, of mean 1 over all rows, or None.
+    """
     sums, given = Sums.zeros(inputs, outputs, device), iter(blocks)
     first = next(given, None)
     if ranks.size > 1:
         # Products are rounded as in one process.
-        start = ranks.first(None if first is None else sums.start_of(*first))
-        if start is not None and sums.is_single(*(first or ())):
+        start = ranks.first(None if first is None else sums.start_of(*first[0]))
+        if start is not None and first is not None and sums.is_single(*first[0]):
             sums.start(*start)
-    for parts in () if first is None else chain([first], given):
-        sums.add(*parts)
+    for parts, weights in () if first is None else chain([first], given):
+        sums.add(*parts, weights=weights)
     own = sums.correlations(last=True) if sums.count else None
     return merged(own, inputs, outputs, 1, ranks)
 

@@ -58,7 +58,7 @@ def sensitivities(
     sums = {name: Sums.zeros(channels(layer)[1], 0, layer.weight.device) for name, layer in layers.items()}
     random = torch.Generator().manual_seed(seed)
     offsets: list[tuple[str, Tensor]] = []
-    with evaluating(model), torch.enable_grad(), watching(layers, partial(_offset, offsets)):
+    with evaluating(model), torch.enable_grad(), watching(layers, partial(with_offset, offsets)):
         for batch in batches:
             offsets.clear()
             result = main_output(forward(model, batch, device_of(model)))
@@ -74,7 +74,7 @@ def sensitivities(
     }
 
 
-def _offset(offsets: list[tuple[str, Tensor]], name: str, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
+def with_offset(offsets: list[tuple[str, Tensor]], name: str, layer: Layer, x: Tensor, y: Tensor) -> Tensor:
     """Record that adds zeros to the layer's output; their gradient is the output's."""
     offset = torch.zeros_like(y).requires_grad_()
     offsets.append((name, offset))

@@ -83,6 +83,11 @@ def sample_bytes(graph: Graph) -> int:
     return -(-_live_bytes(graph) // traced_samples(graph))
 
 
+def traced_bytes(graph: Graph) -> int:
+    """Bytes of all results for the example that was traced: what gradients keep, at most."""
+    return sum(_bytes(node) for node in graph.module.graph.nodes if node not in graph.parameters)
+
+
 def windows(sizes: Mapping[str, int], room: int) -> list[list[str]]:
     """Consecutive names whose sizes together fit into a room; PysolveError where one alone does not."""
     found: list[list[str]] = []

@@ -117,8 +117,11 @@ class Sums:
         self.shift.copy_(shift)
         self.scale.copy_(scale)
 
-    def add(self, *parts: Tensor) -> None:
-        """Add samples, ``x`` (n, d) and ``y`` (n, h), of any dtype and on any device."""
+    def add(self, *parts: Tensor, weights: Tensor | None = None) -> None:
+        """Add samples, ``x`` (n, d) and ``y`` (n, h), of any dtype and on any device.
+
+        ``weights`` (n, 1) multiply the terms of a sample; over all samples their mean must be 1.
+        """
         home, size = self.products.device, len(self.shift)
         single = self.is_single(*parts)
         kind, step = (torch.float32, ROWS) if single else (torch.float64, max(1, 2 * ROOM // max(1, size)))
@@ -126,9 +129,11 @@ class Sums:
             self.start(*self.start_of(*parts))
         with _exact():
             for start in range(0, len(parts[0]), step):
-                self._add([part[start : start + step].to(home) for part in parts], kind)
+                some = slice(start, start + step)
+                own = None if weights is None else weights[some].to(home, kind)
+                self._add([part[some].to(home) for part in parts], own, kind)
 
-    def _add(self, parts: Sequence[Tensor], kind: torch.dtype) -> None:
+    def _add(self, parts: Sequence[Tensor], weights: Tensor | None, kind: torch.dtype) -> None:
         n, size = len(parts[0]), len(self.shift)
         # Laid out as x is: to turn it takes several times as long as to copy it.
         by_columns = parts[0].stride(0) == 1 and n > 1
@@ -143,15 +148,16 @@ class Sums:
             z /= self.scale.to(kind)
         self.counted.add_(n)
         # Of single precision, too: sums of so few rows around their mean lose no more than their rounding.
-        self.total.add_(z.sum(0))
+        weighed = z if weights is None else z * weights
+        self.total.add_(weighed.sum(0))
         if size > self.d:
             # A norm along the columns in double precision takes five times as long.
-            self.squares.add_(z[:, self.d :].double().square().sum(0))
+            self.squares.add_((z[:, self.d :].double() * weighed[:, self.d :]).sum(0))
         # SciPy's symmetric update saves as much, but its threads and torch's then wait for each other.
         width = -(-size // -(-size // _STRIP))
         for start in range(0, size, width):
             rows, end = slice(start, start + width), min(start + width, self.products.shape[1])
-            self.products[rows, :end].add_(z[:, rows].T @ z[:, :end])
+            self.products[rows, :end].add_(weighed[:, rows].T @ z[:, :end])
 
     def correlations(self, group_size: int = 1, *, last: bool = False) -> Correlations:
         """The sums as NumPy arrays; without products of outputs, yy is the diagonal.

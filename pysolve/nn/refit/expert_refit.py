@@ -119,12 +119,12 @@ def _fitted(walk: Walk, mixture: Mixture, ranks: Ranks) -> dict[str, Tensor]:
 
         def blocks(
             now: _Parameters = now, group: Indices = group, old: Tensor = old
-        ) -> Iterator[tuple[Tensor, ...]]:
+        ) -> Iterator[tuple[tuple[Tensor, ...], None]]:
             for b in walk.batches:
                 z = _inputs(walk, b, now, group)
                 z = z.to(torch.promote_types(z.dtype, torch.float32))
                 missing = targets[b] - _result(walk, b, now)[:, outputs]
-                yield z, missing + z @ old.to(z).T
+                yield (z, missing + z @ old.to(z).T), None
 
         known = summed(blocks(), old.shape[1], old.shape[0], now.weight.device, ranks)
         if known is None or known.vanishes:

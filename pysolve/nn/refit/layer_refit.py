@@ -39,8 +39,8 @@ from pysolve.nn.refit.walk import Walk
 # kept inputs and outputs (None: no rows of the two networks belong together), and whether it can have a bias.
 Fit = Callable[[str, Correlations | None, bool], tuple[Array, Array | None]]
 
-# Inputs, targets and, where they are known, shortcuts.
-_Rows = tuple[Tensor, Tensor, Tensor | None]
+# Inputs, targets and, where they are known, shortcuts and weights.
+_Rows = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 
 # Numbers of a layer's inputs and targets that are kept for its further fits.
 _KEPT = 2**24
@@ -84,7 +84,10 @@ class Reads:
 
 @dataclass(frozen=True, eq=False)
 class Task:
-    """One layer to refit: its kept inputs and outputs, where it stands, and what it is to make besides."""
+    """One layer to refit: its kept inputs and outputs, where it stands, and what it is to make besides.
+
+    ``weights``: of its rows, one tensor a batch in the shape of its outputs with one channel.
+    """
 
     walk: Walk
     node: Node
@@ -96,6 +99,7 @@ class Task:
     routed: Collection[Node] = ()
     ranks: Ranks = ALONE
     went: Sequence[Tensor] | None = None
+    weights: Sequence[Tensor] | None = None
 
     @property
     def shortcut(self) -> Node | None:
@@ -112,6 +116,7 @@ def fitted(task: Task, fit: Fit, intercept: bool) -> tuple[Array, Array | None]:
 
     What went counts where it is linear in what the layer reads.
     """
+    task = _weighed(task)
     if task.went and not is_linear(_summed(task, _samples(task, shortcuts=False, alone=True))):
         task = replace(task, went=None)
     seen = task.ranks.counts(sum(rows.positions(task.layer.module, y) for y in task.walk.original[task.node]))
@@ -145,14 +150,31 @@ def _numbers(task: Task) -> int:
 def _summed(task: Task, samples: Iterable[_Rows]) -> Correlations:
     """Correlations from the products of inputs with targets."""
     inputs = len(task.inputs) * rows.taps(task.layer.module)
-    return _over_all(task, ((x, y) for x, y, _ in samples), inputs, len(task.outputs))
+    return _over_all(task, (((x, y), weights) for x, y, _, weights in samples), inputs, len(task.outputs))
 
 
-def _over_all(task: Task, blocks: Iterable[tuple[Tensor, ...]], inputs: int, outputs: int) -> Correlations:
-    """Correlations of blocks of rows, of all processes."""
+def _over_all(
+    task: Task, blocks: Iterable[tuple[tuple[Tensor, ...], Tensor | None]], inputs: int, outputs: int
+) -> Correlations:
+    """Correlations of blocks of rows, with their weights, of all processes."""
     found = summed(blocks, inputs, outputs, task.layer.module.weight.device, task.ranks)
     assert found is not None
     return found
+
+
+def _weighed(task: Task) -> Task:
+    """The task with weights of mean 1 over the rows to fit on, or without where they are not of its rows."""
+    if task.weights is None:
+        return task
+    sums = np.zeros(3)
+    for weights, (y, chosen) in zip(task.weights, _chosen(task), strict=True):
+        of_rows = weights.shape == y.narrow(channel_dim(task.layer), 0, 1).shape
+        used = weights.flatten() if chosen is None or not of_rows else weights.flatten()[chosen]
+        sums += used.sum(dtype=torch.float64).item(), used.numel(), not of_rows
+    task.ranks.add_up(sums)
+    total, count, others = sums.tolist()
+    able = not others and math.isfinite(total) and total > 0
+    return replace(task, weights=[w * (count / total) for w in task.weights] if able else None)
 
 
 def _is_cheaper_crossed(task: Task) -> bool:
@@ -195,7 +217,7 @@ def _inputs_of_both(task: Task) -> Correlations:
     return replace(found.restrict(kept), yx=yx, yy=yy, y_sum=found.x_sum[own])
 
 
-def _rows_of_both(task: Task) -> Iterator[tuple[Tensor]]:
+def _rows_of_both(task: Task) -> Iterator[tuple[tuple[Tensor], Tensor | None]]:
     """Rows of the compressed network's kept inputs, and behind them the original's where these differ."""
     read, layer = read_by(task.node), task.layer
     same = not task.walk.differs(read)
@@ -205,8 +227,9 @@ def _rows_of_both(task: Task) -> Iterator[tuple[Tensor]]:
         kept = other if len(task.inputs) == other.shape[dim] else other.index_select(dim, task.inputs)
         both = original if same else torch.cat([kept, original], dim)
         limit = room(both.shape[dim] * rows.taps(layer.module))
-        for x, _ in rows.blocks(layer.module, both, y, chosen, limit=limit):
-            yield (x,)
+        weights = None if task.weights is None else task.weights[b]
+        for x, own in rows.blocks(layer.module, both, y if weights is None else weights, chosen, limit=limit):
+            yield (x,), None if weights is None else own
 
 
 def _chosen(task: Task) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -241,16 +264,18 @@ def _moved(
     offset = torch.as_tensor(0.0 if bias is None else bias).to(gain)
     yx = torch.zeros_like(weight, dtype=torch.float64)
     y_sum, squares = yx.new_zeros(2, len(M))
-    for x, y, s in samples:
+    for x, y, s, weights in samples:
         result, target = torch.addmm(offset, x, weight.T) if offset.ndim else x @ weight.T, y
         for bound, outwards in bounds:
             edge = (bound - (shift if s is None else shift + s)) / gain
             beyond = torch.where(outwards > 0, result.maximum(edge), result.minimum(edge))
             target = torch.where(active & ((y - edge) * outwards >= 0), beyond, target)
-        change = target.double() - y.double()
+        change, square = target.double() - y.double(), target.double().square()
+        if weights is not None:
+            change, square = change * weights, square * weights
         yx += change.T @ x.double()
         y_sum += change.sum(0)
-        squares += target.double().square().sum(0)
+        squares += square.sum(0)
     yx, y_sum, squares = (one.cpu().contiguous() for one in (yx, y_sum, squares))
     task.ranks.add_up(yx.numpy(), y_sum.numpy(), squares.numpy())
     new_yx, new_sum = correlations.yx + yx.cpu().numpy(), correlations.y_sum + y_sum.cpu().numpy()
@@ -258,7 +283,7 @@ def _moved(
 
 
 def _samples(task: Task, *, shortcuts: bool = True, alone: bool = False) -> Iterator[_Rows]:
-    """Rows of inputs x̂, targets y corrected for the shortcut, and compressed shortcuts ŝ; always the same.
+    """Rows of inputs x̂, targets y corrected for the shortcut, shortcuts ŝ, and weights; always the same.
 
     ``alone``: targets are what went.
     """
@@ -278,6 +303,8 @@ def _samples(task: Task, *, shortcuts: bool = True, alone: bool = False) -> Iter
             target = target + lost
         if shortcut is not None and shortcuts:
             target = torch.cat([target, walk.compressed[shortcut][b].expand_as(y)], dim)
+        if task.weights is not None:
+            target = torch.cat([target, task.weights[b].to(target)], dim)
         for read, wanted in rows.blocks(
             layer.module,
             x,
@@ -285,8 +312,10 @@ def _samples(task: Task, *, shortcuts: bool = True, alone: bool = False) -> Iter
             chosen,
             limit=room(rows.channels(layer.module)[0] * rows.taps(layer.module)),
         ):
+            weights = None if task.weights is None else wanted[:, -1:]
             own, other = wanted[:, : y.shape[dim]], wanted[:, y.shape[dim] :]
-            yield read, own[:, task.outputs], other[:, task.outputs] if other.shape[1] else None
+            known = shortcut is not None and shortcuts
+            yield read, own[:, task.outputs], other[:, task.outputs] if known else None, weights
 
 
 def _norm(task: Task) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,6 +27,7 @@ from pysolve.nn.ranks import ALONE, Ranks
 from pysolve.nn.refit.expert_refit import refit_experts
 from pysolve.nn.refit.layer_refit import SAMPLING, Fit, Reads, Sampling, Task, along, channel_dim, fitted
 from pysolve.nn.refit.lookahead import sums_beyond, what_went
+from pysolve.nn.refit.row_weights import row_weights
 from pysolve.nn.refit.walk import Walk, last_uses
 from pysolve.nn.running import evaluating
 from pysolve.plan import tensor_name
@@ -89,6 +90,7 @@ def refit(
     nodes = every[: max(map(every.index, ends), default=-1) + 1]
     finished, apart = last_uses(every), routed(graph)
     reads = Reads(layers.values(), [*layers])
+    weights = row_weights(graph, model, layers, batches, seed=sampling.seed, ranks=ranks)
     gone = {node for node, layer in called.items() if layer.name in cuts and not len(cuts[layer.name].inputs)}
     beyond = sums_beyond(graph, called, gone) if gone else {}
     with evaluating(model):
@@ -105,7 +107,8 @@ def refit(
                     if node in beyond:
                         went = what_went(walk, every[every.index(node) + 1 :], *beyond[node], finished)
                     kept = kept_channels(layer, cut)
-                    task = Task(walk, node, layer, *kept, sampling, reads, apart, ranks, went)
+                    own = weights.get(layer.name)
+                    task = Task(walk, node, layer, *kept, sampling, reads, apart, ranks, went, own)
                     M, bias = ranks.first(fitted(task, fit, layer.takes_bias or layer.name in new_biases))
                     walk.values |= layer_values(state, layer, cut, M, bias)
                     _show_new_bias(walk, node, layer)
