@@ -106,8 +106,9 @@ def _fitted(study: Study, chosen: Chosen, refit: str, passes: int, experts: bool
         )
     if not batches:
         return replace(independent(study, chosen), notes=(_why_independent(reason),))
-    moves = Sampling(passes=passes if refit == "sequential" else 0, seed=study.options.seed)
-    return _walked(study, chosen, batches, reason, moves, weights=refit == "sequential", experts=experts)
+    weights = refit == "sequential"
+    moves = Sampling(passes=passes if weights else 0, seed=study.options.seed, weighed=weights)
+    return _walked(study, chosen, batches, reason, moves, weights=weights, experts=experts)
 
 
 def independent(study: Study, chosen: Chosen) -> Rebuilt:

@@ -90,7 +90,9 @@ def refit(
     nodes = every[: max(map(every.index, ends), default=-1) + 1]
     finished, apart = last_uses(every), routed(graph)
     reads = Reads(layers.values(), [*layers])
-    weights = row_weights(graph, model, layers, batches, seed=sampling.seed, ranks=ranks)
+    weights = dict[str, list[Tensor]]()
+    if sampling.weighed:
+        weights = row_weights(graph, model, layers, batches, seed=sampling.seed, ranks=ranks)
     gone = {node for node, layer in called.items() if layer.name in cuts and not len(cuts[layer.name].inputs)}
     beyond = sums_beyond(graph, called, gone) if gone else {}
     with evaluating(model):

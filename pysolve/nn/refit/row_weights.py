@@ -1,9 +1,10 @@
 """What the rows of a refit weigh in networks of tokens: how much errors there mean to what is predicted.
 
 An error e in one row of a layer's outputs costs a divergence of about  ½ eᵀ E[g gᵀ] e,  g the gradient of
-log p(t) there and t drawn from the network's own predictions p. Rows weigh √E‖g‖², layers that read one
-tensor alike. Where each sample is one prediction, samples are too few: what the weights win on them is lost
-on others (ResNet-20 at half of its MACs, 2,000 images: 0.186 → 0.21 on test images).
+log p(t) there and t drawn from the network's own predictions p. Rows weigh (E‖g‖²)^¼, layers that read one
+tensor alike. The Shakespeare decoder at half of its MACs, loss and divergence on test text: +0.0300 and
+0.0446 without weights, +0.0245 and 0.0448 with these, +0.0230 and 0.0470 with their squares. Where a sample
+is one prediction, samples are too few: ResNet-20, 2,000 images, 0.186 → 0.188 and with squares 0.21.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pysolve.nn.graph.sizes import fits, traced_samples
 from pysolve.nn.layer_kinds import LINEAR
 from pysolve.nn.outputs import main_output
 from pysolve.nn.ranks import Ranks
-from pysolve.nn.running import Batch, device_of, evaluating, forward
+from pysolve.nn.running import Batch, device_of, evaluating, forward, same_draws
 from pysolve.nn.samples import samples_in, take
 from pysolve.nn.sensitivity import with_offset
 
@@ -42,7 +43,7 @@ def row_weights(
     seed: int = 0,
     ranks: Ranks,
 ) -> dict[str, list[Tensor]]:
-    """Weights of the rows of layers' outputs.
+    """Weights of the rows of layers' outputs, by one draw for each token.
 
     Parameters
     ----------
@@ -51,7 +52,7 @@ def row_weights(
     layers : {node: Layer}
         Called once.
     seed : int
-        Of the draws: one for each prediction.
+        Of the draws.
 
     Returns
     -------
@@ -75,8 +76,10 @@ def row_weights(
                 alike = [name for name in gradients if keys[name] == key]
                 own = [_squares(modules[name], gradients[name]) for name in alike]
                 squares.setdefault(key, []).append(torch.stack(own).sum(0))
+        if not squares:
+            break
         for key, parts in squares.items():
-            found.setdefault(key, []).append(torch.cat(parts).sqrt())
+            found.setdefault(key, []).append(torch.cat(parts).sqrt().sqrt())
     of_layers = {name: found[key] for name, key in keys.items() if len(found.get(key, ())) == len(batches)}
     of_all = set.intersection(*map(set, ranks.all([*of_layers])))
     return {name: weights for name, weights in of_layers.items() if name in of_all}
@@ -87,7 +90,8 @@ def _gradients(
 ) -> dict[str, Tensor]:
     """Of log p(t) by each layer's outputs, t drawn for every token; nothing where there are no tokens."""
     offsets: list[tuple[str, Tensor]] = []
-    with evaluating(model), torch.enable_grad(), watching(layers, partial(with_offset, offsets)):
+    watched = partial(with_offset, offsets)
+    with evaluating(model), same_draws(model), torch.enable_grad(), watching(layers, watched):
         output = forward(model, batch, device_of(model))
     logits = main_output(output)
     if logits.ndim != 3 or not has_classes(output) or not logits.requires_grad:

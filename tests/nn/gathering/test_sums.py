@@ -43,6 +43,26 @@ def test_sums_of_any_pieces_are_those_of_all_samples(seed, d, h, full, by_column
     np.testing.assert_array_equal(found.yy, found.yy.T)
 
 
+@given(seeds, st.integers(1, 300), st.integers(0, 5), st.lists(st.integers(0, 3), min_size=2, max_size=40))
+def test_samples_of_whole_weights_count_as_often(seed, d, h, counts):
+    if not sum(counts):
+        counts[0] = 1
+    rng, often = np.random.default_rng(seed), sum(counts) / len(counts)
+    x, y = (rng.standard_normal((len(counts), width)).astype(np.float32) for width in (d, h))
+    sums, weights = Sums.zeros(d, h, torch.device("cpu")), torch.tensor(counts)[:, None] / often
+    for some in (slice(0, 1), slice(1, None)):
+        sums.add(*(torch.from_numpy(part[some]) for part in (x, y)), weights=weights[some])
+    found, wanted = (
+        sums.correlations(),
+        Correlations.from_samples(*(np.repeat(part, counts, 0) for part in (x, y))),
+    )
+    assert found.count == len(counts)
+    for name in ("xx", "yx", "x_sum", "y_sum"):
+        one, other = often * getattr(found, name), getattr(wanted, name)
+        assert np.linalg.norm(one - other) <= 2e-6 * np.linalg.norm(other)
+    np.testing.assert_allclose(often * found.yy, np.diag(wanted.yy), rtol=1e-5)
+
+
 INPUTS = {
     "normal": lambda x: x,
     "positive": np.abs,
