@@ -66,8 +66,10 @@ def row_weights(
     walked = 2 * sum(map(samples_in, batches)) * sample_bytes(graph)
     together = max(1, walked * traced_samples(graph) // max(1, traced_bytes(graph)))
     found: dict[tuple[Any, ...], list[Tensor]] = {}
-    for number, batch in zip(count(ranks.rank, ranks.size), batches, strict=False):
-        random = torch.Generator().manual_seed(seed + number)
+    random, one = torch.Generator(), take(batches[0], 0, 1)
+    able = _gradients(model, modules, one if fits(graph, one) else batches[0], random)
+    for number, batch in zip(count(ranks.rank, ranks.size), batches if able else (), strict=False):
+        random.manual_seed(seed + number)
         squares: dict[tuple[Any, ...], list[Tensor]] = {}
         for start in range(0, samples_in(batch), together):
             part = take(batch, start, start + together)
@@ -76,8 +78,6 @@ def row_weights(
                 alike = [name for name in gradients if keys[name] == key]
                 own = [_squares(modules[name], gradients[name]) for name in alike]
                 squares.setdefault(key, []).append(torch.stack(own).sum(0))
-        if not squares:
-            break
         for key, parts in squares.items():
             found.setdefault(key, []).append(torch.cat(parts).sqrt().sqrt())
     of_layers = {name: found[key] for name, key in keys.items() if len(found.get(key, ())) == len(batches)}
