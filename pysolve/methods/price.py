@@ -153,9 +153,8 @@ def divergences(
             (i, run(study.model, batches, {**where.values, **of_own(i)}, routers(own[i])))
             for i in range(len(own))
         )
-    sizes = [*map(samples_in, batches)]
     each = (
-        (own[i], mean_divergence(where.outputs, outputs, sizes, study.options.divergence))
+        (own[i], mean_divergence(where.outputs, outputs, batches, study.options.divergence))
         for i, outputs in found
     )
     yield from each if ranks.size == 1 else (one for part in ranks.all([*each]) for one in part)
@@ -165,8 +164,7 @@ def divergence_of(study: Study, chosen: Chosen, where: Probe) -> float:
     """Divergence of the network's outputs with this chosen, every layer fitted on the original's inputs."""
     routers = chosen_by_routers(study.model, chosen.keep)
     outputs = run(study.model, where.batches, independent(study, chosen).values, routers)
-    sizes = [*map(samples_in, where.batches)]
-    return mean_divergence(where.outputs, outputs, sizes, study.options.divergence)
+    return mean_divergence(where.outputs, outputs, where.batches, study.options.divergence)
 
 
 def _walks(graph: Graph, names: Sequence[Sequence[str]], where: Probe) -> bool:

@@ -303,7 +303,7 @@ def distance(
 ) -> float:
     """Mean divergence over samples of a network's outputs from the original's."""
     outputs = list(run(original, batches))
-    return mean_divergence(outputs, run(other, batches), [*map(samples_in, batches)], divergence)
+    return mean_divergence(outputs, run(other, batches), batches, divergence)
 
 
 def increase(

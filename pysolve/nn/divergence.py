@@ -17,7 +17,9 @@ from pysolve.correlations import Indices
 from pysolve.errors import DataError
 from pysolve.nn.cut.routers import choosing
 from pysolve.nn.outputs import logits_of, main_output
+from pysolve.nn.padding import is_of_tokens, output_mask
 from pysolve.nn.running import Batch, Output, arguments, evaluating, forward, same_draws
+from pysolve.nn.samples import samples_in
 
 # From the original's output and another one to the mean divergence per sample.
 Divergence = Callable[[Output, Output], Tensor]
@@ -40,8 +42,12 @@ def kl_divergence(original: Output, output: Output) -> Tensor:
     if isinstance(original, Distribution) and isinstance(output, Distribution):
         with suppress(NotImplementedError):
             return torch.distributions.kl_divergence(original, output).mean()
-    p, q = main_output(original), main_output(output)
-    if has_classes(original):
+    return _between(main_output(original), main_output(output), has_classes(original))
+
+
+def _between(p: Tensor, q: Tensor, classes: bool) -> Tensor:
+    """``kl_divergence`` of two tensors, which hold logits of classes or numbers."""
+    if classes:
         p, q = (one.movedim(class_dim(p), -1).flatten(0, -2) for one in (p, q))
         # In blocks: logits of all words for all tokens take gigabytes in double precision.
         step = max(1, _BLOCK // p.shape[1])
@@ -104,11 +110,22 @@ def run(
 
 
 def mean_divergence(
-    originals: Sequence[Output], outputs: Iterator[Output], sizes: Sequence[int], divergence: Divergence
+    originals: Sequence[Output], outputs: Iterator[Output], batches: Sequence[Batch], divergence: Divergence
 ) -> float:
-    """Mean over all samples of several batches; DataError where the original's own outputs are NaN or ∞."""
-    parts = [divergence(a, b).item() * n for a, b, n in zip(originals, outputs, sizes, strict=True)]
-    mean = sum(parts) / sum(sizes)
+    """Mean over all samples of several batches; DataError where the original's own outputs are NaN or ∞.
+
+    ``kl_divergence`` is the mean over tokens that are no padding, where batches tell.
+    """
+    total = count = 0.0
+    for original, output, batch in zip(originals, outputs, batches, strict=True):
+        mask = output_mask(batch) if divergence is kl_divergence else None
+        if mask is not None and mask.any() and is_of_tokens(main_output(original), mask):
+            p, q = (main_output(one)[mask] for one in (original, output))
+            size, value = len(p), _between(p, q, has_classes(original))
+        else:
+            size, value = samples_in(batch), divergence(original, output)
+        total, count = total + value.item() * size, count + size
+    mean = total / count
     if math.isnan(mean):
         _check_finite(originals)
     return mean

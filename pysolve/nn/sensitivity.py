@@ -15,6 +15,7 @@ from pysolve.nn.gathering.sums import Sums
 from pysolve.nn.gathering.watching import watching
 from pysolve.nn.layer_matrix import Layer, channels, outputs
 from pysolve.nn.outputs import main_output
+from pysolve.nn.padding import zero_padding
 from pysolve.nn.running import Batch, device_of, evaluating, forward
 
 # Random directions of the network's outputs per batch.
@@ -65,7 +66,7 @@ def sensitivities(
             for _ in range((probes or PROBES) if offsets and result.requires_grad else 0):
                 signs = torch.randint(0, 2, result.shape, generator=random).to(result) * 2 - 1
                 try:
-                    _add(sums, layers, offsets, result, without_mean(signs))
+                    _add(sums, layers, offsets, result, zero_padding(without_mean(signs), batch))
                 except RuntimeError:
                     # A tensor that the gradient needs was changed in place.
                     return {name: np.eye(one.d) for name, one in sums.items()}

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy, kl_div, mse_loss
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.divergence import class_dim
 from pysolve.nn.outputs import logits_of, tensors_of
+from pysolve.nn.padding import without_padding
 from pysolve.nn.refusal import output_of
 from pysolve.nn.running import Batch, Output, device_of, find_layer
 from pysolve.training.finetune import own_loss
@@ -151,7 +152,8 @@ def tapped(model: nn.Module, names: Sequence[str], run: Run) -> Iterator[Answeri
             raise PysolveError(f"layer {min(missing)} was not run, so it has no features to match.")
         features = [seen[name] for name in names]
         seen.clear()
-        return output, in_float32(floating(output)), in_float32(features)
+        compared = [without_padding(one, batch) for one in floating(output)]
+        return output, in_float32(compared), in_float32(features)
 
     layers = {name: find_layer(model, name) for name in names}
     handles = [layer.register_forward_hook(hook_of(name)) for name, layer in layers.items()]

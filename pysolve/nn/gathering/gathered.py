@@ -16,6 +16,7 @@ from pysolve.nn.gathering.sums import Sums, room
 from pysolve.nn.gathering.watching import watching
 from pysolve.nn.layer_kinds import LINEAR
 from pysolve.nn.layer_matrix import Layer
+from pysolve.nn.padding import token_masks
 from pysolve.nn.refusal import output_of
 from pysolve.nn.running import Batch, Device
 
@@ -55,6 +56,7 @@ class Gathered:
         self.sums: dict[str, _Seen] = {}
         self.choices: dict[str, torch.Generator] = {}
         self.starts: dict[str, tuple[Tensor, Tensor]] = {}
+        self.masks: Mapping[tuple[int, ...], Tensor] = {}
 
     def start_as(self, model: nn.Module, batch: Batch) -> None:
         """Shift and scale every layer's sums as if this batch were the first."""
@@ -63,15 +65,18 @@ class Gathered:
         self.starts = {name: (seen.sums.shift, seen.sums.scale) for name, seen in other.sums.items()}
 
     def run(self, model: nn.Module, batch: Batch, device: Device = None) -> None:
-        """Add what the layers read and write in one batch; in evaluation mode."""
+        """Add what the layers read and write in one batch, but for padding; in evaluation mode."""
+        self.masks = token_masks(batch)
         run_watched(model, self.layers, batch, device, self.record)
 
     def record(self, name: str, layer: Layer, x: Tensor, y: Tensor) -> None:
         """Add the samples of one call."""
-        chosen, share = None, self.shares.get(name, 1.0)
+        share, real = self.shares.get(name, 1.0), self._real(layer, x)
+        chosen = real
         if share < 1 and (x.ndim > 2 or not isinstance(layer, LINEAR)):
             random = self.choices.setdefault(name, torch.Generator().manual_seed(0))
-            chosen = rows.choice(rows.positions(layer, y), share, random)
+            chosen = rows.choice(rows.positions(layer, y) if real is None else len(real), share, random)
+            chosen = chosen if real is None or chosen is None else real[chosen]
         for values, what in ((x, "inputs"), (y, "outputs")):
             # A sum is read faster than a mask is made; one that is too large is not what is looked for.
             if not bool(values.sum().isfinite()) and not bool(values.isfinite().all()):
@@ -86,6 +91,11 @@ class Gathered:
                     self.sums[name].sums.start(*self.starts[name])
             seen = self.sums[name]
             seen.sums.add(*([some_x, some_y] if seen.bias is None else [some_x]))
+
+    def _real(self, layer: Layer, x: Tensor) -> Tensor | None:
+        """Rows of real tokens; None for all."""
+        mask = self.masks.get(tuple(x.shape[:2])) if isinstance(layer, LINEAR) and x.ndim == 3 else None
+        return None if mask is None or mask.all() else mask.flatten().nonzero()[:, 0]
 
     def pop(self, name: str, group_size: int = 1, *, full: bool = False) -> Correlations | None:
         """The correlations of a layer, whose sums are dropped; None without samples."""

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from pysolve.correlations import Array
 from pysolve.nn.outputs import main_output
+from pysolve.nn.padding import token_masks, without_padding, zero_padding
 from pysolve.nn.running import Batch, device_of, evaluating, forward
 from pysolve.nn.sensitivity import without_mean
 
@@ -46,14 +47,19 @@ class _Lookups(TorchFunctionMode):
 def lookup_counts(
     model: nn.Module, tables: Mapping[str, Tensor], batches: Iterable[Batch]
 ) -> dict[str, Array]:
-    """(V,) how often each row of each table is looked up."""
+    """(V,) how often each row of each table is looked up for real tokens."""
     found = {name: np.zeros(len(table)) for name, table in tables.items()}
 
+    masks: dict[tuple[int, ...], Tensor] = {}
+
     def count(name: str, ids: Tensor, _: Tensor) -> None:
-        found[name] += np.bincount(ids.flatten().cpu().numpy(), minlength=len(found[name]))
+        mask = masks.get(tuple(ids.shape))
+        real = ids.flatten() if mask is None else ids[mask.to(ids.device)]
+        found[name] += np.bincount(real.cpu().numpy(), minlength=len(found[name]))
 
     with evaluating(model), _Lookups(tables, count):
         for batch in batches:
+            masks = token_masks(batch)
             forward(model, batch, device_of(model))
     return found
 
@@ -82,15 +88,16 @@ def lookup_sensitivities(
             for _ in range(probes if result.requires_grad and inputs else 0):
                 signs = torch.randint(0, 2, result.shape, generator=random).to(result) * 2 - 1
                 try:
+                    direction = zero_padding(without_mean(signs), batch)
                     found = torch.autograd.grad(
-                        result, inputs, without_mean(signs), retain_graph=True, allow_unused=True
+                        result, inputs, direction, retain_graph=True, allow_unused=True
                     )
                 except RuntimeError:
                     # A tensor that the gradient needs was changed in place.
                     return {name: np.zeros_like(one) for name, one in sums.items()}
                 for (name, _), gradient in zip(offsets, found, strict=True):
                     if gradient is not None:
-                        rows = gradient.flatten(0, -2).double()
+                        rows = without_padding(gradient, batch).flatten(0, -2).double()
                         sums[name] += (rows.T @ rows).cpu().numpy()
                         counts[name] += len(rows)
     return {name: one / max(1, counts[name]) for name, one in sums.items()}

@@ -22,12 +22,13 @@ from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, la
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.mixtures import Mixture
 from pysolve.nn.graph.routes import routed
+from pysolve.nn.padding import token_masks
 from pysolve.nn.progress import steps
 from pysolve.nn.ranks import ALONE, Ranks
 from pysolve.nn.refit.expert_refit import refit_experts
 from pysolve.nn.refit.layer_refit import SAMPLING, Fit, Reads, Sampling, Task, along, channel_dim, fitted
 from pysolve.nn.refit.lookahead import sums_beyond, what_went
-from pysolve.nn.refit.row_weights import row_weights
+from pysolve.nn.refit.row_weights import row_weights, without_padding
 from pysolve.nn.refit.walk import Walk, last_uses
 from pysolve.nn.running import evaluating
 from pysolve.plan import tensor_name
@@ -95,6 +96,8 @@ def refit(
         weights = row_weights(graph, model, layers, batches, seed=sampling.seed, ranks=ranks)
     gone = {node for node, layer in called.items() if layer.name in cuts and not len(cuts[layer.name].inputs)}
     beyond = sums_beyond(graph, called, gone) if gone else {}
+    # All processes weigh, or none does: they add up what they weigh.
+    padded = any(ranks.all(any(not mask.all() for batch in batches for mask in token_masks(batch).values())))
     with evaluating(model):
         for node in steps(nodes, "refit", unit="op", shown=progress):
             if node.op != "placeholder":
@@ -110,6 +113,7 @@ def refit(
                         went = what_went(walk, every[every.index(node) + 1 :], *beyond[node], finished)
                     kept = kept_channels(layer, cut)
                     own = weights.get(layer.name)
+                    own = without_padding(own, layer, walk.original[node], batches) if padded else own
                     task = Task(walk, node, layer, *kept, sampling, reads, apart, ranks, went, own)
                     M, bias = ranks.first(fitted(task, fit, layer.takes_bias or layer.name in new_biases))
                     walk.values |= layer_values(state, layer, cut, M, bias)

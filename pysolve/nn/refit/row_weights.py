@@ -28,6 +28,7 @@ from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.sizes import fits, traced_samples
 from pysolve.nn.layer_kinds import LINEAR
 from pysolve.nn.outputs import main_output
+from pysolve.nn.padding import token_masks, zero_padding
 from pysolve.nn.ranks import Ranks
 from pysolve.nn.running import Batch, device_of, evaluating, forward, same_draws
 from pysolve.nn.samples import samples_in, take
@@ -85,6 +86,20 @@ def row_weights(
     return {name: weights for name, weights in of_layers.items() if name in of_all}
 
 
+def without_padding(
+    weights: Sequence[Tensor] | None, layer: Layer, outputs: Sequence[Tensor], batches: Sequence[Batch]
+) -> list[Tensor]:
+    """Weights of the rows of a layer's outputs, zero for padding; ones where there are none."""
+    if weights is None:
+        dim = -1 if isinstance(layer.module, LINEAR) else 1
+        weights = [y.new_ones(()).expand(y.narrow(dim, 0, 1).shape) for y in outputs]
+    found = []
+    for own, batch in zip(weights, batches, strict=True):
+        mask = token_masks(batch).get(tuple(own.shape[:2])) if own.ndim == 3 else None
+        found.append(own if mask is None else own * mask[..., None].to(own))
+    return found
+
+
 def _gradients(
     model: nn.Module, layers: Mapping[str, rows.Layer], batch: Batch, random: torch.Generator
 ) -> dict[str, Tensor]:
@@ -103,7 +118,9 @@ def _gradients(
     # A tensor that a gradient needs may have been changed in place.
     with suppress(RuntimeError):
         inputs = [offset for _, offset in offsets]
-        gradients = torch.autograd.grad(logits, inputs, direction.to(logits), allow_unused=True)
+        gradients = torch.autograd.grad(
+            logits, inputs, zero_padding(direction, batch).to(logits), allow_unused=True
+        )
         return {name: g for (name, _), g in zip(offsets, gradients, strict=True) if g is not None}
     return {}
 
