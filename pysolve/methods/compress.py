@@ -103,8 +103,8 @@ def compress(
         Not changed.
     batches : iterable of batches, or Study
         What users have: tensors, tuples or lists whose first item is the input, or mappings of keyword
-        arguments; labels are ignored. Any amount of them; a Dataset of single samples; or what ``study``
-        gathered.
+        arguments; labels are ignored, and so is padding where an ``attention_mask`` tells. Any amount of
+        them; a Dataset of single samples; or what ``study`` gathered.
     target : {"params", "macs", "bytes" or "ms": number}
         What the result may cost: a share of the original up to 1, or an integer above. Default
         {"params": 0.25}, unless ``keep`` or ``lam`` is given. "ms" are milliseconds of a batch (of up to 64

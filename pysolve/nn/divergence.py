@@ -33,7 +33,7 @@ def kl_divergence(original: Output, output: Output) -> Tensor:
     Classes lie along dimension 1 of outputs with 2 or 4 and more dimensions, along the last otherwise. Of a
     mapping with ``logits`` these are compared. An output without classes, a mapping without ``logits`` or a
     single number a sample, is compared by  ½ E‖output − original‖² / E‖original − mean‖², with the mean over
-    samples, or 0 where these do not differ.
+    samples, or 0 where these do not differ. Verbs leave out padding, where batches have an attention mask.
 
     References
     ----------
