@@ -21,7 +21,7 @@ from pysolve.nn.cut.norms import kept_of_norms
 from pysolve.nn.cut.routers import chosen_by_routers
 from pysolve.nn.cut.silenced import silenced
 from pysolve.nn.cut.stacks import not_refitted
-from pysolve.nn.graph.branches import Cut, Layer
+from pysolve.nn.graph.branches import Kept, Layer
 from pysolve.nn.graph.mixtures import mixtures_in
 from pysolve.nn.graph.sizes import usable
 from pysolve.nn.layer_kinds import twins
@@ -261,7 +261,7 @@ def _offline(study: Study, left: Left, name: str, fit: Fit) -> LayerFit:
     return replace(fit(replace(task, correlations=without_sums(task.correlations))), bias=None)
 
 
-def _concerned(study: Study, chosen: Chosen, cuts: Mapping[str, Cut]) -> dict[str, Fit]:
+def _concerned(study: Study, chosen: Chosen, cuts: Mapping[str, Kept]) -> dict[str, Fit]:
     """Fits of the layers that lose inputs, where the original's are known, or take another form."""
     found: dict[str, Fit] = {}
     shared = twins(study.model)

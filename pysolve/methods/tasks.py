@@ -15,7 +15,7 @@ from pysolve.methods.menu import Chosen, Task
 from pysolve.methods.study import Study
 from pysolve.methods.weights import weight_name
 from pysolve.nn.cut.cuts import kept_entries
-from pysolve.nn.graph.branches import Cut, Layer, layer_values
+from pysolve.nn.graph.branches import Kept, Layer, layer_values
 from pysolve.nn.layer_kinds import inputs_first
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.running import as_tensor
@@ -29,14 +29,14 @@ class Left:
 
     Parameters
     ----------
-    cuts : {layer: Cut}
+    cuts : {layer: Kept}
         Of layers that are fitted.
     places : {name: tensor}
         Of other weights that lose something, such as embeddings and grouped convolutions: the flat indices of
         their entries, in the shape that these leave.
     """
 
-    cuts: Mapping[str, Cut] = field(default_factory=dict)
+    cuts: Mapping[str, Kept] = field(default_factory=dict)
     places: Mapping[str, Tensor] = field(default_factory=dict)
 
 
@@ -48,7 +48,7 @@ def left_of(study: Study, keep: Mapping[Site, Indices]) -> Left:
     return Left(cuts_of(keep, study.layers), {tensors[name]: one for name, one in places.items()})
 
 
-def cuts_of(keep: Mapping[Site, Indices], layers: Mapping[str, Layer]) -> dict[str, Cut]:
+def cuts_of(keep: Mapping[Site, Indices], layers: Mapping[str, Layer]) -> dict[str, Kept]:
     """Inputs and outputs that stay of every layer that reads or writes one of the sites.
 
     Parameters
@@ -72,7 +72,7 @@ def cuts_of(keep: Mapping[Site, Indices], layers: Mapping[str, Layer]) -> dict[s
         everything = np.arange(channels(layers[name].module)[side])
         return np.setdiff1d(everything, np.concatenate(lost.get((name, side), [everything[:0]])))
 
-    return {name: Cut(left(name, 0), left(name, 1)) for name in dict.fromkeys(name for name, _ in lost)}
+    return {name: Kept(left(name, 0), left(name, 1)) for name in dict.fromkeys(name for name, _ in lost)}
 
 
 def task_of(

@@ -69,7 +69,7 @@ class Layer:
 
 
 @dataclass(frozen=True, eq=False)
-class Cut:
+class Kept:
     """Kept input and output channels of a layer."""
 
     inputs: Indices
@@ -223,7 +223,7 @@ def _own_mean(graph: Graph, norm: Node | None) -> str | None:
     return graph.parameters[mean] if isinstance(mean, Node) and len(mean.users) == 1 else None
 
 
-def kept_channels(layer: Layer, cut: Cut | None) -> tuple[Tensor, Tensor]:
+def kept_channels(layer: Layer, cut: Kept | None) -> tuple[Tensor, Tensor]:
     """Kept input and output channels, all without a cut, as tensors on the layer's device."""
     kept = map(range, rows.channels(layer.module)) if cut is None else (cut.inputs, cut.outputs)
     inputs, outputs = (torch.as_tensor(one, device=layer.module.weight.device) for one in kept)
@@ -231,7 +231,7 @@ def kept_channels(layer: Layer, cut: Cut | None) -> tuple[Tensor, Tensor]:
 
 
 def layer_values(
-    state: Mapping[str, Tensor], layer: Layer, cut: Cut | None, M: Array, bias: Array | None
+    state: Mapping[str, Tensor], layer: Layer, cut: Kept | None, M: Array, bias: Array | None
 ) -> dict[str, Tensor]:
     """New parameters and buffers, by their state-dict names, that give a layer a weight and a bias.
 
@@ -240,7 +240,7 @@ def layer_values(
     state : {state-dict name: tensor}
         The original's.
     layer : Layer
-    cut : Cut, optional
+    cut : Kept, optional
         Kept channels of the layer; None: all. Columns of removed inputs and rows of removed outputs are zero.
     M : (h, d) array
         On the kept inputs and outputs.

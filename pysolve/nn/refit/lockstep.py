@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from pysolve.correlations import Indices
 from pysolve.nn import layer_matrix as rows
-from pysolve.nn.graph.branches import Cut, Layer, find_layers, kept_channels, layer_values, read_by
+from pysolve.nn.graph.branches import Kept, Layer, find_layers, kept_channels, layer_values, read_by
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.mixtures import Mixture
 from pysolve.nn.graph.routes import routed
@@ -38,7 +38,7 @@ def refit(
     graph: Graph,
     model: nn.Module,
     batches: Sequence[Any],
-    cuts: Mapping[str, Cut],
+    cuts: Mapping[str, Kept],
     fit: Fit,
     *,
     values: Mapping[str, Tensor],
@@ -58,7 +58,7 @@ def refit(
     ----------
     graph : Graph
         Of ``model``, the original; nothing in it is changed.
-    cuts : {layer: Cut}
+    cuts : {layer: Kept}
         What stays of each layer; a layer not named stays whole.
     fit : Fit
     values : {state-dict name: tensor}
@@ -125,7 +125,7 @@ def refit(
     return walk.values
 
 
-def _is_touched(walk: Walk, node: Node, layer: Layer, cuts: Mapping[str, Cut]) -> bool:
+def _is_touched(walk: Walk, node: Node, layer: Layer, cuts: Mapping[str, Kept]) -> bool:
     """Whether a layer lost inputs, reads anything new, or can compensate what its shortcut lost."""
     if layer.name in cuts and len(cuts[layer.name].inputs) < rows.channels(layer.module)[0]:
         return True

@@ -17,7 +17,7 @@ from pysolve.correlations import group_columns
 from pysolve.methods.tasks import cuts_of
 from pysolve.nn.cut.apply import apply, masked
 from pysolve.nn.gathering.gather import gather
-from pysolve.nn.graph.branches import Cut, Layer, find_layers, layer_values
+from pysolve.nn.graph.branches import Kept, Layer, find_layers, layer_values
 from pysolve.nn.graph.labels import label_channels
 from pysolve.nn.graph.sites import sites_of
 from pysolve.nn.layer_matrix import channels, matrix, taps
@@ -196,7 +196,7 @@ def test_new_values_of_a_layer_hold_what_was_fitted_and_nothing_of_inputs_that_g
     torch.manual_seed(0)
     module = nn.Conv2d(4, 5, 2, bias=bias)
     model = Net(lambda net, x: net.conv(x), conv=module)
-    cut = Cut(np.array([0, 2, 3]), np.array([1, 4]))
+    cut = Kept(np.array([0, 2, 3]), np.array([1, 4]))
     M, b = np.random.default_rng(0).standard_normal((2, 12)), np.array([3.0, -4.0])
     values = layer_values(model.state_dict(), Layer("conv", module), cut, M, b)
     weight = values["conv.weight"].double().numpy()

@@ -10,7 +10,7 @@ from small import network
 from torch import nn
 from torch.nn import functional as F
 
-from pysolve.nn.graph.branches import Cut, find_layers
+from pysolve.nn.graph.branches import Kept, find_layers
 from pysolve.nn.ranks import ALONE
 from pysolve.nn.refit import lockstep, row_weights
 from pysolve.nn.refit.layer_refit import Sampling
@@ -115,7 +115,7 @@ def test_a_refit_is_the_weighed_least_squares(seed, rows):
             :, : len(correlations.xx)
         ], None if layer.bias is None else layer.bias.detach().double().numpy()
 
-    cuts = {name: Cut(np.arange(3), np.arange(7)) for name in ("a", "b")}
+    cuts = {name: Kept(np.arange(3), np.arange(7)) for name in ("a", "b")}
     sampling = Sampling(rows_per_input=rows, seed=seed)
     lockstep.refit(graph, model, batches, cuts, fit, values={}, sampling=sampling, progress=False)
     weights = row_weights.row_weights(graph, model, layers, batches, seed=seed, ranks=ALONE)
