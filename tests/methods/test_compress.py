@@ -647,7 +647,7 @@ def eleven_to_choose_on(monkeypatch):
 def test_the_divergence_reported_is_that_of_the_outputs_on_samples_that_no_fit_and_no_choice_saw():
     result = compressed()
     pairs = [run(model, [held_out()[0][11:]]) for model in (mlp(), result.model)]
-    wanted = mean_divergence(list(pairs[0]), pairs[1], [5], kl_divergence)
+    wanted = mean_divergence(list(pairs[0]), pairs[1], [held_out()[0][11:]], kl_divergence)
     assert result.report.divergence == pytest.approx(wanted)
     assert (result.report.held, result.report.samples) == (5, 112)
     assert result.report.notes == ()
@@ -656,7 +656,7 @@ def test_the_divergence_reported_is_that_of_the_outputs_on_samples_that_no_fit_a
 def test_with_few_samples_the_divergence_reported_is_that_of_those_that_sizes_were_chosen_on():
     result = default()
     pairs = [run(model, held_out()) for model in (mlp(), result.model)]
-    wanted = mean_divergence(list(pairs[0]), pairs[1], [16], kl_divergence)
+    wanted = mean_divergence(list(pairs[0]), pairs[1], held_out(), kl_divergence)
     assert result.report.divergence == pytest.approx(wanted)
     assert (result.report.held, result.report.samples) == (16, 112)
     assert result.report.notes == (CHOSEN_ON,)
@@ -992,7 +992,7 @@ def test_a_sensitivity_is_the_divergence_with_one_site_shrunk_alone():
             readers = found.correlations["fc3"]
             M, bias = refitted(readers, step.keep, mlp().fc3.weight.detach().double().numpy()[:, step.keep])
             smaller = ps.apply(mlp(), ps.Plan((replace(step, weights={"fc3": M}, biases={"fc3": bias}),)))
-            wanted = mean_divergence([*run(mlp(), batches)], run(smaller, batches), [16], kl_divergence)
+            wanted = mean_divergence([*run(mlp(), batches)], run(smaller, batches), batches, kl_divergence)
             assert divergence == pytest.approx(wanted, rel=1e-3)
 
 

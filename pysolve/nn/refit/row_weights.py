@@ -65,22 +65,24 @@ def row_weights(
     keys = {layer.name: read_as(layer, node) for node, layer in layers.items()}
     # Gradients take as much memory at once as the walk that follows, which holds all samples.
     walked = 2 * sum(map(samples_in, batches)) * sample_bytes(graph)
-    together = max(1, walked * traced_samples(graph) // max(1, traced_bytes(graph)))
+    together = max(2, walked * traced_samples(graph) // max(1, traced_bytes(graph)))
     found: dict[tuple[Any, ...], list[Tensor]] = {}
-    random, one = torch.Generator(), take(batches[0], 0, 1)
-    able = _gradients(model, modules, one if fits(graph, one) else batches[0], random)
+    random, few = torch.Generator(), take(batches[0], 0, 2)
+    able = _gradients(model, modules, few if fits(graph, few) else batches[0], random)
     for number, batch in zip(count(ranks.rank, ranks.size), batches if able else (), strict=False):
         random.manual_seed(seed + number)
         squares: dict[tuple[Any, ...], list[Tensor]] = {}
-        for start in range(0, samples_in(batch), together):
-            part = take(batch, start, start + together)
+        # A norm by the batch's own statistics may refuse a single sample.
+        samples = samples_in(batch)
+        for i in range(parts := max(1, samples // together)):
+            part = take(batch, i * samples // parts, (i + 1) * samples // parts)
             gradients = _gradients(model, modules, part, random) if fits(graph, part) else {}
             for key in {keys[name] for name in gradients}:
                 alike = [name for name in gradients if keys[name] == key]
-                own = [_squares(modules[name], gradients[name]) for name in alike]
-                squares.setdefault(key, []).append(torch.stack(own).sum(0))
-        for key, parts in squares.items():
-            found.setdefault(key, []).append(torch.cat(parts).sqrt().sqrt())
+                each = torch.stack([_squares(modules[name], gradients[name]) for name in alike])
+                squares.setdefault(key, []).append(each.sum(0))
+        for key, own in squares.items():
+            found.setdefault(key, []).append(torch.cat(own).sqrt().sqrt())
     of_layers = {name: found[key] for name, key in keys.items() if len(found.get(key, ())) == len(batches)}
     of_all = set.intersection(*map(set, ranks.all([*of_layers])))
     return {name: weights for name, weights in of_layers.items() if name in of_all}
