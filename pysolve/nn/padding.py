@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
 from pysolve.nn.running import Batch
 
+# Masks of a batch's tokens, True where they are real, by their shape (samples, positions).
+Masks = Mapping[tuple[int, ...], Tensor]
+
 # Masks of tokens, 1 where a token is real, as transformers names them.
 _ENCODER, _DECODER = "attention_mask", "decoder_attention_mask"
 
 
-def token_masks(batch: Batch) -> dict[tuple[int, ...], Tensor]:
+def token_masks(batch: Batch) -> Masks:
     """Masks of a batch's tokens, True where they are real, by their shape (samples, positions).
 
     Of a network that encodes some tokens and decodes others both are known, and differ in shape, or neither.
@@ -20,6 +23,15 @@ def token_masks(batch: Batch) -> dict[tuple[int, ...], Tensor]:
     found = [mask for mask in (_mask(batch, _ENCODER), _mask(batch, _DECODER)) if mask is not None]
     by_shape = {tuple(mask.shape): mask for mask in found}
     return by_shape if len(by_shape) == 1 + _decodes(batch) else {}
+
+
+def mask_of_rows(masks: Masks, rows: Sequence[int]) -> Tensor | None:
+    """One of the masks in one dimension, for a tensor with a row for each token; None where it has others.
+
+    ``rows`` are its sizes but for the channels: (samples, positions), or their product.
+    """
+    found = [mask for shape, mask in masks.items() if tuple(rows) in (shape, (mask.numel(),))]
+    return found[0].flatten() if len(found) == 1 else None
 
 
 def output_mask(batch: Batch) -> Tensor | None:

@@ -9,14 +9,15 @@ from torch.nn import functional as F
 
 import pysolve as ps
 from pysolve.nn.divergence import kl_divergence, mean_divergence
-from pysolve.nn.padding import output_mask, token_masks
+from pysolve.nn.padding import mask_of_rows, output_mask, token_masks
 
 
 class Masked(nn.Module):
     """Predicts tokens from all real ones."""
 
-    def __init__(self, width=12):
+    def __init__(self, width=12, flat=False):
         super().__init__()
+        self.flat = flat
         self.words = nn.Embedding(11, width)
         self.q, self.k, self.v, self.o = (nn.Linear(width, width) for _ in range(4))
         self.fc1, self.fc2, self.head = nn.Linear(width, 24), nn.Linear(24, width), nn.Linear(width, 11)
@@ -25,7 +26,8 @@ class Masked(nn.Module):
         x = self.words(input_ids)
         mask = attention_mask[:, None, :].bool()
         x = x + self.o(F.scaled_dot_product_attention(self.q(x), self.k(x), self.v(x), attn_mask=mask))
-        return {"logits": self.head(x + self.fc2(F.relu(self.fc1(x))))}
+        rows = x.flatten(0, 1) if self.flat else x
+        return {"logits": self.head(x + self.fc2(F.relu(self.fc1(rows))).view(x.shape))}
 
 
 def padded(filling, count=12, length=9):
@@ -40,9 +42,9 @@ def padded(filling, count=12, length=9):
     return batches
 
 
-def model():
+def model(flat=False):
     torch.manual_seed(0)
-    found = Masked().eval()
+    found = Masked(flat=flat).eval()
     nn.init.normal_(found.head.weight, std=1.5)
     return found
 
@@ -57,9 +59,9 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("name", CALLS)
-def test_what_stands_in_padding_changes_no_result(name):
-    one, other = (CALLS[name](model(), padded(filling)) for filling in (0, 7))
+@pytest.mark.parametrize(("name", "flat"), [*((name, False) for name in CALLS), ("compress", True)])
+def test_what_stands_in_padding_changes_no_result(name, flat):
+    one, other = (CALLS[name](model(flat), padded(filling)) for filling in (0, 7))
     batch = padded(0)[0]
     real = batch["attention_mask"].bool()
     a, b = (result.model(**batch)["logits"][real] for result in (one, other))
@@ -108,6 +110,8 @@ def test_masks_that_tell_nothing_of_tokens_are_none():
     assert output_mask({"attention_mask": -1e9 * ones}) is None
     assert output_mask({"attention_mask": ones[None]}) is None
     assert [*token_masks({"attention_mask": ones})] == [(2, 5)]
+    assert mask_of_rows({(2, 5): ones > 0}, (5, 2)) is None
+    assert mask_of_rows({(2, 5): ones > 0, (5, 2): ones.T > 0}, (10,)) is None
     decoded = {"attention_mask": ones, "decoder_input_ids": torch.ones(2, 3)}
     assert token_masks(decoded) == {}
     assert output_mask(decoded) is None

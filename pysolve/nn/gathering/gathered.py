@@ -16,7 +16,7 @@ from pysolve.nn.gathering.sums import Sums, room
 from pysolve.nn.gathering.watching import watching
 from pysolve.nn.layer_kinds import LINEAR
 from pysolve.nn.layer_matrix import Layer
-from pysolve.nn.padding import token_masks
+from pysolve.nn.padding import Masks, mask_of_rows, token_masks
 from pysolve.nn.refusal import output_of
 from pysolve.nn.running import Batch, Device
 
@@ -56,7 +56,7 @@ class Gathered:
         self.sums: dict[str, _Seen] = {}
         self.choices: dict[str, torch.Generator] = {}
         self.starts: dict[str, tuple[Tensor, Tensor]] = {}
-        self.masks: Mapping[tuple[int, ...], Tensor] = {}
+        self.masks: Masks = {}
 
     def start_as(self, model: nn.Module, batch: Batch) -> None:
         """Shift and scale every layer's sums as if this batch were the first."""
@@ -94,8 +94,8 @@ class Gathered:
 
     def _real(self, layer: Layer, x: Tensor) -> Tensor | None:
         """Rows of real tokens; None for all."""
-        mask = self.masks.get(tuple(x.shape[:2])) if isinstance(layer, LINEAR) and x.ndim == 3 else None
-        return None if mask is None or mask.all() else mask.flatten().nonzero()[:, 0]
+        mask = mask_of_rows(self.masks, x.shape[:-1]) if isinstance(layer, LINEAR) else None
+        return None if mask is None or mask.all() else mask.nonzero()[:, 0]
 
     def pop(self, name: str, group_size: int = 1, *, full: bool = False) -> Correlations | None:
         """The correlations of a layer, whose sums are dropped; None without samples."""

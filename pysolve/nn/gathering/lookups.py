@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from pysolve.correlations import Array
 from pysolve.nn.outputs import main_output
-from pysolve.nn.padding import token_masks, without_padding, zero_padding
+from pysolve.nn.padding import Masks, token_masks, without_padding, zero_padding
 from pysolve.nn.running import Batch, device_of, evaluating, forward
 from pysolve.nn.sensitivity import without_mean
 
@@ -50,7 +50,7 @@ def lookup_counts(
     """(V,) how often each row of each table is looked up for real tokens."""
     found = {name: np.zeros(len(table)) for name, table in tables.items()}
 
-    masks: dict[tuple[int, ...], Tensor] = {}
+    masks: Masks = {}
 
     def count(name: str, ids: Tensor, _: Tensor) -> None:
         mask = masks.get(tuple(ids.shape))

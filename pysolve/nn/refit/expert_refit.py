@@ -23,6 +23,7 @@ from torch.fx import Node
 
 from pysolve.correlations import Array, Indices
 from pysolve.nn.graph.mixtures import Mixture
+from pysolve.nn.padding import Masks, mask_of_rows
 from pysolve.nn.ranks import ALONE, Ranks, summed
 from pysolve.nn.refit.walk import Walk
 from pysolve.solve.least_squares import refit
@@ -85,7 +86,11 @@ class _Parameters:
 
 
 def refit_experts(
-    walk: Walk, node: Node, mixtures: Sequence[Mixture], ranks: Ranks = ALONE
+    walk: Walk,
+    node: Node,
+    mixtures: Sequence[Mixture],
+    ranks: Ranks = ALONE,
+    masks: Sequence[Masks] = (),
 ) -> dict[str, Tensor]:
     """New matrices and biases of the mixtures that begin at an operator, each as the first that it can be.
 
@@ -98,17 +103,19 @@ def refit_experts(
         What matrices and their biases may add up to; where parameters act otherwise, nothing is refitted.
     ranks : Ranks
         Processes that walk with other batches.
+    masks : sequence of {shape: mask}
+        Of each batch's tokens; rows of padding do not count.
     """
     found = dict[str, Tensor]()
     for mixture in mixtures:
         if mixture.nodes[0] is not node or mixture.weight in found:
             continue
         if all(ranks.all(not walk.batches or _is_sound(walk, mixture))):
-            found |= _fitted(walk, mixture, ranks)
+            found |= _fitted(walk, mixture, ranks, masks)
     return found
 
 
-def _fitted(walk: Walk, mixture: Mixture, ranks: Ranks) -> dict[str, Tensor]:
+def _fitted(walk: Walk, mixture: Mixture, ranks: Ranks, masks: Sequence[Masks]) -> dict[str, Tensor]:
     now = _now(walk, mixture)
     width = len(mixture.inputs) + (now.bias is not None)
     groups = np.array_split(mixture.experts, -(-len(mixture.experts) * width // TOGETHER))
@@ -124,7 +131,9 @@ def _fitted(walk: Walk, mixture: Mixture, ranks: Ranks) -> dict[str, Tensor]:
                 z = _inputs(walk, b, now, group)
                 z = z.to(torch.promote_types(z.dtype, torch.float32))
                 missing = targets[b] - _result(walk, b, now)[:, outputs]
-                yield (z, missing + z @ old.to(z).T), None
+                real = mask_of_rows(masks[b], (len(z),)) if masks else None
+                rows = (z, missing + z @ old.to(z).T)
+                yield rows if real is None else tuple(part[real] for part in rows), None
 
         known = summed(blocks(), old.shape[1], old.shape[0], now.weight.device, ranks)
         if known is None or known.vanishes:

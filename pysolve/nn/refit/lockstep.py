@@ -97,11 +97,12 @@ def refit(
     gone = {node for node, layer in called.items() if layer.name in cuts and not len(cuts[layer.name].inputs)}
     beyond = sums_beyond(graph, called, gone) if gone else {}
     # All processes weigh, or none does: they add up what they weigh.
-    padded = any(ranks.all(any(not mask.all() for batch in batches for mask in token_masks(batch).values())))
+    masks = [token_masks(batch) for batch in batches]
+    padded = any(ranks.all(any(not mask.all() for known in masks for mask in known.values())))
     with evaluating(model):
         for node in steps(nodes, "refit", unit="op", shown=progress):
             if node.op != "placeholder":
-                walk.values |= refit_experts(walk, node, mixtures, ranks)
+                walk.values |= refit_experts(walk, node, mixtures, ranks, masks)
                 walk.run_original(node)
                 layer = layers.get(node)
                 touched = layer is not None and (node in beyond or _is_touched(walk, node, layer, cuts))
@@ -113,7 +114,7 @@ def refit(
                         went = what_went(walk, every[every.index(node) + 1 :], *beyond[node], finished)
                     kept = kept_channels(layer, cut)
                     own = weights.get(layer.name)
-                    own = without_padding(own, layer, walk.original[node], batches) if padded else own
+                    own = without_padding(own, layer, walk.original[node], masks) if padded else own
                     task = Task(walk, node, layer, *kept, sampling, reads, apart, ranks, went, own)
                     M, bias = ranks.first(fitted(task, fit, layer.takes_bias or layer.name in new_biases))
                     walk.values |= layer_values(state, layer, cut, M, bias)

@@ -28,7 +28,7 @@ from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.sizes import fits, traced_samples
 from pysolve.nn.layer_kinds import LINEAR
 from pysolve.nn.outputs import main_output
-from pysolve.nn.padding import token_masks, zero_padding
+from pysolve.nn.padding import Masks, mask_of_rows, zero_padding
 from pysolve.nn.ranks import Ranks
 from pysolve.nn.running import Batch, device_of, evaluating, forward, same_draws
 from pysolve.nn.samples import samples_in, take
@@ -89,16 +89,19 @@ def row_weights(
 
 
 def without_padding(
-    weights: Sequence[Tensor] | None, layer: Layer, outputs: Sequence[Tensor], batches: Sequence[Batch]
+    weights: Sequence[Tensor] | None,
+    layer: Layer,
+    outputs: Sequence[Tensor],
+    masks: Sequence[Masks],
 ) -> list[Tensor]:
     """Weights of the rows of a layer's outputs, zero for padding; ones where there are none."""
     if weights is None:
         dim = -1 if isinstance(layer.module, LINEAR) else 1
         weights = [y.new_ones(()).expand(y.narrow(dim, 0, 1).shape) for y in outputs]
     found = []
-    for own, batch in zip(weights, batches, strict=True):
-        mask = token_masks(batch).get(tuple(own.shape[:2])) if own.ndim == 3 else None
-        found.append(own if mask is None else own * mask[..., None].to(own))
+    for own, known in zip(weights, masks, strict=True):
+        mask = mask_of_rows(known, own.shape[:-1]) if isinstance(layer.module, LINEAR) else None
+        found.append(own if mask is None else own * mask.view(own.shape).to(own))
     return found
 
 
