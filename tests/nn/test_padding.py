@@ -74,7 +74,7 @@ def test_distillation_compares_real_tokens_alone():
     for filling in (0, 7):
         student = ps.compress(model(), padded(0), keep=0.5, refit="none", latency=False).model
         torch.manual_seed(0)
-        ps.distill(model(), student, padded(filling), loss="kl", epochs=1, lr=1e-3)
+        ps.distill(student, model(), padded(filling), loss="kl", epochs=1, lr=1e-3)
         found.append(student)
     batch = padded(0)[0]
     real = batch["attention_mask"].bool()
