@@ -39,6 +39,8 @@ def as_numpy(name: str, values: Any) -> AnyArray:
         # NumPy knows no such types.
         if str(values.dtype).startswith(("torch.bfloat", "torch.float8")):
             values = values.double()
+    if np.ma.is_masked(values):
+        raise ValueError(f"{name} has masked entries: fill them, or leave out the samples that they are of.")
     try:
         array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -52,6 +54,8 @@ def group_indices(keep: npt.ArrayLike) -> Indices:
     indices = np.asarray(keep)
     if indices.dtype == np.bool_:
         raise TypeError("keep must list indices, got a mask; use np.flatnonzero(mask).")
+    if indices.ndim != 1:
+        raise ValueError(f"keep must be a list of group indices, got shape {indices.shape}.")
     if indices.size and indices.dtype.kind not in "iu":
         raise TypeError(f"keep must hold integers, got dtype {indices.dtype}; convert with .astype(int).")
     return indices.astype(np.intp)
@@ -128,9 +132,9 @@ class Correlations:
                     f"{name} has shape {got}, but yx is {h} x {d}, so {name} must be {shape}. "
                     "Were they gathered from the same layer?"
                 )
-        if self.count < 1:
-            raise ValueError(f"count must be at least 1 sample, got {self.count}.")
-        if self.group_size < 1 or d % self.group_size:
+        object.__setattr__(self, "count", whole("count", self.count))
+        object.__setattr__(self, "group_size", whole("group_size", self.group_size))
+        if d % self.group_size:
             raise ValueError(f"group_size must divide the {d} inputs, got {self.group_size}.")
 
     @classmethod
@@ -220,7 +224,7 @@ class Correlations:
 
     def of_outputs(self, rows: npt.ArrayLike) -> Correlations:
         """Correlations of the outputs in ``rows`` only, in that order."""
-        rows = np.asarray(rows)
+        rows = group_indices(rows)
         yy = self.yy[rows] if self.yy.ndim == 1 else self.yy[np.ix_(rows, rows)]
         return replace(self, yx=self.yx[rows], yy=yy, y_sum=self.y_sum[rows])
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from numbers import Integral
 
+import numpy as np
+
 
 class PysolveError(Exception):
     """Something about a network, its data or a file that pysolve cannot work with."""
@@ -57,3 +59,10 @@ def whole(what: str, value: object, least: int = 1, most: int | None = None) -> 
     if not least <= (number := int(value)) <= (number if most is None else most):
         raise ValueError(message)
     return number
+
+
+def check_flags(**flags: object) -> None:
+    """Refuse what is neither true nor false."""
+    for what, value in flags.items():
+        if not isinstance(value, Integral | np.bool_) or value not in (0, 1):
+            raise TypeError(f"{what} must be True or False, got {value!r}.")

@@ -187,12 +187,26 @@ def test_shapes_that_do_not_belong_together_are_refused_with_both_sizes():
         Correlations(np.eye(3), good.yx, good.yy, 20, good.x_sum, good.y_sum)
     with pytest.raises(ValueError, match="matrix"):
         Correlations(good.xx, good.yx[0], good.yy, 20, good.x_sum, good.y_sum)
-    with pytest.raises(ValueError, match="at least 1 sample"):
+    with pytest.raises(ValueError, match="count must be an integer of at least 1, got 0"):
         Correlations(good.xx, good.yx, good.yy, 0, good.x_sum, good.y_sum)
     with pytest.raises(ValueError, match="divide the 4 inputs, got 3"):
         Correlations(good.xx, good.yx, good.yy, 20, good.x_sum, good.y_sum, group_size=3)
     with pytest.raises(ValueError, match="one row a sample"):
         Correlations.from_samples(np.ones((3, 2)), np.ones((4, 2)))
+    with pytest.raises(TypeError, match="count must be an integer of at least 1, got nan"):
+        Correlations(good.xx, good.yx, good.yy, np.nan, good.x_sum, good.y_sum)
+    with pytest.raises(ValueError, match="x has masked entries"):
+        Correlations.from_samples(np.ma.masked_equal([[1.0, 2.0]], 2), np.ones((1, 2)))
+
+
+def test_inputs_and_outputs_are_chosen_by_lists_of_indices():
+    assert example().of_outputs([1]).yx.shape == (1, 4)
+    assert example().of_outputs([]).yx.shape == (0, 4)
+    for choose in (example().restrict, example().of_outputs, example().covariance):
+        with pytest.raises(ValueError, match=r"must be a list of group indices, got shape \(\)"):
+            choose(1)
+        with pytest.raises(TypeError, match="must hold integers"):
+            choose([0.5])
 
 
 def test_only_correlations_of_the_same_layer_can_be_added():

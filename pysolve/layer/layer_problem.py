@@ -141,7 +141,7 @@ def checked_layer(
     """E[x xᵀ] and E[y xᵀ] (None: y = W x) of a layer with weights W, as far as data can have them."""
     check_alone(r_xx, r_yx)
     if isinstance(r_xx, Correlations):
-        half_trace(r_xx.r_yy)
+        half_trace(r_xx.r_yy, [len(r_xx.yx)])
         r_yx, r_xx = r_xx.r_yx, r_xx.r_xx
     R, C = (checked_correlations("r_xx", r_xx), None) if r_yx is None else checked_reader(r_xx, r_yx)[:2]
     if R.shape != (W.shape[1],) * 2 or (C is not None and C.shape != W.shape):

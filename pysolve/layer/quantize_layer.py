@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pysolve.correlations import AnyArray, Array, Correlations
-from pysolve.errors import one_of, whole
+from pysolve.errors import check_flags, one_of, whole
 from pysolve.forms import QuantForm
 from pysolve.layer.codebooks import share_values, spaced_values
 from pysolve.layer.grids import fit_grid
@@ -119,6 +119,7 @@ def quantize_layer(
     4
     """
     W = checked_matrix("W", W)
+    check_flags(symmetric=symmetric)
     _check(scheme, method, bits, group, rounds, lam, outputs)
     rows = None if outputs is None else _checked_rows(outputs, len(W))
     keep = None if mask is None else checked_mask(mask, W.shape)

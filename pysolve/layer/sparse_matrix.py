@@ -10,7 +10,7 @@ from scipy.sparse import csr_array, csr_matrix, issparse
 
 from pysolve import _core
 from pysolve.correlations import AnyArray, as_numpy
-from pysolve.errors import one_of, whole
+from pysolve.errors import check_flags, one_of, whole
 
 Layout = Literal["feature", "batch"]
 
@@ -23,6 +23,8 @@ _CORES: dict[np.dtype[Any], Any] = {
 
 # Numbers that are copied at once, for at most some 50 ms: an interrupt must not wait for more.
 _LONGEST = 1 << 21
+# More than any machine has.
+_MOST_THREADS = 1 << 16
 
 
 class SparseMatrix:
@@ -143,8 +145,13 @@ class SparseMatrix:
         TypeError, ValueError
             For an array of another data type or shape, or an unknown layout.
         """
-        batch_major = _is_batch(layout)
+        batch_major, threads = _is_batch(layout), _checked_threads(threads)
+        check_flags(relu=relu)
         dense = self._checked("the dense matrix", x)
+        if out is not None and (not isinstance(out, np.ndarray) or out.dtype != self.dtype):
+            raise TypeError(
+                f"out must be a {self.dtype} array, got {getattr(out, 'dtype', type(out).__name__)}."
+            )
         if dense.ndim == 1:
             rows = None if out is None else out[None]
             return np.asarray(self.matmul(dense[None], bias=bias, relu=relu, out=rows, threads=threads)[0])
@@ -154,15 +161,13 @@ class SparseMatrix:
         if out is None:
             b = dense.shape[0 if batch_major else 1]
             out = np.empty((b, self.shape[0]) if batch_major else (self.shape[0], b), self.dtype)
-        elif not isinstance(out, np.ndarray) or out.dtype != self.dtype:
-            raise TypeError(
-                f"out must be a {self.dtype} array, got {getattr(out, 'dtype', type(out).__name__)}."
-            )
         elif not out.flags.writeable or np.may_share_memory(dense, out):
             raise ValueError("out must be writeable and apart from the dense matrix.")
         if bias is not None:
             bias = np.ascontiguousarray(self._checked("bias", bias))
-        self._core.multiply(dense, batch_major, out, bias, relu, threads or _core.num_threads())
+            if bias.ndim != 1:
+                raise ValueError(f"bias must have {self.shape[0]} entries, got shape {bias.shape}.")
+        self._core.multiply(dense, batch_major, out, bias, bool(relu), threads)
         return out
 
     def __matmul__(self, dense: npt.ArrayLike) -> AnyArray:
@@ -192,7 +197,7 @@ class SparseMatrix:
         (nnz,) array
         """
         g, dense = (_in_rows(self._checked("the array", array)) for array in (gradient, x))
-        found = self._core.value_gradient(g, dense, _is_batch(layout), threads or _core.num_threads())
+        found = self._core.value_gradient(g, dense, _is_batch(layout), _checked_threads(threads))
         return np.asarray(found)
 
     def transposed(self) -> tuple[SparseMatrix, npt.NDArray[np.int64]]:
@@ -224,6 +229,10 @@ def _in_rows(dense: AnyArray) -> AnyArray:
     for first in range(0, len(copy), rows):
         copy[first : first + rows] = dense[first : first + rows]
     return copy
+
+
+def _checked_threads(threads: int | None) -> int:
+    return get_num_threads() if threads is None else min(whole("threads", threads), _MOST_THREADS)
 
 
 def _is_batch(layout: str) -> bool:
@@ -282,7 +291,7 @@ def set_num_threads(threads: int) -> None:
     2
     >>> ps.set_num_threads(before)
     """
-    _core.set_num_threads(whole("threads", threads))
+    _core.set_num_threads(min(whole("threads", threads), _MOST_THREADS))
 
 
 def get_num_threads() -> int:

@@ -11,14 +11,13 @@ from torch.distributed import ProcessGroup
 
 from pysolve.compressed import Compressed
 from pysolve.correlations import Array
-from pysolve.errors import one_of
+from pysolve.errors import check_flags, one_of
 from pysolve.methods.goal import (
     Evaluate,
     Length,
     Memory,
     Target,
     check_distill,
-    check_flags,
     check_keep,
     check_sites,
     check_target,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from pysolve.compressed import Compressed
-from pysolve.errors import PysolveError
+from pysolve.errors import PysolveError, check_flags
 from pysolve.forms import Sparse
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.gathering.memory import Bound
@@ -264,13 +264,6 @@ def check_whole(what: str, value: object, least: int = 1, most: int | None = Non
     if not good or not least <= int(value) <= (most or math.inf):  # type: ignore[call-overload]
         span = f"{least} … {most}" if most else f"at least {least}"
         raise ValueError(f"{what} must be an integer of {span}, got {value!r}.")
-
-
-def check_flags(**flags: object) -> None:
-    """Refuse what is neither true nor false."""
-    for what, value in flags.items():
-        if not isinstance(value, Integral | np.bool_) or value not in (0, 1):
-            raise TypeError(f"{what} must be True or False, got {value!r}.")
 
 
 def check_pattern(what: str, name: object) -> None:

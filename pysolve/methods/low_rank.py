@@ -13,7 +13,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from pysolve.compressed import Compressed
-from pysolve.errors import PysolveError, exactly_one, one_of
+from pysolve.errors import PysolveError, check_flags, exactly_one, one_of
 from pysolve.layer.reduced_rank import rank_keeping
 from pysolve.methods.budget import costs_of, settle
 from pysolve.methods.candidates import (
@@ -31,7 +31,6 @@ from pysolve.methods.goal import (
     Memory,
     Target,
     check_distill,
-    check_flags,
     check_target,
     check_whole,
     network_of,

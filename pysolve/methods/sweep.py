@@ -11,13 +11,13 @@ from torch.distributed import ProcessGroup
 
 from pysolve.compressed import Compressed
 from pysolve.correlations import Array
+from pysolve.errors import check_flags
 from pysolve.methods.compress import by_site, checked, made
 from pysolve.methods.goal import (
     Evaluate,
     Length,
     Memory,
     Target,
-    check_flags,
     network_of,
     options_for,
     placed,

@@ -120,7 +120,7 @@ def elimination_path(
     (21,)
     """
     problem = problem_of(problem, group_size)
-    constant = half_trace(r_yy, len(problem.xx))
+    constant = half_trace(r_yy, [len(C) for C in problem.yx])
     scaled = scale_to_unit_variance(problem)
     order, path = eliminate(scaled, ridge, 0)
     if path.largest_inverse <= TRUSTED_INVERSE:

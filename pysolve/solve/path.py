@@ -64,9 +64,9 @@ def regularization_path(
     """
     solve, problem = solver_named(method), problem_of(problem, group_size, weights)
     if lams is None:
-        if n_lams < 1 or not 0 < ratio < 1:
-            raise ValueError(f"n_lams must be at least 1 and ratio in (0, 1), got {n_lams} and {ratio}.")
-        lams = list(_highest(problem) * np.geomspace(1.0, ratio, n_lams))
+        if not 0 < ratio < 1:
+            raise ValueError(f"ratio must be in (0, 1), got {ratio}.")
+        lams = list(_highest(problem) * np.geomspace(1.0, ratio, whole("n_lams", n_lams, 1, 2**31 - 1)))
     solutions: list[Solution] = []
     for lam in sorted(lams, reverse=True):
         M0 = solutions[-1].M if solutions else None

@@ -243,15 +243,25 @@ def checked_weights(weights: npt.ArrayLike | None, groups: int) -> Array:
     return array
 
 
-def half_trace(r_yy: npt.ArrayLike | Sequence[npt.ArrayLike] | None, readers: int = 1) -> float:
-    """½ E‖y‖² from E[y yᵀ], its diagonal or its trace; or from a list of one for each of several readers."""
+def half_trace(r_yy: npt.ArrayLike | Sequence[npt.ArrayLike] | None, outputs: Sequence[int]) -> float:
+    """½ E‖y‖² from E[y yᵀ], its diagonal or its trace; or from a list of one for each of several readers.
+
+    ``outputs`` has how many each reader makes.
+    """
     if r_yy is None:
         return 0.0
-    if readers > 1 and isinstance(r_yy, list | tuple):
-        return sum(half_trace(part) for part in r_yy)
-    value = as_numpy("r_yy", r_yy).astype(np.float64)
-    if value.ndim > 2 or (value.ndim == 2 and value.shape[0] != value.shape[1]):
-        raise ValueError(f"r_yy must be E[y yᵀ], its diagonal or its trace, got shape {value.shape}.")
+    if len(outputs) > 1 and isinstance(r_yy, list | tuple):
+        if len(r_yy) != len(outputs):
+            raise ValueError(f"r_yy must have one entry for each of {len(outputs)} readers, got {len(r_yy)}.")
+        return sum(half_trace(part, [h]) for part, h in zip(r_yy, outputs, strict=True))
+    value, h = as_numpy("r_yy", r_yy), sum(outputs)
+    if value.dtype.kind not in "fiub":
+        raise TypeError(f"r_yy must hold real numbers, got dtype {value.dtype}.")
+    value = value.astype(np.float64)
+    if value.shape not in ((), (h,), (h, h)):
+        raise ValueError(
+            f"r_yy must be E[y yᵀ] of {h} outputs, its diagonal or its trace, got shape {value.shape}."
+        )
     energy = float(np.trace(value) if value.ndim == 2 else value.sum())
     if not 0 <= energy <= LARGEST**2:
         raise ValueError(f"r_yy must have a finite trace of at least 0, got {energy}.")

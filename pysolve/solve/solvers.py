@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pysolve import _core
-from pysolve.errors import one_of
+from pysolve.errors import check_flags, one_of, whole
 from pysolve.solve.certificate import certificate_of, lift_of, relative, shift_of
 from pysolve.solve.problem import (
     Matrices,
@@ -156,9 +156,10 @@ def fista(
     >>> ps.fista((r_xx, r_yx), lam=0.1, tol=1e-6).keep
     array([0, 1, 2, 3, 4])
     """
-    if not q > -2:
-        raise ValueError(f"q must be greater than -2, got {q}.")
-    core = partial(_core.fista, momentum=True, restart=restart, q=float(q))
+    check_flags(restart=restart)
+    if not -2 < q < np.inf:
+        raise ValueError(f"q must be finite and greater than -2, got {q}.")
+    core = partial(_core.fista, momentum=True, restart=bool(restart), q=float(q))
     return _solve("fista", core, problem, lam, **options)
 
 
@@ -181,9 +182,10 @@ def alternate_minimization(
     >>> ps.alternate_minimization((r_xx, r_yx), lam=0.1, rounds=20).keep
     array([0, 1, 2, 3, 4])
     """
-    if rounds < 1 or not epsilon > 0:
-        raise ValueError(f"rounds must be at least 1 and epsilon positive, got {rounds} and {epsilon}.")
-    core = partial(_core.alternate_minimization, rounds=int(rounds), epsilon=float(epsilon))
+    if not 0 < epsilon < np.inf:
+        raise ValueError(f"epsilon must be positive and finite, got {epsilon}.")
+    count = whole("rounds", rounds, 1, 2**31 - 1)
+    core = partial(_core.alternate_minimization, rounds=count, epsilon=float(epsilon))
     return _solve("alternate_minimization", core, problem, lam, **options)
 
 
@@ -240,9 +242,8 @@ def _solve(
     problem, lam = problem_of(problem, group_size, weights), check_lam(lam)
     if not tol >= 0:
         raise ValueError(f"tol must be at least 0, got {tol}.")
-    if max_iter is not None and max_iter < 0:
-        raise ValueError(f"max_iter must be at least 0, got {max_iter}.")
-    known = half_trace(r_yy, len(problem.xx))
+    limit = MAX_ITER[method] if max_iter is None else whole("max_iter", max_iter, 0, 2**31 - 1)
+    known = half_trace(r_yy, [len(C) for C in problem.yx])
     scaled = scale(problem, known)
     constant, energy = scaled.constant + known, scaled.unit**2
 
@@ -253,7 +254,7 @@ def _solve(
     start = np.zeros(scaled.shape)
     if M0 is not None:
         start = reduce(scaled, answers_of("M0", M0, problem, largest=np.inf), lam)
-    scaled_lam, limit = lam / scaled.unit, MAX_ITER[method] if max_iter is None else int(max_iter)
+    scaled_lam = lam / scaled.unit
     if lam >= scaled.lam_max * (1 - 1e-13):
         # Zero is the solution; rounding in the scaled C must not make the core doubt it.
         start, scaled_lam = np.zeros_like(start), max(scaled_lam, 1.0) * (1 + 1e-12)

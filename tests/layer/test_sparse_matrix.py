@@ -273,8 +273,27 @@ def test_dense_matrices_that_do_not_fit_are_refused(dense, kind, message):
         _ = matrix @ dense
     with pytest.raises(ValueError, match="bias must have 3 entries, got 4"):
         matrix.matmul(np.zeros((2, 4), np.float32), bias=np.zeros(4, np.float32))
+    with pytest.raises(ValueError, match=r"bias must have 3 entries, got shape \(3, 1\)"):
+        matrix.matmul(np.zeros((2, 4), np.float32), bias=np.zeros((3, 1), np.float32))
     with pytest.raises(ValueError, match="unknown layout 'rows'"):
         matrix.matmul(np.zeros((2, 4), np.float32), "rows")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"out": [0.0] * 3}, "out must be a float32 array, got list"),
+        ({"threads": 1.5}, "threads must be an integer of at least 1"),
+        ({"threads": "all"}, "threads must be an integer of at least 1"),
+        ({"relu": "yes"}, "relu must be True or False"),
+    ],
+)
+def test_options_of_products_that_cannot_be_meant_are_refused(options, message):
+    matrix = ps.SparseMatrix.from_csr(random_csr(3, 4, 0.5))
+    with pytest.raises(TypeError, match=message):
+        matrix.matmul(np.zeros(4, np.float32), **options)
+    with pytest.raises(ValueError, match=r"threads must be an integer of at least 1, got -1"):
+        matrix.value_gradient(np.zeros((2, 3), np.float32), np.zeros((2, 4), np.float32), threads=-1)
 
 
 @given(products(), st.sampled_from(LEVELS), st.integers(1, 3))

@@ -94,8 +94,8 @@ def test_outputs_that_nothing_explains_are_refused():
         (lambda: ps.lam_for_groups(layer(), k=0), "k must be an integer of at least 1, got 0"),
         (lambda: ps.lam_for_groups(layer(), k=41), "all 40, got 41"),
         (lambda: ps.lam_for_groups(layer(), k=3, method="adam"), "unknown method 'adam'"),
-        (lambda: ps.regularization_path(layer(), n_lams=0), "n_lams must be at least 1"),
-        (lambda: ps.regularization_path(layer(), ratio=1.0), r"ratio in \(0, 1\)"),
+        (lambda: ps.regularization_path(layer(), n_lams=0), "n_lams must be an integer within 1"),
+        (lambda: ps.regularization_path(layer(), ratio=1.0), r"ratio must be in \(0, 1\)"),
         (lambda: ps.regularization_path(layer(), lams=[1.0, -1.0]), "lam must be positive"),
     ],
 )

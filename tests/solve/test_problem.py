@@ -44,8 +44,11 @@ def with_entry(matrix, value):
         (EYE, ROW, {"M0": with_entry(ROW, np.nan)}, "M0 has 1 entries"),
         (EYE, ROW, {"tol": -1e-8}, "tol must be at least 0"),
         (EYE, ROW, {"tol": np.nan}, "tol must be at least 0"),
-        (EYE, ROW, {"max_iter": -1}, "max_iter must be at least 0"),
+        (EYE, ROW, {"max_iter": -1}, "max_iter must be an integer within 0"),
         (EYE, ROW, {"r_yy": -1.0}, "r_yy must have a finite trace"),
+        (EYE, ROW, {"r_yy": []}, r"r_yy must be E\[y yᵀ\] of 2 outputs, .* got shape \(0,\)"),
+        (EYE, ROW, {"r_yy": np.eye(3)}, r"r_yy must be E\[y yᵀ\] of 2 outputs"),
+        (np.ma.array(EYE, mask=EYE > 0), ROW, {}, "r_xx has masked entries"),
         (EYE, ROW, {"method": "adam"}, "unknown method 'adam'; choose one of alternate_minimization, fista"),
     ],
 )
@@ -61,6 +64,8 @@ def test_bad_values_are_refused(r_xx, r_yx, options, message):
         (EYE, ROW.astype(object), {}, "r_yx must hold real numbers"),
         (EYE, ROW, {"lam": "large"}, "lam must be a number, got 'large'"),
         (EYE, ROW, {"group_size": 2.0}, "group_size must be an integer of at least 1, got 2.0"),
+        (EYE, ROW, {"max_iter": np.inf}, "max_iter must be an integer within 0 .* got inf"),
+        (EYE, ROW, {"r_yy": "all"}, "r_yy must hold real numbers"),
         (torch.eye(4, device="meta"), ROW, {}, "r_xx is on meta"),
     ],
 )
@@ -80,6 +85,8 @@ def test_readers_must_share_their_inputs():
         ps.fista([(EYE, ROW), (np.eye(3), np.ones((1, 3)))], 1.0)
     with pytest.raises(ValueError, match="empty list"):
         ps.fista([], 1.0)
+    with pytest.raises(ValueError, match="r_yy must have one entry for each of 2 readers, got 3"):
+        ps.fista([(EYE, ROW)] * 2, 1.0, r_yy=[1.0] * 3)
 
 
 def test_readers_must_share_their_groups():

@@ -324,10 +324,14 @@ def test_momentum_and_restart_are_options():
     restarted = ps.fista((R, C), 0.1, tol=1e-8)
     assert published.converged
     assert restarted.iterations < published.iterations
-    with pytest.raises(ValueError, match="q must be greater than -2"):
+    with pytest.raises(ValueError, match="q must be finite and greater than -2"):
         ps.fista((R, C), 0.1, q=-2.0)
-    with pytest.raises(ValueError, match="rounds must be at least 1"):
+    with pytest.raises(ValueError, match="rounds must be an integer within 1"):
         ps.alternate_minimization((R, C), 0.1, rounds=0)
+    with pytest.raises(ValueError, match="epsilon must be positive and finite"):
+        ps.alternate_minimization((R, C), 0.1, epsilon=np.inf)
+    with pytest.raises(TypeError, match="restart must be True or False"):
+        ps.fista((R, C), 0.1, restart="no")
 
 
 def test_correlations_carry_their_groups():
