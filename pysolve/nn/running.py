@@ -41,7 +41,7 @@ def find_layer(model: nn.Module, name: str) -> nn.Module:
 
 def closest(name: str, known: Iterable[str], otherwise: str) -> str:
     """Which of the known names may have been meant."""
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), known, n=3, cutoff=0.5)
     return f"did you mean {' or '.join(map(repr, close))}?" if close else otherwise
 
 

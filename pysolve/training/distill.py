@@ -12,7 +12,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from pysolve.errors import DataError
+from pysolve.errors import DataError, whole
 from pysolve.nn.gathering.memory import free_memory
 from pysolve.nn.items import Transform, batched
 from pysolve.nn.running import Batch, calling_layers, evaluating, find_layer, keeping_modes
@@ -133,8 +133,8 @@ def distill(
     terms = losses.DistillationLoss(
         temperature, alpha, loss, losses.layer_pairs(features), feature_weight, mix
     )
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size must be positive, got {batch_size}.")
+    if batch_size is not None:
+        batch_size = whole("batch_size", batch_size)
     if cache and mix:
         raise ValueError("cache=True keeps nothing of use where mix makes new samples: give one of them.")
     run = run_of(1, training)

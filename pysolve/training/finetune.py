@@ -114,8 +114,8 @@ def finetune(
     run, device = replace(run, steps=n), device_of(model)
 
     def loss_of(batch: Batch) -> Tensor:
-        if not isinstance(batch, Mapping) and (not isinstance(batch, tuple | list) or len(batch) < 2):
-            raise DataError(f"expected batches of inputs and labels, got {type(batch).__name__}.")
+        if not isinstance(batch, Mapping):
+            check_labelled(batch)
         with computing(run, device):
             output = output_of(model, batch, device)
         if isinstance(batch, Mapping):
@@ -134,9 +134,11 @@ def loss_on(loss: Loss, output: Output, labels: Tensor) -> Tensor:
     ------
     DataError
         Labels that the cross entropy refuses; other functions' errors are their own.
+    TypeError
+        The function returns something else than one number that can be trained on.
     """
     try:
-        return loss(output, labels)
+        value = loss(output, labels)
     except (IndexError, ValueError, TypeError, RuntimeError) as error:
         if loss is not cross_entropy or isinstance(error, torch.OutOfMemoryError):
             raise
@@ -144,6 +146,19 @@ def loss_on(loss: Loss, output: Output, labels: Tensor) -> Tensor:
             f"the cross entropy of outputs {in_words(output)} refuses labels {in_words(labels)}: "
             f"{sentence(error)}. Classes are counted from 0, one for each sample; or give another loss."
         ) from error
+    if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
+        raise TypeError(
+            f"loss must return a tensor of one number, computed from the outputs, got {in_words(value)}."
+        )
+    return value
+
+
+def check_labelled(batch: Batch) -> None:
+    """Refuse what is no pair of inputs and labels."""
+    kinds = [type(item).__name__ for item in batch] if isinstance(batch, tuple | list) else []
+    if len(kinds) < 2 or not hasattr(batch[1], "to"):
+        got = type(batch).__name__ + (f" of {', '.join(kinds[:2])}" if kinds else "")
+        raise DataError(f"expected batches of inputs and labels, got {got}: give tensors of both.")
 
 
 def one_by_one(batches: Iterable[Batch]) -> Iterator[tuple[int, Batch]]:

@@ -9,10 +9,13 @@ from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import TypedDict
 
+import numpy as np
 import torch
 from torch import nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
+
+from pysolve.errors import check_flags, whole
 
 Optimizing = str | Callable[[list[nn.Parameter]], Optimizer]
 Scheduling = str | Callable[[float], float]
@@ -95,12 +98,15 @@ class Run:
             value = getattr(self, name)
             if value is not None and not (isinstance(value, Real) and 0 < float(value) < math.inf):
                 raise ValueError(f"{name} must be a positive number, got {value}.")
-        if not 0 <= self.weight_decay < math.inf:
+        decay: object = self.weight_decay
+        if not (isinstance(decay, int | float | np.number) and 0 <= float(decay) < math.inf):
             raise ValueError(f"weight_decay must be a number of 0 and above, got {self.weight_decay}.")
         for name, known in (("optimizer", [*OPTIMIZERS]), ("schedule", ["one-cycle", *SCHEDULES])):
             choice = getattr(self, name)
             if not callable(choice) and choice not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)} or a callable, got {choice!r}.")
+        whole("seed", self.seed, 0, 2**63 - 1)
+        check_flags(progress=self.progress)
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {self.precision!r}.")
         if self.patience is not None and self.evaluate is None:

@@ -150,7 +150,18 @@ def test_a_loss_that_is_not_a_number_is_one_clear_error():
         ([], {"epochs": 1}, "there are no batches"),
         (torch.zeros(3, 6), {"epochs": 1}, "got one Tensor: wrap it in a list"),
         ([x for x, _ in pairs()], {"epochs": 1}, "batches of inputs and labels, got Tensor"),
+        (
+            [(x, None) for x, _ in pairs()],
+            {"epochs": 1},
+            "got tuple of Tensor, NoneType: give tensors of both",
+        ),
         ([{"x": x} for x, _ in pairs()], {"epochs": 1}, "whose output has a loss"),
+        (pairs(), {"epochs": 1, "loss": lambda *_: 1}, "loss must return a tensor of one number, .* got 1"),
+        (pairs(), {"epochs": 1, "loss": lambda output, _: output}, "loss must return a tensor of one number"),
+        (pairs(), {"epochs": 1, "loss": lambda *_: torch.ones(())}, "computed from the outputs"),
+        (pairs(), {"epochs": 1, "seed": 0.5}, "seed must be an integer within 0"),
+        (pairs(), {"epochs": 1, "weight_decay": "l2"}, "weight_decay must be a number of 0 and above"),
+        (pairs(), {"epochs": 1, "progress": None}, "progress must be True or False"),
     ],
 )
 def test_wrong_arguments_are_named(batches, options, message):

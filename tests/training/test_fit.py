@@ -92,6 +92,19 @@ def test_epochs_and_batch_size_must_be_positive(wrong):
         fit(network(), *clouds(), **wrong)
 
 
+@pytest.mark.parametrize(
+    ("model", "options", "message"),
+    [
+        (len, {}, "model must be a torch.nn.Module, .* got builtin"),
+        (network(), {"batch_size": 2.5}, "batch_size must be an integer of at least 1, got 2.5"),
+        (network(), {"batch_size": float("inf")}, "batch_size must be an integer of at least 1, got inf"),
+    ],
+)
+def test_what_cannot_be_trained_is_named(model, options, message):
+    with pytest.raises(TypeError, match=message):
+        fit(model, *clouds(), epochs=1, **options)
+
+
 def test_labels_must_belong_to_the_inputs():
     x, y = clouds()
     with pytest.raises(DataError, match="got 119 for 120"):

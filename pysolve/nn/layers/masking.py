@@ -79,6 +79,8 @@ def mask_weights(
     >>> int((model[0].weight != 0).sum())
     16
     """
+    if not isinstance(masks, Mapping):
+        raise TypeError(f"masks must be a mapping of layers to masks, got {type(masks).__name__}.")
     layers = {name: find_layer(model, name) for name in masks}
     given: dict[nn.Module, tuple[str, Tensor]] = {}
     for name, layer in layers.items():

@@ -164,6 +164,8 @@ def share_weights(
     """
     if trained not in TRAINED:
         raise ValueError(f"trained must be one of {', '.join(TRAINED)}, got {trained!r}.")
+    if not isinstance(books, Mapping):
+        raise TypeError(f"books must be a mapping of layers to codebooks, got {type(books).__name__}.")
     for name, book in books.items():
         _check_book(name, find_layer(model, name), book, zero=keep_zeros and trained == "both")
     _change(model, books, _share if trained == "values" else partial(_snap, keep_zeros=keep_zeros))

@@ -226,6 +226,8 @@ def test_computed_weights_are_refused():
 def test_masks_that_do_not_fit_are_refused_before_anything_is_changed():
     model = mlp()
     good = np.ones((8, 6), bool)
+    with pytest.raises(TypeError, match="masks must be a mapping of layers to masks, got list"):
+        mask_weights(model, [good])
     for name, mask in (("fc2", np.ones((8, 3), bool)), ("fc2", np.ones((3, 8))), ("", good)):
         with pytest.raises(ValueError, match=f"the mask of {name} must be of booleans in its weight's shape"):
             mask_weights(model, {"fc1": good, name: mask})
