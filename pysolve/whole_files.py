@@ -28,6 +28,7 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 def replacing(path: str | os.PathLike[str], size: int | None = None) -> Iterator[Path]:
     """An empty file to fill, which takes the place of ``path`` once it is complete and on the disk.
 
+    Where ``path`` is a link, that of what it leads to.
     Where filling it fails, an existing file is as it was, and nothing of the new one is left; of a process
     that was killed meanwhile, the next call for the same folder removes it.
 
@@ -42,7 +43,7 @@ def replacing(path: str | os.PathLike[str], size: int | None = None) -> Iterator
     WriteError
         ``path`` is in no folder, is one itself, or cannot be written.
     """
-    path = Path(path)
+    path = _linked(path)
     check_writable(path)
     with _part_of(path, size) as part:
         new = part / _NEW
@@ -62,7 +63,7 @@ def replacing_folder(path: str | os.PathLike[str], size: int | None = None) -> I
 
     Two renames: a process that is killed between them leaves no folder, until the next call puts it there.
     """
-    path = Path(path)
+    path = _linked(path)
     _check_folder(path)
     with _part_of(path, size) as part:
         new = part / _NEW
@@ -79,7 +80,7 @@ def check_writable(path: Path) -> None:
     """WriteError where a file cannot be written because of what is at its place."""
     _check_folder(path)
     # A device in the place of the file would be replaced, too.
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise WriteError(f"{path} cannot be written: what is there is no file.")
 
 
@@ -155,6 +156,11 @@ def _part_of(path: Path, size: int | None) -> Iterator[Path]:
             raise
         needed = f"{size:,} bytes" if size is not None else f"more than {written:,} bytes"
         raise unwritten(path, error, needed) from error
+
+
+def _linked(path: str | os.PathLike[str]) -> Path:
+    """Where a link leads: it stays, and what it stands for is replaced."""
+    return Path(os.path.realpath(path) if os.path.islink(path) else path)
 
 
 def _check_folder(path: Path) -> None:

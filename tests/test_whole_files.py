@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import pysolve as ps
-from pysolve.whole_files import replacing
+from pysolve.whole_files import replacing, replacing_folder
 
 
 def test_a_file_appears_once_it_is_complete(tmp_path):
@@ -64,6 +64,29 @@ def test_a_place_that_cannot_be_written_is_named_before_any_writing(tmp_path):
     for place in (tmp_path, "/dev/null"):
         with pytest.raises(ps.PysolveError, match="what is there is no file"):
             replacing(place).__enter__()
+    assert not [*tmp_path.iterdir()]
+
+
+def test_links_stay_and_what_they_lead_to_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name, leads in (("file", "disk/file"), ("folder", "disk/folder"), ("new", "disk/new")):
+        (tmp_path / name).symlink_to(leads)
+    (tmp_path / "disk" / "file").write_text("old")
+    (tmp_path / "disk" / "folder").mkdir()
+    for name in ("file", "new"):
+        with replacing(tmp_path / name) as part:
+            part.write_text("new")
+    with replacing_folder(tmp_path / "folder") as part:
+        (part / "one").write_text("new")
+    assert all((tmp_path / name).is_symlink() for name in ("file", "folder", "new"))
+    for name in ("file", "new", "folder/one"):
+        assert (tmp_path / "disk" / name).read_text() == "new"
+
+
+@pytest.mark.parametrize("kind", [replacing, replacing_folder])
+def test_a_name_that_is_too_long_is_an_error_of_the_disk(tmp_path, kind):
+    with pytest.raises(ps.PysolveError, match="File name too long"), kind(tmp_path / ("n" * 300)):
+        pass
     assert not [*tmp_path.iterdir()]
 
 
