@@ -36,7 +36,7 @@ from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.layer_matrix import LAYERS, groups
 from pysolve.nn.progress import one_bar
 from pysolve.nn.ranks import of_all_processes
-from pysolve.nn.refusal import check_many, output_of
+from pysolve.nn.refusal import beside, check_many, output_of
 from pysolve.nn.running import (
     Batch,
     Device,
@@ -215,7 +215,8 @@ def studied(
         with evaluating(model):
             output_of(model, first)
         return replace(base, calibration=Calibration(0, [first], [first]))
-    graph, nodes, found, why = _traced(model, first, sites, options.ignore, needed, known, heads)
+    with beside(first):
+        graph, nodes, found, why = _traced(model, first, sites, options.ignore, needed, known, heads)
     found = [site for site in found if heads or not site.attention]
     if sites is True and not experts:
         found = [_whole(site) for site in found]
@@ -237,24 +238,26 @@ def studied(
         calibration = known._gathered.within(graph, options.memory)
         correlations: Mapping[str, Correlations] = some_of(known.correlations, wanted)
     else:
-        calibration, correlations, said = calibrate(
-            model,
-            batches,
-            first,
-            graph,
-            nodes,
-            wanted,
-            bound=options.memory,
-            checkpoint=options.checkpoint,
-            ranks=ranks,
-            double=[
-                name
-                for site in found
-                for name in site.readers
-                if name in layers and reads_more(site, name, layers[name].module)
-            ],
-            progress=options.progress,
-        )
+        double = [
+            name
+            for site in found
+            for name in site.readers
+            if name in layers and reads_more(site, name, layers[name].module)
+        ]
+        with beside(first):
+            calibration, correlations, said = calibrate(
+                model,
+                batches,
+                first,
+                graph,
+                nodes,
+                wanted,
+                bound=options.memory,
+                checkpoint=options.checkpoint,
+                ranks=ranks,
+                double=double,
+                progress=options.progress,
+            )
     stacked = stack_correlations(model, graph, calibration.kept, found)
     if ranks.size > 1:
         stacked = of_all_processes(stacked, ranks)

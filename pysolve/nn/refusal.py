@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,14 @@ _SINGLE = (
 )
 
 
+class Refusal(DataError):
+    """A network's own refusal of a batch."""
+
+    def __init__(self, text: str, batch: Batch) -> None:
+        super().__init__(text)
+        self.batch = batch
+
+
 def output_of(model: nn.Module, batch: Batch, device: Device = None) -> Output:
     """``forward`` of a network that the user gave, on a batch that the user gave.
 
@@ -59,9 +68,28 @@ def output_of(model: nn.Module, batch: Batch, device: Device = None) -> Output:
     # Whatever the network's own code raises.
     except Exception as error:
         remedy = _names(model, batch) or _types(model, batch) or _single(model, batch)
-        raise DataError(
+        raise Refusal(
             f"{type(model).__name__} itself refuses the batch ({_described(batch)})"
-            f"{code_line(error)}: {sentence(error)}.{remedy}"
+            f"{code_line(error)}: {sentence(error)}.{remedy}",
+            batch,
+        ) from error
+
+
+@contextmanager
+def beside(first: Batch) -> Iterator[None]:
+    """Say of a batch of other sizes than the first, which the network has taken, that these are why."""
+    try:
+        yield
+    except Refusal as error:
+        given, taken = (
+            [getattr(value, "shape", ()) for value in by_name(one).values()] for one in (error.batch, first)
+        )
+        if given == taken:
+            raise
+        raise DataError(
+            f"{error} The first batch ({_described(first)}) it takes: a size is written into its code, but "
+            "samples are held out, and batches may differ. Read sizes from the input, such as x.shape[0], or "
+            "leave out batches of other ones."
         ) from error
 
 

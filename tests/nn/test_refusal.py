@@ -143,3 +143,18 @@ def test_a_network_for_batches_of_one_size_alone_is_not_taken_for_one_of_single_
             return super().forward(x.view(6, 8))
 
     check_many(Fixed(8, 4), torch.randn(6, 8))
+
+
+class Flattened(nn.Sequential):
+    def forward(self, x):
+        return super().forward(x.view(64, -1))
+
+
+@pytest.mark.parametrize("sizes", [(64, 64), (64, 30)])
+def test_of_sizes_that_are_written_into_the_code_those_that_it_takes_are_named(sizes):
+    model = Flattened(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    batches = [torch.randn(size, 8) for size in sizes]
+    with pytest.raises(
+        DataError, match=r"The first batch \(input: float32\[64, 8\]\) it takes: .* x\.shape\[0\]"
+    ):
+        ps.compress(model, batches, keep=0.5, progress=False)
