@@ -72,6 +72,8 @@ def scored(reports: Results | Mapping[str, Results], measure: str) -> dict[str, 
         kind = type(reports).__name__
         raise TypeError(f"reports must be a list, such as sweep returns, got one {kind}: pass [it].")
     named = reports if isinstance(reports, Mapping) else {"compressed": reports}
+    for runs in named.values():
+        _check_results(runs)
     methods = {
         str(label): [one.report if isinstance(one, Compressed) else one for one in runs]
         for label, runs in named.items()
@@ -92,6 +94,14 @@ def scored(reports: Results | Mapping[str, Results], measure: str) -> dict[str, 
     return methods
 
 
+def _check_results(runs: object) -> None:
+    listed = runs if isinstance(runs, Sequence) else [runs]
+    others = [one for one in listed if one is runs or not isinstance(one, Report | Compressed)]
+    if others:
+        kind = type(others[0]).__name__
+        raise TypeError(f"reports must be a list of results, or {{label: such a list}}, got {kind}.")
+
+
 def histories_of(solves: object) -> dict[str, History]:
     """History of each solve."""
     if not isinstance(solves, Mapping):
@@ -101,7 +111,11 @@ def histories_of(solves: object) -> dict[str, History]:
         )
     if not solves:
         raise ValueError("there are no solves to draw: pass {label: Solution or History}.")
-    return {str(label): one.history if isinstance(one, Solution) else one for label, one in solves.items()}
+    found = {str(label): one.history if isinstance(one, Solution) else one for label, one in solves.items()}
+    for label, one in found.items():
+        if not isinstance(one, History):
+            raise TypeError(f"{label!r} must be a Solution or History, got {type(one).__name__}.")
+    return found
 
 
 def error_curves(curves: object) -> list[Curve]:

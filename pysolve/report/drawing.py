@@ -110,6 +110,9 @@ def save_figure(figure: Figure, path: Path, *, dpi: int = 160) -> None:
     path = PathOf(path)
     # As matplotlib names files without an ending.
     kind = path.suffix.removeprefix(".") or str(rcParams["savefig.format"])
+    known = figure.canvas.get_supported_filetypes()
+    if not path.name or kind.lower() not in known:
+        raise ValueError(f"path must end in one of .{', .'.join(sorted(known))}, got {str(path)!r}.")
     path = path if path.suffix else path.with_name(f"{path.name}.{kind}")
     # Some writers of pictures say nothing of a full disk.
     with io.BytesIO() as picture:

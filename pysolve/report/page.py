@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 
 from pysolve.report.drawing import INK
 from pysolve.report.plots import plot_channels, plot_elimination
-from pysolve.report.report import Report
+from pysolve.report.report import Report, check_report
 from pysolve.tables import as_html
 
 _STYLE = """
@@ -83,6 +83,8 @@ def page(report: Report, title: str, more: Mapping[str, str] | None = None) -> s
     >>> smaller = ps.compress(model, batches, keep=0.5, latency=False)
     >>> size = Path("report.html").write_text(ps.page(smaller.report, "Half of the channels"), "utf-8")
     """
+    check_report(report)
+    title = str(title)
     lines = [
         '<!doctype html><html lang="en"><head><meta charset="utf-8">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',

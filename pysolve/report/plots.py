@@ -17,7 +17,7 @@ from pysolve.correlations import Array
 from pysolve.report import drawing
 from pysolve.report.curves import Curve, Results, error_curves, front, histograms, histories_of, scored
 from pysolve.report.drawing import COLORS, INK, NAMED, Path
-from pysolve.report.report import Report
+from pysolve.report.report import Report, check_report
 from pysolve.solve.elimination import EliminationPath
 from pysolve.solve.solution import History, Solution
 
@@ -250,6 +250,7 @@ def plot_channels(report: Report, path: Path | None = None, *, ax: Axes | None =
     >>> smaller = ps.compress(model, batches, keep=0.5, latency=False)
     >>> axes = ps.plot_channels(smaller.report, "channels.png")
     """
+    check_report(report)
     sites = report.sites
     if not sites:
         raise ValueError("the report has no sites to draw: those of compress and sweep have.")

@@ -260,3 +260,9 @@ def _costs(report: Report) -> Table:
         label = f"latency of {fast.batch_size} on {fast.threads} thread{'s' * (fast.threads > 1)}"
         rows.append((label, str(slow), str(fast), f"{fast.median / slow.median:.1%}" if slow.median else ""))
     return Table("Before and after", ("", "before", "after", "left"), tuple(rows))
+
+
+def check_report(report: object) -> None:
+    """Refuse what is no report."""
+    if not isinstance(report, Report):
+        raise TypeError(f"expected a Report, such as a result's .report, got {type(report).__name__}.")

@@ -98,6 +98,12 @@ def test_a_report_without_sites_has_no_pictures():
     assert page(REPORT, "x").count("<svg") == 2
 
 
+def test_a_page_is_of_a_report():
+    assert "<h1>3</h1>" in page(REPORT, 3)
+    with pytest.raises(TypeError, match=r"expected a Report, .* got NoneType"):
+        page(None, "title")
+
+
 def test_every_word_of_the_tables_that_needs_it_is_explained():
     html = page(REPORT, "x", {"command": "pysolve compress <mine>"})
     words = html[html.index("<h2>Words</h2>") :]

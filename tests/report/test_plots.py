@@ -357,6 +357,23 @@ def test_bad_weights_and_thresholds_say_what_is_wrong():
         plot_weights({"fc1": np.ones(3)}, thresholds=-0.1)
 
 
+@pytest.mark.parametrize("name", ["picture.xyz", ".", ""])
+def test_formats_that_cannot_be_written_are_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=r"path must end in one of .*\.png, .* got '"):
+        plot_weights({"fc1": np.ones(3)}, name)
+
+
+@pytest.mark.parametrize("given", [None, 3, "text", [None], {"a": 3}, {"a": [3]}])
+def test_what_is_no_result_is_refused_by_what_it_is(given):
+    with pytest.raises(TypeError, match="reports must be a list of results"):
+        plot_pareto(given)
+    with pytest.raises(TypeError, match=r"expected a Report, such as a result's .report, got"):
+        plot_channels(given)
+    with pytest.raises(TypeError, match=r"must be .*Solution or History"):
+        plot_convergence(given)
+
+
 @pytest.mark.parametrize("plot", PICTURES, ids=lambda plot: plot.__name__)
 def test_the_documentation_shows_it(plot):
     text = (DOCS / "plots.md").read_text()
