@@ -11,7 +11,6 @@ from importlib import import_module
 from inspect import signature
 from numbers import Real
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from pysolve.cli.arrays import arrays_in
 from pysolve.cli.blame import told
 from pysolve.cli.datasets import mnist
 from pysolve.cli.weights import fill
@@ -190,14 +190,7 @@ def _imported(name: str, what: str) -> Callable[..., object]:
 
 def _arrays(path: Path) -> Samples:
     """Inputs, and labels if there are some, of a NumPy file."""
-    try:
-        with path.open("rb") as file:
-            content = np.load(file, allow_pickle=False)
-            arrays = {"x": content} if path.suffix == ".npy" else dict(content)
-    except FileNotFoundError as error:
-        raise DataError(f"there is no file {path}.") from error
-    except (ValueError, EOFError, OSError, BadZipFile) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
+    arrays = arrays_in(path)
     if "x" not in arrays:
         raise DataError(f"{path} has no array x; it has {', '.join(arrays) or 'none'}.")
     return Samples(

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 import typer
 
+from pysolve.cli.arrays import arrays_in
 from pysolve.cli.outputs import check_new
 from pysolve.errors import DataError
 from pysolve.solve.certificate import lam_max
@@ -30,15 +30,12 @@ def solve_file(
     """Solve the reconstruction problem in an .npz file."""
     if out is not None:
         check_new(out, overwrite=overwrite)
-    if not file.is_file():
-        raise DataError(f"there is no file {file}.")
     check_lam(lam)
-    try:
-        with file.open("rb") as opened:
-            arrays = np.load(opened, allow_pickle=False)
-            r_xx, r_yx = arrays["r_xx"], arrays["r_yx"]
-    except (KeyError, ValueError, EOFError, OSError, IndexError, BadZipFile) as error:
-        raise DataError(f"{file} must be an .npz file with r_xx and r_yx: {error}") from error
+    arrays = arrays_in(file)
+    if not {"r_xx", "r_yx"} <= arrays.keys():
+        known = ", ".join(arrays) or "nothing"
+        raise DataError(f"{file} must be an .npz file with r_xx and r_yx, but it has {known}.")
+    r_xx, r_yx = arrays["r_xx"], arrays["r_yx"]
     if relative:
         most = lam_max(r_xx, r_yx, group_size=group_size)
         if not most:

@@ -95,7 +95,8 @@ def _state(path: Path) -> Mapping[str, Any]:
             return load_file(path)
         state: object = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, ValueError) as error:
-        raise DataError(f"{path} holds no state dict that can be read: {error}") from error
+        why = str(error) or "it is empty"
+        raise DataError(f"{path} holds no state dict that can be read: {why}") from error
     except Exception as error:
         # The contract of torch.load does not name its errors for files that are no checkpoints.
         found = _GLOBAL.search(str(error))

@@ -602,7 +602,14 @@ def test_solve_certifies_and_writes_the_solution(home):
             "target for bytes must be",
         ),
         (("deep-compress", "mine:make", "--data", "inputs.npy", "--bytes", "100"), "Give a larger target"),
-        (("solve", "inputs.npy"), "r_xx and r_yx"),
+        (("inspect", "mine:make", "--data", "text.npy"), "text.npy cannot be read: it is no file of NumPy's"),
+        (
+            ("inspect", "mine:make", "--data", "objects.npy"),
+            "it holds Python objects: save arrays of numbers",
+        ),
+        (("inspect", "mine:make", "--data", "inputs.npy", "--weights", "empty.pt"), "read: it is empty"),
+        (("solve", "inputs.npy"), "must be an .npz file with r_xx and r_yx, but it has x"),
+        (("solve", "text.npy"), "text.npy cannot be read: it is no file of NumPy's"),
         (("solve", "nothing.npz"), "there is no file nothing.npz"),
         (("solve", "problem.npz", "--lam", "-1"), "lam must be positive and finite, at most 1e+90, got -1.0"),
         (("solve", "zero.npz"), "r_yx in zero.npz is zero"),
@@ -681,6 +688,9 @@ def test_solve_certifies_and_writes_the_solution(home):
 )
 def test_what_the_user_can_mend_is_one_line_and_status_2(home, arguments, message):
     (home / "broken.npz").write_bytes(b"PK\x03\x04broken")
+    (home / "text.npy").write_text("1, 2, 3")
+    (home / "empty.pt").touch()
+    np.save("objects.npy", np.array([1, "a"], dtype=object))
     save_file({"0.weight": torch.zeros(3, 3)}, "other.safetensors")
     np.savez("wide.npz", x=np.zeros((4, 13)), y=np.zeros(4, int))
     np.savez("problem.npz", r_xx=np.eye(4), r_yx=np.ones((2, 4)))
