@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from pysolve.compressed import Compressed
+from pysolve.errors import whole
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.methods.goal import Evaluate, network_of, options_for
 from pysolve.methods.kinds.channels import ridge_fit
@@ -106,8 +107,7 @@ def prune_gradually(
     0.75
     """
     run_of(1, training, BaseOptions)
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}.")
+    whole("steps", steps)
     prepared = _prepared(model, amount, "amount", ignore, layout)
 
     def step_of(network: nn.Module) -> Step:
@@ -179,7 +179,7 @@ def network_surgery(
     if (amount is None) == (rate is None):
         raise ValueError(f"give either amount or rate, got {amount=} and {rate=}.")
     chances = probability.values() if isinstance(probability, Mapping) else [probability]
-    if not all(0 < chance <= 1 for chance in chances):
+    if not all(isinstance(chance, int | float | np.number) and 0 < chance <= 1 for chance in chances):
         raise ValueError(f"probability must be in (0, 1], got {probability}.")
     what, value = ("amount", amount) if rate is None else ("rate", rate)
     assert value is not None

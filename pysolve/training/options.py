@@ -12,7 +12,7 @@ from typing import TypedDict
 import numpy as np
 import torch
 from torch import nn
-from torch.optim import SGD, Adam, AdamW, Optimizer
+from torch.optim import LBFGS, SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, OneCycleLR
 
 from pysolve.errors import check_flags, whole
@@ -159,6 +159,10 @@ def optimizer_of(
     made: object = choice(parameters)
     if not isinstance(made, Optimizer):
         raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(made).__name__}.")
+    if isinstance(made, LBFGS):
+        raise TypeError(
+            "optimizer must step on one gradient: LBFGS computes the loss several times."
+        )
     return made
 
 

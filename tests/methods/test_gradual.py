@@ -169,6 +169,7 @@ def test_wrong_arguments_are_named(prune, options, error, message):
         ({"rate": float("nan")}, "rate of all must be a finite number"),
         ({"rate": {"4": float("inf")}}, "rate of 4 must be a finite number"),
         ({"amount": 0.5, "probability": 0.0}, r"probability must be in \(0, 1\]"),
+        ({"amount": 0.5, "probability": "often"}, "probability must be in .* got often"),
         ({"amount": 0.5, "probability": {"0": 0.5}}, "probability must name every pruned layer"),
     ],
 )
@@ -178,7 +179,7 @@ def test_wrong_arguments_of_surgery_are_named(options, message):
 
 
 def test_wrong_steps_and_shared_weights_are_named_before_training():
-    with pytest.raises(ValueError, match="steps must be at least 1"):
+    with pytest.raises(ValueError, match="steps must be an integer of at least 1"):
         prune_gradually(network(), loader(), amount=0.5, epochs=1, steps=0)
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module"):
         prune_gradually("network", loader(), amount=0.5, epochs=1)

@@ -77,6 +77,8 @@ def test_what_is_not_an_optimizer_or_a_factor_is_told():
     parameters = [nn.Parameter(torch.ones(1))]
     with pytest.raises(TypeError, match=r"must return a torch.optim.Optimizer, got list"):
         optimizer_of(list, parameters, 0.1, 0.0)
+    with pytest.raises(TypeError, match="LBFGS computes the loss several times"):
+        optimizer_of(torch.optim.LBFGS, parameters, 0.1, 0.0)
     optimizer = optimizer_of("sgd", parameters, 0.1, 0.0)
     with pytest.raises(ValueError, match=r"schedule must give factors of 0 and above, got -1.0 at 0"):
         schedule_of(lambda share: share - 1, optimizer, 4, momentum=True)
