@@ -181,6 +181,8 @@ def load_pretrained(folder: str | os.PathLike[str]) -> nn.Module:
     torch.Size([16, 12, 50])
     """
     folder = Path(folder)
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}.")
     _check_sums(folder)
     library = import_module("transformers")
     try:

@@ -333,6 +333,8 @@ def test_what_is_no_network_of_the_library_is_refused(small, tmp_path):
         ps.save_pretrained(plain, tmp_path / "out")
     with pytest.raises(ps.PysolveError, match="there is no folder"):
         ps.save_pretrained(result, tmp_path / "none" / "out")
+    with pytest.raises(ps.DataError, match=r"there is no folder .*none\."):
+        ps.load_pretrained(tmp_path / "none")
     with pytest.raises(ps.DataError, match="no configuration of transformers"):
         ps.load_pretrained(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
