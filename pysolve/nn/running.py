@@ -29,6 +29,13 @@ Values = Tensor | AnyArray
 NO_BATCHES = "there are no batches: expected at least one. Was a generator used up before?"
 
 
+def check_model(name: str, model: object) -> None:
+    """Refuse what is no network, such as a result."""
+    if not isinstance(model, nn.Module):
+        kind = type(model).__name__
+        raise TypeError(f"{name} must be a torch.nn.Module, such as the model of a Compressed; got {kind}.")
+
+
 def find_layer(model: nn.Module, name: str) -> nn.Module:
     """The layer that ``model.named_modules()`` calls ``name``; an unknown name brings up the close ones."""
     # A layer shared under several names answers to each of them.
@@ -306,6 +313,7 @@ def as_input(model: nn.Module, x: Values) -> Tensor:
 
 def labelled(model: nn.Module, x: Values, y: Values) -> tuple[Tensor, Tensor]:
     """Inputs for the network and their labels; DataError where they differ in number or are none."""
+    check_model("model", model)
     inputs, labels = as_input(model, x), as_tensor(y)
     if not len(inputs) or len(labels) != len(inputs):
         raise DataError(f"expected one label for each input, got {len(labels)} for {len(inputs)} inputs.")

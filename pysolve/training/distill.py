@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from pysolve.errors import DataError, whole
 from pysolve.nn.gathering.memory import free_memory
 from pysolve.nn.items import Transform, batched
-from pysolve.nn.running import Batch, calling_layers, evaluating, find_layer, keeping_modes
+from pysolve.nn.running import Batch, calling_layers, check_model, evaluating, find_layer, keeping_modes
 from pysolve.nn.state import keeping_state
 from pysolve.training import loss as losses
 from pysolve.training.batches import BatchSource, Key, Keyed, batch_source, cached
-from pysolve.training.finetune import check_model
 from pysolve.training.loop import Extras, nonfinite_batch, nonfinite_sample, optimise
 from pysolve.training.options import Run, TrainingOptions, run_of
 

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from pysolve.errors import DataError
 from pysolve.nn.items import Items, Transform, batched, check_batches
 from pysolve.nn.refusal import in_words, output_of, sentence
-from pysolve.nn.running import NO_BATCHES, Batch, Output, device_of, keeping_modes
+from pysolve.nn.running import NO_BATCHES, Batch, Output, check_model, device_of, keeping_modes
 from pysolve.training.loop import Extras, computing, in_float32, nonfinite_batch, optimise
 from pysolve.training.options import TrainingOptions, run_of
 
@@ -172,12 +172,6 @@ def generators(batches: Iterable[Batch]) -> list[torch.Generator]:
     holders = (batches, getattr(batches, "sampler", None), getattr(batches, "batch_sampler", None))
     found = [getattr(holder, "generator", None) for holder in holders]
     return [*{id(one): one for one in found if isinstance(one, torch.Generator)}.values()]
-
-
-def check_model(name: str, model: object) -> None:
-    if not isinstance(model, nn.Module):
-        kind = type(model).__name__
-        raise TypeError(f"{name} must be a torch.nn.Module, such as the model of a Compressed; got {kind}.")
 
 
 def counted(batches: Iterable[Batch]) -> tuple[Iterable[Batch], int]:

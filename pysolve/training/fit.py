@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from pysolve.errors import whole
 from pysolve.nn.refusal import output_of
 from pysolve.nn.running import Values, device_of, keeping_modes, labelled
-from pysolve.training.finetune import Loss, check_model, loss_on
+from pysolve.training.finetune import Loss, loss_on
 from pysolve.training.loop import Extras, computing, in_float32, nonfinite_sample, optimise, shuffled
 from pysolve.training.options import TrainingOptions, run_of
 
@@ -67,7 +67,6 @@ def fit(
     >>> losses[-1] < losses[0]
     True
     """
-    check_model("model", model)
     batch_size = whole("batch_size", batch_size)
     inputs, labels = labelled(model, x, y)
     n, device = len(inputs), device_of(model)

@@ -160,9 +160,7 @@ def optimizer_of(
     if not isinstance(made, Optimizer):
         raise TypeError(f"optimizer must return a torch.optim.Optimizer, got {type(made).__name__}.")
     if isinstance(made, LBFGS):
-        raise TypeError(
-            "optimizer must step on one gradient: LBFGS computes the loss several times."
-        )
+        raise TypeError("optimizer must step on one gradient: LBFGS computes the loss several times.")
     return made
 
 

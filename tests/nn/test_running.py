@@ -6,7 +6,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+import pysolve as ps
 from pysolve.errors import DataError, LayerNotFoundError
+from pysolve.nn import to_dense
 from pysolve.nn.running import (
     Inputs,
     as_input,
@@ -150,3 +152,28 @@ def test_what_goes_through_all_tensors_of_a_value_finds_those_of_batches_with_sh
     assert torch.equal(found["x"], torch.full((2, 3), 2.0))
     assert torch.equal(found["mask"], torch.ones(3))
     assert found["flag"] is True
+
+
+OF_NETWORKS = {
+    "accuracy": lambda model: ps.accuracy(model, torch.zeros(2, 3), [0, 1]),
+    "apply": lambda model: ps.apply(model, ps.Plan(())),
+    "codebooks_of": ps.codebooks_of,
+    "mask_weights": lambda model: ps.mask_weights(model, {}),
+    "masks_of": ps.masks_of,
+    "nonzeros": ps.nonzeros,
+    "remove_masks": ps.remove_masks,
+    "remove_sharing": ps.remove_sharing,
+    "share_weights": lambda model: ps.share_weights(model, {}),
+    "stored_bytes": ps.stored_bytes,
+    "ternary_weights": lambda model: ps.ternary_weights(model, []),
+    "to_dense": to_dense,
+}
+
+
+@pytest.mark.parametrize("name", OF_NETWORKS)
+def test_what_is_no_network_is_refused_by_what_it_is(name):
+    result = ps.prune(nn.Sequential(nn.Linear(3, 2)), amount=0.5, progress=False)
+    for given in (result, None, nn.Linear, {"0.weight": torch.zeros(2, 3)}):
+        kind = type(given).__name__
+        with pytest.raises(TypeError, match=rf"model must be a torch\.nn\.Module, .*; got {kind}\."):
+            OF_NETWORKS[name](given)

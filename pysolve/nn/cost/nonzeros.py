@@ -13,6 +13,7 @@ from pysolve.nn.layers.masking import unmasked
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.sharing import unshared
 from pysolve.nn.layers.sparse import SparseWeight
+from pysolve.nn.running import check_model
 from pysolve.tables import Table
 
 # Bytes of a column index or a row's end.
@@ -120,6 +121,7 @@ def nonzeros(model: nn.Module) -> Nonzeros:
     >>> found.nonzeros, found.size, found.bytes("csr")
     (340, 1348, 3016)
     """
+    check_model("model", model)
     plain = unshared(unmasked(model))
     owners: dict[int, SparseWeight | QuantWeight] = {}
     for layer in plain.modules():

@@ -30,7 +30,7 @@ from pysolve.nn.layer_kinds import tied_tables, twins
 from pysolve.nn.layers.factored_embedding import FactoredEmbedding
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
 from pysolve.nn.plain import unwrapped
-from pysolve.nn.running import Batch, as_tensor, closest, find_layer
+from pysolve.nn.running import Batch, as_tensor, check_model, closest, find_layer
 from pysolve.nn.state import copy_of, untie
 from pysolve.plan import Collapse, Plan
 
@@ -94,6 +94,7 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
       (2): Linear(in_features=48, out_features=4, bias=True)
     )
     """
+    check_model("model", model)
     model = _untied(unwrapped(model), plan)
     smaller, layers, cuts = _prepared(model, plan)
     pairs = twins(smaller)

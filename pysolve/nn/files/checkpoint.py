@@ -29,6 +29,7 @@ from pysolve.nn.files.format2 import compact, expanded
 from pysolve.nn.files.plan_json import field, plain, typed
 from pysolve.nn.files.storage import bits, read, size, write
 from pysolve.nn.plain import unwrapped
+from pysolve.nn.running import check_model
 from pysolve.nn.state import with_values
 
 Record = dict[str, object]
@@ -129,6 +130,7 @@ def stored_bytes(model: nn.Module, coding: str = "auto") -> dict[str, int]:
     >>> ps.stored_bytes(torch.nn.BatchNorm1d(64))["weight"]  # all of them are 1
     0
     """
+    check_model("model", model)
     model, kind = ordinary(model), _kind(coding)
     packed = compact(model, kind) if kind else pack(model)
     return dict.fromkeys(model.state_dict(), 0) | packed.sizes

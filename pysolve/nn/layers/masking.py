@@ -10,7 +10,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.prune import BasePruningMethod
 
 from pysolve.correlations import Mask as BoolArray
-from pysolve.nn.running import as_tensor, find_layer
+from pysolve.nn.running import as_tensor, check_model, find_layer
 from pysolve.nn.state import copy_of
 
 
@@ -79,6 +79,7 @@ def mask_weights(
     >>> int((model[0].weight != 0).sum())
     16
     """
+    check_model("model", model)
     if not isinstance(masks, Mapping):
         raise TypeError(f"masks must be a mapping of layers to masks, got {type(masks).__name__}.")
     layers = {name: find_layer(model, name) for name in masks}
@@ -114,6 +115,7 @@ def masks_of(model: nn.Module) -> dict[str, Mask]:
     >>> list(ps.masks_of(model))
     ['0']
     """
+    check_model("model", model)
     layers = model.named_modules()
     return {name: mask for name, layer in layers if (mask := mask_of(layer)) is not None}
 
@@ -152,6 +154,7 @@ def remove_masks(model: nn.Module) -> None:
     >>> ps.masks_of(model), int((model[0].weight != 0).sum())
     ({}, 16)
     """
+    check_model("model", model)
     for layer in list(model.modules()):
         remove_mask(layer)
 

@@ -14,7 +14,7 @@ from pysolve.nn.layers.factored import Factored, check_factors
 from pysolve.nn.layers.factored_embedding import FactoredEmbedding, check_table, table_of
 from pysolve.nn.layers.quantized import QuantConv2d, QuantLinear, QuantWeight, check_integers
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear, SparseWeight
-from pysolve.nn.running import as_tensor
+from pysolve.nn.running import as_tensor, check_model
 from pysolve.nn.state import copy_of
 
 
@@ -121,6 +121,7 @@ def to_torchao(model: nn.Module) -> nn.Module:
 
 def _replaced(model: nn.Module, kinds: tuple[type, ...], make: Callable[[Any], nn.Module]) -> nn.Module:
     """A copy of a network with other layers in the place of those of some kinds."""
+    check_model("model", model)
     other = copy_of(model)
     # Inside out: the parts of a factored layer may be sparse or factored themselves.
     for layer in [one for one in reversed([*other.modules()]) if isinstance(one, kinds)]:

@@ -16,7 +16,7 @@ from pysolve.forms import Codebook
 from pysolve.nn.layers import masking
 from pysolve.nn.layers.base import Context, weight_of
 from pysolve.nn.layers.masking import below, parametrizations
-from pysolve.nn.running import as_array, as_tensor, find_layer
+from pysolve.nn.running import as_array, as_tensor, check_model, find_layer
 
 TRAINED = ("values", "both")
 # Up to so many bounds, counting those below each weight is quicker than searching for it.
@@ -162,6 +162,7 @@ def share_weights(
     >>> [tuple(parameter.shape) for parameter in model[0].parameters()]
     [(64,), (8,)]
     """
+    check_model("model", model)
     if trained not in TRAINED:
         raise ValueError(f"trained must be one of {', '.join(TRAINED)}, got {trained!r}.")
     if not isinstance(books, Mapping):
@@ -201,6 +202,7 @@ def ternary_weights(
     >>> len(model[0].weight.unique())
     3
     """
+    check_model("model", model)
     if isinstance(layers, str):
         raise TypeError(f"layers must be a sequence of names, got the string {layers!r}: pass [{layers!r}].")
     shares = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, threshold)
@@ -233,6 +235,7 @@ def codebooks_of(model: nn.Module) -> dict[str, Codebook]:
     >>> ps.codebooks_of(model)["0"].codes.shape
     (64, 16)
     """
+    check_model("model", model)
     books = {}
     for name, sharing in shared_of(model).items():
         codes, values = sharing.in_use(below(find_layer(model, name)))
@@ -253,6 +256,7 @@ def remove_sharing(model: nn.Module) -> None:
     >>> model[0].weight.shape, ps.codebooks_of(model)
     (torch.Size([64, 16]), {})
     """
+    check_model("model", model)
     for layer in list(model.modules()):
         _remove(layer)
 
