@@ -10,6 +10,7 @@ import numpy as np
 from pysolve.correlations import AnyArray
 from pysolve.correlations import Array as Array
 from pysolve.correlations import Indices as Indices
+from pysolve.errors import whole
 from pysolve.forms import Form
 
 # Order of a member of a site whose first dimension counts experts: "experts.down_proj:e", "experts:e".
@@ -171,6 +172,13 @@ class Site:
     attention: tuple[Attention, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
+        whole("channels", self.channels, 0)
+        for what in ("writers", "readers", "passed"):
+            if isinstance(names := getattr(self, what), str):
+                raise TypeError(
+                    f"{what} must be a tuple of names, got the string {names!r}: pass ({names!r},)."
+                )
+            object.__setattr__(self, what, tuple(names))
         if self.least < 1 and self.branch is None:
             raise ValueError("a site all of whose channels can go (least=0) needs a Branch.")
         for what, members in (("rows", (*self.writers, *self.passed)), ("columns", self.readers)):

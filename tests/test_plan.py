@@ -29,6 +29,16 @@ def test_keep_must_lie_within_the_site(keep):
         Collapse(SITE, keep)
 
 
+def test_layers_of_a_site_are_lists_of_names():
+    assert Site(5, ["fc1"], ["fc2"]) == Site(5, ("fc1",), ("fc2",))
+    for names in ({"writers": "fc1"}, {"readers": "fc2"}, {"passed": "norm"}):
+        with pytest.raises(TypeError, match=r"must be a tuple of names, got the string .*: pass \('\w+',\)"):
+            Site(5, **{"writers": ("fc1",), "readers": ("fc2",), **names})
+    for channels in (-1, 2.5, "many"):
+        with pytest.raises((TypeError, ValueError), match="channels must be an integer of at least 0"):
+            Site(channels, ("fc1",), ("fc2",))
+
+
 def test_only_readers_of_the_site_may_get_new_weights():
     with pytest.raises(ValueError, match="fc3"):
         Collapse(SITE, [0], weights={"fc3": np.ones((2, 1))})

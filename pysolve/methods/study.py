@@ -95,6 +95,9 @@ class Study:
     seconds: Mapping[str, float] = field(default_factory=dict)
     turn: Turn | None = None
 
+    def __reduce__(self) -> str:
+        raise TypeError("a study is neither copied nor pickled: save writes it to a file, load reads that.")
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write correlations and samples to one ``.safetensors`` file, which needs no data any more.
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pysolve.errors import DataError
+from pysolve.errors import DataError, whole
 from pysolve.nn.cost.counting import layer_macs as layer_macs
 from pysolve.nn.cost.counting import macs as macs
 from pysolve.nn.layer_kinds import WEIGHTED
@@ -50,6 +50,7 @@ def accuracy(model: nn.Module, x: Values, y: Values, *, batch_size: int = 1000) 
     >>> ps.accuracy(model, torch.eye(4), torch.tensor([0, 1, 2, 0]))
     75.0
     """
+    batch_size = whole("batch_size", batch_size)
     inputs, labels = labelled(model, x, y)
     if labels.ndim != 1:
         raise DataError(f"expected one class number for each input, got labels of {tuple(labels.shape)}.")

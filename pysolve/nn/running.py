@@ -295,6 +295,10 @@ def as_tensor(values: Values) -> Tensor:
     if isinstance(values, Tensor):
         return values
     array = np.ascontiguousarray(values)
+    if array.dtype.kind not in "biufc":
+        raise TypeError(
+            f"expected an array or a tensor of numbers, got {array.dtype} of shape {array.shape}."
+        )
     return torch.from_numpy(array if array.flags.writeable else array.copy())
 
 

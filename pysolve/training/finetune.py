@@ -137,6 +137,9 @@ def loss_on(loss: Loss, output: Output, labels: Tensor) -> Tensor:
     TypeError
         The function returns something else than one number that can be trained on.
     """
+    if loss is cross_entropy and not labels.is_floating_point():
+        # Of integers it takes the longest and the shortest alone.
+        labels = labels.long()
     try:
         value = loss(output, labels)
     except (IndexError, ValueError, TypeError, RuntimeError) as error:

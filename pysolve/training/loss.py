@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -16,9 +17,9 @@ from pysolve.errors import DataError, PysolveError
 from pysolve.nn.divergence import class_dim
 from pysolve.nn.outputs import logits_of, tensors_of
 from pysolve.nn.padding import without_padding
-from pysolve.nn.refusal import output_of
+from pysolve.nn.refusal import in_words, output_of
 from pysolve.nn.running import Batch, Output, device_of, find_layer
-from pysolve.training.finetune import own_loss
+from pysolve.training.finetune import loss_on, own_loss
 from pysolve.training.loop import computing, in_float32
 from pysolve.training.options import Run
 
@@ -40,6 +41,10 @@ class DistillationLoss:
     mix: float
 
     def __post_init__(self) -> None:
+        for name in ("temperature", "alpha", "mix", "feature_weight"):
+            number: object = getattr(self, name)
+            if not isinstance(number, int | float | np.number):
+                raise TypeError(f"{name} must be a number, got {number!r}.")
         if not 0 < self.temperature < math.inf:
             raise ValueError(f"temperature must be a positive number, got {self.temperature}.")
         for name in ("alpha", "mix"):
@@ -95,7 +100,10 @@ def output_loss(
 def soft_loss(loss: DistillationLoss, output: Tensor, target: Tensor) -> Tensor:
     """T² KL(softmax(target / T) ‖ softmax(output / T)), mean over samples and positions, or another loss."""
     if callable(loss.loss):
-        return loss.loss(output, target)
+        value: object = loss.loss(output, target)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"loss must return a tensor, computed from the outputs, got {in_words(value)}.")
+        return value
     if loss.loss == "mse":
         return mse_loss(output, target)
     dim, T = class_dim(output), loss.temperature
@@ -114,7 +122,7 @@ def _hard_loss(output: Output, logits: Tensor, batch: Batch, alpha: float) -> Te
         raise DataError(
             f"alpha={alpha} needs labels: pairs of inputs and labels, or alpha=1; got {type(batch).__name__}."
         )
-    return cross_entropy(logits.movedim(class_dim(logits), 1), batch[1].to(logits.device))
+    return loss_on(cross_entropy, logits.movedim(class_dim(logits), 1), batch[1].to(logits.device))
 
 
 def layer_pairs(features: Sequence[str] | Mapping[str, str] | None) -> dict[str, str]:

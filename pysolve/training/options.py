@@ -105,6 +105,10 @@ class Run:
             choice = getattr(self, name)
             if not callable(choice) and choice not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)} or a callable, got {choice!r}.")
+        for name in ("evaluate", "after_step"):
+            function: object = getattr(self, name)
+            if function is not None and not callable(function):
+                raise TypeError(f"{name} must be a function, got {function!r}.")
         whole("seed", self.seed, 0, 2**63 - 1)
         check_flags(progress=self.progress)
         if self.precision not in PRECISIONS:

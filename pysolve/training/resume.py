@@ -120,6 +120,8 @@ def read(path: Path, parts: Parts, settings: Mapping[str, object]) -> Progress:
         raise DataError(f"checkpoint {path} cannot be written: there is no folder {path.parent}.")
     if not path.exists():
         return Progress()
+    if path.is_dir():
+        raise DataError(f"checkpoint {path} is a folder: give a file.")
     state = _loaded(path)
     try:
         _check_same(path, state["settings"], {**settings, **_layout(parts)})

@@ -1,5 +1,7 @@
 """What is gathered once serves every verb; layers that no sample reaches stop nothing, and are named."""
 
+import copy
+import pickle
 from dataclasses import replace
 
 import numpy as np
@@ -388,3 +390,10 @@ def test_other_layers_to_leave_alone_are_found_in_the_same_graph():
     small = ps.compress(model, known, target={"params": 0.6}, ignore=["0"], progress=False)
     assert small.model[0].out_features == 12
     assert small.model[2].out_features < 12
+
+
+@pytest.mark.parametrize("taken", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_study_is_written_by_save_alone(taken):
+    study = ps.study(Experts(guarded=False).eval(), data(), progress=False)
+    with pytest.raises(TypeError, match="neither copied nor pickled: save writes it"):
+        taken(study)

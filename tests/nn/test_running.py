@@ -177,3 +177,15 @@ def test_what_is_no_network_is_refused_by_what_it_is(name):
         kind = type(given).__name__
         with pytest.raises(TypeError, match=rf"model must be a torch\.nn\.Module, .*; got {kind}\."):
             OF_NETWORKS[name](given)
+
+
+def test_values_that_are_no_numbers_and_what_is_no_plan_are_refused():
+    model = nn.Linear(3, 2)
+    for x, y in ((["a"], [0]), (torch.zeros(1, 3), ["a"]), (None, [0])):
+        with pytest.raises(TypeError, match="expected an array or a tensor of numbers"):
+            ps.accuracy(model, x, y)
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
+        ps.accuracy(model, torch.zeros(1, 3), [0], batch_size=0)
+    for plan in (None, [ps.Plan(())]):
+        with pytest.raises(TypeError, match=r"plan must be a Plan, such as a result's \.plan"):
+            ps.apply(model, plan)

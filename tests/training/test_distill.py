@@ -625,6 +625,23 @@ def test_options_out_of_range_are_named(options, message):
         distill(student, teacher, [x], epochs=1, **options)
 
 
+@pytest.mark.parametrize("name", ["temperature", "alpha", "mix", "feature_weight"])
+def test_options_that_are_no_numbers_are_named(name):
+    student, teacher, x = pair()
+    with pytest.raises(TypeError, match=f"{name} must be a number, got 'much'"):
+        distill(student, teacher, [x], epochs=1, **{name: "much"})
+    with pytest.raises(TypeError, match="loss must return a tensor, computed from the outputs, got None"):
+        distill(student, teacher, [x], epochs=1, loss=lambda *_: None)
+
+
+def test_labels_that_the_cross_entropy_refuses_are_named():
+    student, teacher, x = pair()
+    labels = torch.full((len(x),), 10**6)
+    for wrong in (labels, labels[:1] * 0):
+        with pytest.raises(DataError, match=r"refuses labels int64\[\d+\]: .*counted from 0"):
+            distill(student, teacher, [(x, wrong)], epochs=1, alpha=0.5)
+
+
 def test_where_the_teacher_breaks_is_told():
     student, teacher, x = pair()
     x[70, 0] = np.nan

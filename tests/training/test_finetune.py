@@ -77,6 +77,12 @@ def test_labels_that_the_cross_entropy_refuses_are_named(labels):
         finetune(mlp(), [(x, labels)], epochs=1)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.int32, torch.uint8, torch.int16])
+def test_integers_of_any_length_are_labels(dtype):
+    ways = [finetune(mlp(), [(x, y.to(kind)) for x, y in pairs()], epochs=2) for kind in (dtype, torch.long)]
+    assert ways[0] == ways[1]
+
+
 @pytest.mark.parametrize("kind", [SimpleNamespace, dict])
 def test_mappings_train_a_network_by_its_own_loss(kind):
     history = finetune(Scored(kind), [{"x": x, "labels": y} for x, y in pairs()], epochs=8, lr=0.1)
@@ -161,6 +167,9 @@ def test_a_loss_that_is_not_a_number_is_one_clear_error():
         (pairs(), {"epochs": 1, "loss": lambda *_: torch.ones(())}, "computed from the outputs"),
         (pairs(), {"epochs": 1, "seed": 0.5}, "seed must be an integer within 0"),
         (pairs(), {"epochs": 1, "weight_decay": "l2"}, "weight_decay must be a number of 0 and above"),
+        (pairs(), {"epochs": 1, "after_step": 3}, "after_step must be a function, got 3"),
+        (pairs(), {"epochs": 1, "evaluate": 3}, "evaluate must be a function, got 3"),
+        (pairs(), {"epochs": 1, "checkpoint": "."}, "checkpoint . is a folder: give a file"),
         (pairs(), {"epochs": 1, "progress": None}, "progress must be True or False"),
     ],
 )

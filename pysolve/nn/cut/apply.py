@@ -95,6 +95,8 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     )
     """
     check_model("model", model)
+    if not isinstance(plan, Plan):
+        raise TypeError(f"plan must be a Plan, such as a result's .plan, got {type(plan).__name__}.")
     model = _untied(unwrapped(model), plan)
     smaller, layers, cuts = _prepared(model, plan)
     pairs = twins(smaller)

@@ -184,6 +184,10 @@ def _layer_names(
         ]
     elif isinstance(layers, str):
         raise TypeError(f"layers must be a sequence of names, got the string {layers!r}: pass [{layers!r}].")
+    elif sites is not None and not (
+        isinstance(sites, Sequence) and all(isinstance(site, Site) for site in sites)
+    ):
+        raise TypeError(f"sites must be a list of Site, got {sites!r}; names of layers are layers=.")
     else:
         names = [*(layers or ()), *(r for site in sites or () for r in site.readers if not is_stack(r))]
     if not names:

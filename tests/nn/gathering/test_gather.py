@@ -394,6 +394,12 @@ def rows_of(y):
     return y.detach().movedim(1, -1).flatten(0, -2).double().numpy()
 
 
+@pytest.mark.parametrize("sites", ["fc1", ["fc1"], Site(2, ("a",), ("b",))])
+def test_what_is_no_list_of_sites_is_refused(sites):
+    with pytest.raises(TypeError, match=r"sites must be a list of Site, got .*; names of layers are layers="):
+        gather(nn.Linear(3, 2), [torch.zeros(4, 3)], sites)
+
+
 @given(st.integers(0, 1000), st.lists(st.integers(1, 5), max_size=3, unique=True))
 def test_a_convolution_reads_the_patches_of_its_padded_input(seed, cuts):
     rng = np.random.default_rng(seed)
