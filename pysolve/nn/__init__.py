@@ -2,6 +2,7 @@
 
 running                 finding layers, running a network without changing it
 samples, items, sound   the user's items become batches; samples of them; what cannot be fitted to
+padding                 tokens of batches that count nowhere
 graph/                  the network as a graph, and the sites whose channels can be removed
 gathering/              correlations of layers, summed while the batches stream by
 layer_matrix            a layer as y = M x + b

@@ -28,7 +28,7 @@ from pysolve.nn.ranks import ALONE, Ranks
 from pysolve.nn.refit.expert_refit import refit_experts
 from pysolve.nn.refit.layer_refit import SAMPLING, Fit, Reads, Sampling, Task, along, channel_dim, fitted
 from pysolve.nn.refit.lookahead import sums_beyond, what_went
-from pysolve.nn.refit.row_weights import row_weights, without_padding
+from pysolve.nn.refit.row_weights import masked_weights, row_weights
 from pysolve.nn.refit.walk import Walk, last_uses
 from pysolve.nn.running import evaluating
 from pysolve.plan import tensor_name
@@ -114,7 +114,7 @@ def refit(
                         went = what_went(walk, every[every.index(node) + 1 :], *beyond[node], finished)
                     kept = kept_channels(layer, cut)
                     own = weights.get(layer.name)
-                    own = without_padding(own, layer, walk.original[node], masks) if padded else own
+                    own = masked_weights(own, layer, walk.original[node], masks) if padded else own
                     task = Task(walk, node, layer, *kept, sampling, reads, apart, ranks, went, own)
                     M, bias = ranks.first(fitted(task, fit, layer.takes_bias or layer.name in new_biases))
                     walk.values |= layer_values(state, layer, cut, M, bias)

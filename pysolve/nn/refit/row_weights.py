@@ -88,7 +88,7 @@ def row_weights(
     return {name: weights for name, weights in of_layers.items() if name in of_all}
 
 
-def without_padding(
+def masked_weights(
     weights: Sequence[Tensor] | None,
     layer: Layer,
     outputs: Sequence[Tensor],
