@@ -23,7 +23,7 @@ from pysolve.methods.goal import (
     check_target,
     network_of,
     options_for,
-    placed,
+    prepared,
 )
 from pysolve.methods.head_dims import contest, priced, with_dims, without_dims
 from pysolve.methods.kinds.channels import ELIMINATIONS, SENSITIVITY, Channels, Select
@@ -230,7 +230,7 @@ def compress(
         device,
     )
     options = replace(options, new_biases=not one)
-    network = placed(network, options)
+    network = prepared(network, options)
     every = True if sites is None else sites
     # What a class makes of one number for all layers may be without some, if that is told.
     branches = not one or (isinstance(keep, Mapping) and 0 in keep.values())

@@ -24,6 +24,7 @@ from pysolve.nn.gathering.calibration import Calibration
 from pysolve.nn.graph.branches import Layer
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.layer_matrix import channels, matrix
+from pysolve.nn.layers.attention import opened
 from pysolve.nn.plain import plain_network
 from pysolve.nn.running import (
     Batch,
@@ -119,7 +120,7 @@ class Study:
         PysolveError
             It is of another network, or of other weights.
         """
-        network = plain_network(model)
+        network = opened(plain_network(model))
         calibration, correlations = read_study(Path(path), network)
         return cls(network, Options(), correlations=correlations, calibration=calibration)
 
