@@ -69,7 +69,7 @@ def sweep(
     process_group: ProcessGroup | None = None,
     device: Device = None,
     checkpoint: str | os.PathLike[str] | None = None,
-    head_dims: bool = False,
+    head_dims: bool = True,
 ) -> Sweep:
     """Compress to several targets after one pass over the data.
 

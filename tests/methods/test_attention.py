@@ -165,3 +165,14 @@ def test_weights_of_attention_that_are_an_output_keep_the_heads():
     assert heads[Weights].pinned is not None
     assert heads[Unread].pinned is None
     assert heads[Unread].channels == 2
+
+
+# Torch's own, where the encoder is timed as it is used.
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_training_with_masks_reaches_the_projections():
+    model, data = network(), [(x, torch.zeros(16, dtype=torch.long)) for x in batches()]
+    result = ps.prune_gradually(model, data, amount=0.5, epochs=1, layout="dense", progress=False)
+    attention = result.model.encoder.layers[0].self_attn
+    assert type(attention) is nn.MultiheadAttention
+    assert all(50 < int(one.eq(0).sum()) < 94 for one in attention.in_proj_weight.chunk(3))
+    assert "encoder.layers.0.self_attn.v_proj" in [line.name for line in result.report.layers]
