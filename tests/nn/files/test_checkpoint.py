@@ -37,8 +37,8 @@ from pysolve.nn.files.architecture import fingerprint
 from pysolve.nn.files.format1 import Packed, coded, decoded, pack, unpack
 from pysolve.nn.files.storage import WORDS, bits, zipped
 from pysolve.nn.layer_kinds import WHOLE_NORMS
-from pysolve.nn.layers.factored import Factored
 from pysolve.nn.layers.attention import opened
+from pysolve.nn.layers.factored import Factored
 from pysolve.nn.layers.masking import masks_of, unmasked
 from pysolve.nn.running import forward
 from pysolve.nn.zoo import Mlp
