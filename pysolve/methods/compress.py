@@ -336,17 +336,17 @@ def made(
 
 
 def _rebuilt(found: Study, chosen: Chosen, refit: str, clock: Clock) -> tuple[Rebuilt, LaidOut]:
-    """The network refitted and cut; refits of experts are undone where the selection set is no nearer."""
+    """The network refitted and cut; of matrices in one parameter where the selection set is nearer then."""
 
-    def one(experts: bool) -> tuple[Rebuilt, LaidOut]:
-        rebuilt = rebuild(found, chosen, refit, passes=PASSES, experts=experts)
+    def one(stacks: bool) -> tuple[Rebuilt, LaidOut]:
+        rebuilt = rebuild(found, chosen, refit, passes=PASSES, stacks=stacks)
         clock.stage("refit")
         laid = lay_out(found, rebuilt, "dense")
         clock.stage("apply")
         return rebuilt, laid
 
     rebuilt, laid = one(True)
-    if not rebuilt.experts or not found.held:
+    if not rebuilt.stacks or not found.held:
         return rebuilt, laid
     other, without = one(False)
     before, after = (
@@ -355,8 +355,8 @@ def _rebuilt(found: Study, chosen: Chosen, refit: str, clock: Clock) -> tuple[Re
     if after < before:
         return rebuilt, laid
     note = (
-        "experts keep the weights that they have: on the selection set the divergence is "
-        f"{before:.3g} with these, {after:.3g} with refitted ones"
+        "experts and recurrent layers keep the weights that they have: on the selection set the divergence "
+        f"is {before:.3g} with these, {after:.3g} with refitted ones"
     )
     return replace(other, notes=(*other.notes, note)), without
 

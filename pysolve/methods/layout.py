@@ -107,7 +107,8 @@ def lay_out(study: Study, rebuilt: Rebuilt, layout: str = "auto") -> LaidOut:
         plan = plan_of(study, rebuilt, kept)
         model = apply(study.model, plan, probe=probe)
     if layout == "masked":
-        mask_weights(model, {name: rebuilt.values[tensor] != 0 for name, tensor in names.items()})
+        layers = {name: tensor for name, tensor in names.items() if _is_layer(study, name)}
+        mask_weights(model, {name: rebuilt.values[tensor] != 0 for name, tensor in layers.items()})
     if layout == "shared":
         books = {
             n: form
@@ -125,7 +126,7 @@ def plan_of(study: Study, rebuilt: Rebuilt, forms: Mapping[str, Form] | None = N
         Collapse(site, keep) for site, keep in rebuilt.chosen.keep.items() if len(keep) < site.channels
     )
     # Zeros of what is cut anyway say nothing, and may stand in values that other layers share.
-    fitted = {tensor for name in rebuilt.fits for tensor in names_of(study, name)}.union(rebuilt.experts)
+    fitted = {tensor for name in rebuilt.fits for tensor in names_of(study, name)}.union(rebuilt.stacks)
     formed = {name for tensor in forms for name in all_names(study.model, tensor)}
     unsaid = (silenced(study.model, rebuilt.chosen.keep).keys() - fitted) | formed
     values = {name: as_array(value) for name, value in rebuilt.values.items() if name not in unsaid}
@@ -180,7 +181,9 @@ def _line(
         line = replace(line, bits=coded_bits(form.codes) / whole, why=why)
         if layout == "shared" and _is_layer(study, name):
             return replace(line, layout="shared"), form
-    if layout not in ("auto", "sparse") or not _is_layer(study, name):
+    if not _is_layer(study, name):
+        return line if isinstance(form, Codebook) else replace(line, why="no layer's own weight"), form
+    if layout not in ("auto", "sparse"):
         return replace(line, layout="masked" if layout == "masked" else "dense"), form
     sparse, reason = _sparse(find_layer(network, name), name, dense, layout, x, line)
     book = f"{line.why}; {reason}" if isinstance(form, Codebook) and layout == "auto" else reason

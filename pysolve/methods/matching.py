@@ -77,9 +77,8 @@ def _trained(
 ) -> Rebuilt:
     study = subject.study
     model, forms = study.model, forms_of(study, rebuilt)
-    tensors = {
-        name: weight_name(model, name) for name in rebuilt.chosen.fits if name not in subject.kind.bare
-    }
+    tensors = {name: weight_name(model, name) for name in rebuilt.chosen.fits}
+    tensors = {name: tensor for name, tensor in tensors.items() if name != tensor}
     books = {
         name: book for name, tensor in tensors.items() if isinstance(book := forms.get(tensor), Codebook)
     }

@@ -249,7 +249,8 @@ def _weights(
     options: Options,
 ) -> Compressed:
     """Single weights become zero, others are refitted, layers run sparse where that is faster and smaller."""
-    weights, left = weights_of(network, options.ignore)
+    # Matching the original would fill the zeros of recurrent layers, which no mask holds.
+    weights, left = weights_of(network, options.ignore, recurrent=not goal.distill)
     if not weights:
         why = f"no Linear layer or convolution has its own weight{reasons(left, options.ignore)}"
         raise PysolveError(f"there is nothing to prune: {why}.")
@@ -275,7 +276,7 @@ def _weights(
     apart = [name for name in weights if not found.fits(name)] if goal.needs_data else []
     laid = lay_out(found, rebuilt, goal.layout)
     clock.stage("apply")
-    dense = [line.name for line in laid.lines if line.layout == "dense"]
+    dense = [line.name for line in laid.lines if line.layout == "dense"] if goal.distill else []
     return finish(
         before,
         found,

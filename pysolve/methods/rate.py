@@ -108,7 +108,8 @@ def subject_of(
     """
     # Rows of integers would have no place in a file: each row has its own values.
     integers = SCHEMES[kind.scheme] == "int"
-    weights, left = weights_of(model, options.ignore, WEIGHTED if integers else (*WEIGHTED, *EMBEDDINGS))
+    kinds = WEIGHTED if integers else (*WEIGHTED, *EMBEDDINGS)
+    weights, left = weights_of(model, options.ignore, kinds, recurrent=kind.scheme == "codebook")
     if kind.scheme == "int8-dynamic":
         modules = dict(model.named_modules())
         for name in [name for name in weights if type(modules[name]) is not nn.Linear]:
@@ -118,6 +119,7 @@ def subject_of(
         why = f"no layer for {kind.scheme} has its own weight{reasons(left, options.ignore)}"
         raise PysolveError(f"there is nothing to quantise: {why}.")
     bare = {} if integers else dict(bare_parameters(model, find_matching(model, options.ignore)))
+    bare = {name: value for name, value in bare.items() if name not in weights}
     many = {name: value for name, value in bare.items() if is_many(value)}
     own = f"shared values of their own, for they are no layer's weight: {', '.join(many)}"
     found = studied(

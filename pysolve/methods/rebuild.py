@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
-from pysolve.correlations import Array, Correlations, without_sums
+from pysolve.correlations import Array, Correlations, Indices, without_sums
 from pysolve.errors import PysolveError
 from pysolve.forms import Form
 from pysolve.layer.layer_fit import LayerFit
@@ -17,10 +17,12 @@ from pysolve.methods.menu import Chosen, Fit, Task
 from pysolve.methods.study import Study, no_samples
 from pysolve.methods.tasks import Left, cuts_of, left_of, names_of, shaped, task_of, values_of
 from pysolve.methods.weights import weight_name
+from pysolve.nn.cut.bare import is_stack
 from pysolve.nn.cut.norms import kept_of_norms
 from pysolve.nn.cut.routers import chosen_by_routers
 from pysolve.nn.cut.silenced import silenced
-from pysolve.nn.cut.stacks import not_refitted
+from pysolve.nn.cut.stacks import not_refitted, stack_inputs
+from pysolve.nn.gathering.recurrent import bias_of
 from pysolve.nn.graph.branches import Kept, Layer
 from pysolve.nn.graph.mixtures import mixtures_in
 from pysolve.nn.graph.sizes import usable
@@ -28,8 +30,9 @@ from pysolve.nn.layer_kinds import twins
 from pysolve.nn.layer_matrix import channels
 from pysolve.nn.refit.layer_refit import Sampling
 from pysolve.nn.refit.lockstep import refit
-from pysolve.nn.running import Batch
+from pysolve.nn.running import Batch, as_array
 from pysolve.nn.samples import samples_in
+from pysolve.plan import Site
 
 REFITS = ("sequential", "independent", "bias", "none")
 # Further fits of layers that a ReLU or the like follows, of channels and ranks. The second and third lower
@@ -53,8 +56,8 @@ class Rebuilt:
     samples : int
         That layers were fitted on.
     notes : tuple of str
-    experts : tuple of str
-        Matrices and biases of experts that were refitted, by state-dict name.
+    stacks : tuple of str
+        Matrices in one parameter, of experts and recurrent layers, and biases that were refitted.
     """
 
     chosen: Chosen
@@ -62,11 +65,11 @@ class Rebuilt:
     fits: Mapping[str, LayerFit] = field(default_factory=dict)
     samples: int = 0
     notes: tuple[str, ...] = ()
-    experts: tuple[str, ...] = ()
+    stacks: tuple[str, ...] = ()
 
 
 def rebuild(
-    study: Study, chosen: Chosen, refit: str = "sequential", *, passes: int = 1, experts: bool = True
+    study: Study, chosen: Chosen, refit: str = "sequential", *, passes: int = 1, stacks: bool = True
 ) -> Rebuilt:
     """Refit a network to what the original computes.
 
@@ -79,16 +82,17 @@ def rebuild(
         biases alone, so that outputs keep their means; or weights that are left stay as they are.
     passes : int
         Further fits of layers that a ReLU follows, with targets that it leaves free.
-    experts : bool
-        Whether experts that lose inputs, or other experts beside them, are refitted on the way, too.
+    stacks : bool
+        Whether matrices in one parameter are refitted, too: of experts that lose inputs, or other experts
+        beside them, and of recurrent layers that lose inputs or hidden units.
     """
     if refit == "none" or study.calibration is None:
         return _plain(study, chosen)
-    found = _fitted(study, chosen, refit, passes, experts and refit == "sequential")
-    return replace(found, notes=(*found.notes, *not_refitted(chosen.keep, found.experts)))
+    found = _fitted(study, chosen, refit, passes, stacks and refit == "sequential")
+    return replace(found, notes=(*found.notes, *not_refitted(chosen.keep, found.stacks)))
 
 
-def _fitted(study: Study, chosen: Chosen, refit: str, passes: int, experts: bool) -> Rebuilt:
+def _fitted(study: Study, chosen: Chosen, refit: str, passes: int, stacks: bool) -> Rebuilt:
     """The network refitted in one of the ways that take data."""
     if refit == "independent" or study.graph is None:
         found = independent(study, chosen)
@@ -108,7 +112,7 @@ def _fitted(study: Study, chosen: Chosen, refit: str, passes: int, experts: bool
         return replace(independent(study, chosen), notes=(_why_independent(reason),))
     weights = refit == "sequential"
     moves = Sampling(passes=passes if weights else 0, seed=study.options.seed)
-    return _walked(study, chosen, batches, reason, moves, weights=weights, experts=experts)
+    return _walked(study, chosen, batches, reason, moves, weights=weights, stacks=stacks)
 
 
 def independent(study: Study, chosen: Chosen) -> Rebuilt:
@@ -162,7 +166,7 @@ def _walked(
     sampling: Sampling,
     *,
     weights: bool,
-    experts: bool,
+    stacks: bool,
 ) -> Rebuilt:
     """The lockstep walk: every layer on what the rebuilt network reads by now."""
     assert study.graph is not None
@@ -179,6 +183,8 @@ def _walked(
         fits[name] = _offline(study, left, name, fit)
         values |= values_of(study, state, left, name, fits[name])
 
+    gates = _gates_refitted(study, chosen.keep, state) if stacks and weights else {}
+    values |= gates
     unseen: list[str] = []
     priors: dict[str, LayerFit] = {}
 
@@ -201,7 +207,7 @@ def _walked(
         fits[name] = found if name in chosen.fits else bare
         return found.weight, found.bias
 
-    mixtures = mixtures_in(study.graph, study.model, chosen.keep) if experts else []
+    mixtures = mixtures_in(study.graph, study.model, chosen.keep) if stacks else []
     before = dict(values)
     new = refit(
         study.graph,
@@ -225,9 +231,38 @@ def _walked(
     seen = study.calibration.seen
     notes = (f"the refit used {used} of {seen} samples: {reason}",) if used < seen else ()
     unreached = (no_samples(unseen),) if unseen else ()
-    stacks = dict.fromkeys(name for one in mixtures for name in (one.weight, one.bias) if name)
-    refitted = tuple(name for name in stacks if new.get(name) is not before.get(name))
+    every = dict.fromkeys(name for one in mixtures for name in (one.weight, one.bias) if name)
+    refitted = (*gates, *(name for name in every if new.get(name) is not before.get(name)))
     return Rebuilt(chosen, new, fits, used, (*(notes if chosen.keep else ()), *unreached), refitted)
+
+
+def _gates_refitted(
+    study: Study, keep: Mapping[Site, Indices], state: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Weights of recurrent layers that lose inputs or hidden units, and their biases, fitted on the others.
+
+    To what the gates were, on the original's inputs and states.
+    """
+    gone: dict[str, list[Indices]] = {}
+    for site, kept in keep.items():
+        lost = np.setdiff1d(np.arange(site.channels), kept)
+        for reader in filter(is_stack, site.readers):
+            name = reader.partition(":")[0]
+            if name in study.correlations:
+                width = stack_inputs(study.model, reader)
+                gone.setdefault(name, []).append(site.columns_of(reader, width)[lost].ravel())
+    found = dict[str, Tensor]()
+    for name, columns in gone.items():
+        known = study.correlations[name]
+        left = np.setdiff1d(np.arange(len(known.xx)), np.concatenate(columns))
+        W = np.asarray(as_array(state[name]), np.float64)
+        if not len(left) or known.vanishes:
+            continue
+        fit = _offline_fit(study, Task(name, W[:, left], known.restrict(left), np.arange(len(W))), ridge_fit)
+        weight = np.zeros_like(W)
+        weight[:, left] = fit.weight
+        found |= values_of(study, state, Left(), name, replace(fit, weight=weight))
+    return found
 
 
 def _fit_layer(layer: Layer, task: Task, fit: Fit | None, intercept: bool, weights: bool) -> LayerFit:
@@ -254,10 +289,15 @@ def _fit_layer(layer: Layer, task: Task, fit: Fit | None, intercept: bool, weigh
 
 def _offline(study: Study, left: Left, name: str, fit: Fit) -> LayerFit:
     """A layer on the original's inputs, of all its calls, with a bias only where it has one."""
-    task, layer = task_of(study, left, name), study.layers.get(name)
+    return _offline_fit(study, task_of(study, left, name), fit)
+
+
+def _offline_fit(study: Study, task: Task, fit: Fit) -> LayerFit:
+    """A fit to what is known, with a bias only where there is one."""
+    layer = study.layers.get(task.name)
     if task.correlations is None or task.correlations.vanishes:
         return replace(fit(task.without_data()), bias=None)
-    if layer is None or layer.takes_bias:
+    if bias_of(study.model, task.name) is not None if layer is None else layer.takes_bias:
         return fit(task)
     return replace(fit(replace(task, correlations=without_sums(task.correlations))), bias=None)
 

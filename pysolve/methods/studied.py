@@ -27,6 +27,7 @@ from pysolve.nn.files.sums import some_of
 from pysolve.nn.files.sums_folder import network_checksums
 from pysolve.nn.gathering.calibration import Calibration, calibrate
 from pysolve.nn.gathering.gather import reads_more
+from pysolve.nn.gathering.recurrent import gather_recurrent, recurrent_weights
 from pysolve.nn.graph.branches import Layer, find_layers
 from pysolve.nn.graph.export import Graph, trace, trace_once
 from pysolve.nn.graph.routes import routed
@@ -259,6 +260,10 @@ def studied(
                 progress=options.progress,
             )
     stacked = stack_correlations(model, graph, calibration.kept, found)
+    read = {name.partition(":")[0] for site in free for name in site.readers}
+    loose = [name for name in recurrent_weights(model) if name in weights or name in read]
+    stacked |= gather_recurrent(model, calibration.kept, loose)
+    stacked |= {r: stacked[r.partition(":")[0]] for s in free for r in s.readers if r.partition(":")[0] in loose and is_stack(r)}
     if ranks.size > 1:
         stacked = of_all_processes(stacked, ranks)
     correlations = ChainMap(stacked, correlations) if stacked else correlations  # type: ignore[arg-type]

@@ -15,6 +15,7 @@ from pysolve.methods.menu import Chosen, Task
 from pysolve.methods.study import Study
 from pysolve.methods.weights import weight_name
 from pysolve.nn.cut.cuts import kept_entries
+from pysolve.nn.gathering.recurrent import bias_of
 from pysolve.nn.graph.branches import Kept, Layer, layer_values
 from pysolve.nn.layer_kinds import inputs_first
 from pysolve.nn.layer_matrix import channels, taps
@@ -118,7 +119,11 @@ def values_of(
         if name in left.places:
             places = left.places[name].to(old.device)
             new = old.clone().put_(places, new.reshape(places.shape))
-        return dict.fromkeys(all_names(study.model, tensor), new.reshape(old.shape))
+        values = dict.fromkeys(all_names(study.model, tensor), new.reshape(old.shape))
+        own = bias_of(study.model, tensor)
+        if own is not None and found.bias is not None:
+            values[own] = as_tensor(found.bias).to(state[own])
+        return values
     bias = found.bias if layer.takes_bias else None
     return layer_values(state, layer, left.cuts.get(name), found.weight, bias)
 
@@ -127,6 +132,8 @@ def names_of(study: Study, name: str) -> Iterator[str]:
     """State-dict names of what ``values_of`` gives a layer, or a bare parameter."""
     layer, weight = study.layers.get(name), weight_name(study.model, name)
     yield from [weight] if layer is not None else all_names(study.model, weight)
+    if layer is None and (own := bias_of(study.model, weight)) is not None:
+        yield own
     if layer is not None and layer.module.bias is not None:
         yield tensor_name(name, "bias")
     elif layer is not None and layer.mean is not None:

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import ParametrizationList, is_parametrized
 
 from pysolve.errors import PysolveError
 from pysolve.nn.evaluate import parameters
+from pysolve.nn.gathering.recurrent import recurrent_weights
 from pysolve.nn.layer_kinds import EMBEDDINGS, WEIGHTED, tied_tables
 from pysolve.nn.layers.masking import masks_of, permanent_by
 from pysolve.nn.layers.sparse import SparseWeight
@@ -41,11 +42,12 @@ def weights_of(
     kinds: tuple[type[nn.Module], ...] = WEIGHTED,
     *,
     tied: bool = False,
+    recurrent: bool = False,
 ) -> tuple[dict[str, Tensor], list[Skipped]]:
     """Weights of layers of some kinds, by the layers' names, and all other matrices, which are left alone.
 
     A weight that several layers share is left alone; ``tied``: but not those that heads share with an
-    embedding, by whose name they go.
+    embedding, by whose name they go. ``recurrent``: with those of recurrent layers, by their own names.
 
     Raises
     ------
@@ -61,6 +63,7 @@ def weights_of(
     kept_out = {modules[name] for name in ignored}
     tables = {one: others for one, others in pairs.items() if not kept_out & {one, *others}}
     served = {other for others in tables.values() for other in others}
+    gates = recurrent_weights(model) if recurrent else {}
     found: dict[str, Tensor] = {}
     left: list[Skipped] = []
     for name, module in modules.items():
@@ -80,7 +83,9 @@ def weights_of(
                 continue
             if value is own and module in served:
                 continue
-            if value is not own or not isinstance(module, kinds):
+            if full in gates and owners[id(value)] == 1:
+                found[full] = value
+            elif value is not own or not isinstance(module, kinds):
                 left.append(Skipped(full, f"a weight of {type(module).__name__}", value.numel()))
             elif owners[id(value)] > 1 and module not in tables:
                 share = value.numel() // owners[id(value)]

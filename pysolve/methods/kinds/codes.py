@@ -122,7 +122,8 @@ class Codes:
         if known is None:
             return 0.5 * float(np.square(change).sum())
         lost = np.einsum("ij,ij->i", change @ known.centered().r_xx, change)
-        return 0.5 * float(self.outputs[task.name][task.outputs] @ lost)
+        counts = self.outputs.get(task.name)
+        return 0.5 * float(lost.sum() if counts is None else counts[task.outputs] @ lost)
 
     def priced(self, losses: Mapping[str, float], divergences: Mapping[str, float]) -> Codes:
         """With sensitivities from what every weight's trial lost and did."""
@@ -136,7 +137,9 @@ def codes_for(study: Study, kind: Codes) -> Codes:
     if study.calibration is None:
         energy = {name: float(np.square(study.matrix(name)).sum()) for name in study.weights}
         return replace(kind, sensitivity={name: 1.0 / (whole or 1.0) for name, whole in energy.items()})
-    known = {name: study.layers[name].module for name in study.weights if name in study.correlations}
+    known = {
+        n: study.layers[n].module for n in study.weights if n in study.correlations and n in study.layers
+    }
     # One batch tells which outputs matter.
     metrics = sensitivities(study.model, known, study.options.ranks.first(study.calibration.kept[:1]))
     return replace(kind, outputs={name: np.maximum(np.diag(S), _OUTPUT) for name, S in metrics.items()})

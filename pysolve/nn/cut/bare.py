@@ -88,11 +88,14 @@ class Stack:
     leaf : str
         Its name there.
     order : "oi", "io" or "e"
+    gates : int
+        Matrices in a recurrent layer's weight; 0 of other parameters.
     """
 
     owner: nn.Module
     leaf: str
     order: str
+    gates: int = 0
 
     @property
     def values(self) -> Tensor:
@@ -121,7 +124,7 @@ class Stack:
         old = self.values
         new = self._picked(self._picked(self._apart(old.detach()), "o", rows), "i", columns)
         setattr(self.owner, self.leaf, _like(old, self._together(new).contiguous()))
-        if self._gates:
+        if self.gates:
             owner: Any = self.owner
             # All layers in it have as many hidden units; the first ones read its inputs.
             owner.hidden_size = int(rows.sum())
@@ -139,15 +142,10 @@ class Stack:
 
     def _apart(self, values: Tensor) -> Tensor:
         """A recurrent layer's weight with a dimension for its gates; others as they are."""
-        return values.reshape(self._gates, -1, values.shape[-1]) if self._gates else values
+        return values.reshape(self.gates, -1, values.shape[-1]) if self.gates else values
 
     def _together(self, values: Tensor) -> Tensor:
-        return values.flatten(0, 1) if self._gates else values
-
-    @property
-    def _gates(self) -> int:
-        """Matrices in a recurrent layer's weight; 0 of other parameters."""
-        return 0 if self.order == EXPERTS else GATES.get(type(self.owner), 0)
+        return values.flatten(0, 1) if self.gates else values
 
     def _dim(self, letter: str) -> int:
         return 0 if self.order == EXPERTS else self.order.index(letter) - 2
@@ -220,12 +218,14 @@ def member(modules: Mapping[str, nn.Module], name: str) -> nn.Module | Bare | St
         return Stack(owner, leaf, order) if tensor.ndim else None
     gates = type(owner) in GATES and leaf.startswith(("weight_ih", "weight_hh")) and order == "oi"
     several = isinstance(tensor, nn.Parameter) and (tensor.ndim > 1 or gates)
-    return Stack(owner, leaf, order) if several else None
+    return Stack(owner, leaf, order, GATES.get(type(owner), 0)) if several else None
 
 
 def forms_of_member(owner: nn.Module, leaf: str) -> tuple[Bare | Stack, ...]:
     """What a tensor may be in a site."""
-    return (Bare(owner, leaf), *(Stack(owner, leaf, order) for order in ORDERS))
+    gates = GATES.get(type(owner), 0)
+    stacks = (Stack(owner, leaf, order, 0 if order == EXPERTS else gates) for order in ORDERS)
+    return Bare(owner, leaf), *stacks
 
 
 def own_tensors(owner: nn.Module) -> set[str]:
