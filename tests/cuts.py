@@ -181,7 +181,7 @@ LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
 @cache
 def found(name):
     """The sites of a small network; they hold nothing of it."""
-    return tuple(find_sites(*network(name)))
+    return tuple(find_sites(*network(name), attention=True))
 
 
 def shown(site):

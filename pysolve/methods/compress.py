@@ -47,6 +47,7 @@ from pysolve.methods.streams import as_needed, in_principal_axes
 from pysolve.methods.studied import studied
 from pysolve.methods.study import Clock, Study
 from pysolve.methods.ties import RoundTo, check_round_to, check_widths, uniform
+from pysolve.nn.cut.attention import attention_in
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.progress import one_bar
@@ -231,7 +232,9 @@ def compress(
         device,
     )
     options = replace(options, new_biases=not one)
-    network = prepared(network, options)
+    # Shares of all sites, and penalties, are of channels that the user's own modules have.
+    names = [*(keep if isinstance(keep, Mapping) else ()), *(sites or ())]
+    network = prepared(network, options, apart=wanted is not None or bool(attention_in(names)))
     every = True if sites is None else sites
     # What a class makes of one number for all layers may be without some, if that is told.
     branches = not one or (isinstance(keep, Mapping) and 0 in keep.values())

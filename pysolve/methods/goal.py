@@ -165,12 +165,12 @@ def checked_device(device: Device) -> torch.device | None:
     return found.device
 
 
-def prepared(network: nn.Module, options: Options) -> nn.Module:
-    """The network as it is studied: a layer for each projection of attention, on the device.
+def prepared(network: nn.Module, options: Options, *, apart: bool = True) -> nn.Module:
+    """The network as it is studied, on the device; ``apart``: with a layer for each projection of attention.
 
     A copy if it is elsewhere; the same parameters if attention is in one piece.
     """
-    network = opened(network)
+    network = opened(network) if apart else network
     if options.device in (None, options.home):
         return network
     return copy_of(network).to(options.device)

@@ -234,7 +234,8 @@ def prune(
         process_group,
         device,
     )
-    network = prepared(network, options)
+    # Shares of all channels are of those that the user's own modules have.
+    network = prepared(network, options, apart=not goal.of_channels or goal.what == "target")
     if goal.of_channels:
         assert batches is not None
         return _channels(before, network, batches, goal, options)

@@ -35,6 +35,7 @@ from pysolve.nn.graph.sites import sites_in
 from pysolve.nn.graph.sizes import fits, of_other_sizes
 from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.layer_matrix import LAYERS, groups
+from pysolve.nn.layers.attention import has_opened, opened
 from pysolve.nn.progress import one_bar
 from pysolve.nn.ranks import of_all_processes
 from pysolve.nn.refusal import beside, check_many, output_of
@@ -200,7 +201,8 @@ def studied(
     clock, known = Clock(), batches if isinstance(batches, Study) else None
     if known is not None:
         if known.model is not model:
-            check_network(network_checksums(known.model), model, "the study")
+            same = opened(model) if has_opened(known.model) else model
+            check_network(network_checksums(known.model), same, "the study")
         known = replace(known, calibration=known._gathered.on(options.device))
         first = next(iter([*known, *known.held]))
     else:
@@ -260,14 +262,14 @@ def studied(
                 progress=options.progress,
             )
     stacked = stack_correlations(model, graph, calibration.kept, found)
-    read = {name.partition(":")[0] for site in free for name in site.readers}
-    loose = [name for name in recurrent_weights(model) if name in weights or name in read]
-    stacked |= gather_recurrent(model, calibration.kept, loose)
-    stacked |= {r: stacked[r.partition(":")[0]] for s in free for r in s.readers if r.partition(":")[0] in loose and is_stack(r)}
+    read = {name: name.partition(":")[0] for site in free for name in site.readers if is_stack(name)}
+    gates = recurrent_weights(model).keys() & {*weights, *read.values()}
+    known_gates = gather_recurrent(model, calibration.kept, gates)
+    stacked |= known_gates | {name: known_gates[own] for name, own in read.items() if own in known_gates}
     if ranks.size > 1:
         stacked = of_all_processes(stacked, ranks)
     correlations = ChainMap(stacked, correlations) if stacked else correlations  # type: ignore[arg-type]
-    base = replace(base, notes=(*base.notes, *stack_notes(found)))
+    base = replace(base, notes=(*base.notes, *stack_notes(found, known_gates)))
     clock.stage("gather")
     base = replace(base, notes=(*base.notes, *([said] if said else [])))
     unseen = [name for name in wanted if name not in correlations]

@@ -150,7 +150,7 @@ def inspect(
     2 → nothing           4  the network's output
     """
     model, example_inputs = plain_network(model), example_of(example_inputs, transform)
-    found = list(find_sites(model, example_inputs, ignore=ignore) if sites is None else sites)
+    found = list(find_sites(model, example_inputs, ignore=ignore, attention=True) if sites is None else sites)
     costs = cost_model(opened(model), found, laid_out(model, example_inputs, ())[0])
     rows = tuple(_row(site, costs, s) for s, site in enumerate(found))
     return Inspection(rows, *(round(costs.original[measure]) for measure in ("params", "macs", "bytes")))

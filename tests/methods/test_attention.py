@@ -75,8 +75,12 @@ def test_heads_and_stream_of_torchs_encoder_go(norm_first, tmp_path):
 
 def test_sites_by_hand_are_those_of_the_given_network():
     model, x = network(), batches()[0]
+    closed = ps.find_sites(model, x)
+    assert not any("q_proj" in name for site in closed for name in (*site.writers, *site.readers))
     sites = [
-        site for site in ps.find_sites(model, x) if site.readers == ("encoder.layers.0.self_attn.out_proj",)
+        site
+        for site in ps.find_sites(model, x, attention=True)
+        if site.readers == ("encoder.layers.0.self_attn.out_proj",)
     ]
     assert [site.channels for site in sites] == [4]
     smaller = ps.apply(model, ps.Plan((ps.Collapse(sites[0], np.array([0, 2])),)), probe=x)
@@ -94,7 +98,7 @@ def test_what_gets_values_alone_is_torchs_again(bias, tmp_path):
     model = nn.TransformerEncoderLayer(8, 2, 32, batch_first=True, bias=bias).eval()
     data = [torch.randn(20, 5, 8) for _ in range(6)]
     sites = [site for site in ps.find_sites(model, data[0]) if site.writers == ("linear1",)]
-    result = ps.compress(model, data, sites=sites, keep=0.5, latency=False)
+    result = ps.compress(model, data, sites=sites, target={"params": 0.8}, latency=False)
     pruned = ps.prune(model, data, amount=0.5, layout="dense", latency=False)
     for one in (result, pruned):
         assert type(one.model.self_attn) is nn.MultiheadAttention
@@ -137,7 +141,7 @@ def test_a_study_serves_all_verbs_and_comes_back_from_its_file(tmp_path):
 def test_attention_may_be_left_out_by_type_and_by_name():
     model = network()
     for ignore in ([nn.MultiheadAttention], ["re:.*self_attn"], [model.encoder.layers[0].self_attn]):
-        sites = ps.find_sites(model, batches()[0], ignore=ignore)
+        sites = ps.find_sites(model, batches()[0], ignore=ignore, attention=True)
         first = next(s for s in sites if "encoder.layers.0.self_attn.q_proj" in s.writers)
         assert first.pinned is not None
         assert "ignored" in first.pinned
@@ -161,7 +165,7 @@ def test_weights_of_attention_that_are_an_output_keep_the_heads():
             return self.attention(x, x, x)[0]
 
     x = torch.randn(4, 5, 6)
-    heads = {kind: ps.find_sites(kind().eval(), x)[0] for kind in (Weights, Unread)}
+    heads = {kind: ps.find_sites(kind().eval(), x, attention=True)[0] for kind in (Weights, Unread)}
     assert heads[Weights].pinned is not None
     assert heads[Unread].pinned is None
     assert heads[Unread].channels == 2
@@ -176,3 +180,16 @@ def test_training_with_masks_reaches_the_projections():
     assert type(attention) is nn.MultiheadAttention
     assert all(50 < int(one.eq(0).sum()) < 94 for one in attention.in_proj_weight.chunk(3))
     assert "encoder.layers.0.self_attn.v_proj" in [line.name for line in result.report.layers]
+
+
+def test_shares_of_all_sites_leave_attention_whole_but_for_sites_that_are_named():
+    model = network()
+    half = ps.compress(model, batches(), keep=0.5, latency=False)
+    names = {*half.plan.values, *(name for step in half.plan.steps for name in step.site.readers)}
+    assert not any("q_proj" in name for name in names)
+    sites = ps.find_sites(model, batches()[0], attention=True)
+    heads = next(site for site in sites if site.channels == 4)
+    for key in (heads, heads.writers[0]):
+        result = ps.compress(model, batches(), keep={key: 0.5}, latency=False)
+        assert [len(step.keep) for step in result.plan.steps] == [2]
+    assert ps.inspect(model, batches()[0]).rows[1].channels == 4

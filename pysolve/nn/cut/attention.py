@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from itertools import chain
 
@@ -21,7 +21,7 @@ from pysolve.nn.layers.attention import (
     with_layers,
 )
 from pysolve.nn.running import as_array, as_tensor
-from pysolve.plan import Plan, tensor_name
+from pysolve.plan import Plan, Site, tensor_name
 
 
 def opened_for(model: nn.Module, plan: Plan) -> nn.Module:
@@ -31,8 +31,13 @@ def opened_for(model: nn.Module, plan: Plan) -> nn.Module:
 
 def attention_of(plan: Plan) -> set[str]:
     """Modules whose projections of queries, keys or values a plan names."""
-    names = chain(_cut(plan), plan.values, plan.untied)
-    parts = [name.partition(":")[0].split(".") for name in names]
+    return attention_in(chain(_cut(plan), plan.values, plan.untied))
+
+
+def attention_in(names: Iterable[str | Site]) -> set[str]:
+    """Modules whose projections of queries, keys or values are among these layers, tensors and sites."""
+    every = ((one,) if isinstance(one, str) else (*one.writers, *one.readers) for one in names)
+    parts = [name.partition(":")[0].split(".") for name in chain.from_iterable(every)]
     return {".".join(one[:i]) for one in parts for i, part in enumerate(one) if part in PROJECTIONS}
 
 

@@ -61,9 +61,9 @@ def stack_correlations(
     return found
 
 
-def stack_notes(sites: Iterable[Site]) -> list[str]:
-    """What the report says of stacks whose inputs can go."""
-    names = _matrices_read(sites)
+def stack_notes(sites: Iterable[Site], known: Collection[str] = ()) -> list[str]:
+    """What the report says of stacks whose inputs can go, but for parameters of which more is known."""
+    names = {name for name in _matrices_read(sites) if name.partition(":")[0] not in known}
     if not names:
         return []
     more = ", …" * (len(names) > _NAMED)

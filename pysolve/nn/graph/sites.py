@@ -41,7 +41,12 @@ WORDS = 32
 
 
 def find_sites(
-    model: nn.Module, example_inputs: Batch, *, ignore: Iterable[Ignored] = (), head_dims: bool = False
+    model: nn.Module,
+    example_inputs: Batch,
+    *,
+    ignore: Iterable[Ignored] = (),
+    attention: bool = False,
+    head_dims: bool = False,
 ) -> list[Site]:
     """Find all sets of channels that can be removed together, and say of all others what keeps them.
 
@@ -50,8 +55,7 @@ def find_sites(
     halves of the channels of all sites are removed, and the smaller network must equal the masked one, and
     train if the network does. Where that fails it is tried again with integers of modules that shrink with
     the channels, and with whole rows or columns of views that lay channels out in a grid. The network itself
-    is not changed. ``nn.MultiheadAttention`` counts as layers ``q_proj``, ``k_proj``, ``v_proj`` and
-    ``out_proj``, which ``apply`` makes of it.
+    is not changed.
 
     Parameters
     ----------
@@ -62,9 +66,12 @@ def find_sites(
     ignore : iterable of str, types or modules
         Layers whose channels must stay, with all that they hold: names, patterns ``"re:…"`` that match whole
         names, types, or the layers themselves.
+    attention : bool
+        Take ``nn.MultiheadAttention``, which keeps its heads and its width otherwise, for layers ``q_proj``,
+        ``k_proj``, ``v_proj`` and ``out_proj``; ``apply`` makes these of it where a plan names them.
     head_dims : bool
-        Also the dimensions of attention heads, of all heads of a layer together. They overlap with whole
-        heads: a plan may cut one of both in each layer.
+        Also the dimensions of attention heads, of all heads of a layer together, of torch's attention too.
+        They overlap with whole heads: a plan may cut one of both in each layer.
 
     Returns
     -------
@@ -88,7 +95,9 @@ def find_sites(
     [('0 → 2', 64, None), ('2 → nothing', 4, "the network's output")]
     """
     model, example_inputs = plain_network(model), example_of(example_inputs)
-    ignore, model = sorted(ignored_in_opened(model, ignore)), opened(model)
+    if attention or head_dims:
+        ignore, model = sorted(ignored_in_opened(model, ignore)), opened(model)
+    find_matching(model, ignore)
     few = few_samples(example_inputs)
     if few is not example_inputs:
         # A batch size may be written into the code.
