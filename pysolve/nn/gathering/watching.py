@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pysolve.errors import PysolveError
 from pysolve.nn.gathering.products import as_called, product
 from pysolve.nn.layer_kinds import inputs_first, is_extended
 from pysolve.nn.layer_matrix import Layer
@@ -29,7 +31,9 @@ def watching(layers: Mapping[str, Layer], record: Record) -> Iterator[None]:
         def hook(
             layer: Layer, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor
         ) -> Tensor | None:
-            return record(name, layer, args[0] if args else kwargs["input"], y)
+            x = args[0] if args else kwargs["input"]
+            check_visible(name, x, y)
+            return record(name, layer, x, y)
 
         return hook
 
@@ -43,6 +47,15 @@ def watching(layers: Mapping[str, Layer], record: Record) -> Iterator[None]:
         if extended:
             stack.enter_context(_Operators(extended, record))
         yield
+
+
+def check_visible(name: str, *values: Tensor) -> None:
+    """Raise PysolveError where a layer runs inside a transform of a function, which hides its values."""
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, values)):
+        raise PysolveError(
+            f"{name} runs inside torch.vmap or another transform of torch.func, where what it reads cannot be "
+            f"seen: call it on whole batches instead, or leave it out, ignore=[{name!r}]."
+        )
 
 
 class _Operators(TorchFunctionMode):
@@ -64,6 +77,7 @@ class _Operators(TorchFunctionMode):
         name, layer = self.layers.get(call.weight.data_ptr(), ("", None))
         if layer is None or not call.of(layer) or not _is_weight(call.weight, layer, call.takes_inputs_first):
             return result
+        check_visible(name, call.x, result)
         called = as_called(layer, call)
         changed = None if called is None else self.record(name, called, call.x, result)
         return result if changed is None else changed
