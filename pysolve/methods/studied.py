@@ -45,7 +45,7 @@ from pysolve.nn.running import (
     evaluating,
     few_samples,
 )
-from pysolve.nn.samples import laid_out, moved, on_device, peek
+from pysolve.nn.samples import laid_out, mixed, moved, on_device, peek
 from pysolve.nn.threads import threads_of_torch
 from pysolve.plan import Site
 
@@ -196,7 +196,7 @@ def studied(
     base = Study(model, options, weights=weights, left=tuple(left), notes=tuple(notes))
     if batches is None:
         return base
-    clock, known = Clock(), batches if isinstance(batches, Study) else None
+    clock, known, doubt = Clock(), batches if isinstance(batches, Study) else None, ""
     if known is not None:
         if known.model is not model:
             check_network(network_checksums(known.model), model, "the study")
@@ -206,6 +206,7 @@ def studied(
         first, batches = peek(batches, options.transform)
         first, batches = laid_out(model, moved(first, options.device), on_device(batches, options.device))
         check_many(model, first)
+        doubt = mixed(model, first)
     ranks = options.ranks
     if ranks.size > 1:
         ranks.check_same("network", network_checksums(model))
@@ -278,6 +279,7 @@ def studied(
         base = replace(base, notes=(*base.notes, more))
     return replace(
         base,
+        notes=(*base.notes, *([doubt] if doubt else [])),
         graph=graph,
         layers=layers,
         sites=found,

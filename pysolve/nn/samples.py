@@ -25,8 +25,14 @@ from pysolve.nn.running import (
     evaluating,
     few_samples,
     forward,
+    same_draws,
     sample_leaves,
     with_leaves,
+)
+
+_MIXED = (
+    "samples alone get other outputs than in a batch: are they not along the first dimension of batches? "
+    "Held-out samples and figures a sample count that dimension"
 )
 
 
@@ -200,6 +206,42 @@ def _divides(model: nn.Module, batch: Inputs, whole: Tensor) -> bool:
     return alone.shape == whole[: len(alone)].shape and torch.allclose(
         alone.double(), whole[: len(alone)].double(), rtol=1e-3, atol=1e-5
     )
+
+
+def mixed(model: nn.Module, batch: Batch) -> str:
+    """What to say where the last samples of a batch get other outputs alone; "" where they get the same.
+
+    Nothing is said of networks that draw random numbers, take no fewer samples, or make no floats.
+    """
+    count = samples_in(batch)
+    if count < 4:
+        return ""
+    with evaluating(model):
+        with same_draws(model):
+            whole = main_output(output_of(model, batch))
+        try:
+            with same_draws(model):
+                alone = main_output(forward(model, take(batch, count - 2, count)))
+        # Whatever the network's code raises.
+        except Exception:
+            return ""
+        if not whole.is_floating_point() or _of_samples(whole, alone, count):
+            return ""
+        with same_draws(model, seed=1):
+            again = main_output(forward(model, batch))
+    return _MIXED if torch.equal(again, whole) else ""
+
+
+def _of_samples(whole: Tensor, alone: Tensor, count: int) -> bool:
+    """Whether two samples' outputs are those among all, along some dimension; or nothing is known."""
+    if alone.shape == whole.shape:
+        return False
+    other = [dim for dim, (n, few) in enumerate(zip(whole.shape, alone.shape, strict=False)) if n != few]
+    if whole.ndim != alone.ndim or len(other) != 1 or whole.shape[other[0]] != count:
+        return True
+    same = whole.narrow(other[0], count - 2, 2)
+    near = max(1e-3, 16 * torch.finfo(whole.dtype).eps) * float(same.abs().nan_to_num(0, 0, 0).max())
+    return torch.allclose(alone, same, rtol=0, atol=near, equal_nan=True)
 
 
 def peek(batches: Iterable[Any], transform: Transform | None = None) -> tuple[Batch, Iterable[Batch]]:

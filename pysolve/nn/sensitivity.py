@@ -87,7 +87,7 @@ def with_offset(offsets: list[tuple[str, Tensor]], name: str, layer: Layer, x: T
 def by_offsets(
     result: Tensor, offsets: list[tuple[str, Tensor]], direction: Tensor, *, again: bool = False
 ) -> list[tuple[str, Tensor]]:
-    """Gradients of direction · result by the offsets, with the names of their layers; ``again``: others follow."""
+    """Gradients of direction · result by the offsets, with their layers' names; ``again``: more follow."""
     made = [*offsets]
     found = torch.autograd.grad(
         result, [offset for _, offset in made], direction, retain_graph=again, allow_unused=True

@@ -53,8 +53,8 @@ def check_visible(name: str, *values: Tensor) -> None:
     """Raise PysolveError where a layer runs inside a transform of a function, which hides its values."""
     if any(map(torch._C._functorch.is_functorch_wrapped_tensor, values)):
         raise PysolveError(
-            f"{name} runs inside torch.vmap or another transform of torch.func, where what it reads cannot be "
-            f"seen: call it on whole batches instead, or leave it out, ignore=[{name!r}]."
+            f"{name} runs inside torch.vmap or another transform of torch.func, where what it reads cannot "
+            f"be seen: call it on whole batches instead, or leave it out, ignore=[{name!r}]."
         )
 
 
@@ -64,6 +64,8 @@ class _Operators(TorchFunctionMode):
     def __init__(self, layers: Mapping[str, Layer], record: Record) -> None:
         super().__init__()
         self.layers = {layer.weight.data_ptr(): (name, layer) for name, layer in layers.items()}
+        # Code that rescales its weight, by ``weight.data = …``, moves it elsewhere.
+        self.weights = {id(layer.weight): (name, layer) for name, layer in layers.items()}
         self.record = record
 
     def __torch_function__(
@@ -74,7 +76,8 @@ class _Operators(TorchFunctionMode):
         call = product(getattr(func, "__name__", ""), args, kwargs)
         if call is None or not isinstance(call.weight, Tensor):
             return result
-        name, layer = self.layers.get(call.weight.data_ptr(), ("", None))
+        known = self.layers.get(call.weight.data_ptr(), ("", None))
+        name, layer = self.weights.get(id(call.weight), known)
         if layer is None or not call.of(layer) or not _is_weight(call.weight, layer, call.takes_inputs_first):
             return result
         check_visible(name, call.x, result)
