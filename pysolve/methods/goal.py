@@ -26,7 +26,7 @@ from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import without_sparse
 from pysolve.nn.plain import check_plain, plain_network
 from pysolve.nn.ranks import Ranks
-from pysolve.nn.running import Device, Ignored, device_of, find_matching
+from pysolve.nn.running import Device, Ignored, device_of, find_matching, keeping_modes
 from pysolve.nn.state import copy_of
 from pysolve.plan import Plan, Site
 from pysolve.solve.budget import check_targets
@@ -196,7 +196,7 @@ def bytes_in(memory: int | str) -> int:
         count = float(words[1]) if words else 0.0
     except ValueError:
         count = 0.0
-    if words is None or count <= 0:
+    if words is None or not 0 < count < math.inf:
         raise ValueError(f'memory must be bytes, or words such as "4GiB" or "500 MB", got {memory!r}.')
     return int(count * (1024 if words[3] else 1000) ** " kmgt".index(words[2] or " "))
 
@@ -209,7 +209,9 @@ def score_of(evaluate: Evaluate, network: nn.Module) -> float:
     TypeError
         It returns no single number.
     """
-    score: object = evaluate(network)
+    # Users' functions often call ``eval()`` themselves.
+    with keeping_modes(network):
+        score: object = evaluate(network)
     if isinstance(score, Tensor | np.ndarray) and score.reshape(-1).shape == (1,):
         score = score.item()
     if isinstance(score, bool) or not isinstance(score, Real | np.number):
@@ -274,17 +276,24 @@ def check_pattern(what: str, name: object) -> None:
         raise ValueError(f"{name!r} in {what} is no regular expression: {error}.") from error
 
 
+def _float(value: Real | np.number) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 def check_positive(what: str, value: object) -> None:
     """Refuse what is no positive, finite number."""
     if isinstance(value, bool) or not isinstance(value, Real | np.number):
         raise TypeError(f"{what} must be a number, got {type(value).__name__}.")
-    if not 0 < float(value) < math.inf:
+    if not 0 < _float(value) < math.inf:
         raise ValueError(f"{what} must be positive and finite, got {value}.")
 
 
 def check_share(what: str, value: object) -> None:
     """Refuse what is no share in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, Real | np.number) or not 0 <= float(value) < 1:
+    if isinstance(value, bool) or not isinstance(value, Real | np.number) or not 0 <= _float(value) < 1:
         raise ValueError(f"{what} must be in [0, 1), got {value!r}.")
 
 

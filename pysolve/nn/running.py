@@ -257,7 +257,16 @@ pytree.register_pytree_node(
 def sample_leaves(batch: Batch) -> dict[int, Tensor]:
     """The tensors of a batch whose first dimension is the samples, by their number among all leaves."""
     shared = batch.shared if isinstance(batch, Inputs) else ()
-    leaves = enumerate(pytree.tree_leaves(arguments(batch)))
+    leaves = [*enumerate(pytree.tree_leaves(arguments(batch)))]
+    for _, leaf in leaves:
+        if isinstance(leaf, Tensor) and (leaf.is_nested or leaf.layout is not torch.strided):
+            kind = "nested" if leaf.is_nested else str(leaf.layout).removeprefix("torch.")
+            remedy = (
+                "padded samples, with a mask" if leaf.is_nested else "its to_dense(), or make it a buffer"
+            )
+            raise TypeError(
+                f"a batch holds a {kind} tensor, which is not taken apart or traced: give {remedy}."
+            )
     return {i: leaf for i, leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0 and i not in shared}
 
 

@@ -173,12 +173,15 @@ def laid_out(model: nn.Module, first: Batch, batches: Iterable[Batch]) -> tuple[
 
     Of tensors with different first dimensions, or in lists, those with as many entries as the outputs are
     taken for the samples, the others for the same in all, if the network then gives the first samples alone
-    what it gives them among all. Otherwise a batch is one sample: a graph, or a list of images.
+    what it gives them among all. Otherwise a batch is one sample: a graph, or a list of images. That is also
+    asked where one of several tensors has as many entries along another dimension, as an adjacency has.
     """
     args, kwargs = arguments(first)
     leaves = sample_leaves(first)
     every = range(len(pytree.tree_leaves((args, kwargs))))
-    if args or (len(every) == len(kwargs) and len({len(leaf) for leaf in leaves.values()}) == 1):
+    alike = len(every) == len(kwargs) and len({len(leaf) for leaf in leaves.values()}) == 1
+    square = len(leaves) > 1 and any(len(leaf) in leaf.shape[1:] for leaf in leaves.values())
+    if args or (alike and not square):
         return first, batches
     with evaluating(model):
         whole = main_output(output_of(model, first))
