@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from pysolve.compressed import Compressed
-from pysolve.errors import PysolveError, check_flags
+from pysolve.errors import PysolveError, check_flags, path_of
 from pysolve.forms import Sparse
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.gathering.memory import Bound
@@ -26,9 +26,9 @@ from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import without_sparse
 from pysolve.nn.plain import check_plain, plain_network
 from pysolve.nn.ranks import Ranks
-from pysolve.nn.running import Device, Ignored, device_of, find_matching, keeping_modes
+from pysolve.nn.running import Device, Ignored, checked_device, device_of, find_matching, keeping_modes
 from pysolve.nn.state import copy_of
-from pysolve.plan import Plan, Site
+from pysolve.plan import Plan, Site, check_listed
 from pysolve.solve.budget import check_targets
 from pysolve.training.distill import distill as teach
 from pysolve.training.options import BaseOptions
@@ -124,7 +124,7 @@ def options_for(
             raise TypeError(f"{what} must be a function, got {function!r}.")
     matched = find_matching(network, ignore)
     bound = None if memory is None else Bound.of(bytes_in(memory), memory)
-    folder = None if checkpoint is None else Path(checkpoint)
+    folder = None if checkpoint is None else path_of("checkpoint", checkpoint)
     score = None if evaluate is None else score_of(evaluate, network)
     ranks, place, home = Ranks(process_group), checked_device(device), device_of(network)
     if place is not None and place != home:
@@ -145,25 +145,6 @@ def options_for(
         place,
         home,
     )
-
-
-def checked_device(device: Device) -> torch.device | None:
-    """A device that can compute, if one is given.
-
-    Raises
-    ------
-    ValueError
-        There is no such device, or it does not compute.
-    """
-    if device is None:
-        return None
-    try:
-        found = torch.ones(1, device=device)
-        found.item()
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"cannot compute on {device!r}: {reason}.") from error
-    return found.device
 
 
 def placed(network: nn.Module, options: Options) -> nn.Module:
@@ -312,11 +293,7 @@ def check_keep(keep: Values | None, lam: Values | None) -> None:
 
 def check_sites(sites: Sequence[Site], ignore: Collection[Ignored]) -> None:
     """Refuse what is no list of sites, and layers to ignore besides."""
-    if isinstance(sites, Site):
-        raise TypeError("sites must be a list of Site, got one: pass [site].")
-    strangers = [type(site).__name__ for site in sites if not isinstance(site, Site)]
-    if strangers:
-        raise TypeError(f"sites must be a list of Site, got a {strangers[0]} in it.")
+    check_listed(sites)
     idle = [site.name for site in sites if site.pinned is None and not (site.writers and site.readers)]
     if idle:
         raise ValueError(f"a site needs layers that write its channels, and that read them, got {idle[0]}.")

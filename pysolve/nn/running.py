@@ -333,6 +333,26 @@ def labelled(model: nn.Module, x: Values, y: Values) -> tuple[Tensor, Tensor]:
     return inputs, labels
 
 
+def checked_device(device: Device, *, computes: bool = True) -> torch.device | None:
+    """A device, if one is given, that ``computes``: the meta device does not.
+
+    Raises
+    ------
+    ValueError
+        There is no such device, or it does not compute.
+    """
+    if device is None:
+        return None
+    try:
+        found = torch.ones(1, device=device)
+        if computes:
+            found.item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"cannot compute on {device!r}: {reason}.") from error
+    return found.device
+
+
 def device_of(model: nn.Module) -> torch.device:
     """Device of the network's first parameter."""
     return next((p.device for p in model.parameters()), torch.device("cpu"))

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from inspect import Parameter, signature
 from io import BytesIO
-from pathlib import Path
 from pprint import pformat
 from textwrap import indent
 
@@ -17,7 +16,7 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from pysolve.compressed import Compressed
-from pysolve.errors import PysolveError
+from pysolve.errors import PysolveError, path_of
 from pysolve.nn.graph.export import program_of
 from pysolve.nn.items import example_of
 from pysolve.nn.outputs import tensors_of
@@ -121,7 +120,7 @@ def export_code(
     >>> batches = [torch.randn(100, 16) for _ in range(5)]
     >>> ps.export_code(ps.compress(model, batches, keep=0.5, latency=False), "small.py")
     """
-    path = Path(path)
+    path = path_of("path", path)
     if path.suffix != ".py":
         raise ValueError(f"path must end in .py, got {path}.")
     if not isinstance(compressed, Compressed):

@@ -19,7 +19,7 @@ from pysolve.nn.items import Transform, batched
 from pysolve.nn.layer_matrix import LAYERS, Layer
 from pysolve.nn.plain import plain_network
 from pysolve.nn.progress import steps
-from pysolve.nn.running import Batch, Device, evaluating
+from pysolve.nn.running import Batch, Device, checked_device, evaluating
 from pysolve.plan import Site
 
 
@@ -95,6 +95,7 @@ def gather(
     (500, (64, 64), (4, 64))
     """
     model = plain_network(model)
+    checked_device(device, computes=False)
     target_model = None if target_model is None else plain_network(target_model)
     names = _layer_names(model, sites, layers)
     found = gather_reached(
