@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from numbers import Integral, Real
@@ -13,20 +13,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 
 from pysolve.compressed import Compressed
 from pysolve.errors import PysolveError, check_flags, path_of
 from pysolve.forms import Sparse
 from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.nn.evaluate import Evaluate, score_of
 from pysolve.nn.gathering.memory import Bound
 from pysolve.nn.items import Transform
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import without_sparse
 from pysolve.nn.plain import check_plain, plain_network
 from pysolve.nn.ranks import Ranks
-from pysolve.nn.running import Device, Ignored, checked_device, device_of, find_matching, keeping_modes
+from pysolve.nn.running import Device, Ignored, checked_device, device_of, find_matching
 from pysolve.nn.state import copy_of
 from pysolve.plan import Plan, Site, check_listed
 from pysolve.solve.budget import check_targets
@@ -38,7 +39,6 @@ Target = Mapping[str, float]
 Values = float | Mapping[str | Site, float]
 # Seconds, or options of ``distill`` with seconds or epochs among them.
 Length = float | Mapping[str, object]
-Evaluate = Callable[[nn.Module], float]
 # Bytes, or words such as "4GiB".
 Memory = int | str | None
 
@@ -180,24 +180,6 @@ def bytes_in(memory: int | str) -> int:
     if words is None or not 0 < count < math.inf:
         raise ValueError(f'memory must be bytes, or words such as "4GiB" or "500 MB", got {memory!r}.')
     return int(count * (1024 if words[3] else 1000) ** " kmgt".index(words[2] or " "))
-
-
-def score_of(evaluate: Evaluate, network: nn.Module) -> float:
-    """What the user's function says of a network.
-
-    Raises
-    ------
-    TypeError
-        It returns no single number.
-    """
-    # Users' functions often call ``eval()`` themselves.
-    with keeping_modes(network):
-        score: object = evaluate(network)
-    if isinstance(score, Tensor | np.ndarray) and score.reshape(-1).shape == (1,):
-        score = score.item()
-    if isinstance(score, bool) or not isinstance(score, Real | np.number):
-        raise TypeError(f"evaluate must return a number, the network's score, got {type(score).__name__}.")
-    return float(score)
 
 
 def network_of(

@@ -198,6 +198,8 @@ def studied(
         return base
     clock, known, doubt = Clock(), batches if isinstance(batches, Study) else None, ""
     if known is not None:
+        if options.transform is not None:
+            raise ValueError("a study holds what transform has made already: leave transform out.")
         if known.model is not model:
             check_network(network_checksums(known.model), model, "the study")
         known = replace(known, calibration=known._gathered.on(options.device))

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from pysolve.errors import DataError, PysolveError, path_of
+from pysolve.nn.evaluate import score_of
 from pysolve.nn.progress import in_call, passed, stage
 from pysolve.nn.running import Batch, device_of, keeping_modes
 from pysolve.nn.state import drop_graphs
@@ -148,7 +149,7 @@ def _judge(progress: Progress, run: Run, model: nn.Module) -> None:
     # What the user's function writes into the network is the user's.
     with keeping_modes(model), torch.no_grad(), _random_state(run.seed, device_of(model)):
         model.eval()
-        score = float(run.evaluate(model))
+        score = score_of(run.evaluate, model)
     if math.isnan(score):
         raise PysolveError(
             f"evaluate gave nan after epoch {epochs}: it must give a number, higher is better."

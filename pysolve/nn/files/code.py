@@ -20,7 +20,7 @@ from pysolve.errors import PysolveError, path_of
 from pysolve.nn.graph.export import program_of
 from pysolve.nn.items import example_of
 from pysolve.nn.outputs import tensors_of
-from pysolve.nn.refusal import output_of
+from pysolve.nn.refusal import output_of, sentence
 from pysolve.nn.running import Batch, device_of, evaluating
 from pysolve.whole_files import replacing
 
@@ -152,7 +152,14 @@ def export_code(
             ) from None
         program = program_of(model, batch)
         content = BytesIO()
-        torch.export.save(program, content)
+        try:
+            torch.export.save(program, content)
+        # Whatever torch has no words for, such as classes of outputs that it does not know.
+        except Exception as error:
+            raise PysolveError(
+                f"the exported program of {kind} cannot be written: {sentence(error)}. Let it return "
+                "tensors, tuples and dicts, or give make=, a function that makes the original."
+            ) from error
         with replacing(path.with_suffix(".pt2"), content.tell()) as part:
             part.write_bytes(content.getvalue())
         code = _PROGRAM.format(about=about, weights=path.with_suffix(".pt2").name)
