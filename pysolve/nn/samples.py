@@ -206,8 +206,9 @@ def _divides(model: nn.Module, batch: Inputs, whole: Tensor) -> bool:
     # Whatever the network's code raises.
     except Exception:
         return False
-    return alone.shape == whole[: len(alone)].shape and torch.allclose(
-        alone.double(), whole[: len(alone)].double(), rtol=1e-3, atol=1e-5
+    among = whole[: len(alone)]
+    return alone.shape == among.shape and torch.allclose(
+        alone.double(), among.double(), rtol=1e-3, atol=1e-5 + _rounding(among)
     )
 
 
@@ -243,8 +244,18 @@ def _of_samples(whole: Tensor, alone: Tensor, count: int) -> bool:
     if whole.ndim != alone.ndim or len(other) != 1 or whole.shape[other[0]] != count:
         return True
     same = whole.narrow(other[0], count - 2, 2)
-    near = max(1e-3, 16 * torch.finfo(whole.dtype).eps) * float(same.abs().nan_to_num(0, 0, 0).max())
-    return torch.allclose(alone, same, rtol=0, atol=near, equal_nan=True)
+    return torch.allclose(
+        alone, same, rtol=0, atol=max(_rounding(same), 1e-3 * _largest(same)), equal_nan=True
+    )
+
+
+def _rounding(outputs: Tensor) -> float:
+    """How far outputs may be apart that were computed in other batches."""
+    return 16 * torch.finfo(outputs.dtype).eps * _largest(outputs) if outputs.is_floating_point() else 0.0
+
+
+def _largest(outputs: Tensor) -> float:
+    return float(outputs.abs().nan_to_num(0.0, 0.0, 0.0).max()) if outputs.numel() else 0.0
 
 
 def peek(batches: Iterable[Any], transform: Transform | None = None) -> tuple[Batch, Iterable[Batch]]:

@@ -6,7 +6,7 @@ from small import NETWORKS, Net, Noisy, network, vectors
 from torch import nn
 
 import pysolve as ps
-from pysolve.nn.samples import mixed
+from pysolve.nn.samples import laid_out, mixed, samples_in
 
 
 def time_first():
@@ -68,3 +68,24 @@ def test_the_report_notes_it():
     batches = [torch.randn(9, 8, 6) for _ in range(3)]
     result = ps.prune(model, batches, method="obs", amount=0.5, progress=False, latency=False)
     assert sum("along the first dimension" in note for note in result.report.notes) == 1
+
+
+def test_empty_outputs_tell_nothing():
+    assert mixed(Net(lambda net, x: net.a(x)[:, :0], a=nn.Linear(6, 5)).eval(), torch.randn(7, 6)) == ""
+
+
+def test_batches_as_long_as_their_texts_are_divided_in_half_precision_too():
+    torch.manual_seed(0)
+
+    class Texts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.words, self.a, self.b = nn.Embedding(20, 32), nn.Linear(32, 256), nn.Linear(256, 20)
+
+        def forward(self, ids, mask):
+            return self.b(self.a(self.words(ids) * mask[..., None].to(self.a.weight.dtype)).relu())
+
+    batch = {"ids": torch.randint(20, (8, 8)), "mask": torch.ones(8, 8, dtype=torch.long)}
+    for dtype in (torch.float32, torch.bfloat16):
+        first, _ = laid_out(Texts().to(dtype).eval(), batch, [batch])
+        assert samples_in(first) == 8
