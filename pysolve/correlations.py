@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pysolve.errors import DataError, whole
+from pysolve.errors import DataError, path_of, whole
 from pysolve.whole_files import replacing
 
 Array = npt.NDArray[np.float64]
@@ -65,6 +65,16 @@ def group_columns(keep: npt.ArrayLike, group_size: int) -> Indices:
     """Column indices of the groups in ``keep``: group g owns columns g·group_size … (g+1)·group_size − 1."""
     groups = group_indices(keep)
     return np.asarray((groups[:, None] * group_size + np.arange(group_size)).ravel())
+
+
+def _within(what: str, indices: npt.ArrayLike, count: int, kind: str) -> Indices:
+    """Indices of ``count`` things; ValueError where one is of none of them."""
+    found = group_indices(indices)
+    if len(found) and not 0 <= found.min() <= found.max() < count:
+        raise ValueError(
+            f"{what} must lie within 0 … {count - 1}, for {count} {kind}, got {found.min()} … {found.max()}."
+        )
+    return found
 
 
 def group_norms(M: Sequence[Array], group_size: int) -> Array:
@@ -217,14 +227,15 @@ class Correlations:
 
     def restrict(self, keep: npt.ArrayLike) -> Correlations:
         """Correlations of the input groups in ``keep`` only, in that order."""
-        columns = group_columns(keep, self.group_size)
+        groups = _within("keep", keep, self.groups, "groups of inputs")
+        columns = group_columns(groups, self.group_size)
         return replace(
             self, xx=self.xx[np.ix_(columns, columns)], yx=self.yx[:, columns], x_sum=self.x_sum[columns]
         )
 
     def of_outputs(self, rows: npt.ArrayLike) -> Correlations:
         """Correlations of the outputs in ``rows`` only, in that order."""
-        rows = group_indices(rows)
+        rows = _within("rows", rows, len(self.yx), "outputs")
         yy = self.yy[rows] if self.yy.ndim == 1 else self.yy[np.ix_(rows, rows)]
         return replace(self, yx=self.yx[rows], yy=yy, y_sum=self.y_sum[rows])
 
@@ -243,6 +254,7 @@ class Correlations:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one ``.npz`` file; an existing file is replaced only once the new one is complete."""
+        path = path_of("path", path)
         values: dict[str, Any] = {f.name: np.asarray(getattr(self, f.name)) for f in fields(self)}
         with replacing(path, sum(one.nbytes for one in values.values())) as part, part.open("wb") as file:
             np.savez(file, **values)
@@ -250,7 +262,7 @@ class Correlations:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Correlations:
         """Read a file that ``save`` wrote; DataError when it is not one."""
-        names = [f.name for f in fields(cls)]
+        path, names = path_of("path", path), [f.name for f in fields(cls)]
         try:
             with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
                 values: dict[str, Any] = {

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from numbers import Integral
+from pathlib import Path
 
 import numpy as np
 
@@ -59,6 +61,13 @@ def whole(what: str, value: object, least: int = 1, most: int | None = None) -> 
     if not least <= (number := int(value)) <= (number if most is None else most):
         raise ValueError(message)
     return number
+
+
+def path_of(what: str, value: object) -> Path:
+    """``value`` as a path; TypeError unless it is a word or a path."""
+    if not isinstance(value, str | os.PathLike) or not isinstance(os.fspath(value), str):
+        raise TypeError(f"{what} must be a path, a str or os.PathLike, got {type(value).__name__}.")
+    return Path(value)
 
 
 def check_flags(**flags: object) -> None:

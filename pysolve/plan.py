@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -334,6 +334,17 @@ class Plan:
     def __repr__(self) -> str:
         sites = ", ".join(map(repr, self.steps[:_SHOWN])) + ", …" * (len(self.steps) > _SHOWN)
         return f"Plan(steps=({sites}), {len(self.values)} values, {len(self.forms)} forms)"
+
+
+def check_listed(sites: object) -> None:
+    """TypeError for what is no list of sites."""
+    if isinstance(sites, Site):
+        raise TypeError("sites must be a list of Site, got one: pass [site].")
+    if isinstance(sites, str) or not isinstance(sites, Iterable):
+        raise TypeError(f"sites must be a list of Site, got {sites!r}; names of layers are no sites.")
+    strangers = [type(site).__name__ for site in sites if not isinstance(site, Site)]
+    if strangers:
+        raise TypeError(f"sites must be a list of Site, got a {strangers[0]} in it.")
 
 
 def tensor_name(layer: str, leaf: str) -> str:

@@ -207,6 +207,16 @@ def test_inputs_and_outputs_are_chosen_by_lists_of_indices():
             choose(1)
         with pytest.raises(TypeError, match="must hold integers"):
             choose([0.5])
+        for beyond in ([0, 99], [-1]):
+            with pytest.raises(ValueError, match=r"must lie within 0 … \d"):
+                choose(beyond)
+
+
+@pytest.mark.parametrize("path", [0, None, 2.5, [], b"layer.npz"])
+def test_what_is_no_path_is_refused(path):
+    for use in (example().save, Correlations.load):
+        with pytest.raises(TypeError, match=r"path must be a path, a str or os\.PathLike, got"):
+            use(path)
 
 
 def test_only_correlations_of_the_same_layer_can_be_added():

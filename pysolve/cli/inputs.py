@@ -23,9 +23,8 @@ from pysolve.cli.blame import told
 from pysolve.cli.datasets import mnist
 from pysolve.cli.weights import fill
 from pysolve.errors import DataError, PysolveError
-from pysolve.methods.goal import checked_device
 from pysolve.nn.evaluate import accuracy
-from pysolve.nn.running import Batch, as_array, as_input, device_of, evaluating, forward
+from pysolve.nn.running import Batch, as_array, as_input, checked_device, device_of, evaluating, forward
 
 Values = npt.NDArray[np.generic]
 

@@ -13,7 +13,6 @@ from pysolve.compressed import Compressed
 from pysolve.correlations import Array
 from pysolve.errors import check_flags, one_of
 from pysolve.methods.goal import (
-    Evaluate,
     Length,
     Memory,
     Target,
@@ -49,6 +48,7 @@ from pysolve.methods.study import Clock, Study
 from pysolve.methods.ties import RoundTo, check_round_to, check_widths, uniform
 from pysolve.nn.cut.attention import attention_in
 from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.nn.evaluate import Evaluate
 from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored

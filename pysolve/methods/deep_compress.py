@@ -14,7 +14,6 @@ from pysolve.compressed import Compressed
 from pysolve.correlations import Indices
 from pysolve.errors import PysolveError
 from pysolve.methods.goal import (
-    Evaluate,
     Length,
     Memory,
     Target,
@@ -45,7 +44,7 @@ from pysolve.methods.study import Clock, Study
 from pysolve.methods.widths import chosen_width
 from pysolve.nn.cut.apply import apply
 from pysolve.nn.divergence import Divergence, kl_divergence
-from pysolve.nn.evaluate import nbytes, parameters
+from pysolve.nn.evaluate import Evaluate, nbytes, parameters
 from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.progress import one_bar, part
 from pysolve.nn.running import Batch, Device, Ignored

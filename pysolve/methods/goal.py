@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from inspect import signature
 from numbers import Integral, Real
@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed import ProcessGroup
 
 from pysolve.compressed import Compressed
-from pysolve.errors import PysolveError, check_flags
+from pysolve.errors import PysolveError, check_flags, path_of
 from pysolve.forms import Sparse
 from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.nn.evaluate import Evaluate, score_of
 from pysolve.nn.gathering.memory import Bound
 from pysolve.nn.items import Transform
 from pysolve.nn.layers.attention import ignored_in_opened, opened
@@ -27,9 +28,9 @@ from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import without_sparse
 from pysolve.nn.plain import check_plain, plain_network
 from pysolve.nn.ranks import Ranks
-from pysolve.nn.running import Device, Ignored, device_of
+from pysolve.nn.running import Device, Ignored, checked_device, device_of
 from pysolve.nn.state import copy_of
-from pysolve.plan import Plan, Site
+from pysolve.plan import Plan, Site, check_listed
 from pysolve.solve.budget import check_targets
 from pysolve.training.distill import distill as teach
 from pysolve.training.options import BaseOptions
@@ -39,7 +40,6 @@ Target = Mapping[str, float]
 Values = float | Mapping[str | Site, float]
 # Seconds, or options of ``distill`` with seconds or epochs among them.
 Length = float | Mapping[str, object]
-Evaluate = Callable[[nn.Module], float]
 # Bytes, or words such as "4GiB".
 Memory = int | str | None
 
@@ -126,7 +126,7 @@ def options_for(
     # Layers themselves are those of the given network, not of the one that is studied.
     names = sorted(ignored_in_opened(network, ignore))
     bound = None if memory is None else Bound.of(bytes_in(memory), memory)
-    folder = None if checkpoint is None else Path(checkpoint)
+    folder = None if checkpoint is None else path_of("checkpoint", checkpoint)
     score = None if evaluate is None else score_of(evaluate, network)
     ranks, place, home = Ranks(process_group), checked_device(device), device_of(network)
     return Options(
@@ -144,25 +144,6 @@ def options_for(
         place,
         home,
     )
-
-
-def checked_device(device: Device) -> torch.device | None:
-    """A device that can compute, if one is given.
-
-    Raises
-    ------
-    ValueError
-        There is no such device, or it does not compute.
-    """
-    if device is None:
-        return None
-    try:
-        found = torch.ones(1, device=device)
-        found.item()
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ValueError(f"cannot compute on {device!r}: {reason}.") from error
-    return found.device
 
 
 def prepared(network: nn.Module, options: Options, *, apart: bool = True) -> nn.Module:
@@ -199,25 +180,9 @@ def bytes_in(memory: int | str) -> int:
         count = float(words[1]) if words else 0.0
     except ValueError:
         count = 0.0
-    if words is None or count <= 0:
+    if words is None or not 0 < count < math.inf:
         raise ValueError(f'memory must be bytes, or words such as "4GiB" or "500 MB", got {memory!r}.')
     return int(count * (1024 if words[3] else 1000) ** " kmgt".index(words[2] or " "))
-
-
-def score_of(evaluate: Evaluate, network: nn.Module) -> float:
-    """What the user's function says of a network.
-
-    Raises
-    ------
-    TypeError
-        It returns no single number.
-    """
-    score: object = evaluate(network)
-    if isinstance(score, Tensor | np.ndarray) and score.reshape(-1).shape == (1,):
-        score = score.item()
-    if isinstance(score, bool) or not isinstance(score, Real | np.number):
-        raise TypeError(f"evaluate must return a number, the network's score, got {type(score).__name__}.")
-    return float(score)
 
 
 def network_of(
@@ -277,17 +242,24 @@ def check_pattern(what: str, name: object) -> None:
         raise ValueError(f"{name!r} in {what} is no regular expression: {error}.") from error
 
 
+def _float(value: Real | np.number) -> float:
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf
+
+
 def check_positive(what: str, value: object) -> None:
     """Refuse what is no positive, finite number."""
     if isinstance(value, bool) or not isinstance(value, Real | np.number):
         raise TypeError(f"{what} must be a number, got {type(value).__name__}.")
-    if not 0 < float(value) < math.inf:
+    if not 0 < _float(value) < math.inf:
         raise ValueError(f"{what} must be positive and finite, got {value}.")
 
 
 def check_share(what: str, value: object) -> None:
     """Refuse what is no share in [0, 1)."""
-    if isinstance(value, bool) or not isinstance(value, Real | np.number) or not 0 <= float(value) < 1:
+    if isinstance(value, bool) or not isinstance(value, Real | np.number) or not 0 <= _float(value) < 1:
         raise ValueError(f"{what} must be in [0, 1), got {value!r}.")
 
 
@@ -306,11 +278,7 @@ def check_keep(keep: Values | None, lam: Values | None) -> None:
 
 def check_sites(sites: Sequence[Site], ignore: Collection[Ignored]) -> None:
     """Refuse what is no list of sites, and layers to ignore besides."""
-    if isinstance(sites, Site):
-        raise TypeError("sites must be a list of Site, got one: pass [site].")
-    strangers = [type(site).__name__ for site in sites if not isinstance(site, Site)]
-    if strangers:
-        raise TypeError(f"sites must be a list of Site, got a {strangers[0]} in it.")
+    check_listed(sites)
     idle = [site.name for site in sites if site.pinned is None and not (site.writers and site.readers)]
     if idle:
         raise ValueError(f"a site needs layers that write its channels, and that read them, got {idle[0]}.")

@@ -14,7 +14,7 @@ from torch.nn.functional import cross_entropy
 from pysolve.compressed import Compressed
 from pysolve.errors import whole
 from pysolve.layer.layer_fit import LayerFit
-from pysolve.methods.goal import Evaluate, network_of, options_for
+from pysolve.methods.goal import network_of, options_for
 from pysolve.methods.kinds.channels import ridge_fit
 from pysolve.methods.layout import check_layout, lay_out
 from pysolve.methods.menu import Chosen
@@ -25,6 +25,7 @@ from pysolve.methods.study import Clock, Study
 from pysolve.methods.weights import weight_name
 from pysolve.nn.cut.apply import apply
 from pysolve.nn.divergence import kl_divergence
+from pysolve.nn.evaluate import Evaluate
 from pysolve.nn.files.format1 import sparse_layers
 from pysolve.nn.gathering.calibration import Calibration
 from pysolve.nn.items import Transform, batched

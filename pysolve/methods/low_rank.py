@@ -26,7 +26,6 @@ from pysolve.methods.candidates import (
     without_slower,
 )
 from pysolve.methods.goal import (
-    Evaluate,
     Length,
     Memory,
     Target,
@@ -51,6 +50,7 @@ from pysolve.methods.studied import studied
 from pysolve.methods.study import Clock, Study
 from pysolve.methods.weights import reasons, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.nn.evaluate import Evaluate
 from pysolve.nn.items import Transform
 from pysolve.nn.layer_kinds import WEIGHTED
 from pysolve.nn.progress import one_bar

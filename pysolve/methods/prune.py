@@ -16,7 +16,6 @@ from pysolve.methods.channel_scores import SCORES as OF_CHANNELS
 from pysolve.methods.channel_scores import keep_above, keep_by_share, scores_of
 from pysolve.methods.compress import made
 from pysolve.methods.goal import (
-    Evaluate,
     Length,
     Memory,
     Options,
@@ -41,7 +40,7 @@ from pysolve.methods.studied import studied
 from pysolve.methods.study import Clock, Study
 from pysolve.methods.weights import reasons, weights_of
 from pysolve.nn.divergence import Divergence, kl_divergence
-from pysolve.nn.evaluate import parameters
+from pysolve.nn.evaluate import Evaluate, parameters
 from pysolve.nn.items import Transform
 from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored

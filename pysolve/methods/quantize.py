@@ -15,7 +15,6 @@ from pysolve.correlations import Indices
 from pysolve.errors import PysolveError, one_of
 from pysolve.layer.quantize_layer import METHODS
 from pysolve.methods.goal import (
-    Evaluate,
     Length,
     Memory,
     Target,
@@ -36,7 +35,7 @@ from pysolve.methods.result import assembled, finish
 from pysolve.methods.study import Clock, Study
 from pysolve.nn.cut.apply import apply
 from pysolve.nn.divergence import Divergence, kl_divergence
-from pysolve.nn.evaluate import nbytes
+from pysolve.nn.evaluate import Evaluate, nbytes
 from pysolve.nn.files.checkpoint import file_bytes
 from pysolve.nn.items import Transform
 from pysolve.nn.progress import one_bar

@@ -17,7 +17,7 @@ from torch import nn
 import pysolve
 from pysolve.compressed import Compressed
 from pysolve.errors import PysolveWarning
-from pysolve.methods.goal import Options, Target, at_home, plain_target, score_of
+from pysolve.methods.goal import Options, Target, at_home, plain_target
 from pysolve.methods.layout import LaidOut
 from pysolve.methods.study import Clock, Study
 from pysolve.nn.cost.nonzeros import nonzeros
@@ -33,7 +33,7 @@ from pysolve.nn.divergence import (
     rows_of,
     run,
 )
-from pysolve.nn.evaluate import nbytes, parameters
+from pysolve.nn.evaluate import nbytes, parameters, score_of
 from pysolve.nn.files.architecture import fingerprint
 from pysolve.nn.files.checkpoint import file_bytes
 from pysolve.nn.gathering.calibration import HELD_OF, LEAST_APART

@@ -47,7 +47,7 @@ from pysolve.nn.running import (
     evaluating,
     few_samples,
 )
-from pysolve.nn.samples import laid_out, moved, on_device, peek
+from pysolve.nn.samples import laid_out, mixed, moved, on_device, peek
 from pysolve.nn.threads import threads_of_torch
 from pysolve.plan import Site
 
@@ -198,8 +198,10 @@ def studied(
     base = Study(model, options, weights=weights, left=tuple(left), notes=tuple(notes))
     if batches is None:
         return base
-    clock, known = Clock(), batches if isinstance(batches, Study) else None
+    clock, known, doubt = Clock(), batches if isinstance(batches, Study) else None, ""
     if known is not None:
+        if options.transform is not None:
+            raise ValueError("a study holds what transform has made already: leave transform out.")
         if known.model is not model:
             same = opened(model) if has_opened(known.model) else model
             check_network(network_checksums(known.model), same, "the study")
@@ -209,6 +211,7 @@ def studied(
         first, batches = peek(batches, options.transform)
         first, batches = laid_out(model, moved(first, options.device), on_device(batches, options.device))
         check_many(model, first)
+        doubt = mixed(model, first)
     ranks = options.ranks
     if ranks.size > 1:
         ranks.check_same("network", network_checksums(model))
@@ -285,6 +288,7 @@ def studied(
         base = replace(base, notes=(*base.notes, more))
     return replace(
         base,
+        notes=(*base.notes, *([doubt] if doubt else [])),
         graph=graph,
         layers=layers,
         sites=found,

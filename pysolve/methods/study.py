@@ -7,14 +7,13 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from pathlib import Path
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from torch import Tensor, nn
 
 from pysolve.correlations import AnyArray, Array, Correlations
-from pysolve.errors import PysolveError
+from pysolve.errors import PysolveError, path_of
 from pysolve.methods.goal import Options
 from pysolve.methods.weights import Skipped
 from pysolve.nn.cut.bare import is_stack
@@ -112,7 +111,7 @@ class Study:
         PysolveError
             Nothing was gathered, or batches hold objects that no file holds.
         """
-        write_study(Path(path), self.model, self._gathered, self.correlations)
+        write_study(path_of("path", path), self.model, self._gathered, self.correlations)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module) -> Study:
@@ -126,7 +125,7 @@ class Study:
             It is of another network, or of other weights.
         """
         network = opened(plain_network(model))
-        calibration, correlations = read_study(Path(path), network)
+        calibration, correlations = read_study(path_of("path", path), network)
         return cls(network, Options(), correlations=correlations, calibration=calibration)
 
     def __add__(self, other: Study) -> Study:

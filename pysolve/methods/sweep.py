@@ -14,7 +14,6 @@ from pysolve.correlations import Array
 from pysolve.errors import check_flags
 from pysolve.methods.compress import by_site, checked, made
 from pysolve.methods.goal import (
-    Evaluate,
     Length,
     Memory,
     Target,
@@ -36,6 +35,7 @@ from pysolve.methods.studied import studied
 from pysolve.methods.study import Clock, Study
 from pysolve.methods.ties import RoundTo, check_widths, uniform
 from pysolve.nn.divergence import Divergence, kl_divergence
+from pysolve.nn.evaluate import Evaluate
 from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored

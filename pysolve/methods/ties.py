@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -129,7 +130,7 @@ def rounded(found: Study, ties: Ties, round_to: RoundTo) -> Ties:
     steps = _steps(found, round_to)
     allowed = []
     for group, mask in zip(ties.groups, ties.allowed, strict=True):
-        k, step = np.arange(len(mask)), int(np.lcm.reduce([steps[i] for i in group]))
+        k, step = np.arange(len(mask)), min(math.lcm(*(steps[i] for i in group)), 2**62)
         allowed.append(mask & ((k % step == 0) | (k == k[-1])))
     return replace(ties, allowed=allowed)
 
@@ -276,7 +277,7 @@ def _steps(found: Study, round_to: RoundTo) -> list[int]:
     for i, site in enumerate(found.free):
         for key, value in round_to.items():
             if key is site or any(_matches(key, name) for name in site.writers):
-                steps[i] = int(np.lcm(steps[i], value))
+                steps[i] = math.lcm(steps[i], int(value))
                 used.add(key)
     for key in round_to:
         if key not in used:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -22,7 +23,7 @@ from pysolve.nn.running import Batch, Output, arguments, evaluating, forward, sa
 from pysolve.nn.samples import samples_in
 
 # From the original's output and another one to the mean divergence per sample.
-Divergence = Callable[[Output, Output], Tensor]
+Divergence = Callable[[Output, Output], Tensor | float]
 # Numbers that are compared at once.
 _BLOCK = 2**20
 
@@ -121,14 +122,27 @@ def mean_divergence(
         mask = output_mask(batch) if divergence is kl_divergence else None
         if mask is not None and mask.any() and is_of_tokens(main_output(original), mask):
             p, q = (main_output(one)[mask] for one in (original, output))
-            size, value = len(p), _between(p, q, has_classes(original))
+            size, value = len(p), float(_between(p, q, has_classes(original)))
         else:
-            size, value = samples_in(batch), divergence(original, output)
-        total, count = total + value.item() * size, count + size
+            size, value = samples_in(batch), _number(divergence(original, output))
+        total, count = total + value * size, count + size
     mean = total / count
     if math.isnan(mean):
         _check_finite(originals)
     return mean
+
+
+def _number(value: object) -> float:
+    """What a user's divergence has returned."""
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():
+        return float(value.item())
+    if isinstance(value, float | int | np.number) and not isinstance(value, bool | np.complexfloating):
+        return float(value)
+    shape = f" of shape {[*value.shape]}" if isinstance(value, Tensor | np.ndarray) else ""
+    raise TypeError(
+        f"divergence must return one number, the mean over samples, got {type(value).__name__}{shape}: "
+        "reduce it by .mean(), or to a float."
+    )
 
 
 def _check_finite(originals: Sequence[Output]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from numbers import Real
 
 import numpy as np
 import torch
@@ -17,11 +18,12 @@ from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.sharing import unshared
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
 from pysolve.nn.refusal import output_of
-from pysolve.nn.running import Values, as_input, device_of, evaluating, labelled
+from pysolve.nn.running import Values, as_input, device_of, evaluating, keeping_modes, labelled
 from pysolve.report.rows import Latency
 
 # Layers that have a line of their own in reports, whatever they multiply.
 COUNTED = (*WEIGHTED, SparseLinear, SparseConv2d, QuantWeight)
+Evaluate = Callable[[nn.Module], float]
 
 
 def accuracy(model: nn.Module, x: Values, y: Values, *, batch_size: int = 1000) -> float:
@@ -71,6 +73,24 @@ def accuracy(model: nn.Module, x: Values, y: Values, *, batch_size: int = 1000) 
                 raise DataError(f"expected labels of {known}, got {low:g} … {high:g}.")
             right += int((scores.argmax(1).cpu() == labels[start : start + batch_size].cpu()).sum())
     return 100.0 * right / len(labels)
+
+
+def score_of(evaluate: Evaluate, network: nn.Module) -> float:
+    """What the user's function says of a network.
+
+    Raises
+    ------
+    TypeError
+        It returns no single number.
+    """
+    # Users' functions often call ``eval()`` themselves.
+    with keeping_modes(network):
+        score: object = evaluate(network)
+    if isinstance(score, Tensor | np.ndarray) and score.reshape(-1).shape == (1,):
+        score = score.item()
+    if isinstance(score, bool) or not isinstance(score, Real | np.number):
+        raise TypeError(f"evaluate must return a number, the network's score, got {type(score).__name__}.")
+    return float(score)
 
 
 def parameters(model: nn.Module) -> int:

@@ -18,7 +18,7 @@ from pysolve.nn.layers.attention import opened
 from pysolve.nn.plain import plain_network
 from pysolve.nn.running import Batch, Ignored
 from pysolve.nn.samples import laid_out
-from pysolve.plan import Site
+from pysolve.plan import Site, check_listed
 from pysolve.solve.budget import Costs
 from pysolve.tables import Table, as_html, one_screen
 
@@ -149,6 +149,8 @@ def inspect(
     cannot shrink  channels  because
     2 → nothing           4  the network's output
     """
+    if sites is not None:
+        check_listed(sites)
     model, example_inputs = plain_network(model), example_of(example_inputs, transform)
     found = list(find_sites(model, example_inputs, ignore=ignore, attention=True) if sites is None else sites)
     costs = cost_model(opened(model), found, laid_out(model, example_inputs, ())[0])

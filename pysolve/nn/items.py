@@ -71,6 +71,10 @@ def check_batches(batches: object) -> None:
     if isinstance(batches, Tensor | Mapping):
         kind = type(batches).__name__
         raise TypeError(f"batches must be an iterable of batches, got one {kind}: wrap it in a list.")
+    if isinstance(batches, type):
+        raise TypeError(
+            f"batches must be an iterable of batches, got the class {batches.__name__}: make one."
+        )
     if not hasattr(batches, "__iter__") and not hasattr(batches, "__getitem__"):
         raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}.")
 

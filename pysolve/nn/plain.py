@@ -76,6 +76,12 @@ def check_plain(model: nn.Module) -> None:
             f"{_some(meta)}: there are no values on the meta device; call model.to_empty(device='cpu') and "
             "load the weights."
         )
+    state = model.state_dict()
+    if lost := [name for name, _ in model.named_parameters() if name not in state]:
+        raise PysolveError(
+            f"{_some(lost)}: state_dict() of {type(model).__name__} leaves them out or renames them, "
+            "so that no file could hold what becomes of them: take the hook or the method off that does so."
+        )
 
 
 def _is_wrapper(model: object) -> bool:

@@ -34,6 +34,13 @@ class Ranks:
 
     group: dist.ProcessGroup | None = None
 
+    def __post_init__(self) -> None:
+        if self.group is not None and not (dist.is_available() and isinstance(self.group, dist.ProcessGroup)):
+            raise TypeError(
+                "process_group must be a group of this process, as torch.distributed.group.WORLD is and "
+                f"new_group gives it, got {type(self.group).__name__}."
+            )
+
     @property
     def rank(self) -> int:
         """The number of this process."""

@@ -200,7 +200,10 @@ def check_many(model: nn.Module, batch: Batch) -> None:
         return
     alone, among = _tried(model, batch), _tried(model, _as_only(batch))
     if alone is not None and among is not None and among.shape == (1, *alone.shape):
-        raise DataError(f"expected batches of samples, got {_described(batch)}.{_SINGLE}")
+        raise DataError(
+            f"expected batches of samples, got {_described(batch)}.{_SINGLE} Where these are many samples, "
+            "the code takes no fewer: read how many there are from the input, such as x.shape[0]."
+        )
 
 
 def _single(model: nn.Module, batch: Batch) -> str:

@@ -257,7 +257,16 @@ pytree.register_pytree_node(
 def sample_leaves(batch: Batch) -> dict[int, Tensor]:
     """The tensors of a batch whose first dimension is the samples, by their number among all leaves."""
     shared = batch.shared if isinstance(batch, Inputs) else ()
-    leaves = enumerate(pytree.tree_leaves(arguments(batch)))
+    leaves = [*enumerate(pytree.tree_leaves(arguments(batch)))]
+    for _, leaf in leaves:
+        if isinstance(leaf, Tensor) and (leaf.is_nested or leaf.layout is not torch.strided):
+            kind = "nested" if leaf.is_nested else str(leaf.layout).removeprefix("torch.")
+            remedy = (
+                "padded samples, with a mask" if leaf.is_nested else "its to_dense(), or make it a buffer"
+            )
+            raise TypeError(
+                f"a batch holds a {kind} tensor, which is not taken apart or traced: give {remedy}."
+            )
     return {i: leaf for i, leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim > 0 and i not in shared}
 
 
@@ -322,6 +331,26 @@ def labelled(model: nn.Module, x: Values, y: Values) -> tuple[Tensor, Tensor]:
     if not len(inputs) or len(labels) != len(inputs):
         raise DataError(f"expected one label for each input, got {len(labels)} for {len(inputs)} inputs.")
     return inputs, labels
+
+
+def checked_device(device: Device, *, computes: bool = True) -> torch.device | None:
+    """A device, if one is given, that ``computes``: the meta device does not.
+
+    Raises
+    ------
+    ValueError
+        There is no such device, or it does not compute.
+    """
+    if device is None:
+        return None
+    try:
+        found = torch.ones(1, device=device)
+        if computes:
+            found.item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f"cannot compute on {device!r}: {reason}.") from error
+    return found.device
 
 
 def device_of(model: nn.Module) -> torch.device:

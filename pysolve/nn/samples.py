@@ -25,8 +25,14 @@ from pysolve.nn.running import (
     evaluating,
     few_samples,
     forward,
+    same_draws,
     sample_leaves,
     with_leaves,
+)
+
+_MIXED = (
+    "samples alone get other outputs than in a batch: are they not along the first dimension of batches? "
+    "Held-out samples and figures a sample count that dimension"
 )
 
 
@@ -167,12 +173,15 @@ def laid_out(model: nn.Module, first: Batch, batches: Iterable[Batch]) -> tuple[
 
     Of tensors with different first dimensions, or in lists, those with as many entries as the outputs are
     taken for the samples, the others for the same in all, if the network then gives the first samples alone
-    what it gives them among all. Otherwise a batch is one sample: a graph, or a list of images.
+    what it gives them among all. Otherwise a batch is one sample: a graph, or a list of images. That is also
+    asked where one of several tensors has as many entries along another dimension, as an adjacency has.
     """
     args, kwargs = arguments(first)
     leaves = sample_leaves(first)
     every = range(len(pytree.tree_leaves((args, kwargs))))
-    if args or (len(every) == len(kwargs) and len({len(leaf) for leaf in leaves.values()}) == 1):
+    alike = len(every) == len(kwargs) and len({len(leaf) for leaf in leaves.values()}) == 1
+    square = len(leaves) > 1 and any(len(leaf) in leaf.shape[1:] for leaf in leaves.values())
+    if args or (alike and not square):
         return first, batches
     with evaluating(model):
         whole = main_output(output_of(model, first))
@@ -197,9 +206,56 @@ def _divides(model: nn.Module, batch: Inputs, whole: Tensor) -> bool:
     # Whatever the network's code raises.
     except Exception:
         return False
-    return alone.shape == whole[: len(alone)].shape and torch.allclose(
-        alone.double(), whole[: len(alone)].double(), rtol=1e-3, atol=1e-5
+    among = whole[: len(alone)]
+    return alone.shape == among.shape and torch.allclose(
+        alone.double(), among.double(), rtol=1e-3, atol=1e-5 + _rounding(among)
     )
+
+
+def mixed(model: nn.Module, batch: Batch) -> str:
+    """What to say where the last samples of a batch get other outputs alone; "" where they get the same.
+
+    Nothing is said of networks that draw random numbers, take no fewer samples, or make no floats.
+    """
+    count = samples_in(batch)
+    if count < 4:
+        return ""
+    with evaluating(model):
+        with same_draws(model):
+            whole = main_output(output_of(model, batch))
+        try:
+            with same_draws(model):
+                alone = main_output(forward(model, take(batch, count - 2, count)))
+        # Whatever the network's code raises.
+        except Exception:
+            return ""
+        if not whole.is_floating_point() or _of_samples(whole, alone, count):
+            return ""
+        with same_draws(model, seed=1):
+            again = main_output(forward(model, batch))
+    return _MIXED if torch.equal(again, whole) else ""
+
+
+def _of_samples(whole: Tensor, alone: Tensor, count: int) -> bool:
+    """Whether two samples' outputs are those among all, along some dimension; or nothing is known."""
+    if alone.shape == whole.shape:
+        return False
+    other = [dim for dim, (n, few) in enumerate(zip(whole.shape, alone.shape, strict=False)) if n != few]
+    if whole.ndim != alone.ndim or len(other) != 1 or whole.shape[other[0]] != count:
+        return True
+    same = whole.narrow(other[0], count - 2, 2)
+    return torch.allclose(
+        alone, same, rtol=0, atol=max(_rounding(same), 1e-3 * _largest(same)), equal_nan=True
+    )
+
+
+def _rounding(outputs: Tensor) -> float:
+    """How far outputs may be apart that were computed in other batches."""
+    return 16 * torch.finfo(outputs.dtype).eps * _largest(outputs) if outputs.is_floating_point() else 0.0
+
+
+def _largest(outputs: Tensor) -> float:
+    return float(outputs.abs().nan_to_num(0.0, 0.0, 0.0).max()) if outputs.numel() else 0.0
 
 
 def peek(batches: Iterable[Any], transform: Transform | None = None) -> tuple[Batch, Iterable[Batch]]:

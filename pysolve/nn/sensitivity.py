@@ -66,10 +66,12 @@ def sensitivities(
             for _ in range((probes or PROBES) if offsets and result.requires_grad else 0):
                 signs = torch.randint(0, 2, result.shape, generator=random).to(result) * 2 - 1
                 try:
-                    _add(sums, layers, offsets, result, zero_padding(without_mean(signs), batch))
+                    found = by_offsets(result, offsets, zero_padding(without_mean(signs), batch), again=True)
                 except RuntimeError:
                     # A tensor that the gradient needs was changed in place.
                     return {name: np.eye(one.d) for name, one in sums.items()}
+                for name, gradient in found:
+                    sums[name].add(outputs(layers[name], gradient))
     return {
         name: _scaled(one.correlations().xx) if one.count else np.eye(one.d) for name, one in sums.items()
     }
@@ -82,23 +84,22 @@ def with_offset(offsets: list[tuple[str, Tensor]], name: str, layer: Layer, x: T
     return y.detach() + offset if not y.requires_grad else y + offset
 
 
+def by_offsets(
+    result: Tensor, offsets: list[tuple[str, Tensor]], direction: Tensor, *, again: bool = False
+) -> list[tuple[str, Tensor]]:
+    """Gradients of direction · result by the offsets, with their layers' names; ``again``: more follow."""
+    made = [*offsets]
+    found = torch.autograd.grad(
+        result, [offset for _, offset in made], direction, retain_graph=again, allow_unused=True
+    )
+    # Code in torch.utils.checkpoint ran again meanwhile, and was recorded again.
+    offsets[:] = made
+    return [(name, gradient) for (name, _), gradient in zip(made, found, strict=True) if gradient is not None]
+
+
 def without_mean(v: Tensor) -> Tensor:
     """Remove the mean over classes."""
     return v if v.ndim < 2 else v - v.mean(class_dim(v), keepdim=True)
-
-
-def _add(
-    sums: Mapping[str, Sums],
-    layers: Mapping[str, Layer],
-    offsets: Sequence[tuple[str, Tensor]],
-    result: Tensor,
-    direction: Tensor,
-) -> None:
-    inputs = [offset for _, offset in offsets]
-    found = torch.autograd.grad(result, inputs, direction, retain_graph=True, allow_unused=True)
-    for (name, _), gradient in zip(offsets, found, strict=True):
-        if gradient is not None:
-            sums[name].add(outputs(layers[name], gradient))
 
 
 def _scaled(total: Array) -> Array:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 
 from pysolve.errors import PysolveError
@@ -71,7 +72,10 @@ def with_values(module: M) -> M:
 
 @contextmanager
 def keeping_state(*models: nn.Module) -> Iterator[None]:
-    """Put back afterwards what networks write into their own buffers and attributes."""
+    """Put back afterwards what networks write into their own tensors and attributes.
+
+    Of weights the values are kept where a module has a ``max_norm``, to which it rescales them.
+    """
     modules = dict.fromkeys(module for model in models for module in model.modules())
     # Layers of this package keep what they have prepared from call to call.
     foreign = [module for module in modules if not type(module).__module__.startswith("pysolve.")]
@@ -140,6 +144,7 @@ class _Kept:
     container, items : dict, list, deque or set
         And a shallow copy of it.
     values : list of (tensor, copy, how often it was written)
+    weights : list of (parameter, its memory, copy or None)
     inner : list of _Kept
         Containers in it.
     empty : list of dict, list, deque or set
@@ -149,21 +154,25 @@ class _Kept:
     container: Any
     items: Any
     values: list[tuple[Tensor, Tensor, int]]
+    weights: list[tuple[nn.Parameter, Tensor, Tensor | None]]
     inner: list[_Kept]
     empty: list[Any]
 
     @classmethod
-    def of(cls, container: Any, seen: set[int]) -> _Kept:
-        """A container as it is; weights, which no call changes, without their values."""
+    def of(cls, container: Any, seen: set[int], *, rescales: bool = False) -> _Kept:
+        """A container as it is; weights without their values, unless the module ``rescales`` them."""
         seen.add(id(container))
-        kept = cls(container, container.copy(), [], [], [])
+        kept = cls(container, container.copy(), [], [], [], [])
+        rescales = rescales or (isinstance(container, dict) and container.get("max_norm") is not None)
         for one in _parts(kept.items):
-            if isinstance(one, Tensor):
-                if not isinstance(one, nn.Parameter):
-                    kept.values.append((one, one.detach().clone(), version(one)))
+            if isinstance(one, nn.Parameter):
+                if one.layout is torch.strided and not is_lazy(one):
+                    kept.weights.append((one, one.detach(), one.detach().clone() if rescales else None))
+            elif isinstance(one, Tensor):
+                kept.values.append((one, one.detach().clone(), version(one)))
             elif (inside := _inside(one)) is not None and id(inside) not in seen:
                 if inside:
-                    kept.inner.append(cls.of(inside, seen))
+                    kept.inner.append(cls.of(inside, seen, rescales=rescales))
                 else:
                     seen.add(id(inside))
                     kept.empty.append(inside)
@@ -174,6 +183,11 @@ class _Kept:
         for tensor, value, count in self.values:
             if count != version(tensor) or count < 0:
                 tensor.detach().copy_(value)
+        for weight, memory, before in self.weights:
+            if not weight.is_set_to(memory):
+                weight.data = memory
+            if before is not None and not torch.equal(memory, before):
+                memory.copy_(before)
         for one in self.inner:
             one.put_back()
         for one in self.empty:

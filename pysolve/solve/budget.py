@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -124,7 +125,7 @@ def check_targets(targets: object) -> None:
         one_of("measure", measure, TARGETS)
         if isinstance(value, bool) or not isinstance(value, int | float | np.number):
             raise TypeError(f"the target for {measure} must be a number, got {type(value).__name__}.")
-        if not 0 < value < np.inf or (value > 1 and value != int(value) and measure != "ms"):
+        if not 0 < value < sys.float_info.max or (value > 1 and value != int(value) and measure != "ms"):
             number = "a number" if measure == "ms" else "an integer"
             raise ValueError(
                 f"the target for {measure} must be a share in (0, 1] or {number} above 1, got {value}."

@@ -101,7 +101,10 @@ def takes_problem(function: Callable[Concatenate[Problems, P], T_co]) -> Verb[P,
     """Let the first argument of a function, a problem as for ``problem_of``, also come as r_xx, r_yx."""
 
     @wraps(function)
-    def verb(r_xx: Any, r_yx: Any = None, *args: Any, **kwargs: Any) -> T_co:
+    def verb(r_xx: Any = None, r_yx: Any = None, *args: Any, **kwargs: Any) -> T_co:
+        if r_xx is None and r_yx is None:
+            # By its name, or missing: Python says so.
+            return function(*args, **kwargs)
         if r_yx is None:
             return function(r_xx, *args, **kwargs)
         if _stands_alone(r_xx) or np.isscalar(r_yx):
@@ -287,7 +290,10 @@ def _readers(problem: object) -> list[object]:
         if all(isinstance(p, Correlations | tuple) for p in problem):
             return list(problem)
         if len(problem) == 2 and _is_listed(problem[0]):
-            return list(zip(problem[0], _listed(problem[1]), strict=True))
+            yx = _listed(problem[1])
+            if len(yx) != len(problem[0]):
+                raise ValueError(f"expected one r_yx for each of {len(problem[0])} r_xx, got {len(yx)}.")
+            return list(zip(problem[0], yx, strict=True))
     return [problem]
 
 

@@ -12,7 +12,7 @@ from typing import Unpack
 import torch
 from torch import Tensor, nn
 
-from pysolve.errors import DataError, whole
+from pysolve.errors import DataError, check_flags, whole
 from pysolve.nn.gathering.memory import free_memory
 from pysolve.nn.items import Transform, batched
 from pysolve.nn.running import Batch, calling_layers, check_model, evaluating, find_layer, keeping_modes
@@ -134,6 +134,8 @@ def distill(
     )
     if batch_size is not None:
         batch_size = whole("batch_size", batch_size)
+    if cache is not None:
+        check_flags(cache=cache)
     if cache and mix:
         raise ValueError("cache=True keeps nothing of use where mix makes new samples: give one of them.")
     run = run_of(1, training)

@@ -8,6 +8,7 @@ from typing import Unpack
 
 import torch
 from torch import Tensor, nn
+from torch.nn import CrossEntropyLoss
 from torch.nn.functional import cross_entropy
 
 from pysolve.errors import DataError
@@ -133,21 +134,32 @@ def loss_on(loss: Loss, output: Output, labels: Tensor) -> Tensor:
     Raises
     ------
     DataError
-        Labels that the cross entropy refuses; other functions' errors are their own.
+        Labels that a loss of torch's refuses; errors of other functions are their own.
     TypeError
         The function returns something else than one number that can be trained on.
     """
     if loss is cross_entropy and not labels.is_floating_point():
         # Of integers it takes the longest and the shortest alone.
         labels = labels.long()
+    if not callable(loss):
+        raise TypeError(f"loss must be a function of outputs and labels, got {loss!r}.")
     try:
         value = loss(output, labels)
     except (IndexError, ValueError, TypeError, RuntimeError) as error:
-        if loss is not cross_entropy or isinstance(error, torch.OutOfMemoryError):
+        if not (getattr(loss, "__module__", None) or "").startswith("torch."):
             raise
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        entropy = loss is cross_entropy or isinstance(loss, CrossEntropyLoss)
+        name = "cross entropy" if entropy else getattr(loss, "__name__", type(loss).__name__)
+        remedy = (
+            "Classes are counted from 0, one for each sample; or give another loss."
+            if entropy
+            else ("Give labels that it takes, or another loss.")
+        )
         raise DataError(
-            f"the cross entropy of outputs {in_words(output)} refuses labels {in_words(labels)}: "
-            f"{sentence(error)}. Classes are counted from 0, one for each sample; or give another loss."
+            f"the {name} of outputs {in_words(output)} refuses labels {in_words(labels)}: "
+            f"{sentence(error)}. {remedy}"
         ) from error
     if not isinstance(value, Tensor) or value.numel() != 1 or not value.requires_grad:
         raise TypeError(

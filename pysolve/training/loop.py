@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Generic, NoReturn, TypeVar
 
 import torch
@@ -16,7 +15,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from pysolve.errors import DataError, PysolveError
+from pysolve.errors import DataError, PysolveError, path_of
+from pysolve.nn.evaluate import score_of
 from pysolve.nn.progress import in_call, passed, stage
 from pysolve.nn.running import Batch, device_of, keeping_modes
 from pysolve.nn.state import drop_graphs
@@ -63,7 +63,7 @@ def optimise(
     extras = extras or Extras()
     parts = _parts(model, run, extras)
     settings = {name: plain(value) for name, value in (run.settings() | dict(extras.settings or {})).items()}
-    path = None if run.checkpoint is None else Path(run.checkpoint)
+    path = None if run.checkpoint is None else path_of("checkpoint", run.checkpoint)
     with _bar(run) as bar, torch.enable_grad(), _random_state(run.seed, device_of(model)):
         stage("train")
         progress = Progress() if path is None else read(path, parts, settings)
@@ -149,7 +149,7 @@ def _judge(progress: Progress, run: Run, model: nn.Module) -> None:
     # What the user's function writes into the network is the user's.
     with keeping_modes(model), torch.no_grad(), _random_state(run.seed, device_of(model)):
         model.eval()
-        score = float(run.evaluate(model))
+        score = score_of(run.evaluate, model)
     if math.isnan(score):
         raise PysolveError(
             f"evaluate gave nan after epoch {epochs}: it must give a number, higher is better."

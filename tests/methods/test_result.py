@@ -252,3 +252,35 @@ def test_of_tokens_the_epoch_nearest_to_the_original_stays():
     study, other = known(model, batches, progress=False), disturbed(model)
     one, many = (matched(study, model, other, {"epochs": n, "lr": 3.0})[0] for n in (1, 6))
     assert distance(model, many, batches) <= max(distance(model, n, batches) for n in (one, other))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_that_evaluate_sets_come_back(training):
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(), nn.Linear(8, 3)).train(training)
+    model[1].eval()
+    before = [one.training for one in model.modules()]
+
+    def evaluate(network):
+        return network.eval()(torch.ones(1, 4)).sum().item()
+
+    smaller = ps.compress(model, [torch.randn(20, 4)], keep=0.5, evaluate=evaluate, progress=False)
+    assert [one.training for one in model.modules()] == before
+    assert [one.training for one in smaller.model.modules()] == before
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"target": {"params": 10**400}},
+        {"keep": 10**400},
+        {"lam": 10**400},
+        {"keep": 0.5, "distill": 10**400},
+        {"keep": 0.5, "memory": 10**400},
+        {"keep": 0.5, "memory": "9" * 400 + "GiB"},
+    ],
+    ids=str,
+)
+def test_numbers_without_end_are_refused_like_others(wrong):
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"positive and finite|target for params must be|memory must be"):
+        ps.compress(model, [torch.randn(20, 4)], progress=False, **wrong)

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import namedtuple
 from functools import cache
 from pathlib import Path
 
@@ -149,3 +150,27 @@ def test_the_class_itself_makes_the_original(tmp_path):
     for make, said in (("torch:pi", "is no function"), (":make", "cannot be imported")):
         with pytest.raises(ps.PysolveError, match=said):
             ps.export_code(result, tmp_path / "small.py", make=make)
+
+
+Pair = namedtuple("Pair", "logits extra")
+
+
+class Named(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 24), nn.Linear(24, 3)
+
+    def forward(self, x):
+        y = self.b(self.a(x).relu())
+        return Pair(y, y.sum(1))
+
+
+def test_outputs_that_no_program_can_hold_are_told_and_leave_nothing(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(16, 8)
+    result = ps.low_rank(Named().eval(), [x], rank=2, layout="factored", progress=False, latency=False)
+    with pytest.raises(
+        ps.PysolveError, match=r"the exported program of Named cannot be written: .*namedtuple"
+    ):
+        ps.export_code(result, tmp_path / "small.py", example_inputs=x)
+    assert not [*tmp_path.iterdir()]

@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -163,3 +164,16 @@ def test_random_networks_draw_the_same_for_the_same_batch_and_the_state_outside_
     (first,), (second,) = run(model, [batch]), run(model, [batch], {})
     assert torch.equal(first, second)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("value", [0.25, np.float32(0.25), torch.tensor([0.25]), 1])
+def test_a_divergence_of_the_users_may_be_any_single_number(value):
+    x = torch.randn(4, 3)
+    assert mean_divergence([x], iter([x]), [x], lambda one, other: value) == float(value)
+
+
+@pytest.mark.parametrize("value", [None, "0.2", True, torch.ones(4, 3), np.ones(2), torch.tensor(1j)])
+def test_a_divergence_that_is_no_number_is_refused(value):
+    x = torch.randn(4, 3)
+    with pytest.raises(TypeError, match=f"divergence must return one number.*{type(value).__name__}"):
+        mean_divergence([x], iter([x]), [x], lambda one, other: value)

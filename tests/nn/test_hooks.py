@@ -129,6 +129,20 @@ class Noting(nn.Module):
         return self.last(vars(self.first).pop("noted").tanh())
 
 
+@pytest.mark.parametrize("form", ["factored", "sparse"])
+def test_hooks_on_gradients_stay_where_another_layer_is_put(form):
+    model, x, seen = network(), [torch.randn(64, 6) for _ in range(2)], []
+    model[2].register_full_backward_hook(lambda layer, given, gradients: seen.append(type(layer)))
+    if form == "factored":
+        result = ps.low_rank(model, x, rank={"2": 2}, layout="factored", progress=False)
+    else:
+        result = ps.prune(model, x, amount={"2": 0.9}, layout="sparse", progress=False)
+    assert type(result.model[2]) is not nn.Linear
+    seen.clear()
+    result.model(x[0].requires_grad_()).sum().backward()
+    assert seen == [type(result.model[2])]
+
+
 def test_hooks_that_a_network_needs_are_traced():
     torch.manual_seed(0)
     model, count = Noting().eval(), len(operators(network()))

@@ -158,3 +158,9 @@ def test_the_dictionary_is_json():
     assert again["rows"][2]["pinned"] == "the network's output"
     assert np.isclose(again["rows"][0]["params"], found.rows[0].params)
     assert (again["params"], again["macs"], again["bytes"]) == (138_698, 216_576, 554_792)
+
+
+@pytest.mark.parametrize("sites", ["fc1", [None], [1], 5, SITES[0]])
+def test_what_is_no_list_of_sites_is_refused(sites):
+    with pytest.raises(TypeError, match="sites must be a list of Site, got"):
+        inspect(DigitsNet(), DIGITS, sites=sites)

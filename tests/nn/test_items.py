@@ -83,6 +83,7 @@ def test_an_iterator_stays_one_whose_first_batch_is_not_lost():
         (TensorDataset(X[:0]), None, DataError, "there are no batches"),
         (X, None, TypeError, "got one Tensor: wrap it in a list"),
         (5, None, TypeError, "must be an iterable of batches, got int"),
+        (DataLoader, None, TypeError, "got the class DataLoader: make one"),
         (Uneven(), None, DataError, "samples of the Dataset make no batch.*transform=.*collate_fn"),
         ([X], "pixels", TypeError, "transform must be a function of an item of batches, got 'pixels'"),
         (

@@ -151,3 +151,32 @@ def test_networks_compiled_in_place_are_seen_as_they_are_and_stay_compiled():
     before = model._compiled_call_impl
     assert ps.gather(model, data(), progress=False)["2"].count == 32
     assert model._compiled_call_impl is before
+
+
+def leaving_out(model):
+    def leave_out(module, state, prefix, metadata):
+        del state[f"{prefix}0.weight"]
+
+    model.register_state_dict_post_hook(leave_out)
+
+
+def renaming(model):
+    own = model.state_dict
+    model.state_dict = lambda: {f"net.{name}": value for name, value in own().items()}
+
+
+@pytest.mark.parametrize("change", [leaving_out, renaming])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        lambda model: ps.prune(model, amount=0.5, progress=False),
+        lambda model: ps.compress(model, data(), keep=0.5, progress=False),
+        lambda model: ps.quantize(model, scheme="int8", progress=False),
+    ],
+    ids=["prune", "compress", "quantize"],
+)
+def test_weights_that_a_state_dict_does_not_name_are_refused(change, verb):
+    model = network()
+    change(model)
+    with pytest.raises(ps.PysolveError, match=r"0\.weight.*: state_dict\(\) of Sequential leaves them out"):
+        verb(model)

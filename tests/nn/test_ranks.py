@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from scripts import modules_of, one_of
 
 from pysolve.correlations import Correlations
-from pysolve.nn.ranks import ALONE, merged
+from pysolve.nn.ranks import ALONE, Ranks, merged
 
 modules = modules_of("torchrun_compress")
 example = one_of("torchrun_compress")
@@ -188,3 +188,8 @@ def test_a_single_process_needs_no_group():
     assert (ALONE.rank, ALONE.size, ALONE.all(5), ALONE.first(5), ALONE.counts(5)) == (0, 1, [5], 5, [5])
     assert ALONE.shared_out(3, lambda i: i * i) == [0, 1, 4]
     assert [*ALONE.together("ab", lambda one: 1)] == [("a", [1]), ("b", [1])]
+
+
+def test_what_is_no_group_is_refused():
+    with pytest.raises(TypeError, match=r"process_group must be a group .*, got str"):
+        Ranks("gloo")

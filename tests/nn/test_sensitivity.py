@@ -7,6 +7,7 @@ import pytest
 import torch
 from small import NETWORKS, Net, network, vectors
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pysolve.nn import sensitivity
 from pysolve.nn.sensitivity import sensitivities
@@ -237,3 +238,13 @@ def test_outputs_in_structures_are_followed():
 
 def test_of_no_layers_there_are_none():
     assert sensitivities(mlp(), {}, [torch.randn(3, 4)]) == {}
+
+
+def test_code_that_runs_again_for_the_gradient_counts_once():
+    model, x = mlp(), vectors(12, 4)
+    plain = sensitivities(model, named(model, "0", "2", "4"), [*x.split(4)])
+    run = model.forward
+    model.forward = lambda x: checkpoint(run, x, use_reentrant=False)
+    again = sensitivities(model, named(model, "0", "2", "4"), [*x.split(4)])
+    for name in plain:
+        np.testing.assert_allclose(again[name], plain[name], rtol=1e-6)

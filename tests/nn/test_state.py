@@ -91,6 +91,60 @@ def test_what_a_call_writes_is_put_back(fails):
     assert all(one is buffers[name] for name, one in model.named_buffers())
 
 
+class Rescaled(nn.Linear):
+    """Keeps rows of its weight within a norm, as networks for electroencephalograms do."""
+
+    def __init__(self, *sizes, max_norm=0.1):
+        super().__init__(*sizes)
+        self.max_norm = max_norm
+
+    def forward(self, x):
+        self.weight.data.renorm_(2, 0, self.max_norm)
+        return super().forward(x)
+
+
+class Replaced(nn.Linear):
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 0.1)
+        return super().forward(x)
+
+
+RESCALED = {
+    "embedding": (lambda: nn.Embedding(7, 5, max_norm=0.1), lambda: torch.randint(7, (40, 3))),
+    "bag": (lambda: nn.EmbeddingBag(7, 5, max_norm=0.1), lambda: torch.randint(7, (40, 3))),
+    "in place": (lambda: Rescaled(6, 5), lambda: torch.randn(40, 6)),
+    "other memory": (lambda: Replaced(6, 5), lambda: torch.randn(40, 6)),
+}
+
+
+@pytest.mark.parametrize("case", RESCALED)
+@pytest.mark.parametrize("verb", ["magnitude", "obs", "codebook"])
+def test_weights_that_a_call_rescales_are_put_back(case, verb):
+    torch.manual_seed(0)
+    layer, sample = RESCALED[case]
+    model = nn.Sequential(layer(), nn.Flatten(), nn.LazyLinear(12), nn.ReLU(), nn.Linear(12, 3)).eval()
+    with torch.no_grad():
+        model(sample())
+    first = model[0].weight
+    first.data.normal_(std=5)
+    before, memory = first.detach().clone(), first.data_ptr()
+    batches, options = [sample() for _ in range(3)], {"progress": False, "latency": False}
+    if verb == "codebook":
+        ps.quantize(model, batches, scheme="codebook", bits=4, **options)
+    else:
+        ps.prune(model, batches, method=verb, amount=0.5, **options)
+    assert model[0].weight is first
+    assert torch.equal(first, before)
+    assert first.data_ptr() == memory
+
+
+def test_a_layer_that_moves_its_weight_is_seen():
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), Replaced(8, 5)).eval()
+    batches = [torch.randn(40, 6) for _ in range(3)]
+    pruned = ps.prune(model, batches, method="obs", amount=0.5, progress=False, latency=False)
+    assert not any("no sample reached" in note for note in pruned.report.notes)
+
+
 def test_containers_within_themselves_are_no_trouble():
     model = used()
     model.maps.append(model.maps)

@@ -174,6 +174,21 @@ def test_every_function_takes_correlations_pairs_and_two_matrices(verb):
         assert_same(VERBS[verb](*matrices, M=M, **options), wanted)
 
 
+def test_a_problem_may_be_named_and_is_missed():
+    (layer, _), _ = of_two_layers()
+    assert ps.lam_max(problem=layer) == ps.lam_max(layer)
+    assert_same(ps.newton(problem=layer, lam=0.3).M, ps.newton(layer, 0.3).M)
+    for verb in (ps.lam_max, ps.elimination_path):
+        with pytest.raises(TypeError, match="missing 1 required positional argument: 'problem'"):
+            verb()
+
+
+def test_lists_of_matrices_belong_together():
+    layers, _ = of_two_layers()
+    with pytest.raises(ValueError, match="expected one r_yx for each of 2 r_xx, got 1"):
+        ps.lam_max([one.r_xx for one in layers], [layers[0].r_yx])
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_function_takes_several_readers_as_a_list_of_problems_or_lists_of_matrices(verb):
     layers, M = of_two_layers()

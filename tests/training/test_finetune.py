@@ -324,3 +324,18 @@ def test_masks_are_looked_at_by_chance_and_less_often_towards_the_end():
         looks.append(sum(not mask.mask.all() for mask in masks_of(model).values()))
     assert np.mean(looks[:500]) == pytest.approx(2 * 0.5, abs=0.15)
     assert np.mean(looks[500:]) == pytest.approx(2 * 0.055, abs=0.06)
+
+
+@pytest.mark.filterwarnings("ignore:Using a target size")
+@pytest.mark.parametrize("loss", [nn.MSELoss(), torch.nn.functional.mse_loss, nn.CrossEntropyLoss()])
+def test_labels_that_a_loss_of_torchs_refuses_are_named(loss):
+    x = torch.cat([x for x, _ in pairs()])[:6]
+    with pytest.raises(ps.DataError, match=r"of outputs float32\[6, \d\] refuses labels float32\[5\]: "):
+        finetune(mlp(), [(x, torch.zeros(5))], loss=loss, epochs=1)
+
+
+def test_what_is_no_loss_and_what_is_no_score_are_refused():
+    with pytest.raises(TypeError, match="loss must be a function of outputs and labels, got 'mse'"):
+        finetune(mlp(), pairs(), loss="mse", epochs=1)
+    with pytest.raises(TypeError, match=r"evaluate must return a number, .* got NoneType"):
+        finetune(mlp(), pairs(), evaluate=lambda network: None, epochs=1)

@@ -7,14 +7,13 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import replace
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from pysolve import __version__
 from pysolve.compressed import Compressed
-from pysolve.errors import DataError, PysolveError
+from pysolve.errors import DataError, PysolveError, path_of
 from pysolve.nn.files.architecture import (
     architecture,
     check_places,
@@ -87,7 +86,7 @@ def save(
     >>> smaller = ps.compress(model, batches, keep=0.5, latency=False)
     >>> ps.save(smaller, "smaller.safetensors")
     """
-    write(Path(path), *_content(compressed, coding, report))
+    write(path_of("path", path), *_content(compressed, coding, report))
 
 
 def file_bytes(compressed: Compressed, *, coding: str = "auto", report: bool = False) -> int:
@@ -177,7 +176,7 @@ def load(path: str | os.PathLike[str], model: nn.Module) -> nn.Module:
 def restored(path: str | os.PathLike[str], model: nn.Module, *, empty: bool = False) -> nn.Module:
     """As ``load``; with ``empty``, parameters of ``model`` may be on the meta device."""
     _check_kind("model", model, nn.Module, "the original network, a torch.nn.Module")
-    record, tensors = read(Path(path))
+    record, tensors = read(path_of("path", path))
     version = record.get("version")
     if type(version) is not int or version not in (PLAIN, CODED):
         raise DataError(

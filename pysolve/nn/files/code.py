@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from importlib import import_module
 from inspect import Parameter, signature
 from io import BytesIO
-from pathlib import Path
 from pprint import pformat
 from textwrap import indent
 
@@ -17,11 +16,11 @@ from safetensors.torch import save_model
 from torch import Tensor, nn
 
 from pysolve.compressed import Compressed
-from pysolve.errors import PysolveError
+from pysolve.errors import PysolveError, path_of
 from pysolve.nn.graph.export import program_of
 from pysolve.nn.items import example_of
 from pysolve.nn.outputs import tensors_of
-from pysolve.nn.refusal import output_of
+from pysolve.nn.refusal import output_of, sentence
 from pysolve.nn.running import Batch, device_of, evaluating
 from pysolve.whole_files import replacing
 
@@ -121,7 +120,7 @@ def export_code(
     >>> batches = [torch.randn(100, 16) for _ in range(5)]
     >>> ps.export_code(ps.compress(model, batches, keep=0.5, latency=False), "small.py")
     """
-    path = Path(path)
+    path = path_of("path", path)
     if path.suffix != ".py":
         raise ValueError(f"path must end in .py, got {path}.")
     if not isinstance(compressed, Compressed):
@@ -153,7 +152,14 @@ def export_code(
             ) from None
         program = program_of(model, batch)
         content = BytesIO()
-        torch.export.save(program, content)
+        try:
+            torch.export.save(program, content)
+        # Whatever torch has no words for, such as classes of outputs that it does not know.
+        except Exception as error:
+            raise PysolveError(
+                f"the exported program of {kind} cannot be written: {sentence(error)}. Let it return "
+                "tensors, tuples and dicts, or give make=, a function that makes the original."
+            ) from error
         with replacing(path.with_suffix(".pt2"), content.tell()) as part:
             part.write_bytes(content.getvalue())
         code = _PROGRAM.format(about=about, weights=path.with_suffix(".pt2").name)

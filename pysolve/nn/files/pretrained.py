@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.compressed import Compressed
-from pysolve.errors import DataError, PysolveError
+from pysolve.errors import DataError, PysolveError, path_of
 from pysolve.nn.blocks import blocks_of
 from pysolve.nn.files.architecture import ordinary
 from pysolve.nn.files.checkpoint import restored, save
@@ -130,7 +130,7 @@ def save_pretrained(
     >>> LlamaForCausalLM.from_pretrained("smaller").config.num_hidden_layers
     2
     """
-    network, folder = _network_of(compressed), Path(folder)
+    network, folder = _network_of(compressed), path_of("folder", folder)
     if folder.exists() and not overwrite:
         raise FileExistsError(f"{folder} exists: choose another folder, or overwrite=True.")
     with replacing_folder(folder, sum(one.nbytes for one in network.state_dict().values())) as part:
@@ -180,7 +180,7 @@ def load_pretrained(folder: str | os.PathLike[str]) -> nn.Module:
     >>> ps.load_pretrained("smaller")(**batches[0]).logits.shape
     torch.Size([16, 12, 50])
     """
-    folder = Path(folder)
+    folder = path_of("folder", folder)
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}.")
     _check_sums(folder)

@@ -20,7 +20,7 @@ from pysolve.nn.layer_matrix import LAYERS, Layer
 from pysolve.nn.layers.attention import opened
 from pysolve.nn.plain import plain_network
 from pysolve.nn.progress import steps
-from pysolve.nn.running import Batch, Device, evaluating
+from pysolve.nn.running import Batch, Device, checked_device, evaluating
 from pysolve.plan import Site
 
 
@@ -96,6 +96,7 @@ def gather(
     (500, (64, 64), (4, 64))
     """
     model = opened(plain_network(model))
+    checked_device(device, computes=False)
     target_model = None if target_model is None else opened(plain_network(target_model))
     names = _layer_names(model, sites, layers)
     found = gather_reached(

@@ -13,10 +13,11 @@ from torch.nn.functional import embedding
 from torch.overrides import TorchFunctionMode
 
 from pysolve.correlations import Array
+from pysolve.nn.gathering.watching import check_visible
 from pysolve.nn.outputs import main_output
 from pysolve.nn.padding import Masks, token_masks, without_padding, zero_padding
 from pysolve.nn.running import Batch, device_of, evaluating, forward
-from pysolve.nn.sensitivity import without_mean
+from pysolve.nn.sensitivity import by_offsets, without_mean
 
 # Called with the name of a table, the rows that are looked up, and what is found; what it returns, if
 # anything, takes the place of that.
@@ -40,7 +41,10 @@ class _Lookups(TorchFunctionMode):
             return result
         ids, table = (*args, *(kwargs[key] for key in ("input", "weight") if key in kwargs))[:2]
         name = self.names.get(table.data_ptr())
-        changed = None if name is None else self.record(name, ids, result)
+        if name is None:
+            return result
+        check_visible(name, ids, result)
+        changed = self.record(name, ids, result)
         return result if changed is None else changed
 
 
@@ -84,22 +88,18 @@ def lookup_sensitivities(
         for batch in batches:
             offsets.clear()
             result = main_output(forward(model, batch, device_of(model)))
-            inputs = [offset for _, offset in offsets]
-            for _ in range(probes if result.requires_grad and inputs else 0):
+            for _ in range(probes if result.requires_grad and offsets else 0):
                 signs = torch.randint(0, 2, result.shape, generator=random).to(result) * 2 - 1
                 try:
                     direction = zero_padding(without_mean(signs), batch)
-                    found = torch.autograd.grad(
-                        result, inputs, direction, retain_graph=True, allow_unused=True
-                    )
+                    found = by_offsets(result, offsets, direction, again=True)
                 except RuntimeError:
                     # A tensor that the gradient needs was changed in place.
                     return {name: np.zeros_like(one) for name, one in sums.items()}
-                for (name, _), gradient in zip(offsets, found, strict=True):
-                    if gradient is not None:
-                        rows = without_padding(gradient, batch).flatten(0, -2).double()
-                        sums[name] += (rows.T @ rows).cpu().numpy()
-                        counts[name] += len(rows)
+                for name, gradient in found:
+                    rows = without_padding(gradient, batch).flatten(0, -2).double()
+                    sums[name] += (rows.T @ rows).cpu().numpy()
+                    counts[name] += len(rows)
     return {name: one / max(1, counts[name]) for name, one in sums.items()}
 
 

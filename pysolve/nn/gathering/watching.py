@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pysolve.errors import PysolveError
 from pysolve.nn.gathering.products import as_called, product
 from pysolve.nn.layer_kinds import inputs_first, is_extended
 from pysolve.nn.layer_matrix import Layer
@@ -29,7 +31,9 @@ def watching(layers: Mapping[str, Layer], record: Record) -> Iterator[None]:
         def hook(
             layer: Layer, args: tuple[Tensor, ...], kwargs: dict[str, Tensor], y: Tensor
         ) -> Tensor | None:
-            return record(name, layer, args[0] if args else kwargs["input"], y)
+            x = args[0] if args else kwargs["input"]
+            check_visible(name, x, y)
+            return record(name, layer, x, y)
 
         return hook
 
@@ -45,12 +49,23 @@ def watching(layers: Mapping[str, Layer], record: Record) -> Iterator[None]:
         yield
 
 
+def check_visible(name: str, *values: Tensor) -> None:
+    """Raise PysolveError where a layer runs inside a transform of a function, which hides its values."""
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, values)):
+        raise PysolveError(
+            f"{name} runs inside torch.vmap or another transform of torch.func, where what it reads cannot "
+            f"be seen: call it on whole batches instead, or leave it out, ignore=[{name!r}]."
+        )
+
+
 class _Operators(TorchFunctionMode):
     """Records the operators that take the weights of some layers."""
 
     def __init__(self, layers: Mapping[str, Layer], record: Record) -> None:
         super().__init__()
         self.layers = {layer.weight.data_ptr(): (name, layer) for name, layer in layers.items()}
+        # Code that rescales its weight, by ``weight.data = …``, moves it elsewhere.
+        self.weights = {id(layer.weight): (name, layer) for name, layer in layers.items()}
         self.record = record
 
     def __torch_function__(
@@ -61,9 +76,11 @@ class _Operators(TorchFunctionMode):
         call = product(getattr(func, "__name__", ""), args, kwargs)
         if call is None or not isinstance(call.weight, Tensor):
             return result
-        name, layer = self.layers.get(call.weight.data_ptr(), ("", None))
+        known = self.layers.get(call.weight.data_ptr(), ("", None))
+        name, layer = self.weights.get(id(call.weight), known)
         if layer is None or not call.of(layer) or not _is_weight(call.weight, layer, call.takes_inputs_first):
             return result
+        check_visible(name, call.x, result)
         called = as_called(layer, call)
         changed = None if called is None else self.record(name, called, call.x, result)
         return result if changed is None else changed

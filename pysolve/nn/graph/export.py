@@ -261,9 +261,19 @@ def _export(model: nn.Module, args: Any, kwargs: Any, free: Sequence[int | None]
             break
     assert problem is not None
     raise PysolveError(
-        f"{type(model).__name__} cannot be traced{code_line(problem)}: {sentence(problem)}. Take out what "
+        f"{type(model).__name__} cannot be traced{code_line(problem)}: {_reason(problem)}. Take out what "
         "depends on values or leaves torch, or give a list of Site, written by hand, instead."
     ) from problem
+
+
+def _reason(problem: Exception) -> str:
+    """What torch says, or means where it asks to be told of it."""
+    said = sentence(problem)
+    lifted = re.search(r"fake tensor in the exported .* attribute: (?:(.*)\.)?lifted_tensor", said)
+    if lifted is None:
+        return said
+    where = f"`{lifted[1]}`" if lifted[1] else "its code"
+    return f"{where} sets .data, or asks torch.autograd for gradients, which no graph can hold"
 
 
 @contextmanager

@@ -33,6 +33,8 @@ HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
     "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
 )
 # Torch's context of an autograd function, which holds whatever is kept for the backward pass.
 Context = Any

@@ -56,6 +56,7 @@ def substitute(model: nn.Module, layer: nn.Module, other: nn.Module) -> nn.Modul
     """
     for name in HOOKS:
         getattr(other, name).update(getattr(layer, name))
+    other._is_full_backward_hook = layer._is_full_backward_hook
     if layer is model:
         return other
     for owner in list(model.modules()):

@@ -31,7 +31,7 @@ from pysolve.nn.padding import Masks, mask_of_rows, zero_padding
 from pysolve.nn.ranks import Ranks
 from pysolve.nn.running import Batch, device_of, evaluating, forward, same_draws
 from pysolve.nn.samples import samples_in, take
-from pysolve.nn.sensitivity import with_offset
+from pysolve.nn.sensitivity import by_offsets, with_offset
 
 # Of layers: one tensor a batch, in the shape of the layer's outputs with one channel.
 RowWeights = Mapping[str, Sequence[Tensor]]
@@ -121,11 +121,7 @@ def _gradients(
     direction = -p.scatter_add(-1, drawn, torch.full_like(draws, -1.0))
     # A tensor that a gradient needs may have been changed in place.
     with suppress(RuntimeError):
-        inputs = [offset for _, offset in offsets]
-        gradients = torch.autograd.grad(
-            logits, inputs, zero_padding(direction, batch).to(logits), allow_unused=True
-        )
-        return {name: g for (name, _), g in zip(offsets, gradients, strict=True) if g is not None}
+        return dict(by_offsets(logits, offsets, zero_padding(direction, batch).to(logits)))
     return {}
 
 

@@ -250,6 +250,37 @@ def test_inputs_that_all_samples_share_are_told_by_the_outputs():
     assert joined(changed) is changed
 
 
+class Convolved(nn.Module):
+    """Nodes and the matrix of their edges, both with as many rows as there are nodes."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(3, 2)
+
+    def forward(self, x, edges):
+        return edges @ self.a(x)
+
+
+def test_a_matrix_as_square_as_there_are_samples_is_asked_about():
+    (one,) = laid(Convolved(), {"x": torch.rand(9, 3), "edges": torch.rand(9, 9)})
+    assert samples_in(one) == 1
+    (many,) = laid(Graphs(), {"x": torch.rand(6, 6, 3), "mixing": torch.rand(6, 6, 6)})
+    assert samples_in(many) == 6
+
+
+@pytest.mark.parametrize(
+    ("x", "said"),
+    [
+        (torch.eye(4).to_sparse(), r"sparse_coo tensor.*to_dense"),
+        (torch.eye(4).to_mkldnn(), r"_mkldnn tensor.*to_dense"),
+    ],
+)
+def test_tensors_without_rows_in_memory_are_refused(x, said):
+    for batch in (x, {"x": x}):
+        with pytest.raises(TypeError, match=said):
+            samples_in(batch)
+
+
 @pytest.mark.parametrize(
     ("make", "batch"),
     [

@@ -556,3 +556,9 @@ def test_a_convolution_that_pads_by_itself_is_gathered_over_what_it_pads():
     before_it = gather(plain, [x], progress=False)["1"]
     np.testing.assert_array_equal(by_itself.xx, before_it.xx)
     np.testing.assert_array_equal(by_itself.yx, before_it.yx)
+
+
+@pytest.mark.parametrize("device", ["nope", "", -1])
+def test_a_device_that_does_not_compute_is_refused(device):
+    with pytest.raises(ValueError, match="cannot compute on"):
+        gather(Mlp([4, 6, 3]), [torch.randn(5, 4)], device=device, progress=False)

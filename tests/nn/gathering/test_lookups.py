@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from pysolve.nn.gathering.lookups import lookup_counts, lookup_sensitivities
 
@@ -47,3 +48,14 @@ def test_networks_without_gradients_tell_nothing():
     model = Without()
     found = lookup_sensitivities(model, {"words": model.words.weight}, data(), probes=2)["words"]
     assert not found.any()
+
+
+def test_lookups_that_run_again_for_the_gradient_count_once():
+    torch.manual_seed(0)
+    model = Net()
+    plain = lookup_sensitivities(model, {"words": model.words.weight}, data(), probes=3)["words"]
+    run = model.forward
+    model.forward = lambda ids: checkpoint(run, ids, use_reentrant=False)
+    again = lookup_sensitivities(model, {"words": model.words.weight}, data(), probes=3)["words"]
+    assert plain.any()
+    assert np.allclose(again, plain)

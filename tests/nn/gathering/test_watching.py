@@ -6,6 +6,7 @@ from small import Turned, vectors
 from torch import nn
 from torch.nn import functional as F
 
+from pysolve.errors import PysolveError
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn.gathering.watching import watching
 
@@ -70,3 +71,13 @@ def test_a_weight_that_is_taken_the_wrong_way_round_is_no_call():
         layer(vectors(3, 4))
         nn.Linear(4, 4)(vectors(3, 4))
     assert not seen
+
+
+@pytest.mark.parametrize("case", ["plain", "by a matrix product"])
+def test_calls_inside_a_function_transform_are_refused_by_name(case):
+    layer, shape = LAYERS[case]
+    x = vectors(4, *shape)
+    with torch.no_grad(), watching({"one": layer}, lambda *call: None):
+        with pytest.raises(PysolveError, match=r"one runs inside torch\.vmap .* ignore=\['one'\]"):
+            torch.vmap(layer)(x)
+        layer(x[0])

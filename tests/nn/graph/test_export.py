@@ -2,12 +2,14 @@
 
 from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import small
 import torch
 from small import Net
 from torch import nn
 
 import pysolve as ps
+from pysolve.errors import PysolveError
 from pysolve.nn.graph.export import trace, trace_once
 from pysolve.nn.graph.sizes import fits
 from pysolve.nn.samples import samples_in
@@ -106,3 +108,29 @@ def test_several_threads_trace_by_turns_and_what_is_printed_afterwards_is_seen(c
     assert counts == [len(trace(*one).module.graph.nodes) for one in nets]
     print("heard")
     assert capsys.readouterr().out == "heard\n"
+
+
+class Rescaled(nn.Linear):
+    def forward(self, x):
+        self.weight.data = torch.renorm(self.weight.data, 2, 0, 1.0)
+        return super().forward(x)
+
+
+class Differentiated(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.net(x).sum(), x)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "where"),
+    [(nn.Sequential(nn.Linear(4, 8), Rescaled(8, 3)), "`1`"), (Differentiated(), "its code")],
+)
+def test_tensors_that_no_graph_holds_are_told_in_our_words(model, where):
+    with pytest.raises(PysolveError, match=f"cannot be traced.*: {where} sets .data, or asks torch.autograd"):
+        trace(model.eval(), torch.randn(5, 4))

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from small import network
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pysolve.nn.graph.branches import Kept
 from pysolve.nn.ranks import ALONE
@@ -86,6 +87,18 @@ def test_networks_of_one_prediction_a_sample_weigh_nothing(name):
     model, batch = network(name)
     graph = trace(model, batch)
     assert row_weights.row_weights(graph, model, [batch], ranks=ALONE) == {}
+
+
+def test_code_that_runs_again_for_the_gradient_weighs_the_same():
+    model, (ids,) = tokens(1)
+    graph = trace(model, ids)
+    plain = row_weights.row_weights(graph, model, [ids], ranks=ALONE)
+    run = model.forward
+    model.forward = lambda ids: checkpoint(run, ids, use_reentrant=False)
+    again = row_weights.row_weights(graph, model, [ids], ranks=ALONE)
+    assert again.keys() == plain.keys() != set()
+    for name in plain:
+        torch.testing.assert_close(again[name], plain[name])
 
 
 def test_networks_without_gradients_weigh_nothing():
