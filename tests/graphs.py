@@ -4,13 +4,17 @@ What verbs find in a graph and count of a network's calls is shared by those of 
 """
 
 import hashlib
+import sys
 import weakref
 from itertools import chain
+from traceback import FrameSummary, StackSummary
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
+from torch.utils._traceback import CapturedTraceback
 
 from pysolve.errors import PysolveError
 from pysolve.nn.cost import counting
@@ -21,6 +25,7 @@ _GRAPHS, _SITES, _CALLS = {}, {}, {}
 # As they are before anything stands in their place.
 _trace, _export = export.trace, export._export
 _sites_in, _calls = sites.sites_in, counting.calls
+_extract = CapturedTraceback.extract
 
 
 _PLAIN = Tensor, nn.Parameter
@@ -49,18 +54,30 @@ def traced(model, batch, **options):
     return _GRAPHS[key]
 
 
+class _Stack(CapturedTraceback):
+    """The frames below an export; torch's own lists pytest's as well, and looks up the code of all of them."""
+
+    __slots__ = ()
+
+    @staticmethod
+    def extract(*, script=False, cpp=False, skip=0):
+        if script or cpp:
+            return _extract(script=script, cpp=cpp, skip=skip)
+        frame, found = sys._getframe(1 + skip), []
+        while frame is not None and frame.f_code is not exported.__code__:
+            found.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+            frame = frame.f_back
+        return _Stack(found)
+
+    def summary(self):
+        frames = reversed(self.tb or ())
+        return StackSummary.from_list([FrameSummary(*frame, lookup_line=False) for frame in frames])
+
+
 def exported(*given):
-    """``_export``; torch looks up the code of all frames at each operator, here not of pytest's."""
-    from torch.utils import _traceback
-
-    extract = _traceback._extract_symbolized_tb
-
-    def inner(frames, skip):
-        last = next((i for i, one in enumerate(frames) if one["name"] == "exported"), len(frames))
-        return extract(frames[:last], skip)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_traceback, "_extract_symbolized_tb", inner)
+    """``_export``; torch writes down the stack at each operator, and the code of graphs on their way."""
+    with pytest.MonkeyPatch.context() as patch, _use_lazy_graph_module(True):
+        patch.setattr(CapturedTraceback, "extract", _Stack.extract)
         return _export(*given)
 
 
