@@ -61,6 +61,13 @@ def group_indices(keep: npt.ArrayLike) -> Indices:
     return indices.astype(np.intp)
 
 
+def all_but(count: int, gone: npt.ArrayLike) -> Indices:
+    """0 … count − 1 without some, ascending."""
+    left = np.ones(count, bool)
+    left[np.asarray(gone, dtype=np.intp)] = False
+    return np.flatnonzero(left)
+
+
 def group_columns(keep: npt.ArrayLike, group_size: int) -> Indices:
     """Column indices of the groups in ``keep``: group g owns columns g·group_size … (g+1)·group_size − 1."""
     groups = group_indices(keep)
