@@ -55,7 +55,7 @@ def traced(model, batch, **options):
 
 
 class _Stack(CapturedTraceback):
-    """The frames below an export; torch's own lists pytest's as well, and looks up the code of all of them."""
+    """The frames below an export; torch lists those of pytest as well, with the code of all of them."""
 
     __slots__ = ()
 
