@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from itertools import chain
 from operator import is_
-from types import SimpleNamespace
+from types import NoneType, SimpleNamespace
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +19,9 @@ from torch.overrides import TorchFunctionMode
 from pysolve.errors import PysolveError
 
 M = TypeVar("M", bound=nn.Module)
-_CONTAINERS = (dict, OrderedDict, defaultdict, list, deque, set)
+_CONTAINERS = frozenset((dict, OrderedDict, defaultdict, list, deque, set))
+# Most of what modules hold, and nothing that a call could write into.
+_VALUES = frozenset((NoneType, bool, int, float, str, nn.Parameter))
 
 
 def copy_of(module: M, memo: dict[int, Any] | None = None) -> M:
@@ -174,7 +176,10 @@ class _Kept:
         seen.add(id(container))
         kept = cls(container, container.copy(), [], [], [])
         for one in _parts(kept.items):
-            if isinstance(one, Tensor):
+            kind = type(one)
+            if kind in _VALUES:
+                continue
+            if kind not in _CONTAINERS and isinstance(one, Tensor):
                 if not isinstance(one, nn.Parameter):
                     kept.values.append((one, one.detach().clone(), version(one)))
             elif (inside := _inside(one)) is not None and id(inside) not in seen:
@@ -193,7 +198,8 @@ class _Kept:
         for one in self.inner:
             one.put_back()
         for one in self.empty:
-            one.clear()
+            if one:
+                one.clear()
         container, items = self.container, self.items
         if not (_same(container, items) and _same(_parts(container), _parts(items))):
             container.clear()
