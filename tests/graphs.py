@@ -19,6 +19,7 @@ from torch.utils._traceback import CapturedTraceback
 from pysolve.errors import PysolveError
 from pysolve.nn.cost import counting
 from pysolve.nn.graph import export, sites
+from pysolve.nn.graph.export import Graph
 from pysolve.nn.running import Inputs, arguments
 
 _GRAPHS, _SITES, _CALLS = {}, {}, {}
@@ -35,15 +36,19 @@ class _UnknownError(Exception):
     """Something whose part in the graph cannot be told."""
 
 
-def traced(model, batch, **options):
+def traced(model, batch, *, fixed_sizes=True, **options):
     """``trace``, but of networks of one structure the first alone is traced."""
     try:
-        key = _structure(model), _shapes(batch), tuple(sorted(options.items()))
+        asked = _structure(model), _shapes(batch), tuple(sorted(options.items()))
     except _UnknownError:
-        return _trace(model, batch, **options)
+        return _trace(model, batch, fixed_sizes=fixed_sizes, **options)
+    key, other = (*asked, fixed_sizes), _GRAPHS.get((*asked, not fixed_sizes))
+    if key not in _GRAPHS and isinstance(other, Graph) and other.takes_any_batch:
+        # Free sizes are tried first, in any case.
+        _GRAPHS[key] = other
     if key not in _GRAPHS:
         try:
-            _GRAPHS[key] = _trace(model, batch, **options)
+            _GRAPHS[key] = _trace(model, batch, fixed_sizes=fixed_sizes, **options)
         except PysolveError as error:
             # What the network itself refuses may depend on values.
             if type(error) is PysolveError:
