@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 from pysolve.nn.cut.apply import apply, masked
 from pysolve.nn.cut.bare import is_stack
 from pysolve.nn.graph.sites import find_sites
+from pysolve.nn.layers.attention import opened
 from pysolve.nn.running import forward
 from pysolve.plan import Collapse, Plan
 
@@ -74,11 +75,17 @@ SITES = {
         "3: o → ! output",
     ],
     "multihead_attention": [
-        "6: stem → ! `attention`, a MultiheadAttention, works on them as a whole",
+        "6: stem → attention.q_proj attention.k_proj attention.v_proj",
+        "2: attention.q_proj attention.k_proj attention.v_proj → attention.out_proj",
+        "6: attention.out_proj → fc1",
         "7: fc1 → fc2",
         "3: fc2 → ! output",
     ],
-    "transformer_layer": ["7: linear1 → linear2", "6: linear2 →  | norm2 ! meets these channels directly"],
+    "transformer_layer": [
+        "2: self_attn.q_proj self_attn.k_proj self_attn.v_proj → self_attn.out_proj",
+        "6: self_attn.out_proj linear2 → linear1 | norm1 norm2 ! meets these channels directly",
+        "7: linear1 → linear2",
+    ],
     "layer_norm_stream": [
         "6: stem fc2 → fc1 out | norm",
         "7: fc1 → fc2",
@@ -247,6 +254,7 @@ def poisoned_columns(model, batch, site, channel):
 
 
 def assert_poison_stays_inside(model, batch, sites):
+    model = opened(model)
     # A norm spreads what is no number to all of its channels; matrices in a parameter are not looked at.
     for site in (
         one for one in free(sites) if not one.norms and not any(map(is_stack, (*one.writers, *one.readers)))

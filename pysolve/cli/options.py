@@ -77,7 +77,7 @@ OPTIONS = {
     "bits": Option(int, "Of a code; with a target, the most.", shown="by scheme", least=1, most=8),
     "group": Option(int, "Of int8: so many inputs share a scale.", shown="all", least=1),
     "dry_run": Option(bool, "Write nothing: print what targets would cost.", False),
-    "head_dims": Option(bool, "Attention may lose dimensions of heads in the place of whole ones.", False),
+    "head_dims": Option(bool, "Attention may lose dimensions of heads in the place of whole ones.", True),
     "expect": Option(bool, "Measure, too, what shares of the MACs would cost: takes all of the data.", False),
     "select": Option(str, "How channels are chosen: elimination, sensitivity, lasso, ….", "elimination"),
     "scheme": Option(str, "int8-dynamic, int8, codebook or ternary.", "int8-dynamic"),

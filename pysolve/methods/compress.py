@@ -23,7 +23,7 @@ from pysolve.methods.goal import (
     check_target,
     network_of,
     options_for,
-    placed,
+    prepared,
 )
 from pysolve.methods.head_dims import contest, priced, with_dims, without_dims
 from pysolve.methods.kinds.channels import ELIMINATIONS, SENSITIVITY, Channels, Select
@@ -86,7 +86,7 @@ def compress(
     process_group: ProcessGroup | None = None,
     device: Device = None,
     dry_run: bool = False,
-    head_dims: bool = False,
+    head_dims: bool = True,
 ) -> Compressed:
     """Make a network smaller, without labels and without training it again.
 
@@ -171,8 +171,9 @@ def compress(
     head_dims : bool
         Whether attention may lose dimensions of its heads in the place of whole heads, layer by layer, where
         a target in parameters, MACs or bytes costs less divergence then: the same ones of all heads of a
-        layer, of queries and keys as of values, in their principal axes. Takes an elimination, and refits.
-        With ``keep``, by their sites, which ``find_sites`` finds with the same option.
+        layer, of queries and keys as of values, in their principal axes. Takes an elimination, and refits;
+        a target in milliseconds takes whole heads. With ``keep``, by their sites, which ``find_sites`` finds
+        where it is asked to.
     dry_run : bool
         Cut nothing: the result is the network as it is, and ``report.expected`` tells which divergence to
         expect of the target, which is measured, and, where it is one share, of others, which follow from it
@@ -230,7 +231,7 @@ def compress(
         device,
     )
     options = replace(options, new_biases=not one)
-    network = placed(network, options)
+    network = prepared(network, options)
     every = True if sites is None else sites
     # What a class makes of one number for all layers may be without some, if that is told.
     branches = not one or (isinstance(keep, Mapping) and 0 in keep.values())

@@ -24,7 +24,7 @@ from pysolve.methods.goal import (
     check_whole,
     network_of,
     options_for,
-    placed,
+    prepared,
 )
 from pysolve.methods.kinds.codes import Codes
 from pysolve.methods.kinds.zeros import Zeros
@@ -155,7 +155,7 @@ def deep_compress(
         process_group,
         device,
     )
-    network = placed(network, options)
+    network = prepared(network, options)
     clock = Clock()
     size = in_bytes(asked["bytes"], network) if "bytes" in asked else None
     share = _share(asked.get("params", None if size else 1.0), network)

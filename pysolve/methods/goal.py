@@ -22,11 +22,12 @@ from pysolve.forms import Sparse
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.gathering.memory import Bound
 from pysolve.nn.items import Transform
+from pysolve.nn.layers.attention import ignored_in_opened, opened
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import without_sparse
 from pysolve.nn.plain import check_plain, plain_network
 from pysolve.nn.ranks import Ranks
-from pysolve.nn.running import Device, Ignored, device_of, find_matching
+from pysolve.nn.running import Device, Ignored, device_of
 from pysolve.nn.state import copy_of
 from pysolve.plan import Plan, Site
 from pysolve.solve.budget import check_targets
@@ -122,16 +123,14 @@ def options_for(
     for what, function in (("divergence", divergence), ("evaluate", evaluate)):
         if not (callable(function) or (what == "evaluate" and function is None)):
             raise TypeError(f"{what} must be a function, got {function!r}.")
-    matched = find_matching(network, ignore)
+    # Layers themselves are those of the given network, not of the one that is studied.
+    names = sorted(ignored_in_opened(network, ignore))
     bound = None if memory is None else Bound.of(bytes_in(memory), memory)
     folder = None if checkpoint is None else Path(checkpoint)
     score = None if evaluate is None else score_of(evaluate, network)
     ranks, place, home = Ranks(process_group), checked_device(device), device_of(network)
-    if place is not None and place != home:
-        # Layers themselves would be the given network's, not those of its copy.
-        ignore = sorted(matched)
     return Options(
-        ignore,
+        names,
         divergence,
         bound,
         int(seed),
@@ -166,8 +165,12 @@ def checked_device(device: Device) -> torch.device | None:
     return found.device
 
 
-def placed(network: nn.Module, options: Options) -> nn.Module:
-    """The network where it is to be computed: a copy, if it is elsewhere."""
+def prepared(network: nn.Module, options: Options) -> nn.Module:
+    """The network as it is studied: a layer for each projection of attention, on the device.
+
+    A copy if it is elsewhere; the same parameters if attention is in one piece.
+    """
+    network = opened(network)
     if options.device in (None, options.home):
         return network
     return copy_of(network).to(options.device)

@@ -29,8 +29,9 @@ from pysolve.nn.files.format1 import sparse_layers
 from pysolve.nn.gathering.calibration import Calibration
 from pysolve.nn.items import Transform, batched
 from pysolve.nn.layer_kinds import WEIGHTED
+from pysolve.nn.layers.attention import ignored_in_opened, opened
 from pysolve.nn.layers.masking import mask_weights, remove_masks, unmasked
-from pysolve.nn.running import Batch, Ignored, as_array, find_layer, find_matching
+from pysolve.nn.running import Batch, Ignored, as_array, find_layer
 from pysolve.nn.state import copy_of
 from pysolve.plan import Plan
 from pysolve.training.finetune import Loss, counted, finetune
@@ -199,7 +200,7 @@ def network_surgery(
 def _prepared(
     model: nn.Module | Compressed, value: PerLayer, what: str, ignore: Sequence[Ignored], layout: str
 ) -> tuple[nn.Module, tuple[str, ...]]:
-    """The network without masks and the layers to prune, checked before any training."""
+    """The network that is trained and its layers to prune, checked before any training."""
     _, original = network_of(model, dense=False)
     check_layout(layout, LAYOUTS, "zeros")
     for name, number in value.items() if isinstance(value, Mapping) else [("all", value)]:
@@ -208,7 +209,7 @@ def _prepared(
         if not (low <= real < high and np.isfinite(real)):
             allowed = "in [0, 1)" if what == "amount" else "a finite number"
             raise ValueError(f"{what} of {name} must be {allowed}, got {number}.")
-    base, ignored = unmasked(original), find_matching(original, ignore)
+    base, ignored = opened(unmasked(original)), ignored_in_opened(original, ignore)
     layers = {name: one for name, one in base.named_modules() if isinstance(one, WEIGHTED)}
     chosen = set(value) if isinstance(value, Mapping) else set(layers)
     for name in chosen - layers.keys():
@@ -265,7 +266,7 @@ def _trained(
     laid = lay_out(study, Rebuilt(Chosen(fits=dict.fromkeys(names, ridge_fit)), values, fits), layout)
     laid = replace(laid, lines=tuple(replace(line, error=None) for line in laid.lines))
     clock.stage("apply")
-    before = model if isinstance(model, Compressed) else base
+    before = model if isinstance(model, Compressed) else unmasked(network_of(model, dense=False)[1])
     return finish(before, study, laid, clock, notes=notes)
 
 

@@ -43,7 +43,11 @@ def without_dims(found: Study) -> tuple[Study, list[Site]]:
     """The study without heads' dimensions, with notes of why some stay, and those that can go."""
     dims = [site for site in found.sites if site.attention]
     whole = replace(found, sites=[site for site in found.sites if not site.attention])
-    said = (f"{site.name}, no dimensions can go: {site.pinned}" for site in dims if site.pinned is not None)
+    stay = [site for site in dims if site.pinned is not None]
+    said = (
+        f"no dimensions can go, {why}: {', '.join(site.name for site in stay if site.pinned == why)}"
+        for why in dict.fromkeys(site.pinned for site in stay)
+    )
     return replace(whole, notes=(*whole.notes, *said)), [site for site in dims if site.pinned is None]
 
 

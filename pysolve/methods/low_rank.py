@@ -35,7 +35,7 @@ from pysolve.methods.goal import (
     check_whole,
     network_of,
     options_for,
-    placed,
+    prepared,
 )
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.kinds.embeddings import UNSEEN
@@ -200,7 +200,7 @@ def low_rank(
         process_group,
         device,
     )
-    network = placed(network, options)
+    network = prepared(network, options)
     weights, left = weights_of(network, options.ignore, (*WEIGHTED, nn.Embedding), tied=True)
     plain = method == "svd"
     found = studied(network, batches, options, weights=weights, sites=prune, gather=not plain, left=left)

@@ -26,7 +26,7 @@ from pysolve.methods.goal import (
     check_target,
     network_of,
     options_for,
-    placed,
+    prepared,
 )
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.kinds.zeros import SCORES as OF_WEIGHTS
@@ -234,7 +234,7 @@ def prune(
         process_group,
         device,
     )
-    network = placed(network, options)
+    network = prepared(network, options)
     if goal.of_channels:
         assert batches is not None
         return _channels(before, network, batches, goal, options)

@@ -24,7 +24,7 @@ from pysolve.methods.goal import (
     check_whole,
     network_of,
     options_for,
-    placed,
+    prepared,
 )
 from pysolve.methods.kinds.codes import SCHEMES, Codes
 from pysolve.methods.layout import LaidOut, check_layout, lay_out, plan_of
@@ -167,7 +167,7 @@ def quantize(
         process_group,
         device,
     )
-    network = placed(network, options)
+    network = prepared(network, options)
     kind = Codes(scheme, bits, group, method)
     subject = subject_of(network, batches, options, kind, to_bytes=target is not None)
     clock, size = Clock(), None if target is None else in_bytes(target["bytes"], network)

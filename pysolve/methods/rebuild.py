@@ -107,7 +107,7 @@ def _fitted(study: Study, chosen: Chosen, refit: str, passes: int, experts: bool
     if not batches:
         return replace(independent(study, chosen), notes=(_why_independent(reason),))
     weights = refit == "sequential"
-    moves = Sampling(passes=passes if weights else 0, seed=study.options.seed, weighed=weights)
+    moves = Sampling(passes=passes if weights else 0, seed=study.options.seed)
     return _walked(study, chosen, batches, reason, moves, weights=weights, experts=experts)
 
 
@@ -218,6 +218,7 @@ def _walked(
         prepare=prepare,
         ranks=study.options.ranks,
         sampling=sampling,
+        row_weights=study.row_weights(batches) if weights else {},
         progress=study.options.progress,
     )
     used = sum(study.options.ranks.counts(sum(map(samples_in, batches))))

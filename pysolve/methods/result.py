@@ -23,6 +23,7 @@ from pysolve.methods.study import Clock, Study
 from pysolve.nn.cost.nonzeros import nonzeros
 from pysolve.nn.cost.per_sample import Workload, sample_macs, workload
 from pysolve.nn.cost.profile import FEWEST, TOGETHER, latencies, masses
+from pysolve.nn.cut.attention import closed
 from pysolve.nn.cut.bare import is_stack
 from pysolve.nn.divergence import (
     Divergence,
@@ -36,6 +37,7 @@ from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.files.architecture import fingerprint
 from pysolve.nn.files.checkpoint import file_bytes
 from pysolve.nn.gathering.calibration import HELD_OF, LEAST_APART
+from pysolve.nn.layers.attention import has_opened
 from pysolve.nn.layers.masking import mask_weights, remove_masks
 from pysolve.nn.running import Batch, as_array, find_layer
 from pysolve.nn.samples import samples_in, take
@@ -117,20 +119,23 @@ def finish(
     together : int, optional
         Samples to time together; by default as many as a share of the call's seconds allows.
     """
+    given = before.model if isinstance(before, Compressed) else before
     original, model = against or study.original, laid.model
     if distill:
         model, more = matched(study, original, model, distill, zeros)
         notes = (*notes, *more)
         clock.stage("distill")
     spent = sum({**study.seconds, **clock.seconds}.values())
-    report = account(original, model, study, spent=spent, together=together)
+    final, plan = closed(model, given, whole_plan(study, laid.plan))
+    used = as_given(given, original, study.options), final
+    report = account(original, model, study, used=used, spent=spent, together=together)
     if study.calibration is not None and study.calibration.fitted_on:
         notes = (*notes, FITTED_ON)
     elif selected and study.apart is study.held:
         notes = (*notes, CHOSEN_ON)
     if not distill and study.options.divergence is kl_divergence:
         notes = (*notes, *lean(report.divergence))
-    model = at_home(model, study.options)
+    model = at_home(final, study.options)
     lines = laid.lines if lines is None else lines
     # A turned study makes correlations anew, and has as many samples.
     known = study.correlations if study.turn is None else study.turn.before.correlations
@@ -148,7 +153,7 @@ def finish(
         warnings=(*warnings, *few, *stuck, *slower(report.latencies, lines)),
         notes=tuple(dict.fromkeys((*_left_alone(study), *study.notes, *notes, *report.notes))),
     )
-    result = following(before, Compressed(model, whole_plan(study, laid.plan), report))
+    result = following(before, Compressed(model, plan, report))
     if file:
         result = with_file(result, original)
     clock.stage("report")
@@ -165,6 +170,13 @@ def finish(
     )
     tell(report)
     return replace(result, report=report)
+
+
+def as_given(given: nn.Module, original: nn.Module, options: Options) -> nn.Module:
+    """The network as people run it, where that is computed which was studied."""
+    if not has_opened(original):
+        return original
+    return given if options.device in (None, options.home) else copy_of(given).to(options.device)
 
 
 def whole_plan(study: Study, plan: Plan) -> Plan:
@@ -229,6 +241,7 @@ def account(
     smaller: nn.Module,
     study: Study,
     *,
+    used: tuple[nn.Module, nn.Module] | None = None,
     spent: float = 0.0,
     together: int | None = None,
 ) -> Report:
@@ -236,13 +249,14 @@ def account(
 
     Costs and times are taken on a batch of the selection set, the divergence on samples that nothing was
     chosen on; without data, neither divergence nor MACs nor times. Times take a small share of the seconds
-    that were ``spent`` already: of large networks, those of smaller batches.
+    that were ``spent`` already: of large networks, those of smaller batches. ``used``: equal networks, as
+    they are run, to be timed.
     """
     first = study.held[0] if study.held else None
     work = None if first is None else workload(study.held)
     timed = first if study.options.latency else None
     seconds = max(LEAST_TIMING, TIMING * spent)
-    times, together = _latencies(original, smaller, timed, seconds, together)
+    times, together = _latencies(*(used or (original, smaller)), timed, seconds, together)
     macs = [] if work is None else [sample_macs(model, work) for model in (original, smaller)]
     counts = [{"macs": sum(one.values())} for one in macs] or [{}, {}]
     timed = None if timed is None else take(timed, 0, together)

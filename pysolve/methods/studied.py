@@ -16,7 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from pysolve.compressed import Compressed
 from pysolve.correlations import Correlations
 from pysolve.errors import DataError, PysolveError
-from pysolve.methods.goal import Memory, Options, network_of, options_for, placed
+from pysolve.methods.goal import Memory, Options, network_of, options_for, prepared
 from pysolve.methods.study import Clock, Study, no_samples
 from pysolve.methods.weights import Skipped, weights_of
 from pysolve.nn.cut.bare import is_stack
@@ -126,7 +126,7 @@ def study(
         device,
         checkpoint,
     )
-    network = placed(network, options)
+    network = prepared(network, options)
     weights, left = weights_of(network, options.ignore)
     return studied(
         network,

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from torch import Tensor, nn
@@ -24,7 +25,9 @@ from pysolve.nn.gathering.calibration import Calibration
 from pysolve.nn.graph.branches import Layer
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.layer_matrix import channels, matrix
+from pysolve.nn.layers.attention import opened
 from pysolve.nn.plain import plain_network
+from pysolve.nn.refit.row_weights import RowWeights, row_weights
 from pysolve.nn.running import (
     Batch,
     as_array,
@@ -80,6 +83,8 @@ class Study:
     seconds : {stage: float}
     turn : Turn, optional
         Where ``model`` is an equal network in the place of the user's.
+    weighed : {network: {layer: tensors}}
+        What ``row_weights`` has found, of all networks that came of this study.
     """
 
     model: nn.Module
@@ -94,6 +99,7 @@ class Study:
     notes: tuple[str, ...] = ()
     seconds: Mapping[str, float] = field(default_factory=dict)
     turn: Turn | None = None
+    weighed: WeakKeyDictionary[nn.Module, RowWeights] = field(default_factory=WeakKeyDictionary, repr=False)
 
     def __reduce__(self) -> str:
         raise TypeError("a study is neither copied nor pickled: save writes it to a file, load reads that.")
@@ -119,7 +125,7 @@ class Study:
         PysolveError
             It is of another network, or of other weights.
         """
-        network = plain_network(model)
+        network = opened(plain_network(model))
         calibration, correlations = read_study(Path(path), network)
         return cls(network, Options(), correlations=correlations, calibration=calibration)
 
@@ -194,6 +200,16 @@ class Study:
     def fits(self, name: str) -> bool:
         """Whether a layer can be fitted to data: on the way, or on what all of its calls read."""
         return self.walks(name) or name in self.correlations
+
+    def row_weights(self, batches: Sequence[Batch]) -> RowWeights:
+        """What the rows of layers' outputs weigh in fits; the same for all fits of a network."""
+        assert self.graph is not None
+        if self.model not in self.weighed:
+            options = self.options
+            self.weighed[self.model] = row_weights(
+                self.graph, self.model, batches, seed=options.seed, ranks=options.ranks
+            )
+        return self.weighed[self.model]
 
     def matrix(self, name: str) -> Array:
         """A weight as the matrix M of  y = M x + b, in double precision; else its ``flatten(1)``."""

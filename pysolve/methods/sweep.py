@@ -20,7 +20,7 @@ from pysolve.methods.goal import (
     Target,
     network_of,
     options_for,
-    placed,
+    prepared,
 )
 from pysolve.methods.head_dims import contest, priced, with_dims, without_dims
 from pysolve.methods.kinds.channels import ELIMINATIONS, Channels
@@ -69,7 +69,7 @@ def sweep(
     process_group: ProcessGroup | None = None,
     device: Device = None,
     checkpoint: str | os.PathLike[str] | None = None,
-    head_dims: bool = False,
+    head_dims: bool = True,
 ) -> Sweep:
     """Compress to several targets after one pass over the data.
 
@@ -132,7 +132,7 @@ def sweep(
         checkpoint,
     )
     options = replace(options, new_biases=not one)
-    network = placed(network, options)
+    network = prepared(network, options)
     every = True if sites is None else sites
     turns = select in ELIMINATIONS and refit != "none"
     found = studied(

@@ -10,17 +10,19 @@ divergence, sensitivity  distance of outputs from the original's, and its increa
 cost/                   parameters, MACs, bytes and times, also at other widths
 refit/                  the original and the smaller network side by side, layer after layer refitted
 cut/                    a plan carried out: narrower layers, new values, other forms, one check
-layers/                 layers that run sparse, factored, in integers, masked or with shared values
+layers/                 layers that run sparse, factored, in integers, masked or with shared values; attention
 files/                  save and load; folders of transformers, whose configurations stock reads back
 inspect, evaluate       what can shrink before any work starts; accuracy, size, latency
 """
 
+from pysolve.nn.layers.attention import Attention
 from pysolve.nn.layers.factored import Factored
 from pysolve.nn.layers.quantized import QuantConv2d, QuantLinear
 from pysolve.nn.layers.runtime import to_dense, to_torchao
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
 
 __all__ = [
+    "Attention",
     "Factored",
     "QuantConv2d",
     "QuantLinear",

@@ -14,6 +14,7 @@ from torch import nn
 from pysolve.nn.cost.costs import cost_model
 from pysolve.nn.graph.sites import find_sites
 from pysolve.nn.items import Transform, example_of
+from pysolve.nn.layers.attention import opened
 from pysolve.nn.plain import plain_network
 from pysolve.nn.running import Batch, Ignored
 from pysolve.nn.samples import laid_out
@@ -150,7 +151,7 @@ def inspect(
     """
     model, example_inputs = plain_network(model), example_of(example_inputs, transform)
     found = list(find_sites(model, example_inputs, ignore=ignore) if sites is None else sites)
-    costs = cost_model(model, found, laid_out(model, example_inputs, ())[0])
+    costs = cost_model(opened(model), found, laid_out(model, example_inputs, ())[0])
     rows = tuple(_row(site, costs, s) for s, site in enumerate(found))
     return Inspection(rows, *(round(costs.original[measure]) for measure in ("params", "macs", "bytes")))
 

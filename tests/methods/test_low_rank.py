@@ -312,9 +312,20 @@ def test_ignored_layers_are_left_alone():
 LEFT = {
     "transposed": {"2": "a ConvTranspose2d cannot be factored"},
     "grouped": {"2": "it has groups"},
-    "multihead_attention": {"attention.out_proj": "attention calls its function, not the layer"},
     "unused_layer": {"c": "what it reads is not seen"},
 }
+
+
+def test_attention_of_its_own_kind_keeps_its_projections_and_the_reason_is_told():
+    class Own(nn.MultiheadAttention):
+        def forward(self, x):
+            return super().forward(x, x, x)[0]
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), Own(8, 2, batch_first=True), nn.Linear(8, 6)).eval()
+    result = low(model, [torch.randn(32, 5, 8)], rank=1)
+    assert ranks(result).keys() == {"0", "2"}
+    assert lines(result)["1.out_proj"].why == "attention calls its function, not the layer"
 
 
 def test_a_layer_that_runs_twice_is_factored_for_both_of_its_calls():

@@ -200,7 +200,10 @@ def test_attention_in_a_network_that_cannot_be_exported_is_left_to_magnitude():
     class Branching(nn.Module):
         def __init__(self):
             super().__init__()
-            self.mix, self.out = nn.MultiheadAttention(10, 2, batch_first=True), nn.Linear(10, 4)
+            self.mix, self.out = (
+                nn.MultiheadAttention(10, 2, add_bias_kv=True, batch_first=True),
+                nn.Linear(10, 4),
+            )
 
         def forward(self, x):
             y = self.mix(x[:, None], x[:, None], x[:, None])[0][:, 0]

@@ -15,6 +15,7 @@ import pysolve as ps
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import LowRank
 from pysolve.nn.cut.apply import apply
+from pysolve.nn.layers.attention import opened
 from pysolve.nn.layers.factored import Factored
 from pysolve.nn.layers.runtime import to_dense
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
@@ -360,7 +361,7 @@ def test_factored_networks_become_dense_and_compute_the_same(name, pruned):
     model, batch = factored(name, pruned)
     dense = to_dense(model)
     assert not any(isinstance(layer, Factored | SparseConv2d | SparseLinear) for layer in dense.modules())
-    original, _ = network(name)
+    original = opened(network(name)[0])
     assert [*dense.state_dict()] == [*original.state_dict()]
     torch.testing.assert_close(dense(batch), model(batch), atol=1e-4, rtol=1e-4)
 

@@ -72,9 +72,13 @@ def test_channels_that_hang_together_are_all_counted():
     model = nn.Sequential(nn.Embedding(9, 64), nn.TransformerEncoderLayer(64, 4, 8, batch_first=True))
     batches = [torch.zeros(8, 3, dtype=torch.long)]
     rows = {row.name: row.channels for row in inspect(model, batches[0]).rows}
-    assert {name.split()[0]: width for name, width in rows.items()} == {"0": 64, "1.linear1": 8}
+    assert {name.split()[0]: width for name, width in rows.items()} == {
+        "0": 64,
+        "1.self_attn.q_proj": 4,
+        "1.linear1": 8,
+    }
     sites = ps.compress(model.eval(), batches, keep=0.5, progress=False).report.sites
-    assert [(one.channels, one.kept) for one in sites] == [(64, 64), (8, 4)]
+    assert [(one.channels, one.kept) for one in sites] == [(64, 64), (4, 2), (8, 4)]
 
 
 def test_layers_to_ignore_are_pinned():

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pysolve.errors import CollapseError, PysolveError
 from pysolve.forms import Codebook, LowRank
+from pysolve.nn.cut.attention import opened_for
 from pysolve.nn.cut.bare import Listed, find_member
 from pysolve.nn.cut.cuts import attribute, by_member, check_untied, counted, cuts_of_plan, numbered_in
 from pysolve.nn.cut.emptied import emptied
@@ -54,7 +55,8 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     whole experts go with the rows of their router, as ``:e``.
     From grouped layers whole groups are removed, or as many channels from each. Layers of classes that extend
     these are narrowed like them; only the probe tells whether their code still does the same. Layers that
-    share their weight must lose the same of it, and go on sharing it.
+    share their weight must lose the same of it, and go on sharing it. ``nn.MultiheadAttention`` whose
+    projections the plan names (``q_proj``, ``k_proj``, ``v_proj``) becomes attention with these as layers.
 
     Parameters
     ----------
@@ -97,7 +99,7 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     check_model("model", model)
     if not isinstance(plan, Plan):
         raise TypeError(f"plan must be a Plan, such as a result's .plan, got {type(plan).__name__}.")
-    model = _untied(unwrapped(model), plan)
+    model = _as_named(unwrapped(model), plan)
     smaller, layers, cuts = _prepared(model, plan)
     pairs = twins(smaller)
     tables = tied_tables(smaller)
@@ -145,7 +147,7 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     Forms are multiplied out, and those of narrowed layers put where the kept entries are. Raises what
     ``apply`` does, but runs nothing.
     """
-    wide, _, cuts = _prepared(_untied(unwrapped(model), plan), plan)
+    wide, _, cuts = _prepared(_as_named(unwrapped(model), plan), plan)
     for name, cut in cuts.items():
         one = find_member(wide, name)
         if not cut.columns.all() and not isinstance(one, Listed):
@@ -173,7 +175,9 @@ def masked(model: nn.Module, plan: Plan) -> nn.Module:
     return wide
 
 
-def _untied(model: nn.Module, plan: Plan) -> nn.Module:
+def _as_named(model: nn.Module, plan: Plan) -> nn.Module:
+    """The network with the layers and tensors that a plan names."""
+    model = opened_for(model, plan)
     return untie(copy_of(model), plan.untied) if plan.untied else model
 
 

@@ -12,6 +12,7 @@ from pysolve.compressed import Compressed
 from pysolve.errors import DataError, PysolveError
 from pysolve.forms import Codebook, Integers, LowRank, Sparse
 from pysolve.nn.cut.apply import apply
+from pysolve.nn.cut.attention import attention_of
 from pysolve.nn.cut.bare import member
 from pysolve.nn.cut.slicing import inputs, outputs
 from pysolve.nn.evaluate import parameters
@@ -27,6 +28,7 @@ from pysolve.nn.files.plan_json import (
     typed,
 )
 from pysolve.nn.files.storage import bits, type_and_shape
+from pysolve.nn.layers.attention import has_opened, opened
 from pysolve.nn.layers.base import Dense
 from pysolve.nn.layers.factored import empty
 from pysolve.nn.layers.factored_embedding import FactoredEmbedding, FactoredHead
@@ -57,7 +59,8 @@ def architecture(compressed: Compressed) -> dict[str, object]:
 
     Raises PysolveError for more stages than ``rebuilt`` takes.
     """
-    plans = [one for one in (*compressed.earlier, compressed.plan) if one.steps or one.untied or one.forms]
+    every, asked = (*compressed.earlier, compressed.plan), has_opened(compressed.model)
+    plans = [one for one in every if one.steps or one.untied or one.forms or (asked and attention_of(one))]
     if len(plans) > _STAGES:
         raise PysolveError(
             f"the network was compressed {len(plans)} times, and files hold up to {_STAGES}: save its state "
@@ -67,6 +70,7 @@ def architecture(compressed: Compressed) -> dict[str, object]:
         "stages": [[step_record(step) for step in plan.steps] for plan in plans],
         "factored": [_factored(plan) for plan in plans],
         **({"untied": [[*plan.untied] for plan in plans]} if any(plan.untied for plan in plans) else {}),
+        **({"opened": [sorted(attention_of(plan)) for plan in plans]} if asked else {}),
         "biases": _new_biases(compressed),
         "sparse": [*sparse_layers(compressed.model, remove_duplicate=True)],
         "quantized": {
@@ -87,8 +91,11 @@ def rebuilt(record: Mapping[str, object], model: nn.Module) -> nn.Module:
     # Older files have no such field.
     factored = typed(record.get("factored", []), list, "factored")
     factored = [*factored[: len(stages)], *[{}] * (len(stages) - len(factored))]
-    untied = [*typed(record.get("untied", []), list, "untied"), *[[]] * len(stages)]
-    for stage, ranks, own in zip(stages, factored, untied, strict=False):
+    untied, named = (
+        [*typed(record.get(what, []), list, what), *[[]] * len(stages)] for what in ("untied", "opened")
+    )
+    for stage, ranks, own, attention in zip(stages, factored, untied, named, strict=False):
+        network = _with_biases(opened(network, {*strings(attention, "opened")}), biases)
         # Older files have steps that keep every channel.
         steps = [one for one in steps_of(stage, _widths(network)) if len(one.keep) < one.site.channels]
         plan = Plan(tuple(steps), untied=tuple(strings(own, "untied")))

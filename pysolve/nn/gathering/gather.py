@@ -17,6 +17,7 @@ from pysolve.nn.cut.bare import is_stack
 from pysolve.nn.gathering.gathered import Gathered, Record, run_watched
 from pysolve.nn.items import Transform, batched
 from pysolve.nn.layer_matrix import LAYERS, Layer
+from pysolve.nn.layers.attention import opened
 from pysolve.nn.plain import plain_network
 from pysolve.nn.progress import steps
 from pysolve.nn.running import Batch, Device, evaluating
@@ -94,8 +95,8 @@ def gather(
     >>> found.count, found.r_xx.shape, found.r_yx.shape
     (500, (64, 64), (4, 64))
     """
-    model = plain_network(model)
-    target_model = None if target_model is None else plain_network(target_model)
+    model = opened(plain_network(model))
+    target_model = None if target_model is None else opened(plain_network(target_model))
     names = _layer_names(model, sites, layers)
     found = gather_reached(
         model,

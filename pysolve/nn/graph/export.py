@@ -7,7 +7,7 @@ import logging
 import re
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.distributions import Distribution
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
@@ -148,6 +149,7 @@ def trace(
     names = {key: _first_name(model, name) for key, name in given.items()}
     constants = {**signature.inputs_to_lifted_tensor_constants, **signature.inputs_to_lifted_custom_objs}
     placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
+    _drop_unread(program.graph_module, {placeholders[key] for key in names})
     return Graph(
         module=program.graph_module,
         parameters={placeholders[key]: name for key, name in names.items()},
@@ -199,6 +201,20 @@ def is_in_place(node: Node) -> bool:
     """Whether an operator writes into one of its operands."""
     schema = getattr(node.target, "_schema", None)
     return bool(schema and schema.is_mutable)
+
+
+def _drop_unread(module: GraphModule, parameters: Set[Node]) -> None:
+    """Take out operators whose results nothing reads: weights of attention that are returned and left.
+
+    Not those of parameters, whose layers run and must fit their inputs.
+    """
+    for node in reversed(module.graph.nodes):
+        if node.users or not isinstance(node.target, OpOverload) or node.is_impure():
+            continue
+        # Random numbers that are drawn later would be others.
+        draws = torch.Tag.nondeterministic_seeded in node.target.tags
+        if not draws and parameters.isdisjoint(node.all_input_nodes):
+            module.graph.erase_node(node)
 
 
 def _layers(model: nn.Module) -> tuple[tuple[nn.Module, int], ...]:

@@ -21,6 +21,7 @@ from pysolve.nn.graph.labels import label_channels
 from pysolve.nn.graph.residual import with_branches
 from pysolve.nn.graph.trials import COUNTED, WRITTEN, proven_sites, trial
 from pysolve.nn.items import example_of
+from pysolve.nn.layers.attention import ignored_in_opened, opened
 from pysolve.nn.plain import plain_network
 from pysolve.nn.running import (
     Batch,
@@ -49,7 +50,8 @@ def find_sites(
     halves of the channels of all sites are removed, and the smaller network must equal the masked one, and
     train if the network does. Where that fails it is tried again with integers of modules that shrink with
     the channels, and with whole rows or columns of views that lay channels out in a grid. The network itself
-    is not changed.
+    is not changed. ``nn.MultiheadAttention`` counts as layers ``q_proj``, ``k_proj``, ``v_proj`` and
+    ``out_proj``, which ``apply`` makes of it.
 
     Parameters
     ----------
@@ -86,7 +88,7 @@ def find_sites(
     [('0 → 2', 64, None), ('2 → nothing', 4, "the network's output")]
     """
     model, example_inputs = plain_network(model), example_of(example_inputs)
-    find_matching(model, ignore)
+    ignore, model = sorted(ignored_in_opened(model, ignore)), opened(model)
     few = few_samples(example_inputs)
     if few is not example_inputs:
         # A batch size may be written into the code.

@@ -28,7 +28,7 @@ from pysolve.nn.ranks import ALONE, Ranks
 from pysolve.nn.refit.expert_refit import refit_experts
 from pysolve.nn.refit.layer_refit import SAMPLING, Fit, Reads, Sampling, Task, along, channel_dim, fitted
 from pysolve.nn.refit.lookahead import sums_beyond, what_went
-from pysolve.nn.refit.row_weights import masked_weights, row_weights
+from pysolve.nn.refit.row_weights import RowWeights, masked_weights
 from pysolve.nn.refit.walk import Walk, last_uses
 from pysolve.nn.running import evaluating
 from pysolve.plan import tensor_name
@@ -44,6 +44,7 @@ def refit(
     values: Mapping[str, Tensor],
     new_biases: Collection[str] = (),
     sampling: Sampling = SAMPLING,
+    row_weights: RowWeights = MappingProxyType({}),
     only: Collection[str] | None = None,
     always: Collection[str] = (),
     norms: Mapping[str, Indices] = MappingProxyType({}),
@@ -65,6 +66,8 @@ def refit(
         What layers that cannot be refitted here (those called several times) take instead.
     new_biases : collection of str
         Layers without a bias that may be given one; a batch norm right behind a layer always takes one.
+    row_weights : RowWeights
+        Rows of layers that are not among them weigh the same.
     only : collection of str, optional
         Fit none but these layers.
     always : collection of str
@@ -91,9 +94,6 @@ def refit(
     nodes = every[: max(map(every.index, ends), default=-1) + 1]
     finished, apart = last_uses(every), routed(graph)
     reads = Reads(layers.values(), [*layers])
-    weights = dict[str, list[Tensor]]()
-    if sampling.weighed:
-        weights = row_weights(graph, model, layers, batches, seed=sampling.seed, ranks=ranks)
     gone = {node for node, layer in called.items() if layer.name in cuts and not len(cuts[layer.name].inputs)}
     beyond = sums_beyond(graph, called, gone) if gone else {}
     # All processes weigh, or none does: they add up what they weigh.
@@ -113,7 +113,7 @@ def refit(
                     if node in beyond:
                         went = what_went(walk, every[every.index(node) + 1 :], *beyond[node], finished)
                     kept = kept_channels(layer, cut)
-                    own = weights.get(layer.name)
+                    own = row_weights.get(layer.name)
                     own = masked_weights(own, layer, walk.original[node], masks) if padded else own
                     task = Task(walk, node, layer, *kept, sampling, reads, apart, ranks, went, own)
                     M, bias = ranks.first(fitted(task, fit, layer.takes_bias or layer.name in new_biases))

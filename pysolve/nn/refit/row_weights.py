@@ -17,13 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
 
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn.divergence import has_classes
 from pysolve.nn.gathering.memory import sample_bytes, traced_bytes
 from pysolve.nn.gathering.watching import watching
-from pysolve.nn.graph.branches import Layer, read_as
+from pysolve.nn.graph.branches import Layer, find_layers, read_as
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.sizes import fits, traced_samples
 from pysolve.nn.layer_kinds import LINEAR
@@ -34,33 +33,33 @@ from pysolve.nn.running import Batch, device_of, evaluating, forward, same_draws
 from pysolve.nn.samples import samples_in, take
 from pysolve.nn.sensitivity import with_offset
 
+# Of layers: one tensor a batch, in the shape of the layer's outputs with one channel.
+RowWeights = Mapping[str, Sequence[Tensor]]
+
 
 def row_weights(
     graph: Graph,
     model: nn.Module,
-    layers: Mapping[Node, Layer],
     batches: Sequence[Batch],
     *,
     seed: int = 0,
     ranks: Ranks,
-) -> dict[str, list[Tensor]]:
-    """Weights of the rows of layers' outputs, by one draw for each token.
+) -> RowWeights:
+    """Weights of the rows of the outputs of layers that run once, by one draw for each token.
 
     Parameters
     ----------
     graph : Graph
         Of ``model``.
-    layers : {node: Layer}
-        Called once.
     seed : int
         Of the draws.
 
     Returns
     -------
-    {layer: [one tensor a batch]}
-        In the shape of the layer's outputs with one channel. Nothing for networks that predict no tokens, or
-        allow no gradients.
+    RowWeights
+        Nothing for networks that predict no tokens, or allow no gradients.
     """
+    layers = {node: layer for node, layer in find_layers(graph, model).items() if layer.calls == 1}
     modules = {layer.name: layer.module for layer in layers.values()}
     keys = {layer.name: read_as(layer, node) for node, layer in layers.items()}
     # Gradients take as much memory at once as the walk that follows, which holds all samples.

@@ -20,6 +20,7 @@ from pysolve.nn.cost.per_sample import sample_macs, workload
 from pysolve.nn.cut.apply import apply
 from pysolve.nn.evaluate import nbytes, parameters
 from pysolve.nn.graph.sites import find_sites
+from pysolve.nn.layers.attention import opened
 from pysolve.nn.zoo import DigitsNet, LeNet5, Mlp, ResNet
 from pysolve.plan import Collapse, Plan, Site
 
@@ -108,6 +109,7 @@ def test_any_mlp_costs_what_one_built_narrower_costs(sizes, seed):
 
 def check_sites(model, batch, sites, seed=0, tries=3):
     rng = np.random.default_rng(seed)
+    model = opened(model)
     costs, cut = cost_model(model, sites, batch), free(sites)
     assert costs.original == counted(model, batch)
     for _ in range(tries):
@@ -124,7 +126,7 @@ def test_every_network_costs_at_any_widths_what_is_counted(name):
 @pytest.mark.parametrize("name", sorted(NETWORKS))
 def test_half_the_macs_of_every_network_are_half_of_those_counted(name):
     model, batch = network(name)
-    sites = free(found(name))
+    model, sites = opened(model), free(found(name))
     costs, whole = cost_model(model, sites, batch), counted(model, batch)["macs"]
 
     def share(kept):

@@ -326,16 +326,19 @@ def test_a_layer_that_never_runs_is_named():
     assert list(gather(model, [inputs()], layers=["fc1"])) == ["fc1"]
 
 
-def test_the_projection_that_attention_never_calls_is_left_out():
+@pytest.mark.parametrize("how", [{}, {"add_bias_kv": True}])
+def test_the_projection_that_attention_never_calls_is_left_out(how):
     class Attention(nn.Module):
         def __init__(self):
             super().__init__()
-            self.attend, self.head = nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 2)
+            self.attend, self.head = nn.MultiheadAttention(6, 2, batch_first=True, **how), nn.Linear(6, 2)
 
         def forward(self, x):
             return self.head(self.attend(x, x, x)[0])
 
-    assert list(gather(Attention(), [torch.randn(2, 4, 6)])) == ["head"]
+    names = list(gather(Attention(), [torch.randn(2, 4, 6)]))
+    # With a layer for each projection, all of them run.
+    assert names == ["head"] if how else [f"attend.{one}_proj" for one in ("q", "k", "v", "out")] + ["head"]
 
 
 def test_a_batch_on_another_device_is_refused_with_both_devices():

@@ -10,7 +10,7 @@ from small import network
 from torch import nn
 from torch.nn import functional as F
 
-from pysolve.nn.graph.branches import Kept, find_layers
+from pysolve.nn.graph.branches import Kept
 from pysolve.nn.ranks import ALONE
 from pysolve.nn.refit import lockstep, row_weights
 from pysolve.nn.refit.layer_refit import Sampling
@@ -37,11 +37,6 @@ def tokens(batches=2):
     return model, [torch.randint(9, (4, 6)) for _ in range(batches)]
 
 
-def found_layers(model, batch):
-    graph = trace(model, batch)
-    return graph, find_layers(graph, model)
-
-
 def expected_squares(model, ids, name):
     """E‖∂ log p(t) / ∂y‖² of a layer's rows, over all tokens t of all positions."""
     kept = []
@@ -58,11 +53,11 @@ def expected_squares(model, ids, name):
 
 def test_weights_are_the_expected_gradients_of_drawn_predictions():
     model, (ids,) = tokens(1)
-    graph, layers = found_layers(model, ids)
+    graph = trace(model, ids)
     draws = 600
     mean = dict.fromkeys(("mix", "head", "a", "b"), torch.zeros(()))
     for seed in range(draws):
-        weights = row_weights.row_weights(graph, model, layers, [ids], seed=seed, ranks=ALONE)
+        weights = row_weights.row_weights(graph, model, [ids], seed=seed, ranks=ALONE)
         mean = {name: one + weights[name][0][..., 0] ** 4 / draws for name, one in mean.items()}
     wanted = {name: expected_squares(model, ids, name) for name in mean}
     # Layers that read one tensor weigh the same.
@@ -73,12 +68,12 @@ def test_weights_are_the_expected_gradients_of_drawn_predictions():
 
 def test_large_batches_run_in_parts(monkeypatch):
     model, batches = tokens()
-    graph, layers = found_layers(model, batches[0])
-    whole = row_weights.row_weights(graph, model, layers, batches, ranks=ALONE)
+    graph = trace(model, batches[0])
+    whole = row_weights.row_weights(graph, model, batches, ranks=ALONE)
     monkeypatch.setattr(row_weights, "traced_bytes", lambda graph: 10**15)
     calls = []
     model.register_forward_hook(lambda *args: calls.append(len(args[1][0])))
-    parts = row_weights.row_weights(graph, model, layers, batches, ranks=ALONE)
+    parts = row_weights.row_weights(graph, model, batches, ranks=ALONE)
     # Two to see what the network predicts.
     assert calls == [2] * 5
     assert {name: [w.shape for w in one] for name, one in parts.items()} == {
@@ -89,22 +84,22 @@ def test_large_batches_run_in_parts(monkeypatch):
 @pytest.mark.parametrize("name", ["residual", "swiglu"])
 def test_networks_of_one_prediction_a_sample_weigh_nothing(name):
     model, batch = network(name)
-    graph, layers = found_layers(model, batch)
-    assert row_weights.row_weights(graph, model, layers, [batch], ranks=ALONE) == {}
+    graph = trace(model, batch)
+    assert row_weights.row_weights(graph, model, [batch], ranks=ALONE) == {}
 
 
 def test_networks_without_gradients_weigh_nothing():
     model, (ids,) = tokens(1)
-    graph, layers = found_layers(model, ids)
+    graph = trace(model, ids)
     run = model.forward
     model.forward = lambda ids: run(ids).detach()
-    assert row_weights.row_weights(graph, model, layers, [ids], ranks=ALONE) == {}
+    assert row_weights.row_weights(graph, model, [ids], ranks=ALONE) == {}
 
 
 @given(st.integers(0, 100), st.sampled_from([3, 10**6]))
 def test_a_refit_is_the_weighed_least_squares(seed, rows):
     model, batches = tokens()
-    graph, layers = found_layers(model, batches[0])
+    graph = trace(model, batches[0])
     seen = {}
 
     def fit(name, correlations, intercept):
@@ -117,8 +112,9 @@ def test_a_refit_is_the_weighed_least_squares(seed, rows):
 
     cuts = {name: Kept(np.arange(3), np.arange(7)) for name in ("a", "b")}
     sampling = Sampling(rows_per_input=rows, seed=seed)
-    lockstep.refit(graph, model, batches, cuts, fit, values={}, sampling=sampling, progress=False)
-    weights = row_weights.row_weights(graph, model, layers, batches, seed=seed, ranks=ALONE)
+    weights = row_weights.row_weights(graph, model, batches, seed=seed, ranks=ALONE)
+    how = {"sampling": sampling, "row_weights": weights, "progress": False}
+    lockstep.refit(graph, model, batches, cuts, fit, values={}, **how)
     for name in ("a", "b"):
         layer, found = model.get_submodule(name), seen[name]
         x = torch.cat([model.words(ids).detach() for ids in batches])

@@ -1,0 +1,178 @@
+"""Verbs on torch's attention: its projections are layers, and what is not cut is torch's again."""
+
+from functools import cache
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import pysolve as ps
+from pysolve.nn.layers.attention import Attention
+from pysolve.nn.layers.quantized import QuantLinear
+from pysolve.nn.running import evaluating
+
+
+@cache
+def batches():
+    torch.manual_seed(0)
+    lengths = torch.randint(2, 8, (6, 16))
+    tokens = torch.randint(1, 30, (6, 16, 7))
+    return [*(tokens * (torch.arange(7) < lengths[..., None]))]
+
+
+@cache
+def network(norm_first=False):
+    torch.manual_seed(1)
+    return Tagger(norm_first).eval()
+
+
+class Tagger(nn.Module):
+    def __init__(self, norm_first):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(12, 4, 16, batch_first=True, norm_first=norm_first)
+        self.table = nn.Embedding(30, 12, padding_idx=0)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=not norm_first)
+        self.head = nn.Linear(12, 5)
+
+    def forward(self, ids):
+        pad = ids == 0
+        x = self.encoder(self.table(ids), src_key_padding_mask=pad).masked_fill(pad[..., None], 0)
+        return self.head(x.sum(1) / (~pad).sum(1, keepdim=True))
+
+
+def outputs(model, batch):
+    with evaluating(model, as_used=True):
+        return model(batch)
+
+
+def check(result, model, tmp_path, before=None):
+    """Plan and file make the network that was returned."""
+    x = batches()[0]
+    expected = outputs(result.model, x)
+    made = ps.apply(before or model, result.plan, probe=x)
+    torch.testing.assert_close(outputs(made, x), expected)
+    ps.save(result, tmp_path / "small.safetensors")
+    torch.testing.assert_close(outputs(ps.load(tmp_path / "small.safetensors", model), x), expected)
+
+
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_heads_and_stream_of_torchs_encoder_go(norm_first, tmp_path):
+    model = network(norm_first)
+    result = ps.compress(model, batches(), target={"macs": 0.25}, latency=False)
+    report = result.report
+    assert report.after["macs"] <= 0.25 * report.before["macs"]
+    with evaluating(result.model), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        result.model(batches()[0])
+    assert report.after["macs"] == pytest.approx(counter.get_total_flops() / 2 / 16, rel=0.01)
+    own = [one for one in result.model.modules() if isinstance(one, Attention)]
+    assert own
+    assert all(one.q_proj.out_features < 12 or one.q_proj.in_features < 12 for one in own)
+    check(result, model, tmp_path)
+
+
+def test_sites_by_hand_are_those_of_the_given_network():
+    model, x = network(), batches()[0]
+    sites = [
+        site for site in ps.find_sites(model, x) if site.readers == ("encoder.layers.0.self_attn.out_proj",)
+    ]
+    assert [site.channels for site in sites] == [4]
+    smaller = ps.apply(model, ps.Plan((ps.Collapse(sites[0], np.array([0, 2])),)), probe=x)
+    assert smaller.encoder.layers[0].self_attn.num_heads == 2
+    assert type(smaller.encoder.layers[1].self_attn) is nn.MultiheadAttention
+    # The encoder as a whole must not drop padding for a layer that takes none.
+    assert outputs(smaller, x).isfinite().all()
+    found = ps.gather(model, batches(), sites=sites)
+    assert set(found) == {"encoder.layers.0.self_attn.out_proj"}
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_gets_values_alone_is_torchs_again(bias, tmp_path):
+    torch.manual_seed(2)
+    model = nn.TransformerEncoderLayer(8, 2, 32, batch_first=True, bias=bias).eval()
+    data = [torch.randn(20, 5, 8) for _ in range(6)]
+    sites = [site for site in ps.find_sites(model, data[0]) if site.writers == ("linear1",)]
+    result = ps.compress(model, data, sites=sites, keep=0.5, latency=False)
+    pruned = ps.prune(model, data, amount=0.5, layout="dense", latency=False)
+    for one in (result, pruned):
+        assert type(one.model.self_attn) is nn.MultiheadAttention
+        assert not any("q_proj" in name for name in one.plan.values)
+        torch.testing.assert_close(outputs(ps.apply(model, one.plan), data[0]), outputs(one.model, data[0]))
+    zeros = pruned.model.self_attn.in_proj_weight.eq(0).sum()
+    assert zeros > 0
+    assert "self_attn.in_proj_weight" in pruned.plan.values
+    assert model.state_dict().keys() == pruned.model.state_dict().keys()
+
+
+def test_integers_run_and_factors_come_back(tmp_path):
+    model = network()
+    integers = ps.quantize(model, batches(), scheme="int8-dynamic", latency=False)
+    assert isinstance(integers.model.encoder.layers[1].self_attn.v_proj, QuantLinear)
+    assert not any("Multihead" in note for note in integers.report.notes)
+    check(integers, model, tmp_path)
+    factored = ps.low_rank(model, batches(), rank=3, layout="factored", latency=False)
+    check(factored, model, tmp_path)
+    coded = ps.deep_compress(model, batches(), target={"bytes": 0.2}, latency=False)
+    check(coded, model, tmp_path)
+    again = ps.compress(coded, batches(), target={"macs": 0.5}, latency=False)
+    check(again, model, tmp_path, coded.model)
+
+
+def test_a_study_serves_all_verbs_and_comes_back_from_its_file(tmp_path):
+    model = network()
+    found = ps.study(model, batches())
+    assert "encoder.layers.0.self_attn.q_proj" in found.correlations
+    found.save(tmp_path / "study.safetensors")
+    loaded = ps.Study.load(tmp_path / "study.safetensors", model)
+    values = []
+    for one in (found, loaded, batches()):
+        result = ps.compress(model, one, target={"macs": 0.5}, latency=False)
+        values.append([len(step.keep) for step in result.plan.steps])
+        assert ps.prune(model, one, amount=0.5, latency=False).report.divergence > 0
+    assert values[0] == values[1] == values[2]
+
+
+def test_attention_may_be_left_out_by_type_and_by_name():
+    model = network()
+    for ignore in ([nn.MultiheadAttention], ["re:.*self_attn"], [model.encoder.layers[0].self_attn]):
+        sites = ps.find_sites(model, batches()[0], ignore=ignore)
+        first = next(s for s in sites if "encoder.layers.0.self_attn.q_proj" in s.writers)
+        assert first.pinned is not None
+        assert "ignored" in first.pinned
+    result = ps.compress(
+        model, batches(), target={"macs": 0.9}, ignore=[nn.MultiheadAttention], latency=False
+    )
+    assert not any(isinstance(one, Attention) for one in result.model.modules())
+
+
+def test_weights_of_attention_that_are_an_output_keep_the_heads():
+    class Weights(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(6, 2, batch_first=True)
+
+        def forward(self, x):
+            return self.attention(x, x, x)
+
+    class Unread(Weights):
+        def forward(self, x):
+            return self.attention(x, x, x)[0]
+
+    x = torch.randn(4, 5, 6)
+    heads = {kind: ps.find_sites(kind().eval(), x)[0] for kind in (Weights, Unread)}
+    assert heads[Weights].pinned is not None
+    assert heads[Unread].pinned is None
+    assert heads[Unread].channels == 2
+
+
+# Torch's own, where the encoder is timed as it is used.
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_training_with_masks_reaches_the_projections():
+    model, data = network(), [(x, torch.zeros(16, dtype=torch.long)) for x in batches()]
+    result = ps.prune_gradually(model, data, amount=0.5, epochs=1, layout="dense", progress=False)
+    attention = result.model.encoder.layers[0].self_attn
+    assert type(attention) is nn.MultiheadAttention
+    assert all(50 < int(one.eq(0).sum()) < 94 for one in attention.in_proj_weight.chunk(3))
+    assert "encoder.layers.0.self_attn.v_proj" in [line.name for line in result.report.layers]
