@@ -56,7 +56,7 @@ def _seeds_where_they_count() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _known_libraries() -> Iterator[None]:
-    """The BLAS whose threads are limited is looked for among libraries when modules have come to them."""
+    """Libraries of BLAS are listed anew only after imports: of all that are loaded, in each call of a verb."""
     from threadpoolctl import ThreadpoolController
 
     known = {}
