@@ -56,7 +56,7 @@ def _seeds_where_they_count() -> Iterator[None]:
 
 @pytest.fixture(scope="session", autouse=True)
 def _known_libraries() -> Iterator[None]:
-    """Libraries of BLAS are listed anew only after imports: of all that are loaded, in each call of a verb."""
+    """What libraries of BLAS there are is asked again after imports alone, not in each call of a verb."""
     from threadpoolctl import ThreadpoolController
 
     known = {}
