@@ -45,8 +45,9 @@ def as_numpy(name: str, values: Any) -> AnyArray:
         array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} cannot be read as an array of numbers: {error}") from error
-    # Half types of other packages have kinds of their own.
-    return array.astype(np.float64) if array.dtype.name.startswith(("bfloat", "float8")) else array
+    # Half types of other packages are none of NumPy's.
+    foreign = array.dtype.isbuiltin == 2 and array.dtype.name.startswith(("bfloat", "float8"))
+    return array.astype(np.float64) if foreign else array
 
 
 def group_indices(keep: npt.ArrayLike) -> Indices:

@@ -292,8 +292,13 @@ def few_samples(batch: Batch, count: int = 2) -> Batch:
 
 def _check_devices(model: nn.Module, inputs: list[Tensor], device: Device) -> None:
     """Refuse a batch on none of the network's devices."""
-    homes = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
-    strangers = {str(value.device) for value in inputs if value.device not in homes}
+    homes, places = set[torch.device](), {value.device for value in inputs}
+    for tensor in chain(model.parameters(), model.buffers()):
+        homes.add(tensor.device)
+        # Mostly the first one tells.
+        if places <= homes:
+            return
+    strangers = {str(place) for place in places - homes}
     if not homes or not strangers:
         return
     network, data = ", ".join(sorted(map(str, homes))), ", ".join(sorted(strangers))
