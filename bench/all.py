@@ -2,13 +2,16 @@
 
 python bench/all.py [--run] [--only TEXT] [--data DIR]
 
-Without --run nothing is computed. With it, tables follow the machine and the versions that they are measured
-with, and each command's minutes come last; --only takes those that hold the text. They need the extra bench,
-real images and networks in the folder that PYSOLVE_DATA or --data names, and an idle machine.
+Without --run nothing is computed. With it, what each command prints is kept in bench/measured/, with the
+machine and the versions that it was measured with, and docs/measured.md is written anew from all that is
+kept; --only takes those that hold the text. They need the extra bench, real images and networks in the folder
+that PYSOLVE_DATA or --data names, and an idle machine.
 """
 
+import datetime
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -21,6 +24,7 @@ from typing import Annotated
 import typer
 
 ROOT = Path(__file__).parent.parent
+MEASURED, PAGE = ROOT / "bench" / "measured", ROOT / "docs" / "measured.md"
 DATA = Path(os.environ.get("PYSOLVE_DATA", "data"))
 PACKAGES = ("pysolve-compress", "torch", "numpy", "scipy", "transformers", "torch-pruning", "torchao")
 
@@ -94,23 +98,47 @@ def main(
         typer.echo(f"python {one.command:60} {about:13} {one.page}")
     if not run:
         raise typer.Exit
-    typer.echo("\n" + machine())
     failed = [one.command for one in chosen if not done(one, data)]
+    PAGE.write_text(page())
     if failed:
         typer.echo("Failed: " + "; ".join(failed), err=True)
         raise typer.Exit(1)
 
 
 def done(bench: Bench, data: Path) -> bool:
-    """Whether the command ran to its end; says how long it took."""
+    """Whether the command ran to its end; what it printed is kept then."""
     words = [str(data) if word == "DATA" else word for word in bench.command.split()]
+    before, start, printed = machine(), time.perf_counter(), []
     typer.echo(f"\n## python {shlex.join(words)}\n")
-    start = time.perf_counter()
-    ended = subprocess.run([sys.executable, *words], cwd=ROOT, check=False)
-    typer.echo(
-        f"\n{(time.perf_counter() - start) / 60:.1f} minutes, load {os.getloadavg()[0]:.1f} at the end"
-    )
-    return ended.returncode == 0
+    # What goes to stderr, such as progress, is for those who wait.
+    with subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=subprocess.PIPE, text=True) as running:
+        for line in running.stdout or ():
+            printed.append(line)
+            typer.echo(line, nl=False)
+    minutes = (time.perf_counter() - start) / 60
+    if running.returncode == 0:
+        said = f"{datetime.date.today()}, {minutes:.1f} minutes, {before}"
+        kept(bench).write_text(f"{said}\n\n{''.join(printed).strip()}\n")
+    return running.returncode == 0
+
+
+def kept(bench: Bench) -> Path:
+    """Where the command's output is."""
+    return MEASURED / (re.sub(r"[^a-z0-9]+", "-", bench.command.lower()).strip("-") + ".txt")
+
+
+def page() -> str:
+    """All that is kept, as a page of the documentation."""
+    said = "Written by `make bench BENCH=--run`, which runs every command that this site quotes figures of."
+    parts = ["# What the benches print", said]
+    for bench in ALL:
+        if kept(bench).exists():
+            said, _, output = kept(bench).read_text().partition("\n\n")
+            parts += [f"## `python {bench.command}`", f"{said}. Quoted in {bench.page}."]
+            parts += [f"```text\n{output.rstrip()}\n```"]
+    missing = [f"- `python {bench.command}`" for bench in ALL if not kept(bench).exists()]
+    parts += ["## Not run since outputs are kept", "\n".join(missing)] if missing else []
+    return "\n\n".join(parts) + "\n"
 
 
 def processor() -> str:

@@ -184,7 +184,12 @@ class _Search:
         least, now = _with_ranks(self.costs, self.layers).cost(smallest), self.costs.original
         for measure, limit in zip(self.rows, self.limits, strict=True):
             if least[measure] > limit:
-                return unreachable(measure, limit, least[measure], now[measure])
+                said = unreachable(measure, limit, least[measure], now[measure])
+                return (
+                    said
+                    if self.layers
+                    else f"{said} low_rank(prune=True) factors layers and embeddings, too."
+                )
         return "no sizes are within all targets together: raise one of them."
 
     def _ranks(self, chosen: frozenset[int]) -> dict[int, float]:
