@@ -45,8 +45,9 @@ def as_numpy(name: str, values: Any) -> AnyArray:
         array = np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{name} cannot be read as an array of numbers: {error}") from error
-    # Half types of other packages have kinds of their own.
-    return array.astype(np.float64) if array.dtype.name.startswith(("bfloat", "float8")) else array
+    # Half types of other packages are none of NumPy's.
+    foreign = array.dtype.isbuiltin == 2 and array.dtype.name.startswith(("bfloat", "float8"))
+    return array.astype(np.float64) if foreign else array
 
 
 def group_indices(keep: npt.ArrayLike) -> Indices:
@@ -59,6 +60,13 @@ def group_indices(keep: npt.ArrayLike) -> Indices:
     if indices.size and indices.dtype.kind not in "iu":
         raise TypeError(f"keep must hold integers, got dtype {indices.dtype}; convert with .astype(int).")
     return indices.astype(np.intp)
+
+
+def all_but(count: int, gone: npt.ArrayLike) -> Indices:
+    """0 … count − 1 without some, ascending."""
+    left = np.ones(count, bool)
+    left[np.asarray(gone, dtype=np.intp)] = False
+    return np.flatnonzero(left)
 
 
 def group_columns(keep: npt.ArrayLike, group_size: int) -> Indices:

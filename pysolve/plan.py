@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 import numpy as np
 
-from pysolve.correlations import AnyArray
+from pysolve.correlations import AnyArray, all_but
 from pysolve.correlations import Array as Array
 from pysolve.correlations import Indices as Indices
 from pysolve.errors import whole
@@ -301,10 +302,10 @@ class Collapse:
     def __repr__(self) -> str:
         return f"Collapse({self.site.name!r}, keeps {len(self.keep)} of {self.site.channels})"
 
-    @property
+    @cached_property
     def removed(self) -> Indices:
         """Removed channels, ascending."""
-        return np.setdiff1d(np.arange(self.site.channels), self.keep)
+        return all_but(self.site.channels, self.keep)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 import gc
 import os
 import signal
+import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -28,7 +29,7 @@ def pytest_collection() -> Generator[None, object, object]:
         return (yield)
     finally:
         gc.freeze()
-        gc.set_threshold(10_000)
+        gc.set_threshold(50_000)
         gc.enable()
 
 
@@ -39,6 +40,37 @@ def _one_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _seeds_where_they_count() -> Iterator[None]:
+    """Devices that are not there are not seeded: torch writes down where that was asked for, each time."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for kind in (torch.cuda, torch.xpu, torch.mtia):
+            if not kind.is_available():
+                patch.setattr(kind, "manual_seed_all", lambda seed: None)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _known_libraries() -> Iterator[None]:
+    """What libraries of BLAS there are is asked again after imports alone, not in each call of a verb."""
+    from threadpoolctl import ThreadpoolController
+
+    known = {}
+
+    def limits(count: int, user_api: str) -> object:
+        if len(sys.modules) not in known:
+            known.clear()
+            known[len(sys.modules)] = ThreadpoolController()
+        (controller,) = known.values()
+        return controller.limit(limits=count, user_api=user_api)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("pysolve.nn.threads.threadpool_limits", limits)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

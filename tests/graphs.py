@@ -4,23 +4,29 @@ What verbs find in a graph and count of a network's calls is shared by those of 
 """
 
 import hashlib
+import sys
 import weakref
 from itertools import chain
+from traceback import FrameSummary, StackSummary
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.utils import _pytree as pytree
+from torch.utils._traceback import CapturedTraceback
 
 from pysolve.errors import PysolveError
 from pysolve.nn.cost import counting
 from pysolve.nn.graph import export, sites
+from pysolve.nn.graph.export import Graph
 from pysolve.nn.running import Inputs, arguments
 
 _GRAPHS, _SITES, _CALLS = {}, {}, {}
 # As they are before anything stands in their place.
 _trace, _export = export.trace, export._export
 _sites_in, _calls = sites.sites_in, counting.calls
+_extract = CapturedTraceback.extract
 
 
 _PLAIN = Tensor, nn.Parameter
@@ -30,15 +36,19 @@ class _UnknownError(Exception):
     """Something whose part in the graph cannot be told."""
 
 
-def traced(model, batch, **options):
+def traced(model, batch, *, fixed_sizes=True, **options):
     """``trace``, but of networks of one structure the first alone is traced."""
     try:
-        key = _structure(model), _shapes(batch), tuple(sorted(options.items()))
+        asked = _structure(model), _shapes(batch), tuple(sorted(options.items()))
     except _UnknownError:
-        return _trace(model, batch, **options)
+        return _trace(model, batch, fixed_sizes=fixed_sizes, **options)
+    key, other = (*asked, fixed_sizes), _GRAPHS.get((*asked, not fixed_sizes))
+    if key not in _GRAPHS and isinstance(other, Graph) and other.takes_any_batch:
+        # Free sizes are tried first, in any case.
+        _GRAPHS[key] = other
     if key not in _GRAPHS:
         try:
-            _GRAPHS[key] = _trace(model, batch, **options)
+            _GRAPHS[key] = _trace(model, batch, fixed_sizes=fixed_sizes, **options)
         except PysolveError as error:
             # What the network itself refuses may depend on values.
             if type(error) is PysolveError:
@@ -49,18 +59,30 @@ def traced(model, batch, **options):
     return _GRAPHS[key]
 
 
+class _Stack(CapturedTraceback):
+    """The frames below an export; torch lists those of pytest as well, with the code of all of them."""
+
+    __slots__ = ()
+
+    @staticmethod
+    def extract(*, script=False, cpp=False, skip=0):
+        if script or cpp:
+            return _extract(script=script, cpp=cpp, skip=skip)
+        frame, found = sys._getframe(1 + skip), []
+        while frame is not None and frame.f_code is not exported.__code__:
+            found.append((frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name))
+            frame = frame.f_back
+        return _Stack(found)
+
+    def summary(self):
+        frames = reversed(self.tb or ())
+        return StackSummary.from_list([FrameSummary(*frame, lookup_line=False) for frame in frames])
+
+
 def exported(*given):
-    """``_export``; torch looks up the code of all frames at each operator, here not of pytest's."""
-    from torch.utils import _traceback
-
-    extract = _traceback._extract_symbolized_tb
-
-    def inner(frames, skip):
-        last = next((i for i, one in enumerate(frames) if one["name"] == "exported"), len(frames))
-        return extract(frames[:last], skip)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_traceback, "_extract_symbolized_tb", inner)
+    """``_export``; torch writes down the stack at each operator, and the code of graphs on their way."""
+    with pytest.MonkeyPatch.context() as patch, _use_lazy_graph_module(True):
+        patch.setattr(CapturedTraceback, "extract", _Stack.extract)
         return _export(*given)
 
 

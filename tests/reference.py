@@ -32,11 +32,12 @@ def proximal_gradient(R, C, lam, group_size=1, weights=None, iterations=1000):
 
 
 def exact_objective(R, C, M, lam, group_size=1, weights=None):
-    """``objective`` where terms may cancel, in extended precision."""
+    """``objective`` where terms may cancel, in extended precision; of a stack of M one each."""
     R, C, M = (np.asarray(values, np.longdouble) for values in (R, C, M))
     weights = np.ones(len(R) // group_size) if weights is None else weights
-    norms = np.sqrt(np.square(M).sum(0).reshape(-1, group_size).sum(1))
-    return float(0.5 * ((M @ R) * M).sum() - (C * M).sum() + lam * (weights * norms).sum())
+    norms = np.sqrt(np.square(M).sum(-2).reshape(*M.shape[:-2], -1, group_size).sum(-1))
+    fit = 0.5 * ((M @ R) * M).sum((-2, -1)) - (C * M).sum((-2, -1))
+    return (fit + lam * (weights * norms).sum(-1)).astype(float)[()]
 
 
 def lowest_found(R, C, M, lam, group_size=1, weights=None, shift=0.0):
@@ -47,17 +48,20 @@ def lowest_found(R, C, M, lam, group_size=1, weights=None, shift=0.0):
     weights = np.ones(len(R) // group_size) if weights is None else weights
     best = exact_objective(R, C, M, lam, group_size, weights)
     largest = 2 * np.square(M).sum(0) @ np.diag(R) if shift else np.inf
-    for ridge in 10.0 ** np.arange(-15, -6, 2):
-        N = M
-        for _ in range(60):
-            norms = np.sqrt(np.square(N).sum(0).reshape(-1, group_size).sum(1))
-            pull = lam * weights / np.maximum(norms, 1e-12 * (norms.max() or 1.0))
-            A = R + np.diag(np.repeat(pull, group_size))
-            unit = np.sqrt(np.where(np.diag(A) > 0, np.diag(A), 1.0))
-            A = A / unit / unit[:, None] + ridge * np.eye(len(R))
-            N = np.linalg.solve(A, (C / unit).T).T / unit
-            if np.square(N).sum(0) @ np.diag(R) <= largest:
-                best = min(best, exact_objective(R, C, N, lam, group_size, weights))
+    ridges = 10.0 ** np.arange(-15, -6, 2)
+    # A fit with each of the ridges, all at once.
+    N = np.repeat(M[None], len(ridges), 0)
+    for _ in range(60):
+        norms = np.sqrt(np.square(N).sum(1).reshape(len(N), -1, group_size).sum(2))
+        pull = lam * weights / np.maximum(norms, 1e-12 * np.where(norms.any(1), norms.max(1), 1.0)[:, None])
+        A = R + np.repeat(pull, group_size, 1)[:, :, None] * np.eye(len(R))
+        diagonal = np.diagonal(A, axis1=1, axis2=2)
+        unit = np.sqrt(np.where(diagonal > 0, diagonal, 1.0))[:, None]
+        A = A / unit / unit.mT + ridges[:, None, None] * np.eye(len(R))
+        N = np.linalg.solve(A, (C / unit).mT).mT / unit
+        told = np.square(N).sum(1) @ np.diag(R) <= largest
+        if told.any():
+            best = min(best, exact_objective(R, C, N[told], lam, group_size, weights).min())
     return best
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pysolve.correlations import Correlations, group_columns
+from pysolve.correlations import Correlations, all_but, group_columns
 from pysolve.errors import DataError
 
 NAMES = ("xx", "yx", "yy", "x_sum", "y_sum")
@@ -20,6 +20,15 @@ def samples(draw):
     x[:, rng.random(d) < 0.2] = 0.0
     x[:, -1] = x[:, 0]
     return x, rng.standard_normal((n, h)) + rng.standard_normal(h)
+
+
+@given(st.integers(0, 30).flatmap(lambda n: st.tuples(st.just(n), st.lists(st.integers(0, max(0, n - 1))))))
+def test_some_and_all_but_these_are_all(case):
+    count, gone = case[0], case[1] if case[0] else []
+    left = all_but(count, gone)
+    assert sorted({*left.tolist(), *gone}) == [*range(count)]
+    assert left.tolist() == sorted({*range(count)} - {*gone})
+    assert left.dtype == np.intp
 
 
 def assert_same(a, b, rtol=1e-10):

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
-from pysolve.correlations import Correlations, Indices, group_columns
+from pysolve.correlations import Correlations, Indices, all_but, group_columns
 from pysolve.forms import Codebook, Form, Integers, LowRank
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.methods.menu import Chosen, Task
@@ -60,7 +60,7 @@ def cuts_of(keep: Mapping[Site, Indices], layers: Mapping[str, Layer]) -> dict[s
     """
     lost: dict[tuple[str, int], list[Indices]] = {}
     for site, kept in keep.items():
-        gone = np.setdiff1d(np.arange(site.channels), kept)
+        gone = all_but(site.channels, kept)
         for name in (*site.readers, *site.writers):
             if name in layers:
                 inputs, outputs = channels(layers[name].module)
@@ -70,8 +70,8 @@ def cuts_of(keep: Mapping[Site, Indices], layers: Mapping[str, Layer]) -> dict[s
                     lost.setdefault((name, 1), []).append(site.rows_of(name, outputs)[gone].ravel())
 
     def left(name: str, side: int) -> Indices:
-        everything = np.arange(channels(layers[name].module)[side])
-        return np.setdiff1d(everything, np.concatenate(lost.get((name, side), [everything[:0]])))
+        parts = lost.get((name, side), ())
+        return all_but(channels(layers[name].module)[side], np.concatenate(parts) if parts else ())
 
     return {name: Kept(left(name, 0), left(name, 1)) for name in dict.fromkeys(name for name, _ in lost)}
 

@@ -38,12 +38,23 @@ def check_model(name: str, model: object) -> None:
 
 def find_layer(model: nn.Module, name: str) -> nn.Module:
     """The layer that ``model.named_modules()`` calls ``name``; an unknown name brings up the close ones."""
-    # A layer shared under several names answers to each of them.
-    layers: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
-    if name in layers:
-        return layers[name]
-    meant = closest(name, layers, "see model.named_modules().")
+    layer = layer_at(model, name)
+    if layer is not None:
+        return layer
+    names = [known for known, _ in model.named_modules(remove_duplicate=False)]
+    meant = closest(name, names, "see model.named_modules().")
     raise LayerNotFoundError(f"{type(model).__name__} has no layer {name!r}: {meant}")
+
+
+def layer_at(model: nn.Module, name: str) -> nn.Module | None:
+    """The same, or None; a layer shared under several names answers to each of them.
+
+    Listing all modules for each of hundreds of names takes longer than what is done with them.
+    """
+    layer: nn.Module | None = model
+    for part in name.split(".") if name else ():
+        layer = None if layer is None or part not in layer._modules else layer._modules[part]
+    return layer
 
 
 def closest(name: str, known: Iterable[str], otherwise: str) -> str:
@@ -290,8 +301,13 @@ def few_samples(batch: Batch, count: int = 2) -> Batch:
 
 def _check_devices(model: nn.Module, inputs: list[Tensor], device: Device) -> None:
     """Refuse a batch on none of the network's devices."""
-    homes = {tensor.device for tensor in chain(model.parameters(), model.buffers())}
-    strangers = {str(value.device) for value in inputs if value.device not in homes}
+    homes, places = set[torch.device](), {value.device for value in inputs}
+    for tensor in chain(model.parameters(), model.buffers()):
+        homes.add(tensor.device)
+        # Mostly the first one tells.
+        if places <= homes:
+            return
+    strangers = {str(place) for place in places - homes}
     if not homes or not strangers:
         return
     network, data = ", ".join(sorted(map(str, homes))), ", ".join(sorted(strangers))

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import scipy.linalg
 
 from pysolve import _core
-from pysolve.correlations import Array, Indices, group_columns
+from pysolve.correlations import Array, Indices, all_but, group_columns
 from pysolve.errors import whole
 from pysolve.solve.least_squares import Ridge, check_ridge, debias
 from pysolve.solve.problem import Matrices, Problem, Problems, half_trace, problem_of, takes_problem
@@ -127,7 +127,7 @@ def elimination_path(
         error = np.concatenate([[0.0], -np.cumsum(path.change[::-1])])
     else:
         error = nested_errors(scaled, order[::-1], path.ridge)
-    dead = np.setdiff1d(np.arange(problem.groups), scaled.live)
+    dead = all_but(problem.groups, scaled.live)
     error = scaled.energy * np.concatenate([error, np.full(len(dead), error[-1])]) + constant
     return EliminationPath(np.concatenate([dead, scaled.live[order]]), error, path.ridge, problem)
 

@@ -9,7 +9,7 @@ from functools import partial
 import numpy as np
 
 from pysolve import _core
-from pysolve.correlations import Array, Indices, group_norms
+from pysolve.correlations import Array, Indices, all_but, group_norms
 from pysolve.errors import PysolveError, one_of, whole
 from pysolve.solve.elimination import (
     RIDGES,
@@ -126,7 +126,7 @@ def _added(scaled: Scaled, k: int, ridge: float) -> Indices:
 
 def _filled(problem: Problem, keep: Indices, k: int) -> Indices:
     """``keep``, with dead groups where there are too few others."""
-    rest = np.setdiff1d(np.arange(problem.groups), keep)
+    rest = all_but(problem.groups, keep)
     return np.concatenate([keep, rest[: k - len(keep)]])
 
 

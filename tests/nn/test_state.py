@@ -1,7 +1,7 @@
 """Running and copying networks leaves them as they are, whatever their code keeps."""
 
 import threading
-from collections import defaultdict
+from collections import OrderedDict, defaultdict, deque
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +71,24 @@ def test_what_a_hook_keeps_is_copied_without_its_graph():
     model[0].register_forward_hook(hook)
     model(torch.randn(2, 6))
     assert torch.equal(copy_of(model)(torch.ones(1, 6)), model(torch.ones(1, 6)))
+
+
+@pytest.mark.parametrize(
+    "kind", [dict, OrderedDict, lambda: defaultdict(list), list, lambda: deque(maxlen=2), set]
+)
+def test_a_copy_shares_with_itself_what_the_network_does_and_nothing_with_the_network(kind):
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    model[0].notes = model[2].notes = kind()
+    other, memo = copy_of(model), {id(model[0].bias): model[0].bias}
+    assert other[2].weight is other[0].weight is not model[0].weight
+    assert torch.equal(other[0].weight, model[0].weight)
+    assert other[0].notes is other[2].notes is not model[0].notes
+    assert repr(other[0].notes) == repr(model[0].notes)
+    other[0].register_forward_hook(lambda layer, args, output: 2 * output)
+    assert not model[0]._forward_hooks
+    assert not other[2]._forward_hooks
+    assert copy_of(model, memo)[0].bias is model[0].bias
 
 
 def test_parts_without_copies_are_named_with_the_remedy():

@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 from scipy.linalg import solve_triangular
 
-from pysolve.correlations import Array, Correlations, Indices, group_columns, without_sums
+from pysolve.correlations import Array, Correlations, Indices, all_but, group_columns, without_sums
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.methods.heads import order_of, scores_lost
 from pysolve.methods.kinds.experts import expert_path
@@ -264,7 +264,7 @@ def _reader(
 ) -> tuple[Array, Array, float]:
     """R and C of one reader on the site's columns, channel after channel, and the energy left without."""
     p = reader_columns(site, correlations, name, width).ravel()
-    u = np.setdiff1d(np.arange(len(correlations.xx)), p)
+    u = all_but(len(correlations.xx), p)
     left = correlations.restrict(()).centered().energy
     R, C = correlations.covariance()
     energy = (left if normalised else 0.0) or 1.0

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import nn
 
-from pysolve.correlations import Array, Indices
+from pysolve.correlations import Array, Indices, all_but
 from pysolve.forms import Form, LowRank
 from pysolve.layer.embedding_rank import DecomposedTable, Uses, decompose_table, table_loss
 from pysolve.layer.layer_fit import LayerFit
@@ -62,7 +62,7 @@ class Table:
     @property
     def others(self) -> Indices:
         """Rows that are approximated."""
-        return np.setdiff1d(np.arange(len(self.uses.counts)), self.rows)
+        return all_but(len(self.uses.counts), self.rows)
 
     @property
     def most(self) -> int:

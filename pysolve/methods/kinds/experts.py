@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from pysolve.correlations import Array, Indices
+from pysolve.correlations import Array, Indices, all_but
 from pysolve.methods.menu import FLOOR
 from pysolve.methods.study import Study
 from pysolve.nn.cut.routers import choosing, chosen_by_routers
@@ -47,7 +47,7 @@ def expert_path(study: Study, site: Site, scores: Array | None = None) -> tuple[
     energy = sum(float(output.double().square().sum()) for _, _, output in calls) or 1.0
 
     def lost(gone: list[int]) -> float:
-        kept = np.setdiff1d(np.arange(site.channels), gone)
+        kept = all_but(site.channels, gone)
         total = 0.0
         with evaluating(study.model), choosing(study.model, chosen_by_routers(study.model, {site: kept})):
             for args, kwargs, output in calls:
@@ -72,7 +72,7 @@ def expert_path(study: Study, site: Site, scores: Array | None = None) -> tuple[
     error[: site.least] = error[site.least]
     error = np.maximum.accumulate(np.maximum(error, FLOOR)[::-1])[::-1]
     error[-1] = FLOOR
-    return np.array([*gone, *np.setdiff1d(np.arange(site.channels), gone)], dtype=np.intp), error
+    return np.array([*gone, *all_but(site.channels, gone)], dtype=np.intp), error
 
 
 def _calls(

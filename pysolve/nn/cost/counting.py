@@ -20,7 +20,7 @@ from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.sparse import SparseWeight
 from pysolve.nn.refusal import output_of
-from pysolve.nn.running import Batch, calling_layers, device_of, evaluating, forward
+from pysolve.nn.running import Batch, calling_layers, device_of, evaluating, prepared
 
 aten = torch.ops.aten
 # Two for each multiply-accumulate, as torch has it; from arguments with sizes in the place of tensors.
@@ -147,7 +147,7 @@ def calls(model: nn.Module, batch: Batch) -> list[Call]:
     DataError where the network refuses the batch.
     """
     ledger = _Ledger({module: name for name, module in model.named_modules()})
-    mapping = {key: ledger.recording(str(key), formula) for key, formula in _formulas().items()}
+    mapping = {key: ledger.recording(key, formula) for key, formula in _formulas().items()}
     with ExitStack() as context:
         context.enter_context(evaluating(model))
         context.enter_context(calling_layers())
@@ -157,8 +157,9 @@ def calls(model: nn.Module, batch: Batch) -> list[Call]:
         context.callback(register_module_forward_pre_hook(ledger.enter).remove)
         context.callback(register_module_forward_hook(ledger.leave, always_call=True).remove)
         try:
+            args, kwargs = prepared(model, batch, device_of(model))
             with FlopCounterMode(display=False, custom_mapping=mapping):
-                forward(model, batch, device_of(model))
+                model(*args, **kwargs)
         # Torch's counter meets tensors of many kinds; if the network itself fails, it does so again.
         except Exception:
             ledger.found.clear()
@@ -186,14 +187,16 @@ class _Ledger:
             if isinstance(module, self.layers) and isinstance(output, Tensor):
                 self.found.append(Call(name, _whole(module, args, output)))
 
-    def recording(self, what: str, formula: Formula) -> Formula:
+    def recording(self, what: object, formula: Formula) -> Formula:
         """A formula that also writes down what it is asked."""
 
         def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
             twice = formula(*args, out_val=out_val, **kwargs)
             name, inside = self.stack[-1]
             if not inside:
-                self.found.append(Call(name, twice / 2, what, formula, _emptied((args, kwargs, out_val))))
+                self.found.append(
+                    Call(name, twice / 2, str(what), formula, _emptied((args, kwargs, out_val)))
+                )
             return twice
 
         # Torch then gives tensors, not their sizes.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from pysolve.correlations import Array, Indices, Mask
 from pysolve.errors import CollapseError
-from pysolve.nn.running import find_layer
+from pysolve.nn.running import find_layer, layer_at
 from pysolve.plan import EXPERTS
 
 
@@ -193,10 +192,9 @@ def is_stack(name: str) -> bool:
 
 def find_member(model: nn.Module, name: str) -> nn.Module | Bare | Stack | Listed:
     """The layer, stack, bare parameter or buffer of a name; LayerNotFoundError where there is none."""
-    # Costs ask for every member of dozens of networks: listing all modules each time takes seconds.
-    with suppress(AttributeError):
-        return model.get_submodule(name)
-    modules = dict(model.named_modules(remove_duplicate=False))
+    path = name.partition(":")[0]
+    layers = ((one, layer_at(model, one)) for one in (name, path, path.rpartition(".")[0]))
+    modules = {one: layer for one, layer in layers if layer is not None}
     return find_layer(model, name) if (found := member(modules, name)) is None else found
 
 

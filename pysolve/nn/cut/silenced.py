@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pysolve.correlations import Indices, Mask
+from pysolve.correlations import Indices, Mask, all_but
 from pysolve.nn.cut.bare import Bare, Stack, find_member, is_stack
 from pysolve.nn.cut.slicing import channels_of, inputs, muted, outputs
 from pysolve.plan import Site, of_experts, tensor_name
@@ -23,7 +23,7 @@ def silenced(model: nn.Module, keep: Mapping[Site, Indices]) -> dict[str, Tensor
     """
     rows, columns, found = dict[str, Mask](), dict[str, Mask](), dict[str, Tensor]()
     for site, kept in keep.items():
-        gone = np.setdiff1d(np.arange(site.channels), kept)
+        gone = all_but(site.channels, kept)
         if site.router is not None:
             found |= _never_chosen(model, site, gone)
             continue

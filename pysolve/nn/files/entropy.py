@@ -155,7 +155,11 @@ def decode(coded: Coded, *, most: int) -> npt.NDArray[np.int32]:
 
 def _frequencies(counts: npt.NDArray[np.int64]) -> AnyArray:
     """The counts in 8 or 16 bits, whichever makes table and data smaller together."""
-    return min((_scaled(counts, kind) for kind in (np.uint8, np.uint16)), key=lambda t: _bits(counts, t))
+    table = _scaled(counts, np.uint8)
+    if counts.max(initial=0) <= np.iinfo(np.uint8).max:
+        # The counts themselves: more bits would say nothing more.
+        return table
+    return min((table, _scaled(counts, np.uint16)), key=lambda t: _bits(counts, t))
 
 
 def _scaled(counts: npt.NDArray[np.int64], kind: type[np.uint8 | np.uint16]) -> AnyArray:

@@ -9,7 +9,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.fx import Node
 
-from pysolve.correlations import Indices
+from pysolve.correlations import Indices, all_but
 from pysolve.nn.cut.bare import Stack, find_member, is_stack
 from pysolve.nn.cut.slicing import channels_of
 from pysolve.nn.graph.calls import operator_name
@@ -152,7 +152,7 @@ def _left(
     assert isinstance(member, Stack)
     inputs, outputs = np.ones(member.inputs, bool), np.ones(member.outputs, bool)
     for site, kept in keep.items():
-        gone = np.setdiff1d(np.arange(site.channels), kept)
+        gone = all_but(site.channels, kept)
         for role, members, left in (("readers", site.readers, inputs), ("writers", site.writers, outputs)):
             if name in members:
                 left[channels_of(site, role, name, member)[gone].ravel()] = False

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,25 @@ class _Seen:
     graph: Graph
     nodes: Mapping[str, tuple[Node, Layer]]
     shared: Collection[nn.Module]
+
+    @cached_property
+    def modules(self) -> dict[Node, list[str]]:
+        """Names of the modules that each node runs in, the outermost first."""
+        stacks = {one: one.meta.get("nn_module_stack", {}) for one in self.graph.module.graph.nodes}
+        return {node: [path.partition("@")[0] for path, *_ in one.values()] for node, one in stacks.items()}
+
+    @cached_property
+    def innermost(self) -> dict[str, list[Node]]:
+        """Nodes of the modules with parameters that hold no others, but for those that change nothing."""
+        found: dict[str, list[Node]] = {}
+        for node, names in self.modules.items():
+            for name in names if not is_same(node) else ():
+                found.setdefault(name, []).append(node)
+        return {
+            name: found[name]
+            for name, module in self.model.named_modules()
+            if name in found and not [*module.children()] and [*module.parameters(recurse=False)]
+        }
 
 
 def with_branches(
@@ -168,22 +188,10 @@ def _norm_of(seen: _Seen, layer: Layer) -> str:
 
 def _idle(seen: _Seen, site: Site, readers: Collection[Node]) -> Iterator[str]:
     """Layers with parameters whose results nothing reads without a site's channels."""
-    idle = idle_nodes(seen.graph, readers)
-    nodes: dict[str, list[Node]] = {}
-    for node in seen.graph.module.graph.nodes:
-        for name in _modules_of(node) if not is_same(node) else ():
-            nodes.setdefault(name, []).append(node)
-    members = {*site.writers, *site.passed, *site.readers}
-    for name, module in seen.model.named_modules():
-        leaf = not [*module.children()] and [*module.parameters(recurse=False)]
-        if leaf and name in nodes and name not in members and idle.issuperset(nodes[name]):
+    idle, members = idle_nodes(seen.graph, readers), {*site.writers, *site.passed, *site.readers}
+    for name, nodes in seen.innermost.items():
+        if name not in members and idle.issuperset(nodes):
             yield name
-
-
-def _modules_of(node: Node) -> list[str]:
-    """Names of the modules that a node runs in, the outermost first."""
-    stack = node.meta.get("nn_module_stack", {}).values()
-    return [path.partition("@")[0] for path, *_ in stack]
 
 
 def _whole(
@@ -218,7 +226,7 @@ def _holder(seen: _Seen, site: Site) -> str:
         same = [a == b for a, b in zip(common, path, strict=False)]
         common = common[: same.index(False) if False in same else len(same)]
     name = ".".join(common)
-    inside = [node for node in seen.graph.module.graph.nodes if name and name in _modules_of(node)]
+    inside = [node for node in seen.graph.module.graph.nodes if name and name in seen.modules[node]]
     while len(ends := [*last.users]) == 1 and ends[0] in inside:
         if operator_name(ends[0]) not in _SAME | _VIEWS:
             return ""

@@ -13,6 +13,9 @@ from pysolve.correlations import Mask as BoolArray
 from pysolve.nn.running import as_tensor, check_model, find_layer
 from pysolve.nn.state import copy_of
 
+# To make a module takes longer than to see that there is none.
+_NONE = nn.ModuleList()
+
 
 class Mask(nn.Module):
     """The parametrisation  w ↦ w ∘ m.
@@ -128,7 +131,7 @@ def mask_of(layer: nn.Module) -> Mask | None:
 def parametrizations(layer: nn.Module) -> nn.ModuleList:
     """The modules by which a layer's weight is computed; none where it is a parameter."""
     if not parametrize.is_parametrized(layer, "weight"):
-        return nn.ModuleList()
+        return _NONE
     found = layer.get_submodule("parametrizations.weight")
     assert isinstance(found, nn.ModuleList)
     return found
