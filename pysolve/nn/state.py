@@ -22,7 +22,7 @@ from pysolve.errors import PysolveError
 M = TypeVar("M", bound=nn.Module)
 _CONTAINERS = frozenset((dict, OrderedDict, defaultdict, list, deque, set))
 # Most of what modules hold, and nothing that a call could write into.
-_VALUES = frozenset((NoneType, bool, int, float, str, nn.Parameter))
+_VALUES = frozenset((NoneType, bool, int, float, str))
 
 
 def copy_of(module: M, memo: dict[int, Any] | None = None) -> M:
