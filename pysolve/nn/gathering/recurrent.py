@@ -44,7 +44,7 @@ def recurrent_weights(model: nn.Module) -> dict[str, Tensor]:
 def bias_of(model: nn.Module, name: str) -> str | None:
     """The state-dict name of the bias that is added to what a recurrent weight makes, if there is one."""
     owner, _, leaf = name.rpartition(".")
-    layer = dict(_layers(model)).get(owner)
+    layer = dict(_layers(model)).get(owner) if leaf.startswith("weight_") else None
     return tensor_name(owner, leaf.replace("weight_", "bias_")) if layer is not None and layer.bias else None
 
 
