@@ -241,7 +241,9 @@ def _gates_refitted(
 ) -> dict[str, Tensor]:
     """Weights of recurrent layers that lose inputs or hidden units, and their biases, fitted on the others.
 
-    To what the gates were, on the original's inputs and states.
+    To what the gates were, on the original's inputs and states. (Further fits on those of the compressed
+    network, character models at half of their MACs: divergence of an LSTM 0.0868 → 0.0864, of two layers
+    0.142 → 0.135 but the loss +0.208 → +0.211, of a GRU 0.161 → 0.159.)
     """
     gone: dict[str, list[Indices]] = {}
     for site, kept in keep.items():
