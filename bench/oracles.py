@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pysolve as ps
 from pysolve.compressed import Compressed
+from pysolve.nn.layers.attention import opened
 
 # Of the largest output; of MACs.
 TOLERANCE, MACS_TOLERANCE = 1e-3, 0.01
@@ -129,7 +130,7 @@ def touched(model: nn.Module, before: Snapshot, batch: Any) -> Iterator[str]:
 
 def masked(model: nn.Module, result: Compressed) -> nn.Module:
     """The original with a plan's values, whose readers have zeros for the channels that go."""
-    wide = copy.deepcopy(model)
+    wide = copy.deepcopy(opened(model))
     modules = dict(wide.named_modules(remove_duplicate=False))
     with torch.no_grad():
         for name, value in result.plan.values.items():
@@ -140,6 +141,9 @@ def masked(model: nn.Module, result: Compressed) -> nn.Module:
             else:
                 old.copy_(new.reshape(old.shape))
         for step in result.plan.steps:
+            # Of dimensions of heads, the products of queries with keys go without a layer that reads them.
+            for name in {one.query for one in step.site.attention}:
+                mute(modules[name], step.site, name, step.removed)
             for name in step.site.readers:
                 path, _, order = name.partition(":")
                 if order:
@@ -150,6 +154,15 @@ def masked(model: nn.Module, result: Compressed) -> nn.Module:
                 else:
                     forget(modules[name], step.site, name, step.removed)
     return wide
+
+
+def mute(layer: Any, site: ps.Site, name: str, removed: Any) -> None:
+    """Zeros for the outputs of a layer that belong to removed channels."""
+    turned = type(layer).__name__ == "Conv1D"
+    rows = site.rows_of(name, layer.weight.shape[turned])[removed].ravel()
+    (layer.weight.T if turned else layer.weight)[rows] = 0
+    if layer.bias is not None:
+        layer.bias[rows] = 0
 
 
 def forget(layer: Any, site: ps.Site, name: str, removed: Any) -> None:

@@ -234,7 +234,8 @@ def studied(
     clock.stage("find")
     free = [site for site in found if site.pinned is None]
     readers = [name for site in free for name in site.readers if not is_stack(name)]
-    readers += [name for site in free if site.attention for name in site.writers]
+    heads_of = [one for site in free for one in site.attention]
+    readers += [name for one in heads_of for name in (one.query, one.key, one.value) if name in layers]
     # What the walk through the graph cannot fit on the way.
     apart = {nodes[node].name for node in routed(graph) if node in nodes} if graph else set()
     asked = {name for name in weights if gather or name in apart}
