@@ -194,7 +194,7 @@ def test_experts_keep_their_weights_where_that_is_nearer(monkeypatch):
     result = ps.compress(model, data(), keep={"mixture.gate": 3}, progress=False, latency=False)
     (step,) = (step for step in result.plan.steps if step.site.router)
     assert torch.equal(result.model.mixture.experts.down, model.mixture.experts.down[step.keep])
-    assert any("experts keep the weights" in note for note in result.report.notes)
+    assert any("keep the weights that they have" in note for note in result.report.notes)
 
 
 def test_experts_that_lose_inputs_are_refitted_and_their_cut_is_the_masked_network():
