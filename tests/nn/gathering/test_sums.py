@@ -65,7 +65,9 @@ def test_samples_of_whole_weights_count_as_often(seed, d, h, counts):
     }
     for name, size in sizes.items():
         assert np.linalg.norm(often * getattr(found, name) - getattr(wanted, name)) <= 1e-6 * size
-    np.testing.assert_allclose(often * found.yy, np.diag(wanted.yy), rtol=1e-5)
+    # The shift is near the first rows, which may count for nothing.
+    squares = often * found.yy - np.diag(wanted.yy)
+    assert np.abs(squares).max(initial=0) <= 1e-6 * (np.trace(wanted.yy) + often * np.square(y).sum())
 
 
 INPUTS = {
