@@ -107,10 +107,13 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """Outputs, and the weights of attention if they are needed, as torch's layer has them."""
         batched, first = query.dim() == 3, self.batch_first
+        # What is one tensor stays one, of which products are summed once.
+        given = {id(one): one for one in (query, key, value)}
         if not batched:
-            query, key, value = (one.unsqueeze(0) for one in (query, key, value))
+            given = {i: one.unsqueeze(0) for i, one in given.items()}
         elif not first:
-            query, key, value = (one.transpose(0, 1) for one in (query, key, value))
+            given = {i: one.transpose(0, 1) for i, one in given.items()}
+        query, key, value = (given[id(one)] for one in (query, key, value))
         if is_causal and attn_mask is None:
             raise RuntimeError("attn_mask must be given where is_causal says that it is causal.")
         # Torch takes the word for the mask where it needs no other.
@@ -146,8 +149,7 @@ class Attention(nn.Module):
             heads = self.num_heads
             found = found.view(-1, heads, *found.shape[1:]) if found.dim() == 3 else found
         if padding is not None:
-            own = _added(padding, like)
-            own = own[:, None, None] if own.dim() == 2 else own
+            own = _added(padding, like)[..., None, None, :]
             found = own if found is None else found + own
         return found
 
