@@ -6,6 +6,7 @@ import copy
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,8 +142,15 @@ def masked(model: nn.Module, result: Compressed) -> nn.Module:
             else:
                 old.copy_(new.reshape(old.shape))
         for step in result.plan.steps:
+            if step.site.router is not None:
+                for name in step.site.writers:
+                    modules[name].register_forward_hook(partial(never, torch.as_tensor(step.removed)))
+                continue
             # Of dimensions of heads, the products of queries with keys go without a layer that reads them.
-            for name in {one.query for one in step.site.attention}:
+            silent = {one.query for one in step.site.attention}
+            # Norms count what is there: nothing of these.
+            silent |= {*step.site.writers} if step.site.norms else set()
+            for name in silent:
                 mute(modules[name], step.site, name, step.removed)
             for name in step.site.readers:
                 path, _, order = name.partition(":")
@@ -156,12 +164,18 @@ def masked(model: nn.Module, result: Compressed) -> nn.Module:
     return wide
 
 
+def never(experts: Tensor, layer: Any, given: Any, logits: Tensor) -> Tensor:
+    """A router's logits that choose none of some experts."""
+    return logits.index_fill(-1, experts, -torch.inf)
+
+
 def mute(layer: Any, site: ps.Site, name: str, removed: Any) -> None:
     """Zeros for the outputs of a layer that belong to removed channels."""
-    turned = type(layer).__name__ == "Conv1D"
+    # Of Conv1D inputs come first, of tables tokens.
+    turned = type(layer).__name__ == "Conv1D" or isinstance(layer, nn.Embedding)
     rows = site.rows_of(name, layer.weight.shape[turned])[removed].ravel()
     (layer.weight.T if turned else layer.weight)[rows] = 0
-    if layer.bias is not None:
+    if getattr(layer, "bias", None) is not None:
         layer.bias[rows] = 0
 
 
