@@ -63,6 +63,7 @@ ALL = (
     Bench("bench/scale.py gather", "benchmarks.md"),
     Bench("bench/scale.py passes", "benchmarks.md"),
     Bench("bench/scale.py growth", "scale.md"),
+    Bench("bench/scale.py processes", "scale.md"),
     Bench("bench/scale.py decoders", "scale.md", 15),
     Bench("bench/cost_model.py", "scale.md"),
     Bench("bench/device.py", "scale.md", 6),

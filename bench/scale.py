@@ -4,17 +4,20 @@ python bench/scale.py gather [--threads 2] [--out DIR]
 python bench/scale.py passes [--threads 2] [--samples 1024] [--only bert_compress,…] [--out DIR]
 python bench/scale.py decoders [--threads 2] [--only 125m,350m,slice] [--out DIR]
 python bench/scale.py growth [--threads 2] [--out DIR]
+python bench/scale.py processes [--rows 262144] [--out DIR]
 
 gather: useful operations, two for each different number of Σ x xᵀ and each row, as a share of the rate of
 float32 products of the same size in the same run. passes: seconds of a verb over those of one pass of the
 network over the same batches without gradients, the mean of one before and one after; random weights.
 decoders: seconds, and memory beyond what the process had, of decoders and a slice of wide blocks to 70 % of
 their MACs within a bound. growth: seconds against tokens, depth and width, each doubled twice, and exponents.
+processes: seconds of gathering the same rows by one process and by two with gloo, one thread each.
 """
 
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -24,6 +27,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
+import torch.distributed as dist
 import typer
 from common import OutOption, ThreadsOption, write
 from decoder import SHAPES, Shape, decoder, tokens
@@ -227,6 +231,40 @@ def bounded(name: str, threads: int) -> dict[str, object]:
         "macs": report.after["macs"] / report.before["macs"],
         "notes": report.notes,
     }
+
+
+@app.command()
+def processes(rows: Annotated[int, typer.Option()] = 262144, out: OutOption = Path("scale")) -> None:
+    """Gathering by one process, and by two that share the batches."""
+    found = {size: min(spawned(size, rows) for _ in range(2)) for size in (1, 2)}
+    for size, seconds in found.items():
+        typer.echo(
+            f"{size} process{'es' * (size > 1):2} {seconds:6.1f} s, {found[1] / seconds:.2f} times as fast"
+        )
+    write(out / "processes.json", "processes", 1, [{"rows": rows, "seconds": found}])
+
+
+def spawned(size: int, rows: int) -> float:
+    """Seconds of the slowest of so many processes."""
+    pool = ProcessPoolExecutor(size, mp_context=get_context("spawn"))
+    with tempfile.TemporaryDirectory() as folder, pool:
+        meeting = f"file://{folder}/group"
+        every = [pool.submit(gather_share, rank, size, rows, meeting) for rank in range(size)]
+        return max(one.result() for one in every)
+
+
+def gather_share(rank: int, size: int, rows: int, meeting: str) -> float:
+    """Seconds of gathering one process's share of the batches."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
+    model = nn.Sequential(nn.Linear(512, 1536), nn.ReLU(), nn.Linear(1536, 512)).eval()
+    torch.manual_seed(1 + rank)
+    batches = [torch.randn(2048, 512) for _ in range(rows // 2048 // size)]
+    dist.barrier()
+    found = ps.study(model, batches, process_group=dist.group.WORLD, progress=False)
+    dist.destroy_process_group()
+    return found.seconds["gather"]
 
 
 @app.command()
