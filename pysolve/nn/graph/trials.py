@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -18,12 +18,28 @@ from pysolve.nn.graph.experts import Problem
 from pysolve.nn.graph.integers import choices, counting, integers_read
 from pysolve.nn.outputs import tensors_of
 from pysolve.nn.refusal import code_line
-from pysolve.nn.running import Batch, evaluating, forward, in_training
-from pysolve.nn.state import copy_of
+from pysolve.nn.running import Batch, evaluating, forward, in_training, keeping_modes
+from pysolve.nn.state import copy_of, keeping_state
 from pysolve.plan import Collapse, Plan, Site
 
 # The code keeps channels: an error shows where, or nothing but other outputs.
 WRITTEN, COUNTED = "a width is written into the code", "the code counts on all of these channels"
+
+
+@dataclass(frozen=True)
+class _Ways:
+    """Whether a network runs in training mode, and with the caches that it has in use."""
+
+    trains: bool = False
+    caches: bool = False
+
+
+def _ways(model: nn.Module, batch: Batch) -> _Ways:
+    configs = (getattr(module, "config", None) for module in model.modules())
+    caches = any(getattr(config, "use_cache", False) for config in configs)
+    return _Ways(
+        _trouble(copy_of(model), batch) is None, caches and _trouble_with_caches(model, batch) is None
+    )
 
 
 def proven_sites(model: nn.Module, sites: Sequence[Site], batch: Batch) -> list[Site]:
@@ -35,27 +51,27 @@ def proven_sites(model: nn.Module, sites: Sequence[Site], batch: Batch) -> list[
     """
     rng = np.random.default_rng(0)
     proven = list(sites)
-    trains = any(site.pinned is None for site in sites) and _trouble(copy_of(model), batch) is None
+    ways = _ways(model, batch) if any(site.pinned is None for site in sites) else _Ways()
     for network in (model, _randomized(model, batch)):
         steps = _halves({i: site for i, site in enumerate(proven) if site.pinned is None}, rng)
-        if not steps or _problem(network, [*steps.values()], batch, trains) is None:
+        if not steps or _problem(network, [*steps.values()], batch, ways) is None:
             continue
-        problems = _faults(network, steps, {}, batch, trains)[1]
+        problems = _faults(network, steps, {}, batch, ways)[1]
         if problems and mismatch(copy_of(model), copy_of(model), batch, seeds=(0, 1)):
             problems = dict.fromkeys(problems, "the network's outputs are random, and others without these")
-        followed = _followed(network, proven, problems, batch, trains) if network is model else {}
+        followed = _followed(network, proven, problems, batch, ways) if network is model else {}
         for i, problem in problems.items():
             proven[i] = followed[i] if i in followed else replace(proven[i], pinned=problem)
     return proven
 
 
 def _followed(
-    model: nn.Module, sites: Sequence[Site], problems: Mapping[int, str], batch: Batch, trains: bool
+    model: nn.Module, sites: Sequence[Site], problems: Mapping[int, str], batch: Batch, ways: _Ways
 ) -> dict[int, Site]:
     """Sites that work once integers of the network's own modules follow the cut, with these integers."""
     rng, found = np.random.default_rng(0), dict[int, Site]()
     written = [i for i, problem in problems.items() if problem.startswith((WRITTEN, COUNTED))]
-    read = integers_read(model, batch, trains=trains) if written else {}
+    read = integers_read(model, batch, trains=ways.trains) if written else {}
     offers = {i: counting(sites[i], read) for i in written}
     claims = Counter(path for offer in offers.values() for path in offer)
     for names in choices({path.rpartition(".")[2] for path in claims}):
@@ -68,9 +84,9 @@ def _followed(
             }
             if chosen:
                 steps[i] = half(replace(sites[i], integers=chosen), rng)
-        if len(steps) > 1 and _problem(model, [*steps.values()][:1], batch, trains):
+        if len(steps) > 1 and _problem(model, [*steps.values()][:1], batch, ways):
             continue
-        found |= {i: step.site for i, step in _faults(model, steps, {}, batch, trains)[0].items()}
+        found |= {i: step.site for i, step in _faults(model, steps, {}, batch, ways)[0].items()}
     return found
 
 
@@ -94,23 +110,23 @@ def _faults(
     steps: Mapping[int, Collapse],
     sound: Mapping[int, Collapse],
     batch: Batch,
-    trains: bool,
+    ways: _Ways,
 ) -> tuple[dict[int, Collapse], dict[int, str]]:
     """Steps that work together with sound ones, and the problems of the others, by bisection."""
-    problem = _problem(model, [*sound.values(), *steps.values()], batch, trains) if steps else None
+    problem = _problem(model, [*sound.values(), *steps.values()], batch, ways) if steps else None
     if problem is None:
         return dict(steps), {}
     if len(steps) == 1:
         return {}, dict.fromkeys(steps, problem)
     items = list(steps.items())
     middle = len(items) // 2
-    left, wrong = _faults(model, dict(items[:middle]), sound, batch, trains)
-    right, more = _faults(model, dict(items[middle:]), {**sound, **left}, batch, trains)
+    left, wrong = _faults(model, dict(items[:middle]), sound, batch, ways)
+    right, more = _faults(model, dict(items[middle:]), {**sound, **left}, batch, ways)
     return {**left, **right}, {**wrong, **more}
 
 
-def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Batch, trains: bool) -> str | None:
-    """Problem when these channels are removed, in training mode too if it ``trains``; None if none."""
+def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Batch, ways: _Ways) -> str | None:
+    """Problem when these channels are removed, also in the other ways in which it runs; None if none."""
     plan = Plan(tuple(steps))
     try:
         smaller = apply(model, plan)
@@ -118,8 +134,11 @@ def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Batch, trains: 
         return str(error)
     difference = mismatch(masked(model, plan), smaller, batch, taken=True)
     if difference is None:
-        trouble = _trouble(smaller, batch) if trains else None
-        return trouble and f"training needs these channels{trouble}"
+        trouble = _trouble(smaller, batch) if ways.trains else None
+        if trouble is not None:
+            return f"training needs these channels{trouble}"
+        trouble = _trouble_with_caches(smaller, batch) if ways.caches else None
+        return trouble and f"{WRITTEN}{trouble}"
     try:
         with evaluating(smaller):
             forward(smaller, batch)
@@ -134,6 +153,16 @@ def _trouble(model: nn.Module, batch: Batch) -> str | None:
     try:
         with in_training(model):
             forward(model, batch)
+    except Exception as error:
+        return _told(error)
+    return None
+
+
+def _trouble_with_caches(model: nn.Module, batch: Batch) -> str | None:
+    """What a decoder raises that keeps what it has read for the next call; None if it runs."""
+    try:
+        with keeping_modes(model), keeping_state(model), torch.no_grad():
+            forward(model.eval(), batch)
     except Exception as error:
         return _told(error)
     return None
@@ -171,12 +200,12 @@ def trial(model: nn.Module, batch: Batch) -> Problem:
     """What is wrong with the network, and with one of random weights, when some channels are removed."""
 
     @cache
-    def networks() -> tuple[list[nn.Module], bool]:
-        return [model, _randomized(model, batch)], _trouble(copy_of(model), batch) is None
+    def networks() -> tuple[list[nn.Module], _Ways]:
+        return [model, _randomized(model, batch)], _ways(model, batch)
 
     def problem(steps: Sequence[Collapse]) -> str | None:
-        found, trains = networks()
-        problems = (_problem(network, steps, batch, trains) for network in found)
+        found, ways = networks()
+        problems = (_problem(network, steps, batch, ways) for network in found)
         return next((one for one in problems if one is not None), None)
 
     return problem

@@ -364,3 +364,25 @@ def test_sites_are_tried_on_whole_texts_where_the_network_takes_no_others():
 @pytest.mark.parametrize("x", [torch.randn(4, 100), torch.randint(9, (4, 20)), torch.randint(9, (4, 3, 50))])
 def test_only_long_texts_are_cut(x):
     assert _first_words(nn.Identity(), x) is x
+
+
+def test_decoders_must_run_with_the_caches_that_they_have_in_use():
+    class Config:
+        use_cache, width = True, 8
+
+    class Kept(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config, self.up, self.down = Config(), nn.Linear(4, 8), nn.Linear(8, 3)
+
+        def forward(self, x):
+            hidden = self.up(x).relu()
+            if self.config.use_cache:
+                # A state that starts as wide as the configuration says.
+                hidden = torch.maximum(hidden, torch.zeros(len(x), self.config.width))
+            return self.down(hidden)
+
+    site = find_sites(Kept().eval(), torch.randn(5, 4))[0]
+    assert "a width is written into the code" in site.pinned
+    Config.use_cache = False
+    assert find_sites(Kept().eval(), torch.randn(5, 4))[0].pinned is None
