@@ -36,6 +36,7 @@ from pysolve.methods.goal import (
     options_for,
     prepared,
 )
+from pysolve.methods.head_dims import contest, priced, with_dims, without_dims
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.kinds.embeddings import UNSEEN
 from pysolve.methods.kinds.ranks import STRUCTURES, ranks_of
@@ -56,6 +57,7 @@ from pysolve.nn.layer_kinds import WEIGHTED
 from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored
 from pysolve.nn.threads import threads_of_torch
+from pysolve.plan import Site
 from pysolve.solve.budget import MEASURES
 
 METHODS = ("activation", "svd")
@@ -203,8 +205,12 @@ def low_rank(
     network = prepared(network, options)
     weights, left = weights_of(network, options.ignore, (*WEIGHTED, nn.Embedding), tied=True)
     plain = method == "svd"
-    found = studied(network, batches, options, weights=weights, sites=prune, gather=not plain, left=left)
-    found = in_principal_axes(found) if prune and refit != "none" else found
+    turns = prune and refit != "none"
+    found = studied(
+        network, batches, options, weights=weights, sites=prune, gather=not plain, heads=turns, left=left
+    )
+    found, inner = without_dims(found)
+    found = in_principal_axes(found) if turns else found
     clock = Clock()
     kind, against = ranks_of(found, structure, plain, unseen)
     table = candidates_of(found, kind, against, timed=layout == "auto")
@@ -214,11 +220,11 @@ def low_rank(
         why = reasons_of(table.against) or f"none has its own weight{reasons(left, ignore)}"
         raise PysolveError(f"no layer can be factored: {why}.")
     if target is None:
-        plans = [_Plan(None, *_ranks_as_told(table, rank, energy))]
+        plans = [_Plan(found, None, *_ranks_as_told(table, rank, energy))]
     else:
-        plans = _plans_within(found, table, target)
+        plans = _plans_within(found, table, target, inner)
     clock.stage("choose")
-    made = [_made(found, plan, "none" if plain else refit) for plan in plans]
+    made = [_made(plan, "none" if plain else refit) for plan in plans]
     clock.stage("refit")
     best, notes = _nearest(found, made)
     found, plan, rebuilt, laid = best.study, best.plan, best.rebuilt, best.laid
@@ -240,8 +246,9 @@ def low_rank(
 
 @dataclass(frozen=True, eq=False)
 class _Plan:
-    """Channels that stay, where some go, and ranks of the layers that are factored."""
+    """Channels of a study that stay, where some go, and ranks of the layers that are factored."""
 
+    study: Study
     widths: Sized | None
     ranks: Mapping[str, int]
     table: Candidates
@@ -263,10 +270,10 @@ class _Made:
     laid: LaidOut
 
 
-def _made(found: Study, plan: _Plan, refit: str) -> _Made:
+def _made(plan: _Plan, refit: str) -> _Made:
     """The network that a plan makes, refitted."""
     chosen = plan.chosen
-    found = as_needed(found, chosen.keep)
+    found = as_needed(plan.study, chosen.keep)
     rebuilt = rebuild(found, chosen, refit if chosen.fits or chosen.keep else "none", passes=PASSES)
     return _Made(plan, found, rebuilt, lay_out(found, rebuilt, "factored"))
 
@@ -309,10 +316,11 @@ def _ranks_as_told(
         table = faster
 
 
-def _plans_within(found: Study, table: Candidates, target: Target) -> list[_Plan]:
+def _plans_within(found: Study, table: Candidates, target: Target, dims: Sequence[Site]) -> list[_Plan]:
     """Channels and ranks within a target, for the least divergence; and channels alone, where that can be.
 
-    What single units cause adds up less well where there are more kinds of them.
+    What single units cause adds up less well where there are more kinds of them. ``dims``: of heads, which
+    may go where no layer is factored.
     """
     sites: Sequence[Menu] = Channels().menus(found)
     table = without_dearer(table, target)
@@ -335,11 +343,15 @@ def _plans_within(found: Study, table: Candidates, target: Target) -> list[_Plan
             break
         table = faster
     chosen = sized(found, done.sites, done.sizes, done.predicted) if sites else None
-    plans = [_Plan(chosen, done.ranks, faster)]
-    if sites and done.ranks:
+    plans = [_Plan(found, chosen, done.ranks, faster)]
+    inner = with_dims(found, dims, Channels(), sites, one=False)
+    if sites and (done.ranks or inner):
         with suppress(PysolveError):
-            alone = settle(found, costs_of(found), done.sites, (), target, where)
-            plans.append(_Plan(sized(found, alone.sites, alone.sizes, alone.predicted), {}, faster))
+            alone = settle(found, costs_of(found), sites, (), target, where)
+            study, heads = found, sized(found, alone.sites, alone.sizes, alone.predicted)
+            if inner is not None:
+                study, heads = contest(found, heads, priced(inner, where), target, where)
+            plans.append(_Plan(study, heads, {}, faster))
     return plans
 
 

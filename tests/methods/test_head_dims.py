@@ -147,3 +147,14 @@ def test_frequencies_that_stay_are_in_no_folder_of_the_class(tmp_path):
         ps.save_pretrained(small, tmp_path / "stock")
     assert not (tmp_path / "stock").exists()
     assert ps.save_pretrained(small, tmp_path / "own", stock=False).difference == 0.0
+
+
+def test_low_rank_with_channels_knows_dimensions_too(tmp_path):
+    result = ps.low_rank(flat(), data(), target={"macs": 0.8}, prune=True, **QUIET)
+    dims, heads = with_and_without(0.8)
+    assert result.report.divergence <= 1.01 * dims.report.divergence
+    assert result.report.divergence < 0.5 * heads.report.divergence
+    save(result, tmp_path / "small.safetensors")
+    x = inputs(4)
+    with torch.no_grad():
+        torch.testing.assert_close(load(tmp_path / "small.safetensors", flat())(x), result.model(x))
