@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pysolve as ps
 from pysolve.compressed import Compressed
-from pysolve.nn.layers.attention import opened
+from pysolve.nn.cut.attention import opened_for
 
 # Of the largest output; of MACs.
 TOLERANCE, MACS_TOLERANCE = 1e-3, 0.01
@@ -131,7 +131,7 @@ def touched(model: nn.Module, before: Snapshot, batch: Any) -> Iterator[str]:
 
 def masked(model: nn.Module, result: Compressed) -> nn.Module:
     """The original with a plan's values, whose readers have zeros for the channels that go."""
-    wide = copy.deepcopy(opened(model))
+    wide = copy.deepcopy(opened_for(model, result.plan))
     modules = dict(wide.named_modules(remove_duplicate=False))
     with torch.no_grad():
         for name, value in result.plan.values.items():

@@ -174,7 +174,9 @@ def _of_results(Z: Array, A: Array) -> Array:
 def _roots(moments: Array) -> tuple[Array, Array]:
     """(n, n) square root of a matrix, damped, and its inverse."""
     values, vectors = eigh(moments)
-    damping = _DAMPING * max(float(np.mean(values)), _TINY)
+    mean = float(np.mean(values))
+    # Of what never varies any axes will do.
+    damping = _DAMPING * mean if mean > _TINY else 1.0
     roots = np.sqrt(np.maximum(values, 0.0) + damping)
     return (vectors * roots) @ vectors.T, (vectors / roots) @ vectors.T
 

@@ -125,6 +125,9 @@ def _turned(study: Study, site: Site) -> Study | str:
         for name in names
         if name not in norms and not isinstance(find_member(study.model, name), kinds)
     ]
+    # Buffers that no state dict holds take no values from a plan.
+    held = study.model.state_dict()
+    strangers += [n for n in site.passed if isinstance(find_member(study.model, n), Bare) and n not in held]
     if strangers:
         return f"{strangers[0]} cannot be turned"
     if len({norm.centred for norm in site.norms}) > 1:

@@ -158,3 +158,14 @@ def test_low_rank_with_channels_knows_dimensions_too(tmp_path):
     x = inputs(4)
     with torch.no_grad():
         torch.testing.assert_close(load(tmp_path / "small.safetensors", flat())(x), result.model(x))
+
+
+def test_heads_whose_keys_never_vary_have_axes_too():
+    model = flat()
+    for one in (module for module in model.modules() if isinstance(module, Attention)):
+        torch.nn.init.zeros_(one.k.weight)
+    result = compress(model, data(), target={"macs": 0.8}, **QUIET)
+    assert result.report.after["macs"] <= 0.8 * result.report.before["macs"]
+    x = inputs(4)
+    with torch.no_grad():
+        torch.testing.assert_close(ps.apply(model, result.plan, probe=x)(x), result.model(x))
