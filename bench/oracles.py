@@ -152,6 +152,10 @@ def masked(model: nn.Module, result: Compressed) -> nn.Module:
             silent |= {*step.site.writers} if step.site.norms else set()
             for name in silent:
                 mute(modules[name], step.site, name, step.removed)
+            for norm in (one for one in step.site.norms if one.centred):
+                layer = modules[norm.weight.removesuffix(".weight")]
+                rows = step.site.rows_of(norm.layer, len(layer.weight))
+                layer.forward = partial(over, layer, torch.as_tensor(rows[step.keep].ravel()))
             for name in step.site.readers:
                 path, _, order = name.partition(":")
                 if order:
@@ -167,6 +171,16 @@ def masked(model: nn.Module, result: Compressed) -> nn.Module:
 def never(experts: Tensor, layer: Any, given: Any, logits: Tensor) -> Tensor:
     """A router's logits that choose none of some experts."""
     return logits.index_fill(-1, experts, -torch.inf)
+
+
+def over(layer: Any, kept: Tensor, x: Tensor) -> Tensor:
+    """A layer norm that takes off the mean of some channels, and divides by what is left of all."""
+    dim = -1 if x.shape[-1] == len(layer.weight) else 1
+    x = x.movedim(dim, -1)
+    y = x[..., kept] - x[..., kept].mean(-1, keepdim=True)
+    y = y / (y.square().sum(-1, keepdim=True) / x.shape[-1] + layer.eps).sqrt()
+    found = torch.zeros_like(x).index_copy(-1, kept, y * layer.weight[kept] + layer.bias[kept])
+    return found.movedim(-1, dim)
 
 
 def mute(layer: Any, site: ps.Site, name: str, removed: Any) -> None:
