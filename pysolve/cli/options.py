@@ -35,9 +35,12 @@ class Option:
         if self.argument:
             info = typer.Argument(default, metavar=name.upper(), help=self.help)
         else:
+            word = name.replace("_", "-")
+            # What is on can be turned off.
+            flag = self.flag or (f"--{word}/--no-{word}" if default is True else f"--{word}")
             info = typer.Option(
                 default,
-                *(self.flag or f"--{name.replace('_', '-')}").split(","),
+                *flag.split(","),
                 help=self.help,
                 show_default=self.shown or default is not False,
                 min=self.least,
@@ -77,7 +80,7 @@ OPTIONS = {
     "bits": Option(int, "Of a code; with a target, the most.", shown="by scheme", least=1, most=8),
     "group": Option(int, "Of int8: so many inputs share a scale.", shown="all", least=1),
     "dry_run": Option(bool, "Write nothing: print what targets would cost.", False),
-    "head_dims": Option(bool, "Attention may lose dimensions of heads in the place of whole ones.", True),
+    "head_dims": Option(bool, "Whether heads may get smaller, in the place of going.", True),
     "expect": Option(bool, "Measure, too, what shares of the MACs would cost: takes all of the data.", False),
     "select": Option(str, "How channels are chosen: elimination, sensitivity, lasso, ….", "elimination"),
     "scheme": Option(str, "int8-dynamic, int8, codebook or ternary.", "int8-dynamic"),
@@ -117,7 +120,7 @@ OPTIONS = {
     "pretrained": Option(
         bool, "Write a folder that transformers opens, too: pretrained/.", False, "--save-pretrained"
     ),
-    "latency": Option(bool, "Time both networks and their layers.", True, "--latency/--no-latency"),
+    "latency": Option(bool, "Time both networks and their layers.", True),
     "limit": Option(int, "Most inputs of an array to use.", 2000, "--samples", least=1),
     "device": Option(str, "Where to compute: cpu, cuda, cuda:1, ….", "cpu"),
     "seed": Option(int, "Of all random choices.", 0),

@@ -59,6 +59,17 @@ def test_the_module_can_be_run():
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout.startswith("pysolve ")
 
 
+@pytest.mark.parametrize("verb", ["compress", "sweep", "low-rank", "quantize"])
+def test_what_is_on_by_default_can_be_turned_off(verb):
+    flags = [
+        f"--no-{one.replace('_', '-')}"
+        for one in ("latency", *(("head_dims",) * (verb in ("compress", "sweep"))))
+    ]
+    result = run(verb, "a:b", *flags)
+    assert "No such option" not in result.output
+    assert "--data" in result.output
+
+
 @pytest.mark.parametrize("arguments", [("nothing",), ("demo", "--epochs", "0"), ("demo", "--seed", "x")])
 def test_wrong_usage_exits_with_2(arguments):
     assert run(*arguments).exit_code == 2
