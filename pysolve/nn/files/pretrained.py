@@ -277,7 +277,7 @@ def _check_buffers(network: Any, config: Any) -> None:
         if not torch.allclose(own, other.double(), rtol=_NEAR):
             raise PysolveError(
                 f"no configuration of {type(network).__name__} describes this network: {name} holds other "
-                "numbers than the class gives it. Compress with head_dims=False, which keeps all frequencies, "
+                "numbers than the class gives it. Compress with head_dims=False, which keeps frequencies, "
                 "or save it with stock=False, for load_pretrained alone."
             )
 
