@@ -101,7 +101,8 @@ def _attention(graph: Graph, attended: Attended, writers: Sequence[Member]) -> A
 def _located(labels: Tensor, writers: Sequence[Member]) -> tuple[str, Indices] | None:
     """The layer that makes all of these channels, and (heads, d) of its rows."""
     core, d = squashed(labels), labels.shape[-1]
-    if core.numel() != core.shape[-3] * d or core.min() < 0:
+    # Learnt queries of one head may have neither samples nor heads.
+    if labels.ndim < 3 or core.numel() != core.shape[-3] * d or core.min() < 0:
         return None
     # Of keys that all heads share there is one row.
     table = np.broadcast_to(core.reshape(-1, d).numpy(), (labels.shape[-3], d))

@@ -136,3 +136,20 @@ def test_frequencies_go_in_all_layers():
     assert [*site.integers.values()] == [2, 2]
     smaller = apply(model, Plan((Collapse(site, np.array([1])),)), probe={"input_ids": IDS})
     assert smaller.model.rotary_emb.inv_freq.shape == (1,)
+
+
+def test_learnt_queries_of_one_head_have_no_heads():
+    class Pool(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.latents = torch.nn.Parameter(torch.randn(3, 8))
+            self.q, self.k, self.v = (torch.nn.Linear(8, 8) for _ in range(3))
+            self.out = torch.nn.Linear(24, 5)
+
+        def forward(self, x):
+            weights = (self.q(self.latents) @ self.k(x).mT).softmax(-1)
+            return self.out((weights @ self.v(x)).flatten(1))
+
+    assert not [
+        site for site in find_sites(Pool().eval(), torch.randn(4, 6, 8), head_dims=True) if site.attention
+    ]
