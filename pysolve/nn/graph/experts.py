@@ -7,19 +7,17 @@ the one whose router never chooses them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 from torch import Tensor, nn
 
+from pysolve.nn.graph.bisection import Problem
 from pysolve.nn.graph.calls import operator_name
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.layer_kinds import plain
 from pysolve.plan import EXPERTS, Collapse, Site, tensor_name
-
-# Why a network without some channels is not right; None where it is.
-Problem = Callable[[Sequence[Collapse]], str | None]
 
 
 def expert_sites(model: nn.Module, graph: Graph, problem: Problem, free: Sequence[Site]) -> list[Site]:

@@ -12,13 +12,12 @@ import numpy as np
 from torch import Tensor, nn
 from torch.fx import Node
 
+from pysolve.nn.graph.bisection import Problem, faults
 from pysolve.nn.graph.calls import product_of, stored
 from pysolve.nn.graph.classes import Attended, Classes, Member, squashed
-from pysolve.nn.graph.experts import Problem
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.integers import choices, counting, integers_read
 from pysolve.nn.graph.labels import label_channels
-from pysolve.nn.graph.residual import sound
 from pysolve.nn.graph.trials import half
 from pysolve.nn.running import Batch, find_layer
 from pysolve.plan import Attention, Indices, Site, tensor_name
@@ -59,7 +58,7 @@ def head_dims(
             if (wrong := problem([tried[i]])) is not None:
                 problems.append(wrong)
                 continue
-            proven |= {j: step.site for j, step in sound(tried, problem).items()}
+            proven |= {j: step.site for j, step in faults(tried, problem)[0].items()}
             break
         else:
             proven[i] = replace(site, pinned=problems[0])

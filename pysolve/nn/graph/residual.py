@@ -7,7 +7,7 @@ for these channels alone have nothing to do then, and their layers go as well.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -18,6 +18,7 @@ from torch.fx import Node
 
 from pysolve.nn.cut.apply import apply, masked
 from pysolve.nn.cut.continued import continued, part_ways
+from pysolve.nn.graph.bisection import Problem, faults
 from pysolve.nn.graph.branches import Layer, find_layers, idle_nodes, is_same
 from pysolve.nn.graph.calls import operator_name, product_of
 from pysolve.nn.graph.export import Graph, is_in_place
@@ -27,8 +28,6 @@ from pysolve.nn.layer_matrix import channels
 from pysolve.nn.running import Batch, evaluating, find_layer, forward, hooked
 from pysolve.plan import Branch, Collapse, Plan, Site
 
-# What is wrong when some channels are removed; None if nothing.
-Problem = Callable[[Sequence[Collapse]], str | None]
 # Operators that are the identity in evaluation mode, and those that lay a tensor out anew.
 _SAME = {"dropout", "contiguous", "clone", "alias", "detach"}
 _VIEWS = {"view", "_unsafe_view", "reshape"}
@@ -76,33 +75,16 @@ def with_branches(
     seen = _Seen(model, graph, {layer.name: (node, layer) for node, layer in found}, twins(model))
     branches = {i: branch for i, site in enumerate(sites) if (branch := _branch(seen, site)) is not None}
     layers = {i: _emptied(sites[i], branch) for i, branch in branches.items()}
-    proven = sound(layers, problem)
+    proven, _ = faults(layers, problem)
     others = {i: branch for i, branch in branches.items() if i not in proven}
     whole = dict(_whole(seen, {i: (sites[i], branch) for i, branch in others.items()}, batch))
-    proven |= sound({i: _emptied(sites[i], branch) for i, branch in whole.items()}, problem, proven)
+    proven |= faults({i: _emptied(sites[i], one) for i, one in whole.items()}, problem, proven)[0]
     proven = _going_on(proven, model, batch)
     return [proven[i].site if i in proven else site for i, site in enumerate(sites)]
 
 
 def _emptied(site: Site, branch: Branch) -> Collapse:
     return Collapse(replace(site, least=0, branch=branch), np.zeros(0, np.intp))
-
-
-def sound(
-    steps: Mapping[int, Collapse], problem: Problem, also: Mapping[int, Collapse] | None = None
-) -> dict[int, Collapse]:
-    """Steps that work together, by bisection."""
-    also = also or {}
-    if not steps:
-        return {}
-    if problem([*also.values(), *steps.values()]) is None:
-        return dict(steps)
-    items = [*steps.items()]
-    if len(items) == 1:
-        return {}
-    middle = len(items) // 2
-    left = sound(dict(items[:middle]), problem, also)
-    return left | sound(dict(items[middle:]), problem, {**also, **left})
 
 
 def _going_on(steps: Mapping[int, Collapse], model: nn.Module, batch: Batch) -> dict[int, Collapse]:

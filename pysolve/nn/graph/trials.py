@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import nn
 from pysolve.errors import CollapseError
 from pysolve.nn.cut.apply import apply, masked
 from pysolve.nn.cut.verify import mismatch
-from pysolve.nn.graph.experts import Problem
+from pysolve.nn.graph.bisection import Problem, faults
 from pysolve.nn.graph.integers import choices, counting, integers_read
 from pysolve.nn.outputs import tensors_of
 from pysolve.nn.refusal import code_line
@@ -56,7 +56,7 @@ def proven_sites(model: nn.Module, sites: Sequence[Site], batch: Batch) -> list[
         steps = _halves({i: site for i, site in enumerate(proven) if site.pinned is None}, rng)
         if not steps or _problem(network, [*steps.values()], batch, ways) is None:
             continue
-        problems = _faults(network, steps, {}, batch, ways)[1]
+        problems = faults(steps, partial(_problem, network, batch=batch, ways=ways))[1]
         if problems and mismatch(copy_of(model), copy_of(model), batch, seeds=(0, 1)):
             problems = dict.fromkeys(problems, "the network's outputs are random, and others without these")
         followed = _followed(network, proven, problems, batch, ways) if network is model else {}
@@ -86,7 +86,8 @@ def _followed(
                 steps[i] = half(replace(sites[i], integers=chosen), rng)
         if len(steps) > 1 and _problem(model, [*steps.values()][:1], batch, ways):
             continue
-        found |= {i: step.site for i, step in _faults(model, steps, {}, batch, ways)[0].items()}
+        works, _ = faults(steps, partial(_problem, model, batch=batch, ways=ways))
+        found |= {i: step.site for i, step in works.items()}
     return found
 
 
@@ -103,26 +104,6 @@ def half(site: Site, rng: np.random.Generator, *, fewer: int = 0) -> Collapse:
     """A step that keeps a random half of the channels, or so many fewer."""
     keep = rng.choice(site.channels, max(1, site.channels // 2 - fewer), replace=False)
     return Collapse(site, np.sort(keep))
-
-
-def _faults(
-    model: nn.Module,
-    steps: Mapping[int, Collapse],
-    sound: Mapping[int, Collapse],
-    batch: Batch,
-    ways: _Ways,
-) -> tuple[dict[int, Collapse], dict[int, str]]:
-    """Steps that work together with sound ones, and the problems of the others, by bisection."""
-    problem = _problem(model, [*sound.values(), *steps.values()], batch, ways) if steps else None
-    if problem is None:
-        return dict(steps), {}
-    if len(steps) == 1:
-        return {}, dict.fromkeys(steps, problem)
-    items = list(steps.items())
-    middle = len(items) // 2
-    left, wrong = _faults(model, dict(items[:middle]), sound, batch, ways)
-    right, more = _faults(model, dict(items[middle:]), {**sound, **left}, batch, ways)
-    return {**left, **right}, {**wrong, **more}
 
 
 def _problem(model: nn.Module, steps: Sequence[Collapse], batch: Batch, ways: _Ways) -> str | None:
