@@ -24,7 +24,7 @@ from pysolve.methods.goal import (
     options_for,
     prepared,
 )
-from pysolve.methods.head_dims import contest, priced, with_dims, without_dims
+from pysolve.methods.head_dims import contest, menus_of, priced, with_dims, without_dims
 from pysolve.methods.kinds.channels import ELIMINATIONS, SENSITIVITY, Channels, Select
 from pysolve.methods.layout import LaidOut, lay_out
 from pysolve.methods.menu import Chosen
@@ -260,19 +260,19 @@ def compress(
         sized = by_lam(found, menus, lam)
     elif keep is not None:
         own = [site for site in inner if isinstance(keep, Mapping) and site in keep]
-        if dims := with_dims(found, own, channels, menus, one=one):
-            found, menus, ties = dims.study, [*dims.menus], dims.ties
+        if dims := with_dims(found, own, channels, one=one):
+            found, menus, ties = dims.study, [*menus, *dims.menus], dims.ties
         sized = by_keep(found, menus, keep, round_to, ties)
     else:
         assert wanted is not None
-        where = probe(found, menus)
+        dims = None if "ms" in wanted else with_dims(found, inner, channels, one=one)
+        where = probe(found, [*menus, *menus_of(dims)])
         menus = price(found, menus, where)
         costs = expected(found, menus, wanted, round_to, ties) if dry_run else ()
         if any(one.target == wanted and one.divergence is None for one in costs):
             clock.stage("measure")
             return told(before, found, clock, costs)
         sized = within(found, menus, wanted, where, round_to, ties)
-        dims = None if "ms" in wanted else with_dims(found, inner, channels, menus, one=one)
         if dims is not None:
             found, sized = contest(found, sized, priced(dims, where), wanted, where, round_to)
         if dry_run:

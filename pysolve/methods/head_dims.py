@@ -29,7 +29,7 @@ class Dims:
     study : Study
         Of the network with its heads in their axes, and their dimensions among its sites.
     menus : sequence of Menu
-        Of all its free sites.
+        Of the dimensions, the last of its free sites.
     ties : Ties, optional
         Where widths are uniform.
     """
@@ -51,22 +51,23 @@ def without_dims(found: Study) -> tuple[Study, list[Site]]:
     return replace(whole, notes=(*whole.notes, *said)), [site for site in dims if site.pinned is None]
 
 
-def with_dims(
-    found: Study, dims: Sequence[Site], kind: Channels, menus: Sequence[Menu], *, one: bool
-) -> Dims | None:
+def with_dims(found: Study, dims: Sequence[Site], kind: Channels, *, one: bool) -> Dims | None:
     """The study with heads in their axes, and menus of their dimensions; None where there are none."""
     if not dims or found.graph is None:
         return None
     turned = in_head_axes(replace(found, sites=[*found.sites, *dims]), dims)
-    more = [kind.menu(turned, site) for site in turned.free if site.attention]
-    return Dims(turned, [*menus, *more], uniform(turned) if one else None)
+    menus = [kind.menu(turned, site) for site in turned.free if site.attention]
+    return Dims(turned, menus, uniform(turned) if one else None)
+
+
+def menus_of(dims: Dims | None) -> Sequence[Menu]:
+    """Menus of dimensions of heads, where these may go."""
+    return () if dims is None else dims.menus
 
 
 def priced(dims: Dims, where: Probe) -> Dims:
-    """With the divergences of dimensions alone; those of the other sites are known."""
-    menus = [menu for menu in dims.menus if _of_dims(menu)]
-    others = [menu for menu in dims.menus if not _of_dims(menu)]
-    return replace(dims, menus=[*others, *price(dims.study, menus, where)])
+    """With the divergences of dimensions alone."""
+    return replace(dims, menus=price(dims.study, dims.menus, where))
 
 
 def contest(
@@ -87,7 +88,8 @@ def contest(
     rivals = _rivals(study, own)
     if not rivals:
         return found, heads
-    costs, units = costs_of(study).tied(own.groups), grouped(dims.menus, own)
+    menus = [*heads.menus, *dims.menus]
+    costs, units = costs_of(study).tied(own.groups), grouped(menus, own)
     chosen = _chosen(costs, units, rivals, target)
     if not chosen:
         return found, heads
@@ -95,7 +97,7 @@ def contest(
     before = divergence_of(found, Chosen(heads.keep), where)
     if not done.chosen.keep or divergence_of(study, done.chosen, where) >= before:
         return found, heads
-    menus, sizes = [*dims.menus], [0] * len(dims.menus)
+    sizes = [0] * len(menus)
     for group, unit, k in zip(own.groups, done.sites, done.sizes, strict=True):
         for i in group:
             menus[i] = unit if len(group) == 1 else menus[i]
@@ -103,10 +105,6 @@ def contest(
     predicted = [float(menu.curve[k]) for menu, k in zip(menus, sizes, strict=True)]
     result = replace(sized(study, menus, sizes, predicted), pinned=own.pinned)
     return study, replace(result, notes=heads.notes)
-
-
-def _of_dims(menu: Menu) -> bool:
-    return isinstance(menu.unit, Site) and bool(menu.unit.attention)
 
 
 def _rivals(study: Study, own: Ties) -> dict[int, list[int]]:

@@ -21,7 +21,7 @@ from pysolve.methods.goal import (
     options_for,
     prepared,
 )
-from pysolve.methods.head_dims import contest, priced, with_dims, without_dims
+from pysolve.methods.head_dims import contest, menus_of, priced, with_dims, without_dims
 from pysolve.methods.kinds.channels import ELIMINATIONS, Channels
 from pysolve.methods.price import price, probe
 from pysolve.methods.result import later_score
@@ -144,9 +144,9 @@ def sweep(
     found = in_principal_axes(found) if turns else found
     clock, channels = Clock(), Channels(by_site(found, select))
     menus = channels.menus(found)
-    where = probe(found, menus)
+    dims = with_dims(found, inner, channels, one=one)
+    where = probe(found, [*menus, *menus_of(dims)])
     menus = price(found, menus, where)
-    dims = with_dims(found, inner, channels, menus, one=one)
     dims = None if dims is None else priced(dims, where)
     clock.stage("measure")
     found, results = replace(found, seconds={**found.seconds, **clock.seconds}), []
