@@ -24,8 +24,8 @@ from pysolve.nn.samples import samples_in
 
 # From the original's output and another one to the mean divergence per sample.
 Divergence = Callable[[Output, Output], Tensor | float]
-# Numbers that are compared at once.
-_BLOCK = 2**20
+# Numbers that are compared at once: in double precision what a core's cache holds.
+_BLOCK = 2**17
 
 
 def kl_divergence(original: Output, output: Output) -> Tensor:
