@@ -69,7 +69,7 @@ def activation_spectrum(W: Array, correlations: Correlations, rank: int | None =
     """
     d = len(correlations.xx)
     ridge = prior_ridge(d, correlations.count)
-    B, _ = refit(correlations, np.arange(d), W, ridge=ridge)
+    B, *_ = refit(correlations, np.arange(d), W, ridge=ridge)
     R = correlations.centered().r_xx
     return _spectrum(B, R + ridge * np.diag(pull(np.diag(R))), rank)
 

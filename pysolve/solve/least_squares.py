@@ -105,7 +105,7 @@ def refit(
     *,
     ridge: float | None = None,
     intercept: bool = True,
-) -> tuple[Array, Array | None]:
+) -> tuple[Array, Array | None, float]:
     """Least squares on some inputs, with a ridge towards prior weights.
 
     Solves  min_{M, b}  ½ E‖y − M x − b‖² + ½ ε Σ_i v_i ‖M_i − prior_i‖²  with x the inputs in ``columns`` and
@@ -113,15 +113,17 @@ def refit(
     vary, as of neurons that a few samples switch on, would get weights that fit these and throw others off.
 
     ε (default ``prior_ridge``) is raised tenfold until the matrix can be factored. With an intercept, inputs
-    that ``Correlations.centered`` takes for constants keep their weights. Returns M (h, k) and b (h,);
-    without ``intercept``, b is 0 and None is returned for it.
+    that ``Correlations.centered`` takes for constants keep their weights. Returns M (h, k), b (h,) and
+    ``Correlations.share_lost`` of both; without ``intercept``, b is 0 and None is returned for it.
     """
+    whole = correlations.energy - np.square(correlations.y_sum / correlations.count).sum()
+    lost = whole if intercept else correlations.energy
     if intercept:
         R, C = correlations.covariance(columns)
     else:
         own = replace(correlations, group_size=1).restrict(columns)
         R, C = own.r_xx, own.r_yx
-    variance = np.diag(R).copy()
+    variance, targets = np.diag(R).copy(), C
     if ridge is None:
         ridge = prior_ridge(len(columns), correlations.count)
     unit = np.sqrt(np.where(variance > 0, variance, 1.0))
@@ -138,10 +140,13 @@ def refit(
             continue
         # An input that never varies keeps its weight.
         M = prior + np.where(variance > 0, _solved(factor, change) / unit, 0.0)
+        # By  M R = C − ε (M − prior) diag(v)  without another product with R.
+        lost -= np.vdot(targets + ridge * (M - prior) * (rare * unit**2 * (variance > 0)), M)
         break
+    lost = max(0.0, float(lost)) / whole if whole > 0 else 0.0
     if not intercept:
-        return M, None
-    return M, (correlations.y_sum - M @ correlations.x_sum[columns]) / correlations.count
+        return M, None, lost
+    return M, (correlations.y_sum - M @ correlations.x_sum[columns]) / correlations.count, lost
 
 
 def check_ridge(ridge: Ridge) -> None:

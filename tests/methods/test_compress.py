@@ -990,7 +990,9 @@ def test_a_sensitivity_is_the_divergence_with_one_site_shrunk_alone():
         if k < 9:
             step = ps.Collapse(found.free[1], menu.at(k).keep[found.free[1]])
             readers = found.correlations["fc3"]
-            M, bias = refitted(readers, step.keep, mlp().fc3.weight.detach().double().numpy()[:, step.keep])
+            M, bias, _ = refitted(
+                readers, step.keep, mlp().fc3.weight.detach().double().numpy()[:, step.keep]
+            )
             smaller = ps.apply(mlp(), ps.Plan((replace(step, weights={"fc3": M}, biases={"fc3": bias}),)))
             wanted = mean_divergence([*run(mlp(), batches)], run(smaller, batches), batches, kl_divergence)
             assert divergence == pytest.approx(wanted, rel=1e-3)

@@ -99,7 +99,7 @@ def test_every_reader_that_loses_inputs_is_refitted_on_the_rest(name):
         module = layers[reader].module
         columns = group_columns(cuts[reader].inputs, taps(module))
         prior = matrix(module).double().numpy()[:, columns]
-        wanted, own = refit(found[reader], columns, prior, intercept=module.bias is not None)
+        wanted, own, _ = refit(found[reader], columns, prior, intercept=module.bias is not None)
         # BLAS rounds products of fewer rows otherwise.
         np.testing.assert_allclose(fit.weight, wanted[cuts[reader].outputs], rtol=1e-12, atol=1e-14)
         assert (fit.bias is None) == (own is None) == (module.bias is None)

@@ -95,10 +95,10 @@ def test_without_any_inputs_the_mean_is_left(seed):
     rng = np.random.default_rng(seed)
     x, y = rng.standard_normal((20, 3)), rng.standard_normal((20, 2)) + 1.0
     known = ps.Correlations.from_samples(x, y)
-    M, bias = refit(known, np.zeros(0, np.intp), np.zeros((2, 0)))
+    M, bias, _ = refit(known, np.zeros(0, np.intp), np.zeros((2, 0)))
     assert M.shape == (2, 0)
     np.testing.assert_allclose(bias, y.mean(0))
-    M, bias = refit(known, np.zeros(0, np.intp), np.zeros((2, 0)), intercept=False)
+    M, bias, _ = refit(known, np.zeros(0, np.intp), np.zeros((2, 0)), intercept=False)
     assert (M.shape, bias) == ((2, 0), None)
 
 
@@ -112,6 +112,17 @@ def test_inputs_that_few_samples_switch_on_nearly_keep_their_weights():
     W = rng.standard_normal((h, 6))
     y = x @ W.T + 0.1 * rng.standard_normal((n, h))
     y[:2] += 5
-    M, _ = refit(Correlations.from_samples(x, y), np.arange(6), W)
+    M, *_ = refit(Correlations.from_samples(x, y), np.arange(6), W)
     np.testing.assert_allclose(M[:, :5], W[:, :5], atol=0.05)
     np.testing.assert_allclose(M[:, 5], W[:, 5], atol=2)
+
+
+@given(seeds, st.booleans(), st.sampled_from([None, 0.0, 1.0]), st.booleans())
+def test_the_share_that_is_lost_is_that_of_the_fit(seed, intercept, ridge, constant):
+    rng = np.random.default_rng(seed)
+    x, W = rng.standard_normal((40, 6)) + rng.integers(-2, 3, 6), rng.standard_normal((3, 6))
+    x[:, 2] = 3.0 if constant else x[:, 1]
+    y = x @ W.T + 0.3 * rng.standard_normal((40, 3)) + 1.0
+    known, columns = Correlations.from_samples(x, y), np.array([0, 1, 2, 4])
+    M, bias, lost = refit(known, columns, W[:, columns], ridge=ridge, intercept=intercept)
+    assert lost == pytest.approx(known.restrict(columns).share_lost(M, bias), rel=1e-6, abs=1e-9)

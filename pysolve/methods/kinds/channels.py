@@ -119,8 +119,7 @@ def ridge_fit(task: Task) -> LayerFit:
     """The weights of least error near those that are known to be good; these where nothing is known."""
     if task.correlations is None:
         return LayerFit(task.weight, None, 0.0)
-    M, bias = refit(task.correlations, np.arange(task.weight.shape[1]), task.weight)
-    return LayerFit(M, bias, task.correlations.share_lost(M, bias))
+    return LayerFit(*refit(task.correlations, np.arange(task.weight.shape[1]), task.weight))
 
 
 def site_problem(

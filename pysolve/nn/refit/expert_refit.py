@@ -139,7 +139,7 @@ def _fitted(walk: Walk, mixture: Mixture, ranks: Ranks, masks: Sequence[Masks]) 
         if known is None or known.vanishes:
             return {}
         prior = np.asarray(old.double().cpu().numpy())
-        M, _ = ranks.first(refit(known, np.arange(len(known.xx)), prior, intercept=False))
+        M, *_ = ranks.first(refit(known, np.arange(len(known.xx)), prior, intercept=False))
         now = now.with_matrix(group, M)
     return now.values()
 

@@ -85,7 +85,8 @@ def what_went(
 def is_linear(known: Correlations) -> bool:
     """Whether most of what went is linear in what a layer reads, by the correlations of the two."""
     h, d = known.yx.shape
-    return known.share_lost(*refit(known, np.arange(d), np.zeros((h, d)))) < 1 - MERGED
+    *_, lost = refit(known, np.arange(d), np.zeros((h, d)))
+    return lost < 1 - MERGED
 
 
 def _next(total: Node, after: Mapping[Node | None, Node | None], idle: Collection[Node]) -> Node | None:

@@ -191,7 +191,7 @@ def hardly_varies(share):
 @example(hardly_varies(7e-7), False, 1e-6)
 def test_a_refit_minimises_what_it_states(fit, intercept, ridge):
     x, y, columns, prior = fit
-    M, b = refit(Correlations.from_samples(x, y), columns, prior, ridge=ridge, intercept=intercept)
+    M, b, _ = refit(Correlations.from_samples(x, y), columns, prior, ridge=ridge, intercept=intercept)
     assert (b is not None) == intercept
     x = x[:, columns]
     still = intercept & constants(x)
@@ -208,7 +208,7 @@ def test_a_refit_minimises_what_it_states(fit, intercept, ridge):
 @given(fits(), st.booleans())
 def test_a_refit_has_no_gradient_left(fit, intercept):
     x, y, columns, prior = fit
-    M, b = refit(Correlations.from_samples(x, y), columns, prior, ridge=1e-3, intercept=intercept)
+    M, b, _ = refit(Correlations.from_samples(x, y), columns, prior, ridge=1e-3, intercept=intercept)
     x = x[:, columns]
     u, v = (centred(x), centred(y)) if intercept else (x, y)
     gradient = (u @ M.T - v).T @ u / len(x) + 1e-3 * pulls(x, intercept) * (M - prior)
@@ -223,7 +223,7 @@ def test_a_refit_has_no_gradient_left(fit, intercept):
 def test_a_refit_is_never_worse_than_the_prior(fit, intercept):
     x, y, columns, prior = fit
     found = Correlations.from_samples(x, y)
-    M, b = refit(found, columns, prior, intercept=intercept)
+    M, b, _ = refit(found, columns, prior, intercept=intercept)
     used = Correlations.from_samples(x[:, columns], y)
     before = used.error(prior, used.bias(prior) if intercept else None)
     assert used.error(M, b) <= before * (1 + 1e-9) + 1e-12
@@ -241,7 +241,7 @@ def test_a_refit_returns_a_prior_that_explains_everything(fit, intercept):
     x, _, columns, prior = fit
     bias = np.array([1.0, -2.0, 0.5]) * intercept
     y = x[:, columns] @ prior.T + bias
-    M, b = refit(Correlations.from_samples(x, y), columns, prior, intercept=intercept)
+    M, b, _ = refit(Correlations.from_samples(x, y), columns, prior, intercept=intercept)
     fitted = x[:, columns] @ M.T + (b if intercept else 0.0)
     # An output that varies by less than 1e-5 of its mean is fitted as a constant, by the bias alone.
     still = intercept & (y.var(0) <= 1e-10 * np.square(y).mean(0))
@@ -256,7 +256,7 @@ def test_inputs_that_never_change_keep_their_weights_and_do_not_stiffen_the_othe
     x[:, 3:] = [123.4, 0.567, -8.9e3]
     y = x @ rng.standard_normal((6, 3)) + rng.standard_normal(3)
     prior = rng.standard_normal((3, 6))
-    M, b = refit(Correlations.from_samples(x, y), np.arange(6), prior, ridge=1e-6)
+    M, b, _ = refit(Correlations.from_samples(x, y), np.arange(6), prior, ridge=1e-6)
     np.testing.assert_array_equal(M[:, 3:], prior[:, 3:])
     np.testing.assert_allclose(x @ M.T + b, y, atol=1e-4)
 
@@ -265,5 +265,5 @@ def test_without_a_ridge_repeated_inputs_are_no_error():
     rng = np.random.default_rng(0)
     x = np.repeat(rng.standard_normal((50, 2)), 2, axis=1)
     y = x @ rng.standard_normal((4, 3))
-    M, b = refit(Correlations.from_samples(x, y), np.arange(4), np.zeros((3, 4)), ridge=0.0)
+    M, b, _ = refit(Correlations.from_samples(x, y), np.arange(4), np.zeros((3, 4)), ridge=0.0)
     np.testing.assert_allclose(x @ M.T + b, y, atol=1e-5)

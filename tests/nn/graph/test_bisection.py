@@ -51,7 +51,8 @@ def test_what_is_left_works_together_whatever_fails(count, data):
     apart = data.draw(st.sampled_from([(), (names[0], names[-1])]))
     trials, steps = Trials(wrong, apart), steps_of(names)
     works, problems = faults(steps, trials)
-    assert works.keys() | problems.keys() == steps.keys() and not works.keys() & problems.keys()
+    assert works.keys() | problems.keys() == steps.keys()
+    assert not works.keys() & problems.keys()
     assert trials([*works.values()]) is None
     assert all(names[i] not in wrong for i in works)
 
@@ -61,10 +62,12 @@ def test_one_layer_that_fails_alone_is_the_only_one_that_is_named(count, data):
     names = [f"blocks.{i}.up" for i in range(count)]
     bad = data.draw(st.integers(0, count - 1))
     works, problems = faults(steps_of(names), Trials({names[bad]}))
-    assert [*problems] == [bad] and len(works) == count - 1
+    assert [*problems] == [bad]
+    assert len(works) == count - 1
 
 
 def test_steps_are_tried_together_with_sound_ones():
     steps = steps_of(["a", "b"])
     works, problems = faults({1: steps[1]}, Trials(set(), ("a", "b")), {0: steps[0]})
-    assert not works and problems == {1: "they count on each other"}
+    assert not works
+    assert problems == {1: "they count on each other"}

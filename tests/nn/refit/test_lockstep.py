@@ -40,7 +40,7 @@ def nearly(model, cuts, ridge=1e-9):
             columns = group_columns(cuts[name].inputs, taps(module))
             prior = prior[:, columns][cuts[name].outputs]
         everything = np.arange(len(correlations.xx))
-        return least_squares(correlations, everything, prior, ridge=ridge, intercept=intercept)
+        return least_squares(correlations, everything, prior, ridge=ridge, intercept=intercept)[:2]
 
     return fit
 
