@@ -207,34 +207,24 @@ def compress(
     """
     check_batches(batches)
     check_flags(dry_run=dry_run, head_dims=head_dims)
-    before, network = network_of(model, dense=False)
-    given = [name for name, one in (("target", target), ("keep", keep), ("lam", lam)) if one is not None]
-    if len(given) > 1:
-        raise ValueError(f"give one of target, keep and lam, got {' and '.join(given)}.")
-    wanted = DEFAULT if not given else target
+    before, given = network_of(model, dense=False)
+    several = [name for name, one in (("target", target), ("keep", keep), ("lam", lam)) if one is not None]
+    if len(several) > 1:
+        raise ValueError(f"give one of target, keep and lam, got {' and '.join(several)}.")
+    wanted = DEFAULT if not several else target
     if dry_run and (wanted is None or "ms" in wanted):
         raise ValueError('a dry run tells what targets of "params", "macs" and "bytes" would cost; give one.')
     targets = [] if wanted is None else [wanted]
-    how = checked(network, targets, select, refit, distill, sites, ignore, round_to)
+    how = checked(given, targets, select, refit, distill, sites, ignore, round_to)
     check_keep(keep, lam)
     one = check_widths(widths, lam)
     options = options_for(
-        network,
-        ignore,
-        divergence,
-        memory,
-        seed,
-        progress,
-        evaluate,
-        transform,
-        latency,
-        process_group,
-        device,
+        given, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group, device
     )
     options = replace(options, new_biases=not one)
     # Shares of all sites, and penalties, are of channels that the user's own modules have.
     names = [*(keep if isinstance(keep, Mapping) else ()), *(sites or ())]
-    network = prepared(network, options, apart=wanted is not None or bool(attention_in(names)))
+    network = prepared(given, options, apart=wanted is not None or bool(attention_in(names)))
     every = True if sites is None else sites
     # What a class makes of one number for all layers may be without some, if that is told.
     branches = not one or (isinstance(keep, Mapping) and 0 in keep.values())

@@ -135,26 +135,16 @@ def deep_compress(
     True
     """
     check_batches(batches)
-    before, network = network_of(model)
-    how = check_distill(network, distill, ("trained",))
+    before, given = network_of(model)
+    how = check_distill(given, distill, ("trained",))
     _check(target, zeros, bits, how, layout)
     asked = dict(target or {})
     if iter(batches) is batches:
         batches = list(batches)
     options = options_for(
-        network,
-        ignore,
-        divergence,
-        memory,
-        seed,
-        progress,
-        evaluate,
-        transform,
-        latency,
-        process_group,
-        device,
+        given, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group, device
     )
-    network = prepared(network, options)
+    network = prepared(given, options)
     clock = Clock()
     size = in_bytes(asked["bytes"], network) if "bytes" in asked else None
     share = _share(asked.get("params", None if size else 1.0), network)

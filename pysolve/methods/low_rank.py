@@ -173,9 +173,9 @@ def low_rank(
     >>> factored.model[0].inner, factored.model[0].outer
     (Linear(in_features=16, out_features=2, bias=False), Linear(in_features=2, out_features=64, bias=True))
     """
-    before, network = network_of(model, dense=False)
+    before, given = network_of(model, dense=False)
     method = method or ("svd" if batches is None else "activation")
-    how = check_distill(network, distill)
+    how = check_distill(given, distill)
     _check(
         rank,
         energy,
@@ -190,19 +190,9 @@ def low_rank(
         distill=how,
     )
     options = options_for(
-        network,
-        ignore,
-        divergence,
-        memory,
-        seed,
-        progress,
-        evaluate,
-        transform,
-        latency,
-        process_group,
-        device,
+        given, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group, device
     )
-    network = prepared(network, options)
+    network = prepared(given, options)
     weights, left = weights_of(network, options.ignore, (*WEIGHTED, nn.Embedding), tied=True)
     plain = method == "svd"
     turns = prune and refit != "none"

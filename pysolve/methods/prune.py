@@ -212,29 +212,19 @@ def prune(
     >>> float((pruned.model[0].weight == 0).float().mean())
     0.75
     """
-    before, network = network_of(model)
-    given = {"amount": amount, "threshold": threshold, "sensitivity": sensitivity, "pattern": pattern}
-    what = exactly_one(**given, target=target)
-    value = {**given, "target": target}[what]
+    before, given = network_of(model)
+    told = {"amount": amount, "threshold": threshold, "sensitivity": sensitivity, "pattern": pattern}
+    what = exactly_one(**told, target=target)
+    value = {**told, "target": target}[what]
     assert value is not None
     refit = refit or ("sequential" if method in _REFITTING else "none")
-    goal = _Goal(method, what, value, scope, refit, layout, norm, check_distill(network, distill))
+    goal = _Goal(method, what, value, scope, refit, layout, norm, check_distill(given, distill))
     _check(goal, batches is None)
     options = options_for(
-        network,
-        ignore,
-        divergence,
-        memory,
-        seed,
-        progress,
-        evaluate,
-        transform,
-        latency,
-        process_group,
-        device,
+        given, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group, device
     )
     # Shares of all channels are of those that the user's own modules have.
-    network = prepared(network, options, apart=not goal.of_channels or goal.what == "target")
+    network = prepared(given, options, apart=not goal.of_channels or goal.what == "target")
     if goal.of_channels:
         assert batches is not None
         return _channels(before, network, batches, goal, options)

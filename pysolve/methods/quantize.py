@@ -150,23 +150,13 @@ def quantize(
     >>> len(small.model[0].weight.unique())
     8
     """
-    before, network = network_of(model)
-    how = check_distill(network, distill, ("trained",))
+    before, given = network_of(model)
+    how = check_distill(given, distill, ("trained",))
     _check(scheme, bits, target, group, method, how, layout, batches is None)
     options = options_for(
-        network,
-        ignore,
-        divergence,
-        memory,
-        seed,
-        progress,
-        evaluate,
-        transform,
-        latency,
-        process_group,
-        device,
+        given, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group, device
     )
-    network = prepared(network, options)
+    network = prepared(given, options)
     kind = Codes(scheme, bits, group, method)
     subject = subject_of(network, batches, options, kind, to_bytes=target is not None)
     clock, size = Clock(), None if target is None else in_bytes(target["bytes"], network)

@@ -108,17 +108,17 @@ def sweep(
     [655, 319]
     """
     check_batches(batches)
-    before, network = network_of(model, dense=False)
+    before, given = network_of(model, dense=False)
     if retrain is not None and evaluate is None:
         raise ValueError("retrain needs evaluate, which says how good the network is afterwards.")
     if isinstance(targets, Mapping):
         raise TypeError(f"targets must be a list of targets, got one: pass [{dict(targets)}].")
     check_flags(head_dims=head_dims)
     wanted = list(targets)
-    how = checked(network, wanted, select, refit, distill, sites, ignore, round_to)
+    how = checked(given, wanted, select, refit, distill, sites, ignore, round_to)
     one = check_widths(widths)
     options = options_for(
-        network,
+        given,
         ignore,
         divergence,
         memory,
@@ -132,7 +132,7 @@ def sweep(
         checkpoint,
     )
     options = replace(options, new_biases=not one)
-    network = prepared(network, options)
+    network = prepared(given, options)
     every = True if sites is None else sites
     turns = select in ELIMINATIONS and refit != "none"
     found = studied(
