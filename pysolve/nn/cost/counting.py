@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
@@ -26,6 +27,8 @@ aten = torch.ops.aten
 # Two for each multiply-accumulate, as torch has it; from arguments with sizes in the place of tensors.
 Formula = Callable[..., int]
 Sizes = Sequence[int]
+# Parameters from which on counting takes less time without values than with them.
+_LARGE = 2**22
 
 
 def _attention(query: Sizes, key: Sizes, value: Sizes, *_: Any, **__: Any) -> int:
@@ -144,8 +147,17 @@ def calls(model: nn.Module, batch: Batch) -> list[Call]:
     come attention's and recurrent layers' kernels, products of vectors, and this package's own layers, which
     count by what they multiply: sparse ones by their entries, integers as the weights that they stand for.
     Of networks that torch cannot count, as those with nested tensors, Linear layers and convolutions.
-    DataError where the network refuses the batch.
+    Large networks run without values where their code does not ask for these. DataError where the network
+    refuses the batch.
     """
+    if sum(one.numel() for one in model.parameters()) >= _LARGE:
+        # Whatever code raises that asks for values.
+        with suppress(Exception):
+            return _calls(model, batch, FakeTensorMode(allow_non_fake_inputs=True))
+    return _calls(model, batch)
+
+
+def _calls(model: nn.Module, batch: Batch, fake: FakeTensorMode | None = None) -> list[Call]:
     ledger = _Ledger({module: name for name, module in model.named_modules()})
     mapping = {key: ledger.recording(key, formula) for key, formula in _formulas().items()}
     with ExitStack() as context:
@@ -158,10 +170,15 @@ def calls(model: nn.Module, batch: Batch) -> list[Call]:
         context.callback(register_module_forward_hook(ledger.leave, always_call=True).remove)
         try:
             args, kwargs = prepared(model, batch, device_of(model))
+            if fake is not None:
+                context.enter_context(fake)
+                args, kwargs = pytree.tree_map_only(Tensor, fake.from_tensor, (args, kwargs))
             with FlopCounterMode(display=False, custom_mapping=mapping):
                 model(*args, **kwargs)
         # Torch's counter meets tensors of many kinds; if the network itself fails, it does so again.
         except Exception:
+            if fake is not None:
+                raise
             ledger.found.clear()
             ledger.layers = (*WEIGHTED, *_OWN)
             output_of(model, batch, device_of(model))

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pysolve as ps
 from pysolve.errors import DataError
+from pysolve.nn.cost import counting
 from pysolve.nn.cost.counting import calls, layer_macs, macs
 from pysolve.nn.running import evaluating, forward
 
@@ -149,3 +150,20 @@ def test_errors_of_the_network_itself_are_its_own():
 def test_compiled_networks_are_counted_without_a_word():
     model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
     assert macs(torch.compile(model, backend="eager"), torch.zeros(2, 4)) == 2 * 35
+
+
+@pytest.mark.parametrize("name", sorted(NETWORKS))
+def test_without_values_the_same_calls_are_counted(name, monkeypatch):
+    model, batch = network(name)
+    seen = [(call.layer, call.macs, call.sizes) for call in calls(model, batch)]
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    monkeypatch.setattr(counting, "_LARGE", 0)
+    assert [(call.layer, call.macs, call.sizes) for call in calls(model, batch)] == seen
+    after = model.state_dict()
+    assert all(type(after[key]) is type(value) and after[key].equal(value) for key, value in before.items())
+
+
+def test_code_that_asks_for_values_is_counted_with_them(monkeypatch):
+    model = Net(lambda net, x: net.fc(x) if x.sum() > 0 else x, fc=nn.Linear(4, 3))
+    monkeypatch.setattr(counting, "_LARGE", 0)
+    assert macs(model, torch.ones(2, 4)) == 24
