@@ -48,13 +48,13 @@ def without_idle_layers(network: PretrainedModel) -> PretrainedModel:
     shorter: PretrainedModel = copy_of(network, {id(one): one for one in tensors})
     shorter.config = network.config
     for name, gone in idle.items():
-        layers: PretrainedModel = shorter.get_submodule(name)
+        layers: nn.ModuleList = shorter.get_submodule(name)
         count = len(layers)
         if len(gone) == count:
             raise NotStockError(f"no layer of {name} is left")
         for i in gone:
             _move_constants(layers, name, i, gone)
-        left = [layers[i] for i in range(count) if i not in gone]
+        left: list[PretrainedModel] = [layers[i] for i in range(count) if i not in gone]
         while len(layers):
             layers.pop(-1)
         layers.extend(left)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pysolve.errors import PysolveError
 
-# A network of transformers, and a configuration of one: objects of a library that need not be there.
+# A network of transformers, or a part of one, and its configuration: of a library that need not be there.
 PretrainedModel: TypeAlias = Any
 PretrainedConfig: TypeAlias = Any
 # A size of a tensor: its state-dict name, and which of its dimensions.
