@@ -31,11 +31,11 @@ from pysolve.plan import Branch, Collapse, Plan, Site
 
 # What is wrong when some channels are removed; None if nothing.
 Problem = Callable[[Sequence[Collapse]], str | None]
-# What a module is given and returns.
-_Called: TypeAlias = tuple[Args, Kwargs, Output]
 # Operators that are the identity in evaluation mode, and those that lay a tensor out anew.
 _SAME = {"dropout", "contiguous", "clone", "alias", "detach"}
 _VIEWS = {"view", "_unsafe_view", "reshape"}
+# What a module is given and returns.
+_Called: TypeAlias = tuple[Args, Kwargs, Output]
 
 
 @dataclass(frozen=True, eq=False)
