@@ -11,10 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeAlias
 
 from pysolve.errors import PysolveError, WriteError
 
+# An object of a file's JSON; who reads it checks it.
+Json: TypeAlias = dict[str, Any]
 # What is being written lies in a folder of this name, beside what it is to replace.
 _PART = re.compile(r".+\.[0-9a-f]{8}\.part")
 _NEW, _OLD, _LOCK = "new", "old", "pysolve.lock"
@@ -210,7 +212,7 @@ def _locked(parent: Path, name: str) -> tuple[Path, BinaryIO]:
 def _take(lock: BinaryIO, *, without: bool) -> bool:
     """Whether a file is locked now by this call; ``without`` where the system, or the disk, has no locks."""
     try:
-        system: Any = import_module("fcntl")
+        system = import_module("fcntl")
         system.flock(lock, system.LOCK_EX | system.LOCK_NB)
     except BlockingIOError:
         return False

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +15,9 @@ from pysolve.errors import check_flags, one_of, whole
 
 Layout = Literal["feature", "batch"]
 
-_Core = _core.SparseFloat32 | _core.SparseFloat64
-_CORES: dict[np.dtype[Any], Any] = {
+# That of either type.
+_Core: TypeAlias = "_core._Sparse[Any]"
+_CORES: dict[np.dtype[np.generic], Callable[..., _Core]] = {
     np.dtype(np.float32): _core.SparseFloat32,
     np.dtype(np.float64): _core.SparseFloat64,
 }
@@ -56,7 +58,7 @@ class SparseMatrix:
     """
 
     def __init__(self, core: _Core) -> None:
-        self._core: Any = core
+        self._core = core
         self.shape: tuple[int, int] = (core.rows, core.columns)
         self.values: AnyArray = core.values
 
@@ -88,12 +90,12 @@ class SparseMatrix:
                 index[name] = array.astype(np.int64)
         return cls(_CORES[csr.dtype](*csr.shape, *index.values(), np.ascontiguousarray(csr.data)))
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[object, ...]:
         """Copies and pickles are prepared anew from the matrix for SciPy."""
         return type(self).from_csr, (self.to_csr(),)
 
     @property
-    def dtype(self) -> np.dtype[Any]:
+    def dtype(self) -> np.dtype[np.generic]:
         return self.values.dtype
 
     @property

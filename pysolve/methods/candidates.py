@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from pysolve.errors import PysolveError
 from pysolve.forms import LowRank
@@ -76,7 +75,7 @@ def without_slower(table: Candidates, ranks: Mapping[str, int]) -> Candidates:
         return table
     menus, spare = dict(table.menus), dict(table.spare)
     against, seconds = dict(table.against), dict(table.seconds)
-    timed: dict[Any, list[tuple[int, float, float]]] = {}
+    timed: dict[object, list[tuple[int, float, float]]] = {}
     # The largest first: where they are faster as two, so are smaller ones of all layers like these.
     for name, rank in sorted(ranks.items(), key=lambda pair: -pair[1]):
         if rank > seconds.get(name, (0, 0.0, 0.0))[0]:
@@ -99,7 +98,7 @@ def without_slower(table: Candidates, ranks: Mapping[str, int]) -> Candidates:
     return replace(table, menus=ordered, spare=spare, against=against, seconds=seconds)
 
 
-def _kind_of(table: Candidates, name: str) -> Any:
+def _kind_of(table: Candidates, name: str) -> object:
     """Equal where two layers take as long at equal ranks."""
     layer, x = find_layer(table.study.model, name), table.kind.inputs.get(name)
     weight = table.study.weights[name]

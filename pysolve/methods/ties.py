@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import combinations
 from operator import or_
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -24,6 +23,7 @@ from pysolve.nn.state import without_values
 from pysolve.nn.stock import (
     Fields,
     NotStockError,
+    PretrainedConfig,
     describe,
     fields_of,
     is_pretrained,
@@ -259,7 +259,7 @@ def _allowed(found: Study, shell: nn.Module, fields: Fields, own: Sequence[int])
     return mask
 
 
-def _accepts(config: Any, changes: Mapping[str, int]) -> bool:
+def _accepts(config: PretrainedConfig, changes: Mapping[str, int]) -> bool:
     """Whether a configuration's own checks allow these fields."""
     try:
         with_fields(config, changes)

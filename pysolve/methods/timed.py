@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import or_
-from typing import Any
 
 import numpy as np
 
@@ -224,7 +223,7 @@ def _layer_times(study: Study, costs: Costs, batch: Batch) -> _LayerTimes:
     widths = np.array([costs.outputs, costs.inputs])
     tables = np.array([costs.rows, costs.columns]).reshape(2, len(names), len(K))
     least = (widths - tables @ (K - 1)).astype(np.intp)
-    seen, known = seen_by(study.model, names, batch), dict[Any, WidthTimes]()
+    seen, known = seen_by(study.model, names, batch), dict[Hashable, WidthTimes]()
     curves: list[WidthTimes | None] = []
     for i, name in enumerate(names):
         steps = _step(tables[0, i]), _step(tables[1, i])

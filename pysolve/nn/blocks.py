@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from torch import nn
 
 from pysolve.nn.layers.idle import Constant
 from pysolve.nn.shorter import constants_of
-from pysolve.nn.stock import NotStockError, Shapes, Stock, shapes_of, stock_of
+from pysolve.nn.stock import (
+    NotStockError,
+    PretrainedConfig,
+    PretrainedModel,
+    Shapes,
+    Stock,
+    shapes_of,
+    stock_of,
+)
 
 # Widths of that format are multiples of it.
 BLOCK = 256
@@ -21,7 +28,7 @@ _BRANCHES = {
 _ATTENTION, _MLP = _BRANCHES
 
 
-def blocks_of(network: nn.Module) -> tuple[Stock, dict[str, object]]:
+def blocks_of(network: PretrainedModel) -> tuple[Stock, dict[str, object]]:
     """A configuration of Llama for all but what differs in layers, and what a file of it has besides.
 
     A width is a factor of the hidden size there, rounded up to a multiple of ``BLOCK``; a branch that is gone
@@ -32,10 +39,10 @@ def blocks_of(network: nn.Module) -> tuple[Stock, dict[str, object]]:
     NotStockError
         It is no such network, a width is no such multiple, or a branch has left a constant.
     """
-    config: Any = network.config
+    config: PretrainedConfig = network.config
     if type(network).__name__ != "LlamaForCausalLM" or config.hidden_act != "silu":
         raise NotStockError("it is no Llama")
-    model: Any = network.model
+    model: PretrainedModel = network.model
     layers = [{path: part.get_submodule(path) for path in _BRANCHES} for part in model.layers]
     shapes = shapes_of(network)
     if any(

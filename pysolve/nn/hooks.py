@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +67,9 @@ def _returns(model: nn.Module, batch: Batch, wanted: list[torch.Size]) -> bool:
     return False
 
 
-def _watched(hook: Callable[..., Any], note: Callable[[], None], layer: nn.Module, *given: Any) -> Any:
+def _watched(
+    hook: Callable[..., object], note: Callable[[], None], layer: nn.Module, *given: object
+) -> object:
     """A hook's result; ``note`` is called where it acts."""
     tensors = [one for one in pytree.tree_leaves(given) if isinstance(one, Tensor)]
     before = [*map(version, tensors)], [id(vars(layer).get(name)) for name in _COMPUTED]

@@ -7,7 +7,6 @@ from dataclasses import asdict, dataclass
 from itertools import takewhile
 from operator import eq
 from textwrap import wrap
-from typing import Any
 
 from torch import nn
 
@@ -21,6 +20,7 @@ from pysolve.nn.samples import laid_out
 from pysolve.plan import Site, check_listed
 from pysolve.solve.budget import Costs
 from pysolve.tables import Table, as_html, one_screen
+from pysolve.whole_files import Json
 
 # Characters of a line of the table, and of a site's name in it.
 _LINE, _NAME = 110, 52
@@ -68,7 +68,7 @@ class Inspection:
     macs: int
     bytes: int
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """Everything as plain numbers, strings, sequences and dictionaries, for JSON."""
         return asdict(self)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import length_hint
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
@@ -23,7 +23,7 @@ Transform = Callable[[Any], Batch]
 class Items:
     """What a function makes of a loader's items, as often as these can be gone through."""
 
-    given: Iterable[Any]
+    given: Iterable[object]
     made: Transform
 
     def __iter__(self) -> Iterator[Batch]:
@@ -37,7 +37,7 @@ class Items:
 
 
 def batched(
-    batches: Iterable[Any], transform: Transform | None = None, *, shuffle: bool = False
+    batches: Iterable[object], transform: Transform | None = None, *, shuffle: bool = False
 ) -> Iterable[Batch]:
     """The network's batches: items as they are, or what ``transform`` makes of them.
 
@@ -47,7 +47,7 @@ def batched(
     check_batches(batches)
     if transform is not None and not callable(transform):
         raise TypeError(f"transform must be a function of an item of batches, got {transform!r}.")
-    given: Any = batches
+    given: Iterable[object] | Dataset[object] = batches
     made = None if transform is None else _telling(transform)
     if isinstance(given, Dataset) and not isinstance(given, IterableDataset):
         if not hasattr(given, "__len__"):
@@ -55,7 +55,7 @@ def batched(
         if not len(given):
             raise DataError(NO_BATCHES)
 
-        def collated(samples: list[Any]) -> Any:
+        def collated(samples: list[object]) -> Batch:
             return _collated(samples if made is None else [*map(made, samples)])
 
         return DataLoader(given, DATASET_BATCH, shuffle=shuffle, collate_fn=collated)
@@ -79,11 +79,10 @@ def check_batches(batches: object) -> None:
         raise TypeError(f"batches must be an iterable of batches, got {type(batches).__name__}.")
 
 
-def example_of(given: Any, transform: Transform | None = None) -> Batch:
+def example_of(given: object, transform: Transform | None = None) -> Batch:
     """One batch: what is given, or the first of a loader or Dataset; made by ``transform`` of an item."""
     if isinstance(given, DataLoader | Dataset):
-        items: Any = given
-        for first in batched(items, transform):
+        for first in batched(cast("Iterable[object]", given), transform):
             return first
         raise DataError(NO_BATCHES)
     return next(iter(batched([given], transform)))
@@ -92,7 +91,7 @@ def example_of(given: Any, transform: Transform | None = None) -> Batch:
 def _telling(transform: Transform) -> Transform:
     """The user's function, with errors that name it and its item."""
 
-    def made(item: Any) -> Batch:
+    def made(item: object) -> Batch:
         try:
             return transform(item)
         # Whatever the user's code raises.
@@ -104,7 +103,7 @@ def _telling(transform: Transform) -> Transform:
     return made
 
 
-def _described(item: Any) -> str:
+def _described(item: object) -> str:
     kind = type(item).__name__
     if isinstance(item, Mapping):
         return f"a {kind} of {', '.join(map(str, item))}"
@@ -113,7 +112,7 @@ def _described(item: Any) -> str:
     return f"{kind}{[*item.shape]}" if isinstance(item, Tensor) else f"a {kind}"
 
 
-def _collated(samples: list[Any]) -> Any:
+def _collated(samples: list[object]) -> Batch:
     try:
         return default_collate(samples)
     except (RuntimeError, TypeError) as error:

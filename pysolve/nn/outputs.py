@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -33,7 +32,7 @@ def logits_of(output: Output) -> Output:
     return getattr(output, "logits", output)
 
 
-def _tensors(value: Any, seen: set[int]) -> list[Tensor]:
+def _tensors(value: object, seen: set[int]) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     if id(value) in seen:
@@ -42,7 +41,7 @@ def _tensors(value: Any, seen: set[int]) -> list[Tensor]:
     return [tensor for part in _parts(value) for tensor in _tensors(part, seen)]
 
 
-def _parts(value: Any) -> list[Any]:
+def _parts(value: object) -> list[object]:
     if isinstance(value, Mapping):
         return [*value.values()]
     if isinstance(value, tuple | list):
@@ -54,7 +53,7 @@ def _parts(value: Any) -> list[Any]:
     return [*getattr(value, "__dict__", {}).values()]
 
 
-def _inside_torch(value: Any) -> bool:
+def _inside_torch(value: object) -> bool:
     """Sizes that a trace leaves free, for one, hold the whole trace."""
     home = type(value).__module__
     return home.partition(".")[0] == "torch" and not home.startswith("torch.distributions.")

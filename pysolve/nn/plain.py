@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from itertools import chain
-from typing import Any
 
 from torch import nn
 from torch.fx import GraphModule
@@ -13,7 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from pysolve.errors import PysolveError
-from pysolve.nn.state import copy_of
+from pysolve.nn.state import Memo, copy_of
 
 _NAMED = 3
 
@@ -43,7 +42,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     if not wrappers:
         return model
     # What a copy takes in the place of parts: the tensors themselves, and what the wrappers hold.
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
+    memo: Memo = {id(tensor): tensor for tensor in chain(model.parameters(), model.buffers())}
     for wrapper in reversed(wrappers):
         memo[id(wrapper)] = copy_of(_inner(wrapper), memo)
     return copy_of(model, memo)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ class Ranks:
         """The values of all processes; tensors on the CPU."""
         if self.size == 1:
             return [value]
-        found: list[Any] = [None] * self.size
+        found = [value] * self.size
         with _failures():
             dist.all_gather_object(found, _sent(value), self.group)
         return found

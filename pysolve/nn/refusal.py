@@ -7,7 +7,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from torch.utils import _pytree as pytree
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.layer_kinds import EMBEDDINGS
 from pysolve.nn.outputs import main_output
+from pysolve.nn.overrides import Args, Kwargs
 from pysolve.nn.running import (
     Batch,
     Device,
@@ -112,7 +112,7 @@ def of_torch(file: str) -> bool:
     return file.startswith(str(_TORCH)) or file in _LAYERS
 
 
-def by_name(batch: Batch) -> dict[str, Any]:
+def by_name(batch: Batch) -> dict[str, object]:
     """Every value of a batch by the place where it stands: ``mask``, ``states[0]``; ``input`` of a tensor."""
     args, kwargs = arguments(batch)
     named = {"input": args[0]} if args else kwargs
@@ -137,7 +137,7 @@ def _described(batch: Batch, shown: int = 8) -> str:
     return ", ".join(words[:shown] + ["…"] * (len(words) > shown))
 
 
-def _unfit(model: nn.Module, args: Any, kwargs: Any) -> dict[str, inspect.Parameter] | None:
+def _unfit(model: nn.Module, args: Args, kwargs: Kwargs) -> dict[str, inspect.Parameter] | None:
     """What ``forward`` takes, where it cannot be called in this way."""
     with suppress(TypeError, ValueError):
         signature = inspect.signature(model.forward)

@@ -17,7 +17,9 @@ from torch.utils.hooks import RemovableHandle
 
 from pysolve.correlations import AnyArray
 from pysolve.errors import DataError, LayerNotFoundError
+from pysolve.nn.overrides import Args, Kwargs
 from pysolve.nn.state import keeping_state
+from pysolve.nn.stock import PretrainedConfig
 
 # A batch of a user's loader, and a network's output: tensors, tuples and lists, or mappings.
 Batch = Any
@@ -152,7 +154,9 @@ def _without_caches(*models: nn.Module) -> Iterator[None]:
 
     Encoder, decoder and the whole may each hold a configuration of their own.
     """
-    configs: list[Any] = [getattr(module, "config", None) for model in models for module in model.modules()]
+    configs: list[PretrainedConfig] = [
+        getattr(module, "config", None) for model in models for module in model.modules()
+    ]
     caching = [(one, one.use_cache) for one in configs if getattr(one, "use_cache", False)]
     try:
         for one, _ in caching:
@@ -206,7 +210,7 @@ def forward(model: nn.Module, batch: Batch, device: Device = None) -> Output:
     return model(*args, **kwargs)
 
 
-def prepared(model: nn.Module, batch: Batch, device: Device = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def prepared(model: nn.Module, batch: Batch, device: Device = None) -> tuple[Args, Kwargs]:
     """Positional and keyword arguments of the network, with copies of all tensors, on its device."""
     args, kwargs = pytree.tree_map_only(
         Tensor, lambda value: value.detach().to(device=device, copy=True), arguments(batch)
@@ -217,7 +221,7 @@ def prepared(model: nn.Module, batch: Batch, device: Device = None) -> tuple[tup
     return args, kwargs
 
 
-def arguments(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def arguments(batch: Batch) -> tuple[Args, Kwargs]:
     """Positional and keyword arguments of the network for one batch.
 
     A tuple's or list's first item is the input (the rest, such as labels, is ignored); a mapping holds
@@ -245,14 +249,14 @@ def _remedy(batch: object) -> str:
     return ""
 
 
-class Inputs(dict[str, Any]):
+class Inputs(dict[str, object]):
     """Keyword arguments of a network of which some tensors are the same for all samples.
 
     ``shared`` are the numbers of these among all leaves, in order; where they are all of them, the batch is
     one sample that cannot be divided, such as a graph.
     """
 
-    def __init__(self, arguments: Mapping[str, Any], shared: Iterable[int]) -> None:
+    def __init__(self, arguments: Mapping[str, object], shared: Iterable[int]) -> None:
         super().__init__(arguments)
         self.shared = frozenset(shared)
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain
 from operator import length_hint
-from typing import Any
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -48,12 +48,12 @@ def samples_in(batch: Batch) -> int:
     return sizes.pop()
 
 
-def take(batch: Batch, start: int, stop: int) -> Any:
+def take(batch: Batch, start: int, stop: int) -> Batch:
     """Samples start … stop − 1 of a batch, in the same form; views."""
     return with_leaves(batch, {i: leaf[start:stop] for i, leaf in sample_leaves(batch).items()})
 
 
-def moved(batch: Batch, device: Device) -> Any:
+def moved(batch: Batch, device: Device) -> Batch:
     """A batch on a device; as it is, without one."""
     if device is None:
         return batch
@@ -145,7 +145,7 @@ def joined(batches: list[Batch]) -> list[Batch]:
     return [with_leaves(batches[0], {i: torch.cat(columns[i]) for i in divided})]
 
 
-def _alike(values: tuple[Any, ...], divided: bool) -> bool:
+def _alike(values: tuple[object, ...], divided: bool) -> bool:
     """Whether values of several batches can become one."""
     first = values[0]
     if divided:
@@ -155,7 +155,7 @@ def _alike(values: tuple[Any, ...], divided: bool) -> bool:
     return all(not isinstance(value, Tensor) and bool(value == first) for value in values)
 
 
-def _has_samples(value: Any) -> bool:
+def _has_samples(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.ndim > 0
 
 
@@ -258,7 +258,7 @@ def _largest(outputs: Tensor) -> float:
     return float(outputs.abs().nan_to_num(0.0, 0.0, 0.0).max()) if outputs.numel() else 0.0
 
 
-def peek(batches: Iterable[Any], transform: Transform | None = None) -> tuple[Batch, Iterable[Batch]]:
+def peek(batches: Iterable[object], transform: Transform | None = None) -> tuple[Batch, Iterable[Batch]]:
     """The first batch, and all of them."""
     batches = batched(batches, transform)
     iterator = iter(batches)

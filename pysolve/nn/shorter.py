@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from pysolve.nn.layers.idle import Constant
 from pysolve.nn.state import copy_of
-from pysolve.nn.stock import NotStockError, shapes_of, skeleton, with_fields
+from pysolve.nn.stock import (
+    NotStockError,
+    PretrainedConfig,
+    PretrainedModel,
+    shapes_of,
+    skeleton,
+    with_fields,
+)
 
 
-def without_idle_layers(network: Any) -> Any:
+def without_idle_layers(network: PretrainedModel) -> PretrainedModel:
     """The network without those of its layers all of whose branches are gone; itself where there are none.
 
     Those behind get their numbers. What a layer left of its branches, a constant, is added to the bias of the
@@ -38,16 +45,16 @@ def without_idle_layers(network: Any) -> Any:
     if not idle:
         return network
     tensors = [*network.parameters(), *network.buffers()]
-    shorter: Any = copy_of(network, {id(one): one for one in tensors})
+    shorter: PretrainedModel = copy_of(network, {id(one): one for one in tensors})
     shorter.config = network.config
     for name, gone in idle.items():
-        layers: Any = shorter.get_submodule(name)
+        layers: nn.ModuleList = shorter.get_submodule(name)
         count = len(layers)
         if len(gone) == count:
             raise NotStockError(f"no layer of {name} is left")
         for i in gone:
             _move_constants(layers, name, i, gone)
-        left = [layers[i] for i in range(count) if i not in gone]
+        left: list[PretrainedModel] = [layers[i] for i in range(count) if i not in gone]
         while len(layers):
             layers.pop(-1)
         layers.extend(left)
@@ -77,7 +84,7 @@ def _is_idle(layer: nn.Module) -> bool:
     return bool(constants) and all(id(one) in constants for one in layer.state_dict(keep_vars=True).values())
 
 
-def _move_constants(layers: Sequence[Any], name: str, gone: int, idle: Sequence[int]) -> None:
+def _move_constants(layers: nn.ModuleList, name: str, gone: int, idle: Sequence[int]) -> None:
     """Add what a layer leaves of its branches to the bias of the nearest layer in front."""
     constants = {path: one for path, one in constants_of(layers[gone]).items() if one.bias.detach().any()}
     if not constants:
@@ -89,13 +96,13 @@ def _move_constants(layers: Sequence[Any], name: str, gone: int, idle: Sequence[
             f"{name}.{gone} is gone and leaves a constant, with no layer in front to add it: compress with "
             'widths="uniform" and keep={…: 0}, which leave none'
         )
-    writer = layers[before].get_submodule([*constants][-1])
+    writer = cast(nn.Linear, layers[before].get_submodule([*constants][-1]))
     own: Tensor | None = writer.bias
     trained = writer.weight.requires_grad if own is None else own.requires_grad
     writer.bias = nn.Parameter(total if own is None else own.detach() + total, trained)
 
 
-def _configuration(shorter: Any, name: str, count: int, gone: Sequence[int]) -> Any:
+def _configuration(shorter: PretrainedModel, name: str, count: int, gone: Sequence[int]) -> PretrainedConfig:
     """The configuration that gives a list of layers fewer of them, each of the kind that it is."""
     config = shorter.config
     for changes in _changes(config.to_dict(), count, gone):
@@ -114,7 +121,7 @@ def _configuration(shorter: Any, name: str, count: int, gone: Sequence[int]) -> 
 
 
 def _changes(
-    record: Mapping[str, Any], count: int, gone: Sequence[int], prefix: str = ""
+    record: Mapping[str, object], count: int, gone: Sequence[int], prefix: str = ""
 ) -> Iterator[dict[str, object]]:
     """What fields may become: one that counts layers, lists of these, and a number that is one of them."""
     left = [i for i in range(count) if i not in gone]
@@ -133,9 +140,9 @@ def _changes(
         for other, value in numbers.items():
             if other != field and 0 < value <= count:
                 yield {**changes, f"{prefix}{other}": sum(i < value for i in left)}
-    for field, value in record.items():
-        if isinstance(value, dict):
-            yield from _changes(value, count, gone, f"{prefix}{field}.")
+    for field, part in record.items():
+        if isinstance(part, dict):
+            yield from _changes(part, count, gone, f"{prefix}{field}.")
 
 
 def _is_of_layers(field: str, value: Sequence[object], count: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -44,16 +43,16 @@ def _check_plain_values(index: int, batch: Batch, traced: Batch) -> None:
         )
 
 
-def _plain_values(batch: Batch) -> dict[str, Any]:
+def _plain_values(batch: Batch) -> dict[str, object]:
     """What is no tensor, and of tensors the type."""
     return {name: v.dtype if isinstance(v, Tensor) else v for name, v in by_name(batch).items()}
 
 
-def _equal(one: Any, other: Any) -> bool:
+def _equal(one: object, other: object) -> bool:
     return type(one) is type(other) and (one is other or bool(np.all(one == other)))
 
 
-def _said(value: Any) -> str:
+def _said(value: object) -> str:
     if isinstance(value, torch.dtype):
         return f"a tensor of {str(value).removeprefix('torch.')}"
     return "left out" if value is ... else in_words(value)

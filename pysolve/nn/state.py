@@ -4,35 +4,37 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from itertools import chain
 from operator import is_
 from types import NoneType, SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
-from torch.overrides import TorchFunctionMode
 
 from pysolve.errors import PysolveError
+from pysolve.nn.overrides import Args, Function, Kwargs, Overriding
 
 M = TypeVar("M", bound=nn.Module)
+# What takes the place of parts of a copy, by their identity, as ``copy.deepcopy`` has it.
+Memo: TypeAlias = dict[int, Any]
+_Container: TypeAlias = dict[Any, object] | list[object] | deque[object] | set[object]
 _CONTAINERS = frozenset((dict, OrderedDict, defaultdict, list, deque, set))
 # Most of what modules hold, and nothing that a call could write into.
 _VALUES = frozenset((NoneType, bool, int, float, str))
 
 
-def copy_of(module: M, memo: dict[int, Any] | None = None) -> M:
+def copy_of(module: M, memo: Memo | None = None) -> M:
     """A copy of a network or a layer, in which tensors that a call with gradients left have no graph.
 
     Parameters
     ----------
     module : nn.Module
-    memo : {id: object}, optional
-        What takes the place of parts, by their identity, as ``copy.deepcopy`` has it.
+    memo : Memo, optional
 
     Raises
     ------
@@ -52,7 +54,7 @@ def copy_of(module: M, memo: dict[int, Any] | None = None) -> M:
         ) from error
 
 
-def _simple_parts(module: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+def _simple_parts(module: nn.Module, memo: Memo) -> Memo:
     """``memo`` with what most of a network is: tensors, and a dozen empty containers a module.
 
     ``copy.deepcopy`` takes several times as long for these, most of all where it is watched.
@@ -69,7 +71,7 @@ def _simple_parts(module: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
 
 def without_values(module: M) -> M:
     """A copy of a network or a layer on the meta device."""
-    memo: dict[int, Any] = {}
+    memo: Memo = {}
     for tensor in chain(module.parameters(), module.buffers()):
         empty = tensor.detach().to("meta")
         memo[id(tensor)] = nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
@@ -78,7 +80,7 @@ def without_values(module: M) -> M:
 
 def with_values(module: M) -> M:
     """A copy of a network or a layer with memory for tensors that have none."""
-    memo: dict[int, Any] = {}
+    memo: Memo = {}
     for tensor in chain(module.parameters(), module.buffers()):
         if tensor.is_meta:
             new = torch.empty_like(tensor, device="cpu")
@@ -142,15 +144,13 @@ def version(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-class _WithoutGraph(TorchFunctionMode):
+class _WithoutGraph(Overriding):
     """Results of operators have copies, too, which torch refuses."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> object:
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
             return args[0].detach().clone()
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 @dataclass(frozen=True, eq=False)
@@ -169,15 +169,15 @@ class _Kept:
         Those with nothing in them, which most of a module's are.
     """
 
-    container: Any
-    items: Any
+    container: _Container
+    items: _Container
     values: list[tuple[Tensor, Tensor, int]]
     weights: list[tuple[nn.Parameter, Tensor, Tensor | None]]
     inner: list[_Kept]
-    empty: list[Any]
+    empty: list[_Container]
 
     @classmethod
-    def of(cls, container: Any, seen: set[int], *, rescales: bool = False) -> _Kept:
+    def of(cls, container: _Container, seen: set[int], *, rescales: bool = False) -> _Kept:
         """A container as it is; weights without their values, unless the module ``rescales`` them."""
         seen.add(id(container))
         kept = cls(container, container.copy(), [], [], [], [])
@@ -211,34 +211,39 @@ class _Kept:
                 memory.copy_(before)
         for one in self.inner:
             one.put_back()
-        for one in self.empty:
-            if one:
-                one.clear()
+        for empty in self.empty:
+            if empty:
+                empty.clear()
         container, items = self.container, self.items
         if not (_same(container, items) and _same(_parts(container), _parts(items))):
             container.clear()
-            (container.extend if isinstance(items, list | deque) else container.update)(items)
+            if isinstance(container, list | deque):
+                container.extend(items)
+            elif isinstance(container, set):
+                container.update(items)
+            else:
+                container.update(cast("dict[object, object]", items))
 
 
-def _inside(value: Any) -> Any:
+def _inside(value: object) -> _Container | None:
     """The container that a value is, or that holds its attributes; None where it is something else."""
     if type(value) in _CONTAINERS:
-        return value
+        return cast(_Container, value)
     if isinstance(value, SimpleNamespace) or (is_dataclass(value) and not isinstance(value, type)):
-        return getattr(value, "__dict__", None)
+        return cast("_Container | None", getattr(value, "__dict__", None))
     return None
 
 
-def _parts(container: Any) -> Collection[Any]:
+def _parts(container: _Container) -> Collection[object]:
     return container.values() if isinstance(container, dict) else container
 
 
-def _same(some: Collection[Any], others: Collection[Any]) -> bool:
+def _same(some: Collection[object], others: Collection[object]) -> bool:
     """Whether both hold the same objects in the same order."""
     return len(some) == len(others) and all(map(is_, some, others))
 
 
-def _without_graph(value: Any, seen: set[int]) -> Any:
+def _without_graph(value: object, seen: set[int]) -> object:
     """A tensor without its graph; containers with such tensors in them, in place."""
     if isinstance(value, Tensor):
         return value if value.is_leaf else value.detach()

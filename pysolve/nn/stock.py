@@ -5,13 +5,16 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from pysolve.errors import PysolveError
 
+# A network of transformers, or a part of one, and its configuration: of a library that need not be there.
+PretrainedModel: TypeAlias = Any
+PretrainedConfig: TypeAlias = Any
 # A size of a tensor: its state-dict name, and which of its dimensions.
 Size = tuple[str, int]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -35,7 +38,7 @@ class Stock:
         Biases that the class has then, and the network has not.
     """
 
-    config: Any
+    config: PretrainedConfig
     changes: Mapping[str, int]
     zeros: Shapes
 
@@ -57,7 +60,7 @@ def shapes_of(network: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(value.shape) for name, value in state.items() if isinstance(value, Tensor)}
 
 
-def skeleton(kind: type[nn.Module], config: Any) -> nn.Module:
+def skeleton(kind: type[nn.Module], config: PretrainedConfig) -> nn.Module:
     """A network of a class, without values.
 
     Raises
@@ -67,7 +70,7 @@ def skeleton(kind: type[nn.Module], config: Any) -> nn.Module:
     """
     try:
         with torch.device("meta"):
-            made: Any = kind(copy.deepcopy(config))
+            made: PretrainedModel = kind(copy.deepcopy(config))
             # Not every version ties weights that have no values by itself.
             made.tie_weights()
     # Whatever constructors raise.
@@ -76,7 +79,7 @@ def skeleton(kind: type[nn.Module], config: Any) -> nn.Module:
     return made  # type: ignore[no-any-return]
 
 
-def with_fields(config: Any, changes: Mapping[str, object]) -> Any:
+def with_fields(config: PretrainedConfig, changes: Mapping[str, object]) -> PretrainedConfig:
     """A configuration with other fields, if its own checks accept them; ``a.b`` is field b of field a."""
     record = config.to_dict()
     for path, value in changes.items():
@@ -149,17 +152,17 @@ class Fields:
         By how much a size grows with the field.
     """
 
-    config: Any
+    config: PretrainedConfig
     values: Mapping[str, int]
     slopes: Mapping[str, Mapping[Size, float]]
 
 
-def fields_of(network: nn.Module, config: Any = None) -> Fields:
+def fields_of(network: nn.Module, config: PretrainedConfig | None = None) -> Fields:
     """Change each field of a network's configuration to see which sizes follow it, and by how much."""
     return _fields(type(network), network.config if config is None else config)
 
 
-def _fields(kind: type[nn.Module], config: Any) -> Fields:
+def _fields(kind: type[nn.Module], config: PretrainedConfig) -> Fields:
     """Every whole number of a configuration, and every field that is not set."""
     base = _sizes(kind, config, {})
     assert base is not None
@@ -185,7 +188,7 @@ def _fields(kind: type[nn.Module], config: Any) -> Fields:
     return Fields(config, values, slopes)
 
 
-def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, int | None]]:
+def _leaves(config: PretrainedConfig, prefix: str = "") -> Iterator[tuple[str, int | None]]:
     """Whole numbers of a configuration and of those in it, and fields that are not set."""
     record = config.to_dict()
     for name, value in record.items():
@@ -199,7 +202,9 @@ def _leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, int | None]]:
         yield f"{prefix}head_dim", None
 
 
-def _sizes(kind: type[nn.Module], config: Any, changes: Mapping[str, int]) -> dict[Size, int] | None:
+def _sizes(
+    kind: type[nn.Module], config: PretrainedConfig, changes: Mapping[str, int]
+) -> dict[Size, int] | None:
     """Sizes of the tensors with some fields changed; None where there is no such network, or other names."""
     try:
         network = skeleton(kind, with_fields(config, changes) if changes else config)
@@ -258,8 +263,8 @@ def _assignments(
 
 
 def _with_biases(
-    kind: type[nn.Module], config: Any, shapes: Shapes
-) -> tuple[Any, dict[str, tuple[int, ...]]]:
+    kind: type[nn.Module], config: PretrainedConfig, shapes: Shapes
+) -> tuple[PretrainedConfig, dict[str, tuple[int, ...]]]:
     """A configuration under which the class has the network's biases, and those that it has then besides."""
     now = shapes_of(skeleton(kind, config))
     missing = [name for name in shapes if name not in now]
@@ -328,14 +333,14 @@ def _numbers_apart(one: nn.Module, other: nn.Module) -> dict[str, tuple[float, f
     return {name: (a[name], b[name]) for name in a if name in b and a[name] != b[name]}
 
 
-def with_numbers(network: nn.Module, config: Any) -> Any:
+def with_numbers(network: nn.Module, config: PretrainedConfig) -> PretrainedConfig:
     """The configuration with the network's own small numbers, such as of norms.
 
     Whole numbers may be what they were before a cut, where no code reads them.
     """
     kind = type(network)
 
-    def apart(config: Any) -> dict[str, tuple[float, float]]:
+    def apart(config: PretrainedConfig) -> dict[str, tuple[float, float]]:
         found = _numbers_apart(skeleton(kind, config), network)
         return {name: pair for name, pair in found.items() if type(pair[0]) is float}
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from html import escape
 from io import StringIO
-from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -146,8 +145,12 @@ def _pictures(report: Report) -> list[str]:
 def _svg(ax: Axes, prefix: str, label: str) -> str:
     """A plot as an SVG element in the colour of the surrounding text."""
     # Ids must differ between the plots of one page.
-    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": prefix, "font.family": ["DejaVu Sans"]}
-    with matplotlib.rc_context(settings), StringIO() as file:
+    with (
+        matplotlib.rc_context(
+            {"svg.fonttype": "none", "svg.hashsalt": prefix, "font.family": ["DejaVu Sans"]}
+        ),
+        StringIO() as file,
+    ):
         ax.figure.figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
         text = file.getvalue()
     text = text[text.index("<svg") :].replace(INK, "currentColor")

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from html import escape
 from textwrap import wrap
-from typing import Any
 
 from pysolve.errors import DataError
 from pysolve.report.rows import (
@@ -21,6 +20,7 @@ from pysolve.report.rows import (
     in_words,
 )
 from pysolve.tables import WIDTH, Table, as_html, as_markdown, as_text, one_screen
+from pysolve.whole_files import Json
 
 # Entries of reports by the fields that hold them.
 _ROWS: Mapping[str, type] = {
@@ -107,12 +107,12 @@ class Report:
         """Cost of the compressed network as a share of the original's."""
         return self.after[measure] / self.before[measure] if self.before[measure] else 1.0
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Json:
         """Everything as plain numbers, strings, lists and dictionaries."""
         return asdict(self)
 
     @classmethod
-    def from_dict(cls, record: Mapping[str, Any]) -> Report:
+    def from_dict(cls, record: Mapping[str, object]) -> Report:
         """The report of what ``as_dict`` gave, also from JSON, which has null for a divergence of none.
 
         Raises
@@ -121,7 +121,7 @@ class Report:
             The record is of something else.
         """
         try:
-            known = dict(record)
+            known: Json = dict(record)
             for name, kind in _ROWS.items():
                 known[name] = tuple(kind(**row) for row in known.get(name, ()))
             known["sites"] = tuple(replace(s, curve=tuple(map(tuple, s.curve))) for s in known["sites"])

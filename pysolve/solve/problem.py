@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, wraps
-from typing import Any, Concatenate, ParamSpec, Protocol, TypeGuard, TypeVar, cast, overload
+from typing import Concatenate, ParamSpec, Protocol, TypeGuard, TypeVar, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -100,16 +100,18 @@ class Verb(Protocol[P, T_co]):
 def takes_problem(function: Callable[Concatenate[Problems, P], T_co]) -> Verb[P, T_co]:
     """Let the first argument of a function, a problem as for ``problem_of``, also come as r_xx, r_yx."""
 
+    called: Callable[..., T_co] = function
+
     @wraps(function)
-    def verb(r_xx: Any = None, r_yx: Any = None, *args: Any, **kwargs: Any) -> T_co:
+    def verb(r_xx: object = None, r_yx: object = None, *args: object, **kwargs: object) -> T_co:
         if r_xx is None and r_yx is None:
             # By its name, or missing: Python says so.
-            return function(*args, **kwargs)
+            return called(*args, **kwargs)
         if r_yx is None:
-            return function(r_xx, *args, **kwargs)
+            return called(r_xx, *args, **kwargs)
         if _stands_alone(r_xx) or np.isscalar(r_yx):
-            return function(r_xx, r_yx, *args, **kwargs)
-        return function((r_xx, r_yx), *args, **kwargs)
+            return called(r_xx, r_yx, *args, **kwargs)
+        return called((r_xx, r_yx), *args, **kwargs)
 
     return cast("Verb[P, T_co]", verb)
 

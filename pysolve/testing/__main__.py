@@ -6,15 +6,21 @@ import argparse
 import time
 import warnings
 from collections import Counter
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from pysolve.correlations import Array
 from pysolve.solve.certificate import lam_max
+from pysolve.solve.problem import Matrices, Problems
 from pysolve.solve.solvers import solve_linear_reconstruction
 from pysolve.testing.checks import Solve, judge_solver
 from pysolve.testing.problems import hostile_problem
+
+
+class _How(TypedDict):
+    group_size: int
+    weights: Array
 
 
 def own_solver(seed: int) -> Solve:
@@ -25,9 +31,9 @@ def own_solver(seed: int) -> Solve:
 
     def solve(
         r_xx: Array, r_yx: Array, lam: float, *, group_size: int, weights: Array, M0: Array | None
-    ) -> Any:
-        how: dict[str, Any] = {"group_size": group_size, "weights": weights}
-        problem: Any = (r_xx, r_yx)
+    ) -> object:
+        how: _How = {"group_size": group_size, "weights": weights}
+        problem: Problems = (r_xx, r_yx)
         if split and len(r_yx) > 1:
             problem = [(r_xx, r_yx[:1]), (r_xx, r_yx[1:])]
         # Where all penalised groups are zero from, and not below.
@@ -37,7 +43,7 @@ def own_solver(seed: int) -> Solve:
             assert not weights[above.keep].any(), "a penalised group is not zero above lam_max"
             below = solve_linear_reconstruction(problem, 0.9 * highest, method, **how, max_iter=50)
             assert weights[below.keep].any(), "all penalised groups are zero below lam_max"
-        start: Any = (M0[:1], M0[1:]) if isinstance(problem, list) and M0 is not None else M0
+        start: Matrices | None = (M0[:1], M0[1:]) if isinstance(problem, list) and M0 is not None else M0
         found = solve_linear_reconstruction(problem, lam, method, **how, M0=start, max_iter=max_iter)
         assert found.converged == (found.relative_gap <= 1e-8), f"{found.status} at {found.relative_gap:.1e}"
         return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from pysolve.correlations import Array
 from pysolve.testing.judge import Verdict, judge
@@ -19,7 +19,7 @@ class Solve(Protocol):
 
     def __call__(
         self, r_xx: Array, r_yx: Array, lam: float, *, group_size: int, weights: Array, M0: Array | None
-    ) -> Any: ...
+    ) -> object: ...
 
 
 def check_solver(solve: Solve, *, problems: int = 200, seed: int = 0, tol: float | None = None) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -44,7 +43,7 @@ class Verdict:
     faults: tuple[str, ...]
 
 
-def judge(problem: HostileProblem, answer: Any, *, tol: float | None = None) -> Verdict:
+def judge(problem: HostileProblem, answer: object, *, tol: float | None = None) -> Verdict:
     """What is wrong with an answer, by extended precision alone.
 
     Parameters

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,14 +13,13 @@ from torch import Tensor, nn
 from pysolve.correlations import AnyArray
 from pysolve.errors import DataError
 from pysolve.layer.masks import count_left, keep_largest, lamp_shares
+from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.masking import below, masks_of
 from pysolve.nn.running import as_array, find_layer
-from pysolve.training.options import Step
+from pysolve.training.options import State, Step
 
 # Of all layers together, or each layer's own.
 PerLayer = float | Mapping[str, float]
-# What a checkpoint holds: steps done, and for surgery thresholds and the random state as JSON.
-MaskState = dict[str, Any]
 # How often thresholds are updated where a share of the weights is pruned.
 _STEPS = 100
 
@@ -30,22 +28,23 @@ _STEPS = 100
 class Masking:
     """A step that changes masks, called with the share of the training done; checkpoints hold its state.
 
-    ``about`` are options that a checkpoint must share to be resumed; ``get`` and ``put`` its state.
+    ``about`` are options that a checkpoint must share to be resumed; ``get`` and ``put`` its state:
+    steps done, and for surgery thresholds and the random state as JSON.
     """
 
     step: Step
     about: str
-    get: Callable[[], MaskState]
-    put: Callable[[MaskState], None]
+    get: Callable[[], State]
+    put: Callable[[State], None]
 
     def __call__(self, share: float) -> None:
         with torch.no_grad():
             self.step(share)
 
-    def state_dict(self) -> MaskState:
+    def state_dict(self) -> State:
         return {**self.get(), "about": self.about}
 
-    def load_state_dict(self, state: MaskState) -> None:
+    def load_state_dict(self, state: State) -> None:
         if (was := state["about"]) != self.about:
             raise DataError(f"the checkpoint is of other pruning: it was {was}, now it is {self.about}.")
         self.put(state)
@@ -58,18 +57,18 @@ def gradually(model: nn.Module, amount: PerLayer, *, steps: int, end: float) -> 
     training; of each layer's weights, or by ``lamp_shares`` of all together. See ``prune_gradually``.
     """
     masks, done = masks_of(model), 0
-    layers: dict[str, Any] = {name: find_layer(model, name) for name in masks}
+    layers = {name: find_layer(model, name) for name in masks}
 
     def prune(share: float) -> None:
         nonlocal done
         step = min(steps, int(steps * share / end))
         if step > done:
             done = step
-            weights = {name: as_array(layer.weight) for name, layer in layers.items()}
+            weights = {name: as_array(weight_of(layer)) for name, layer in layers.items()}
             for name, pruned in _shares(weights, amount, step / steps).items():
                 _keep_largest(masks[name].mask, weights[name], pruned)
 
-    def put(state: MaskState) -> None:
+    def put(state: State) -> None:
         nonlocal done
         done = state["done"]
 
@@ -116,10 +115,10 @@ def surgery(
                 mask &= size >= 0.9 * limits[name]
                 mask |= size > 1.1 * limits[name]
 
-    def get() -> MaskState:
+    def get() -> State:
         return {"done": done, "limits": limits, "random": json.dumps(random.bit_generator.state)}
 
-    def put(state: MaskState) -> None:
+    def put(state: State) -> None:
         nonlocal done, limits
         done, limits = state["done"], state["limits"]
         random.bit_generator.state = json.loads(state["random"])

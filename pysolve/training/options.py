@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from numbers import Integral, Real
-from typing import TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ SCHEDULES: dict[str, Callable[[float], float]] = {
 
 # Called after each step with the share of the training that is done.
 Step = Callable[[float], None]
+# What a checkpoint holds of a part of a training.
+State: TypeAlias = dict[str, Any]
 
 PRECISIONS = ("float32", "bfloat16", "auto")
 # Learning rates of a schedule that follows the clock.

@@ -10,7 +10,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field, fields
 from itertools import chain
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from pysolve.errors import DataError
 from pysolve.nn.running import device_of
-from pysolve.training.options import Step
+from pysolve.training.options import State, Step
 from pysolve.whole_files import crc32_of, replacing
 
 _VERSION = 2
@@ -151,7 +151,7 @@ def _broken(path: Path, why: str) -> DataError:
     )
 
 
-def _loaded(path: Path) -> dict[str, Any]:
+def _loaded(path: Path) -> State:
     """The state in a file that may hold anything."""
     with open(path, "rb") as file:
         try:
@@ -174,7 +174,7 @@ def _loaded(path: Path) -> dict[str, Any]:
     return state
 
 
-def _state(parts: Parts) -> dict[str, Any]:
+def _state(parts: Parts) -> State:
     """What a training changes, beside its progress."""
     own = getattr(parts.after_step, "state_dict", None)
     return {
@@ -185,7 +185,7 @@ def _state(parts: Parts) -> dict[str, Any]:
     }
 
 
-def _restore(state: Mapping[str, Any], parts: Parts) -> None:
+def _restore(state: State, parts: Parts) -> None:
     for module, values in zip(parts.modules, state["modules"], strict=True):
         put(module, values)
     parts.optimizer.load_state_dict(state["optimizer"])
@@ -222,7 +222,7 @@ def _check_alike(saved: object, now: Mapping[str, Tensor]) -> None:
             raise ValueError(f"{name} is no {own.dtype} of shape {[*own.shape]}")
 
 
-def _check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer) -> None:
+def _check_optimizer(saved: State, optimizer: Optimizer) -> None:
     """Raise unless a file's optimizer has the options and the parameters of this one."""
     groups, own_groups = optimizer.param_groups, optimizer.state_dict()["param_groups"]
     if [group["params"] for group in saved["param_groups"]] != [group["params"] for group in own_groups]:
@@ -252,7 +252,7 @@ def _check_optimizer(saved: Mapping[str, Any], optimizer: Optimizer) -> None:
                 raise ValueError(f"{name} of parameter {number} is {value.dtype}")
 
 
-def _check_step(saved: Mapping[str, Any], optimizer: Optimizer) -> None:
+def _check_step(saved: State, optimizer: Optimizer) -> None:
     """Raise where a copy of the optimizer takes no step with a file's state, but takes one with its own.
 
     Which shapes a state has is each optimizer's own affair.
@@ -262,7 +262,7 @@ def _check_step(saved: Mapping[str, Any], optimizer: Optimizer) -> None:
         raise ValueError(f"its optimizer's state is not that of these parameters: {error}")
 
 
-def _step_error(optimizer: Optimizer, state: Mapping[str, Any]) -> Exception | None:
+def _step_error(optimizer: Optimizer, state: State) -> Exception | None:
     """What a copy of an optimizer raises in a step without gradients from some state."""
     try:
         own = deepcopy(optimizer)
@@ -308,7 +308,7 @@ def _random(parts: Parts) -> dict[str, object]:
     }
 
 
-def _set_random(parts: Parts, saved: Mapping[str, Any]) -> None:
+def _set_random(parts: Parts, saved: State) -> None:
     device = _accelerator(parts)
     torch.set_rng_state(saved["global"])
     if device is not None and saved["device"] is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,8 @@ from pysolve.methods.study import Study
 from pysolve.nn.cut.routers import choosing, chosen_by_routers
 from pysolve.nn.graph.experts import block_of
 from pysolve.nn.outputs import tensors_of
-from pysolve.nn.running import Batch, evaluating, find_layer, forward, hooked
+from pysolve.nn.overrides import Args, Kwargs
+from pysolve.nn.running import Batch, Output, evaluating, find_layer, forward, hooked
 from pysolve.nn.samples import samples_in
 from pysolve.plan import Site
 
@@ -51,7 +51,7 @@ def expert_path(study: Study, site: Site, scores: Array | None = None) -> tuple[
         total = 0.0
         with evaluating(study.model), choosing(study.model, chosen_by_routers(study.model, {site: kept})):
             for args, kwargs, output in calls:
-                own, named = _copied((args, kwargs))
+                own, named = _copied(args, kwargs)
                 other = tensors_of(block(*own, **named))[0]
                 total += float((other.double() - output.double()).square().sum())
         return total / energy
@@ -75,17 +75,15 @@ def expert_path(study: Study, site: Site, scores: Array | None = None) -> tuple[
     return np.array([*gone, *all_but(site.channels, gone)], dtype=np.intp), error
 
 
-def _calls(
-    model: nn.Module, block: nn.Module, batches: list[Batch]
-) -> Iterator[tuple[tuple[Any, ...], dict[str, Any], Tensor]]:
+def _calls(model: nn.Module, block: nn.Module, batches: list[Batch]) -> Iterator[tuple[Args, Kwargs, Tensor]]:
     """Arguments and first output of every call of a module."""
-    given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+    given: list[tuple[Args, Kwargs]] = []
     made: list[Tensor] = []
 
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given.append(_copied((args, kwargs)))
+    def before(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
+        given.append(_copied(args, kwargs))
 
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def after(module: nn.Module, args: Args, output: Output) -> None:
         made.append(tensors_of(output)[0].clone())
 
     hooks = (
@@ -98,6 +96,7 @@ def _calls(
     return ((args, kwargs, output) for (args, kwargs), output in zip(given, made, strict=True))
 
 
-def _copied(values: Any) -> Any:
+def _copied(args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
     """Arguments with copies of all tensors: code may write into them."""
-    return pytree.tree_map_only(Tensor, torch.clone, values)
+    args, kwargs = pytree.tree_map_only(Tensor, torch.clone, (args, kwargs))
+    return args, kwargs

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -233,5 +233,6 @@ def _inputs(layer: Narrowable) -> int:
     return inputs(layer) // _groups(layer)
 
 
-def _groups(layer: Any) -> int:
-    return layer.groups if plain(layer) in CONVOLUTIONS else 1
+def _groups(layer: Narrowable) -> int:
+    convolves = isinstance(layer, nn.Module) and plain(layer) in CONVOLUTIONS
+    return cast(nn.Conv2d, layer).groups if convolves else 1

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +19,7 @@ from pysolve.nn.layer_kinds import WEIGHTED, inputs_first
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.sparse import SparseWeight
+from pysolve.nn.overrides import Args
 from pysolve.nn.refusal import output_of
 from pysolve.nn.running import Batch, calling_layers, device_of, evaluating, prepared
 
@@ -31,28 +31,28 @@ Sizes = Sequence[int]
 _LARGE = 2**22
 
 
-def _attention(query: Sizes, key: Sizes, value: Sizes, *_: Any, **__: Any) -> int:
+def _attention(query: Sizes, key: Sizes, value: Sizes, *_: object, **__: object) -> int:
     """All scores, masked or not, and all sums of values."""
     return 2 * prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
-def _vector(matrix: Sizes, *_: Any, **__: Any) -> int:
+def _vector(matrix: Sizes, *_: object, **__: object) -> int:
     return 2 * prod(matrix)
 
 
-def _biased_vector(bias: Sizes, matrix: Sizes, *_: Any, **__: Any) -> int:
+def _biased_vector(bias: Sizes, matrix: Sizes, *_: object, **__: object) -> int:
     return 2 * prod(matrix)
 
 
-def _matrices(left: Sizes, right: Sizes, *_: Any, **__: Any) -> int:
+def _matrices(left: Sizes, right: Sizes, *_: object, **__: object) -> int:
     return 2 * prod(left) * right[-1]
 
 
-def _biased_matrices(bias: Sizes, left: Sizes, right: Sizes, *_: Any, **__: Any) -> int:
+def _biased_matrices(bias: Sizes, left: Sizes, right: Sizes, *_: object, **__: object) -> int:
     return 2 * prod(left) * right[-1]
 
 
-def _bilinear(first: Sizes, weight: Sizes, second: Sizes, *expand: Any, **_: Any) -> int:
+def _bilinear(first: Sizes, weight: Sizes, second: Sizes, *expand: Sequence[int], **_: object) -> int:
     sizes = []
     for size, dims in zip((first, weight, second), expand, strict=False):
         wide = [*size]
@@ -62,11 +62,11 @@ def _bilinear(first: Sizes, weight: Sizes, second: Sizes, *expand: Any, **_: Any
     return 2 * prod(torch.broadcast_shapes(*sizes))  # type: ignore[no-untyped-call]
 
 
-def _recurrent_layer(inputs: Sizes, by_input: Sizes, by_state: Sizes, *_: Any, **__: Any) -> int:
+def _recurrent_layer(inputs: Sizes, by_input: Sizes, by_state: Sizes, *_: object, **__: object) -> int:
     return 2 * prod(inputs[:-1]) * (prod(by_input) + prod(by_state))
 
 
-def _recurrent(inputs: Sizes, weights: Sequence[Sizes], *_: Any, **__: Any) -> int:
+def _recurrent(inputs: Sizes, weights: Sequence[Sizes], *_: object, **__: object) -> int:
     return 2 * prod(inputs[:-1]) * sum(prod(size) for size in weights if len(size) > 1)
 
 
@@ -116,7 +116,7 @@ class Call:
     macs: float
     what: str = ""
     formula: Formula | None = None
-    operands: Any = ()
+    operands: object = ()
     weight: float = 1.0
 
     @property
@@ -129,7 +129,7 @@ class Call:
         assert self.formula is not None
         left = iter(sizes)
 
-        def resized(leaf: Any) -> Any:
+        def resized(leaf: object) -> object:
             return _empty([next(left) for _ in leaf.shape]) if isinstance(leaf, Tensor) else leaf
 
         args, kwargs, out = pytree.tree_map(resized, self.operands)
@@ -192,12 +192,12 @@ class _Ledger:
         self.names, self.found, self.layers = names, list[Call](), _OWN
         self.stack: list[tuple[str, bool]] = [("", False)]
 
-    def enter(self, module: nn.Module, _: Any) -> None:
+    def enter(self, module: nn.Module, _: object) -> None:
         """Hook before a module runs."""
         if module in self.names:
             self.stack.append((self.names[module], self.stack[-1][1] or isinstance(module, self.layers)))
 
-    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+    def leave(self, module: nn.Module, args: Args, output: object) -> None:
         """Hook after it ran."""
         if module in self.names:
             name, _ = self.stack.pop()
@@ -207,7 +207,7 @@ class _Ledger:
     def recording(self, what: object, formula: Formula) -> Formula:
         """A formula that also writes down what it is asked."""
 
-        def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        def count(*args: object, out_val: object = None, **kwargs: object) -> int:
             twice = formula(*args, out_val=out_val, **kwargs)
             name, inside = self.stack[-1]
             if not inside:
@@ -246,7 +246,7 @@ def by_layer(found: Sequence[Call]) -> dict[str, float]:
     return counts
 
 
-def _whole(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> float:
+def _whole(layer: nn.Module, args: Args, output: Tensor) -> float:
     """MACs of one call of a layer, by its weight."""
     if isinstance(layer, SparseWeight):
         return output.numel() // layer.shape[0] * layer.values.numel()
@@ -255,7 +255,7 @@ def _whole(layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> float:
     return (args[0] if inputs_first(layer) else output).numel() * weight[0].numel()
 
 
-def _formulas() -> dict[Any, Formula]:
+def _formulas() -> dict[object, Formula]:
     more = {name: formula for name, formula in _MORE.items() if hasattr(aten, name)}
     return {**flop_registry, **{getattr(aten, name): _sized(formula) for name, formula in more.items()}}
 
@@ -263,19 +263,21 @@ def _formulas() -> dict[Any, Formula]:
 def _sized(formula: Formula) -> Formula:
     """A formula of sizes for tensors."""
 
-    def count(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+    def count(*args: object, out_val: object = None, **kwargs: object) -> int:
         args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.shape, (args, kwargs))
         return formula(*args, **kwargs)
 
     return count
 
 
-def _emptied(operands: Any) -> Any:
+def _emptied(operands: object) -> object:
     """Meta tensors in the place of tensors."""
     if isinstance(operands, Tensor):
         return _empty(operands.shape)
-    if type(operands) in (tuple, list):
-        return type(operands)(map(_emptied, operands))
+    if type(operands) is tuple:
+        return tuple(map(_emptied, operands))
+    if type(operands) is list:
+        return [*map(_emptied, operands)]
     if type(operands) is dict:
         return {key: _emptied(one) for key, one in operands.items()}
     return operands
@@ -285,6 +287,6 @@ def _empty(sizes: Sequence[int]) -> Tensor:
     return torch.empty(tuple(sizes), device="meta")
 
 
-def shape_of(leaf: Any) -> tuple[int, ...]:
+def shape_of(leaf: object) -> tuple[int, ...]:
     """Sizes of a tensor; none of anything else."""
     return tuple(leaf.shape) if isinstance(leaf, Tensor) else ()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,7 @@ class Workload:
 
 def workload(batches: Sequence[Batch]) -> Workload:
     """The first samples of each shape; where there are many shapes, of some of them."""
-    found: dict[Any, tuple[Batch, int]] = {}
+    found: dict[tuple[tuple[int, ...] | None, ...], tuple[Batch, int]] = {}
     for batch in batches:
         n = _samples(batch)
         leaves = pytree.tree_leaves(arguments(batch))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import torch
@@ -69,7 +68,7 @@ def seen_by(model: nn.Module, names: Sequence[str], batch: Batch) -> dict[str, S
     found: dict[str, Seen] = {}
     modules = dict(model.named_modules(remove_duplicate=False))
 
-    def note(name: str, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+    def note(name: str, _: nn.Module, args: tuple[object, ...], output: object) -> None:
         if not args or not isinstance(args[0], Tensor) or not isinstance(output, Tensor):
             return
         x, old = args[0], found.get(name)
@@ -92,7 +91,7 @@ def width_times(
     seen: Seen,
     least: tuple[int, int],
     steps: tuple[int, int],
-    known: dict[Any, WidthTimes],
+    known: dict[Hashable, WidthTimes],
 ) -> WidthTimes | None:
     """Times of a Linear layer or a convolution; None of others, and where it cannot be called alone.
 

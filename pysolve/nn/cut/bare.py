@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
@@ -124,7 +124,7 @@ class Stack:
         new = self._picked(self._picked(self._apart(old.detach()), "o", rows), "i", columns)
         setattr(self.owner, self.leaf, _like(old, self._together(new).contiguous()))
         if self.gates:
-            owner: Any = self.owner
+            owner = cast(nn.RNNBase, self.owner)
             # All layers in it have as many hidden units; the first ones read its inputs.
             owner.hidden_size = int(rows.sum())
             if self.leaf.startswith("weight_ih_l0"):

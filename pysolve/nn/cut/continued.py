@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
@@ -31,9 +29,11 @@ def continued(model: nn.Module, batch: Batch) -> Tensor | None:
         _, first = prepared(model, {**others, name: ids[:, :half]})
         _, second = prepared(model, {**others, name: ids[:, half:]})
         try:
-            network: Any = model
-            past = network(**first, use_cache=True).past_key_values
-            return None if past is None else network(**second, past_key_values=past, use_cache=True).logits
+            past = model(**first, use_cache=True).past_key_values
+            if past is None:
+                return None
+            logits: Tensor = model(**second, past_key_values=past, use_cache=True).logits
+            return logits
         # Whatever the network's own code raises.
         except Exception:
             return None

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from pysolve.correlations import Indices
 from pysolve.errors import CollapseError
 from pysolve.nn.cut.bare import find_member
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.layer_kinds import WHOLE_NORMS
+from pysolve.nn.overrides import Args, Function, Kwargs, Overriding
 from pysolve.nn.running import find_layer
 from pysolve.plan import Norm, Plan, Site, weight_name
 
@@ -30,32 +29,25 @@ class OverKept(nn.Module):
         super().__init__()
         self.norm, self.kept = norm, kept
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         """What the norm gives."""
         with _Among(self.kept):
             return self.norm(*args, **kwargs)
 
 
-class _Among(TorchFunctionMode):
+class _Among(Overriding):
     """Layer norms are over some channels of (…, D) values."""
 
     def __init__(self, kept: Tensor) -> None:
         super().__init__()
         self.kept = kept
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        given = dict(kwargs or {})
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> object:
         if func not in (F.layer_norm, torch.layer_norm):
-            return func(*args, **given)
-        x, *rest = args or [given.pop("input")]
+            return func(*args, **kwargs)
+        x, *rest = args or [kwargs.pop("input")]
         kept = self.kept.to(x.device)
-        made = func(x.index_select(-1, kept), *rest, **given)
+        made = func(x.index_select(-1, kept), *rest, **kwargs)
         return torch.zeros_like(x).index_copy(-1, kept, made)
 
 
@@ -116,7 +108,7 @@ def norm_nodes(graph: Graph, kept: Mapping[str, Indices]) -> dict[Node, Tensor]:
     return {user: torch.as_tensor(one) for user, one in users}
 
 
-def norm_over(kept: Tensor, args: Sequence[Any]) -> Tensor:
+def norm_over(kept: Tensor, args: Args) -> Tensor:
     """A call of a layer norm over some channels, scaled as if the others were zero; zero for these."""
     # Exported graphs of some releases leave out what is the operator's default.
     x, _, weight, bias, epsilon = (*args, *(None, None, 1e-5)[len(args) - 2 :])[:5]

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from pysolve.correlations import Indices
 from pysolve.nn.cut.bare import find_member
 from pysolve.nn.cut.slicing import channels_of
 from pysolve.nn.graph.export import Graph
+from pysolve.nn.overrides import Args, Function, Kwargs, Overriding
 from pysolve.plan import Site
 
 
@@ -76,16 +75,16 @@ def choose_among(network: nn.Module, chosen: Mapping[str, Indices]) -> None:
     """Have a network's routers choose among these experts alone from now on, in place."""
     if not chosen:
         return
-    kind: Any = type(network)
+    kind = type(network)
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    def forward(self: nn.Module, *args: object, **kwargs: object) -> object:
         with choosing(self, chosen):
             return kind.forward(self, *args, **kwargs)
 
     network.__class__ = type(kind.__name__, (kind,), {"forward": forward})
 
 
-class _Choosing(TorchFunctionMode):
+class _Choosing(Overriding):
     """Results of whatever multiplies with some weights lose the logits of experts that go."""
 
     def __init__(self, weights: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -93,15 +92,9 @@ class _Choosing(TorchFunctionMode):
         # The tensors themselves, so that no other one gets the number of one that was freed.
         self.weights = {id(weight): (weight, kept, len(weight)) for weight, kept in weights}
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        given = [one for one in pytree.tree_leaves((args, kwargs or {})) if isinstance(one, Tensor)]
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> object:
+        result = func(*args, **kwargs)
+        given = [one for one in pytree.tree_leaves((args, kwargs)) if isinstance(one, Tensor)]
         weight = next((self.weights[id(one)] for one in given if id(one) in self.weights), None)
         if weight is None or not isinstance(result, Tensor) or not result.is_floating_point():
             return result

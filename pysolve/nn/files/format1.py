@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from pysolve.nn.files.plan_json import typed
 from pysolve.nn.files.storage import bits, in_order
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
 from pysolve.plan import tensor_name
+from pysolve.whole_files import Json
 
 SparseLayer = SparseLinear | SparseConv2d
 _GAPS = ":gaps"
@@ -47,7 +48,7 @@ class Packed:
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    table: dict[str, Any] = field(default_factory=dict)
+    table: Json = field(default_factory=dict)
     aliases: dict[str, str] = field(default_factory=dict)
     sizes: dict[str, int] = field(default_factory=dict)
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,15 @@ from pysolve.nn.files.checkpoint import restored, save
 from pysolve.nn.files.reopening import Written, difference, outputs_again, reopened, written_of
 from pysolve.nn.running import Batch
 from pysolve.nn.shorter import partly_idle, without_idle_layers
-from pysolve.nn.stock import NotStockError, Stock, is_pretrained, skeleton, stock_of
+from pysolve.nn.stock import (
+    NotStockError,
+    PretrainedConfig,
+    PretrainedModel,
+    Stock,
+    is_pretrained,
+    skeleton,
+    stock_of,
+)
 from pysolve.whole_files import crc32_of, replacing_folder
 
 # Beside the original's configuration, in folders that are for ``load_pretrained``.
@@ -67,13 +75,19 @@ class Pretrained:
     note: str = ""
 
 
+class Tokenizer(Protocol):
+    """A tokenizer, a processor or the like of transformers."""
+
+    def save_pretrained(self, folder: Path, /) -> object: ...
+
+
 def save_pretrained(
     compressed: Compressed,
     folder: str | os.PathLike[str],
     *,
     stock: bool = True,
     batch: Batch = None,
-    tokenizer: Any = None,
+    tokenizer: Tokenizer | None = None,
     overwrite: bool = False,
 ) -> Pretrained:
     """Write a compressed network of transformers as a folder, and open it again to see that it is the same.
@@ -264,7 +278,7 @@ def write_stock(network: nn.Module, folder: Path, batch: Batch = None) -> Writte
     return written
 
 
-def _check_buffers(network: Any, config: Any) -> None:
+def _check_buffers(network: PretrainedModel, config: PretrainedConfig) -> None:
     """Refuse a network with buffers that no file holds and the class makes otherwise: frequencies, say."""
     state, made = network.state_dict(), dict[str, Tensor]()
     for name, buffer in network.named_buffers():
@@ -299,7 +313,7 @@ def _refusal(network: nn.Module, error: NotStockError, other: NotStockError) -> 
     )
 
 
-def _network_of(compressed: Compressed) -> Any:
+def _network_of(compressed: Compressed) -> PretrainedModel:
     if not isinstance(compressed, Compressed):
         raise TypeError(f"compressed must be what compress returned, got {type(compressed).__name__}.")
     network = ordinary(compressed.model)
@@ -308,9 +322,9 @@ def _network_of(compressed: Compressed) -> Any:
     return network
 
 
-def _write_model(network: Any, found: Stock, folder: Path) -> None:
+def _write_model(network: PretrainedModel, found: Stock, folder: Path) -> None:
     """The files of transformers: configuration, weights, generation."""
-    shell: Any = skeleton(type(network), found.config)
+    shell: PretrainedModel = skeleton(type(network), found.config)
     like = next(iter(network.parameters()))
     zeros = {name: torch.zeros(shape).to(like) for name, shape in found.zeros.items()}
     if getattr(network, "generation_config", None) is not None:
@@ -324,7 +338,7 @@ def _write_model(network: Any, found: Stock, folder: Path) -> None:
         shell.save_pretrained(folder, state_dict={**own, **zeros})
 
 
-def _write_configs(network: Any, folder: Path) -> None:
+def _write_configs(network: PretrainedModel, folder: Path) -> None:
     """The configuration of the network that was given to the first compression."""
     config = copy.deepcopy(network.config)
     config.architectures, config.dtype = [type(network).__name__], network.dtype
@@ -333,7 +347,7 @@ def _write_configs(network: Any, folder: Path) -> None:
         network.generation_config.save_pretrained(folder)
 
 
-def _without_values(kind: Any, config: Any) -> nn.Module:
+def _without_values(kind: type[nn.Module], config: PretrainedConfig) -> nn.Module:
     """The class of a configuration with parameters that hold nothing, and buffers as they are."""
     made = nn.Module.register_parameter
 
@@ -345,12 +359,12 @@ def _without_values(kind: Any, config: Any) -> nn.Module:
     # On the meta device alone, buffers would hold nothing, either.
     nn.Module.register_parameter = empty  # type: ignore[method-assign]
     try:
-        return kind(config)  # type: ignore[no-any-return]
+        return kind(config)
     finally:
         nn.Module.register_parameter = made  # type: ignore[method-assign]
 
 
-def _carry(network: Any, folder: Path, tokenizer: Any) -> None:
+def _carry(network: PretrainedModel, folder: Path, tokenizer: Tokenizer | None) -> None:
     """Files of the tokenizer or processor."""
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

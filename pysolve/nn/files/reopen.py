@@ -10,29 +10,34 @@ import sys
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeAlias
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+# A JSON object, and a network of transformers.
+Json: TypeAlias = dict[str, Any]
+PretrainedModel: TypeAlias = Any
 
-def outputs_of(network: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+
+def outputs_of(network: nn.Module, args: Sequence[object], kwargs: Mapping[str, object]) -> list[Tensor]:
     """All tensors that a network returns, without caches."""
     with torch.no_grad():
         return [value.contiguous() for value in _tensors(network(*args, **kwargs))]
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def _tensors(value: object) -> list[Tensor]:
     if isinstance(value, Tensor):
         return [value]
     parts = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
     return [tensor for part in parts for tensor in _tensors(part)]
 
 
-def _opened(job: Mapping[str, Any]) -> Any:
+def _opened(job: Json) -> PretrainedModel:
     """The network in a folder, by the class that its configuration names."""
-    transformers: Any = import_module("transformers")
+    transformers = import_module("transformers")
     folder, options = job["folder"], {"dtype": "auto", **job["options"]}
     record = json.loads((Path(folder) / "config.json").read_text())
     if "block_configs" in record:
@@ -52,14 +57,14 @@ class _Nothing(nn.Module):
         super().__init__()
         self.is_attention = is_attention
 
-    def forward(self, x: Tensor | None = None, **named: Any) -> Any:
+    def forward(self, x: Tensor | None = None, **named: Tensor) -> Tensor | tuple[Tensor, None]:
         zeros = torch.zeros_like(named["hidden_states"] if x is None else x)
         return (zeros, None) if self.is_attention else zeros
 
 
-def _by_blocks(transformers: Any, folder: Path, record: Mapping[str, Any]) -> Any:
+def _by_blocks(transformers: ModuleType, folder: Path, record: Json) -> PretrainedModel:
     """A Llama whose branches are as its ``block_configs`` say, of Llama's own layers."""
-    made: Any = import_module("transformers.models.llama.modeling_llama").LlamaMLP
+    made = import_module("transformers.models.llama.modeling_llama").LlamaMLP
     known = {name: value for name, value in record.items() if name not in ("block_configs", "model_type")}
     config = transformers.LlamaConfig(**known)
     network = transformers.LlamaForCausalLM(config)

@@ -10,7 +10,6 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from pysolve.errors import PysolveError
 from pysolve.nn.files import reopen
 from pysolve.nn.running import Batch, device_of, evaluating, prepared
+from pysolve.nn.stock import PretrainedModel
 
 # How far outputs may be apart, as a share of the largest, where kernels give other bits in another process.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -33,14 +33,14 @@ class Written:
 
     folder: Path
     args: Sequence[Tensor]
-    kwargs: Mapping[str, Any]
+    kwargs: Mapping[str, object]
     outputs: Sequence[Tensor]
     options: Mapping[str, str]
     device: str
     note: str = ""
 
 
-def written_of(network: Any, folder: Path, batch: Batch) -> Written:
+def written_of(network: PretrainedModel, folder: Path, batch: Batch) -> Written:
     """What the network gives, for a folder that is to hold it."""
     args, kwargs = prepared(network, example_of(network) if batch is None else batch)
     names = ("attn_implementation", "experts_implementation")
@@ -122,7 +122,7 @@ def reopened(written: Sequence[Written]) -> list[float]:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def example_of(network: Any) -> dict[str, Tensor]:
+def example_of(network: PretrainedModel) -> dict[str, Tensor]:
     """A batch for a network of tokens, images or sound."""
     config, what = network.config, network.main_input_name
     text = config.get_text_config(decoder=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ from pysolve.nn.files.sums import (
 from pysolve.nn.files.sums_folder import network_checksums
 from pysolve.nn.gathering.calibration import Calibration
 from pysolve.nn.running import Batch, Inputs, arguments
+from pysolve.whole_files import Json
 
 _KEY, _VERSION = "pysolve_study", 1
 _LISTS = ("held", "apart", "kept")
@@ -50,7 +50,7 @@ def write_study(
         Batches hold objects that are neither tensors nor plain values.
     """
     arrays, sums = sums_to_write(correlations)
-    samples: dict[str, list[Any]] = {}
+    samples: dict[str, list[dict[str, object]]] = {}
     for name in _LISTS:
         samples[name] = []
         for number, batch in enumerate(getattr(calibration, name)):
@@ -134,11 +134,11 @@ def check_network(known: Mapping[str, int], model: nn.Module, what: str) -> None
         )
 
 
-def _batch_to_write(batch: Batch, name: str) -> tuple[dict[str, AnyArray | Stored], dict[str, Any]]:
+def _batch_to_write(batch: Batch, name: str) -> tuple[dict[str, AnyArray | Stored], dict[str, object]]:
     """Arrays of a batch, and the form they have in it."""
     leaves, form = pytree.tree_flatten(arguments(batch))
     arrays: dict[str, AnyArray | Stored] = {}
-    record: list[Any] = []
+    record: list[dict[str, object]] = []
     for number, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
             kind = str(leaf.dtype).removeprefix("torch.")
@@ -163,7 +163,7 @@ def _batch_to_write(batch: Batch, name: str) -> tuple[dict[str, AnyArray | Store
     return arrays, {"form": told, "leaves": record, "shared": shared}
 
 
-def _check_form(form: Mapping[str, Any]) -> None:
+def _check_form(form: Json) -> None:
     """ValueError for the form of a batch with anything but plain containers.
 
     For others, torch would import modules that the file names.
@@ -179,7 +179,7 @@ def _check_form(form: Mapping[str, Any]) -> None:
         _check_form(one)
 
 
-def _batch_from(arrays: Mapping[str, Stored], record: Mapping[str, Any]) -> Batch:
+def _batch_from(arrays: Mapping[str, Stored], record: Json) -> Batch:
     leaves = [
         _tensor(arrays[one["tensor"]], one["dtype"]) if "tensor" in one else one["value"]
         for one in record["leaves"]

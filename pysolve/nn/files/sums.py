@@ -8,16 +8,15 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pysolve.correlations import AnyArray, Correlations, check_finite
 from pysolve.errors import DataError, whole
 from pysolve.nn.files.storage import check_length
-from pysolve.whole_files import replacing
+from pysolve.whole_files import Json, replacing
 
-_TYPES: dict[str, Any] = {
+_TYPES: dict[str, type[np.generic]] = {
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -43,7 +42,7 @@ class Stored:
     """An array in a file, from a byte on, with the CRC-32 of its bytes."""
 
     path: Path
-    dtype: np.dtype[Any]
+    dtype: np.dtype[np.generic]
     shape: tuple[int, ...]
     start: int
     checksum: int
@@ -192,11 +191,11 @@ def open_arrays(path: Path) -> tuple[dict[str, Stored], dict[str, str]]:
 
 def sums_to_write(
     correlations: Mapping[str, Correlations],
-) -> tuple[dict[str, AnyArray | Stored], dict[str, Any]]:
+) -> tuple[dict[str, AnyArray | Stored], dict[str, object]]:
     """Arrays of correlations, those that layers share once, and a record of whose they are."""
     arrays: dict[str, AnyArray | Stored] = {}
     names: dict[object, str] = {}
-    record = {}
+    record: dict[str, object] = {}
     on_disk = correlations.stored if isinstance(correlations, StoredCorrelations) else {}
     for layer in correlations:
         one: Correlations | StoredSums = on_disk[layer] if layer in on_disk else correlations[layer]
@@ -210,7 +209,7 @@ def sums_to_write(
     return arrays, record
 
 
-def sums_from(arrays: Mapping[str, Stored], record: Mapping[str, Any]) -> StoredCorrelations:
+def sums_from(arrays: Mapping[str, Stored], record: Json) -> StoredCorrelations:
     """Correlations of a file's arrays and the record that ``sums_to_write`` gave.
 
     Raises KeyError, TypeError or ValueError for another record.
@@ -218,7 +217,7 @@ def sums_from(arrays: Mapping[str, Stored], record: Mapping[str, Any]) -> Stored
     return StoredCorrelations({layer: _sums_of(arrays, one) for layer, one in record.items()})
 
 
-def _sums_of(arrays: Mapping[str, Stored], record: Mapping[str, Any]) -> StoredSums:
+def _sums_of(arrays: Mapping[str, Stored], record: Json) -> StoredSums:
     parts = {part: arrays[record[part]] for part in _SUMS}
     h, d = parts["yx"].shape
     shapes: dict[str, list[tuple[int, ...]]] = {

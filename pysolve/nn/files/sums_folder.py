@@ -11,18 +11,24 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor, nn
 
 from pysolve.correlations import Correlations
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.files.storage import checksum
-from pysolve.nn.files.sums import StoredCorrelations, open_arrays, sums_from, sums_to_write, write_arrays
+from pysolve.nn.files.sums import (
+    StoredCorrelations,
+    StoredSums,
+    open_arrays,
+    sums_from,
+    sums_to_write,
+    write_arrays,
+)
 from pysolve.nn.gathering.gathered import Gathered
 from pysolve.nn.refusal import by_name
 from pysolve.nn.running import Batch
-from pysolve.whole_files import claimed, replacing
+from pysolve.whole_files import Json, claimed, replacing
 
 # Sums on the way are put away where that takes at most such a share of the time, every so many seconds.
 SHARE, SECONDS = 0.05, 60.0
@@ -142,7 +148,7 @@ class SumsFolder:
 
     def correlations(self, names: Iterable[str]) -> StoredCorrelations:
         """Correlations of those of the layers that any sample has reached."""
-        found: dict[str, Any] = {}
+        found: dict[str, StoredSums] = {}
         for path in self.files.values():
             arrays, metadata = open_arrays(path)
             with _reading(path):
@@ -196,7 +202,7 @@ def _numbers(values: object) -> list[int]:
     return values
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path) -> Json:
     """A record whose checksum is right."""
     with _reading(path):
         text = path.read_text()

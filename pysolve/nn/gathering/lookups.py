@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
-from torch.overrides import TorchFunctionMode
 
 from pysolve.correlations import Array
 from pysolve.nn.gathering.watching import check_visible
 from pysolve.nn.outputs import main_output
+from pysolve.nn.overrides import Args, Function, Kwargs, Overriding
 from pysolve.nn.padding import Masks, token_masks, without_padding, zero_padding
 from pysolve.nn.running import Batch, device_of, evaluating, forward
 from pysolve.nn.sensitivity import by_offsets, without_mean
@@ -24,7 +23,7 @@ from pysolve.nn.sensitivity import by_offsets, without_mean
 Record = Callable[[str, Tensor, Tensor], Tensor | None]
 
 
-class _Lookups(TorchFunctionMode):
+class _Lookups(Overriding):
     """Records what is looked up in some tables, whatever the code around it does."""
 
     def __init__(self, tables: Mapping[str, Tensor], record: Record) -> None:
@@ -32,10 +31,7 @@ class _Lookups(TorchFunctionMode):
         self.names = {table.data_ptr(): name for name, table in tables.items()}
         self.record = record
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> object:
         result = func(*args, **kwargs)
         if func is not embedding:
             return result

@@ -8,7 +8,6 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 from torch.fx import Node
@@ -21,7 +20,7 @@ from pysolve.nn.gathering.gather import gathered_layer
 from pysolve.nn.gathering.gathered import Gathered, own_outputs
 from pysolve.nn.gathering.memory import Bound, free_memory, in_bytes, room_for, sample_bytes, windows
 from pysolve.nn.gathering.sums import room
-from pysolve.nn.graph.branches import Layer, read_as
+from pysolve.nn.graph.branches import Layer, Read, read_as
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.progress import part, steps
 from pysolve.nn.ranks import ALONE, Ranks, merged
@@ -220,7 +219,7 @@ def _merged(sums: Gathered, names: Sequence[str], ranks: Ranks) -> Iterator[tupl
 
 def _sharing(nodes: Mapping[Node, Layer], names: Sequence[str]) -> dict[str, list[str]]:
     """Layers that read the same tensor, by the one that is first in the graph."""
-    first: dict[Any, str] = {}
+    first: dict[Read, str] = {}
     reads = {
         one.name: first.setdefault(read_as(one, node), one.name)
         for node, one in nodes.items()

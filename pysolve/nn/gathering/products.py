@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import nn
 
 from pysolve.nn.layer_kinds import CONVOLUTIONS, LINEAR, TRANSPOSED, inputs_first, plain
 from pysolve.nn.layer_matrix import Layer
 
+# A tensor, or the node of a graph that stands for one.
+Operand: TypeAlias = Any
 _MOVES = ("stride", "padding", "dilation")
 _CONV = ("x", "weight", "bias", *_MOVES, "groups")
 _TURNED = ("x", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
@@ -34,16 +36,16 @@ class Product:
     ----------
     name : str
         The operator's.
-    x, weight, bias : tensor or Node, bias None without one
+    x, weight, bias : Operand, bias None without one
     how : {name: value}
         Further arguments of a convolution that were given.
     """
 
     name: str
-    x: Any
-    weight: Any
-    bias: Any
-    how: Mapping[str, Any]
+    x: Operand
+    weight: Operand
+    bias: Operand
+    how: Mapping[str, object]
 
     @property
     def takes_inputs_first(self) -> bool:
@@ -62,7 +64,7 @@ class Product:
         return self.name == wanted and self.how.get("groups", 1) == layer.groups
 
 
-def product(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Product | None:
+def product(name: str, args: Sequence[object], kwargs: Mapping[str, object]) -> Product | None:
     """What an operator of this name is called with; None if it multiplies with no weight as a layer does."""
     if name not in _ARGUMENTS:
         return None
@@ -97,7 +99,7 @@ def as_called(layer: Layer, call: Product) -> Layer | None:
     return other
 
 
-def _spread(value: Any, n: int) -> Any:
+def _spread(value: object, n: int) -> str | tuple[object, ...]:
     """A number for each dimension; "same" and "valid" as they are."""
     if isinstance(value, str):
         return value

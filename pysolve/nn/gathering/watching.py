@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
 from pysolve.errors import PysolveError
 from pysolve.nn.gathering.products import as_called, product
 from pysolve.nn.layer_kinds import inputs_first, is_extended
 from pysolve.nn.layer_matrix import Layer
+from pysolve.nn.overrides import Args, Function, Kwargs, Overriding
 
 # Called with the name of a layer, the layer as it is called, its input and its output; what it returns, if
 # anything, takes the output's place.
@@ -58,7 +57,7 @@ def check_visible(name: str, *values: Tensor) -> None:
         )
 
 
-class _Operators(TorchFunctionMode):
+class _Operators(Overriding):
     """Records the operators that take the weights of some layers."""
 
     def __init__(self, layers: Mapping[str, Layer], record: Record) -> None:
@@ -68,10 +67,7 @@ class _Operators(TorchFunctionMode):
         self.weights = {id(layer.weight): (name, layer) for name, layer in layers.items()}
         self.record = record
 
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Function, args: Args, kwargs: Kwargs) -> object:
         result = func(*args, **kwargs)
         call = product(getattr(func, "__name__", ""), args, kwargs)
         if call is None or not isinstance(call.weight, Tensor):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from math import inf
-from typing import Any
+from typing import TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from pysolve.nn.graph.export import Graph, is_in_place, where
 from pysolve.nn.layer_kinds import LINEAR, Turned, is_extended, plain
 from pysolve.plan import Indices, tensor_name
 
+# What ``read_as`` tells a layer's inputs from others by: the tensor first.
+Read: TypeAlias = tuple[object, ...]
 # Operators that a branch may pass before a sum: in evaluation mode they are the identity.
 _PLAIN = {"dropout", "contiguous", "clone", "alias", "detach"}
 _RESHAPES = {"view", "reshape", "_unsafe_view", "flatten", "unflatten", *_PLAIN}
@@ -171,7 +173,7 @@ def read_by(node: Node) -> Node:
     return read
 
 
-def read_as(layer: Layer, node: Node) -> tuple[Any, ...]:
+def read_as(layer: Layer, node: Node) -> Read:
     """The tensor that a layer reads, and the windows that it takes of it: equal where rows of inputs are."""
     names = ("kernel_size", "stride", "padding", "dilation", "output_padding", "padding_mode")
     # What is written in place in between may have changed the tensor.
@@ -202,7 +204,7 @@ def _layer(graph: Graph, node: Node, name: str, module: rows.Layer, calls: int) 
 def _flat(node: Node) -> tuple[float, float] | None:
     """Bounds beyond which an operator is flat; None where it is nowhere."""
     if operator_name(node) == "hardtanh":
-        given: tuple[Any, ...] = node.args[1:]
+        given = cast(tuple[float, ...], node.args[1:])
         low, high = given + (-1.0, 1.0)[len(given) :]
         return float(low), float(high)
     return _FLAT.get(operator_name(node))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -12,14 +12,12 @@ from torch.fx import Node
 
 from pysolve.nn.gathering.products import Product, product
 from pysolve.nn.graph.classes import Attended, Ledger, complete, labelled, lean, squashed
-from pysolve.nn.graph.export import where
+from pysolve.nn.graph.export import Value, where
 from pysolve.nn.layer_kinds import CONVOLUTIONS, inputs_first, plain
 from pysolve.plan import Norm
 
 # Labels of an operator's result: one tensor of them or several.
 Labels: TypeAlias = Tensor | list[Tensor]
-# An operator's argument or result: labels where the network has tensors, otherwise any value of its graph.
-Value: TypeAlias = Any
 
 # Operators that swap the two dimensions of a matrix, with their arguments.
 _TURNS: list[tuple[object, ...]] = [
@@ -227,7 +225,7 @@ def _swaps(node: Node) -> bool:
         return True
     if not isinstance(value, Tensor) or name not in ("transpose", "swapaxes", "swapdims", "permute"):
         return False
-    given: Any = node.args[1] if name == "permute" else node.args[1:]
+    given: Value = node.args[1] if name == "permute" else node.args[1:]
     dims, n = [dim % value.ndim for dim in given], value.ndim
     return dims == [*range(n - 2), n - 1, n - 2] if name == "permute" else {*dims} == {n - 2, n - 1}
 
@@ -240,7 +238,7 @@ def _picks_matrices(node: Node) -> bool:
     value = given[0].meta.get("val") if given and isinstance(given[0], Node) else None
     if not isinstance(value, Tensor) or name not in {"index", *_ALONG}:
         return False
-    where: Any = given[1] if len(given) > 1 else 0
+    where: Value = given[1] if len(given) > 1 else 0
     return len(where) <= value.ndim - 2 if name == "index" else where % value.ndim < value.ndim - 2
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, nullcontext, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +24,12 @@ from torch.utils import _pytree as pytree
 from pysolve.errors import PysolveError
 from pysolve.nn.hooks import acting_hooks
 from pysolve.nn.outputs import tensors_of
+from pysolve.nn.overrides import Args, Kwargs
 from pysolve.nn.refusal import code_line, of_torch, output_of, sentence
 from pysolve.nn.running import Batch, Inputs, arguments, evaluating, few_samples, in_training, same_draws
 
+# An operator's argument or result: a tensor or what stands for it, several of them, or a plain value.
+Value: TypeAlias = Any
 # torch traces one network at a time, and what is printed meanwhile is the whole process's.
 _TRACING = threading.RLock()
 # More samples than any batch has.
@@ -56,7 +59,7 @@ class Graph:
 
     module: GraphModule
     parameters: Mapping[Node, str]
-    constants: Mapping[Node, Any]
+    constants: Mapping[Node, Value]
     inputs: tuple[Node, ...]
     shared: frozenset[int]
     _keys: tuple[str, ...]
@@ -78,7 +81,7 @@ class Graph:
         """State-dict names of the parameters and buffers that an operator reads."""
         return {name for node, name in self.parameters.items() if node.users}
 
-    def bind(self, batch: Batch) -> dict[Node, Any]:
+    def bind(self, batch: Batch) -> dict[Node, Value]:
         """Values of the input placeholders for one batch."""
         args, kwargs = arguments(batch)
         if set(kwargs) != set(self._keys):
@@ -87,7 +90,7 @@ class Graph:
         return dict(zip(self.inputs, leaves, strict=True))
 
 
-def admits(size: Any, count: int) -> bool:
+def admits(size: object, count: int) -> bool:
     """Whether a graph stands for ``count`` in the place of a size of its example.
 
     Where the code compares a size, as in  ``if x.shape[0] > 10``,  the graph holds one of the branches.
@@ -222,7 +225,7 @@ def _layers(model: nn.Module) -> tuple[tuple[nn.Module, int], ...]:
     return tuple((m, len(m._forward_hooks) + len(m._forward_pre_hooks)) for m in model.modules())
 
 
-def _several(batch: Batch) -> tuple[Any, Any]:
+def _several(batch: Batch) -> tuple[Args, Kwargs]:
     """Arguments of a batch, of one sample twice.
 
     torch.export takes a size of 1 for fixed, and batch norms do not train on one sample.
@@ -242,7 +245,7 @@ def _first_name(model: nn.Module, name: str) -> str:
     return next(f"{first}.{leaf}" for first, one in model.named_modules() if one is layer).removeprefix(".")
 
 
-def _export(model: nn.Module, args: Any, kwargs: Any, free: Sequence[int | None]) -> ExportedProgram:
+def _export(model: nn.Module, args: Args, kwargs: Kwargs, free: Sequence[int | None]) -> ExportedProgram:
     """The first export that succeeds with so many leading dimensions free; None: all."""
     problem: Exception | None = None
     for way in (nullcontext, _as_not_compiled):
@@ -293,10 +296,10 @@ def _as_not_compiled() -> Iterator[None]:
             setattr(torch.compiler, name, asked)
 
 
-def _dynamic(given: Any, dims: int | None) -> Any:
+def _dynamic(given: Args | Kwargs, dims: int | None) -> Args | Kwargs | None:
     """The leading dimensions of every tensor to leave free, as torch.export wants them."""
 
-    def free(value: Any) -> dict[int, Any] | None:
+    def free(value: object) -> dict[int, object] | None:
         return dict.fromkeys(range(value.ndim)[:dims], Dim.AUTO) if isinstance(value, Tensor) else None
 
     return pytree.tree_map(free, given) if dims != 0 else None

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 from itertools import chain, combinations, takewhile
-from typing import Any
 
 from torch import nn
 
@@ -48,7 +47,7 @@ def integers_read(model: nn.Module, batch: Batch, *, trains: bool) -> dict[str, 
     return found
 
 
-def _note_sizes(name: str, found: dict[str, int], module: nn.Unflatten, args: Any, output: Any) -> None:
+def _note_sizes(name: str, found: dict[str, int], module: nn.Unflatten, args: object, output: object) -> None:
     """Note the sizes that a layer brings a dimension into."""
     if type(module.unflattened_size) is tuple:
         sizes = tensor_name(name, "unflattened_size")
@@ -58,7 +57,7 @@ def _note_sizes(name: str, found: dict[str, int], module: nn.Unflatten, args: An
 def _watching(kind: type[nn.Module], name: str, found: dict[str, int]) -> type[nn.Module]:
     """A subclass that notes which integers of its instances are read."""
 
-    def read(self: nn.Module, leaf: str) -> Any:
+    def read(self: nn.Module, leaf: str) -> object:
         value = kind.__getattribute__(self, leaf)
         if type(value) is int and leaf in kind.__getattribute__(self, "__dict__"):
             found[tensor_name(name, leaf)] = value

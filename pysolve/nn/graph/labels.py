@@ -14,9 +14,9 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from pysolve.nn.graph import layer_rules, operators
-from pysolve.nn.graph.calls import Call, Network, Value, is_own, operator_name, pointwise
+from pysolve.nn.graph.calls import Call, Network, is_own, operator_name, pointwise
 from pysolve.nn.graph.classes import Classes, Member, labelled, lean, none, spread, squashed
-from pysolve.nn.graph.export import Graph, where
+from pysolve.nn.graph.export import Graph, Value, where
 from pysolve.nn.graph.operators import Rule
 from pysolve.nn.layer_kinds import twins
 

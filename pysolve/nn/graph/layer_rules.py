@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -199,7 +199,7 @@ def recurrent(call: Call) -> Labels:
 
     The unit of a number goes from all of them together, for a module has one size.
     """
-    layer: Any = call.module
+    layer = cast(nn.RNNBase, call.module)
     reason = call.says("is not understood")
     if type(layer) not in GATES or layer.proj_size or layer in call.network.ties:
         return call.opaque(reason)

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 from torch import Tensor, nn
 from torch.fx import Node
+from torch.utils.hooks import RemovableHandle
 
 from pysolve.nn.cut.apply import apply, masked
 from pysolve.nn.cut.continued import continued, part_ways
@@ -25,12 +26,15 @@ from pysolve.nn.graph.export import Graph, is_in_place
 from pysolve.nn.graph.sizes import hint
 from pysolve.nn.layer_kinds import LINEAR, twins
 from pysolve.nn.layer_matrix import channels
-from pysolve.nn.running import Batch, evaluating, find_layer, forward, hooked
+from pysolve.nn.overrides import Args, Kwargs
+from pysolve.nn.running import Batch, Output, evaluating, find_layer, forward, hooked
 from pysolve.plan import Branch, Collapse, Plan, Site
 
 # Operators that are the identity in evaluation mode, and those that lay a tensor out anew.
 _SAME = {"dropout", "contiguous", "clone", "alias", "detach"}
 _VIEWS = {"view", "_unsafe_view", "reshape"}
+# What a module is given and returns.
+_Called: TypeAlias = tuple[Args, Kwargs, Output]
 
 
 @dataclass(frozen=True, eq=False)
@@ -164,8 +168,7 @@ def _is_sum(node: Node, constant: Collection[Node]) -> bool:
 def _norm_of(seen: _Seen, layer: Layer) -> str:
     """Batch norm behind a layer that has a bias for the constant."""
     owner = "" if layer.mean is None else layer.mean.rpartition(".")[0]
-    own: Any = find_layer(seen.model, owner) if owner else None
-    return owner if own is not None and own.bias is not None else ""
+    return owner if owner and find_layer(seen.model, owner).bias is not None else ""
 
 
 def _idle(seen: _Seen, site: Site, readers: Collection[Node]) -> Iterator[str]:
@@ -217,14 +220,12 @@ def _holder(seen: _Seen, site: Site) -> str:
     return name if leaving == {last} else ""
 
 
-def _calls(
-    model: nn.Module, names: Collection[str], batch: Batch
-) -> dict[str, list[tuple[tuple[Any, ...], dict[str, Any], Any]]]:
+def _calls(model: nn.Module, names: Collection[str], batch: Batch) -> dict[str, list[_Called]]:
     """What modules are given and return."""
-    calls: dict[str, list[tuple[tuple[Any, ...], dict[str, Any], Any]]] = {name: [] for name in names}
+    calls: dict[str, list[_Called]] = {name: [] for name in names}
 
-    def note(name: str) -> Any:
-        def hook(_: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def note(name: str) -> RemovableHandle:
+        def hook(_: nn.Module, args: Args, kwargs: Kwargs, output: Output) -> None:
             calls[name].append((args, kwargs, output))
 
         return find_layer(model, name).register_forward_hook(hook, with_kwargs=True)
@@ -234,16 +235,14 @@ def _calls(
     return calls
 
 
-def _described(
-    args: tuple[Any, ...], kwargs: dict[str, Any], output: Any, width: int
-) -> tuple[int | str, int, int] | None:
+def _described(args: Args, kwargs: Kwargs, output: Output, width: int) -> tuple[int | str, int, int] | None:
     """The argument that has the result's shape, how many results there are, and which one it is."""
     parts = list(output) if type(output) is tuple else [output]
     found = [i for i, one in enumerate(parts) if isinstance(one, Tensor) and one.shape[-1:] == (width,)]
     if not found:
         return None
     shape = parts[found[0]].shape
-    given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+    given: list[tuple[int | str, object]] = [*enumerate(args), *kwargs.items()]
     alike = [
         key
         for key, one in given

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -129,7 +128,7 @@ def _not_broadcast(node: Node) -> list[Node]:
     return wide or node.all_input_nodes
 
 
-def _last(node: Node) -> Any:
+def _last(node: Node) -> int | None:
     value = node.meta.get("val")
     last = value.shape[-1] if isinstance(value, Tensor) and value.ndim else 1
     return last if isinstance(last, int) else None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -40,7 +38,7 @@ def usable(graph: Graph, batches: list[Batch]) -> list[Batch]:
     return [batch for batch in regrouped(batches, traced_samples(graph)) if fits(graph, batch)]
 
 
-def hint(size: Any) -> int:
+def hint(size: int | torch.SymInt) -> int:
     """A size as the example had it; one that depends on values as if two rows had been chosen by them."""
     if not isinstance(size, torch.SymInt):
         return int(size)

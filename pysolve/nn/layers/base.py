@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, TypeVar
@@ -18,6 +18,7 @@ from pysolve.errors import PysolveError
 from pysolve.forms import Form
 from pysolve.nn.layer_kinds import Turned
 from pysolve.nn.layer_matrix import margins
+from pysolve.nn.overrides import Args, Function
 from pysolve.nn.state import copy_of
 
 Dense = nn.Linear | Turned | nn.Conv1d | nn.Conv2d | nn.Conv3d
@@ -49,7 +50,7 @@ class TwoWay(nn.Module):
     for them.
     """
 
-    answers: Mapping[str, Any] = MappingProxyType({})
+    answers: Mapping[str, object] = MappingProxyType({})
 
     def __getattr__(self, name: str) -> Any:
         return self.answers[name] if name in self.answers else super().__getattr__(name)
@@ -86,8 +87,12 @@ class Seen(Tensor):
 
     @classmethod
     def __torch_function__(
-        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
+        cls,
+        func: Function,
+        types: object,
+        args: Args = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
         with torch._C.DisableTorchFunctionSubclass():
             args, kwargs = pytree.tree_map_only(cls, lambda t: t.as_subclass(Tensor), (args, kwargs or {}))
             return func(*args, **kwargs)
@@ -156,7 +161,7 @@ def dense_layer(
     return made
 
 
-def answers_of(layer: nn.Module) -> dict[str, Any]:
+def answers_of(layer: nn.Module) -> dict[str, object]:
     """The attributes that code may ask a layer for."""
     return {name: getattr(layer, name) for name in ASKED if hasattr(layer, name)}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -153,19 +153,19 @@ def _part(layer: Dense, weight: AnyArray, bias: Tensor | None, own: list[bool]) 
         how |= {"kernel_size": weight.shape[2:], "padding_mode": layer.padding_mode}
     (out, channels), trained = weight.shape[:2], layer.weight.requires_grad
     own_weight = as_tensor(weight).to(layer.weight)
-    kind: Any = nn.Linear if isinstance(layer, LINEAR) else plain(layer)
+    kind = nn.Linear if isinstance(layer, LINEAR) else cast(type[nn.Conv2d], plain(layer))
     made: Dense = dense_layer(kind, own_weight, bias, (channels, out), how, trained=trained)
     return made
 
 
-def _mixed(own: list[bool], values: Any, others: Iterable[int]) -> str | tuple[int, ...]:
+def _mixed(own: list[bool], values: str | Iterable[int], others: Iterable[int]) -> str | tuple[int, ...]:
     """A convolution's attribute: some values in its own dimensions, others elsewhere; words as they are."""
     if isinstance(values, str):
         return values
     return tuple(a if mine else b for a, b, mine in zip(values, others, own, strict=True))
 
 
-def _answer(inner: Part, outer: Part, name: str) -> Any:
+def _answer(inner: Part, outer: Part, name: str) -> object:
     """The attribute of the whole layer from those of its two parts."""
     if name.startswith("out_"):
         return getattr(outer, name)

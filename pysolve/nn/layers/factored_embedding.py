@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import skip_init
 
+from pysolve.correlations import AnyArray
 from pysolve.errors import PysolveError
 from pysolve.forms import LowRank
 from pysolve.nn.layer_kinds import is_extended
@@ -239,7 +241,7 @@ def check_table(layer: nn.Module, form: LowRank) -> None:
     check_shape(layer, form)
 
 
-def _table(layer: nn.Embedding, weight: Any, padding_idx: int | None) -> nn.Embedding:
+def _table(layer: nn.Embedding, weight: npt.ArrayLike, padding_idx: int | None) -> nn.Embedding:
     """An embedding with another weight; of a class that extends torch's own, its code stays."""
     values = as_tensor(np.asarray(weight)).to(layer.weight)
     trained = layer.weight.requires_grad
@@ -282,7 +284,7 @@ def _head(layer: nn.Linear, part: nn.Embedding, rows: Tensor | None) -> nn.Linea
     return made
 
 
-def _form(layer: FactoredEmbedding | FactoredHead, outer: Any, inner: Any) -> LowRank:
+def _form(layer: FactoredEmbedding | FactoredHead, outer: AnyArray, inner: AnyArray) -> LowRank:
     if layer.exact is None or layer.places is None:
         return LowRank(outer, inner)
     rows = np.argsort(as_array(layer.places), kind="stable")[len(outer) :]

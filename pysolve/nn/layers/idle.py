@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -107,7 +107,7 @@ class PassedBy(nn.Module):
             place = place.get_submodule(name)
         place.add_module(leaf, constant)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         x = args[self.argument] if isinstance(self.argument, int) else kwargs[self.argument]
         y = self.get_submodule(self.path)(x)
         return tuple(y if i == self.position else None for i in range(self.results)) if self.results else y
@@ -123,14 +123,14 @@ def sizes(x: Tensor, channels: int, spatial: Spatial) -> tuple[int, ...]:
 
 def spatial_of(layer: nn.Module) -> Spatial:
     """How a Linear or a convolution changes spatial dimensions."""
-    kind: Any = layer
+    kind = cast(nn.ConvTranspose2d, layer)
     if plain(layer) in LINEAR:
         return ()
     reach = [d * (k - 1) for k, d in zip(kind.kernel_size, kind.dilation, strict=True)]
     if plain(layer) in TRANSPOSED:
-        parts = zip(reach, kind.stride, kind.padding, kind.output_padding, strict=True)
+        parts = zip(reach, kind.stride, cast(tuple[int, ...], kind.padding), kind.output_padding, strict=True)
         return tuple((s, r - s - 2 * p + more, 1) for r, s, p, more in parts)
-    borders = margins(kind)
+    borders = margins(cast(nn.Conv2d, layer))
     around = [before + after for before, after in zip(borders[::2], borders[1::2], strict=True)][::-1]
     return tuple((1, both - r - 1, s) for both, r, s in zip(around, reach, kind.stride, strict=True))
 
@@ -145,9 +145,11 @@ def without_outputs(layer: nn.Module) -> nn.Module:
 
 def without_inputs(layer: nn.Module, *, written: bool = False) -> Constant:
     """What takes the place of a Linear or a convolution that reads nothing."""
-    own: Any = layer
-    weight: Tensor = own.weight
-    outputs = own.out_features if isinstance(layer, nn.Linear) else getattr(own, "nf", 0) or own.out_channels
+    own = cast(nn.Conv2d, layer)
+    weight = own.weight
+    outputs = (
+        layer.out_features if isinstance(layer, nn.Linear) else getattr(own, "nf", 0) or own.out_channels
+    )
     bias = weight.new_zeros(outputs) if own.bias is None else own.bias.detach().clone()
     trained = weight.requires_grad if own.bias is None else own.bias.requires_grad
     return Constant(nn.Parameter(bias, trained), spatial_of(layer), written=written).train(layer.training)
@@ -155,7 +157,7 @@ def without_inputs(layer: nn.Module, *, written: bool = False) -> Constant:
 
 def norm_of_nothing(norm: nn.Module, layer: nn.Module, *, written: bool = False) -> Constant:
     """What takes the place of a batch norm behind a layer that reads nothing:  γ (b − μ) / √(σ² + ε) + β ."""
-    own: Any = copy_of(norm).eval()
+    own = cast(nn.BatchNorm2d, copy_of(norm).eval())
     bias = without_inputs(layer).bias.detach()
     shape = (1, -1, *(1 for _ in spatial_of(layer)))
     with torch.no_grad():

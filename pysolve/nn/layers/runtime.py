@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TypeAlias
 
 from torch import nn
 
@@ -16,6 +16,9 @@ from pysolve.nn.layers.quantized import QuantConv2d, QuantLinear, QuantWeight, c
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear, SparseWeight
 from pysolve.nn.running import as_tensor, check_model
 from pysolve.nn.state import copy_of
+
+# A layer that runs in a form of its own.
+Own: TypeAlias = SparseWeight | Factored | QuantWeight
 
 
 def check_form(layer: nn.Module, form: RuntimeForm) -> None:
@@ -82,7 +85,7 @@ def to_dense(model: nn.Module) -> nn.Module:
     """
     tables = dict[nn.Parameter, nn.Parameter]()
 
-    def dense(layer: Any) -> nn.Module:
+    def dense(layer: Own) -> nn.Module:
         made: nn.Module = layer.to_dense()
         shared = table_of(layer)
         # Heads go on sharing the weight of an embedding.
@@ -117,10 +120,14 @@ def to_torchao(model: nn.Module) -> nn.Module:
     ImportError
         Without torchao: pip install 'pysolve-compress[quant]'.
     """
-    return _replaced(model, (QuantLinear,), lambda layer: layer.to_torchao() if layer.dynamic else layer)
+
+    def made(layer: Own) -> nn.Module:
+        return layer.to_torchao() if isinstance(layer, QuantLinear) and layer.dynamic else layer
+
+    return _replaced(model, (QuantLinear,), made)
 
 
-def _replaced(model: nn.Module, kinds: tuple[type, ...], make: Callable[[Any], nn.Module]) -> nn.Module:
+def _replaced(model: nn.Module, kinds: tuple[type[Own], ...], make: Callable[[Own], nn.Module]) -> nn.Module:
     """A copy of a network with other layers in the place of those of some kinds."""
     check_model("model", model)
     other = copy_of(model)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.sparse import csr_array
 from torch import Tensor, nn
@@ -61,7 +62,7 @@ class SparseWeight(TwoWay):
         self.shape: tuple[int, int] = matrix.shape
         self.dense_shape: tuple[int, ...] = dense or matrix.shape
         self._matrix: SparseMatrix | None = None
-        self._flipped: tuple[SparseMatrix, Any] | None = None
+        self._flipped: tuple[SparseMatrix, npt.NDArray[np.int64]] | None = None
         prepared = SparseMatrix.from_csr(matrix)
         clean = prepared.to_csr()
         self.values = nn.Parameter(torch.from_numpy(clean.data))
@@ -136,10 +137,13 @@ class SparseWeight(TwoWay):
         self.matrix()
         return _Product.apply(x, self.values, self.bias, self, layout)  # type: ignore[no-any-return, no-untyped-call]
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, object], prefix: str, *args: object, **kwargs: object
+    ) -> None:
         """Take the sizes of the loaded tensors, once they are known to be a matrix of this shape."""
-        given = {name: state_dict.get(prefix + name) for name in ("values", "indices", "indptr")}
-        if all(isinstance(tensor, Tensor) for tensor in given.values()):
+        names = ("values", "indices", "indptr")
+        given = {name: one for name in names if isinstance(one := state_dict.get(prefix + name), Tensor)}
+        if len(given) == len(names):
             csr = csr_array(tuple(tensor.cpu().numpy() for tensor in given.values()), shape=self.shape)
             prepared = SparseMatrix.from_csr(csr)
             if not np.array_equal(prepared.to_csr().indices, csr.indices):
@@ -159,7 +163,7 @@ class SparseWeight(TwoWay):
         block = np.repeat(np.arange(h), np.diff(csr.indptr)) * groups // max(1, h)
         return bool(np.array_equal(block, csr.indices // max(1, width)))
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_matrix": None, "_flipped": None}
 
     def extra_repr(self) -> str:

@@ -20,7 +20,6 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +29,7 @@ from torch.fx import Node
 from pysolve.correlations import Array, Correlations, group_columns
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn.gathering.sums import room
-from pysolve.nn.graph.branches import Layer, read_as, read_by
+from pysolve.nn.graph.branches import Layer, Read, read_as, read_by
 from pysolve.nn.ranks import ALONE, Ranks, summed
 from pysolve.nn.refit.lookahead import is_linear
 from pysolve.nn.refit.walk import Walk
@@ -71,8 +70,8 @@ class Reads:
     """
 
     def __init__(self, layers: Iterable[Layer], nodes: Sequence[Node]) -> None:
-        self.made: dict[tuple[Any, ...], Correlations] = {}
-        self.outputs: Counter[tuple[Any, ...]] = Counter()
+        self.made: dict[Read, Correlations] = {}
+        self.outputs: Counter[Read] = Counter()
         for layer, node in zip(layers, nodes, strict=True):
             self.outputs[read_as(layer, node)] += rows.channels(layer.module)[1]
 

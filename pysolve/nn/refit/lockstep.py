@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any
 
 from torch import Tensor, nn
 from torch.fx import Node
@@ -30,14 +29,14 @@ from pysolve.nn.refit.layer_refit import SAMPLING, Fit, Reads, Sampling, Task, a
 from pysolve.nn.refit.lookahead import sums_beyond, what_went
 from pysolve.nn.refit.row_weights import RowWeights, masked_weights
 from pysolve.nn.refit.walk import Walk, last_uses
-from pysolve.nn.running import evaluating
+from pysolve.nn.running import Batch, evaluating
 from pysolve.plan import tensor_name
 
 
 def refit(
     graph: Graph,
     model: nn.Module,
-    batches: Sequence[Any],
+    batches: Sequence[Batch],
     cuts: Mapping[str, Kept],
     fit: Fit,
     *,

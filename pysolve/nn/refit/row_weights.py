@@ -13,7 +13,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import count
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from pysolve.nn import layer_matrix as rows
 from pysolve.nn.divergence import has_classes
 from pysolve.nn.gathering.memory import sample_bytes, traced_bytes
 from pysolve.nn.gathering.watching import watching
-from pysolve.nn.graph.branches import Layer, find_layers, read_as
+from pysolve.nn.graph.branches import Layer, Read, find_layers, read_as
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.sizes import fits, traced_samples
 from pysolve.nn.layer_kinds import LINEAR
@@ -65,12 +64,12 @@ def row_weights(
     # Gradients take as much memory at once as the walk that follows, which holds all samples.
     walked = 2 * sum(map(samples_in, batches)) * sample_bytes(graph)
     together = max(2, walked * traced_samples(graph) // max(1, traced_bytes(graph)))
-    found: dict[tuple[Any, ...], list[Tensor]] = {}
+    found: dict[Read, list[Tensor]] = {}
     random, few = torch.Generator(), take(batches[0], 0, 2)
     able = _gradients(model, modules, few if fits(graph, few) else batches[0], random)
     for number, batch in zip(count(ranks.rank, ranks.size), batches if able else (), strict=False):
         random.manual_seed(seed + number)
-        squares: dict[tuple[Any, ...], list[Tensor]] = {}
+        squares: dict[Read, list[Tensor]] = {}
         # A norm by the batch's own statistics may refuse a single sample.
         samples = samples_in(batch)
         for i in range(parts := max(1, samples // together)):

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from copy import copy
 from functools import partial
 from types import MappingProxyType
-from typing import Any, cast
+from typing import cast
 from zlib import crc32
 
 import torch
@@ -19,10 +19,12 @@ from torch.utils import _pytree as pytree
 from pysolve.correlations import Indices
 from pysolve.nn.cut.norms import norm_nodes, norm_over
 from pysolve.nn.cut.routers import never_chosen, router_nodes
-from pysolve.nn.graph.export import Graph, is_in_place
+from pysolve.nn.graph.export import Graph, Value, is_in_place
+from pysolve.nn.overrides import Args, Function, Kwargs
+from pysolve.nn.running import Batch
 
 # What runs in the place of an operator, on its node, arguments and keyword arguments.
-Other = Callable[[Node, Sequence[Any], Mapping[str, Any]], Any]
+Other = Callable[[Node, Args, Kwargs], Value]
 
 
 class Walk:
@@ -47,22 +49,22 @@ class Walk:
         self,
         graph: Graph,
         model: nn.Module,
-        batches: Sequence[Any],
+        batches: Sequence[Batch],
         values: Mapping[str, Tensor],
         norms: Mapping[str, Indices] = MappingProxyType({}),
     ) -> None:
         state: dict[str, Tensor] = dict(model.named_parameters(remove_duplicate=False))
         state |= dict(model.named_buffers(remove_duplicate=False))
         self.graph, self.values = graph, dict(values)
-        self.fixed: dict[Node, Any] = {node: state[name].detach() for node, name in graph.parameters.items()}
-        self.fixed.update(graph.constants)
+        self.fixed: dict[Node, Value] = dict(graph.constants)
+        self.fixed |= {node: state[name].detach() for node, name in graph.parameters.items()}
         self.added: dict[Node, Tensor] = {}
         self.norms = _others(graph, norms)
         # Of a branch's original.
         self.changed: dict[Node, Other] = {}
         self.batches = range(len(batches))
         bound = [graph.bind(batch) for batch in batches]
-        self.original: dict[Node, list[Any]] = {node: [one[node] for one in bound] for node in graph.inputs}
+        self.original: dict[Node, list[Value]] = {node: [one[node] for one in bound] for node in graph.inputs}
         self.compressed = dict(self.original)
 
     def branch(
@@ -110,11 +112,11 @@ class Walk:
         if is_in_place(node):
             self._show_written(node)
 
-    def value(self, node: Node, b: int) -> Any:
+    def value(self, node: Node, b: int) -> Value:
         """A node's value in the compressed network for one batch, also that of a parameter or buffer."""
         return self._of_compressed(b)(node)
 
-    def original_value(self, node: Node, b: int) -> Any:
+    def original_value(self, node: Node, b: int) -> Value:
         """The same in the original network."""
         return self._of_original(b)(node)
 
@@ -130,11 +132,11 @@ class Walk:
             self.original.pop(node, None)
             self.compressed.pop(node, None)
 
-    def _of_original(self, b: int) -> Callable[[Node], Any]:
+    def _of_original(self, b: int) -> Callable[[Node], Value]:
         return lambda node: self.original[node][b] if node in self.original else self.fixed[node]
 
-    def _of_compressed(self, b: int) -> Callable[[Node], Any]:
-        def value(node: Node) -> Any:
+    def _of_compressed(self, b: int) -> Callable[[Node], Value]:
+        def value(node: Node) -> Value:
             if node in self.compressed:
                 return self.compressed[node][b]
             return self.values.get(self.graph.parameters.get(node, ""), self.fixed[node])
@@ -145,7 +147,7 @@ class Walk:
         """Let all who read the operand of an in-place operator, or another view of it, see what it wrote."""
         operand = node.all_input_nodes[0]
         before = [[of(b)(operand) for b in self.batches] for of in (self._of_original, self._of_compressed)]
-        seen: dict[tuple[int, int], list[Any]] = {}
+        seen: dict[tuple[int, int], list[Value]] = {}
         for side, old in zip((self.original, self.compressed), before, strict=True):
             new = side[node]
             for other, values in list(side.items()):
@@ -156,7 +158,7 @@ class Walk:
                 side[other] = seen.get(key, values)
             side[operand] = new
 
-    def _run(self, node: Node, value: Callable[[Node], Any], norms: Mapping[Node, Other]) -> Any:
+    def _run(self, node: Node, value: Callable[[Node], Value], norms: Mapping[Node, Other]) -> Value:
         if node.op == "get_attr":
             return getattr(self.graph.module, str(node.target))
         assert callable(node.target)
@@ -173,11 +175,11 @@ class Walk:
 def _others(graph: Graph, kept: Mapping[str, Indices]) -> dict[Node, Other]:
     """Operators that norms over some channels run instead, and routers that choose among some experts."""
 
-    def normed(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], own: Tensor) -> Any:
+    def normed(node: Node, args: Args, kwargs: Kwargs, own: Tensor) -> Value:
         return norm_over(own, args)
 
-    def routed(node: Node, args: Sequence[Any], kwargs: Mapping[str, Any], own: Tensor, count: int) -> Any:
-        return never_chosen(cast(Any, node.target)(*args, **kwargs), own, count)
+    def routed(node: Node, args: Args, kwargs: Kwargs, own: Tensor, count: int) -> Value:
+        return never_chosen(cast(Function, node.target)(*args, **kwargs), own, count)
 
     shapes = {name: node.meta["val"].shape for node, name in graph.parameters.items() if name in kept}
     norms = {name: one for name, one in kept.items() if len(shapes.get(name, ())) == 1}
@@ -208,7 +210,7 @@ def _moved(value: Tensor, storage: UntypedStorage) -> Tensor:
     return home.set_(storage, value.storage_offset(), value.shape, value.stride())
 
 
-def _rewritten(value: Any, old: Tensor, new: Tensor) -> Any:
+def _rewritten(value: Value, old: Tensor, new: Tensor) -> Value:
     """A value whose tensors that share the storage of ``old`` are views of that of ``new``."""
     place = old.untyped_storage().data_ptr()
 
