@@ -20,6 +20,7 @@ from pysolve.nn.cut.routers import chosen_by_routers
 from pysolve.nn.divergence import mean_divergence, rows_of, run
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.sizes import fits
+from pysolve.nn.outputs import main_output
 from pysolve.nn.progress import steps
 from pysolve.nn.running import Batch, Output
 from pysolve.nn.samples import first_samples, samples_in
@@ -28,8 +29,10 @@ from pysolve.nn.samples import first_samples, samples_in
 # through the whole network at most, and in passes over what was given: all units share it, so that it does
 # not grow with the square of the depth. ResNet-20's sizes, chosen on 96 of 166 samples, cause up to a tenth
 # more. Fewer rows than the least tell too little, and positions of one sample are alike: a decoder's sizes
-# chosen on one text of 128 tokens cause up to a tenth more divergence, on four as little as on 42.
+# chosen on one text of 128 tokens cause up to a tenth more divergence, on four as little as on 42, and on two
+# hardly more. So two are enough of texts that are long.
 PROBE_ROWS, PASSES, LEAST_ROWS, LEAST_SAMPLES = 32768, 4, 48, 4
+LONG, LEAST_LONG = 256, 2
 # Samples for all codes, and for one layer's: with 250, those of one were off by factors of three to seven.
 MOST_OF_CODES, LEAST_OF_CODES = 16384, 256
 
@@ -55,10 +58,11 @@ def probe(study: Study, menus: Sequence[Menu]) -> Probe:
     given = study.calibration.seen + study.calibration.out if study.calibration else 0
     few = _probe(study, first_samples(study.held, LEAST_SAMPLES))
     each = sum(map(rows_of, few.outputs)) / sum(map(samples_in, few.batches))
-    count = max(LEAST_ROWS / each, min(PROBE_ROWS / each, PASSES * given) // changes)
-    if count <= LEAST_SAMPLES:
-        return few
-    return _probe(study, first_samples(study.held, ceil(count)))
+    # Logits of every word; pixels of an image have another number of dimensions.
+    long = each >= LONG and main_output(few.outputs[0]).ndim == 3
+    least = LEAST_LONG if long else max(LEAST_SAMPLES, ceil(LEAST_ROWS / each))
+    count = max(least, int(min(PROBE_ROWS / each, PASSES * given) // changes))
+    return few if count == LEAST_SAMPLES else _probe(study, first_samples(study.held, count))
 
 
 def probe_of_codes(study: Study, units: int, values: Mapping[str, Tensor]) -> Probe:
