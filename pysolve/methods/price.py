@@ -31,8 +31,8 @@ from pysolve.nn.samples import first_samples, samples_in
 # more; fewer rows than the least tell too little.
 PROBE_ROWS, PASSES, LEAST_ROWS, LEAST_SAMPLES = 32768, 4, 48, 4
 # Of texts whose every word is predicted so many words are enough, of two texts at least: sizes of a decoder
-# at 70 and 50 % of its MACs, chosen on 25 texts of 128 words, cause a divergence of 0.0092 and 0.0465, on four
-# of 0.0092 and 0.0459, on two of 0.0094 and 0.0451.
+# at 70 and 50 % of its MACs, chosen on 25 texts of 128 words, cause a divergence of 0.0092 and 0.0465, on
+# four of 0.0092 and 0.0459, on two of 0.0094 and 0.0451.
 WORDS, TEXTS = 512, 2
 # Samples for all codes, and for one layer's: with 250, those of one were off by factors of three to seven.
 MOST_OF_CODES, LEAST_OF_CODES = 16384, 256
