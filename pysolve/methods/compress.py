@@ -46,7 +46,6 @@ from pysolve.methods.streams import as_needed, in_principal_axes
 from pysolve.methods.studied import studied
 from pysolve.methods.study import Clock, Study
 from pysolve.methods.ties import RoundTo, check_round_to, check_widths, uniform
-from pysolve.nn.cut.attention import attention_in
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import Evaluate
 from pysolve.nn.items import Transform, check_batches
@@ -218,6 +217,9 @@ def compress(
     how = checked(network, targets, select, refit, distill, sites, ignore, round_to)
     check_keep(keep, lam)
     one = check_widths(widths, lam)
+    # A share of all sites, and a penalty of all, are of channels that the user's own modules have.
+    named_sites = sites is not None or isinstance(keep, Mapping) or isinstance(lam, Mapping)
+    apart = wanted is not None or named_sites
     options = options_for(
         network,
         ignore,
@@ -230,11 +232,10 @@ def compress(
         latency,
         process_group,
         device,
+        apart=apart,
     )
     options = replace(options, new_biases=not one)
-    # Shares of all sites, and penalties, are of channels that the user's own modules have.
-    names = [*(keep if isinstance(keep, Mapping) else ()), *(sites or ())]
-    network = prepared(network, options, apart=wanted is not None or bool(attention_in(names)))
+    network = prepared(network, options, apart=apart)
     every = True if sites is None else sites
     # What a class makes of one number for all layers may be without some, if that is told.
     branches = not one or (isinstance(keep, Mapping) and 0 in keep.values())

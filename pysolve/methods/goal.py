@@ -107,8 +107,12 @@ def options_for(
     process_group: ProcessGroup | None = None,
     device: Device = None,
     checkpoint: str | os.PathLike[str] | None = None,
+    *,
+    apart: bool = True,
 ) -> Options:
     """Options of a verb, checked; the original is evaluated before any other work.
+
+    ``apart`` as for ``prepared``.
 
     Raises
     ------
@@ -125,6 +129,10 @@ def options_for(
             raise TypeError(f"{what} must be a function, got {function!r}.")
     # Layers themselves are those of the given network, not of the one that is studied.
     names = sorted(ignored_in_opened(network, ignore))
+    if not apart:
+        # Projections stay as they are with their attention.
+        own = dict(network.named_modules(remove_duplicate=False))
+        names = [name for name in names if name in own]
     bound = None if memory is None else Bound.of(bytes_in(memory), memory)
     folder = None if checkpoint is None else path_of("checkpoint", checkpoint)
     score = None if evaluate is None else score_of(evaluate, network)

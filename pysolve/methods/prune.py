@@ -220,6 +220,8 @@ def prune(
     refit = refit or ("sequential" if method in _REFITTING else "none")
     goal = _Goal(method, what, value, scope, refit, layout, norm, check_distill(network, distill))
     _check(goal, batches is None)
+    # Shares of all channels are of those that the user's own modules have.
+    apart = not goal.of_channels or goal.what == "target"
     options = options_for(
         network,
         ignore,
@@ -232,9 +234,9 @@ def prune(
         latency,
         process_group,
         device,
+        apart=apart,
     )
-    # Shares of all channels are of those that the user's own modules have.
-    network = prepared(network, options, apart=not goal.of_channels or goal.what == "target")
+    network = prepared(network, options, apart=apart)
     if goal.of_channels:
         assert batches is not None
         return _channels(before, network, batches, goal, options)

@@ -63,11 +63,10 @@ class Attention(nn.Module):
         weight: Tensor | None = layer.in_proj_weight
         bias: Tensor | None = layer.in_proj_bias
         apart = [getattr(layer, f"{name}_weight") for name in PROJECTIONS]
-        weights = apart if weight is None else [*weight.chunk(3)]
-        biases = [None] * 3 if bias is None else [*bias.chunk(3)]
-        trained = weights[0].requires_grad
-        made = [_linear(one, own, trained) for one, own in zip(weights, biases, strict=True)]
-        out = _linear(layer.out_proj.weight, layer.out_proj.bias, trained)
+        weights = apart if weight is None else _thirds(weight)
+        biases = [None] * 3 if bias is None else _thirds(bias)
+        made = [_linear(one, own) for one, own in zip(weights, biases, strict=True)]
+        out = _linear(layer.out_proj.weight, layer.out_proj.bias)
         out.weight, out.bias = layer.out_proj.weight, layer.out_proj.bias
         q, k, v = made
         first = bool(layer.batch_first)
@@ -243,13 +242,19 @@ def _is_plain(layer: nn.MultiheadAttention) -> bool:
     return not hooks and not more and tensors | {"out_proj.weight"} <= dict(layer.named_parameters()).keys()
 
 
-def _linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:
+def _thirds(tensor: Tensor) -> list[Tensor]:
+    """The parts of a parameter for queries, keys and values, trained as it is."""
+    # A part says so itself only where gradients are recorded.
+    return [part.detach().requires_grad_(tensor.requires_grad) for part in tensor.chunk(3)]
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A layer whose parameters share their values with these."""
     # Without values, and the random numbers that these would take.
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.detach(), trained)
+    layer.weight = nn.Parameter(weight.detach(), weight.requires_grad)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.detach(), trained)
+        layer.bias = nn.Parameter(bias.detach(), bias.requires_grad)
     return layer
 
 

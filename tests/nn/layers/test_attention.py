@@ -119,6 +119,20 @@ def test_hooks_modes_and_frozen_parameters_come_along(frozen):
     assert all(one.requires_grad is not frozen for one in network.parameters())
 
 
+@pytest.mark.parametrize("how", [{}, {"kdim": 4, "vdim": 5}])
+def test_each_parameter_stays_frozen_or_trained(how):
+    layer = nn.MultiheadAttention(6, 2, **how)
+    layer.in_proj_bias.requires_grad_(False)
+    layer.out_proj.weight.requires_grad_(False)
+    if how:
+        layer.v_proj_weight.requires_grad_(False)
+    with torch.no_grad():
+        own = opened(layer)
+    frozen = {name for name, one in own.named_parameters() if not one.requires_grad}
+    expected = {"q_proj.bias", "k_proj.bias", "v_proj.bias", "out_proj.weight"}
+    assert frozen == expected | ({"v_proj.weight"} if how else set())
+
+
 def _shared():
     model = nn.Sequential(nn.MultiheadAttention(6, 2), nn.MultiheadAttention(6, 2))
     model[1].in_proj_weight = model[0].in_proj_weight
