@@ -208,6 +208,46 @@ class Reader(nn.Module):
         return self.head(x + self.back(torch.relu(self.inner(x))))
 
 
+def test_projections_with_and_without_biases_run_in_torchs_encoder(tmp_path):
+    torch.manual_seed(4)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True, bias=False)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    model, data = nn.Sequential(nn.Linear(5, 8), encoder, nn.Linear(8, 3)).eval(), batches_of(5)
+    result = ps.compress(model, data, target={"params": 0.6}, latency=False)
+    own = [layer.self_attn for layer in result.model[1].layers]
+    assert any((one.q_proj.bias is None) != (one.v_proj.bias is None) for one in own)
+    with torch.no_grad():
+        assert result.model(data[0]).shape == (20, 4, 3)
+    restored(result, model, data[0], tmp_path)
+
+
+class Cross(nn.Module):
+    """A decoder that makes its mask, and is not told that it is causal."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+        self.decoder = nn.TransformerDecoder(layer, 1)
+        self.first, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        x = self.first(x)
+        return self.head(self.decoder(x, torch.cos(x).flip(1), tgt_mask=mask))
+
+
+def test_masks_that_torch_would_look_at_are_followed(tmp_path):
+    torch.manual_seed(4)
+    model, data = Cross().eval(), batches_of(5)
+    result = ps.compress(model, data, target={"macs": 0.6}, latency=False)
+    assert any(isinstance(one, Attention) for one in result.model.modules())
+    restored(result, model, data[0], tmp_path)
+
+
+def batches_of(width):
+    return [torch.randn(20, 4, width) for _ in range(4)]
+
+
 def restored(result, model, x, tmp_path):
     """Plan and file make the network that was returned."""
     expected, names = outputs(result.model, x), [*result.model.state_dict()]
@@ -233,7 +273,7 @@ VERBS = {
 @pytest.mark.parametrize("bias", [True, False])
 def test_some_projections_alone_come_back(verb, left, bias, tmp_path):
     torch.manual_seed(3)
-    model, data = Reader(bias=bias).eval(), [torch.randn(20, 4, 8) for _ in range(4)]
+    model, data = Reader(bias=bias).eval(), batches_of(8)
     result = VERBS[verb](model, data, ignore=left, latency=False)
     restored(result, model, data[0], tmp_path)
     if verb in ("prune", "branch") or (verb == "codes" and left == PROJECTIONS):
@@ -242,7 +282,7 @@ def test_some_projections_alone_come_back(verb, left, bias, tmp_path):
 
 def test_outputs_of_attention_go_by_name_and_by_hand(tmp_path):
     torch.manual_seed(3)
-    model, data = Reader().eval(), [torch.randn(20, 4, 8) for _ in range(4)]
+    model, data = Reader().eval(), batches_of(8)
     result = ps.compress(model, data, keep={"attention.out_proj": 5}, latency=False)
     assert result.model.head.in_features == 5
     restored(result, model, data[0], tmp_path)
@@ -253,7 +293,7 @@ def test_outputs_of_attention_go_by_name_and_by_hand(tmp_path):
 
 def test_names_of_projections_may_be_ignored_where_attention_stays_whole():
     torch.manual_seed(3)
-    model, data = Reader().eval(), [torch.randn(20, 4, 8) for _ in range(4)]
+    model, data = Reader().eval(), batches_of(8)
     for result in (
         ps.compress(model, data, keep=0.5, ignore=PROJECTIONS, latency=False),
         ps.compress(model, data, lam=0.1, ignore=PROJECTIONS, latency=False),

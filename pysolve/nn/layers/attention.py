@@ -82,16 +82,22 @@ class Attention(nn.Module):
         return int(width)
 
     @property
-    def in_proj_weight(self) -> Tensor:
-        """The projections' weights, one below the other."""
+    def in_proj_weight(self) -> Tensor | None:
+        """The projections' weights, one below the other, if they read inputs of one width."""
         weights: list[Any] = [getattr(self, name).weight for name in PROJECTIONS]
-        return torch.cat(weights)
+        return torch.cat(weights) if len({one.shape[1] for one in weights}) == 1 else None
 
     @property
     def in_proj_bias(self) -> Tensor | None:
-        """The projections' biases in one, if they have some."""
+        """The projections' biases in one, if there are some; zeros where one has none."""
         biases: list[Any] = [getattr(self, name).bias for name in PROJECTIONS]
-        return None if biases[0] is None else torch.cat(biases)
+        some = next((one for one in biases if one is not None), None)
+        # Torch's encoder layers ask before every call.
+        return (
+            None
+            if some is None
+            else torch.cat([torch.zeros_like(some) if one is None else one for one in biases])
+        )
 
     def forward(
         self,
@@ -186,7 +192,7 @@ def together(attention: Attention, like: nn.MultiheadAttention) -> nn.MultiheadA
     weight: Tensor | None = layer.in_proj_weight
     with torch.no_grad():
         if weight is not None:
-            weight.copy_(attention.in_proj_weight)
+            weight.copy_(torch.cat([getattr(attention, name).weight for name in PROJECTIONS]))
         else:
             for name in PROJECTIONS:
                 getattr(layer, f"{name}_weight").copy_(getattr(attention, name).weight)

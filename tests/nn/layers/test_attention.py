@@ -101,6 +101,14 @@ def test_the_network_itself_stays_as_it_is_and_shares_its_parameters():
     assert network[1].self_attn.embed_dim == 6
 
 
+def test_what_torchs_layers_ask_of_projections_that_differ():
+    own = opened(nn.MultiheadAttention(6, 2, bias=False))
+    assert own.in_proj_bias is None
+    own.v_proj.bias = nn.Parameter(torch.ones(6))
+    assert own.in_proj_bias.tolist() == [0.0] * 12 + [1.0] * 6
+    assert opened(nn.MultiheadAttention(6, 2, kdim=4)).in_proj_weight is None
+
+
 def test_networks_without_attention_are_returned_themselves():
     model = nn.Linear(3, 2)
     assert opened(model) is model
