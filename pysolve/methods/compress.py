@@ -217,6 +217,14 @@ def compress(
     how = checked(network, targets, select, refit, distill, sites, ignore, round_to)
     check_keep(keep, lam)
     one = check_widths(widths, lam)
+    turns = select in ELIMINATIONS and refit != "none" and lam is None
+    keys = [key for key in keep if isinstance(key, Site)] if isinstance(keep, Mapping) else []
+    inside = [site.name for site in (*keys, *(sites or ())) if isinstance(site, Site) and site.attention]
+    if inside and not turns:
+        raise ValueError(
+            f"{inside[0]} are axes that elimination chooses and a refit turns: give keep or a target, with "
+            "select='elimination' and another refit than 'none', or leave that site out."
+        )
     # A share of all sites, and a penalty of all, are of channels that the user's own modules have.
     named_sites = sites is not None or isinstance(keep, Mapping) or isinstance(lam, Mapping)
     apart = wanted is not None or named_sites
@@ -239,8 +247,6 @@ def compress(
     every = True if sites is None else sites
     # What a class makes of one number for all layers may be without some, if that is told.
     branches = not one or (isinstance(keep, Mapping) and 0 in keep.values())
-    turns = select in ELIMINATIONS and refit != "none" and lam is None
-    named = isinstance(keep, Mapping) and any(isinstance(key, Site) and key.attention for key in keep)
     found = studied(
         network,
         batches,
@@ -248,7 +254,7 @@ def compress(
         sites=every,
         experts=lam is None,
         branches=branches,
-        heads=turns and (head_dims or named or any(site.attention for site in sites or ())),
+        heads=turns and (head_dims or bool(inside)),
     )
     found = found if wanted is None else with_costs(found)
     found, inner = without_dims(found)
