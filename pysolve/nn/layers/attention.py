@@ -165,8 +165,15 @@ def openable(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
     found = {name: one for name, one in model.named_modules() if type(one) is kind and _is_plain(one)}
     if not found:
         return {}
-    owners = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())
-    return {name: one for name, one in found.items() if all(owners[id(own)] == 1 for own in one.parameters())}
+    parts = (
+        part for one in model.modules() for part in chain(one._parameters.values(), one._modules.values())
+    )
+    owners = Counter(map(id, parts))
+    return {
+        name: one
+        for name, one in found.items()
+        if all(owners[id(own)] == 1 for own in (*one.parameters(), one.out_proj))
+    }
 
 
 def opened(model: nn.Module, names: Collection[str] | None = None) -> nn.Module:

@@ -147,6 +147,12 @@ def _shared():
     return model
 
 
+def _shared_output():
+    model = nn.Sequential(nn.MultiheadAttention(6, 2), nn.MultiheadAttention(6, 2))
+    model[1].out_proj = model[0].out_proj
+    return model
+
+
 def _hooked():
     layer = nn.MultiheadAttention(6, 2)
     layer.out_proj.register_forward_hook(lambda *_: None)
@@ -161,6 +167,7 @@ class Own(nn.MultiheadAttention):
     "make",
     [
         _shared,
+        _shared_output,
         _hooked,
         lambda: nn.MultiheadAttention(6, 2, add_bias_kv=True),
         lambda: nn.MultiheadAttention(6, 2, add_zero_attn=True),
