@@ -300,3 +300,27 @@ def test_names_of_projections_may_be_ignored_where_attention_stays_whole():
         ps.prune(model, data, method="ln", amount=0.5, ignore=PROJECTIONS, latency=False),
     ):
         assert type(result.model.attention) is nn.MultiheadAttention
+
+
+class Scored(nn.Module):
+    """Attention whose weights are an output."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        mixed, weights = self.first(x, x, x, average_attn_weights=False)
+        return self.head(mixed), weights
+
+
+def test_reasons_name_lines_of_the_users_code():
+    x = torch.randn(4, 5, 8)
+    for model, given in ((Scored(), x), (nn.MultiheadAttention(8, 2), {"query": x, "key": x, "value": x})):
+        sites = ps.find_sites(model.eval(), given, attention=True, head_dims=True)
+        assert all(
+            "attention.py" not in site.pinned.replace("test_attention.py", "")
+            for site in sites
+            if site.pinned
+        )
