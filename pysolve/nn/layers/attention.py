@@ -131,7 +131,8 @@ class Attention(nn.Module):
         weights = None
         if need_weights:
             scores = q * self.head_dim**-0.5 @ k.transpose(-2, -1)
-            weights = (scores if mask is None else scores + mask).softmax(-1)
+            # Under autocast masks have more digits than scores.
+            weights = (scores if mask is None else scores + mask.to(scores.dtype)).softmax(-1)
             weights = dropout(weights, p) if p else weights
             mixed = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights

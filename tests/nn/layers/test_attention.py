@@ -76,6 +76,16 @@ def test_a_causal_mask_may_be_told_by_a_word():
         opened(layer)(x, x, x, is_causal=True)
 
 
+def test_under_autocast_results_have_the_types_of_torchs():
+    layer, x = nn.MultiheadAttention(8, 2), torch.randn(5, 3, 8)
+    mask = torch.ones(5, 5).triu(1).bool()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = (one(x, x, x, attn_mask=mask) for one in (layer, opened(layer)))
+    assert [one.dtype for one in found] == [one.dtype for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=0.02, rtol=0.02)
+
+
 def test_dropout_works_in_training_alone():
     layer, x = nn.MultiheadAttention(6, 2, dropout=0.5, batch_first=True), torch.randn(2, 5, 6)
     network = opened(layer)
