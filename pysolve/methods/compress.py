@@ -46,7 +46,6 @@ from pysolve.methods.streams import as_needed, in_principal_axes
 from pysolve.methods.studied import studied
 from pysolve.methods.study import Clock, Study
 from pysolve.methods.ties import RoundTo, check_round_to, check_widths, uniform
-from pysolve.nn.cut.attention import attention_in
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import Evaluate
 from pysolve.nn.items import Transform, check_batches
@@ -218,18 +217,24 @@ def compress(
     how = checked(given, targets, select, refit, distill, sites, ignore, round_to)
     check_keep(keep, lam)
     one = check_widths(widths, lam)
+    turns = select in ELIMINATIONS and refit != "none" and lam is None
+    keys = [key for key in keep if isinstance(key, Site)] if isinstance(keep, Mapping) else []
+    inside = [site.name for site in (*keys, *(sites or ())) if isinstance(site, Site) and site.attention]
+    if inside and not turns:
+        raise ValueError(
+            f"{inside[0]} are axes that elimination chooses and a refit turns: give keep or a target, with "
+            "select='elimination' and another refit than 'none', or leave that site out."
+        )
+    # A share of all sites, and a penalty of all, are of channels that the user's own modules have.
+    named_sites = sites is not None or isinstance(keep, Mapping) or isinstance(lam, Mapping)
+    apart = wanted is not None or named_sites
     options = options_for(
         given, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group, device
     )
-    options = replace(options, new_biases=not one)
-    # Shares of all sites, and penalties, are of channels that the user's own modules have.
-    names = [*(keep if isinstance(keep, Mapping) else ()), *(sites or ())]
-    network = prepared(given, options, apart=wanted is not None or bool(attention_in(names)))
+    network, options = prepared(given, replace(options, new_biases=not one), apart=apart)
     every = True if sites is None else sites
     # What a class makes of one number for all layers may be without some, if that is told.
     branches = not one or (isinstance(keep, Mapping) and 0 in keep.values())
-    turns = select in ELIMINATIONS and refit != "none" and lam is None
-    named = isinstance(keep, Mapping) and any(isinstance(key, Site) and key.attention for key in keep)
     found = studied(
         network,
         batches,
@@ -237,7 +242,7 @@ def compress(
         sites=every,
         experts=lam is None,
         branches=branches,
-        heads=turns and (head_dims or named or any(site.attention for site in sites or ())),
+        heads=turns and (head_dims or bool(inside)),
     )
     found = found if wanted is None else with_costs(found)
     found, inner = without_dims(found)

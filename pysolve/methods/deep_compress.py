@@ -144,7 +144,7 @@ def deep_compress(
     options = options_for(
         given, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group, device
     )
-    network = prepared(given, options)
+    network, options = prepared(given, options)
     clock = Clock()
     size = in_bytes(asked["bytes"], network) if "bytes" in asked else None
     share = _share(asked.get("params", None if size else 1.0), network)

@@ -146,15 +146,18 @@ def options_for(
     )
 
 
-def prepared(network: nn.Module, options: Options, *, apart: bool = True) -> nn.Module:
-    """The network as it is studied, on the device; ``apart``: with a layer for each projection of attention.
+def prepared(network: nn.Module, options: Options, *, apart: bool = True) -> tuple[nn.Module, Options]:
+    """The network as it is studied, on the device, and what is to be ignored of it.
 
-    A copy if it is elsewhere; the same parameters if attention is in one piece.
+    ``apart``: with a layer for each projection of attention; otherwise these stay as they are, with their
+    attention. A copy if it is elsewhere.
     """
     network = opened(network) if apart else network
+    own = dict(network.named_modules(remove_duplicate=False))
+    options = replace(options, ignore=[name for name in options.ignore if name in own])
     if options.device in (None, options.home):
-        return network
-    return copy_of(network).to(options.device)
+        return network, options
+    return copy_of(network).to(options.device), options
 
 
 def at_home(network: nn.Module, options: Options) -> nn.Module:

@@ -192,7 +192,7 @@ def low_rank(
     options = options_for(
         given, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group, device
     )
-    network = prepared(given, options)
+    network, options = prepared(given, options)
     weights, left = weights_of(network, options.ignore, (*WEIGHTED, nn.Embedding), tied=True)
     plain = method == "svd"
     turns = prune and refit != "none"

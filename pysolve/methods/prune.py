@@ -220,11 +220,12 @@ def prune(
     refit = refit or ("sequential" if method in _REFITTING else "none")
     goal = _Goal(method, what, value, scope, refit, layout, norm, check_distill(given, distill))
     _check(goal, batches is None)
+    # Shares of all channels are of those that the user's own modules have.
+    apart = not goal.of_channels or goal.what == "target"
     options = options_for(
         given, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group, device
     )
-    # Shares of all channels are of those that the user's own modules have.
-    network = prepared(given, options, apart=not goal.of_channels or goal.what == "target")
+    network, options = prepared(given, options, apart=apart)
     if goal.of_channels:
         assert batches is not None
         return _channels(before, network, batches, goal, options)

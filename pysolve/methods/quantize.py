@@ -156,7 +156,7 @@ def quantize(
     options = options_for(
         given, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group, device
     )
-    network = prepared(given, options)
+    network, options = prepared(given, options)
     kind = Codes(scheme, bits, group, method)
     subject = subject_of(network, batches, options, kind, to_bytes=target is not None)
     clock, size = Clock(), None if target is None else in_bytes(target["bytes"], network)

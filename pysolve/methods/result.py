@@ -126,7 +126,7 @@ def finish(
         notes = (*notes, *more)
         clock.stage("distill")
     spent = sum({**study.seconds, **clock.seconds}.values())
-    final, plan = closed(model, given, whole_plan(study, laid.plan))
+    final, plan = closed(model, given, study.model, whole_plan(study, laid.plan))
     used = as_given(given, original, study.options), final
     report = account(original, model, study, used=used, spent=spent, together=together)
     if study.calibration is not None and study.calibration.fitted_on:

@@ -128,7 +128,7 @@ def study(
         device,
         checkpoint,
     )
-    network = prepared(network, options)
+    network, options = prepared(network, options)
     weights, left = weights_of(network, options.ignore)
     return studied(
         network,

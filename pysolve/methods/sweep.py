@@ -132,7 +132,7 @@ def sweep(
         checkpoint,
     )
     options = replace(options, new_biases=not one)
-    network = prepared(given, options)
+    network, options = prepared(given, options)
     every = True if sites is None else sites
     turns = select in ELIMINATIONS and refit != "none"
     found = studied(

@@ -35,8 +35,6 @@ _CALLERS = {
     str(_NN / name)
     for name in ("graph/export.py", "graph/sites.py", "graph/trials.py", "refusal.py", "running.py")
 }
-# Layers of this package that stand for torch's.
-_LAYERS = {str(_NN / "layers" / name) for name in ("sparse.py", "products.py")}
 
 _SINGLE = (
     " It is a single sample, without a dimension of samples, as it seems: give batches of many, such as "
@@ -109,7 +107,7 @@ def code_line(error: BaseException) -> str:
 
 def of_torch(file: str) -> bool:
     """Whether a file is torch's, or one of the layers here that stand for torch's."""
-    return file.startswith(str(_TORCH)) or file in _LAYERS
+    return Path(file).is_relative_to(_TORCH) or Path(file).is_relative_to(_NN / "layers")
 
 
 def by_name(batch: Batch) -> dict[str, object]:

@@ -193,3 +193,134 @@ def test_shares_of_all_sites_leave_attention_whole_but_for_sites_that_are_named(
         result = ps.compress(model, batches(), keep={key: 0.5}, latency=False)
         assert [len(step.keep) for step in result.plan.steps] == [2]
     assert ps.inspect(model, batches()[0]).rows[1].channels == 4
+
+
+class Reader(nn.Module):
+    """Attention over inputs, whose outputs one layer reads."""
+
+    def __init__(self, **how):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(8, 2, batch_first=True, **how)
+        self.inner, self.back, self.head = nn.Linear(8, 12), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.attention(x, x, x, need_weights=False)[0])
+        return self.head(x + self.back(torch.relu(self.inner(x))))
+
+
+def test_projections_with_and_without_biases_run_in_torchs_encoder(tmp_path):
+    torch.manual_seed(4)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True, bias=False)
+    encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    model, data = nn.Sequential(nn.Linear(5, 8), encoder, nn.Linear(8, 3)).eval(), batches_of(5)
+    result = ps.compress(model, data, target={"params": 0.6}, latency=False)
+    own = [layer.self_attn for layer in result.model[1].layers]
+    assert any((one.q_proj.bias is None) != (one.v_proj.bias is None) for one in own)
+    with torch.no_grad():
+        assert result.model(data[0]).shape == (20, 4, 3)
+    restored(result, model, data[0], tmp_path)
+
+
+class Cross(nn.Module):
+    """A decoder that makes its mask, and is not told that it is causal."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True, norm_first=True)
+        self.decoder = nn.TransformerDecoder(layer, 1)
+        self.first, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        mask = nn.Transformer.generate_square_subsequent_mask(x.shape[1])
+        x = self.first(x)
+        return self.head(self.decoder(x, torch.cos(x).flip(1), tgt_mask=mask))
+
+
+def test_masks_that_torch_would_look_at_are_followed(tmp_path):
+    torch.manual_seed(4)
+    model, data = Cross().eval(), batches_of(5)
+    result = ps.compress(model, data, target={"macs": 0.6}, latency=False)
+    assert any(isinstance(one, Attention) for one in result.model.modules())
+    restored(result, model, data[0], tmp_path)
+
+
+def batches_of(width):
+    return [torch.randn(20, 4, width) for _ in range(4)]
+
+
+def restored(result, model, x, tmp_path):
+    """Plan and file make the network that was returned."""
+    expected, names = outputs(result.model, x), [*result.model.state_dict()]
+    ps.save(result, tmp_path / "small.safetensors")
+    for made in (ps.apply(model, result.plan, probe=x), ps.load(tmp_path / "small.safetensors", model)):
+        torch.testing.assert_close(outputs(made, x), expected)
+        assert [*made.state_dict()] == names
+
+
+PROJECTIONS = ["attention.q_proj", "attention.k_proj", "attention.v_proj"]
+VERBS = {
+    "prune": lambda *given, **how: ps.prune(*given, amount=0.5, layout="dense", **how),
+    "factors": lambda *given, **how: ps.low_rank(*given, rank=2, layout="factored", **how),
+    "integers": lambda *given, **how: ps.quantize(*given, scheme="int8-dynamic", **how),
+    "codes": lambda *given, **how: ps.quantize(*given, scheme="codebook", bits=3, **how),
+    "channels": lambda *given, **how: ps.compress(*given, target={"params": 0.9}, **how),
+    "branch": lambda *given, **how: ps.compress(*given, keep={"inner": 0}, **how),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("left", [PROJECTIONS, ["attention.out_proj"], []])
+@pytest.mark.parametrize("bias", [True, False])
+def test_some_projections_alone_come_back(verb, left, bias, tmp_path):
+    torch.manual_seed(3)
+    model, data = Reader(bias=bias).eval(), batches_of(8)
+    result = VERBS[verb](model, data, ignore=left, latency=False)
+    restored(result, model, data[0], tmp_path)
+    if verb in ("prune", "branch") or (verb == "codes" and left == PROJECTIONS):
+        assert type(result.model.attention) is nn.MultiheadAttention
+
+
+def test_outputs_of_attention_go_by_name_and_by_hand(tmp_path):
+    torch.manual_seed(3)
+    model, data = Reader().eval(), batches_of(8)
+    result = ps.compress(model, data, keep={"attention.out_proj": 5}, latency=False)
+    assert result.model.head.in_features == 5
+    restored(result, model, data[0], tmp_path)
+    (site,) = (s for s in ps.find_sites(model, data[0], attention=True) if "attention.out_proj" in s.writers)
+    made = ps.apply(model, ps.Plan((ps.Collapse(site, np.arange(5)),)), probe=data[0])
+    assert made.attention.out_proj.out_features == 5
+
+
+def test_names_of_projections_may_be_ignored_where_attention_stays_whole():
+    torch.manual_seed(3)
+    model, data = Reader().eval(), batches_of(8)
+    for result in (
+        ps.compress(model, data, keep=0.5, ignore=PROJECTIONS, latency=False),
+        ps.compress(model, data, lam=0.1, ignore=PROJECTIONS, latency=False),
+        ps.prune(model, data, method="ln", amount=0.5, ignore=PROJECTIONS, latency=False),
+    ):
+        assert type(result.model.attention) is nn.MultiheadAttention
+
+
+class Scored(nn.Module):
+    """Attention whose weights are an output."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        mixed, weights = self.first(x, x, x, average_attn_weights=False)
+        return self.head(mixed), weights
+
+
+def test_reasons_name_lines_of_the_users_code():
+    x = torch.randn(4, 5, 8)
+    for model, given in ((Scored(), x), (nn.MultiheadAttention(8, 2), {"query": x, "key": x, "value": x})):
+        sites = ps.find_sites(model.eval(), given, attention=True, head_dims=True)
+        assert all(
+            "attention.py" not in site.pinned.replace("test_attention.py", "")
+            for site in sites
+            if site.pinned
+        )

@@ -97,6 +97,16 @@ def test_heads_and_their_dimensions_do_not_go_together():
         compress(model, data(), keep={first: 2, "1.attend.q": 2}, **QUIET)
 
 
+@pytest.mark.parametrize("how", [{"refit": "none"}, {"select": "forward"}])
+def test_what_dimensions_of_heads_need_is_said(how):
+    model = network(blocks=1)
+    (first,) = dims_of(model)
+    with pytest.raises(ValueError, match="another refit than 'none'"):
+        compress(model, data(), keep={first: 2}, **how, **QUIET)
+    with pytest.raises(ValueError, match="give keep or a target"):
+        compress(model, data(), sites=[first], lam=0.1, **QUIET)
+
+
 def test_a_share_of_all_sites_is_of_heads():
     model = network(blocks=1)
     plain, asked = (compress(model, data(), keep=0.5, head_dims=h, **QUIET) for h in (False, True))

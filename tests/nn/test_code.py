@@ -152,6 +152,17 @@ def test_the_class_itself_makes_the_original(tmp_path):
             ps.export_code(result, tmp_path / "small.py", make=make)
 
 
+make = model = load_model = LeNet5
+
+
+@pytest.mark.parametrize("name", ["make", "model", "load_model"])
+def test_originals_may_be_named_as_what_the_code_calls_its_own(name, tmp_path):
+    result = halved("lenet")
+    ps.export_code(result, tmp_path / "small.py", make=f"{__name__}:{name}")
+    x = inputs("lenet")
+    assert torch.equal(opened(tmp_path / "small.py")(x), result.model(x))
+
+
 Pair = namedtuple("Pair", "logits extra")
 
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pysolve.correlations import AnyArray
+from pysolve.forms import Codebook
 from pysolve.nn.layers.attention import (
     PROJECTIONS,
     Attention,
@@ -21,7 +22,7 @@ from pysolve.nn.layers.attention import (
     with_layers,
 )
 from pysolve.nn.running import as_array, as_tensor
-from pysolve.plan import Plan, Site, tensor_name
+from pysolve.plan import Plan, tensor_name
 
 
 def opened_for(model: nn.Module, plan: Plan) -> nn.Module:
@@ -30,18 +31,21 @@ def opened_for(model: nn.Module, plan: Plan) -> nn.Module:
 
 
 def attention_of(plan: Plan) -> set[str]:
-    """Modules whose projections of queries, keys or values a plan names."""
-    return attention_in(chain(_cut(plan), plan.values, plan.untied))
+    """Modules whose projections of queries, keys or values a plan names, or cuts those of their outputs."""
+    return {
+        *_owners(_cut(plan), (*PROJECTIONS, "out_proj")),
+        *_owners((*plan.values, *plan.untied), PROJECTIONS),
+    }
 
 
-def attention_in(names: Iterable[str | Site]) -> set[str]:
-    """Modules whose projections of queries, keys or values are among these layers, tensors and sites."""
-    every = ((one,) if isinstance(one, str) else (*one.writers, *one.readers) for one in names)
-    parts = [name.partition(":")[0].split(".") for name in chain.from_iterable(every)]
-    return {".".join(one[:i]) for one in parts for i, part in enumerate(one) if part in PROJECTIONS}
+def _owners(names: Iterable[str], projections: Sequence[str]) -> Iterator[str]:
+    """Modules of which one of these projections is among layers and tensors."""
+    for name in names:
+        parts = name.partition(":")[0].split(".")
+        yield from (".".join(parts[:i]) for i, part in enumerate(parts) if part in projections)
 
 
-def closed(network: nn.Module, given: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
+def closed(network: nn.Module, given: nn.Module, studied: nn.Module, plan: Plan) -> tuple[nn.Module, Plan]:
     """The network, and its plan, with torch's own attention where a plan brings it nothing but values.
 
     Parameters
@@ -49,34 +53,43 @@ def closed(network: nn.Module, given: nn.Module, plan: Plan) -> tuple[nn.Module,
     network : nn.Module
         What the plan makes of the given network; its parameters are shared.
     given : nn.Module
+    studied : nn.Module
+        The given network, with the attention open that the plan may open.
     plan : Plan
     """
-    # Modules behind those that go have other names.
-    if any(not len(step.keep) or step.site.router is not None for step in plan.steps):
-        return network, plan
+    # Modules behind experts that go have other names.
+    renamed = any(step.site.router is not None for step in plan.steps)
     cut = [f"{name.partition(':')[0]}." for name in _cut(plan)]
-    found = dict[nn.Module, nn.Module]()
+    found, named = dict[nn.Module, nn.Module](), attention_of(plan)
+    open_before = {name for name, one in studied.named_modules() if isinstance(one, Attention)}
     for name, like in openable(given).items():
-        attention = _fitting(network, name, like)
-        if attention is not None and not any(one.startswith(f"{name}.".lstrip(".")) for one in cut):
+        attention = None if renamed else _fitting(network, name, like)
+        if attention is not None and not any(one.startswith(tensor_name(name, "")) for one in cut):
             found[attention] = together(attention, like)
             plan = _with_fused(plan, name, like)
+        elif name in open_before - named:
+            # What it keeps tells that it is open.
+            weight = tensor_name(name, "q_proj.weight")
+            plan = replace(plan, values={weight: _queries(like), **plan.values})
     if not found:
         return network, plan
     network = with_layers(network, found)
+    layers = dict(network.named_modules())
     for path, encoder in given.named_modules():
-        if isinstance(encoder, nn.TransformerEncoder):
-            own = network.get_submodule(path)
-            assert isinstance(own, nn.TransformerEncoder)
+        # Another module stands where a branch has gone as a whole.
+        own = layers.get(path)
+        if isinstance(encoder, nn.TransformerEncoder) and isinstance(own, nn.TransformerEncoder):
             use_nested(own, encoder.use_nested_tensor and not has_opened(own))
     return network, plan
 
 
 def _cut(plan: Plan) -> Iterator[str]:
-    """Layers and tensors that a plan narrows, or gives another form."""
+    """Layers and tensors that a plan narrows, or gives a form that torch's attention cannot have."""
     for step in plan.steps:
         yield from (*step.site.writers, *step.site.readers, *step.site.passed)
-    yield from plan.forms
+    for name, form in plan.forms.items():
+        if not (isinstance(form, Codebook) and name.endswith("out_proj.weight")):
+            yield name
 
 
 def _fitting(network: nn.Module, name: str, like: nn.MultiheadAttention) -> Attention | None:
@@ -89,6 +102,12 @@ def _fitting(network: nn.Module, name: str, like: nn.MultiheadAttention) -> Atte
     pairs = zip(attention.children(), biases, strict=True)
     plain = all(type(one) is nn.Linear and (one.bias is None) == (own is None) for one, own in pairs)
     return attention if plain else None
+
+
+def _queries(layer: nn.MultiheadAttention) -> AnyArray:
+    """The weight of its projection of queries."""
+    weight: Any = Attention.of(layer).q_proj.weight
+    return as_array(weight)
 
 
 def _with_fused(plan: Plan, name: str, like: nn.MultiheadAttention) -> Plan:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from pysolve.compressed import Compressed
 from pysolve.errors import DataError, PysolveError
@@ -106,7 +107,7 @@ def rebuilt(record: Mapping[str, object], model: nn.Module) -> nn.Module:
         if parameters(network) > _GROWTH * parameters(model):
             raise DataError(f"its factored layers have over {_GROWTH} times the original's parameters.")
     if biases:
-        raise DataError(f"it has no layer {min(biases).rpartition('.')[0]!r}.")
+        raise DataError(f"it has no layer {min(biases).rpartition('.')[0]!r}, or none that takes a bias.")
     for name in strings(field(record, "sparse"), "sparse"):
         layer = _dense(network, name, "has no sparse form")
         nothing = Sparse(tuple(layer.weight.shape), np.zeros(0, np.float32), np.zeros(0, np.uint8))
@@ -156,7 +157,9 @@ def _before_factoring(bias: str, factored: set[str]) -> str:
 def _with_biases(network: nn.Module, biases: set[str]) -> nn.Module:
     """The network with those of the new biases whose layers it has; they are taken off the list."""
     width, layers = _widths(network), dict(network.named_modules(remove_duplicate=False))
-    ready = {name for name in biases if name.rpartition(".")[0] in layers}
+    # Attention that is in one piece has its biases in one, or none at all.
+    closed = (NonDynamicallyQuantizableLinear, type(None))
+    ready = {name for name in biases if not isinstance(layers.get(name.rpartition(".")[0]), closed)}
     biases -= ready
     return apply(
         network, Plan(values={name: np.zeros(width("rows", name.rpartition(".")[0])) for name in ready})

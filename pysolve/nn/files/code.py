@@ -61,6 +61,8 @@ def load(path: str | Path = Path(__file__).with_name("{weights}")) -> torch.nn.M
     """The network; it takes inputs like those that it was exported with."""
     return torch.export.load(path).module()
 '''
+# What the code calls its own.
+_NAMES = {"Path", "load", "load_model", "make", "model", "nn", "torch"}
 _PLAIN = (bool, int, float, str, type(None))
 
 
@@ -207,8 +209,10 @@ def _source_of(model: nn.Module, make: str | None) -> _Source | None:
     needed = [p for p in signature(factory).parameters.values() if p.default is p.empty]
     if any(p.kind not in (Parameter.VAR_POSITIONAL, Parameter.VAR_KEYWORD) for p in needed):
         raise _Beyond(f"{name} needs the arguments {', '.join(p.name for p in needed)}; give make=")
-    outer = name.split(".")[0]
-    return _Source(factory, f"from {module} import {outer}", f"{name}()")
+    outer, *inner = name.split(".")
+    own = f"_{outer}" if outer in _NAMES else outer
+    alias = "" if own == outer else f" as {own}"
+    return _Source(factory, f"from {module} import {outer}{alias}", f"{'.'.join((own, *inner))}()")
 
 
 def _changes(model: nn.Module, original: nn.Module) -> Iterator[str]:

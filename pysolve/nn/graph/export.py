@@ -19,6 +19,7 @@ from torch._ops import OpOverload
 from torch.distributions import Distribution
 from torch.export import Dim, ExportedProgram
 from torch.fx import GraphModule, Node
+from torch.nn.modules import transformer
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import PysolveError
@@ -253,7 +254,7 @@ def _export(model: nn.Module, args: Args, kwargs: Kwargs, free: Sequence[int | N
             # torch.export marks the tensors that it is given, and takes them for free ever after.
             fresh = pytree.tree_map_only(Tensor, Tensor.clone, (args, kwargs))
             try:
-                with _quiet(), way():
+                with _quiet(), _masks_as_given(), way():
                     return torch.export.export(
                         model, *fresh, dynamic_shapes=_dynamic(args or kwargs, dims), strict=False
                     )
@@ -294,6 +295,20 @@ def _as_not_compiled() -> Iterator[None]:
     finally:
         for name, asked in before.items():
             setattr(torch.compiler, name, asked)
+
+
+@contextmanager
+def _masks_as_given() -> Iterator[None]:
+    """Torch's encoders and decoders take masks as they are, and do not look whether one is causal.
+
+    Its values would decide that, which no graph can follow; the mask says the same.
+    """
+    before = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: bool(is_causal)
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = before
 
 
 def _dynamic(given: Args | Kwargs, dims: int | None) -> Args | Kwargs | None:

@@ -63,11 +63,10 @@ class Attention(nn.Module):
         weight: Tensor | None = layer.in_proj_weight
         bias: Tensor | None = layer.in_proj_bias
         apart = [getattr(layer, f"{name}_weight") for name in PROJECTIONS]
-        weights = apart if weight is None else [*weight.chunk(3)]
-        biases = [None] * 3 if bias is None else [*bias.chunk(3)]
-        trained = weights[0].requires_grad
-        made = [_linear(one, own, trained) for one, own in zip(weights, biases, strict=True)]
-        out = _linear(layer.out_proj.weight, layer.out_proj.bias, trained)
+        weights = apart if weight is None else _thirds(weight)
+        biases = [None] * 3 if bias is None else _thirds(bias)
+        made = [_linear(one, own) for one, own in zip(weights, biases, strict=True)]
+        out = _linear(layer.out_proj.weight, layer.out_proj.bias)
         out.weight, out.bias = layer.out_proj.weight, layer.out_proj.bias
         q, k, v = made
         first = bool(layer.batch_first)
@@ -83,16 +82,22 @@ class Attention(nn.Module):
         return int(width)
 
     @property
-    def in_proj_weight(self) -> Tensor:
-        """The projections' weights, one below the other."""
+    def in_proj_weight(self) -> Tensor | None:
+        """The projections' weights, one below the other, if they read inputs of one width."""
         weights: list[Any] = [getattr(self, name).weight for name in PROJECTIONS]
-        return torch.cat(weights)
+        return torch.cat(weights) if len({one.shape[1] for one in weights}) == 1 else None
 
     @property
     def in_proj_bias(self) -> Tensor | None:
-        """The projections' biases in one, if they have some."""
+        """The projections' biases in one, if there are some; zeros where one has none."""
         biases: list[Any] = [getattr(self, name).bias for name in PROJECTIONS]
-        return None if biases[0] is None else torch.cat(biases)
+        some = next((one for one in biases if one is not None), None)
+        # Torch's encoder layers ask before every call.
+        return (
+            None
+            if some is None
+            else torch.cat([torch.zeros_like(some) if one is None else one for one in biases])
+        )
 
     def forward(
         self,
@@ -126,7 +131,8 @@ class Attention(nn.Module):
         weights = None
         if need_weights:
             scores = q * self.head_dim**-0.5 @ k.transpose(-2, -1)
-            weights = (scores if mask is None else scores + mask).softmax(-1)
+            # Under autocast masks have more digits than scores.
+            weights = (scores if mask is None else scores + mask.to(scores.dtype)).softmax(-1)
             weights = dropout(weights, p) if p else weights
             mixed = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
@@ -160,8 +166,15 @@ def openable(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
     found = {name: one for name, one in model.named_modules() if type(one) is kind and _is_plain(one)}
     if not found:
         return {}
-    owners = Counter(id(tensor) for module in model.modules() for tensor in module._parameters.values())
-    return {name: one for name, one in found.items() if all(owners[id(own)] == 1 for own in one.parameters())}
+    parts = (
+        part for one in model.modules() for part in chain(one._parameters.values(), one._modules.values())
+    )
+    owners = Counter(map(id, parts))
+    return {
+        name: one
+        for name, one in found.items()
+        if all(owners[id(own)] == 1 for own in (*one.parameters(), one.out_proj))
+    }
 
 
 def opened(model: nn.Module, names: Collection[str] | None = None) -> nn.Module:
@@ -187,7 +200,7 @@ def together(attention: Attention, like: nn.MultiheadAttention) -> nn.MultiheadA
     weight: Tensor | None = layer.in_proj_weight
     with torch.no_grad():
         if weight is not None:
-            weight.copy_(attention.in_proj_weight)
+            weight.copy_(torch.cat([getattr(attention, name).weight for name in PROJECTIONS]))
         else:
             for name in PROJECTIONS:
                 getattr(layer, f"{name}_weight").copy_(getattr(attention, name).weight)
@@ -243,13 +256,19 @@ def _is_plain(layer: nn.MultiheadAttention) -> bool:
     return not hooks and not more and tensors | {"out_proj.weight"} <= dict(layer.named_parameters()).keys()
 
 
-def _linear(weight: Tensor, bias: Tensor | None, trained: bool) -> nn.Linear:
+def _thirds(tensor: Tensor) -> list[Tensor]:
+    """The parts of a parameter for queries, keys and values, trained as it is."""
+    # A part says so itself only where gradients are recorded.
+    return [part.detach().requires_grad_(tensor.requires_grad) for part in tensor.chunk(3)]
+
+
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     """A layer whose parameters share their values with these."""
     # Without values, and the random numbers that these would take.
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    layer.weight = nn.Parameter(weight.detach(), trained)
+    layer.weight = nn.Parameter(weight.detach(), weight.requires_grad)
     if bias is not None:
-        layer.bias = nn.Parameter(bias.detach(), trained)
+        layer.bias = nn.Parameter(bias.detach(), bias.requires_grad)
     return layer
 
 

@@ -76,6 +76,16 @@ def test_a_causal_mask_may_be_told_by_a_word():
         opened(layer)(x, x, x, is_causal=True)
 
 
+def test_under_autocast_results_have_the_types_of_torchs():
+    layer, x = nn.MultiheadAttention(8, 2), torch.randn(5, 3, 8)
+    mask = torch.ones(5, 5).triu(1).bool()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = (one(x, x, x, attn_mask=mask) for one in (layer, opened(layer)))
+    assert [one.dtype for one in found] == [one.dtype for one in expected]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, atol=0.02, rtol=0.02)
+
+
 def test_dropout_works_in_training_alone():
     layer, x = nn.MultiheadAttention(6, 2, dropout=0.5, batch_first=True), torch.randn(2, 5, 6)
     network = opened(layer)
@@ -101,6 +111,14 @@ def test_the_network_itself_stays_as_it_is_and_shares_its_parameters():
     assert network[1].self_attn.embed_dim == 6
 
 
+def test_what_torchs_layers_ask_of_projections_that_differ():
+    own = opened(nn.MultiheadAttention(6, 2, bias=False))
+    assert own.in_proj_bias is None
+    own.v_proj.bias = nn.Parameter(torch.ones(6))
+    assert own.in_proj_bias.tolist() == [0.0] * 12 + [1.0] * 6
+    assert opened(nn.MultiheadAttention(6, 2, kdim=4)).in_proj_weight is None
+
+
 def test_networks_without_attention_are_returned_themselves():
     model = nn.Linear(3, 2)
     assert opened(model) is model
@@ -119,9 +137,29 @@ def test_hooks_modes_and_frozen_parameters_come_along(frozen):
     assert all(one.requires_grad is not frozen for one in network.parameters())
 
 
+@pytest.mark.parametrize("how", [{}, {"kdim": 4, "vdim": 5}])
+def test_each_parameter_stays_frozen_or_trained(how):
+    layer = nn.MultiheadAttention(6, 2, **how)
+    layer.in_proj_bias.requires_grad_(False)
+    layer.out_proj.weight.requires_grad_(False)
+    if how:
+        layer.v_proj_weight.requires_grad_(False)
+    with torch.no_grad():
+        own = opened(layer)
+    frozen = {name for name, one in own.named_parameters() if not one.requires_grad}
+    expected = {"q_proj.bias", "k_proj.bias", "v_proj.bias", "out_proj.weight"}
+    assert frozen == expected | ({"v_proj.weight"} if how else set())
+
+
 def _shared():
     model = nn.Sequential(nn.MultiheadAttention(6, 2), nn.MultiheadAttention(6, 2))
     model[1].in_proj_weight = model[0].in_proj_weight
+    return model
+
+
+def _shared_output():
+    model = nn.Sequential(nn.MultiheadAttention(6, 2), nn.MultiheadAttention(6, 2))
+    model[1].out_proj = model[0].out_proj
     return model
 
 
@@ -139,6 +177,7 @@ class Own(nn.MultiheadAttention):
     "make",
     [
         _shared,
+        _shared_output,
         _hooked,
         lambda: nn.MultiheadAttention(6, 2, add_bias_kv=True),
         lambda: nn.MultiheadAttention(6, 2, add_zero_attn=True),
