@@ -33,9 +33,6 @@ from .nn.files.checkpoint import load as load
 from .nn.files.checkpoint import save as save
 from .nn.files.checkpoint import stored_bytes as stored_bytes
 from .nn.files.code import export_code as export_code
-from .nn.files.pretrained import Pretrained as Pretrained
-from .nn.files.pretrained import load_pretrained as load_pretrained
-from .nn.files.pretrained import save_pretrained as save_pretrained
 from .nn.gathering.gather import gather as gather
 from .nn.graph.sites import find_sites as find_sites
 from .nn.inspect import inspect as inspect
@@ -46,6 +43,9 @@ from .nn.layers.sharing import codebooks_of as codebooks_of
 from .nn.layers.sharing import remove_sharing as remove_sharing
 from .nn.layers.sharing import share_weights as share_weights
 from .nn.layers.sharing import ternary_weights as ternary_weights
+from .nn.pretrained.folder import Pretrained as Pretrained
+from .nn.pretrained.folder import load_pretrained as load_pretrained
+from .nn.pretrained.folder import save_pretrained as save_pretrained
 from .plan import Collapse as Collapse
 from .plan import Plan as Plan
 from .plan import Site as Site

@@ -90,7 +90,7 @@ def _shared_graphs() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def _shared_fields() -> Iterator[None]:
     """What the fields of one configuration count is measured once."""
-    from pysolve.nn import stock
+    from pysolve.nn.pretrained import stock
 
     measured, known = stock._fields, {}
 

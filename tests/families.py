@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import torch
 
-from pysolve.nn.files import reopen
+from pysolve.nn.pretrained import reopen
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 12}
 TEXT = {"vocab_size": 30, "max_position_embeddings": 16}

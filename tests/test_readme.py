@@ -38,7 +38,7 @@ MENTIONED = re.compile(rf"\b(?:{ROOMS})/[\w/.]*\.(?:py|cpp|hpp|pyi)\b")
 def test_its_examples_run(code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # That a fresh process opens folders is tested in tests/nn/files/test_pretrained.py.
-    monkeypatch.setattr("pysolve.nn.files.reopening._run", opened_here)
+    monkeypatch.setattr("pysolve.nn.pretrained.reopening._run", opened_here)
     exec(compile(code, "an example of the docs", "exec"), {"__name__": "example"})
 
 

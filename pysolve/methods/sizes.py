@@ -18,7 +18,7 @@ from pysolve.methods.study import Study, widths
 from pysolve.methods.ties import RoundTo, Ties, alike, apart, grouped, rounded, separate
 from pysolve.methods.timed import liked, settle_in_time
 from pysolve.nn.cut.bare import Listed, find_member
-from pysolve.nn.stock import is_pretrained
+from pysolve.nn.pretrained.stock import is_pretrained
 from pysolve.plan import Site, of_experts, owner
 from pysolve.report.rows import Expected, SiteReport, Solve
 from pysolve.solve.budget import Costs

@@ -19,8 +19,7 @@ from pysolve.methods.goal import check_pattern, check_whole
 from pysolve.methods.menu import Chosen, Menu
 from pysolve.methods.study import Study
 from pysolve.nn.cut.apply import apply
-from pysolve.nn.state import without_values
-from pysolve.nn.stock import (
+from pysolve.nn.pretrained.stock import (
     Fields,
     NotStockError,
     PretrainedConfig,
@@ -31,6 +30,7 @@ from pysolve.nn.stock import (
     with_fields,
     with_numbers,
 )
+from pysolve.nn.state import without_values
 from pysolve.plan import Collapse, Plan, Site
 
 WIDTHS = ("per_layer", "uniform")

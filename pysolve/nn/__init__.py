@@ -11,7 +11,8 @@ cost/                   parameters, MACs, bytes and times, also at other widths
 refit/                  the original and the smaller network side by side, layer after layer refitted
 cut/                    a plan carried out: narrower layers, new values, other forms, one check
 layers/                 layers that run sparse, factored, in integers, masked or with shared values; attention
-files/                  save and load; folders of transformers, whose configurations stock reads back
+files/                  save and load
+pretrained/             networks of transformers: configurations, and folders that its own classes open
 inspect, evaluate       what can shrink before any work starts; accuracy, size, latency
 """
 

@@ -19,7 +19,6 @@ from pysolve.correlations import AnyArray
 from pysolve.errors import DataError, LayerNotFoundError
 from pysolve.nn.overrides import Args, Kwargs
 from pysolve.nn.state import keeping_state
-from pysolve.nn.stock import PretrainedConfig
 
 # A batch of a user's loader, and a network's output: tensors, tuples and lists, or mappings.
 Batch = Any
@@ -154,10 +153,10 @@ def _without_caches(*models: nn.Module) -> Iterator[None]:
 
     Encoder, decoder and the whole may each hold a configuration of their own.
     """
-    configs: list[PretrainedConfig] = [
-        getattr(module, "config", None) for model in models for module in model.modules()
+    configs = [getattr(module, "config", None) for model in models for module in model.modules()]
+    caching = [
+        (one, one.use_cache) for one in configs if one is not None and getattr(one, "use_cache", False)
     ]
-    caching = [(one, one.use_cache) for one in configs if getattr(one, "use_cache", False)]
     try:
         for one, _ in caching:
             one.use_cache = False

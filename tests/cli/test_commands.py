@@ -790,7 +790,7 @@ def test_a_folder_for_other_programs_is_written_where_asked_for(tmp_path, monkey
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr("pysolve.nn.files.reopening._run", opened_here)
+    monkeypatch.setattr("pysolve.nn.pretrained.reopening._run", opened_here)
     words = ["compress", "decoder:make", "--data", "decoder:batches", "--target", "params=0.8", "--quiet"]
     done = CliRunner().invoke(app, [*words, "--widths", "uniform", "--save-pretrained", "--out", "small"])
     assert done.exit_code == 0, done.output

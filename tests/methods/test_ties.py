@@ -17,7 +17,7 @@ from pysolve.methods.price import price, probe
 from pysolve.methods.sizes import by_keep, within
 from pysolve.methods.studied import studied
 from pysolve.methods.ties import alike, grouped, rounded, separate, uniform
-from pysolve.nn.stock import with_fields
+from pysolve.nn.pretrained.stock import with_fields
 from pysolve.solve.budget import limits_of
 
 QUIET = {"progress": False, "latency": False}

@@ -13,9 +13,9 @@ from families import FAMILIES, batches, made, opened_here
 from safetensors.torch import load_file
 
 import pysolve as ps
-from pysolve.nn.files import reopening
-from pysolve.nn.files.pretrained import FILE, SUMS, write_stock
-from pysolve.nn.files.reopening import reopened
+from pysolve.nn.pretrained import reopening
+from pysolve.nn.pretrained.folder import FILE, SUMS, write_stock
+from pysolve.nn.pretrained.reopening import reopened
 
 transformers = pytest.importorskip("transformers")
 

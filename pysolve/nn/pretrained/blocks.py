@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from torch import nn
 
 from pysolve.nn.layers.idle import Constant
-from pysolve.nn.shorter import constants_of
-from pysolve.nn.stock import (
+from pysolve.nn.pretrained.shorter import constants_of
+from pysolve.nn.pretrained.stock import (
     NotStockError,
     PretrainedConfig,
     PretrainedModel,

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pysolve.nn.blocks import blocks_of
 from pysolve.nn.layers.idle import Constant, Empty, PassedBy
-from pysolve.nn.shorter import partly_idle, without_idle_layers
-from pysolve.nn.stock import NotStockError, stock_of
+from pysolve.nn.pretrained.blocks import blocks_of
+from pysolve.nn.pretrained.shorter import partly_idle, without_idle_layers
+from pysolve.nn.pretrained.stock import NotStockError, stock_of
 
 transformers = pytest.importorskip("transformers")
 

@@ -18,13 +18,12 @@ from torch import Tensor, nn
 
 from pysolve.compressed import Compressed
 from pysolve.errors import DataError, PysolveError, path_of
-from pysolve.nn.blocks import blocks_of
 from pysolve.nn.files.architecture import ordinary
 from pysolve.nn.files.checkpoint import restored, save
-from pysolve.nn.files.reopening import Written, difference, outputs_again, reopened, written_of
-from pysolve.nn.running import Batch
-from pysolve.nn.shorter import partly_idle, without_idle_layers
-from pysolve.nn.stock import (
+from pysolve.nn.pretrained.blocks import blocks_of
+from pysolve.nn.pretrained.reopening import Written, difference, outputs_again, reopened, written_of
+from pysolve.nn.pretrained.shorter import partly_idle, without_idle_layers
+from pysolve.nn.pretrained.stock import (
     NotStockError,
     PretrainedConfig,
     PretrainedModel,
@@ -33,6 +32,7 @@ from pysolve.nn.stock import (
     skeleton,
     stock_of,
 )
+from pysolve.nn.running import Batch
 from pysolve.whole_files import crc32_of, replacing_folder
 
 # Beside the original's configuration, in folders that are for ``load_pretrained``.

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.nn.layers.idle import Constant
-from pysolve.nn.state import copy_of
-from pysolve.nn.stock import (
+from pysolve.nn.pretrained.stock import (
     NotStockError,
     PretrainedConfig,
     PretrainedModel,
@@ -18,6 +17,7 @@ from pysolve.nn.stock import (
     skeleton,
     with_fields,
 )
+from pysolve.nn.state import copy_of
 
 
 def without_idle_layers(network: PretrainedModel) -> PretrainedModel:

@@ -7,8 +7,8 @@ import torch
 from families import made
 
 from pysolve.errors import PysolveError
-from pysolve.nn.blocks import blocks_of
-from pysolve.nn.stock import (
+from pysolve.nn.pretrained.blocks import blocks_of
+from pysolve.nn.pretrained.stock import (
     NotStockError,
     describe,
     fields_of,

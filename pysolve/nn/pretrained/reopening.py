@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from pysolve.errors import PysolveError
-from pysolve.nn.files import reopen
+from pysolve.nn.pretrained import reopen
+from pysolve.nn.pretrained.stock import PretrainedModel
 from pysolve.nn.running import Batch, device_of, evaluating, prepared
-from pysolve.nn.stock import PretrainedModel
 
 # How far outputs may be apart, as a share of the largest, where kernels give other bits in another process.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}

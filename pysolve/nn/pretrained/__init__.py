@@ -1,0 +1,1 @@
+"""Networks of transformers: configurations read back from shapes, folders that its own classes open."""
