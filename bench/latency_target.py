@@ -27,9 +27,9 @@ from subjects import SUBJECTS
 from torch import Tensor, nn
 
 import pysolve as ps
+from pysolve.nn.batches.samples import samples_in, take
 from pysolve.nn.cost.profile import times_of
 from pysolve.nn.running import arguments
-from pysolve.nn.samples import samples_in, take
 
 WINDOWS, SECONDS = 96, 2.0
 

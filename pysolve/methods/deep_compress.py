@@ -42,10 +42,10 @@ from pysolve.methods.sizes import site_reports
 from pysolve.methods.stages import Stages, packed, sparse_bytes
 from pysolve.methods.study import Clock, Study
 from pysolve.methods.widths import chosen_width
+from pysolve.nn.batches.items import Transform, check_batches
 from pysolve.nn.cut.apply import apply
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import Evaluate, nbytes, parameters
-from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.progress import one_bar, part
 from pysolve.nn.running import Batch, Device, Ignored
 from pysolve.nn.threads import threads_of_torch

@@ -19,10 +19,10 @@ from torch.distributed import ProcessGroup
 from pysolve.compressed import Compressed
 from pysolve.errors import PysolveError, check_flags, path_of
 from pysolve.forms import Sparse
+from pysolve.nn.batches.items import Transform
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import Evaluate, score_of
 from pysolve.nn.gathering.memory import Bound
-from pysolve.nn.items import Transform
 from pysolve.nn.layers.attention import ignored_in_opened, opened
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import without_sparse

@@ -23,12 +23,12 @@ from pysolve.methods.rebuild import Rebuilt
 from pysolve.methods.result import finish
 from pysolve.methods.study import Clock, Study
 from pysolve.methods.weights import weight_name
+from pysolve.nn.batches.items import Transform, batched
 from pysolve.nn.cut.apply import apply
 from pysolve.nn.divergence import kl_divergence
 from pysolve.nn.evaluate import Evaluate
 from pysolve.nn.files.format1 import sparse_layers
 from pysolve.nn.gathering.calibration import Calibration
-from pysolve.nn.items import Transform, batched
 from pysolve.nn.layer_kinds import WEIGHTED
 from pysolve.nn.layers.attention import ignored_in_opened, opened
 from pysolve.nn.layers.masking import mask_weights, remove_masks, unmasked

@@ -19,6 +19,7 @@ from pysolve.methods.rebuild import Rebuilt, forms_of
 from pysolve.methods.study import Study
 from pysolve.methods.tasks import names_of
 from pysolve.methods.weights import weight_name
+from pysolve.nn.batches.samples import samples_in, take
 from pysolve.nn.cost.nonzeros import zero_rows
 from pysolve.nn.cost.profile import latencies, layer_inputs
 from pysolve.nn.cut.apply import apply, untrue_forms
@@ -31,7 +32,6 @@ from pysolve.nn.layers.masking import mask_weights
 from pysolve.nn.layers.runtime import in_form
 from pysolve.nn.layers.sharing import share_weights
 from pysolve.nn.running import as_array, find_layer
-from pysolve.nn.samples import samples_in, take
 from pysolve.nn.state import all_names, copy_of
 from pysolve.plan import Collapse, Plan
 from pysolve.report.rows import LayerReport

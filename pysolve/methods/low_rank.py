@@ -50,9 +50,9 @@ from pysolve.methods.streams import as_needed, in_principal_axes
 from pysolve.methods.studied import studied
 from pysolve.methods.study import Clock, Study
 from pysolve.methods.weights import reasons, weights_of
+from pysolve.nn.batches.items import Transform
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import Evaluate
-from pysolve.nn.items import Transform
 from pysolve.nn.layer_kinds import WEIGHTED
 from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored

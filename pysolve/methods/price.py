@@ -14,6 +14,7 @@ from pysolve.correlations import Indices
 from pysolve.methods.menu import Chosen, Menu
 from pysolve.methods.rebuild import changed_names, independent
 from pysolve.methods.study import Study
+from pysolve.nn.batches.samples import first_samples, samples_in
 from pysolve.nn.changed import changed_outputs, is_repeatable
 from pysolve.nn.cut.norms import kept_of_norms
 from pysolve.nn.cut.routers import chosen_by_routers
@@ -23,7 +24,6 @@ from pysolve.nn.graph.sizes import fits
 from pysolve.nn.outputs import main_output
 from pysolve.nn.progress import steps
 from pysolve.nn.running import Batch, Output
-from pysolve.nn.samples import first_samples, samples_in
 
 # Divergences are means over rows of outputs: samples, or their positions. Work to measure them, in such rows
 # through the whole network at most, and in passes over what was given: all units share it, so that it does

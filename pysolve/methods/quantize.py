@@ -33,11 +33,11 @@ from pysolve.methods.rate import Coded, Subject, shortened, subject_of, within_b
 from pysolve.methods.rebuild import Rebuilt, rebuild
 from pysolve.methods.result import assembled, finish
 from pysolve.methods.study import Clock, Study
+from pysolve.nn.batches.items import Transform
 from pysolve.nn.cut.apply import apply
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import Evaluate, nbytes
 from pysolve.nn.files.checkpoint import file_bytes
-from pysolve.nn.items import Transform
 from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored
 from pysolve.nn.threads import threads_of_torch

@@ -17,6 +17,7 @@ from pysolve.methods.menu import Chosen, Fit, Task
 from pysolve.methods.study import Study, no_samples
 from pysolve.methods.tasks import Left, cuts_of, left_of, names_of, shaped, task_of, values_of
 from pysolve.methods.weights import weight_name
+from pysolve.nn.batches.samples import samples_in
 from pysolve.nn.cut.bare import is_stack
 from pysolve.nn.cut.norms import kept_of_norms
 from pysolve.nn.cut.routers import chosen_by_routers
@@ -31,7 +32,6 @@ from pysolve.nn.layer_matrix import channels
 from pysolve.nn.refit.layer_refit import Sampling
 from pysolve.nn.refit.lockstep import refit
 from pysolve.nn.running import Batch, as_array
-from pysolve.nn.samples import samples_in
 from pysolve.plan import Site
 
 REFITS = ("sequential", "independent", "bias", "none")

@@ -20,6 +20,7 @@ from pysolve.errors import PysolveWarning
 from pysolve.methods.goal import Options, Target, at_home, plain_target
 from pysolve.methods.layout import LaidOut
 from pysolve.methods.study import Clock, Study
+from pysolve.nn.batches.samples import samples_in, take
 from pysolve.nn.cost.nonzeros import nonzeros
 from pysolve.nn.cost.per_sample import Workload, sample_macs, workload
 from pysolve.nn.cost.profile import FEWEST, TOGETHER, latencies, masses
@@ -40,7 +41,6 @@ from pysolve.nn.gathering.calibration import HELD_OF, LEAST_APART
 from pysolve.nn.layers.attention import has_opened
 from pysolve.nn.layers.masking import mask_weights, remove_masks
 from pysolve.nn.running import Batch, as_array, find_layer
-from pysolve.nn.samples import samples_in, take
 from pysolve.nn.state import copy_of
 from pysolve.plan import Plan
 from pysolve.report.report import Report

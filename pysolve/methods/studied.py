@@ -19,6 +19,8 @@ from pysolve.errors import DataError, PysolveError
 from pysolve.methods.goal import Memory, Options, network_of, options_for, prepared
 from pysolve.methods.study import Clock, Study, no_samples
 from pysolve.methods.weights import Skipped, weights_of
+from pysolve.nn.batches.items import Transform, check_batches
+from pysolve.nn.batches.samples import laid_out, mixed, moved, on_device, peek
 from pysolve.nn.cut.bare import is_stack
 from pysolve.nn.cut.stacks import stack_correlations, stack_notes
 from pysolve.nn.divergence import kl_divergence
@@ -33,7 +35,6 @@ from pysolve.nn.graph.export import Graph, trace, trace_once
 from pysolve.nn.graph.routes import routed
 from pysolve.nn.graph.sites import sites_in
 from pysolve.nn.graph.sizes import fits, of_other_sizes
-from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.layer_matrix import LAYERS, groups
 from pysolve.nn.layers.attention import has_opened, opened
 from pysolve.nn.progress import one_bar
@@ -47,7 +48,6 @@ from pysolve.nn.running import (
     evaluating,
     few_samples,
 )
-from pysolve.nn.samples import laid_out, mixed, moved, on_device, peek
 from pysolve.nn.threads import threads_of_torch
 from pysolve.plan import Site
 

@@ -16,6 +16,7 @@ from pysolve.correlations import AnyArray, Array, Correlations
 from pysolve.errors import PysolveError, path_of
 from pysolve.methods.goal import Options
 from pysolve.methods.weights import Skipped
+from pysolve.nn.batches.samples import first_samples, moved
 from pysolve.nn.cut.bare import is_stack
 from pysolve.nn.cut.stacks import stack_inputs
 from pysolve.nn.files.study_file import check_network, read_study, write_study
@@ -32,7 +33,6 @@ from pysolve.nn.running import (
     as_array,
     device_of,
 )
-from pysolve.nn.samples import first_samples, moved
 from pysolve.plan import Site
 
 

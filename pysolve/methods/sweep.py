@@ -34,9 +34,9 @@ from pysolve.methods.streams import in_principal_axes
 from pysolve.methods.studied import studied
 from pysolve.methods.study import Clock, Study
 from pysolve.methods.ties import RoundTo, check_widths, uniform
+from pysolve.nn.batches.items import Transform, check_batches
 from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import Evaluate
-from pysolve.nn.items import Transform, check_batches
 from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored
 from pysolve.nn.threads import threads_of_torch

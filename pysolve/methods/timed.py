@@ -16,11 +16,11 @@ from pysolve.methods.goal import Target
 from pysolve.methods.menu import Chosen, Menu
 from pysolve.methods.price import Probe
 from pysolve.methods.study import Study
+from pysolve.nn.batches.samples import samples_in, take
 from pysolve.nn.cost.profile import TOGETHER, times_of
 from pysolve.nn.cost.width_times import WidthTimes, seen_by, width_times
 from pysolve.nn.cut.apply import apply
 from pysolve.nn.running import Batch, find_layer
-from pysolve.nn.samples import samples_in, take
 from pysolve.plan import Collapse, Plan, Site
 from pysolve.solve.budget import MEASURES, Costs, unreachable
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from pysolve.correlations import Array, Correlations, Indices
 from pysolve.methods.study import Study
 from pysolve.methods.weights import weight_name
+from pysolve.nn.batches.samples import take
 from pysolve.nn.gathering.gathered import own_outputs
 from pysolve.nn.graph.branches import Layer, find_layers
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.layer_matrix import LAYERS
 from pysolve.nn.outputs import tensors_of
 from pysolve.nn.running import Batch, evaluating, forward
-from pysolve.nn.samples import take
 
 # Samples on which a turned network must equal the original, and to what share of its outputs.
 _PROBED = 4

@@ -1,8 +1,7 @@
 """Networks: from a network to correlations, and from a plan to a smaller network.
 
 running                 finding layers, running a network without changing it
-samples, items, sound   the user's items become batches; samples of them; what cannot be fitted to
-padding                 tokens of batches that count nowhere
+batches/                the user's items become batches; samples of them; padding; what cannot be fitted to
 graph/                  the network as a graph, and the sites whose channels can be removed
 gathering/              correlations of layers, summed while the batches stream by
 layer_matrix            a layer as y = M x + b

@@ -16,11 +16,11 @@ from torch.utils import _pytree as pytree
 
 from pysolve.correlations import Indices
 from pysolve.errors import DataError
+from pysolve.nn.batches.padding import is_of_tokens, output_mask
+from pysolve.nn.batches.samples import samples_in
 from pysolve.nn.cut.routers import choosing
 from pysolve.nn.outputs import logits_of, main_output
-from pysolve.nn.padding import is_of_tokens, output_mask
 from pysolve.nn.running import Batch, Output, arguments, evaluating, forward, same_draws
-from pysolve.nn.samples import samples_in
 
 # From the original's output and another one to the mean divergence per sample.
 Divergence = Callable[[Output, Output], Tensor | float]

@@ -10,13 +10,13 @@ from textwrap import wrap
 
 from torch import nn
 
+from pysolve.nn.batches.items import Transform, example_of
+from pysolve.nn.batches.samples import laid_out
 from pysolve.nn.cost.costs import cost_model
 from pysolve.nn.graph.sites import find_sites
-from pysolve.nn.items import Transform, example_of
 from pysolve.nn.layers.attention import opened
 from pysolve.nn.plain import plain_network
 from pysolve.nn.running import Batch, Ignored
-from pysolve.nn.samples import laid_out
 from pysolve.plan import Site, check_listed
 from pysolve.solve.budget import Costs
 from pysolve.tables import Table, as_html, one_screen

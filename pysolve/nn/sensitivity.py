@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.correlations import Array
+from pysolve.nn.batches.padding import zero_padding
 from pysolve.nn.divergence import class_dim
 from pysolve.nn.gathering.sums import Sums
 from pysolve.nn.gathering.watching import watching
 from pysolve.nn.layer_matrix import Layer, channels, outputs
 from pysolve.nn.outputs import main_output
-from pysolve.nn.padding import zero_padding
 from pysolve.nn.running import Batch, device_of, evaluating, forward
 
 # Random directions of the network's outputs per batch.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pysolve.errors import DataError
-from pysolve.nn.items import check_batches
+from pysolve.nn.batches.items import check_batches
 from pysolve.nn.running import NO_BATCHES, Batch, arguments
 from pysolve.training.finetune import counted, generators, one_by_one
 from pysolve.training.loop import Passes, shuffled

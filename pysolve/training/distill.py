@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.errors import DataError, check_flags, whole
+from pysolve.nn.batches.items import Transform, batched
 from pysolve.nn.gathering.memory import free_memory
-from pysolve.nn.items import Transform, batched
 from pysolve.nn.running import Batch, calling_layers, check_model, evaluating, find_layer, keeping_modes
 from pysolve.nn.state import keeping_state
 from pysolve.training import loss as losses

@@ -12,7 +12,7 @@ from torch.nn import CrossEntropyLoss
 from torch.nn.functional import cross_entropy
 
 from pysolve.errors import DataError
-from pysolve.nn.items import Items, Transform, batched, check_batches
+from pysolve.nn.batches.items import Items, Transform, batched, check_batches
 from pysolve.nn.refusal import in_words, output_of, sentence
 from pysolve.nn.running import NO_BATCHES, Batch, Output, check_model, device_of, keeping_modes
 from pysolve.training.loop import Extras, computing, in_float32, nonfinite_batch, optimise

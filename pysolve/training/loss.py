@@ -14,9 +14,9 @@ from torch.distributions import Distribution
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
 from pysolve.errors import DataError, PysolveError
+from pysolve.nn.batches.padding import without_padding
 from pysolve.nn.divergence import class_dim
 from pysolve.nn.outputs import logits_of, tensors_of
-from pysolve.nn.padding import without_padding
 from pysolve.nn.refusal import in_words, output_of
 from pysolve.nn.running import Batch, Output, device_of, find_layer
 from pysolve.training.finetune import loss_on, own_loss

@@ -7,8 +7,8 @@ from torch import nn
 
 import pysolve as ps
 from pysolve.correlations import Correlations
+from pysolve.nn.batches.samples import moved, on_device
 from pysolve.nn.gathering.sums import Sums
-from pysolve.nn.samples import moved, on_device
 
 CUDA = pytest.param(
     "cuda",

@@ -12,7 +12,7 @@ from pysolve.methods.goal import Options
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.price import LEAST_ROWS, LEAST_SAMPLES, TEXTS, WORDS, price, probe
 from pysolve.methods.studied import studied
-from pysolve.nn.samples import samples_in
+from pysolve.nn.batches.samples import samples_in
 
 
 def reader(pooled):

@@ -14,6 +14,7 @@ from pysolve.layer.embedding_rank import DecomposedTable, Uses, decompose_table,
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.methods.menu import Task
 from pysolve.methods.study import Study
+from pysolve.nn.batches.samples import take
 from pysolve.nn.cost.per_sample import sample_macs, workload
 from pysolve.nn.cut.apply import apply, untrue_forms
 from pysolve.nn.gathering.gather import gather_reached
@@ -22,7 +23,6 @@ from pysolve.nn.layer_kinds import is_extended, tied_tables
 from pysolve.nn.layers.factored import empty
 from pysolve.nn.ranks import of_all_processes
 from pysolve.nn.running import Batch, find_layer
-from pysolve.nn.samples import take
 from pysolve.plan import Plan, weight_name
 
 # Why a layer stays as it is whose code, or the code around it, does not run with another in its place.

@@ -12,12 +12,12 @@ from torch.utils import _pytree as pytree
 from pysolve.correlations import Array, Indices, all_but
 from pysolve.methods.menu import FLOOR
 from pysolve.methods.study import Study
+from pysolve.nn.batches.samples import samples_in
 from pysolve.nn.cut.routers import choosing, chosen_by_routers
 from pysolve.nn.graph.experts import block_of
 from pysolve.nn.outputs import tensors_of
 from pysolve.nn.overrides import Args, Kwargs
 from pysolve.nn.running import Batch, Output, evaluating, find_layer, forward, hooked
-from pysolve.nn.samples import samples_in
 from pysolve.plan import Site
 
 # Rows of outputs that tell what experts do: each run of a mixture without some takes as long as the mixture

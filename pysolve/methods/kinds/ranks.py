@@ -17,6 +17,7 @@ from pysolve.methods.kinds.embeddings import Table, linear_heads, tables_of, unt
 from pysolve.methods.kinds.sensed import metrics_of, sensed
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
 from pysolve.methods.study import Study
+from pysolve.nn.batches.samples import take
 from pysolve.nn.cost.counting import layer_macs, macs
 from pysolve.nn.cost.per_sample import sample_macs, workload
 from pysolve.nn.cost.profile import layer_inputs
@@ -25,7 +26,6 @@ from pysolve.nn.layer_kinds import LINEAR, is_extended, plain
 from pysolve.nn.layers.base import Dense
 from pysolve.nn.layers.factored import CONVOLUTIONS, Factored, empty, factors
 from pysolve.nn.running import find_layer
-from pysolve.nn.samples import take
 
 STRUCTURES = ("auto", "channel", "spatial")
 # Samples that layers run on to be counted and timed; directions for each batch of sensitivities.

@@ -8,9 +8,9 @@ import numpy as np
 
 from pysolve.correlations import Array
 from pysolve.methods.study import Study
+from pysolve.nn.batches.samples import samples_in, take
 from pysolve.nn.layer_matrix import Layer, channels
 from pysolve.nn.running import Batch
-from pysolve.nn.samples import samples_in, take
 from pysolve.nn.sensitivity import sensitivities
 
 # Samples that sensitivities are taken on, in batches of so many.

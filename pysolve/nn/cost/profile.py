@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from pysolve.nn.batches.samples import samples_in
 from pysolve.nn.cost.nonzeros import nonzeros, padding
 from pysolve.nn.cost.per_sample import sample_macs
 from pysolve.nn.evaluate import COUNTED, parameters, seconds_of, summary, wait
 from pysolve.nn.refusal import output_of
 from pysolve.nn.running import Batch, arguments, device_of, evaluating, hooked
-from pysolve.nn.samples import samples_in
 from pysolve.report.rows import REST, Latency, LayerMass
 
 # Calls of each network: at least, at most, and otherwise for this many seconds.

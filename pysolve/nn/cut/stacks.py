@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from pysolve.correlations import Array, Correlations, Indices
+from pysolve.nn.batches.samples import first_samples
 from pysolve.nn.cut.bare import Stack, find_member, is_stack
 from pysolve.nn.graph.calls import holder, operator_name
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.sizes import usable
 from pysolve.nn.refit.walk import Walk, last_uses
 from pysolve.nn.running import Batch, as_array, evaluating
-from pysolve.nn.samples import first_samples
 from pysolve.plan import Site
 
 # Samples that tell the size of each input.

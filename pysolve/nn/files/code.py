@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from pysolve.compressed import Compressed
 from pysolve.errors import PysolveError, path_of
+from pysolve.nn.batches.items import example_of
 from pysolve.nn.graph.export import program_of
-from pysolve.nn.items import example_of
 from pysolve.nn.outputs import tensors_of
 from pysolve.nn.refusal import output_of, sentence
 from pysolve.nn.running import Batch, device_of, evaluating

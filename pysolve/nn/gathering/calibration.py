@@ -12,6 +12,8 @@ from torch.fx import Node
 
 from pysolve.correlations import Correlations
 from pysolve.errors import DataError
+from pysolve.nn.batches.samples import first_samples, joined, later_samples, moved, samples_in, take
+from pysolve.nn.batches.sound import sound
 from pysolve.nn.gathering.memory import Bound, room_for
 from pysolve.nn.gathering.passes import gathered, passes_for
 from pysolve.nn.graph.branches import Layer
@@ -20,8 +22,6 @@ from pysolve.nn.graph.sizes import hint, traced_samples
 from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.ranks import ALONE, Ranks
 from pysolve.nn.running import Batch, Device, device_of
-from pysolve.nn.samples import first_samples, joined, later_samples, moved, samples_in, take
-from pysolve.nn.sound import sound
 
 # One sample of so many is held out, up to so many to choose sizes by and so many for the report.
 HELD_OF, HELD_SAMPLES, APART_SAMPLES = 8, 256, 128

@@ -13,9 +13,9 @@ from pysolve.correlations import Correlations
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn import layer_matrix as rows
 from pysolve.nn import running
+from pysolve.nn.batches.items import Transform, batched
 from pysolve.nn.cut.bare import is_stack
 from pysolve.nn.gathering.gathered import Gathered, Record, run_watched
-from pysolve.nn.items import Transform, batched
 from pysolve.nn.layer_matrix import LAYERS, Layer
 from pysolve.nn.layers.attention import opened
 from pysolve.nn.plain import plain_network

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from pysolve.correlations import AnyArray, Correlations
 from pysolve.errors import DataError
 from pysolve.nn import layer_matrix as rows
+from pysolve.nn.batches.padding import Masks, mask_of_rows, token_masks
 from pysolve.nn.gathering.sums import Sums, room
 from pysolve.nn.gathering.watching import watching
 from pysolve.nn.layer_kinds import LINEAR
 from pysolve.nn.layer_matrix import Layer
-from pysolve.nn.padding import Masks, mask_of_rows, token_masks
 from pysolve.nn.refusal import output_of
 from pysolve.nn.running import Batch, Device
 

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from pysolve.correlations import Array
+from pysolve.nn.batches.padding import Masks, token_masks, without_padding, zero_padding
 from pysolve.nn.gathering.watching import check_visible
 from pysolve.nn.outputs import main_output
 from pysolve.nn.overrides import Args, Function, Kwargs, Overriding
-from pysolve.nn.padding import Masks, token_masks, without_padding, zero_padding
 from pysolve.nn.running import Batch, device_of, evaluating, forward
 from pysolve.nn.sensitivity import by_offsets, without_mean
 

@@ -15,6 +15,7 @@ from torch.fx import Node
 from pysolve.correlations import Correlations
 from pysolve.errors import PysolveError
 from pysolve.nn import layer_matrix as rows
+from pysolve.nn.batches.samples import samples_in
 from pysolve.nn.files.sums_folder import SumsFolder, network_checksums
 from pysolve.nn.gathering.gather import gathered_layer
 from pysolve.nn.gathering.gathered import Gathered, own_outputs
@@ -25,7 +26,6 @@ from pysolve.nn.graph.export import Graph
 from pysolve.nn.progress import part, steps
 from pysolve.nn.ranks import ALONE, Ranks, merged
 from pysolve.nn.running import Batch, evaluating
-from pysolve.nn.samples import samples_in
 
 LOGGER = logging.getLogger("pysolve")
 # Matrices of inputs × inputs that are alive at once where a layer's channels are chosen or it is refitted.

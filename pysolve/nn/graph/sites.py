@@ -12,6 +12,7 @@ from torch import nn
 from torch.fx import Node
 
 from pysolve.errors import PysolveError
+from pysolve.nn.batches.items import example_of
 from pysolve.nn.cut.bare import own_tensors
 from pysolve.nn.graph.classes import ROLES, Classes, Member
 from pysolve.nn.graph.experts import expert_sites
@@ -20,7 +21,6 @@ from pysolve.nn.graph.head_dims import head_dims
 from pysolve.nn.graph.labels import label_channels
 from pysolve.nn.graph.residual import with_branches
 from pysolve.nn.graph.trials import COUNTED, WRITTEN, proven_sites, trial
-from pysolve.nn.items import example_of
 from pysolve.nn.layers.attention import ignored_in_opened, opened
 from pysolve.nn.plain import plain_network
 from pysolve.nn.running import (

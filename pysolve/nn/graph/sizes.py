@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pysolve.nn.batches.samples import regrouped
 from pysolve.nn.graph.export import Graph, admits
 from pysolve.nn.running import Batch
-from pysolve.nn.samples import regrouped
 
 
 def traced_samples(graph: Graph) -> int:

@@ -22,8 +22,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from pysolve.correlations import Array, Indices
+from pysolve.nn.batches.padding import Masks, mask_of_rows
 from pysolve.nn.graph.mixtures import Mixture
-from pysolve.nn.padding import Masks, mask_of_rows
 from pysolve.nn.ranks import ALONE, Ranks, summed
 from pysolve.nn.refit.walk import Walk
 from pysolve.solve.least_squares import refit

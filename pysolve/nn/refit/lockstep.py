@@ -17,11 +17,11 @@ from torch.fx import Node
 
 from pysolve.correlations import Indices
 from pysolve.nn import layer_matrix as rows
+from pysolve.nn.batches.padding import token_masks
 from pysolve.nn.graph.branches import Kept, Layer, find_layers, kept_channels, layer_values, read_by
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.mixtures import Mixture
 from pysolve.nn.graph.routes import routed
-from pysolve.nn.padding import token_masks
 from pysolve.nn.progress import steps
 from pysolve.nn.ranks import ALONE, Ranks
 from pysolve.nn.refit.expert_refit import refit_experts

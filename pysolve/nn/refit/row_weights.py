@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from pysolve.nn import layer_matrix as rows
+from pysolve.nn.batches.padding import Masks, mask_of_rows, zero_padding
+from pysolve.nn.batches.samples import samples_in, take
 from pysolve.nn.divergence import has_classes
 from pysolve.nn.gathering.memory import sample_bytes, traced_bytes
 from pysolve.nn.gathering.watching import watching
@@ -26,10 +28,8 @@ from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.sizes import fits, traced_samples
 from pysolve.nn.layer_kinds import LINEAR
 from pysolve.nn.outputs import main_output
-from pysolve.nn.padding import Masks, mask_of_rows, zero_padding
 from pysolve.nn.ranks import Ranks
 from pysolve.nn.running import Batch, device_of, evaluating, forward, same_draws
-from pysolve.nn.samples import samples_in, take
 from pysolve.nn.sensitivity import by_offsets, with_offset
 
 # Of layers: one tensor a batch, in the shape of the layer's outputs with one channel.

@@ -8,11 +8,11 @@ from small import Net, network
 from torch import nn
 
 from pysolve.errors import DataError
+from pysolve.nn.batches.samples import first_samples, joined, laid_out, regrouped, samples_in, take
 from pysolve.nn.gathering.calibration import APART_SAMPLES, HELD_SAMPLES, LEAST_APART, Calibration, calibrate
 from pysolve.nn.gathering.memory import free_memory, room_for
 from pysolve.nn.graph.export import trace
 from pysolve.nn.graph.sizes import fits, traced_samples
-from pysolve.nn.samples import first_samples, joined, laid_out, regrouped, samples_in, take
 
 FORMS = {
     "tensor": lambda x: x,

@@ -10,9 +10,9 @@ from torch import nn
 
 import pysolve as ps
 from pysolve.errors import PysolveError
+from pysolve.nn.batches.samples import samples_in
 from pysolve.nn.graph.export import trace, trace_once
 from pysolve.nn.graph.sizes import fits
-from pysolve.nn.samples import samples_in
 
 
 def halving():

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from pysolve.errors import DataError
-from pysolve.nn.items import Items, Transform, batched
+from pysolve.nn.batches.items import Items, Transform, batched
 from pysolve.nn.outputs import main_output
 from pysolve.nn.refusal import output_of
 from pysolve.nn.running import (

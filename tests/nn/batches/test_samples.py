@@ -6,7 +6,7 @@ from small import NETWORKS, Net, Noisy, network, vectors
 from torch import nn
 
 import pysolve as ps
-from pysolve.nn.samples import laid_out, mixed, samples_in
+from pysolve.nn.batches.samples import laid_out, mixed, samples_in
 
 
 def time_first():

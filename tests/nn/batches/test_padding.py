@@ -8,8 +8,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import pysolve as ps
+from pysolve.nn.batches.padding import mask_of_rows, output_mask, token_masks
 from pysolve.nn.divergence import kl_divergence, mean_divergence
-from pysolve.nn.padding import mask_of_rows, output_mask, token_masks
 
 
 class Masked(nn.Module):

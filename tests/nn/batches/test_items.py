@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import pysolve as ps
 from pysolve.errors import DataError
-from pysolve.nn.items import DATASET_BATCH, batched, example_of
-from pysolve.nn.samples import peek, samples_in
+from pysolve.nn.batches.items import DATASET_BATCH, batched, example_of
+from pysolve.nn.batches.samples import peek, samples_in
 
 X = torch.randn(96, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.arange(96) % 3
