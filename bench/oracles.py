@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pysolve as ps
 from pysolve.compressed import Compressed
+from pysolve.forms import Codebook
 from pysolve.nn.cut.attention import opened_for
 
 # Of the largest output; of MACs.
@@ -141,6 +142,8 @@ def masked(model: nn.Module, result: Compressed) -> nn.Module:
                 setattr(modules[owner], leaf, nn.Parameter(new))
             else:
                 old.copy_(new.reshape(old.shape))
+        for name, (places, values) in decoded(model, result).items():
+            wide.get_parameter(name).view(-1)[places] = values
         for step in result.plan.steps:
             if step.site.router is not None:
                 for name in step.site.writers:
@@ -166,6 +169,21 @@ def masked(model: nn.Module, result: Compressed) -> nn.Module:
                 else:
                     forget(modules[name], step.site, name, step.removed)
     return wide
+
+
+def decoded(model: nn.Module, result: Compressed) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of weights with codes, where their values stand in the original's: numbers in their place are cut."""
+    plan = result.plan
+    books = {name: form for name, form in plan.forms.items() if isinstance(form, Codebook)}
+    numbered = copy.deepcopy(opened_for(model, plan)).double()
+    for name in books:
+        weight = numbered.get_parameter(name)
+        weight.copy_(torch.arange(weight.numel()).view(weight.shape))
+    cut = ps.apply(numbered, ps.Plan(plan.steps, untied=plan.untied)).state_dict()
+    return {
+        name: (cut[name].long().flatten(), torch.as_tensor(form.dense()).flatten())
+        for name, form in books.items()
+    }
 
 
 def never(experts: Tensor, layer: Any, given: Any, logits: Tensor) -> Tensor:
