@@ -36,7 +36,7 @@ from pysolve.methods.goal import (
     options_for,
     prepared,
 )
-from pysolve.methods.head_dims import contest, menus_of, priced, with_dims, without_dims
+from pysolve.methods.head_dims import contest, priced, with_dims, without_dims
 from pysolve.methods.kinds.channels import Channels
 from pysolve.methods.kinds.embeddings import UNSEEN
 from pysolve.methods.kinds.ranks import STRUCTURES, ranks_of
@@ -316,9 +316,8 @@ def _plans_within(found: Study, table: Candidates, target: Target, dims: Sequenc
     table = without_dearer(table, target)
     also = [name for menu in table.menus.values() for name in menu.names]
     names, costs = [*table.menus], costs_of(found, also=also)
-    inner = with_dims(found, dims, Channels(), one=False)
     while True:
-        where = probe(found, [*sites, *table.menus.values(), *menus_of(inner)])
+        where = probe(found, [*sites, *table.menus.values()])
         sites, layers = price(found, sites, where), price(found, [*table.menus.values()], where)
         try:
             done = settle(found, costs, sites, layers, target, where)
@@ -335,6 +334,7 @@ def _plans_within(found: Study, table: Candidates, target: Target, dims: Sequenc
         table = faster
     chosen = sized(found, done.sites, done.sizes, done.predicted) if sites else None
     plans = [_Plan(found, chosen, done.ranks, faster)]
+    inner = with_dims(found, dims, Channels(), one=False)
     if sites and (done.ranks or inner):
         with suppress(PysolveError):
             alone = settle(found, costs_of(found), sites, (), target, where)

@@ -30,10 +30,10 @@ from pysolve.nn.running import Batch, Output
 # not grow with the square of the depth. ResNet-20's sizes, chosen on 96 of 166 samples, cause up to a tenth
 # more; fewer rows than the least tell too little.
 PROBE_ROWS, PASSES, LEAST_ROWS, LEAST_SAMPLES = 32768, 4, 48, 4
-# Positions of one sample are alike: of short texts and of images four are the least, of long texts two. (Sizes
-# of a decoder at 70 and 50 % of its MACs, chosen on 25 texts of 128 words, cause a divergence of 0.0092 and
-# 0.0465, on four of 0.0092 and 0.0459, on two of 0.0094 and 0.0451; those of a small one are up to a sixth
-# worse on 512 words.)
+# Positions of one sample are alike: of short texts and of images four are the least, of long texts two.
+# (Sizes of a decoder at 70 and 50 % of its MACs, chosen on 25 texts of 128 words, cause a divergence of
+# 0.0092 and 0.0465, on four of 0.0092 and 0.0459, on two of 0.0094 and 0.0451; those of a small transformer
+# are up to a sixth worse on 512 words.)
 LONG, LEAST_LONG = 256, 2
 # Samples for all codes, and for one layer's: with 250, those of one were off by factors of three to seven.
 MOST_OF_CODES, LEAST_OF_CODES = 16384, 256
