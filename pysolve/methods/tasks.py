@@ -85,7 +85,10 @@ def task_of(
     prior: LayerFit | None = None,
     previous: LayerFit | None = None,
 ) -> Task:
-    """A layer to fit, with all of its outputs but for those that are cut; on the study's correlations."""
+    """A layer to fit, with all of its outputs but for those that are cut; on the study's correlations.
+
+    Of inputs so small that nothing can be fitted to them, nothing is known.
+    """
     W, cuts = study.matrix(name), left.cuts
     known = (study.correlations if correlations is None else correlations).get(name)
     if name in left.places:
@@ -93,13 +96,18 @@ def task_of(
         return Task(name, W.ravel()[places], None, np.arange(len(places)), previous, places)
     outputs = np.arange(len(W))
     if name not in cuts:
-        return Task(name, W, known, outputs, previous)
+        return Task(name, W, _known(known), outputs, previous)
     layer = study.layers[name].module
     columns = group_columns(cuts[name].inputs, taps(layer))
     outputs = cuts[name].outputs
     W = W[:, columns] if prior is None else prior.weight
     W = W[outputs] if len(W) > len(outputs) else W
-    return Task(name, W, None if known is None else _restricted(known, columns, outputs), outputs, previous)
+    own = None if known is None else _restricted(known, columns, outputs)
+    return Task(name, W, _known(own), outputs, previous)
+
+
+def _known(found: Correlations | None) -> Correlations | None:
+    return None if found is None or found.vanishes else found
 
 
 def tasks_of(study: Study, chosen: Chosen) -> dict[str, Task]:

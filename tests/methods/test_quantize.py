@@ -721,11 +721,15 @@ def test_biases_that_modules_share_stay_shared(scheme):
         lambda model, x: ps.prune(model, x, method="obs", amount=0.5, layout="dense", progress=False),
         lambda model, x: ps.low_rank(model, x, rank=2, layout="factored", progress=False),
         lambda model, x: ps.compress(model, x, keep=0.5, progress=False),
+        lambda model, x: ps.compress(model, x, target={"params": 0.7}, latency=False, progress=False),
+        lambda model, x: ps.quantize(model, x, scheme="codebook", target={"bytes": 0.6}, progress=False),
+        lambda model, x: ps.deep_compress(model, x, target={"bytes": 0.6}, latency=False, progress=False),
     ],
 )
 def test_layers_that_read_next_to_nothing_are_no_error(verb):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+    layers = nn.Linear(6, 32, bias=False), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)
+    model = nn.Sequential(*layers)
     # The least number of float32, at few samples.
     model[0].weight.data.zero_()[:, 0] = 1.4e-45
     result = verb(model.eval(), [0.5 * torch.randn(32, 6) for _ in range(4)])

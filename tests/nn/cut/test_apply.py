@@ -852,10 +852,13 @@ def test_batch_norms_that_share_a_statistic_are_refused():
         apply(model, Plan((Collapse(CASES["transposed"][1][0], [0]),)))
 
 
-def test_an_attention_projection_stays_as_it_is():
+def test_an_attention_loses_outputs_once_it_is_a_layer_for_each_projection():
     model = Net(lambda m, x: m.fc(m.mha(x, x, x)[0]), mha=nn.MultiheadAttention(4, 2), fc=nn.Linear(4, 3))
-    with pytest.raises(CollapseError, match=r"mha\.out_proj is a Non.*part of nn\.MultiheadAttention"):
-        apply(model, Plan((Collapse(s(4, "mha.out_proj", "fc"), [0]),)))
+    plan = Plan((Collapse(s(4, "mha.out_proj", "fc"), [0, 3]),))
+    smaller = apply(model, plan, probe=torch.randn(5, 2, 4))
+    assert smaller.mha.out_proj.weight.shape == (2, 4)
+    assert smaller.fc.weight.shape == (3, 2)
+    assert isinstance(model.mha, nn.MultiheadAttention)
 
 
 def tied():
