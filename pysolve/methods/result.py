@@ -45,7 +45,7 @@ from pysolve.nn.state import copy_of
 from pysolve.plan import Plan
 from pysolve.report.report import Report
 from pysolve.report.rows import Expected, Latency, LayerReport, SiteReport, Solve, Stage
-from pysolve.report.warnings import few_samples, lean, pinned, slower
+from pysolve.report.warnings import few_samples, lean, not_finite, pinned, slower
 from pysolve.training.batches import mixable
 from pysolve.training.distill import distill as teach
 
@@ -142,6 +142,7 @@ def finish(
     fitted = {name: found for name, found in known.items() if not is_stack(name)}
     few = few_samples(_given(study), fitted)
     stuck = pinned(report.mass, study.sites) if any(site.pinned is None for site in study.sites) else []
+    lost = not_finite(report.divergence) if study.apart else []
     report = replace(
         report,
         target=plain_target(target),
@@ -150,7 +151,7 @@ def finish(
         layers=tuple(lines),
         solves=tuple(solves),
         expected=tuple(expected),
-        warnings=(*warnings, *few, *stuck, *slower(report.latencies, lines)),
+        warnings=(*lost, *warnings, *few, *stuck, *slower(report.latencies, lines)),
         notes=tuple(dict.fromkeys((*_left_alone(study), *study.notes, *notes, *report.notes))),
     )
     result = following(before, Compressed(model, plan, report))

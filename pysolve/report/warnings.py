@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from pysolve.correlations import Correlations
@@ -71,6 +72,17 @@ def few_samples(samples: int, correlations: Mapping[str, Correlations]) -> list[
     return [
         f"few samples: {samples} were given, and {worst} was fitted on {count:,.0f} rows for its {inputs:,} "
         f"inputs. Give {SAMPLES} or better 1,000."
+    ]
+
+
+def not_finite(divergence: float) -> list[str]:
+    """Whether outputs became NaN or infinite that were numbers before."""
+    if math.isfinite(divergence):
+        return []
+    return [
+        f"the divergence on held-out samples is {divergence}: outputs that were numbers are none any more, as "
+        "where the network divides by the norm of what became zero. Give a larger target, or leave the layers "
+        "before that alone with ignore."
     ]
 
 

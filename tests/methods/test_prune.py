@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import NETWORKS, network
+from small import NETWORKS, Net, network
 from torch import nn
 
 import pysolve as ps
@@ -387,3 +387,14 @@ def test_of_all_weights_together_a_layer_may_keep_none():
     assert not weights[1].any()
     assert sum(int(weight.count_nonzero()) for weight in weights) <= 0.4 * (128 + 64) + 1
     assert torch.allclose(result.model(batches[0]), model(batches[0]), atol=1e-6)
+
+
+def test_outputs_that_are_numbers_no_more_are_a_warning():
+    torch.manual_seed(0)
+    model = Net(
+        lambda net, x: nn.functional.normalize(net.fc(x.relu()), eps=0.0), fc=nn.Linear(8, 4, bias=False)
+    ).eval()
+    batches = [torch.randn(60, 8) for _ in range(4)]
+    with pytest.warns(ps.PysolveWarning, match="divergence on held-out samples is nan"):
+        result = ps.prune(model, batches, method="magnitude", amount={"fc": 0.999}, layout="dense")
+    assert not np.isfinite(result.report.divergence)
