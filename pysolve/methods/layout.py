@@ -25,6 +25,8 @@ from pysolve.nn.cost.profile import latencies, layer_inputs
 from pysolve.nn.cut.apply import apply, untrue_forms
 from pysolve.nn.cut.silenced import silenced
 from pysolve.nn.evaluate import latency, nbytes
+from pysolve.nn.gathering.memory import output_bytes
+from pysolve.nn.graph.sizes import traced_samples
 from pysolve.nn.layer_kinds import EMBEDDINGS
 from pysolve.nn.layers.base import Dense
 from pysolve.nn.layers.factored import Factored, empty
@@ -39,8 +41,8 @@ from pysolve.report.rows import LayerReport
 LAYOUTS = ("auto", "dense", "sparse", "factored", "shared", "masked")
 # Calls that a layer is timed over, in each layout, and the share of the dense time that counts as faster.
 _REPEATS, _FASTER = 15, 0.9
-# Samples that a plan is verified on.
-PROBED = 16
+# Samples that a plan is verified on, of large outputs as many as have so many bytes.
+PROBED, PROBED_BYTES = 16, 2**26
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +97,7 @@ def lay_out(study: Study, rebuilt: Rebuilt, layout: str = "auto") -> LaidOut:
     # Times, and training by the clock, differ between processes.
     plan, lines = study.options.ranks.first((plan_of(study, rebuilt, kept), lines))
     held = study.held
-    probe = take(held[0], 0, PROBED) if held and (plan.steps or _are_layers(plan)) else None
+    probe = take(held[0], 0, _probed(study)) if held and (plan.steps or _are_layers(plan)) else None
     try:
         model = apply(study.model, plan, probe=probe)
     except CollapseError:
@@ -117,6 +119,13 @@ def lay_out(study: Study, rebuilt: Rebuilt, layout: str = "auto") -> LaidOut:
         }
         share_weights(model, books)
     return LaidOut(plan, model, tuple(lines.values()))
+
+
+def _probed(study: Study) -> int:
+    """How many samples a plan is verified on."""
+    graph = study.graph
+    each = 0 if graph is None else output_bytes(graph) // traced_samples(graph)
+    return max(2, min(PROBED, PROBED_BYTES // max(1, each)))
 
 
 def plan_of(study: Study, rebuilt: Rebuilt, forms: Mapping[str, Form] | None = None) -> Plan:

@@ -17,18 +17,20 @@ from pysolve.methods.menu import Chosen, Fit, Task
 from pysolve.methods.study import Study, no_samples
 from pysolve.methods.tasks import Left, cuts_of, left_of, names_of, shaped, task_of, values_of
 from pysolve.methods.weights import weight_name
-from pysolve.nn.batches.samples import samples_in
+from pysolve.nn.batches.samples import first_samples, samples_in
 from pysolve.nn.cut.bare import is_stack
 from pysolve.nn.cut.norms import kept_of_norms
 from pysolve.nn.cut.routers import chosen_by_routers
 from pysolve.nn.cut.silenced import silenced
 from pysolve.nn.cut.stacks import not_refitted, stack_inputs
+from pysolve.nn.gathering.memory import give_back, room_for
+from pysolve.nn.gathering.passes import MATRICES
 from pysolve.nn.gathering.recurrent import bias_of
 from pysolve.nn.graph.branches import Kept, Layer
 from pysolve.nn.graph.mixtures import mixtures_in
 from pysolve.nn.graph.sizes import usable
 from pysolve.nn.layer_kinds import twins
-from pysolve.nn.layer_matrix import channels
+from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.refit.layer_refit import Sampling
 from pysolve.nn.refit.lockstep import refit
 from pysolve.nn.running import Batch, as_array
@@ -227,6 +229,8 @@ def _walked(
         row_weights=study.row_weights(batches) if weights else {},
         progress=study.options.progress,
     )
+    if study.options.memory is not None:
+        give_back()
     used = sum(study.options.ranks.counts(sum(map(samples_in, batches))))
     seen = study.calibration.seen
     notes = (f"the refit used {used} of {seen} samples: {reason}",) if used < seen else ()
@@ -326,6 +330,13 @@ def _batches(study: Study) -> tuple[list[Batch], str]:
         raise PysolveError(
             f"process {' and '.join(empty)} of the group has no samples for the refit: give each its batches."
         )
+    bound, ranks = study.options.memory, study.options.ranks
+    if bound is not None:
+        # Copies of the network and new weights were made since sums were gathered.
+        widths = (taps(one.module) * channels(one.module)[0] for one in study.layers.values())
+        working = MATRICES * 8 * max(widths, default=0) ** 2
+        room = min(ranks.all(room_for(study.graph, max(0, bound.left() - working))))
+        kept = kept if room >= sum(map(samples_in, kept)) else first_samples(kept, room)
     batches = usable(study.graph, kept)
     if batches is kept:
         return kept, "more would not fit in memory"

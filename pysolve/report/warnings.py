@@ -80,9 +80,9 @@ def not_finite(divergence: float) -> list[str]:
     if math.isfinite(divergence):
         return []
     return [
-        f"the divergence on held-out samples is {divergence}: outputs that were numbers are none any more, as "
-        "where the network divides by the norm of what became zero. Give a larger target, or leave the layers "
-        "before that alone with ignore."
+        f"the divergence on held-out samples is {divergence}: outputs that were numbers are none any more, "
+        "as where the network divides by the norm of what became zero. Give a larger target, or leave the "
+        "layers before that alone with ignore."
     ]
 
 

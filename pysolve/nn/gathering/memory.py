@@ -42,11 +42,11 @@ class Bound:
 
     def left(self) -> int:
         """Bytes that may still be taken, after what is free was given back to the system; 0: none."""
-        _give_back()
+        give_back()
         return max(0, self.total - max(0, resident() - self.start))
 
 
-def _give_back() -> None:
+def give_back() -> None:
     """Have the C library return free memory, which it keeps otherwise, and counts as the process's."""
     gc.collect()
     # Other systems, and other C libraries, have no such function.
@@ -74,8 +74,12 @@ def _told(path: str, name: str) -> int | None:
 
 
 def room_for(graph: Graph, memory: int) -> int:
-    """How many samples a walk through the graph in two networks can hold within ``memory`` bytes."""
-    return max(1, memory // max(1, 2 * sample_bytes(graph)))
+    """How many samples a walk through the graph in two networks can hold within ``memory`` bytes.
+
+    Outputs, which are large where words are predicted, are there once more when a bias comes to them.
+    """
+    outputs = -(-output_bytes(graph) // traced_samples(graph))
+    return max(1, memory // max(1, 2 * sample_bytes(graph) + outputs))
 
 
 def sample_bytes(graph: Graph) -> int:
@@ -86,6 +90,12 @@ def sample_bytes(graph: Graph) -> int:
 def traced_bytes(graph: Graph) -> int:
     """Bytes of all results for the example that was traced: what gradients keep, at most."""
     return sum(_bytes(node) for node in graph.module.graph.nodes if node not in graph.parameters)
+
+
+def output_bytes(graph: Graph) -> int:
+    """Bytes of the outputs for the example that was traced."""
+    last = next(reversed(graph.module.graph.nodes))
+    return sum(map(_bytes, last.all_input_nodes))
 
 
 def windows(sizes: Mapping[str, int], room: int) -> list[list[str]]:

@@ -21,7 +21,7 @@ from pysolve.nn import layer_matrix as rows
 from pysolve.nn.batches.padding import Masks, mask_of_rows, zero_padding
 from pysolve.nn.batches.samples import samples_in, take
 from pysolve.nn.divergence import has_classes
-from pysolve.nn.gathering.memory import sample_bytes, traced_bytes
+from pysolve.nn.gathering.memory import give_back, output_bytes, sample_bytes, traced_bytes
 from pysolve.nn.gathering.watching import watching
 from pysolve.nn.graph.branches import Layer, Read, find_layers, read_as
 from pysolve.nn.graph.export import Graph
@@ -63,7 +63,9 @@ def row_weights(
     keys = {layer.name: read_as(layer, node) for node, layer in layers.items()}
     # Gradients take as much memory at once as the walk that follows, which holds all samples.
     walked = 2 * sum(map(samples_in, batches)) * sample_bytes(graph)
-    together = max(2, walked * traced_samples(graph) // max(1, traced_bytes(graph)))
+    # Layers' outputs and their gradients; probabilities, their sums and directions.
+    needed = 2 * traced_bytes(graph) + 6 * output_bytes(graph)
+    together = max(2, walked * traced_samples(graph) // max(1, needed))
     found: dict[Read, list[Tensor]] = {}
     random, few = torch.Generator(), take(batches[0], 0, 2)
     able = _gradients(model, modules, few if fits(graph, few) else batches[0], random)
@@ -79,8 +81,14 @@ def row_weights(
                 alike = [name for name in gradients if keys[name] == key]
                 each = torch.stack([_squares(modules[name], gradients[name]) for name in alike])
                 squares.setdefault(key, []).append(each.sum(0))
+            # Before the next ones are made.
+            del gradients
+        if parts > 1:
+            give_back()
         for key, own in squares.items():
             found.setdefault(key, []).append(torch.cat(own).sqrt().sqrt())
+    # What gradients took is the walk's now.
+    give_back()
     of_layers = {name: found[key] for name, key in keys.items() if len(found.get(key, ())) == len(batches)}
     of_all = set.intersection(*map(set, ranks.all([*of_layers])))
     return {name: weights for name, weights in of_layers.items() if name in of_all}
