@@ -213,7 +213,7 @@ def test_a_full_disk_is_named(tmp_path, monkeypatch):
 def untouched(monkeypatch):
     """Nothing is taken yet, and nothing can be given back."""
     monkeypatch.setattr("pysolve.nn.gathering.memory.resident", lambda: 0)
-    monkeypatch.setattr("pysolve.nn.gathering.memory._give_back", lambda: None)
+    monkeypatch.setattr("pysolve.nn.gathering.memory.give_back", lambda: None)
 
 
 @pytest.fixture
