@@ -382,5 +382,11 @@ def test_room_is_that_of_the_largest_results_in_two_networks(n):
     assert 10**6 / (2 * 4 * 210) <= room_for(graph, 10**6) <= 10**6 / (2 * 4 * 200)
 
 
+def test_outputs_count_once_more():
+    graph = trace(nn.Linear(4, 100), torch.zeros(3, 4))
+    # An input and 100 outputs in both networks, and 100 outputs to which a bias comes.
+    assert 10**6 // (4 * (2 * 104 + 100)) - 1 <= room_for(graph, 10**6) <= 10**6 // (4 * (2 * 100 + 100))
+
+
 def test_free_memory_is_a_share_of_something():
     assert 0 < free_memory(0.25) < free_memory(0.5)

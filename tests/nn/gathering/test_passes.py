@@ -296,3 +296,55 @@ def test_temporary_files_of_a_process_that_was_killed_go_with_the_next(tmp_path,
     del living, next_one
     gc.collect()
     assert not [*tmp_path.iterdir()]
+
+
+# Bytes that a call takes at most beyond what the process has, where all words are predicted at every place.
+PEAK = """
+import warnings
+from pathlib import Path
+
+import torch
+from small import Net
+from torch import nn
+
+import pysolve as ps
+
+
+def told(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+warnings.simplefilter("ignore")
+torch.set_num_threads(1)
+torch.manual_seed(0)
+# What torch loads at its first export is no part of it.
+few = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+ps.compress(few, [torch.randn(64, 8) for _ in range(4)], keep=0.5, latency=False, progress=False)
+layers = {"words": nn.Embedding(16000, 64), "up": nn.Linear(64, 256), "down": nn.Linear(256, 64)}
+model = Net(
+    lambda net, x: net.head((y := net.words(x)) + net.down(net.up(y).relu())),
+    **layers,
+    head=nn.Linear(64, 16000),
+).eval()
+batches = list(torch.randint(16000, (64, 256)).split(8))
+Path("/proc/self/clear_refs").write_text("5")
+start = told("VmRSS")
+ps.compress(model, batches, target={"macs": 0.97}, memory="512MiB", latency=False, progress=False)
+print(told("VmHWM") - start)
+"""
+
+
+@pytest.mark.slow
+def test_memory_is_bounded_where_every_word_is_predicted():
+    """Logits of all samples take 1 GiB: without a count of them a call took 821 MiB, and now 550 to 620."""
+    tests = Path(__file__).parents[2]
+    path = os.pathsep.join(map(str, (tests, tests.parent)))
+    run = subprocess.run(
+        [sys.executable, "-c", PEAK],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(run.stdout) < 1.35 * 2**29
