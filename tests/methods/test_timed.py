@@ -159,8 +159,8 @@ def test_sizes_keep_to_the_multiples_that_were_asked_for(monkeypatch):
 
 
 def test_a_target_below_the_smallest_network_says_what_is_in_reach(monkeypatch):
-    other = NETWORKS["faster when small"]
-    clock(monkeypatch, network=other)
+    overhead = NETWORKS["overhead"]
+    clock(monkeypatch, network=overhead)
     whole, least = overhead(seconds_of(mlp())), overhead(1e-6 * (12 + 1 + 1 + 5))
     with pytest.raises(ps.PysolveError, match="ms cannot go below") as raised:
         compressed({"ms": 0.9 * least / whole})
