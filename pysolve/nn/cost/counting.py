@@ -21,14 +21,15 @@ from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.sparse import SparseWeight
 from pysolve.nn.overrides import Args
 from pysolve.nn.refusal import output_of
-from pysolve.nn.running import Batch, calling_layers, device_of, evaluating, prepared
+from pysolve.nn.running import Batch, arguments, calling_layers, device_of, evaluating, prepared
 
 aten = torch.ops.aten
 # Two for each multiply-accumulate, as torch has it; from arguments with sizes in the place of tensors.
 Formula = Callable[..., int]
 Sizes = Sequence[int]
-# Parameters from which on counting takes less time without values than with them.
-_LARGE = 2**22
+# Parameters, and their number times that of the batch's entries, from which on counting takes less time
+# without values than with them: BERT of 23 million on 2 × 32 words 0.16 s and 0.05 s.
+_LARGE, _LONG = 2**22, 2**33
 
 
 def _attention(query: Sizes, key: Sizes, value: Sizes, *_: object, **__: object) -> int:
@@ -150,7 +151,8 @@ def calls(model: nn.Module, batch: Batch) -> list[Call]:
     Large networks run without values where their code does not ask for these. DataError where the network
     refuses the batch.
     """
-    if sum(one.numel() for one in model.parameters()) >= _LARGE:
+    entries = sum(leaf.numel() for leaf in pytree.tree_leaves(arguments(batch)) if isinstance(leaf, Tensor))
+    if (size := sum(one.numel() for one in model.parameters())) >= _LARGE and size * entries >= _LONG:
         # Whatever code raises that asks for values.
         with suppress(Exception):
             return _calls(model, batch, FakeTensorMode(allow_non_fake_inputs=True))
