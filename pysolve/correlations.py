@@ -26,6 +26,9 @@ Mask = npt.NDArray[np.bool_]
 # compute in float32 where it should be constant.
 _CONSTANT = 1e-10
 
+# Multiplications of one product or call of LAPACK, some 200 ms: an interrupt must not wait for longer ones.
+LONGEST = 4e9
+
 # Mean squares of inputs below this, as only networks that compute nothing have: products of them underflow.
 _NOTHING = 1e-80
 
@@ -48,6 +51,31 @@ def as_numpy(name: str, values: Any) -> AnyArray:
     # Half types of other packages are none of NumPy's.
     foreign = array.dtype.isbuiltin == 2 and array.dtype.name.startswith(("bfloat", "float8"))
     return array.astype(np.float64) if foreign else array
+
+
+def product(A: Array, B: Array) -> Array:
+    """A @ B; a long one some rows at a time, between which an interrupt is heard."""
+    together = max(int(LONGEST / max(B.size, 1)), 64)
+    if len(A) <= together:
+        return np.asarray(A @ B)
+    found = np.empty((len(A), B.shape[1]))
+    for first in range(0, len(A), together):
+        np.matmul(A[first : first + together], B, out=found[first : first + together])
+    return found
+
+
+def gram(A: Array) -> Array:
+    """Aᵀ A, exactly symmetric, as ``product``: half of the work."""
+    together = max(int(LONGEST / max(A.size, 1)), 64)
+    if A.shape[1] <= together:
+        return np.asarray(A.T @ A)
+    found = np.empty((A.shape[1],) * 2)
+    for first in range(0, A.shape[1], together):
+        own, rest = slice(first, first + together), slice(first + together, None)
+        found[own, own] = A[:, own].T @ A[:, own]
+        found[own, rest] = A[:, own].T @ A[:, rest]
+        found[rest, own] = found[own, rest].T
+    return found
 
 
 def group_indices(keep: npt.ArrayLike) -> Indices:
@@ -161,7 +189,8 @@ class Correlations:
         x, y = as_numpy("x", x).astype(np.float64), as_numpy("y", y).astype(np.float64)
         if x.ndim != 2 or y.ndim != 2 or len(x) != len(y):
             raise ValueError(f"x and y must be matrices with one row a sample, got {x.shape} and {y.shape}.")
-        return cls(x.T @ x, y.T @ x, y.T @ y, len(x), x.sum(0), y.sum(0), group_size)
+        sums = gram(x), product(y.T, x), gram(y)
+        return cls(*sums, len(x), x.sum(0), y.sum(0), group_size)
 
     @property
     def r_xx(self) -> Array:
@@ -251,7 +280,7 @@ class Correlations:
         """½ E‖y − M x − b‖² for an (h, d) ``M`` and an (h,) ``bias`` (zero when not given)."""
         M = np.asarray(M, dtype=np.float64)
         b = np.zeros(len(self.yx)) if bias is None else np.asarray(bias, dtype=np.float64)
-        total = self.count * self.energy + np.vdot(M @ self.xx - 2 * self.yx, M)
+        total = self.count * self.energy + np.vdot(product(M, self.xx) - 2 * self.yx, M)
         total += self.count * (b @ b) + 2 * b @ (M @ self.x_sum - self.y_sum)
         return float(0.5 * total / self.count)
 

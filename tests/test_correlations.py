@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pysolve.correlations import Correlations, all_but, group_columns
+from pysolve import correlations
+from pysolve.correlations import Correlations, all_but, gram, group_columns, product
 from pysolve.errors import DataError
 
 NAMES = ("xx", "yx", "yy", "x_sum", "y_sum")
@@ -256,3 +257,15 @@ def test_inputs_vanish_where_they_are_tiny_but_not_zero():
     for scale, vanishes in ((1.0, False), (1e-30, False), (1e-46, True), (0.0, False)):
         assert Correlations.from_samples(scale * x, x).vanishes == vanishes
     assert not Correlations.from_samples(np.zeros((4, 0)), x).vanishes
+
+
+@given(st.integers(0, 300), st.integers(0, 80), st.integers(0, 200), st.integers(1, 10**6))
+def test_products_in_pieces_are_products(n, d, h, longest):
+    rng = np.random.default_rng(n + d)
+    A, B = rng.standard_normal((n, d)), rng.standard_normal((d, h))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(correlations, "LONGEST", longest)
+        np.testing.assert_allclose(product(A, B), A @ B, atol=1e-12)
+        square = gram(A)
+    np.testing.assert_allclose(square, A.T @ A, atol=1e-12)
+    np.testing.assert_array_equal(square, square.T)

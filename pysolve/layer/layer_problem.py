@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from pysolve.correlations import AnyArray, Array, Correlations, Indices, Mask
+from pysolve.correlations import AnyArray, Array, Correlations, Indices, Mask, product
 from pysolve.layer.masks import checked_mask
 from pysolve.solve.least_squares import Ridge, check_ridge, least_squares, prior_ridge
 from pysolve.solve.problem import checked_correlations, checked_matrix, checked_reader, half_trace
@@ -64,7 +64,7 @@ class LayerProblem:
         """Rows of B, given the metric A."""
         W = self.W[rows] * self.unit
         if self.C is None:
-            return np.asarray(W @ A)
+            return product(W, A)
         B = self.C[rows] / self.unit + self.ridge * W
         B[:, self.dead] = (1.0 + self.ridge) * W[:, self.dead]
         return np.asarray(B)
@@ -84,9 +84,9 @@ class LayerProblem:
         missed = 0.0 if self.C is None else self.energy
         for part in blocks(len(M)):
             change = M[part] - self.W[part]
-            missed += float(np.vdot(change @ self.R, change))
+            missed += float(np.vdot(product(change, self.R), change))
             if self.C is not None:
-                left = self.W[part] @ self.R - self.C[part]
+                left = product(self.W[part], self.R) - self.C[part]
                 missed += float(np.vdot(left, 2 * change + self.W[part]))
                 missed -= float(np.vdot(self.C[part], self.W[part]))
         return max(0.0, missed) / (self.energy or 1.0)
@@ -118,7 +118,7 @@ def layer_problem(
     elif C is not None:
         energy = float(np.trace(explained(R, C)))
     else:
-        energy = sum(float(np.vdot(W[part] @ R, W[part])) for part in blocks(len(W)))
+        energy = sum(float(np.vdot(product(W[part], R), W[part])) for part in blocks(len(W)))
     variance = np.diag(R)
     dead = variance <= 0
     unit = np.sqrt(np.where(dead, 0.0, variance))
@@ -155,7 +155,7 @@ def checked_layer(
 
 def explained(R: Array, C: Array) -> Array:
     """C R⁺ Cᵀ: E[ŷ ŷᵀ] of the best linear prediction ŷ of y from x, (h, h)."""
-    yy = least_squares(R, C, np.arange(len(R))) @ C.T
+    yy = product(least_squares(R, C, np.arange(len(R))), C.T)
     return np.asarray((yy + yy.T) / 2)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.linalg
 
-from pysolve.correlations import Array, Correlations
+from pysolve.correlations import Array, Correlations, product
 from pysolve.errors import exactly_one, whole
 from pysolve.forms import LowRank
 from pysolve.layer.layer_fit import LayerFit
@@ -222,8 +222,8 @@ def error_curve(
 def seen_through(A: Array, W: Array, correlations: Correlations) -> Correlations:
     """Centred correlations of the same inputs with outputs A y; without Σ y yᵀ in full, as if  y = W x."""
     own = correlations.centered()
-    yx = A @ own.yx
-    yy = A @ own.yy @ A.T if own.yy.ndim == 2 else np.diag(np.einsum("ij,ij->i", yx, A @ W))
+    yx = product(A, own.yx)
+    yy = product(product(A, own.yy), A.T) if own.yy.ndim == 2 else np.diag(np.einsum("ij,ij->i", yx, A @ W))
     # Targets that have moved are no outputs of W: none may be taken for constant.
     np.fill_diagonal(yy, np.maximum(np.diag(yy), np.finfo(float).tiny))
     return replace(own, yx=yx, yy=yy)
@@ -246,8 +246,8 @@ def _correlations(
     R, C = checked_layer(W, r_xx, r_yx)
     if isinstance(r_xx, Correlations):
         return r_xx
-    yx = W @ R if C is None else C
-    yy = yx @ W.T if C is None else explained(R, C)
+    yx = product(W, R) if C is None else C
+    yy = product(yx, W.T) if C is None else explained(R, C)
     zero = np.zeros(W.shape[1]), np.zeros(len(W))
     return Correlations(_MANY * R, _MANY * yx, _MANY * yy, _MANY, *zero)
 
@@ -263,8 +263,8 @@ def _lost(W: Array, correlations: Correlations | None, metric: Array | None) -> 
         A = scipy.linalg.cholesky(metric, check_finite=False)
         W, correlations = A @ W, seen_through(A, W, correlations)
     known, own = activation_spectrum(W, correlations), correlations.centered()
-    inner = known.directions.T @ known.matrix
-    gains = ((2 * known.directions.T @ own.r_yx - inner @ own.r_xx) * inner).sum(1)
+    inner = product(known.directions.T, known.matrix)
+    gains = ((2 * product(known.directions.T, own.r_yx) - product(inner, own.r_xx)) * inner).sum(1)
     return 1 - np.concatenate([[0.0], np.cumsum(gains)]) / (own.energy or 1.0)
 
 

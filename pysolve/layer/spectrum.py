@@ -16,7 +16,7 @@ import numpy as np
 import scipy.linalg
 from scipy.sparse.linalg import eigsh
 
-from pysolve.correlations import Array, Correlations
+from pysolve.correlations import Array, Correlations, gram, product
 from pysolve.forms import LowRank
 from pysolve.solve.lapack import eigh
 from pysolve.solve.least_squares import prior_ridge, pull, refit
@@ -85,9 +85,9 @@ def _spectrum(B: Array, G: Array | None, rank: int | None) -> Spectrum:
     h, d = B.shape
     # Of a tall matrix, the directions lie in the space of its columns.
     Q, T = scipy.linalg.qr(B, mode="economic", check_finite=False) if h > d else (None, B)
-    S = T @ T.T if G is None else T @ G @ T.T
+    S = gram(T.T) if G is None else product(product(T, G), T.T)
     energies, directions = _leading((S + S.T) / 2, min(h, d) if rank is None else min(rank, h, d))
-    directions = directions if Q is None else Q @ directions
+    directions = directions if Q is None else product(Q, directions)
     return Spectrum(B, directions, np.maximum(energies, 0.0), float(np.trace(S)))
 
 

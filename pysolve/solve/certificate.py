@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from pysolve.correlations import Array, Indices, group_columns, group_norms
+from pysolve.correlations import Array, Indices, group_columns, group_norms, product
 from pysolve.solve.problem import (
     Matrices,
     Problem,
@@ -167,7 +167,8 @@ def shift_of(problem: Problem) -> float:
 
 def _objective(problem: Problem, M: Sequence[Array], lam: float) -> float:
     smooth = sum(
-        0.5 * np.vdot(m @ r, m) - np.vdot(c, m) for m, r, c in zip(M, problem.xx, problem.yx, strict=True)
+        0.5 * np.vdot(product(m, r), m) - np.vdot(c, m)
+        for m, r, c in zip(M, problem.xx, problem.yx, strict=True)
     )
     return float(smooth + lam * problem.weights @ group_norms(M, problem.group_size))
 
@@ -186,7 +187,7 @@ def _bound(problem: Problem, M: Sequence[Array], G: Sequence[Array], lam: float,
     inverses = [_inverse(spectrum, cutoff) for spectrum in problem.spectra]
     B = [inverse(c) for inverse, c in zip(inverses, problem.yx, strict=True)]
     for b, r, c, inverse in zip(B, problem.xx, problem.yx, inverses, strict=True):
-        b += inverse(c - b @ r)
+        b += inverse(c - product(b, r))
     B, E, _ = _fit_unpenalised(problem, B)
     young = _inner(G, M, problem) + thresholds * group_norms(M, size)
     away = [e - g for e, g in zip(E, G, strict=True)]  # (B − M) R
@@ -225,7 +226,7 @@ def _rounding(
     if not len(u):
         return [(0.0, np.zeros(groups))]
     noise = [
-        2 * EPS * (np.sqrt(np.square(m) @ np.square(r)) + np.abs(c))
+        2 * EPS * (np.sqrt(product(np.square(m), np.square(r))) + np.abs(c))
         for m, r, c in zip(M, problem.xx, problem.yx, strict=True)
     ]
     left = [np.abs(g[:, u]) + np.abs(e[:, u]) + n[:, u] for g, e, n in zip(G, E, noise, strict=True)]
@@ -269,7 +270,9 @@ def _kkt(problem: Problem, M: Sequence[Array], lam: float) -> float:
     size = problem.group_size
     thresholds, norms = lam * problem.weights, group_norms(M, size)
     pull, length = np.repeat(thresholds, size), np.repeat(np.where(norms > 0, norms, 1.0), size)
-    gradients = [m @ r - c + pull * (m / length) for m, r, c in zip(M, problem.xx, problem.yx, strict=True)]
+    gradients = [
+        product(m, r) - c + pull * (m / length) for m, r, c in zip(M, problem.xx, problem.yx, strict=True)
+    ]
     residuals = group_norms(gradients, size)
     return float(np.where(norms > 0, residuals, np.maximum(residuals - thresholds, 0.0)).max())
 
@@ -279,7 +282,7 @@ def _fit_unpenalised(problem: Problem, M: Sequence[Array]) -> tuple[list[Array],
     u = _unpenalised(problem)
     refitted, gradients, gained = [], [], 0.0
     for m, r, c in zip(M, problem.xx, problem.yx, strict=True):
-        g = m @ r - c
+        g = product(m, r) - c
         if len(u):
             m, own = m.copy(), r[np.ix_(u, u)]
             inverse = _inverse(spectrum_of(own), 1e-15)
@@ -290,7 +293,7 @@ def _fit_unpenalised(problem: Problem, M: Sequence[Array]) -> tuple[list[Array],
                 if gain <= 0:
                     break
                 m[:, u] -= step
-                g, gained = m @ r - c, gained + gain
+                g, gained = product(m, r) - c, gained + gain
         refitted.append(m)
         gradients.append(g)
     return refitted, gradients, gained
@@ -301,7 +304,7 @@ def _inverse(spectrum: Spectrum, cutoff: float) -> Inverse:
     unit, values, vectors = spectrum
     sound = values > cutoff * len(values) * max(values[-1], 0.0)
     kept, found = vectors[:, sound], values[sound]
-    return lambda V: np.asarray(((V / unit) @ kept / found) @ kept.T / unit)
+    return lambda V: product(product(V / unit, kept) / found, kept.T) / unit
 
 
 def _inner(A: Sequence[Array], B: Sequence[Array], problem: Problem) -> Array:

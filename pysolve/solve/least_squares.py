@@ -10,13 +10,10 @@ import numpy.typing as npt
 import scipy.linalg
 
 from pysolve import _core
-from pysolve.correlations import Array, Correlations, Indices, group_columns, group_indices
+from pysolve.correlations import LONGEST, Array, Correlations, Indices, group_columns, group_indices, product
 from pysolve.solve.problem import Matrices, Problems, one_or_all, problem_of, takes_problem
 
 Ridge = float | Literal["auto"]
-
-# Multiplications of one call of LAPACK, some 200 ms: an interrupt must not wait for longer ones.
-LONGEST = 4e9
 
 # Ridges that "auto" tries, relative to each input's own variance.
 AUTO_RIDGES = (1e-10, 1e-8, 1e-6, 1e-4, 1e-2)
@@ -128,7 +125,7 @@ def refit(
         ridge = prior_ridge(len(columns), correlations.count)
     unit = np.sqrt(np.where(variance > 0, variance, 1.0))
     rare = np.where(variance > 0, pull(variance) / unit**2, 1.0)
-    change = (C - prior @ R) / unit
+    change = (C - product(prior, R)) / unit
     R /= unit
     R /= unit[:, None]
     M = prior
