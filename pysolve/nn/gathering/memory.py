@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from pysolve.errors import PysolveError
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.sizes import hint, traced_samples
-from pysolve.nn.refit.walk import last_uses
+from pysolve.nn.refit.walk import last_uses, unread
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,13 @@ def _told(path: str, name: str) -> int | None:
 def room_for(graph: Graph, memory: int) -> int:
     """How many samples a walk through the graph in two networks can hold within ``memory`` bytes.
 
-    Outputs, which are large where words are predicted, are there once more when a bias comes to them.
+    Outputs are there once more when a bias comes to them, but for those that no walk makes.
     """
-    outputs = -(-output_bytes(graph) // traced_samples(graph))
-    return max(1, memory // max(1, 2 * sample_bytes(graph) + outputs))
+    *_, output = graph.module.graph.nodes
+    unmade = unread(graph)
+    more = sum(_bytes(node) for node in output.all_input_nodes if node not in unmade)
+    needed = 2 * _live_bytes(graph, {output, *unmade}) + more
+    return max(1, memory // max(1, -(-needed // traced_samples(graph))))
 
 
 def sample_bytes(graph: Graph) -> int:
@@ -122,9 +125,10 @@ def in_bytes(count: float) -> str:
     return f"{count:.3g} GiB"
 
 
-def _live_bytes(graph: Graph) -> int:
+def _live_bytes(graph: Graph, without: Collection[Node] = ()) -> int:
     """Most bytes of results that are alive at once for the example that was traced; views count too."""
-    sizes = {node: 0 if node in graph.parameters else _bytes(node) for node in graph.module.graph.nodes}
+    free = {*graph.parameters, *without}
+    sizes = {node: 0 if node in free else _bytes(node) for node in graph.module.graph.nodes}
     finished, alive, most = last_uses([*sizes]), 0, 0
     for node, size in sizes.items():
         alive += size

@@ -126,6 +126,7 @@ def fitted(task: Task, fit: Fit, intercept: bool) -> tuple[Array, Array | None]:
     if _is_cheaper_crossed(task):
         samples, correlations = None, _crossed(task)
     else:
+        task.walk.fill(task.node)
         # Windows of a convolution take longer to form than to multiply.
         few = moving and max(task.ranks.counts(_numbers(task))) <= _KEPT
         samples = [*_samples(task)] if few else None

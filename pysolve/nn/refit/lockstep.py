@@ -28,7 +28,7 @@ from pysolve.nn.refit.expert_refit import refit_experts
 from pysolve.nn.refit.layer_refit import SAMPLING, Fit, Reads, Sampling, Task, along, channel_dim, fitted
 from pysolve.nn.refit.lookahead import sums_beyond, what_went
 from pysolve.nn.refit.row_weights import RowWeights, masked_weights
-from pysolve.nn.refit.walk import Walk, last_uses
+from pysolve.nn.refit.walk import Walk, last_uses, unread
 from pysolve.nn.running import Batch, evaluating
 from pysolve.plan import tensor_name
 
@@ -91,7 +91,7 @@ def refit(
     every = [node for node in graph.module.graph.nodes if node.op != "output"]
     ends = [*layers, *(mixture.nodes[0] for mixture in mixtures)]
     nodes = every[: max(map(every.index, ends), default=-1) + 1]
-    finished, apart = last_uses(every), routed(graph)
+    finished, apart, unmade = last_uses(every), routed(graph), unread(graph)
     reads = Reads(layers.values(), [*layers])
     gone = {node for node, layer in called.items() if layer.name in cuts and not len(cuts[layer.name].inputs)}
     beyond = sums_beyond(graph, called, gone) if gone else {}
@@ -102,7 +102,7 @@ def refit(
         for node in steps(nodes, "refit", unit="op", shown=progress):
             if node.op != "placeholder":
                 walk.values |= refit_experts(walk, node, mixtures, ranks, masks)
-                walk.run_original(node)
+                (walk.outline if node in unmade else walk.run_original)(node)
                 layer = layers.get(node)
                 touched = layer is not None and (node in beyond or _is_touched(walk, node, layer, cuts))
                 if layer is not None and (layer.name in always or touched):
@@ -118,7 +118,7 @@ def refit(
                     M, bias = ranks.first(fitted(task, fit, layer.takes_bias or layer.name in new_biases))
                     walk.values |= layer_values(state, layer, cut, M, bias)
                     _show_new_bias(walk, node, layer)
-                if node is not nodes[-1]:
+                if node is not nodes[-1] and node not in unmade:
                     walk.run_compressed(node)
             walk.forget(finished[node])
             reads.forget(finished[node])

@@ -59,6 +59,7 @@ class Walk:
         self.fixed: dict[Node, Value] = dict(graph.constants)
         self.fixed |= {node: state[name].detach() for node, name in graph.parameters.items()}
         self.added: dict[Node, Tensor] = {}
+        self.outlined = set[Node]()
         self.norms = _others(graph, norms)
         # Of a branch's original.
         self.changed: dict[Node, Other] = {}
@@ -111,6 +112,20 @@ class Walk:
             self.compressed[node] = self.original[node]
         if is_in_place(node):
             self._show_written(node)
+
+    def outline(self, node: Node) -> None:
+        """The shapes alone of a Linear layer's results in the original network."""
+        read, weight = cast(tuple[Node, Node], node.args[:2])
+        given = [cast(Tensor, self.original_value(read, b)) for b in self.batches]
+        outputs = cast(Tensor, self.fixed[weight]).shape[0]
+        self.original[node] = [x.new_zeros(()).expand(*x.shape[:-1], outputs) for x in given]
+        self.outlined.add(node)
+
+    def fill(self, node: Node) -> None:
+        """The results of an operator of which there were only shapes."""
+        if node in self.outlined:
+            self.run_original(node)
+            self.outlined.remove(node)
 
     def value(self, node: Node, b: int) -> Value:
         """A node's value in the compressed network for one batch, also that of a parameter or buffer."""
@@ -190,6 +205,18 @@ def _others(graph: Graph, kept: Mapping[str, Indices]) -> dict[Node, Other]:
         for node, own in router_nodes(graph, {name: kept[name]}).items():
             found[node] = partial(routed, own=own, count=shapes[name][0])
     return found
+
+
+def unread(graph: Graph) -> set[Node]:
+    """Linear layers that make the network's outputs alone, of no fewer outputs than inputs, as of words.
+
+    They are refitted to what they read: no walk needs what they make.
+    """
+    *_, output = graph.module.graph.nodes
+    linear = torch.ops.aten.linear.default
+    made = [node for node in output.all_input_nodes if node.target is linear and [*node.users] == [output]]
+    shapes = {node: node.args[1].meta["val"].shape for node in made if node.args[1] in graph.parameters}
+    return {node for node, shape in shapes.items() if shape[0] >= shape[1]}
 
 
 def last_uses(nodes: Sequence[Node]) -> dict[Node, list[Node]]:

@@ -600,6 +600,31 @@ def test_what_follows_the_last_layer_does_not_run(monkeypatch):
     assert sum("linear" in target for target in ran) == 3
 
 
+@pytest.mark.parametrize("cut", [False, True])
+def test_logits_are_not_made_and_change_nothing(cut, monkeypatch):
+    """A head of more outputs than inputs is refitted to what it reads."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 40)).double(), vectors(60, 5).double()
+    sites = free_sites(model, x) if cut else []
+    kept = [np.arange(5) for _ in sites]
+    run, found, ran = lockstep.Walk._run, [], []
+
+    def noted(walk, node, *given):
+        ran.append(str(node.target))
+        return run(walk, node, *given)
+
+    monkeypatch.setattr(lockstep.Walk, "_run", noted)
+    for made in (False, True):
+        if made:
+            monkeypatch.setattr(lockstep, "unread", lambda graph: set())
+        new, _ = refitted(model, [x], sites, kept, always=["2"])
+        found.append(new)
+    assert ran.count("aten.linear.default") == 1 + 2
+    assert found[0].keys() == found[1].keys() >= {"2.weight"}
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-9, atol=1e-9)
+
+
 @pytest.mark.parametrize("touched", [False, True])
 @pytest.mark.parametrize("bias", [False, True])
 def test_correlations_from_inputs_of_both_are_those_with_the_outputs(touched, bias, monkeypatch):
