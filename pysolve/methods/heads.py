@@ -122,7 +122,7 @@ def _turned(study: Study, sites: Sequence[Site]) -> Study | str:
         lambda name, width: read[name].read(width),
         writers,
         found.layers,
-        keep=study.options.memory is None,
+        bound=study.options.memory,
     )
     turn = study.turn or Turn(study)
     turn = replace(turn, values={**turn.values, **values}, sites=(*turn.sites, *sites))

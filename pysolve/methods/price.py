@@ -30,11 +30,13 @@ from pysolve.nn.running import Batch, Output
 # not grow with the square of the depth. ResNet-20's sizes, chosen on 96 of 166 samples, cause up to a tenth
 # more; fewer rows than the least tell too little.
 PROBE_ROWS, PASSES, LEAST_ROWS, LEAST_SAMPLES = 32768, 4, 48, 4
-# Positions of one sample are alike: of short texts and of images four are the least, of long texts two.
+# Positions of one sample are alike: of short texts and of images four are the least, of long texts so many
+# words.
 # (Sizes of a decoder at 70 and 50 % of its MACs, chosen on 25 texts of 128 words, cause a divergence of
-# 0.0092 and 0.0465, on four of 0.0092 and 0.0459, on two of 0.0094 and 0.0451; those of a small transformer
-# are up to a sixth worse on 512 words.)
-LONG, LEAST_LONG = 256, 2
+# 0.0092 and 0.0465, on four of 0.0092 and 0.0459, on two of 0.0094 and 0.0451; on four, two and one text of
+# 256 words, at 70 %, of 0.0167, 0.0165 and 0.0188. Those of a small transformer are up to a sixth worse on
+# 512 words in short texts.)
+LONG, LEAST_WORDS = 256, 512
 # Samples for all codes, and for one layer's: with 250, those of one were off by factors of three to seven.
 MOST_OF_CODES, LEAST_OF_CODES = 16384, 256
 
@@ -62,7 +64,7 @@ def probe(study: Study, menus: Sequence[Menu]) -> Probe:
     each = sum(map(rows_of, few.outputs)) / sum(map(samples_in, few.batches))
     # Logits of every word; pixels of an image have another number of dimensions.
     long = each >= LONG and main_output(few.outputs[0]).ndim == 3
-    least = LEAST_LONG if long else max(LEAST_SAMPLES, ceil(LEAST_ROWS / each))
+    least = ceil(LEAST_WORDS / each) if long else max(LEAST_SAMPLES, ceil(LEAST_ROWS / each))
     count = max(least, int(min(PROBE_ROWS / each, PASSES * given) // changes))
     return few if count == LEAST_SAMPLES else _probe(study, first_samples(study.held, count))
 

@@ -157,7 +157,7 @@ def _turned(study: Study, site: Site) -> Study | str:
             stream.read,
             site.writers,
             found.layers,
-            keep=own.options.memory is None,
+            bound=own.options.memory,
         ),
         turn=turn,
     )

@@ -13,12 +13,15 @@ from pysolve.methods.study import Study
 from pysolve.methods.weights import weight_name
 from pysolve.nn.batches.samples import take
 from pysolve.nn.gathering.gathered import own_outputs
+from pysolve.nn.gathering.memory import Bound
 from pysolve.nn.graph.branches import Layer, find_layers
 from pysolve.nn.graph.export import Graph
-from pysolve.nn.layer_matrix import LAYERS
+from pysolve.nn.layer_matrix import LAYERS, channels
 from pysolve.nn.outputs import tensors_of
 from pysolve.nn.running import Batch, evaluating, forward
 
+# Share of the memory left for correlations that are turned, and would be made again for every size.
+_KEPT = 0.25
 # Samples on which a turned network must equal the original, and to what share of its outputs.
 _PROBED = 4
 _EXACT = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 5e-2}
@@ -59,7 +62,7 @@ def along(values: Tensor, dim: int, places: Indices, matrix: Array) -> Tensor:
 
 
 class Turned(Mapping[str, Correlations]):
-    """Correlations of a turned network's layers, made when asked for; kept, unless memory is bounded.
+    """Correlations of a turned network's layers, made when asked for; kept where memory allows.
 
     ``read``: from a reader and its number of inputs to the matrix that turns these; ``writers``: layers of
     other outputs.
@@ -73,10 +76,13 @@ class Turned(Mapping[str, Correlations]):
         writers: Collection[str],
         layers: Mapping[str, Layer],
         *,
-        keep: bool,
+        bound: Bound | None,
     ) -> None:
         self.known, self.readers, self.read, self.writers = known, readers, read, writers
-        self.layers, self.keep = layers, keep
+        self.layers = layers
+        sizes = [channels(layers[name].module) for name in {*readers, *writers} if name in known]
+        needed = sum(8 * inputs * (inputs + outputs) for inputs, outputs in sizes)
+        self.keep = bound is None or needed <= _KEPT * bound.left()
         self.made: dict[str, Correlations] = {}
         self.moments: dict[int, tuple[Array, Array]] = {}
 

@@ -10,7 +10,7 @@ from torch import nn
 from pysolve.methods import price as priced
 from pysolve.methods.goal import Options
 from pysolve.methods.kinds.channels import Channels
-from pysolve.methods.price import LEAST_LONG, LEAST_ROWS, LEAST_SAMPLES, LONG, price, probe
+from pysolve.methods.price import LEAST_ROWS, LEAST_SAMPLES, LEAST_WORDS, LONG, price, probe
 from pysolve.methods.studied import studied
 from pysolve.nn.batches.samples import samples_in
 
@@ -49,7 +49,7 @@ def test_the_fewest_are_so_many_outputs_not_samples(thrifty):
     assert taken(known(True, 16)) == LEAST_ROWS
     assert taken(known(False, 4)) == LEAST_ROWS / 4
     assert taken(known(False, 16)) == LEAST_SAMPLES
-    assert taken(known(False, LONG)) == LEAST_LONG
+    assert taken(known(False, LONG)) * LONG == taken(known(False, LEAST_WORDS)) * LEAST_WORDS == LEAST_WORDS
 
 
 def test_work_is_counted_in_outputs(monkeypatch):

@@ -74,15 +74,19 @@ def _told(path: str, name: str) -> int | None:
 
 
 def room_for(graph: Graph, memory: int) -> int:
-    """How many samples a walk through the graph in two networks can hold within ``memory`` bytes.
+    """How many samples a walk through the graph in two networks can hold within ``memory`` bytes."""
+    return max(1, memory // max(1, walk_bytes(graph)))
+
+
+def walk_bytes(graph: Graph) -> int:
+    """Most bytes of results of one sample that are alive at once in a walk through two networks.
 
     Outputs are there once more when a bias comes to them, but for those that no walk makes.
     """
     *_, output = graph.module.graph.nodes
     unmade = unread(graph)
     more = sum(_bytes(node) for node in output.all_input_nodes if node not in unmade)
-    needed = 2 * _live_bytes(graph, {output, *unmade}) + more
-    return max(1, memory // max(1, -(-needed // traced_samples(graph))))
+    return -(-(2 * _live_bytes(graph, {output, *unmade}) + more) // traced_samples(graph))
 
 
 def sample_bytes(graph: Graph) -> int:

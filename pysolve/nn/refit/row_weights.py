@@ -21,7 +21,7 @@ from pysolve.nn import layer_matrix as rows
 from pysolve.nn.batches.padding import Masks, mask_of_rows, zero_padding
 from pysolve.nn.batches.samples import samples_in, take
 from pysolve.nn.divergence import has_classes
-from pysolve.nn.gathering.memory import give_back, output_bytes, sample_bytes, traced_bytes
+from pysolve.nn.gathering.memory import give_back, output_bytes, traced_bytes, walk_bytes
 from pysolve.nn.gathering.watching import watching
 from pysolve.nn.graph.branches import Layer, Read, find_layers, read_as
 from pysolve.nn.graph.export import Graph
@@ -62,7 +62,7 @@ def row_weights(
     modules = {layer.name: layer.module for layer in layers.values()}
     keys = {layer.name: read_as(layer, node) for node, layer in layers.items()}
     # Gradients take as much memory at once as the walk that follows, which holds all samples.
-    walked = 2 * sum(map(samples_in, batches)) * sample_bytes(graph)
+    walked = sum(map(samples_in, batches)) * walk_bytes(graph)
     # Layers' outputs and their gradients; probabilities, their sums and directions.
     needed = 2 * traced_bytes(graph) + 6 * output_bytes(graph)
     together = max(2, walked * traced_samples(graph) // max(1, needed))
