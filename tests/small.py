@@ -879,6 +879,13 @@ class Mixture(nn.Module):
     def forward(self, x):
         weights, chosen = self.gate(x).softmax(-1).topk(self.top_k, -1)
         weights = weights / weights.sum(-1, keepdim=True)
+        if self.by_rows == "masks":
+            total = torch.zeros_like(x)
+            for e, expert in enumerate(self.experts):
+                own = chosen == e
+                rows = own.any(-1)
+                total[rows] += (weights * own).sum(-1, keepdim=True)[rows] * expert(x[rows])
+            return total
         if self.by_rows:
             total = torch.zeros_like(x)
             for e, expert in enumerate(self.experts):

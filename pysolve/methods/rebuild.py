@@ -190,6 +190,9 @@ def _walked(
     unseen: list[str] = []
     priors: dict[str, LayerFit] = {}
 
+    def loses(name: str) -> bool:
+        return name in cuts and len(cuts[name].inputs) < channels(study.layers[name].module)[0]
+
     def prepare(name: str) -> None:
         priors.clear()
         if name in readers:
@@ -201,7 +204,7 @@ def _walked(
         task = task_of(study, left, name, known, prior=priors.get(name), previous=previous)
         if correlations is not None:
             task = replace(task, correlations=correlations)
-        elif task.correlations is None and (name in chosen.fits or name in cuts) and name not in unseen:
+        elif task.correlations is None and (name in chosen.fits or loses(name)) and name not in unseen:
             unseen.append(name)
         found = _fit_layer(study.layers[name], task, chosen.fits.get(name), intercept, weights)
         # Weights without a form of their own are in the values already, in half the bytes.

@@ -185,7 +185,7 @@ def test_experts_in_a_list_are_compressed_and_saved(by_rows, tmp_path):
     result = ps.compress(model, data(), keep=0.5, **QUIET)
     assert len(result.model.mixture.experts) == 3
     # Those of the experts that stay, under their new names.
-    assert [one[0].out_features for one in result.model.mixture.experts] == [7 if by_rows else 4] * 3
+    assert [one[0].out_features for one in result.model.mixture.experts] == [4] * 3
     ps.save(result, tmp_path / "cut.safetensors")
     again = ps.compress(result, data(), keep={"mixture.gate": 2}, **QUIET)
     ps.save(again, tmp_path / "again.safetensors")
@@ -204,3 +204,14 @@ def test_a_target_takes_channels_or_experts_of_a_list():
     result = ps.compress(model, data(), target={"params": 0.7}, ignore=ignore, **QUIET)
     assert len(result.model.mixture.experts) < 6
     assert parameters(result.model) <= 0.7 * parameters(model)
+
+
+@pytest.mark.parametrize("by_rows", [False, True, "masks"])
+def test_experts_in_a_list_are_refitted_where_they_lose_channels(by_rows):
+    model, _ = small.mixture(listed=True, by_rows=by_rows)
+    keep = {f"mixture.experts.{e}.0": 4 for e in range(6)}
+    results = [ps.compress(model, data(), keep=keep, refit=how, **QUIET) for how in ("none", "sequential")]
+    before, after = (one.report.divergence for one in results)
+    assert after < before / 2
+    assert [expert[2].in_features for expert in results[1].model.mixture.experts] == [4] * 6
+    assert not any("no sample reached" in note for note in results[1].report.notes)

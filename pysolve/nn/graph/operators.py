@@ -106,16 +106,36 @@ def _dims(call: Call) -> tuple[int, ...]:
 
 
 def index(call: Call) -> Labels:
-    """Positions may be picked by index; channels may not, as their indices change."""
-    indices = call.args["indices"]
-    if any(map(_is_mask, call.sources["indices"])):
-        return call.opaque(call.says("picks by a mask"))
+    """Positions may be picked by index or mask; channels may not, as their indices change."""
+    return _picked(call)[0]
+
+
+def put(call: Call) -> Labels:
+    """Values take the places that are picked by index or mask, or are added there."""
+    picked, dims, own = _picked(call)
+    values = call.args["values"].expand(picked.shape)
+    call.ledger.pin_varying(values, own, call.says("picks channels by number"))
+    top = values.amax(own, keepdim=True).flatten(own[0], own[-1])
+    top = top.unflatten(own[0], [1] * len(dims)).expand(call.first.shape)
+    return meet(call, [(call.first, call.sources["self"]), (top, call.sources["values"])])
+
+
+def _picked(call: Call) -> tuple[Tensor, list[int], list[int]]:
+    """What an operator picks by indices, and along which dimensions of its operand and of the result."""
+    indices: list[Tensor | None] = []
+    for labels, node in zip(call.args["indices"], call.sources["indices"], strict=True):
+        # A mask counts as the positions where it is true, two of them.
+        mask = [torch.zeros(2, dtype=torch.long)] * labels.ndim if _is_mask(node) else None
+        indices += mask or [None if labels is None else torch.zeros_like(labels)]
     dims = [dim for dim, one in enumerate(indices) if one is not None]
-    call.ledger.pin_varying(call.first, dims, call.says("picks channels by number"))
-    _pin_others(call)
-    zeros = [None if one is None else torch.zeros_like(one) for one in indices]
-    picked: Tensor = torch.ops.aten.index(call.first, zeros)
-    return picked
+    how = "by a mask" if any(map(_is_mask, call.sources["indices"])) else "channels by number"
+    call.ledger.pin_varying(call.first, dims, call.says(f"picks {how}"))
+    for labels in filter(lambda one: one is not None, call.args["indices"]):
+        call.ledger.pin(labels, call.says("takes them for positions"))
+    picked: Tensor = torch.ops.aten.index(call.first, indices)
+    # Indices with others between them put their dimensions in front.
+    start = dims[0] if dims == [*range(dims[0], dims[-1] + 1)] else 0
+    return picked, dims, [*range(start, start + picked.ndim - call.first.ndim + len(dims))]
 
 
 def _pin_others(call: Call) -> None:
@@ -347,6 +367,7 @@ _NAMES: dict[Rule, str] = {
     glu: "glu",
     topk: "topk",
     index: "index",
+    put: "index_put",
     einsum: "einsum",
     attention: "scaled_dot_product_attention",
 }

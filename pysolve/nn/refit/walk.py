@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -169,7 +170,8 @@ class Walk:
                 # What the two networks shared stays shared if they wrote the same.
                 key = (id(values), id(new))
                 if other is not node and key not in seen:
-                    seen[key] = [*map(_rewritten, values, old, new)]
+                    written = [*map(_rewritten, values, old, new)]
+                    seen[key] = values if all(map(operator.is_, values, written)) else written
                 side[other] = seen.get(key, values)
             side[operand] = new
 
@@ -241,11 +243,14 @@ def _rewritten(value: Value, old: Tensor, new: Tensor) -> Value:
     """A value whose tensors that share the storage of ``old`` are views of that of ``new``."""
     place = old.untyped_storage().data_ptr()
 
-    def moved(tensor: Tensor) -> Tensor:
-        shares = tensor.untyped_storage().data_ptr() == place
-        return _moved(tensor, new.untyped_storage()) if shares else tensor
+    def shares(part: Value) -> bool:
+        return isinstance(part, Tensor) and part.untyped_storage().data_ptr() == place
 
-    return pytree.tree_map_only(Tensor, moved, value)
+    def moved(part: Value) -> Value:
+        return _moved(part, new.untyped_storage()) if shares(part) else part
+
+    # What nothing has written stays the same object.
+    return pytree.tree_map(moved, value) if any(map(shares, pytree.tree_leaves(value))) else value
 
 
 def draws(node: Node) -> bool:
