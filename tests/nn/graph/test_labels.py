@@ -64,6 +64,7 @@ ELEMENTWISE = {
     "stacked samples": lambda x: torch.stack([x, x.relu()]).amax(0),
     "norm of samples": lambda x: x / torch.linalg.vector_norm(x, dim=0),
     "einsum over samples": lambda x: torch.einsum("bc,bd->bc", x, torch.ones(2, 5)),
+    "einsum with dots": lambda x: torch.einsum("...c,...->...c", x, torch.ones(2)),
     "product with samples": lambda x: torch.ones(2, 2) @ x,
 }
 
