@@ -10,6 +10,7 @@ inputs serve all of them: with y = M x + b,  Σ y x̂ᵀ = M Σ x x̂ᵀ + b Σ 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 from torch import Tensor, nn
@@ -28,7 +29,7 @@ from pysolve.nn.refit.expert_refit import refit_experts
 from pysolve.nn.refit.layer_refit import SAMPLING, Fit, Reads, Sampling, Task, along, channel_dim, fitted
 from pysolve.nn.refit.lookahead import sums_beyond, what_went
 from pysolve.nn.refit.row_weights import RowWeights, masked_weights
-from pysolve.nn.refit.walk import Walk, last_uses, unread
+from pysolve.nn.refit.walk import Walk, end_of_numbers, last_uses, unread
 from pysolve.nn.running import Batch, evaluating
 from pysolve.plan import tensor_name
 
@@ -49,6 +50,7 @@ def refit(
     norms: Mapping[str, Indices] = MappingProxyType({}),
     mixtures: Sequence[Mixture] = (),
     prepare: Callable[[str], object] = lambda name: None,
+    told: Callable[[str, Node | None], object] = lambda name, node: None,
     ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> dict[str, Tensor]:
@@ -77,6 +79,9 @@ def refit(
         Matrices in one parameter that are refitted, too.
     prepare : callable
         Called with a layer's name before its correlations are summed, which take memory.
+    told : callable
+        Called with the name of a layer that reads NaN or infinity in the compressed network, in rows that are
+        left out, and with the operator that makes them of numbers: None for all but the first such layer.
     ranks : Ranks
         Processes that walk with other batches.
 
@@ -95,6 +100,12 @@ def refit(
     reads = Reads(layers.values(), [*layers])
     gone = {node for node, layer in called.items() if layer.name in cuts and not len(cuts[layer.name].inputs)}
     beyond = sums_beyond(graph, called, gone) if gone else {}
+    broken: list[str] = []
+
+    def no_numbers(name: str, node: Node) -> None:
+        told(name, None if broken else end_of_numbers(walk, every[: every.index(node)]))
+        broken.append(name)
+
     # All processes weigh, or none does: they add up what they weigh.
     masks = [token_masks(batch) for batch in batches]
     padded = any(ranks.all(any(not mask.all() for known in masks for mask in known.values())))
@@ -114,7 +125,8 @@ def refit(
                     kept = kept_channels(layer, cut)
                     own = row_weights.get(layer.name)
                     own = masked_weights(own, layer, walk.original[node], masks) if padded else own
-                    task = Task(walk, node, layer, *kept, sampling, reads, apart, ranks, went, own)
+                    tell = partial(no_numbers, layer.name, node)
+                    task = Task(walk, node, layer, *kept, sampling, reads, apart, ranks, went, own, told=tell)
                     M, bias = ranks.first(fitted(task, fit, layer.takes_bias or layer.name in new_biases))
                     walk.values |= layer_values(state, layer, cut, M, bias)
                     _show_new_bias(walk, node, layer)

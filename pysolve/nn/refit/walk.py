@@ -65,8 +65,10 @@ class Walk:
         # Of a branch's original.
         self.changed: dict[Node, Other] = {}
         self.batches = range(len(batches))
-        bound = [graph.bind(batch) for batch in batches]
-        self.original: dict[Node, list[Value]] = {node: [one[node] for one in bound] for node in graph.inputs}
+        self.bound = [graph.bind(batch) for batch in batches]
+        self.original: dict[Node, list[Value]] = {
+            node: [one[node] for one in self.bound] for node in graph.inputs
+        }
         self.compressed = dict(self.original)
 
     def branch(
@@ -91,6 +93,13 @@ class Walk:
         other.fixed, other.changed = {**self.fixed, **changed}, self.norms
         other.values, other.added, other.norms, other.batches = {}, {}, {}, range(1)
         other.original = {node: [each[b]] for node, each in self.compressed.items()}
+        other.compressed = dict(other.original)
+        return other
+
+    def again(self) -> Walk:
+        """A walk of the same networks, from the inputs on."""
+        other = copy(self)
+        other.original = {node: [one[node] for one in self.bound] for node in self.graph.inputs}
         other.compressed = dict(other.original)
         return other
 
@@ -231,6 +240,26 @@ def last_uses(nodes: Sequence[Node]) -> dict[Node, list[Node]]:
     for node, user in last.items():
         finished[user].append(node)
     return finished
+
+
+def end_of_numbers(walk: Walk, nodes: Sequence[Node]) -> Node | None:
+    """The first operator that gives NaN or infinity in the compressed network alone.
+
+    ``nodes`` are those of the walk so far, from the first.
+    """
+    again, finished = walk.again(), last_uses(nodes)
+    for node in nodes:
+        if node.op != "placeholder":
+            again.run_original(node)
+            again.run_compressed(node)
+            if again.differs(node) and any(
+                isinstance(new, Tensor) and bool((old.isfinite() & ~new.isfinite()).any())
+                for old, new in zip(again.original[node], again.compressed[node], strict=True)
+                if isinstance(new, Tensor) and new.shape == old.shape
+            ):
+                return node
+        again.forget(finished[node])
+    return None
 
 
 def _moved(value: Tensor, storage: UntypedStorage) -> Tensor:
