@@ -217,8 +217,11 @@ def _walked(
         fits[name] = found if name in chosen.fits else bare
         return found.weight, found.bias
 
-    mixtures = mixtures_in(study.graph, study.model, chosen.keep) if stacks else []
-    before = dict(values)
+    mixtures = mixtures_in(study.graph, study.model, chosen.keep, study.sites) if stacks else []
+    given = {weight_name(study.model, name) for name in chosen.fits}
+    # What takes another form is fitted layer by layer.
+    mixtures = [one for one in mixtures if len(one.weights) == 1 or not given.intersection(one.weights)]
+    together = [*gates]
     new = refit(
         study.graph,
         study.model,
@@ -233,6 +236,7 @@ def _walked(
         mixtures=mixtures,
         prepare=prepare,
         told=broken.__setitem__,
+        joined=together.extend,
         ranks=study.options.ranks,
         sampling=sampling,
         row_weights=study.row_weights(batches) if weights else {},
@@ -244,9 +248,7 @@ def _walked(
     seen = study.calibration.seen
     notes = (f"the refit used {used} of {seen} samples: {reason}",) if used < seen else ()
     unreached = (*([no_samples([*unseen])] if unseen else []), *_no_numbers(broken))
-    every = dict.fromkeys(name for one in mixtures for name in (one.weight, one.bias) if name)
-    refitted = (*gates, *(name for name in every if new.get(name) is not before.get(name)))
-    return Rebuilt(chosen, new, fits, used, (*(notes if chosen.keep else ()), *unreached), refitted)
+    return Rebuilt(chosen, new, fits, used, (*(notes if chosen.keep else ()), *unreached), tuple(together))
 
 
 def _no_numbers(broken: Mapping[str, Node | None]) -> Iterator[str]:

@@ -6,6 +6,7 @@ import small
 import torch
 
 import pysolve as ps
+from pysolve.methods import compress as compressing
 from pysolve.nn.cost.per_sample import sample_macs
 from pysolve.nn.evaluate import nbytes, parameters
 
@@ -207,11 +208,27 @@ def test_a_target_takes_channels_or_experts_of_a_list():
 
 
 @pytest.mark.parametrize("by_rows", [False, True, "masks"])
-def test_experts_in_a_list_are_refitted_where_they_lose_channels(by_rows):
+@pytest.mark.parametrize("whole", [False, True])
+def test_experts_in_a_list_are_refitted(by_rows, whole):
     model, _ = small.mixture(listed=True, by_rows=by_rows)
-    keep = {f"mixture.experts.{e}.0": 4 for e in range(6)}
-    results = [ps.compress(model, data(), keep=keep, refit=how, **QUIET) for how in ("none", "sequential")]
-    before, after = (one.report.divergence for one in results)
-    assert after < before / 2
-    assert [expert[2].in_features for expert in results[1].model.mixture.experts] == [4] * 6
-    assert not any("no sample reached" in note for note in results[1].report.notes)
+    keep = {"mixture.gate": 3} if whole else {f"mixture.experts.{e}.0": 4 for e in range(6)}
+    results = {
+        how: ps.compress(model, data(), keep=keep, refit=how, **QUIET)
+        for how in ("none", "independent", "sequential")
+    }
+    none, independent, sequential = (one.report.divergence for one in results.values())
+    assert sequential < (0.7 if whole else 0.9) * independent
+    assert whole or independent < none / 2
+    experts = results["sequential"].model.mixture.experts
+    assert [expert[2].in_features for expert in experts] == ([7] * 3 if whole else [4] * 6)
+    assert not any("no sample reached" in note for note in results["sequential"].report.notes)
+
+
+def test_experts_in_a_list_keep_their_weights_where_that_is_nearer(monkeypatch):
+    model, _ = small.mixture(listed=True)
+    distances = iter([0.1, 0.2])
+    monkeypatch.setattr(compressing, "distance", lambda *args: next(distances))
+    result = ps.compress(model, data(), keep={"mixture.gate": 3}, **QUIET)
+    for new, old in zip(result.model.mixture.experts, step_of(result).keep, strict=True):
+        assert torch.equal(new[2].weight, model.mixture.experts[old][2].weight)
+    assert any("keep the weights that they have" in note for note in result.report.notes)
