@@ -219,8 +219,12 @@ def _walked(
 
     mixtures = mixtures_in(study.graph, study.model, chosen.keep, study.sites) if stacks else []
     given = {weight_name(study.model, name) for name in chosen.fits}
-    # What takes another form is fitted layer by layer.
-    mixtures = [one for one in mixtures if len(one.weights) == 1 or not given.intersection(one.weights)]
+    # What takes another form is fitted layer by layer; and a bound on memory knows nothing of the hidden
+    # values of all experts at once.
+    able = study.options.memory is None
+    mixtures = [
+        one for one in mixtures if len(one.weights) == 1 or (able and not given.intersection(one.weights))
+    ]
     together = [*gates]
     new = refit(
         study.graph,

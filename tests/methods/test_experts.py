@@ -216,9 +216,12 @@ def test_experts_in_a_list_are_refitted(by_rows, whole):
         how: ps.compress(model, data(), keep=keep, refit=how, **QUIET)
         for how in ("none", "independent", "sequential")
     }
-    none, independent, sequential = (one.report.divergence for one in results.values())
-    assert sequential < (0.7 if whole else 1.0) * independent
-    assert whole or independent < none / 2
+    x = torch.randn(4000, 5)
+    with torch.no_grad():
+        lost = [float((model(x) - one.model(x)).square().mean()) for one in results.values()]
+    # One by one they reach 0.77 of the loss of independent fits, where all run on all rows.
+    assert lost[2] < (0.8 if by_rows else 0.65) * lost[1]
+    assert whole or lost[1] < 0.6 * lost[0]
     experts = results["sequential"].model.mixture.experts
     assert [expert[2].in_features for expert in experts] == ([7] * 3 if whole else [4] * 6)
     assert not any("no sample reached" in note for note in results["sequential"].report.notes)
@@ -232,3 +235,10 @@ def test_experts_in_a_list_keep_their_weights_where_that_is_nearer(monkeypatch):
     for new, old in zip(result.model.mixture.experts, step_of(result).keep, strict=True):
         assert torch.equal(new[2].weight, model.mixture.experts[old][2].weight)
     assert any("keep the weights that they have" in note for note in result.report.notes)
+
+
+def test_a_bound_on_memory_leaves_experts_of_a_list_as_they_are():
+    model, _ = small.mixture(listed=True, by_rows=True)
+    result = ps.compress(model, data(), keep={"mixture.gate": 3}, memory="1GiB", **QUIET)
+    for new, old in zip(result.model.mixture.experts, step_of(result).keep, strict=True):
+        assert torch.equal(new[2].weight, model.mixture.experts[old][2].weight)

@@ -159,7 +159,13 @@ def _now(walk: Walk, mixture: Mixture) -> _Parameters:
 
     weight, bias = of(mixture.weights), of(mixture.biases)
     assert weight is not None
-    return _Parameters(mixture, weight.mT if mixture.turned else weight, bias)
+    now = _Parameters(mixture, weight.mT if mixture.turned else weight, bias)
+    if len(mixture.weights) == 1:
+        return now
+    # Layers have the columns of what went until they are fitted.
+    every = np.arange(len(mixture.inputs))
+    kept = now.matrix(every).double().cpu().numpy()
+    return now.only(every[:0]).with_matrix(every, np.asarray(kept))
 
 
 def _targets(walk: Walk, mixture: Mixture) -> list[Tensor]:
