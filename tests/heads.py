@@ -6,9 +6,21 @@ from torch.nn import functional as F
 
 WIDTH, LENGTH, CLASSES = 8, 5, 3
 
+# Scores of queries and keys, and what they make of values.
+EQUATIONS = {
+    "named": ("bhqd,bhkd->bhqk", "bhqk,bhkd->bhqd"),
+    "other order": ("bhkd,bhqd->bhqk", "bhkd,bhqk->bhqd"),
+    "dots": ("...qd,...kd->...qk", "...qk,...kd->...qd"),
+    "groups": ("bgrqd,bgkd->bgrqk", "bgrqk,bgkd->bqgrd"),
+    "other groups": ("brgqd,bgkd->brgqk", "brgqk,bgkd->bqrgd"),
+}
+
 
 class Attention(nn.Module):
-    """Self-attention; ``scale``: 1/√d "held" in an attribute, taken from "sizes", or "fixed" in the code."""
+    """Self-attention; ``scale``: 1/√d "held" in an attribute, taken from "sizes", or "fixed" in the code.
+
+    ``products``: by torch's function (False, "enable_gqa"), products (True) or one of ``EQUATIONS``.
+    """
 
     def __init__(self, heads=3, groups=None, d=4, *, bias=True, scale="sizes", products=False):
         super().__init__()
@@ -24,9 +36,24 @@ class Attention(nn.Module):
         b, t, _ = x.shape
         q = self.q(x).view(b, t, self.heads, -1).transpose(1, 2)
         k, v = (one(x).view(b, t, self.groups, -1).transpose(1, 2) for one in (self.k, self.v))
-        k, v = (one.repeat_interleave(self.heads // self.groups, 1) for one in (k, v))
         scale = getattr(self, "scaling", self.scale)
-        if self.products:
+        if self.products in ("groups", "other groups"):
+            of_scores, of_values = EQUATIONS[self.products]
+            shape = (self.groups, -1) if self.products == "groups" else (-1, self.groups)
+            scores = torch.einsum(of_scores, q.unflatten(1, shape), k)
+            scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+            return self.o(torch.einsum(of_values, scores.softmax(-1), v).reshape(b, t, -1))
+        if self.products == "enable_gqa":
+            y = F.scaled_dot_product_attention(q, k, v, scale=scale, enable_gqa=True)
+            return self.o(y.transpose(1, 2).reshape(b, t, -1))
+        k, v = (one.repeat_interleave(self.heads // self.groups, 1) for one in (k, v))
+        if self.products in EQUATIONS:
+            of_scores, of_values = EQUATIONS[self.products]
+            order = slice(None, None, -1 if self.products == "other order" else 1)
+            scores = torch.einsum(of_scores, *(q, k)[order])
+            scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+            y = torch.einsum(of_values, *(scores.softmax(-1), v)[order])
+        elif self.products:
             scores = q @ k.transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
             y = scores.softmax(-1) @ v
         else:

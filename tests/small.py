@@ -860,6 +860,26 @@ def chains(draw):
     return Chain([("plain", 3), *blocks]).eval(), images(size=4)
 
 
+def divided():
+    """Divides by a norm that is zero for some samples once channels in front of it are gone."""
+
+    def run(net, x):
+        y = net.up(net.a(x).relu()).relu()
+        y = y / y.norm(dim=-1, keepdim=True)
+        return net.out(net.mid(y).relu())
+
+    torch.manual_seed(0)
+    layers = {"a": nn.Linear(6, 16), "up": nn.Linear(16, 12, bias=False)}
+    model = Net(run, **layers, mid=nn.Linear(12, 10), out=nn.Linear(10, 3)).eval()
+    with torch.no_grad():
+        model.up.weight.abs_()
+        model.a.bias.fill_(-0.2)
+        model.a.weight[:12] *= 0.05
+        # A single channel is never zero.
+        model.a.weight[0], model.a.bias[0] = 0.0, 0.01
+    return model, [torch.randn(64, 6) for _ in range(8)]
+
+
 class Mixture(nn.Module):
     """Each row takes the best of some experts, in stacked matrices or in a list of networks."""
 
@@ -879,6 +899,13 @@ class Mixture(nn.Module):
     def forward(self, x):
         weights, chosen = self.gate(x).softmax(-1).topk(self.top_k, -1)
         weights = weights / weights.sum(-1, keepdim=True)
+        if self.by_rows == "masks":
+            total = torch.zeros_like(x)
+            for e, expert in enumerate(self.experts):
+                own = chosen == e
+                rows = own.any(-1)
+                total[rows] += (weights * own).sum(-1, keepdim=True)[rows] * expert(x[rows])
+            return total
         if self.by_rows:
             total = torch.zeros_like(x)
             for e, expert in enumerate(self.experts):

@@ -334,7 +334,7 @@ def made(
 
 
 def _rebuilt(found: Study, chosen: Chosen, refit: str, clock: Clock) -> tuple[Rebuilt, LaidOut]:
-    """The network refitted and cut; of matrices in one parameter where the selection set is nearer then."""
+    """The network refitted and cut; experts together where the selection set is nearer then."""
 
     def one(stacks: bool) -> tuple[Rebuilt, LaidOut]:
         rebuilt = rebuild(found, chosen, refit, passes=PASSES, stacks=stacks)
@@ -353,8 +353,8 @@ def _rebuilt(found: Study, chosen: Chosen, refit: str, clock: Clock) -> tuple[Re
     if after < before:
         return rebuilt, laid
     note = (
-        "experts and recurrent layers keep the weights that they have: on the selection set the divergence "
-        f"is {before:.3g} with these, {after:.3g} with refitted ones"
+        "experts and recurrent layers keep the weights that they have, or are refitted one by one: on the "
+        f"selection set the divergence is {before:.3g} so, {after:.3g} with all refitted together"
     )
     return replace(other, notes=(*other.notes, note)), without
 

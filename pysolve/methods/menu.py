@@ -131,7 +131,7 @@ def divergence_curve(error: Array, sizes: Sequence[int], divergences: Sequence[f
 
     Divergence is taken for a power of the error between neighbouring measurements, log-linear, and for the
     same power beyond the outer ones; the unit as it is causes none, and size 0 is not allowed unless it was
-    measured.
+    measured. Neither are sizes up to one of infinite divergence.
 
     Parameters
     ----------
@@ -147,9 +147,13 @@ def divergence_curve(error: Array, sizes: Sequence[int], divergences: Sequence[f
     """
     known = dict(zip(sizes, divergences, strict=True))
     nothing = known.pop(0, np.inf)
+    least = max((size + 1 for size, value in known.items() if not np.isfinite(value)), default=0)
+    known = {size: value for size, value in known.items() if np.isfinite(value)}
     at, error = np.array([*known], dtype=np.intp), np.log(error)
     if not len(at):
-        return np.array([nothing, *[0.0] * (len(error) - 1)])
+        found = np.where(np.arange(len(error)) < least, np.inf, 0.0)
+        found[0] = nothing
+        return found
     order = np.argsort(error[at], kind="stable")
     x, y = error[at][order], np.maximum.accumulate(np.log(np.maximum([*known.values()], FLOOR))[order])
     curve = np.interp(error, x, y)
@@ -158,7 +162,9 @@ def divergence_curve(error: Array, sizes: Sequence[int], divergences: Sequence[f
     found = np.maximum.accumulate(np.exp(curve)[::-1])[::-1]
     found[0], found[-1] = nothing, 0.0
     # Nothing at all is no point of the curve, whose other end it would move, but bounds it.
-    return np.minimum(found, nothing)
+    found = np.minimum(found, nothing)
+    found[1:least] = np.inf
+    return found
 
 
 def _power(x: Array, y: Array) -> float:

@@ -18,7 +18,7 @@ from pysolve.nn.batches.samples import first_samples, samples_in
 from pysolve.nn.changed import changed_outputs, is_repeatable
 from pysolve.nn.cut.norms import kept_of_norms
 from pysolve.nn.cut.routers import chosen_by_routers
-from pysolve.nn.divergence import mean_divergence, rows_of, run
+from pysolve.nn.divergence import mean_divergence, or_infinite, rows_of, run
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.graph.sizes import fits
 from pysolve.nn.outputs import main_output
@@ -107,7 +107,7 @@ def measured(study: Study, wanted: Sequence[tuple[M, Sequence[int]]], where: Pro
     shown, start = study.options.progress, time.perf_counter()
     for number, value in steps(found, "measure", len(changed), unit="size", shown=shown):
         (i, size), now = changed[number], time.perf_counter()
-        known, seconds = {**menus[i].measured, size: value}, menus[i].seconds + now - start
+        known, seconds = {**menus[i].measured, size: or_infinite(value)}, menus[i].seconds + now - start
         menus[i], start = replace(menus[i], measured=known, seconds=seconds), now
     return menus
 
@@ -172,7 +172,7 @@ def divergence_of(study: Study, chosen: Chosen, where: Probe) -> float:
     """Divergence of the network's outputs with this chosen, every layer fitted on the original's inputs."""
     routers = chosen_by_routers(study.model, chosen.keep)
     outputs = run(study.model, where.batches, independent(study, chosen).values, routers)
-    return mean_divergence(where.outputs, outputs, where.batches, study.options.divergence)
+    return or_infinite(mean_divergence(where.outputs, outputs, where.batches, study.options.divergence))
 
 
 def _walks(graph: Graph, names: Sequence[Sequence[str]], where: Probe) -> bool:

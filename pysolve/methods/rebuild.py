@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 from torch import Tensor
+from torch.fx import Node
 
 from pysolve.correlations import Array, Correlations, Indices, without_sums
 from pysolve.errors import PysolveError
@@ -27,6 +28,7 @@ from pysolve.nn.gathering.memory import give_back, room_for
 from pysolve.nn.gathering.passes import MATRICES
 from pysolve.nn.gathering.recurrent import bias_of
 from pysolve.nn.graph.branches import Kept, Layer
+from pysolve.nn.graph.export import where
 from pysolve.nn.graph.mixtures import mixtures_in
 from pysolve.nn.graph.sizes import usable
 from pysolve.nn.layer_kinds import twins
@@ -40,6 +42,8 @@ REFITS = ("sequential", "independent", "bias", "none")
 # Further fits of layers that a ReLU or the like follows, of channels and ranks. The second and third lower
 # the divergence of LeNet-5's factors by 2.5 to 9 %, of ResNet-20 at half of its MACs by 3 %.
 PASSES = 3
+# Layers that a note names.
+_NAMED = 3
 # A bias that a layer did not have must lower its error by this share to earn its parameters.
 BIAS_GAIN = 0.01
 
@@ -187,8 +191,12 @@ def _walked(
 
     gates = _gates_refitted(study, chosen.keep, state) if stacks and weights else {}
     values |= gates
-    unseen: list[str] = []
+    unseen: dict[str, None] = {}
+    broken: dict[str, Node | None] = {}
     priors: dict[str, LayerFit] = {}
+
+    def loses(name: str) -> bool:
+        return name in cuts and len(cuts[name].inputs) < channels(study.layers[name].module)[0]
 
     def prepare(name: str) -> None:
         priors.clear()
@@ -201,16 +209,23 @@ def _walked(
         task = task_of(study, left, name, known, prior=priors.get(name), previous=previous)
         if correlations is not None:
             task = replace(task, correlations=correlations)
-        elif task.correlations is None and (name in chosen.fits or name in cuts) and name not in unseen:
-            unseen.append(name)
+        elif task.correlations is None and (name in chosen.fits or loses(name)):
+            unseen.update({name: None} if name not in broken else {})
         found = _fit_layer(study.layers[name], task, chosen.fits.get(name), intercept, weights)
         # Weights without a form of their own are in the values already, in half the bytes.
         bare = replace(found, weight=np.zeros((0, 0)), bias=None)
         fits[name] = found if name in chosen.fits else bare
         return found.weight, found.bias
 
-    mixtures = mixtures_in(study.graph, study.model, chosen.keep) if stacks else []
-    before = dict(values)
+    mixtures = mixtures_in(study.graph, study.model, chosen.keep, study.sites) if stacks else []
+    given = {weight_name(study.model, name) for name in chosen.fits}
+    # What takes another form is fitted layer by layer; and a bound on memory knows nothing of the hidden
+    # values of all experts at once.
+    able = study.options.memory is None
+    mixtures = [
+        one for one in mixtures if len(one.weights) == 1 or (able and not given.intersection(one.weights))
+    ]
+    together = [*gates]
     new = refit(
         study.graph,
         study.model,
@@ -224,6 +239,8 @@ def _walked(
         norms={**kept_of_norms(chosen.keep), **chosen_by_routers(study.model, chosen.keep)},
         mixtures=mixtures,
         prepare=prepare,
+        told=broken.__setitem__,
+        joined=together.extend,
         ranks=study.options.ranks,
         sampling=sampling,
         row_weights=study.row_weights(batches) if weights else {},
@@ -234,10 +251,19 @@ def _walked(
     used = sum(study.options.ranks.counts(sum(map(samples_in, batches))))
     seen = study.calibration.seen
     notes = (f"the refit used {used} of {seen} samples: {reason}",) if used < seen else ()
-    unreached = (no_samples(unseen),) if unseen else ()
-    every = dict.fromkeys(name for one in mixtures for name in (one.weight, one.bias) if name)
-    refitted = (*gates, *(name for name in every if new.get(name) is not before.get(name)))
-    return Rebuilt(chosen, new, fits, used, (*(notes if chosen.keep else ()), *unreached), refitted)
+    unreached = (*([no_samples([*unseen])] if unseen else []), *_no_numbers(broken))
+    return Rebuilt(chosen, new, fits, used, (*(notes if chosen.keep else ()), *unreached), tuple(together))
+
+
+def _no_numbers(broken: Mapping[str, Node | None]) -> Iterator[str]:
+    """What the report says of layers that read NaN or infinity where the original has numbers."""
+    first = next((f" ({where(node)})" for node in broken.values() if node is not None), "")
+    more = ", …" * (len(broken) > _NAMED)
+    if broken:
+        yield (
+            f"for some samples the smaller network makes NaN or infinity of numbers{first}, the original "
+            f"does not: no layer is fitted on these ({', '.join([*broken][:_NAMED])}{more})"
+        )
 
 
 def _gates_refitted(

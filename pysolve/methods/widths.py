@@ -23,6 +23,7 @@ from pysolve.methods.result import distance
 from pysolve.methods.sizes import Sized, sized, within
 from pysolve.methods.study import Study
 from pysolve.nn.cut.apply import apply
+from pysolve.nn.divergence import or_infinite
 from pysolve.nn.evaluate import parameters
 from pysolve.plan import Site
 
@@ -161,7 +162,7 @@ def _drafted(
     # Those of the selection set alone are too few to tell widths apart.
     seen = [*study.first_kept(_SAMPLES), *study.held]
     lost = distance(study.model, network, seen, study.options.divergence)
-    return Width(share, wide, lost, replace(done, rebuilt=None))
+    return Width(share, wide, or_infinite(lost), replace(done, rebuilt=None))
 
 
 def least_divergent(width: Callable[[float, Coded | None], Width], start: float) -> Width:

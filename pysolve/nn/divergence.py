@@ -132,6 +132,11 @@ def mean_divergence(
     return mean
 
 
+def or_infinite(divergence: float) -> float:
+    """Nothing is further away than outputs that are no numbers any more."""
+    return math.inf if math.isnan(divergence) else divergence
+
+
 def _number(value: object) -> float:
     """What a user's divergence has returned."""
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_complex():

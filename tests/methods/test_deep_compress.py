@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refusals import assert_refused_unread
-from small import Net, network
+from small import Net, divided, network
 from torch import nn
 
 import pysolve as ps
@@ -381,3 +381,22 @@ def distance_of(some, all_):
     """Share of the squares that kept columns, or rows, differ by from the nearest of the original's."""
     some, all_ = (w.T if len(w) == 90 else w.flatten(1) for w in (some, all_))
     return float((torch.cdist(some, all_).amin(1) ** 2).sum() / some.square().sum())
+
+
+def test_a_network_that_divides_by_what_becomes_zero_is_not_blamed_on_the_data():
+    model, batches = divided()
+    result = deep(model, batches, target_bytes=0.3)
+    assert result.report.divergence < 1e-3
+    with pytest.warns(ps.PysolveWarning, match="none any more"):
+        other = deep(model, batches, target_bytes=0.4, zeros=0.5)
+    (note,) = (one for one in other.report.notes if "NaN" in one)
+    assert "makes NaN or infinity of numbers (small.py" in note
+    assert "the original does not: no layer is fitted on these (mid, out)" in note
+
+
+def test_sizes_that_make_no_numbers_are_not_chosen():
+    model, batches = divided()
+    result = ps.compress(model, batches, target={"params": 0.5}, progress=False, latency=False)
+    assert result.report.divergence < 1e-3
+    with pytest.raises(ps.PysolveError, match="what the smallest allowed sizes cost"):
+        ps.compress(model, batches, target={"params": 0.3}, progress=False, latency=False)

@@ -55,3 +55,13 @@ def test_nothing_at_all_bounds_the_curve_and_moves_no_point_of_it_that_is_lower(
 def test_a_single_channel_has_a_curve_without_measurements():
     curve = divergence_curve(np.array([1.0, FLOOR]), [], [])
     np.testing.assert_array_equal(curve, [np.inf, 0.0])
+
+
+@given(CURVES, st.data())
+def test_up_to_a_size_that_makes_no_numbers_none_is_allowed(error, data):
+    channels = len(error) - 1
+    sizes = data.draw(st.lists(st.integers(1, channels - 1), min_size=1, max_size=3, unique=True))
+    worst = data.draw(st.sampled_from(sizes))
+    curve = divergence_curve(error, sizes, [np.inf if k == worst else 1.0 for k in sizes])
+    assert np.isinf(curve[: worst + 1]).all()
+    assert np.isfinite(curve[worst + 1 :]).all()

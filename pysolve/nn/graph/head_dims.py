@@ -66,34 +66,52 @@ def head_dims(
 
 
 def _described(graph: Graph, classes: Classes, sites: Sequence[Site]) -> Iterator[Site]:
-    """Sites that hold dimensions of heads, with the rows of each head."""
+    """Sites that hold dimensions of heads, with the rows of each head; pinned where none holds them all."""
     writers = [member for member in classes.members if member.role == "writers"]
     heads: dict[int, list[Attention]] = {}
     for attended in classes.attended:
         one = _attention(graph, attended, writers)
-        owner = None if one is None else _owner(sites, one)
-        if one is None or owner is None:
+        if one is None:
             continue
-        site = sites[owner]
-        columns = site.columns.get(one.output)
-        if columns is not None and columns.size == one.queries.size:
+        owner = _owner(sites, one)
+        columns = None if owner is None else sites[owner].columns.get(one.output)
+        groups = [_shared(table) for table in (one.keys, one.values)]
+        if owner is None:
+            yield _pinned(one, _why_apart(sites, one))
+        elif columns is None or columns.size != one.queries.size:
+            yield _pinned(one, f"{one.output} reads more than the results of these heads")
+        elif (keys := groups[0]) is None or (values := groups[1]) is None or keys.shape != values.shape:
+            yield _pinned(one, "heads that share keys or values are not next to each other")
+        else:
             outputs = np.sort(columns.ravel()).reshape(one.queries.shape)
-            heads.setdefault(owner, []).append(replace(one, outputs=outputs))
+            heads.setdefault(owner, []).append(replace(one, keys=keys, values=values, outputs=outputs))
     for i, several in heads.items():
         yield replace(sites[i], attention=tuple(several))
 
 
+def _pinned(one: Attention, why: str) -> Site:
+    """The dimensions of one attention, all of which stay."""
+    writers = tuple(dict.fromkeys((one.query, one.key, one.value)))
+    return Site(one.queries.shape[1], writers, (one.output,), pinned=why, attention=(one,))
+
+
+def _why_apart(sites: Sequence[Site], one: Attention) -> str:
+    """Why no site holds all dimensions of some heads."""
+    parts = [
+        site for site in sites if one.query in site.rows and np.isin(one.queries, site.rows[one.query]).any()
+    ]
+    said = [site.pinned for site in parts if site.pinned is not None]
+    why = "some dimensions of these heads do not go like others, as where positions turn a part of each head"
+    return f"{why}: {said[0]}" if said else why
+
+
 def _attention(graph: Graph, attended: Attended, writers: Sequence[Member]) -> Attention | None:
-    """Which layers make queries, keys and values, and their rows; None where several make one of them."""
+    """Layers that make queries, keys and values, and their rows by head; None where several make one."""
     found = [_located(labels, writers) for labels in (attended.query, attended.key, attended.value)]
     output = _reader(graph, attended.node)
     if output is None or not all(found):
         return None
     (query, queries), (key, keys), (value, values) = (one for one in found if one)
-    shared = [_shared(one) for one in (keys, values)]
-    if any(one is None for one in shared) or len({one.shape for one in shared if one is not None}) > 1:
-        return None
-    keys, values = (one for one in shared if one is not None)
     return Attention(query, key, value, output, queries, keys, values, queries)
 
 

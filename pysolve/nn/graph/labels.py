@@ -18,6 +18,7 @@ from pysolve.nn.graph.calls import Call, Network, is_own, operator_name, pointwi
 from pysolve.nn.graph.classes import Classes, Member, labelled, lean, none, spread, squashed
 from pysolve.nn.graph.export import Graph, Value, where
 from pysolve.nn.graph.operators import Rule
+from pysolve.nn.graph.sizes import hint
 from pysolve.nn.layer_kinds import twins
 
 _RULES: dict[str, Rule] = {**operators.RULES, **layer_rules.RULES}
@@ -257,9 +258,10 @@ def _unlabelled(value: Value) -> Value:
 
 
 def _hint(value: Value) -> Value:
-    """A traced number's value on the example; 0 where it depends on data, which no rule can follow."""
-    symbolic = isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool)
-    return value.node.hint or 0 if symbolic else value
+    """A traced number's value on the example; of a size that depends on data, what it might be."""
+    if isinstance(value, torch.SymInt):
+        return hint(value)
+    return value.node.hint or 0 if isinstance(value, torch.SymFloat | torch.SymBool) else value
 
 
 def _shapes(value: Value) -> object:

@@ -1,9 +1,10 @@
-"""Matrices of experts in one parameter: the operators from the first that reads them to their sum."""
+"""Matrices of experts, in one parameter or a list of modules: the operators from the first to their sum."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from torch import Tensor, nn
@@ -12,10 +13,12 @@ from torch.fx import Node
 from pysolve.correlations import Indices, all_but
 from pysolve.nn.cut.bare import Stack, find_member, is_stack
 from pysolve.nn.cut.slicing import channels_of
+from pysolve.nn.graph.branches import find_layers, read_by
 from pysolve.nn.graph.calls import operator_name
 from pysolve.nn.graph.export import Graph, is_in_place
 from pysolve.nn.graph.routes import routed
-from pysolve.plan import Site
+from pysolve.nn.layer_kinds import plain
+from pysolve.plan import EXPERTS, Site, tensor_name
 
 # Operators in which results of experts are weighed and added up, or put into another shape.
 _SUMS = {"to", "view", "reshape", "flatten", "unflatten", "contiguous", "clone", "dropout", "alias", "detach"}
@@ -28,30 +31,38 @@ class Mixture:
 
     Parameters
     ----------
-    weight : str
-        State-dict name of all W_e, (experts, h, d), or (experts, d, h) where ``turned``.
-    bias : str, optional
-        State-dict name of all b_e, (experts, h).
+    weights : tuple of str
+        State-dict name of all W_e, (experts, h, d), or (experts, d, h) where ``turned``; or one for each.
+    biases : tuple of str
+        Likewise of the b_e, where there are any.
     turned : bool
-    experts, inputs, outputs : (k,) int arrays
+    experts : (k,) int array
         Those that stay.
+    inputs : tuple of int arrays
+        That stay of each matrix.
+    outputs : (h,) int array
     nodes : tuple of Node
         From the first operator that reads either of them to the sum y, in the order of the inputs.
     shortcut : Node, optional
         What y is added to.
+    before : tuple of Node
+        Operators between these that read none of their results, and must run first.
     """
 
-    weight: str
-    bias: str | None
+    weights: tuple[str, ...]
+    biases: tuple[str, ...]
     turned: bool
     experts: Indices
-    inputs: Indices
+    inputs: tuple[Indices, ...]
     outputs: Indices
     nodes: tuple[Node, ...]
     shortcut: Node | None
+    before: tuple[Node, ...] = ()
 
 
-def mixtures_in(graph: Graph, model: nn.Module, keep: Mapping[Site, Indices]) -> list[Mixture]:
+def mixtures_in(
+    graph: Graph, model: nn.Module, keep: Mapping[Site, Indices], sites: Iterable[Site] = ()
+) -> list[Mixture]:
     """Of every mixture that loses experts, or inputs of their last matrices, what its sum may be made of.
 
     The likeliest first.
@@ -61,7 +72,30 @@ def mixtures_in(graph: Graph, model: nn.Module, keep: Mapping[Site, Indices]) ->
     graph : Graph
         Of ``model``.
     keep : {Site: (k,) int array}
+    sites : iterable of Site
+        Those of whole experts tell which lists of modules are experts.
     """
+    routers = [site for site in {*sites, *keep} if site.router is not None]
+    lists = dict.fromkeys(name.partition(":")[0] for site in routers for name in site.readers)
+    modules = [name for name in lists if isinstance(dict(model.named_modules()).get(name), nn.ModuleList)]
+    listed = (_of_list(graph, model, name, keep) for name in modules)
+    return [*_of_parameters(graph, model, keep), *(one for one in listed if one is not None)]
+
+
+def in_order(nodes: Sequence[Node], mixtures: Iterable[Mixture]) -> tuple[list[Node], list[Mixture]]:
+    """Nodes with what must run before mixtures in front of these, and the mixtures where that is possible."""
+    found, able = [*nodes], []
+    for one in mixtures:
+        own = [*one.before, *one.nodes]
+        start = min(map(found.index, own))
+        if not one.before or {*found[start : start + len(own)]} == {*own}:
+            found[start : start + len(own)] = own if one.before else found[start : start + len(own)]
+            able.append(one)
+    return found, able
+
+
+def _of_parameters(graph: Graph, model: nn.Module, keep: Mapping[Site, Indices]) -> list[Mixture]:
+    """Mixtures whose matrices are in one parameter."""
     read = {name: node for node, name in graph.parameters.items() if node.users}
     order = {node: place for place, node in enumerate(graph.module.graph.nodes)}
     # What computes an expert's hidden values is read before.
@@ -78,9 +112,82 @@ def mixtures_in(graph: Graph, model: nn.Module, keep: Mapping[Site, Indices]) ->
             for turned in (False, True):
                 if width == shapes[weight][1 + turned] and (bias is None or width == shapes[bias][1]):
                     inputs, outputs = _left(model, keep, weight, turned)
-                    one = Mixture(weight, bias, turned, left, inputs, outputs, nodes, _shortcut(nodes[-1]))
+                    names = ((weight,), () if bias is None else (bias,))
+                    each = (inputs,) * shapes[weight][0]
+                    one = Mixture(*names, turned, left, each, outputs, nodes, _shortcut(nodes[-1]))
                     found += [one] if len(inputs) else []
     return found
+
+
+def _of_list(graph: Graph, model: nn.Module, name: str, keep: Mapping[Site, Indices]) -> Mixture | None:
+    """The mixture whose experts are the modules of a list; None where nothing goes, or it is none."""
+    experts = model.get_submodule(name)
+    assert isinstance(experts, nn.ModuleList)
+    called = {layer.name: node for node, layer in find_layers(graph, model).items() if layer.calls == 1}
+    order = {node: place for place, node in enumerate(graph.module.graph.nodes)}
+    leaves = [leaf for leaf, module in experts[0].named_modules() if plain(module) is nn.Linear]
+    paths = [[".".join(filter(None, (name, str(e), leaf))) for e in range(len(experts))] for leaf in leaves]
+    paths = [own for own in paths if all(path in called for path in own)]
+    if not paths:
+        return None
+    last = max(paths, key=lambda own: order[called[own[0]]])
+    layers = {path: cast(nn.Linear, model.get_submodule(path)) for path in last}
+    inputs, outputs = (tuple(_kept(role, layers, keep)) for role in ("readers", "writers"))
+    left = [np.sort(kept) for site, kept in keep.items() if f"{name}:{EXPERTS}" in site.readers]
+    stays = left[0] if left else np.arange(len(experts))
+    goes = sum(map(len, inputs)) < sum(layer.in_features for layer in layers.values())
+    if not (goes or len(stays) < len(experts)) or any(not np.array_equal(one, outputs[0]) for one in outputs):
+        return None
+    weights, biases = (tuple(tensor_name(path, leaf) for path in last) for leaf in ("weight", "bias"))
+    biases = biases if layers[last[0]].bias is not None else ()
+    read = {name: node for node, name in graph.parameters.items()}
+    values = [read[one] for one in (*weights, *biases)]
+    region = _region(graph, values, routed(graph))
+    before, nodes = _apart(region, values, [called[path] for path in last])
+    if not nodes:
+        return None
+    return Mixture(
+        weights, biases, False, stays, inputs, outputs[0], nodes, _shortcut(nodes[-1]), before=before
+    )
+
+
+def _kept(role: str, layers: Mapping[str, nn.Linear], keep: Mapping[Site, Indices]) -> Iterator[Indices]:
+    """Inputs of each layer that stay, or outputs."""
+    for name, layer in layers.items():
+        left = np.ones(layer.weight.shape[role == "readers"], bool)
+        for site, kept in keep.items():
+            if name in getattr(site, role):
+                gone = all_but(site.channels, kept)
+                left[channels_of(site, role, name, layer)[gone].ravel()] = False
+        yield np.flatnonzero(left)
+
+
+def _apart(
+    region: Sequence[Node], parameters: Collection[Node], layers: Sequence[Node]
+) -> tuple[tuple[Node, ...], tuple[Node, ...]]:
+    """Operators on which parameters have no effect, and the others; none where these cannot run last."""
+    acts, before, nodes = set(parameters), [], []
+    for node in region:
+        if acts.intersection(node.all_input_nodes):
+            nodes.append(node)
+            acts.update([node, *node.all_input_nodes[: is_in_place(node)]])
+        else:
+            before.append(node)
+    written = {_storage(node.all_input_nodes[0]) for node in nodes if is_in_place(node)}
+    seen = {_storage(one) for node in before for one in node.all_input_nodes}
+    inside = any(read_by(node) in acts for node in layers)
+    if inside or written & seen or any(map(is_in_place, before)):
+        return (), ()
+    return tuple(before), tuple(nodes)
+
+
+def _storage(node: Node) -> Node:
+    """The value whose memory a node may share."""
+    while getattr(node.target, "_schema", None) and node.all_input_nodes:
+        if not any(one.alias_info for one in node.target._schema.returns):  # type: ignore[union-attr]
+            break
+        node = node.all_input_nodes[0]
+    return node
 
 
 def _experts(model: nn.Module, keep: Mapping[Site, Indices], first: Mapping[str, int]) -> dict[str, Indices]:

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from pysolve.nn.graph.calls import Call, Labels, meet, pointwise
-from pysolve.nn.graph.classes import Attended, complete, labelled, lean, none, squashed
+from pysolve.nn.graph.classes import complete, labelled, lean, none, squashed
+from pysolve.nn.graph.dimension_rules import contract_dims, dimensions, einsum_dims, named_dimensions
 from pysolve.nn.graph.norms import through_norm
 
 Rule = Callable[[Call], Labels]
-# Most operators between scores and what they weigh.
-_STEPS = 12
 
 
 def shape(call: Call) -> Labels:
@@ -106,16 +105,36 @@ def _dims(call: Call) -> tuple[int, ...]:
 
 
 def index(call: Call) -> Labels:
-    """Positions may be picked by index; channels may not, as their indices change."""
-    indices = call.args["indices"]
-    if any(map(_is_mask, call.sources["indices"])):
-        return call.opaque(call.says("picks by a mask"))
+    """Positions may be picked by index or mask; channels may not, as their indices change."""
+    return _picked(call)[0]
+
+
+def put(call: Call) -> Labels:
+    """Values take the places that are picked by index or mask, or are added there."""
+    picked, dims, own = _picked(call)
+    values = call.args["values"].expand(picked.shape)
+    call.ledger.pin_varying(values, own, call.says("picks channels by number"))
+    top = values.amax(own, keepdim=True).flatten(own[0], own[-1])
+    top = top.unflatten(own[0], [1] * len(dims)).expand(call.first.shape)
+    return meet(call, [(call.first, call.sources["self"]), (top, call.sources["values"])])
+
+
+def _picked(call: Call) -> tuple[Tensor, list[int], list[int]]:
+    """What an operator picks by indices, and along which dimensions of its operand and of the result."""
+    indices: list[Tensor | None] = []
+    for labels, node in zip(call.args["indices"], call.sources["indices"], strict=True):
+        # A mask counts as the positions where it is true, two of them.
+        mask = [torch.zeros(2, dtype=torch.long)] * labels.ndim if _is_mask(node) else None
+        indices += mask or [None if labels is None else torch.zeros_like(labels)]
     dims = [dim for dim, one in enumerate(indices) if one is not None]
-    call.ledger.pin_varying(call.first, dims, call.says("picks channels by number"))
-    _pin_others(call)
-    zeros = [None if one is None else torch.zeros_like(one) for one in indices]
-    picked: Tensor = torch.ops.aten.index(call.first, zeros)
-    return picked
+    how = "by a mask" if any(map(_is_mask, call.sources["indices"])) else "channels by number"
+    call.ledger.pin_varying(call.first, dims, call.says(f"picks {how}"))
+    for labels in filter(lambda one: one is not None, call.args["indices"]):
+        call.ledger.pin(labels, call.says("takes them for positions"))
+    picked: Tensor = torch.ops.aten.index(call.first, indices)
+    # Indices with others between them put their dimensions in front.
+    start = dims[0] if dims == [*range(dims[0], dims[-1] + 1)] else 0
+    return picked, dims, [*range(start, start + picked.ndim - call.first.ndim + len(dims))]
 
 
 def _pin_others(call: Call) -> None:
@@ -203,7 +222,7 @@ def _contract(call: Call, left: tuple[Tensor, Node], right: tuple[Tensor, Node])
     One head that serves many (multi-query attention) stays, and the others can go one by one.
     """
     if call.network.inner:
-        return _contract_dims(call, left, right)
+        return contract_dims(call, left, right)
     a, b = lean(left[0]).unsqueeze(-2), lean(right[0]).unsqueeze(-3)
     for many, one in ((a, b), (b, a)):
         if _serves(one, many):
@@ -232,9 +251,10 @@ def attention(call: Call) -> Tensor:
     """softmax(queries · keys + mask) · values, the queries of a group sharing keys and values."""
     query, key, value = (call.args[name] for name in ("query", "key", "value"))
     if call.args.get("enable_gqa"):
-        key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+        groups = (t.repeat_interleave(query.shape[-3] // t.shape[-3], -3) for t in (key, value))
+        key, value = map(lean, groups)
     if call.network.inner:
-        return _dimensions(call, query, key, value)
+        return dimensions(call, query, key, value)
     scores = _contract(call, (query, call.sources["query"]), (key, call.sources["key"]))
     if isinstance(call.args["attn_mask"], Tensor):
         mask = (call.args["attn_mask"], call.sources["attn_mask"])
@@ -242,54 +262,16 @@ def attention(call: Call) -> Tensor:
     return _contract(call, (scores, call.sources["query"]), (value.mT, call.sources["value"]))
 
 
-def _contract_dims(call: Call, left: tuple[Tensor, Node], right: tuple[Tensor, Node]) -> Tensor:
-    """As ``_contract`` by dimension: of queries and keys, or of what their scores weigh."""
-    if labelled(left[0]) and labelled(right[0]):
-        call.network.scored[call.node] = left[0], right[0]
-        _together(call, left[0], right[0])
-        return none((*call.result.shape[:-2], left[0].shape[-2], right[0].shape[-2]))
-    scored = call.network.scored.get(_scores(call.network.scored, left[1]) or call.node)
-    if scored is None or not labelled(right[0]):
-        both = [(left[0].unsqueeze(-2), left[1]), (right[0].unsqueeze(-3), right[1])]
-        return call.ledger.mix(meet(call, both), (-1,), call.says("mixes these channels")).squeeze(-1)
-    return _dimensions(call, *scored, right[0].mT)
-
-
-def _scores(scored: Mapping[Node, object], node: Node) -> Node | None:
-    """The product of queries and keys that softmax and the like have made a value of."""
-    near = [node]
-    for _ in range(_STEPS):
-        found = next((one for one in near if one in scored), None)
-        if found is not None:
-            return found
-        near = [*dict.fromkeys(other for one in near for other in one.all_input_nodes)]
-    return None
-
-
-def _dimensions(call: Call, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention by dimension: each is one channel of queries, keys and values, the same in all heads."""
-    call.network.attended.append(Attended(call.node, query, key, value))
-    _together(call, query, key, value)
-    if isinstance(mask := call.args.get("attn_mask"), Tensor):
-        call.ledger.pin(mask, call.says("adds these channels"))
-    top = call.ledger.mix(value, (-2,), call.says("mixes these channels"))
-    return top.expand(*call.result.shape[:-1], -1)
-
-
-def _together(call: Call, *values: Tensor) -> None:
-    """Unite the last dimensions of values, over all of the others."""
-    reason = call.says("multiplies these channels")
-    tops = [call.ledger.mix(one, range(one.ndim - 1), reason) for one in values]
-    call.ledger.unite(*(one.reshape(-1) for one in tops))
-
-
 def einsum(call: Call) -> Labels:
     """As ``matmul``, for equations that name every dimension of every operand once."""
-    terms, arrow, output = call.args["equation"].replace(" ", "").partition("->")
-    inputs = terms.split(",")
-    if not arrow or "." in terms or any(len(set(term)) < len(term) for term in (*inputs, output)):
+    equation = call.args["equation"].replace(" ", "")
+    inputs, output = named_dimensions(equation, [value.ndim for value, _ in call.tensors])
+    if "->" not in equation or any(len(set(term)) < len(term) for term in (*inputs, output)):
         return call.opaque(call.says("is not understood in this form"))
-    letters = output + "".join(sorted(set(terms) - {",", *output}))
+    if call.network.inner and einsum_dims(call, inputs, output):
+        result: Labels = call.result
+        return result
+    letters = output + "".join(sorted(set("".join(inputs)) - {*output}))
     aligned = []
     for term, (value, node) in zip(inputs, call.tensors, strict=True):
         order = [letter for letter in letters if letter in term]
@@ -347,6 +329,7 @@ _NAMES: dict[Rule, str] = {
     glu: "glu",
     topk: "topk",
     index: "index",
+    put: "index_put",
     einsum: "einsum",
     attention: "scaled_dot_product_attention",
 }

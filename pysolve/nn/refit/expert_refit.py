@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -42,6 +43,11 @@ class _Parameters:
     weight: Tensor
     bias: Tensor | None
 
+    @property
+    def widths(self) -> Indices:
+        """(experts,) columns of each in a matrix of several."""
+        return np.array([len(one) + (self.bias is not None) for one in self.mixture.inputs], dtype=np.intp)
+
     def only(self, experts: Indices) -> _Parameters:
         """Zeros but for some experts."""
         kept = torch.as_tensor(experts, device=self.weight.device)
@@ -55,29 +61,28 @@ class _Parameters:
     def values(self) -> dict[str, Tensor]:
         """By state-dict names."""
         weight = self.weight.mT.contiguous() if self.mixture.turned else self.weight
-        bias = {} if self.mixture.bias is None or self.bias is None else {self.mixture.bias: self.bias}
-        return {self.mixture.weight: weight, **bias}
+        found = dict[str, Tensor]()
+        for names, one in ((self.mixture.weights, weight), (self.mixture.biases, self.bias)):
+            if one is not None:
+                found |= zip(names, [one] if len(names) == 1 else one.unbind(), strict=True)
+        return found
 
     def matrix(self, experts: Indices) -> Tensor:
         """(outputs, k) of what stays, of one expert after the other, its bias behind."""
-        outputs, inputs = (
-            torch.as_tensor(one, device=self.weight.device)
-            for one in (self.mixture.outputs, self.mixture.inputs)
-        )
-        parts = []
+        outputs, parts = torch.as_tensor(self.mixture.outputs, device=self.weight.device), []
         for e in experts.tolist():
+            inputs = torch.as_tensor(self.mixture.inputs[e], device=self.weight.device)
             parts.append(self.weight[e][outputs[:, None], inputs])
             parts += [] if self.bias is None else [self.bias[e][outputs, None]]
         return torch.cat(parts, 1)
 
     def with_matrix(self, experts: Indices, M: Array) -> _Parameters:
         """Other values of some experts."""
-        outputs, inputs = (
-            torch.as_tensor(one, device=self.weight.device)
-            for one in (self.mixture.outputs, self.mixture.inputs)
-        )
+        outputs = torch.as_tensor(self.mixture.outputs, device=self.weight.device)
         weight, bias = self.weight.clone(), None if self.bias is None else self.bias.clone()
-        for e, own in zip(experts.tolist(), np.split(M, len(experts), 1), strict=True):
+        ends = np.cumsum(self.widths[experts])[:-1]
+        for e, own in zip(experts.tolist(), np.split(M, ends, 1), strict=True):
+            inputs = torch.as_tensor(self.mixture.inputs[e], device=self.weight.device)
             new = torch.as_tensor(own).to(weight)
             weight[e][outputs[:, None], inputs] = new[:, : len(inputs)]
             if bias is not None:
@@ -108,7 +113,7 @@ def refit_experts(
     """
     found = dict[str, Tensor]()
     for mixture in mixtures:
-        if mixture.nodes[0] is not node or mixture.weight in found:
+        if mixture.nodes[0] is not node or mixture.weights[0] in found:
             continue
         if all(ranks.all(not walk.batches or _is_sound(walk, mixture))):
             found |= _fitted(walk, mixture, ranks, masks)
@@ -117,8 +122,8 @@ def refit_experts(
 
 def _fitted(walk: Walk, mixture: Mixture, ranks: Ranks, masks: Sequence[Masks]) -> dict[str, Tensor]:
     now = _now(walk, mixture)
-    width = len(mixture.inputs) + (now.bias is not None)
-    groups = np.array_split(mixture.experts, -(-len(mixture.experts) * width // TOGETHER))
+    columns = int(now.widths[mixture.experts].sum())
+    groups = np.array_split(mixture.experts, max(1, -(-columns // TOGETHER)))
     targets = _targets(walk, mixture)
     outputs = torch.as_tensor(mixture.outputs, device=now.weight.device)
     for group in filter(len, groups):
@@ -147,12 +152,20 @@ def _fitted(walk: Walk, mixture: Mixture, ranks: Ranks, masks: Sequence[Masks]) 
 def _now(walk: Walk, mixture: Mixture) -> _Parameters:
     """Parameters of the compressed network as they are."""
     nodes = {name: node for node, name in walk.graph.parameters.items()}
-    weight, bias = (
-        None if name is None else walk.values.get(name, walk.fixed[nodes[name]])
-        for name in (mixture.weight, mixture.bias)
-    )
+
+    def of(names: Sequence[str]) -> Tensor | None:
+        found = [walk.values.get(name, cast(Tensor, walk.fixed[nodes[name]])) for name in names]
+        return torch.stack(found) if len(found) > 1 else next(iter(found), None)
+
+    weight, bias = of(mixture.weights), of(mixture.biases)
     assert weight is not None
-    return _Parameters(mixture, weight.mT if mixture.turned else weight, bias)
+    now = _Parameters(mixture, weight.mT if mixture.turned else weight, bias)
+    if len(mixture.weights) == 1:
+        return now
+    # Layers have the columns of what went until they are fitted.
+    every = np.arange(len(mixture.inputs))
+    kept = now.matrix(every).double().cpu().numpy()
+    return now.only(every[:0]).with_matrix(every, np.asarray(kept))
 
 
 def _targets(walk: Walk, mixture: Mixture) -> list[Tensor]:
@@ -189,10 +202,10 @@ def _run(walk: Walk, nodes: Sequence[Node]) -> None:
 def _inputs(walk: Walk, b: int, now: _Parameters, experts: Indices) -> Tensor:
     """(n, k) of all rows what each of some experts multiplies: p_e h_e, and with biases p_e."""
     mixture, nothing, home = now.mixture, now.only(experts[:0]), now.weight.device
-    width = len(mixture.inputs) + (now.bias is not None)
     # As many columns at once as there are outputs that tell them; a bias has none in the matrices.
-    columns = torch.cat([torch.as_tensor(mixture.inputs), torch.full((1,), -1)])[:width].repeat(len(experts))
-    of = torch.as_tensor(experts).repeat_interleave(width)
+    bias = [] if now.bias is None else [np.full(1, -1)]
+    columns = torch.as_tensor(np.concatenate([np.concatenate([mixture.inputs[e], *bias]) for e in experts]))
+    of = torch.as_tensor(np.repeat(experts, now.widths[experts]))
     base, found = _result(walk, b, nothing), list[Tensor]()
     for e, column in zip(
         *(torch.split(one.to(home), now.weight.shape[1]) for one in (of, columns)), strict=True

@@ -86,6 +86,7 @@ class Task:
     """One layer to refit: its kept inputs and outputs, where it stands, and what it is to make besides.
 
     ``row_weights``: of its rows, one tensor a batch in the shape of its outputs with one channel.
+    ``finite``: without rows that are no numbers in the compressed network; ``told`` is called before.
     """
 
     walk: Walk
@@ -99,6 +100,8 @@ class Task:
     ranks: Ranks = ALONE
     went: Sequence[Tensor] | None = None
     row_weights: Sequence[Tensor] | None = None
+    finite: bool = False
+    told: Callable[[], object] = lambda: None
 
     @property
     def shortcut(self) -> Node | None:
@@ -116,27 +119,50 @@ def fitted(task: Task, fit: Fit, intercept: bool) -> tuple[Array, Array | None]:
     What went counts where it is linear in what the layer reads.
     """
     task = _weighed(task)
-    if task.went and not is_linear(_summed(task, _samples(task, shortcuts=False, alone=True))):
-        task = replace(task, went=None)
+    if task.went:
+        what = _summed(task, _samples(task, shortcuts=False, alone=True))
+        task = task if what is not None and _is_finite(what) and is_linear(what) else replace(task, went=None)
     seen = task.ranks.counts(sum(rows.positions(task.layer.module, y) for y in task.walk.original[task.node]))
     # Rows that values choose need not be the same ones in the two networks.
     if not any(seen) or task.node in task.routed:
         return fit(task.layer.name, None, intercept)
     moving = task.layer.flat is not None and task.shortcut is task.layer.shortcut
-    if _is_cheaper_crossed(task):
-        samples, correlations = None, _crossed(task)
-    else:
-        task.walk.fill(task.node)
-        # Windows of a convolution take longer to form than to multiply.
-        few = moving and max(task.ranks.counts(_numbers(task))) <= _KEPT
-        samples = [*_samples(task)] if few else None
-        correlations = _summed(task, _samples(task, shortcuts=False) if samples is None else samples)
+    samples, correlations = _known(task, moving=moving)
+    if not _is_finite(correlations):
+        task.told()
+        task = replace(task, finite=True)
+        samples, correlations = _known(task, moving=moving)
+    if correlations is None:
+        return fit(task.layer.name, None, intercept)
     M, bias = fit(task.layer.name, correlations, intercept)
     for _ in range(task.sampling.passes if moving else 0):
         rows_again = _samples(task) if samples is None else samples
         moved = _moved(task, rows_again, correlations, M, bias)
         M, bias = fit(task.layer.name, moved, intercept)
     return M, bias
+
+
+def _known(task: Task, *, moving: bool) -> tuple[list[_Rows] | None, Correlations | None]:
+    """Rows, where they are kept for further fits, and their correlations; None where there are no rows."""
+    if _is_cheaper_crossed(task):
+        return None, _crossed(task)
+    task.walk.fill(task.node)
+    # Windows of a convolution take longer to form than to multiply.
+    few = moving and max(task.ranks.counts(_numbers(task))) <= _KEPT
+    samples = [*_samples(task)] if few else None
+    return samples, _summed(task, _samples(task, shortcuts=False) if samples is None else samples)
+
+
+def _is_finite(found: Correlations | None) -> bool:
+    """Whether rows were summed, and all of them are numbers."""
+    return found is not None and bool(np.isfinite(np.trace(found.xx)) and np.isfinite(found.yy).all())
+
+
+def _finite(task: Task, *parts: Tensor) -> Tensor | slice:
+    """The rows to count: all, or those that are numbers."""
+    if not task.finite:
+        return slice(None)
+    return torch.stack([part.isfinite().all(1) for part in parts]).all(0)
 
 
 def _numbers(task: Task) -> int:
@@ -147,7 +173,7 @@ def _numbers(task: Task) -> int:
     return taken * width
 
 
-def _summed(task: Task, samples: Iterable[_Rows]) -> Correlations:
+def _summed(task: Task, samples: Iterable[_Rows]) -> Correlations | None:
     """Correlations from the products of inputs with targets."""
     inputs = len(task.inputs) * rows.taps(task.layer.module)
     return _over_all(task, (((x, y), weights) for x, y, _, weights in samples), inputs, len(task.outputs))
@@ -155,11 +181,9 @@ def _summed(task: Task, samples: Iterable[_Rows]) -> Correlations:
 
 def _over_all(
     task: Task, blocks: Iterable[tuple[tuple[Tensor, ...], Tensor | None]], inputs: int, outputs: int
-) -> Correlations:
-    """Correlations of blocks of rows, with their weights, of all processes."""
-    found = summed(blocks, inputs, outputs, task.layer.module.weight.device, task.ranks)
-    assert found is not None
-    return found
+) -> Correlations | None:
+    """Correlations of blocks of rows, with their weights, of all processes; None of no rows."""
+    return summed(blocks, inputs, outputs, task.layer.module.weight.device, task.ranks)
 
 
 def _weighed(task: Task) -> Task:
@@ -188,11 +212,14 @@ def _is_cheaper_crossed(task: Task) -> bool:
     return task.shortcut is None and task.went is None and crossed <= own + outputs * kept
 
 
-def _crossed(task: Task) -> Correlations:
+def _crossed(task: Task) -> Correlations | None:
     """Correlations from the products of the two networks' inputs, shared with other layers."""
-    layer, key = task.layer, (*read_as(task.layer, task.node), *task.inputs.tolist())
+    layer, key = task.layer, (*read_as(task.layer, task.node), task.finite, *task.inputs.tolist())
     if key not in task.reads.made:
-        task.reads.made[key] = _inputs_of_both(task)
+        found = _inputs_of_both(task)
+        if found is None:
+            return None
+        task.reads.made[key] = found
     made = task.reads.made[key]
     kept = task.outputs.cpu()
     M = np.asarray(rows.matrix(layer.module).double().cpu()[kept].numpy())
@@ -203,7 +230,7 @@ def _crossed(task: Task) -> Correlations:
     return replace(made, yx=M @ made.yx + np.outer(b, made.x_sum), yy=yy, y_sum=mean + made.count * b)
 
 
-def _inputs_of_both(task: Task) -> Correlations:
+def _inputs_of_both(task: Task) -> Correlations | None:
     """Correlations of the compressed network's kept inputs with all of the original's."""
     read, layer = read_by(task.node), task.layer
     same = not task.walk.differs(read)
@@ -212,6 +239,8 @@ def _inputs_of_both(task: Task) -> Correlations:
     width = taps * rows.channels(layer.module)[0]
     before = 0 if same else len(columns)
     found = _over_all(task, _rows_of_both(task), before + width, 0)
+    if found is None:
+        return None
     kept, own = columns if same else np.arange(before), np.arange(before, before + width)
     yx, yy = found.xx[np.ix_(own, kept)], found.xx[np.ix_(own, own)]
     return replace(found.restrict(kept), yx=yx, yy=yy, y_sum=found.x_sum[own])
@@ -229,7 +258,8 @@ def _rows_of_both(task: Task) -> Iterator[tuple[tuple[Tensor], Tensor | None]]:
         limit = room(both.shape[dim] * rows.taps(layer.module))
         weights = None if task.row_weights is None else task.row_weights[b]
         for x, own in rows.blocks(layer.module, both, y if weights is None else weights, chosen, limit=limit):
-            yield (x,), None if weights is None else own
+            some = _finite(task, x)
+            yield (x[some],), None if weights is None else own[some]
 
 
 def _chosen(task: Task) -> Iterator[tuple[Tensor, Tensor | None]]:
@@ -314,8 +344,10 @@ def _samples(task: Task, *, shortcuts: bool = True, alone: bool = False) -> Iter
         ):
             weights = None if task.row_weights is None else wanted[:, -1:]
             own, other = wanted[:, : y.shape[dim]], wanted[:, y.shape[dim] :]
-            known = shortcut is not None and shortcuts
-            yield read, own[:, task.outputs], other[:, task.outputs] if known else None, weights
+            own, beside = own[:, task.outputs], other[:, task.outputs] if shortcut and shortcuts else None
+            some = _finite(task, read, own)
+            beside, weights = (None if one is None else one[some] for one in (beside, weights))
+            yield read[some], own[some], beside, weights
 
 
 def _norm(task: Task) -> tuple[Tensor, Tensor, Tensor]:

@@ -10,6 +10,7 @@ inputs serve all of them: with y = M x + b,  Σ y x̂ᵀ = M Σ x x̂ᵀ + b Σ 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from pysolve.nn import layer_matrix as rows
 from pysolve.nn.batches.padding import token_masks
 from pysolve.nn.graph.branches import Kept, Layer, find_layers, kept_channels, layer_values, read_by
 from pysolve.nn.graph.export import Graph
-from pysolve.nn.graph.mixtures import Mixture
+from pysolve.nn.graph.mixtures import Mixture, in_order
 from pysolve.nn.graph.routes import routed
 from pysolve.nn.progress import steps
 from pysolve.nn.ranks import ALONE, Ranks
@@ -28,7 +29,7 @@ from pysolve.nn.refit.expert_refit import refit_experts
 from pysolve.nn.refit.layer_refit import SAMPLING, Fit, Reads, Sampling, Task, along, channel_dim, fitted
 from pysolve.nn.refit.lookahead import sums_beyond, what_went
 from pysolve.nn.refit.row_weights import RowWeights, masked_weights
-from pysolve.nn.refit.walk import Walk, last_uses, unread
+from pysolve.nn.refit.walk import Walk, end_of_numbers, last_uses, unread
 from pysolve.nn.running import Batch, evaluating
 from pysolve.plan import tensor_name
 
@@ -49,6 +50,8 @@ def refit(
     norms: Mapping[str, Indices] = MappingProxyType({}),
     mixtures: Sequence[Mixture] = (),
     prepare: Callable[[str], object] = lambda name: None,
+    told: Callable[[str, Node | None], object] = lambda name, node: None,
+    joined: Callable[[Collection[str]], object] = lambda names: None,
     ranks: Ranks = ALONE,
     progress: bool = True,
 ) -> dict[str, Tensor]:
@@ -74,9 +77,14 @@ def refit(
     norms : {weight: (k,) int array}
         Layer norms that are over some channels alone.
     mixtures : sequence of Mixture
-        Matrices in one parameter that are refitted, too.
+        Matrices of experts that are refitted together.
     prepare : callable
         Called with a layer's name before its correlations are summed, which take memory.
+    told : callable
+        Called with the name of a layer that reads NaN or infinity in the compressed network, in rows that are
+        left out, and with the operator that makes them of numbers: None for all but the first such layer.
+    joined : callable
+        Called with the values of mixtures that were refitted.
     ranks : Ranks
         Processes that walk with other batches.
 
@@ -88,22 +96,33 @@ def refit(
     walk, state = Walk(graph, model, batches, values, norms), model.state_dict()
     called = {node: layer for node, layer in find_layers(graph, model).items() if layer.calls == 1}
     layers = {node: layer for node, layer in called.items() if only is None or layer.name in only}
-    every = [node for node in graph.module.graph.nodes if node.op != "output"]
+    every, mixtures = in_order([node for node in graph.module.graph.nodes if node.op != "output"], mixtures)
     ends = [*layers, *(mixture.nodes[0] for mixture in mixtures)]
     nodes = every[: max(map(every.index, ends), default=-1) + 1]
     finished, apart, unmade = last_uses(every), routed(graph), unread(graph)
     reads = Reads(layers.values(), [*layers])
     gone = {node for node, layer in called.items() if layer.name in cuts and not len(cuts[layer.name].inputs)}
     beyond = sums_beyond(graph, called, gone) if gone else {}
+    broken: list[str] = []
+    done: set[str] = set()
+
+    def no_numbers(name: str, node: Node) -> None:
+        told(name, None if broken else end_of_numbers(walk, every[: every.index(node)]))
+        broken.append(name)
+
     # All processes weigh, or none does: they add up what they weigh.
     masks = [token_masks(batch) for batch in batches]
     padded = any(ranks.all(any(not mask.all() for known in masks for mask in known.values())))
     with evaluating(model):
         for node in steps(nodes, "refit", unit="op", shown=progress):
             if node.op != "placeholder":
-                walk.values |= refit_experts(walk, node, mixtures, ranks, masks)
+                together = refit_experts(walk, node, mixtures, ranks, masks)
+                walk.values |= together
+                joined(together)
+                done.update(name.rpartition(".")[0] for name in together)
                 (walk.outline if node in unmade else walk.run_original)(node)
                 layer = layers.get(node)
+                layer = None if layer is not None and layer.name in done else layer
                 touched = layer is not None and (node in beyond or _is_touched(walk, node, layer, cuts))
                 if layer is not None and (layer.name in always or touched):
                     prepare(layer.name)
@@ -114,7 +133,8 @@ def refit(
                     kept = kept_channels(layer, cut)
                     own = row_weights.get(layer.name)
                     own = masked_weights(own, layer, walk.original[node], masks) if padded else own
-                    task = Task(walk, node, layer, *kept, sampling, reads, apart, ranks, went, own)
+                    tell = partial(no_numbers, layer.name, node)
+                    task = Task(walk, node, layer, *kept, sampling, reads, apart, ranks, went, own, told=tell)
                     M, bias = ranks.first(fitted(task, fit, layer.takes_bias or layer.name in new_biases))
                     walk.values |= layer_values(state, layer, cut, M, bias)
                     _show_new_bias(walk, node, layer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import copy
@@ -64,8 +65,10 @@ class Walk:
         # Of a branch's original.
         self.changed: dict[Node, Other] = {}
         self.batches = range(len(batches))
-        bound = [graph.bind(batch) for batch in batches]
-        self.original: dict[Node, list[Value]] = {node: [one[node] for one in bound] for node in graph.inputs}
+        self.bound = [graph.bind(batch) for batch in batches]
+        self.original: dict[Node, list[Value]] = {
+            node: [one[node] for one in self.bound] for node in graph.inputs
+        }
         self.compressed = dict(self.original)
 
     def branch(
@@ -90,6 +93,13 @@ class Walk:
         other.fixed, other.changed = {**self.fixed, **changed}, self.norms
         other.values, other.added, other.norms, other.batches = {}, {}, {}, range(1)
         other.original = {node: [each[b]] for node, each in self.compressed.items()}
+        other.compressed = dict(other.original)
+        return other
+
+    def again(self) -> Walk:
+        """A walk of the same networks, from the inputs on."""
+        other = copy(self)
+        other.original = {node: [one[node] for one in self.bound] for node in self.graph.inputs}
         other.compressed = dict(other.original)
         return other
 
@@ -169,7 +179,8 @@ class Walk:
                 # What the two networks shared stays shared if they wrote the same.
                 key = (id(values), id(new))
                 if other is not node and key not in seen:
-                    seen[key] = [*map(_rewritten, values, old, new)]
+                    written = [*map(_rewritten, values, old, new)]
+                    seen[key] = values if all(map(operator.is_, values, written)) else written
                 side[other] = seen.get(key, values)
             side[operand] = new
 
@@ -231,6 +242,26 @@ def last_uses(nodes: Sequence[Node]) -> dict[Node, list[Node]]:
     return finished
 
 
+def end_of_numbers(walk: Walk, nodes: Sequence[Node]) -> Node | None:
+    """The first operator that gives NaN or infinity in the compressed network alone.
+
+    ``nodes`` are those of the walk so far, from the first.
+    """
+    again, finished = walk.again(), last_uses(nodes)
+    for node in nodes:
+        if node.op != "placeholder":
+            again.run_original(node)
+            again.run_compressed(node)
+            if again.differs(node) and any(
+                isinstance(new, Tensor) and bool((old.isfinite() & ~new.isfinite()).any())
+                for old, new in zip(again.original[node], again.compressed[node], strict=True)
+                if isinstance(new, Tensor) and new.shape == old.shape
+            ):
+                return node
+        again.forget(finished[node])
+    return None
+
+
 def _moved(value: Tensor, storage: UntypedStorage) -> Tensor:
     """The same view of another storage."""
     home = torch.empty(0, dtype=value.dtype, device=value.device)
@@ -241,11 +272,14 @@ def _rewritten(value: Value, old: Tensor, new: Tensor) -> Value:
     """A value whose tensors that share the storage of ``old`` are views of that of ``new``."""
     place = old.untyped_storage().data_ptr()
 
-    def moved(tensor: Tensor) -> Tensor:
-        shares = tensor.untyped_storage().data_ptr() == place
-        return _moved(tensor, new.untyped_storage()) if shares else tensor
+    def shares(part: Value) -> bool:
+        return isinstance(part, Tensor) and part.untyped_storage().data_ptr() == place
 
-    return pytree.tree_map_only(Tensor, moved, value)
+    def moved(part: Value) -> Value:
+        return _moved(part, new.untyped_storage()) if shares(part) else part
+
+    # What nothing has written stays the same object.
+    return pytree.tree_map(moved, value) if any(map(shares, pytree.tree_leaves(value))) else value
 
 
 def draws(node: Node) -> bool:

@@ -48,7 +48,7 @@ def test_without_some_experts_is_with_a_router_that_never_chooses_them(kept, see
     assert smaller.mixture.experts.num_experts == smaller.mixture.gate.out_features == len(kept)
 
 
-@pytest.mark.parametrize("by_rows", [False, True])
+@pytest.mark.parametrize("by_rows", [False, True, "masks"])
 @given(st.sets(st.integers(0, 5), min_size=2, max_size=5))
 @settings(max_examples=6, deadline=None)
 def test_experts_in_a_list_go_alike(by_rows, kept):
@@ -61,6 +61,13 @@ def test_experts_in_a_list_go_alike(by_rows, kept):
         assert torch.equal(new[0].weight, model.mixture.experts[old][0].weight)
     model.mixture.gate.bias.data[step.removed] = -torch.inf
     torch.testing.assert_close(outputs(smaller, batch), outputs(model, batch))
+
+
+@pytest.mark.parametrize("by_rows", [True, "masks"])
+def test_hidden_channels_of_experts_that_take_some_rows_go(by_rows):
+    model, batch = small.mixture(listed=True, by_rows=by_rows)
+    free = [site.name for site in find_sites(model, batch) if site.pinned is None and not site.router]
+    assert free == [f"mixture.experts.{e}.0 → mixture.experts.{e}.2" for e in range(6)]
 
 
 def test_lists_of_blocks_are_no_experts():

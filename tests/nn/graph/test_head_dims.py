@@ -45,10 +45,11 @@ def test_any_dimensions_can_go(seed, heads, d, bias, scale, products, data):
     assert mismatch(masked(model, Plan(steps)), apply(model, Plan(steps)), x) is None
 
 
-@pytest.mark.parametrize("products", [False, True])
+@pytest.mark.parametrize("products", [False, True, "enable_gqa", "named", "other order", "dots", "groups"])
 def test_some_dimensions_of_grouped_heads_can_go(products):
     model, x = network(blocks=1, heads=4, groups=2, products=products), inputs(4)
     (site,) = dims_of(model, x)
+    assert (site.attention[0].query, site.attention[0].key) == ("1.attend.q", "1.attend.k")
     plan = Plan((Collapse(site, np.array([0, 3])),))
     assert mismatch(masked(model, plan), apply(model, plan), x) is None
 
@@ -100,6 +101,29 @@ def test_a_size_that_is_written_into_the_code_stays():
     (site,) = dims_of(Net(run, **layers, o=nn.Linear(12, 4)).eval(), vectors(2, 6, 5))
     assert site.pinned is not None
     assert "the code counts on all of these channels" in site.pinned or "written into the code" in site.pinned
+
+
+def test_heads_that_share_keys_with_others_than_their_neighbours_say_so():
+    (site,) = dims_of(network(blocks=1, heads=4, groups=2, products="other groups"), inputs(4))
+    assert site.pinned == "heads that share keys or values are not next to each other"
+
+
+def test_heads_that_positions_turn_in_part_say_so():
+    def turned(x):
+        a, b = x[..., :2].unbind(-1)
+        angles = torch.arange(x.shape[2]) * 1.0
+        pair = (a * angles.cos() - b * angles.sin(), b * angles.cos() + a * angles.sin())
+        return torch.cat([torch.stack(pair, -1), x[..., 2:]], -1)
+
+    def run(net, x):
+        q, k, v = (layer(x).unflatten(-1, (3, -1)).transpose(1, 2) for layer in (net.q, net.k, net.v))
+        y = F.scaled_dot_product_attention(turned(q), turned(k), v)
+        return net.o(y.transpose(1, 2).flatten(2))
+
+    layers = {name: nn.Linear(5, 12) for name in "qkv"}
+    (site,) = dims_of(Net(run, **layers, o=nn.Linear(12, 4)).eval(), vectors(2, 6, 5))
+    assert (site.channels, site.writers, site.readers) == (4, ("q", "k", "v"), ("o",))
+    assert "as where positions turn a part of each head" in site.pinned
 
 
 def test_ignored_layers_keep_theirs():

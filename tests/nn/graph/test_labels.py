@@ -48,6 +48,13 @@ ELEMENTWISE = {
     "picked samples": lambda x: x[INDEX],
     "gathered samples": lambda x: x.gather(0, torch.zeros(2, 6, dtype=torch.long)),
     "selected samples": lambda x: x.index_select(0, INDEX),
+    "samples picked by mask": lambda x: x[torch.tensor([True, False])],
+    "samples picked by value": lambda x: x[torch.where(x.new_ones(2) > 0)],
+    "written to samples": lambda x: torch.zeros_like(x).index_put((INDEX,), x[INDEX]),
+    "written where a mask is": lambda x: x.relu().index_put((torch.ones(2) > 0,), x, accumulate=True),
+    "written to positions": lambda x: (
+        x[:, None].clone().index_put((INDEX, torch.zeros(2, dtype=torch.long)), x).squeeze(1)
+    ),
     "added to samples": lambda x: torch.zeros_like(x).index_add(0, INDEX, x[INDEX]),
     "dimensions": lambda x: x.unsqueeze(1).transpose(1, 2).squeeze(-1).t().t(),
     "other dimensions": lambda x: x[None].movedim(0, 1).squeeze(1).view_as(x).reshape_as(x),
@@ -57,6 +64,7 @@ ELEMENTWISE = {
     "stacked samples": lambda x: torch.stack([x, x.relu()]).amax(0),
     "norm of samples": lambda x: x / torch.linalg.vector_norm(x, dim=0),
     "einsum over samples": lambda x: torch.einsum("bc,bd->bc", x, torch.ones(2, 5)),
+    "einsum with dots": lambda x: torch.einsum("...c,...->...c", x, torch.ones(2)),
     "product with samples": lambda x: torch.ones(2, 2) @ x,
 }
 
@@ -148,6 +156,11 @@ PINNED = {
         lambda x: x.index_add(1, torch.arange(6), x),
         "index_add picks channels by number",
     ),
+    "written": (
+        lambda x: x.index_put((INDEX[:1], INDEX[:1]), x[0, :1]),
+        "index_put picks channels by number",
+    ),
+    "rows of channels": (lambda x: torch.zeros(6, 2).index_put((torch.arange(6),), x.t()), "index_put picks"),
     "mask": (lambda x: x * (x[x > 0]).sum(), "index picks by a mask"),
     "looked up": (lambda x: torch.arange(3.0)[(x > 0).long()], "index takes them for positions"),
     "head by head": (by_heads, "writes them over values that have no channels"),

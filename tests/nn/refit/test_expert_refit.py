@@ -122,6 +122,39 @@ def test_it_is_the_joint_least_squares_on_what_experts_multiply(kept, biases):
     assert new.keys() == {"mixture.experts.down", *(["mixture.experts.down_bias"] if biases else [])}
 
 
+LISTS = {
+    by_rows: functools.partial(small.mixture, listed=True, by_rows=by_rows)
+    for by_rows in (False, True, "masks")
+}
+
+
+@given(st.sets(st.integers(0, EXPERTS - 1), min_size=2, max_size=EXPERTS - 1), st.sampled_from([*LISTS]))
+@settings(max_examples=8, deadline=None)
+def test_experts_in_a_list_are_fitted_together(kept, by_rows):
+    model, graph, sites = known(LISTS[by_rows])
+    kept, batches = sorted(kept), data()
+    new, _ = refitted(model, graph, sites, batches, kept)
+    x, experts = torch.cat(batches), model.mixture.experts
+    with torch.no_grad():
+        p, target = gates(model, x, kept), model.mixture(x)
+        parts = [p[:, e, None] * torch.cat([experts[e][:2](x), torch.ones(len(x), 1)], 1) for e in kept]
+        prior = [torch.cat([experts[e][2].weight, experts[e][2].bias[:, None]], 1) for e in kept]
+    wanted = ridge_solution(torch.cat(parts, 1), target, torch.cat(prior, 1))
+    for e, own in zip(kept, np.split(wanted, len(kept), 1), strict=True):
+        found = [new[f"mixture.experts.{e}.2.{leaf}"] for leaf in ("weight", "bias")]
+        found = torch.cat([found[0], found[1][:, None]], 1)
+        torch.testing.assert_close(found, torch.as_tensor(own).float(), atol=2e-3, rtol=2e-3)
+
+
+def test_experts_in_a_list_that_bend_their_results_are_fitted_one_by_one():
+    model, batch = LISTS[False]()
+    for expert in model.mixture.experts:
+        expert.append(nn.Tanh())
+    (site,) = experts_of(model, batch)
+    assert site.pinned is None
+    assert not refitted(model, trace(model, data()[0]), [site], data(), [0, 2, 5])[0]
+
+
 def lost(model, block, batches, values, routers):
     """E‖y − ŷ‖² of a mixture's result."""
     seen = []

@@ -9,7 +9,7 @@ import torch
 from graphs import traced as trace
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from small import Net, images, network, vectors
+from small import Net, divided, images, network, vectors
 from torch import nn
 from torch.nn.functional import max_pool2d, relu
 
@@ -18,6 +18,7 @@ from pysolve.methods.tasks import cuts_of
 from pysolve.nn.cut.apply import apply, masked
 from pysolve.nn.gathering.gather import gather
 from pysolve.nn.graph.branches import Kept, Layer, find_layers, layer_values
+from pysolve.nn.graph.calls import operator_name
 from pysolve.nn.graph.labels import label_channels
 from pysolve.nn.graph.sites import sites_of
 from pysolve.nn.layer_matrix import channels, matrix, taps
@@ -643,6 +644,26 @@ def test_correlations_from_inputs_of_both_are_those_with_the_outputs(touched, bi
     assert one.count == other.count
     for part in ("xx", "yx", "x_sum", "y_sum", "energy"):
         np.testing.assert_allclose(getattr(one, part), getattr(other, part), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("together", [1, 100])
+def test_rows_that_are_no_numbers_any_more_count_in_no_fit(together, monkeypatch):
+    """``together``: outputs of the layers that read these rows, few or many."""
+    model, (batch, *_) = divided()
+    sites, told = free_sites(model, batch), []
+    (site,) = (one for one in sites if one.writers == ("a",))
+    monkeypatch.setattr(layer_refit, "_is_cheaper_crossed", lambda task: together > 1)
+    kept = np.array([13, 14])
+    values, plan = refitted(model, [batch], [site], [kept], told=lambda *found: told.append(found))
+    with torch.no_grad():
+        inner = model.a(batch)[:, kept].relu().any(1)
+    assert 0 < inner.sum() < len(batch)
+    assert [name for name, _ in told] == ["mid", "out"]
+    assert operator_name(told[0][1]) == "div"
+    assert all(bool(value.isfinite().all()) for value in values.values())
+    smaller = apply(model, plan)
+    assert torch.equal(smaller(batch).isfinite().all(1), inner)
+    assert error(smaller(batch)[inner], model(batch)[inner]) < 0.1
 
 
 def test_the_original_is_left_alone():

@@ -168,6 +168,17 @@ def test_until_something_differs_every_operator_runs_once():
     assert set(counts[first:]) == {2}
 
 
+def test_what_nothing_has_written_stays_shared():
+    def run(net, x):
+        y = x.relu()
+        return net.b(net.a(x).mul_(2)), net.b(y)
+
+    model = Net(run, a=nn.Linear(4, 4), b=nn.Linear(4, 4))
+    batch = torch.randn(3, 4)
+    wide, slim = walked(model, [batch], {"a.bias": model.a.bias + 1})
+    assert [a is b for a, b in zip(wide[0], slim[0], strict=True)] == [False, True]
+
+
 def test_an_added_value_is_seen_by_the_compressed_network_alone():
     model, batch = network("two_residuals")
     bias = torch.arange(6.0)
