@@ -32,6 +32,8 @@ from pysolve.nn.ranks import Ranks
 from pysolve.nn.running import Batch, device_of, evaluating, forward, same_draws
 from pysolve.nn.sensitivity import by_offsets, with_offset
 
+# Bytes that gradients may take in any case.
+_LITTLE = 2**25
 # Of layers: one tensor a batch, in the shape of the layer's outputs with one channel.
 RowWeights = Mapping[str, Sequence[Tensor]]
 
@@ -65,7 +67,7 @@ def row_weights(
     walked = sum(map(samples_in, batches)) * walk_bytes(graph)
     # Layers' outputs and their gradients; probabilities, their sums and directions.
     needed = 2 * traced_bytes(graph) + 6 * output_bytes(graph)
-    together = max(2, walked * traced_samples(graph) // max(1, needed))
+    together = max(2, max(walked, _LITTLE) * traced_samples(graph) // max(1, needed))
     found: dict[Read, list[Tensor]] = {}
     random, few = torch.Generator(), take(batches[0], 0, 2)
     able = _gradients(model, modules, few if fits(graph, few) else batches[0], random)
