@@ -9,7 +9,17 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from pysolve.nn.cut.bare import GATES
-from pysolve.nn.graph.calls import Call, Labels, is_of, meet, product_of, source, stack_of, stored
+from pysolve.nn.graph.calls import (
+    Call,
+    Labels,
+    is_of,
+    meet,
+    operator_name,
+    product_of,
+    source,
+    stack_of,
+    stored,
+)
 from pysolve.nn.graph.classes import along, complete, labelled, lean, spread, squashed
 from pysolve.nn.graph.export import where
 from pysolve.nn.graph.norms import through_norm
@@ -31,7 +41,35 @@ def linear(call: Call) -> Labels:
 
 def convolution(call: Call) -> Labels:
     """Reads and writes the channel dimension, or passes whole groups of it."""
-    return _weighted(call, 1 - call.args["weight"].ndim, CONVOLUTIONS)
+    dim = 1 - call.args["weight"].ndim
+    sizes = {call.args["weight"].shape[0], call.first.shape[dim], call.result.shape[dim]}
+    if not isinstance(call.module, CONVOLUTIONS) and sizes == {call.args["groups"]} != {1}:
+        return _filtered(call, dim)
+    return _weighted(call, dim, CONVOLUTIONS)
+
+
+def _filtered(call: Call, dim: int) -> Tensor:
+    """Every channel alone is filtered, by values that no layer holds."""
+    read = _read(call, call.first, dim)
+    for value, node in call.tensors[1:]:
+        if not _repeats(node):
+            _tie(call, value, node, read, call.says("filters them by values that vary"))
+    return spread(read, dim, call.result.shape)
+
+
+def _repeats(node: Node) -> bool:
+    """Whether a value is one row, over and over."""
+    before = node.args[0] if operator_name(node) in ("expand", "repeat", "tile") else None
+    return isinstance(before, Node) and before.meta["val"].shape[:1] == (1,)
+
+
+def _tie(call: Call, value: Tensor, node: Node, read: Tensor, reason: str) -> None:
+    """Tie the rows of a value to channels, or pin these, blaming the tensor that the value comes from."""
+    if complete(value) and squashed(value).numel() == len(value):
+        call.ledger.unite(along(value, 0), read)
+    else:
+        blamed = [(name, len(read)) for name in [source(call, node)] if name]
+        call.ledger.pin(torch.cat([read, value.flatten()]), reason, blamed)
 
 
 def product(call: Call) -> Labels:
@@ -287,11 +325,7 @@ def _passed(call: Call, x: Tensor, kinds: tuple[type[nn.Module], ...]) -> None:
         _pin_problem(call, layer, kinds, rows)
         return
     for value, node in call.tensors[1:]:
-        if value.ndim == 1 and complete(value):
-            call.ledger.unite(value, read)
-        else:
-            blamed = [(name, len(read)) for name in [source(call, node)] if name]
-            call.ledger.pin(torch.cat([read, value.flatten()]), _stranger(call, layer), blamed)
+        _tie(call, value, node, read, _stranger(call, layer))
 
 
 def pad(call: Call) -> Labels:

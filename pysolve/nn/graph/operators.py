@@ -90,6 +90,12 @@ def mixture(call: Call) -> Labels:
     return [call.first] * len(call.result) if isinstance(call.result, list) else call.first
 
 
+def spectrum(call: Call) -> Tensor:
+    """Values along some dimensions, the last ones by default, become others there."""
+    top = call.ledger.mix(call.first, _dims(call), call.says("mixes these channels"))
+    return top.expand(call.result.shape)
+
+
 def topk(call: Call) -> list[Tensor]:
     """Every channel may end up at every place."""
     top = call.ledger.mix(call.first, _dims(call), call.says("mixes these channels"))
@@ -159,13 +165,16 @@ def gather(call: Call) -> Tensor:
 
 def accumulate(call: Call) -> Labels:
     """Rows are added to others, or take their place, along a dimension that holds no channels."""
-    dim, rows = call.args["dim"], call.args["source"]
+    dim, name = call.args["dim"], next((one for one in ("source", "src") if one in call.args), "")
     call.ledger.pin_varying(call.first, (dim,), call.says("picks channels by number"))
+    call.ledger.pin(call.args["index"], call.says("takes them for positions"))
+    into = (call.first, call.sources["self"])
+    if not name:
+        return call.first
+    rows = call.args[name]
     call.ledger.pin_varying(rows, (dim,), call.says("picks channels by number"))
     top = rows.amax(dim, keepdim=True) if rows.shape[dim] else none(call.result.shape)
-    return meet(
-        call, [(call.first, call.sources["self"]), (top.expand(call.result.shape), call.sources["source"])]
-    )
+    return meet(call, [into, (top.expand(call.result.shape), call.sources[name])])
 
 
 def pool(call: Call) -> Labels:
@@ -192,6 +201,13 @@ def pixel_shuffle(call: Call) -> Tensor:
 def pixel_unshuffle(call: Call) -> Tensor:
     """Each channel becomes several, which go together."""
     labels = _without_positions(call).repeat_interleave(call.args["downscale_factor"] ** 2, -3)
+    return labels.expand(call.result.shape)
+
+
+def windows(call: Call) -> Tensor:
+    """Each channel becomes one for every place of a window, which go together."""
+    height, width = call.args["kernel_size"]
+    labels = _without_positions(call).squeeze(-1).repeat_interleave(height * width, -2)
     return labels.expand(call.result.shape)
 
 
@@ -307,6 +323,10 @@ _NAMES: dict[Rule, str] = {
     mixture: """
         softmax _softmax log_softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort
     """,
+    spectrum: """
+        fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn
+        fft_rfftn fft_irfftn
+    """,
     split: "chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split",
     pool: """
         max_pool1d max_pool2d max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_max_pool1d
@@ -323,7 +343,8 @@ _NAMES: dict[Rule, str] = {
     matmul: "matmul bmm mm mv dot",
     biased_matmul: "addmm baddbmm",
     gather: "gather index_select",
-    accumulate: "index_add index_copy",
+    accumulate: "index_add index_copy index_fill index_reduce scatter scatter_add scatter_reduce",
+    windows: "im2col",
     cat: "cat",
     stack: "stack",
     glu: "glu",
