@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from pysolve.nn.gathering.products import Product, product
-from pysolve.nn.graph.classes import Attended, Ledger, complete, labelled, lean, squashed
+from pysolve.nn.graph.classes import Attended, Ledger, along, complete, labelled, lean, squashed
 from pysolve.nn.graph.export import Value, where
 from pysolve.nn.layer_kinds import CONVOLUTIONS, inputs_first, plain
 from pysolve.plan import Norm
@@ -357,3 +357,11 @@ def _before(call: Call, node: Node) -> Node | None:
         seen.update(new)
         queue.extend(new)
     return None
+
+
+def read_along(call: Call, x: Tensor, dim: int) -> Tensor:
+    """(n,) labels along one dimension of a value; those at its other positions go with them."""
+    reason = f"channel labels differ across positions ({where(call.node)})"
+    others = [d for d in range(x.ndim) if d != dim % x.ndim]
+    call.ledger.mix(x, others, reason, wildcard=True)
+    return along(x, dim)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from pysolve.nn.cut.bare import GATES
 from pysolve.nn.graph.calls import (
     Call,
     Labels,
@@ -16,6 +13,7 @@ from pysolve.nn.graph.calls import (
     meet,
     operator_name,
     product_of,
+    read_along,
     source,
     stack_of,
     stored,
@@ -50,7 +48,7 @@ def convolution(call: Call) -> Labels:
 
 def _filtered(call: Call, dim: int) -> Tensor:
     """Every channel alone is filtered, by values that no layer holds."""
-    read = _read(call, call.first, dim)
+    read = read_along(call, call.first, dim)
     for value, node in call.tensors[1:]:
         if not _repeats(node):
             _tie(call, value, node, read, call.says("filters them by values that vary"))
@@ -128,7 +126,7 @@ def _stacked(
 
     ``order`` of outputs and inputs as the operator takes them; ``block`` neighbours stay together.
     """
-    (name, turned), read = stack, _read(call, x[0], dim)
+    (name, turned), read = stack, read_along(call, x[0], dim)
     name = f"{name}:{order[::-1] if turned else order}"
     made = dim if made is None else made
     own = call.ledger.member(name, "readers", len(read))
@@ -159,7 +157,7 @@ def _weighted(call: Call, dim: int, kinds: tuple[type[nn.Module], ...]) -> Label
     found = product_of(call.node)
     at = next((i for i, (_, node) in enumerate(call.tensors) if found and node is found.x), 0)
     name, x = call.network.names[layer], call.tensors[at][0]
-    read, groups = _read(call, x, dim), call.args.get("groups", 1)
+    read, groups = read_along(call, x, dim), call.args.get("groups", 1)
     if groups == 1:
         own = call.ledger.member(name, "readers", len(read))
         call.ledger.unite(own, read)
@@ -175,14 +173,6 @@ def _weighted(call: Call, dim: int, kinds: tuple[type[nn.Module], ...]) -> Label
         call.ledger.mix(inputs, (1,), call.says("mixes the channels of a group"))
     _pin_problem(call, layer, kinds, made, at)
     return spread(rows, dim, call.result.shape)
-
-
-def _read(call: Call, x: Tensor, dim: int) -> Tensor:
-    """(n,) labels along one dimension of a value; those at its other positions go with them."""
-    reason = f"channel labels differ across positions ({where(call.node)})"
-    others = [d for d in range(x.ndim) if d != dim % x.ndim]
-    call.ledger.mix(x, others, reason, wildcard=True)
-    return along(x, dim)
 
 
 def _stranger(call: Call, layer: nn.Module | None) -> str:
@@ -232,47 +222,6 @@ def _unite_twins(call: Call, layer: nn.Module, reason: str) -> None:
             call.ledger.pin(labels[0], reason)
 
 
-def recurrent(call: Call) -> Labels:
-    """Reads the last dimension and writes hidden units: the same number in all layers and both directions.
-
-    The unit of a number goes from all of them together, for a module has one size.
-    """
-    layer = cast(nn.RNNBase, call.module)
-    reason = call.says("is not understood")
-    if type(layer) not in GATES or layer.proj_size or layer in call.network.ties:
-        return call.opaque(reason)
-    names = [call.network.parameters.get(node) for node in call.sources["params"]]
-    own = call.network.names[layer]
-    if not all(name and name.rpartition(".")[0] == own for name in names):
-        return call.opaque(reason)
-    states = call.args["hx"]
-    for value in states if isinstance(states, list | tuple) else [states]:
-        call.ledger.pin(value, call.says("takes them for states"))
-    each, ways = 4 if call.args["has_biases"] else 2, 2 if call.args["bidirectional"] else 1
-    x, made = _read(call, call.args["input"], -1), list[Tensor]()
-    units, gates = layer.hidden_size, GATES[type(layer)]
-    for first in range(0, len(names), each):
-        if first % (each * ways) == 0 and made:
-            x = torch.cat(made[-ways:])
-        by_input, by_state, *biases = names[first : first + each]
-        read = call.ledger.member(f"{by_input}:oi", "readers", len(x))
-        call.ledger.unite(read, x)
-        rows = call.ledger.member(f"{by_input}:oi", "writers", units)
-        for role in ("writers", "readers"):
-            call.ledger.unite(rows, call.ledger.member(f"{by_state}:oi", role, units))
-        for bias in biases:
-            assert bias is not None
-            for part in call.ledger.member(bias, "passed", gates * units).chunk(gates):
-                call.ledger.unite(rows, part)
-        if made:
-            call.ledger.unite(rows, made[0])
-        made.append(rows)
-    shapes = [one.shape for one in call.result]
-    last = spread(torch.cat(made[-ways:]), -1, shapes[0])
-    kept = [spread(made[0], -1, shape) for shape in shapes[1:]]
-    return [last, *kept]
-
-
 def embedding(call: Call) -> Labels:
     """Writes the last dimension."""
     layer = call.module
@@ -295,7 +244,7 @@ def channel_norm(call: Call) -> Labels:
 def group_norm(call: Call) -> Labels:
     """Mixes the channels of each group."""
     x = call.first
-    blocks = _read(call, x, 1).reshape(call.args["num_groups"], -1)
+    blocks = read_along(call, x, 1).reshape(call.args["num_groups"], -1)
     call.ledger.mix(blocks, (1,), call.says("mixes the channels of a group"))
     _passed(call, x, (nn.GroupNorm,))
     return x
@@ -318,7 +267,7 @@ def last_norm(call: Call) -> Labels:
 
 def _passed(call: Call, x: Tensor, kinds: tuple[type[nn.Module], ...]) -> None:
     """Tie the rows of the layer to the channels that pass it."""
-    layer, read = call.module, _read(call, x, 1)
+    layer, read = call.module, read_along(call, x, 1)
     if isinstance(layer, kinds):
         rows = call.ledger.member(call.network.names[layer], "passed", len(read))
         call.ledger.unite(rows, read)
@@ -371,7 +320,6 @@ _NAMES: dict[Rule, str] = {
     grouped_product: "_grouped_mm grouped_mm grouped_mm_fallback",
     einsum_of_stack: "einsum",
     convolution: "convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
-    recurrent: "lstm gru rnn_tanh rnn_relu",
     embedding: "embedding",
     channel_norm: "batch_norm instance_norm prelu",
     group_norm: "group_norm",
