@@ -630,7 +630,7 @@ def test_without_anything_to_shrink_the_reasons_are_named(name):
 
 def test_layers_that_no_site_has_are_named():
     sparse = ps.prune(nn.Sequential(nn.Linear(6, 5)), amount=0.9, layout="sparse", progress=False).model
-    with pytest.raises(ps.PysolveError, match=r"in no site: 0  \(it is sparse; nn.to_dense changes"):
+    with pytest.raises(ps.PysolveError, match=r"in no site: 0 \(it is sparse; nn.to_dense changes"):
         compressed(sparse, [torch.randn(32, 6)])
 
 
