@@ -272,7 +272,7 @@ def meet(call: Call, operands: list[tuple[Tensor, Node]]) -> Tensor:
     aligned = [value[(None,) * (ndim - value.ndim)] for value, _ in operands]
     for fixed, (_, node) in zip(aligned, operands, strict=True):
         # One number everywhere may be as wide as the code makes it, which a trial tells.
-        if not complete(fixed) and (not _is_filled(node) or _writes_into_view(call, node)):
+        if not complete(fixed) and (not is_filled(node) or _writes_into_view(call, node)):
             for value in aligned:
                 if value is not fixed and labelled(value):
                     _pin_fixed(call, value, fixed, node)
@@ -296,7 +296,7 @@ def _writes_into_view(call: Call, node: Node) -> bool:
     return mutable and node is call.tensors[0][1] and operator_name(node) not in _FILLED
 
 
-def _is_filled(node: Node) -> bool:
+def is_filled(node: Node) -> bool:
     """Whether a value is one number at all places."""
     while operator_name(node) not in _FILLED:
         before = [one for one in node.all_input_nodes if isinstance(one.meta.get("val"), Tensor)]
@@ -353,7 +353,9 @@ def _before(call: Call, node: Node) -> Node | None:
     for one in queue:
         if one in call.network.parameters or one in call.network.opaque:
             return one
-        new = [before for before in one.all_input_nodes if before not in seen]
+        # Of what is filled with one number, values before it give but the type.
+        inputs = [] if operator_name(one) in _FILLED else one.all_input_nodes
+        new = [before for before in inputs if before not in seen]
         seen.update(new)
         queue.extend(new)
     return None

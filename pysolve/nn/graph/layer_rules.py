@@ -21,7 +21,7 @@ from pysolve.nn.graph.calls import (
 from pysolve.nn.graph.classes import along, complete, labelled, lean, spread, squashed
 from pysolve.nn.graph.export import where
 from pysolve.nn.graph.norms import through_norm
-from pysolve.nn.graph.operators import Rule, biased_matmul, einsum, matmul
+from pysolve.nn.graph.operators import Rule, biased_matmul, einsum, matmul, pool
 from pysolve.nn.layer_kinds import CONVOLUTIONS, LINEAR, PADS, WHOLE_NORMS, plain, sides
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.masking import permanent_by
@@ -41,8 +41,8 @@ def convolution(call: Call) -> Labels:
     """Reads and writes the channel dimension, or passes whole groups of it."""
     dim = 1 - call.args["weight"].ndim
     sizes = {call.args["weight"].shape[0], call.first.shape[dim], call.result.shape[dim]}
-    if not isinstance(call.module, CONVOLUTIONS) and sizes == {call.args["groups"]} != {1}:
-        return _filtered(call, dim)
+    if not isinstance(call.module, CONVOLUTIONS) and sizes == {call.args["groups"]}:
+        return pool(call) if sizes == {1} else _filtered(call, dim)
     return _weighted(call, dim, CONVOLUTIONS)
 
 

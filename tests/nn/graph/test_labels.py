@@ -68,6 +68,10 @@ ELEMENTWISE = {
     "product with samples": lambda x: torch.ones(2, 2) @ x,
     "zeros written over": lambda x: x.new_zeros(x.shape).add_(x),
     "spectrum of samples": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=0), n=2, dim=0),
+    "zeros in front": lambda x: torch.cat([torch.zeros(1, 6), x])[:2],
+    "stacked on zeros": lambda x: torch.stack([x, torch.zeros(2, 6)]).sum(0),
+    "each alone": lambda x: F.conv2d(x.view(-1, 1, 1, 1), torch.ones(1, 1, 1, 1)).view(2, 6),
+    "complex": lambda x: torch.view_as_real(torch.view_as_complex(torch.stack([x, x], -1))).sum(-1),
     "ones, halved": lambda x: x - 0.5 * torch.ones_like(x[:1]),
     "set by number": lambda x: x.index_fill(0, torch.tensor([1]), 3.0),
     "scattered": lambda x: x.scatter(0, torch.ones(1, 6, dtype=torch.long), 2 * x),
@@ -191,6 +195,14 @@ def test_what_works_on_several_channels_at_once_pins_them(name):
     assert site.writers == ("a",)
     assert reason in site.pinned
     assert "test_labels.py" in site.pinned or "small.py" in site.pinned
+
+
+def test_two_channels_that_are_a_complex_number_go_together():
+    def turned(x):
+        return torch.view_as_real(1j * torch.view_as_complex(x.view(-1, 3, 2))).flatten(1)
+
+    site, _ = sites_between(turned, 6)
+    assert (site.channels, site.pinned) == (3, None)
 
 
 def test_pixels_may_be_pooled_padded_and_shuffled():
