@@ -173,6 +173,17 @@ SITES = {
         "8: b → d | norm ! a width is written into the code",
         "2: d c → ! output",
     ],
+    "parameters_of_a_layers_own": [
+        "4: 0 → 1 1.down:oi",
+        "6: 1 1.up:oi → 3 | 1.gain",
+        "3: 1.down:oi → 1.up:oi",
+        "2: 3 → ! output",
+    ],
+    "unread_sum": ["6: stem residual → a", "5: a → residual out", "2: out → ! output"],
+    "added_to_zeros": ["6: a → b", "2: b → ! output"],
+    "state_from_zeros": ["6: a again → again out", "2: out → ! output"],
+    "filtered_images": ["6: a → b | shift blur", "2: b → ! output"],
+    "windows_of_images": ["5: conv → fc", "2: fc → ! output"],
     "softmax_between": ["1: 0 → 2 ! softmax mixes these channels", "2: 2 → ! output"],
 }
 LAYERS = (nn.Linear, nn.modules.conv._ConvNd)

@@ -657,6 +657,87 @@ def matrices_of_parameters():
     return Net(run, **values, out=nn.Linear(7, 2)), vectors(4, 4)
 
 
+class Adapted(nn.Linear):
+    """A linear layer with parameters of its own beside the weight, as adapters have."""
+
+    def __init__(self, d, h, rank=3):
+        super().__init__(d, h)
+        self.down, self.up = nn.Parameter(torch.randn(rank, d)), nn.Parameter(torch.randn(h, rank))
+        self.gain = nn.Parameter(torch.rand(h) + 0.5)
+
+    def forward(self, x):
+        return self.gain * (super().forward(x) + x @ self.down.T @ self.up.T / 2)
+
+
+def parameters_of_a_layers_own():
+    return nn.Sequential(nn.Linear(3, 4), Adapted(4, 6), nn.ReLU(), nn.Linear(6, 2)), vectors(4, 3)
+
+
+def unread_sum():
+    """The last block's sum is left, as in WaveNet, but its sizes must fit."""
+
+    def run(net, x):
+        x = net.stem(x)
+        hidden = net.a(x).tanh()
+        x = x + net.residual(hidden)
+        return net.out(hidden)
+
+    layers = {"stem": nn.Linear(4, 6), "a": nn.Linear(6, 5), "residual": nn.Linear(5, 6)}
+    return Net(run, **layers, out=nn.Linear(5, 2)), vectors(3, 4)
+
+
+def added_to_zeros():
+    """Rows gathered and added up by number in sums that begin as zeros, as messages on a graph."""
+
+    def run(net, x):
+        x = net.a(x)
+        source, goal = torch.tensor([[0, 1, 2, 2], [1, 0, 0, 1]])
+        rows = x[source]
+        sums = x.new_zeros(x.shape).index_add(0, goal, rows)
+        largest = torch.zeros(len(x), x.shape[1]).scatter_reduce(
+            0, goal[:, None].expand(-1, x.shape[1]), rows, "amax", include_self=False
+        )
+        return net.b(sums + largest)
+
+    return Net(run, a=nn.Linear(4, 6), b=nn.Linear(6, 2)), vectors(3, 4)
+
+
+def state_from_zeros():
+    """A recurrent layer by hand."""
+
+    def run(net, x):
+        state = torch.zeros(len(x), net.again.in_features)
+        for t in range(x.shape[1]):
+            state = 0.5 * state + (net.a(x[:, t]) + net.again(state)).tanh()
+        return net.out(state)
+
+    layers = {"a": nn.Linear(4, 6), "again": nn.Linear(6, 6), "out": nn.Linear(6, 2)}
+    return Net(run, **layers), vectors(3, 5, 4)
+
+
+def windows_of_images():
+    """Patches as columns."""
+
+    def run(net, x):
+        return net.fc(F.unfold(net.conv(x).relu(), (3, 2), padding=1).mT)
+
+    return Net(run, conv=nn.Conv2d(3, 5, 3), fc=nn.Linear(30, 2)), images()
+
+
+def filtered_images():
+    """Each channel is blurred by a buffer for all, and by one that is the same for all."""
+
+    def run(net, x):
+        x = F.conv2d(net.a(x).relu(), net.blur, net.shift, stride=2, groups=net.blur.shape[0])
+        x = F.conv_transpose2d(x, net.one.expand(x.shape[1], -1, -1, -1), stride=2, groups=x.shape[1])
+        return net.b(x)
+
+    model = Net(run, a=nn.Conv2d(3, 6, 3), b=nn.Conv2d(6, 2, 1), shift=nn.Parameter(vectors(6)))
+    model.register_buffer("blur", torch.rand(6, 1, 3, 3))
+    model.register_buffer("one", torch.rand(1, 1, 2, 2))
+    return model, images()
+
+
 class ChannelsFirst(nn.LayerNorm):
     """As in ConvNeXt."""
 
@@ -727,7 +808,14 @@ NETWORKS = {
         *(counted_heads, one_key_head, added_parameter_is_summed, shuffled_pixels, unshuffled_pixels),
         *(vectors_to_images, unflattened, class_token, shuffled_channels, shuffled_by_views),
         *(interleaved_by_views, pooled_by_scores, single_head, gated_images, outer_product),
-        *(matrices_of_parameters, channels_first_norm, size_of_another),
+        *(
+            matrices_of_parameters,
+            channels_first_norm,
+            size_of_another,
+            parameters_of_a_layers_own,
+            unread_sum,
+        ),
+        *(added_to_zeros, state_from_zeros, windows_of_images, filtered_images),
     )
 }
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 
 import numpy as np
 
@@ -17,6 +19,8 @@ from pysolve.methods.price import Probe
 from pysolve.methods.study import Study, widths
 from pysolve.methods.ties import RoundTo, Ties, alike, apart, grouped, rounded, separate
 from pysolve.methods.timed import liked, settle_in_time
+from pysolve.methods.weights import reasons as reasons_of
+from pysolve.methods.weights import weights_of
 from pysolve.nn.cut.bare import Listed, find_member
 from pysolve.nn.pretrained.stock import is_pretrained
 from pysolve.plan import Site, of_experts, owner
@@ -81,6 +85,12 @@ def check_free(found: Study) -> None:
     """Refuse a network of which no channel can be removed."""
     if not found.free:
         reasons = sorted({site.pinned for site in found.sites if site.pinned})
+        parts = chain.from_iterable((*site.writers, *site.readers, *site.passed) for site in found.sites)
+        named = {name.partition(":")[0] for name in parts}
+        with suppress(PysolveError):
+            left = weights_of(found.model, found.options.ignore)[1]
+            unseen = [one for one in left if one.name not in named]
+            reasons += [f"in no site{without}"] if (without := reasons_of(unseen)) else []
         why = "; ".join(reasons) or "it has no sites"
         raise PysolveError(f"no channel of this network can be removed: {why}.")
 

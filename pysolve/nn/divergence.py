@@ -19,7 +19,7 @@ from pysolve.errors import DataError
 from pysolve.nn.batches.padding import is_of_tokens, output_mask
 from pysolve.nn.batches.samples import samples_in
 from pysolve.nn.cut.routers import choosing
-from pysolve.nn.outputs import logits_of, main_output
+from pysolve.nn.outputs import floating, logits_of, main_output
 from pysolve.nn.running import Batch, Output, arguments, evaluating, forward, same_draws
 
 # From the original's output and another one to the mean divergence per sample.
@@ -34,7 +34,9 @@ def kl_divergence(original: Output, output: Output) -> Tensor:
     Classes lie along dimension 1 of outputs with 2 or 4 and more dimensions, along the last otherwise. Of a
     mapping with ``logits`` these are compared. An output without classes, a mapping without ``logits`` or a
     single number a sample, is compared by  ½ E‖output − original‖² / E‖original − mean‖², with the mean over
-    samples, or 0 where these do not differ. Verbs leave out padding, where batches have an attention mask.
+    samples, or 0 where these do not differ. So is every floating-point output after the first, but for single
+    numbers and those whose shape data decide, and it is added. Verbs leave out padding, where batches have an
+    attention mask.
 
     References
     ----------
@@ -43,7 +45,31 @@ def kl_divergence(original: Output, output: Output) -> Tensor:
     if isinstance(original, Distribution) and isinstance(output, Distribution):
         with suppress(NotImplementedError):
             return torch.distributions.kl_divergence(original, output).mean()
-    return _between(main_output(original), main_output(output), has_classes(original))
+    return _apart(original, output)
+
+
+def _apart(original: Output, output: Output, mask: Tensor | None = None) -> Tensor:
+    """``kl_divergence`` of all that is compared, at the tokens of a mask."""
+
+    def real(value: Tensor) -> Tensor:
+        return value[mask] if mask is not None and is_of_tokens(value, mask) else value
+
+    p, q = main_output(original), main_output(output)
+    if p.shape != q.shape:
+        raise DataError(
+            f"the network's outputs have shape {[*p.shape]}, and those of another size {[*q.shape]}, so they "
+            "cannot be compared: where data decide on the shape, give a divergence= that can."
+        )
+    others = zip(floating(original)[1:], floating(output)[1:], strict=False)
+    rest = [_of_numbers(real(a), real(b)) for a, b in others if a.shape == b.shape]
+    return torch.stack([_between(real(p), real(q), has_classes(original)), *rest]).sum()
+
+
+def _of_numbers(p: Tensor, q: Tensor) -> Tensor:
+    """½ E‖q − p‖² / E‖p − mean‖²; what is not finite in p, as masks of −∞, has no part."""
+    p, q = p.double(), q.double()
+    p, q = p.where(p.isfinite(), 0.0), q.where(p.isfinite(), 0.0)
+    return 0.5 * (q - p).square().mean() / _spread(p) if p.numel() else p.sum()
 
 
 def _between(p: Tensor, q: Tensor, classes: bool) -> Tensor:
@@ -121,8 +147,7 @@ def mean_divergence(
     for original, output, batch in zip(originals, outputs, batches, strict=True):
         mask = output_mask(batch) if divergence is kl_divergence else None
         if mask is not None and mask.any() and is_of_tokens(main_output(original), mask):
-            p, q = (main_output(one)[mask] for one in (original, output))
-            size, value = len(p), float(_between(p, q, has_classes(original)))
+            size, value = int(mask.sum()), float(_apart(original, output, mask))
         else:
             size, value = samples_in(batch), _number(divergence(original, output))
         total, count = total + value * size, count + size

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from torch import Tensor, nn
+from torch.distributions import Distribution
 
 from pysolve.nn.running import Output
 
@@ -15,9 +16,24 @@ def tensors_of(output: Output) -> list[Tensor]:
     return _tensors(output, set())
 
 
+def floating(output: Output) -> list[Tensor]:
+    """The compared tensors of a network's output: its logits, or all that are floating-point."""
+    if isinstance(output, Mapping):
+        return floating(output["logits"] if "logits" in output else [*output.values()])
+    if isinstance(output, tuple | list):
+        return [tensor for item in output for tensor in floating(item)]
+    if not isinstance(output, Tensor):
+        chosen = logits_of(output)
+        # Caches of keys and values are no answer.
+        known = chosen is not output or dataclasses.is_dataclass(output) or isinstance(output, Distribution)
+        return floating(tensors_of(chosen)) if known else []
+    # Single numbers are losses and counts.
+    return [output] if output.is_floating_point() and output.ndim else []
+
+
 def main_output(output: Output) -> Tensor:
-    """The main tensor of a network's output: its logits, or the first one."""
-    found = tensors_of(logits_of(output))
+    """The main tensor of a network's output: its logits, or the first one that is floating-point."""
+    found = floating(output) or tensors_of(logits_of(output))
     if not found:
         raise TypeError(f"expected a tensor in the network's output, got {type(output).__name__}.")
     return found[0]

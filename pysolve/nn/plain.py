@@ -20,7 +20,8 @@ _NAMED = 3
 def plain_network(model: nn.Module) -> nn.Module:
     """A network without the wrappers of parallel training and of torch.compile, on it or in it.
 
-    Where parts are wrapped, another network with the same parameters, in which they are not.
+    Where parts are wrapped, another network with the same parameters, in which they are not; where tensors
+    allow no gradients, a copy.
 
     Raises
     ------
@@ -31,7 +32,9 @@ def plain_network(model: nn.Module) -> nn.Module:
     """
     model = unwrapped(model)
     check_plain(model)
-    return model
+    tensors = chain(model.parameters(), model.buffers())
+    # No gradient passes tensors that were made under inference_mode; copies are others.
+    return copy_of(model) if any(tensor.is_inference() for tensor in tensors) else model
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -64,6 +67,11 @@ def check_plain(model: nn.Module) -> None:
             raise PysolveError(
                 f"{what} scripted, traced or frozen by torch.jit, and cannot be changed: give the network as "
                 "it was before, and script the result."
+            )
+        if type(part).__module__.startswith("torch.ao.nn.quantized"):
+            raise PysolveError(
+                f"{f'`{name}`' if name else 'the network'} is quantised by torch.ao, which hides its "
+                "weights: give the network as it was before."
             )
     tensors = [*chain(model.named_parameters(), model.named_buffers())]
     if lazy := [name for name, tensor in tensors if is_lazy(tensor)]:

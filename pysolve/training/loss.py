@@ -5,18 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributions import Distribution
 from torch.nn.functional import cross_entropy, kl_div, mse_loss
 
 from pysolve.errors import DataError, PysolveError
 from pysolve.nn.batches.padding import without_padding
 from pysolve.nn.divergence import class_dim
-from pysolve.nn.outputs import logits_of, tensors_of
+from pysolve.nn.outputs import floating
 from pysolve.nn.refusal import in_words, output_of
 from pysolve.nn.running import Batch, Output, device_of, find_layer
 from pysolve.training.finetune import loss_on, own_loss
@@ -61,21 +60,6 @@ class DistillationLoss:
         """Options that a checkpoint must share to be resumed; functions count as ``own``."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {**values, "loss": self.loss if isinstance(self.loss, str) else "own"}
-
-
-def floating(output: Output) -> list[Tensor]:
-    """The compared tensors of a network's output: its logits, or all that are floating-point."""
-    if isinstance(output, Mapping):
-        return floating(output["logits"] if "logits" in output else [*output.values()])
-    if isinstance(output, tuple | list):
-        return [tensor for item in output for tensor in floating(item)]
-    if not isinstance(output, Tensor):
-        chosen = logits_of(output)
-        # Caches of keys and values are no answer.
-        known = chosen is not output or is_dataclass(output) or isinstance(output, Distribution)
-        return floating(tensors_of(chosen)) if known else []
-    # Single numbers are losses and counts.
-    return [output] if output.is_floating_point() and output.ndim else []
 
 
 def output_loss(

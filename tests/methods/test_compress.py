@@ -628,6 +628,12 @@ def test_without_anything_to_shrink_the_reasons_are_named(name):
         compressed(sites=[])
 
 
+def test_layers_that_no_site_has_are_named():
+    sparse = ps.prune(nn.Sequential(nn.Linear(6, 5)), amount=0.9, layout="sparse", progress=False).model
+    with pytest.raises(ps.PysolveError, match=r"in no site: 0 \(it is sparse; nn.to_dense changes"):
+        compressed(sparse, [torch.randn(32, 6)])
+
+
 # --- what the result is worth
 
 

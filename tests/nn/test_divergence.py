@@ -65,6 +65,39 @@ def test_structures_are_compared_by_logits_or_by_what_comes_first():
     assert kl_divergence([[a], other], [[b], other]) == wanted
 
 
+@pytest.mark.parametrize("kind", [tuple, lambda pair: {"classes": pair[0], "depths": pair[1]}])
+def test_outputs_after_the_first_are_added_as_numbers(kind):
+    (a, b), (c, d) = ((draw(shape, 0), draw(shape, 1)) for shape in ((5, 4), (5, 7, 2)))
+    by_size = 0.5 * ((d - c) ** 2).mean().item() / (c - c.mean(0)).square().mean().item()
+    first = kl_divergence(kind((a, c)), kind((b, c))).item()
+    assert first > 0
+    assert kl_divergence(kind((a, c)), kind((b, d))).item() == pytest.approx(first + by_size, rel=1e-5)
+
+
+def test_counts_losses_masks_and_rows_that_data_choose_are_no_further_output():
+    a, b = draw((5, 4), 0), draw((5, 4), 1)
+    mask = torch.full((4, 4), -torch.inf).triu(1)
+    ids, loss = torch.arange(5), torch.tensor(3.0)
+    found = kl_divergence(
+        (loss, ids, a, mask, draw((3, 2), 0)), (loss + 1, ids + 1, b, mask, draw((2, 2), 0))
+    )
+    assert found == kl_divergence(a, b)
+
+
+def test_outputs_of_other_shapes_are_refused_with_a_remedy():
+    with pytest.raises(DataError, match=r"shape \[5, 4\], .*\[3, 4\].* give a divergence= that can"):
+        kl_divergence(draw((5, 4), 0), draw((3, 4), 0))
+
+
+def test_padding_counts_in_no_output():
+    a, b = draw((2, 6, 4), 0), draw((2, 6, 4), 1)
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0], [1, 1, 1, 0, 0, 0]])
+    batch = {"input_ids": torch.zeros(2, 6, dtype=torch.long), "attention_mask": mask}
+    found = mean_divergence([(a, 2 * a)], iter([(b, 2 * b)]), [batch], kl_divergence)
+    real = mask.bool()
+    assert found == pytest.approx(kl_divergence((a[real], 2 * a[real]), (b[real], 2 * b[real])).item())
+
+
 def test_hidden_states_are_compared_by_squared_errors():
     a, b = draw((5, 7, 4), 0), draw((5, 7, 4), 1)
     spread = (a - a.mean(0)).square().mean()

@@ -110,6 +110,28 @@ def test_distributions_are_compared_by_their_divergence(kind):
     assert distributions.Distribution._validate_args is checked
 
 
+class Tasks(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.kind, self.trunk = kind, nn.Linear(5, 16)
+        self.a, self.b = (nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, n)) for n in (3, 2))
+
+    def forward(self, x):
+        h = self.trunk(x).relu()
+        return self.kind(20 * self.a(h), self.b(h))
+
+
+@pytest.mark.parametrize("kind", ["tuple", "nested", "dataclass"])
+def test_no_task_of_several_is_given_up_for_the_others(kind):
+    model = Tasks(KINDS[kind]).eval()
+    result = ps.compress(model, data(), target={"params": 0.6}, progress=False, latency=False)
+    kept = {step.site.writers[0]: len(step.keep) for step in result.plan.steps}
+    assert kept.get("b.0", 16) >= 5
+    found, wanted = (tensors_of(one(data()[0])) for one in (result.model, model))
+    assert all((a - b).var() < 0.1 * b.var() for a, b in zip(found, wanted, strict=True))
+
+
 class Config:
     use_cache = True
 

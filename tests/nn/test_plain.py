@@ -1,5 +1,7 @@
 """Wrapped networks are taken out of their wrappers; what cannot be changed is refused with the remedy."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -79,6 +81,10 @@ REFUSED = {
     "meta": (on_meta, r"0.weight, .* and 1 more: .* call model.to_empty"),
     "program": (exported, "give the network that it was made of"),
     "its module": (lambda: exported().module(), "give the network that it was made of"),
+    "quantised": (
+        lambda: torch.ao.quantization.quantize_dynamic(network(), {nn.Linear}),
+        "`0` is quantised by torch.ao, .* as it was before",
+    ),
     "no network": (lambda: {"weight": torch.zeros(3)}, "must be a torch.nn.Module, .* got dict"),
 }
 VERBS = {
@@ -99,6 +105,17 @@ def test_what_cannot_be_changed_is_refused_by_every_verb_with_the_remedy(kind):
     for verb in VERBS.values():
         with pytest.raises((ps.PysolveError, TypeError), match=message):
             verb(model)
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS))
+def test_networks_and_batches_made_under_inference_mode_are_taken(verb):
+    with torch.inference_mode():
+        model = network()
+    before = copy.deepcopy(model)
+    found = VERBS[verb](model)
+    if isinstance(found, ps.Compressed):
+        found.model(data()[0]).sum().backward()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

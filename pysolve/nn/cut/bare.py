@@ -124,10 +124,10 @@ class Stack:
         new = self._picked(self._picked(self._apart(old.detach()), "o", rows), "i", columns)
         setattr(self.owner, self.leaf, _like(old, self._together(new).contiguous()))
         if self.gates:
-            owner = cast(nn.RNNBase, self.owner)
+            owner = cast(nn.RNNBase | nn.RNNCellBase, self.owner)
             # All layers in it have as many hidden units; the first ones read its inputs.
             owner.hidden_size = int(rows.sum())
-            if self.leaf.startswith("weight_ih_l0"):
+            if self.leaf.removesuffix("_reverse") in ("weight_ih_l0", "weight_ih"):
                 owner.input_size = int(columns.sum())
 
     def silenced(self, rows: Mask | None, columns: Mask | None) -> Tensor:
@@ -182,7 +182,10 @@ class Listed:
 
 ORDERS = ("oi", "io", EXPERTS)
 # Matrices in one weight of a recurrent layer.
-GATES: Mapping[type[nn.Module], int] = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
+GATES: Mapping[type[nn.Module], int] = {
+    **{nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1},
+    **{nn.LSTMCell: 4, nn.GRUCell: 3, nn.RNNCell: 1},
+}
 
 
 def is_stack(name: str) -> bool:

@@ -126,7 +126,7 @@ def channels_of(site: Site, role: str, name: str, layer: Narrowable) -> Indices:
 def check_kind(name: str, layer: Narrowable, role: str) -> None:
     """Refuse a layer that cannot be narrowed in a role: ``"writers"``, ``"readers"`` or ``"passed"``."""
     if isinstance(layer, Bare):
-        if role != "passed" or plain(layer.owner) in _WIDTHS:
+        if role != "passed" or (plain(layer.owner) in _WIDTHS and layer.leaf in _VECTORS):
             raise CollapseError(f"{name} is one tensor, not a layer: name its layer instead.")
         return
     if isinstance(layer, Stack):

@@ -21,6 +21,7 @@ from pysolve.plan import Site
 
 # Samples that tell the size of each input.
 _SAMPLES = 64
+_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 # Stacks that a note names.
 _NAMED = 3
 
@@ -105,8 +106,9 @@ def _energies(
                     stack = _stack(model, name)
                     for b in walk.batches:
                         value = walk.value(read, b)
-                        if isinstance(stack.owner, nn.RNNBase) and stack.leaf.startswith("weight_hh"):
-                            value = _states(stack, walk.value(node, b)[0])
+                        if isinstance(stack.owner, _RECURRENT) and stack.leaf.startswith("weight_hh"):
+                            made = walk.value(node, b)
+                            value = _states(stack, made if isinstance(made, Tensor) else made[0])
                         count, squares = _squares(value, stack.inputs)
                         before = found.get(name, (0, np.zeros(stack.inputs)))
                         found[name] = before[0] + count, before[1] + squares

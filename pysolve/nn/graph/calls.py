@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from pysolve.nn.gathering.products import Product, product
-from pysolve.nn.graph.classes import Attended, Ledger, complete, labelled, lean, squashed
+from pysolve.nn.graph.classes import Attended, Ledger, along, complete, labelled, lean, squashed
 from pysolve.nn.graph.export import Value, where
 from pysolve.nn.layer_kinds import CONVOLUTIONS, inputs_first, plain
 from pysolve.plan import Norm
@@ -30,6 +30,10 @@ _TURNS += [("permute", [1, 0])]
 # Operators that leave values as they are, and that pick some along a dimension.
 _SAME = {"to", "_to_copy", "type_as", "contiguous", "clone", "alias", "detach", "requires_grad"}
 _ALONG = {"select", "slice", "index_select", "unbind", "narrow"}
+# Operators that fill a value with one number, and those that leave it so.
+_FILLED = {f"{kind}{name}" for name in ("zeros", "ones", "full") for kind in ("", "new_")}
+_FILLED |= {"zeros_like", "ones_like", "full_like"}
+_STILL = {"expand", "broadcast_to", "repeat", "view", "reshape", "unsqueeze", "squeeze", "to", "_to_copy"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,7 +198,7 @@ def is_of(call: Product, layer: nn.Module, weight: Node) -> bool:
 def stack_of(call: Call, node: object) -> tuple[str, bool] | None:
     """Name of the parameter whose matrices a value holds, all or some, and whether it swaps their dimensions.
 
-    A matrix, or several of them, of the network's own, not of a layer, which has no other name.
+    A matrix, or several of them, of the network's own, not the weight of a layer, which has no other name.
     """
     if not isinstance(node, Node):
         return None
@@ -204,7 +208,8 @@ def stack_of(call: Call, node: object) -> tuple[str, bool] | None:
     if not isinstance(tensor, nn.Parameter) or tensor.ndim < 2 or not is_own(call.network, name):
         return None
     owner = call.network.modules[name.rpartition(".")[0]]
-    return (name, turned) if plain(owner) is type(owner) else None
+    added = plain(owner) is type(owner) or getattr(owner, "weight", None) is not tensor
+    return (name, turned) if added else None
 
 
 def holder(node: Node) -> tuple[Node, bool]:
@@ -221,7 +226,7 @@ def holder(node: Node) -> tuple[Node, bool]:
 def _swaps(node: Node) -> bool:
     """Whether a node swaps the last two dimensions of its operand."""
     name, value = operator_name(node), node.meta.get("val")
-    if name in ("mT", "adjoint"):
+    if name in ("t", "numpy_T", "mT", "adjoint"):
         return True
     if not isinstance(value, Tensor) or name not in ("transpose", "swapaxes", "swapdims", "permute"):
         return False
@@ -266,7 +271,8 @@ def meet(call: Call, operands: list[tuple[Tensor, Node]]) -> Tensor:
     ndim = max((value.ndim for value, _ in operands), default=0)
     aligned = [value[(None,) * (ndim - value.ndim)] for value, _ in operands]
     for fixed, (_, node) in zip(aligned, operands, strict=True):
-        if not complete(fixed):
+        # One number everywhere may be as wide as the code makes it, which a trial tells.
+        if not complete(fixed) and (not is_filled(node) or _writes_into_view(call, node)):
             for value in aligned:
                 if value is not fixed and labelled(value):
                     _pin_fixed(call, value, fixed, node)
@@ -282,6 +288,23 @@ def meet(call: Call, operands: list[tuple[Tensor, Node]]) -> Tensor:
         )
     shape = torch.broadcast_shapes(*(value.shape for value, _ in operands))  # type: ignore[no-untyped-call]
     return call.ledger.unite(*several, reason=call.says("mixes these channels")).expand(shape)
+
+
+def _writes_into_view(call: Call, node: Node) -> bool:
+    """Whether an operator writes into a view: the value itself, which has no channels, is used later."""
+    mutable = call.node.target._schema.is_mutable  # type: ignore[union-attr]
+    return mutable and node is call.tensors[0][1] and operator_name(node) not in _FILLED
+
+
+def is_filled(node: Node) -> bool:
+    """Whether a value is one number at all places."""
+    while operator_name(node) not in _FILLED:
+        before = [one for one in node.all_input_nodes if isinstance(one.meta.get("val"), Tensor)]
+        still = operator_name(node) in _STILL or torch.Tag.pointwise in getattr(node.target, "tags", ())
+        if not still or len(before) != 1:
+            return False
+        node = before[0]
+    return True
 
 
 def _beside_the_largest(aligned: list[Tensor]) -> list[int]:
@@ -330,7 +353,17 @@ def _before(call: Call, node: Node) -> Node | None:
     for one in queue:
         if one in call.network.parameters or one in call.network.opaque:
             return one
-        new = [before for before in one.all_input_nodes if before not in seen]
+        # Of what is filled with one number, values before it give but the type.
+        inputs = [] if operator_name(one) in _FILLED else one.all_input_nodes
+        new = [before for before in inputs if before not in seen]
         seen.update(new)
         queue.extend(new)
     return None
+
+
+def read_along(call: Call, x: Tensor, dim: int) -> Tensor:
+    """(n,) labels along one dimension of a value; those at its other positions go with them."""
+    reason = f"channel labels differ across positions ({where(call.node)})"
+    others = [d for d in range(x.ndim) if d != dim % x.ndim]
+    call.ledger.mix(x, others, reason, wildcard=True)
+    return along(x, dim)

@@ -210,14 +210,21 @@ def is_in_place(node: Node) -> bool:
 def _drop_unread(module: GraphModule, parameters: Set[Node]) -> None:
     """Take out operators whose results nothing reads: weights of attention that are returned and left.
 
-    Not those of parameters, whose layers run and must fit their inputs.
+    Not those of parameters, whose layers run and must fit their inputs, nor those in which values that are
+    needed elsewhere meet these, and must fit them.
     """
+
+    def needed(node: Node) -> bool:
+        return len(node.users) > 1 or not parameters.isdisjoint(node.all_input_nodes)
+
     for node in reversed(module.graph.nodes):
         if node.users or not isinstance(node.target, OpOverload) or node.is_impure():
             continue
         # Random numbers that are drawn later would be others.
         draws = torch.Tag.nondeterministic_seeded in node.target.tags
-        if not draws and parameters.isdisjoint(node.all_input_nodes):
+        inputs = node.all_input_nodes
+        meet = torch.Tag.pointwise in node.target.tags and len(inputs) > 1 and all(map(needed, inputs))
+        if not draws and not meet and parameters.isdisjoint(inputs):
             module.graph.erase_node(node)
 
 

@@ -84,7 +84,10 @@ def _described(graph: Graph, classes: Classes, sites: Sequence[Site]) -> Iterato
             yield _pinned(one, "heads that share keys or values are not next to each other")
         else:
             outputs = np.sort(columns.ravel()).reshape(one.queries.shape)
-            heads.setdefault(owner, []).append(replace(one, keys=keys, values=values, outputs=outputs))
+            own = heads.setdefault(owner, [])
+            # Layers that run several times are scaled once.
+            if all(_layers(one) != _layers(other) for other in own):
+                own.append(replace(one, keys=keys, values=values, outputs=outputs))
     for i, several in heads.items():
         yield replace(sites[i], attention=tuple(several))
 
@@ -103,6 +106,10 @@ def _why_apart(sites: Sequence[Site], one: Attention) -> str:
     said = [site.pinned for site in parts if site.pinned is not None]
     why = "some dimensions of these heads do not go like others, as where positions turn a part of each head"
     return f"{why}: {said[0]}" if said else why
+
+
+def _layers(one: Attention) -> tuple[str, ...]:
+    return one.query, one.key, one.value, one.output
 
 
 def _attention(graph: Graph, attended: Attended, writers: Sequence[Member]) -> Attention | None:

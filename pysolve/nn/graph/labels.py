@@ -13,7 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from pysolve.nn.graph import layer_rules, operators
+from pysolve.nn.graph import layer_rules, operators, recurrent_rules
 from pysolve.nn.graph.calls import Call, Network, is_own, operator_name, pointwise
 from pysolve.nn.graph.classes import Classes, Member, labelled, lean, none, spread, squashed
 from pysolve.nn.graph.export import Graph, Value, where
@@ -21,8 +21,9 @@ from pysolve.nn.graph.operators import Rule
 from pysolve.nn.graph.sizes import hint
 from pysolve.nn.layer_kinds import twins
 
-_RULES: dict[str, Rule] = {**operators.RULES, **layer_rules.RULES}
-_OF_LAYERS = set(layer_rules.RULES.values())
+_LAYERS: dict[str, Rule] = {**layer_rules.RULES, **recurrent_rules.RULES}
+_RULES: dict[str, Rule] = {**operators.RULES, **_LAYERS}
+_OF_LAYERS = set(_LAYERS.values())
 # Operators that may lay channels out in a grid.
 _VIEWS = {"view", "_unsafe_view", "view_as", "reshape", "reshape_as", "unflatten"}
 # Operators that run a graph of their own as it is.

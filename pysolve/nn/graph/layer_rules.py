@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from pysolve.nn.cut.bare import GATES
-from pysolve.nn.graph.calls import Call, Labels, is_of, meet, product_of, source, stack_of, stored
+from pysolve.nn.graph.calls import (
+    Call,
+    Labels,
+    is_of,
+    meet,
+    operator_name,
+    product_of,
+    read_along,
+    source,
+    stack_of,
+    stored,
+)
 from pysolve.nn.graph.classes import along, complete, labelled, lean, spread, squashed
 from pysolve.nn.graph.export import where
 from pysolve.nn.graph.norms import through_norm
-from pysolve.nn.graph.operators import Rule, biased_matmul, einsum, matmul
+from pysolve.nn.graph.operators import Rule, biased_matmul, einsum, matmul, pool
 from pysolve.nn.layer_kinds import CONVOLUTIONS, LINEAR, PADS, WHOLE_NORMS, plain, sides
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.layers.masking import permanent_by
@@ -31,7 +39,35 @@ def linear(call: Call) -> Labels:
 
 def convolution(call: Call) -> Labels:
     """Reads and writes the channel dimension, or passes whole groups of it."""
-    return _weighted(call, 1 - call.args["weight"].ndim, CONVOLUTIONS)
+    dim = 1 - call.args["weight"].ndim
+    sizes = {call.args["weight"].shape[0], call.first.shape[dim], call.result.shape[dim]}
+    if not isinstance(call.module, CONVOLUTIONS) and sizes == {call.args["groups"]}:
+        return pool(call) if sizes == {1} else _filtered(call, dim)
+    return _weighted(call, dim, CONVOLUTIONS)
+
+
+def _filtered(call: Call, dim: int) -> Tensor:
+    """Every channel alone is filtered, by values that no layer holds."""
+    read = read_along(call, call.first, dim)
+    for value, node in call.tensors[1:]:
+        if not _repeats(node):
+            _tie(call, value, node, read, call.says("filters them by values that vary"))
+    return spread(read, dim, call.result.shape)
+
+
+def _repeats(node: Node) -> bool:
+    """Whether a value is one row, over and over."""
+    before = node.args[0] if operator_name(node) in ("expand", "repeat", "tile") else None
+    return isinstance(before, Node) and before.meta["val"].shape[:1] == (1,)
+
+
+def _tie(call: Call, value: Tensor, node: Node, read: Tensor, reason: str) -> None:
+    """Tie the rows of a value to channels, or pin these, blaming the tensor that the value comes from."""
+    if complete(value) and squashed(value).numel() == len(value):
+        call.ledger.unite(along(value, 0), read)
+    else:
+        blamed = [(name, len(read)) for name in [source(call, node)] if name]
+        call.ledger.pin(torch.cat([read, value.flatten()]), reason, blamed)
 
 
 def product(call: Call) -> Labels:
@@ -90,7 +126,7 @@ def _stacked(
 
     ``order`` of outputs and inputs as the operator takes them; ``block`` neighbours stay together.
     """
-    (name, turned), read = stack, _read(call, x[0], dim)
+    (name, turned), read = stack, read_along(call, x[0], dim)
     name = f"{name}:{order[::-1] if turned else order}"
     made = dim if made is None else made
     own = call.ledger.member(name, "readers", len(read))
@@ -121,7 +157,7 @@ def _weighted(call: Call, dim: int, kinds: tuple[type[nn.Module], ...]) -> Label
     found = product_of(call.node)
     at = next((i for i, (_, node) in enumerate(call.tensors) if found and node is found.x), 0)
     name, x = call.network.names[layer], call.tensors[at][0]
-    read, groups = _read(call, x, dim), call.args.get("groups", 1)
+    read, groups = read_along(call, x, dim), call.args.get("groups", 1)
     if groups == 1:
         own = call.ledger.member(name, "readers", len(read))
         call.ledger.unite(own, read)
@@ -137,14 +173,6 @@ def _weighted(call: Call, dim: int, kinds: tuple[type[nn.Module], ...]) -> Label
         call.ledger.mix(inputs, (1,), call.says("mixes the channels of a group"))
     _pin_problem(call, layer, kinds, made, at)
     return spread(rows, dim, call.result.shape)
-
-
-def _read(call: Call, x: Tensor, dim: int) -> Tensor:
-    """(n,) labels along one dimension of a value; those at its other positions go with them."""
-    reason = f"channel labels differ across positions ({where(call.node)})"
-    others = [d for d in range(x.ndim) if d != dim % x.ndim]
-    call.ledger.mix(x, others, reason, wildcard=True)
-    return along(x, dim)
 
 
 def _stranger(call: Call, layer: nn.Module | None) -> str:
@@ -194,47 +222,6 @@ def _unite_twins(call: Call, layer: nn.Module, reason: str) -> None:
             call.ledger.pin(labels[0], reason)
 
 
-def recurrent(call: Call) -> Labels:
-    """Reads the last dimension and writes hidden units: the same number in all layers and both directions.
-
-    The unit of a number goes from all of them together, for a module has one size.
-    """
-    layer = cast(nn.RNNBase, call.module)
-    reason = call.says("is not understood")
-    if type(layer) not in GATES or layer.proj_size or layer in call.network.ties:
-        return call.opaque(reason)
-    names = [call.network.parameters.get(node) for node in call.sources["params"]]
-    own = call.network.names[layer]
-    if not all(name and name.rpartition(".")[0] == own for name in names):
-        return call.opaque(reason)
-    states = call.args["hx"]
-    for value in states if isinstance(states, list | tuple) else [states]:
-        call.ledger.pin(value, call.says("takes them for states"))
-    each, ways = 4 if call.args["has_biases"] else 2, 2 if call.args["bidirectional"] else 1
-    x, made = _read(call, call.args["input"], -1), list[Tensor]()
-    units, gates = layer.hidden_size, GATES[type(layer)]
-    for first in range(0, len(names), each):
-        if first % (each * ways) == 0 and made:
-            x = torch.cat(made[-ways:])
-        by_input, by_state, *biases = names[first : first + each]
-        read = call.ledger.member(f"{by_input}:oi", "readers", len(x))
-        call.ledger.unite(read, x)
-        rows = call.ledger.member(f"{by_input}:oi", "writers", units)
-        for role in ("writers", "readers"):
-            call.ledger.unite(rows, call.ledger.member(f"{by_state}:oi", role, units))
-        for bias in biases:
-            assert bias is not None
-            for part in call.ledger.member(bias, "passed", gates * units).chunk(gates):
-                call.ledger.unite(rows, part)
-        if made:
-            call.ledger.unite(rows, made[0])
-        made.append(rows)
-    shapes = [one.shape for one in call.result]
-    last = spread(torch.cat(made[-ways:]), -1, shapes[0])
-    kept = [spread(made[0], -1, shape) for shape in shapes[1:]]
-    return [last, *kept]
-
-
 def embedding(call: Call) -> Labels:
     """Writes the last dimension."""
     layer = call.module
@@ -257,7 +244,7 @@ def channel_norm(call: Call) -> Labels:
 def group_norm(call: Call) -> Labels:
     """Mixes the channels of each group."""
     x = call.first
-    blocks = _read(call, x, 1).reshape(call.args["num_groups"], -1)
+    blocks = read_along(call, x, 1).reshape(call.args["num_groups"], -1)
     call.ledger.mix(blocks, (1,), call.says("mixes the channels of a group"))
     _passed(call, x, (nn.GroupNorm,))
     return x
@@ -280,18 +267,14 @@ def last_norm(call: Call) -> Labels:
 
 def _passed(call: Call, x: Tensor, kinds: tuple[type[nn.Module], ...]) -> None:
     """Tie the rows of the layer to the channels that pass it."""
-    layer, read = call.module, _read(call, x, 1)
+    layer, read = call.module, read_along(call, x, 1)
     if isinstance(layer, kinds):
         rows = call.ledger.member(call.network.names[layer], "passed", len(read))
         call.ledger.unite(rows, read)
         _pin_problem(call, layer, kinds, rows)
         return
     for value, node in call.tensors[1:]:
-        if value.ndim == 1 and complete(value):
-            call.ledger.unite(value, read)
-        else:
-            blamed = [(name, len(read)) for name in [source(call, node)] if name]
-            call.ledger.pin(torch.cat([read, value.flatten()]), _stranger(call, layer), blamed)
+        _tie(call, value, node, read, _stranger(call, layer))
 
 
 def pad(call: Call) -> Labels:
@@ -337,7 +320,6 @@ _NAMES: dict[Rule, str] = {
     grouped_product: "_grouped_mm grouped_mm grouped_mm_fallback",
     einsum_of_stack: "einsum",
     convolution: "convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d",
-    recurrent: "lstm gru rnn_tanh rnn_relu",
     embedding: "embedding",
     channel_norm: "batch_norm instance_norm prelu",
     group_norm: "group_norm",

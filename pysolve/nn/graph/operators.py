@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from pysolve.nn.graph.calls import Call, Labels, meet, pointwise
+from pysolve.nn.graph.calls import Call, Labels, is_filled, meet, pointwise
 from pysolve.nn.graph.classes import complete, labelled, lean, none, squashed
 from pysolve.nn.graph.dimension_rules import contract_dims, dimensions, einsum_dims, named_dimensions
 from pysolve.nn.graph.norms import through_norm
@@ -43,8 +43,9 @@ def unlabelled(call: Call) -> Labels:
 def cat(call: Call) -> Tensor:
     """Concatenation; values that vary only along other dimensions must keep equal channels there."""
     tensors = [(value, node) for value, node in call.tensors if value.ndim > 1 or value.numel()]
+    dim = call.args["dim"] % tensors[0][0].ndim
+    tensors = _like_others(tensors, dim)
     values = [value for value, _ in tensors]
-    dim = call.args["dim"] % values[0].ndim
     flat = [(value, node) for value, node in tensors if squashed(value).shape[dim] == 1]
     varied = [(v, node) for v, node in flat if squashed(v).numel() > 1 or not labelled(v)]
     if varied:
@@ -52,10 +53,20 @@ def cat(call: Call) -> Tensor:
     return torch.cat(values, dim)
 
 
+def _like_others(tensors: list[tuple[Tensor, Node]], dim: int) -> list[tuple[Tensor, Node]]:
+    """Values of one number everywhere have the channels of those that they are joined with."""
+    known = [value for value, node in tensors if not is_filled(node)]
+    if len(known) == len(tensors) or not known or squashed(lean(known[0])).shape[dim] > 1:
+        return tensors
+    row = lean(known[0]).narrow(dim, 0, 1)
+    return [(row.expand(value.shape) if is_filled(node) else value, node) for value, node in tensors]
+
+
 def stack(call: Call) -> Tensor:
     """Stacked values must keep equal channels."""
-    meet(call, call.tensors)
-    return torch.stack(call.args["tensors"], call.args["dim"])
+    tensors = _like_others([(value[None], node) for value, node in call.tensors], 0)
+    meet(call, tensors)
+    return torch.stack([value[0] for value, _ in tensors], call.args["dim"])
 
 
 def split(call: Call) -> list[Tensor]:
@@ -88,6 +99,19 @@ def mixture(call: Call) -> Labels:
     """Channels that are normalised, accumulated or sorted along a dimension are united."""
     call.ledger.mix(call.first, _dims(call), call.says("mixes these channels"))
     return [call.first] * len(call.result) if isinstance(call.result, list) else call.first
+
+
+def spectrum(call: Call) -> Tensor:
+    """Values along some dimensions, the last ones by default, become others there."""
+    top = call.ledger.mix(call.first, _dims(call), call.says("mixes these channels"))
+    return top.expand(call.result.shape)
+
+
+def complex_pairs(call: Call) -> Tensor:
+    """Real and imaginary parts lie along a last dimension of their own, or do so no longer."""
+    if call.name == "view_as_real":
+        return call.first.unsqueeze(-1).expand(call.result.shape)
+    return call.ledger.mix(call.first, (-1,), call.says("makes one number of two channels")).squeeze(-1)
 
 
 def topk(call: Call) -> list[Tensor]:
@@ -159,13 +183,16 @@ def gather(call: Call) -> Tensor:
 
 def accumulate(call: Call) -> Labels:
     """Rows are added to others, or take their place, along a dimension that holds no channels."""
-    dim, rows = call.args["dim"], call.args["source"]
+    dim, name = call.args["dim"], next((one for one in ("source", "src") if one in call.args), "")
     call.ledger.pin_varying(call.first, (dim,), call.says("picks channels by number"))
+    call.ledger.pin(call.args["index"], call.says("takes them for positions"))
+    into = (call.first, call.sources["self"])
+    if not name:
+        return call.first
+    rows = call.args[name]
     call.ledger.pin_varying(rows, (dim,), call.says("picks channels by number"))
     top = rows.amax(dim, keepdim=True) if rows.shape[dim] else none(call.result.shape)
-    return meet(
-        call, [(call.first, call.sources["self"]), (top.expand(call.result.shape), call.sources["source"])]
-    )
+    return meet(call, [into, (top.expand(call.result.shape), call.sources[name])])
 
 
 def pool(call: Call) -> Labels:
@@ -192,6 +219,13 @@ def pixel_shuffle(call: Call) -> Tensor:
 def pixel_unshuffle(call: Call) -> Tensor:
     """Each channel becomes several, which go together."""
     labels = _without_positions(call).repeat_interleave(call.args["downscale_factor"] ** 2, -3)
+    return labels.expand(call.result.shape)
+
+
+def windows(call: Call) -> Tensor:
+    """Each channel becomes one for every place of a window, which go together."""
+    height, width = call.args["kernel_size"]
+    labels = _without_positions(call).squeeze(-1).repeat_interleave(height * width, -2)
     return labels.expand(call.result.shape)
 
 
@@ -293,8 +327,10 @@ _NAMES: dict[Rule, str] = {
     keep: """
         dropout feature_dropout alpha_dropout feature_alpha_dropout contiguous clone to _to_copy type_as
         detach alias lift_fresh lift_fresh_copy positive requires_grad fill zero bernoulli tril triu
-        zeros_like ones_like full_like rand_like randn_like empty_like
+        zeros_like ones_like full_like rand_like randn_like empty_like real imag _conj resolve_conj
+        resolve_neg
     """,
+    complex_pairs: "view_as_complex view_as_real",
     # Elementwise, though torch does not tag them so.
     pointwise: """
         hardswish log_sigmoid where masked_fill relu6 threshold mish copy expand_as rsub negative absolute
@@ -306,6 +342,10 @@ _NAMES: dict[Rule, str] = {
     """,
     mixture: """
         softmax _softmax log_softmax _log_softmax cumsum cumprod cummax cummin logcumsumexp sort argsort
+    """,
+    spectrum: """
+        fft_fft fft_ifft fft_rfft fft_irfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn
+        fft_rfftn fft_irfftn
     """,
     split: "chunk split split_with_sizes tensor_split unsafe_chunk unsafe_split",
     pool: """
@@ -323,7 +363,8 @@ _NAMES: dict[Rule, str] = {
     matmul: "matmul bmm mm mv dot",
     biased_matmul: "addmm baddbmm",
     gather: "gather index_select",
-    accumulate: "index_add index_copy",
+    accumulate: "index_add index_copy index_fill index_reduce scatter scatter_add scatter_reduce",
+    windows: "im2col",
     cat: "cat",
     stack: "stack",
     glu: "glu",

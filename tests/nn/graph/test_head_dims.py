@@ -63,6 +63,15 @@ def test_where_the_scale_is_held(scale, held):
         assert smaller[1].attend.scaling == 2**-0.5
 
 
+def test_attention_that_runs_several_times_is_scaled_once():
+    model, x = network(blocks=1), inputs(4)
+    model.insert(2, model[1])
+    (site,) = dims_of(model, x)
+    assert len(site.attention) == 1
+    plan = Plan((Collapse(site, np.array([0, 3])),))
+    assert mismatch(masked(model, plan), apply(model, plan), x) is None
+
+
 def test_rows_of_each_head_and_of_those_that_share_keys():
     (site,) = dims_of(network(blocks=1, heads=4, groups=2), inputs(4))
     (one,) = site.attention

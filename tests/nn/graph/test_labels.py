@@ -66,6 +66,15 @@ ELEMENTWISE = {
     "einsum over samples": lambda x: torch.einsum("bc,bd->bc", x, torch.ones(2, 5)),
     "einsum with dots": lambda x: torch.einsum("...c,...->...c", x, torch.ones(2)),
     "product with samples": lambda x: torch.ones(2, 2) @ x,
+    "zeros written over": lambda x: x.new_zeros(x.shape).add_(x),
+    "spectrum of samples": lambda x: torch.fft.irfft(torch.fft.rfft(x, dim=0), n=2, dim=0),
+    "zeros in front": lambda x: torch.cat([torch.zeros(1, 6), x])[:2],
+    "stacked on zeros": lambda x: torch.stack([x, torch.zeros(2, 6)]).sum(0),
+    "each alone": lambda x: F.conv2d(x.view(-1, 1, 1, 1), torch.ones(1, 1, 1, 1)).view(2, 6),
+    "complex": lambda x: torch.view_as_real(torch.view_as_complex(torch.stack([x, x], -1))).sum(-1),
+    "ones, halved": lambda x: x - 0.5 * torch.ones_like(x[:1]),
+    "set by number": lambda x: x.index_fill(0, torch.tensor([1]), 3.0),
+    "scattered": lambda x: x.scatter(0, torch.ones(1, 6, dtype=torch.long), 2 * x),
 }
 
 
@@ -143,10 +152,14 @@ PINNED = {
     "outer": (lambda x: (x[:, :, None] * x[:, None])[:, 0], "mul mixes"),
     "addmm": (lambda x: torch.addmm(x, x, torch.ones(6, 6)), "addmm mixes"),
     "constant": (lambda x: x + torch.arange(6), "an input or constant meets these channels directly"),
-    "constant heads": (lambda x: (x.view(-1, 3, 2) * torch.ones(3, 1)).flatten(1), "an input or constant"),
-    "stacked": (lambda x: torch.stack([x, torch.ones(2, 6)]).sum(0), "an input or constant"),
-    "glued": (lambda x: torch.cat([x, torch.ones(1, 6)]), "an input or constant"),
-    "written over": (lambda x: torch.zeros(2, 6).add_(x), "an input or constant meets"),
+    "constant heads": (
+        lambda x: (x.view(-1, 3, 2) * torch.arange(3)[:, None]).flatten(1),
+        "an input or constant",
+    ),
+    "stacked": (lambda x: torch.stack([x, torch.arange(12).view(2, 6)]).sum(0), "an input or constant"),
+    "glued": (lambda x: torch.cat([x, torch.arange(6)[None]]), "an input or constant"),
+    "written over": (lambda x: torch.rand(2, 6).add_(x), "an input or constant meets"),
+    "written over a view": (lambda x: torch.zeros(2, 6).view(2, 6).add_(x), "an input or constant"),
     "picked": (lambda x: x[:, torch.arange(6)], "index picks channels by number"),
     "gathered": (
         lambda x: x.gather(1, torch.zeros(2, 6, dtype=torch.long)),
@@ -161,10 +174,14 @@ PINNED = {
         "index_put picks channels by number",
     ),
     "rows of channels": (lambda x: torch.zeros(6, 2).index_put((torch.arange(6),), x.t()), "index_put picks"),
+    "scattered": (
+        lambda x: x.scatter_add(1, torch.arange(6).expand(2, 6), x),
+        "scatter_add picks channels by number",
+    ),
     "mask": (lambda x: x * (x[x > 0]).sum(), "index picks by a mask"),
     "looked up": (lambda x: torch.arange(3.0)[(x > 0).long()], "index takes them for positions"),
     "head by head": (by_heads, "writes them over values that have no channels"),
-    "fft": (lambda x: torch.fft.rfft(x).real.repeat(1, 2)[:, :6], "is not understood"),
+    "fft": (lambda x: torch.fft.rfft(x).real.repeat(1, 2)[:, :6], "fft_rfft mixes these channels"),
     "weights": (lambda x: F.linear(torch.ones(2, 2), x.t()), "linear runs outside of a layer of its own"),
     "transposed reader": (lambda x: x.t().repeat(1, 3)[:2], "channel labels differ across positions"),
 }
@@ -178,6 +195,14 @@ def test_what_works_on_several_channels_at_once_pins_them(name):
     assert site.writers == ("a",)
     assert reason in site.pinned
     assert "test_labels.py" in site.pinned or "small.py" in site.pinned
+
+
+def test_two_channels_that_are_a_complex_number_go_together():
+    def turned(x):
+        return torch.view_as_real(1j * torch.view_as_complex(x.view(-1, 3, 2))).flatten(1)
+
+    site, _ = sites_between(turned, 6)
+    assert (site.channels, site.pinned) == (3, None)
 
 
 def test_pixels_may_be_pooled_padded_and_shuffled():

@@ -196,3 +196,53 @@ def test_every_verb_makes_them_smaller(kind):
     ):
         assert parameters(result.model) < parameters(model)
         assert np.isfinite(result.report.divergence)
+
+
+class Steps(nn.Module):
+    """A cell, run step by step, that begins with zeros or with a state of another layer's making."""
+
+    def __init__(self, kind, given, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.first = nn.Linear(5, INPUTS), nn.Linear(5, UNITS)
+        self.rec = getattr(nn, kind)(INPUTS, UNITS, **options)
+        self.out, self.given = nn.Linear(UNITS, 3), given
+
+    def forward(self, x):
+        state, found = (self.first(x[:, 0]) if self.given else None), []
+        if state is not None and isinstance(self.rec, nn.LSTMCell):
+            state = state.tanh(), state
+        for t in range(x.shape[1]):
+            state = self.rec(self.stem(x[:, t]), state)
+            found.append(state[0] if isinstance(state, tuple) else state)
+        return self.out(torch.stack(found, 1))
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize(("kind", "bias"), [("LSTMCell", True), ("GRUCell", True), ("RNNCell", False)])
+def test_cells_lose_units_and_inputs(kind, bias, given):
+    model, x = Steps(kind, given, bias=bias).eval(), texts(1)[0]
+    free = {site.writers[-1]: site for site in find_sites(model, x) if site.pinned is None}
+    assert {site.channels for site in free.values()} == {INPUTS, UNITS}
+    plan = Plan(tuple(Collapse(site, np.arange(1, site.channels, 2)) for site in free.values()))
+    smaller = apply(model, plan)
+    torch.testing.assert_close(outputs(smaller, x), outputs(masked(model, plan), x))
+    assert (smaller.rec.input_size, smaller.rec.hidden_size) == (INPUTS // 2, UNITS // 2)
+    made = type(model.rec)(INPUTS // 2, UNITS // 2, bias=bias)
+    assert {n: p.shape for n, p in made.named_parameters()} == {
+        n: p.shape for n, p in smaller.rec.named_parameters()
+    }
+    costs = cost_model(model, [*free.values()], x).cost([site.channels // 2 for site in free.values()])
+    assert costs["params"] == parameters(smaller)
+    assert costs["macs"] == sum(sample_macs(smaller, x).values())
+
+
+def test_a_state_that_one_layer_hands_to_another_loses_the_same_units():
+    torch.manual_seed(0)
+    layers = {"enc": nn.GRU(5, UNITS, batch_first=True), "dec": nn.GRU(5, UNITS, batch_first=True)}
+    model = Net(lambda net, x: net.out(net.dec(x, net.enc(x)[1])[0]), **layers, out=nn.Linear(UNITS, 3))
+    x = texts(1)[0]
+    site = find_sites(model.eval(), x)[0]
+    assert (site.pinned, {name.partition(".")[0] for name in site.writers}) == (None, {"enc", "dec"})
+    plan = Plan((Collapse(site, np.array([1, 4, 5])),))
+    torch.testing.assert_close(outputs(apply(model, plan), x), outputs(masked(model, plan), x))

@@ -140,6 +140,13 @@ def test_among_many_sites_only_the_guilty_are_pinned():
     assert len(free(sites)) == 16
 
 
+def test_a_width_in_the_size_of_zeros_is_written_into_the_code():
+    layers = {"a": nn.Linear(4, 6), "b": nn.Linear(6, 3)}
+    model = Net(lambda net, x: net.b(torch.zeros(len(x), 6).add(net.a(x))), **layers)
+    site, _ = find_sites(model, vectors(5, 4))
+    assert site.pinned.startswith("a width is written into the code (test_sites.py")
+
+
 def test_integers_that_count_heads_shrink_with_them():
     model, x = network("counted_heads")
     site = found("counted_heads")[1]
