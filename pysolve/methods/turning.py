@@ -80,8 +80,11 @@ class Turned(Mapping[str, Correlations]):
     ) -> None:
         self.known, self.readers, self.read, self.writers = known, readers, read, writers
         self.layers = layers
-        sizes = [channels(layers[name].module) for name in {*readers, *writers} if name in known]
-        needed = sum(8 * inputs * (inputs + outputs) for inputs, outputs in sizes)
+        # Writers' inputs stay as they are.
+        needed = 0
+        for name in {*readers, *writers} & {*known}:
+            inputs, outputs = channels(layers[name].module)
+            needed += 8 * inputs * (outputs + inputs * (name in readers))
         self.keep = bound is None or needed <= _KEPT * bound.left()
         self.made: dict[str, Correlations] = {}
         self.moments: dict[int, tuple[Array, Array]] = {}
