@@ -312,10 +312,10 @@ def _fit_layer(layer: Layer, task: Task, fit: Fit | None, intercept: bool, weigh
     found = fit(task)
     if layer.takes_bias:
         return found
-    plain = replace(fit(bare), bias=None)
-    gained = task.correlations.error(found.weight, found.bias) < (1 - BIAS_GAIN) * task.correlations.error(
-        plain.weight
-    )
+    # Shares of what outputs vary, and of their energy.
+    plain, known = replace(fit(bare), bias=None), task.correlations
+    varies = known.energy - np.square(known.y_sum / known.count).sum()
+    gained = found.error * varies < (1 - BIAS_GAIN) * plain.error * known.energy
     return found if gained else plain
 
 

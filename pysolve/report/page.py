@@ -127,7 +127,11 @@ def _cards(report: Report) -> Iterator[tuple[str, str]]:
     if report.held:
         yield f"{report.divergence:.3g}", "divergence from the original"
     for slow, fast in report.latencies[-1:]:
-        yield f"{slow.median / fast.median:.2f}×", f"as fast, {fast.batch_size} samples at once"
+        n = fast.batch_size
+        yield (
+            f"{slow.median / fast.median:.2f}×",
+            f"as fast, {f'{n} samples' if n > 1 else 'one sample'} at once",
+        )
 
 
 def _pictures(report: Report) -> list[str]:
