@@ -190,7 +190,8 @@ def _coefficients(
 ) -> tuple[Array, Array]:
     """(3, L) costs for each pair of an output and an input of its group, and for each output alone."""
     product, per_output = np.zeros((2, len(layers), 3))
-    shared: set[int] = set()
+    # What a layer holds beside its weight may be counted by itself.
+    shared = {id(layer.values) for layer in layers if isinstance(layer, Bare | Stack)}
     for layer, pair, single, out, into in zip(layers, product, per_output, widths, depths, strict=True):
         if isinstance(layer, Bare):
             single += layer.costs / out
