@@ -687,12 +687,12 @@ def unread_sum():
 
 
 def added_to_zeros():
-    """Rows gathered and added up by number in sums that begin as zeros, as messages on a graph."""
+    """Rows gathered and added up by number in sums that begin as zeros, as messages on a graph of loops."""
 
     def run(net, x):
         x = net.a(x)
         source = torch.arange(len(x))
-        goal, rows = source // 2, x[source]
+        goal, rows = source, x[source]
         sums = x.new_zeros(x.shape).index_add(0, goal, rows)
         largest = torch.zeros(len(x), x.shape[1]).scatter_reduce(
             0, goal[:, None].expand(-1, x.shape[1]), rows, "amax", include_self=False
