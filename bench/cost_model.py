@@ -8,7 +8,8 @@ pass over the data:
     gather     P + Σ n d²                        products of inputs, once for layers that read the same
     eliminate  5 Σ d³                            in double precision, on hosts: every size of every site
     measure    ½ P · probes · samples of each / samples     divergences, from the changed layer on
-    refit      2 P + Σ n (k² + k d) + Σ (k³ / 3 + h k²)      the walk through both networks
+    refit      2 P + Σ n (k² + k d) + Σ (k³ / 3 + h k²)      the walk through both networks, and 2 P for
+                                                 weights of rows where words are predicted
 
 Sums take 8 d (d + h) bytes a layer. Rates of the two-core machine are measured (bench/scale.py); those of
 other machines are assumed, so their seconds are extrapolated.
@@ -17,6 +18,7 @@ other machines are assumed, so their seconds are extrapolated.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 
 import typer
@@ -28,8 +30,9 @@ from pysolve.tables import Table, as_markdown
 app = typer.Typer(add_completion=False, help=__doc__)
 # Sizes that each site is measured at first, and with the one that is chosen; rows of outputs that the first
 # share, at most, and in passes; the fewest rows and samples of one; the share of the samples in the selection
-# set, and its most.
+# set, and its most; and of long texts, from how many words on, the fewest words.
 FIRST, PROBES, SHARED, PASSES, LEAST_ROWS, LEAST, HELD, MOST = 2, 3, 32768, 4, 48, 4, 1 / 12, 256
+LONG, LEAST_WORDS = 256, 512
 # Share of the inputs that stays.
 KEPT = 0.7
 
@@ -131,14 +134,17 @@ def operations(network: Network) -> dict[str, tuple[float, float, float]]:
             eliminated += r.count * 5 * d**3
             sites += r.count
     shared = min(SHARED / network.outputs, PASSES * network.samples)
-    each = max(LEAST, LEAST_ROWS / network.outputs, shared / (FIRST * sites))
+    least = max(LEAST, LEAST_ROWS / network.outputs)
+    if network.outputs >= LONG:
+        least = ceil(LEAST_WORDS / network.outputs)
+    each = max(least, shared / (FIRST * sites))
     share = 0.5 * PROBES * sites * min(each, HELD * network.samples, MOST) / network.samples
     whole = network.one_pass
     return {
         "gather": (whole, sums, 0.0),
         "eliminate": (0.0, 0.0, eliminated),
         "measure": (share * whole, 0.0, 0.0),
-        "refit": (2 * whole, crossed, fitted),
+        "refit": ((4 if network.outputs > 1 else 2) * whole, crossed, fitted),
     }
 
 

@@ -53,25 +53,29 @@ def as_numpy(name: str, values: Any) -> AnyArray:
     return array.astype(np.float64) if foreign else array
 
 
+def pieces(count: int, each: float) -> list[slice]:
+    """Slices of rows that take ``each`` multiplications: of at most LONGEST, or of 64 rows."""
+    together = max(int(LONGEST / max(each, 1)), 64)
+    return [slice(first, first + together) for first in range(0, count, together)]
+
+
 def product(A: Array, B: Array) -> Array:
     """A @ B; a long one some rows at a time, between which an interrupt is heard."""
-    together = max(int(LONGEST / max(B.size, 1)), 64)
-    if len(A) <= together:
+    if len(parts := pieces(len(A), B.size)) <= 1:
         return np.asarray(A @ B)
     found = np.empty((len(A), B.shape[1]))
-    for first in range(0, len(A), together):
-        np.matmul(A[first : first + together], B, out=found[first : first + together])
+    for rows in parts:
+        np.matmul(A[rows], B, out=found[rows])
     return found
 
 
 def gram(A: Array) -> Array:
     """Aᵀ A, exactly symmetric, as ``product``: half of the work."""
-    together = max(int(LONGEST / max(A.size, 1)), 64)
-    if A.shape[1] <= together:
+    if len(parts := pieces(A.shape[1], A.size)) <= 1:
         return np.asarray(A.T @ A)
     found = np.empty((A.shape[1],) * 2)
-    for first in range(0, A.shape[1], together):
-        own, rest = slice(first, first + together), slice(first + together, None)
+    for own in parts:
+        rest = slice(own.stop, None)
         found[own, own] = A[:, own].T @ A[:, own]
         found[own, rest] = A[:, own].T @ A[:, rest]
         found[rest, own] = found[own, rest].T

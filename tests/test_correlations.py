@@ -259,12 +259,28 @@ def test_inputs_vanish_where_they_are_tiny_but_not_zero():
     assert not Correlations.from_samples(np.zeros((4, 0)), x).vanishes
 
 
+class Noted(np.ndarray):
+    """Notes the multiplications of its products."""
+
+    def __array_ufunc__(self, ufunc, method, *inputs, **kwargs):
+        a, b = (np.asarray(one) for one in inputs)
+        WORK.append(a.size * b.shape[1])
+        return getattr(ufunc, method)(a, b, **kwargs)
+
+
+WORK = []
+
+
 @given(st.integers(0, 300), st.integers(0, 80), st.integers(0, 200), st.integers(1, 10**6))
 def test_products_in_pieces_are_products(n, d, h, longest):
     rng = np.random.default_rng(n + d)
     A, B = rng.standard_normal((n, d)), rng.standard_normal((d, h))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(correlations, "LONGEST", longest)
+        for run, each in ((lambda: product(A.view(Noted), B), d * h), (lambda: gram(A.view(Noted)), n * d)):
+            WORK.clear()
+            run()
+            assert max(WORK) <= max(longest, 64 * each)
         np.testing.assert_allclose(product(A, B), A @ B, atol=1e-12)
         square = gram(A)
     np.testing.assert_allclose(square, A.T @ A, atol=1e-12)

@@ -10,7 +10,16 @@ import numpy.typing as npt
 import scipy.linalg
 
 from pysolve import _core
-from pysolve.correlations import LONGEST, Array, Correlations, Indices, group_columns, group_indices, product
+from pysolve.correlations import (
+    LONGEST,
+    Array,
+    Correlations,
+    Indices,
+    group_columns,
+    group_indices,
+    pieces,
+    product,
+)
 from pysolve.solve.problem import Matrices, Problems, one_or_all, problem_of, takes_problem
 
 Ridge = float | Literal["auto"]
@@ -180,9 +189,8 @@ def _factor(R: Array, ridge: Array | float) -> tuple[Array, bool]:
 
 def _solved(factor: tuple[Array, bool], C: Array) -> Array:
     """C (R + ridge I)⁻¹, some outputs at a time: an interrupt waits for no more."""
-    found, together = np.empty_like(C), max(int(LONGEST / C.shape[1] ** 2), 64)
-    for first in range(0, len(C), together):
-        rows = slice(first, first + together)
+    found = np.empty_like(C)
+    for rows in pieces(len(C), C.shape[1] ** 2):
         found[rows] = scipy.linalg.cho_solve(factor, C[rows].T, check_finite=False).T
     return found
 
