@@ -295,10 +295,13 @@ def _step(each: Array) -> int:
 
 def _share_for(limit: float, known: Mapping[float, float], whole: float) -> float:
     """Share of the prediction for the original at which networks take as long as the limit."""
+    # Sizes of next to nothing may be predicted to take less than nothing.
     predicted = sorted(one for one in known if one > 0)
     measured = np.maximum.accumulate([known[one] for one in predicted])
-    # Between two that are known, as a power: straight lines close in from one side alone.
-    found = np.exp(np.interp(np.log(limit), np.log(measured), np.log(predicted)))
+    # Between two that are known, as a power: straight lines close in from one side alone. Below all of them
+    # in proportion, so that the next candidate takes less.
+    beyond = min(1.0, limit / measured[0])
+    found = np.exp(np.interp(np.log(limit), np.log(measured), np.log(predicted))) * beyond
     return float(min(1.0, found / whole * (1 + 1e-9)))
 
 

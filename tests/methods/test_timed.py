@@ -6,6 +6,8 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import pysolve as ps
@@ -94,6 +96,19 @@ def test_predictions_that_are_wrong_are_corrected(monkeypatch, name, share):
     clock(monkeypatch, network=NETWORKS[name])
     result = compressed({"ms": share})
     assert left(result, network=NETWORKS[name]) == pytest.approx(share, rel=0.05)
+
+
+@given(st.floats(1, 100), st.floats(0.3, 1), st.floats(0.1, 0.99), st.floats(0.01, 1))
+def test_what_is_asked_for_follows_what_was_timed(whole, off, share, limit):
+    """Below all that was timed less is asked for than there, although the smallest network tells nothing."""
+    least = share * whole
+    known = {0.0: 0.01 * whole, off * least: least, whole: whole}
+    asked = timed._share_for(limit * whole, known, whole) * whole
+    if limit <= share:
+        assert asked == pytest.approx(off * limit * whole)
+    else:
+        assert off * least <= asked * (1 + 1e-6)
+        assert asked <= whole
 
 
 def test_milliseconds_can_be_absolute(monkeypatch):
