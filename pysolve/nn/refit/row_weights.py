@@ -10,7 +10,7 @@ is one prediction, samples are too few: ResNet-20, 2,000 images, 0.186 → 0.188
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 from itertools import count
 
@@ -34,6 +34,8 @@ from pysolve.nn.sensitivity import by_offsets, with_offset
 
 # Bytes that gradients may take in any case.
 _LITTLE = 2**25
+# Parameters from which products of bfloat16 will do for gradients.
+_LARGE = 2**26
 # Of layers: one tensor a batch, in the shape of the layer's outputs with one channel.
 RowWeights = Mapping[str, Sequence[Tensor]]
 
@@ -119,7 +121,7 @@ def _gradients(
     """Of log p(t) by each layer's outputs, t drawn for every token; nothing where there are no tokens."""
     offsets: list[tuple[str, Tensor]] = []
     watched = partial(with_offset, offsets)
-    with evaluating(model), same_draws(model), torch.enable_grad(), watching(layers, watched):
+    with evaluating(model), same_draws(model), torch.enable_grad(), _rough(model), watching(layers, watched):
         output = forward(model, batch, device_of(model))
     logits = main_output(output)
     if logits.ndim != 3 or not has_classes(output) or not logits.requires_grad:
@@ -132,6 +134,22 @@ def _gradients(
     with suppress(RuntimeError):
         return dict(by_offsets(logits, offsets, zero_padding(direction, batch).to(logits)))
     return {}
+
+
+def _rough(model: nn.Module) -> AbstractContextManager[object]:
+    """Products in bfloat16, of large networks of float32 on a device that has faster ones."""
+    device = device_of(model)
+    large = sum(one.numel() for one in model.parameters() if one.dtype == torch.float32) >= _LARGE
+    able = large and _multiplies_bfloat16(device)
+    return torch.autocast(device.type, torch.bfloat16) if able else nullcontext()
+
+
+def _multiplies_bfloat16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    # Older releases of torch do not tell.
+    known = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and any(known.get(one) for one in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _squares(layer: rows.Layer, gradient: Tensor) -> Tensor:

@@ -82,6 +82,23 @@ def test_large_batches_run_in_parts(monkeypatch):
     }
 
 
+def test_products_of_bfloat16_weigh_alike(monkeypatch):
+    """But for the few tokens of which another was drawn."""
+    model, batches = tokens(6)
+    graph = trace(model, batches[0])
+    exact = row_weights.row_weights(graph, model, batches, ranks=ALONE)
+    monkeypatch.setattr(row_weights, "_LARGE", 1)
+    monkeypatch.setattr(row_weights, "_multiplies_bfloat16", lambda device: True)
+    rough = row_weights.row_weights(graph, model, batches, ranks=ALONE)
+    for name, weights in exact.items():
+        a, b = torch.cat(weights), torch.cat([*rough[name]])
+        assert b.dtype == a.dtype
+        assert 0 < ((a - b).abs() / a).median() <= 0.02, name
+    monkeypatch.setattr(row_weights, "_LARGE", 10**6)
+    same = row_weights.row_weights(graph, model, batches, ranks=ALONE)
+    assert all(torch.equal(torch.cat(one), torch.cat(same[name])) for name, one in map(tuple, exact.items()))
+
+
 @pytest.mark.parametrize("name", ["residual", "swiglu"])
 def test_networks_of_one_prediction_a_sample_weigh_nothing(name):
     model, batch = network(name)
