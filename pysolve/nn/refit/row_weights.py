@@ -146,10 +146,10 @@ def _rough(model: nn.Module) -> AbstractContextManager[object]:
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     # Older releases of torch do not tell.
-    known = getattr(torch.cpu, "get_capabilities", dict)()
-    return device.type == "cpu" and any(known.get(one) for one in ("avx512_bf16", "amx_bf16", "bf16"))
+    known: Mapping[str, object] = getattr(torch.cpu, "get_capabilities", dict)()
+    return device.type == "cpu" and any(known.get(one) is True for one in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def _squares(layer: rows.Layer, gradient: Tensor) -> Tensor:
