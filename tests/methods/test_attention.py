@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import pysolve as ps
+from pysolve.nn.cut.apply import masked
 from pysolve.nn.layers.attention import Attention
 from pysolve.nn.layers.quantized import QuantLinear
 from pysolve.nn.running import evaluating
@@ -71,6 +72,44 @@ def test_heads_and_stream_of_torchs_encoder_go(norm_first, tmp_path):
     assert own
     assert all(one.q_proj.out_features < 12 or one.q_proj.in_features < 12 for one in own)
     check(result, model, tmp_path)
+
+
+class Translator(nn.Module):
+    """An encoder and a decoder with words of their own, of which either has a stream."""
+
+    def __init__(self, norm_first):
+        super().__init__()
+        self.read, self.said = nn.Embedding(30, 12, padding_idx=0), nn.Embedding(20, 12)
+        self.both = nn.Transformer(12, 2, 1, 1, 16, batch_first=True, norm_first=norm_first)
+        self.head = nn.Linear(12, 20)
+
+    def forward(self, ids, words):
+        mask = nn.Transformer.generate_square_subsequent_mask(words.shape[1])
+        x, y = self.read(ids), self.said(words)
+        return self.head(self.both(x, y, tgt_mask=mask, tgt_is_causal=True, src_key_padding_mask=ids == 0))
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")
+@pytest.mark.parametrize("norm_first", [False, True])
+def test_streams_of_torchs_encoder_and_decoder_have_widths_of_their_own(norm_first, tmp_path):
+    torch.manual_seed(2)
+    model = Translator(norm_first).eval()
+    given = [{"ids": ids, "words": torch.randint(20, (16, 5))} for ids in batches()]
+    keep = {"read": 7, "said": 9}
+    result = ps.compress(model, given, keep=keep, latency=False)
+    sites = {step.site.writers[0]: len(step.keep) for step in result.plan.steps}
+    assert sites == keep
+    small = result.model
+    assert [small.read.embedding_dim, small.said.embedding_dim] == [7, 9]
+    with evaluating(model, small):
+        assert (small(**given[0]) - masked(model, result.plan)(**given[0])).abs().max() <= 1e-4
+        ps.save(result, tmp_path / "small.safetensors")
+        again = ps.load(tmp_path / "small.safetensors", model)
+        torch.testing.assert_close(again(**given[0]), small(**given[0]))
+    assert type(model.both) is nn.Transformer
+    # Where nothing is cut, it is torch's again.
+    pruned = ps.prune(model, given, amount=0.3, layout="dense", latency=False)
+    assert type(pruned.model.both) is nn.Transformer
 
 
 def test_sites_by_hand_are_those_of_the_given_network():

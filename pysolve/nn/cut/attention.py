@@ -14,11 +14,10 @@ from pysolve.forms import Codebook
 from pysolve.nn.layers.attention import (
     PROJECTIONS,
     Attention,
-    has_opened,
+    adapt,
     openable,
     opened,
     together,
-    use_nested,
     with_layers,
 )
 from pysolve.nn.running import as_array, as_tensor
@@ -75,11 +74,10 @@ def closed(network: nn.Module, given: nn.Module, studied: nn.Module, plan: Plan)
         return network, plan
     network = with_layers(network, found)
     layers = dict(network.named_modules())
-    for path, encoder in given.named_modules():
+    for path, like in given.named_modules():
         # Another module stands where a branch has gone as a whole.
-        own = layers.get(path)
-        if isinstance(encoder, nn.TransformerEncoder) and isinstance(own, nn.TransformerEncoder):
-            use_nested(own, encoder.use_nested_tensor and not has_opened(own))
+        if path in layers:
+            adapt(layers[path], like)
     return network, plan
 
 

@@ -160,6 +160,38 @@ class Attention(nn.Module):
         return found
 
 
+class Transformer(nn.Transformer):
+    """Torch's, of which encoder and decoder may have any width, and not the same."""
+
+    def forward(
+        self,
+        src: Tensor,
+        tgt: Tensor,
+        src_mask: Tensor | None = None,
+        tgt_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+        src_key_padding_mask: Tensor | None = None,
+        tgt_key_padding_mask: Tensor | None = None,
+        memory_key_padding_mask: Tensor | None = None,
+        src_is_causal: bool | None = None,
+        tgt_is_causal: bool | None = None,
+        memory_is_causal: bool = False,
+    ) -> Tensor:
+        """As torch's, which compares both widths with ``d_model``."""
+        memory = self.encoder(src, src_mask, src_key_padding_mask, src_is_causal)
+        output: Tensor = self.decoder(
+            tgt,
+            memory,
+            tgt_mask,
+            memory_mask,
+            tgt_key_padding_mask,
+            memory_key_padding_mask,
+            tgt_is_causal,
+            memory_is_causal,
+        )
+        return output
+
+
 def openable(model: nn.Module) -> dict[str, nn.MultiheadAttention]:
     """Torch's attention that ``opened`` can replace: its parts are its own, and as torch makes them."""
     kind = nn.MultiheadAttention
@@ -186,10 +218,8 @@ def opened(model: nn.Module, names: Collection[str] | None = None) -> nn.Module:
     if not found:
         return model
     network = with_layers(model, {one: Attention.of(one) for one in found.values()})
-    for encoder in network.modules():
-        # Its nested tensors are for torch's attention alone.
-        if isinstance(encoder, nn.TransformerEncoder) and has_opened(encoder):
-            use_nested(encoder, False)
+    for module in network.modules():
+        adapt(module, module)
     return network
 
 
@@ -216,9 +246,14 @@ def with_layers(model: nn.Module, layers: Mapping[nn.Module, nn.Module]) -> nn.M
     return copy_of(model, memo | {id(old): new for old, new in layers.items()})
 
 
-def use_nested(encoder: nn.TransformerEncoder, value: bool) -> None:
-    """Whether an encoder may drop padding before its layers run."""
-    vars(encoder)["use_nested_tensor"] = value
+def adapt(module: nn.Module, like: nn.Module) -> None:
+    """Let a module around attention, made of another one, know whether there is any that is opened."""
+    own = has_opened(module)
+    if isinstance(module, nn.TransformerEncoder) and isinstance(like, nn.TransformerEncoder):
+        # Its nested tensors are for torch's attention alone.
+        vars(module)["use_nested_tensor"] = like.use_nested_tensor and not own
+    elif type(module) in (nn.Transformer, Transformer) and isinstance(like, nn.Transformer):
+        module.__class__ = Transformer if own else nn.Transformer
 
 
 def has_opened(network: nn.Module) -> bool:
