@@ -24,8 +24,11 @@ from pysolve.nn.running import Batch, Output, arguments, evaluating, forward, sa
 
 # From the original's output and another one to the mean divergence per sample.
 Divergence = Callable[[Output, Output], Tensor | float]
-# Numbers that are compared at once: in double precision what a core's cache holds.
-_BLOCK = 2**17
+# Numbers that are compared at once: about what a core's caches hold. (A quarter of it takes nine tenths of
+# the time of one thread, but many times that of two where other work takes their cores.)
+_BLOCK = 2**19
+# Differences of logits whose exponentials single precision holds.
+_LARGEST = 60.0
 
 
 def kl_divergence(original: Output, output: Output) -> Tensor:
@@ -85,7 +88,16 @@ def _between(p: Tensor, q: Tensor, classes: bool) -> Tensor:
 
 
 def _of_rows(p: Tensor, q: Tensor) -> Tensor:
-    """Sum of KL(softmax(p) ‖ softmax(q)) over rows."""
+    """Sum of KL(softmax(p) ‖ softmax(q)) over rows.
+
+    With w = softmax(p) and x = q − p − Σ_i w_i (q_i − p_i) it is log Σ_i w_i e^(x_i), that is
+    log(1 + Σ_i w_i (e^(x_i) − 1 − x_i)): nothing cancels in the sum, and single precision will do.
+    """
+    if p.dtype != torch.float64:
+        w, x = p.float().softmax(-1), q.float() - p.float()
+        x -= (w * x).sum(-1, keepdim=True)
+        if not x.numel() or x.amax() < _LARGEST:
+            return (w * (x.expm1() - x)).sum(-1).double().log1p().sum()
     log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
     # A class of logit −∞ adds nothing, where 0 · (∞ − ∞) would be NaN.
     return torch.where(log_p.isneginf(), 0.0, log_p.exp() * (log_p - log_q)).sum()

@@ -126,9 +126,19 @@ def test_an_output_without_tensors_is_refused(output):
         kl_divergence(output, output)
 
 
-def test_half_precision_is_compared_in_double():
-    a, b = draw((5, 4), 0).bfloat16(), draw((5, 4), 1).bfloat16()
-    assert kl_divergence(a, b) == kl_divergence(a.double(), b.double())
+@given(
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.floats(-2, 2).map(lambda power: 10**power),
+    st.floats(-5, 2).map(lambda power: 10**power),
+    st.integers(0, 999),
+)
+def test_logits_of_few_digits_tell_what_the_same_numbers_in_double_tell(kind, size, apart, seed):
+    a = draw((5, 40), seed) * size
+    b = a + apart * draw((5, 40), seed + 1)
+    a, b = a.to(kind), b.to(kind)
+    wanted = kl_divergence(a.double(), b.double()).item()
+    # Divergences below 1e-9 count as none.
+    assert kl_divergence(a, b).item() == pytest.approx(wanted, rel=1e-4, abs=1e-12)
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5))
