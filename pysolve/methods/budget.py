@@ -237,7 +237,7 @@ class _Search:
 def _with_ranks(costs: Costs, factored: Sequence[RankMenu]) -> Costs:
     """Costs with a further site for each factored layer: the channels between its factors."""
     F, (L, S) = len(factored), costs.rows.shape
-    own = [costs.layers.index(str(one.unit)) for one in factored]
+    own = [costs.layers.index(one.names[0]) for one in factored]
     shared = [costs.layers.index(name) for one in factored for name in one.names]
     widths = np.array([one.most + 1 for one in factored], dtype=np.intp)
     between, none = np.eye(F), np.zeros((F, F))

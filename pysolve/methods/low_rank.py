@@ -193,7 +193,7 @@ def low_rank(
         given, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group, device
     )
     network, options = prepared(given, options)
-    weights, left = weights_of(network, options.ignore, (*WEIGHTED, nn.Embedding), tied=True)
+    weights, left = weights_of(network, options.ignore, (*WEIGHTED, nn.Embedding), tied=True, recurrent=True)
     plain = method == "svd"
     turns = prune and refit != "none"
     found = studied(

@@ -1,0 +1,149 @@
+"""Recurrent layers some of whose weights are products of two smaller ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from pysolve.errors import PysolveError
+from pysolve.forms import Form, LowRank
+from pysolve.nn.layers.base import HOOKS
+from pysolve.nn.running import as_array, as_tensor
+from pysolve.nn.state import copy_of
+
+_OUTER, _INNER = "_outer", "_inner"
+
+
+class FactoredRecurrent(nn.RNNBase):
+    """A recurrent layer of torch's whose weights may be W = W_outer W_inner, of parameters of these names.
+
+    Called like torch's, with the same results. Every call multiplies the factors out, once for all steps and
+    samples, and runs torch's own kernel: parameters and bytes are those of the factors, multiplications more
+    by that product. Torch's kernels for GPUs copy such weights into one piece in every call, and warn once.
+    """
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        kind = _plain(self)
+        weights = [getattr(self, name) for name in self._flat_weights_names]
+        # A layer of torch's own for this call alone: it must not be the network's, which may run in threads.
+        return kind.forward(_made(kind, vars(self), weights), *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        if name + _OUTER not in vars(self).get("_parameters", {}):
+            return super().__getattr__(name)
+        outer, inner = self.factors(name)
+        # Under autocast the product has another type.
+        return (outer @ inner).to(outer.dtype)
+
+    @property
+    def factored(self) -> list[str]:
+        """Names of the weights that are products."""
+        return [name for name in self._flat_weights_names if name + _OUTER in self._parameters]
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor]:
+        """(h, r) and (r, d) parameters of one of them."""
+        outer, inner = (self._parameters[name + part] for part in (_OUTER, _INNER))
+        assert outer is not None
+        assert inner is not None
+        return outer, inner
+
+    def forms(self) -> dict[str, LowRank]:
+        """Factors by the weights' names."""
+        return {name: LowRank(*map(as_array, self.factors(name))) for name in self.factored}
+
+    def to_dense(self) -> nn.RNNBase:
+        """Torch's layer with the products as its weights."""
+        made = _copy(_plain(self), self)
+        for name in self.factored:
+            trained, product = self.factors(name)[0].requires_grad, getattr(self, name).detach()
+            _replace(made, [name + _OUTER, name + _INNER], {name: product}, trained)
+        made._init_flat_weights()
+        return made
+
+    def _init_flat_weights(self) -> None:
+        """Nothing: weights are made in each call."""
+
+    _update_flat_weights = _init_flat_weights
+
+    def extra_repr(self) -> str:
+        ranks = ", ".join(f"{name}={len(self.factors(name)[1])}" for name in self.factored)
+        return f"{super().extra_repr()}, ranks: {ranks}"
+
+
+class FactoredLSTM(FactoredRecurrent, nn.LSTM):
+    """An ``nn.LSTM`` some of whose weights are products."""
+
+
+class FactoredGRU(FactoredRecurrent, nn.GRU):
+    """An ``nn.GRU`` some of whose weights are products."""
+
+
+class FactoredRNN(FactoredRecurrent, nn.RNN):
+    """An ``nn.RNN`` some of whose weights are products."""
+
+
+_KINDS: Mapping[type[nn.RNNBase], type[FactoredRecurrent]] = {
+    nn.LSTM: FactoredLSTM,
+    nn.GRU: FactoredGRU,
+    nn.RNN: FactoredRNN,
+}
+
+
+def with_factors(layer: nn.RNNBase, leaf: str, form: LowRank) -> FactoredRecurrent:
+    """The layer that takes the place of a recurrent one, with one of its weights a product."""
+    weight = layer._parameters[leaf]
+    assert weight is not None
+    made = _copy(_KINDS.get(type(layer), type(layer)), layer)
+    assert isinstance(made, FactoredRecurrent)
+    parts = {leaf + _OUTER: form.outer, leaf + _INNER: form.inner}
+    values = {name: as_tensor(part).to(weight) for name, part in parts.items()}
+    _replace(made, [leaf], values, weight.requires_grad)
+    return made
+
+
+def check_gates(layer: nn.Module, leaf: str, form: Form, shape: Sequence[int]) -> None:
+    """Refuse what is no weight of a recurrent layer of torch's own, or factors of another shape."""
+    own = layer._parameters.get(leaf)
+    able = isinstance(layer, tuple(_KINDS)) and own is not None and own.ndim == 2
+    if not able or not isinstance(form, LowRank):
+        raise PysolveError("only a layer's weight can be sparse, factored or integers.")
+    if type(layer) not in (*_KINDS, *_KINDS.values()):
+        raise PysolveError(f"what the code of a {type(layer).__name__} does with its weights is not known.")
+    if form.exact is not None:
+        raise PysolveError("only of embeddings some rows are stored apart.")
+    if form.shape != tuple(shape):
+        raise PysolveError(f"expected a form of shape {tuple(shape)}, got {form.shape}.")
+    if form.rank > min(shape):
+        raise PysolveError(f"a weight of shape {form.shape} has a rank of at most {min(shape)}.")
+
+
+def _plain(layer: nn.RNNBase) -> type[nn.RNNBase]:
+    return next(kind for kind in _KINDS if isinstance(layer, kind))
+
+
+def _made(
+    kind: type[nn.RNNBase], state: Mapping[str, object], weights: Sequence[Tensor | None]
+) -> nn.RNNBase:
+    """A layer of a kind with another one's attributes, whose kernel takes these weights."""
+    made = kind.__new__(kind)
+    vars(made).update(state, _flat_weights=[*weights], _flat_weight_refs=[None] * len(weights))
+    return made
+
+
+def _copy(kind: type[nn.RNNBase], layer: nn.RNNBase) -> nn.RNNBase:
+    """A copy of another kind, without the layer's hooks, which what takes its place gets."""
+    copied = copy_of(layer)
+    for name in HOOKS:
+        getattr(copied, name).clear()
+    return _made(kind, vars(copied), [None] * len(layer._flat_weights_names))
+
+
+def _replace(layer: nn.RNNBase, names: Sequence[str], values: Mapping[str, Tensor], trained: bool) -> None:
+    """Put parameters where others were."""
+    new = {name: nn.Parameter(value, trained) for name, value in values.items()}
+    own = {**layer._parameters}
+    layer._parameters.clear()
+    for name, one in own.items():
+        layer._parameters.update(new if name == names[0] else {} if name in names else {name: one})
