@@ -243,6 +243,10 @@ def _with_ranks(costs: Costs, factored: Sequence[RankMenu]) -> Costs:
     between, none = np.eye(F), np.zeros((F, F))
     product = costs.product.copy()
     product[:, shared] = 0.0
+    for i, one in ((i, one) for i, one in zip(own, factored, strict=True) if one.gates):
+        # MACs of recurrent layers are counted beside their weights.
+        dense = np.array([one.dense[m] for m in costs.measures])
+        product[:, i] = costs.product[:, i] - dense / (costs.outputs[i] * costs.inputs[i])
     M = len(costs.measures)
     per_output, constant = costs.per_output.copy(), costs.constant
     # Rows of an embedding, which has no inputs, cost as much for each of its outputs.

@@ -26,6 +26,7 @@ from pysolve.nn.graph.branches import Layer as Seen
 from pysolve.nn.layer_kinds import LINEAR, is_extended, plain
 from pysolve.nn.layers.base import Dense
 from pysolve.nn.layers.factored import CONVOLUTIONS, Factored, empty, empty_matrix, factors
+from pysolve.nn.layers.factored_recurrent import runs_as_two
 from pysolve.nn.running import find_layer
 
 STRUCTURES = ("auto", "channel", "spatial")
@@ -134,7 +135,9 @@ class Ranks:
 
     def _menu_of_gates(self, study: Study, name: str) -> RankMenu:
         """What a weight of a recurrent layer loses at every rank, and what it costs."""
-        return replace(self._menu(study, name, _costs_of_gates(study.weights[name])), gates=True)
+        owner, _, leaf = name.rpartition(".")
+        costs = _costs_of_gates(find_layer(study.model, owner), leaf, self.counts.get(owner, 0.0))
+        return replace(self._menu(study, name, costs), gates=True)
 
     def _menu(
         self, study: Study, name: str, costs: tuple[Costs, Costs, Costs], spatial: bool = False
@@ -287,15 +290,21 @@ def _reason_against(name: str, layer: nn.Module, seen: Mapping[str, Seen]) -> st
     return f"its own code {seen[name].besides}" if name in seen and seen[name].besides else None
 
 
-def _costs_of_gates(weight: Tensor) -> tuple[Costs, Costs, Costs]:
-    """Costs of one rank in the inner and the outer factor, and of the weight now.
+def _costs_of_gates(
+    layer: nn.Module, leaf: str, count: float
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Costs of one rank in the inner and the outer factor, and of the weight now; ``count``: all MACs.
 
-    Steps multiply with the whole weight whatever its rank, and every call has it made once.
+    Of a weight that is multiplied out, steps multiply with all of it whatever its rank, and it is made once.
     """
-    h, d = weight.shape
+    assert isinstance(layer, nn.RNNBase)
+    weight: Tensor = getattr(layer, leaf)
+    (h, d), two = weight.shape, runs_as_two(layer, leaf)
+    steps = count / sum(one.numel() for one in layer.parameters() if one.ndim == 2)
+    macs = (steps * d, steps * h, steps * h * d) if two else (0.0, float(h * d), 0.0)
     inner, outer, dense = (
-        {"params": float(n), "macs": macs, "bytes": float(n * weight.itemsize)}
-        for n, macs in ((d, 0.0), (h, float(h * d)), (h * d, 0.0))
+        {"params": float(n), "macs": each, "bytes": float(n * weight.itemsize)}
+        for n, each in zip((d, h, h * d), macs, strict=True)
     )
     return inner, outer, dense
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.functional import linear
+from torch.nn.utils.rnn import PackedSequence
 
 from pysolve.errors import PysolveError
 from pysolve.forms import Form, LowRank
@@ -19,16 +21,20 @@ _OUTER, _INNER = "_outer", "_inner"
 class FactoredRecurrent(nn.RNNBase):
     """A recurrent layer of torch's whose weights may be W = W_outer W_inner, of parameters of these names.
 
-    Called like torch's, with the same results. Every call multiplies the factors out, once for all steps and
-    samples, and runs torch's own kernel: parameters and bytes are those of the factors, multiplications more
-    by that product. Torch's kernels for GPUs copy such weights into one piece in every call, and warn once.
+    Called like torch's, with the same results: torch's own kernel runs. The first weight that reads inputs,
+    of one direction, is two products one after the other; others are multiplied out in every call, once for
+    all steps and samples. Torch's kernels for GPUs copy such weights into one piece each time, and warn once.
     """
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        kind = _plain(self)
-        weights = [getattr(self, name) for name in self._flat_weights_names]
-        # A layer of torch's own for this call alone: it must not be the network's, which may run in threads.
-        return kind.forward(_made(kind, vars(self), weights), *args, **kwargs)
+    def forward(self, input: Any, hx: Any = None) -> Any:
+        kind, state, whole = _plain(self), {**vars(self)}, [*self._flat_weights_names]
+        weights = list[Tensor]()
+        if runs_as_two(self, whole[0]) and whole[0] in self.factored:
+            outer, inner = self.factors(whole.pop(0))
+            input, state["input_size"], weights = _times(input, inner), len(inner), [outer]
+        weights += [getattr(self, name) for name in whole]
+        # A layer of torch's own for this call alone: the network's may run in several threads.
+        return kind.forward(_made(kind, state, weights), input, hx)
 
     def __getattr__(self, name: str) -> Any:
         if name + _OUTER not in vars(self).get("_parameters", {}):
@@ -103,6 +109,11 @@ def with_factors(layer: nn.RNNBase, leaf: str, form: LowRank) -> FactoredRecurre
     return made
 
 
+def runs_as_two(layer: nn.RNNBase, leaf: str) -> bool:
+    """Whether a weight's factors multiply one after the other: of that which reads a layer's inputs alone."""
+    return leaf == "weight_ih_l0" and not layer.bidirectional
+
+
 def check_gates(layer: nn.Module, leaf: str, form: Form, shape: Sequence[int]) -> None:
     """Refuse what is no weight of a recurrent layer of torch's own, or factors of another shape."""
     own = layer._parameters.get(leaf)
@@ -117,6 +128,13 @@ def check_gates(layer: nn.Module, leaf: str, form: Form, shape: Sequence[int]) -
         raise PysolveError(f"expected a form of shape {tuple(shape)}, got {form.shape}.")
     if form.rank > min(shape):
         raise PysolveError(f"a weight of shape {form.shape} has a rank of at most {min(shape)}.")
+
+
+def _times(given: Tensor | PackedSequence, weight: Tensor) -> Tensor | PackedSequence:
+    """Inputs of every step times a weight; under autocast in the type that they have."""
+    if isinstance(given, PackedSequence):
+        return PackedSequence(linear(given.data, weight).to(given.data.dtype), *given[1:])
+    return linear(given, weight).to(given.dtype)
 
 
 def _plain(layer: nn.RNNBase) -> type[nn.RNNBase]:
