@@ -150,7 +150,10 @@ def check_named(found: Study, table: Candidates, ranks: Mapping[str, int]) -> No
         if name not in found.weights:
             find_layer(found.model, name)
         if name not in table.menus:
-            raise PysolveError(f"{name} cannot be factored: {table.against.get(name, 'it has no weight')}.")
+            why = table.against.get(name, "it has no weight")
+            own = [one for one in found.weights if one.startswith(f"{name}.weight_")]
+            why = f"name one of its weights, such as {own[0]}" if own else why
+            raise PysolveError(f"{name} cannot be factored: {why}.")
         if rank > (most := table.menus[name].most):
             raise PysolveError(
                 f"rank {rank} of {name} would be no smaller than the layer is: at most {most}."

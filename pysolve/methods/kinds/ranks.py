@@ -231,7 +231,9 @@ def ranks_of(study: Study, structure: str, svd: bool, unseen: str = "exact") -> 
             {*layers, *gates} - study.correlations.keys() - against.keys(), "what it reads is not seen"
         )
         able = {name: study.layers[name].module for name in layers.keys() - against.keys()}
-        kind = replace(kind, metrics=metrics_of(study, able, alike=1.0, directions=_DIRECTIONS))
+        own = {name: study.weights[name] for name in gates if name not in against}
+        metrics = metrics_of(study, able, alike=1.0, directions=_DIRECTIONS, gates=own)
+        kind = replace(kind, metrics=metrics)
     counts, batch = sample_macs(study.model, workload(study.held)), take(study.held[0], 0, TIMED)
     # An embedding, which multiplies nothing, takes longer as two in any case: the time is that of its head.
     heads = {head: name for name, table in tables.items() for head in linear_heads(study, table.heads)[:1]}

@@ -35,7 +35,7 @@ def recurrent_weights(model: nn.Module) -> dict[str, Tensor]:
     """
     return {
         tensor_name(owner, leaf): weight
-        for owner, layer in _layers(model)
+        for owner, layer in recurrent_layers(model)
         for leaf, weight in layer.named_parameters(recurse=False)
         if leaf.startswith("weight_")
     }
@@ -44,7 +44,7 @@ def recurrent_weights(model: nn.Module) -> dict[str, Tensor]:
 def bias_of(model: nn.Module, name: str) -> str | None:
     """The state-dict name of the bias that is added to what a recurrent weight makes, if there is one."""
     owner, _, leaf = name.rpartition(".")
-    layer = dict(_layers(model)).get(owner) if leaf.startswith("weight_") else None
+    layer = dict(recurrent_layers(model)).get(owner) if leaf.startswith("weight_") else None
     return tensor_name(owner, leaf.replace("weight_", "bias_")) if layer is not None and layer.bias else None
 
 
@@ -61,7 +61,9 @@ def gather_recurrent(
         Of ``recurrent_weights``.
     """
     sums = dict[str, Sums]()
-    asked = {owner: layer for owner, layer in _layers(model) if any(_is_of(owner, name) for name in names)}
+    asked = {
+        owner: layer for owner, layer in recurrent_layers(model) if any(_is_of(owner, name) for name in names)
+    }
     hooks = (
         layer.register_forward_pre_hook(partial(_record, sums, owner, names), with_kwargs=True)
         for owner, layer in asked.items()
@@ -72,7 +74,8 @@ def gather_recurrent(
     return {name: one.correlations() for name, one in sums.items()}
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.RNNBase]]:
+def recurrent_layers(model: nn.Module) -> Iterator[tuple[str, nn.RNNBase]]:
+    """Recurrent layers of torch's own whose weights can be fitted, with their names."""
     for name, layer in model.named_modules():
         if (
             type(layer) in _KINDS

@@ -34,7 +34,7 @@ class FactoredRecurrent(nn.RNNBase):
             input, state["input_size"], weights = _times(input, inner), len(inner), [outer]
         weights += [getattr(self, name) for name in whole]
         # A layer of torch's own for this call alone: the network's may run in several threads.
-        return kind.forward(_made(kind, state, weights), input, hx)
+        return kind.forward(with_weights(kind, state, weights), input, hx)
 
     def __getattr__(self, name: str) -> Any:
         if name + _OUTER not in vars(self).get("_parameters", {}):
@@ -109,6 +109,15 @@ def with_factors(layer: nn.RNNBase, leaf: str, form: LowRank) -> FactoredRecurre
     return made
 
 
+def with_weights(
+    kind: type[nn.RNNBase], state: Mapping[str, object], weights: Sequence[Tensor | None]
+) -> nn.RNNBase:
+    """A layer of torch's own with the attributes of another, whose kernel takes these weights as they are."""
+    made = kind.__new__(kind)
+    vars(made).update(state, _flat_weights=[*weights], _flat_weight_refs=[None] * len(weights))
+    return made
+
+
 def runs_as_two(layer: nn.RNNBase, leaf: str) -> bool:
     """Whether a weight's factors multiply one after the other: of that which reads a layer's inputs alone."""
     return leaf == "weight_ih_l0" and not layer.bidirectional
@@ -141,21 +150,12 @@ def _plain(layer: nn.RNNBase) -> type[nn.RNNBase]:
     return next(kind for kind in _KINDS if isinstance(layer, kind))
 
 
-def _made(
-    kind: type[nn.RNNBase], state: Mapping[str, object], weights: Sequence[Tensor | None]
-) -> nn.RNNBase:
-    """A layer of a kind with another one's attributes, whose kernel takes these weights."""
-    made = kind.__new__(kind)
-    vars(made).update(state, _flat_weights=[*weights], _flat_weight_refs=[None] * len(weights))
-    return made
-
-
 def _copy(kind: type[nn.RNNBase], layer: nn.RNNBase) -> nn.RNNBase:
     """A copy of another kind, without the layer's hooks, which what takes its place gets."""
     copied = copy_of(layer)
     for name in HOOKS:
         getattr(copied, name).clear()
-    return _made(kind, vars(copied), [None] * len(layer._flat_weights_names))
+    return with_weights(kind, vars(copied), [None] * len(layer._flat_weights_names))
 
 
 def _replace(layer: nn.RNNBase, names: Sequence[str], values: Mapping[str, Tensor], trained: bool) -> None:
