@@ -217,16 +217,22 @@ def member(modules: Mapping[str, nn.Module], name: str) -> nn.Module | Bare | St
     tensor = getattr(owner, leaf)
     if order == EXPERTS:
         return Stack(owner, leaf, order) if tensor.ndim else None
-    gates = type(owner) in GATES and leaf.startswith(("weight_ih", "weight_hh")) and order == "oi"
-    several = isinstance(tensor, nn.Parameter) and (tensor.ndim > 1 or gates)
-    return Stack(owner, leaf, order, GATES.get(type(owner), 0)) if several else None
+    several = isinstance(tensor, nn.Parameter) and (
+        tensor.ndim > 1 or (_gates(owner, leaf) and order == "oi")
+    )
+    return Stack(owner, leaf, order, _gates(owner, leaf)) if several else None
 
 
 def forms_of_member(owner: nn.Module, leaf: str) -> tuple[Bare | Stack, ...]:
     """What a tensor may be in a site."""
-    gates = GATES.get(type(owner), 0)
+    gates = _gates(owner, leaf)
     stacks = (Stack(owner, leaf, order, 0 if order == EXPERTS else gates) for order in ORDERS)
     return Bare(owner, leaf), *stacks
+
+
+def _gates(owner: nn.Module, leaf: str) -> int:
+    """Matrices in a weight of a recurrent layer, one below the other; 0 of other parameters."""
+    return GATES.get(type(owner), 0) if leaf.startswith(("weight_ih", "weight_hh")) else 0
 
 
 def own_tensors(owner: nn.Module) -> set[str]:

@@ -60,7 +60,8 @@ def _run(layer: nn.RNNBase, owner: str, offsets: Offsets, input: Any, hx: Any = 
 
 def _widened(layer: nn.RNNBase, suffixes: Sequence[str], width: int) -> Any:
     """One layer of a stack that adds further inputs to its gates, one direction's behind the other's."""
-    leaves = ("weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if layer.bias else ()))
+    biases, projections = ("bias_ih", "bias_hh") if layer.bias else (), ("weight_hr",) * bool(layer.proj_size)
+    leaves = ("weight_ih", "weight_hh", *biases, *projections)
     names = [f"{leaf}{suffix}" for suffix in suffixes for leaf in leaves]
     weights: list[Tensor] = [layer.get_parameter(name) for name in names]
     for way, place in enumerate(range(0, len(names), len(leaves))):

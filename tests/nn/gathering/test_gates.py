@@ -11,12 +11,13 @@ from pysolve.nn.sensitivity import sensitivities
 
 WAYS = [{}, {"batch_first": True, "bias": False}, {"num_layers": 2, "bidirectional": True}]
 CASES = [(kind, how) for kind in (nn.LSTM, nn.GRU, nn.RNN) for how in WAYS]
+CASES += [(nn.LSTM, {"num_layers": 2, "proj_size": 3})]
 
 
 def calls(layer):
     x = torch.randn(4, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     count = layer.num_layers * (2 if layer.bidirectional else 1)
-    h = torch.randn(2, count, 3, 6, dtype=torch.float64)
+    h = [torch.randn(count, 3, n, dtype=torch.float64) for n in (layer.proj_size or 6, 6)]
     yield (x.transpose(0, 1) if layer.batch_first else x,)
     yield (x[:, 0],)
     yield (pack_padded_sequence(x, [4, 3, 1]), tuple(h) if isinstance(layer, nn.LSTM) else h[0])
