@@ -99,8 +99,8 @@ def low_rank(
     Parameters
     ----------
     model : nn.Module or Compressed
-        Not changed. Linear layers, convolutions without groups, embeddings and weights of recurrent layers can
-        be factored; where heads share an embedding's weight, they share its factors.
+        Not changed. Linear layers, convolutions without groups, embeddings and weights of recurrent layers
+        can be factored; where heads share an embedding's weight, they share its factors.
     batches : iterable of batches, optional
         As ``compress`` takes them, unlabelled; needed for "activation" and for a target.
     rank : int or {layer: int}

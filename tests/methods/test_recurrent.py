@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import pysolve as ps
-from pysolve.methods import low_rank, rebuild
+from pysolve.methods import budget, low_rank, rebuild
 from pysolve.methods.goal import Options
 from pysolve.methods.kinds.ranks import ranks_of
 from pysolve.methods.menu import Chosen
@@ -18,6 +18,7 @@ from pysolve.methods.studied import studied
 from pysolve.methods.weights import weights_of
 from pysolve.nn import to_dense
 from pysolve.nn.gathering.recurrent import gather_recurrent, recurrent_weights
+from pysolve.nn.layers.factored import empty_matrix
 from pysolve.nn.layers.factored_recurrent import FactoredRecurrent
 
 # Torch has a slower kernel for these.
@@ -282,6 +283,36 @@ def test_ranks_of_gates_that_lose_inputs_are_fitted_to_what_is_left():
     assert part.error(M[:, keep], b) == pytest.approx(part.error(best.weight, best.bias), rel=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "how"), RANKED)
+def test_costs_of_units_and_ranks_are_those_of_the_network(kind, how):
+    model, x = network(kind, **how), batches()[0]
+    weights, _ = weights_of(model, recurrent=True)
+    found = studied(model, batches(), Options(progress=False), weights=weights, sites=True)
+    ranked, _ = ranks_of(found, "auto", False)
+    menus = [ranked.menus(found, name)[0] for name in recurrent_weights(model)]
+    model_costs = budget.costs_of(found, also=[menu.names[0] for menu in menus])
+    # Channels and ranks; and ranks alone, whose multiplications count exactly, too.
+    for share, measures in ((0.6, ("params", "bytes")), (1.0, ("params", "bytes", "macs"))):
+        kept = [max(1, round(share * site.channels)) for site in found.free]
+        steps = tuple(
+            ps.Collapse(site, np.arange(k))
+            for site, k in zip(found.free, kept, strict=True)
+            if k < site.channels
+        )
+        narrow = ps.apply(model, ps.Plan(steps))
+        forms = {
+            str(menu.unit): empty_matrix(narrow.get_parameter(str(menu.unit)), 1 + i % 2)
+            for i, menu in enumerate(menus)
+        }
+        made = ps.apply(model, ps.Plan(steps, forms=forms))
+        expected = budget._with_ranks(model_costs, menus).cost(
+            [*kept, *(1 + i % 2 for i in range(len(menus)))]
+        )
+        after = costs(made, x)
+        for measure in measures:
+            assert expected[measure] == pytest.approx(after[measure], rel=1e-6), measure
+
+
 def test_factors_are_trained_towards_the_original():
     model = network(nn.LSTM)
     result = ps.low_rank(model, batches(), target={"params": 0.5}, **QUIET)
@@ -301,6 +332,16 @@ def test_what_has_ranks_can_be_compressed_on_and_saved(tmp_path):
     ):
         assert isinstance(result.model.layer, FactoredRecurrent)
         restored(result, model, tmp_path)
+
+
+def test_inputs_of_what_has_ranks_can_go(tmp_path):
+    model, x = network(nn.LSTM), batches()[0]
+    first = ps.low_rank(model, batches(), rank={"layer.weight_ih_l0": 4}, **QUIET)
+    result = ps.compress(first, batches(), keep={"table": 4}, **QUIET)
+    assert result.model.table.embedding_dim == result.model.layer.input_size == 4
+    restored(result, model, tmp_path)
+    with torch.no_grad():
+        torch.testing.assert_close(to_dense(result.model)(x), result.model(x))
 
 
 def test_ranks_that_cannot_be_are_refused():

@@ -127,8 +127,9 @@ class Stack:
             owner = cast(nn.RNNBase | nn.RNNCellBase, self.owner)
             # All layers in it have as many hidden units; the first ones read its inputs.
             owner.hidden_size = int(rows.sum())
-            if self.leaf.removesuffix("_reverse") in ("weight_ih_l0", "weight_ih"):
-                owner.input_size = int(columns.sum())
+        first = self.gates and self.leaf.removesuffix("_reverse") in ("weight_ih_l0", "weight_ih")
+        if first or (isinstance(self.owner, nn.RNNBase) and self.leaf == "weight_ih_l0_inner"):
+            cast(nn.RNNBase, self.owner).input_size = int(columns.sum())
 
     def silenced(self, rows: Mask | None, columns: Mask | None) -> Tensor:
         """The tensor with zeros for the outputs and inputs that go."""

@@ -31,7 +31,7 @@ class FactoredRecurrent(nn.RNNBase):
         weights = list[Tensor]()
         if runs_as_two(self, whole[0]) and whole[0] in self.factored:
             outer, inner = self.factors(whole.pop(0))
-            input, state["input_size"], weights = _times(input, inner), len(inner), [outer]
+            input, state["input_size"], weights = _times(input, inner), inner.shape[0], [outer]
         weights += [getattr(self, name) for name in whole]
         # A layer of torch's own for this call alone: the network's may run in several threads.
         return kind.forward(with_weights(kind, state, weights), input, hx)
