@@ -125,9 +125,10 @@ def runs_as_two(layer: nn.RNNBase, leaf: str) -> bool:
 
 def check_gates(layer: nn.Module, leaf: str, form: Form, shape: Sequence[int]) -> None:
     """Refuse what is no weight of a recurrent layer of torch's own, or factors of another shape."""
-    own = layer._parameters.get(leaf)
-    able = isinstance(layer, tuple(_KINDS)) and own is not None and own.ndim == 2
-    if not able or not isinstance(form, LowRank):
+    # Factors are not among these names.
+    names = layer._flat_weights_names if isinstance(layer, nn.RNNBase) else ()
+    own = layer._parameters.get(leaf) if leaf in names else None
+    if own is None or own.ndim != 2 or not isinstance(form, LowRank):
         raise PysolveError("only a layer's weight can be sparse, factored or integers.")
     if type(layer) not in (*_KINDS, *_KINDS.values()):
         raise PysolveError(f"what the code of a {type(layer).__name__} does with its weights is not known.")
