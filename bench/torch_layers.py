@@ -24,6 +24,7 @@ from torch.nn.functional import cross_entropy
 
 import pysolve as ps
 from pysolve.methods import rebuild
+from pysolve.nn.cost.profile import latencies
 
 app = typer.Typer(add_completion=False, help=__doc__)
 DATA = Path(os.environ.get("PYSOLVE_DATA", "data"))
@@ -138,6 +139,13 @@ def recurrent(data: Annotated[Path, typer.Option()] = DATA) -> None:
             lost = [loss(one.model) - before for one in (low, nearest, both)]
             told = "ranks +{:.4f}, nearest weights +{:.4f}, with channels +{:.4f}".format(*lost)
             typer.echo(f"{name} at {share:.0%} of the parameters: {told}; {ranks}")
+            shapes = {"a character": (1, 1), "a text": (1, LENGTH), "64 texts": (64, LENGTH)}
+            times = {
+                one: latencies((model, low.model), test[: n * t].view(n, t)) for one, (n, t) in shapes.items()
+            }
+            slower = [f"{one} {two.median / old.median:.2f}" for one, (old, two) in times.items()]
+            macs = low.report.after["macs"] / low.report.before["macs"]
+            typer.echo(f"    MACs {macs:.0%}; times as long: {', '.join(slower)}")
 
 
 def _step(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
