@@ -24,7 +24,14 @@ class FactoredRecurrent(nn.RNNBase):
     Called like torch's, with the same results: torch's own kernel runs. The first weight that reads inputs,
     of one direction, is two products one after the other; others are multiplied out in every call, once for
     all steps and samples. Torch's kernels for GPUs copy such weights into one piece each time, and warn once.
+
+    Parameters
+    ----------
+    factored : list of str
+        Names of the weights that are products.
     """
+
+    factored: list[str]
 
     def forward(self, input: Any, hx: Any = None) -> Any:
         kind, state, whole = _plain(self), {**vars(self)}, [*self._flat_weights_names]
@@ -37,23 +44,16 @@ class FactoredRecurrent(nn.RNNBase):
         return kind.forward(with_weights(kind, state, weights), input, hx)
 
     def __getattr__(self, name: str) -> Any:
-        if name + _OUTER not in vars(self).get("_parameters", {}):
+        if name not in vars(self).get("factored", ()):
             return super().__getattr__(name)
         outer, inner = self.factors(name)
         # Under autocast the product has another type.
         return (outer @ inner).to(outer.dtype)
 
-    @property
-    def factored(self) -> list[str]:
-        """Names of the weights that are products."""
-        return [name for name in self._flat_weights_names if name + _OUTER in self._parameters]
-
     def factors(self, name: str) -> tuple[Tensor, Tensor]:
-        """(h, r) and (r, d) parameters of one of them."""
-        outer, inner = (self._parameters[name + part] for part in (_OUTER, _INNER))
-        assert outer is not None
-        assert inner is not None
-        return outer, inner
+        """(h, r) and (r, d) factors of a weight that is a product."""
+        # They may be parametrised, or attributes of a replica.
+        return getattr(self, name + _OUTER), getattr(self, name + _INNER)
 
     def forms(self) -> dict[str, LowRank]:
         """Factors by the weights' names."""
@@ -65,6 +65,7 @@ class FactoredRecurrent(nn.RNNBase):
         for name in self.factored:
             trained, product = self.factors(name)[0].requires_grad, getattr(self, name).detach()
             _replace(made, [name + _OUTER, name + _INNER], {name: product}, trained)
+        del vars(made)["factored"]
         made._init_flat_weights()
         return made
 
@@ -103,6 +104,9 @@ def with_factors(layer: nn.RNNBase, leaf: str, form: LowRank) -> FactoredRecurre
     assert weight is not None
     made = _copy(_KINDS.get(type(layer), type(layer)), layer)
     assert isinstance(made, FactoredRecurrent)
+    made.factored = [
+        name for name in layer._flat_weights_names if name in (leaf, *vars(made).get("factored", ()))
+    ]
     parts = {leaf + _OUTER: form.outer, leaf + _INNER: form.inner}
     values = {name: as_tensor(part).to(weight) for name, part in parts.items()}
     _replace(made, [leaf], values, weight.requires_grad)

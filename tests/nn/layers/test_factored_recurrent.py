@@ -109,6 +109,18 @@ def test_copies_files_and_types_are_those_of_any_layer():
         assert torch.isfinite(flat(single(given.float()))).all()
 
 
+def test_factors_may_be_parametrised_and_replicated():
+    layer, dense = pair(nn.LSTM, {})
+    (given,) = next(calls(dense))
+    replica = layer._replicate_for_data_parallel()
+    for name, one in layer.named_parameters():
+        setattr(replica, name, one)
+    assert torch.equal(flat(replica(given)), flat(layer(given)))
+    wanted = flat(layer(given))
+    nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0_inner")
+    torch.testing.assert_close(flat(layer(given)), wanted)
+
+
 def test_what_is_trained_stays_trained():
     dense = nn.LSTM(5, 6)
     dense.weight_hh_l0.requires_grad_(False)
