@@ -5,7 +5,8 @@ python bench/torch_layers.py recurrent --data DIR
 
 attention: a ViT of nn.TransformerEncoder on scikit-learn's digits, test accuracy at shares of its MACs, with
 attention taken apart and left whole. recurrent: character models on DIR/text/tinyshakespeare.txt, test loss
-at half of the MACs, with their gates refitted, as they are, and with 30 s of matching. One thread.
+at half of the MACs, with their gates refitted, as they are, and with 30 s of matching; and with ranks at
+shares of the parameters, beside the nearest weights of the same ranks. One thread.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch.nn.functional import cross_entropy
 
 import pysolve as ps
 from pysolve.methods import rebuild
+from pysolve.nn.cost.profile import latencies
 
 app = typer.Typer(add_completion=False, help=__doc__)
 DATA = Path(os.environ.get("PYSOLVE_DATA", "data"))
@@ -129,6 +131,21 @@ def recurrent(data: Annotated[Path, typer.Option()] = DATA) -> None:
         lost = [loss(one.model) - before for one in (fitted, plain, matched)]
         told = "refitted +{:.3f}, as they are +{:.3f}, matched +{:.3f}".format(*lost)
         typer.echo(f"{name}: loss {before:.3f}, {told}")
+        for share in (0.6, 0.4):
+            low = ps.low_rank(model, batches, target={"params": share}, **QUIET)
+            ranks = {one.removesuffix(".weight"): form.rank for one, form in low.plan.forms.items()}
+            nearest = ps.low_rank(model, rank=ranks, **QUIET)
+            both = ps.low_rank(model, batches, target={"params": share}, prune=True, **QUIET)
+            lost = [loss(one.model) - before for one in (low, nearest, both)]
+            told = "ranks +{:.4f}, nearest weights +{:.4f}, with channels +{:.4f}".format(*lost)
+            typer.echo(f"{name} at {share:.0%} of the parameters: {told}; {ranks}")
+            shapes = {"a character": (1, 1), "a text": (1, LENGTH), "64 texts": (64, LENGTH)}
+            times = {
+                one: latencies((model, low.model), test[: n * t].view(n, t)) for one, (n, t) in shapes.items()
+            }
+            slower = [f"{one} {two.median / old.median:.2f}" for one, (old, two) in times.items()]
+            macs = low.report.after["macs"] / low.report.before["macs"]
+            typer.echo(f"    MACs {macs:.0%}; times as long: {', '.join(slower)}")
 
 
 def _step(loss: Tensor, optimizer: torch.optim.Optimizer) -> None:

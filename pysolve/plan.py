@@ -321,8 +321,9 @@ class Plan:
         removed channels is dropped with them. A bias may be given to a layer that has none.
     forms : {state-dict name: Sparse, LowRank, Codebook or Integers}
         Tensors in another form, of the shapes that they have after the steps. A layer whose ``weight`` is
-        Sparse, LowRank or Integers runs in that form; a Codebook may be any tensor's, and its decoded values
-        take the tensor's place. An embedding's LowRank serves the layers that share its weight as well.
+        Sparse, LowRank or Integers runs in that form, and so does a recurrent layer with a LowRank weight; a
+        Codebook may be any tensor's, and its decoded values take the tensor's place. An embedding's LowRank
+        serves the layers that share its weight as well.
     untied : tuple of str
         Tensors that get values of their own, first of all, where they share those of another layer.
     """

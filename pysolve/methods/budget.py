@@ -237,12 +237,16 @@ class _Search:
 def _with_ranks(costs: Costs, factored: Sequence[RankMenu]) -> Costs:
     """Costs with a further site for each factored layer: the channels between its factors."""
     F, (L, S) = len(factored), costs.rows.shape
-    own = [costs.layers.index(str(one.unit)) for one in factored]
+    own = [costs.layers.index(one.names[0]) for one in factored]
     shared = [costs.layers.index(name) for one in factored for name in one.names]
     widths = np.array([one.most + 1 for one in factored], dtype=np.intp)
     between, none = np.eye(F), np.zeros((F, F))
     product = costs.product.copy()
     product[:, shared] = 0.0
+    for i, one in ((i, one) for i, one in zip(own, factored, strict=True) if one.gates):
+        # MACs of recurrent layers are counted beside their weights.
+        dense = np.array([one.dense[m] for m in costs.measures])
+        product[:, i] = costs.product[:, i] - dense / (costs.outputs[i] * costs.inputs[i])
     M = len(costs.measures)
     per_output, constant = costs.per_output.copy(), costs.constant
     # Rows of an embedding, which has no inputs, cost as much for each of its outputs.

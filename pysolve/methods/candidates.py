@@ -65,7 +65,13 @@ def without_dearer(table: Candidates, target: Target) -> Candidates:
         name for name, menu in table.menus.items() if not any(menu.dense[measure] for measure in target)
     }
     menus = {name: menu for name, menu in table.menus.items() if name not in dearer}
-    why = dict.fromkeys(dearer, f"as two it would cost {' and '.join(target)}, of which it has none")
+    measures = " and ".join(target)
+    why = {
+        name: f"steps multiply with all of it whatever its rank: no {measures} would be saved"
+        if table.menus[name].gates
+        else f"as two it would cost {measures}, of which it has none"
+        for name in dearer
+    }
     return replace(table, menus=menus, against={**table.against, **why})
 
 
@@ -78,6 +84,9 @@ def without_slower(table: Candidates, ranks: Mapping[str, int]) -> Candidates:
     timed: dict[object, list[tuple[int, float, float]]] = {}
     # The largest first: where they are faster as two, so are smaller ones of all layers like these.
     for name, rank in sorted(ranks.items(), key=lambda pair: -pair[1]):
+        if menus[name].gates:
+            # Made whole in every call, which saves no time at any rank.
+            continue
         if rank > seconds.get(name, (0, 0.0, 0.0))[0]:
             times = timed.setdefault(_kind_of(table, name), [])
             if not any(_tells(one, rank) for one in times):
@@ -138,9 +147,13 @@ def reasons_of(against: Mapping[str, str]) -> str:
 def check_named(found: Study, table: Candidates, ranks: Mapping[str, int]) -> None:
     """Refuse layers that cannot have the rank they were named with."""
     for name, rank in ranks.items():
-        find_layer(found.model, name)
+        if name not in found.weights:
+            find_layer(found.model, name)
         if name not in table.menus:
-            raise PysolveError(f"{name} cannot be factored: {table.against.get(name, 'it has no weight')}.")
+            why = table.against.get(name, "it has no weight")
+            own = [one for one in found.weights if one.startswith(f"{name}.weight_")]
+            why = f"name one of its weights, such as {own[0]}" if own else why
+            raise PysolveError(f"{name} cannot be factored: {why}.")
         if rank > (most := table.menus[name].most):
             raise PysolveError(
                 f"rank {rank} of {name} would be no smaller than the layer is: at most {most}."

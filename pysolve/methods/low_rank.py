@@ -99,12 +99,13 @@ def low_rank(
     Parameters
     ----------
     model : nn.Module or Compressed
-        Not changed. Linear layers, convolutions without groups and embeddings can be factored; where heads
-        share an embedding's weight, they share its factors.
+        Not changed. Linear layers, convolutions without groups, embeddings and weights of recurrent layers
+        can be factored; where heads share an embedding's weight, they share its factors.
     batches : iterable of batches, optional
         As ``compress`` takes them, unlabelled; needed for "activation" and for a target.
     rank : int or {layer: int}
-        Of every layer for which it pays, or of those that are named.
+        Of every layer for which it pays, or of those that are named: of recurrent layers their weights, such
+        as "lstm.weight_hh_l0".
     energy : float
         Share of E‖M x‖² around its mean ("svd": of ‖W‖²) that each layer keeps.
     target : {"params", "macs" or "bytes": number}
@@ -128,7 +129,7 @@ def low_rank(
         As ``compress`` has it; "none" where only weights are approximated.
     layout : "auto" or "factored"
         "auto": layers that take longer as two, measured on a held-out batch, stay as they are; embeddings,
-        which multiply nothing, are not timed.
+        which multiply nothing, and recurrent weights, which are multiplied out, are not timed.
         "factored": the time does not matter.
     distill : number of seconds, or {"seconds" or "epochs": number, …}
         Label-free matching afterwards, as ``compress`` has it.
@@ -148,8 +149,8 @@ def low_rank(
     Returns
     -------
     Compressed
-        Factored layers are ``pysolve.nn.Factored``: two ordinary layers. The report says for each layer what
-        became of it, and why.
+        Factored layers are ``pysolve.nn.Factored``, two ordinary layers, or ``FactoredRecurrent``. The report
+        says for each layer what became of it, and why.
 
     Raises
     ------
@@ -193,7 +194,7 @@ def low_rank(
         given, ignore, divergence, memory, seed, progress, evaluate, transform, latency, process_group, device
     )
     network, options = prepared(given, options)
-    weights, left = weights_of(network, options.ignore, (*WEIGHTED, nn.Embedding), tied=True)
+    weights, left = weights_of(network, options.ignore, (*WEIGHTED, nn.Embedding), tied=True, recurrent=True)
     plain = method == "svd"
     turns = prune and refit != "none"
     found = studied(

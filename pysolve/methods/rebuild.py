@@ -185,12 +185,12 @@ def _walked(
     for name in readers:
         if not study.walks(name):
             values |= values_of(study, state, left, name, _offline(study, left, name, ridge_fit))
+    gates = _gates_refitted(study, chosen.keep, state) if stacks and weights else {}
+    values |= gates
     for name, fit in apart.items():
         fits[name] = _offline(study, left, name, fit)
         values |= values_of(study, state, left, name, fits[name])
 
-    gates = _gates_refitted(study, chosen.keep, state) if stacks and weights else {}
-    values |= gates
     unseen: dict[str, None] = {}
     broken: dict[str, Node | None] = {}
     priors: dict[str, LayerFit] = {}

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from pysolve.correlations import Correlations, Indices, all_but, group_columns
@@ -93,7 +94,11 @@ def task_of(
     known = (study.correlations if correlations is None else correlations).get(name)
     if name in left.places:
         places = left.places[name].flatten(1).numpy()
-        return Task(name, W.ravel()[places], None, np.arange(len(places)), previous, places)
+        if known is None:
+            return Task(name, W.ravel()[places], None, np.arange(len(places)), previous, places)
+        rows, columns = _block(places, W.shape[1])
+        own = _known(_restricted(known, columns, rows))
+        return Task(name, W.ravel()[places], own, rows, previous, places)
     outputs = np.arange(len(W))
     if name not in cuts:
         return Task(name, W, _known(known), outputs, previous)
@@ -104,6 +109,11 @@ def task_of(
     W = W[outputs] if len(W) > len(outputs) else W
     own = None if known is None else _restricted(known, columns, outputs)
     return Task(name, W, _known(own), outputs, previous)
+
+
+def _block(places: Indices, width: int) -> tuple[Indices, Indices]:
+    """Rows and columns that entries at these places of a matrix have."""
+    return places[:, 0] // width, places[0] % width
 
 
 def _known(found: Correlations | None) -> Correlations | None:
@@ -131,6 +141,9 @@ def values_of(
         own = bias_of(study.model, tensor)
         if own is not None and found.bias is not None:
             values[own] = as_tensor(found.bias).to(state[own])
+            if name in left.places:
+                rows = torch.from_numpy(_block(left.places[name].flatten(1).numpy(), old[0].numel())[0])
+                values[own] = state[own].index_put((rows.to(old.device),), values[own])
         return values
     bias = found.bias if layer.takes_bias else None
     return layer_values(state, layer, left.cuts.get(name), found.weight, bias)

@@ -17,6 +17,7 @@ inspect, evaluate       what can shrink before any work starts; accuracy, size, 
 
 from pysolve.nn.layers.attention import Attention
 from pysolve.nn.layers.factored import Factored
+from pysolve.nn.layers.factored_recurrent import FactoredRecurrent
 from pysolve.nn.layers.quantized import QuantConv2d, QuantLinear
 from pysolve.nn.layers.runtime import to_dense, to_torchao
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
@@ -24,6 +25,7 @@ from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear
 __all__ = [
     "Attention",
     "Factored",
+    "FactoredRecurrent",
     "QuantConv2d",
     "QuantLinear",
     "SparseConv2d",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from pysolve.correlations import Array
 from pysolve.nn.batches.padding import zero_padding
 from pysolve.nn.divergence import class_dim
+from pysolve.nn.gathering.gates import watching_gates
 from pysolve.nn.gathering.sums import Sums
 from pysolve.nn.gathering.watching import watching
 from pysolve.nn.layer_matrix import Layer, channels, outputs
@@ -28,6 +30,7 @@ def sensitivities(
     batches: Sequence[Batch],
     *,
     probes: int | None = None,
+    gates: Mapping[str, Tensor] = MappingProxyType({}),
     seed: int = 0,
 ) -> dict[str, Array]:
     """E[Jᵀ J] of each layer, J the derivative of the network's outputs by the layer's.
@@ -42,6 +45,8 @@ def sensitivities(
         Runs in evaluation mode.
     probes : int, optional
         Random directions of the network's outputs per batch, by default ``PROBES``: of many samples a few do.
+    gates : {name: tensor}
+        Weights of recurrent layers; J is the derivative by the sums that they make.
     seed : int
         Of the directions.
 
@@ -57,9 +62,15 @@ def sensitivities(
     """
     # Products of many outputs are float32 there: in double precision they take longer than the gradients.
     sums = {name: Sums.zeros(channels(layer)[1], 0, layer.weight.device) for name, layer in layers.items()}
+    sums |= {name: Sums.zeros(len(weight), 0, weight.device) for name, weight in gates.items()}
     random = torch.Generator().manual_seed(seed)
     offsets: list[tuple[str, Tensor]] = []
-    with evaluating(model), torch.enable_grad(), watching(layers, partial(with_offset, offsets)):
+    with (
+        evaluating(model),
+        torch.enable_grad(),
+        watching(layers, partial(with_offset, offsets)),
+        watching_gates(model, gates, offsets),
+    ):
         for batch in batches:
             offsets.clear()
             result = main_output(forward(model, batch, device_of(model)))
@@ -71,7 +82,11 @@ def sensitivities(
                     # A tensor that the gradient needs was changed in place.
                     return {name: np.eye(one.d) for name, one in sums.items()}
                 for name, gradient in found:
-                    sums[name].add(outputs(layers[name], gradient))
+                    # Inputs and states meet in one sum.
+                    for one in {name, name.replace("weight_ih", "weight_hh")} & gates.keys():
+                        sums[one].add(gradient.flatten(0, -2))
+                    if name in layers:
+                        sums[name].add(outputs(layers[name], gradient))
     return {
         name: _scaled(one.correlations().xx) if one.count else np.eye(one.d) for name, one in sums.items()
     }

@@ -14,6 +14,7 @@ from pysolve.layer.embedding_rank import DecomposedTable, Uses, decompose_table,
 from pysolve.layer.layer_fit import LayerFit
 from pysolve.methods.menu import Task
 from pysolve.methods.study import Study
+from pysolve.methods.weights import weight_name
 from pysolve.nn.batches.samples import take
 from pysolve.nn.cost.per_sample import sample_macs, workload
 from pysolve.nn.cut.apply import apply, untrue_forms
@@ -23,7 +24,7 @@ from pysolve.nn.layer_kinds import is_extended, tied_tables
 from pysolve.nn.layers.factored import empty
 from pysolve.nn.ranks import of_all_processes
 from pysolve.nn.running import Batch, find_layer
-from pysolve.plan import Plan, weight_name
+from pysolve.plan import Plan
 
 # Why a layer stays as it is whose code, or the code around it, does not run with another in its place.
 ASKS = "the network's code asks for more than another layer in its place has"
@@ -148,9 +149,9 @@ def untrue(study: Study, forms: Mapping[str, LowRank]) -> dict[str, str]:
             random.standard_normal(part.shape) / part[0].size ** 0.5 for part in (one.outer, one.inner)
         )
         exact = None if one.exact is None else random.standard_normal(one.exact.shape)
-        tried[weight_name(name)] = LowRank(outer, inner, one.rows, exact)
+        tried[weight_name(study.model, name)] = LowRank(outer, inner, one.rows, exact)
     unable = untrue_forms(study.model, Plan(forms=tried), take(study.held[0], 0, 2)) if forms else []
-    return {name: ASKS for name in forms if weight_name(name) in unable}
+    return {name: ASKS for name in forms if weight_name(study.model, name) in unable}
 
 
 def _heads(study: Study, *, original: bool = False) -> dict[str, tuple[str, ...]]:
@@ -191,7 +192,7 @@ def _with_costs(study: Study, tables: Mapping[str, Table]) -> dict[str, Table]:
     if tables and study.calibration is not None:
         work = workload(study.held)
         forms: dict[str, Form] = {
-            weight_name(name): empty(_embedding(study, name), 1, rows=table.rows)
+            weight_name(study.model, name): empty(_embedding(study, name), 1, rows=table.rows)
             for name, table in tables.items()
         }
         macs = sample_macs(apply(study.model, Plan(forms=forms)), work)

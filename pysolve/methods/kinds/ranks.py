@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -17,6 +17,7 @@ from pysolve.methods.kinds.embeddings import Table, linear_heads, tables_of, unt
 from pysolve.methods.kinds.sensed import metrics_of, sensed
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
 from pysolve.methods.study import Study
+from pysolve.methods.weights import weight_name
 from pysolve.nn.batches.samples import take
 from pysolve.nn.cost.counting import layer_macs, macs
 from pysolve.nn.cost.per_sample import sample_macs, workload
@@ -24,7 +25,8 @@ from pysolve.nn.cost.profile import layer_inputs
 from pysolve.nn.graph.branches import Layer as Seen
 from pysolve.nn.layer_kinds import LINEAR, is_extended, plain
 from pysolve.nn.layers.base import Dense
-from pysolve.nn.layers.factored import CONVOLUTIONS, Factored, empty, factors
+from pysolve.nn.layers.factored import CONVOLUTIONS, Factored, empty, empty_matrix, factors
+from pysolve.nn.layers.factored_recurrent import runs_as_two
 from pysolve.nn.running import find_layer
 
 STRUCTURES = ("auto", "channel", "spatial")
@@ -48,6 +50,8 @@ class RankMenu(Menu):
         What one rank costs in each factor, and what the layer's weight costs now.
     table : Table, optional
         Of an embedding; its rows are the inner factor's.
+    gates : bool
+        Whether it is a weight of a recurrent layer.
     """
 
     lost: Array = field(default_factory=lambda: np.zeros(0))
@@ -56,11 +60,13 @@ class RankMenu(Menu):
     outer: Costs = field(default_factory=dict)
     dense: Costs = field(default_factory=dict)
     table: Table | None = None
+    gates: bool = False
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The layers that are factored together."""
-        return (str(self.unit), *(() if self.table is None else self.table.heads))
+        """The layers that are factored together, as costs name them."""
+        own = f"{self.unit}:oi" if self.gates else str(self.unit)
+        return (own, *(() if self.table is None else self.table.heads))
 
     @property
     def most(self) -> int:
@@ -96,6 +102,8 @@ class Ranks:
     counts : {layer: float}
         MACs of each layer for one sample.
     tables : {embedding: Table}
+    gates : collection of str
+        Weights of recurrent layers.
     """
 
     structure: str = "auto"
@@ -104,11 +112,14 @@ class Ranks:
     inputs: Mapping[str, Tensor] = field(default_factory=dict)
     counts: Mapping[str, float] = field(default_factory=dict)
     tables: Mapping[str, Table] = field(default_factory=dict)
+    gates: Collection[str] = ()
 
     def menus(self, study: Study, name: str) -> list[RankMenu]:
         """A layer in both structures, the better one at half the cost first; none where no rank pays."""
         if name in self.tables:
             return [self._menu_of_table(study, name)] if self.tables[name].most else []
+        if name in self.gates:
+            return [menu] if (menu := self._menu_of_gates(study, name)).most else []
         kernel = tuple(study.weights[name].shape[2:])
         flat = len(kernel) != 2 or min(kernel) == 1 or is_extended(find_layer(study.model, name))
         ways = {"channel": [False], "spatial": [True], "auto": [False, True]}[self.structure]
@@ -118,8 +129,20 @@ class Ranks:
 
     def menu(self, study: Study, name: str, spatial: bool = False) -> RankMenu:
         """What a layer loses at every rank, from one decomposition, and what it costs."""
-        layer, kernel = find_layer(study.model, name), tuple(study.weights[name].shape[2:])
-        inner, outer, dense = _costs(layer, spatial, self.counts.get(name, 0.0), self.inputs.get(name))
+        layer = find_layer(study.model, name)
+        costs = _costs(layer, spatial, self.counts.get(name, 0.0), self.inputs.get(name))
+        return self._menu(study, name, costs, spatial)
+
+    def _menu_of_gates(self, study: Study, name: str) -> RankMenu:
+        """What a weight of a recurrent layer loses at every rank, and what it costs."""
+        owner, _, leaf = name.rpartition(".")
+        costs = _costs_of_gates(find_layer(study.model, owner), leaf, self.counts.get(owner, 0.0))
+        return replace(self._menu(study, name, costs), gates=True)
+
+    def _menu(
+        self, study: Study, name: str, costs: tuple[Costs, Costs, Costs], spatial: bool = False
+    ) -> RankMenu:
+        (inner, outer, dense), kernel = costs, tuple(study.weights[name].shape[2:])
         most = most_useful(inner, outer, dense)
         known, metric = self._correlations(study, name), self.metrics.get(name)
         whole = decompose(study.matrix(name), known, kernel=kernel, spatial=spatial, metric=metric)
@@ -183,12 +206,14 @@ class Ranks:
 
 def ranks_of(study: Study, structure: str, svd: bool, unseen: str = "exact") -> tuple[Ranks, dict[str, str]]:
     """The kind for a studied network, and why some of its layers cannot be factored."""
-    layers = {name: find_layer(study.model, name) for name in study.weights}
+    gates = [name for name in study.weights if weight_name(study.model, name) == name]
+    layers = {name: find_layer(study.model, name) for name in study.weights if name not in gates}
     against = {
         name: why for name, layer in layers.items() if (why := _reason_against(name, layer, study.layers))
     }
     if study.calibration is not None:
         against |= _untrue(study, {name: layer for name, layer in layers.items() if name not in against})
+        against |= untrue(study, {name: empty_matrix(study.weights[name], 1) for name in gates})
     embeddings = {
         name: layer
         for name, layer in layers.items()
@@ -198,15 +223,17 @@ def ranks_of(study: Study, structure: str, svd: bool, unseen: str = "exact") -> 
     tables, more = tables_of(study, embeddings, unseen, svd, sensing)
     against |= more
     layers = {name: layer for name, layer in layers.items() if not isinstance(layer, nn.Embedding)}
-    kind = Ranks(structure, svd, tables=tables)
+    kind = Ranks(structure, svd, tables=tables, gates=gates)
     if study.calibration is None:
         return kind, against
     if not svd:
         against |= dict.fromkeys(
-            layers.keys() - study.correlations.keys() - against.keys(), "what it reads is not seen"
+            {*layers, *gates} - study.correlations.keys() - against.keys(), "what it reads is not seen"
         )
         able = {name: study.layers[name].module for name in layers.keys() - against.keys()}
-        kind = replace(kind, metrics=metrics_of(study, able, alike=1.0, directions=_DIRECTIONS))
+        own = {name: study.weights[name] for name in gates if name not in against}
+        metrics = metrics_of(study, able, alike=1.0, directions=_DIRECTIONS, gates=own)
+        kind = replace(kind, metrics=metrics)
     counts, batch = sample_macs(study.model, workload(study.held)), take(study.held[0], 0, TIMED)
     # An embedding, which multiplies nothing, takes longer as two in any case: the time is that of its head.
     heads = {head: name for name, table in tables.items() for head in linear_heads(study, table.heads)[:1]}
@@ -244,8 +271,8 @@ def _untrue(study: Study, layers: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def most_useful(inner: Costs, outer: Costs, dense: Costs) -> int:
-    """The largest rank that costs less than the layer does, in parameters, MACs and bytes."""
-    return min(int(np.ceil(dense[what] / (inner[what] + outer[what]))) - 1 for what in dense)
+    """The largest rank that costs less than the layer does, wherever that costs anything."""
+    return min(int(np.ceil(cost / (inner[what] + outer[what]))) - 1 for what, cost in dense.items() if cost)
 
 
 def _reason_against(name: str, layer: nn.Module, seen: Mapping[str, Seen]) -> str | None:
@@ -263,6 +290,25 @@ def _reason_against(name: str, layer: nn.Module, seen: Mapping[str, Seen]) -> st
     if is_extended(layer) and (name not in seen or seen[name].besides is None):
         return f"what the code of a {type(layer).__name__} does is not seen"
     return f"its own code {seen[name].besides}" if name in seen and seen[name].besides else None
+
+
+def _costs_of_gates(
+    layer: nn.Module, leaf: str, count: float
+) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+    """Costs of one rank in the inner and the outer factor, and of the weight now; ``count``: all MACs.
+
+    Of a weight that is multiplied out, steps multiply with all of it whatever its rank, and it is made once.
+    """
+    assert isinstance(layer, nn.RNNBase)
+    weight: Tensor = getattr(layer, leaf)
+    (h, d), two = weight.shape, runs_as_two(layer, leaf)
+    steps = count / sum(one.numel() for one in layer.parameters() if one.ndim == 2)
+    macs = (steps * d, steps * h, steps * h * d) if two else (0.0, float(h * d), 0.0)
+    inner, outer, dense = (
+        {"params": float(n), "macs": each, "bytes": float(n * weight.itemsize)}
+        for n, each in zip((d, h, h * d), macs, strict=True)
+    )
+    return inner, outer, dense
 
 
 def _costs(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 import numpy as np
+from torch import Tensor
 
 from pysolve.correlations import Array
 from pysolve.methods.study import Study
@@ -20,7 +22,12 @@ _WIDE = 16384
 
 
 def metrics_of(
-    study: Study, layers: Mapping[str, Layer], *, alike: float, directions: int
+    study: Study,
+    layers: Mapping[str, Layer],
+    *,
+    alike: float,
+    directions: int,
+    gates: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> dict[str, Array]:
     """Of each layer what an error means to the network, and ``alike`` times the error itself.
 
@@ -28,7 +35,8 @@ def metrics_of(
     of layers with very many outputs, heads mostly, whose outputs are the network's and count alike.
     """
     few = {name: layer for name, layer in layers.items() if channels(layer)[1] <= _WIDE}
-    found = sensitivities(study.model, few, sensed(study), probes=directions)
+    narrow = {name: weight for name, weight in gates.items() if len(weight) <= _WIDE}
+    found = sensitivities(study.model, few, sensed(study), probes=directions, gates=narrow)
     return {name: S + alike * np.eye(len(S)) for name, S in found.items()}
 
 

@@ -53,7 +53,7 @@ def cost_model(
         Linear layers and convolutions that will be given a bias if they have none: counted with their rows,
         but not in what shares refer to.
     also : collection of str
-        Further Linear layers and convolutions to list, whatever the sites do to them.
+        Further Linear layers, convolutions and matrices in one parameter to list, whatever the sites do.
 
     Returns
     -------
@@ -75,7 +75,7 @@ def cost_model(
         check_kind(name, layer, "readers")
     names: dict[Narrowable, str] = {layer: name for _, _, name, layer, _ in uses}
     names |= {layer: name for layer, name in zip(extra, extra_biases, strict=True) if layer not in names}
-    names |= {layer: name for name in also if (layer := find_layer(model, name)) not in names}
+    names |= {one: name for name in also if (one := find_member(model, name)) not in names}
     layers = [*names]
     rows, columns = _tables(sites, uses, layers)
     out, into = (

@@ -29,6 +29,7 @@ from pysolve.nn.cut.values import checked, load, new_values
 from pysolve.nn.cut.verify import mismatch
 from pysolve.nn.layer_kinds import tied_tables, twins
 from pysolve.nn.layers.factored_embedding import FactoredEmbedding
+from pysolve.nn.layers.factored_recurrent import check_gates, with_factors
 from pysolve.nn.layers.runtime import check_form, in_form, substitute
 from pysolve.nn.plain import unwrapped
 from pysolve.nn.running import Batch, as_tensor, check_model, closest, find_layer
@@ -123,8 +124,14 @@ def apply(model: nn.Module, plan: Plan, *, probe: Batch = None) -> nn.Module:
     load(smaller, {name: as_tensor(form.dense()) for name, form in decoded.items()})
     for name, form in plan.forms.items():
         if not isinstance(form, Codebook):
-            layer = layers[name.rpartition(".")[0]]
-            made = in_form(layer, form)
+            owner, _, leaf = name.rpartition(".")
+            layer = layers[owner]
+            if isinstance(layer, nn.RNNBase) and isinstance(form, LowRank):
+                # Its other weights may follow.
+                made: nn.Module = with_factors(layer, leaf, form)
+                layers = {one: made if own is layer else own for one, own in layers.items()}
+            else:
+                made = in_form(layer, form)
             smaller = substitute(smaller, layer, made)
             if layer in tables and isinstance(made, FactoredEmbedding):
                 for other in tables[layer]:
@@ -229,7 +236,7 @@ def _check_forms(model: nn.Module, plan: Plan, cuts: Mapping[Narrowable, Cut]) -
             if isinstance(form, Codebook):
                 checked("decoded values", form.dense(), getattr(narrowed, leaf).shape, state[name].dtype)
             elif leaf != "weight":
-                raise PysolveError("only a layer's weight can be sparse, factored or integers.")
+                check_gates(layer, leaf, form, tuple(getattr(narrowed, leaf).shape))
             else:
                 check_form(narrowed, form)
         except PysolveError as error:

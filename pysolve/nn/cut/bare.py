@@ -127,8 +127,9 @@ class Stack:
             owner = cast(nn.RNNBase | nn.RNNCellBase, self.owner)
             # All layers in it have as many hidden units; the first ones read its inputs.
             owner.hidden_size = int(rows.sum())
-            if self.leaf.removesuffix("_reverse") in ("weight_ih_l0", "weight_ih"):
-                owner.input_size = int(columns.sum())
+        first = self.gates and self.leaf.removesuffix("_reverse") in ("weight_ih_l0", "weight_ih")
+        if first or (isinstance(self.owner, nn.RNNBase) and self.leaf == "weight_ih_l0_inner"):
+            cast(nn.RNNBase, self.owner).input_size = int(columns.sum())
 
     def silenced(self, rows: Mask | None, columns: Mask | None) -> Tensor:
         """The tensor with zeros for the outputs and inputs that go."""
@@ -217,16 +218,22 @@ def member(modules: Mapping[str, nn.Module], name: str) -> nn.Module | Bare | St
     tensor = getattr(owner, leaf)
     if order == EXPERTS:
         return Stack(owner, leaf, order) if tensor.ndim else None
-    gates = type(owner) in GATES and leaf.startswith(("weight_ih", "weight_hh")) and order == "oi"
-    several = isinstance(tensor, nn.Parameter) and (tensor.ndim > 1 or gates)
-    return Stack(owner, leaf, order, GATES.get(type(owner), 0)) if several else None
+    several = isinstance(tensor, nn.Parameter) and (
+        tensor.ndim > 1 or (_gates(owner, leaf) and order == "oi")
+    )
+    return Stack(owner, leaf, order, _gates(owner, leaf)) if several else None
 
 
 def forms_of_member(owner: nn.Module, leaf: str) -> tuple[Bare | Stack, ...]:
     """What a tensor may be in a site."""
-    gates = GATES.get(type(owner), 0)
+    gates = _gates(owner, leaf)
     stacks = (Stack(owner, leaf, order, 0 if order == EXPERTS else gates) for order in ORDERS)
     return Bare(owner, leaf), *stacks
+
+
+def _gates(owner: nn.Module, leaf: str) -> int:
+    """Matrices in a weight of a recurrent layer, one below the other; 0 of other parameters."""
+    return GATES.get(type(owner), 0) if leaf.startswith(("weight_ih", "weight_hh")) else 0
 
 
 def own_tensors(owner: nn.Module) -> set[str]:

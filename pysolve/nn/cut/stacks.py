@@ -21,7 +21,6 @@ from pysolve.plan import Site
 
 # Samples that tell the size of each input.
 _SAMPLES = 64
-_RECURRENT = (nn.RNNBase, nn.RNNCellBase)
 # Stacks that a note names.
 _NAMED = 3
 
@@ -106,7 +105,7 @@ def _energies(
                     stack = _stack(model, name)
                     for b in walk.batches:
                         value = walk.value(read, b)
-                        if isinstance(stack.owner, _RECURRENT) and stack.leaf.startswith("weight_hh"):
+                        if stack.gates and stack.leaf.startswith("weight_hh"):
                             made = walk.value(node, b)
                             value = _states(stack, made if isinstance(made, Tensor) else made[0])
                         count, squares = _squares(value, stack.inputs)
@@ -119,7 +118,7 @@ def _energies(
 def _is_shown(stack: Stack) -> bool:
     """Whether a graph has what a stack reads: not what recurrent layers hand on inside of a module."""
     owner = stack.owner
-    if not isinstance(owner, nn.RNNBase):
+    if not stack.gates or not isinstance(owner, nn.RNNBase):
         return True
     shown = 0 if stack.leaf.startswith("weight_ih") else owner.num_layers - 1
     return stack.leaf.removesuffix("_reverse").endswith(f"_l{shown}")

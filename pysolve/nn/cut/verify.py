@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pysolve.errors import PysolveError
 from pysolve.nn.layers.factored import Factored
+from pysolve.nn.layers.factored_recurrent import FactoredRecurrent
 from pysolve.nn.layers.quantized import unrounded
 from pysolve.nn.outputs import tensors_of
 from pysolve.nn.refusal import output_of
@@ -75,15 +76,18 @@ def _outputs(wide: nn.Module, probe: Batch, seed: int) -> list[Tensor]:
 def _watched(model: nn.Module) -> Iterator[list[bool]]:
     """Whether factored layers ran in less than single precision: their products are then rounded once more.
 
-    So they do under autocast, and on GPUs, where convolutions run in TF32 by default.
+    So they do under autocast, and on GPUs, where convolutions and recurrent layers run in TF32 by default.
     """
     coarse: list[bool] = []
 
-    def note(layer: Factored, args: object, output: Tensor) -> None:
-        tf32 = not isinstance(layer.inner, nn.Linear) or torch.get_float32_matmul_precision() != "highest"
-        coarse.append(output.dtype not in _TOLERANCE or (output.device.type == "cuda" and tf32))
+    def note(layer: Factored | FactoredRecurrent, args: object, output: object) -> None:
+        linear = isinstance(layer, Factored) and isinstance(layer.inner, nn.Linear)
+        tf32 = not linear or torch.get_float32_matmul_precision() != "highest"
+        coarse.extend(
+            one.dtype not in _TOLERANCE or (one.device.type == "cuda" and tf32) for one in tensors_of(output)
+        )
 
-    factored = [layer for layer in model.modules() if isinstance(layer, Factored)]
+    factored = [one for one in model.modules() if isinstance(one, Factored | FactoredRecurrent)]
     with hooked(layer.register_forward_hook(note) for layer in factored):
         yield coarse
 

@@ -31,13 +31,13 @@ from pysolve.nn.files.plan_json import (
 from pysolve.nn.files.storage import bits, type_and_shape
 from pysolve.nn.layers.attention import has_opened, opened
 from pysolve.nn.layers.base import Dense
-from pysolve.nn.layers.factored import empty
+from pysolve.nn.layers.factored import empty, empty_matrix
 from pysolve.nn.layers.factored_embedding import FactoredEmbedding, FactoredHead
 from pysolve.nn.layers.masking import mask_weights, masks_of, unmasked
 from pysolve.nn.layers.quantized import QuantWeight
 from pysolve.nn.layers.runtime import in_form, substitute
 from pysolve.nn.layers.sharing import share_weights, shared_of, unshared
-from pysolve.nn.running import as_array, find_layer
+from pysolve.nn.running import as_array, find_layer, layer_at
 from pysolve.plan import Plan, tensor_name, weight_name
 
 # Plans that change shapes, each of which takes a copy of the network.
@@ -143,7 +143,9 @@ def _new_biases(compressed: Compressed) -> list[str]:
 def _factored(plan: Plan) -> dict[str, object]:
     """Records of a plan's factors, by layer."""
     factors = {name: form for name, form in plan.forms.items() if isinstance(form, LowRank)}
-    return {name.rpartition(".")[0]: form_record(form) for name, form in factors.items()}
+    parts = {name: name.rpartition(".") for name in factors}
+    owners = {name: owner if leaf == "weight" else name for name, (owner, _, leaf) in parts.items()}
+    return {owners[name]: form_record(form) for name, form in factors.items()}
 
 
 def _before_factoring(bias: str, factored: set[str]) -> str:
@@ -170,6 +172,11 @@ def _factors(network: nn.Module, ranks: object) -> dict[str, LowRank]:
     """Factors of zeros, by weight."""
     forms = {}
     for name, (rank, spatial, exact) in factors_of(ranks).items():
+        if (gates := _gates(network, name)) is not None:
+            if exact or spatial or rank > min(gates.shape):
+                raise DataError(f"{name} cannot have rank {rank}.")
+            forms[name] = empty_matrix(gates, rank)
+            continue
         found = find_layer(network, name)
         layer = found if isinstance(found, nn.Embedding) else _dense(network, name, "cannot be factored")
         most = layer.weight.numel()
@@ -182,6 +189,14 @@ def _factors(network: nn.Module, ranks: object) -> dict[str, LowRank]:
             raise DataError(f"{name} cannot have rank {rank}.")
         forms[weight_name(name)] = empty(layer, rank, spatial=spatial, rows=np.arange(exact))
     return forms
+
+
+def _gates(network: nn.Module, name: str) -> nn.Parameter | None:
+    """A weight of a recurrent layer."""
+    owner, _, leaf = name.rpartition(".")
+    layer = layer_at(network, owner)
+    found = layer._parameters.get(leaf) if isinstance(layer, nn.RNNBase) else None
+    return found if found is not None and found.ndim == 2 else None
 
 
 def check_places(network: nn.Module) -> None:

@@ -144,6 +144,11 @@ def empty(
     return LowRank(np.zeros((h, rank, *outside), np.float32), np.zeros((rank, c, *inside), np.float32))
 
 
+def empty_matrix(weight: Tensor, rank: int) -> LowRank:
+    """Factors of zeros for a matrix that is a parameter by itself."""
+    return LowRank(np.zeros((len(weight), rank), np.float32), np.zeros((rank, weight.shape[1]), np.float32))
+
+
 def _part(layer: Dense, weight: AnyArray, bias: Tensor | None, own: list[bool]) -> Dense:
     """A Linear, or a convolution along some of a layer's dimensions."""
     how: dict[str, object] = {}

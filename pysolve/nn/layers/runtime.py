@@ -12,13 +12,14 @@ from pysolve.forms import Integers, LowRank, RuntimeForm
 from pysolve.nn.layers.base import HOOKS, Dense, check_shape
 from pysolve.nn.layers.factored import Factored, check_factors
 from pysolve.nn.layers.factored_embedding import FactoredEmbedding, check_table, table_of
+from pysolve.nn.layers.factored_recurrent import FactoredRecurrent
 from pysolve.nn.layers.quantized import QuantConv2d, QuantLinear, QuantWeight, check_integers
 from pysolve.nn.layers.sparse import SparseConv2d, SparseLinear, SparseWeight
 from pysolve.nn.running import as_tensor, check_model
 from pysolve.nn.state import copy_of
 
 # A layer that runs in a form of its own.
-Own: TypeAlias = SparseWeight | Factored | QuantWeight
+Own: TypeAlias = SparseWeight | Factored | FactoredRecurrent | QuantWeight
 
 
 def check_form(layer: nn.Module, form: RuntimeForm) -> None:
@@ -87,13 +88,13 @@ def to_dense(model: nn.Module) -> nn.Module:
 
     def dense(layer: Own) -> nn.Module:
         made: nn.Module = layer.to_dense()
-        shared = table_of(layer)
+        shared = None if isinstance(layer, FactoredRecurrent) else table_of(layer)
         # Heads go on sharing the weight of an embedding.
         if shared is not None and isinstance(made.weight, nn.Parameter):
             made.weight = tables.setdefault(shared, made.weight)
         return made
 
-    return _replaced(model, (SparseWeight, Factored, QuantWeight), dense)
+    return _replaced(model, (SparseWeight, Factored, FactoredRecurrent, QuantWeight), dense)
 
 
 def without_sparse(model: nn.Module) -> nn.Module:

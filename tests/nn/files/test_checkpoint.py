@@ -1267,6 +1267,23 @@ def test_records_that_factor_other_layers_are_refused(layer, halved):
         ps.load(halved.path, model)
 
 
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([{"0.weight_hh_l0": rank(7)}], "0.weight_hh_l0 cannot have rank 7"),
+        ([{"0.weight_hh_l0": rank(2, spatial=True)}], "0.weight_hh_l0 cannot have rank 2"),
+        ([{"0.bias_hh_l0": rank(1)}], "has no layer '0.bias_hh_l0'"),
+        ([{"0.weight_hh_l0": rank(2)}, {"0.weight_hh_l0": rank(2)}], "has no layer '0.weight_hh_l0'"),
+        ([{"0.weight_hh_l0": rank(2)}, {"0.weight_hh_l0_outer": rank(1)}], "only a layer's weight can be"),
+        ([{"0.weight_hh_l0": rank(2)}, {"0.weight_ih_l0": rank(2)}], "only one of them has"),
+    ],
+)
+def test_records_of_ranks_of_recurrent_weights_are_checked(stages, message, halved):
+    forged(halved, lambda record, _: record.update(factored=stages, stages=[[]] * len(stages), original=None))
+    with pytest.raises(ps.DataError, match=message):
+        ps.load(halved.path, nn.Sequential(nn.LSTM(5, 6)))
+
+
 @given(data=st.data())
 def test_any_value_in_a_record_of_ranks_is_refused_or_does_no_harm(halved, data):
     assert_refused_or_harmless(halved, data, lambda _: st.just("factored"), st.integers(0, 3))

@@ -10,6 +10,9 @@ from torch.nn.utils.rnn import pack_sequence
 
 from pysolve.nn.gathering.recurrent import bias_of, gather_recurrent, recurrent_weights
 
+# Torch has a slower kernel for these.
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")
+
 CELLS = {nn.LSTM: nn.LSTMCell, nn.GRU: nn.GRUCell, nn.RNN: nn.RNNCell}
 
 
@@ -24,7 +27,21 @@ def layers(draw):
         "batch_first": draw(st.booleans()),
         **({"nonlinearity": draw(st.sampled_from(["tanh", "relu"]))} if kind is nn.RNN else {}),
     }
-    return kind(draw(st.integers(1, 3)), draw(st.integers(1, 3)), **how).eval()
+    hidden = draw(st.integers(1, 3))
+    if kind is nn.LSTM:
+        how["proj_size"] = draw(st.integers(0, hidden - 1))
+    return kind(draw(st.integers(1, 3)), hidden, **how).eval()
+
+
+def projected(layer, suffix, step, h, c):
+    """One step of an LSTM whose states are projected, which no cell does: what it projects, and the cells."""
+    own = [
+        getattr(layer, f"{leaf}{suffix}", None) for leaf in ("weight_ih", "bias_ih", "weight_hh", "bias_hh")
+    ]
+    gates = nn.functional.linear(step, *own[:2]) + nn.functional.linear(h, *own[2:])
+    i, f, g, o = gates.chunk(4)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
 
 
 def read_by_cells(layer, x, h0=None, c0=None):
@@ -39,10 +56,17 @@ def read_by_cells(layer, x, h0=None, c0=None):
             for leaf in dict(cell.named_parameters()):
                 setattr(cell, leaf, getattr(layer, f"{leaf}{suffix}"))
             at = i * (1 + layer.bidirectional) + reverse
-            h, c = (torch.zeros(H) if one is None else one[at] for one in (h0, c0))
+            sizes = ((h0, getattr(layer, "proj_size", 0) or H), (c0, H))
+            h, c = (torch.zeros(size) if one is None else one[at] for one, size in sizes)
             inputs, before, after = x.flip(0) if reverse else x, [], []
             for step in inputs:
                 before.append(h)
+                if layer.proj_size:
+                    s, c = projected(layer, suffix, step, h, c)
+                    found.setdefault(f"weight_hr{suffix}", []).append(s)
+                    h = getattr(layer, f"weight_hr{suffix}") @ s
+                    after.append(h)
+                    continue
                 state = (h[None], c[None]) if isinstance(layer, nn.LSTM) else h[None]
                 new = cell(step[None], state)
                 h, c = (new[0][0], new[1][0]) if isinstance(layer, nn.LSTM) else (new[0], c)
@@ -50,7 +74,7 @@ def read_by_cells(layer, x, h0=None, c0=None):
             found[f"weight_ih{suffix}"], found[f"weight_hh{suffix}"] = inputs, torch.stack(before)
             made.append(torch.stack(after).flip(0) if reverse else torch.stack(after))
         x = torch.cat(made, -1)
-    return found
+    return {name: torch.stack(rows) if isinstance(rows, list) else rows for name, rows in found.items()}
 
 
 def assert_read(found, name, layer, rows):
@@ -72,7 +96,8 @@ def assert_read(found, name, layer, rows):
 def test_rows_are_those_of_cells_run_by_hand(layer, length, samples, stated):
     x = torch.randn(samples, length, layer.input_size)
     states = layer.num_layers * (1 + layer.bidirectional)
-    h0, c0 = torch.randn(2, states, samples, layer.hidden_size) if stated else (None, None)
+    sizes = (layer.proj_size or layer.hidden_size, layer.hidden_size)
+    h0, c0 = (torch.randn(states, samples, size) if stated else None for size in sizes)
     hx = None if h0 is None else (h0, c0) if isinstance(layer, nn.LSTM) else h0
     given_x = x if layer.batch_first else x.transpose(0, 1)
     model = Called(layer, hx)
@@ -117,7 +142,7 @@ def test_other_recurrent_layers_have_none():
     class Own(nn.LSTM):
         pass
 
-    for layer in (nn.LSTM(3, 4, proj_size=2), Own(3, 4), nn.LSTMCell(3, 4)):
+    for layer in (Own(3, 4), nn.LSTMCell(3, 4)):
         assert recurrent_weights(layer) == {}
     for layer in (nn.utils.parametrizations.weight_norm(nn.LSTM(3, 4), "weight_hh_l0"),):
         assert "weight_hh_l0" not in recurrent_weights(layer)
