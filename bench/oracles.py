@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import pysolve as ps
 from pysolve.compressed import Compressed
-from pysolve.forms import Codebook
+from pysolve.forms import Codebook, LowRank
 from pysolve.nn.cut.attention import opened_for
 
 # Of the largest output; of MACs.
@@ -143,7 +143,8 @@ def masked(model: nn.Module, result: Compressed) -> nn.Module:
             else:
                 old.copy_(new.reshape(old.shape))
         for name, (places, values) in decoded(model, result).items():
-            wide.get_parameter(name).view(-1)[places] = values
+            weight = wide.get_parameter(name)
+            weight.view(-1)[places] = values.to(weight.dtype)
         for step in result.plan.steps:
             if step.site.router is not None:
                 for name in step.site.writers:
@@ -172,18 +173,22 @@ def masked(model: nn.Module, result: Compressed) -> nn.Module:
 
 
 def decoded(model: nn.Module, result: Compressed) -> dict[str, tuple[Tensor, Tensor]]:
-    """Of weights with codes, where their values stand in the original's: numbers in their place are cut."""
+    """Of codes and factors, where their values stand in the original's: numbers in their place are cut."""
     plan = result.plan
-    books = {name: form for name, form in plan.forms.items() if isinstance(form, Codebook)}
+    books = {name: form for name, form in plan.forms.items() if isinstance(form, Codebook | LowRank)}
     numbered = copy.deepcopy(opened_for(model, plan)).double()
     for name in books:
         weight = numbered.get_parameter(name)
         weight.copy_(torch.arange(weight.numel()).view(weight.shape))
     cut = ps.apply(numbered, ps.Plan(plan.steps, untied=plan.untied)).state_dict()
-    return {
-        name: (cut[name].long().flatten(), torch.as_tensor(form.dense()).flatten())
-        for name, form in books.items()
-    }
+    modules = dict(model.named_modules(remove_duplicate=False))
+    found = {}
+    for name, form in books.items():
+        # Factors give outputs before inputs.
+        turned = isinstance(form, LowRank) and type(modules.get(name[: -len(".weight")])).__name__ == "Conv1D"
+        dense = torch.as_tensor(form.dense())
+        found[name] = cut[name].long().flatten(), (dense.mT if turned else dense).flatten()
+    return found
 
 
 def never(experts: Tensor, layer: Any, given: Any, logits: Tensor) -> Tensor:

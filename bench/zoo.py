@@ -69,12 +69,15 @@ VERBS: dict[str, Verb] = {
     "channels": lambda model, batches: ps.prune(
         model, batches, method="activation", target={"params": LEFT}, progress=False
     ),
+    "both": lambda model, batches: ps.low_rank(
+        model, batches, target={"params": LEFT}, prune=True, layout="factored", progress=False
+    ),
     "deep_compress": lambda model, batches: ps.deep_compress(
         model, batches, target={"bytes": 0.2}, progress=False
     ),
 }
 DEFAULT = ("compress", "low_rank", "magnitude", "obs", "int8", "codebook")
-TARGETS = {"compress": LEFT, "low_rank": LEFT, "channels": LEFT}
+TARGETS = dict.fromkeys(("compress", "low_rank", "channels", "both"), LEFT)
 # How pysolve says that there is nothing to do.
 NOTHING = re.compile(r"(no (layer|weight|channel|site)|nothing|there (is|are) (no|nothing))\b", re.IGNORECASE)
 

@@ -61,7 +61,7 @@ def probe(study: Study, menus: Sequence[Menu]) -> Probe:
     changes = max(1, sum(sum(size > 0 for size in menu.probes()) for menu in menus))
     given = study.calibration.seen + study.calibration.out if study.calibration else 0
     few = _probe(study, first_samples(study.held, LEAST_SAMPLES))
-    each = sum(map(rows_of, few.outputs)) / sum(map(samples_in, few.batches))
+    each = max(1, sum(map(rows_of, few.outputs))) / sum(map(samples_in, few.batches))
     # Logits of every word; pixels of an image have another number of dimensions.
     long = each >= LONG and main_output(few.outputs[0]).ndim == 3
     least = ceil(LEAST_WORDS / each) if long else max(LEAST_SAMPLES, ceil(LEAST_ROWS / each))

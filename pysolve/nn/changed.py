@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 import torch
@@ -11,7 +10,7 @@ from torch.fx import Node
 
 from pysolve.correlations import Indices
 from pysolve.nn.graph.export import Graph
-from pysolve.nn.outputs import tensors_of
+from pysolve.nn.outputs import with_tensors
 from pysolve.nn.refit.walk import Walk, draws, last_uses
 from pysolve.nn.running import Batch, Output
 
@@ -74,7 +73,7 @@ def changed_outputs(
             # Inside the loop: a generator that is abandoned must not leave gradients switched off.
             with torch.no_grad():
                 found = _run(branch, nodes[place:], finished)
-            yield number, map(_with_tensors, outputs, found)
+            yield number, map(with_tensors, outputs, found)
         if not waiting:
             return
         with torch.no_grad():
@@ -94,9 +93,3 @@ def _step(walk: Walk, node: Node, finished: Mapping[Node, Sequence[Node]]) -> No
         walk.run_original(node)
         walk.run_compressed(node)
     walk.forget(finished[node])
-
-
-def _with_tensors(output: Output, tensors: Sequence[Tensor]) -> Output:
-    """A copy of a structured output with other tensors."""
-    own = tensors_of(output)
-    return copy.deepcopy(output, {id(old): new for old, new in zip(own, tensors, strict=True)})

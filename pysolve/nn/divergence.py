@@ -19,7 +19,7 @@ from pysolve.errors import DataError
 from pysolve.nn.batches.padding import is_of_tokens, output_mask
 from pysolve.nn.batches.samples import samples_in
 from pysolve.nn.cut.routers import choosing
-from pysolve.nn.outputs import floating, logits_of, main_output
+from pysolve.nn.outputs import floating, logits_of, main_output, tensors_of, with_tensors
 from pysolve.nn.running import Batch, Output, arguments, evaluating, forward, same_draws
 
 # From the original's output and another one to the mean divergence per sample.
@@ -76,7 +76,9 @@ def _of_numbers(p: Tensor, q: Tensor) -> Tensor:
 
 
 def _between(p: Tensor, q: Tensor, classes: bool) -> Tensor:
-    """``kl_divergence`` of two tensors, which hold logits of classes or numbers."""
+    """``kl_divergence`` of two tensors, which hold logits of classes or numbers; 0 where they hold none."""
+    if not p.numel():
+        return p.double().sum()
     if classes:
         p, q = (one.movedim(class_dim(p), -1).flatten(0, -2) for one in (p, q))
         # In blocks: logits of all words for all tokens take gigabytes in double precision.
@@ -156,7 +158,10 @@ def mean_divergence(
     ``kl_divergence`` is the mean over tokens that are no padding, where batches tell.
     """
     total = count = 0.0
-    for original, output, batch in zip(originals, outputs, batches, strict=True):
+    for given, output, batch in zip(originals, outputs, batches, strict=True):
+        # Distributions keep what is computed of them, as probabilities of logits: a copy does.
+        keeps = any(isinstance(one, Distribution) for one in pytree.tree_leaves(given))
+        original = with_tensors(given, tensors_of(given)) if keeps else given
         mask = output_mask(batch) if divergence is kl_divergence else None
         if mask is not None and mask.any() and is_of_tokens(main_output(original), mask):
             size, value = int(mask.sum()), float(_apart(original, output, mask))

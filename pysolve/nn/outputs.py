@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
@@ -28,7 +30,7 @@ def floating(output: Output) -> list[Tensor]:
         known = chosen is not output or dataclasses.is_dataclass(output) or isinstance(output, Distribution)
         return floating(tensors_of(chosen)) if known else []
     # Single numbers are losses and counts.
-    return [output] if output.is_floating_point() and output.ndim else []
+    return [output] if output.is_floating_point() and output.ndim and _is_dense(output) else []
 
 
 def main_output(output: Output) -> Tensor:
@@ -36,7 +38,14 @@ def main_output(output: Output) -> Tensor:
     found = floating(output) or tensors_of(logits_of(output))
     if not found:
         raise TypeError(f"expected a tensor in the network's output, got {type(output).__name__}.")
+    if not _is_dense(found[0]):
+        kind = "nested" if found[0].is_nested else str(found[0].layout).removeprefix("torch.")
+        raise TypeError(f"expected a dense tensor in the network's output, got a {kind} one: make it dense.")
     return found[0]
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    return tensor.layout is torch.strided and not tensor.is_nested
 
 
 def logits_of(output: Output) -> Output:
@@ -46,6 +55,12 @@ def logits_of(output: Output) -> Output:
     if isinstance(output, Tensor | tuple | list):
         return output
     return getattr(output, "logits", output)
+
+
+def with_tensors(output: Output, tensors: Sequence[Tensor]) -> Output:
+    """A copy of a structured output with other tensors."""
+    own = tensors_of(output)
+    return copy.deepcopy(output, {id(old): new for old, new in zip(own, tensors, strict=True)})
 
 
 def _tensors(value: object, seen: set[int]) -> list[Tensor]:

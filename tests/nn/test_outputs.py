@@ -110,6 +110,42 @@ def test_distributions_are_compared_by_their_divergence(kind):
     assert distributions.Distribution._validate_args is checked
 
 
+@pytest.mark.parametrize("kind", [*DISTRIBUTIONS, "bernoulli", "among others"])
+def test_what_distributions_keep_of_themselves_is_no_output(kind):
+    """Their divergence makes probabilities of logits, and keeps them."""
+    more = {
+        "bernoulli": lambda a, b: distributions.Independent(distributions.Bernoulli(logits=a), 1),
+        "among others": lambda a, b: (distributions.Categorical(logits=a), b),
+    }
+    model = Heads({**DISTRIBUTIONS, **more}[kind]).eval()
+
+    def divergence(p, q):
+        p, q = (one[0] if kind == "among others" else one for one in (p, q))
+        return distributions.kl_divergence(p, q).mean()
+
+    result = ps.compress(
+        model, data(), target={"params": 0.5}, divergence=divergence, progress=False, latency=False
+    )
+    assert 0 < result.report.divergence < 1
+
+
+@pytest.mark.parametrize("kind", ["sparse_coo", "nested"])
+def test_outputs_that_are_not_dense_are_refused(kind):
+    def made(a, b):
+        return a.relu().to_sparse() if kind == "sparse_coo" else torch.nested.nested_tensor([a, b])
+
+    with pytest.raises(TypeError, match=f"dense tensor in the network's output, got a {kind} one"):
+        ps.compress(Heads(made).eval(), data(), progress=False)
+
+
+def test_outputs_without_rows_are_no_distance_apart():
+    """As of a detector that finds nothing."""
+    model = Heads(lambda a, b: a[a[:, 0] > 1e3]).eval()
+    result = ps.compress(model, data(), target={"params": 0.5}, progress=False, latency=False)
+    assert result.report.divergence == 0
+    assert result.report.share("params") <= 0.5
+
+
 class Tasks(nn.Module):
     def __init__(self, kind):
         super().__init__()

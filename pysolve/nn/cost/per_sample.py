@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from pysolve.errors import DataError
 from pysolve.nn.cost.counting import Call, by_layer, calls, shape_of
-from pysolve.nn.running import Batch, arguments
+from pysolve.nn.running import Batch, Inputs, arguments, sample_leaves, with_leaves
 
 # Samples of each shape that a network is counted on, and shapes that are counted: others count as the next
 # longer one.
@@ -42,9 +42,11 @@ def workload(batches: Sequence[Batch]) -> Workload:
     """The first samples of each shape; where there are many shapes, of some of them."""
     found: dict[tuple[tuple[int, ...] | None, ...], tuple[Batch, int]] = {}
     for batch in batches:
-        n = _samples(batch)
-        leaves = pytree.tree_leaves(arguments(batch))
-        key = tuple(shape_of(leaf)[1:] if isinstance(leaf, Tensor) else None for leaf in leaves)
+        n, divided = _samples(batch), sample_leaves(batch)
+        leaves = enumerate(pytree.tree_leaves(arguments(batch)))
+        key = tuple(
+            shape_of(leaf)[i in divided :] if isinstance(leaf, Tensor) else None for i, leaf in leaves
+        )
         first, known = found.get(key, (batch, 0))
         found[key] = (first, known + n)
     parts = sorted(found.items(), key=lambda one: sum(prod(size) for size in one[0] if size is not None))
@@ -121,14 +123,9 @@ def _run(model: nn.Module, batch: Batch) -> Run:
 
 def _doubled_calls(model: nn.Module, batch: Batch) -> list[Call]:
     """Calls for every sample twice; none where the network's code takes batches of one size alone."""
-    n = _samples(batch)
-
-    def doubled(leaf: Tensor) -> Tensor:
-        return torch.cat([leaf, leaf]) if leaf.ndim and len(leaf) == n else leaf
-
-    args, kwargs = pytree.tree_map_only(Tensor, doubled, arguments(batch))
+    n, leaves = _samples(batch), sample_leaves(batch).items()
     try:
-        return calls(model, kwargs if kwargs else args)
+        return calls(model, with_leaves(batch, {i: torch.cat([x, x]) for i, x in leaves if len(x) == n}))
     # Whatever the network's own code raises.
     except Exception:
         return []
@@ -136,21 +133,17 @@ def _doubled_calls(model: nn.Module, batch: Batch) -> list[Call]:
 
 def _first(batch: Batch) -> Batch:
     """The first samples of a batch, or the batch where its tensors do not share their samples."""
-    n, leaves = _samples(batch), pytree.tree_leaves(arguments(batch))
-    if n <= SAMPLES or any(len(leaf) != n for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim):
+    n, leaves = _samples(batch), sample_leaves(batch)
+    if n <= SAMPLES or any(len(leaf) != n for leaf in leaves.values()):
         return batch
-
-    def first(leaf: Tensor) -> Tensor:
-        return leaf[:SAMPLES] if leaf.ndim else leaf
-
-    args, kwargs = pytree.tree_map_only(Tensor, first, arguments(batch))
-    return kwargs if kwargs else args
+    return with_leaves(batch, {i: leaf[:SAMPLES] for i, leaf in leaves.items()})
 
 
 def _samples(batch: Batch) -> int:
-    """How many samples a batch has: the length of its first tensor."""
-    leaves = pytree.tree_leaves(arguments(batch))
-    sizes = [len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+    """How many samples a batch has: the length of the first tensor that holds them; a graph is one."""
+    sizes = [len(leaf) for leaf in sample_leaves(batch).values()]
+    if isinstance(batch, Inputs) and not sizes:
+        return 1
     if not sizes or not sizes[0]:
         raise DataError("the example must begin with a tensor of at least one sample.")
     return sizes[0]

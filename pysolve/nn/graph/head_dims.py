@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.fx import Node
 
+from pysolve.nn.cut.bare import is_stack
 from pysolve.nn.graph.bisection import Problem, faults
 from pysolve.nn.graph.calls import product_of, stored
 from pysolve.nn.graph.classes import Attended, Classes, Member, squashed
@@ -68,10 +69,11 @@ def head_dims(
 def _described(graph: Graph, classes: Classes, sites: Sequence[Site]) -> Iterator[Site]:
     """Sites that hold dimensions of heads, with the rows of each head; pinned where none holds them all."""
     writers = [member for member in classes.members if member.role == "writers"]
+    readers = {one.layer for one in classes.members if one.role == "readers"}
     heads: dict[int, list[Attention]] = {}
     for attended in classes.attended:
         one = _attention(graph, attended, writers)
-        if one is None:
+        if one is None or one.output not in readers:
             continue
         owner = _owner(sites, one)
         columns = None if owner is None else sites[owner].columns.get(one.output)
@@ -119,6 +121,9 @@ def _attention(graph: Graph, attended: Attended, writers: Sequence[Member]) -> A
     if output is None or not all(found):
         return None
     (query, queries), (key, keys), (value, values) = (one for one in found if one)
+    # Queries are scaled, which matrices in one parameter are not.
+    if is_stack(query):
+        return None
     return Attention(query, key, value, output, queries, keys, values, queries)
 
 

@@ -138,9 +138,9 @@ def spatial_of(layer: nn.Module) -> Spatial:
 def without_outputs(layer: nn.Module) -> nn.Module:
     """What takes the place of a layer that makes or passes no channels."""
     if plain(layer) not in WEIGHTED:
-        return nn.Identity()
+        return nn.Identity().train(layer.training)
     weight = weight_of(layer).detach()
-    return Empty(weight.new_empty((0, *weight.shape[1:])), spatial_of(layer))
+    return Empty(weight.new_empty((0, *weight.shape[1:])), spatial_of(layer)).train(layer.training)
 
 
 def without_inputs(layer: nn.Module, *, written: bool = False) -> Constant:

@@ -10,7 +10,18 @@ from torch import nn
 from pysolve.errors import DataError
 from pysolve.nn.cost.counting import macs
 from pysolve.nn.cost.per_sample import SHAPES, sample_macs, workload
-from pysolve.nn.running import few_samples
+from pysolve.nn.running import Inputs, few_samples
+
+
+class Keyed(nn.Module):
+    """A network whose inputs have names."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, **given):
+        return self.net(given)
 
 
 def table(**more):
@@ -67,3 +78,24 @@ def test_tensors_that_do_not_share_their_samples_are_left_as_they_are():
 def test_a_batch_has_samples(batch):
     with pytest.raises(DataError, match="at least one sample"):
         workload([batch])
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_what_all_samples_share_is_none_whatever_stands_first(first):
+    def run(net, x):
+        return (x["table"] @ net.fc(x["given"])).mean(1)
+
+    model = Keyed(Net(run, fc=nn.Linear(4, 5)))
+    shared, given = {"table": torch.rand(3, 3)}, {"given": torch.rand(8, 3, 4)}
+    batch = Inputs({**shared, **given} if first else {**given, **shared}, {0 if first else 1})
+    assert sum(sample_macs(model, batch).values()) == 3 * 4 * 5 + 3 * 3 * 5
+
+
+@pytest.mark.parametrize("nodes", [2, 30])
+def test_a_graph_is_one_sample(nodes):
+    model = Keyed(Net(lambda net, x: net.fc(x["nodes"])[x["edges"]].sum(0), fc=nn.Linear(4, 5)))
+    graph = {"nodes": torch.rand(nodes, 4), "edges": torch.zeros(2, 5, dtype=torch.long)}
+    assert sample_macs(model, Inputs(graph, {0, 1})) == {"net.fc": 20 * nodes}
+    larger = {**graph, "nodes": torch.rand(3 * nodes, 4)}
+    work = workload([Inputs(one, {0, 1}) for one in (graph, larger)])
+    assert sample_macs(model, work) == {"net.fc": 40 * nodes}

@@ -100,6 +100,33 @@ def test_they_overlap_with_heads_and_with_nothing_else():
         assert [other.writers for other in others] == [site.writers]
 
 
+@pytest.mark.parametrize("bare", ["q", "o"])
+def test_matrices_in_one_parameter_keep_the_dimensions_of_heads(bare):
+    def run(net, x):
+        q, k, v = (multiply(net, name, x).unflatten(-1, (-1, 4)).transpose(1, 2) for name in "qkv")
+        return multiply(net, "o", F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    def multiply(net, name, x):
+        layer = getattr(net, name)
+        return x @ layer if name == bare else layer(x)
+
+    layers = {**{name: nn.Linear(5, 12) for name in "qkv"}, "o": nn.Linear(12, 4)}
+    layers[bare] = nn.Parameter(vectors(12, 4) if bare == "o" else vectors(5, 12))
+    model, x = Net(run, **layers).eval(), vectors(2, 6, 5)
+    assert dims_of(model, x) == []
+
+
+def test_dimensions_of_states_that_attend_stay():
+    """As in a decoder of words whose queries are the states of a recurrent layer."""
+
+    def run(net, x):
+        states = net.lstm(x)[0]
+        return net.out((states @ net.keys(x).mT).softmax(-1) @ states)
+
+    layers = {"lstm": nn.LSTM(5, 6, batch_first=True), "keys": nn.Linear(5, 6), "out": nn.Linear(6, 3)}
+    assert dims_of(Net(run, **layers).eval(), vectors(2, 6, 5)) == []
+
+
 def test_a_size_that_is_written_into_the_code_stays():
     def run(net, x):
         b, t, _ = x.shape

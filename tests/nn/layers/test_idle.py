@@ -83,6 +83,12 @@ def test_linear_layers_without_inputs_are_their_biases(layer, shape):
     assert not without_outputs(layer).state_dict()
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(4, 3), nn.Conv2d(4, 3, 1), nn.BatchNorm2d(4), nn.Dropout()])
+def test_what_takes_a_layers_place_is_in_its_mode(layer):
+    assert without_outputs(layer.train()).training
+    assert not without_outputs(layer.eval()).training
+
+
 @pytest.mark.parametrize("dims", [1, 2, 3])
 @pytest.mark.parametrize("bias", [True, False])
 def test_a_batch_norm_behind_it_takes_the_constant(dims, bias):
