@@ -69,7 +69,7 @@ ALL = (
     Bench("bench/device.py", "scale.md", 6),
     Bench("bench/language.py DATA", "benchmarks.md"),
     Bench("bench/torch_layers.py attention", "guide.md", 3),
-    Bench("bench/torch_layers.py recurrent --data DATA", "guide.md", 5),
+    Bench("bench/torch_layers.py recurrent --data DATA", "guide.md", 7),
     Bench("bench/golden.py compare", "benchmarks.md"),
     Bench("bench/calibration.py counts --data DATA", "guide.md"),
     Bench("bench/calibration.py kinds --data DATA", "guide.md"),
