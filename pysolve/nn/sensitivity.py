@@ -18,7 +18,7 @@ from pysolve.nn.gathering.sums import Sums
 from pysolve.nn.gathering.watching import watching
 from pysolve.nn.layer_matrix import Layer, channels, outputs
 from pysolve.nn.outputs import main_output
-from pysolve.nn.running import Batch, device_of, evaluating, forward
+from pysolve.nn.running import Batch, device_of, evaluating, forward, same_draws
 
 # Random directions of the network's outputs per batch.
 PROBES = 8
@@ -67,6 +67,7 @@ def sensitivities(
     offsets: list[tuple[str, Tensor]] = []
     with (
         evaluating(model),
+        same_draws(model),
         torch.enable_grad(),
         watching(layers, partial(with_offset, offsets)),
         watching_gates(model, gates, offsets),

@@ -397,3 +397,35 @@ def test_a_study_is_written_by_save_alone(taken):
     study = ps.study(Experts(guarded=False).eval(), data(), progress=False)
     with pytest.raises(TypeError, match="neither copied nor pickled: save writes it"):
         taken(study)
+
+
+class Autoencoder(nn.Module):
+    """Draws around a mean, in use as well."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 8))
+        self.decoder = nn.Sequential(nn.Linear(4, 20), nn.ReLU(), nn.Linear(20, 6))
+
+    def forward(self, x):
+        mean, spread = self.encoder(x).chunk(2, -1)
+        return self.decoder(mean + torch.randn_like(mean) * (0.5 * spread).exp())
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("compress", {"target": {"params": 0.7}}),
+        ("compress", {"target": {"params": 0.7}, "select": "sensitivity"}),
+        ("low_rank", {"target": {"params": 0.7}, "layout": "factored"}),
+        ("prune", {"method": "obs", "amount": 0.5, "layout": "dense"}),
+    ],
+)
+def test_a_random_network_becomes_the_same_whatever_was_drawn_before(verb, options):
+    model, batches, found = Autoencoder().eval(), data(), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        result = getattr(ps, verb)(model, batches, progress=False, latency=False, **options)
+        found.append(result.model.state_dict())
+    assert all(map(torch.equal, found[0].values(), found[1].values()))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from operator import length_hint
 from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
@@ -58,7 +59,9 @@ def batched(
         def collated(samples: list[object]) -> Batch:
             return _collated(samples if made is None else [*map(made, samples)])
 
-        return DataLoader(given, DATASET_BATCH, shuffle=shuffle, collate_fn=collated)
+        # Without a generator of its own a loader draws a number of all for every epoch.
+        own = None if shuffle else torch.Generator()
+        return DataLoader(given, DATASET_BATCH, shuffle=shuffle, collate_fn=collated, generator=own)
     if made is None:
         return batches
     return map(made, given) if isinstance(given, Iterator) else Items(given, made)

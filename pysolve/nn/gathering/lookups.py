@@ -15,7 +15,7 @@ from pysolve.nn.batches.padding import Masks, token_masks, without_padding, zero
 from pysolve.nn.gathering.watching import check_visible
 from pysolve.nn.outputs import main_output
 from pysolve.nn.overrides import Args, Function, Kwargs, Overriding
-from pysolve.nn.running import Batch, device_of, evaluating, forward
+from pysolve.nn.running import Batch, device_of, evaluating, forward, same_draws
 from pysolve.nn.sensitivity import by_offsets, without_mean
 
 # Called with the name of a table, the rows that are looked up, and what is found; what it returns, if
@@ -57,7 +57,7 @@ def lookup_counts(
         real = ids.flatten() if mask is None else ids[mask.to(ids.device)]
         found[name] += np.bincount(real.cpu().numpy(), minlength=len(found[name]))
 
-    with evaluating(model), _Lookups(tables, count):
+    with evaluating(model), same_draws(model), _Lookups(tables, count):
         for batch in batches:
             masks = token_masks(batch)
             forward(model, batch, device_of(model))
@@ -80,7 +80,8 @@ def lookup_sensitivities(
     counts = dict.fromkeys(tables, 0)
     random = torch.Generator().manual_seed(seed)
     offsets: list[tuple[str, Tensor]] = []
-    with evaluating(model), torch.enable_grad(), _Lookups(tables, partial(_offset, offsets)):
+    looked_up = _Lookups(tables, partial(_offset, offsets))
+    with evaluating(model), same_draws(model), torch.enable_grad(), looked_up:
         for batch in batches:
             offsets.clear()
             result = main_output(forward(model, batch, device_of(model)))

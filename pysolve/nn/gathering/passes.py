@@ -25,7 +25,7 @@ from pysolve.nn.graph.branches import Layer, Read, read_as
 from pysolve.nn.graph.export import Graph
 from pysolve.nn.progress import part, steps
 from pysolve.nn.ranks import ALONE, Ranks, merged
-from pysolve.nn.running import Batch, evaluating
+from pysolve.nn.running import Batch, evaluating, same_draws
 
 LOGGER = logging.getLogger("pysolve")
 # Matrices of inputs × inputs that are alive at once where a layer's channels are chosen or it is refitted.
@@ -190,7 +190,9 @@ def gathered(
         with evaluating(model), part(number + 1, len(passes), "passes"):
             for index, batch in enumerate(steps(batches, "gather", unit="batch", shown=progress)):
                 if names and index >= begun:
-                    sums.run(model, batch)
+                    # Other draws for every batch, the same in every pass.
+                    with same_draws(model, index):
+                        sums.run(model, batch)
                     if folder is not None:
                         folder.put_away(sums, index + 1)
         for name, known in _merged(sums, names, ranks):

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import PackedSequence, unpack_sequence
 
 from pysolve.correlations import Correlations
 from pysolve.nn.gathering.sums import Sums
-from pysolve.nn.running import Batch, device_of, evaluating, forward, hooked
+from pysolve.nn.running import Batch, device_of, evaluating, forward, hooked, same_draws
 from pysolve.plan import tensor_name
 
 _KINDS = (nn.LSTM, nn.GRU, nn.RNN)
@@ -72,7 +72,7 @@ def gather_recurrent(
         layer.register_forward_pre_hook(partial(_record, sums, owner, names), with_kwargs=True)
         for owner, layer in asked.items()
     )
-    with hooked(hooks), evaluating(model):
+    with hooked(hooks), evaluating(model), same_draws(model):
         for batch in batches if asked else ():
             forward(model, batch, device_of(model))
     return {name: one.correlations() for name, one in sums.items()}

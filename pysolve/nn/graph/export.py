@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import io
 import logging
 import re
@@ -256,6 +257,8 @@ def _first_name(model: nn.Module, name: str) -> str:
 def _export(model: nn.Module, args: Args, kwargs: Kwargs, free: Sequence[int | None]) -> ExportedProgram:
     """The first export that succeeds with so many leading dimensions free; None: all."""
     problem: Exception | None = None
+    # By the names that forward has for them: what it takes as *args is one of these.
+    named = inspect.signature(model.forward).bind(*args, **kwargs).arguments
     for way in (nullcontext, _as_not_compiled):
         for dims in free:
             # torch.export marks the tensors that it is given, and takes them for free ever after.
@@ -263,7 +266,7 @@ def _export(model: nn.Module, args: Args, kwargs: Kwargs, free: Sequence[int | N
             try:
                 with _quiet(), _masks_as_given(), way():
                     return torch.export.export(
-                        model, *fresh, dynamic_shapes=_dynamic(args or kwargs, dims), strict=False
+                        model, *fresh, dynamic_shapes=_dynamic(named, dims), strict=False
                     )
             # torch.export lets through whatever the network's code raises.
             except Exception as error:
@@ -318,7 +321,7 @@ def _masks_as_given() -> Iterator[None]:
         transformer._detect_is_causal_mask = before
 
 
-def _dynamic(given: Args | Kwargs, dims: int | None) -> Args | Kwargs | None:
+def _dynamic(given: Kwargs, dims: int | None) -> Kwargs | None:
     """The leading dimensions of every tensor to leave free, as torch.export wants them."""
 
     def free(value: object) -> dict[int, object] | None:

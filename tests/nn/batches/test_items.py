@@ -207,3 +207,11 @@ def test_pruning_that_trains_takes_them_too(verb):
 def test_verbs_that_need_batches_say_that_there_are_none(verb, none):
     with pytest.raises(DataError, match=r"^there are no batches"):
         verb(none)
+
+
+def test_batches_of_a_dataset_draw_nothing_unless_they_are_shuffled():
+    before = torch.get_rng_state()
+    assert len([*batched(TensorDataset(X, Y))]) == 2
+    assert torch.equal(torch.get_rng_state(), before)
+    assert len([*batched(TensorDataset(X, Y), shuffle=True)]) == 2
+    assert not torch.equal(torch.get_rng_state(), before)

@@ -45,6 +45,23 @@ def test_networks_that_halve_their_images_are_traced_for_any_number_of_samples()
     assert fits(graph, torch.zeros(9, 3, 64, 64))
 
 
+class Wrapped(nn.Module):
+    """Hands on whatever it is given, as wrappers of networks do."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net(lambda net, x: net.b(net.a(x).relu()), a=nn.Linear(4, 6), b=nn.Linear(6, 2))
+
+    def forward(self, *args, **kwargs):
+        return self.net(*args, **kwargs)
+
+
+def test_of_a_wrapper_any_number_of_samples_is_traced():
+    graph, few = trace_once(Wrapped().eval(), torch.zeros(5, 4))
+    assert samples_in(few) == 2
+    assert fits(graph, torch.zeros(9, 4))
+
+
 def test_a_try_that_fails_leaves_no_marks():
     x = torch.zeros(2, 3, 64, 64)
     graph = trace(halving(), x, every_size=True)
