@@ -10,7 +10,7 @@ is one prediction, samples are too few: ResNet-20, 2,000 images, 0.186 → 0.188
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import suppress
 from functools import partial
 from itertools import count
 
@@ -72,7 +72,8 @@ def row_weights(
     together = max(2, max(walked, _LITTLE) * traced_samples(graph) // max(1, needed))
     found: dict[Read, list[Tensor]] = {}
     random, few = torch.Generator(), take(batches[0], 0, 2)
-    able = _gradients(model, modules, few if fits(graph, few) else batches[0], random)
+    gradients_of = partial(_gradients, model, modules, random=random, rough=_rough(model, walked))
+    able = gradients_of(few if fits(graph, few) else batches[0])
     for number, batch in zip(count(ranks.rank, ranks.size), batches if able else (), strict=False):
         random.manual_seed(seed + number)
         squares: dict[Read, list[Tensor]] = {}
@@ -80,7 +81,7 @@ def row_weights(
         samples = samples_in(batch)
         for i in range(parts := max(1, samples // together)):
             part = take(batch, i * samples // parts, (i + 1) * samples // parts)
-            gradients = _gradients(model, modules, part, random) if fits(graph, part) else {}
+            gradients = gradients_of(part) if fits(graph, part) else {}
             for key in {keys[name] for name in gradients}:
                 alike = [name for name in gradients if keys[name] == key]
                 each = torch.stack([_squares(modules[name], gradients[name]) for name in alike])
@@ -116,12 +117,13 @@ def masked_weights(
 
 
 def _gradients(
-    model: nn.Module, layers: Mapping[str, rows.Layer], batch: Batch, random: torch.Generator
+    model: nn.Module, layers: Mapping[str, rows.Layer], batch: Batch, *, random: torch.Generator, rough: bool
 ) -> dict[str, Tensor]:
     """Of log p(t) by each layer's outputs, t drawn for every token; nothing where there are no tokens."""
     offsets: list[tuple[str, Tensor]] = []
     watched = partial(with_offset, offsets)
-    with evaluating(model), same_draws(model), torch.enable_grad(), _rough(model), watching(layers, watched):
+    products = torch.autocast(device_of(model).type, torch.bfloat16, rough)
+    with evaluating(model), same_draws(model), torch.enable_grad(), products, watching(layers, watched):
         output = forward(model, batch, device_of(model))
     logits = main_output(output)
     if logits.ndim != 3 or not has_classes(output) or not logits.requires_grad:
@@ -136,12 +138,13 @@ def _gradients(
     return {}
 
 
-def _rough(model: nn.Module) -> AbstractContextManager[object]:
-    """Products in bfloat16, of large networks of float32 on a device that has faster ones."""
-    device = device_of(model)
-    large = sum(one.numel() for one in model.parameters() if one.dtype == torch.float32) >= _LARGE
-    able = large and _multiplies_bfloat16(device)
-    return torch.autocast(device.type, torch.bfloat16) if able else nullcontext()
+def _rough(model: nn.Module, room: int) -> bool:
+    """Whether products in bfloat16 will do: of large networks of float32, on a device that has faster ones.
+
+    Copies of the weights must be little beside the room.
+    """
+    numbers = sum(one.numel() for one in model.parameters() if one.dtype == torch.float32)
+    return numbers >= _LARGE and 8 * numbers <= room and _multiplies_bfloat16(device_of(model))
 
 
 def _multiplies_bfloat16(device: torch.device) -> bool:
