@@ -73,7 +73,8 @@ class Calibration:
                 room -= n - held
             yield rest
         every = sorted((one for own in ranks.all(out) for one in own), key=lambda one: one[0])
-        self._set_apart([batch for _, batch in every], ranks.first(self.kept))
+        kept = [] if every else ranks.first(first_samples(self.kept, HELD_SAMPLES))
+        self._set_apart([batch for _, batch in every], kept)
 
     def _set_apart(self, out: list[Batch], kept: list[Batch]) -> None:
         """Share what is held out between choices and the report; of too few samples, some of those kept."""
