@@ -5,6 +5,7 @@ python bench/elimination.py [--threads 1 2] [--repeats 5] [--small]
 LeNet's fc1 comes from real activations when PYSOLVE_DATA names a folder that holds mnist/ (the network is
 trained for an epoch first), otherwise from random ones. A transcription of the textbook algorithm into NumPy
 (invert once, then one Schur complement a removal) stands beside. Every path's errors are checked by refits.
+Single inputs are counted in float64 products of the same size, timed before and after.
 """
 
 import argparse
@@ -91,13 +92,28 @@ def compare_selectors(problem: ReconstructionProblem, share: float) -> None:
         print(f"    {method:16}{100 * (1 - explained(problem, keep) / total):8.2f} %{seconds:9.3f} s")
 
 
+def products(d: int, h: int, threads: list[int], repeats: int) -> None:
+    """A path over single inputs in float64 products of d × d × d of the same run, in CPU seconds."""
+    rng = np.random.default_rng(0)
+    x = np.maximum(rng.standard_normal((2 * d, d)) @ rng.standard_normal((d, d)) / np.sqrt(d), 0)
+    R = x.T @ x / len(x)
+    C, A = rng.standard_normal((h, d)) @ R / np.sqrt(d), rng.standard_normal((d, d))
+    print(f"\nsingle inputs: d={d}, h={h}")
+    for count in threads:
+        with threadpool_limits(count):
+            before = timed(lambda: A @ R, repeats)[1]
+            own = timed(lambda: ps.elimination_path(R, C), repeats)[1]
+            product = (before + timed(lambda: A @ R, repeats)[1]) / 2
+            print(f"  {count} thread(s): {own:.2f} s cpu, {own / product:.2f} products of {product:.2f} s")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--small", action="store_true", help="leave out the convolution with d = 4608")
+    parser.add_argument("--small", action="store_true", help="leave out layers of 4,096 inputs and more")
     options = parser.parse_args()
     layer = lenet_fc1(0.01) or unequal_channels(800, 500, 16, 2400, name="random stand-in for LeNet-5 fc1")
     compare(layer, options.threads, options.repeats, True)
@@ -106,6 +122,7 @@ def main() -> None:
     if not options.small:
         convolution = unequal_channels(4608, 512, 9, 6000, name="convolution, 512 channels, 3x3")
         compare(convolution, options.threads, min(options.repeats, 2), False)
+        products(4096, 512, options.threads, 2)
 
 
 if __name__ == "__main__":

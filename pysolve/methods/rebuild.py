@@ -108,7 +108,7 @@ def _fitted(study: Study, chosen: Chosen, refit: str, passes: int, stacks: bool)
             else (_why_independent("the network cannot be exported"),)
         )
         return replace(found, notes=why)
-    batches, reason = _batches(study)
+    batches, reason = _batches(study, chosen)
     if not batches and chosen.fits:
         raise PysolveError(
             "the network's code takes batches of one size alone, and none is left whole without the samples "
@@ -346,7 +346,7 @@ def _concerned(study: Study, chosen: Chosen, cuts: Mapping[str, Kept]) -> dict[s
     return {**found, **chosen.fits}
 
 
-def _batches(study: Study) -> tuple[list[Batch], str]:
+def _batches(study: Study, chosen: Chosen) -> tuple[list[Batch], str]:
     """Batches for the refit, and why they are not all that were seen."""
     assert study.graph is not None
     assert study.calibration is not None
@@ -358,9 +358,11 @@ def _batches(study: Study) -> tuple[list[Batch], str]:
         )
     bound, ranks = study.options.memory, study.options.ranks
     if bound is not None:
-        # Copies of the network and new weights were made since sums were gathered.
+        # Copies of the network were made since sums were gathered, and new weights will be on the way.
         widths = (taps(one.module) * channels(one.module)[0] for one in study.layers.values())
         working = MATRICES * 8 * max(widths, default=0) ** 2
+        changed = study.layers if chosen.keep else {name for name in chosen.fits if study.walks(name)}
+        working += sum(study.layers[name].module.weight.nbytes for name in changed)
         room = min(ranks.all(room_for(study.graph, max(0, bound.left() - working))))
         kept = kept if room >= sum(map(samples_in, kept)) else first_samples(kept, room)
     batches = usable(study.graph, kept)

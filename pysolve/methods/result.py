@@ -317,8 +317,7 @@ def distance(
     original: nn.Module, other: nn.Module, batches: Sequence[Batch], divergence: Divergence = kl_divergence
 ) -> float:
     """Mean divergence over samples of a network's outputs from the original's."""
-    outputs = list(run(original, batches))
-    return mean_divergence(outputs, run(other, batches), batches, divergence)
+    return mean_divergence(run(original, batches), run(other, batches), batches, divergence)
 
 
 def increase(

@@ -128,6 +128,13 @@ def _difference(original: nn.Module, other: nn.Module, batch: Batch) -> float:
     """‖difference‖ / ‖outputs‖ of two networks, the largest of all outputs."""
     with evaluating(original, other):
         pairs = zip(*(tensors_of(forward(one, batch)) for one in (original, other)), strict=True)
-        return max(
-            float((a.double() - b.double()).norm() / a.double().norm().clamp_min(1e-30)) for a, b in pairs
-        )
+        return max(_norm(_real(a) - _real(b)) / max(_norm(_real(a)), 1e-30) for a, b in pairs)
+
+
+def _real(value: Tensor) -> Tensor:
+    return value if value.is_floating_point() else value.double()
+
+
+def _norm(value: Tensor) -> float:
+    """‖value‖; of logits of all words without a copy in double precision."""
+    return float(torch.linalg.vector_norm(value, dtype=torch.float64))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
 
@@ -151,7 +151,7 @@ def run(
 
 
 def mean_divergence(
-    originals: Sequence[Output], outputs: Iterator[Output], batches: Sequence[Batch], divergence: Divergence
+    originals: Iterable[Output], outputs: Iterator[Output], batches: Sequence[Batch], divergence: Divergence
 ) -> float:
     """Mean over all samples of several batches; DataError where the original's own outputs are NaN or ∞.
 
@@ -167,11 +167,10 @@ def mean_divergence(
             size, value = int(mask.sum()), float(_apart(original, output, mask))
         else:
             size, value = samples_in(batch), _number(divergence(original, output))
+        if math.isnan(value):
+            _check_finite(given)
         total, count = total + value * size, count + size
-    mean = total / count
-    if math.isnan(mean):
-        _check_finite(originals)
-    return mean
+    return total / count
 
 
 def or_infinite(divergence: float) -> float:
@@ -192,15 +191,15 @@ def _number(value: object) -> float:
     )
 
 
-def _check_finite(originals: Sequence[Output]) -> None:
-    for output in map(main_output, originals):
-        bad = output.isnan() | output.isposinf()
-        if bool(bad.any()):
-            raise DataError(
-                f"the network as it was given has NaN or infinity in {int(bad.sum())} of {bad.numel()} "
-                "outputs for samples that are held out, so no other can be compared with it: check its "
-                "weights, and for samples of large values."
-            )
+def _check_finite(original: Output) -> None:
+    output = main_output(original)
+    bad = output.isnan() | output.isposinf()
+    if bool(bad.any()):
+        raise DataError(
+            f"the network as it was given has NaN or infinity in {int(bad.sum())} of {bad.numel()} "
+            "outputs for samples that are held out, so no other can be compared with it: check its "
+            "weights, and for samples of large values."
+        )
 
 
 def _spread(p: Tensor) -> Tensor:

@@ -159,6 +159,16 @@ def _has_samples(value: object) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.ndim > 0
 
 
+def joined_within(batches: list[Batch], most: int) -> list[Batch]:
+    """The same samples in as few equal batches of at most so many as there can be, as ``joined`` allows."""
+    found = joined(batches)
+    if len(found) != 1 or samples_in(found[0]) <= most:
+        return found
+    count = samples_in(found[0])
+    parts = -(-count // most)
+    return [take(found[0], i * count // parts, (i + 1) * count // parts) for i in range(parts)]
+
+
 def regrouped(batches: list[Batch], size: int) -> list[Batch]:
     """The same samples in batches of one size, without what is left at the end."""
     return [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from operator import length_hint
@@ -12,9 +13,16 @@ from torch.fx import Node
 
 from pysolve.correlations import Correlations
 from pysolve.errors import DataError
-from pysolve.nn.batches.samples import first_samples, joined, later_samples, moved, samples_in, take
+from pysolve.nn.batches.samples import (
+    first_samples,
+    joined_within,
+    later_samples,
+    moved,
+    samples_in,
+    take,
+)
 from pysolve.nn.batches.sound import sound
-from pysolve.nn.gathering.memory import Bound, room_for
+from pysolve.nn.gathering.memory import Bound, room_for, sample_bytes
 from pysolve.nn.gathering.passes import gathered, passes_for
 from pysolve.nn.graph.branches import Layer
 from pysolve.nn.graph.export import Graph
@@ -29,6 +37,8 @@ HELD_OF, HELD_SAMPLES, APART_SAMPLES = 8, 256, 128
 LEAST_APART = 16
 # Rows (samples × positions) to gather for a layer, as a multiple of its inputs.
 ROWS_PER_INPUT = 60
+# Bytes of results that samples of one batch that is held out may have, and their share of a bound.
+RESULTS, SHARE = 2**29, 8
 
 
 @dataclass(eq=False)
@@ -59,8 +69,13 @@ class Calibration:
     seen: int = 0
     out: int = 0
 
-    def stream(self, batches: Iterable[Batch], ranks: Ranks = ALONE) -> Iterator[Batch]:
-        """The batches without what is held out, keeping what may be kept; each process its own."""
+    def stream(
+        self, batches: Iterable[Batch], ranks: Ranks = ALONE, together: int = sys.maxsize
+    ) -> Iterator[Batch]:
+        """The batches without what is held out, keeping what may be kept; each process its own.
+
+        Batches of what is held out have at most so many samples ``together``.
+        """
         room, out = self.limit, list[tuple[int, Batch]]()
         for number, batch, held in self._divided(batches, ranks):
             n = samples_in(batch)
@@ -74,14 +89,14 @@ class Calibration:
             yield rest
         every = sorted((one for own in ranks.all(out) for one in own), key=lambda one: one[0])
         kept = [] if every else ranks.first(first_samples(self.kept, HELD_SAMPLES))
-        self._set_apart([batch for _, batch in every], kept)
+        self._set_apart([batch for _, batch in every], kept, together)
 
-    def _set_apart(self, out: list[Batch], kept: list[Batch]) -> None:
+    def _set_apart(self, out: list[Batch], kept: list[Batch], together: int) -> None:
         """Share what is held out between choices and the report; of too few samples, some of those kept."""
         apart = min(APART_SAMPLES, self.out // 3)
         chosen_on = self.out - (apart if apart >= LEAST_APART else 0)
-        self.held = joined(first_samples(out or kept, chosen_on or HELD_SAMPLES))
-        self.apart = joined(later_samples(out, chosen_on)) or self.held
+        self.held = joined_within(first_samples(out or kept, chosen_on or HELD_SAMPLES), together)
+        self.apart = joined_within(later_samples(out, chosen_on), together) or self.held
 
     def again(self, batches: Iterable[Batch], ranks: Ranks = ALONE) -> Iterator[Batch]:
         """What ``stream`` has given on, of the same batches once more."""
@@ -177,11 +192,15 @@ def calibrate(
     once = isinstance(batches, Iterator)
     plan = passes_for(model, first, graph, nodes, layers, bound, once=once, folder=checkpoint, ranks=ranks)
     calibration = Calibration(plan.samples)
+    most = RESULTS if bound is None else min(RESULTS, min(ranks.all(bound.left())) // SHARE)
+    together = max(count, 2, most // max(1, sample_bytes(graph))) if graph else sys.maxsize
+    together = max(ranks.counts(together))
 
     def stream(number: int) -> Iterator[Batch]:
         if number:
             return calibration.again(batches, ranks)
-        return calibration.stream(sound(model, batches, first, graph, run=not layers), ranks)
+        given = sound(model, batches, first, graph, run=not layers)
+        return calibration.stream(given, ranks, together)
 
     found = gathered(model, stream, plan, shares, double, checkpoint, ranks, progress, example=example)
     # What other processes have sent is on the CPU.

@@ -69,17 +69,17 @@ def row_weights(
     walked = sum(map(samples_in, batches)) * walk_bytes(graph)
     # Layers' outputs and their gradients; probabilities, their sums and directions.
     needed = 2 * traced_bytes(graph) + 6 * output_bytes(graph)
-    together = max(2, max(walked, _LITTLE) * traced_samples(graph) // max(1, needed))
+    together = max(1, max(walked, _LITTLE) * traced_samples(graph) // max(1, needed))
     found: dict[Read, list[Tensor]] = {}
-    random, few = torch.Generator(), take(batches[0], 0, 2)
+    # A norm by the batch's own statistics may refuse a single sample.
+    random, few = torch.Generator(), take(batches[0], 0, min(2, together))
     gradients_of = partial(_gradients, model, modules, random=random, rough=_rough(model, walked))
     able = gradients_of(few if fits(graph, few) else batches[0])
     for number, batch in zip(count(ranks.rank, ranks.size), batches if able else (), strict=False):
         random.manual_seed(seed + number)
         squares: dict[Read, list[Tensor]] = {}
-        # A norm by the batch's own statistics may refuse a single sample.
         samples = samples_in(batch)
-        for i in range(parts := max(1, samples // together)):
+        for i in range(parts := max(1, -(-samples // together))):
             part = take(batch, i * samples // parts, (i + 1) * samples // parts)
             gradients = gradients_of(part) if fits(graph, part) else {}
             for key in {keys[name] for name in gradients}:

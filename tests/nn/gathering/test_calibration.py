@@ -95,6 +95,32 @@ def test_batches_of_any_size_hold_back_the_same_share(size):
     assert sorted(held + apart + given_on) == list(range(total))
 
 
+@given(SIZES, st.integers(1, 12), st.sampled_from(sorted(FORMS)))
+def test_batches_of_what_is_held_out_are_as_large_as_they_may_be_and_alike(sizes, together, form):
+    one, several = Calibration(limit=10**6), Calibration(limit=10**6)
+    for _ in one.stream(numbered(sizes, form)):
+        pass
+    for _ in several.stream(numbered(sizes, form), together=together):
+        pass
+    for whole, parts in ((one.held, several.held), (one.apart, several.apart)):
+        assert all_numbers(parts) == all_numbers(whole)
+        counts = [samples_in(batch) for batch in parts]
+        assert len(counts) == -(-sum(counts) // together)
+        assert max(counts) - min(counts) <= 1
+
+
+def test_large_results_are_held_out_in_several_batches(monkeypatch):
+    model, batches = nn.Linear(3, 50, bias=False), numbered([16] * 64)
+    graph = trace(model, batches[0])
+    # Of each sample 3 inputs and 50 outputs, four bytes each.
+    for results, most in ((2**29, 128), (30 * 212, 30), (1, 16)):
+        monkeypatch.setattr(f"{calibrate.__module__}.RESULTS", results)
+        found = calibrate(model, batches, batches[0], graph, {}, [], progress=False)[0]
+        held = [samples_in(batch) for batch in found.held]
+        assert max(held) <= most
+        assert len(held) == -(-sum(held) // most)
+
+
 def test_a_batch_that_is_held_out_keeps_its_form():
     calibration = Calibration(limit=10**6)
     (batch,) = calibration.stream(numbered([16], "mapping"))

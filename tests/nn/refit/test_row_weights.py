@@ -52,7 +52,9 @@ def expected_squares(model, ids, name):
     return total
 
 
-def test_weights_are_the_expected_gradients_of_drawn_predictions():
+def test_weights_are_the_expected_gradients_of_drawn_predictions(monkeypatch):
+    # It takes longer than all else here.
+    monkeypatch.setattr(row_weights, "give_back", lambda: None)
     model, (ids,) = tokens(1)
     graph = trace(model, ids)
     draws = 600
@@ -75,11 +77,11 @@ def test_large_batches_run_in_parts(monkeypatch):
     calls = []
     model.register_forward_hook(lambda *args: calls.append(len(args[1][0])))
     parts = row_weights.row_weights(graph, model, batches, ranks=ALONE)
-    # Two to see what the network predicts.
-    assert calls == [2] * 5
-    assert {name: [w.shape for w in one] for name, one in parts.items()} == {
-        name: [w.shape for w in one] for name, one in whole.items()
-    }
+    # One to see what the network predicts.
+    assert calls == [1] * 9
+    for name, one in parts.items():
+        for own, all_at_once in zip(one, whole[name], strict=True):
+            torch.testing.assert_close(own, all_at_once, rtol=1e-4, atol=1e-6)
 
 
 def test_products_of_bfloat16_weigh_alike(monkeypatch):
