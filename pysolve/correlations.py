@@ -269,6 +269,9 @@ class Correlations:
     def restrict(self, keep: npt.ArrayLike) -> Correlations:
         """Correlations of the input groups in ``keep`` only, in that order."""
         groups = _within("keep", keep, self.groups, "groups of inputs")
+        if np.array_equal(groups, np.arange(self.groups)):
+            # Much faster than by index.
+            return replace(self, xx=self.xx.copy(), yx=self.yx.copy(), x_sum=self.x_sum.copy())
         columns = group_columns(groups, self.group_size)
         return replace(
             self, xx=self.xx[np.ix_(columns, columns)], yx=self.yx[:, columns], x_sum=self.x_sum[columns]

@@ -58,11 +58,19 @@ def lowest_found(R, C, M, lam, group_size=1, weights=None, shift=0.0):
         diagonal = np.diagonal(A, axis1=1, axis2=2)
         unit = np.sqrt(np.where(diagonal > 0, diagonal, 1.0))[:, None]
         A = A / unit / unit.mT + ridges[:, None, None] * np.eye(len(R))
-        N = np.linalg.solve(A, (C / unit).mT).mT / unit
+        N = _solved(A, (C / unit).mT).mT / unit
         told = np.square(N).sum(1) @ np.diag(R) <= largest
         if told.any():
             best = min(best, exact_objective(R, C, N[told], lam, group_size, weights).min())
     return best
+
+
+def _solved(A, B):
+    """Solutions of a stack of systems; the shortest where one is singular in double precision."""
+    try:
+        return np.linalg.solve(A, B)
+    except np.linalg.LinAlgError:
+        return np.stack([np.linalg.lstsq(a, b)[0] for a, b in zip(A, B, strict=True)])
 
 
 def published_problem(d, h, r, n, seed=0):

@@ -124,30 +124,33 @@ def refit(
     """
     whole = correlations.energy - np.square(correlations.y_sum / correlations.count).sum()
     lost = whole if intercept else correlations.energy
-    if intercept:
-        R, C = correlations.covariance(columns)
-    else:
-        own = replace(correlations, group_size=1).restrict(columns)
-        R, C = own.r_xx, own.r_yx
-    variance, targets = np.diag(R).copy(), C
+    own = replace(correlations, group_size=1)
+
+    def moments() -> tuple[Array, Array]:
+        if intercept:
+            return own.covariance(columns)
+        some = own.restrict(columns)
+        return some.r_xx, some.r_yx
+
+    R, C = moments()
+    variance = np.diag(R).copy()
     if ridge is None:
         ridge = prior_ridge(len(columns), correlations.count)
-    unit = np.sqrt(np.where(variance > 0, variance, 1.0))
-    rare = np.where(variance > 0, pull(variance) / unit**2, 1.0)
-    change = (C - product(prior, R)) / unit
-    R /= unit
-    R /= unit[:, None]
+    varies = variance > 0
+    penalty = np.where(varies, pull(variance), 1.0)
+    change = C - product(prior, R)
     M = prior
     while len(columns):
+        R.flat[:: len(R) + 1] += ridge * penalty
         try:
-            factor = _factor(R, ridge * rare)
+            factor = _factor(R)
         except scipy.linalg.LinAlgError:
-            ridge = max(10 * ridge, 1e-12)
+            ridge, (R, _) = max(10 * ridge, 1e-12), moments()
             continue
         # An input that never varies keeps its weight.
-        M = prior + np.where(variance > 0, _solved(factor, change) / unit, 0.0)
+        M = prior + np.where(varies, _solved(factor, change), 0.0)
         # By  M R = C − ε (M − prior) diag(v)  without another product with R.
-        lost -= np.vdot(targets + ridge * (M - prior) * (rare * unit**2 * (variance > 0)), M)
+        lost -= np.vdot(C + ridge * (M - prior) * (penalty * varies), M)
         break
     lost = max(0.0, float(lost)) / whole if whole > 0 else 0.0
     if not intercept:
@@ -165,25 +168,25 @@ def _ridge_solve(R: Array, C: Array, ridge: Ridge) -> Array:
     unit = np.sqrt(np.diag(R))
     R, C = R / unit / unit[:, None], C / unit
     for epsilon in AUTO_RIDGES if ridge == "auto" else (ridge,):
+        raised = R.copy()
+        raised.flat[:: len(R) + 1] += epsilon
         try:
-            factor = _factor(R, epsilon)
+            factor = _factor(raised)
         except scipy.linalg.LinAlgError:
             continue
         return _solved(factor, C) / unit
     raise ValueError(f'r_xx on the kept inputs is singular at ridge={ridge}; use a larger one or "auto".')
 
 
-def _factor(R: Array, ridge: Array | float) -> tuple[Array, bool]:
-    """Cholesky factor of R with ``ridge`` added to its diagonal."""
-    raised = R.copy()
-    raised.flat[:: len(R) + 1] += ridge
+def _factor(R: Array) -> tuple[Array, bool]:
+    """Cholesky factor of R, in its place."""
     if len(R) ** 3 > 3 * LONGEST:
         # In pieces, unlike SciPy's.
-        if not _core.cholesky(raised):
+        if not _core.cholesky(R):
             raise scipy.linalg.LinAlgError("not positive definite")
-        return raised.T, True
+        return R.T, True
     # Of the transpose, which is the same matrix, in the order that LAPACK overwrites without a copy.
-    found = scipy.linalg.cho_factor(raised.T, lower=True, check_finite=False, overwrite_a=True)
+    found = scipy.linalg.cho_factor(R.T, lower=True, check_finite=False, overwrite_a=True)
     return found[0], found[1]
 
 
