@@ -168,7 +168,7 @@ def _uses(
     assert study.calibration is not None
     ranks, kept, weights = study.options.ranks, study.calibration.kept, study.weights
     tables = {name: weights[name] for name in shared}
-    counts = lookup_counts(study.model, tables, kept)
+    counts = lookup_counts(study.model, study.graph, tables, kept)
     ranks.add_up(*counts.values())
     samples, directions = sensed
     metrics = ranks.first(lookup_sensitivities(study.model, tables, samples, probes=directions))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -13,8 +13,11 @@ from torch.nn.functional import embedding
 from pysolve.correlations import Array
 from pysolve.nn.batches.padding import Masks, token_masks, without_padding, zero_padding
 from pysolve.nn.gathering.watching import check_visible
+from pysolve.nn.graph.export import Graph
+from pysolve.nn.graph.sizes import fits
 from pysolve.nn.outputs import main_output
 from pysolve.nn.overrides import Args, Function, Kwargs, Overriding
+from pysolve.nn.refit.walk import Walk
 from pysolve.nn.running import Batch, device_of, evaluating, forward, same_draws
 from pysolve.nn.sensitivity import by_offsets, without_mean
 
@@ -45,23 +48,50 @@ class _Lookups(Overriding):
 
 
 def lookup_counts(
-    model: nn.Module, tables: Mapping[str, Tensor], batches: Iterable[Batch]
+    model: nn.Module, graph: Graph | None, tables: Mapping[str, Tensor], batches: Iterable[Batch]
 ) -> dict[str, Array]:
-    """(V,) how often each row of each table is looked up for real tokens."""
-    found = {name: np.zeros(len(table)) for name, table in tables.items()}
+    """(V,) how often each row of each table is looked up for real tokens.
 
+    Where the graph takes a batch, nothing runs but what leads to the rows' numbers.
+    """
+    found = {name: np.zeros(len(table)) for name, table in tables.items()}
     masks: Masks = {}
 
-    def count(name: str, ids: Tensor, _: Tensor) -> None:
+    def count(name: str, ids: Tensor, _: Tensor | None = None) -> None:
         mask = masks.get(tuple(ids.shape))
         real = ids.flatten() if mask is None else ids[mask.to(ids.device)]
         found[name] += np.bincount(real.cpu().numpy(), minlength=len(found[name]))
 
-    with evaluating(model), same_draws(model), _Lookups(tables, count):
+    with evaluating(model), same_draws(model):
         for batch in batches:
             masks = token_masks(batch)
-            forward(model, batch, device_of(model))
+            if graph is not None and fits(graph, batch):
+                for name, ids in _looked_up(graph, model, tables, batch):
+                    count(name, ids)
+                continue
+            with _Lookups(tables, count):
+                forward(model, batch, device_of(model))
     return found
+
+
+def _looked_up(
+    graph: Graph, model: nn.Module, tables: Mapping[str, Tensor], batch: Batch
+) -> Iterator[tuple[str, Tensor]]:
+    """Names of tables, and which of their rows a batch looks up."""
+    state, names = model.state_dict(), {table.data_ptr(): name for name, table in tables.items()}
+    own = {node: names.get(state[name].data_ptr()) for node, name in graph.parameters.items()}
+    nodes = [*graph.module.graph.nodes]
+    asked = [(own.get(n.args[0]), n.args[1]) for n in nodes if n.target is torch.ops.aten.embedding.default]
+    wanted = [(name, ids) for name, ids in asked if name is not None]
+    needed = {ids for _, ids in wanted}
+    for node in reversed(nodes):
+        needed.update(node.all_input_nodes if node in needed else ())
+    walk = Walk(graph, model, [batch], {})
+    for node in nodes:
+        if node in needed and node.op not in ("placeholder", "output") and node not in walk.fixed:
+            walk.run_original(node)
+            walk.run_compressed(node)
+    yield from ((name, walk.original_value(ids, 0)) for name, ids in wanted)
 
 
 def lookup_sensitivities(
