@@ -78,17 +78,16 @@ def _looked_up(
     graph: Graph, model: nn.Module, tables: Mapping[str, Tensor], batch: Batch
 ) -> Iterator[tuple[str, Tensor]]:
     """Names of tables, and which of their rows a batch looks up."""
-    state, names = model.state_dict(), {table.data_ptr(): name for name, table in tables.items()}
-    own = {node: names.get(state[name].data_ptr()) for node, name in graph.parameters.items()}
+    walk, names = Walk(graph, model, [batch], {}), {table.data_ptr(): name for name, table in tables.items()}
+    own = {node: names.get(walk.original_value(node, 0).data_ptr()) for node in graph.parameters}
     nodes = [*graph.module.graph.nodes]
     asked = [(own.get(n.args[0]), n.args[1]) for n in nodes if n.target is torch.ops.aten.embedding.default]
     wanted = [(name, ids) for name, ids in asked if name is not None]
     needed = {ids for _, ids in wanted}
     for node in reversed(nodes):
         needed.update(node.all_input_nodes if node in needed else ())
-    walk = Walk(graph, model, [batch], {})
     for node in nodes:
-        if node in needed and node.op not in ("placeholder", "output") and node not in walk.fixed:
+        if node in needed and node.op != "placeholder" and node not in walk.fixed:
             walk.run_original(node)
             walk.run_compressed(node)
     yield from ((name, walk.original_value(ids, 0)) for name, ids in wanted)
