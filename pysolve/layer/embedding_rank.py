@@ -56,6 +56,11 @@ class Uses:
         moments = None if self.moments is None else self.moments[square]
         return Uses(self.counts[rows], self.metric[square], moments)
 
+    def turned(self, T: Array) -> Uses:
+        """Of rows v where these are T v, with an orthogonal T."""
+        moments = None if self.moments is None else T.T @ self.moments @ T
+        return Uses(self.counts, T.T @ self.metric @ T, moments)
+
 
 @dataclass(frozen=True, eq=False)
 class DecomposedTable:

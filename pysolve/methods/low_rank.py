@@ -13,6 +13,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from pysolve.compressed import Compressed
+from pysolve.correlations import Indices
 from pysolve.errors import PysolveError, check_flags, exactly_one, one_of
 from pysolve.layer.reduced_rank import rank_keeping
 from pysolve.methods.budget import costs_of, settle
@@ -245,10 +246,17 @@ class _Plan:
     table: Candidates
 
     @property
-    def chosen(self) -> Chosen:
-        """What it makes of the network."""
-        sizes = [self.table.menus[name].at(rank) for name, rank in self.ranks.items()]
-        return reduce(or_, sizes, Chosen(self.widths.keep if self.widths else {}))
+    def keep(self) -> Mapping[Site, Indices]:
+        """Channels that stay of the sites that lose some."""
+        return self.widths.keep if self.widths else {}
+
+    def chosen(self, found: Study) -> Chosen:
+        """What it makes of a network, which is the study's own or the one that was turned into it."""
+        menus, turn = {name: self.table.menus[name] for name in self.ranks}, self.study.turn
+        if found.turn is None and turn is not None:
+            kind = self.table.kind.unturned(turn.outputs)
+            menus = {name: kind.again(found, menu) for name, menu in menus.items()}
+        return reduce(or_, [menus[name].at(k) for name, k in self.ranks.items()], Chosen(self.keep))
 
 
 @dataclass(frozen=True, eq=False)
@@ -263,8 +271,8 @@ class _Made:
 
 def _made(plan: _Plan, refit: str) -> _Made:
     """The network that a plan makes, refitted."""
-    chosen = plan.chosen
-    found = as_needed(plan.study, chosen.keep)
+    found = as_needed(plan.study, plan.keep)
+    chosen = plan.chosen(found)
     rebuilt = rebuild(found, chosen, refit if chosen.fits or chosen.keep else "none", passes=PASSES)
     return _Made(plan, found, rebuilt, lay_out(found, rebuilt, "factored"))
 

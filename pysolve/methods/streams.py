@@ -35,6 +35,7 @@ from pysolve.nn.graph.export import trace_once
 from pysolve.nn.graph.norms import norm_before
 from pysolve.nn.graph.sizes import of_other_sizes
 from pysolve.nn.layer_kinds import LINEAR, inputs_first, twins
+from pysolve.nn.layer_matrix import LAYERS, channels
 from pysolve.nn.layers.base import weight_of
 from pysolve.nn.ranks import of_all_processes
 from pysolve.nn.running import as_array, find_layer
@@ -114,6 +115,16 @@ class _Stream:
         T[np.ix_(columns, columns)] = self.axes.T * _inverse(self.gains[name])
         return T
 
+    def write(self, name: str, width: int) -> Array:
+        """(h, h) matrix that turns a writer's outputs."""
+        rows = self.site.rows_of(name, width)[:, 0]
+        if np.array_equal(rows, np.arange(width)):
+            # One array for all of them.
+            return self.axes.T
+        T = np.eye(width)
+        T[np.ix_(rows, rows)] = self.axes.T
+        return T
+
 
 def _turned(study: Study, site: Site) -> Study | str:
     """The study with one stream in its axes, or why that is not possible."""
@@ -148,7 +159,14 @@ def _turned(study: Study, site: Site) -> Study | str:
     assert own.graph is not None
     found = study_of(own, network, own.graph)
     turn = found.turn or Turn(study)
-    turn = replace(turn, values={**turn.values, **values}, sites=(*turn.sites, site))
+    outputs = dict(turn.outputs)
+    for name in site.writers:
+        member = find_member(own.model, name)
+        if isinstance(member, (nn.Embedding, *LAYERS)):
+            width = member.embedding_dim if isinstance(member, nn.Embedding) else channels(member)[1]
+            T = stream.write(name, width)
+            outputs[name] = T @ outputs[name] if name in outputs else T
+    turn = replace(turn, values={**turn.values, **values}, sites=(*turn.sites, site), outputs=outputs)
     return replace(
         found,
         correlations=Turned(

@@ -49,12 +49,15 @@ class Turn:
         Tensors that do not share their values with others any more.
     sites : tuple of Site
         Whose channels are axes, those that matter most first.
+    outputs : {writer: (h, h) array}
+        T, of outputs T y in the place of y; of streams alone, where T is orthogonal.
     """
 
     before: Study
     values: Mapping[str, AnyArray] = field(default_factory=dict)
     untied: tuple[str, ...] = ()
     sites: tuple[Site, ...] = ()
+    outputs: Mapping[str, Array] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -133,6 +133,28 @@ class Ranks:
         costs = _costs(layer, spatial, self.counts.get(name, 0.0), self.inputs.get(name))
         return self._menu(study, name, costs, spatial)
 
+    def unturned(self, outputs: Mapping[str, Array]) -> Ranks:
+        """The kind of a network whose outputs are y where those of this one are T y, with orthogonal T.
+
+        An error T e means  eᵀ (Tᵀ S T) e.
+        """
+        metrics = {
+            name: outputs[name].T @ S @ outputs[name] if name in outputs else S
+            for name, S in self.metrics.items()
+        }
+        tables = {
+            name: replace(one, uses=one.uses.turned(outputs[name])) if name in outputs else one
+            for name, one in self.tables.items()
+        }
+        return replace(self, metrics=metrics, tables=tables)
+
+    def again(self, study: Study, menu: RankMenu) -> RankMenu:
+        """A menu of the same layer in the same structure, in another study."""
+        name = str(menu.unit)
+        if menu.table is not None:
+            return self._menu_of_table(study, name)
+        return self._menu_of_gates(study, name) if menu.gates else self.menu(study, name, menu.spatial)
+
     def _menu_of_gates(self, study: Study, name: str) -> RankMenu:
         """What a weight of a recurrent layer loses at every rank, and what it costs."""
         owner, _, leaf = name.rpartition(".")
