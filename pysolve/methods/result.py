@@ -139,8 +139,7 @@ def finish(
     lines = laid.lines if lines is None else lines
     # A turned study makes correlations anew, and has as many samples.
     known = study.correlations if study.turn is None else study.turn.before.correlations
-    fitted = {name: found for name, found in known.items() if not is_stack(name)}
-    few = few_samples(_given(study), fitted)
+    few = few_samples(_given(study), (name for name in known if not is_stack(name)), known)
     stuck = pinned(report.mass, study.sites) if any(site.pinned is None for site in study.sites) else []
     lost = not_finite(report.divergence) if study.apart else []
     report = replace(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from pysolve.correlations import Correlations
 from pysolve.plan import Site
@@ -59,16 +59,19 @@ def pinned(mass: Sequence[LayerMass], sites: Sequence[Site]) -> list[str]:
     ]
 
 
-def few_samples(samples: int, correlations: Mapping[str, Correlations]) -> list[str]:
-    """Whether layers were fitted on few samples, and on few rows per input."""
+def few_samples(samples: int, names: Iterable[str], correlations: Mapping[str, Correlations]) -> list[str]:
+    """Whether layers were fitted on few samples, and on few rows per input.
+
+    Correlations of these names are held one at a time: on disk they may be more than memory has room for.
+    """
     if samples >= SAMPLES:
         return []
-    rows = {name: found.count / len(found.xx) for name, found in correlations.items()}
-    poor = {name: share for name, share in rows.items() if share < ROWS}
+    seen = ((name, correlations[name]) for name in names)
+    rows = [(name, found.count, len(found.xx)) for name, found in seen]
+    poor = [one for one in rows if one[1] / one[2] < ROWS]
     if not poor:
         return []
-    worst = min(poor, key=poor.__getitem__)
-    count, inputs = correlations[worst].count, len(correlations[worst].xx)
+    worst, count, inputs = min(poor, key=lambda one: one[1] / one[2])
     return [
         f"few samples: {samples} were given, and {worst} was fitted on {count:,.0f} rows for its {inputs:,} "
         f"inputs. Give {SAMPLES} or better 1,000."

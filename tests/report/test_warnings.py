@@ -1,5 +1,7 @@
 """Warnings come where something is wrong, and say what to do."""
 
+import weakref
+
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
@@ -53,12 +55,26 @@ def correlations(rows, inputs):
 
 def test_few_samples_are_a_warning_that_names_the_worst_layer():
     enough = correlations(10 * ROWS, 10)
-    assert few_samples(40, {"a": enough}) == []
+    assert few_samples(40, "a", {"a": enough}) == []
     poor = {"a": enough, "b": correlations(9, 10), "c": correlations(5, 10)}
-    (text,) = few_samples(40, poor)
+    (text,) = few_samples(40, poor, poor)
     assert "40 were given" in text
     assert "c was fitted on 5 rows for its 10 inputs" in text
-    assert few_samples(SAMPLES, poor) == []
+    assert few_samples(SAMPLES, poor, {}) == []
+
+
+def test_few_samples_hold_correlations_one_at_a_time():
+    alive = weakref.WeakSet()
+
+    class OnDisk(dict):
+        def __getitem__(self, name):
+            found = correlations(5, 10)
+            alive.add(found)
+            assert len(alive) <= 2
+            return found
+
+    names = [str(i) for i in range(9)]
+    assert few_samples(40, names, OnDisk()) != []
 
 
 def test_far_outputs_are_told_with_what_brings_them_nearer():
