@@ -12,15 +12,21 @@ from torch import nn
 from torch.nn import functional as F
 
 from pysolve.errors import CollapseError
+from pysolve.methods.candidates import candidates_of
 from pysolve.methods.compress import compress
 from pysolve.methods.goal import Options
 from pysolve.methods.kinds.channels import _leading
+from pysolve.methods.kinds.ranks import ranks_of
+from pysolve.methods.low_rank import _Plan
+from pysolve.methods.price import divergence_of, probe
 from pysolve.methods.streams import in_principal_axes
 from pysolve.methods.studied import studied
+from pysolve.methods.weights import weights_of
 from pysolve.nn.cut.apply import apply, masked
 from pysolve.nn.files.checkpoint import load, save
 from pysolve.nn.gathering.gather import gather
 from pysolve.nn.graph.sites import find_sites
+from pysolve.nn.layer_kinds import WEIGHTED
 from pysolve.plan import Collapse, Plan
 
 WIDTH, WORDS = 12, 40
@@ -241,3 +247,27 @@ def test_bounded_memory_gives_the_same_axes():
         for bound in (None, "2GiB")
     ]
     torch.testing.assert_close(found[0].model(ids(seed=2)), found[1].model(ids(seed=2)), rtol=1e-4, atol=1e-4)
+
+
+def test_what_errors_mean_follows_outputs_back_from_their_axes(norm):
+    model = decoder(norm=norm)
+    weights, left = weights_of(model, (), (*WEIGHTED, nn.Embedding), tied=True)
+    before = studied(model, ids().split(8), Options(), weights=weights, sites=True, gather=True, left=left)
+    found = in_principal_axes(before)
+    assert found.turn is not None
+    wanted, turned = (ranks_of(one, "channel", False)[0] for one in (before, found))
+    back = turned.unturned(found.turn.outputs)
+    for name, metric in wanted.metrics.items():
+        np.testing.assert_allclose(back.metrics[name], metric, atol=1e-4 * np.abs(metric).max())
+    S = wanted.tables["words"].uses.metric
+    np.testing.assert_allclose(back.tables["words"].uses.metric, S, atol=1e-4 * np.abs(S).max())
+    assert np.abs(turned.metrics["blocks.0.down"] - wanted.metrics["blocks.0.down"]).max() > 0.01
+
+    # Layers of a plan are fitted alike in either network.
+    table = candidates_of(found, turned, {}, timed=False)
+    plan = _Plan(found, None, dict.fromkeys(["words", "blocks.0.down", "blocks.1.up"], 3), table)
+    where = probe(found, [])
+    of_both = [divergence_of(one, plan.chosen(one), where) for one in (before, found)]
+    assert of_both[0] == pytest.approx(of_both[1], rel=1e-3)
+    stale = divergence_of(before, replace(plan, study=before).chosen(before), where)
+    assert stale > 1.02 * of_both[0]
