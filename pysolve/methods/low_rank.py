@@ -43,7 +43,7 @@ from pysolve.methods.kinds.embeddings import UNSEEN
 from pysolve.methods.kinds.ranks import STRUCTURES, ranks_of
 from pysolve.methods.layout import LaidOut, check_layout, lay_out
 from pysolve.methods.menu import Chosen, Menu
-from pysolve.methods.price import price, probe
+from pysolve.methods.price import Probe, divergence_of, price, probe
 from pysolve.methods.rebuild import PASSES, Rebuilt, rebuild
 from pysolve.methods.result import distance, finish
 from pysolve.methods.sizes import Sized, site_reports, sized
@@ -63,6 +63,9 @@ from pysolve.solve.budget import MEASURES
 
 METHODS = ("activation", "svd")
 LAYOUTS = ("auto", "factored")
+# Of two plans one is not carried out that is so many times as far from the original before layers are
+# refitted one after the other, which brings networks nearer by a factor of up to three.
+_BEHIND = 4
 REFITS = ("sequential", "independent", "none")
 
 
@@ -214,7 +217,7 @@ def low_rank(
     if target is None:
         plans = [_Plan(found, None, *_ranks_as_told(table, rank, energy))]
     else:
-        plans = _plans_within(found, table, target, inner)
+        plans = _plans_within(found, table, target, inner, refits=refit != "none")
     clock.stage("choose")
     made = [_made(plan, "none" if plain else refit) for plan in plans]
     clock.stage("refit")
@@ -315,7 +318,9 @@ def _ranks_as_told(
         table = faster
 
 
-def _plans_within(found: Study, table: Candidates, target: Target, dims: Sequence[Site]) -> list[_Plan]:
+def _plans_within(
+    found: Study, table: Candidates, target: Target, dims: Sequence[Site], *, refits: bool
+) -> list[_Plan]:
     """Channels and ranks within a target, for the least divergence; and channels alone, where that can be.
 
     What single units cause adds up less well where there are more kinds of them. ``dims``: of heads, which
@@ -351,7 +356,13 @@ def _plans_within(found: Study, table: Candidates, target: Target, dims: Sequenc
             if inner is not None:
                 study, heads = contest(found, heads, priced(inner, where), target, where)
             plans.append(_Plan(study, heads, {}, faster))
-    return plans
+    return _near(plans, where) if refits and len(plans) > 1 else plans
+
+
+def _near(plans: Sequence[_Plan], where: Probe) -> list[_Plan]:
+    """The plans without those that are far behind before anything is refitted layer after layer."""
+    lost = [divergence_of(plan.study, plan.chosen(plan.study), where) for plan in plans]
+    return [plan for plan, one in zip(plans, lost, strict=True) if one <= _BEHIND * min(lost)]
 
 
 def _check(

@@ -708,12 +708,27 @@ def test_of_channels_with_ranks_and_alone_the_nearer_network_is_kept(nearer, mon
     model = nn.Sequential(nn.Linear(10, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 4)).eval()
     model[2].weight.data = torch.randn(24, 2) @ torch.randn(2, 24) / 5
     monkeypatch.setattr(verb, "distance", distance)
+    monkeypatch.setattr(verb, "_near", lambda plans, where: plans)
     result = low(model, batches(), target={"params": 0.6}, prune=True)
     assert found == [True, False]
     assert result.report.share("params") <= 0.6
     factored = any(isinstance(layer, Factored) for layer in result.model.modules())
     assert factored == (nearer == "with ranks")
     assert any("no layer is factored" in note for note in result.report.notes) == (not factored)
+
+
+def test_a_plan_that_is_far_behind_is_not_carried_out(monkeypatch):
+    carried_out = []
+    rebuild = verb.rebuild
+    monkeypatch.setattr(verb, "rebuild", lambda *a, **k: carried_out.append(a[1]) or rebuild(*a, **k))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(10, 24), nn.Tanh(), nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, 4)).eval()
+    model[2].weight.data = torch.randn(24, 2) @ torch.randn(2, 24) / 5
+    result = low(model, batches(), target={"params": 0.6}, prune=True)
+    (chosen,) = carried_out
+    assert chosen.fits
+    assert result.report.share("params") <= 0.6
+    assert not any("no layer is factored" in note for note in result.report.notes)
 
 
 @pytest.mark.parametrize("prune", [False, True])
