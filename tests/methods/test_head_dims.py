@@ -179,3 +179,28 @@ def test_heads_whose_keys_never_vary_have_axes_too():
     x = inputs(4)
     with torch.no_grad():
         torch.testing.assert_close(ps.apply(model, result.plan, probe=x)(x), result.model(x))
+
+
+class OneQuery(torch.nn.Module):
+    """Attention with one query, whose values are wider than queries and keys."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.o = (
+            torch.nn.Linear(*size) for size in ((8, 6), (8, 6), (8, 10), (10, 3))
+        )
+
+    def forward(self, x):
+        query, keys = self.q(x[:, -1]), self.k(x)
+        weights = torch.einsum("bd,btd->bt", query, keys).softmax(-1)
+        return self.o(torch.einsum("bt,btd->bd", weights, self.v(x)))
+
+
+def test_values_that_are_wider_than_queries_lose_channels():
+    torch.manual_seed(0)
+    model, x = OneQuery().eval(), torch.randn(48, 5, 8).split(16)
+    small = compress(model, x, keep=0.5, **QUIET)
+    assert small.model.o.in_features == small.model.v.out_features == 5
+    assert small.report.after["params"] == parameters(small.model)
+    sites = find_sites(model, x[0], head_dims=True)
+    assert ps.gather(model, x, sites=sites, progress=False)["o"].r_xx.shape == (10, 10)

@@ -95,9 +95,11 @@ def _described(graph: Graph, classes: Classes, sites: Sequence[Site]) -> Iterato
 
 
 def _pinned(one: Attention, why: str) -> Site:
-    """The dimensions of one attention, all of which stay."""
-    writers = tuple(dict.fromkeys((one.query, one.key, one.value)))
-    return Site(one.queries.shape[1], writers, (one.output,), pinned=why, attention=(one,))
+    """The dimensions of one attention, all of which stay, read as no columns of their own."""
+    d, writers = one.queries.shape[1], tuple(dict.fromkeys((one.query, one.key, one.value)))
+    # Values may have other dimensions than queries, so that equal blocks are not theirs.
+    columns = {one.output: np.empty((d, 0), dtype=np.intp)}
+    return Site(d, writers, (one.output,), columns=columns, pinned=why, attention=(one,))
 
 
 def _why_apart(sites: Sequence[Site], one: Attention) -> str:
