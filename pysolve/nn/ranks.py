@@ -169,10 +169,12 @@ def summed(
     sums, given = Sums.zeros(inputs, outputs, device), iter(blocks)
     first = next(given, None)
     if ranks.size > 1:
-        # Products are rounded as in one process.
+        # Products are rounded as in one process. Weights have mean 1 over all processes: one shift for all.
         start = ranks.first(None if first is None else sums.start_of(*first[0]))
-        if start is not None and first is not None and sums.is_single(*first[0]):
-            sums.start(*start)
+        if start is not None and first is not None:
+            parts, weights = first
+            if sums.is_shifted(*parts, weighed=weights is not None):
+                sums.start(*start)
     for parts, weights in () if first is None else chain([first], given):
         sums.add(*parts, weights=weights)
     own = sums.correlations(last=True) if sums.count else None

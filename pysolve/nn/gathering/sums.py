@@ -26,10 +26,12 @@ class Sums:
     """Running sums over samples, updated in place.
 
     With z = (x, y) less a shift near its mean, over a scale near its size, the sums  Σ z xᵀ, Σ y² and Σ z
-    are float64. Shift and scale are those of the first rows, 0 and 1 where products are float64. Products of
-    single-precision rows of at least 256 numbers are float32, of 1,024 rows each: relative to the sums in the
-    Frobenius norm their rounding is below 1e-6, since inputs that hardly vary around a mean far from zero
-    are shifted there, where no digits are lost.
+    are float64. Shift and scale are those of the first rows; where products are float64 the scale is 1, and
+    the shift 0 unless rows have weights. The mean of these is 1 but for rounding: that times the square of an
+    input's mean may be more than all that the input varies. Products of single-precision rows of at least
+    256 numbers are float32, of 1,024 rows each: relative to the sums in the Frobenius norm their rounding is
+    below 1e-6, since inputs that hardly vary around a mean far from zero are shifted there, where no digits
+    are lost.
 
     Parameters
     ----------
@@ -106,11 +108,16 @@ class Sums:
         """Whether shift and scale are chosen."""
         return self.count > 0 or bool((self.scale != 1).any() | (self.shift != 0).any())
 
+    def is_shifted(self, *parts: Tensor, weighed: bool = False) -> bool:
+        """Whether such rows are taken around a shift."""
+        return weighed or self.is_single(*parts)
+
     def start_of(self, *parts: Tensor) -> tuple[Tensor, Tensor]:
         """Shift and scale by the first rows."""
         home = self.products.device
         shifts, scales = zip(*(_near_mean(part[:ROWS].to(home)) for part in parts), strict=True)
-        return torch.cat(shifts), torch.cat(scales)
+        scale = torch.cat(scales)
+        return torch.cat(shifts), scale if self.is_single(*parts) else torch.ones_like(scale)
 
     def start(self, shift: Tensor, scale: Tensor) -> None:
         """Choose shift and scale, of sums over no samples yet."""
@@ -125,7 +132,8 @@ class Sums:
         home, size = self.products.device, len(self.shift)
         single = self.is_single(*parts)
         kind, step = (torch.float32, ROWS) if single else (torch.float64, max(1, 2 * ROOM // max(1, size)))
-        if single and not self.started and len(parts[0]):
+        shifted = self.is_shifted(*parts, weighed=weights is not None)
+        if shifted and not self.started and len(parts[0]):
             self.start(*self.start_of(*parts))
         with _exact():
             for start in range(0, len(parts[0]), step):

@@ -43,6 +43,25 @@ def test_sums_of_any_pieces_are_those_of_all_samples(seed, d, h, full, by_column
     np.testing.assert_array_equal(found.yy, found.yy.T)
 
 
+@given(seeds, st.integers(2, 12), st.sampled_from([2, 300]))
+def test_weights_whose_mean_is_rounded_leave_variances_of_inputs_that_hardly_vary(seed, steps, outputs):
+    rng, rows = np.random.default_rng(seed), 400
+    x = (1 + rng.standard_normal((rows, 6)) * 2.0 ** -np.arange(2, 2 + 6 * steps, steps).clip(0, 16)).astype(
+        "f"
+    )
+    weights = torch.from_numpy(rng.gamma(1.0, size=(rows, 1))).float()
+    # As far from 1 as rounding of every weight may bring their mean.
+    weights *= (1 + 1e-7) / weights.mean()
+    sums, y = Sums.zeros(6, outputs, torch.device("cpu")), torch.zeros(rows, outputs)
+    for some in (slice(0, 150), slice(150, None)):
+        sums.add(torch.from_numpy(x[some]), y[some], weights=weights[some])
+    w, wide = weights.double().numpy() / float(weights.double().mean()), x.astype(float)
+    around = wide - (w * wide).mean(0)
+    wanted, found = (w * around).T @ around / rows, sums.correlations().centered().r_xx
+    unit = np.sqrt(np.diag(wanted))
+    assert np.abs((found - wanted) / unit / unit[:, None]).max() < 1e-4
+
+
 @given(seeds, st.integers(1, 300), st.integers(0, 5), st.lists(st.integers(0, 3), min_size=2, max_size=40))
 def test_samples_of_whole_weights_count_as_often(seed, d, h, counts):
     if not sum(counts):
