@@ -81,17 +81,23 @@ def masses(
 
 
 def layer_inputs(model: nn.Module, layers: Mapping[str, nn.Module], batch: Batch) -> dict[str, Tensor]:
-    """Input of each layer's first call on a batch; layers called by keywords are left out."""
+    """Input of each layer's first call on a batch, to run it alone; not of layers called by keywords."""
     seen: dict[str, Tensor] = {}
 
     def remember(name: str, layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         if args and name not in seen:
-            seen[name] = args[0].clone()
+            seen[name] = _as_its_weights(layer, args[0])
 
     hooks = (layer.register_forward_pre_hook(partial(remember, name)) for name, layer in layers.items())
     with evaluating(model), hooked(hooks):
         output_of(model, batch)
     return seen
+
+
+def _as_its_weights(layer: nn.Module, x: Tensor) -> Tensor:
+    """A copy of what a layer reads in the precision of its parameters: under autocast x may have another."""
+    own = (one.dtype for one in layer.parameters() if one.is_floating_point())
+    return x.to(next(own, x.dtype), copy=True) if x.is_floating_point() else x.clone()
 
 
 def _sizes(model: nn.Module, counted: Collection[str]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from torch import nn
 import pysolve as ps
 from pysolve.nn.cost import profile
 from pysolve.nn.cost.per_sample import sample_macs
-from pysolve.nn.cost.profile import FEWEST, latencies, masses
+from pysolve.nn.cost.profile import FEWEST, latencies, layer_inputs, masses
 from pysolve.nn.evaluate import macs, parameters
 
 
@@ -165,3 +165,21 @@ def test_latencies_are_taken_by_turns(seconds, monkeypatch):
     # After one call each to warm up.
     assert len(calls) >= 2 + 2 * FEWEST
     assert calls[2:] == ["a", "b"] * (len(calls) // 2 - 1)
+
+
+def test_layers_run_alone_on_what_they_read_under_autocast():
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.inner, self.outer = nn.Embedding(9, 8), nn.Linear(8, 16), nn.Linear(16, 3)
+
+        def forward(self, ids):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.outer(self.inner(self.table(ids)).relu()).float()
+
+    model, ids = Mixed().eval(), torch.randint(9, (6, 4))
+    read = layer_inputs(model, dict(model.named_children()), ids)
+    assert [x.dtype for x in read.values()] == [torch.int64, torch.float32, torch.float32]
+    assert all(torch.isfinite(layer(read[name])).all() for name, layer in model.named_children())
+    small = ps.low_rank(model, ids.repeat(8, 1).split(8), target={"params": 0.7}, prune=True, progress=False)
+    assert small.report.after["params"] == parameters(small.model) <= 0.7 * parameters(model)
