@@ -161,6 +161,26 @@ def test_computed_weights_stay_and_the_remedy_is_named(change, remedy):
     assert f"torch.nn.utils.{remedy} makes it a parameter" in row.pinned
 
 
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        (lambda model: ps.mask_weights(model, {"0": torch.eye(8, 6) > 0}), "remove_masks"),
+        (
+            lambda model: ps.share_weights(model, {"0": ps.quantize_layer(model[0].weight).form}),
+            "remove_sharing",
+        ),
+        (lambda model: ps.ternary_weights(model, ["0"]), "remove_sharing"),
+    ],
+)
+def test_weights_that_are_masked_or_shared_name_the_call_that_ends_it(make, remedy):
+    model = network()
+    make(model)
+    (row, *_) = ps.inspect(model, data()[0]).rows
+    assert f"pysolve.{remedy} makes it a parameter" in row.pinned
+    getattr(ps, remedy)(model)
+    assert ps.inspect(model, data()[0]).rows[0].pinned is None
+
+
 def test_networks_compiled_in_place_are_seen_as_they_are_and_stay_compiled():
     model = network()
     model.compile(backend="eager")

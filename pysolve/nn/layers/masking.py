@@ -178,10 +178,21 @@ def permanent_by(layer: nn.Module) -> str:
     known = {"WeightNorm": "remove_weight_norm", "SpectralNorm": "remove_spectral_norm"}
     found = [f"torch.nn.utils.{remedy}" for name, remedy in known.items() if name in hooks]
     if parametrize.is_parametrized(layer):
-        found = ["torch.nn.utils.parametrize.remove_parametrizations"]
+        found = [_remover(layer)]
     elif any(isinstance(hook, BasePruningMethod) for hook in layer._forward_pre_hooks.values()):
         found = ["torch.nn.utils.prune.remove"]
     return f"{found[0]} makes it a parameter" if found else "make it a parameter"
+
+
+def _remover(layer: nn.Module) -> str:
+    """What takes a layer's parametrisations off: one call for the whole network where they are ours."""
+    kinds = {type(one) for one in parametrizations(layer)}
+    if kinds == {Mask}:
+        return "pysolve.remove_masks"
+    ours = all(kind.__module__.startswith("pysolve.") for kind in kinds)
+    if kinds and ours and Mask not in kinds:
+        return "pysolve.remove_sharing"
+    return "torch.nn.utils.parametrize.remove_parametrizations"
 
 
 def make_ordinary(layer: nn.Module) -> None:
