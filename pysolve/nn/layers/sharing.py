@@ -293,6 +293,10 @@ def _remove(layer: nn.Module) -> None:
 
 
 def _check_book(name: str, layer: nn.Module, book: Codebook, *, zero: bool) -> None:
+    if not isinstance(book, Codebook):
+        raise TypeError(
+            f"books must give {name} a Codebook, as quantize_layer(W).form is, got {type(book).__name__}."
+        )
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.shape != book.shape:
         wanted = None if not isinstance(weight, Tensor) else tuple(weight.shape)

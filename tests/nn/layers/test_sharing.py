@@ -310,6 +310,8 @@ def test_codebooks_that_do_not_fit_are_refused_before_anything_is_changed():
         share_weights(model, {"fc1": random_book((8, 6), zero=False)}, trained="both", keep_zeros=True)
     with pytest.raises(ValueError, match="trained must be one of values, both, got 'codes'"):
         share_weights(model, {"fc1": good}, trained="codes")
+    with pytest.raises(TypeError, match=r"books must give fc1 a Codebook, as .*\.form is, got int"):
+        share_weights(model, {"fc1": 4})
     with pytest.raises(TypeError, match="books must be a mapping of layers to codebooks, got list"):
         share_weights(model, [good])
     assert not shared_of(model)
