@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
+from numbers import Real
 from typing import TypeVar
 
 import numpy as np
@@ -207,7 +208,9 @@ def ternary_weights(
         raise TypeError(f"layers must be a sequence of names, got the string {layers!r}: pass [{layers!r}].")
     shares = dict(layers) if isinstance(layers, Mapping) else dict.fromkeys(layers, threshold)
     for name, share in shares.items():
-        if not 0 <= share < 1:
+        if not isinstance(share, Real):
+            raise TypeError(f"the threshold of {name} must be a number, got {type(share).__name__}.")
+        if not 0 <= float(share) < 1:
             raise ValueError(f"the threshold of {name} must be within 0 and 1, got {share}.")
     _change(model, shares, _make_ternary)
 

@@ -323,6 +323,8 @@ def test_layers_to_be_ternary_must_have_names_and_thresholds_within_reason():
         ternary_weights(model, "fc1")
     with pytest.raises(ValueError, match="the threshold of fc2 must be within 0 and 1, got 1"):
         ternary_weights(model, {"fc1": 0.1, "fc2": 1})
+    with pytest.raises(TypeError, match="the threshold of fc2 must be a number, got str"):
+        ternary_weights(model, {"fc1": 0.1, "fc2": "0.1"})
     assert not shared_of(model)
 
 
