@@ -207,9 +207,9 @@ class Study:
         """What the rows of layers' outputs weigh in fits; the same for all fits of a network."""
         assert self.graph is not None
         if self.model not in self.weighed:
-            options = self.options
+            options, least = self.options, 2 if self.options.memory is None else 1
             self.weighed[self.model] = row_weights(
-                self.graph, self.model, batches, seed=options.seed, ranks=options.ranks
+                self.graph, self.model, batches, seed=options.seed, ranks=options.ranks, least=least
             )
         return self.weighed[self.model]
 

@@ -47,6 +47,7 @@ def row_weights(
     *,
     seed: int = 0,
     ranks: Ranks,
+    least: int = 2,
 ) -> RowWeights:
     """Weights of the rows of the outputs of layers that run once, by one draw for each token.
 
@@ -56,6 +57,9 @@ def row_weights(
         Of ``model``.
     seed : int
         Of the draws.
+    least : int
+        Samples of which gradients are made at once, whatever memory that takes: a norm by the batch's own
+        statistics may refuse a single one.
 
     Returns
     -------
@@ -69,9 +73,8 @@ def row_weights(
     walked = sum(map(samples_in, batches)) * walk_bytes(graph)
     # Layers' outputs and their gradients; probabilities, their sums and directions.
     needed = 2 * traced_bytes(graph) + 6 * output_bytes(graph)
-    together = max(1, max(walked, _LITTLE) * traced_samples(graph) // max(1, needed))
+    together = max(least, max(walked, _LITTLE) * traced_samples(graph) // max(1, needed))
     found: dict[Read, list[Tensor]] = {}
-    # A norm by the batch's own statistics may refuse a single sample.
     random, few = torch.Generator(), take(batches[0], 0, min(2, together))
     gradients_of = partial(_gradients, model, modules, random=random, rough=_rough(model, walked))
     able = gradients_of(few if fits(graph, few) else batches[0])

@@ -69,16 +69,17 @@ def test_weights_are_the_expected_gradients_of_drawn_predictions(monkeypatch):
         assert (one - wanted[name]).abs().sum() <= 0.1 * wanted[name].sum(), name
 
 
-def test_large_batches_run_in_parts(monkeypatch):
+@pytest.mark.parametrize("least", [1, 2])
+def test_large_batches_run_in_parts(least, monkeypatch):
     model, batches = tokens()
     graph = trace(model, batches[0])
     whole = row_weights.row_weights(graph, model, batches, ranks=ALONE)
     monkeypatch.setattr(row_weights, "traced_bytes", lambda graph: 10**15)
     calls = []
     model.register_forward_hook(lambda *args: calls.append(len(args[1][0])))
-    parts = row_weights.row_weights(graph, model, batches, ranks=ALONE)
-    # One to see what the network predicts.
-    assert calls == [1] * 9
+    parts = row_weights.row_weights(graph, model, batches, ranks=ALONE, least=least)
+    # The first to see what the network predicts.
+    assert calls == [least] * (1 + 8 // least)
     for name, one in parts.items():
         for own, all_at_once in zip(one, whole[name], strict=True):
             torch.testing.assert_close(own, all_at_once, rtol=1e-4, atol=1e-6)
