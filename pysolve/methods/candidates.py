@@ -13,6 +13,7 @@ from pysolve.methods.layout import LaidOut, seconds_of_both
 from pysolve.methods.rebuild import Rebuilt
 from pysolve.methods.study import Study
 from pysolve.nn.running import find_layer
+from pysolve.nn.threads import all_blas_threads
 from pysolve.report.rows import LayerReport
 
 
@@ -48,7 +49,8 @@ def candidates_of(found: Study, kind: Ranks, against: Mapping[str, str], *, time
     reasons = dict(against)
     for name in found.weights:
         if name not in reasons:
-            several = kind.menus(found, name)
+            with all_blas_threads():
+                several = kind.menus(found, name)
             if not several:
                 table = kind.tables.get(name)
                 reasons[name] = "too small for any rank to pay" if table is None else table.why_not()

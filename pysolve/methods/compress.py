@@ -51,7 +51,7 @@ from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import Evaluate
 from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored
-from pysolve.nn.threads import threads_of_torch
+from pysolve.nn.threads import one_blas_thread
 from pysolve.plan import Site
 from pysolve.report.rows import Expected
 from pysolve.report.warnings import needed_experts
@@ -60,7 +60,7 @@ from pysolve.solve.selection import select_channels
 DEFAULT: Target = {"params": 0.25}
 
 
-@threads_of_torch
+@one_blas_thread
 @one_bar
 def compress(
     model: nn.Module | Compressed,

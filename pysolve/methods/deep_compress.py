@@ -48,14 +48,14 @@ from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import Evaluate, nbytes, parameters
 from pysolve.nn.progress import one_bar, part
 from pysolve.nn.running import Batch, Device, Ignored
-from pysolve.nn.threads import threads_of_torch
+from pysolve.nn.threads import one_blas_thread
 from pysolve.plan import Site
 
 # Share of the training before weights share values.
 _BEFORE = 0.6
 
 
-@threads_of_torch
+@one_blas_thread
 @one_bar
 def deep_compress(
     model: nn.Module | Compressed,

@@ -57,7 +57,7 @@ from pysolve.nn.evaluate import Evaluate
 from pysolve.nn.layer_kinds import WEIGHTED
 from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored
-from pysolve.nn.threads import threads_of_torch
+from pysolve.nn.threads import one_blas_thread
 from pysolve.plan import Site
 from pysolve.solve.budget import MEASURES
 
@@ -69,7 +69,7 @@ _BEHIND = 4
 REFITS = ("sequential", "independent", "none")
 
 
-@threads_of_torch
+@one_blas_thread
 @one_bar
 def low_rank(
     model: nn.Module | Compressed,

@@ -44,7 +44,7 @@ from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import Evaluate, parameters
 from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored
-from pysolve.nn.threads import threads_of_torch
+from pysolve.nn.threads import one_blas_thread
 from pysolve.plan import Site
 
 METHODS = (*OF_WEIGHTS, "obs", *OF_CHANNELS, "elimination", "lasso")
@@ -97,7 +97,7 @@ class _Goal:
         return self.of_channels or self.refit != "none" or self.method in ("wanda", "obs")
 
 
-@threads_of_torch
+@one_blas_thread
 @one_bar
 def prune(
     model: nn.Module | Compressed,

@@ -40,7 +40,7 @@ from pysolve.nn.evaluate import Evaluate, nbytes
 from pysolve.nn.files.checkpoint import file_bytes
 from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored
-from pysolve.nn.threads import threads_of_torch
+from pysolve.nn.threads import one_blas_thread
 from pysolve.plan import Plan, Site
 
 LAYOUTS = ("dense", "auto", "sparse", "shared")
@@ -48,7 +48,7 @@ LAYOUTS = ("dense", "auto", "sparse", "shared")
 FEWEST, _SPARE, _TRIES = 24, 0.01, 4
 
 
-@threads_of_torch
+@one_blas_thread
 @one_bar
 def quantize(
     model: nn.Module | Compressed,

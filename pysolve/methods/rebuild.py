@@ -36,6 +36,7 @@ from pysolve.nn.layer_matrix import channels, taps
 from pysolve.nn.refit.layer_refit import Sampling
 from pysolve.nn.refit.lockstep import refit
 from pysolve.nn.running import Batch, as_array
+from pysolve.nn.threads import all_blas_threads
 from pysolve.plan import Site
 
 REFITS = ("sequential", "independent", "bias", "none")
@@ -299,7 +300,7 @@ def _gates_refitted(
 
 def _fit_layer(layer: Layer, task: Task, fit: Fit | None, intercept: bool, weights: bool) -> LayerFit:
     """One layer's new weights; a bias only where the layer may have one, a new one only where it pays."""
-    fit = fit or ridge_fit
+    fit = _threaded(fit or ridge_fit)
     if task.correlations is None or task.correlations.vanishes:
         return replace(fit(task.without_data()), bias=None)
     if not weights:
@@ -326,12 +327,24 @@ def _offline(study: Study, left: Left, name: str, fit: Fit) -> LayerFit:
 
 def _offline_fit(study: Study, task: Task, fit: Fit) -> LayerFit:
     """A fit to what is known, with a bias only where there is one."""
-    layer = study.layers.get(task.name)
+    layer, fit = study.layers.get(task.name), _threaded(fit)
     if task.correlations is None or task.correlations.vanishes:
         return replace(fit(task.without_data()), bias=None)
     if bias_of(study.model, task.name) is not None if layer is None else layer.takes_bias:
         return fit(task)
     return replace(fit(replace(task, correlations=without_sums(task.correlations))), bias=None)
+
+
+def _threaded(fit: Fit) -> Fit:
+    """A fit that takes several threads where it is long."""
+
+    def fitted(task: Task) -> LayerFit:
+        h, d = task.weight.shape
+        # A factorisation, and two products of a system's size for the outputs.
+        with all_blas_threads(d * d * (d / 6 + 2 * h)):
+            return fit(task)
+
+    return fitted
 
 
 def _concerned(study: Study, chosen: Chosen, cuts: Mapping[str, Kept]) -> dict[str, Fit]:

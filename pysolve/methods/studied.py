@@ -48,11 +48,11 @@ from pysolve.nn.running import (
     evaluating,
     few_samples,
 )
-from pysolve.nn.threads import threads_of_torch
+from pysolve.nn.threads import one_blas_thread
 from pysolve.plan import Site
 
 
-@threads_of_torch
+@one_blas_thread
 @one_bar
 def study(
     model: nn.Module | Compressed,

@@ -39,12 +39,12 @@ from pysolve.nn.divergence import Divergence, kl_divergence
 from pysolve.nn.evaluate import Evaluate
 from pysolve.nn.progress import one_bar
 from pysolve.nn.running import Batch, Device, Ignored
-from pysolve.nn.threads import threads_of_torch
+from pysolve.nn.threads import one_blas_thread
 from pysolve.plan import Site
 from pysolve.report.sweep import Sweep
 
 
-@threads_of_torch
+@one_blas_thread
 @one_bar
 def sweep(
     model: nn.Module | Compressed,

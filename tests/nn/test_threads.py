@@ -1,12 +1,12 @@
-"""A call computes with as many threads as torch has, whatever library does it."""
+"""Threads of torch and of BLAS in a call."""
 
 import pytest
 import torch
-from threadpoolctl import threadpool_info, threadpool_limits
+from threadpoolctl import threadpool_info
 from torch import nn
 
 import pysolve as ps
-from pysolve.nn.threads import threads
+from pysolve.nn.threads import all_blas_threads, threads
 
 
 def of_blas():
@@ -14,18 +14,22 @@ def of_blas():
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_blas_follows_torch_for_the_time_of_a_call(count):
+def test_blas_has_one_thread_in_a_call_but_for_long_work(count):
     seen, before = [], of_blas()
 
     def score(model):
-        seen.append(of_blas())
+        with all_blas_threads():
+            everything = of_blas()
+        with all_blas_threads(1e6):
+            little = of_blas()
+        seen.append((of_blas(), everything, little))
         return 0.0
 
     model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 2))
     with threads(count):
         inside = of_blas()
-        with threadpool_limits(3 - count, user_api="blas"):
-            ps.compress(model, [torch.randn(16, 8) for _ in range(4)], keep=0.5, evaluate=score)
+        ps.compress(model, [torch.randn(16, 8) for _ in range(4)], keep=0.5, evaluate=score)
+        assert of_blas() == inside
     assert inside == {count}
-    assert seen == [{count}] * len(seen) != []
+    assert seen == [({1}, {count}, {1})] * len(seen) != []
     assert of_blas() == before

@@ -18,6 +18,7 @@ from pysolve.methods.kinds.experts import expert_path
 from pysolve.methods.kinds.sensed import metrics_of
 from pysolve.methods.menu import FLOOR, Chosen, Menu, Task
 from pysolve.methods.study import Study, widths
+from pysolve.nn.threads import all_blas_threads
 from pysolve.plan import Site
 from pysolve.solve.elimination import elimination_path
 from pysolve.solve.lapack import eigh
@@ -55,6 +56,10 @@ class Channels:
         """The menu of every site that can shrink; eliminations are shared out among processes."""
         if self.select == SENSITIVITY:
             return Channels("elimination", _metrics(study)).menus(study)
+        with all_blas_threads():
+            return self._menus(study)
+
+    def _menus(self, study: Study) -> list[Menu]:
         sites, ranks = study.free, study.options.ranks
         if ranks.size == 1 or self.select != "elimination":
             return [self.menu(study, site) for site in sites]
