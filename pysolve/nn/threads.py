@@ -34,7 +34,7 @@ def one_blas_thread(verb: Callable[P, R]) -> Callable[P, R]:
     """A function in which the BLAS of NumPy and SciPy has one thread, but for ``all_blas_threads``.
 
     Its threads wait for more work for a while, on cores that torch's threads then do not have: a BERT of six
-    layers takes 52 s on two cores, and 72 s where BLAS has two threads as well.
+    layers takes 51 s on two cores, and 72 s where BLAS has two threads as well.
     """
 
     @wraps(verb)
