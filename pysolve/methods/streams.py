@@ -40,6 +40,7 @@ from pysolve.nn.layers.base import weight_of
 from pysolve.nn.ranks import of_all_processes
 from pysolve.nn.running import as_array, find_layer
 from pysolve.nn.state import copy_of, untie
+from pysolve.nn.threads import all_blas_threads
 from pysolve.plan import Norm, Site, tensor_name
 from pysolve.solve.lapack import eigh
 
@@ -151,7 +152,8 @@ def _turned(study: Study, site: Site) -> Study | str:
     often = [name for name in site.readers if name not in own.layers or own.layers[name].calls != 1]
     if often:
         return f"{often[0]} does not run just once"
-    stream = _stream(own, site)
+    with all_blas_threads(10.0 * site.channels**3):
+        stream = _stream(own, site)
     network, values = _network(own.model, stream)
     difference = apart(study, network)
     if difference is not None:

@@ -19,6 +19,7 @@ from pysolve.nn.graph.export import Graph
 from pysolve.nn.layer_matrix import LAYERS, channels
 from pysolve.nn.outputs import tensors_of
 from pysolve.nn.running import Batch, evaluating, forward
+from pysolve.nn.threads import all_blas_threads
 
 # Share of the memory left for correlations that are turned, and would be made again for every size.
 _KEPT = 0.25
@@ -110,7 +111,8 @@ class Turned(Mapping[str, Correlations]):
         """Those of what several layers read, made once."""
         before, after = self.moments.get(id(xx), (None, xx))
         if before is not xx:
-            after = T @ xx @ T.T
+            with all_blas_threads(2.0 * len(xx) ** 3):
+                after = T @ xx @ T.T
             after = (after + after.T) / 2
             if self.keep:
                 # With the array itself, so that no other one gets its number.

@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.nn.functional import embedding
 
 from pysolve.correlations import Array
@@ -54,6 +55,7 @@ def lookup_counts(
 
     Where the graph takes a batch, nothing runs but what leads to the rows' numbers.
     """
+    graph = graph if graph is not None and _shows(graph, model, tables) else None
     found = {name: np.zeros(len(table)) for name, table in tables.items()}
     masks: Masks = {}
 
@@ -72,6 +74,13 @@ def lookup_counts(
             with _Lookups(tables, count):
                 forward(model, batch, device_of(model))
     return found
+
+
+def _shows(graph: Graph, model: nn.Module, tables: Mapping[str, Tensor]) -> bool:
+    """Whether all that reads these tables is an operator of the graph, none a block, as of autocast."""
+    walk, places = Walk(graph, model, [], {}), {table.data_ptr() for table in tables.values()}
+    own = [node for node in graph.parameters if walk.fixed[node].data_ptr() in places]
+    return all(isinstance(user.target, OpOverload) for node in own for user in node.users)
 
 
 def _looked_up(

@@ -38,6 +38,20 @@ def test_every_call_of_the_table_counts(traced):
     assert len(calls) == (0 if traced else 3)
 
 
+def test_blocks_of_the_graph_that_hide_lookups_run():
+    class Rough(Net):
+        def forward(self, ids):
+            with torch.autocast("cpu", torch.bfloat16):
+                found = self.words(ids)
+            return self.head(found.float())
+
+    model = Rough()
+    with torch.no_grad():
+        graph = trace(model, data()[0])
+    found = lookup_counts(model, graph, {"words": model.words.weight}, data())["words"]
+    assert np.array_equal(found, np.bincount(torch.cat(data()).flatten().numpy(), minlength=9))
+
+
 def test_padding_counts_nowhere():
     class Masked(nn.Module):
         def __init__(self):
